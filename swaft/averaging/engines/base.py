@@ -1,0 +1,209 @@
+"""What an engine adapter answers: which master elements this rank owns, where they lie, how forwards see them.
+
+An adapter knows its engine and nothing of rules. It offers two lists of flat tensors of the same geometry: the
+fp32 *masters* that the optimizer updates, and the *working* weights that forwards use. The two are one where
+the model trains in fp32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from swaft.averaging.layout import Fragment, Span, check_coverage, fragment_at, merge
+from swaft.distributed import Ranks
+from swaft.errors import AveragingError, LayoutError
+
+
+class Engine(ABC):
+    """The master weights of one training engine, as seen from one rank.
+
+    Creating one is collective: the ranks agree on their layout and prove it (:meth:`prove_layout`).
+    """
+
+    name: str
+    """Name of the engine, such as ``deepspeed-zero3``."""
+    module: nn.Module
+    """The unwrapped model."""
+    fragments: list[Fragment]
+    """The elements this rank owns, in shard order."""
+    swapped: bool
+    """Whether other weights stand in for the working weights at the moment (see `swaft.averaging.swap`)."""
+    stash: Tensor | None
+    """The owned live elements while swapped, where the engine keeps no other copy of them."""
+
+    def __init__(self, module: nn.Module, inner_optimizer: torch.optim.Optimizer):
+        self.module = module
+        self.ranks = Ranks()
+        self.swapped = False
+        self.stash = None
+        inner_optimizer.register_step_pre_hook(self._refuse_step_while_swapped)
+
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """The fp32 master buffers, flat, as they are now. The same list object while no storage has moved."""
+
+    @abstractmethod
+    def working(self) -> list[Tensor]:
+        """The working weights, flat, in the geometry of :meth:`masters`."""
+
+    @abstractmethod
+    def applied_steps(self) -> int:
+        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make every rank's next forward see what the ranks wrote into :meth:`working` (collective)."""
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of the whole parameter, however little of it this rank holds."""
+        return parameter.shape
+
+    def release_gathered(self) -> None:  # noqa: B027 (most engines gather nothing)
+        """Drop full copies gathered from shards, so that none outlives a change of the shards."""
+
+    def gather_frozen(self, parameter: nn.Parameter) -> Tensor:
+        """A frozen parameter whole, on every rank (collective where the engine shards it)."""
+        return parameter.detach()
+
+    @cached_property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that training changes, by its name in the unwrapped model."""
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and self.full_shape(parameter).numel() > 0
+        }
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Name of each trainable parameter, by ``id``."""
+        return {id(parameter): name for name, parameter in self.trainable.items()}
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The shard as few long runs of the master buffers."""
+        return merge(self.fragments)
+
+    @property
+    def numel(self) -> int:
+        """Elements this rank owns."""
+        return sum(fragment.numel for fragment in self.fragments)
+
+    def fragments_by_rank(self) -> list[list[Fragment]]:
+        """Every rank's fragments, on every rank (collective)."""
+        return self.ranks.gather(self.fragments)
+
+    def prove_layout(self) -> None:
+        """Prove that the fragments are what they say: every element owned once, every working bit a cast of
+        its master (collective).
+
+        Raises:
+            LayoutError: on every rank, naming the parameter.
+        """
+        fragments = self.fragments_by_rank()
+        check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
+        self.ranks.raise_together(self._misplaced())
+
+    def working_is_cast(self) -> bool:
+        """Whether every owned working element is, bit for bit, its master cast to the working dtype."""
+        return self._misplaced() is None
+
+    def masters_are_working(self) -> bool:
+        """Whether the engine trains in fp32 with masters and working weights in one storage."""
+        return any(m.data_ptr() == w.data_ptr() for m, w in zip(self.masters(), self.working(), strict=True))
+
+    @torch.no_grad()
+    def write(self, shard: Tensor) -> None:
+        """Copy a host shard into the owned working elements, cast to their dtype. Does not publish."""
+        for working, values in self._spanned(self.working(), shard):
+            working.copy_(values)
+
+    @torch.no_grad()
+    def read(self, buffers: list[Tensor]) -> Tensor:
+        """The owned elements of ``buffers`` (masters or working weights) as one fp32 host tensor."""
+        shard = torch.empty(self.numel, dtype=torch.float32)
+        for source, destination in self._spanned(buffers, shard):
+            destination.copy_(source)
+        return shard
+
+    def live_shard(self) -> Tensor:
+        """This rank's elements of the last weights, fp32, host, also while others are swapped in."""
+        if self.stash is not None and self.masters_are_working():
+            return self.stash
+        return self.read(self.masters())
+
+    @torch.no_grad()
+    def recast(self) -> None:
+        """Write cast(master) into the owned working elements. Does not publish."""
+        for master, working in self._paired():
+            working.copy_(master)
+
+    def _spanned(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for span in self.spans:
+            yield (
+                buffers[span.buffer].narrow(0, span.offset, span.numel),
+                shard.narrow(0, span.shard_offset, span.numel),
+            )
+
+    def _paired(self) -> Iterator[tuple[Tensor, Tensor]]:
+        masters, working = self.masters(), self.working()
+        for span in self.spans:
+            yield (
+                masters[span.buffer].detach().narrow(0, span.offset, span.numel),
+                working[span.buffer].detach().narrow(0, span.offset, span.numel),
+            )
+
+    @torch.no_grad()
+    def _misplaced(self) -> LayoutError | None:
+        shard_offset = 0
+        for master, working in self._paired():
+            expected = master.to(working.device, working.dtype)
+            if expected.data_ptr() != working.data_ptr():
+                different = _bits(expected) != _bits(working)
+                if bool(different.any()):
+                    first = shard_offset + int(different.nonzero()[0])
+                    name, element = fragment_at(self.fragments, first)
+                    return LayoutError(
+                        f"element {element} of {name!r} under {self.name}: the working weight is not the cast of "
+                        f"the master where the adapter expects it ({working.dtype} from {master.dtype}); swaft "
+                        "does not know this layout, so it does not average it"
+                    )
+            shard_offset += master.numel()
+        return None
+
+    def _refuse_step_while_swapped(self, *_: object) -> None:
+        if self.swapped:
+            raise AveragingError(
+                "an optimizer step was taken while the averaged weights are swapped in; expected evaluation "
+                "only inside `with averager.swapped_in():`"
+            )
+
+
+class StepCounter:
+    """Counts the optimizer steps that were really taken, for engines that keep no count of their own.
+
+    It hooks the optimizer itself, so neither a micro-batch nor a step that a loss scaler skips is counted.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.count = 0
+        optimizer.register_step_post_hook(self._count)
+
+    def __call__(self) -> int:
+        """Steps taken since this counter was made."""
+        return self.count
+
+    def _count(self, *_: object) -> None:
+        self.count += 1
+
+
+AppliedSteps = Callable[[], int]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)

@@ -1,0 +1,161 @@
+"""Where the elements of the master weights lie: pure arithmetic on names, ranges and buffers.
+
+An element is known by parameter name and position in the flattened parameter, never by rank or buffer. A
+:class:`Fragment` ties a range of such elements to the buffer that holds them on one rank; the *shard* is the
+concatenation of a rank's fragments, without any engine's padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from swaft.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``[start, end)`` of one flattened parameter, held by one rank."""
+
+    name: str
+    """Name of the parameter in the unwrapped model."""
+    start: int
+    """First element, in the flattened parameter."""
+    end: int
+    """One past the last element."""
+    buffer: int
+    """Index of the master buffer that holds the elements."""
+    offset: int
+    """Where they begin in that buffer, in elements."""
+
+    @property
+    def numel(self) -> int:
+        """Elements in the fragment."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of elements that is contiguous both in one master buffer and in the shard."""
+
+    buffer: int
+    """Index of the master buffer."""
+    offset: int
+    """First element in that buffer."""
+    shard_offset: int
+    """First element in the shard."""
+    numel: int
+    """Elements in the run."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive spans that are handled together, bounded in size."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def shard_offset(self) -> int:
+        """First element in the shard."""
+        return self.spans[0].shard_offset
+
+    @property
+    def numel(self) -> int:
+        """Elements in the chunk."""
+        return sum(span.numel for span in self.spans)
+
+
+def replicated_fragments(
+    sizes: Sequence[tuple[str, int, int, int]], *, rank: int, world_size: int
+) -> list[Fragment]:
+    """The slice that one of ``world_size`` ranks takes of weights that every rank holds whole.
+
+    Args:
+        sizes: ``(name, numel, buffer, offset)`` of every parameter, in an order that all ranks share.
+        rank: which slice.
+        world_size: number of slices; they differ by at most one element.
+    """
+    total = sum(numel for _, numel, _, _ in sizes)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    fragments, position = [], 0
+    for name, numel, buffer, offset in sizes:
+        start, end = max(first - position, 0), min(last - position, numel)
+        if start < end:
+            fragments.append(Fragment(name, start, end, buffer, offset + start))
+        position += numel
+    return fragments
+
+
+def merge(fragments: Iterable[Fragment]) -> list[Span]:
+    """The shard as few long runs: neighbouring fragments with no padding between them become one span."""
+    spans: list[Span] = []
+    shard_offset = 0
+    for fragment in fragments:
+        last = spans[-1] if spans else None
+        if last and last.buffer == fragment.buffer and last.offset + last.numel == fragment.offset:
+            spans[-1] = Span(last.buffer, last.offset, last.shard_offset, last.numel + fragment.numel)
+        else:
+            spans.append(Span(fragment.buffer, fragment.offset, shard_offset, fragment.numel))
+        shard_offset += fragment.numel
+    return spans
+
+
+def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
+    """Group spans into chunks of exactly ``max_numel`` elements (the last may be smaller), splitting as needed."""
+    chunks: list[Chunk] = []
+    pending: list[Span] = []
+    room = max_numel
+    for span in spans:
+        done = 0
+        while done < span.numel:
+            take = min(room, span.numel - done)
+            pending.append(Span(span.buffer, span.offset + done, span.shard_offset + done, take))
+            done, room = done + take, room - take
+            if room == 0:
+                chunks.append(Chunk(tuple(pending)))
+                pending, room = [], max_numel
+    if pending:
+        chunks.append(Chunk(tuple(pending)))
+    return chunks
+
+
+def fragment_at(fragments: Iterable[Fragment], shard_offset: int) -> tuple[str, int]:
+    """The parameter name and element index that a position in the shard belongs to."""
+    for fragment in fragments:
+        if shard_offset < fragment.numel:
+            return fragment.name, fragment.start + shard_offset
+        shard_offset -= fragment.numel
+    raise IndexError("position past the end of the shard")
+
+
+def check_coverage(fragments_by_rank: Sequence[Sequence[Fragment]], numels: Mapping[str, int]) -> None:
+    """Prove that the ranks together own every trainable element exactly once.
+
+    Args:
+        fragments_by_rank: each rank's fragments.
+        numels: elements of every trainable parameter, by name.
+
+    Raises:
+        LayoutError: an element is owned by no rank, by two, or does not exist.
+    """
+    ranges: dict[str, list[tuple[int, int, int]]] = {name: [] for name in numels}
+    for rank, fragments in enumerate(fragments_by_rank):
+        for fragment in fragments:
+            if fragment.name not in ranges:
+                raise LayoutError(f"rank {rank} owns elements of {fragment.name!r}, which is not trainable")
+            ranges[fragment.name].append((fragment.start, fragment.end, rank))
+    for name, owned in ranges.items():
+        position = 0
+        for start, end, rank in sorted(owned):
+            if start != position:
+                fault = "by no rank" if start > position else "twice"
+                raise LayoutError(
+                    f"elements {min(start, position)}..{max(start, position)} of {name!r} are owned {fault} "
+                    f"(rank {rank} owns {start}..{end}); expected every element exactly once"
+                )
+            position = end
+        if position != numels[name]:
+            raise LayoutError(
+                f"{position} of the {numels[name]} elements of {name!r} are owned; expected every element "
+                "exactly once"
+            )

@@ -1,0 +1,31 @@
+"""Typed settings of a run, filled from defaults, YAML files and the command line."""
+
+from swaft.config.check import check_averaging, check_config
+from swaft.config.load import load_config
+from swaft.config.render import flatten, to_yaml
+from swaft.config.schema import (
+    AveragingConfig,
+    ClassificationConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    NoiseConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AveragingConfig",
+    "ClassificationConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "check_averaging",
+    "check_config",
+    "flatten",
+    "load_config",
+    "to_yaml",
+]

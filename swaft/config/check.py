@@ -1,0 +1,194 @@
+"""Finds settings that cannot work, alone or together, before a model or a row is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+from swaft.config.leaves import leaves
+from swaft.config.schema import AveragingConfig, DataConfig, EvalConfig, NoiseConfig, TrackConfig, TrainConfig
+from swaft.config.values import not_allowed
+from swaft.errors import ConfigError
+from swaft.metrics import METRIC_NAMES
+
+# What accelerate calls the trackers it can write to.
+TRACKERS = (
+    "none",
+    "all",
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+
+
+def check_config(config: Any) -> list[str]:
+    """Every problem of a configuration, each message led by the full name of its setting.
+
+    Args:
+        config: a dataclass of section dataclasses. Sections of an unknown class are only checked for
+            values outside their choices.
+    """
+    problems = list(_choices(config))
+    for field in fields(config):
+        section = getattr(config, field.name)
+        check = SECTION_CHECKS.get(type(section))
+        problems += check(section) if check else []
+    return problems or _check_known_length(config)
+
+
+def check_averaging(averaging: AveragingConfig, total_steps: int) -> list[str]:
+    """Problems that show only once the length of the run is known: an average of no weights, or of one.
+
+    Args:
+        averaging: the section.
+        total_steps: optimizer steps of the run.
+    """
+    if averaging.rule == "none":
+        return []
+    from swaft.averaging.rules import EMA, SWA  # only here: the other checks need no torch
+
+    if averaging.rule == "swa":
+        rule = SWA(averaging.start, averaging.every, averaging.include_start)
+    else:
+        rule = EMA(averaging.decay, averaging.start, averaging.every)
+    try:
+        rule.plan(total_steps)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _check_known_length(config: Any) -> list[str]:
+    averaging, train = getattr(config, "averaging", None), getattr(config, "train", None)
+    if isinstance(averaging, AveragingConfig) and isinstance(train, TrainConfig) and train.max_steps > 0:
+        return check_averaging(averaging, train.max_steps)
+    return []
+
+
+def _choices(config: Any) -> Iterator[str]:
+    for name, leaf in leaves(type(config)).items():
+        section, short = name.split(".")
+        value = getattr(getattr(config, section), short)
+        if leaf.choices and value is not None and value not in leaf.choices:
+            yield f"{name}: {not_allowed(str(value), leaf.choices)}"
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = []
+    sources = {name: getattr(data, name) for name in ("task_name", "dataset_name", "train_file")}
+    named = [f"data.{name}={value}" for name, value in sources.items() if value is not None]
+    if not named:
+        problems.append(
+            "data.task_name: no rows named; set data.task_name, data.dataset_name or data.train_file"
+        )
+    if len(named) > 1:
+        problems.append(f"data.task_name: {' and '.join(named)} each name the rows; keep one")
+    for name in ("validation_file", "test_file"):
+        if getattr(data, name) is not None and data.train_file is None:
+            problems.append(f"data.{name}: is used beside data.train_file, which is not set")
+    if data.dataset_config_name is not None and data.dataset_name is None:
+        problems.append("data.dataset_config_name: is a configuration of data.dataset_name, which is not set")
+    if data.text_pair_column is not None and data.text_column is None:
+        problems.append("data.text_pair_column: is set without data.text_column; set both")
+    for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+        problems += _at_least(f"data.{name}", getattr(data, name), 1)
+    return problems
+
+
+def _check_train(train: TrainConfig) -> list[str]:
+    problems = []
+    if not train.output_dir:
+        problems.append("train.output_dir: is empty; name the folder of the run")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        problems += _at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("weight_decay", "max_grad_norm", "seed", "dataloader_num_workers", "warmup_steps"):
+        problems += _at_least(f"train.{name}", getattr(train, name), 0)
+    for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+        problems += _positive(f"train.{name}", getattr(train, name))
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            problems.append(f"train.{name}: {getattr(train, name)} is outside [0, 1)")
+    if train.max_steps != -1 and train.max_steps < 1:
+        problems.append(
+            f"train.max_steps: {train.max_steps} is neither a number of steps nor -1 (as epochs say)"
+        )
+    if isinstance(train.warmup_steps, float) and train.warmup_steps >= 1:
+        problems.append(
+            f"train.warmup_steps: {train.warmup_steps} is a fraction of the run and has to be below 1; "
+            "for a number of steps write it without a decimal point"
+        )
+    return problems + _check_precision(train.mixed_precision)
+
+
+def _check_precision(mixed_precision: str) -> list[str]:
+    if mixed_precision != "fp16":
+        return []
+    import torch  # only here: the other checks need no torch
+
+    if torch.cuda.is_available():
+        return []
+    return ["train.mixed_precision: fp16 needs a CUDA device and there is none; use bf16 or no"]
+
+
+def _check_averaging_section(averaging: AveragingConfig) -> list[str]:
+    problems = _at_least("averaging.every", averaging.every, 1)
+    start = averaging.start
+    if isinstance(start, float) and not 0 <= start <= 1:
+        problems.append(
+            f"averaging.start: {start} is a fraction of the run and has to be between 0.0 and 1.0; "
+            "for an optimizer step write it without a decimal point"
+        )
+    elif start < 0:
+        problems.append(f"averaging.start: step {start} is before the run; use 0 or more")
+    if not 0 < averaging.decay < 1:
+        problems.append(f"averaging.decay: {averaging.decay} is outside (0, 1); 0.999 is usual")
+    return problems
+
+
+def _check_noise(noise: NoiseConfig) -> list[str]:
+    problems = _at_least("noise.weight", noise.weight, 0)
+    return problems + _at_least("noise.sigma", noise.sigma, 0)
+
+
+def _check_eval(evaluation: EvalConfig) -> list[str]:
+    problems = _at_least("eval.per_device_eval_batch_size", evaluation.per_device_eval_batch_size, 1)
+    problems += _at_least("eval.eval_steps", evaluation.eval_steps, 1)
+    names = ("auto", *METRIC_NAMES)
+    if evaluation.metric not in names:
+        problems.append(f"eval.metric: {not_allowed(evaluation.metric, names)}")
+    return problems
+
+
+def _check_track(track: TrackConfig) -> list[str]:
+    if track.report_to in TRACKERS:
+        return []
+    return [f"track.report_to: {not_allowed(track.report_to, TRACKERS)}"]
+
+
+def _at_least(name: str, value: float | None, least: int) -> list[str]:
+    # Written so that NaN fails too.
+    if value is None or (math.isfinite(value) and value >= least):
+        return []
+    return [f"{name}: {value} is not a finite number of {least} or more"]
+
+
+def _positive(name: str, value: float) -> list[str]:
+    return [] if math.isfinite(value) and value > 0 else [f"{name}: {value} is not a finite number above 0"]
+
+
+SECTION_CHECKS: dict[type, Callable[[Any], list[str]]] = {
+    DataConfig: _check_data,
+    TrainConfig: _check_train,
+    AveragingConfig: _check_averaging_section,
+    NoiseConfig: _check_noise,
+    EvalConfig: _check_eval,
+    TrackConfig: _check_track,
+}

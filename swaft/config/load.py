@@ -1,0 +1,123 @@
+"""Builds the configuration of a run: defaults, then each `--config` file in order, then the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from swaft.config.check import check_config
+from swaft.config.layers import COMMAND_LINE, Layer, fill_in, merge, parse_arguments, read_file
+from swaft.config.leaves import Leaf, leaves, sections
+from swaft.config.render import help_text, to_yaml
+from swaft.config.values import coerce
+from swaft.errors import ConfigError
+
+# Flags of the Trainer that are called otherwise here.
+HUGGING_FACE_NAMES = {
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "warmup_ratio": "warmup_steps",
+    "max_length": "max_seq_length",
+    "tokenizer_name_or_path": "tokenizer_name",
+}
+
+ConfigT = TypeVar("ConfigT")
+
+
+def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """Return the configuration a command line asks for, checked.
+
+    Accepts `--config FILE` (repeatable, later files win), overrides as `a.b=c`, `--a.b=c` or `--a.b c`,
+    and `--help` and `--print_config`, which print and exit 0.
+
+    Args:
+        config_class: a dataclass of section dataclasses, such as `ClassificationConfig`.
+        argv: the arguments after the program's name.
+
+    Raises:
+        ConfigError: with every problem found, each led by the full name of its setting.
+    """
+    if "--help" in argv or "-h" in argv:
+        _leave(help_text(config_class))
+    known = leaves(config_class)
+    paths, overrides, problems = parse_arguments([word for word in argv if word != "--print_config"])
+    layers = [read_file(path, problems) for path in paths]
+    values, origins = merge([*layers, Layer(COMMAND_LINE, overrides)])
+    values = fill_in(values, known, problems)
+    typed = _typed(values, origins, known, problems)
+    config = _instantiate(config_class, known, typed)
+    # A setting that is already on the list stands at its default now: no second problem about that.
+    faulty = _leaders(problems)
+    problems += [problem for problem in check_config(config) if not _leaders([problem]) & faulty]
+    if problems:
+        raise ConfigError(problems)
+    if "--print_config" in argv:
+        _leave(to_yaml(config, origins))
+    return config
+
+
+def _typed(
+    values: Mapping[str, Any], origins: Mapping[str, str], known: Mapping[str, Leaf], problems: list[str]
+) -> dict[str, Any]:
+    """Bring values into their settings' types; what does not fit or is missing is added to the problems."""
+    typed = {}
+    for name, value in values.items():
+        if value is None and _is_section(name, known):
+            continue  # all its lines are commented out: empty, not wrong
+        if name not in known:
+            problems.append(f"{name}: no such setting ({origins[name]}).{_nearest_setting(name, known)}")
+            continue
+        try:
+            typed[name] = coerce(value, known[name])
+        except ValueError as error:
+            problems.append(f"{name}: {error} ({origins[name]})")
+    missing = {name for name, leaf in known.items() if leaf.required} - typed.keys() - _leaders(problems)
+    problems += [
+        f"{name}: has to be given; set it in a config, or as {name}=... on the command line"
+        for name in known
+        if name in missing
+    ]
+    return typed
+
+
+def _leaders(problems: Sequence[str]) -> set[str]:
+    """Name the settings that the problems are about."""
+    return {problem.split(":")[0] for problem in problems}
+
+
+def _instantiate(config_class: type[ConfigT], known: Mapping[str, Leaf], typed: Mapping[str, Any]) -> ConfigT:
+    settings: dict[str, dict[str, Any]] = {section: {} for section in sections(config_class)}
+    for name, leaf in known.items():
+        section, short = name.split(".")
+        # A required setting that is missing has its problem on the list and gets a stand-in here.
+        settings[section][short] = typed.get(name, "" if leaf.required else leaf.default)
+    return config_class(
+        **{section: kind(**settings[section]) for section, kind in sections(config_class).items()}
+    )
+
+
+def _nearest_setting(name: str, known: Mapping[str, Leaf]) -> str:
+    """Hint at the setting that was probably meant: by the leaf's name first, then by its spelling."""
+    if _is_section(name, known):
+        return f" '{name}' is a section: put its settings under it, or write {name}.setting=value."
+    section, _, leaf = name.replace("-", "_").rpartition(".")
+    by_leaf = {path.split(".")[1]: path for path in known}
+    leaf = HUGGING_FACE_NAMES.get(leaf, leaf)
+    # Within a section that exists, only its own settings: nobody means averaging.start by train.stat.
+    own = {short: path for short, path in by_leaf.items() if path.startswith(f"{section}.")} or by_leaf
+    near = leaf if leaf in by_leaf else next(iter(get_close_matches(leaf, list(own), n=1)), None)
+    return f" Did you mean '{by_leaf[near]}'?" if near else " --help lists every setting."
+
+
+def _is_section(name: str, known: Mapping[str, Leaf]) -> bool:
+    return any(path.startswith(f"{name}.") for path in known)
+
+
+def _leave(text: str) -> None:
+    """Print and exit 0; of several processes that were launched together only the first prints."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text)
+    raise SystemExit(0)

@@ -1,0 +1,187 @@
+"""The settings of a run as typed dataclasses, one a section, with Hugging Face's names for the leaves.
+
+The docstring under a field is its help text: what it is, its unit, and why the default is what it is.
+`load_config` fills these classes; nothing here checks values (see `swaft.config.check`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which pretrained model to fine-tune."""
+
+    model_name_or_path: str
+    """Hub id or folder of the pretrained model; `demo` is the MiniLM encoder of the package extra
+    `swaft[demo]`, which needs no network."""
+    tokenizer_name: str | None = None
+    """Hub id or folder of the tokenizer; null: the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which rows to train and evaluate on, and which columns of them.
+
+    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
+    override that names one of the three replaces the whole source, its other splits included.
+    """
+
+    task_name: str | None = None
+    """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
+    train.parquet and so on, else a GLUE task of the hub; `python_docstrings` is built on this machine."""
+    dataset_name: str | None = None
+    """Hub id of a dataset."""
+    dataset_config_name: str | None = None
+    """Configuration of `dataset_name`, where the dataset has several."""
+    train_file: str | None = None
+    """Training rows: a parquet, csv, tsv, json or jsonl file."""
+    validation_file: str | None = None
+    """Validation rows, beside `train_file`; null: the run is not evaluated on validation rows."""
+    test_file: str | None = None
+    """Test rows, beside `train_file`."""
+    text_column: str | None = None
+    """Column with the (first) text; null: found by its usual name (sentence, sentence1, text, ...)."""
+    text_pair_column: str | None = None
+    """Column with the second text of a pair; null: found by its usual name, if there is one."""
+    label_column: str | None = None
+    """Column with the answer; null: `label` or `labels`. Fractional numbers make the task a regression."""
+    max_seq_length: int = 128
+    """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
+    max_train_samples: int | None = None
+    """Use only the first so many training rows; null: all."""
+    max_eval_samples: int | None = None
+    """Use only the first so many validation rows; null: all."""
+    max_predict_samples: int | None = None
+    """Use only the first so many test rows; null: all."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How to optimise, and where the results go."""
+
+    output_dir: str
+    """Run folder: configuration, metrics, and the trained weights."""
+    per_device_train_batch_size: int = 16
+    """Rows per device and micro-batch. The total batch is this times accumulation times devices."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    num_train_epochs: float = 3.0
+    """Passes over the training rows, a fraction allowed; `max_steps` wins where it is set."""
+    max_steps: int = -1
+    """Optimizer steps in all; -1: as many as `num_train_epochs` takes."""
+    learning_rate: float = 2e-5
+    """Peak rate of AdamW. 2e-5 is BERT's usual; small models take 5e-5 to 1e-4."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, applied neither to biases nor to normalisation weights."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's running mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's running mean of squared gradients."""
+    adam_epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm; 0 turns clipping off."""
+    lr_scheduler_type: Literal["auto", "linear", "cosine", "constant_with_warmup", "constant"] = "auto"
+    """Learning rate over the run. auto: constant after warm-up when averaging is on, because a rate that
+    decays to zero leaves averaging nothing to average; linear decay otherwise."""
+    warmup_steps: int | float = 0.06
+    """Length of the warm-up: a fraction below 1 is a share of the run, a whole number is steps.
+    0.06 is the share RoBERTa was fine-tuned with."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Number format of the forward and backward pass. auto: whatever `accelerate launch` was told."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 42
+    """Seed of everything random: initial head, order of rows, dropout, noise."""
+    logging_steps: int = 10
+    """Optimizer steps between two progress lines."""
+    dataloader_num_workers: int = 0
+    """Processes that load batches, per device; 0: the training process does it, enough for short texts."""
+    disable_tqdm: bool | None = None
+    """Show no progress bar; null: a bar only on a terminal, where it does not fill a log file."""
+
+
+@dataclass(kw_only=True)
+class AveragingConfig:
+    """Which weights to average along the run."""
+
+    rule: Literal["none", "swa", "ema"] = "none"
+    """swa: the uniform mean of the weights; ema: their exponential moving average; none: no averaging."""
+    start: int | float = 0.5
+    """First weights in the average: a fraction (0.5) is a share of the run, a whole number (100) is the
+    optimizer step; so 1 is step 1 and 1.0 the end. Half the run, as the paper does: before that the
+    weights still move too fast."""
+    every: int = 1
+    """Optimizer steps between two averaged weights. 1, because averaging costs the step nothing."""
+    include_start: bool = True
+    """Whether the weights at `start` themselves are the first of the average (swa only)."""
+    decay: float = 0.999
+    """Share of the old average kept at each averaging (ema only): a memory of about 1,000 steps."""
+
+
+@dataclass(kw_only=True)
+class NoiseConfig:
+    """The noise-stability objective. A null leaves the choice to the preset."""
+
+    kind: Literal["none", "r3f", "r4f", "rdrop"] = "none"
+    """r3f: clean and noised pass, and a symmetric KL between them; r4f: r3f with a spectral norm on the
+    head; rdrop: two dropout masks instead of noise; none: the task's loss alone."""
+    preset: Literal["paper", "relative", "fairseq", "rdrop"] | None = None
+    """Published form of the objective to follow; null: paper (for rdrop: rdrop)."""
+    weight: float = 1.0
+    """Factor on the divergence in the loss. 1.0 is the middle of the papers' range."""
+    noise: Literal["uniform", "normal"] | None = None
+    """Distribution of the noise added to the input embeddings."""
+    sigma: float | None = None
+    """Size of the noise: bound of the uniform, standard deviation of the normal; in units of the
+    embeddings, or as a share of their RMS under the preset relative."""
+    masks: Literal["shared", "independent"] | None = None
+    """Whether both passes use the same dropout masks."""
+    detach: Literal["none", "clean", "noised", "target"] | None = None
+    """Which side of the divergence gets no gradient."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """When and how to evaluate."""
+
+    per_device_eval_batch_size: int = 32
+    """Rows per device and evaluation batch. Changes speed and memory, not the result."""
+    eval_steps: int | None = None
+    """Optimizer steps between two evaluations; null: once, at the end."""
+    metric: str = "auto"
+    """What to measure: accuracy, f1, f1_macro, accuracy_f1, matthews_correlation, pearson_spearman or mse;
+    auto: the usual one of the task."""
+
+
+@dataclass(kw_only=True)
+class TrackConfig:
+    """Where to send the numbers besides the run folder."""
+
+    report_to: str = "none"
+    """Tracker, by accelerate's name: tensorboard, wandb, trackio, mlflow, ...; none: the run folder only,
+    and nothing touches the network."""
+    project_name: str = "swaft"
+    """Project under which a tracker files the run."""
+    run_name: str | None = None
+    """Name of the run in the tracker; null: the last part of `train.output_dir`."""
+    logging_dir: str | None = None
+    """Folder for trackers that write files; null: inside `train.output_dir`."""
+
+
+@dataclass(kw_only=True)
+class ClassificationConfig:
+    """Everything `recipes/classification.py` needs."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)

@@ -1,0 +1,158 @@
+"""Finds the rows that `config.data` names: a task folder, a local file, the hub, or the built-in demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from swaft.config.schema import DataConfig
+from swaft.errors import DataError
+
+Splits = dict[str, Dataset]
+
+DEMO_TASK = "python_docstrings"
+GLUE = "nyu-mll/glue"
+GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+
+# Name of a split where rows come from -> its name here. MNLI has two validation sets.
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "validation_matched": "validation",
+    "dev": "validation",
+    "validation_mismatched": "validation_mismatched",
+    "test": "test",
+}
+
+# These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
+FILE_READERS: dict[str, Callable[..., Any]] = {
+    ".parquet": Dataset.from_parquet,
+    ".csv": Dataset.from_csv,
+    ".tsv": partial(Dataset.from_csv, sep="\t"),
+    ".json": Dataset.from_json,
+    ".jsonl": Dataset.from_json,
+}
+
+
+def load_splits(data: DataConfig) -> Splits:
+    """Return the rows by split.
+
+    `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them.
+    The columns are as they came. `max_train_samples` and its like keep the first rows of a split.
+
+    Args:
+        data: the section of the configuration; one of `task_name`, `dataset_name`, `train_file` is set.
+
+    Raises:
+        DataError: the rows cannot be found or read, or a split is empty or missing.
+    """
+    splits = _find(data)
+    if "train" not in splits:
+        raise DataError(f"found the splits {_listed(splits)} but no train split; set data.train_file")
+    for name, split in splits.items():
+        if not len(split):
+            raise DataError(f"the {name} split has no rows; give it some, or leave the split out")
+    limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
+    return {name: _first(split, limits.get(name, data.max_eval_samples)) for name, split in splits.items()}
+
+
+def data_folder() -> Path | None:
+    """Find the folder of task folders: `$SWAFT_DATA`, else ../shared/data beside here or the package.
+
+    Raises:
+        DataError: `SWAFT_DATA` names a folder that does not exist.
+    """
+    named = os.environ.get("SWAFT_DATA")
+    if named:
+        if not Path(named).is_dir():
+            raise DataError(
+                f"SWAFT_DATA is {named}, which is not a folder; set it to the folder of task folders"
+            )
+        return Path(named)
+    package_root = Path(__file__).resolve().parents[2]
+    candidates = (root.parent / "shared" / "data" for root in (Path.cwd(), package_root))
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _find(data: DataConfig) -> Splits:
+    if data.task_name is not None:
+        return _load_task(data.task_name)
+    if data.dataset_name is not None:
+        return _load_hub(data.dataset_name, data.dataset_config_name)
+    files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+    return {
+        split: _load_file(path, f"data.{split}_file") for split, path in files.items() if path is not None
+    }
+
+
+def _load_task(task_name: str) -> Splits:
+    root = data_folder()
+    folder = root / task_name if root else None
+    if folder is not None and folder.is_dir():
+        files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
+        return {
+            split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
+        }
+    if task_name == DEMO_TASK:
+        from swaft.demo import docstring_splits  # only here: reads the whole standard library
+
+        return docstring_splits()
+    if task_name in GLUE_TASKS:
+        return _load_hub(GLUE, task_name)
+    local = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
+    known = sorted({DEMO_TASK, *GLUE_TASKS, *local})
+    near = get_close_matches(task_name, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise DataError(
+        f"data.task_name: '{task_name}' is neither a folder of {root or 'SWAFT_DATA (not set)'} nor one of "
+        f"{', '.join(known)}.{hint} For rows of your own set data.train_file"
+    )
+
+
+def _load_file(path: str, setting: str) -> Dataset:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FILE_READERS:
+        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
+    if not Path(path).is_file():
+        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
+    try:
+        return FILE_READERS[suffix](path)
+    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
+        raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {_cause(error)}") from error
+
+
+def _load_hub(name: str, config_name: str | None) -> Splits:
+    try:
+        found = load_dataset(name, config_name)
+    except Exception as error:  # hub, network and cache each have types of their own
+        which = f"{name} ({config_name})" if config_name else name
+        raise DataError(
+            f"{which} cannot be loaded from the hub: {_cause(error)}; "
+            "without a network set data.train_file, or SWAFT_DATA to a folder of task folders"
+        ) from error
+    if not isinstance(found, DatasetDict):
+        raise DataError(f"data.dataset_name: {name} has no splits; set data.train_file instead")
+    # The labels of GLUE's test splits are withheld (-1): there is nothing to score.
+    withheld = name in (GLUE, "glue")
+    kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
+    return {split: rows for split, rows in kept.items() if not (withheld and split == "test")}
+
+
+def _first(split: Dataset, limit: int | None) -> Dataset:
+    return split if limit is None else split.select(range(min(limit, len(split))))
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _listed(splits: Mapping[str, Dataset]) -> str:
+    return ", ".join(splits) or "(none)"

@@ -1,0 +1,99 @@
+"""What the ranks tell each other: small agreements over gloo, apart from the training's own collectives.
+
+The averages live in host memory, and a message about an error must get through while the accelerator's
+communicator is busy or broken. So swaft keeps one gloo group of its own and never mixes into NCCL's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from swaft.errors import SwaftError
+
+
+ARRIVAL_TIMEOUT_S = 60.0
+"""Seconds that ranks wait for each other after an error before those that came give up on the others."""
+
+
+class Ranks:
+    """The processes that train together, and a gloo group between them (none where there is one process).
+
+    Creating it is collective: every rank must do so, in the same order as its other groups.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world_size = dist.get_world_size() if distributed else 1
+        self._group = self._arrivals = None
+        if self.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+            # The time limit of a gloo operation is its group's, so waiting for a rank that may never come
+            # takes a group of its own.
+            self._arrivals = dist.new_group(backend="gloo", timeout=timedelta(seconds=ARRIVAL_TIMEOUT_S))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank, on every rank (collective; small picklable values)."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum over ranks in float64, the same on every rank (collective, one message)."""
+        if self._group is None:
+            return list(values)
+        message = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(message, group=self._group)
+        return message.tolist()
+
+    def raise_together(self, error: SwaftError | None) -> None:
+        """Raise the first rank's error on every rank, so none goes on alone and none is left waiting.
+
+        Collective. Ranks without an error of their own raise the same type with the same message, and the
+        rank it was found on.
+        """
+        found = [(rank, each) for rank, each in enumerate(self.gather(error)) if each is not None]
+        if not found:
+            return
+        rank, first = found[0]
+        if self.world_size > 1:
+            first.add_note(f"found on rank {rank} of {self.world_size}")
+        raise first
+
+    def send(self, tensor: torch.Tensor, *, to: int) -> None:
+        """Send a host tensor to rank ``to``."""
+        dist.send(tensor, dst=to, group=self._group)
+
+    def receive(self, tensor: torch.Tensor, *, source: int) -> None:
+        """Receive a host tensor from rank ``source`` into ``tensor``."""
+        dist.recv(tensor, src=source, group=self._group)
+
+    def barrier(self) -> None:
+        """Wait for every rank (collective)."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def all_arrive(self) -> bool:
+        """Whether every rank reaches this point within ``ARRIVAL_TIMEOUT_S``; for the way out of an error.
+
+        Collective, but made for the case that it is not: where others wait elsewhere, this returns False.
+        """
+        if self._arrivals is None:
+            return True
+        try:
+            dist.barrier(group=self._arrivals)
+        except RuntimeError:
+            return False
+        return True

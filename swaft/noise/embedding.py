@@ -1,0 +1,152 @@
+"""Noise on the output of the encoder's token embedding, added by a forward hook that must fire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from swaft.errors import NoiseError
+from swaft.noise.wrappers import unwrap
+
+_FP32_BODIES = frozenset({"t5", "mt5", "umt5", "longt5"})
+"""Model types whose 16-bit body takes an fp32 embedding output and keeps it in an fp32 residual stream."""
+
+
+@dataclass(frozen=True)
+class EmbeddingSite:
+    """Where noise goes in: the encoder, its token embedding, and the type its body accepts."""
+
+    encoder: nn.Module
+    """The encoder stack, or the whole base model where there is only an encoder."""
+    embedding: nn.Module
+    """The token embedding whose output is noised."""
+    takes_fp32: bool
+    """Whether a 16-bit body accepts fp32 embeddings."""
+
+    def dtype_for(self, output: torch.dtype) -> torch.dtype:
+        """Tell the widest type that may be handed on where the embedding gives ``output``."""
+        return _widened(output) if self.takes_fp32 else output
+
+
+@dataclass
+class Embedded:
+    """What one hooked pass saw: how often the hook fired, and the last output before and after it."""
+
+    calls: int = 0
+    """How often the embedding ran; 1 after a pass."""
+    clean: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The embedding output, at least fp32, detached."""
+    handed_on: Tensor = field(default_factory=lambda: torch.empty(0))
+    """What the body got instead, in the type it got it, detached."""
+
+
+@dataclass(frozen=True)
+class RealisedNoise:
+    """How much of the noise is left in what was handed on; 0-dim fp32 tensors on the model's device."""
+
+    noise_to_signal: Tensor
+    """||handed_on - clean|| / ||clean||."""
+    changed: Tensor
+    """Share of the entries that changed."""
+
+
+def find_site(model: nn.Module) -> EmbeddingSite:
+    """Find the encoder's token embedding in a model, wrapped or not.
+
+    In an encoder-decoder the encoder has an embedding module of its own; the one that the whole model names
+    never runs (BART, T5), which is why it is not used.
+
+    Raises:
+        NoiseError: for a model without a token embedding.
+    """
+    network = unwrap(model)
+    encoder = _text_encoder(network)
+    try:
+        embedding = encoder.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if not isinstance(embedding, nn.Module):
+        raise NoiseError(
+            f"{type(network).__name__} names no token embedding to add noise to; expected a Hugging Face "
+            "text model with get_input_embeddings(). Set noise.kind=rdrop, which needs none, or none."
+        )
+    model_type = getattr(getattr(network, "config", None), "model_type", None)
+    return EmbeddingSite(encoder, embedding, takes_fp32=model_type in _FP32_BODIES)
+
+
+def _text_encoder(network: nn.Module) -> nn.Module:
+    get_encoder = getattr(network, "get_encoder", None)
+    encoder = get_encoder() if callable(get_encoder) else network
+    if isinstance(encoder, nn.Module) and encoder is not network and hasattr(encoder, "get_input_embeddings"):
+        return encoder
+    return getattr(network, "base_model", network)
+
+
+@contextmanager
+def embedding_hook(
+    site: EmbeddingSite, draw: Callable[[Tensor], Tensor] | None = None, *, detach: bool = False
+) -> Iterator[Embedded]:
+    """Run one pass with the embedding output replaced by its sum with noise, in the widest type accepted.
+
+    The clean pass goes through the same hook without ``draw``, so that both bodies compute in the same types.
+
+    Args:
+        site: where to hook.
+        draw: gives the noise (fp32) for an embedding output; None for the clean pass.
+        detach: send no gradient into the embedding.
+
+    Yields:
+        The record of the pass, filled when the pass has run.
+
+    Raises:
+        NoiseError: when the embedding did not run exactly once.
+    """
+    record = Embedded()
+
+    def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor:
+        wide = output.to(_widened(output.dtype))
+        if detach:
+            wide = wide.detach()
+        summed = wide if draw is None else wide + draw(wide.detach())
+        handed_on = summed.to(site.dtype_for(output.dtype))
+        record.calls += 1
+        record.clean, record.handed_on = wide.detach(), handed_on.detach()
+        return handed_on
+
+    handle = site.embedding.register_forward_hook(hook)
+    try:
+        yield record
+    finally:
+        handle.remove()
+    if record.calls != 1:
+        raise NoiseError(
+            f"The token embedding of {type(site.encoder).__name__} ran {record.calls} times in one forward "
+            "pass; expected once. Pass input_ids (not inputs_embeds), and use a model that is not compiled; "
+            "noise.kind=rdrop or none does without the embedding."
+        )
+
+
+def measure(record: Embedded) -> RealisedNoise:
+    """Measure the noise that a pass really had, without a host synchronisation."""
+    changed = record.handed_on.to(record.clean.dtype) != record.clean
+    return RealisedNoise(noise_to_signal(record.clean, record.handed_on), changed.mean(dtype=torch.float32))
+
+
+def noise_to_signal(clean: Tensor, noised: Tensor) -> Tensor:
+    """||noised - clean|| / ||clean||, a 0-dim fp32 tensor; 0 where nothing differs."""
+    wide = clean.to(_widened(clean.dtype))
+    difference = torch.linalg.vector_norm(noised.to(wide.dtype) - wide)
+    return (difference / torch.linalg.vector_norm(wide).clamp(min=torch.finfo(wide.dtype).tiny)).float()
+
+
+def root_mean_square(tensor: Tensor) -> Tensor:
+    """sqrt(mean(x^2)) over all entries, a 0-dim tensor."""
+    return tensor.square().mean().sqrt()
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,97 @@
+"""The published variants of the noise-stability objective as a table, and settings read off it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from swaft.errors import ConfigError
+from swaft.noise.divergence import Detach
+from swaft.noise.generator import Noise
+
+Masks = Literal["shared", "independent"]
+Reduction = Literal["mean", "batchmean"]
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Everything that tells one noise-stability objective from another."""
+
+    noise: Noise = "uniform"
+    """Distribution of the noise on the encoder's token embeddings."""
+    sigma: float = 1e-5
+    """Half width (uniform) or standard deviation (normal) of the noise; 0 for none."""
+    relative: bool = False
+    """Whether sigma is a share of the root mean square of the embedding output."""
+    masks: Masks = "shared"
+    """Whether the two passes draw the same dropout masks."""
+    reduction: Reduction = "mean"
+    """"mean": over the rows whose label counts; "batchmean": sum over all rows, padding too, by sentences."""
+    scale: float = 1.0
+    """Factor on the reduced divergence, before the weight."""
+    detach: Detach = "none"
+    """What the divergence holds constant in its gradient."""
+    detach_embedding: bool = False
+    """Whether the noised pass sends no gradient into the token embeddings."""
+    ce_on_noised: bool = False
+    """Whether the task loss is the average of both passes' instead of the clean one's."""
+
+
+_PAPER = NoiseSettings()
+_RELATIVE = NoiseSettings(sigma=0.01, relative=True)
+_FAIRSEQ = NoiseSettings(masks="independent", reduction="batchmean")
+_RDROP = NoiseSettings(sigma=0.0, masks="independent", scale=0.5, ce_on_noised=True)
+
+PRESETS: dict[str, tuple[NoiseSettings, NoiseSettings]] = {
+    "paper": (_PAPER, _PAPER),
+    "relative": (_RELATIVE, _RELATIVE),
+    "fairseq": (replace(_FAIRSEQ, detach_embedding=True), replace(_FAIRSEQ, noise="normal")),
+    "rdrop": (_RDROP, _RDROP),
+}
+"""Settings of each preset for models that classify, and for those that generate.
+
+paper: Aghajanyan et al. 2021, eqs. 3-4. relative: the same, the noise measured against the embeddings.
+fairseq: what the authors' released code asks for (examples/rxf); there the noise never reached RoBERTa, here
+it does. rdrop: Liang et al. 2021, which needs dropout and no noise.
+"""
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "noise": get_args(Noise),
+    "masks": get_args(Masks),
+    "reduction": get_args(Reduction),
+    "detach": get_args(Detach),
+}
+
+
+def resolve_settings(preset: str | None, *, generates: bool, **overrides: Any) -> NoiseSettings:
+    """Read a preset's settings off the table and put explicit values over them.
+
+    Args:
+        preset: a key of PRESETS; None for "paper".
+        generates: whether the model generates (encoder-decoder) rather than classifies.
+        overrides: fields of NoiseSettings; None keeps the preset's value.
+
+    Raises:
+        ConfigError: naming every invalid value and what is allowed.
+    """
+    name = "paper" if preset is None else preset
+    given = {field: value for field, value in overrides.items() if value is not None}
+    problems = [
+        f"noise.{field} is {given[field]!r}; expected one of {', '.join(choices)}."
+        for field, choices in _CHOICES.items()
+        if field in given and given[field] not in choices
+    ]
+    if name not in PRESETS:
+        problems.append(f"noise.preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+    sigma = given.get("sigma", 0.0)
+    if not is_finite_and_not_negative(sigma):
+        problems.append(f"noise.sigma is {sigma!r}; expected a finite number, 0 or more.")
+    if problems:
+        raise ConfigError(problems)
+    return replace(PRESETS[name][generates], **given)
+
+
+def is_finite_and_not_negative(value: Any) -> bool:
+    """Whether a value is a number that a weight or a noise size can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -1,0 +1,178 @@
+"""R4F: spectral normalisation of the classification head, and its removal at export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from swaft.errors import ConfigError
+from swaft.noise.generator import stream_seed
+from swaft.noise.wrappers import unwrap
+
+Layers = Literal["all", "last"]
+
+_INITIAL_ITERATIONS = 15
+_ORIGINAL, _U, _V = (
+    "parametrizations.weight.original",
+    "parametrizations.weight.0._u",
+    "parametrizations.weight.0._v",
+)
+
+
+class SpectralNorm(nn.Module):
+    """Divide a weight by its largest singular value, found by power iteration (Miyato et al. 2018).
+
+    Value and state-dict names are those of ``torch.nn.utils.parametrizations.spectral_norm``. Two things
+    differ: the first vectors come from a generator of their own, so all ranks start alike and torch's random
+    state stays put; and sigma is not rounded to 16 bits, neither by autocast nor under DeepSpeed, which casts
+    the weight and leaves the vectors in fp32 (torch's refuses that), so what is exported is what was trained.
+
+    Args:
+        weight: the weight (out, in) to normalise.
+        seed: seed of the first vectors.
+    """
+
+    def __init__(self, weight: Tensor, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(stream_seed(seed, *weight.shape))
+        start = [F.normalize(torch.randn(n, generator=generator), dim=0).to(weight) for n in weight.shape]
+        self._u, self._v = nn.Buffer(start[0]), nn.Buffer(start[1])
+        self._iterate(weight, _INITIAL_ITERATIONS)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Divide the weight by its spectral norm; in training mode after one power iteration."""
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.training:
+                self._iterate(weight, 1)
+            # The next iteration writes in place, while this pass's backward still needs these values.
+            return normalised_weight(weight, self._u.clone(), self._v.clone())
+
+    @torch.no_grad()
+    def _iterate(self, weight: Tensor, times: int) -> None:
+        wide = _widened(weight)
+        for _ in range(times):
+            self._u.copy_(F.normalize(torch.mv(wide, self._v.to(wide.dtype)), dim=0))
+            self._v.copy_(F.normalize(torch.mv(wide.mT, self._u.to(wide.dtype)), dim=0))
+
+
+def normalised_weight(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """W / (u^T W v), computed in fp32 at the least and given in the weight's type."""
+    wide = _widened(weight)
+    sigma = torch.vdot(u.to(wide.dtype), torch.mv(wide, v.to(wide.dtype)))
+    return (wide / sigma).to(weight.dtype)
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -> list[str]:
+    """Put spectral normalisation on the linear layers of a model's classification head, in place.
+
+    The head is what lies outside the base model. BERT's pooler belongs to the base model, so it is no part of
+    the head; RoBERTa's and BART's dense layer is. A layer that already has it is left alone.
+
+    Args:
+        model: a Hugging Face classification model, before the training engine wraps it.
+        layers: "all" linear layers (the paper: all weight matrices of the head), or the "last" (the released
+            code).
+        seed: seed of the power iterations' first vectors, the same on every rank.
+
+    Returns:
+        The names of the normalised layers.
+
+    Raises:
+        ConfigError: for a model without a head of its own, or one that ZeRO-3 has already partitioned.
+    """
+    head = _head(model)
+    for name, linear in head[-1:] if layers == "last" else head:
+        if parametrize.is_parametrized(linear, "weight"):
+            continue
+        if linear.weight.numel() == 0:
+            raise ConfigError(
+                f"noise.kind=r4f: ZeRO-3 has already partitioned {name}; expected the whole weight. "
+                "Set zero3_init_flag: false in the accelerate config."
+            )
+        parametrize.register_parametrization(
+            linear, "weight", SpectralNorm(linear.weight.detach(), seed=seed)
+        )
+    return normalised_layers(model)
+
+
+def normalised_layers(model: nn.Module) -> list[str]:
+    """List the names of the layers whose weight is spectrally normalised."""
+    return [
+        name
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, nn.Linear)
+        and any(isinstance(child, SpectralNorm) for child in module.modules())
+    ]
+
+
+@contextmanager
+def power_iteration_paused(model: nn.Module) -> Iterator[None]:
+    """Normalise with the vectors as they are: one power iteration a step, though the step has two passes."""
+    norms = [module for module in model.modules() if isinstance(module, SpectralNorm)]
+    modes = [norm.training for norm in norms]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.train(mode)
+
+
+def fold_spectral_norm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn spectrally normalised weights into plain ones: what a model without R4F loads.
+
+    ``X.parametrizations.weight.original`` with its two vectors becomes ``X.weight``, bit for bit the weight
+    that the forward pass uses in eval mode (in the type of ``original``). All other entries pass through.
+
+    Args:
+        state_dict: a model's state dict, buffers included.
+
+    Returns:
+        A new state dict; the tensors that needed no folding are shared with the old one.
+
+    Raises:
+        ConfigError: when the vectors of a normalised weight are missing.
+    """
+    folded = {name: tensor for name, tensor in state_dict.items() if not name.endswith((_ORIGINAL, _U, _V))}
+    for name, original in state_dict.items():
+        if not name.endswith(_ORIGINAL):
+            continue
+        prefix = name.removesuffix(_ORIGINAL)
+        missing = [vector for vector in (prefix + _U, prefix + _V) if vector not in state_dict]
+        if missing:
+            raise ConfigError(
+                f"{name} has no {' and '.join(missing)}; expected the model's buffers beside its weights."
+            )
+        u, v = (state_dict[prefix + vector].to(original.device) for vector in (_U, _V))
+        folded[prefix + "weight"] = normalised_weight(original, u, v)
+    return folded
+
+
+def _head(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    network = unwrap(model)
+    base = getattr(network, "base_model", network)
+    get_output_embeddings = getattr(network, "get_output_embeddings", None)
+    generates = callable(get_output_embeddings) and get_output_embeddings() is not None
+    inside = {id(module) for module in base.modules()}
+    head = [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside
+    ]
+    if generates or not head:
+        raise ConfigError(
+            f"noise.kind=r4f: {type(network).__name__} has no classification head with weights of its own; "
+            "expected one to normalise. Set noise.kind=r3f."
+        )
+    return head

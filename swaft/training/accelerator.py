@@ -1,0 +1,241 @@
+"""Starts accelerate so that the engine the launcher asked for is the engine that runs.
+
+On a machine without CUDA accelerate drops DeepSpeed when told ``cpu=True``, and believes every rank to be
+alone when not told a backend; a plain launch without ``cpu=True`` leaves the ranks unwrapped. All three
+train, each wrongly and in silence, so the outcome is checked here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
+
+from swaft.config import TrackConfig, TrainConfig
+from swaft.errors import ConfigError, TrainingError
+from swaft.training.deepspeed_config import (
+    FilledConfig,
+    RecipeValues,
+    declared_precision,
+    environment_problems,
+    fill_auto,
+    launcher_config,
+)
+from swaft.training.deepspeed_extension import refuse_stale_lock, use_environment_folder
+
+logger = logging.getLogger(__name__)
+
+
+class RunConfig(Protocol):
+    """The sections of a recipe's configuration that decide how training is started."""
+
+    train: TrainConfig
+    track: TrackConfig
+
+
+def build_accelerator(config: RunConfig, *, hidden_size: int | None = None) -> Accelerator:
+    """Start the process group and the engine, seeded (collective).
+
+    Args:
+        config: a recipe's configuration.
+        hidden_size: width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
+
+    Raises:
+        ConfigError: before any process group exists, where launcher, DeepSpeed file and recipe contradict one
+            another.
+        TrainingError: where accelerate started something else than the launcher asked for.
+    """
+    precision = resolve_precision(config.train, os.environ)
+    deepspeed = resolve_deepspeed(config.train, os.environ, precision=precision, hidden_size=hidden_size)
+    on_cpu = not torch.cuda.is_available()
+    over_gloo = on_cpu and "LOCAL_RANK" in os.environ
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if deepspeed:
+        prepare_deepspeed_start(on_cpu=on_cpu)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # Under DeepSpeed accelerate reads cpu=True as "no DeepSpeed"; without it, a CPU rank needs cpu=True
+        # for DDP.
+        cpu=on_cpu and deepspeed is None,
+        deepspeed_plugin=_plugin(deepspeed.config) if deepspeed else None,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.train.gradient_accumulation_steps
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if over_gloo else None,
+        log_with=None if config.track.report_to == "none" else config.track.report_to,
+        project_config=_project(config),
+    )
+    check_engine(accelerator, os.environ)
+    if config.track.report_to not in ("none", "all") and not accelerator.log_with:
+        raise ConfigError(
+            f"track.report_to is {config.track.report_to}, which is not installed; install it, or set "
+            "track.report_to=none"
+        )
+    for key, value, origin in deepspeed.rows if deepspeed else ():
+        logger.info("ds  %-58s %-12s (%s)", key, value, origin)
+    set_seed(config.train.seed)
+    return accelerator
+
+
+def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
+    """Return the number format to train in: ``no``, ``bf16`` or ``fp16``.
+
+    ``auto`` takes the launcher's; a DeepSpeed file that switches a format on itself counts as the launcher's
+    word where the accelerate configuration says nothing.
+
+    Raises:
+        ConfigError: where two places say different things, or the machine cannot do it.
+    """
+    launcher = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    stated = "mixed_precision" in environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    if uses_deepspeed(environ) and launcher == "no" and not stated:
+        launcher = declared_precision(launcher_config(environ)[0]) or launcher
+    if launcher not in ("no", "bf16", "fp16"):
+        raise ConfigError(
+            f"the launcher asks for mixed_precision {launcher}; swaft trains in no, bf16 or fp16"
+        )
+    wanted = train.mixed_precision
+    launched = "ACCELERATE_MIXED_PRECISION" in environ
+    if wanted != "auto" and launched and wanted != launcher:
+        raise ConfigError(
+            f"train.mixed_precision is {wanted}, the launcher's mixed_precision is {launcher}; "
+            f"make them equal, or set train.mixed_precision=auto to take the launcher's"
+        )
+    precision = launcher if wanted == "auto" else wanted
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("fp16 needs a CUDA device and there is none; use mixed precision bf16 or no")
+    return precision
+
+
+def resolve_deepspeed(
+    train: TrainConfig, environ: Mapping[str, str], *, precision: str, hidden_size: int | None
+) -> FilledConfig | None:
+    """Return the filled DeepSpeed configuration, or None where the launcher did not ask for DeepSpeed.
+
+    Raises:
+        ConfigError: with every contradiction between launcher, DeepSpeed file and recipe.
+    """
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            "the launcher asks for FSDP, which swaft's recipes do not train with yet; "
+            "use one of launch/accelerate/ (DDP or DeepSpeed ZeRO)"
+        )
+    if not uses_deepspeed(environ):
+        return None
+    if environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        raise ConfigError(
+            "ACCELERATE_USE_CPU is true, which makes accelerate drop DeepSpeed in silence; "
+            "set use_cpu: false in the accelerate configuration (without a GPU the CPU is used anyway)"
+        )
+    config, source = launcher_config(environ)
+    recipe = recipe_values(train, environ, precision=precision, hidden_size=hidden_size)
+    filled = fill_auto(config, recipe, source=source)
+    stage = filled.config["zero_optimization"].get("stage", 0)
+    problems = [*filled.problems, *environment_problems(environ, recipe, stage)]
+    if problems:
+        raise ConfigError(problems)
+    return filled
+
+
+def recipe_values(
+    train: TrainConfig, environ: Mapping[str, str], *, precision: str, hidden_size: int | None
+) -> RecipeValues:
+    """Return what the recipe has to say about a DeepSpeed configuration."""
+    return RecipeValues(
+        micro_batch_size=train.per_device_train_batch_size,
+        accumulation_steps=train.gradient_accumulation_steps,
+        world_size=int(environ.get("WORLD_SIZE", "1")),
+        max_grad_norm=train.max_grad_norm,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        mixed_precision=precision,
+        hidden_size=hidden_size,
+        source=_recipe_files(sys.argv),
+    )
+
+
+def uses_deepspeed(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def prepare_deepspeed_start(*, on_cpu: bool) -> None:
+    """Set what DeepSpeed reads from the environment, and refuse a start that would wait for ever."""
+    # accelerate refuses a launcher file that states a precision next to a DeepSpeed file. That precision, and
+    # every other value the guard is about, has been compared with the DeepSpeed file by now.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames, and torch says so at every call.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated"
+    )
+    if on_cpu:
+        use_environment_folder()
+        refuse_stale_lock()
+
+
+def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
+    """Raise unless the engine and the number of ranks are those the launcher announced."""
+    world_size = int(environ.get("WORLD_SIZE", "1"))
+    if (accelerator.distributed_type == DistributedType.DEEPSPEED) != uses_deepspeed(environ):
+        raise TrainingError(
+            f"accelerate started {accelerator.distributed_type.value}, but the launcher asked "
+            f"{'for' if uses_deepspeed(environ) else 'not for'} DeepSpeed; check ACCELERATE_USE_CPU and how "
+            "the ranks start"
+        )
+    if accelerator.num_processes != world_size:
+        raise TrainingError(
+            f"{world_size} ranks were launched (WORLD_SIZE), but accelerate sees "
+            f"{accelerator.num_processes}, so each would train alone; start the ranks with accelerate launch "
+            "or torchrun"
+        )
+    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise TrainingError(
+            f"accelerate started {world_size} ranks that would not exchange gradients; use "
+            "launch/accelerate/ddp_cpu.yaml"
+        )
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """Return the engine in words for the banner, such as ``DeepSpeed ZeRO-3``."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def _plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
+    # accelerate would partition the model while it loads unless told otherwise; loading it whole on each rank
+    # is the default here, so that every way of changing a model before training works the same under every
+    # engine.
+    wanted = os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
+    partition_at_load = wanted and config["zero_optimization"].get("stage") == 3
+    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=partition_at_load)
+
+
+def _project(config: RunConfig) -> ProjectConfiguration:
+    folder = config.track.logging_dir or str(Path(config.train.output_dir) / "logs")
+    return ProjectConfiguration(project_dir=config.train.output_dir, logging_dir=folder)
+
+
+def _recipe_files(argv: Sequence[str]) -> str:
+    """Names of the configuration files on a command line, for messages."""
+    files = [argv[index + 1] for index, word in enumerate(argv[:-1]) if word == "--config"]
+    files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    return ", ".join(files) or "the recipe's configuration"

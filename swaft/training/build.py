@@ -1,0 +1,65 @@
+"""Turns sections of a configuration into the objects they describe: optimizer, averaging rule, objective."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from swaft.averaging import EMA, SWA, Rule
+from swaft.config import AveragingConfig, NoiseConfig, TrainConfig
+from swaft.errors import ConfigError
+from swaft.noise import R3F, R4F, RDrop, TaskLoss
+
+NOISE_OPTIONS = ("preset", "noise", "sigma", "masks", "detach")
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters, without decay on biases and normalisation weights.
+
+    Those are the parameters of fewer than two dimensions.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+    )
+
+
+def build_rule(averaging: AveragingConfig) -> Rule | None:
+    """Return the averaging rule, None for ``rule: none``."""
+    if averaging.rule == "none":
+        return None
+    if averaging.rule == "ema":
+        return EMA(decay=averaging.decay, start=averaging.start, every=averaging.every)
+    return SWA(start=averaging.start, every=averaging.every, include_start=averaging.include_start)
+
+
+def build_objective(noise: NoiseConfig, *, seed: int) -> R3F | RDrop | TaskLoss:
+    """Return the training objective.
+
+    Args:
+        noise: section ``noise``; a null option leaves the choice to the preset.
+        seed: seed of the noise.
+
+    Raises:
+        ConfigError: where an option is set that the objective would not use.
+    """
+    options = {name: value for name in NOISE_OPTIONS if (value := getattr(noise, name)) is not None}
+    if noise.kind in ("r3f", "r4f"):
+        return (R3F if noise.kind == "r3f" else R4F)(weight=noise.weight, seed=seed, **options)
+    if options.get("preset") == "rdrop" and noise.kind == "rdrop":
+        del options["preset"]
+    if options:
+        raise ConfigError(
+            [
+                f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
+                for name, value in options.items()
+            ]
+        )
+    return TaskLoss() if noise.kind == "none" else RDrop(weight=noise.weight, seed=seed)

@@ -1,0 +1,286 @@
+"""Fills a DeepSpeed configuration as transformers' Trainer would, and finds where it contradicts the recipe.
+
+Users bring JSON files full of ``"auto"``. A plain accelerate loop fills few of them, fills
+``gradient_clipping`` with 1.0 whatever the recipe says, and lets a number in the file win over the recipe
+without a word. Here every value comes from the recipe, a number that differs is a problem, and every filled
+value is listed with its source.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swaft.errors import ConfigError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeValues:
+    """What the recipe knows and a DeepSpeed file may ask for."""
+
+    micro_batch_size: int
+    """Rows per rank and micro-batch."""
+    accumulation_steps: int
+    """Micro-batches per optimizer step."""
+    world_size: int
+    """Ranks that train together."""
+    max_grad_norm: float
+    """L2 norm gradients are clipped to; 0 turns clipping off."""
+    learning_rate: float
+    """Peak rate."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    betas: tuple[float, float]
+    """AdamW's two decay rates."""
+    epsilon: float
+    """AdamW's epsilon."""
+    mixed_precision: str
+    """``no``, ``bf16`` or ``fp16``, resolved."""
+    hidden_size: int | None = None
+    """Width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate."""
+    source: str = "the recipe's configuration"
+    """Name of the file (or files) the recipe's values come from, for messages."""
+
+
+@dataclass(frozen=True)
+class FilledConfig:
+    """A DeepSpeed configuration without open questions."""
+
+    config: dict[str, Any]
+    """What DeepSpeed is given."""
+    rows: list[tuple[str, Any, str]]
+    """Key, value and source of every value that was filled in."""
+    problems: list[str] = field(default_factory=list)
+    """Contradictions between the file and the recipe, each a complete message."""
+
+
+def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the DeepSpeed configuration that ``accelerate launch`` announced, and a name for it.
+
+    Args:
+        environ: the process environment; the launcher sets ``ACCELERATE_DEEPSPEED_CONFIG_FILE`` where its
+            file names a JSON file, and single values such as ``ACCELERATE_DEEPSPEED_ZERO_STAGE`` where it
+            does not.
+
+    Raises:
+        ConfigError: where the file cannot be read.
+    """
+    named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if named != "none":
+        return read_config(named), named if len(named) < 200 else "the DeepSpeed configuration"
+    zero: dict[str, Any] = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+    for part in ("optimizer", "param"):
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        path = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_NVME_PATH")
+        if device != "none":
+            zero[f"offload_{part}"] = {"device": device} | ({"nvme_path": path} if path else {})
+    return {"zero_optimization": zero}, "the accelerate configuration"
+
+
+def read_config(named: str) -> dict[str, Any]:
+    """Return the configuration in a JSON file, or in the base64 text DeepSpeed's own launcher passes on."""
+    try:
+        text = Path(named).read_text(encoding="utf-8") if _is_file(named) else _decoded(named)
+        config = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"the DeepSpeed configuration {named!r} is neither a JSON file nor encoded JSON ({error}); "
+            f"set deepspeed_config_file in the accelerate configuration to an existing file"
+        ) from error
+    if not isinstance(config.get("zero_optimization"), dict):
+        raise ConfigError(f'{named} has no "zero_optimization" section; add one that names the "stage"')
+    return config
+
+
+def _is_file(named: str) -> bool:
+    try:
+        return Path(named).is_file()
+    except OSError:  # encoded text is too long for a file name
+        return False
+
+
+def _decoded(named: str) -> str:
+    return base64.urlsafe_b64decode(named).decode("utf-8")
+
+
+def declared_precision(config: Mapping[str, Any]) -> str | None:
+    """Return the precision the file switches on itself (``bf16`` or ``fp16``), None where it is left open."""
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled") is True:
+            return name
+    return None
+
+
+def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -> FilledConfig:
+    """Fill every ``"auto"`` and collect every contradiction.
+
+    Args:
+        config: the DeepSpeed configuration as its author wrote it; not changed.
+        recipe: the values to fill in and to compare with.
+        source: name of ``config`` in messages.
+
+    Returns:
+        The filled configuration, the table of what was filled, and the problems (empty where it can be used).
+    """
+    filled = copy.deepcopy(dict(config))
+    rows: list[tuple[str, Any, str]] = []
+    problems = [*_optimizer_problems(filled, recipe, source), *_scheduler_problems(filled, source)]
+    for key, (value, setting) in _recipe_keys(recipe).items():
+        problems += _fill(filled, key, value, setting, rows=rows, recipe=recipe, source=source)
+    for key, value in _size_keys(recipe.hidden_size).items():
+        _fill_auto_only(filled, key, value, "the model's hidden size", rows)
+    _fill_auto_only(
+        filled,
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+        False,
+        "swaft exports without gathering the model",
+        rows,
+    )
+    if filled.pop("optimizer", None) is not None:
+        rows.append(("optimizer", "torch AdamW", "the recipe's, with the values of the file's block"))
+    filled.pop("scheduler", None)
+    known = () if recipe.hidden_size is not None else tuple(_size_keys(1))
+    problems += [
+        f'{source}: {key} is "auto", and nothing fills that key; write a number there'
+        for key in _open_keys(filled)
+        if key not in known
+    ]
+    return FilledConfig(config=filled, rows=rows, problems=problems)
+
+
+def _recipe_keys(recipe: RecipeValues) -> dict[str, tuple[Any, str]]:
+    """Return every key that is always present afterwards, with its value and the setting it comes from."""
+    total = recipe.micro_batch_size * recipe.accumulation_steps * recipe.world_size
+    return {
+        "train_micro_batch_size_per_gpu": (recipe.micro_batch_size, "train.per_device_train_batch_size"),
+        "gradient_accumulation_steps": (recipe.accumulation_steps, "train.gradient_accumulation_steps"),
+        "train_batch_size": (total, "batch x accumulation x ranks"),
+        "gradient_clipping": (recipe.max_grad_norm, "train.max_grad_norm"),
+        "bf16.enabled": (recipe.mixed_precision == "bf16", "mixed precision"),
+        "fp16.enabled": (recipe.mixed_precision == "fp16", "mixed precision"),
+    }
+
+
+def _size_keys(hidden_size: int | None) -> dict[str, int]:
+    """Return the bucket sizes that transformers and accelerate derive from the width of the model."""
+    if hidden_size is None:
+        return {}
+    return {
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+
+def _fill(
+    config: dict[str, Any],
+    key: str,
+    value: Any,
+    setting: str,
+    *,
+    rows: list[tuple[str, Any, str]],
+    recipe: RecipeValues,
+    source: str,
+) -> list[str]:
+    """Write ``value`` where the key is open or missing; return a problem where it says something else."""
+    *sections, leaf = key.split(".")
+    node = config
+    for section in sections:
+        node = node.setdefault(section, {})
+    present = node.get(leaf, "missing")
+    if present in (AUTO, "missing"):
+        node[leaf] = value
+        if present == AUTO or value is not False:
+            rows.append((key, value, f"{present} -> {setting}"))
+    elif present != value:
+        return [
+            f"{source} says {key} = {present}, {recipe.source} says {value} ({setting}); "
+            f'make them equal, or write "auto" in {source}'
+        ]
+    return []
+
+
+def _fill_auto_only(
+    config: dict[str, Any], key: str, value: Any, reason: str, rows: list[tuple[str, Any, str]]
+) -> None:
+    """Write ``value`` where the file says ``auto``; leave a missing key to DeepSpeed's default."""
+    *sections, leaf = key.split(".")
+    node: Any = config
+    for section in sections:
+        node = node.get(section, {})
+    if node.get(leaf) == AUTO:
+        node[leaf] = value
+        rows.append((key, value, f"auto -> {reason}"))
+
+
+def _optimizer_problems(config: Mapping[str, Any], recipe: RecipeValues, source: str) -> Iterator[str]:
+    """Yield what an optimizer block asks for that differs from the AdamW the recipe builds."""
+    block = config.get("optimizer")
+    if block is None:
+        return
+    kind, params = block.get("type", "AdamW"), block.get("params", {})
+    if kind.lower() not in ("adamw", "adam") or params.get("adam_w_mode") is False:
+        yield (
+            f"{source} asks for the optimizer {kind}, the recipe trains with AdamW; "
+            f'remove the "optimizer" section from {source}'
+        )
+        return
+    wanted = {
+        "lr": (recipe.learning_rate, "train.learning_rate"),
+        "weight_decay": (recipe.weight_decay, "train.weight_decay"),
+        "betas": (list(recipe.betas), "train.adam_beta1 and train.adam_beta2"),
+        "eps": (recipe.epsilon, "train.adam_epsilon"),
+    }
+    for name, (value, setting) in wanted.items():
+        present = params.get(name, AUTO)
+        if present not in (AUTO, value):
+            yield (
+                f"{source} says optimizer.params.{name} = {present}, {recipe.source} says {value} "
+                f"({setting}); "
+                f'make them equal, or write "auto" in {source}'
+            )
+
+
+def _scheduler_problems(config: Mapping[str, Any], source: str) -> Iterator[str]:
+    """Refuse a scheduler block: the recipe sets the rate itself, so the block would be ignored."""
+    if "scheduler" in config:
+        kind = config["scheduler"].get("type", "of no type")
+        yield (
+            f"{source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
+            "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
+        )
+
+
+def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the keys that still say ``auto``."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _open_keys(value, f"{prefix}{name}.")
+        elif value == AUTO:
+            yield prefix + name
+
+
+def environment_problems(environ: Mapping[str, str], recipe: RecipeValues, zero_stage: Any) -> list[str]:
+    """Return the contradictions between single values in the accelerate configuration and everything else.
+
+    accelerate drops these values in silence once a DeepSpeed file is named, and lets its accumulation win
+    over the recipe's where none is.
+    """
+    wanted = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (recipe.accumulation_steps, "gradient_accumulation_steps"),
+        "ACCELERATE_GRADIENT_CLIPPING": (recipe.max_grad_norm, "gradient_clipping"),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": (zero_stage, "zero_stage"),
+    }
+    return [
+        f"the accelerate configuration says {name} = {environ[variable]}, but the run uses {value}; "
+        f"remove {name} from the accelerate configuration"
+        for variable, (value, name) in wanted.items()
+        if environ.get(variable, AUTO) not in (AUTO, "none") and float(environ[variable]) != float(value)
+    ]

@@ -1,0 +1,130 @@
+"""Builds the small CPU communication extension that DeepSpeed compiles at its first start without CUDA.
+
+Without CUDA, DeepSpeed compiles ``deepspeed_shm_comm`` for one to two minutes when the process group starts.
+Several ranks starting together wait on a ``lock`` file in the build folder, and a build that was killed
+leaves that file behind, so every later start waits for ever (pytorch/pytorch#189245). Run once, alone, after
+installing:
+
+    python -m swaft.training.deepspeed_extension
+
+and recipes call `refuse_stale_lock` before DeepSpeed starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from swaft.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+EXTENSION = "deepspeed_shm_comm"
+STALE_AFTER_S = 600.0
+
+
+def use_environment_folder() -> None:
+    """Keep extensions inside the virtual environment unless ``TORCH_EXTENSIONS_DIR`` says otherwise.
+
+    The binary fits only the torch it was compiled against, so its home is the environment that holds that
+    torch, not the cache folder that all environments of a user share. Outside a virtual environment torch's
+    default stays.
+    """
+    if sys.prefix != sys.base_prefix:
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
+def build_folder() -> Path:
+    """Return the folder torch builds the extension in (created where missing)."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(EXTENSION, verbose=False))
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a running process of this machine holds ``lock``: torch keeps the file open while it builds."""
+    target = os.path.realpath(lock)
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            if any(os.path.realpath(descriptor) == target for descriptor in descriptors.iterdir()):
+                return True
+        except OSError:  # the process has ended, or belongs to somebody else
+            continue
+    return False
+
+
+def refuse_stale_lock(*, folder: Path | None = None, stale_after_s: float = STALE_AFTER_S) -> None:
+    """Raise where a lock left by a killed build would make DeepSpeed wait for ever.
+
+    Args:
+        folder: the build folder; by default the one torch would use.
+        stale_after_s: age in seconds from which a lock that no process here holds counts as left behind. A
+            younger one may belong to another machine that shares the folder.
+
+    Raises:
+        TrainingError: naming the file to delete.
+    """
+    lock = (folder or build_folder()) / "lock"
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return
+    if age_s > stale_after_s and not is_held(lock):
+        raise TrainingError(
+            f"DeepSpeed would wait for ever: {lock} is {age_s / 60:.0f} minutes old and no running build "
+            "holds it. A build that was killed left it behind. Delete that file, then run "
+            f"`python -m swaft.training.deepspeed_extension` once."
+        )
+
+
+def remove_left_behind_lock(folder: Path) -> bool:
+    """Delete the lock of a killed build; keep that of a running one. Returns whether a file was deleted."""
+    lock = folder / "lock"
+    if not lock.exists() or is_held(lock):
+        return False
+    lock.unlink(missing_ok=True)
+    logger.warning("deleted %s, left behind by a build that was killed", lock)
+    return True
+
+
+def reason_not_to_build() -> str | None:
+    """Return why there is nothing to build on this machine, or None where there is."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed"
+    if sys.platform != "linux":
+        return "DeepSpeed uses plain gloo on this platform"
+    import torch
+
+    return "CUDA is present, DeepSpeed communicates through NCCL" if torch.cuda.is_available() else None
+
+
+def build() -> None:
+    """Compile (or, where it exists already, load) the extension in this process alone."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    folder = build_folder()
+    remove_left_behind_lock(folder)
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    started = time.monotonic()
+    ShareMemCommBuilder().load(verbose=False)
+    logger.info("%s is ready in %s (%.0f s)", EXTENSION, folder, time.monotonic() - started)
+
+
+def main() -> int:
+    """Build the extension once, or say why there is nothing to build. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    reason = reason_not_to_build()
+    if reason:
+        logger.info("nothing to build: %s", reason)
+        return 0
+    use_environment_folder()
+    build()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

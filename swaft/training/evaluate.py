@@ -1,0 +1,130 @@
+"""Evaluates a model on every row exactly once, however many ranks share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from swaft.averaging import WeightAverager
+from swaft.errors import TrainingError
+
+ROW_ID = "idx"
+
+Scores = dict[str, float]
+
+
+Metric = Callable[[np.ndarray, np.ndarray], Scores]
+"""A score of predictions (rows,) against references (rows,)."""
+
+
+def without_row_id(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's part of a batch: everything but the row numbers."""
+    return {name: value for name, value in batch.items() if name != ROW_ID}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    metric: Metric,
+    accelerator: Accelerator,
+    *,
+    num_rows: int,
+    is_regression: bool = False,
+) -> Scores:
+    """Return the metric's scores and the mean ``loss`` over a data set (collective).
+
+    accelerate gives every rank the same number of batches by repeating rows, so each row's number travels
+    with its logits and repeated rows are dropped. The loss is the mean over rows of cross-entropy (squared
+    error for regression) in float64: unlike the mean of batch means it does not depend on batch size or
+    ranks.
+
+    Args:
+        model: as prepared; left in the mode it was found in. The generators of training are not drawn from,
+            given a loader with a generator of its own.
+        loader: prepared loader of batches with ``labels`` (B,) and ``idx`` (B,), row numbers 0 to
+            ``num_rows`` - 1.
+        metric: from `swaft.metrics.get_metric`.
+        accelerator: that prepared both.
+        num_rows: rows of the data set.
+        is_regression: whether the logits (B, 1) are the prediction, rather than scores of classes (B, C).
+
+    Raises:
+        TrainingError: where rows are missing, or the loss is not finite; on every rank.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        gathered = [_gather(model, batch, accelerator) for batch in loader]
+    finally:
+        model.train(was_training)
+    logits, labels = each_row_once(
+        *(torch.cat(parts) for parts in zip(*gathered, strict=True)), num_rows=num_rows
+    )
+    scores = dict(metric(_predictions(logits, is_regression=is_regression), labels.numpy()))
+    scores["loss"] = _mean_loss(logits, labels, is_regression=is_regression)
+    return scores
+
+
+def evaluate_last_and_averaged(
+    evaluate_once: Callable[[], Scores], averager: WeightAverager | None
+) -> dict[str, Scores]:
+    """Return the scores of the ``last`` weights and, with members, of the ``averaged`` (collective)."""
+    scores = {"last": evaluate_once()}
+    if averager is not None and averager.num_averaged > 0:
+        with averager.swapped_in():
+            scores["averaged"] = evaluate_once()
+    return scores
+
+
+def each_row_once(ids: Tensor, logits: Tensor, labels: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return logits and labels ordered by row number, each row once.
+
+    Args:
+        ids: (N,) row numbers, some repeated.
+        logits: (N, C).
+        labels: (N,).
+        num_rows: rows there should be.
+
+    Raises:
+        TrainingError: where a row number is missing or unknown.
+    """
+    found, first = np.unique(ids.numpy(), return_index=True)
+    if not np.array_equal(found, np.arange(num_rows)):
+        raise TrainingError(
+            f"evaluation saw {len(found)} different rows of {num_rows}; expected each of the row numbers 0 "
+            f"to {num_rows - 1} in the batches' {ROW_ID!r} (does the loader drop its last batch, or shuffle "
+            "in the ids?)"
+        )
+    return logits[first], labels[first]
+
+
+def _gather(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Accelerator) -> tuple[Tensor, ...]:
+    """Row numbers, logits (float64) and labels of this batch from all ranks, on the host."""
+    logits = model(**without_row_id(batch)).logits.float()
+    gathered = accelerator.gather((batch[ROW_ID], logits, batch["labels"]))
+    ids, logits, labels = (tensor.cpu() for tensor in gathered)
+    return ids, logits.double(), labels
+
+
+def _predictions(logits: Tensor, *, is_regression: bool) -> np.ndarray:
+    return (logits.squeeze(-1) if is_regression else logits.argmax(dim=-1)).numpy()
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, *, is_regression: bool) -> float:
+    if is_regression:
+        loss = nn.functional.mse_loss(logits.squeeze(-1), labels.double())
+    else:
+        loss = nn.functional.cross_entropy(logits, labels)
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"the evaluation loss is {loss.item()}: the weights give values that are not finite; "
+            f"lower train.learning_rate, or train with train.mixed_precision=bf16 rather than fp16"
+        )
+    return loss.item()

@@ -1,0 +1,72 @@
+"""Sums of what the training loop logs, kept on the device so that no step waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from swaft.noise import ObjectiveOutput
+
+
+class Meter:
+    """Sums what is logged, on the device and without waiting for it, and times the training steps."""
+
+    NAMES = ("loss", "task_loss", "divergence", "noise_to_signal", "changed")
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._sums = self._zeros()
+        self._bad_losses = torch.zeros((), device=accelerator.device)
+        self._started = time.monotonic()
+        self._logged_at_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since training began, pauses excluded."""
+        return time.monotonic() - self._started
+
+    def add(self, out: ObjectiveOutput, batch: Mapping[str, Any]) -> None:
+        """Add one micro-batch."""
+        values = [getattr(out, name).detach().double() for name in self.NAMES]
+        tokens = batch.get("attention_mask", batch["input_ids"]).count_nonzero()
+        self._sums += torch.stack([*values, torch.ones_like(values[0]), tokens.double()])
+        self._bad_losses += ~torch.isfinite(out.loss.detach())
+
+    def found_bad_loss(self) -> bool:
+        """Whether any rank had a loss that is not finite since the last optimizer step (collective).
+
+        One number is exchanged per optimizer step, before the backward pass that would apply it.
+        """
+        found: Any = self._accelerator.reduce(self._bad_losses, reduction="sum")
+        self._bad_losses = torch.zeros_like(self._bad_losses)
+        return bool(found.item() > 0)
+
+    def read(self) -> dict[str, float | None]:
+        """Return means over micro-batches and ranks since the last call, and tokens a second; collective."""
+        total: Any = self._accelerator.reduce(self._sums, reduction="sum")
+        *sums, count, tokens = total.tolist()
+        seconds = self.seconds - self._logged_at_s
+        self._logged_at_s += seconds
+        self._sums = self._zeros()
+        means: dict[str, float | None] = {
+            name: value / count for name, value in zip(self.NAMES, sums, strict=True)
+        }
+        return means | {"tokens_per_second": tokens / seconds, "seconds": self._logged_at_s}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose duration does not count as training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._started += time.monotonic() - began
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(self.NAMES) + 2, dtype=torch.float64, device=self._accelerator.device)

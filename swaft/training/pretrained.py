@@ -1,0 +1,108 @@
+"""Loads pretrained configurations, tokenizers and models, with failures told in terms of the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from swaft.config import ModelConfig
+from swaft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swaft.data import Task
+
+
+def model_path(model: ModelConfig) -> str:
+    """Return the hub id or folder to load; ``demo`` is the encoder of the extra ``swaft[demo]``."""
+    if model.model_name_or_path == "demo":
+        from swaft.demo import demo_model_path
+
+        return demo_model_path()
+    return model.model_name_or_path
+
+
+def load_model_config(model: ModelConfig, **settings: Any) -> Any:
+    """Return the model's transformers configuration.
+
+    Args:
+        model: section ``model``.
+        settings: entries to change, such as ``num_labels``.
+
+    Raises:
+        ConfigError: where there is no such model, or it brings code that was not allowed to run.
+    """
+    with _told_as_settings(model):
+        return AutoConfig.from_pretrained(
+            model_path(model), trust_remote_code=model.trust_remote_code, **settings
+        )
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Return the tokenizer: ``model.tokenizer_name`` where set, else the model's own.
+
+    One without a padding token pads with its end-of-text token; the attention mask hides it either way.
+    """
+    with _told_as_settings(model):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.tokenizer_name or model_path(model), trust_remote_code=model.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradient_checkpointing: bool) -> Any:
+    """Return the model with a new head, in fp32.
+
+    Args:
+        model: section ``model``.
+        model_config: transformers configuration with the task's labels (see `describe_labels`).
+        seed: of the new head; given to torch right here, because under ZeRO-3 nothing makes the ranks' heads
+            equal afterwards.
+        gradient_checkpointing: recompute activations in the backward pass. Non-reentrant: the reentrant form
+            fails when a step runs the model twice, as the noise objectives do.
+    """
+    torch.manual_seed(seed)
+    with _told_as_settings(model):
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            model_path(model), config=model_config, trust_remote_code=model.trust_remote_code, dtype="float32"
+        )
+    if gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return loaded
+
+
+def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) -> None:
+    """Write the task into a transformers configuration: names of labels, kind of problem, padding."""
+    names = task.label_names or [f"LABEL_{index}" for index in range(task.num_labels)]
+    model_config.id2label = dict(enumerate(names))
+    model_config.label2id = {name: index for index, name in enumerate(names)}
+    model_config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    if getattr(model_config, "pad_token_id", None) is None:
+        model_config.pad_token_id = pad_token_id
+
+
+def hidden_size(model_config: Any) -> int | None:
+    """Return the width of the model, where its configuration says it (for DeepSpeed's bucket sizes)."""
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return getattr(text_config, "hidden_size", None)
+
+
+@contextmanager
+def _told_as_settings(model: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason and not model.trust_remote_code:
+            raise ConfigError(
+                f"model.model_name_or_path: {model.model_name_or_path} brings Python code of its own, which "
+                "is only run when asked for; read that code, then set model.trust_remote_code=true"
+            ) from error
+        raise ConfigError(
+            f"model.model_name_or_path: {model.model_name_or_path} cannot be loaded: {reason[:500]}"
+        ) from error

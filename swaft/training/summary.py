@@ -1,0 +1,82 @@
+"""What is said about a run before it starts and after it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from swaft.averaging import WeightAverager
+from swaft.config import TrainConfig
+from swaft.training.accelerator import engine_name
+from swaft.training.evaluate import Scores
+from swaft.training.loop import TrainingResult
+from swaft.training.schedule import Schedule
+
+
+def run_facts(
+    train: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    num_rows: int,
+    num_parameters: int,
+    schedule: Schedule,
+    averager: WeightAverager | None,
+) -> dict[str, Any]:
+    """Return the facts of a run for its banner, by the names people know from transformers' Trainer.
+
+    Args:
+        train: section ``train``.
+        accelerator: after ``prepare``.
+        num_rows: training rows.
+        num_parameters: trainable parameters.
+        schedule: learning rate and length of the run.
+        averager: None without averaging.
+    """
+    per_step = (
+        train.per_device_train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
+    )
+    precision = "fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} over fp32"
+    facts = {
+        "Num examples": num_rows,
+        "Num epochs": f"{schedule.total_steps * per_step / num_rows:.2f}",
+        "Instantaneous batch size per device": train.per_device_train_batch_size,
+        "Total train batch size (w. parallel, distributed & accumulation)": per_step,
+        "Gradient accumulation steps": train.gradient_accumulation_steps,
+        "Total optimization steps": schedule.total_steps,
+        "Number of trainable parameters": num_parameters,
+        "Learning rate": f"{schedule.peak:g} {schedule.kind}, {schedule.warmup_steps} warm-up steps",
+        "Engine": engine_name(accelerator),
+        "Ranks": f"{accelerator.num_processes} on {accelerator.device.type}",
+        "Precision": precision,
+        "Averaging": "none",
+    }
+    if averager is not None:
+        facts["Averaging"] = f"{averager.total_members:,} weights from step {averager.start_step:,} on"
+    return facts
+
+
+def summary(
+    scores: Mapping[str, Mapping[str, Scores]],
+    result: TrainingResult,
+    *,
+    metric_name: str,
+    averager: WeightAverager | None,
+) -> dict[str, Any]:
+    """Return the content of summary.json.
+
+    Args:
+        scores: split to kind of weights (``last``, ``averaged``) to scores.
+        result: what training took.
+        metric_name: the score that counts.
+        averager: None without averaging.
+    """
+    return {
+        "metric": metric_name,
+        "scores": scores,
+        "steps": result.steps,
+        "applied_steps": result.applied_steps,
+        "num_averaged": 0 if averager is None else averager.num_averaged,
+        "train_seconds": round(result.seconds, 3),
+    }

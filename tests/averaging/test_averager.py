@@ -1,0 +1,216 @@
+"""The averager in one process, against means taken by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import swaft
+from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
+
+pytestmark = pytest.mark.unit
+
+
+def training(*, steps: int, rule, seed: int = 0, during=None):
+    """Train a small model; returns it, its averager and the weights after every step."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.1), nn.Linear(7, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=steps) if rule else None
+    recorded = [flat(model)]
+    for step in range(steps):
+        loss = model(torch.randn(4, 5)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if averager:
+            averager.step()
+        recorded.append(flat(model))
+        if during:
+            during(step, model, averager)
+    return model, averager, recorded
+
+
+def flat(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def test_swa_is_the_mean_of_the_weights_from_its_start_on():
+    _, averager, recorded = training(steps=10, rule=swaft.SWA(start=0.5))
+    assert averager.num_averaged == averager.total_members == 6
+    expected = torch.stack(recorded[5:]).double().mean(0).float()
+    assert torch.allclose(averager._average.mean, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_start_zero_takes_the_weights_before_training():
+    _, averager, recorded = training(steps=3, rule=swaft.SWA(start=0))
+    expected = torch.stack(recorded).double().mean(0).float()
+    assert torch.allclose(averager._average.mean, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_calling_step_on_every_micro_batch_changes_nothing():
+    _, once, _ = training(steps=6, rule=swaft.SWA(start=2))
+    _, often, _ = training(steps=6, rule=swaft.SWA(start=2), during=lambda _, __, a: [a.step() for _ in range(3)])
+    assert once.num_averaged == often.num_averaged == 5
+    assert torch.equal(once._average.mean, often._average.mean)
+
+
+def test_attaching_and_swapping_leave_training_bit_for_bit_as_it_was():
+    def swap(step, model, averager):
+        if step >= 5:
+            with averager.swapped_in():
+                model(torch.zeros(1, 5)).sum().item()
+
+    plain, _, _ = training(steps=10, rule=None)
+    averaged, _, _ = training(steps=10, rule=swaft.SWA(start=0.5))
+    model, averager, _ = training(steps=10, rule=swaft.SWA(start=0.5))
+    # The swap's forward draws dropout masks of its own, so the stream of the run is put back around it.
+    state = {}
+
+    def swap_with_state(step, model, averager):
+        state["rng"] = torch.get_rng_state()
+        swap(step, model, averager)
+        torch.set_rng_state(state["rng"])
+
+    swapped, _, _ = training(steps=10, rule=swaft.SWA(start=0.5), during=swap_with_state)
+    assert torch.equal(flat(plain), flat(averaged))
+    assert torch.equal(flat(plain), flat(swapped))
+
+
+def test_inside_a_swap_the_model_holds_the_average_and_outside_the_live_weights():
+    model, averager, recorded = training(steps=6, rule=swaft.SWA(start=2))
+    with averager.swapped_in():
+        assert torch.equal(flat(model), averager._average.mean)
+    assert torch.equal(flat(model), recorded[-1])
+
+
+def test_an_exception_inside_a_swap_leaves_the_live_weights_in_place():
+    model, averager, recorded = training(steps=6, rule=swaft.SWA(start=2))
+    with pytest.raises(RuntimeError, match="evaluation broke"), averager.swapped_in():
+        raise RuntimeError("evaluation broke")
+    assert torch.equal(flat(model), recorded[-1])
+    with averager.swapped_in():
+        assert torch.equal(flat(model), averager._average.mean)
+
+
+def test_a_swap_before_the_first_member_is_refused():
+    _, averager, _ = training(steps=3, rule=swaft.SWA(start=0))
+    model = nn.Linear(2, 2)
+    early = swaft.WeightAverager(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), rule=swaft.SWA(start=5), total_steps=10
+    )
+    with pytest.raises(AveragingError, match=r"nothing is averaged yet.*averaging\.start"), early.swapped_in():
+        pass
+
+
+def test_a_nested_swap_is_refused_and_the_outer_one_survives():
+    model, averager, recorded = training(steps=6, rule=swaft.SWA(start=2))
+    with averager.swapped_in():
+        with pytest.raises(AveragingError, match="swapped in already"), averager.swapped_in():
+            pass
+        assert torch.equal(flat(model), averager._average.mean)
+    assert torch.equal(flat(model), recorded[-1])
+
+
+def test_an_optimizer_step_inside_a_swap_is_refused():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    with pytest.raises(AveragingError, match="optimizer step"), averager.swapped_in():
+        optimizer.step()
+
+
+def test_missed_members_are_an_error_not_a_gap():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    with pytest.raises(AveragingError, match="call after every optimizer step"):
+        averager.step()
+
+
+def test_weights_that_are_not_finite_do_not_enter_the_average():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    before = averager._average.mean.clone()
+    model(torch.full((1, 2), torch.nan)).sum().backward()
+    optimizer.step()
+    with pytest.raises(AveragingError, match="not finite"):
+        averager.step()
+    assert averager.num_averaged == 1
+    assert torch.equal(averager._average.mean, before)
+
+
+def test_an_average_that_never_moves_is_an_error():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        averager.step()
+    with pytest.raises(AveragingError, match="bit for bit"), averager.swapped_in():
+        pass
+
+
+def test_moved_storage_is_followed():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(decay=0.5), total_steps=9)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    averager.step()
+    assert averager.drift() > 0
+
+
+def test_a_model_trained_in_bf16_without_masters_is_refused():
+    model = nn.Linear(2, 2).bfloat16()
+    with pytest.raises(UnsupportedEngineError, match=r"mixed_precision"):
+        swaft.WeightAverager(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), rule=swaft.SWA(), total_steps=9
+        )
+
+
+def test_a_trainable_parameter_outside_the_optimizer_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(LayoutError, match=r"'1\.weight'.*requires_grad_"):
+        swaft.WeightAverager(
+            model, torch.optim.SGD(model[0].parameters(), lr=0.1), rule=swaft.SWA(), total_steps=9
+        )
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(LayoutError, match="does not"):
+        swaft.WeightAverager(
+            model, torch.optim.SGD(other.parameters(), lr=0.1), rule=swaft.SWA(), total_steps=9
+        )
+
+
+def test_frozen_parameters_are_not_averaged_and_tied_ones_once():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False))
+    model[2].weight = model[0].weight
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=9)
+    assert averager.engine.numel == 24
+
+
+def test_a_compiled_model_is_averaged_like_any_other():
+    model = nn.Linear(3, 2)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(compiled, optimizer, rule=swaft.SWA(start=0), total_steps=3)
+    compiled(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    averager.step()
+    live = compiled(torch.ones(1, 3)).detach()
+    with averager.swapped_in():
+        assert not torch.equal(compiled(torch.ones(1, 3)), live)
+    assert torch.equal(compiled(torch.ones(1, 3)), live)

@@ -1,0 +1,157 @@
+"""Settings that cannot work are found before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+
+from swaft.config import (
+    AveragingConfig,
+    ClassificationConfig,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    check_averaging,
+    check_config,
+)
+from swaft.config.leaves import docs, leaves, sections
+from swaft.noise.presets import PRESETS
+
+pytestmark = pytest.mark.unit
+
+
+def config(**changes: object) -> ClassificationConfig:
+    made = ClassificationConfig(
+        model=ModelConfig(model_name_or_path="demo"),
+        data=DataConfig(task_name="mrpc"),
+        train=TrainConfig(output_dir="runs/x"),
+    )
+    for name, value in changes.items():
+        section, leaf = name.split("__")
+        setattr(getattr(made, section), leaf, value)
+    return made
+
+
+def test_defaults_have_no_problem():
+    assert check_config(config()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train__learning_rate", 0.0),
+        ("train__learning_rate", math.nan),
+        ("train__learning_rate", math.inf),
+        ("train__num_train_epochs", 0.0),
+        ("train__max_steps", 0),
+        ("train__max_steps", -2),
+        ("train__per_device_train_batch_size", 0),
+        ("train__gradient_accumulation_steps", 0),
+        ("train__warmup_steps", 1.0),
+        ("train__warmup_steps", -1),
+        ("train__adam_beta2", 1.0),
+        ("train__output_dir", ""),
+        ("train__lr_scheduler_type", "linaer"),
+        ("data__max_seq_length", 0),
+        ("data__max_train_samples", 0),
+        ("averaging__start", 1.5),
+        ("averaging__start", -1),
+        ("averaging__every", 0),
+        ("averaging__decay", 1.0),
+        ("averaging__decay", 0.0),
+        ("averaging__decay", math.nan),
+        ("noise__sigma", -1e-5),
+        ("noise__sigma", math.nan),
+        ("noise__weight", -1.0),
+        ("noise__kind", "r2f"),
+        ("eval__metric", "acuracy"),
+        ("eval__eval_steps", 0),
+        ("track__report_to", "wanbd"),
+    ],
+)
+def test_value_out_of_range_is_one_problem_that_names_its_setting(name, value):
+    [problem] = check_config(config(**{name: value}))
+    assert problem.startswith(name.replace("__", ".") + ":")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("averaging__rule", "swaa", "swa"),
+        ("eval__metric", "acuracy", "accuracy"),
+        ("track__report_to", "wanbd", "wandb"),
+        ("train__lr_scheduler_type", "linaer", "linear"),
+    ],
+)
+def test_misspelt_choice_gets_a_suggestion(name, value, meant):
+    assert f"Did you mean '{meant}'?" in check_config(config(**{name: value}))[0]
+
+
+@pytest.mark.parametrize("value", [0, 3, 0.0, 0.5, 1.0])
+def test_every_sensible_start_is_taken(value):
+    assert check_config(config(averaging__rule="swa", averaging__start=value)) == []
+
+
+def test_rows_have_to_come_from_exactly_one_place():
+    assert "no rows named" in check_config(config(data__task_name=None))[0]
+    assert "keep one" in check_config(config(data__train_file="a.csv"))[0]
+    [problem] = check_config(config(data__validation_file="a.csv"))
+    assert problem.startswith("data.validation_file:")
+    [problem] = check_config(config(data__dataset_config_name="x"))
+    assert problem.startswith("data.dataset_config_name:")
+
+
+def test_fp16_without_cuda_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [problem] = check_config(config(train__mixed_precision="fp16"))
+    assert problem.startswith("train.mixed_precision:")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check_config(config(train__mixed_precision="fp16")) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "total_steps", "fits"),
+    [
+        (AveragingConfig(rule="swa", start=0.5), 100, True),
+        (AveragingConfig(rule="swa", start=100), 99, False),
+        (AveragingConfig(rule="swa", start=98), 99, True),
+        (AveragingConfig(rule="swa", start=90, every=20), 99, False),
+        (AveragingConfig(rule="ema", start=200), 99, False),
+        (AveragingConfig(rule="ema", start=0.0), 99, True),
+        (AveragingConfig(rule="none", start=200), 99, True),
+    ],
+)
+def test_average_that_would_stay_empty_is_found_once_the_length_is_known(section, total_steps, fits):
+    found = check_averaging(section, total_steps)
+    assert (found == []) is fits
+    assert all(problem.startswith("averaging.") for problem in found)
+
+
+def test_max_steps_tells_the_length_before_the_run():
+    [problem] = check_config(config(averaging__rule="swa", averaging__start=100, train__max_steps=50))
+    assert problem.startswith("averaging.start")
+    assert check_config(config(averaging__rule="swa", averaging__start=100, train__max_steps=150)) == []
+
+
+def test_every_setting_has_a_doc():
+    for section, section_class in sections(ClassificationConfig).items():
+        texts = docs(section_class)
+        for name in leaves(ClassificationConfig):
+            owner, short = name.split(".")
+            assert owner != section or len(texts[short].split()) >= 3, name
+
+
+def test_choices_of_the_noise_section_are_those_of_the_objectives():
+    from swaft.noise.divergence import Detach
+    from swaft.noise.generator import Noise
+    from swaft.noise.presets import Masks
+
+    known = leaves(ClassificationConfig)
+    assert known["noise.preset"].choices == tuple(PRESETS)
+    assert known["noise.noise"].choices == get_args(Noise)
+    assert known["noise.masks"].choices == get_args(Masks)
+    assert known["noise.detach"].choices == get_args(Detach)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import bart, bert, classification_batch, generation_batch, t5
+
+from swaft.errors import NoiseError
+from swaft.noise import R3F, R4F, objectives
+from swaft.noise.arrival import smallest_surviving_sigma
+from swaft.noise.embedding import embedding_hook, find_site, measure
+from swaft.noise.generator import draw_noise
+
+pytestmark = pytest.mark.unit
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def deaf_bert():
+    """A BERT that computes its embeddings, drops them, and reads the table on its own: noise goes nowhere."""
+    model = bert()
+    table = model.bert.embeddings.word_embeddings
+
+    def swallow(module, args, kwargs, output):
+        return module.LayerNorm(F.embedding(kwargs["input_ids"], table.weight))
+
+    model.bert.embeddings.register_forward_hook(swallow, with_kwargs=True)
+    return model
+
+
+def test_an_encoder_that_ignores_its_embedding_output_is_found_out():
+    with pytest.raises(NoiseError, match=r"changes nothing in the first layer of BertModel.*noise\.sigma="):
+        R3F(sigma=0.5)(deaf_bert(), classification_batch())
+
+
+@pytest.mark.parametrize("noise", ["uniform", "normal"])
+def test_noise_lost_in_rounding_is_an_error_that_names_a_sigma_which_survives(noise):
+    model, batch = bert().bfloat16(), classification_batch()
+    with pytest.raises(NoiseError, match=r"changes nothing in the embedding output.*bfloat16") as caught:
+        R3F(noise=noise, sigma=1e-9)(model, batch)
+
+    found = re.search(r"noise\.sigma=(\S+) on", str(caught.value))
+    assert found is not None
+    out = R3F(noise=noise, sigma=float(found[1]))(model, batch)
+    assert 0.3 < float(out.changed) < 0.6
+
+
+def test_a_relative_sigma_is_named_as_a_share_too():
+    model, batch = bert().bfloat16(), classification_batch()
+    with pytest.raises(NoiseError) as caught:
+        R3F(preset="relative", sigma=1e-8)(model, batch)
+    found = re.search(r"noise\.sigma=(\S+) on", str(caught.value))
+    assert found is not None
+    assert 1e-3 < float(found[1]) < 1e-1
+
+
+@pytest.mark.parametrize("noise", ["uniform", "normal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_smallest_surviving_sigma_changes_about_half_of_the_entries(noise, dtype):
+    model, batch = bert().to(dtype), classification_batch(rows=64)
+    site = find_site(model)
+    with embedding_hook(site) as record:
+        model(**batch)
+    sigma = smallest_surviving_sigma(record, noise)
+
+    def draw(clean):
+        return draw_noise(clean.shape, noise=noise, sigma=sigma, device=clean.device, seed=0, rank=0, step=0)
+
+    with embedding_hook(site, draw) as record:
+        model(**batch)
+    assert 0.35 < float(measure(record).changed) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("build", "batch"),
+    [(bert, classification_batch()), (bart, generation_batch()), (t5, generation_batch())],
+)
+def test_the_proof_changes_neither_gradients_nor_random_state(build, batch, monkeypatch):
+    def run():
+        model = build()
+        torch.manual_seed(5)
+        out = R3F(sigma=1e-2)(model, batch)
+        out.loss.backward()
+        return [out.loss.detach(), out.divergence, *gradients(model), torch.get_rng_state()]
+
+    proved = run()
+    monkeypatch.setattr(objectives, "prove_arrival", lambda *_args, **_kwargs: None)
+    unproved = run()
+    for a, b in zip(proved, unproved, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_proof_leaves_the_power_iteration_where_it_was(monkeypatch):
+    def run():
+        model = bert()
+        objective = R4F(sigma=1e-2)
+        objective.prepare_model(model)
+        torch.manual_seed(5)
+        objective(model, classification_batch())
+        return [buffer.clone() for buffer in model.buffers()]
+
+    proved = run()
+    monkeypatch.setattr(objectives, "prove_arrival", lambda *_args, **_kwargs: None)
+    for a, b in zip(proved, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_proof_under_an_outer_autocast_keeps_every_gradient():
+    model, batch = bert(), classification_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        R3F(sigma=1e-2)(model, batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_proof_is_made_at_the_first_call_only():
+    model, batch = bert(), classification_batch()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(model.training))
+    objective = R3F(sigma=1e-2)
+    for expected in (4, 6, 8):
+        objective(model, batch)
+        assert len(passes) == expected
+    model.eval()
+    objective(model, batch)
+    assert passes[-2:] == [False, False]
+
+
+def test_what_survives_is_logged_once(caplog):
+    model, batch = bert(), classification_batch()
+    objective = R3F(sigma=1e-2)
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        objective(model, batch)
+        objective(model, batch)
+    assert len(caplog.messages) == 1
+    for expected in ("uniform noise, sigma 0.01", "noise-to-signal", "first encoder layer", "smallest sigma"):
+        assert expected in caplog.messages[0]
+
+
+def test_the_first_layer_that_runs_is_looked_at_where_layerdrop_skips_some(monkeypatch):
+    model, batch = bart(), generation_batch()
+    model.model.encoder.layerdrop = 0.5
+    draws = iter([0.0, 1.0] * 4)  # drop the first encoder layer in every pass, keep the second
+    monkeypatch.setattr(torch, "rand", lambda *_args, **_kwargs: torch.tensor(next(draws)))
+    assert float(R3F(sigma=1e-2)(model, batch).divergence) > 0
+
+
+def test_an_encoder_of_which_no_layer_runs_is_an_error(monkeypatch):
+    model, batch = bart(), generation_batch()
+    model.model.encoder.layerdrop = 0.5
+    monkeypatch.setattr(torch, "rand", lambda *_args, **_kwargs: torch.tensor(0.0))
+    with pytest.raises(NoiseError, match="No layer of BartEncoder ran"):
+        R3F(sigma=1e-2)(model, batch)

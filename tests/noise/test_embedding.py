@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import bart, bert, classification_batch, generation_batch, roberta, t5
+from torch import nn
+
+from swaft.errors import NoiseError
+from swaft.noise.embedding import embedding_hook, find_site, measure
+
+pytestmark = pytest.mark.unit
+
+
+def constant(size: float):
+    return lambda clean: torch.full_like(clean, size)
+
+
+@pytest.fixture
+def caught():
+    """The outputs of modules watched through a forward hook."""
+    outputs: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        handles.append(module.register_forward_hook(lambda _m, _a, output: outputs.update({name: output})))
+
+    outputs_and_watch = (outputs, watch)
+    yield outputs_and_watch
+    for handle in handles:
+        handle.remove()
+
+
+def test_an_encoder_is_noised_at_its_word_embeddings():
+    model = bert()
+    assert find_site(model).embedding is model.bert.embeddings.word_embeddings
+    model = roberta()
+    assert find_site(model).embedding is model.roberta.embeddings.word_embeddings
+
+
+def test_an_encoder_decoder_is_noised_at_its_encoders_own_embedding():
+    for model, encoder in ((m := bart(), m.model.encoder), (m := t5(), m.encoder)):
+        site = find_site(model)
+        assert site.embedding is encoder.embed_tokens
+        assert site.embedding is not model.get_input_embeddings()
+
+
+def test_wrappers_are_looked_through():
+    model = bert()
+    expected = model.bert.embeddings.word_embeddings
+
+    class Engine(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    assert find_site(Engine(model)).embedding is expected
+    assert find_site(torch.compile(model)).embedding is expected  # type: ignore[arg-type]
+    assert find_site(Engine(torch.compile(Engine(model)))).embedding is expected  # type: ignore[arg-type]
+
+
+def test_a_peft_adapter_is_looked_through():
+    peft = pytest.importorskip("peft")
+    model = bert()
+    expected = model.bert.embeddings.word_embeddings
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    assert find_site(adapted).embedding is expected
+
+
+def test_a_model_without_a_token_embedding_is_refused():
+    with pytest.raises(NoiseError, match="Linear names no token embedding"):
+        find_site(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_noise_reaches_the_encoder_and_leaves_the_decoders_input_clean(build, caught):
+    model, batch = build(dropout=0.0), generation_batch()
+    outputs, watch = caught
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    site = find_site(model)
+    with embedding_hook(site, constant(0.5)) as record:
+        watch("encoder", encoder.embed_tokens)
+        watch("decoder", decoder.embed_tokens)
+        noised = model(**batch)
+    first = {name: output.clone() for name, output in outputs.items()}
+    clean = model(**batch)
+
+    assert torch.equal(first["encoder"], outputs["encoder"] + 0.5)
+    assert torch.equal(first["decoder"], outputs["decoder"])
+    assert not torch.equal(noised.logits, clean.logits)
+    assert float(measure(record).changed) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sixteen_bit_t5_is_handed_fp32_and_a_sixteen_bit_bert_its_own_type(dtype):
+    for model, batch, handed_on in (
+        (t5(), generation_batch(), torch.float32),
+        (bart(), generation_batch(), dtype),
+        (bert(), classification_batch(), dtype),
+    ):
+        with embedding_hook(find_site(model.to(dtype)), constant(1e-5)) as record:
+            assert torch.isfinite(model(**batch).logits).all()
+        assert record.handed_on.dtype == handed_on
+        assert record.clean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["MT5", "UMT5", "LongT5"])
+def test_the_rest_of_the_t5_family_takes_fp32_too(name):
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).bfloat16()
+    with embedding_hook(find_site(model), constant(1e-5)) as record:
+        model(**generation_batch())
+    assert record.handed_on.dtype == torch.float32
+    assert float(measure(record).changed) > 0.99
+
+
+def test_realised_noise_is_what_was_handed_on_not_what_was_drawn():
+    model, batch = bert().bfloat16(), classification_batch()
+    with embedding_hook(find_site(model), constant(1e-5)) as record:
+        model(**batch)
+    realised = measure(record)
+
+    changed = record.handed_on.float() != record.clean
+    assert float(realised.changed) == pytest.approx(changed.float().mean().item())
+    assert 0 < float(realised.changed) < 0.5  # rounding to bf16 undoes most of it
+    expected = (record.handed_on.double() - record.clean.double()).norm() / record.clean.double().norm()
+    assert float(realised.noise_to_signal) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_embedding_that_does_not_run_is_an_error():
+    model, batch = bert(), classification_batch()
+    embeds = torch.zeros(*batch.pop("input_ids").shape, 16)
+    with pytest.raises(NoiseError, match="ran 0 times"), embedding_hook(find_site(model)):
+        model(inputs_embeds=embeds, **batch)
+
+
+def test_an_embedding_that_runs_twice_in_a_pass_is_an_error():
+    model, batch = bert(), classification_batch()
+    table = model.bert.embeddings.word_embeddings
+    model.classifier.register_forward_pre_hook(lambda _module, args: (args[0], table(batch["input_ids"]))[:1])
+    with pytest.raises(NoiseError, match="ran 2 times"), embedding_hook(find_site(model)):
+        model(**batch)
+
+
+def test_the_hook_goes_when_the_pass_fails():
+    model = bert()
+    with pytest.raises(RuntimeError, match="boom"), embedding_hook(find_site(model)):
+        raise RuntimeError("boom")
+    assert not model.bert.embeddings.word_embeddings._forward_hooks
+
+
+def test_a_detached_embedding_gets_no_gradient():
+    model, batch = bert(), classification_batch()
+    with embedding_hook(find_site(model), constant(0.1), detach=True):
+        model(**batch).loss.backward()
+    assert model.bert.embeddings.word_embeddings.weight.grad is None
+    assert model.classifier.weight.grad is not None

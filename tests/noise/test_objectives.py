@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import bart, bart_classifier, bert, classification_batch, generation_batch, roberta, t5
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from swaft.errors import NoiseError
+from swaft.functional import cross_entropy_symmetric_kl
+from swaft.noise import R3F, R4F, RDrop, TaskLoss, symmetric_kl
+from swaft.noise.embedding import embedding_hook, find_site
+from swaft.noise.generator import draw_noise
+
+pytestmark = pytest.mark.unit
+
+MODELS = [
+    (bert, classification_batch),
+    (roberta, classification_batch),
+    (bart_classifier, classification_batch),
+    (bart, generation_batch),
+    (t5, generation_batch),
+]
+
+
+def run(objective, model, batch, *, seed: int = 7):
+    """One call and its gradients, from a known random state."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = objective(model, batch)
+    out.loss.backward()
+    return out, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def two_passes(model, batch, *, noise, detach_embedding: bool = False, shared: bool):
+    """What an objective does, written out: a clean and a noised pass from the random state as it is."""
+    state = torch.get_rng_state()
+    clean = model(**batch)
+    if shared:
+        torch.set_rng_state(state)
+    with embedding_hook(find_site(model), noise, detach=detach_embedding):
+        noised = model(**batch)
+    return clean, noised
+
+
+def paper_noise(sigma: float, *, noise: str = "uniform", step: int = 0):
+    return lambda clean: draw_noise(
+        clean.shape, noise=noise, sigma=sigma, device=clean.device, seed=0, rank=0, step=step
+    )
+
+
+def norm_wise(computed, exact) -> float:
+    difference = sum(float((a.double() - b).square().sum()) for a, b in zip(computed, exact, strict=True))
+    return (difference / sum(float(b.square().sum()) for b in exact)) ** 0.5
+
+
+@pytest.mark.parametrize(("build", "batch"), MODELS)
+def test_zero_noise_with_shared_masks_gives_exactly_zero_divergence(build, batch):
+    out, gradients = run(R3F(sigma=0.0), build(), batch())
+    _, plain_gradients = run(TaskLoss(), build(), batch())
+
+    assert out.divergence == 0
+    assert out.loss == out.task_loss
+    assert out.noise_to_signal == out.changed == 0
+    for a, b in zip(gradients, plain_gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("build", "batch"), [(t5, generation_batch), (bert, classification_batch)])
+def test_both_passes_of_a_sixteen_bit_body_compute_in_the_same_types(build, batch, dtype):
+    model, batch = build().to(dtype), batch()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        _, noised = two_passes(model, batch, noise=torch.zeros_like, shared=True)
+        torch.set_rng_state(state)
+        with embedding_hook(find_site(model)):
+            widened = model(**batch)
+    assert torch.equal(widened.logits, noised.logits)
+
+
+@pytest.mark.parametrize(("build", "batch"), MODELS)
+def test_shared_masks_leave_nothing_but_the_noise_between_the_passes(build, batch):
+    small = R3F(sigma=1e-4)(build(), batch()).divergence
+    dropout = R3F(sigma=1e-4, masks="independent")(build(), batch()).divergence
+    assert 0 < small < dropout / 100
+
+
+def test_r3f_is_the_task_loss_plus_the_weighted_mean_divergence_of_two_passes():
+    model, batch = bert(), classification_batch()
+    out, gradients = run(R3F(weight=0.5, sigma=0.01), model, batch)
+
+    torch.manual_seed(7)
+    clean, noised = two_passes(model, batch, noise=paper_noise(0.01), shared=True)
+    expected = cross_entropy_symmetric_kl(clean.logits, noised.logits, batch["labels"], divergence_weight=0.5)
+    model.zero_grad()
+    (clean.loss + 0.5 * expected.divergence).backward()
+
+    assert torch.equal(out.logits, clean.logits)
+    torch.testing.assert_close(out.loss, expected.loss.detach())
+    torch.testing.assert_close(out.divergence, expected.divergence.detach())
+    expected_gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_counted_target_tokens_enter_the_divergence():
+    model, batch = t5(), generation_batch()
+    out, _ = run(R3F(sigma=0.1), model, batch)
+    torch.manual_seed(7)
+    clean, noised = two_passes(model, batch, noise=paper_noise(0.1), shared=True)
+    counted = batch["labels"] != -100
+    expected = symmetric_kl(clean.logits[counted], noised.logits[counted]).mean()
+    torch.testing.assert_close(out.divergence, expected.detach())
+
+
+def test_fp32_training_agrees_with_float64():
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        model = bert(dropout=0.0).to(dtype)
+        results[dtype] = run(R3F(preset="relative", sigma=0.1), model, classification_batch())
+    (exact, exact_gradients), (out, gradients) = results[torch.float64], results[torch.float32]
+
+    assert out.loss.dtype == torch.float32
+    assert abs(out.loss.double() - exact.loss) / exact.loss < 1e-6
+    assert norm_wise(gradients, exact_gradients) < 1e-5
+
+
+@pytest.mark.parametrize(("build", "batch"), [(bert, classification_batch), (t5, generation_batch)])
+def test_the_error_of_the_divergence_at_the_papers_sigma_is_told(build, batch, capsys):
+    exact, out = (
+        R3F(sigma=1e-5)(build(dropout=0.0).to(dtype), batch()).divergence
+        for dtype in (torch.float64, torch.float32)
+    )
+    error = float(abs(out.double() - exact) / exact)
+    with capsys.disabled():
+        print(f"\n{build.__name__}, sigma 1e-5: divergence {float(exact):.3e}, fp32 body's error {error:.1e}")
+    assert error < 1
+
+
+def test_rdrop_averages_both_task_losses_and_halves_the_divergence():
+    model, batch = bert(), classification_batch()
+    out, gradients = run(RDrop(weight=0.7), model, batch)
+
+    torch.manual_seed(7)
+    clean, noised = model(**batch), model(**batch)
+    task_loss = (clean.loss + noised.loss) / 2
+    divergence = symmetric_kl(clean.logits, noised.logits).mean() / 2
+    model.zero_grad()
+    (task_loss + 0.7 * divergence).backward()
+
+    assert out.divergence > 0
+    torch.testing.assert_close(out.task_loss, task_loss.detach())
+    torch.testing.assert_close(out.divergence, divergence.detach())
+    torch.testing.assert_close(out.loss, task_loss + 0.7 * divergence)
+    expected_gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_the_fairseq_preset_divides_the_divergence_of_all_positions_by_sentences():
+    model, batch = t5(), generation_batch()
+    out, _ = run(R3F(preset="fairseq", sigma=0.1), model, batch)
+    torch.manual_seed(7)
+    clean, noised = two_passes(model, batch, noise=paper_noise(0.1, noise="normal"), shared=False)
+    rows = symmetric_kl(clean.logits, noised.logits)
+    assert rows.shape == (3, 6)
+    torch.testing.assert_close(out.divergence, (rows.sum() / 3).detach())
+
+
+def test_the_fairseq_preset_cuts_the_embedding_out_of_the_noised_pass_when_classifying():
+    model, batch = bert(), classification_batch()
+    out, gradients = run(R3F(preset="fairseq", sigma=0.1), model, batch)
+    torch.manual_seed(7)
+    clean, noised = two_passes(model, batch, noise=paper_noise(0.1), detach_embedding=True, shared=False)
+    divergence = symmetric_kl(clean.logits, noised.logits).mean()
+    model.zero_grad()
+    (clean.loss + divergence).backward()
+
+    torch.testing.assert_close(out.divergence, divergence.detach())
+    torch.testing.assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("detach", ["clean", "noised", "target"])
+def test_detach_gives_the_gradient_of_two_full_passes_with_that_side_constant(detach):
+    model, batch = bert(), classification_batch()
+    _, gradients = run(R3F(sigma=0.1, detach=detach), model, batch)
+    torch.manual_seed(7)
+    clean, noised = two_passes(model, batch, noise=paper_noise(0.1), shared=True)
+    model.zero_grad()
+    (clean.loss + symmetric_kl(clean.logits, noised.logits, detach=detach).mean()).backward()
+    torch.testing.assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+def test_a_relative_sigma_is_a_share_of_the_embeddings_root_mean_square():
+    out = R3F(preset="relative", noise="normal", sigma=0.03)(bert(), classification_batch(rows=64))
+    assert float(out.noise_to_signal) == pytest.approx(0.03, rel=0.03)
+    assert float(out.changed) > 0.99
+
+
+def test_noise_is_set_by_seed_and_step_and_comes_back_when_a_run_resumes():
+    batch = classification_batch()
+
+    def divergences(objective, steps):
+        model = bert(dropout=0.0)
+        return [float(objective(model, batch).divergence) for _ in range(steps)]
+
+    run_of_four = divergences(R3F(sigma=0.1, seed=3), 4)
+    resumed = R3F(sigma=0.1, seed=3)
+    resumed.step = 2
+    assert len(set(run_of_four)) == 4
+    assert divergences(resumed, 2) == run_of_four[2:]
+    assert divergences(R3F(sigma=0.1, seed=4), 1) != run_of_four[:1]
+
+
+def test_evaluation_works_and_does_not_move_the_noise_of_training():
+    model, batch = bert(), classification_batch()
+    objective = R3F(sigma=0.1)
+    model.eval()
+    with torch.no_grad():
+        out = objective(model, batch)
+    assert objective.step == 0
+    assert out.divergence > 0
+    assert not out.loss.requires_grad
+    assert not model.training
+    model.train()
+    objective(model, batch)
+    assert objective.step == 1
+
+
+def test_an_output_is_detached_but_for_its_loss():
+    out = R3F(sigma=0.1)(bert(), classification_batch())
+    assert out.loss.requires_grad
+    for name in ("task_loss", "divergence", "noise_to_signal", "changed", "logits"):
+        assert not getattr(out, name).requires_grad
+        assert getattr(out, name).dim() == (2 if name == "logits" else 0)
+
+
+def test_plain_fine_tuning_has_the_same_shape_and_no_divergence():
+    model, batch = bert(dropout=0.0), classification_batch()
+    objective = TaskLoss()
+    objective.prepare_model(model)
+    out = objective(model, batch)
+    assert torch.equal(out.loss, model(**batch).loss)
+    assert out.divergence == out.noise_to_signal == out.changed == 0
+
+
+def test_plain_fine_tuning_keeps_the_loss_of_regression():
+    model, batch = bert(num_labels=1, dropout=0.0), classification_batch()
+    batch["labels"] = torch.rand(4)
+    out = TaskLoss()(model, batch)
+    torch.testing.assert_close(out.task_loss, (out.logits.squeeze(1) - batch["labels"]).square().mean())
+
+
+@pytest.mark.parametrize("objective", [R3F(), R4F(), RDrop()])
+def test_regression_is_refused_before_training(objective):
+    with pytest.raises(NoiseError, match=r"at least two classes.*noise\.kind=none"):
+        objective.prepare_model(bert(num_labels=1))
+
+
+def test_regression_is_refused_at_the_first_call_too():
+    batch = {**classification_batch(), "labels": torch.rand(4)}
+    with pytest.raises(NoiseError, match="at least two classes"):
+        R3F()(bert(num_labels=1), batch)
+
+
+def test_causal_language_models_are_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(NoiseError, match="GPT2LMHeadModel is a causal language model"):
+        R3F().prepare_model(model)
+
+
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": True}, {"preserve_rng_state": True}])
+def test_reentrant_checkpointing_is_refused(kwargs):
+    model = bert()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    with pytest.raises(NoiseError, match=r'gradient_checkpointing_kwargs=\{"use_reentrant": False\}'):
+        R3F().prepare_model(model)
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients():
+    batch, plain, checkpointed = classification_batch(), bert(), bert()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, expected = run(R3F(sigma=0.1), plain, batch)
+    _, gradients = run(R3F(sigma=0.1), checkpointed, batch)
+    for a, b in zip(gradients, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_several_labels_a_row_are_refused():
+    model = bert()
+    model.config.problem_type = "multi_label_classification"
+    batch = {**classification_batch(), "labels": torch.ones(4, 3)}
+    with pytest.raises(NoiseError, match=r"Labels of shape \(4, 3\) do not fit logits of shape \(4, 3\)"):
+        R3F(sigma=0.1)(model, batch)
+
+
+def test_a_batch_without_labels_is_refused():
+    batch = classification_batch()
+    del batch["labels"]
+    with pytest.raises(NoiseError, match="no labels"):
+        R3F()(bert(), batch)
+    with pytest.raises(NoiseError, match="no loss"):
+        TaskLoss()(bert(), batch)
+
+
+def test_a_model_without_a_task_head_is_refused():
+    class Headless(BertForSequenceClassification):
+        def forward(self, labels=None, **kwargs):  # type: ignore[override]
+            return self.bert(**kwargs)
+
+    model = Headless(bert().config)
+    with pytest.raises(NoiseError, match=r"lacks \.loss or \.logits"):
+        R3F(sigma=0.1)(model, classification_batch())

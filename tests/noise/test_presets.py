@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from swaft.errors import ConfigError
+from swaft.noise import PRESETS, R3F, R4F, NoiseSettings, RDrop
+from swaft.noise.presets import resolve_settings
+
+pytestmark = pytest.mark.unit
+
+
+def test_no_preset_is_the_paper():
+    assert resolve_settings(None, generates=False) == NoiseSettings()
+    assert NoiseSettings() == NoiseSettings(
+        noise="uniform", sigma=1e-5, masks="shared", reduction="mean", detach="none"
+    )
+    assert resolve_settings("paper", generates=True) == NoiseSettings()
+
+
+def test_relative_measures_sigma_against_the_embeddings():
+    settings = resolve_settings("relative", generates=False)
+    assert (settings.sigma, settings.relative, settings.masks) == (0.01, True, "shared")
+
+
+def test_fairseq_differs_between_classifying_and_generating_as_the_released_code_does():
+    classifying, generating = (resolve_settings("fairseq", generates=g) for g in (False, True))
+    assert (classifying.noise, classifying.detach_embedding) == ("uniform", True)
+    assert (generating.noise, generating.detach_embedding) == ("normal", False)
+    for settings in (classifying, generating):
+        assert (settings.sigma, settings.masks, settings.reduction) == (1e-5, "independent", "batchmean")
+
+
+def test_rdrop_has_no_noise_and_halves_the_divergence():
+    settings = resolve_settings("rdrop", generates=False)
+    assert (settings.sigma, settings.masks, settings.scale, settings.ce_on_noised) == (
+        0.0,
+        "independent",
+        0.5,
+        True,
+    )
+
+
+def test_explicit_values_override_the_preset_and_none_does_not():
+    settings = resolve_settings("fairseq", generates=False, sigma=0.5, masks="shared", noise=None)
+    assert (settings.sigma, settings.masks, settings.noise) == (0.5, "shared", "uniform")
+    assert settings.reduction == "batchmean"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_zero_can_override_every_preset(preset):
+    assert resolve_settings(preset, generates=False, sigma=0).sigma == 0
+
+
+def test_every_invalid_value_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        R3F(noise="gamma", sigma=-1.0, preset="papr", masks="same", detach="all", reduction="max")  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert len(caught.value.problems) == 6
+    for expected in (
+        "noise.noise is 'gamma'; expected one of uniform, normal",
+        "noise.masks is 'same'; expected one of shared, independent",
+        "noise.detach is 'all'; expected one of none, clean, noised, target",
+        "noise.reduction is 'max'; expected one of mean, batchmean",
+        "noise.preset is 'papr'; expected one of paper, relative, fairseq, rdrop",
+        "noise.sigma is -1.0",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "1"])
+@pytest.mark.parametrize("objective", [R3F, R4F, RDrop])
+def test_weight_must_be_a_finite_number_not_below_zero(objective, weight):
+    with pytest.raises(ConfigError, match=r"noise\.weight"):
+        objective(weight)
+
+
+@pytest.mark.parametrize("sigma", [math.nan, math.inf, "1e-5"])
+def test_sigma_must_be_a_finite_number(sigma):
+    with pytest.raises(ConfigError, match=r"noise\.sigma"):
+        R3F(sigma=sigma)
+
+
+def test_unknown_layers_are_refused():
+    with pytest.raises(ConfigError, match=r"noise\.layers is 'first'; expected one of all, last"):
+        R4F(layers="first")  # type: ignore[arg-type]

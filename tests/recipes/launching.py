@@ -1,0 +1,56 @@
+"""Starts a recipe as a user does, through `accelerate launch`, with a hard time limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a launch left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def launch(config_file: str, recipe: str, *arguments: str) -> Finished:
+    """Run `accelerate launch` to its end; over the time limit all its ranks are killed and the test fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        str(ROOT / "launch" / "accelerate" / config_file),
+        "--main_process_port",
+        "0",
+        recipe,
+        *arguments,
+    ]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environ,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {TIMEOUT_S} s\n{out}\n{err}") from None
+    return Finished(process.returncode, out, err)

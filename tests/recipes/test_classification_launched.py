@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_model
+from launching import launch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from swaft.config import ClassificationConfig, load_config
+
+pytestmark = pytest.mark.recipe
+
+RECIPE = "recipes/classification.py"
+
+
+def run(inputs: Path, launcher: str, output: Path, *overrides: str):
+    return launch(
+        launcher, RECIPE, "--config", str(inputs / "run.yaml"), f"train.output_dir={output}", *overrides
+    )
+
+
+def records(output: Path, kind: str) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def accuracy_of(folder: Path, rows: Path) -> float:
+    """The accuracy of a saved folder, by nothing but transformers."""
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with rows.open() as file:
+        rows_read = list(csv.DictReader(file))
+    with torch.no_grad():
+        logits = model.eval()(
+            **tokenizer([r["text"] for r in rows_read], padding=True, return_tensors="pt")
+        ).logits
+    labels = torch.tensor([int(r["label"]) for r in rows_read])
+    return (logits.argmax(-1) == labels).double().mean().item()
+
+
+def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):
+    output = tmp_path / "run"
+    finished = run(inputs, "single.yaml", output, "noise.kind=r3f")
+    assert finished.code == 0, finished.err
+    assert {entry.name for entry in output.iterdir()} == {
+        "command.txt",
+        "config.yaml",
+        "env.json",
+        "final",
+        "final-averaged",
+        "metrics.jsonl",
+        "summary.json",
+    }
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["steps"] == summary["applied_steps"] == 54  # 18 micro-batches, 2 a step, 6 epochs
+    assert summary["num_averaged"] == 28  # steps 27 to 54
+    assert set(summary["scores"]) == {"validation", "test"}
+    assert summary["scores"]["validation"]["last"]["accuracy"] == 1.0  # the label is one word of the sentence
+    for split in ("validation", "test"):
+        for weights, folder in (("last", "final"), ("averaged", "final-averaged")):
+            score = summary["scores"][split][weights]["accuracy"]
+            assert score == pytest.approx(accuracy_of(output / folder, inputs / f"{split}.csv"))
+    last, averaged = (load_file(output / name / "model.safetensors") for name in ("final", "final-averaged"))
+    assert not torch.equal(last["classifier.weight"], averaged["classifier.weight"])
+
+    assert [record["step"] for record in records(output, "train")] == list(range(3, 55, 3))
+    assert [record["step"] for record in records(output, "validation/last")] == [10, 20, 30, 40, 50, 54]
+    assert [record["step"] for record in records(output, "validation/averaged")] == [30, 40, 50, 54]
+    rates = [record["learning_rate"] for record in records(output, "train")]
+    assert rates[1:] == [5e-3] * (len(rates) - 1)  # constant after warm-up, because weights are averaged
+    assert all(record["divergence"] > 0 for record in records(output, "train"))
+
+    assert "Total optimization steps = 54" in finished.out
+    assert "step 54/54 | loss " in finished.out
+    assert "%|" not in finished.out + finished.err  # no progress bar where there is no terminal
+    config = load_config(ClassificationConfig, ["--config", str(output / "config.yaml")])
+    assert config.noise.kind == "r3f"
+
+
+@pytest.fixture(scope="module")
+def ddp_and_zero3(inputs, tmp_path_factory) -> dict[str, Path]:
+    outputs = {}
+    for launcher in ("ddp_cpu.yaml", "zero3_cpu.yaml"):
+        outputs[launcher] = tmp_path_factory.mktemp("runs") / "run"
+        finished = run(inputs, launcher, outputs[launcher])
+        assert finished.code == 0, finished.err
+    return outputs
+
+
+def test_zero3_on_two_ranks_trains_as_ddp_does(ddp_and_zero3):
+    ddp, zero3 = (records(output, "train") for output in ddp_and_zero3.values())
+    assert [record["step"] for record in ddp] == [record["step"] for record in zero3]
+    assert [record["learning_rate"] for record in ddp] == [record["learning_rate"] for record in zero3]
+    # Sums in another order, and AdamW makes steps of full size out of rounding where a true gradient is zero (the
+    # biases of attention keys): equal at first, close to the end.
+    for name in ("loss", "grad_norm"):
+        assert ddp[0][name] == pytest.approx(zero3[0][name], rel=1e-5)
+        assert [record[name] for record in ddp] == pytest.approx([record[name] for record in zero3], rel=0.02)
+
+
+def test_zero3_scores_every_row_once_although_ranks_and_batches_do_not_divide_them(ddp_and_zero3, inputs):
+    output = ddp_and_zero3["zero3_cpu.yaml"]
+    summary = json.loads((output / "summary.json").read_text())
+    for split in ("validation", "test"):
+        for weights, folder in (("last", "final"), ("averaged", "final-averaged")):
+            expected = accuracy_of(output / folder, inputs / f"{split}.csv")
+            assert summary["scores"][split][weights]["accuracy"] == pytest.approx(expected)
+
+
+def test_zero3_leaves_the_deepspeed_configuration_it_ran_with(ddp_and_zero3):
+    output = ddp_and_zero3["zero3_cpu.yaml"]
+    config = json.loads((output / "ds_config.json").read_text())
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["train_batch_size"] == 16
+    assert config["gradient_clipping"] == 1.0
+    assert "auto" not in json.dumps(config)
+    env = json.loads((output / "env.json").read_text())
+    assert (env["world_size"], env["engine"]) == (2, "deepspeed-zero3")
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_every_rank_with_one_message(inputs, tmp_path):
+    poisoned = save_model(tmp_path / "model", nan_word="awful")  # only some rows hold the word
+    finished = run(
+        inputs,
+        "zero3_cpu.yaml",
+        tmp_path / "run",
+        f"model.model_name_or_path={poisoned}",
+        "averaging.rule=none",
+        "train.per_device_train_batch_size=1",
+        "train.gradient_accumulation_steps=1",
+    )
+    assert finished.code != 0
+    told = [line for line in finished.err.splitlines() if line.startswith("error")]
+    assert len(told) == 1
+    assert "is not finite" in told[0]
+    assert "swaft.errors" not in finished.err  # no traceback of ours
+    assert not (tmp_path / "run" / "summary.json").exists()

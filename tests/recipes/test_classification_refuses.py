@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from conftest import save_model, save_rows
+
+pytestmark = pytest.mark.recipe
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def refuse(classification, inputs, tmp_path, capsys):
+    """Call the recipe with overrides, see it fail in words, and return the words."""
+
+    def call(*overrides: str, output: Path | None = None) -> str:
+        output = output or tmp_path / "run"
+        code = classification.main(
+            ["--config", str(inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
+        )
+        said = capsys.readouterr()
+        assert code == 1
+        assert said.err.count("error: ") == 1
+        assert "Traceback" not in said.err
+        assert "step 1/" not in said.out
+        assert not (output / "final").exists()
+        return said.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.text_column=txet", "there is no column 'txet'"),
+        ("eval.metric=bleu", "eval.metric: 'bleu' is not one of"),
+        ("eval.metric=pearson_spearman", "pearson_spearman does not fit a classification"),
+        ("averaging.start=500", "averaging.start"),
+        ("train.learning_rate=-1", "train.learning_rate"),
+        ("train.learning_rte=1", "Did you mean 'train.learning_rate'?"),
+        ("noise.sigma=0.1", "noise.sigma is 0.1, which noise.kind=none does not use"),
+        ("data.max_seq_length=512", "data.max_seq_length is 512"),
+        ("model.model_name_or_path=/nowhere/at/all", "model.model_name_or_path"),
+        ("track.report_to=aim", "track.report_to is aim, which is not installed"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(refuse, override, expected):
+    assert expected in refuse(override)
+
+
+def test_an_empty_split_is_named(refuse, tmp_path):
+    empty = save_rows(tmp_path / "empty.csv", 0, seed=1)
+    assert "validation" in refuse("data.validation_file=" + empty, *row_files(tmp_path))
+
+
+def row_files(tmp_path) -> tuple[str, ...]:
+    return (f"data.train_file={save_rows(tmp_path / 'train.csv', 8, seed=1)}",)
+
+
+def test_a_label_of_validation_that_training_never_saw_is_named(refuse, tmp_path):
+    odd = save_rows(tmp_path / "odd.csv", 8, seed=1, label=lambda positive: 7 if positive else 0)
+    assert "7" in refuse("data.validation_file=" + odd, *row_files(tmp_path))
+
+
+def test_a_folder_that_holds_another_run_is_refused_and_left_alone(refuse, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "summary.json").write_text("{}")
+    assert "train.output_dir" in refuse(output=held)
+    assert [entry.name for entry in held.iterdir()] == ["summary.json"]
+
+
+def test_a_model_that_brings_code_is_refused_before_training(refuse, tmp_path):
+    content = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_mine.MyConfig"}}
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(content))
+    assert "model.trust_remote_code=true" in refuse(f"model.model_name_or_path={tmp_path / 'remote'}")
+
+
+def test_a_nan_loss_names_the_step(refuse, tmp_path):
+    poisoned = save_model(tmp_path / "model", nan_word="the")
+    said = refuse(f"model.model_name_or_path={poisoned}", "averaging.rule=none")
+    assert "the loss of optimizer step 1 is not finite" in said
+
+
+def test_a_deepspeed_file_that_contradicts_the_recipe_names_both_values(refuse, tmp_path, monkeypatch):
+    file = tmp_path / "mine.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "scheduler": {"type": "WarmupLR"}}'
+    )
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    said = refuse()
+    assert "2 problems" in said
+    assert f"{file} says gradient_clipping = 5.0" in said
+    assert "WarmupLR" in said

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch) -> Iterator[None]:
+    """accelerate keeps its state in singletons; every test starts and leaves it blank."""
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_MIXED_PRECISION",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    _forget()
+    yield
+    _forget()
+
+
+@pytest.fixture
+def make_accelerator():
+    def make(accumulation: int = 1) -> Accelerator:
+        plugin = GradientAccumulationPlugin(num_steps=accumulation)
+        return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+
+    return make
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

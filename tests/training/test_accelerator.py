@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import DistributedType
+
+from swaft.config import TrainConfig
+from swaft.errors import ConfigError, TrainingError
+from swaft.training.accelerator import check_engine, resolve_deepspeed, resolve_precision
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+LAUNCH_FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def settings(**changes) -> TrainConfig:
+    return TrainConfig(output_dir="unused", **changes)
+
+
+def started(distributed_type: DistributedType, num_processes: int):
+    return SimpleNamespace(distributed_type=distributed_type, num_processes=num_processes)
+
+
+def resolved(environ, train=None):
+    return resolve_deepspeed(train or settings(), environ, precision="no", hidden_size=32)
+
+
+def test_auto_takes_the_launchers_precision():
+    assert resolve_precision(settings(), {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "bf16"
+    assert resolve_precision(settings(), {}) == "no"
+
+
+def test_a_precision_of_the_recipe_holds_where_no_launcher_speaks():
+    assert resolve_precision(settings(mixed_precision="bf16"), {}) == "bf16"
+
+
+def test_recipe_and_launcher_that_disagree_on_precision_are_both_named():
+    with pytest.raises(
+        ConfigError, match=r"train\.mixed_precision is bf16, the launcher's mixed_precision is no"
+    ):
+        resolve_precision(settings(mixed_precision="bf16"), {"ACCELERATE_MIXED_PRECISION": "no"})
+
+
+def test_a_deepspeed_file_that_switches_bf16_on_is_the_launchers_word(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    environ = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    assert resolve_precision(settings(), environ) == "bf16"
+    stated = environ | {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,mixed_precision"}
+    assert resolve_precision(settings(), stated) == "no"  # and fill_auto reports the contradiction
+    with pytest.raises(ConfigError, match=r"bf16\.enabled = True"):
+        resolved(stated)
+
+
+def test_fp16_without_cuda_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        resolve_precision(settings(), {"ACCELERATE_MIXED_PRECISION": "fp16"})
+
+
+def test_fsdp_is_refused():
+    with pytest.raises(ConfigError, match="FSDP"):
+        resolved({"ACCELERATE_USE_FSDP": "true"})
+
+
+def test_deepspeed_with_use_cpu_is_refused_because_accelerate_would_drop_it():
+    with pytest.raises(ConfigError, match="use_cpu: false"):
+        resolved(DEEPSPEED | {"ACCELERATE_USE_CPU": "True"})
+
+
+def test_without_deepspeed_there_is_no_deepspeed_configuration():
+    assert resolved({"ACCELERATE_MIXED_PRECISION": "no"}) is None
+
+
+def test_deepspeed_that_was_dropped_is_an_error():
+    with pytest.raises(TrainingError, match="asked for DeepSpeed"):
+        check_engine(started(DistributedType.MULTI_CPU, 2), DEEPSPEED | {"WORLD_SIZE": "2"})
+
+
+def test_ranks_that_each_train_alone_are_an_error():
+    with pytest.raises(TrainingError, match="2 ranks were launched"):
+        check_engine(started(DistributedType.DEEPSPEED, 1), DEEPSPEED | {"WORLD_SIZE": "2"})
+
+
+def test_ranks_that_would_not_exchange_gradients_are_an_error():
+    with pytest.raises(TrainingError, match="not exchange gradients"):
+        check_engine(started(DistributedType.NO, 2), {"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("distributed_type", "environ"),
+    [
+        (DistributedType.NO, {}),
+        (DistributedType.MULTI_CPU, {"WORLD_SIZE": "2"}),
+        (DistributedType.DEEPSPEED, DEEPSPEED | {"WORLD_SIZE": "2"}),
+    ],
+)
+def test_what_was_asked_for_passes(distributed_type, environ):
+    check_engine(started(distributed_type, int(environ.get("WORLD_SIZE", 1))), environ)
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
+def test_every_launch_file_starts_a_run_without_contradictions(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch = yaml.safe_load(path.read_text())
+    assert path.read_text().startswith("# ")
+    assert launch["use_cpu"] is False
+    if launch["distributed_type"] != "DEEPSPEED":
+        return
+    section = launch["deepspeed_config"]
+    environ = DEEPSPEED | {
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": section["deepspeed_config_file"],
+        "ACCELERATE_MIXED_PRECISION": launch["mixed_precision"],
+        "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag,mixed_precision",
+        "WORLD_SIZE": str(launch["num_processes"]),
+    }
+    precision = resolve_precision(settings(), environ)
+    filled = resolve_deepspeed(settings(), environ, precision=precision, hidden_size=32)
+    assert filled is not None
+    assert str(filled.config["zero_optimization"]["stage"]) in path.stem
+    assert "auto" not in str(filled.config)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+from tiny_training import make_classifier
+
+import swaft
+from swaft.config import AveragingConfig, NoiseConfig, TrainConfig
+from swaft.errors import ConfigError
+from swaft.noise import R3F, R4F, RDrop, TaskLoss
+from swaft.training.build import build_objective, build_optimizer, build_rule
+
+pytestmark = pytest.mark.unit
+
+
+def test_biases_and_other_vectors_are_not_decayed():
+    model = make_classifier()
+    model.embedding.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, TrainConfig(output_dir="unused", weight_decay=0.1, adam_beta2=0.98))
+    decayed, plain = optimizer.param_groups
+    assert [id(p) for p in decayed["params"]] == [id(model.head.weight)]
+    assert [id(p) for p in plain["params"]] == [id(model.head.bias)]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+
+
+def test_rules_carry_the_settings():
+    assert build_rule(AveragingConfig()) is None
+    swa = build_rule(AveragingConfig(rule="swa", start=0.25, every=3, include_start=False))
+    assert swa == swaft.SWA(start=0.25, every=3, include_start=False)
+    ema = build_rule(AveragingConfig(rule="ema", start=10, every=2, decay=0.99))
+    assert ema == swaft.EMA(decay=0.99, start=10, every=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"), [("none", TaskLoss), ("r3f", R3F), ("r4f", R4F), ("rdrop", RDrop)]
+)
+def test_each_kind_of_noise_has_its_objective(kind, objective):
+    assert type(build_objective(NoiseConfig(kind=kind), seed=1)) is objective
+
+
+def test_options_that_are_set_win_over_the_preset():
+    built = build_objective(NoiseConfig(kind="r3f", preset="relative", sigma=0.5, weight=2.0), seed=1)
+    assert built.weight == 2.0
+    assert built.settings_for(make_classifier()).sigma == 0.5
+    assert built.settings_for(make_classifier()).relative
+
+
+@pytest.mark.parametrize("kind", ["none", "rdrop"])
+def test_an_option_that_would_be_ignored_is_an_error(kind):
+    with pytest.raises(ConfigError, match=r"noise\.sigma is 0\.1"):
+        build_objective(NoiseConfig(kind=kind, sigma=0.1), seed=1)

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import base64
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+
+from swaft.errors import ConfigError
+from swaft.training.deepspeed_config import (
+    RecipeValues,
+    environment_problems,
+    fill_auto,
+    launcher_config,
+)
+
+pytestmark = pytest.mark.unit
+
+RECIPE = RecipeValues(
+    micro_batch_size=8,
+    accumulation_steps=4,
+    world_size=2,
+    max_grad_norm=0.5,
+    learning_rate=3e-5,
+    weight_decay=0.1,
+    betas=(0.9, 0.98),
+    epsilon=1e-6,
+    mixed_precision="bf16",
+    hidden_size=64,
+    source="mrpc.yaml",
+)
+
+TRAINER_STYLE = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": "auto",
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def filled(config, recipe=RECIPE):
+    return fill_auto(config, recipe, source="zero3.json")
+
+
+def test_every_auto_of_a_trainer_style_file_is_filled_from_the_recipe():
+    result = filled(TRAINER_STYLE)
+    assert result.problems == []
+    assert result.config == {
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 64 * 64,
+            "stage3_prefetch_bucket_size": int(0.9 * 64 * 64),
+            "stage3_param_persistence_threshold": 640,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 8,
+    }
+
+
+def test_filling_leaves_the_file_as_it_was_read():
+    before = copy.deepcopy(TRAINER_STYLE)
+    filled(TRAINER_STYLE)
+    assert before == TRAINER_STYLE
+
+
+def test_missing_clipping_takes_the_recipes_and_says_so():
+    result = filled({"zero_optimization": {"stage": 2}})
+    assert result.config["gradient_clipping"] == 0.5
+    assert ("gradient_clipping", 0.5, "missing -> train.max_grad_norm") in result.rows
+
+
+def test_the_table_names_value_and_source_of_each_filled_key():
+    rows = {key: (value, source) for key, value, source in filled(TRAINER_STYLE).rows}
+    assert rows["train_micro_batch_size_per_gpu"] == (8, "auto -> train.per_device_train_batch_size")
+    assert rows["zero_optimization.reduce_bucket_size"] == (4096, "auto -> the model's hidden size")
+
+
+def test_numbers_that_agree_are_no_problem():
+    agreeing = {"zero_optimization": {"stage": 1}, "train_batch_size": 64, "gradient_clipping": 0.5}
+    assert filled(agreeing).problems == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "wanted"),
+    [
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu = 3", "8"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2", "4"),
+        ({"train_batch_size": 7}, "train_batch_size = 7", "64"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping = 1.0", "0.5"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled = False", "True"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled = True", "False"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr = 0.001", "3e-05"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}}, "[0.9, 0.999]", "[0.9, 0.98]"),
+    ],
+)
+def test_a_number_that_differs_is_reported_with_both_values_and_both_files(change, found, wanted):
+    (problem,) = filled({"zero_optimization": {"stage": 2}} | change).problems
+    assert found in problem
+    assert f"says {wanted}" in problem
+    assert "zero3.json" in problem
+    assert "mrpc.yaml" in problem
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"type": "Lamb"}, {"type": "Adam", "params": {"adam_w_mode": False}}, {"type": "OneBitAdam"}],
+)
+def test_an_optimizer_the_recipe_does_not_train_with_is_refused(optimizer):
+    (problem,) = filled({"zero_optimization": {"stage": 2}, "optimizer": optimizer}).problems
+    assert optimizer["type"] in problem
+    assert "AdamW" in problem
+
+
+def test_a_scheduler_block_is_refused_and_names_the_setting_to_use():
+    (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}).problems
+    assert "WarmupLR" in problem
+    assert "train.lr_scheduler_type" in problem
+
+
+def test_all_problems_are_reported_at_once():
+    config = {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 3,
+        "train_batch_size": 7,
+        "scheduler": {},
+    }
+    assert len(filled(config).problems) == 3
+
+
+def test_an_auto_that_nothing_fills_is_a_problem():
+    (problem,) = filled({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}).problems
+    assert "zero_optimization.stage3_max_live_parameters" in problem
+
+
+def test_without_a_hidden_size_the_bucket_sizes_stay_for_accelerate():
+    result = filled(TRAINER_STYLE, replace(RECIPE, hidden_size=None))
+    assert result.problems == []
+    assert result.config["zero_optimization"]["reduce_bucket_size"] == "auto"
+
+
+def test_the_launchers_file_is_read_from_a_path_or_from_encoded_text(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(TRAINER_STYLE))
+    encoded = base64.urlsafe_b64encode(json.dumps(TRAINER_STYLE).encode()).decode()
+    assert launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == (TRAINER_STYLE, str(path))
+    assert launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": encoded})[0] == TRAINER_STYLE
+
+
+def test_without_a_file_the_launchers_single_values_make_the_configuration():
+    environ = {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    }
+    config, _ = launcher_config(environ)
+    assert config == {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.json"):
+        launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "nowhere.json")})
+
+
+def test_single_values_of_the_accelerate_file_that_would_be_dropped_are_reported():
+    environ = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    }
+    problems = environment_problems(environ, RECIPE, 3)
+    assert len(problems) == 2
+    assert "gradient_accumulation_steps = 1" in problems[0]
+    assert "zero_stage = 2" in problems[1]

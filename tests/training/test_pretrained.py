@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from swaft.config import ModelConfig
+from swaft.data import Task
+from swaft.errors import ConfigError
+from swaft.training.pretrained import describe_labels, hidden_size, load_classifier, load_model_config
+
+pytestmark = pytest.mark.unit
+
+
+def tiny_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+
+
+def task(**changes) -> Task:
+    fields = {"text_columns": ("text",), "label_column": "label", "num_labels": 3, "label_names": None}
+    return Task(**(fields | {"is_regression": False} | changes))
+
+
+@pytest.fixture
+def model(tmp_path) -> ModelConfig:
+    from transformers import BertModel
+
+    BertModel(tiny_config()).save_pretrained(tmp_path / "model")
+    return ModelConfig(model_name_or_path=str(tmp_path / "model"))
+
+
+def test_the_labels_of_the_task_are_written_into_the_configuration():
+    config = tiny_config()
+    describe_labels(config, task(label_names=["no", "maybe", "yes"]), pad_token_id=0)
+    assert config.num_labels == 3
+    assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert config.label2id["yes"] == 2
+    assert config.problem_type == "single_label_classification"
+
+
+def test_a_regression_has_one_output():
+    config = tiny_config()
+    describe_labels(config, task(num_labels=1, is_regression=True), pad_token_id=0)
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_the_new_head_is_the_same_wherever_the_generator_stands(model):
+    config = load_model_config(model)
+    describe_labels(config, task(), pad_token_id=0)
+    first = load_classifier(model, config, seed=3, gradient_checkpointing=False)
+    torch.rand(7)
+    second = load_classifier(model, config, seed=3, gradient_checkpointing=True)
+    assert torch.equal(first.classifier.weight, second.classifier.weight)
+    assert first.classifier.weight.shape == (3, 8)
+    assert first.dtype == torch.float32
+    assert second.is_gradient_checkpointing
+
+
+def test_a_model_that_brings_code_is_refused_and_the_setting_is_named(tmp_path):
+    content = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_mine.MyConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true"):
+        load_model_config(ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.model_name_or_path: .*nowhere"):
+        load_model_config(ModelConfig(model_name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_the_width_is_read_where_the_configuration_says_it():
+    assert hidden_size(tiny_config()) == 8
+    assert hidden_size(SimpleNamespace()) is None

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from swaft.config import ClassificationConfig, ModelConfig, TrackConfig, TrainConfig
+from swaft.training.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
+from swaft.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.unit
+
+RECORD = {
+    "loss": 0.412,
+    "task_loss": 0.398,
+    "divergence": 0.014,
+    "grad_norm": 1.21,
+    "learning_rate": 8.7e-6,
+    "tokens_per_second": 41234.0,
+    "noise_to_signal": None,
+    "changed": None,
+    "num_averaged": 12,
+}
+
+
+def test_the_line_shows_loss_parts_norm_rate_speed_and_members():
+    assert training_line(500, 2340, RECORD) == (
+        "step 500/2340 | loss 0.412 (task 0.398, noise 0.014) | gnorm 1.21 | lr 8.7e-06 | 41.2k tok/s | swa "
+        "12"
+    )
+
+
+def test_the_line_leaves_out_what_was_not_measured():
+    plain = RECORD | {"divergence": 0.0, "grad_norm": None, "num_averaged": 0, "tokens_per_second": 700.4}
+    assert (
+        training_line(1, 9, plain, averaging="ema")
+        == "step 1/9 | loss 0.412 | lr 8.7e-06 | 700 tok/s | ema off"
+    )
+    del plain["num_averaged"]
+    assert training_line(1, 9, plain).endswith("700 tok/s")
+
+
+def test_the_line_shows_how_much_noise_arrived():
+    noised = RECORD | {"noise_to_signal": 2.8e-4, "changed": 0.993}
+    assert "nsr 0.00028 changed 99%" in training_line(1, 9, noised)
+
+
+def test_the_table_sets_last_against_averaged():
+    scores = {
+        "validation": {"last": {"accuracy": 0.5, "loss": 1.25}, "averaged": {"accuracy": 0.75, "loss": 1.0}}
+    }
+    assert aligned(scores_table(scores, seconds=12.34)) == [
+        "split       weights   accuracy  loss    seconds",
+        "validation  last      0.5000    1.2500  12.3",
+        "validation  averaged  0.7500    1.0000  12.3",
+    ]
+
+
+@pytest.fixture
+def log(make_accelerator, tmp_path):
+    accelerator = make_accelerator()
+    return ProgressLog(accelerator, RunFolder.create(tmp_path, accelerator), total_steps=3, averaging="swa")
+
+
+def test_every_record_goes_to_the_screen_and_to_metrics_jsonl(log, tmp_path, caplog):
+    logging.getLogger("swaft").propagate = True
+    with caplog.at_level("INFO", logger="swaft"):
+        log.training(2, RECORD)
+        log.evaluation(2, "validation", {"last": {"accuracy": 0.5}, "averaged": {"accuracy": 0.75}})
+        log.close()
+    assert "step 2/3 | loss 0.412" in caplog.text
+    assert "validation, averaged weights | accuracy 0.7500" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("train", 2),
+        ("validation/last", 2),
+        ("validation/averaged", 2),
+    ]
+    assert records[0]["loss"] == 0.412
+    assert "changed" not in records[0]
+
+
+def test_no_bar_is_drawn_where_there_is_no_terminal(log, capsys):
+    log.advance()
+    log.close()
+    assert "step" not in capsys.readouterr().err
+
+
+def test_trackers_get_flat_settings_and_the_folders_name(monkeypatch, make_accelerator):
+    config = ClassificationConfig(
+        model=ModelConfig(model_name_or_path="demo"),
+        train=TrainConfig(output_dir="runs/mrpc-1"),
+        track=TrackConfig(report_to="wandb", project_name="p"),
+    )
+    accelerator, told = make_accelerator(), {}
+    monkeypatch.setattr(accelerator, "init_trackers", lambda name, **kwargs: told.update(kwargs, name=name))
+    start_trackers(accelerator, config)
+    assert told["name"] == "p"
+    assert told["init_kwargs"] == {"wandb": {"name": "mrpc-1"}}
+    assert told["config"]["train.seed"] == 42
+    assert all(isinstance(value, str | int | float | bool) for value in told["config"].values())

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from swaft.errors import ConfigError
+from swaft.training.run_folder import RunFolder, environment
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def folder(make_accelerator, tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path / "runs" / "one", make_accelerator())
+
+
+def test_a_new_folder_is_made_with_its_parents(folder):
+    assert folder.path.is_dir()
+    assert (folder.final.name, folder.final_averaged.name) == ("final", "final-averaged")
+
+
+def test_an_empty_folder_may_be_used(make_accelerator, tmp_path):
+    assert RunFolder.create(tmp_path, make_accelerator()).path == tmp_path
+
+
+def test_a_folder_that_holds_anything_is_refused_and_left_alone(make_accelerator, tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"train\.output_dir: .* holds another run already \(summary\.json\)"
+    ):
+        RunFolder.create(tmp_path, make_accelerator())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused(make_accelerator, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"train\.output_dir"):
+        RunFolder.create(tmp_path / "file", make_accelerator())
+
+
+def test_metrics_are_appended_one_json_object_a_line(folder):
+    folder.append_metrics({"step": 1, "loss": torch.tensor(0.5)})
+    folder.append_metrics({"step": 2, "loss": float("inf")})
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": "inf"}]
+
+
+def test_json_is_replaced_whole_and_leaves_no_half_file(folder):
+    folder.write_json("summary.json", {"scores": {"last": {"loss": 1.0}}})
+    folder.write_json("summary.json", {"scores": {}})
+    assert json.loads((folder.path / "summary.json").read_text()) == {"scores": {}}
+    assert [entry.name for entry in folder.path.iterdir()] == ["summary.json"]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    other = RunFolder(Path(tmp_path), is_main=False)
+    other.write_json("summary.json", {})
+    other.append_metrics({"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_provenance_holds_configuration_command_and_versions(folder, make_accelerator):
+    folder.write_provenance("train: {}\n", make_accelerator(), engine="plain")
+    written = {entry.name for entry in folder.path.iterdir()}
+    assert written == {"config.yaml", "command.txt", "env.json"}  # ds_config.json only under DeepSpeed
+    env = json.loads((folder.path / "env.json").read_text())
+    assert env["packages"]["torch"] == metadata.version("torch")
+    assert (env["world_size"], env["engine"], env["device"]) == (1, "plain", "cpu")
+
+
+def test_the_environment_is_plain_json(make_accelerator):
+    json.dumps(environment(make_accelerator(), engine="plain"), allow_nan=False)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from swaft.config import TrainConfig
+from swaft.training.schedule import (
+    build_schedule,
+    count_optimizer_steps,
+    set_learning_rate,
+    warmup_length,
+)
+
+pytestmark = pytest.mark.unit
+
+
+def settings(**changes) -> TrainConfig:
+    return TrainConfig(output_dir="unused", **changes)
+
+
+def transformers_rates(kind: str, *, peak: float, warmup: int, total: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    rates = []
+    for _ in range(total):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_every_rate_is_the_one_transformers_would_use(kind, warmup):
+    schedule = build_schedule(
+        settings(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=3e-5),
+        total_steps=23,
+        averaging=False,
+    )
+    expected = transformers_rates(kind, peak=3e-5, warmup=warmup, total=23)
+    assert [schedule(step) for step in range(23)] == expected
+
+
+def test_auto_is_constant_after_warmup_when_weights_are_averaged_and_linear_otherwise():
+    assert build_schedule(settings(), total_steps=100, averaging=True).kind == "constant_with_warmup"
+    assert build_schedule(settings(), total_steps=100, averaging=False).kind == "linear"
+
+
+def test_a_schedule_chosen_by_name_stays_when_weights_are_averaged():
+    chosen = settings(lr_scheduler_type="cosine")
+    assert build_schedule(chosen, total_steps=100, averaging=True).kind == "cosine"
+
+
+def test_linear_decay_never_falls_below_zero_past_the_end():
+    schedule = build_schedule(settings(lr_scheduler_type="linear"), total_steps=10, averaging=False)
+    assert schedule(10) == 0.0
+    assert schedule(12) == 0.0
+
+
+def test_a_share_of_the_run_is_rounded_up_to_whole_warmup_steps():
+    assert warmup_length(0.06, 101) == 7
+    assert warmup_length(0.0, 101) == 0
+    assert warmup_length(5, 101) == 5
+
+
+def test_the_rate_reaches_every_parameter_group():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "accumulation", "epochs", "max_steps", "expected"),
+    [
+        (10, 1, 3.0, -1, 30),
+        (10, 4, 3.0, -1, 9),  # 2 whole steps and one of 2 micro-batches an epoch
+        (10, 4, 0.5, -1, 2),
+        (3, 8, 2.0, -1, 2),  # an epoch shorter than one accumulation is one step
+        (10, 4, 3.0, 5, 5),
+    ],
+)
+def test_optimizer_steps_are_counted_as_the_trainer_counts_them(
+    micro_batches, accumulation, epochs, max_steps, expected
+):
+    counted = count_optimizer_steps(
+        micro_batches=micro_batches,
+        accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+    )
+    assert counted == expected
