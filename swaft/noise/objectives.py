@@ -236,8 +236,8 @@ class R3F:
 class R4F(R3F):
     """R3F with a spectrally normalised classification head, whose layers' Lipschitz constants are 1.
 
-    Aghajanyan et al. 2021, eq. 5. ``prepare_model`` puts the normalisation on the model; export it through
-    ``swaft.noise.fold_spectral_norm``.
+    Aghajanyan et al. 2021, eq. 5. ``prepare_model`` puts the normalisation on the model; the export of
+    `swaft.averaging` writes the plain weights it evaluates to.
 
     Args:
         weight: as in R3F, like every other argument but ``layers``.

@@ -1,8 +1,8 @@
-"""R4F: spectral normalisation of the classification head, and its removal at export."""
+"""R4F: spectral normalisation of the classification head. `swaft.averaging.export` folds it into the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -18,11 +18,6 @@ from swaft.noise.wrappers import unwrap
 Layers = Literal["all", "last"]
 
 _INITIAL_ITERATIONS = 15
-_ORIGINAL, _U, _V = (
-    "parametrizations.weight.original",
-    "parametrizations.weight.0._u",
-    "parametrizations.weight.0._v",
-)
 
 
 class SpectralNorm(nn.Module):
@@ -127,36 +122,6 @@ def power_iteration_paused(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, mode in zip(norms, modes, strict=True):
             norm.train(mode)
-
-
-def fold_spectral_norm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn spectrally normalised weights into plain ones: what a model without R4F loads.
-
-    ``X.parametrizations.weight.original`` with its two vectors becomes ``X.weight``, bit for bit the weight
-    that the forward pass uses in eval mode (in the type of ``original``). All other entries pass through.
-
-    Args:
-        state_dict: a model's state dict, buffers included.
-
-    Returns:
-        A new state dict; the tensors that needed no folding are shared with the old one.
-
-    Raises:
-        ConfigError: when the vectors of a normalised weight are missing.
-    """
-    folded = {name: tensor for name, tensor in state_dict.items() if not name.endswith((_ORIGINAL, _U, _V))}
-    for name, original in state_dict.items():
-        if not name.endswith(_ORIGINAL):
-            continue
-        prefix = name.removesuffix(_ORIGINAL)
-        missing = [vector for vector in (prefix + _U, prefix + _V) if vector not in state_dict]
-        if missing:
-            raise ConfigError(
-                f"{name} has no {' and '.join(missing)}; expected the model's buffers beside its weights."
-            )
-        u, v = (state_dict[prefix + vector].to(original.device) for vector in (_U, _V))
-        folded[prefix + "weight"] = normalised_weight(original, u, v)
-    return folded
 
 
 def _head(model: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -84,7 +84,16 @@ def tiny_bert(seed: int = 0, *, dropout: float = 0.1) -> BertForSequenceClassifi
     return model
 
 
-def prepared(case: EngineCase, *, accumulation: int = 1, model=None):
+def adamw(model) -> torch.optim.AdamW:
+    """Two parameter groups, as every recipe has them."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2
+    )
+
+
+def prepared(case: EngineCase, *, accumulation: int = 1, model=None, build_optimizer=None):
     """(accelerator, model, optimizer) under the engine, asserted to be what was asked for."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -100,11 +109,7 @@ def prepared(case: EngineCase, *, accumulation: int = 1, model=None):
         cpu=case.stage is None,
     )
     model = tiny_bert() if model is None else model
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2
-    )
+    optimizer = (build_optimizer or adamw)(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     expected = DistributedType.MULTI_CPU if case.stage is None else DistributedType.DEEPSPEED
     assert accelerator.distributed_type == expected, accelerator.distributed_type

@@ -29,6 +29,10 @@ def records(output: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def values(records: list[dict], name: str) -> list[float]:
+    return [record[name] for record in records]
+
+
 def accuracy_of(folder: Path, rows: Path) -> float:
     """The accuracy of a saved folder, by nothing but transformers."""
     model, tokenizer = (
@@ -97,13 +101,13 @@ def ddp_and_zero3(inputs, tmp_path_factory) -> dict[str, Path]:
 
 def test_zero3_on_two_ranks_trains_as_ddp_does(ddp_and_zero3):
     ddp, zero3 = (records(output, "train") for output in ddp_and_zero3.values())
-    assert [record["step"] for record in ddp] == [record["step"] for record in zero3]
-    assert [record["learning_rate"] for record in ddp] == [record["learning_rate"] for record in zero3]
-    # Sums in another order, and AdamW makes steps of full size out of rounding where a true gradient is zero (the
-    # biases of attention keys): equal at first, close to the end.
+    assert values(ddp, "step") == values(zero3, "step")
+    assert values(ddp, "learning_rate") == values(zero3, "learning_rate")
+    # Sums come in another order, and AdamW makes steps of full size out of rounding where a true gradient is
+    # zero (the biases of attention keys): equal at first, close to the end.
     for name in ("loss", "grad_norm"):
         assert ddp[0][name] == pytest.approx(zero3[0][name], rel=1e-5)
-        assert [record[name] for record in ddp] == pytest.approx([record[name] for record in zero3], rel=0.02)
+        assert values(ddp, name) == pytest.approx(values(zero3, name), rel=0.02)
 
 
 def test_zero3_scores_every_row_once_although_ranks_and_batches_do_not_divide_them(ddp_and_zero3, inputs):
