@@ -1,29 +1,62 @@
-# The one way to set up, check and try swaft. Every target builds .venv first where it is missing.
+# The one way to set up, check and try swaft. Every target builds .venv first where it is missing or out of date.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRAS := deepspeed,peft,metrics,report,demo,test,dev
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.DEFAULT_GOAL := help
 SHELL := /bin/bash
-
-# DeepSpeed compiles a small helper the first time it starts. It is built once, alone, into the virtual
-# environment, so ranks that start together neither race for it nor wait on a lock somebody left behind.
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+.DEFAULT_GOAL := help
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help
+.PHONY: help venv quickstart quality format test test-full gpu bench constraints clean
+
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.PHONY: venv
 venv: $(VENV)/.ready  ## build .venv with all extras, at the tested versions
 
-# torch comes first and alone: DeepSpeed's own build step imports it, so it is installed without isolation.
+# torch comes first and alone, from wherever pip is configured to take it (a CPU build, say): DeepSpeed's own
+# build step imports it, so DeepSpeed is installed without build isolation, and compiles nothing yet. What it
+# compiles when it first starts without a GPU is compiled now, once, so that ranks do not race for it later.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy torch
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
-	$(BIN)/python -m swaft.training.deepspeed_extension
+	$(PIP) setuptools wheel ninja numpy torch
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --editable '.[$(EXTRAS)]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m swaft.training.deepspeed_extension
 	touch $@
+
+quickstart: venv  ## fine-tune the embedded model; last weights against averaged ones (about 5 minutes on 2 cores)
+	launch/quickstart.sh
+
+quality: venv  ## lint, format check and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: venv  ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One thread a process: the tests start ranks, and ranks that each take every core only slow each other down.
+test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-full: venv  ## everything that runs without a GPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+gpu: venv  ## what needs a GPU: its tests, then its benchmarks
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.averaging_step
+
+bench: venv  ## benchmarks, side by side in one run; results go to benchmarks/results/
+	$(BIN)/python -m benchmarks.averaging_step
+
+constraints: venv  ## write the versions in .venv to constraints.txt, after trying newer ones
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.new
+	grep -q '^triton==' constraints.new || echo 'triton==3.6.0' >> constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## remove what the targets built, but no run
+	rm -rf $(VENV) .ruff_cache .pytest_cache build dist *.egg-info

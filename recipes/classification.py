@@ -25,8 +25,8 @@ from swaft.averaging import attach_engine, save_pretrained
 from swaft.config import ClassificationConfig, load_config, to_yaml
 from swaft.data import Collator, describe_task, load_splits, tokenize
 from swaft.metrics import get_metric, metric_for_task
-from swaft.training.accelerator import build_accelerator
-from swaft.training.build import build_objective, build_optimizer, build_rule
+from swaft.training.accelerator import build_accelerator, whole_model_loading
+from swaft.training.build import build_objective, build_optimizer, build_rule, count_parameters
 from swaft.training.evaluate import evaluate, evaluate_last_and_averaged
 from swaft.training.failure import run_and_report
 from swaft.training.loop import train
@@ -71,14 +71,15 @@ def run(config: ClassificationConfig) -> None:
 
     # Model: the pretrained body with a new head, the same on every rank.
     describe_labels(model_config, task, pad_token_id=tokenizer.pad_token_id)
-    model = load_classifier(
-        config.model,
-        model_config,
-        seed=config.train.seed,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-    )
+    with whole_model_loading(accelerator):
+        model = load_classifier(
+            config.model,
+            model_config,
+            seed=config.train.seed,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        )
     objective.prepare_model(model)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_parameters = count_parameters(model)
 
     # Engine: from here on the weights may live in shards.
     train_loader = DataLoader(

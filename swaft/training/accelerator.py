@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,6 +211,28 @@ def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
             f"accelerate started {world_size} ranks that would not exchange gradients; use "
             "launch/accelerate/ddp_cpu.yaml"
         )
+
+
+@contextmanager
+def whole_model_loading(accelerator: Accelerator) -> Iterator[None]:
+    """Context in which a model loads whole on every rank, also under ZeRO-3.
+
+    transformers partitions a model while it loads whenever a ZeRO-3 configuration is known, and accelerate
+    makes it known whatever ``zero3_init_flag`` says. A partitioned model shows empty weights: a spectral norm
+    cannot be put on its head, and nothing can be told from the shapes. A launcher that says
+    ``zero3_init_flag: true`` gets its partitioning, for models that do not fit otherwise.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero3_init_flag:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf)
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -20,8 +20,8 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(whole_shape(p)) >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -29,6 +29,16 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
     )
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of the whole parameter; one that ZeRO-3 has partitioned shows itself as empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable elements of the whole model."""
+    return sum(whole_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def build_rule(averaging: AveragingConfig) -> Rule | None:

@@ -94,8 +94,10 @@ def ddp_and_zero3(inputs, tmp_path_factory) -> dict[str, Path]:
     outputs = {}
     for launcher in ("ddp_cpu.yaml", "zero3_cpu.yaml"):
         outputs[launcher] = tmp_path_factory.mktemp("runs") / "run"
-        finished = run(inputs, launcher, outputs[launcher])
+        # Decay strong enough that a run which loses it on the way trains visibly differently.
+        finished = run(inputs, launcher, outputs[launcher], "train.weight_decay=1.0")
         assert finished.code == 0, finished.err
+        assert "Number of trainable parameters = 20,770" in finished.out
     return outputs
 
 

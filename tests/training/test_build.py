@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_training import make_classifier
 
 import swaft
 from swaft.config import AveragingConfig, NoiseConfig, TrainConfig
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
-from swaft.training.build import build_objective, build_optimizer, build_rule
+from swaft.training.build import build_objective, build_optimizer, build_rule, count_parameters
 
 pytestmark = pytest.mark.unit
 
@@ -21,6 +22,17 @@ def test_biases_and_other_vectors_are_not_decayed():
     assert [id(p) for p in plain["params"]] == [id(model.head.bias)]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert optimizer.defaults["betas"] == (0.9, 0.98)
+
+
+def test_a_matrix_that_zero3_has_emptied_is_decayed_and_counted_as_the_matrix_it_is():
+    model = make_classifier()
+    whole = count_parameters(model)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    decayed, plain = build_optimizer(model, TrainConfig(output_dir="unused")).param_groups
+    assert (len(decayed["params"]), len(plain["params"])) == (2, 1)
+    assert count_parameters(model) == whole == 11 * 3 + 3 * 2 + 2
 
 
 def test_rules_carry_the_settings():

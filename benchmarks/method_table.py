@@ -1,0 +1,111 @@
+"""Fine-tunes two small tasks under each method and writes the table of `recipes/README.md`, wins and losses alike.
+
+    python -m benchmarks.method_table            # about 45 minutes on 2 quiet cores; a second call goes on
+    python -m benchmarks.method_table --table    # print the table from benchmarks/results/method_table.json
+
+Three trainings a task and seed, through the recipe as a user starts it: *decayed* (linear decay, no averaging),
+*constant* (constant rate after warm-up; its last weights are one arm, their average the next) and *R3F* (linear
+decay). Every training takes the same number of optimizer steps. Nothing is chosen on any row: settings are
+those below, the validation split is not looked at, and the test split is scored once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.environment import environment
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "method_table"
+RESULTS = ROOT / "benchmarks" / "results" / "method_table.json"
+TASKS = ("trec", "cr")
+SEEDS = (1, 2, 3)
+COMMON = ("train.num_train_epochs=2", "train.learning_rate=1e-4", "train.per_device_train_batch_size=32")
+TRAININGS = {
+    "decayed": ("averaging.rule=none", "train.lr_scheduler_type=linear"),
+    "constant": ("averaging.rule=swa", "averaging.start=0.5"),
+    "r3f": ("averaging.rule=none", "train.lr_scheduler_type=linear", "noise.kind=r3f"),
+}
+ARMS = {
+    "decayed baseline": ("decayed", "last"),
+    "constant rate, last iterate": ("constant", "last"),
+    "constant rate, SWA": ("constant", "averaged"),
+    "R3F, decayed": ("r3f", "last"),
+}
+
+
+def main() -> None:
+    """Run what is missing, then write results and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print the table of the committed results")
+    if not parser.parse_args().table:
+        for seed in SEEDS:  # seed by seed, so that an early end leaves whole comparisons
+            for task in TASKS:
+                for training in TRAININGS:
+                    run(task, training, seed)
+        RESULTS.write_text(json.dumps(collect(), indent=1) + "\n")
+    print(table(json.loads(RESULTS.read_text())))
+
+
+def run(task: str, training: str, seed: int) -> None:
+    """Train once, unless a finished run is there."""
+    folder = folder_of(task, training, seed)
+    if (folder / "summary.json").exists():
+        return
+    if folder.exists():  # a run that was broken off: nothing of it counts
+        folder.rename(folder.with_name(f"{folder.name}.broken-off-{len(list(RUNS.iterdir()))}"))
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", "launch/accelerate/single.yaml", "--num_cpu_threads_per_process", "2",
+        "recipes/classification.py", "--config", f"recipes/configs/classification/{task}.yaml",
+        *COMMON, *TRAININGS[training], f"train.seed={seed}", f"train.output_dir={folder}",
+    ]  # fmt: skip
+    print(f"{task}, {training}, seed {seed}", flush=True)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def folder_of(task: str, training: str, seed: int) -> Path:
+    """Run folder of one training."""
+    return RUNS / f"{task}-{training}-{seed}"
+
+
+def collect() -> dict[str, object]:
+    """Test scores, steps and seconds of every training, with what they were measured on."""
+    trainings = {}
+    for task in TASKS:
+        for training in TRAININGS:
+            for seed in SEEDS:
+                summary = json.loads((folder_of(task, training, seed) / "summary.json").read_text())
+                trainings[f"{task} {training} {seed}"] = {
+                    "test": summary["scores"]["test"],
+                    "metric": summary["metric"],
+                    "steps": summary["steps"],
+                    "train_seconds": summary["train_seconds"],
+                }
+    settings = {"common": COMMON, "trainings": TRAININGS, "seeds": SEEDS}
+    return {"environment": environment(), "settings": settings, "trainings": trainings}
+
+
+def table(results: dict) -> str:
+    """Markdown: mean and spread over seeds of the test score and loss, an arm a row."""
+    lines = ["| task | arm | accuracy by seed | mean ± sd | loss, mean | steps |", "|---|---|---|---|---|---|"]
+    for task in TASKS:
+        for arm, (training, weights) in ARMS.items():
+            runs = [results["trainings"][f"{task} {training} {seed}"] for seed in results["settings"]["seeds"]]
+            scores = [100 * run["test"][weights][run["metric"]] for run in runs]
+            loss = statistics.mean(run["test"][weights]["loss"] for run in runs)
+            lines.append(
+                f"| {task} | {arm} | {', '.join(f'{score:.1f}' for score in scores)} | "
+                f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} | {loss:.3f} | "
+                f"{runs[0]['steps']} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
