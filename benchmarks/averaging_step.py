@@ -32,7 +32,9 @@ def main() -> None:
     batch_size, length = (64, 128) if device == "cuda" else (8, 64)
     torch.manual_seed(0)
     random.seed(0)
-    model = BertForSequenceClassification(BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12))
+    model = BertForSequenceClassification(
+        BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12)
+    )
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=10_000)
@@ -69,7 +71,9 @@ def main() -> None:
             name: medians[name] / medians["training step"] for name in arms if name != "training step"
         },
     }
-    name = "averaging_step" + ("" if device == "cpu" else "_" + torch.cuda.get_device_name().replace(" ", "_"))
+    name = "averaging_step" + (
+        "" if device == "cpu" else "_" + torch.cuda.get_device_name().replace(" ", "_")
+    )
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"seconds, median": medians, **result["event / training step"]}, indent=1))
 

@@ -93,10 +93,15 @@ def collect() -> dict[str, object]:
 
 def table(results: dict) -> str:
     """Markdown: mean and spread over seeds of the test score and loss, an arm a row."""
-    lines = ["| task | arm | accuracy by seed | mean ± sd | loss, mean | steps |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task | arm | accuracy by seed | mean ± sd | loss, mean | steps |",
+        "|---|---|---|---|---|---|",
+    ]
     for task in TASKS:
         for arm, (training, weights) in ARMS.items():
-            runs = [results["trainings"][f"{task} {training} {seed}"] for seed in results["settings"]["seeds"]]
+            runs = [
+                results["trainings"][f"{task} {training} {seed}"] for seed in results["settings"]["seeds"]
+            ]
             scores = [100 * run["test"][weights][run["metric"]] for run in runs]
             loss = statistics.mean(run["test"][weights]["loss"] for run in runs)
             lines.append(

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from swaft.errors import SwaftError
 
-
 ARRIVAL_TIMEOUT_S = 60.0
 """Seconds that ranks wait for each other after an error before those that came give up on the others."""
 
@@ -30,7 +29,8 @@ class Ranks:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
-        self._group = self._arrivals = None
+        self._group: Any = None
+        self._arrivals: Any = None
         if self.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             # The time limit of a gloo operation is its group's, so waiting for a rank that may never come

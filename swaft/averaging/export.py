@@ -64,9 +64,7 @@ def gather_state_dict(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
         return {}
     weights = trained | {name: _host(tensor) for name, tensor in frozen.items()}
     canonical = {id(p): name for name, p in engine.module.named_parameters()}
-    aliases = {
-        name: canonical[id(p)] for name, p in engine.module.named_parameters(remove_duplicate=False)
-    }
+    aliases = {name: canonical[id(p)] for name, p in engine.module.named_parameters(remove_duplicate=False)}
     buffers = dict(engine.module.named_buffers(remove_duplicate=False))
     return {
         name: weights[aliases[name]] if name in aliases else _host(buffers[name])

@@ -75,7 +75,8 @@ class HostAverage:
         """Chunk ``i`` of the masters as one flat fp32 host tensor: a view where it is one already."""
         if masters is not self._views_of:
             self._views = [
-                [masters[s.buffer].narrow(0, s.offset, s.numel) for s in chunk.spans] for chunk in self._chunks
+                [masters[s.buffer].narrow(0, s.offset, s.numel) for s in chunk.spans]
+                for chunk in self._chunks
             ]
             self._views_of = masters
         views = self._views[i]

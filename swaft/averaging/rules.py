@@ -123,7 +123,9 @@ def resolve_start(start: float | int, total_steps: int) -> int:
             )
         return math.floor(start * total_steps)
     if start < 0:
-        raise ConfigError(f"averaging.start is step {start}, expected 0 (the weights before training) or later")
+        raise ConfigError(
+            f"averaging.start is step {start}, expected 0 (the weights before training) or later"
+        )
     return start
 
 

@@ -17,6 +17,7 @@ from swaft.errors import AveragingError
 
 logger = logging.getLogger(__name__)
 
+
 @contextmanager
 def swapped_in(engine: Engine, shard: Tensor) -> Iterator[None]:
     """Put a shard in place of the working weights (collective on the way in and on the way out).

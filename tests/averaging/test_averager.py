@@ -51,7 +51,9 @@ def test_start_zero_takes_the_weights_before_training():
 
 def test_calling_step_on_every_micro_batch_changes_nothing():
     _, once, _ = training(steps=6, rule=swaft.SWA(start=2))
-    _, often, _ = training(steps=6, rule=swaft.SWA(start=2), during=lambda _, __, a: [a.step() for _ in range(3)])
+    _, often, _ = training(
+        steps=6, rule=swaft.SWA(start=2), during=lambda _, __, a: [a.step() for _ in range(3)]
+    )
     assert once.num_averaged == often.num_averaged == 5
     assert torch.equal(once._average.mean, often._average.mean)
 
@@ -64,7 +66,6 @@ def test_attaching_and_swapping_leave_training_bit_for_bit_as_it_was():
 
     plain, _, _ = training(steps=10, rule=None)
     averaged, _, _ = training(steps=10, rule=swaft.SWA(start=0.5))
-    model, averager, _ = training(steps=10, rule=swaft.SWA(start=0.5))
     # The swap's forward draws dropout masks of its own, so the stream of the run is put back around it.
     state = {}
 
@@ -95,12 +96,14 @@ def test_an_exception_inside_a_swap_leaves_the_live_weights_in_place():
 
 
 def test_a_swap_before_the_first_member_is_refused():
-    _, averager, _ = training(steps=3, rule=swaft.SWA(start=0))
     model = nn.Linear(2, 2)
     early = swaft.WeightAverager(
         model, torch.optim.SGD(model.parameters(), lr=0.1), rule=swaft.SWA(start=5), total_steps=10
     )
-    with pytest.raises(AveragingError, match=r"nothing is averaged yet.*averaging\.start"), early.swapped_in():
+    with (
+        pytest.raises(AveragingError, match=r"nothing is averaged yet.*averaging\.start"),
+        early.swapped_in(),
+    ):
         pass
 
 

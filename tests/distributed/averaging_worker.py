@@ -78,9 +78,9 @@ def engine_case(case: EngineCase):
 
     round_robin = case.zero.get("round_robin_gradients", False)
     oracle_case = EngineCase(2, case.precision, top=case.top) if round_robin else case
-    model, optimizer, _ = train(oracle_case, averaged=False, on_step=record)
+    train(oracle_case, averaged=False, on_step=record)
     live["plain"] = recorded[-1]
-    model, optimizer, averager = train(case, averaged=True, swap_at=4)
+    model, _, averager = train(case, averaged=True, swap_at=4)
     engine = averager.engine
 
     def the_average_has_the_bits_of_the_single_process_mean():
@@ -205,7 +205,7 @@ def engine_case(case: EngineCase):
         yield check.__name__, check
 
 
-class shared_folder:  # noqa: N801 (used as a function)
+class shared_folder:
     """A temporary folder that all ranks agree on."""
 
     def __enter__(self) -> Path:

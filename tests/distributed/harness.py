@@ -1,7 +1,7 @@
 """Starts real ranks over gloo, with a hard time limit, and brings their findings home.
 
-Imports take most of the time of such a test, so ranks are started once and check much. A worker is a script that
-calls :func:`worker_main` with its cases; every case yields named checks; the test reads one result a check.
+Imports take most of the time of such a test, so ranks are started once and check much. A worker is a script
+that calls :func:`worker_main` with its cases; every case yields named checks; the test reads one result a check.
 """
 
 from __future__ import annotations

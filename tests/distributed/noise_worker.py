@@ -1,4 +1,4 @@
-"""Runs on every rank: noise objectives under each engine, against one process that sees every rank's batch."""
+"""Runs on every rank: noise objectives under each engine, against one process that sees all batches."""
 
 from __future__ import annotations
 

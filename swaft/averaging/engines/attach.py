@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from swaft.averaging.engines.base import Engine, StepCounter
 from swaft.averaging.engines.replicated import ReplicatedEngine
@@ -59,7 +59,9 @@ def _attach_torch(model: nn.Module, optimizer: Any, *, loss_scaling: bool) -> En
     module = _unwrap(model)
     parameters = _optimized(module, optimizer)
     if any(hasattr(p, "device_mesh") for p in parameters):
-        raise UnsupportedEngineError("the parameters are sharded by FSDP2, which this version does not average")
+        raise UnsupportedEngineError(
+            "the parameters are sharded by FSDP2, which this version does not average"
+        )
     _require_fp32(module, parameters)
     if loss_scaling and any(group.get("fused") for group in optimizer.param_groups):
         raise UnsupportedEngineError(
@@ -117,7 +119,11 @@ def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
 
 
 def _stage0(
-    deepspeed_engine: Any, optimizer: torch.optim.Optimizer, *, parameters: list, masters: list | None
+    deepspeed_engine: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    parameters: list[nn.Parameter],
+    masters: list[Tensor] | None,
 ) -> Engine:
     engine = ReplicatedEngine(
         "deepspeed-zero0",
@@ -138,7 +144,9 @@ def _refuse_untested_modes(deepspeed_engine: Any) -> None:
     """Refuse the modes of DeepSpeed in which a "master" is not what it says, or that nobody has tried."""
     wrapper = deepspeed_engine.optimizer
     world_size = dist.get_world_size()
-    groups = getattr(wrapper, "real_dp_process_group", None) or getattr(wrapper, "sub_group_process_groups", [])
+    groups = getattr(wrapper, "real_dp_process_group", None) or getattr(
+        wrapper, "sub_group_process_groups", []
+    )
     refused = {
         "zero_optimization.zenflow (masters are re-derived from 16-bit weights)": bool(
             getattr(wrapper, "zenflow", False)
@@ -148,10 +156,11 @@ def _refuse_untested_modes(deepspeed_engine: Any) -> None:
         )
         != torch.float32,
         "zero_optimization.offload_optimizer.device=nvme": bool(getattr(wrapper, "swap_optimizer", False)),
-        "zero_optimization.offload_param.device=nvme": bool(getattr(wrapper, "params_in_nvme_and_cpu", False)),
+        "zero_optimization.offload_param.device=nvme": bool(
+            getattr(wrapper, "params_in_nvme_and_cpu", False)
+        ),
         "zero_optimization.zero_hpz_partition_size > 1": (
-            deepspeed_engine.zero_optimization_stage() == 3
-            and deepspeed_engine.zero_hpz_partition_size() > 1
+            deepspeed_engine.zero_optimization_stage() == 3 and deepspeed_engine.zero_hpz_partition_size() > 1
         ),
         "torch_autocast in fp16 (gradients are clipped at their scaled size)": (
             deepspeed_engine.torch_autocast_enabled()
@@ -178,12 +187,15 @@ def _deepspeed_engine(model: nn.Module) -> Any | None:
 def _unwrap(model: nn.Module) -> nn.Module:
     from accelerate.utils import extract_model_from_parallel
 
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    module: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return module
 
 
 def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The optimizer's trainable parameters, each once, and the proof that they are all the model trains."""
-    held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()}
+    held = {
+        id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
+    }
     names = {id(p): name for name, p in module.named_parameters()}
     for identity in held.keys() - names.keys():
         raise LayoutError(
@@ -202,7 +214,7 @@ def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
 def _require_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     names = {id(p): name for name, p in module.named_parameters()}
     for parameter in parameters:
-        if parameter.dtype not in (torch.float32,):
+        if parameter.dtype != torch.float32:
             raise UnsupportedEngineError(
                 f"{names[id(parameter)]!r} is trained in {parameter.dtype} with no fp32 master beside it, and an "
                 "average of such weights stands still; load the model in fp32 and let mixed precision cast it "
