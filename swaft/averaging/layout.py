@@ -53,16 +53,11 @@ class Chunk:
     """Consecutive spans that are handled together, bounded in size."""
 
     spans: tuple[Span, ...]
-
-    @property
-    def shard_offset(self) -> int:
-        """First element in the shard."""
-        return self.spans[0].shard_offset
-
-    @property
-    def numel(self) -> int:
-        """Elements in the chunk."""
-        return sum(span.numel for span in self.spans)
+    """In shard order, without gaps in the shard."""
+    shard_offset: int
+    """First element in the shard."""
+    numel: int
+    """Elements in the chunk."""
 
 
 def replicated_fragments(
@@ -104,6 +99,11 @@ def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
     """Group spans into chunks of exactly ``max_numel`` elements (the last may be smaller), splitting as needed."""
     chunks: list[Chunk] = []
     pending: list[Span] = []
+
+    def close() -> None:
+        chunks.append(Chunk(tuple(pending), pending[0].shard_offset, sum(span.numel for span in pending)))
+        pending.clear()
+
     room = max_numel
     for span in spans:
         done = 0
@@ -112,10 +112,10 @@ def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
             pending.append(Span(span.buffer, span.offset + done, span.shard_offset + done, take))
             done, room = done + take, room - take
             if room == 0:
-                chunks.append(Chunk(tuple(pending)))
-                pending, room = [], max_numel
+                close()
+                room = max_numel
     if pending:
-        chunks.append(Chunk(tuple(pending)))
+        close()
     return chunks
 
 

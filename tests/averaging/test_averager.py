@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -217,3 +219,29 @@ def test_a_compiled_model_is_averaged_like_any_other():
     with averager.swapped_in():
         assert not torch.equal(compiled(torch.ones(1, 3)), live)
     assert torch.equal(compiled(torch.ones(1, 3)), live)
+
+
+def calls_of_one_event(num_layers: int) -> int:
+    """Function calls, Python's and C's, of one averaging event in the steady state."""
+    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(num_layers))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=99)
+    counted = 0
+
+    def profile(frame, event, argument):
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        counted = 0
+        sys.setprofile(profile)
+        averager.step()
+        sys.setprofile(None)
+    return counted
+
+
+def test_an_event_loops_over_no_parameters():
+    assert calls_of_one_event(10) == calls_of_one_event(500)

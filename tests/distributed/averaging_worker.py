@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,16 @@ from swaft.averaging.layout import Fragment, merge
 from swaft.errors import AveragingError, LayoutError
 
 STEPS, START = 6, 2
+COLLECTIVES = [
+    *("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_gather_single"),
+    *("broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter_tensor"),
+    *("all_to_all", "barrier", "send", "recv", "isend", "irecv", "scatter"),
+]
+
+
+def _count(calls: list[str], name: str, original, *args, **kwargs):
+    calls.append(name)
+    return original(*args, **kwargs)
 
 
 def train(case: EngineCase, *, averaged: bool, swap_at: int | None = None, on_step=None, accumulation=1):
@@ -162,6 +175,16 @@ def engine_case(case: EngineCase):
             else:
                 raise AssertionError("an existing folder was overwritten")
 
+    def an_averaging_event_is_one_message_and_no_gather():
+        calls = []
+        with contextlib.ExitStack() as patched:
+            for name in COLLECTIVES:
+                if hasattr(dist, name):
+                    counted = functools.partial(_count, calls, name, getattr(dist, name))
+                    patched.enter_context(mock.patch.object(dist, name, counted))
+            averager._take_in()
+        assert calls == ["all_reduce"], calls
+
     def a_layout_that_misses_elements_is_refused_on_every_rank():
         intact = engine.fragments
         engine.fragments = intact[1:]
@@ -198,6 +221,7 @@ def engine_case(case: EngineCase):
         an_exception_inside_a_swap_leaves_the_live_weights,
         a_folder_written_inside_a_swap_holds_the_live_weights,
         the_exported_average_loads_in_plain_transformers_bit_for_bit,
+        an_averaging_event_is_one_message_and_no_gather,
         a_layout_that_misses_elements_is_refused_on_every_rank,
         a_master_that_is_not_where_it_should_be_is_refused_on_every_rank,
     ]

@@ -185,10 +185,14 @@ def _deepspeed_engine(model: nn.Module) -> Any | None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    from accelerate.utils import extract_model_from_parallel
-
-    module: Any = extract_model_from_parallel(model, keep_torch_compile=False)
-    return module
+    """The module inside DDP and torch.compile, whichever wraps which."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
