@@ -28,7 +28,7 @@ from swaft.metrics import get_metric, metric_for_task
 from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.build import build_objective, build_optimizer, build_rule, count_parameters
 from swaft.training.evaluate import evaluate, evaluate_last_and_averaged
-from swaft.training.failure import run_and_report
+from swaft.training.failure import leave, run_and_report
 from swaft.training.loop import train
 from swaft.training.pretrained import (
     describe_labels,
@@ -191,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

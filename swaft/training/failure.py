@@ -6,6 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
+
+import torch
 
 from swaft.errors import SwaftError
 
@@ -35,3 +38,16 @@ def run_and_report(run: Callable[[], None]) -> int:
         sys.stderr.write(f"{'error' if rank == '0' else f'error on rank {rank}'}: {error}{notes}\n")
         return 1
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``.
+
+    After a failure among several ranks Python's own tear-down is skipped: it destroys the process group,
+    which can wait for ranks that are gone, and a failed run must not hang.
+    """
+    if code and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

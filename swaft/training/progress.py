@@ -110,8 +110,10 @@ class ProgressLog:
             logger.info(line)
 
     def close(self) -> None:
-        """Take the bar away and end the trackers."""
+        """Take the bar away, end the trackers and leave the process group, all ranks together (collective)."""
         self._bar.close()
+        # The main process still writes when the others are done, and a group in use must not lose members.
+        self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
 
     def _record(self, kind: str, step: int, values: Mapping[str, float]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from conftest import save_model, save_rows
+from tiny_inputs import save_model, save_rows
 
 pytestmark = pytest.mark.recipe
 

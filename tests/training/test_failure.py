@@ -4,7 +4,7 @@ import pytest
 
 from swaft.errors import ConfigError, TrainingError
 from swaft.training import failure
-from swaft.training.failure import run_and_report
+from swaft.training.failure import leave, run_and_report
 
 pytestmark = pytest.mark.unit
 
@@ -41,6 +41,19 @@ def test_another_rank_speaks_only_after_the_launcher_had_time_to_end_it(monkeypa
     assert run_and_report(failing(TrainingError("bad"))) == 1
     assert waited == [failure.GRACE_S]
     assert capsys.readouterr().err == "error on rank 1: bad\n"
+
+
+def test_a_failed_rank_among_others_ends_without_tearing_the_process_group_down(monkeypatch):
+    ended = []
+    monkeypatch.setattr(failure.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(failure.os, "_exit", ended.append)
+    with pytest.raises(SystemExit):  # reached only because the stand-in returns
+        leave(1)
+    assert ended == [1]
+    with pytest.raises(SystemExit) as left:
+        leave(0)
+    assert left.value.code == 0
+    assert ended == [1]
 
 
 def test_an_error_that_is_not_swafts_keeps_its_traceback():
