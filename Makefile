@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) setuptools wheel ninja numpy torch
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) --editable '.[$(EXTRAS)]'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m swaft.training.deepspeed_extension
+	$(BIN)/python -m swaft.training.deepspeed_extension
 	touch $@
 
 quickstart: venv  ## fine-tune the embedded model; last weights against averaged ones (about 5 minutes on 2 cores)
@@ -41,10 +41,10 @@ format: venv  ## mend what can be mended by itself
 
 # One thread a process: the tests start ranks, and ranks that each take every core only slow each other down.
 test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
 
 test-full: venv  ## everything that runs without a GPU
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
 gpu: venv  ## what needs a GPU: its tests, then its benchmarks
 	$(BIN)/python -m pytest -m gpu

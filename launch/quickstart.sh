@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Fine-tunes the small embedded model on data that is on every machine, in one process, and scores the last weights
-# against the averaged ones. Needs no GPU and no network. Leaves runs/quickstart/ (replaced at the next call).
+# against the averaged ones. Needs no GPU and no network. Leaves runs/quickstart/; an older one is moved aside.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [[ -x .venv/bin/accelerate ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+accelerate=accelerate
+if [[ -x .venv/bin/accelerate ]]; then accelerate=.venv/bin/accelerate; fi
 config=recipes/configs/classification/quickstart.yaml
-rm -rf runs/quickstart
+if [[ -e runs/quickstart ]]; then mv runs/quickstart "runs/quickstart-before-$(date +%Y%m%d-%H%M%S)"; fi
 
-accelerate launch --config_file launch/accelerate/single.yaml --num_cpu_threads_per_process "$(nproc)" \
-    recipes/classification.py --config "$config" train.output_dir=runs/quickstart "$@"
+"$accelerate" launch --config_file launch/accelerate/single.yaml --num_cpu_threads_per_process "$(nproc)" \
+    recipes/classification.py --config "$config" "$@"
 
 echo
 echo "The same run under DeepSpeed ZeRO-3 on two processes:"
-echo "accelerate launch --config_file launch/accelerate/zero3_cpu.yaml recipes/classification.py" \
+echo "$accelerate launch --config_file launch/accelerate/zero3_cpu.yaml recipes/classification.py" \
     "--config $config train.output_dir=runs/quickstart-zero3"

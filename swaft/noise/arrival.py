@@ -98,10 +98,10 @@ def smallest_surviving_sigma(record: Embedded, noise: Noise) -> Tensor:
     Returns:
         A 0-dim tensor; 0 when every entry is 0.
     """
-    _, exponent = torch.frexp(record.clean[record.clean != 0].abs().float())
-    if exponent.numel() == 0:
+    exponents = record.clean[record.clean != 0].abs().float().log2().floor()
+    if exponents.numel() == 0:
         return record.clean.new_zeros(())
-    ulp = torch.finfo(record.handed_on.dtype).eps * torch.exp2(exponent.float() - 1)
+    ulp = torch.finfo(record.handed_on.dtype).eps * torch.exp2(exponents)
     return ulp.median() * _CHANGES_HALF[noise]
 
 

@@ -36,7 +36,7 @@ from swaft.training.deepspeed_config import (
     fill_auto,
     launcher_config,
 )
-from swaft.training.deepspeed_extension import refuse_stale_lock, use_environment_folder
+from swaft.training.deepspeed_extension import refuse_stale_lock, use_environment
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def prepare_deepspeed_start(*, on_cpu: bool) -> None:
         "ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated"
     )
     if on_cpu:
-        use_environment_folder()
+        use_environment()
         refuse_stale_lock()
 
 

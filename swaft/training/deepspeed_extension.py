@@ -27,15 +27,19 @@ EXTENSION = "deepspeed_shm_comm"
 STALE_AFTER_S = 600.0
 
 
-def use_environment_folder() -> None:
-    """Keep extensions inside the virtual environment unless ``TORCH_EXTENSIONS_DIR`` says otherwise.
+def use_environment() -> None:
+    """Keep extensions, and find the build tool, inside the virtual environment that runs.
 
     The binary fits only the torch it was compiled against, so its home is the environment that holds that
-    torch, not the cache folder that all environments of a user share. Outside a virtual environment torch's
-    default stays.
+    torch, not the cache folder that all environments of a user share; ``TORCH_EXTENSIONS_DIR`` overrides. torch
+    looks for ``ninja`` on the path even where nothing is left to build, and an environment that is called by
+    its full path is not on it. Outside a virtual environment nothing is changed.
     """
     if sys.prefix != sys.base_prefix:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+        tools = str(Path(sys.prefix) / "bin")
+        if tools not in os.environ.get("PATH", "").split(os.pathsep):
+            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), tools])
 
 
 def build_folder() -> Path:
@@ -121,7 +125,7 @@ def main() -> int:
     if reason:
         logger.info("nothing to build: %s", reason)
         return 0
-    use_environment_folder()
+    use_environment()
     build()
     return 0
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from swaft.training.deepspeed_extension import use_environment
+
 Case = Callable[[], Iterator[tuple[str, Callable[[], None]]]]
 """Yields (name of a check, the check) on every rank alike; a check raises where it finds a fault."""
 
@@ -36,6 +38,7 @@ def run_ranks(arguments: list[Path], *, ranks: int = 2, timeout_s: float = 280) 
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
         *map(str, arguments),
     ]  # fmt: skip
+    use_environment()
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",

@@ -79,8 +79,10 @@ def test_nothing_is_built_where_cuda_is_present(monkeypatch):
 def test_extensions_live_in_the_virtual_environment_unless_told_otherwise(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    extension.use_environment_folder()
+    monkeypatch.setenv("PATH", "/somewhere")
+    extension.use_environment()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
-    extension.use_environment_folder()
+    extension.use_environment()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+    assert os.environ["PATH"] == f"/somewhere{os.pathsep}{tmp_path / 'bin'}"  # once, and last
