@@ -131,6 +131,7 @@ def run(config: ClassificationConfig) -> None:
         run_facts(
             config.train,
             accelerator,
+            task="regression" if task.is_regression else f"{task.num_labels} classes",
             num_rows=len(datasets["train"]),
             num_parameters=num_parameters,
             schedule=schedule,

@@ -148,8 +148,9 @@ class WeightAverager:
                 f"nothing is averaged yet at step {self._seen}; the first member is the weights after step "
                 f"{self.start_step}: wait until then, or lower averaging.start"
             )
+        self.engine.check_trainable()
         # Inside a swap the masters of an fp32 engine are the average, and drift says nothing.
-        if self.num_averaged > 2 and not self.engine.swapped and self.drift() == 0.0:
+        if self.num_averaged > 2 and not self.engine.swap.active and self.drift() == 0.0:
             raise AveragingError(
                 f"the average of {self.num_averaged} weights equals the live weights bit for bit: either "
                 "training does not change them (is the learning rate 0?) or the average does not see it"

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -22,6 +23,8 @@ PIECE = 1 << 24
 
 def save_pretrained(engine: Engine, path: str | PathLike[str], *, shard: Tensor | None = None) -> None:
     """Write a model folder that `AutoModel.from_pretrained` opens, in fp32 (collective; rank 0 writes).
+
+    A module that is no Hugging Face model leaves a folder with `model.safetensors` alone.
 
     Trained weights come from the shard, frozen ones and buffers from the model; tied names are written as the
     model ties them, and a parametrized weight (a spectral norm, say) as the plain weight it evaluates to.
@@ -36,20 +39,21 @@ def save_pretrained(engine: Engine, path: str | PathLike[str], *, shard: Tensor 
         AveragingError: the folder holds files already, or could not be written; on every rank.
     """
     destination = Path(path)
-    occupied = engine.ranks.is_main and destination.exists() and any(destination.iterdir())
-    engine.ranks.raise_together(
-        AveragingError(f"{destination} holds files already; expected a new folder: name another path")
-        if occupied
-        else None
-    )
+    engine.ranks.raise_together(_occupied(destination) if engine.ranks.is_main else None)
     state_dict = gather_state_dict(engine, engine.live_shard() if shard is None else shard)
     error = None
     if engine.ranks.is_main:
         try:
             _write(engine, destination, fold_parametrizations(engine.module, state_dict))
-        except OSError as cause:
-            error = AveragingError(f"{destination} could not be written: {cause}")
+        except Exception as cause:  # whatever it is, the other ranks wait to hear of it
+            error = AveragingError(f"{destination} could not be written: {type(cause).__name__}: {cause}")
     engine.ranks.raise_together(error)
+
+
+def _occupied(destination: Path) -> AveragingError | None:
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        return AveragingError(f"{destination} holds files already; expected a new folder: name another path")
+    return None
 
 
 def gather_state_dict(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
@@ -68,7 +72,7 @@ def gather_state_dict(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
     buffers = dict(engine.module.named_buffers(remove_duplicate=False))
     return {
         name: weights[aliases[name]] if name in aliases else _host(buffers[name])
-        for name in engine.module.state_dict()
+        for name in engine.state_names
         if name in aliases or name in buffers
     }
 
@@ -89,11 +93,11 @@ def fold_parametrizations(module: nn.Module, state_dict: dict[str, Tensor]) -> d
             continue
         for name, steps in submodule.parametrizations.items():  # type: ignore[union-attr, operator]
             inside = f"{prefix}.parametrizations.{name}." if prefix else f"parametrizations.{name}."
-            tensor = folded[inside + "original"]
+            tensors = [folded[key] for key in sorted(folded) if key.startswith(inside + "original")]
             for step in steps:
-                tensor = copy.deepcopy(step).cpu().eval()(tensor)
+                tensors = [copy.deepcopy(step).cpu().eval()(*tensors)]
             folded = {key: value for key, value in folded.items() if not key.startswith(inside)}
-            folded[f"{prefix}.{name}" if prefix else name] = tensor
+            folded[f"{prefix}.{name}" if prefix else name] = tensors[0]
     return folded
 
 
@@ -128,7 +132,12 @@ def _write(engine: Engine, destination: Path, state_dict: dict[str, Tensor]) -> 
     # Written beside the destination and renamed, so that a folder of this name is always a whole one.
     unfinished = destination.with_name(destination.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    engine.module.save_pretrained(unfinished, state_dict=state_dict)  # type: ignore[operator]
+    if hasattr(engine.module, "save_pretrained"):
+        engine.module.save_pretrained(unfinished, state_dict=state_dict)  # type: ignore[operator]
+    else:
+        unfinished.mkdir(parents=True)
+        whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors holds no aliases
+        save_file(whole, unfinished / "model.safetensors")
     config_file = unfinished / "config.json"
     if config_file.exists():
         # transformers writes the dtype the model trains in, and would load these fp32 weights rounded to it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Protocol
 
 from swaft.errors import ConfigError
@@ -115,23 +116,25 @@ def resolve_start(start: float | int, total_steps: int) -> int:
     Raises:
         ConfigError: a fraction outside [0, 1], or a negative step.
     """
-    if isinstance(start, float):
+    if not isinstance(start, Real) or isinstance(start, bool):
+        raise ConfigError(f"averaging.start is {start!r}, expected a fraction (0.5) or a step (100)")
+    if not isinstance(start, Integral):
         if not 0.0 <= start <= 1.0:
             raise ConfigError(
                 f"averaging.start is the fraction {start}, expected one between 0.0 and 1.0; "
                 "write an integer to name a step"
             )
-        return math.floor(start * total_steps)
+        return math.floor(float(start) * total_steps)
     if start < 0:
         raise ConfigError(
             f"averaging.start is step {start}, expected 0 (the weights before training) or later"
         )
-    return start
+    return int(start)
 
 
 def _checked(plan: Plan, *, start: float | int) -> Plan:
-    if plan.every < 1:
-        raise ConfigError(f"averaging.every is {plan.every}, expected at least 1 optimizer step")
+    if not isinstance(plan.every, Integral) or plan.every < 1:
+        raise ConfigError(f"averaging.every is {plan.every!r}, expected a whole number of steps, at least 1")
     if plan.num_members < 2:
         raise ConfigError(
             f"averaging.start={start} with averaging.every={plan.every} puts the first member at step "

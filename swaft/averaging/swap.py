@@ -32,14 +32,14 @@ def swapped_in(engine: Engine, shard: Tensor) -> Iterator[None]:
     Raises:
         AveragingError: a swap is active already.
     """
-    if engine.swapped:
+    if engine.swap.active:
         raise AveragingError(
             "averaged weights are swapped in already; expected one `swapped_in()` at a time: leave the first "
             "before entering the second"
         )
     engine.release_gathered()
-    engine.stash = _needed_stash(engine)
-    engine.swapped = True
+    engine.swap.stash = _needed_stash(engine)
+    engine.swap.active = True
     try:
         engine.write(shard)
         engine.publish()
@@ -64,9 +64,9 @@ def _needed_stash(engine: Engine) -> Tensor | None:
 
 def _restore(engine: Engine) -> None:
     engine.release_gathered()
-    if engine.stash is None:
+    if engine.swap.stash is None:
         engine.recast()
     else:
-        engine.write(engine.stash)
+        engine.write(engine.swap.stash)
     engine.publish()
-    engine.swapped, engine.stash = False, None
+    engine.swap.active, engine.swap.stash = False, None

@@ -49,7 +49,9 @@ class DataConfig:
     text_pair_column: str | None = None
     """Column with the second text of a pair; null: found by its usual name, if there is one."""
     label_column: str | None = None
-    """Column with the answer; null: `label` or `labels`. Fractional numbers make the task a regression."""
+    """Column with the answer; null: `label` or `labels`."""
+    do_regression: bool | None = None
+    """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids."""
     max_seq_length: int = 128
     """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
     max_train_samples: int | None = None

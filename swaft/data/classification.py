@@ -64,7 +64,7 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
                 )
         for column in text_columns:
             _refuse_non_text(split, name, column)
-    labels = read_labels(splits, label_column)
+    labels = read_labels(splits, label_column, do_regression=data.do_regression)
     return Task(
         text_columns=text_columns,
         label_column=label_column,

@@ -11,6 +11,9 @@ from datasets import ClassLabel, Dataset
 
 from swaft.errors import DataError
 
+MOST_UNNAMED_CLASSES = 1000
+"""Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -24,19 +27,21 @@ class Labels:
     """Whether the labels are scores."""
 
 
-def read_labels(splits: Mapping[str, Dataset], column: str) -> Labels:
+def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
     """Read the labels of a task, and check every row of every split.
 
     Fractional numbers are scores. Text is a class, its id the place in the sorted texts of the training
     rows. A whole number is a class id; how many there are is what the column's type says, else the
-    largest of the training rows plus one.
+    largest of the training rows plus one. Whole numbers stored as fractional ones (1.0) may be either.
 
     Args:
         splits: rows by split, `train` among them.
         column: the label column, present in every split.
+        do_regression: whether numbers are scores (True) or class ids (False); None: as above.
 
     Raises:
-        DataError: a row without a label, or with one that no training row has; names split and row.
+        DataError: labels that may be either, a row without a label, or with one that no training row has;
+            names split and row.
     """
     values = {name: split[column][:] for name, split in splits.items()}
     for name, rows in values.items():
@@ -49,11 +54,26 @@ def read_labels(splits: Mapping[str, Dataset], column: str) -> Labels:
                 f"column '{column}' holds {_said(kinds['train'])} in train but {_said(kind)} in {name}; "
                 "expected the same kind in every split"
             )
-    if kinds["train"] is float:
-        return Labels(num_labels=1, label_names=None, is_regression=True)
     if kinds["train"] is str:
         return _read_names(values, column)
+    if kinds["train"] is float and do_regression is None and _are_whole(values["train"]):
+        raise DataError(
+            f"column '{column}' holds whole numbers stored as fractional ones ({values['train'][0]}, ...): class "
+            "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
+        )
+    if do_regression or (do_regression is None and kinds["train"] is float):
+        return Labels(num_labels=1, label_names=None, is_regression=True)
+    for name, rows in values.items():
+        if not _are_whole(rows):
+            raise DataError(
+                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
+                "set data.do_regression=true"
+            )
     return _read_ids(splits, values, column)
+
+
+def _are_whole(rows: list[Any]) -> bool:
+    return bool((np.asarray(rows, dtype=np.float64) % 1 == 0).all())
 
 
 def _read_names(values: Mapping[str, list[str]], column: str) -> Labels:
@@ -72,6 +92,13 @@ def _read_names(values: Mapping[str, list[str]], column: str) -> Labels:
 def _read_ids(splits: Mapping[str, Dataset], values: Mapping[str, list[int]], column: str) -> Labels:
     names = _class_names(splits, column)
     num_labels = len(names) if names is not None else int(max(values["train"])) + 1
+    if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(values["train"])):
+        row = int(np.argmax(values["train"]))
+        raise DataError(
+            f"row {row} of train has {column}={num_labels - 1}, which would make {num_labels} classes of "
+            f"{len(values['train'])} rows; expected class ids counted from 0. Name another column with "
+            "data.label_column"
+        )
     for split, rows in values.items():
         ids = np.asarray(rows, dtype=np.int64)
         outside = np.flatnonzero((ids < 0) | (ids >= num_labels))

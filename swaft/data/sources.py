@@ -33,8 +33,9 @@ SPLIT_NAMES = {
 # These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
 FILE_READERS: dict[str, Callable[..., Any]] = {
     ".parquet": Dataset.from_parquet,
-    ".csv": Dataset.from_csv,
-    ".tsv": partial(Dataset.from_csv, sep="\t"),
+    # A text may well be "NA" or "null"; only an empty cell is a missing one.
+    ".csv": partial(Dataset.from_csv, keep_default_na=False, na_values=[""]),
+    ".tsv": partial(Dataset.from_csv, sep="\t", keep_default_na=False, na_values=[""]),
     ".json": Dataset.from_json,
     ".jsonl": Dataset.from_json,
 }

@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from swaft.errors import ConfigError
+
 Kind = Literal["linear", "cosine", "constant_with_warmup", "constant"]
 
 
@@ -74,6 +76,9 @@ def build_schedule(train: ScheduleSettings, *, total_steps: int, averaging: bool
         total_steps: optimizer steps of the run.
         averaging: whether weights are averaged. ``auto`` is then constant after warm-up, because a rate that
             decays to zero leaves averaging nothing to average; without averaging it is linear decay.
+
+    Raises:
+        ConfigError: the whole run would be warm-up.
     """
     kind: Kind
     if train.lr_scheduler_type == "auto":
@@ -81,6 +86,11 @@ def build_schedule(train: ScheduleSettings, *, total_steps: int, averaging: bool
     else:
         kind = train.lr_scheduler_type
     warmup_steps = 0 if kind == "constant" else warmup_length(train.warmup_steps, total_steps)
+    if warmup_steps >= total_steps:
+        raise ConfigError(
+            f"train.warmup_steps={train.warmup_steps} makes {warmup_steps} of the run's {total_steps} steps a "
+            "warm-up, so the rate never reaches train.learning_rate; lower it (0 for none), or train longer"
+        )
     return Schedule(kind=kind, peak=train.learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
 
 

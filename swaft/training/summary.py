@@ -19,6 +19,7 @@ def run_facts(
     train: TrainConfig,
     accelerator: Accelerator,
     *,
+    task: str,
     num_rows: int,
     num_parameters: int,
     schedule: Schedule,
@@ -29,6 +30,7 @@ def run_facts(
     Args:
         train: section ``train``.
         accelerator: after ``prepare``.
+        task: what is learnt, in words.
         num_rows: training rows.
         num_parameters: trainable parameters.
         schedule: learning rate and length of the run.
@@ -39,6 +41,7 @@ def run_facts(
     )
     precision = "fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} over fp32"
     facts = {
+        "Task": task,
         "Num examples": num_rows,
         "Num epochs": f"{schedule.total_steps * per_step / num_rows:.2f}",
         "Instantaneous batch size per device": train.per_device_train_batch_size,

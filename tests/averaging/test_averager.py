@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import swaft
@@ -162,16 +163,78 @@ def test_an_average_that_never_moves_is_an_error():
         pass
 
 
-def test_moved_storage_is_followed():
-    model = nn.Linear(2, 2)
+def test_storage_that_is_replaced_at_every_step_is_followed():
+    """`weight.data = weight.data.clamp(...)` is a common way to clip weights."""
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(decay=0.5), total_steps=9)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    averager.step()
-    assert averager.drift() > 0
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=8)
+    members = []
+    for _ in range(8):
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model[0].weight.data = model[0].weight.data.clamp(-0.3, 0.3)
+        averager.step()
+        members.append(flat(model))
+    expected = torch.stack(members).double().mean(0).float()
+    assert torch.allclose(averager._average.mean, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_parameter_that_becomes_trainable_later_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    model[0].requires_grad_(True)
+    with pytest.raises(LayoutError, match=r"'0\.weight' became trainable"), averager.swapped_in():
+        pass
+
+
+def test_a_step_that_a_fused_optimizer_skips_by_itself_is_not_counted():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    for value in (1.0, torch.inf, 1.0):
+        scaler.scale(model(torch.full((1, 2), value)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        averager.step()
+    assert averager.applied_steps == 2
+    assert averager.num_averaged == 3
+
+
+def test_a_checkpoint_by_others_inside_a_swap_is_refused():
+    model, averager, recorded = training(steps=6, rule=swaft.SWA(start=2))
+    with pytest.raises(AveragingError, match=r"state_dict\(\) was asked for"), averager.swapped_in():
+        model.state_dict()
+    assert torch.equal(flat(model), recorded[-1])
+    assert torch.equal(torch.cat([w.flatten() for w in model.state_dict().values()]), recorded[-1])
+
+
+def test_two_averagers_of_one_model_know_of_each_others_swap(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rules = (swaft.SWA(start=0), swaft.EMA(decay=0.5))
+    swa, ema = (swaft.WeightAverager(model, optimizer, rule=rule, total_steps=6) for rule in rules)
+    for _ in range(6):
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        swa.step()
+        ema.step()
+    live = flat(model)
+    with swa.swapped_in():
+        with pytest.raises(AveragingError, match="swapped in already"), ema.swapped_in():
+            pass
+        assert torch.equal(ema.engine.live_shard(), live)
+        swaft.averaging.save_pretrained(ema.engine, tmp_path / "live")
+    saved = load_file(tmp_path / "live" / "model.safetensors")
+    assert torch.equal(torch.cat([saved[name].flatten() for name in model.state_dict()]), live)
 
 
 def test_a_model_trained_in_bf16_without_masters_is_refused():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,11 @@ def test_a_float_start_is_a_fraction_rounded_down_and_an_int_is_a_step():
     assert resolve_start(0.5, 101) == 50
     assert resolve_start(1.0, 101) == 101
     assert resolve_start(1, 101) == 1
+
+
+def test_numpy_numbers_are_taken_for_what_they_are():
+    assert resolve_start(np.float32(0.5), 100) == 50
+    assert resolve_start(np.int64(7), 100) == 7
 
 
 def test_ema_keeps_the_decay_from_the_second_member_on():
@@ -64,7 +70,9 @@ def test_swa_weights_make_the_uniform_mean(n):
         (SWA(start=10), "averaging.start"),
         (SWA(start=1.5), "averaging.start"),
         (SWA(start=-1), "averaging.start"),
+        (SWA(start="late"), "averaging.start"),
         (SWA(every=0), "averaging.every"),
+        (SWA(every=1.5), "averaging.every"),
         (EMA(decay=1.0), "averaging.decay"),
         (EMA(decay=0.0), "averaging.decay"),
     ],

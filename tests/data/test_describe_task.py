@@ -87,6 +87,24 @@ def test_fractions_make_a_regression():
     assert (task.is_regression, task.num_labels, task.label_names) == (True, 1, None)
 
 
+def test_whole_numbers_stored_as_fractions_may_be_either_so_they_are_asked_about():
+    with pytest.raises(DataError, match=r"class ids or scores\? Set data\.do_regression=false"):
+        describe([0.0, 1.0, 1.0])
+    assert describe([0.0, 1.0, 1.0], do_regression=True).is_regression
+    assert describe([0.0, 1.0, 1.0], do_regression=False).num_labels == 2
+    assert describe([0, 1, 5], do_regression=True).is_regression
+
+
+def test_fractions_are_no_class_ids_whatever_is_asked():
+    with pytest.raises(DataError, match=r"data\.do_regression=true"):
+        describe([0.5, 1.0], do_regression=False)
+
+
+def test_a_number_that_is_no_class_id_is_refused_before_it_takes_the_memory():
+    with pytest.raises(DataError, match=r"row 1 of train has label=1000000000000.*data\.label_column"):
+        describe([0, 10**12])
+
+
 def test_whole_numbers_in_a_small_split_of_a_regression_are_scores():
     assert describe([0.5, 4.0], [1, 2]).is_regression
 

@@ -206,3 +206,9 @@ def test_unreachable_hub_says_what_to_set(monkeypatch):
     monkeypatch.setattr(sources, "load_dataset", fail)
     with pytest.raises(DataError, match=r"some/thing.*no route.*data\.train_file, or SWAFT_DATA"):
         load_splits(DataConfig(dataset_name="some/thing"))
+
+
+def test_a_text_that_looks_like_a_missing_value_stays_a_text(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\nNA,0\nnull,1\nnone of it,0\n")
+    splits = load_splits(DataConfig(train_file=str(tmp_path / "train.csv")))
+    assert splits["train"]["text"][:] == ["NA", "null", "none of it"]

@@ -147,11 +147,14 @@ def engine_case(case: EngineCase):
         except RuntimeError as error:
             assert str(error) == "evaluation broke"
         assert torch.equal(logits(model), before)
-        assert not engine.swapped
+        assert not engine.swap.active
 
     def a_folder_written_inside_a_swap_holds_the_live_weights():
         with shared_folder() as folder:
             with averager.swapped_in():
+                with contextlib.suppress(AveragingError):
+                    model.state_dict()
+                    raise AssertionError("the average was handed out as the model's state")
                 swaft.averaging.save_pretrained(engine, folder / "live")
             if dist.get_rank() == 0:
                 loaded = load_plainly(folder / "live").state_dict()

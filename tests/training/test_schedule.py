@@ -5,6 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from swaft.config import TrainConfig
+from swaft.errors import ConfigError
 from swaft.training.schedule import (
     build_schedule,
     count_optimizer_steps,
@@ -91,3 +92,9 @@ def test_optimizer_steps_are_counted_as_the_trainer_counts_them(
         max_steps=max_steps,
     )
     assert counted == expected
+
+
+def test_a_run_that_would_be_all_warmup_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps=0\.06 makes 1 of the run's 1 steps"):
+        build_schedule(settings(), total_steps=1, averaging=False)
+    assert build_schedule(settings(warmup_steps=0), total_steps=1, averaging=False)(0) == 2e-5

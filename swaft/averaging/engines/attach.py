@@ -31,20 +31,19 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
     """
     from accelerate.optimizer import AcceleratedOptimizer
 
-    scaler = getattr(optimizer, "scaler", None)
     if isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     deepspeed_engine = _deepspeed_engine(model)
     if deepspeed_engine is not None:
         engine = _attach_deepspeed(deepspeed_engine)
     else:
-        engine = _attach_torch(model, optimizer, loss_scaling=scaler is not None)
+        engine = _attach_torch(model, optimizer)
     if not engine.ranks.sum([engine.numel])[0]:
         raise AveragingError("the model has no trainable parameter; expected at least one to average")
     return engine
 
 
-def _attach_torch(model: nn.Module, optimizer: Any, *, loss_scaling: bool) -> Engine:
+def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UnsupportedEngineError(
             f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; pass model and "
@@ -63,11 +62,6 @@ def _attach_torch(model: nn.Module, optimizer: Any, *, loss_scaling: bool) -> En
             "the parameters are sharded by FSDP2, which this version does not average"
         )
     _require_fp32(module, parameters)
-    if loss_scaling and any(group.get("fused") for group in optimizer.param_groups):
-        raise UnsupportedEngineError(
-            "a fused optimizer under fp16 loss scaling skips steps unseen, so they cannot be counted; use bf16, "
-            "or build the optimizer with fused=False"
-        )
     engine = ReplicatedEngine(
         "ddp" if wrapped else "plain",
         module,

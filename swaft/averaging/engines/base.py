@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,36 @@ from torch import Tensor, nn
 from swaft.averaging.layout import Fragment, Span, check_coverage, fragment_at, merge
 from swaft.distributed import Ranks
 from swaft.errors import AveragingError, LayoutError
+
+
+@dataclass
+class Swap:
+    """What stands in for a module's working weights; one a module, however many engines look at it."""
+
+    active: bool = False
+    """Whether other weights are in place of the live ones."""
+    stash: Tensor | None = None
+    """The owned live elements while active, where the engine keeps no other copy of them."""
+
+    def refuse_state_dict(self, *_: object) -> None:
+        """Hook of `state_dict`: what others save inside a swap would be the average under the live name."""
+        if self.active:
+            raise AveragingError(
+                "the model's state_dict() was asked for while averaged weights are swapped in, so they would be "
+                "saved as the live ones; leave `swapped_in()` first, or write the live weights with "
+                "swaft.averaging.save_pretrained and the average with averager.save_pretrained"
+            )
+
+
+_SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
+
+
+def swap_of(module: nn.Module) -> Swap:
+    """The one `Swap` of an unwrapped module."""
+    if module not in _SWAPS:
+        _SWAPS[module] = Swap()
+        module.register_state_dict_pre_hook(_SWAPS[module].refuse_state_dict)
+    return _SWAPS[module]
 
 
 class Engine(ABC):
@@ -31,16 +63,20 @@ class Engine(ABC):
     """The unwrapped model."""
     fragments: list[Fragment]
     """The elements this rank owns, in shard order."""
-    swapped: bool
-    """Whether other weights stand in for the working weights at the moment (see `swaft.averaging.swap`)."""
-    stash: Tensor | None
-    """The owned live elements while swapped, where the engine keeps no other copy of them."""
+    swap: Swap
+    """What stands in for the working weights at the moment (see `swaft.averaging.swap`)."""
+    state_names: tuple[str, ...]
+    """Names of the model's state dict, aliases of tied weights and persistent buffers included."""
 
     def __init__(self, module: nn.Module, inner_optimizer: torch.optim.Optimizer):
         self.module = module
         self.ranks = Ranks()
-        self.swapped = False
-        self.stash = None
+        self.swap = swap_of(module)
+        if self.swap.active:
+            raise AveragingError(
+                "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
+            )
+        self.state_names = tuple(module.state_dict())
         inner_optimizer.register_step_pre_hook(self._refuse_step_while_swapped)
 
     @abstractmethod
@@ -109,6 +145,19 @@ class Engine(ABC):
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
         self.ranks.raise_together(self._misplaced())
 
+    def check_trainable(self) -> None:
+        """Refuse a model that trains more than it did at attach: an average would mix in last weights.
+
+        Raises:
+            LayoutError: naming a parameter that became trainable.
+        """
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and name not in self.trainable and self.full_shape(parameter).numel():
+                raise LayoutError(
+                    f"{name!r} became trainable after the averager was attached, so it is not in the average; "
+                    "attach the averager after the last parameter is unfrozen"
+                )
+
     def working_is_cast(self) -> bool:
         """Whether every owned working element is, bit for bit, its master cast to the working dtype."""
         return self._misplaced() is None
@@ -133,8 +182,8 @@ class Engine(ABC):
 
     def live_shard(self) -> Tensor:
         """This rank's elements of the last weights, fp32, host, also while others are swapped in."""
-        if self.stash is not None and self.masters_are_working():
-            return self.stash
+        if self.swap.stash is not None and self.masters_are_working():
+            return self.swap.stash
         return self.read(self.masters())
 
     @torch.no_grad()
@@ -177,7 +226,7 @@ class Engine(ABC):
         return None
 
     def _refuse_step_while_swapped(self, *_: object) -> None:
-        if self.swapped:
+        if self.swap.active:
             raise AveragingError(
                 "an optimizer step was taken while the averaged weights are swapped in; expected evaluation "
                 "only inside `with averager.swapped_in():`"
@@ -198,8 +247,12 @@ class StepCounter:
         """Steps taken since this counter was made."""
         return self.count
 
-    def _count(self, *_: object) -> None:
-        self.count += 1
+    def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # A fused optimizer is called on an overflow too, and skips the step by itself; torch's scaler leaves
+        # its verdict on the optimizer for the time of the call.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):
+            self.count += 1
 
 
 AppliedSteps = Callable[[], int]

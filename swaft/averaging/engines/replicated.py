@@ -47,24 +47,18 @@ class ReplicatedEngine(Engine):
         self._applied_steps = applied_steps
         self._parameters = list(parameters)
         self._master_tensors = list(parameters) if master_tensors is None else list(master_tensors)
-        self._probe = 0
         self._bind()
         self._sizes = [(self.names[id(p)], p.numel(), i, 0) for i, p in enumerate(self._parameters)]
         self.fragments = self._slice_of(self.ranks.rank)
 
     def masters(self) -> list[Tensor]:
         """The master tensors, flattened."""
-        # Somebody may move a parameter's storage (`module.to`, a merged adapter). One tensor is looked at a
-        # call, in turn, so that the steady state has no loop over parameters; `working` looks at all.
-        self._probe = (self._probe + 1) % len(self._master_tensors)
-        if self._moved(self._probe):
-            self._bind()
+        self._follow_storage()
         return self._masters
 
     def working(self) -> list[Tensor]:
         """The parameters, flattened."""
-        if any(self._moved(i) for i in range(len(self._parameters))):
-            self._bind()
+        self._follow_storage()
         return self._working
 
     def applied_steps(self) -> int:
@@ -89,15 +83,19 @@ class ReplicatedEngine(Engine):
     def _slice_of(self, rank: int) -> list[Fragment]:
         return replicated_fragments(self._sizes, rank=rank, world_size=self.ranks.world_size)
 
-    def _moved(self, i: int) -> bool:
-        return (
-            self._master_tensors[i].data_ptr() != self._masters[i].data_ptr()
-            or self._parameters[i].data_ptr() != self._working[i].data_ptr()
-        )
+    def _follow_storage(self) -> None:
+        # Somebody may give a parameter other storage (`module.to`, `weight.data = weight.data.clamp(-1, 1)`), and
+        # views of the old one would be averaged from then on. `map` asks every tensor without a loop in Python.
+        if self._storage() != self._bound:
+            self._bind()
+
+    def _storage(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self._parameters), *map(Tensor.data_ptr, self._master_tensors)]
 
     def _bind(self) -> None:
         self._masters = [_flat(tensor) for tensor in self._master_tensors]
         self._working = [_flat(parameter) for parameter in self._parameters]
+        self._bound = self._storage()
 
 
 def _flat(tensor: Tensor) -> Tensor:
