@@ -5,8 +5,9 @@
 
 Four trainings a task and seed, through the recipe as a user starts it: *decayed* (linear decay, no averaging),
 *constant* (constant rate after warm-up; its last weights are one arm, their average the next) and *R3F* (linear
-decay), with the paper's noise and with noise as large as the embeddings. Every training takes the same number of optimizer steps. Nothing is chosen on any row: settings are
-those below, the validation split is not looked at, and the test split is scored once, at the end.
+decay), with the paper's noise and with noise as large as the embeddings. Every training takes the same number of
+optimizer steps. Nothing is chosen on any row: settings are those below, the validation split is not looked at, and
+the test split is scored once, at the end.
 """
 
 from __future__ import annotations
