@@ -144,8 +144,12 @@ class NoiseConfig:
     embeddings, or as a share of their RMS under the preset relative."""
     masks: Literal["shared", "independent"] | None = None
     """Whether both passes use the same dropout masks."""
+    reduction: Literal["mean", "batchmean"] | None = None
+    """mean: over the rows whose label counts; batchmean: the sum over all rows by the number of sentences."""
     detach: Literal["none", "clean", "noised", "target"] | None = None
     """Which side of the divergence gets no gradient."""
+    layers: Literal["all", "last"] | None = None
+    """Which linear layers of the head r4f normalises; null: all (the paper; the released code: last)."""
 
 
 @dataclass(kw_only=True)

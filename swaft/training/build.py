@@ -10,7 +10,9 @@ from swaft.config import AveragingConfig, NoiseConfig, TrainConfig
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
-NOISE_OPTIONS = ("preset", "noise", "sigma", "masks", "detach")
+R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach")
+NOISE_OPTIONS = {"none": (), "rdrop": (), "r3f": R3F_OPTIONS, "r4f": (*R3F_OPTIONS, "layers")}
+"""Options of section ``noise`` that each kind uses, beside its weight."""
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -60,16 +62,18 @@ def build_objective(noise: NoiseConfig, *, seed: int) -> R3F | RDrop | TaskLoss:
     Raises:
         ConfigError: where an option is set that the objective would not use.
     """
-    options = {name: value for name in NOISE_OPTIONS if (value := getattr(noise, name)) is not None}
-    if noise.kind in ("r3f", "r4f"):
-        return (R3F if noise.kind == "r3f" else R4F)(weight=noise.weight, seed=seed, **options)
-    if options.get("preset") == "rdrop" and noise.kind == "rdrop":
-        del options["preset"]
-    if options:
-        raise ConfigError(
-            [
-                f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
-                for name, value in options.items()
-            ]
-        )
-    return TaskLoss() if noise.kind == "none" else RDrop(weight=noise.weight, seed=seed)
+    known = NOISE_OPTIONS["r4f"]
+    options = {name: value for name in known if (value := getattr(noise, name)) is not None}
+    if noise.kind == noise.preset == "rdrop":
+        del options["preset"]  # says what the kind says
+    problems = [
+        f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
+        for name, value in options.items()
+        if name not in NOISE_OPTIONS[noise.kind]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if noise.kind == "none":
+        return TaskLoss()
+    objectives = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}
+    return objectives[noise.kind](weight=noise.weight, seed=seed, **options)

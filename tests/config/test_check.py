@@ -148,10 +148,13 @@ def test_every_setting_has_a_doc():
 def test_choices_of_the_noise_section_are_those_of_the_objectives():
     from swaft.noise.divergence import Detach
     from swaft.noise.generator import Noise
-    from swaft.noise.presets import Masks
+    from swaft.noise.presets import Masks, Reduction
+    from swaft.noise.spectral import Layers
 
     known = leaves(ClassificationConfig)
     assert known["noise.preset"].choices == tuple(PRESETS)
     assert known["noise.noise"].choices == get_args(Noise)
     assert known["noise.masks"].choices == get_args(Masks)
+    assert known["noise.reduction"].choices == get_args(Reduction)
     assert known["noise.detach"].choices == get_args(Detach)
+    assert known["noise.layers"].choices == get_args(Layers)

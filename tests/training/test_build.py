@@ -61,3 +61,9 @@ def test_options_that_are_set_win_over_the_preset():
 def test_an_option_that_would_be_ignored_is_an_error(kind):
     with pytest.raises(ConfigError, match=r"noise\.sigma is 0\.1"):
         build_objective(NoiseConfig(kind=kind, sigma=0.1), seed=1)
+
+
+def test_an_option_of_r4f_alone_is_refused_by_r3f_and_taken_by_r4f():
+    assert build_objective(NoiseConfig(kind="r4f", layers="last"), seed=0).layers == "last"
+    with pytest.raises(ConfigError, match=r"noise\.layers is last, which noise\.kind=r3f does not use"):
+        build_objective(NoiseConfig(kind="r3f", layers="last"), seed=0)
