@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 accelerate=accelerate
 if [[ -x .venv/bin/accelerate ]]; then accelerate=.venv/bin/accelerate; fi
 config=recipes/configs/classification/quickstart.yaml
+# Threads that wait by spinning bring training to a crawl on a machine that is doing something else besides.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 if [[ -e runs/quickstart ]]; then mv runs/quickstart "runs/quickstart-before-$(date +%Y%m%d-%H%M%S)"; fi
 
 "$accelerate" launch --config_file launch/accelerate/single.yaml --num_cpu_threads_per_process "$(nproc)" \
