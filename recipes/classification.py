@@ -158,14 +158,18 @@ def run(config: ClassificationConfig) -> None:
     scores = {name: evaluate_last_and_averaged(once, averager) for name, once in evaluations.items()}
     for name, kinds in scores.items():
         progress.evaluation(result.steps, name, kinds)
+    saved = {"last": folder.final}
     save_pretrained(engine, folder.final)
     if averager:
+        saved["averaged"] = folder.final_averaged
         averager.save_pretrained(folder.final_averaged)
     if accelerator.is_main_process:
-        for saved in [folder.final, folder.final_averaged][: 2 if averager else 1]:
-            tokenizer.save_pretrained(saved)
+        for path in saved.values():
+            tokenizer.save_pretrained(path)
     folder.write_json("summary.json", summary(scores, result, metric_name=metric.primary, averager=averager))
-    progress.table(scores_table(scores, seconds=result.seconds))
+    progress.saved(saved)
+    if scores:
+        progress.table(scores_table(scores, seconds=result.seconds))
     progress.close()
 
 

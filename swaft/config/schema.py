@@ -21,6 +21,8 @@ class ModelConfig:
     """Hub id or folder of the tokenizer; null: the model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, because that code runs with your rights."""
+    ignore_mismatched_sizes: bool = False
+    """Put a new head on a model whose own head is for another number of classes (an MNLI model, say)."""
 
 
 @dataclass(kw_only=True)

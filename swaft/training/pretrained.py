@@ -69,7 +69,11 @@ def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradien
     torch.manual_seed(seed)
     with _told_as_settings(model):
         loaded = AutoModelForSequenceClassification.from_pretrained(
-            model_path(model), config=model_config, trust_remote_code=model.trust_remote_code, dtype="float32"
+            model_path(model),
+            config=model_config,
+            trust_remote_code=model.trust_remote_code,
+            ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+            dtype="float32",
         )
     if gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -102,6 +106,11 @@ def _told_as_settings(model: ModelConfig) -> Iterator[None]:
             raise ConfigError(
                 f"model.model_name_or_path: {model.model_name_or_path} brings Python code of its own, which "
                 "is only run when asked for; read that code, then set model.trust_remote_code=true"
+            ) from error
+        if "ignore_mismatched_sizes" in reason:
+            raise ConfigError(
+                f"model.model_name_or_path: {model.model_name_or_path} has a head of another size than this task "
+                "needs (see the report above); for a new head set model.ignore_mismatched_sizes=true"
             ) from error
         raise ConfigError(
             f"model.model_name_or_path: {model.model_name_or_path} cannot be loaded: {reason[:500]}"

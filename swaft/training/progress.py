@@ -109,6 +109,11 @@ class ProgressLog:
         for line in aligned(rows):
             logger.info(line)
 
+    def saved(self, folders: Mapping[str, Path]) -> None:
+        """Say where the weights lie, by kind."""
+        for kind, folder in folders.items():
+            logger.info("%s weights saved in %s", kind, folder)
+
     def close(self) -> None:
         """Take the bar away, end the trackers and leave the process group, all ranks together (collective)."""
         self._bar.close()
@@ -168,7 +173,7 @@ def scores_table(scores: Mapping[str, Mapping[str, Scores]], *, seconds: float) 
     names = list(
         dict.fromkeys(name for kinds in scores.values() for values in kinds.values() for name in values)
     )
-    head = ["split", "weights", *names, "seconds"]
+    head = ["split", "weights", *names, "train seconds"]
     rows = [
         [split, kind, *(f"{values[name]:.4f}" if name in values else "-" for name in names), f"{seconds:.1f}"]
         for split, kinds in scores.items()

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -30,6 +31,10 @@ PACKAGES = (
     "peft",
     "numpy",
 )
+
+
+LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+"""Words by which the command line of a process that starts ranks is known."""
 
 
 class RunFolder:
@@ -96,10 +101,28 @@ class RunFolder:
             engine: name of the training engine.
         """
         self.write_text("config.yaml", config_yaml)
-        self.write_text("command.txt", shlex.join(sys.orig_argv) + "\n")
+        self.write_text("command.txt", shlex.join(launch_command()) + "\n")
         self.write_json("env.json", environment(accelerator, engine=engine))
         if accelerator.state.deepspeed_plugin is not None:
             self.write_json("ds_config.json", accelerator.state.deepspeed_plugin.deepspeed_config)
+
+
+def launch_command() -> list[str]:
+    """The command that started this run: that of the launcher where one started the ranks, else this process's."""
+    started_by = [_command_line(parent) for parent in psutil.Process().parents()]
+    launchers = [words for words in started_by if LAUNCHERS & _names(words)]
+    return launchers[-1] if launchers else sys.orig_argv
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return []
+
+
+def _names(words: list[str]) -> set[str]:
+    return {Path(word).name for word in words[:4]}
 
 
 def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def test_zero3_leaves_the_deepspeed_configuration_it_ran_with(ddp_and_zero3):
     assert config["train_batch_size"] == 16
     assert config["gradient_clipping"] == 1.0
     assert "auto" not in json.dumps(config)
+    assert "zero3_cpu.yaml" in (output / "command.txt").read_text()  # what repeats the run, ranks and all
     env = json.loads((output / "env.json").read_text())
     assert (env["world_size"], env["engine"]) == (2, "deepspeed-zero3")
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 from swaft.config import ModelConfig
 from swaft.data import Task
@@ -81,3 +81,18 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
 def test_the_width_is_read_where_the_configuration_says_it():
     assert hidden_size(tiny_config()) == 8
     assert hidden_size(SimpleNamespace()) is None
+
+
+def test_a_head_for_another_number_of_classes_is_replaced_only_when_asked(tmp_path):
+    config = tiny_config()
+    config.num_labels = 5
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "fine-tuned")
+    settings = {"num_labels": 2}
+    model = ModelConfig(model_name_or_path=str(tmp_path / "fine-tuned"))
+    with pytest.raises(ConfigError, match=r"head of another size.*model\.ignore_mismatched_sizes=true"):
+        load_classifier(model, load_model_config(model, **settings), seed=0, gradient_checkpointing=False)
+    model.ignore_mismatched_sizes = True
+    loaded = load_classifier(
+        model, load_model_config(model, **settings), seed=0, gradient_checkpointing=False
+    )
+    assert loaded.classifier.out_features == 2

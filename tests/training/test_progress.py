@@ -51,7 +51,7 @@ def test_the_table_sets_last_against_averaged():
         "validation": {"last": {"accuracy": 0.5, "loss": 1.25}, "averaged": {"accuracy": 0.75, "loss": 1.0}}
     }
     assert aligned(scores_table(scores, seconds=12.34)) == [
-        "split       weights   accuracy  loss    seconds",
+        "split       weights   accuracy  loss    train seconds",
         "validation  last      0.5000    1.2500  12.3",
         "validation  averaged  0.7500    1.0000  12.3",
     ]
