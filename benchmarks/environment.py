@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 
 import torch
 
-PACKAGES = ("swaft", "torch", "accelerate", "transformers", "datasets", "deepspeed", "numpy")
+from swaft.training.run_folder import package_versions
 
 
 def environment() -> dict[str, object]:
@@ -18,7 +17,7 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(),
     }
 
 
@@ -28,10 +27,3 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

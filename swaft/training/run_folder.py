@@ -131,13 +131,18 @@ def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": package_versions(),
         "git_commit": _git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "world_size": accelerator.num_processes,
         "engine": engine,
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages a figure or a bug depends on, those that are installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def _claim(path: Path) -> str | None:
