@@ -81,7 +81,7 @@ class HostAverage:
             self._views_of = masters
         views = self._views[i]
         staging = self._staging[: self._chunks[i].numel]
-        if len(views) > 1:
-            gathered = torch.cat(views)
-            return gathered if gathered.device.type == "cpu" else staging.copy_(gathered)
-        return views[0] if views[0].device.type == "cpu" else staging.copy_(views[0])
+        on_host = views[0].device.type == "cpu"
+        if len(views) == 1:
+            return views[0] if on_host else staging.copy_(views[0])
+        return torch.cat(views, out=staging) if on_host else staging.copy_(torch.cat(views))

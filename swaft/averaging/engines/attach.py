@@ -76,7 +76,6 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
 
 def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -99,7 +98,7 @@ def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
             parameters=[p for group in wrapper.fp16_groups for p in group],
             masters=[m for group in wrapper.fp32_groups for m in group],
         )
-    elif isinstance(wrapper, torch.optim.Optimizer) and not isinstance(wrapper, FP16_Optimizer):
+    elif isinstance(wrapper, torch.optim.Optimizer):
         parameters = _optimized(deepspeed_engine.module, wrapper)
         _require_fp32(deepspeed_engine.module, parameters)
         return _stage0(deepspeed_engine, wrapper, parameters=parameters, masters=None)
