@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swaft.averaging import export
 from swaft.averaging.engines import attach_engine
@@ -109,6 +109,10 @@ class WeightAverager:
         with swapped_in(self.engine, self._average.mean):
             yield
 
+    def shard(self) -> Tensor:
+        """This rank's elements of the average: (engine.numel,), fp32, host."""
+        return self._average.mean
+
     def drift(self) -> float:
         """Distance of the average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
         return math.sqrt(self.engine.ranks.sum([self._average.squared_distance(self.engine.masters())])[0])
@@ -140,7 +144,8 @@ class WeightAverager:
         if not self._proved and self._seen > 0:
             self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
             self._proved = True
-        self._average.add(masters, self._plan.weight(self._average.count))
+        (update,) = self._plan.updates(self._average.count)
+        self._average.add(masters, update.weight)
 
     def _require_members(self) -> None:
         if self.num_averaged == 0:

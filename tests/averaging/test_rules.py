@@ -37,7 +37,7 @@ def test_numpy_numbers_are_taken_for_what_they_are():
 
 def test_ema_keeps_the_decay_from_the_second_member_on():
     plan = EMA(decay=0.9).plan(3)
-    assert [plan.weight(n) for n in range(3)] == [1.0, pytest.approx(0.1), pytest.approx(0.1)]
+    assert [update.weight for n in range(3) for update in plan.updates(n)] == [1.0, pytest.approx(0.1), pytest.approx(0.1)]
 
 
 @given(

@@ -1,0 +1,163 @@
+"""What a rule says of a run: which optimizer steps are members, and what each does to the lanes. Pure arithmetic.
+
+A *lane* is one vector as long as the weights, kept from the first member on. All a rule can do is move a lane
+towards a member or towards another lane,
+
+    lane <- lane + weight * (source - lane),          weight 1 copies,
+
+and say which linear combination of its lanes the average is. So every rule is a table of numbers, and whoever
+holds the vectors needs to know no rule.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Protocol, TypeVar
+
+from swaft.errors import AveragingError, ConfigError
+
+PlanT = TypeVar("PlanT", bound="Plan")
+
+
+@dataclass(frozen=True)
+class Update:
+    """``lane <- lane + weight * (source - lane)``."""
+
+    lane: int
+    """Which lane of the rule moves."""
+    weight: float
+    """Share of the source, in (0, 1]; 1 copies it."""
+    source: int | None = None
+    """Lane that is taken in, as it is after the updates before this one; None: the member itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ABC):
+    """The averaging events of one run, and what each does.
+
+    Steps are applied optimizer steps: "step ``t``" is the weights after ``t`` updates, step 0 those before
+    training. ``n`` always counts members, from 0.
+    """
+
+    first_step: int
+    """Step of the first member."""
+    every: int
+    """Optimizer steps between two members."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+    def takes(self, step: int) -> bool:
+        """Whether the weights after ``step`` updates are a member."""
+        return step >= self.first_step and (step - self.first_step) % self.every == 0
+
+    @property
+    def num_members(self) -> int:
+        """Members in the average at the end of the run."""
+        return max(0, (self.total_steps - self.first_step) // self.every + 1)
+
+    @property
+    @abstractmethod
+    def lanes(self) -> tuple[bool, ...]:
+        """The lanes: True for a running mean (6 bytes an element), False for plain copies (4 bytes)."""
+
+    @abstractmethod
+    def updates(self, n: int) -> tuple[Update, ...]:
+        """What member ``n`` does to the lanes, in order. A lane's first update copies (weight 1)."""
+
+    @abstractmethod
+    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+        """The average after ``num_members`` members (at least 1): lane to coefficient.
+
+        Raises:
+            AveragingError: a selection that the rule does not know or cannot serve, naming what it can.
+        """
+
+    def finished(self, n: int) -> tuple[int, ...]:
+        """Lanes that no later member changes, of those that member ``n`` changed: they may move to disk."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningMeanPlan(Plan):
+    """One lane, a running mean whose members get the weights ``weight(0) = 1, weight(1), ...``."""
+
+    @abstractmethod
+    def weight(self, n: int) -> float:
+        """Weight of member ``n``."""
+
+    @property
+    def lanes(self) -> tuple[bool, ...]:
+        """One running mean."""
+        return (True,)
+
+    def updates(self, n: int) -> tuple[Update, ...]:
+        """Member ``n`` moves the mean by its weight; a weight of 0 leaves it alone."""
+        weight = 1.0 if n == 0 else self.weight(n)
+        return (Update(0, weight),) if weight > 0 else ()
+
+    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+        """The mean itself."""
+        refuse_selection(selection)
+        return {0: 1.0}
+
+
+class Rule(Protocol):
+    """Anything that can plan the averaging events of a run. Its ``repr`` says all that it is."""
+
+    def plan(self, total_steps: int) -> Plan:
+        """The events of a run of ``total_steps`` optimizer steps."""
+        ...
+
+
+def resolve_start(start: float | int, total_steps: int) -> int:
+    """The step a start means: a float is ``floor(start * total_steps)``, an int is the step itself.
+
+    Raises:
+        ConfigError: a fraction outside [0, 1], or a negative step.
+    """
+    if not isinstance(start, Real) or isinstance(start, bool):
+        raise ConfigError(f"averaging.start is {start!r}, expected a fraction (0.5) or a step (100)")
+    if not isinstance(start, Integral):
+        if not 0.0 <= start <= 1.0:
+            raise ConfigError(
+                f"averaging.start is the fraction {start}, expected one between 0.0 and 1.0; "
+                "write an integer to name a step"
+            )
+        return math.floor(float(start) * total_steps)
+    if start < 0:
+        raise ConfigError(
+            f"averaging.start is step {start}, expected 0 (the weights before training) or later"
+        )
+    return int(start)
+
+
+def checked(plan: PlanT, *, start: float | int) -> PlanT:
+    """The plan, once its interval and its number of members make sense.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if not isinstance(plan.every, Integral) or plan.every < 1:
+        raise ConfigError(f"averaging.every is {plan.every!r}, expected a whole number of steps, at least 1")
+    if plan.num_members < 2:
+        raise ConfigError(
+            f"averaging.start={start} with averaging.every={plan.every} puts the first member at step "
+            f"{plan.first_step} of {plan.total_steps}, so {plan.num_members} weights would be averaged; "
+            "expected at least 2: start earlier (averaging.start) or train longer (train.max_steps, "
+            "train.num_train_epochs)"
+        )
+    return plan
+
+
+def refuse_selection(selection: dict[str, Any], *known: str) -> None:
+    """Refuse a choice that a rule does not offer.
+
+    Raises:
+        AveragingError: naming it and what is offered.
+    """
+    for name in selection.keys() - set(known):
+        offered = " or ".join(known) if known else "no choice"
+        raise AveragingError(f"this rule's average was asked for by {name!r}; it offers {offered}")
