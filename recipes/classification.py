@@ -27,7 +27,7 @@ from swaft.data import Collator, describe_task, load_splits, tokenize
 from swaft.metrics import get_metric, metric_for_task
 from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.build import build_objective, build_optimizer, build_rule, count_parameters
-from swaft.training.evaluate import evaluate, evaluate_last_and_averaged
+from swaft.training.evaluate import best_window, evaluate, evaluate_last_and_averaged
 from swaft.training.failure import leave, run_and_report
 from swaft.training.loop import train
 from swaft.training.pretrained import (
@@ -101,7 +101,15 @@ def run(config: ClassificationConfig) -> None:
     schedule = build_schedule(config.train, total_steps=total_steps, averaging=rule is not None)
     averager = None
     if rule is not None:
-        averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=total_steps)
+        averager = swaft.WeightAverager(
+            model,
+            optimizer,
+            rule=rule,
+            total_steps=total_steps,
+            precision=config.averaging.precision,
+            threads=config.averaging.threads,
+            spill_dir=config.averaging.spill_dir,
+        )
     engine = averager.engine if averager else attach_engine(model, optimizer)
     evaluations = {
         name: partial(
@@ -155,18 +163,25 @@ def run(config: ClassificationConfig) -> None:
     )
 
     # Evaluate the last weights and the averaged ones, and keep both.
-    scores = {name: evaluate_last_and_averaged(once, averager) for name, once in evaluations.items()}
+    window = best_window(averager, evaluations.get("validation"), metric.primary)
+    selection: dict[str, Any] = {"start": window.best.start, "end": window.best.end} if window else {}
+    scores = {
+        name: evaluate_last_and_averaged(once, averager, **selection) for name, once in evaluations.items()
+    }
     for name, kinds in scores.items():
         progress.evaluation(result.steps, name, kinds)
     saved = {"last": folder.final}
     save_pretrained(engine, folder.final)
     if averager:
         saved["averaged"] = folder.final_averaged
-        averager.save_pretrained(folder.final_averaged)
+        averager.save_pretrained(folder.final_averaged, **selection)
     if accelerator.is_main_process:
         for path in saved.values():
             tokenizer.save_pretrained(path)
-    folder.write_json("summary.json", summary(scores, result, metric_name=metric.primary, averager=averager))
+    folder.write_json(
+        "summary.json",
+        summary(scores, result, metric_name=metric.primary, averager=averager, window=window),
+    )
     progress.saved(saved)
     if scores:
         progress.table(scores_table(scores, seconds=result.seconds))

@@ -6,7 +6,7 @@ communicator is busy or broken. So swaft keeps one gloo group of its own and nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -57,6 +57,22 @@ class Ranks:
         message = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(message, group=self._group)
         return message.tolist()
+
+    def channel(self) -> Callable[[list[float]], list[float]]:
+        """A `sum` over a group of its own, for a thread of its own (creating it is collective).
+
+        Messages of two threads over one group could meet in another order on another rank.
+        """
+        if self._group is None:
+            return list
+        group = dist.new_group(backend="gloo")
+
+        def sum_over_ranks(values: list[float]) -> list[float]:
+            message = torch.tensor(values, dtype=torch.float64)
+            dist.all_reduce(message, group=group)
+            return message.tolist()
+
+        return sum_over_ranks
 
     def raise_together(self, error: SwaftError | None) -> None:
         """Raise the first rank's error on every rank, so none goes on alone and none is left waiting.

@@ -9,7 +9,18 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-HEAVY = ("deepspeed", "triton", "sklearn", "scipy", "peft", "wandb", "tensorboard", "trackio", "matplotlib")
+HEAVY = (
+    "deepspeed",
+    "numba",
+    "triton",
+    "sklearn",
+    "scipy",
+    "peft",
+    "wandb",
+    "tensorboard",
+    "trackio",
+    "matplotlib",
+)
 
 
 def test_importing_swaft_imports_nothing_optional():

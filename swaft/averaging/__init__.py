@@ -1,10 +1,27 @@
-"""Weight averaging: master shard -> host average -> (swap-in | export)."""
+"""Weight averaging: master shard -> host averages -> (swap-in | export)."""
 
 from __future__ import annotations
 
 from swaft.averaging.averager import WeightAverager
 from swaft.averaging.engines import Engine, attach_engine
 from swaft.averaging.export import save_pretrained
-from swaft.averaging.rules import EMA, SWA, Rule
+from swaft.averaging.rules import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, Rule, Windows
+from swaft.averaging.search import Window, WindowSearch, search_windows
 
-__all__ = ["EMA", "SWA", "Engine", "Rule", "WeightAverager", "attach_engine", "save_pretrained"]
+__all__ = [
+    "BEMA",
+    "EMA",
+    "LAWA",
+    "SWA",
+    "Engine",
+    "Merge",
+    "PowerEMA",
+    "Rule",
+    "WeightAverager",
+    "Window",
+    "WindowSearch",
+    "Windows",
+    "attach_engine",
+    "save_pretrained",
+    "search_windows",
+]

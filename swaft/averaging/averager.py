@@ -1,24 +1,32 @@
-"""The weight averager: a rule, an engine and a host average, brought together behind three calls."""
+"""The weight averager: rules, an engine and the averages in host memory, brought together behind a few calls."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import finalize
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from swaft.averaging import export
 from swaft.averaging.engines import attach_engine
-from swaft.averaging.host import HostAverage
-from swaft.averaging.rules import Rule
+from swaft.averaging.forecast import Forecast, forecast
+from swaft.averaging.rules import Plan, Rule
 from swaft.averaging.swap import swapped_in
-from swaft.errors import AveragingError
+from swaft.errors import AveragingError, ConfigError
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from swaft.averaging.host import HostAverages
+    from swaft.averaging.host.lanes import Lanes
+    from swaft.averaging.host.pipeline import Waits
+
+SLICE = 1 << 22
+"""Elements compared at a time by :meth:`WeightAverager.drift`."""
 
 
 class WeightAverager:
@@ -32,28 +40,64 @@ class WeightAverager:
             evaluate(model)
         averager.save_pretrained("final-averaged")
 
-    Creating it is collective, and so are `step` at an averaging event, `swapped_in` and `save_pretrained`:
-    every rank must make the same calls.
+    Copies and arithmetic run on threads of their own, behind the training step. Between :meth:`step` and the next
+    optimizer step, weights may be changed by hand only after :meth:`wait`.
+
+    Creating it is collective, and so are `step` after an optimizer step, `swapped_in`, `drift` and
+    `save_pretrained`: every rank must make the same calls.
 
     Args:
         model: as `accelerator.prepare` returned it (or a plain module in one process).
         optimizer: likewise.
-        rule: which steps enter the average, and with what weight.
+        rule: which steps enter the average, and with what weight; or several rules by name, which share one copy
+            of every member.
         total_steps: optimizer steps of the whole run.
+        precision: of a running mean. ``compensated`` takes 6 bytes an element and keeps 32 bits; ``plain`` takes
+            4 and loses digits in long runs (:meth:`forecast` says how many).
+        threads: threads that do the arithmetic on this rank; None: half of its share of the cores, at most 8.
+        spill_dir: folder, on a disk of this node, that finished blocks and snapshots move to; None keeps them in
+            memory.
 
     Raises:
-        ConfigError: the rule does not fit the run.
+        ConfigError: a rule does not fit the run.
         UnsupportedEngineError, LayoutError: the engine's masters cannot be averaged faithfully.
+        AveragingError: the ranks were given different rules, or the averages do not fit into host memory.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, *, rule: Rule, total_steps: int):
-        self._plan = rule.plan(total_steps)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        rule: Rule | Mapping[str, Rule],
+        total_steps: int,
+        precision: Literal["compensated", "plain"] = "compensated",
+        threads: int | None = None,
+        spill_dir: str | PathLike[str] | None = None,
+    ):
+        # Compiled code takes a second to import, which only those pay who average.
+        from swaft.averaging.host import HostAverages
+
+        rules = dict(rule) if isinstance(rule, Mapping) else {"average": rule}
+        self._plans = _plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
-        self._average = HostAverage(self.engine.spans)
+        _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision))))
+        self._averages = HostAverages(
+            self.engine.spans,
+            self._plans,
+            ranks=self.engine.ranks,
+            device=self.engine.device,
+            compensated=precision == "compensated",
+            threads=threads,
+            spill_dir=None if spill_dir is None else Path(spill_dir),
+        )
         self._seen = self.engine.applied_steps()
+        self._compensated = precision == "compensated"
         self._proved = False
-        if self._seen == 0 and self._plan.takes(0):
-            self._take_in()
+        self._counts = dict.fromkeys(self._plans, 0)
+        self.close = finalize(self, _close, self._averages, self._guard_masters())
+        if any(plan.first_step == self._seen for plan in self._plans.values()):
+            self._take_in(self._seen)
 
     @property
     def applied_steps(self) -> int:
@@ -61,102 +105,232 @@ class WeightAverager:
         return self._seen
 
     @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of the rules, in the order they were given; the first is the default everywhere."""
+        return tuple(self._plans)
+
+    def plan(self, name: str | None = None) -> Plan:
+        """The averaging events of a rule."""
+        return self._plans[self._named(name)]
+
+    @property
     def num_averaged(self) -> int:
-        """Members in the average so far."""
-        return self._average.count
+        """Members in the average of the first rule, those on their way included."""
+        return self._counts[self._named(None)]
 
     @property
-    def start_step(self) -> int:
-        """The step whose weights are the first member."""
-        return self._plan.first_step
+    def waits(self) -> Waits:
+        """How often training has stood still for averaging, and for how many seconds in all."""
+        return self._averages.waits
 
-    @property
-    def total_members(self) -> int:
-        """Members in the average at the end of the run."""
-        return self._plan.num_members
+    def forecast(self) -> Forecast:
+        """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
+        rates = [group["lr"] for group in self.engine.inner_optimizer.param_groups]
+        return forecast(
+            self._averages,
+            self._plans,
+            elements=self.engine.numel,
+            learning_rate=float(max(rates)),
+            compensated=self._compensated,
+        )
 
     def step(self) -> None:
-        """Take the weights in if an optimizer step happened since the last call and the rule wants it.
+        """Take the weights in if an optimizer step happened since the last call and a rule wants it.
 
-        Safe on every micro-batch: it counts steps that changed the weights, not calls.
+        Safe on every micro-batch: it counts steps that changed the weights, not calls. What is wrong with a member
+        is raised, on every rank, by the call after the next optimizer step.
 
         Raises:
-            AveragingError: calls were missed while members were due, or the weights are not finite.
+            AveragingError: calls were missed while members were due, the step count went back, or the weights of
+                the member before were not finite.
         """
         applied = self.engine.applied_steps()
-        missed = [step for step in range(self._seen + 1, applied) if self._plan.takes(step)]
+        if applied == self._seen:
+            return
+        self._raise_if_refused()
+        if applied < self._seen:
+            raise AveragingError(
+                f"the engine's step count went back from {self._seen} to {applied}: a checkpoint was loaded after "
+                "the averager was attached; attach a new averager after loading"
+            )
+        missed = [
+            step
+            for step in range(self._seen + 1, applied)
+            if any(plan.takes(step) for plan in self._plans.values())
+        ]
         if missed:
             raise AveragingError(
                 f"the optimizer took {applied - self._seen} steps since the last `averager.step()`, and step "
                 f"{missed[0]} among them was to be averaged; expected a call after every optimizer step"
             )
-        if applied == self._seen:
-            return
         self._seen = applied
-        if self._plan.takes(applied):
-            self._take_in()
+        self._take_in(applied)
+
+    def wait(self) -> None:
+        """Return once every member is in the average: from then on weights may be changed by hand.
+
+        Raises:
+            AveragingError: the latest member was refused, or averaging failed on this rank.
+        """
+        self._raise_if_refused(finish=True)
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self, name: str | None = None, **selection: Any) -> Iterator[None]:
         """The averaged weights in the model, for evaluation (collective; every rank enters and leaves).
 
         Training goes on afterwards as if it had not happened, bit for bit, also when the body raises.
 
+        Args:
+            name: which rule's average; None: the first.
+            selection: what the rule lets one choose: ``start`` and ``end`` of a window, say.
+
         Raises:
             AveragingError: nothing is averaged yet, a swap is active, or the average never moved.
         """
-        self._require_members()
-        with swapped_in(self.engine, self._average.mean):
+        self._require_members(name)
+        with swapped_in(self.engine, self.shard(name, **selection)):
             yield
 
-    def shard(self) -> Tensor:
-        """This rank's elements of the average: (engine.numel,), fp32, host."""
-        return self._average.mean
+    def shard(self, name: str | None = None, **selection: Any) -> Tensor:
+        """This rank's elements of an average: (engine.numel,), fp32, host. Not to be changed; valid until the next
+        :meth:`step`.
 
-    def drift(self) -> float:
-        """Distance of the average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
-        return math.sqrt(self.engine.ranks.sum([self._average.squared_distance(self.engine.masters())])[0])
+        Raises:
+            AveragingError: nothing is averaged yet, or a selection the rule does not know.
+        """
+        return self._ready_lanes(name).shard(**selection)
 
-    def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Write the average as a Hugging Face folder in fp32 (collective; rank 0 writes).
+    def lane_shards(self, name: str | None = None, **selection: Any) -> list[tuple[float, Tensor]]:
+        """What an average is the sum of: (coefficient, this rank's elements) pairs, the tensors as in `shard`.
+
+        For rules that keep members whole (LAWA), the tensors are those members.
+        """
+        return [
+            (coefficient, lane.mean) for coefficient, lane in self._ready_lanes(name).readout(**selection)
+        ]
+
+    def drift(self, name: str | None = None) -> float:
+        """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
+        total = 0.0
+        for master, mean in self.engine.spanned(self.engine.masters(), self.shard(name)):
+            for live, averaged in zip(master.split(SLICE), mean.split(SLICE), strict=True):
+                total += float((averaged.double() - live.cpu().double()).square().sum())
+        return math.sqrt(self.engine.ranks.sum([total])[0])
+
+    def save_pretrained(self, path: str | PathLike[str], name: str | None = None, **selection: Any) -> None:
+        """Write an average as a Hugging Face folder in fp32 (collective; rank 0 writes).
+
+        Args:
+            path: folder to write.
+            name: which rule's average; None: the first.
+            selection: as of :meth:`swapped_in`.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
         """
-        self._require_members()
-        export.save_pretrained(self.engine, path, shard=self._average.mean)
+        self._require_members(name)
+        export.save_pretrained(self.engine, path, shard=self.shard(name, **selection))
 
-    def _take_in(self) -> None:
-        masters = self.engine.masters()
-        finite, agreeing = self.engine.ranks.sum([self._average.is_finite(masters), self._seen])
-        world_size = self.engine.ranks.world_size
-        if finite < world_size:
-            raise AveragingError(
-                f"the weights after step {self._seen} are not finite on {world_size - int(finite)} of "
-                f"{world_size} ranks; the average is left at its {self.num_averaged} members. Lower "
-                "train.learning_rate or set train.max_grad_norm"
-            )
-        if agreeing != self._seen * world_size:
-            raise AveragingError(
-                f"this rank has taken {self._seen} optimizer steps and others a different number; expected "
-                "the same on every rank"
-            )
-        if not self._proved and self._seen > 0:
+    def _take_in(self, step: int) -> None:
+        taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
+        if not taking:
+            return
+        for name in taking:
+            first = self._plans[name].first_step
+            if self._counts[name] == 0 and step != first:
+                raise AveragingError(
+                    f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
+                    f"attached after that step; attach it before step {first} of the run, or choose a later "
+                    "averaging.start"
+                )
+        if not self._proved and step > 0:
             self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
             self._proved = True
-        (update,) = self._plan.updates(self._average.count)
-        self._average.add(masters, update.weight)
+        self._averages.submit(self.engine.masters(), step=step, rules=taking)
+        for name in taking:
+            self._counts[name] += 1
 
-    def _require_members(self) -> None:
-        if self.num_averaged == 0:
+    def _raise_if_refused(self, *, finish: bool = False) -> None:
+        try:
+            self._averages.finish() if finish else self._averages.raise_if_refused()
+        except AveragingError:
+            self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+            raise
+
+    def _named(self, name: str | None) -> str:
+        if name is None:
+            return next(iter(self._plans))
+        if name not in self._plans:
+            raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
+        return name
+
+    def _ready_lanes(self, name: str | None) -> Lanes:
+        self._raise_if_refused(finish=True)
+        lanes = self._averages.lanes[self._named(name)]
+        if lanes.count == 0:
+            first = lanes.plan.first_step
             raise AveragingError(
                 f"nothing is averaged yet at step {self._seen}; the first member is the weights after step "
-                f"{self.start_step}: wait until then, or lower averaging.start"
+                f"{first}: wait until then, or lower averaging.start"
             )
-        self.engine.check_trainable()
+        return lanes
+
+    def _require_members(self, name: str | None) -> None:
+        error, count = None, 0
+        try:
+            count = self._ready_lanes(name).count
+            self.engine.check_trainable()
+        except AveragingError as found:
+            error = found
+        self.engine.ranks.raise_together(error)
         # Inside a swap the masters of an fp32 engine are the average, and drift says nothing.
-        if self.num_averaged > 2 and not self.engine.swap.active and self.drift() == 0.0:
+        if count > 2 and not self.engine.swap.active and self.drift(name) == 0.0:
             raise AveragingError(
-                f"the average of {self.num_averaged} weights equals the live weights bit for bit: either "
-                "training does not change them (is the learning rate 0?) or the average does not see it"
+                f"the average of {count} weights equals the live weights bit for bit: either training does not "
+                "change them (is the learning rate 0?) or the average does not see it"
             )
+
+    def _guard_masters(self) -> list[RemovableHandle]:
+        """Hooks on all that writes to the masters, so that it waits until a member has been read."""
+        averages = self._averages
+
+        def release(*_: object) -> None:
+            averages.release_masters()
+
+        return [
+            self.engine.inner_optimizer.register_step_pre_hook(release),
+            self.engine.module.register_load_state_dict_pre_hook(release),
+            self.engine.swap.before_write(release),
+        ]
+
+
+def _plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:
+    problems = []
+    if not rules:
+        problems.append("rule={} names no rule, expected at least one")
+    if precision not in ("compensated", "plain"):
+        problems.append(f"averaging.precision is {precision!r}, expected compensated or plain")
+    plans = {}
+    for name, rule in rules.items():
+        try:
+            plans[name] = rule.plan(total_steps)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return plans
+
+
+def _require_same(settings: list[str]) -> None:
+    for rank, other in enumerate(settings):
+        if other != settings[0]:
+            raise AveragingError(
+                f"rank {rank} was given (rules, total_steps, precision) = {other}, and rank 0 {settings[0]}; "
+                "expected the same on every rank"
+            )
+
+
+def _close(averages: HostAverages, hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+    averages.close()

@@ -37,6 +37,8 @@ def swapped_in(engine: Engine, shard: Tensor) -> Iterator[None]:
             "averaged weights are swapped in already; expected one `swapped_in()` at a time: leave the first "
             "before entering the second"
         )
+    for finish_reading in list(engine.swap.readers.values()):
+        finish_reading()
     engine.release_gathered()
     engine.swap.stash = _needed_stash(engine)
     engine.swap.active = True

@@ -45,22 +45,18 @@ def check_config(config: Any) -> list[str]:
 
 
 def check_averaging(averaging: AveragingConfig, total_steps: int) -> list[str]:
-    """Problems that show only once the length of the run is known: an average of no weights, or of one.
+    """Problems that show once the length of the run is known: options that do not fit it or each other.
 
     Args:
         averaging: the section.
         total_steps: optimizer steps of the run.
     """
-    if averaging.rule == "none":
-        return []
-    from swaft.averaging.rules import EMA, SWA  # only here: the other checks need no torch
+    from swaft.training.build import build_rule  # only here: the other checks need no torch
 
-    if averaging.rule == "swa":
-        rule = SWA(averaging.start, averaging.every, averaging.include_start)
-    else:
-        rule = EMA(averaging.decay, averaging.start, averaging.every)
     try:
-        rule.plan(total_steps)
+        rule = build_rule(averaging)
+        if rule is not None:
+            rule.plan(total_steps)
     except ConfigError as error:
         return error.problems
     return []
@@ -148,8 +144,22 @@ def _check_averaging_section(averaging: AveragingConfig) -> list[str]:
         )
     elif start < 0:
         problems.append(f"averaging.start: step {start} is before the run; use 0 or more")
-    if not 0 < averaging.decay < 1:
+    if averaging.decay is not None and not 0 < averaging.decay < 1:
         problems.append(f"averaging.decay: {averaging.decay} is outside (0, 1); 0.999 is usual")
+    half_life = averaging.half_life
+    if isinstance(half_life, float) and not 0 < half_life <= 1:
+        problems.append(
+            f"averaging.half_life: {half_life} is a fraction of the run and has to be above 0.0 and at most 1.0; "
+            "for optimizer steps write it without a decimal point"
+        )
+    elif isinstance(half_life, int):
+        problems += _at_least("averaging.half_life", half_life, 1)
+    for name in ("ema_power", "bias_power", "multiplier"):
+        problems += _at_least(f"averaging.{name}", getattr(averaging, name), 0)
+    for name in ("lag", "snapshots", "threads"):
+        problems += _at_least(f"averaging.{name}", getattr(averaging, name), 1)
+    for name in ("last", "blocks"):
+        problems += _at_least(f"averaging.{name}", getattr(averaging, name), 2)
     return problems
 
 

@@ -112,20 +112,55 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class AveragingConfig:
-    """Which weights to average along the run."""
+    """Which weights to average along the run. A null leaves the choice to the rule."""
 
-    rule: Literal["none", "swa", "ema"] = "none"
-    """swa: the uniform mean of the weights; ema: their exponential moving average; none: no averaging."""
+    rule: Literal["none", "swa", "ema", "lawa", "merge", "bema", "power_ema", "windows"] = "none"
+    """swa: the uniform mean of the weights; ema: their exponential moving average; lawa: the mean of the last
+    few; merge: weights that imitate a decay of the learning rate; bema: an ema with its lag corrected;
+    power_ema: averages whose memory grows with the run; windows: the mean of every stretch of the run, to
+    choose among afterwards; none: no averaging."""
     start: int | float = 0.5
     """First weights in the average: a fraction (0.5) is a share of the run, a whole number (100) is the
     optimizer step; so 1 is step 1 and 1.0 the end. Half the run, as the paper does: before that the
     weights still move too fast."""
     every: int = 1
-    """Optimizer steps between two averaged weights. 1, because averaging costs the step nothing."""
-    include_start: bool = True
-    """Whether the weights at `start` themselves are the first of the average (swa only)."""
-    decay: float = 0.999
-    """Share of the old average kept at each averaging (ema only): a memory of about 1,000 steps."""
+    """Optimizer steps between two averaged weights. 1, because averaging costs the step nothing; bema was
+    published with 400, lawa with checkpoints far apart."""
+    include_start: bool | None = None
+    """Whether the weights at `start` themselves are the first of the average (swa only); null: true."""
+    decay: float | None = None
+    """Share of the old average kept at each averaging (ema only); null: as `half_life` says, without it 0.999,
+    a memory of about 1,000 averaged weights."""
+    half_life: int | float | None = None
+    """Time after which weights count half as much, in place of `decay` (ema only): a fraction (0.1) is a share
+    of the run, a whole number (100) is optimizer steps."""
+    warmup: Literal["none", "ramp", "debias"] | None = None
+    """How a young average forgets its first weights (ema only): ramp raises the decay slowly, debias counts
+    as if the sum had begun at zero; null: none."""
+    last: int | None = None
+    """Weights in the mean, each kept whole at 4 bytes an element (lawa only); null: 10."""
+    weights: Literal["linear", "cosine", "1-sqrt"] | None = None
+    """Decay of the learning rate, from `start` to the end, that the average imitates (merge only, and has to be
+    given there); linear is the uniform mean."""
+    ema_power: float | None = None
+    """How fast the average slows down, kappa of the paper (bema only); null: 0.5."""
+    bias_power: float | None = None
+    """How fast the correction fades, eta of the paper (bema only); null: 0.2."""
+    lag: int | None = None
+    """Age in steps that the run begins with, rho of the paper (bema only); null: 10."""
+    multiplier: float | None = None
+    """Age that a step adds, gamma of the paper (bema only); null: 1.0."""
+    snapshots: int | None = None
+    """Copies of the two averages along the run, 8 bytes an element each time (power_ema only); null: 16."""
+    blocks: int | None = None
+    """Stretches of the run whose means are kept, at 6 bytes an element (windows only); null: 32."""
+    precision: Literal["compensated", "plain"] = "compensated"
+    """Of running means. compensated: 6 bytes an element, exact to the last digits of fp32 in runs of any length;
+    plain: 4 bytes, loses digits in long runs."""
+    spill_dir: str | None = None
+    """Folder, on a disk of each node, that finished blocks and snapshots move to; null keeps them in memory."""
+    threads: int | None = None
+    """Threads that do the averaging beside training; null: half of this rank's cores, at most 8."""
 
 
 @dataclass(kw_only=True)

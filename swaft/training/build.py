@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+
 import torch
 from torch import nn
 
-from swaft.averaging import EMA, SWA, Rule
+from swaft.averaging.rules import RULES, Rule
 from swaft.config import AveragingConfig, NoiseConfig, TrainConfig
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
+
+AVERAGING_COMMON = ("rule", "start", "every", "precision", "threads", "spill_dir")
+"""Options of section ``averaging`` that every rule uses, or the averager itself."""
 
 R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach")
 NOISE_OPTIONS = {"none": (), "rdrop": (), "r3f": R3F_OPTIONS, "r4f": (*R3F_OPTIONS, "layers")}
@@ -44,12 +49,35 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def build_rule(averaging: AveragingConfig) -> Rule | None:
-    """Return the averaging rule, None for ``rule: none``."""
-    if averaging.rule == "none":
-        return None
-    if averaging.rule == "ema":
-        return EMA(decay=averaging.decay, start=averaging.start, every=averaging.every)
-    return SWA(start=averaging.start, every=averaging.every, include_start=averaging.include_start)
+    """Return the averaging rule, None for ``rule: none``.
+
+    Args:
+        averaging: section ``averaging``, whose options are called as the arguments of the rules; a null leaves
+            the choice to the rule.
+
+    Raises:
+        ConfigError: where an option is set that the rule would not use, or one is missing that it needs.
+    """
+    kind = None if averaging.rule == "none" else RULES[averaging.rule]
+    arguments = () if kind is None else fields(kind)
+    options = {
+        option.name: value
+        for option in fields(averaging)
+        if option.name not in AVERAGING_COMMON and (value := getattr(averaging, option.name)) is not None
+    }
+    problems = [
+        f"averaging.{name} is {value}, which averaging.rule={averaging.rule} does not use; remove it"
+        for name, value in options.items()
+        if name not in {argument.name for argument in arguments}
+    ]
+    problems += [
+        f"averaging.{argument.name} is null, which averaging.rule={averaging.rule} needs; set it"
+        for argument in arguments
+        if argument.default is MISSING and argument.name not in options
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return None if kind is None else kind(start=averaging.start, every=averaging.every, **options)
 
 
 def build_objective(noise: NoiseConfig, *, seed: int) -> R3F | RDrop | TaskLoss:

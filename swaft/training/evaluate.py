@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import WeightAverager
+from swaft.averaging import WeightAverager, WindowSearch, search_windows
+from swaft.averaging.rules import WindowsPlan
 from swaft.errors import TrainingError
 
 ROW_ID = "idx"
@@ -73,14 +74,32 @@ def evaluate(
 
 
 def evaluate_last_and_averaged(
-    evaluate_once: Callable[[], Scores], averager: WeightAverager | None
+    evaluate_once: Callable[[], Scores], averager: WeightAverager | None, **selection: Any
 ) -> dict[str, Scores]:
-    """Return the scores of the ``last`` weights and, with members, of the ``averaged`` (collective)."""
+    """Return the scores of the ``last`` weights and, with members, of the ``averaged`` (collective).
+
+    Args:
+        evaluate_once: scores the weights that are in the model.
+        averager: None without averaging.
+        selection: which average, where the rule leaves a choice.
+    """
     scores = {"last": evaluate_once()}
     if averager is not None and averager.num_averaged > 0:
-        with averager.swapped_in():
+        with averager.swapped_in(**selection):
             scores["averaged"] = evaluate_once()
     return scores
+
+
+def best_window(
+    averager: WeightAverager | None, evaluate_once: Callable[[], Scores] | None, metric: str
+) -> WindowSearch | None:
+    """Return the window of averaged weights that scores best on validation data (collective).
+
+    None where there is nothing to choose: no averaging, another rule than ``windows``, no validation data.
+    """
+    if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
+        return None
+    return search_windows(averager, lambda: evaluate_once()[metric])
 
 
 def each_row_once(ids: Tensor, logits: Tensor, labels: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:

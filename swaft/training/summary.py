@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
 
-from swaft.averaging import WeightAverager
+from swaft.averaging import WeightAverager, WindowSearch
 from swaft.config import TrainConfig
 from swaft.training.accelerator import engine_name
 from swaft.training.evaluate import Scores
@@ -56,7 +57,9 @@ def run_facts(
         "Averaging": "none",
     }
     if averager is not None:
-        facts["Averaging"] = f"{averager.total_members:,} weights from step {averager.start_step:,} on"
+        plan = averager.plan()
+        facts["Averaging"] = f"{plan.num_members:,} weights from step {plan.first_step:,} on"
+        facts["Averaging takes"] = "; ".join(str(averager.forecast()).splitlines())
     return facts
 
 
@@ -66,6 +69,7 @@ def summary(
     *,
     metric_name: str,
     averager: WeightAverager | None,
+    window: WindowSearch | None = None,
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -74,8 +78,9 @@ def summary(
         result: what training took.
         metric_name: the score that counts.
         averager: None without averaging.
+        window: what was averaged, where that was chosen after training.
     """
-    return {
+    content = {
         "metric": metric_name,
         "scores": scores,
         "steps": result.steps,
@@ -83,3 +88,11 @@ def summary(
         "num_averaged": 0 if averager is None else averager.num_averaged,
         "train_seconds": round(result.seconds, 3),
     }
+    if averager is not None:
+        # How often training stood still for averaging, and how long in all.
+        content["averaging_waits"] = averager.waits.count
+        content["averaging_wait_seconds"] = round(averager.waits.seconds, 3)
+    if window is not None:
+        content["window"] = asdict(window.best)
+        content["windows_tried"] = [asdict(each) | {"score": score} for each, score in window.scores.items()]
+    return content

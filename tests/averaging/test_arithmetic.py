@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swaft.averaging.arithmetic import make_scratch, update_mean_
+from swaft.averaging.arithmetic import combine, reference_mean, update_, update_plain_
 from swaft.averaging.rules import EMA, SWA
 
 pytestmark = pytest.mark.unit
@@ -22,46 +22,42 @@ def weight_of(plan):
     return lambda n: plan.updates(n)[0].weight
 
 
-def averaged(members, weight, *, chunk=None):
-    mean = compensation = scratch = None
-    for n, member in enumerate(members):
-        if mean is None:
-            mean, compensation = torch.empty_like(member), torch.empty_like(member, dtype=torch.bfloat16)
-            scratch = make_scratch(member.numel())
-        size = chunk or member.numel()
-        for a in range(0, member.numel(), size):
-            window = slice(a, a + size)
-            update_mean_(mean[window], compensation[window], member[window], weight(n), scratch=scratch)
-        yield mean
+def averaged(members, weight):
+    """The mean after every member."""
+    m, c = torch.empty_like(members[0]), torch.empty_like(members[0], dtype=torch.bfloat16)
+    for n, x in enumerate(members):
+        update_(m, c, x, weight(n))
+        yield m
 
 
-def ulps(mean: torch.Tensor, oracle: torch.Tensor, member: torch.Tensor | None = None) -> float:
-    """Largest error in units in the last place of the mean (or of the new weights, where those are larger:
-    a mean that crosses zero has no digits of its own to lose)."""
-    exact = oracle.abs().float() if member is None else torch.maximum(oracle.abs().float(), member.abs())
-    spacing = torch.nextafter(exact, torch.tensor(torch.inf)) - exact
+def ulps(mean: torch.Tensor, oracle: torch.Tensor, largest: torch.Tensor) -> float:
+    """Largest error, in units in the last place of the largest weight that an element has had so far.
+
+    An element that walks through zero has no digits of its own to lose: there the error is that of its steps.
+    """
+    spacing = torch.nextafter(largest, torch.tensor(torch.inf)) - largest
     return float(((mean.double() - oracle).abs() / spacing.double()).max())
 
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-5, 1e-6])
 def test_a_thousand_uniform_updates_stay_within_one_ulp_of_float64(learning_rate):
-    plan = SWA(start=0).plan(1000)
     members = list(walk(4096, 1000, learning_rate=learning_rate))
-    total = torch.zeros(4096, dtype=torch.float64)
-    for n, mean in enumerate(averaged(members, weight_of(plan))):
+    total, largest = torch.zeros(4096, dtype=torch.float64), torch.zeros(4096)
+    for n, mean in enumerate(averaged(members, weight_of(SWA(start=0).plan(1000)))):
         total += members[n].double()
-        assert ulps(mean, total / (n + 1), members[n]) <= 1.0
+        largest = torch.maximum(largest, members[n].abs())
+        assert ulps(mean, total / (n + 1), largest) <= 1.0
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.999])
 def test_a_thousand_ema_updates_stay_within_one_ulp_of_float64(decay):
-    plan = EMA(decay=decay).plan(1000)
+    weight = weight_of(EMA(decay=decay).plan(1000))
     members = list(walk(4096, 1000, learning_rate=1e-5))
-    oracle = None
-    for n, mean in enumerate(averaged(members, weight_of(plan))):
-        member = members[n].double()
-        oracle = member if oracle is None else oracle + weight_of(plan)(n) * (member - oracle)
-        assert ulps(mean, oracle, members[n]) <= 1.0
+    oracle, largest = members[0].double(), torch.zeros(4096)
+    for n, mean in enumerate(averaged(members, weight)):
+        oracle += weight(n) * (members[n].double() - oracle)
+        largest = torch.maximum(largest, members[n].abs())
+        assert ulps(mean, oracle, largest) <= 1.0
 
 
 def test_a_plain_running_mean_would_not_pass_that_bar():
@@ -69,27 +65,25 @@ def test_a_plain_running_mean_would_not_pass_that_bar():
     members = list(walk(4096, 1000, learning_rate=1e-6))
     mean, total = members[0].clone(), torch.zeros(4096, dtype=torch.float64)
     for n, member in enumerate(members):
-        mean.lerp_(member, 1.0 / (n + 1))
+        update_plain_(mean, member, 1.0 / (n + 1))
         total += member.double()
-    assert ulps(mean, total / len(members), members[-1]) > 2.0
-
-
-def test_the_bits_do_not_depend_on_how_the_shard_is_cut():
-    members = list(walk(1001, 50, learning_rate=1e-4))
-    weight = weight_of(SWA(start=0).plan(50))
-    whole = [mean.clone() for mean in averaged(members, weight)]
-    for chunk in (1, 7, 16, 999):
-        pieces = list(averaged(members, weight, chunk=chunk))
-        assert torch.equal(pieces[-1].view(torch.int32), whole[-1].view(torch.int32))
+    assert ulps(mean, total / len(members), torch.stack(members).abs().amax(0)) > 2.0
 
 
 def test_the_mean_of_equal_weights_is_those_weights_bit_for_bit():
     member = torch.randn(257)
-    *_, mean = averaged([member] * 100, weight_of(SWA(start=0).plan(100)))
+    mean = reference_mean([member] * 100, map(weight_of(SWA(start=0).plan(99)), range(100)))
     assert torch.equal(mean.view(torch.int32), member.view(torch.int32))
 
 
-def test_a_large_first_step_is_not_lost():
-    members = [torch.zeros(8), torch.full((8,), 3.0), torch.full((8,), 1e-3)]
-    *_, mean = averaged(members, weight_of(SWA(start=0).plan(3)))
-    assert ulps(mean, torch.full((8,), (3.0 + float(torch.tensor(1e-3))) / 3, dtype=torch.float64)) <= 1.0
+def test_weights_far_apart_lose_no_digits():
+    members = [torch.full((8,), value) for value in (0.0, 3.0, 1e-3, -2e4, 5e-8)]
+    for n, mean in enumerate(averaged(members, weight_of(SWA(start=0).plan(9)))):
+        oracle = torch.stack(members[: n + 1]).double().mean(0)
+        assert ulps(mean, oracle, torch.stack(members[: n + 1]).abs().amax(0)) <= 1.0
+
+
+def test_a_combination_is_rounded_once():
+    m, c = torch.tensor([1.0]), torch.tensor([2.0**-26]).bfloat16()
+    expected = torch.tensor([0.3 * (1 + 2.0**-26) + 0.7 * 3.0], dtype=torch.float64).float()
+    assert torch.equal(combine([(0.3, m, c), (0.7, torch.tensor([3.0]), None)]), expected)

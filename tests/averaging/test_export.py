@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
@@ -81,3 +91,174 @@ def test_the_average_and_the_last_weights_are_both_to_be_had(tmp_path):
     averaged, last = (load_file(tmp_path / name / "model.safetensors") for name in ("averaged", "last"))
     assert torch.equal(last["weight"], model.weight)
     assert not torch.equal(averaged["weight"], last["weight"])
+
+
+def test_a_parts_wrapper_is_in_no_name(tmp_path):
+    wrapped = checkpoint_wrapper(nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2)))
+    save_pretrained(engine_of(nn.Sequential(wrapped)), tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    plain = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    assert saved.keys() == plain.state_dict().keys()
+
+
+def test_a_shard_cut_from_whole_weights_is_the_shard_they_came_from():
+    engine = engine_of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    shard = torch.randn(engine.numel)
+    assert torch.equal(export.scatter_trained(engine, export.gather_trained(engine, shard)), shard)
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+    )
+    return BertForSequenceClassification(config)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def randomised(model):
+    """The model with every trainable parameter at random, as after training."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model
+
+
+def averaged(model):
+    """An averager of two members of the model."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    averager.step()
+    return averager
+
+
+def same(model, other):
+    return model.keys() == other.keys() and all(torch.equal(model[name], other[name]) for name in model)
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (
+            bert,
+            {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "bias": "lora_only"},
+        ),
+        (bert, {"target_modules": ["query"], "use_dora": True, "task_type": "SEQ_CLS"}),
+        (bert, {"target_modules": ["word_embeddings", "query"]}),
+        (bert, {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [2, 5]}}),
+        (
+            llama,
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        ),
+    ],
+    ids=["head and biases", "dora", "embedding", "tokens", "tied"],
+)
+def test_a_peft_model_leaves_an_adapter_that_peft_loads_bit_for_bit(base, options, tmp_path):
+    model = randomised(get_peft_model(base(), LoraConfig(r=2, **options)))
+    averager = averaged(model)
+    averager.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    with averager.swapped_in():
+        expected = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    again = PeftModel.from_pretrained(base(), tmp_path / "out")
+    assert same(dict(again.named_parameters(remove_duplicate=False)), expected)
+
+
+def test_of_a_frozen_base_nothing_is_gathered_that_is_not_saved(tmp_path, monkeypatch):
+    model = randomised(get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"])))
+    engine = attach_engine(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    gathered = []
+    monkeypatch.setattr(engine, "gather_frozen", gathered.append)
+    save_pretrained(engine, tmp_path / "out")
+    assert not gathered
+
+
+def test_every_adapter_is_saved_a_frozen_one_as_it_is(tmp_path):
+    model = get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"]))
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["value"], init_lora_weights=False))
+    averager = averaged(randomised(model))
+    averager.save_pretrained(tmp_path / "out")
+    again = PeftModel.from_pretrained(bert(), tmp_path / "out" / "second", adapter_name="second")
+    again.load_adapter(str(tmp_path / "out"), adapter_name="default")
+    with averager.swapped_in():
+        assert same(dict(again.named_parameters()), dict(model.named_parameters()))
+
+
+def test_a_parametrized_head_is_saved_with_an_adapter_as_the_plain_weight_it_evaluates_to(tmp_path):
+    base = bert()
+    base.classifier = spectral_norm(base.classifier)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    averager = averaged(randomised(model))
+    averager.save_pretrained(tmp_path / "out")
+    again = PeftModel.from_pretrained(bert(), tmp_path / "out").eval()
+    ids = torch.arange(10).view(2, 5)
+    with averager.swapped_in(), torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-6)
+
+
+def test_an_adapter_of_wrapped_parts_loads_into_a_model_without_wrappers(tmp_path):
+    model = randomised(get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"])))
+    layers = model.base_model.model.bert.encoder.layer
+    layers[0] = checkpoint_wrapper(layers[0])
+    averager = averaged(model)
+    averager.save_pretrained(tmp_path / "out")
+    again = PeftModel.from_pretrained(bert(), tmp_path / "out")
+    with averager.swapped_in():
+        parameters = {
+            name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()
+        }
+        assert same(dict(again.named_parameters()), parameters)
+
+
+def test_an_adapter_of_a_16_bit_base_is_saved_and_loaded_in_fp32(tmp_path):
+    model = randomised(get_peft_model(bert().bfloat16(), LoraConfig(r=2, target_modules=["query"])))
+    averager = averaged(model)
+    averager.save_pretrained(tmp_path / "out")
+    again = PeftModel.from_pretrained(bert().bfloat16(), tmp_path / "out")
+    with averager.swapped_in():
+        assert same(dict(again.named_parameters()), dict(model.named_parameters()))
+
+
+def test_a_model_with_an_adapter_of_transformers_own_leaves_one_too(tmp_path):
+    model = bert()
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    averager = averaged(randomised(model))
+    averager.save_pretrained(tmp_path / "out")
+    again = bert()
+    again.load_adapter(str(tmp_path / "out"))
+    with averager.swapped_in():
+        assert same(dict(again.named_parameters()), dict(model.named_parameters()))
+
+
+def test_weights_that_peft_takes_from_the_live_model_are_refused(tmp_path):
+    averager = averaged(get_peft_model(bert(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)))
+    with pytest.raises(AveragingError, match=r"prompt_embeddings.*PromptTuningConfig.*from the live model"):
+        averager.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_adapters_configuration_is_one_for_use_not_for_training(tmp_path):
+    model = randomised(get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"])))
+    averaged(model).save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (written["r"], written["inference_mode"], written["peft_type"]) == (2, True, "LORA")
+    assert model.peft_config["default"].inference_mode is False

@@ -62,6 +62,21 @@ def test_defaults_have_no_problem():
         ("averaging__decay", 1.0),
         ("averaging__decay", 0.0),
         ("averaging__decay", math.nan),
+        ("averaging__half_life", 0),
+        ("averaging__half_life", 0.0),
+        ("averaging__half_life", 100.0),
+        ("averaging__half_life", math.nan),
+        ("averaging__warmup", "rampp"),
+        ("averaging__last", 1),
+        ("averaging__weights", "quadratic"),
+        ("averaging__ema_power", -0.1),
+        ("averaging__bias_power", math.inf),
+        ("averaging__lag", 0),
+        ("averaging__multiplier", -1.0),
+        ("averaging__snapshots", 0),
+        ("averaging__blocks", 1),
+        ("averaging__precision", "half"),
+        ("averaging__threads", 0),
         ("noise__sigma", -1e-5),
         ("noise__sigma", math.nan),
         ("noise__weight", -1.0),
@@ -122,6 +137,15 @@ def test_fp16_without_cuda_is_refused(monkeypatch):
         (AveragingConfig(rule="swa", start=90, every=20), 99, False),
         (AveragingConfig(rule="ema", start=200), 99, False),
         (AveragingConfig(rule="ema", start=0.0), 99, True),
+        (AveragingConfig(rule="ema", decay=0.9, half_life=10), 99, False),
+        (AveragingConfig(rule="ema", include_start=False), 99, False),
+        (AveragingConfig(rule="lawa", last=51), 100, True),
+        (AveragingConfig(rule="lawa", last=52), 100, False),
+        (AveragingConfig(rule="merge", weights="1-sqrt"), 99, True),
+        (AveragingConfig(rule="merge"), 99, False),
+        (AveragingConfig(rule="bema", every=400), 99, False),
+        (AveragingConfig(rule="power_ema"), 99, True),
+        (AveragingConfig(rule="windows"), 99, True),
         (AveragingConfig(rule="none", start=200), 99, True),
     ],
 )
@@ -143,6 +167,17 @@ def test_every_setting_has_a_doc():
         for name in leaves(ClassificationConfig):
             owner, short = name.split(".")
             assert owner != section or len(texts[short].split()) >= 3, name
+
+
+def test_choices_of_the_averaging_section_are_those_of_the_rules():
+    from swaft.averaging.rules import RULES
+    from swaft.averaging.rules.ema import Warmup
+    from swaft.averaging.rules.merge import Decay
+
+    known = leaves(ClassificationConfig)
+    assert known["averaging.rule"].choices == ("none", *RULES)
+    assert known["averaging.warmup"].choices == get_args(Warmup)
+    assert known["averaging.weights"].choices == get_args(Decay)
 
 
 def test_choices_of_the_noise_section_are_those_of_the_objectives():

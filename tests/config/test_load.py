@@ -159,7 +159,10 @@ def test_bare_hugging_face_flag_names_the_setting():
         ("train.learning_rate=fast", "expected float, got the text 'fast'"),
         ("train.gradient_checkpointing=1", "expected true|false, got the number 1"),
         ("averaging.start=[1]", "expected int or float, got the list [1]"),
-        ("averaging.rule=swaa", "'swaa' is not one of none, swa, ema. Did you mean 'swa'?"),
+        (
+            "averaging.rule=swaa",
+            "'swaa' is not one of none, swa, ema, lawa, merge,",
+        ),
         ("noise.detach=None", "Did you mean 'none'?"),
     ],
 )

@@ -1,303 +1,243 @@
-"""Runs on every rank: weight averaging under each engine, against means taken in one process."""
+"""Runs on every rank: what must hold under every engine, for every model, against means taken in one process."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-import tempfile
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from engines import ENGINES, EngineCase, batch, full_masters, prepared, tiny_bert
+from engines import ENGINES, EngineCase, full_masters
 from harness import worker_main
-from transformers import AutoModelForSequenceClassification
+from models import MODELS, ModelCase
+from run_on_ranks import (
+    MEMBERS,
+    STEPS,
+    TOTAL_STEPS,
+    counted_collectives,
+    load_plainly,
+    logits,
+    mean_in_one_process,
+    raised_on_every_rank,
+    same_bits,
+    shared_folder,
+    train,
+)
+from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
 from swaft.averaging.export import gather_state_dict
-from swaft.averaging.host import HostAverage
-from swaft.averaging.layout import Fragment, merge
 from swaft.errors import AveragingError, LayoutError
 
-STEPS, START = 6, 2
-COLLECTIVES = [
-    *("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_gather_single"),
-    *("broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter_tensor"),
-    *("all_to_all", "barrier", "send", "recv", "isend", "irecv", "scatter"),
-]
+__all__ = ["load_plainly", "logits", "shared_folder"]
 
 
-def _count(calls: list[str], name: str, original, *args, **kwargs):
-    calls.append(name)
-    return original(*args, **kwargs)
-
-
-def train(case: EngineCase, *, averaged: bool, swap_at: int | None = None, on_step=None, accumulation=1):
-    """Train the tiny model; (model, optimizer, averager or None)."""
-    accelerator, model, optimizer = prepared(case, accumulation=accumulation)
-    rule = swaft.SWA(start=START)
-    averager = None
-    if averaged:
-        averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=STEPS)
-    torch.manual_seed(7 + dist.get_rank())
-    model.train()
-    for step in range(STEPS * accumulation):
-        with accelerator.accumulate(model):
-            loss = model(**batch(step, dist.get_rank())).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        if averager:
-            averager.step()
-        if on_step:
-            on_step(step, model, optimizer)
-        if averager and step == swap_at:
-            state = torch.get_rng_state()
-            with averager.swapped_in():
-                logits(model)
-            model.train()
-            torch.set_rng_state(state)
-    return model, optimizer, averager
-
-
-def logits(model) -> torch.Tensor:
-    """Evaluation logits on a fixed batch."""
-    model.eval()
-    with torch.no_grad():
-        return model(**batch(0, 0)).logits.float()
-
-
-def load_plainly(folder: Path):
-    """The folder as a script without DeepSpeed opens it: transformers must forget that stage 3 is on."""
-    unset_hf_deepspeed_config()
-    return AutoModelForSequenceClassification.from_pretrained(folder)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(torch.int32), b.view(torch.int32))
-
-
-def engine_case(case: EngineCase):
+def engine_case(case: EngineCase, model_case: ModelCase):
     """All checks under one engine, on two trainings of the same run: with and without an averager."""
-    live, recorded = {}, []
+    recorded: list[dict[str, Tensor]] = []
 
     def record(step, model, optimizer):
         # The public accessor, which is the oracle here, returns other parameters' values under round robin,
         # so there the oracle is the run with the plain order, which takes the same steps.
-        recorded.append(full_masters(case, model, optimizer))
+        recorded.append(full_masters(oracle_case, model, optimizer))
 
     round_robin = case.zero.get("round_robin_gradients", False)
     oracle_case = EngineCase(2, case.precision, top=case.top) if round_robin else case
-    train(oracle_case, averaged=False, on_step=record)
-    live["plain"] = recorded[-1]
-    model, _, averager = train(case, averaged=True, swap_at=4)
+    train(oracle_case, model_case, averaged=False, on_step=record)
+    live = recorded[-1]
+    model, optimizer, averager = train(case, model_case, averaged=True, swap_at=4)
+    assert averager is not None
     engine = averager.engine
+    a_batch = model_case.batch(0, 0)
 
     def the_average_has_the_bits_of_the_single_process_mean():
-        members = recorded[START - 1 :]
-        assert averager.num_averaged == len(members) == averager.total_members
+        members = [recorded[step - 1] for step in MEMBERS]
+        assert averager.num_averaged == len(members)
         whole = gather_state_dict(engine, averager.shard())
-        if dist.get_rank() != 0:
-            return
-        for name, member in members[0].items():
-            mean = HostAverage(merge([Fragment(name, 0, member.numel(), 0, 0)]), chunk_numel=11)
-            for n, masters in enumerate(members):
-                mean.add([masters[name].view(-1)], 1 / (n + 1))
-            assert same_bits(whole[name].view(-1), mean.mean), name
+        if dist.get_rank() == 0:
+            for name in live:
+                assert same_bits(
+                    whole[name].view(-1), mean_in_one_process([member[name] for member in members])
+                ), name
 
     def training_with_averager_and_swap_ends_in_the_bits_of_training_without():
         whole = gather_state_dict(engine, engine.live_shard())
         if dist.get_rank() == 0:
-            for name, weight in live["plain"].items():
+            for name, weight in live.items():
                 assert same_bits(whole[name], weight), name
         assert engine.working_is_cast()
 
+    def attaching_without_updating_changes_nothing():
+        logits(model, a_batch)
+        before = _everything(model, optimizer, engine)
+        late = swaft.WeightAverager(
+            model, optimizer, rule=swaft.SWA(start=TOTAL_STEPS - 1), total_steps=TOTAL_STEPS
+        )
+        after = _everything(model, optimizer, engine)
+        assert len(before) == len(after)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        raised_on_every_rank(AveragingError, "nothing is averaged yet", late.swapped_in().__enter__)
+
     def every_rank_owns_a_fair_part_and_no_more():
         numels = engine.ranks.gather(engine.numel)
-        total = sum(engine.full_shape(p).numel() for p in engine.trainable.values())
-        assert sum(numels) == total
-        slack = len(engine.trainable) + 4  # ZeRO-3 rounds every parameter up, the flat engines the group
-        assert max(numels) <= math.ceil(total / 2) + slack, numels
+        shapes = [engine.full_shape(p) for p in engine.trainable.values()]
+        total = sum(shape.numel() for shape in shapes)
+        assert sum(numels) == total == sum(weight.numel() for weight in live.values())
+        # ZeRO-3 rounds every parameter up, FSDP2 to whole rows, the flat engines their groups.
+        slack = 4 + sum(shape.numel() // shape[0] if engine.name == "fsdp2" else 1 for shape in shapes)
+        assert max(numels) <= math.ceil(total / dist.get_world_size()) + slack, numels
         assert averager.shard().numel() == engine.numel
 
     def a_swap_gives_the_outputs_of_a_plain_model_holding_the_average():
         message = [gather_state_dict(engine, averager.shard())]
         dist.broadcast_object_list(message, src=0)
-        plain = tiny_bert()
+        plain = model_case.build()
         plain.load_state_dict(message[0])
-        if case.stage is not None and case.precision == "bf16":
+        sharded_cast = case.stage is not None or case.fsdp is not None
+        if sharded_cast and case.precision == "bf16":
             plain.bfloat16()
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.stage is None and case.precision == "bf16"):
-            expected = logits(plain)
-        before = logits(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not sharded_cast and case.precision == "bf16"):
+            expected = logits(plain, a_batch)
+        before = logits(model, a_batch)
+        for _ in range(2):
+            with averager.swapped_in():
+                during = logits(model, a_batch)
+            assert torch.equal(during, expected), (during - expected).abs().max()
+            assert not torch.equal(before, during)
+            assert torch.equal(logits(model, a_batch), before)
+
+    def a_swap_inside_a_swap_is_refused_and_the_outer_one_survives():
         with averager.swapped_in():
-            during = logits(model)
-        assert torch.equal(during, expected), (during - expected).abs().max()
-        assert not torch.equal(before, during)
-        assert torch.equal(logits(model), before)
+            during = logits(model, a_batch)
+            raised_on_every_rank(AveragingError, "swapped in already", averager.swapped_in().__enter__)
+            assert torch.equal(logits(model, a_batch), during)
 
     def an_exception_inside_a_swap_leaves_the_live_weights():
-        before = logits(model)
+        before = logits(model, a_batch)
         try:
             with averager.swapped_in():
+                logits(model, a_batch)
                 raise RuntimeError("evaluation broke")
         except RuntimeError as error:
             assert str(error) == "evaluation broke"
-        assert torch.equal(logits(model), before)
+        assert torch.equal(logits(model, a_batch), before)
         assert not engine.swap.active
 
     def a_folder_written_inside_a_swap_holds_the_live_weights():
         with shared_folder() as folder:
             with averager.swapped_in():
-                with contextlib.suppress(AveragingError):
-                    model.state_dict()
-                    raise AssertionError("the average was handed out as the model's state")
+                logits(model, a_batch)
+                raised_on_every_rank(AveragingError, "state_dict() was asked for", engine.module.state_dict)
                 swaft.averaging.save_pretrained(engine, folder / "live")
             if dist.get_rank() == 0:
-                loaded = load_plainly(folder / "live").state_dict()
-                for name, weight in live["plain"].items():
+                unset_hf_deepspeed_config()
+                loaded = model_case.load(folder / "live")
+                for name, weight in live.items():
                     assert same_bits(loaded[name], weight), name
 
-    def the_exported_average_loads_in_plain_transformers_bit_for_bit():
+    def the_exported_average_loads_without_an_engine_bit_for_bit():
         whole = gather_state_dict(engine, averager.shard())
         with shared_folder() as folder:
             averager.save_pretrained(folder / "average")
             if dist.get_rank() == 0:
-                loaded = load_plainly(folder / "average")
-                assert loaded.dtype == torch.float32
-                assert loaded.state_dict().keys() == whole.keys()
-                for name, weight in loaded.state_dict().items():
-                    assert same_bits(weight, whole[name]), name
-            try:
-                averager.save_pretrained(folder / "average")
-            except AveragingError as error:
-                assert "holds files already" in str(error)
-            else:
-                raise AssertionError("an existing folder was overwritten")
+                unset_hf_deepspeed_config()
+                loaded = model_case.load(folder / "average")
+                if model_case.all_in_folder:
+                    assert loaded.keys() == whole.keys()
+                for name in loaded if model_case.all_in_folder else live:
+                    assert same_bits(loaded[name], whole[name]), name
+            dist.barrier()
+            raised_on_every_rank(
+                AveragingError, "holds files already", lambda: averager.save_pretrained(folder / "average")
+            )
 
-    def an_averaging_event_is_one_message_and_no_gather():
-        calls = []
-        with contextlib.ExitStack() as patched:
-            for name in COLLECTIVES:
-                if hasattr(dist, name):
-                    counted = functools.partial(_count, calls, name, getattr(dist, name))
-                    patched.enter_context(mock.patch.object(dist, name, counted))
-            averager._take_in()
-        assert calls == ["all_reduce"], calls
+    def an_averaging_event_is_one_message_and_an_ordinary_step_none():
+        for step, expected in ((STEPS + 1, []), (STEPS + 2, ["all_reduce"])):
+            with mock.patch.object(engine, "applied_steps", return_value=step), counted_collectives() as seen:
+                averager.step()
+                averager.shard()  # returns once the event is over
+            assert seen == expected, (step, seen)
+
+    def publishing_takes_the_collectives_it_says():
+        with counted_collectives() as seen:
+            engine.release_gathered()
+            engine.publish()
+        print("SEEN", engine.name, seen)
+        assert sorted(set(seen)) == _published_by(engine.name), seen
+        if engine.name in ("ddp", "deepspeed-zero0"):
+            assert len(seen) == dist.get_world_size()
 
     def a_layout_that_misses_elements_is_refused_on_every_rank():
         intact = engine.fragments
         engine.fragments = intact[1:]
         try:
-            engine.prove_layout()
-        except LayoutError as error:
-            assert "expected every element exactly once" in str(error)
-        else:
-            raise AssertionError("a layout that misses a fragment was accepted")
+            raised_on_every_rank(LayoutError, "expected every element exactly once", engine.prove_layout)
         finally:
             engine.fragments = intact
 
     def a_master_that_is_not_where_it_should_be_is_refused_on_every_rank():
-        if engine.masters_are_working():
-            return  # one storage: there is nothing to misplace
+        last = dist.get_world_size() - 1
         target = engine.masters()[engine.fragments[0].buffer]
         saved = target.clone()
         try:
-            if dist.get_rank() == 1:
+            if dist.get_rank() == last:
                 target.copy_(target.roll(1))
-            engine.prove_layout()
-        except LayoutError as error:
-            assert "is not the cast of the master" in str(error)
-        else:
-            raise AssertionError("a rolled master was accepted")
+            raised_on_every_rank(LayoutError, "is not the cast of the master", engine.prove_layout)
         finally:
             target.copy_(saved)
 
     checks = [
         the_average_has_the_bits_of_the_single_process_mean,
         training_with_averager_and_swap_ends_in_the_bits_of_training_without,
+        attaching_without_updating_changes_nothing,
         every_rank_owns_a_fair_part_and_no_more,
         a_swap_gives_the_outputs_of_a_plain_model_holding_the_average,
+        a_swap_inside_a_swap_is_refused_and_the_outer_one_survives,
         an_exception_inside_a_swap_leaves_the_live_weights,
         a_folder_written_inside_a_swap_holds_the_live_weights,
-        the_exported_average_loads_in_plain_transformers_bit_for_bit,
-        an_averaging_event_is_one_message_and_no_gather,
+        the_exported_average_loads_without_an_engine_bit_for_bit,
+        publishing_takes_the_collectives_it_says,
         a_layout_that_misses_elements_is_refused_on_every_rank,
-        a_master_that_is_not_where_it_should_be_is_refused_on_every_rank,
     ]
+    if not engine.masters_are_working():  # in one storage there is nothing to misplace
+        checks.append(a_master_that_is_not_where_it_should_be_is_refused_on_every_rank)
+    checks.append(an_averaging_event_is_one_message_and_an_ordinary_step_none)  # last: it adds a member
     for check in checks:
         yield check.__name__, check
 
 
-class shared_folder:
-    """A temporary folder that all ranks agree on."""
-
-    def __enter__(self) -> Path:
-        message = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(message, src=0)
-        return Path(message[0])
-
-    def __exit__(self, *_: object) -> None:
-        dist.barrier()
-
-
-def counting_case():
-    """Steps are counted when they happened: neither micro-batches nor skipped steps."""
-    for name in ("ddp fp32", "zero0 bf16", "zero2 bf16", "zero3 fp32"):
-
-        def accumulation(name=name):
-            _, _, averager = train(ENGINES[name], averaged=True, accumulation=2)
-            assert averager.applied_steps == STEPS
-            assert averager.num_averaged == STEPS - START + 1
-
-        yield f"{name}, two micro-batches a step", accumulation
-
-    for name in ("zero0 bf16", "zero1 bf16", "zero2 bf16", "zero3 bf16"):
-
-        def skipped(name=name):
-            accelerator, model, optimizer = prepared(ENGINES[name])
-            averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
-            for step in range(4):
-                loss = model(**batch(step, dist.get_rank())).loss
-                accelerator.backward(loss * (torch.nan if step == 1 else 1.0))
-                optimizer.step()
-                averager.step()
-            assert averager.applied_steps == 3, averager.applied_steps
-            assert averager.num_averaged == 4
-
-        yield f"{name}, one skipped step", skipped
+def _everything(model, optimizer, engine) -> list[Tensor]:
+    """The bits of all that training depends on, as copies."""
+    inner = engine.inner_optimizer
+    state = [value for of_one in inner.state.values() for value in of_one.values() if torch.is_tensor(value)]
+    held = [p for group in inner.param_groups for p in group["params"]]
+    tensors = [*engine.masters(), *engine.working(), *engine.module.buffers(), *state, *held]
+    local = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
+    rates = torch.tensor([group["lr"] for group in optimizer.param_groups])
+    return [
+        tensor.cpu().clone().contiguous().view(-1).view(torch.uint8)
+        for tensor in [torch.get_rng_state(), rates, *local]
+    ]
 
 
-def refusal_case():
-    """Modes whose masters are not what they say are refused before training, on every rank."""
+def _published_by(engine_name: str) -> list[str]:
+    """The kinds of collectives that bring other weights to all ranks."""
+    if dist.get_world_size() == 1:
+        return []
+    return {"ddp": ["broadcast"], "deepspeed-zero0": ["broadcast"], "fsdp2": []}[engine_name]
 
-    def autocast_fp16():
-        case = EngineCase(2, "fp32", top={"torch_autocast": {"enabled": True, "dtype": "float16"}})
-        _, model, optimizer = prepared(case)
-        try:
-            swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=9)
-        except AveragingError as error:
-            assert "torch_autocast" in str(error)
-        else:
-            raise AssertionError("fp16 torch_autocast was accepted")
 
-    def bare_model():
-        model = tiny_bert()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        try:
-            swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=9)
-        except AveragingError as error:
-            assert "accelerator.prepare" in str(error)
-        else:
-            raise AssertionError("a bare model on two ranks was accepted")
-
-    yield "a bare model on two ranks", bare_model
-    yield "torch_autocast in fp16", autocast_fp16  # last: it leaves autocast state behind in the process
+def all_cases() -> dict:
+    """Every engine with every model, by name."""
+    return {
+        f"{engine} / {model}": lambda case=ENGINES[engine], model_case=MODELS[model]: engine_case(
+            case, model_case
+        )
+        for engine in ENGINES
+        for model in MODELS
+    }
 
 
 if __name__ == "__main__":
-    cases = {name: (lambda case=case: engine_case(case)) for name, case in ENGINES.items()}
-    worker_main(cases | {"counting": counting_case, "refused": refusal_case})
+    worker_main(all_cases())

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,15 +24,25 @@ Case = Callable[[], Iterator[tuple[str, Callable[[], None]]]]
 """Yields (name of a check, the check) on every rank alike; a check raises where it finds a fault."""
 
 
-def start_ranks(script: Path, results: Path, *, ranks: int = 2, timeout_s: float = 280) -> dict[str, str]:
-    """Run a worker script on ``ranks`` processes; returns the findings by check ("" where it held)."""
-    returncode, output = run_ranks([script, results], ranks=ranks, timeout_s=timeout_s)
+def start_ranks(
+    script: Path, results: Path, *, ranks: int = 2, timeout_s: float = 280, cases: Sequence[str] = ()
+) -> dict[str, str]:
+    """Run a worker script on ``ranks`` processes; returns the findings by check ("" where it held).
+
+    Args:
+        script: calls :func:`worker_main`.
+        results: file for the findings.
+        ranks: number of processes.
+        timeout_s: seconds after which the ranks are stopped, and the test has failed.
+        cases: names of the worker's cases to run; by default all.
+    """
+    returncode, output = run_ranks([script, results, *cases], ranks=ranks, timeout_s=timeout_s)
     if returncode:
         pytest.fail(f"{script.name} ended with {returncode}:\n{output[-6000:]}")
     return json.loads(results.read_text())
 
 
-def run_ranks(arguments: list[Path], *, ranks: int = 2, timeout_s: float = 280) -> tuple[int, str]:
+def run_ranks(arguments: Sequence[str | Path], *, ranks: int = 2, timeout_s: float = 280) -> tuple[int, str]:
     """Run a script on ``ranks`` processes; (exit code, output). A run past its time is a failed test."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
@@ -58,7 +68,7 @@ def run_ranks(arguments: list[Path], *, ranks: int = 2, timeout_s: float = 280) 
         psutil.wait_procs(ranks_running, timeout=10)
         process.kill()
         output, _ = process.communicate()
-        pytest.fail(f"{arguments[0].name} did not end within {timeout_s:.0f} s:\n{output[-6000:]}")
+        pytest.fail(f"{Path(arguments[0]).name} did not end within {timeout_s:.0f} s:\n{output[-6000:]}")
     return process.returncode, output
 
 
@@ -67,12 +77,9 @@ def worker_main(cases: dict[str, Case]) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    wanted = os.environ.get("SWAFT_TEST_CASES")
     findings: dict[str, str] = {}
-    for case_name, case in cases.items():
-        if wanted and wanted not in case_name:
-            continue
-        for check_name, check in case():
+    for case_name in sys.argv[2:] or cases:
+        for check_name, check in cases[case_name]():
             print(f"rank {dist.get_rank()}: {case_name}: {check_name}", flush=True)  # where a hang happened
             found: list[str | None] = [None] * dist.get_world_size()
             try:
@@ -80,6 +87,7 @@ def worker_main(cases: dict[str, Case]) -> None:
                 mine = ""
             except Exception:
                 mine = f"rank {dist.get_rank()}: {traceback.format_exc(limit=-4)}"
+                print(mine, flush=True)  # the other ranks may now wait for this one until the time is up
             dist.all_gather_object(found, mine)
             findings[f"{case_name}: {check_name}"] = "\n".join(each for each in found if each)
     if dist.get_rank() == 0:

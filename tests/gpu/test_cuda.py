@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
-from engines import tiny_bert
+from engines import EngineCase, prepared, tiny_bert
+from engines import batch as cpu_batch
 
 import swaft
-from swaft.averaging.host import HostAverage
-from swaft.averaging.layout import Fragment, merge
+from swaft.averaging.arithmetic import reference_mean
+from swaft.averaging.host import averages
+from swaft.averaging.host.source import MIN_BLOCK_NUMEL
+from swaft.errors import AveragingError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,10 +56,9 @@ def train(objective, *, autocast: bool, swap_at: int | None = None):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_average_of_device_weights_has_the_bits_of_the_host_mean(autocast):
     averager, recorded, _ = train(swaft.TaskLoss(), autocast=autocast)
-    mean = HostAverage(merge(Fragment(str(i), 0, p.numel(), i, 0) for i, p in enumerate(recorded[0])))
-    for n, weights in enumerate(recorded[1:]):
-        mean.add([weight.flatten() for weight in weights], 1 / (n + 1))
-    assert torch.equal(averager.shard(), mean.mean)
+    members = [torch.cat([weight.flatten() for weight in weights]) for weights in recorded[1:]]
+    expected = reference_mean(members, [1 / (n + 1) for n in range(len(members))])
+    assert torch.equal(averager.shard(), expected)
 
 
 def test_a_swap_leaves_training_on_the_device_bit_for_bit_as_it_was():
@@ -76,9 +80,107 @@ def test_noise_arrives_and_is_measured(autocast):
     assert all(float(out.divergence) > 0 for out in outputs)
 
 
-def test_attaching_keeps_nothing_on_the_device():
-    model = torch.nn.Linear(4096, 4096).cuda()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def big_layer(numel: int = 1 << 22):
+    model = torch.nn.Linear(numel >> 11, 1 << 11, bias=False).cuda()
+    return model, torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("ring_bytes", [1 << 29, 8 * 4 * MIN_BLOCK_NUMEL])
+def test_a_member_is_whole_though_the_optimizer_writes_over_it_at_once(ring_bytes, monkeypatch):
+    """Each step overwrites all weights with one number, while the copy of the last is still under way."""
+    monkeypatch.setattr(averages, "STAGING_BYTES", ring_bytes)
+    model, optimizer = big_layer()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=20)
+    members = []
+    for step in range(20):
+        model.weight.grad = model.weight.detach() - float(step * step)  # SGD at rate 1 lands on step²
+        optimizer.step()
+        averager.step()
+        members.append(torch.full((4,), float(step * step)))
+    expected = reference_mean(members, [1 / (n + 1) for n in range(20)])[0]
+    assert bool((averager.shard() == expected).all())
+
+
+def test_weights_on_the_device_that_are_not_finite_are_refused():
+    model, optimizer = big_layer(1 << 16)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    model.weight.grad = torch.full_like(model.weight, torch.nan)
+    optimizer.step()
+    averager.step()
+    with pytest.raises(AveragingError, match="not finite"):
+        averager.wait()
+    assert averager.num_averaged == 1
+
+
+def test_averaging_keeps_nothing_on_the_device():
+    model, optimizer = big_layer()
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
-    assert torch.cuda.memory_allocated() == before
+    torch.cuda.reset_peak_memory_stats()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=9)
+    for _ in range(4):
+        optimizer.step()
+        averager.step()
+    averager.wait()
+    assert torch.cuda.memory_allocated() - before <= 1 << 16  # the norms of the finite check
+    assert torch.cuda.max_memory_allocated() - before <= 1 << 20
+
+
+def test_the_ring_is_pinned():
+    model, optimizer = big_layer()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    averager.wait()
+    staged = averager._averages._staged
+    assert staged is not None
+    assert all(block.is_pinned() for block in staged._blocks)
+    assert averager.forecast().pinned_bytes == sum(block.nbytes for block in staged._blocks)
+
+
+def test_the_training_thread_does_not_wait_for_a_copy():
+    model, optimizer = big_layer(1 << 26)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    averager.wait()
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    averager.step()
+    submitting = time.perf_counter() - begun
+    begun = time.perf_counter()
+    averager.wait()
+    assert submitting < 0.2 * (time.perf_counter() - begun)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_deepspeed_masters_are_averaged_and_skipped_steps_are_not(stage, precision):
+    pytest.importorskip("deepspeed")
+    case = EngineCase(stage, precision, device="cuda")
+    accelerator, model, optimizer = prepared(case)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=12)
+    recorded, live = {}, None
+    for step in range(12):
+        rows = {name: tensor.cuda() for name, tensor in cpu_batch(step, 0).items()}
+        loss = model(**rows).loss
+        accelerator.backward(loss * (torch.inf if step == 6 else 1.0))
+        optimizer.step()
+        averager.step()
+        recorded[averager.applied_steps] = averager.engine.read(averager.engine.masters())
+    assert averager.applied_steps < 12  # the step that overflowed, and those that found the loss scale
+    members = [recorded[step] for step in sorted(recorded) if step >= 1]
+    expected = reference_mean(members, [1 / (n + 1) for n in range(len(members))])
+    assert torch.equal(averager.shard(), expected)
+    live = logits(model)
+    with averager.swapped_in():
+        assert not torch.equal(logits(model), live)
+    assert torch.equal(logits(model), live)
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        found = model(**{name: tensor.cuda() for name, tensor in cpu_batch(0, 0).items()}).logits.float()
+    model.train()
+    return found

@@ -89,6 +89,23 @@ def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):
     assert config.noise.kind == "r3f"
 
 
+def test_the_window_is_chosen_after_training_by_the_validation_score(inputs, tmp_path):
+    output = tmp_path / "run"
+    finished = run(
+        inputs, "single.yaml", output, "averaging.rule=windows", "averaging.start=0", "averaging.blocks=5"
+    )
+    assert finished.code == 0, finished.err
+    summary = json.loads((output / "summary.json").read_text())
+    tried = summary["windows_tried"]
+    assert len(tried) >= 5
+    assert {window["start"] for window in tried} == {0, 11, 22, 33, 44}
+    best = max(window["score"] for window in tried)
+    assert summary["scores"]["validation"]["averaged"]["accuracy"] == best
+    assert summary["window"]["members"] == summary["window"]["end"] - summary["window"]["start"] + 1
+    score = accuracy_of(output / "final-averaged", inputs / "test.csv")
+    assert summary["scores"]["test"]["averaged"]["accuracy"] == pytest.approx(score)
+
+
 @pytest.fixture(scope="module")
 def ddp_and_zero3(inputs, tmp_path_factory) -> dict[str, Path]:
     outputs = {}

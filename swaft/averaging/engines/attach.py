@@ -5,14 +5,16 @@ The choice looks at the objects, never at a configured stage number: stage 1 alo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import Engine, StepCounter
+from swaft.averaging.engines.base import Engine, clean_name
 from swaft.averaging.engines.replicated import ReplicatedEngine
+from swaft.averaging.engines.steps import StepCounter
 from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
 
 
@@ -20,7 +22,7 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
     """The adapter for what `accelerator.prepare` returned (collective).
 
     Args:
-        model: a plain module, a DistributedDataParallel one, or a DeepSpeed engine.
+        model: a plain module, a DistributedDataParallel one, one sharded by FSDP2, or a DeepSpeed engine.
         optimizer: its optimizer, wrapped by accelerate or not.
 
     Raises:
@@ -33,11 +35,7 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
 
     if isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    deepspeed_engine = _deepspeed_engine(model)
-    if deepspeed_engine is not None:
-        engine = _attach_deepspeed(deepspeed_engine)
-    else:
-        engine = _attach_torch(model, optimizer)
+    engine = _attach_deepspeed(model) if _is_a(model, "DeepSpeedEngine") else _attach_torch(model, optimizer)
     if not engine.ranks.sum([engine.numel])[0]:
         raise AveragingError("the model has no trainable parameter; expected at least one to average")
     return engine
@@ -49,41 +47,60 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
             f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; pass model and "
             "optimizer as `accelerator.prepare` returned them"
         )
+    module = _unwrap(model)
+    parts = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
+    if "FullyShardedDataParallel" in parts:
+        raise UnsupportedEngineError(
+            "the model is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters this version does not "
+            "average; use FSDP2: `fully_shard` (accelerate: fsdp_version=2)"
+        )
+    if "FSDPModule" in parts:
+        return _attach_fsdp2(module, optimizer)
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     if not wrapped and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedEngineError(
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
             "`accelerator.prepare` returns: attach after it"
         )
-    module = _unwrap(model)
     parameters = _optimized(module, optimizer)
-    if any(hasattr(p, "device_mesh") for p in parameters):
-        raise UnsupportedEngineError(
-            "the parameters are sharded by FSDP2, which this version does not average"
-        )
     _require_fp32(module, parameters)
     engine = ReplicatedEngine(
         "ddp" if wrapped else "plain",
         module,
         optimizer,
-        parameters=parameters,
-        master_tensors=None,
+        parameters=[[parameter] for parameter in parameters],
+        masters=None,
         applied_steps=StepCounter(optimizer),
     )
     engine.prove_layout()
     return engine
 
 
+def _attach_fsdp2(module: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
+    from swaft.averaging.engines.fsdp2 import FSDP2Engine, refuse_layout, reshard
+
+    reshard(module)
+    parameters = _optimized(module, optimizer)
+    names = _names(module)
+    for parameter in parameters:
+        refuse_layout(names[id(parameter)], parameter)
+    engine = FSDP2Engine(module, optimizer, parameters=parameters, applied_steps=StepCounter(optimizer))
+    engine.prove_layout()
+    return engine
+
+
 def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    from swaft.averaging.engines.deepspeed_modes import refuse_modes
     from swaft.averaging.engines.zero3 import Zero3Engine
     from swaft.averaging.engines.zero12 import BF16Engine, Zero12Engine
 
-    _refuse_untested_modes(deepspeed_engine)
+    refuse_modes(deepspeed_engine)
     wrapper = deepspeed_engine.optimizer
     if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
         engine: Engine = Zero3Engine(deepspeed_engine)
@@ -91,17 +108,24 @@ def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
         engine = Zero12Engine(deepspeed_engine)
     elif type(wrapper) is BF16_Optimizer:
         engine = BF16Engine(deepspeed_engine)
+    elif type(wrapper) is FP16_Optimizer:
+        return _stage0(
+            deepspeed_engine,
+            wrapper.optimizer,
+            parameters=wrapper.fp16_groups,
+            masters=wrapper.fp32_groups_flat,
+        )
     elif type(wrapper) is FP16_UnfusedOptimizer:
         return _stage0(
             deepspeed_engine,
             wrapper.optimizer,
-            parameters=[p for group in wrapper.fp16_groups for p in group],
+            parameters=[[p] for group in wrapper.fp16_groups for p in group],
             masters=[m for group in wrapper.fp32_groups for m in group],
         )
     elif isinstance(wrapper, torch.optim.Optimizer):
         parameters = _optimized(deepspeed_engine.module, wrapper)
         _require_fp32(deepspeed_engine.module, parameters)
-        return _stage0(deepspeed_engine, wrapper, parameters=parameters, masters=None)
+        return _stage0(deepspeed_engine, wrapper, parameters=[[p] for p in parameters], masters=None)
     else:
         raise UnsupportedEngineError(
             f"DeepSpeed trains with {type(wrapper).__name__}, whose masters this version does not average; use a "
@@ -115,15 +139,15 @@ def _stage0(
     deepspeed_engine: Any,
     optimizer: torch.optim.Optimizer,
     *,
-    parameters: list[nn.Parameter],
-    masters: list[Tensor] | None,
+    parameters: Sequence[Sequence[nn.Parameter]],
+    masters: Sequence[Tensor] | None,
 ) -> Engine:
     engine = ReplicatedEngine(
         "deepspeed-zero0",
         deepspeed_engine.module,
         optimizer,
         parameters=parameters,
-        master_tensors=masters,
+        masters=masters,
         applied_steps=lambda: deepspeed_engine.global_steps - deepspeed_engine.skipped_steps,
     )
     # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
@@ -133,48 +157,9 @@ def _stage0(
     return engine
 
 
-def _refuse_untested_modes(deepspeed_engine: Any) -> None:
-    """Refuse the modes of DeepSpeed in which a "master" is not what it says, or that nobody has tried."""
-    wrapper = deepspeed_engine.optimizer
-    world_size = dist.get_world_size()
-    groups = getattr(wrapper, "real_dp_process_group", None) or getattr(
-        wrapper, "sub_group_process_groups", []
-    )
-    refused = {
-        "zero_optimization.zenflow (masters are re-derived from 16-bit weights)": bool(
-            getattr(wrapper, "zenflow", False)
-        ),
-        "16-bit master weights (fp16_/bf16_master_weights_and_grads)": getattr(
-            wrapper, "master_weights_and_grads_dtype", torch.float32
-        )
-        != torch.float32,
-        "zero_optimization.offload_optimizer.device=nvme": bool(getattr(wrapper, "swap_optimizer", False)),
-        "zero_optimization.offload_param.device=nvme": bool(
-            getattr(wrapper, "params_in_nvme_and_cpu", False)
-        ),
-        "zero_optimization.zero_hpz_partition_size > 1": (
-            deepspeed_engine.zero_optimization_stage() == 3 and deepspeed_engine.zero_hpz_partition_size() > 1
-        ),
-        "torch_autocast in fp16 (gradients are clipped at their scaled size)": (
-            deepspeed_engine.torch_autocast_enabled()
-            and deepspeed_engine.torch_autocast_dtype() == torch.float16
-        ),
-        "compile.deepcompile": bool(deepspeed_engine.is_deepcompile_enabled()),
-        "tensor, expert or pipeline parallelism": deepspeed_engine.has_moe_layers
-        or deepspeed_engine.mpu is not None
-        or any(dist.get_world_size(group) != world_size for group in groups if group is not None),
-    }
-    for setting, present in refused.items():
-        if present:
-            raise UnsupportedEngineError(
-                f"the DeepSpeed config sets {setting}, which this version does not average; turn it off, or "
-                "train without averaging (averaging.rule=none)"
-            )
-
-
-def _deepspeed_engine(model: nn.Module) -> Any | None:
-    # Looked for by name, so that a run without DeepSpeed never imports it.
-    return model if any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__) else None
+def _is_a(instance: object, class_name: str) -> bool:
+    # Looked for by name, so that a run without that engine never imports it.
+    return any(cls.__name__ == class_name for cls in type(instance).__mro__)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -188,28 +173,32 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _names(module: nn.Module) -> dict[int, str]:
+    return {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+
+
 def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The optimizer's trainable parameters, each once, and the proof that they are all the model trains."""
     held = {
         id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
     }
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = _names(module)
     for identity in held.keys() - names.keys():
         raise LayoutError(
             f"the optimizer holds a parameter of shape {tuple(held[identity].shape)} that the model does not; "
             "expected the model's own parameters: build the optimizer after the last change of the model"
         )
-    for name, parameter in module.named_parameters():
+    for parameter in module.parameters():
         if parameter.requires_grad and parameter.numel() and id(parameter) not in held:
             raise LayoutError(
-                f"{name!r} is trainable but in no optimizer group, so it would never change; give it to the "
-                "optimizer, or freeze it with requires_grad_(False)"
+                f"{names[id(parameter)]!r} is trainable but in no optimizer group, so it would never change; give "
+                "it to the optimizer, or freeze it with requires_grad_(False)"
             )
     return list(held.values())
 
 
 def _require_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> None:
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = _names(module)
     for parameter in parameters:
         if parameter.dtype != torch.float32:
             raise UnsupportedEngineError(

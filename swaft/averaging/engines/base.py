@@ -8,14 +8,17 @@ the model trains in fp32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.layout import Fragment, Span, check_coverage, fragment_at, merge
 from swaft.distributed import Ranks
 from swaft.errors import AveragingError, LayoutError
@@ -29,6 +32,14 @@ class Swap:
     """Whether other weights are in place of the live ones."""
     stash: Tensor | None = None
     """The owned live elements while active, where the engine keeps no other copy of them."""
+    readers: OrderedDict[int, Callable[[], None]] = field(default_factory=OrderedDict)
+    """Called before other weights are put in place: each returns once it has read the live ones."""
+
+    def before_write(self, reader: Callable[[], None]) -> RemovableHandle:
+        """Have `reader` called before other weights are put in place; the handle's `remove` ends that."""
+        handle = RemovableHandle(self.readers)
+        self.readers[handle.id] = reader
+        return handle
 
     def refuse_state_dict(self, *_: object) -> None:
         """Hook of `state_dict`: what others save inside a swap would be the average under the live name."""
@@ -38,6 +49,15 @@ class Swap:
                 "saved as the live ones; leave `swapped_in()` first, or write the live weights with "
                 "swaft.averaging.save_pretrained and the average with averager.save_pretrained"
             )
+
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+"""What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
+
+
+def clean_name(name: str) -> str:
+    """The name that a parameter, buffer or module has in the model without wrappers around its parts."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 _SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
@@ -61,23 +81,26 @@ class Engine(ABC):
     """Name of the engine, such as ``deepspeed-zero3``."""
     module: nn.Module
     """The unwrapped model."""
+    inner_optimizer: torch.optim.Optimizer
+    """The torch optimizer whose step writes the masters; ZeRO calls it once a buffer."""
     fragments: list[Fragment]
     """The elements this rank owns, in shard order."""
     swap: Swap
     """What stands in for the working weights at the moment (see `swaft.averaging.swap`)."""
     state_names: tuple[str, ...]
-    """Names of the model's state dict, aliases of tied weights and persistent buffers included."""
+    """Clean names of the model's state dict, aliases of tied weights and persistent buffers included."""
 
     def __init__(self, module: nn.Module, inner_optimizer: torch.optim.Optimizer):
         self.module = module
+        self.inner_optimizer = inner_optimizer
         self.ranks = Ranks()
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
                 "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
             )
-        self.state_names = tuple(module.state_dict())
-        inner_optimizer.register_step_pre_hook(self._refuse_step_while_swapped)
+        self.state_names = tuple(clean_name(name) for name in module.state_dict())
+        hook_weakly(inner_optimizer.register_step_pre_hook, self._refuse_step_while_swapped)
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
@@ -106,12 +129,17 @@ class Engine(ABC):
         """A frozen parameter whole, on every rank (collective where the engine shards it)."""
         return parameter.detach()
 
+    def named_parameters(self, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the model by its clean name; tied ones once, or under each name with ``aliases``."""
+        for name, parameter in self.module.named_parameters(remove_duplicate=not aliases):
+            yield clean_name(name), parameter
+
     @cached_property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that training changes, by its name in the unwrapped model."""
+        """Every parameter that training changes, by its clean name."""
         return {
             name: parameter
-            for name, parameter in self.module.named_parameters()
+            for name, parameter in self.named_parameters()
             if parameter.requires_grad and self.full_shape(parameter).numel() > 0
         }
 
@@ -124,6 +152,11 @@ class Engine(ABC):
     def spans(self) -> list[Span]:
         """The shard as few long runs of the master buffers."""
         return merge(self.fragments)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the masters are; the host where there are none."""
+        return next((master.device for master in self.masters()), torch.device("cpu"))
 
     @property
     def numel(self) -> int:
@@ -151,7 +184,7 @@ class Engine(ABC):
         Raises:
             LayoutError: naming a parameter that became trainable.
         """
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad and name not in self.trainable and self.full_shape(parameter).numel():
                 raise LayoutError(
                     f"{name!r} became trainable after the averager was attached, so it is not in the average; "
@@ -169,14 +202,14 @@ class Engine(ABC):
     @torch.no_grad()
     def write(self, shard: Tensor) -> None:
         """Copy a host shard into the owned working elements, cast to their dtype. Does not publish."""
-        for working, values in self._spanned(self.working(), shard):
+        for working, values in self.spanned(self.working(), shard):
             working.copy_(values)
 
     @torch.no_grad()
     def read(self, buffers: list[Tensor]) -> Tensor:
         """The owned elements of ``buffers`` (masters or working weights) as one fp32 host tensor."""
         shard = torch.empty(self.numel, dtype=torch.float32)
-        for source, destination in self._spanned(buffers, shard):
+        for source, destination in self.spanned(buffers, shard):
             destination.copy_(source)
         return shard
 
@@ -192,7 +225,8 @@ class Engine(ABC):
         for master, working in self._paired():
             working.copy_(master)
 
-    def _spanned(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def spanned(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The owned elements of ``buffers`` beside those of a shard, run by run."""
         for span in self.spans:
             yield (
                 buffers[span.buffer].narrow(0, span.offset, span.numel),
@@ -231,28 +265,6 @@ class Engine(ABC):
                 "an optimizer step was taken while the averaged weights are swapped in; expected evaluation "
                 "only inside `with averager.swapped_in():`"
             )
-
-
-class StepCounter:
-    """Counts the optimizer steps that were really taken, for engines that keep no count of their own.
-
-    It hooks the optimizer itself, so neither a micro-batch nor a step that a loss scaler skips is counted.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.count = 0
-        optimizer.register_step_post_hook(self._count)
-
-    def __call__(self) -> int:
-        """Steps taken since this counter was made."""
-        return self.count
-
-    def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # A fused optimizer is called on an overflow too, and skips the step by itself; torch's scaler leaves
-        # its verdict on the optimizer for the time of the call.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
-            self.count += 1
 
 
 AppliedSteps = Callable[[], int]

@@ -7,14 +7,15 @@ each slice to the other ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from swaft.averaging.engines.base import AppliedSteps, Engine
+from swaft.averaging.engines.views import FlatViews
 from swaft.averaging.layout import Chunk, Fragment, cut, merge, replicated_fragments
-from swaft.errors import LayoutError
 
 PUBLISH_CHUNK = 1 << 24
 """Elements sent in one broadcast: 64 MiB in fp32, which bounds the device memory that a swap takes."""
@@ -27,8 +28,9 @@ class ReplicatedEngine(Engine):
         name: name of the engine.
         module: the unwrapped model.
         inner_optimizer: the torch optimizer that takes the steps.
-        parameters: the optimizer's parameters, in an order that all ranks share.
-        master_tensors: fp32 tensors of the same shapes; ``None`` where the parameters are their own masters.
+        parameters: the optimizer's parameters by master tensor, in an order that all ranks share.
+        masters: one fp32 tensor a list of parameters, which holds their elements end to end; ``None`` where the
+            parameters are their own masters.
         applied_steps: counts the steps that were taken.
     """
 
@@ -38,28 +40,29 @@ class ReplicatedEngine(Engine):
         module: nn.Module,
         inner_optimizer: torch.optim.Optimizer,
         *,
-        parameters: Sequence[nn.Parameter],
-        master_tensors: Sequence[Tensor] | None,
+        parameters: Sequence[Sequence[nn.Parameter]],
+        masters: Sequence[Tensor] | None,
         applied_steps: AppliedSteps,
     ):
         super().__init__(module, inner_optimizer)
         self.name = name
         self._applied_steps = applied_steps
-        self._parameters = list(parameters)
-        self._master_tensors = list(parameters) if master_tensors is None else list(master_tensors)
-        self._bind()
-        self._sizes = [(self.names[id(p)], p.numel(), i, 0) for i, p in enumerate(self._parameters)]
+        each = list(chain.from_iterable(parameters))
+        self._working = FlatViews(lambda: each)
+        self._masters = self._working
+        if masters is not None:
+            numels = [[p.numel() for p in together] for together in parameters]
+            self._masters = FlatViews(lambda: masters, numels=numels)
+        self._sizes = [(self.names[id(p)], p.numel(), i, 0) for i, p in enumerate(each)]
         self.fragments = self._slice_of(self.ranks.rank)
 
     def masters(self) -> list[Tensor]:
-        """The master tensors, flattened."""
-        self._follow_storage()
-        return self._masters
+        """The masters, one flat tensor a parameter."""
+        return self._masters()
 
     def working(self) -> list[Tensor]:
         """The parameters, flattened."""
-        self._follow_storage()
-        return self._working
+        return self._working()
 
     def applied_steps(self) -> int:
         """Optimizer steps that changed the weights."""
@@ -82,29 +85,6 @@ class ReplicatedEngine(Engine):
 
     def _slice_of(self, rank: int) -> list[Fragment]:
         return replicated_fragments(self._sizes, rank=rank, world_size=self.ranks.world_size)
-
-    def _follow_storage(self) -> None:
-        # Somebody may give a parameter other storage (`module.to`, `weight.data = weight.data.clamp(-1, 1)`), and
-        # views of the old one would be averaged from then on. `map` asks every tensor without a loop in Python.
-        if self._storage() != self._bound:
-            self._bind()
-
-    def _storage(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._parameters), *map(Tensor.data_ptr, self._master_tensors)]
-
-    def _bind(self) -> None:
-        self._masters = [_flat(tensor) for tensor in self._master_tensors]
-        self._working = [_flat(parameter) for parameter in self._parameters]
-        self._bound = self._storage()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    if not tensor.is_contiguous():
-        raise LayoutError(
-            f"a trainable tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}, expected a "
-            "contiguous one; call `.contiguous()` on it before the optimizer is built"
-        )
-    return tensor.detach().view(-1)
 
 
 def _views(chunk: Chunk, buffers: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,9 @@ the lists the buffers were made from, and proved bit for bit by :meth:`Engine.pr
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,25 +19,35 @@ from swaft.averaging.engines.base import Engine
 from swaft.averaging.layout import Fragment
 
 
+class _Buffers(list[Tensor]):
+    """A list that can be referred to weakly."""
+
+    __slots__ = ("__weakref__",)
+
+
 class PartitionedEngine(Engine):
     """Engines whose masters are a few flat partitions, fetched anew each time.
 
-    DeepSpeed replaces the storage of these tensors (`offload_states`, a checkpoint load), so nothing of them
-    is kept but the list handed out last.
+    DeepSpeed replaces the storage of these tensors (a checkpoint load, and `offload_states`, which is there to
+    free it), so nothing here keeps it: the list handed out last is known only as long as somebody holds it.
     """
 
     def __init__(self, deepspeed_engine: Any):
         super().__init__(deepspeed_engine.module, deepspeed_engine.optimizer.optimizer)
         self._engine = deepspeed_engine
         self._zero = deepspeed_engine.optimizer
-        self._handed_out: list[Tensor] = []
+        self._handed_out: Callable[[], _Buffers | None] = lambda: None
+        self._addresses: list[int] = []
 
     def masters(self) -> list[Tensor]:
         """The fp32 partitions that this rank's optimizer updates."""
         current = self._master_partitions()
-        if [t.data_ptr() for t in current] != [t.data_ptr() for t in self._handed_out]:
-            self._handed_out = [tensor.detach() for tensor in current]
-        return self._handed_out
+        addresses = [tensor.data_ptr() for tensor in current]
+        buffers = self._handed_out()
+        if buffers is None or addresses != self._addresses:
+            buffers = _Buffers(tensor.detach() for tensor in current)
+            self._handed_out, self._addresses = weakref.ref(buffers), addresses
+        return buffers
 
     def applied_steps(self) -> int:
         """Steps DeepSpeed took less those it skipped; `was_step_applied` is stale between boundaries."""

@@ -3,7 +3,38 @@
 from __future__ import annotations
 
 from swaft.averaging.rules.base import Plan, Rule, Update, resolve_start
+from swaft.averaging.rules.bema import BEMA
 from swaft.averaging.rules.ema import EMA
+from swaft.averaging.rules.lawa import LAWA
+from swaft.averaging.rules.merge import Merge
+from swaft.averaging.rules.power_ema import PowerEMA, PowerEMAPlan
 from swaft.averaging.rules.swa import SWA
+from swaft.averaging.rules.windows import Windows, WindowsPlan
 
-__all__ = ["EMA", "SWA", "Plan", "Rule", "Update", "resolve_start"]
+RULES = {
+    "swa": SWA,
+    "ema": EMA,
+    "lawa": LAWA,
+    "merge": Merge,
+    "bema": BEMA,
+    "power_ema": PowerEMA,
+    "windows": Windows,
+}
+"""Every rule by the name it has in configurations."""
+
+__all__ = [
+    "BEMA",
+    "EMA",
+    "LAWA",
+    "RULES",
+    "SWA",
+    "Merge",
+    "Plan",
+    "PowerEMA",
+    "PowerEMAPlan",
+    "Rule",
+    "Update",
+    "Windows",
+    "WindowsPlan",
+    "resolve_start",
+]

@@ -49,14 +49,22 @@ class Plan(ABC):
     total_steps: int
     """Optimizer steps of the whole run."""
 
+    def step_of(self, n: int) -> int:
+        """Step whose weights are member ``n``."""
+        return self.first_step + n * self.every
+
     def takes(self, step: int) -> bool:
         """Whether the weights after ``step`` updates are a member."""
         return step >= self.first_step and (step - self.first_step) % self.every == 0
 
+    def members_until(self, step: int) -> int:
+        """Members among the weights of steps 0 to ``step``."""
+        return max(0, (step - self.first_step) // self.every + 1)
+
     @property
     def num_members(self) -> int:
         """Members in the average at the end of the run."""
-        return max(0, (self.total_steps - self.first_step) // self.every + 1)
+        return self.members_until(self.total_steps)
 
     @property
     @abstractmethod
@@ -112,25 +120,28 @@ class Rule(Protocol):
         ...
 
 
-def resolve_start(start: float | int, total_steps: int) -> int:
+def resolve_start(start: float | int, total_steps: int, *, name: str = "averaging.start") -> int:
     """The step a start means: a float is ``floor(start * total_steps)``, an int is the step itself.
+
+    Args:
+        start: the fraction or step.
+        total_steps: optimizer steps of the whole run.
+        name: what messages call it.
 
     Raises:
         ConfigError: a fraction outside [0, 1], or a negative step.
     """
     if not isinstance(start, Real) or isinstance(start, bool):
-        raise ConfigError(f"averaging.start is {start!r}, expected a fraction (0.5) or a step (100)")
+        raise ConfigError(f"{name} is {start!r}, expected a fraction (0.5) or a step (100)")
     if not isinstance(start, Integral):
         if not 0.0 <= start <= 1.0:
             raise ConfigError(
-                f"averaging.start is the fraction {start}, expected one between 0.0 and 1.0; "
+                f"{name} is the fraction {start}, expected one between 0.0 and 1.0; "
                 "write an integer to name a step"
             )
         return math.floor(float(start) * total_steps)
     if start < 0:
-        raise ConfigError(
-            f"averaging.start is step {start}, expected 0 (the weights before training) or later"
-        )
+        raise ConfigError(f"{name} is step {start}, expected 0 (the weights before training) or later")
     return int(start)
 
 
@@ -140,16 +151,48 @@ def checked(plan: PlanT, *, start: float | int) -> PlanT:
     Raises:
         ConfigError: otherwise.
     """
-    if not isinstance(plan.every, Integral) or plan.every < 1:
-        raise ConfigError(f"averaging.every is {plan.every!r}, expected a whole number of steps, at least 1")
+    require_whole("every", plan.every, at_least=1)
     if plan.num_members < 2:
         raise ConfigError(
             f"averaging.start={start} with averaging.every={plan.every} puts the first member at step "
             f"{plan.first_step} of {plan.total_steps}, so {plan.num_members} weights would be averaged; "
-            "expected at least 2: start earlier (averaging.start) or train longer (train.max_steps, "
-            "train.num_train_epochs)"
+            "expected at least 2: start earlier (averaging.start), average more often (averaging.every) or "
+            "train longer (train.max_steps, train.num_train_epochs)"
         )
     return plan
+
+
+def require_whole(name: str, value: Any, *, at_least: int) -> None:
+    """Refuse an option that is not a whole number of ``at_least`` or more.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
+        raise ConfigError(f"averaging.{name} is {value!r}, expected a whole number, at least {at_least}")
+
+
+def require_number(name: str, value: Any, *, at_least: float) -> None:
+    """Refuse an option that is not a finite number of ``at_least`` or more.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not at_least <= float(value) < math.inf:
+        raise ConfigError(f"averaging.{name} is {value!r}, expected a finite number, at least {at_least}")
+
+
+def refuse_surplus(plan: Plan, n: int) -> None:
+    """Refuse a member that comes after those a plan was made for, where the plan depends on their number.
+
+    Raises:
+        AveragingError: naming the length the run was given.
+    """
+    if n >= plan.num_members:
+        raise AveragingError(
+            f"the weights after step {plan.step_of(n)} are member {n + 1} of {plan.num_members}: training went "
+            f"on past the {plan.total_steps} steps it was announced with; give `total_steps` the whole run"
+        )
 
 
 def refuse_selection(selection: dict[str, Any], *known: str) -> None:
@@ -158,6 +201,7 @@ def refuse_selection(selection: dict[str, Any], *known: str) -> None:
     Raises:
         AveragingError: naming it and what is offered.
     """
-    for name in selection.keys() - set(known):
-        offered = " or ".join(known) if known else "no choice"
-        raise AveragingError(f"this rule's average was asked for by {name!r}; it offers {offered}")
+    for name in selection:
+        if name not in known:
+            offered = " or ".join(known) if known else "no choice"
+            raise AveragingError(f"this rule's average was asked for by {name!r}; it offers {offered}")

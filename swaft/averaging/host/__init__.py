@@ -1,0 +1,8 @@
+"""One rank's averages in host memory, kept behind the training thread."""
+
+from __future__ import annotations
+
+from swaft.averaging.host.averages import HostAverages
+from swaft.averaging.old_host import HostAverage
+
+__all__ = ["HostAverage", "HostAverages"]

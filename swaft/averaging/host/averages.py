@@ -1,0 +1,156 @@
+"""All averages of one rank: their lanes, the threads that move them, and the way members take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swaft.averaging.host.crew import Crew
+from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.memory import lane_bytes, require_host_memory
+from swaft.averaging.host.pipeline import Pipeline, Waits
+from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes
+from swaft.averaging.layout import Span
+from swaft.averaging.rules import SWA, Plan
+from swaft.distributed import Ranks
+from swaft.errors import AveragingError
+
+STAGING_BYTES = 1 << 29
+"""Most pinned memory a rank takes: 512 MiB."""
+RATE_SAMPLE = 1 << 22
+"""Elements on which the rate of the arithmetic is measured."""
+DEVICE = attrgetter("device")
+_ONE_MEAN = SWA(start=0).plan(total_steps=9)
+
+
+class HostAverages:
+    """The averages of one rank's shard, in its host memory (creating them is collective).
+
+    Args:
+        spans: where the shard lies in the master buffers.
+        plans: by name of the rule.
+        ranks: who trains together.
+        device: where the masters are.
+        compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
+        threads: threads of the arithmetic; None chooses.
+        spill_dir: folder that finished lanes move to; None keeps them in memory.
+
+    Raises:
+        AveragingError: on every rank, where a node's memory is too small.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        plans: Mapping[str, Plan],
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        compensated: bool = True,
+        threads: int | None = None,
+        spill_dir: Path | None = None,
+    ):
+        self._spans = spans
+        numel = sum(span.numel for span in spans)
+        self.host_bytes = sum(
+            lane_bytes(plan, numel, compensated=compensated, spilled=spill_dir is not None)
+            for plan in plans.values()
+        )
+        self.pinned_bytes = 0 if device.type == "cpu" else ring_bytes(numel, STAGING_BYTES)
+        require_host_memory(ranks, self.host_bytes + self.pinned_bytes)
+        own_folder = None if spill_dir is None else spill_dir / f"rank-{ranks.rank:05d}"
+        ranks.raise_together(_unusable(own_folder) if own_folder is not None else None)
+        self.crew = Crew(threads, device=device)
+        self._host = HostSource(spans, self.crew)
+        self._staged: StagedSource | None = None
+        self.lanes = {
+            name: Lanes(
+                plan,
+                numel,
+                self.crew,
+                compensated=compensated,
+                spill=None if own_folder is None else own_folder / name,
+            )
+            for name, plan in plans.items()
+        }
+        self._pipeline = Pipeline(self.lanes, sum_over_ranks=ranks.channel(), world_size=ranks.world_size)
+
+    @property
+    def waits(self) -> Waits:
+        """How often training has stood still for averaging."""
+        return self._pipeline.waits
+
+    def seconds_an_element(self) -> float:
+        """Seconds that one update of a running mean takes for each element, measured on up to 4 million."""
+        numel = min(RATE_SAMPLE, sum(span.numel for span in self._spans)) or 1
+        lanes = Lanes(_ONE_MEAN, numel, self.crew, compensated=True)
+        source = HostSource([Span(0, 0, 0, numel)], self.crew)
+        masters = [torch.zeros(numel)]  # a source holds addresses, not tensors
+        source.open(masters, None, lambda: None)
+        tables = next(source.tables())
+        seconds = []
+        for _ in range(4):  # the first copies, and touches the memory
+            updates = lanes.begin()
+            begun = time.perf_counter()
+            lanes.take(updates, tables)
+            seconds.append(time.perf_counter() - begun)
+            lanes.end(updates)
+        return min(seconds[1:]) / numel
+
+    def submit(self, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
+        """Take the masters in for some rules, in the background; see `Pipeline.submit`."""
+        self._pipeline.submit(self._source(masters), masters, step=step, rules=rules)
+
+    def release_masters(self) -> None:
+        """Return once the masters may be written to; see `Pipeline.release_masters`."""
+        self._pipeline.release_masters()
+
+    def raise_if_refused(self) -> None:
+        """Raise what is wrong with the latest member; see `Pipeline.raise_if_refused`."""
+        self._pipeline.raise_if_refused()
+
+    def finish(self) -> None:
+        """Return once every member is in; see `Pipeline.finish`."""
+        self._pipeline.finish()
+
+    def close(self) -> None:
+        """Finish what is under way and let the threads end."""
+        self._pipeline.close()
+        self.crew.close()
+
+    def _source(self, masters: list[Tensor]) -> Source:
+        """Where the masters are now: offloading may have moved them since the last member."""
+        devices = set(map(DEVICE, masters)) - {torch.device("cpu")}
+        if not devices:
+            return self._host
+        device = devices.pop()
+        if self._staged is None:
+            self._staged = StagedSource(
+                self._spans,
+                self.crew,
+                device=device,
+                api=torch.get_device_module(device),
+                limit_bytes=STAGING_BYTES,
+            )
+        return self._staged
+
+
+def _unusable(folder: Path) -> AveragingError | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "probe").touch()
+        (folder / "probe").unlink()
+    except OSError as error:
+        return AveragingError(
+            f"averaging.spill_dir: {folder} cannot be written to ({error}); name another folder"
+        )
+    if any(folder.iterdir()):
+        return AveragingError(
+            f"averaging.spill_dir: {folder} holds files already, of another run perhaps; name another folder"
+        )
+    return None

@@ -1,0 +1,163 @@
+"""The vectors of one rule, in host memory: as long as this rank's shard, moved by table, read out as a sum.
+
+Knows neither engines nor rules: it is given a `Plan`'s numbers and the addresses of a member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swaft.averaging import native
+from swaft.averaging.host.crew import Crew
+from swaft.averaging.rules import Plan, Update
+
+Table = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Runs of one member: addresses in bytes, first element in the shard, number of elements; int64 each."""
+
+
+@dataclass
+class Lane:
+    """One vector: fp32, and in the compensated form a bf16 word beside it. Read only once it is `finished`."""
+
+    mean: Tensor
+    """(numel,), fp32."""
+    compensation: Tensor | None
+    """(numel,), bf16; None for copies and in the plain form."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.mean.nbytes + (0 if self.compensation is None else self.compensation.nbytes)
+
+
+class Lanes:
+    """All lanes of one rule on one rank.
+
+    Args:
+        plan: the rule's numbers.
+        numel: elements of the shard.
+        crew: does the arithmetic.
+        compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
+        spill: folder that finished lanes move to; None keeps them in memory.
+    """
+
+    def __init__(self, plan: Plan, numel: int, crew: Crew, *, compensated: bool, spill: Path | None = None):
+        self.plan = plan
+        self.count = 0
+        self._numel = numel
+        self._crew = crew
+        self._compensated = compensated
+        self._spill = spill
+        self._lanes: dict[int, Lane] = {}
+        self._files: dict[int, Path] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held now."""
+        return sum(lane.nbytes for lane in self._lanes.values())
+
+    def begin(self) -> tuple[Update, ...]:
+        """The updates of the next member; its elements come by :meth:`take` and it is closed by :meth:`end`."""
+        updates = self.plan.updates(self.count)
+        for update in updates:
+            if update.lane not in self._lanes:
+                self._lanes[update.lane] = self._new_lane(self.plan.lanes[update.lane])
+            compensation = self._lanes[update.lane].compensation
+            if update.weight == 1.0 and compensation is not None:
+                compensation.zero_()
+        return updates
+
+    def take(self, updates: Iterable[Update], tables: Sequence[Table]) -> None:
+        """Move the lanes by the elements of the member that the tables list, one table a thread."""
+        for update in updates:
+            if update.source is None:
+                self._move(self._lanes[update.lane], tables, update.weight)
+
+    def end(self, updates: Iterable[Update]) -> None:
+        """Close the member: copies between lanes, and finished lanes to disk."""
+        for update in updates:
+            if update.source is not None:
+                self._copy(self._lanes[update.source], self._lanes[update.lane])
+        for lane in self.plan.finished(self.count):
+            self._put_away(lane)
+        self.count += 1
+
+    def readout(self, **selection: object) -> list[tuple[float, Lane]]:
+        """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read."""
+        coefficients = self.plan.readout(self.count, **selection)
+        return [(coefficient, self._lane(i)) for i, coefficient in sorted(coefficients.items())]
+
+    def shard(self, **selection: object) -> Tensor:
+        """The average: (numel,), fp32. A single lane is returned itself, not copied."""
+        readout = self.readout(**selection)
+        if len(readout) == 1 and readout[0][0] == 1.0:
+            return readout[0][1].mean
+        result = torch.empty(self._numel, dtype=torch.float32)
+        block = 1 << 20  # bounds the float64 scratch
+        parts = [(first, min(first + block, self._numel)) for first in range(0, self._numel, block)]
+        self._crew.run(lambda first, last: _combine(readout, result[first:last], first, last), parts)
+        return result
+
+    def _new_lane(self, running: bool) -> Lane:
+        compensation = None
+        if running and self._compensated:
+            compensation = torch.empty(self._numel, dtype=torch.bfloat16)
+        return Lane(torch.empty(self._numel, dtype=torch.float32), compensation)
+
+    def _move(self, lane: Lane, tables: Sequence[Table], weight: float) -> None:
+        mean, compensation = lane.mean.numpy(), lane.compensation
+        if weight == 1.0:
+            self._crew.run(native.copy, [(*table, mean) for table in tables])
+        elif compensation is None:
+            w = np.float32(weight)
+            self._crew.run(native.update_plain, [(*table, mean, w) for table in tables])
+        else:
+            words, w = bits(compensation), np.float32(weight)
+            self._crew.run(native.update, [(*table, mean, words, w) for table in tables])
+
+    @staticmethod
+    def _copy(source: Lane, destination: Lane) -> None:
+        destination.mean.copy_(source.mean)
+        if source.compensation is not None and destination.compensation is not None:
+            destination.compensation.copy_(source.compensation)
+
+    def _put_away(self, index: int) -> None:
+        if self._spill is None:
+            return
+        lane = self._lanes.pop(index)
+        tensors = {"mean": lane.mean}
+        if lane.compensation is not None:
+            tensors["compensation"] = lane.compensation
+        self._spill.mkdir(parents=True, exist_ok=True)
+        path = self._spill / f"lane-{index:04d}.safetensors"
+        save_file(tensors, path)
+        self._files[index] = path
+
+    def _lane(self, index: int) -> Lane:
+        if index in self._lanes:
+            return self._lanes[index]
+        tensors = load_file(self._files[index])
+        return Lane(tensors["mean"], tensors.get("compensation"))
+
+
+def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last: int) -> None:
+    total = np.zeros(last - first)
+    for coefficient, lane in readout:
+        mean = lane.mean[first:last].numpy()
+        if lane.compensation is None:
+            native.accumulate_plain(total, coefficient, mean)
+        else:
+            native.accumulate(total, coefficient, mean, bits(lane.compensation[first:last]))
+    result.numpy()[:] = total  # numpy rounds to nearest even, once
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """The words of a bf16 tensor, as uint16, in place."""
+    return tensor.view(torch.uint16).numpy()

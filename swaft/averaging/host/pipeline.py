@@ -1,0 +1,201 @@
+"""The way of a member from the masters into the lanes, behind the training thread.
+
+    training thread                                    worker thread
+    submit(masters)  ─────────────────────────────►    start the copies; all finite? all ranks at one step?
+    forward, backward                                  (one message among the workers)
+    release_masters(), before the optimizer writes     move the lanes piece by piece, release the masters
+    raise_if_refused(), at the next applied step       close the member
+
+No member is ever dropped: where the masters are still in use when the optimizer wants to write, the step waits,
+and the wait is counted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.source import Source
+from swaft.errors import AveragingError
+
+Sum = Callable[[list[float]], list[float]]
+"""Elementwise sum over the ranks."""
+
+
+@dataclass
+class Waits:
+    """How often, and how long, training stood still for averaging."""
+
+    count: int = 0
+    """Times that the training thread had to wait."""
+    seconds: float = 0.0
+    """Seconds it waited, in all."""
+
+    def until(self, event: threading.Event) -> None:
+        """Wait for an event; counted if it has not happened yet."""
+        if event.is_set():
+            return
+        begun = time.perf_counter()
+        event.wait()
+        self.count += 1
+        self.seconds += time.perf_counter() - begun
+
+
+@dataclass
+class Member:
+    """One averaging event on its way."""
+
+    source: Source
+    """Where its elements come from."""
+    masters: list[Tensor]
+    """The master buffers; nobody may write to them before `released`."""
+    ready: Any
+    """Device event after which the masters are complete; None on the host."""
+    step: int
+    """Applied step whose weights they are."""
+    rules: tuple[str, ...]
+    """The rules that take it."""
+    released: threading.Event = field(default_factory=threading.Event)
+    """All copies are issued, or (on the host) all elements read."""
+    judged: threading.Event = field(default_factory=threading.Event)
+    """All ranks know whether it may enter the average."""
+    done: threading.Event = field(default_factory=threading.Event)
+    """It is in the lanes, or will never be."""
+    refusal: AveragingError | None = None
+    """Why it may not enter the average; the same on every rank."""
+
+
+class Pipeline:
+    """One worker thread that takes members in, in the order of their submission.
+
+    Args:
+        lanes: by name of the rule.
+        sum_over_ranks: called by the worker once a member, on every rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, lanes: Mapping[str, Lanes], *, sum_over_ranks: Sum, world_size: int):
+        self.waits = Waits()
+        self._lanes = lanes
+        self._sum, self._world_size = sum_over_ranks, world_size
+        self._queue: queue.SimpleQueue[Member | None] = queue.SimpleQueue()
+        self._latest: Member | None = None
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="swaft-average", daemon=True)
+        self._thread.start()
+
+    def submit(self, source: Source, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
+        """Hand a member over; returns at once.
+
+        The masters must not change before :meth:`release_masters`, nor another member come before
+        :meth:`raise_if_refused`.
+        """
+        self._latest = Member(source, masters, source.mark_ready(), step, rules)
+        self._queue.put(self._latest)
+
+    def release_masters(self) -> None:
+        """Return once the masters may be written to; to be called before anything does."""
+        if self._latest is not None:
+            self.waits.until(self._latest.released)
+            self._latest.source.order_after_copies()
+
+    def raise_if_refused(self) -> None:
+        """Wait for the ranks' verdict on the latest member, and raise if it was refused.
+
+        The verdict is the same on every rank, so all of them raise at the same call.
+
+        Raises:
+            AveragingError: the member was not finite, the ranks are not at the same step, or a rank failed.
+        """
+        if self._latest is not None:
+            self.waits.until(self._latest.judged)
+            refusal, self._latest.refusal = self._latest.refusal, None
+            if refusal is not None:
+                raise refusal
+
+    def finish(self) -> None:
+        """Wait until every member is in the lanes.
+
+        Raises:
+            AveragingError: the latest member was refused, or averaging failed on this rank.
+        """
+        if self._latest is not None:
+            self._latest.done.wait()
+            self.raise_if_refused()
+        if self._failure is not None:
+            raise self._broken() from self._failure
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._queue.put(None)
+        self._thread.join(timeout=5.0)
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while (member := self._queue.get()) is not None:
+            try:
+                self._judge(member)
+                if member.refusal is None:
+                    self._take_in(member)
+            except Exception as error:  # whatever it is, training must neither hang nor go on unaware
+                self._failure = error
+                member.refusal = member.refusal or self._broken()
+            finally:
+                member.masters = []
+                member.source.close()
+                for event in (member.done, member.judged, member.released):
+                    event.set()
+                del member  # an idle thread holds on to nothing
+
+    def _judge(self, member: Member) -> None:
+        finite = False
+        try:
+            member.source.open(member.masters, member.ready, member.released.set)
+            finite = member.source.all_finite()
+        except Exception as error:
+            self._failure = error
+        healthy = self._failure is None
+        step = member.step
+        finites, healthies, steps, squares = self._sum([finite, healthy, step, step * step])
+        world_size = self._world_size
+        if healthies < world_size:
+            member.refusal = self._broken()
+        elif steps * steps != world_size * squares:  # equal only where all steps are
+            member.refusal = AveragingError(
+                f"this rank has taken {step} optimizer steps and others a different number ({steps / world_size:g} "
+                "on average); expected the same on every rank"
+            )
+        elif finites < world_size:
+            member.refusal = AveragingError(
+                f"the weights after step {step} are not finite on {world_size - int(finites)} of {world_size} "
+                "ranks, and did not enter the average, which keeps the members it has. Lower "
+                "train.learning_rate or set train.max_grad_norm"
+            )
+        member.judged.set()
+
+    def _take_in(self, member: Member) -> None:
+        taking = [self._lanes[name] for name in member.rules]
+        updates = [lanes.begin() for lanes in taking]
+        for tables in member.source.tables():
+            for lanes, each in zip(taking, updates, strict=True):
+                lanes.take(each, tables)
+        for lanes, each in zip(taking, updates, strict=True):
+            lanes.end(each)
+
+    def _broken(self) -> AveragingError:
+        if self._failure is None:
+            return AveragingError(
+                "averaging failed on another rank, so no more weights are averaged; see its log"
+            )
+        return AveragingError(
+            f"averaging failed on this rank: {type(self._failure).__name__}: {self._failure}; no more weights are "
+            "averaged"
+        )

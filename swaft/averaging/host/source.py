@@ -1,0 +1,278 @@
+"""A member on its way to the arithmetic: read in place where the masters are in host memory, staged where not.
+
+Staging is a ring of pinned blocks. Copies run on a stream of their own, after the optimizer step that wrote the
+masters, and each is followed by an event; the optimizer may write again once the last copy has been issued and the
+training stream waits for that event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from operator import attrgetter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swaft.averaging import native
+from swaft.averaging.host.crew import Crew
+from swaft.averaging.host.lanes import Table
+from swaft.averaging.layout import Chunk, Span, cut
+from swaft.errors import LayoutError
+
+MAX_BLOCKS = 8
+"""Blocks of the ring: enough that copies run while earlier blocks are being averaged."""
+MIN_BLOCK_NUMEL = 1 << 16
+"""Smallest block: 256 KiB."""
+
+
+DTYPE = attrgetter("dtype")
+
+
+class Source(Protocol):
+    """Hands out the elements of one member."""
+
+    def mark_ready(self) -> Any:
+        """An event that says when the masters, as the calling thread has left them, are complete."""
+        ...
+
+    def order_after_copies(self) -> None:
+        """Make what the calling thread does next to the masters come after the copies issued so far."""
+        ...
+
+    def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
+        """Begin with a member.
+
+        Args:
+            masters: flat fp32 buffers, complete once ``ready`` (of `mark_ready`) has happened.
+            ready: see there.
+            released: called, once, when the masters may change, copies in flight apart (`order_after_copies`).
+        """
+        ...
+
+    def all_finite(self) -> bool:
+        """Whether every owned element of the member is finite."""
+        ...
+
+    def tables(self) -> Iterator[list[Table]]:
+        """The member in pieces, each a table a thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the masters' storage, which others may want to free."""
+        ...
+
+
+class HostSource:
+    """Masters in host memory: the arithmetic reads them where they are.
+
+    Args:
+        spans: where the shard lies in the master buffers.
+        crew: whose threads share the work.
+    """
+
+    def __init__(self, spans: Sequence[Span], crew: Crew):
+        self._crew = crew
+        numel = sum(span.numel for span in spans)
+        self._parts = cut(spans, max(1, -(-numel // crew.threads)))
+        self._spans = spans
+        self._described: object = None
+        self._tables: list[Table] = []
+
+    def mark_ready(self) -> Any:
+        """Nothing: what the calling thread did to host memory is done."""
+        return None
+
+    def order_after_copies(self) -> None:
+        """Nothing: released masters have been read."""
+
+    def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
+        """Take the addresses of the masters, anew where their storage has moved."""
+        self._released = released
+        addresses = list(map(Tensor.data_ptr, masters))
+        described = (addresses, list(map(Tensor.numel, masters)), list(map(DTYPE, masters)))
+        if described != self._described:
+            require_geometry(masters, self._spans)
+            self._described, self._tables = described, [_table(part, addresses) for part in self._parts]
+
+    def all_finite(self) -> bool:
+        """Whether every owned element is finite."""
+        return all(self._crew.run(native.all_finite, self._tables))
+
+    def tables(self) -> Iterator[list[Table]]:
+        """One piece: all of it. The masters are in use until the end."""
+        if self._tables:
+            yield self._tables
+        self._released()
+
+    def close(self) -> None:
+        """Nothing is held but addresses."""
+
+
+class StagedSource:
+    """Masters on a device: they pass through a ring of pinned blocks.
+
+    Args:
+        spans: where the shard lies in the master buffers.
+        crew: whose threads share the work.
+        device: where the masters are.
+        api: `torch.cuda` or another device module with streams and events.
+        limit_bytes: most memory the ring takes.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        crew: Crew,
+        *,
+        device: torch.device,
+        api: Any,
+        limit_bytes: int,
+    ):
+        block_numel, blocks = ring_of(sum(span.numel for span in spans), limit_bytes)
+        self._spans, self._chunks = spans, cut(spans, block_numel)
+        self._api, self._device = api, device
+        pinned = device.type != "cpu"
+        self._blocks = [
+            torch.empty(block_numel, dtype=torch.float32, pin_memory=pinned) for _ in range(blocks)
+        ]
+        self._stream = api.Stream(device=device)
+        self._copied = [api.Event() for _ in range(blocks)]
+        self._parts = [_split(chunk, crew.threads) for chunk in self._chunks]
+        self._masters: list[Tensor] | None = None
+        self._views: list[list[Tensor]] = []
+        self._last_copy: Any = None
+        self._verdict: Tensor | None = None
+
+    def mark_ready(self) -> Any:
+        """An event on the calling thread's stream."""
+        ready = self._api.Event()
+        ready.record(self._api.current_stream(self._device))
+        return ready
+
+    def order_after_copies(self) -> None:
+        """Let the calling thread's stream wait, on the device, for the copy issued last."""
+        if self._last_copy is not None:
+            self._api.current_stream(self._device).wait_event(self._last_copy)
+
+    def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
+        """Let the copy stream wait for the masters, and start as many copies as there are blocks."""
+        if masters is not self._masters:
+            require_geometry(masters, self._spans)
+            self._masters = masters
+            self._views = [[_run(span, masters) for span in chunk.spans] for chunk in self._chunks]
+        with self._api.stream(self._stream):
+            self._stream.wait_event(ready)
+            self._verdict = self._enqueue_check()
+        self._released = released
+        for i in range(min(len(self._blocks), len(self._chunks))):
+            self._copy(i)
+        if len(self._chunks) <= len(self._blocks):
+            released()
+
+    def all_finite(self) -> bool:
+        """Whether every owned element is finite: one reduction on the device."""
+        if self._verdict is None:
+            return True
+        with self._api.stream(self._stream):  # the worker's own stream would be the one that trains
+            return bool(self._verdict.isfinite().all())
+
+    def tables(self) -> Iterator[list[Table]]:
+        """The member block by block, in shard order, each as soon as it has arrived."""
+        ring = len(self._blocks)
+        for i, part in enumerate(self._parts):
+            self._copied[i % ring].synchronize()
+            base = self._blocks[i % ring].data_ptr()
+            yield [(addresses + base, offsets, numels) for addresses, offsets, numels in part]
+            if i + ring < len(self._chunks):
+                self._copy(i + ring)
+                if i + ring == len(self._chunks) - 1:
+                    self._released()
+
+    def close(self) -> None:
+        """Let go of the masters' storage, which others may want to free."""
+        self._masters, self._views, self._verdict = None, [], None
+
+    def _copy(self, i: int) -> None:
+        views = self._views[i]
+        block = self._blocks[i % len(self._blocks)]
+        targets = list(block[: self._chunks[i].numel].split([view.numel() for view in views]))
+        with self._api.stream(self._stream), torch.no_grad():
+            torch._foreach_copy_(targets, views, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
+            self._copied[i % len(self._blocks)].record(self._stream)
+        self._last_copy = self._copied[i % len(self._blocks)]
+
+    @torch.no_grad()
+    def _enqueue_check(self) -> Tensor | None:
+        views = [view for chunk in self._views for view in chunk]
+        if not views:
+            return None
+        norms = torch._foreach_norm(views, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.stack(norms)
+
+
+def require_geometry(masters: Sequence[Tensor], spans: Sequence[Span]) -> None:
+    """Refuse master buffers that do not hold the spans: compiled loops would read past them.
+
+    Raises:
+        LayoutError: a buffer is missing, too short, not flat, or not fp32.
+    """
+    for span in spans:
+        master = masters[span.buffer] if span.buffer < len(masters) else None
+        end = span.offset + span.numel
+        if (
+            master is None
+            or master.numel() < end
+            or master.dtype != torch.float32
+            or not master.is_contiguous()
+        ):
+            found = "missing" if master is None else f"{master.numel()} elements of {master.dtype}"
+            raise LayoutError(
+                f"master buffer {span.buffer} is {found}, expected at least {end} elements of torch.float32, as "
+                "when the averager was attached; attach a new averager after the optimizer is rebuilt"
+            )
+
+
+def ring_bytes(numel: int, limit_bytes: int) -> int:
+    """Pinned memory that the ring of a shard takes."""
+    block_numel, blocks = ring_of(numel, limit_bytes)
+    return 4 * block_numel * blocks
+
+
+def ring_of(numel: int, limit_bytes: int) -> tuple[int, int]:
+    """Elements of a block, and blocks, of the ring for a shard: (block_numel, blocks).
+
+    A block is a power of two of bytes, because torch rounds pinned blocks up to one. A small shard gets blocks
+    enough for one member; a large one all that is allowed.
+    """
+    largest = 1 << ((limit_bytes // MAX_BLOCKS // 4).bit_length() - 1)
+    wanted = 1 << max(0, (-(-numel // MAX_BLOCKS) - 1).bit_length())
+    block_numel = min(largest, max(wanted, MIN_BLOCK_NUMEL))
+    return block_numel, max(1, min(MAX_BLOCKS, -(-numel // block_numel)))
+
+
+def _table(chunk: Chunk, addresses: Sequence[int]) -> Table:
+    """The runs of a chunk as addresses in the masters and positions in the shard."""
+    return (
+        np.array([addresses[s.buffer] + 4 * s.offset for s in chunk.spans], dtype=np.int64),
+        np.array([s.shard_offset for s in chunk.spans], dtype=np.int64),
+        np.array([s.numel for s in chunk.spans], dtype=np.int64),
+    )
+
+
+def _split(chunk: Chunk, threads: int) -> list[Table]:
+    """A staged chunk in equal parts, one a thread, as byte offsets in its block and positions in the shard."""
+    size = -(-chunk.numel // threads)
+    parts = []
+    for first in islice(range(0, chunk.numel, size), threads):
+        numel = min(size, chunk.numel - first)
+        parts.append(
+            tuple(np.array([each], np.int64) for each in (4 * first, chunk.shard_offset + first, numel))
+        )
+    return parts
+
+
+def _run(span: Span, masters: list[Tensor]) -> Tensor:
+    return masters[span.buffer].narrow(0, span.offset, span.numel)

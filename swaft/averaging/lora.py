@@ -1,0 +1,383 @@
+"""Averages of LoRA models (peft): the exact mean of the updates, beside the mean of the factors.
+
+A layer with LoRA computes ``W + s B A``, with ``s`` its scaling. Averaging the factors, which is what an average of
+a LoRA model's weights does, gives ``s mean(B) mean(A)``. The mean of the updates is ``s mean(B A)`` (the difference
+was raised in huggingface/peft#1155), and with coefficients ``c_i`` that sum to 1
+
+    mean(B A) = mean(B) mean(A) + sum_i c_i (B_i - mean(B)) (A_i - mean(A)),
+
+so what the mean of the factors misses is the covariance of the two factors over the members. It is nothing where
+only one of them moves. No matrix as large as a weight is needed to know any of this: two QR decompositions and the
+singular values of a core of (members + 1) * r rows and columns, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from swaft.averaging import adapters, export, swap
+from swaft.averaging.adapters import PREFIX, LoraLayer, Members
+from swaft.averaging.engines import Engine
+from swaft.averaging.rules.base import Plan
+from swaft.errors import AveragingError
+
+if TYPE_CHECKING:
+    from swaft.averaging.averager import WeightAverager
+
+Norms = tuple[float, float, float]
+"""Frobenius norms of mean(B A), of mean(B A) - mean(B) mean(A), and of mean(B A) - B' A' before it is rounded."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Relative distances from the exact mean of the updates, in the Frobenius norm."""
+
+    overall: float
+    """Over all layers together, every update with its scaling."""
+    by_layer: dict[str, float]
+    """By ``layer:adapter``."""
+
+    def __str__(self) -> str:
+        worst = max(self.by_layer, key=lambda name: self.by_layer[name])
+        return f"{self.overall:.2e} overall, at most {self.by_layer[worst]:.2e} ({worst})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class ProductMean:
+    """The exact mean of LoRA updates; see :func:`product_mean`. All methods are collective, rank 0 writes."""
+
+    num_members: int
+    """Members in the mean."""
+    rank: int | None
+    """Rank of the new factors; None: each layer's own."""
+    gap: Distance
+    """``||mean(B) mean(A) - mean(B A)|| / ||mean(B A)||``: what the mean of the factors is off by."""
+    truncation: Distance
+    """``||B' A' - mean(B A)|| / ||mean(B A)||``: what the new factors are off by, for want of rank."""
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """``layer:adapter`` to the new (B', A'): fp32, as peft shapes them, on rank 0's host; {} elsewhere."""
+    _engine: Engine
+    _layers: list[LoraLayer]
+    _trained: dict[str, Tensor]
+    _members: dict[str, Members]
+
+    def __str__(self) -> str:
+        rank = "each layer's own rank" if self.rank is None else f"rank {self.rank}"
+        return (
+            f"mean of {self.num_members} LoRA updates in {len(self.gap.by_layer)} layers, new factors of {rank}\n"
+            f"  the mean of the factors is off by {self.gap}\n"
+            f"  the new factors are off by        {self.truncation}"
+        )
+
+    def save_adapter(self, path: str | PathLike[str]) -> None:
+        """Write the new factors as a peft adapter folder, fp32.
+
+        All else that was trained (`modules_to_save`, biases) is its plain mean. Where the rank is not the
+        configured one, `adapter_config.json` says so, with an alpha that leaves every scaling as it was.
+
+        Raises:
+            AveragingError: the folder holds files already, or the rank is another one and the adapter changes the
+                base model as it is loaded (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+        """
+        resized = self._resized()
+        for adapter in resized:
+            adapters.refuse_changed_base(adapter, self._config(adapter).init_lora_weights)
+
+        def finish(folder: Path) -> None:
+            for adapter, config in resized.items():
+                export.edit_json(adapters.folder_of(adapter, folder) / "adapter_config.json", **config)
+
+        export.refuse_occupied(self._engine, path)
+        export.save_trained(self._engine, path, self._with_factors(), finish=finish)
+
+    def save_merged(self, path: str | PathLike[str]) -> None:
+        """Write the base model with the exact mean update in its weights, fp32.
+
+        ``W + s mean(B A)`` is added up in float64, with nothing truncated, and rounded once. The active adapters
+        are in it. It is a folder of the base model: `AutoModel.from_pretrained` opens it, without peft.
+
+        Raises:
+            AveragingError: the folder holds files already, or the base model is quantised.
+        """
+        _save_merged(self._engine, path, self._layers, self._trained, self._members)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The new factors in the model, for evaluation (every rank enters and leaves), as `averager.swapped_in`.
+
+        Raises:
+            AveragingError: the factors have another rank than the model's, or a swap is active.
+        """
+        if resized := self._resized():
+            raise AveragingError(
+                f"the new factors have rank {self.rank}, which is not that of every layer of adapter "
+                f"{' and '.join(map(repr, resized))}, so they do not fit into the model; expected "
+                "product_mean(averager) without `rank`"
+            )
+        with swap.swapped_in(self._engine, export.scatter_trained(self._engine, self._with_factors())):
+            yield
+
+    def _with_factors(self) -> dict[str, Tensor]:
+        trained = dict(self._trained)
+        for layer in self._layers:
+            if layer.name in self.factors:
+                trained[layer.up], trained[layer.down] = self.factors[layer.name]
+        return trained
+
+    def _resized(self) -> dict[str, dict[str, Any]]:
+        """Adapters with a layer of another rank than the new factors', and what their configuration must say."""
+        if self.rank is None:
+            return {}
+        resized = {layer.adapter for layer in self._layers if layer.trained and layer.rank != self.rank}
+        return {adapter: self._config_at(self.rank, adapter) for adapter in sorted(resized)}
+
+    def _config(self, adapter: str) -> Any:
+        return adapters.configs(self._engine.module)[adapter]
+
+    def _config_at(self, rank: int, adapter: str) -> dict[str, Any]:
+        config = self._config(adapter)
+        divisor = math.sqrt(rank) if config.use_rslora else rank
+        alphas = {
+            f"^{re.escape(layer.path)}": layer.scaling * divisor
+            for layer in self._layers
+            if layer.adapter == adapter
+        }
+        alpha = next(iter(alphas.values()))
+        return {
+            "r": rank,
+            "rank_pattern": {},
+            "lora_alpha": alpha,
+            "alpha_pattern": {} if set(alphas.values()) == {alpha} else alphas,
+            # The factors are loaded, so how they began is of no matter, and some beginnings demand a rank.
+            "init_lora_weights": bool(config.init_lora_weights),
+        }
+
+
+def product_mean(
+    averager: WeightAverager, name: str | None = None, *, rank: int | None = None, **selection: Any
+) -> ProductMean:
+    """The exact mean of the LoRA updates of the members that a rule keeps (collective).
+
+    Members are gathered to rank 0 one at a time, and of each its factors are kept. The mean of k updates of rank r
+    has rank k * r at most; new factors are the best of their rank (Eckart and Young 1936), balanced: with
+    ``mean(B A) = U S V^T``, ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``. At its own rank, a layer that trains one
+    of its factors alone keeps both as they are averaged: that is exact.
+
+    Args:
+        averager: of a `PeftModel` with LoRA; every adapter that is trained is averaged.
+        name: which rule; None: the first. It must keep members whole, as `LAWA` does.
+        rank: of the new factors, at least 1; None: each layer's own. At k * r nothing is lost.
+        selection: as of `averager.swapped_in`.
+
+    Raises:
+        AveragingError: the rule keeps no members; the model has no LoRA; an update is not ``scaling * B @ A`` (DoRA
+            and other variants, grouped convolutions, expert stacks), or is one nobody has tried (quantised layers).
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise AveragingError(f"rank is {rank!r}, expected a whole number of at least 1, or None")
+    engine = averager.engine
+    layers = _find_layers(engine)
+    shards = averager.lane_shards(name, **selection)
+    plan = averager.plan(name)
+    _refuse_mixtures(plan, plan.members_until(averager.applied_steps), selection)
+    members = _gather_members(engine, layers, ((c, export.gather_trained(engine, s)) for c, s in shards))
+    trained = export.gather_trained(engine, averager.shard(name, **selection))
+    averaged, error = {}, None
+    if engine.ranks.is_main:
+        try:
+            averaged = {
+                layer.name: _average(layer, members[layer.name], trained, rank)
+                for layer in layers
+                if layer.trained
+            }
+        except RuntimeError as cause:  # out of memory, or a decomposition that does not converge
+            error = AveragingError(f"the mean of the LoRA updates cannot be computed: {cause}")
+    engine.ranks.raise_together(error)
+    norms: dict[str, Norms] = engine.ranks.gather({each: norms for each, (_, norms) in averaged.items()})[0]
+    scalings = {layer.name: layer.scaling for layer in layers}
+    return ProductMean(
+        num_members=len(shards),
+        rank=rank,
+        gap=_distance({each: (gap, whole) for each, (whole, gap, _) in norms.items()}, scalings),
+        truncation=_distance({each: (lost, whole) for each, (whole, _, lost) in norms.items()}, scalings),
+        factors={each: factors for each, (factors, _) in averaged.items()},
+        _engine=engine,
+        _layers=layers,
+        _trained=trained,
+        _members=members,
+    )
+
+
+def save_merged(
+    averager: WeightAverager, path: str | PathLike[str], name: str | None = None, **selection: Any
+) -> None:
+    """Write the base model with the mean of the factors in its weights, ``W + s mean(B) mean(A)`` (collective).
+
+    The cheap mean, for every rule; otherwise as :meth:`ProductMean.save_merged`. Arguments as of
+    `averager.save_pretrained`.
+
+    Raises:
+        AveragingError: as :func:`product_mean` of the model, or the folder holds files already.
+    """
+    engine = averager.engine
+    layers = _find_layers(engine)
+    export.refuse_occupied(engine, path)
+    trained = export.gather_trained(engine, averager.shard(name, **selection))
+    _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
+
+
+def _find_layers(engine: Engine) -> list[LoraLayer]:
+    engine.check_trainable()
+    return adapters.find_layers(engine)
+
+
+def _refuse_mixtures(plan: Plan, num_members: int, selection: dict[str, Any]) -> None:
+    """Refuse an average that is made of lanes in which members are mixed already."""
+    whole: set[int] = set()
+    for n in range(num_members):
+        for update in plan.updates(n):
+            copies = update.weight == 1.0 and (update.source is None or update.source in whole)
+            (whole.add if copies else whole.discard)(update.lane)
+    if not whole.issuperset(plan.readout(num_members, **selection)):
+        raise AveragingError(
+            f"the average of {type(plan).__name__} is made of running means, in which the members' products are "
+            "lost; expected a rule that keeps members whole, such as LAWA(last=4). The mean of the factors is to "
+            "be had: averager.save_pretrained, swaft.averaging.lora.save_merged"
+        )
+
+
+def _gather_members(
+    engine: Engine, layers: list[LoraLayer], wholes: Iterable[tuple[float, dict[str, Tensor]]]
+) -> dict[str, Members]:
+    """The factors of every member by ``layer:adapter`` on rank 0 (collective; {} elsewhere).
+
+    Args:
+        engine: whose model.
+        layers: whose factors.
+        wholes: (coefficient, trained tensors whole on rank 0), one a member; gathered as they are asked for.
+    """
+    factors = {name for layer in layers for name in (layer.up, layer.down)}
+    frozen = export.add_frozen(engine, {}, names=factors - engine.trainable.keys())
+    members: dict[str, Members] = {}
+    for coefficient, trained in wholes:
+        if engine.ranks.is_main:
+            weights = frozen | trained
+            for layer in layers:
+                member = (coefficient, weights[layer.up], weights[layer.down])
+                members.setdefault(layer.name, []).append(member)
+    return members
+
+
+def _average(
+    layer: LoraLayer, members: Members, trained: dict[str, Tensor], rank: int | None
+) -> tuple[tuple[Tensor, Tensor], Norms]:
+    """New factors of a layer, and the norms."""
+    new_rank = rank or layer.rank
+    up, down, (whole, gap, lost) = refactor(members, new_rank)
+    if new_rank == layer.rank and not {layer.up, layer.down} <= trained.keys():
+        _, up, down = members[0]  # the frozen one is the same in every member
+        return (trained.get(layer.up, up), trained.get(layer.down, down)), (whole, gap, 0.0)
+    return (up, down), (whole, gap, lost)
+
+
+@torch.no_grad()
+def refactor(members: Members, rank: int) -> tuple[Tensor, Tensor, Norms]:
+    """The best factors of ``sum_i c_i B_i A_i`` of a rank, and what is lost, without forming the product.
+
+    Args:
+        members: (c_i, B_i, A_i), the coefficients summing to 1: (out, r, 1, ...) and (r, in, ...), fp32.
+        rank: of the new factors; where the product has less, they are filled up with zeros.
+
+    Returns:
+        B' (out, rank, 1, ...) and A' (rank, in, ...), fp32, and the norms.
+    """
+    coefficients = [coefficient for coefficient, _, _ in members]
+    left = _mean_and_deviations(coefficients, [b.double().flatten(1) for _, b, _ in members])
+    right = _mean_and_deviations(coefficients, [a.double().flatten(1).T for _, _, a in members])
+    left_basis, left_core = torch.linalg.qr(left)
+    right_basis, right_core = torch.linalg.qr(right)
+    _, b, a = members[0]
+    r = b.shape[1]
+    weights = torch.tensor(coefficients, dtype=torch.float64).repeat_interleave(r)
+    covariance = (left_core[:, r:] * weights) @ right_core[:, r:].T
+    core = left_core[:, :r] @ right_core[:, :r].T + covariance
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    up = torch.zeros(b.shape[0], rank, *b.shape[2:])
+    down = torch.zeros(rank, *a.shape[1:])
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    up[:, :kept] = (left_basis @ u[:, :kept] * root).reshape(up[:, :kept].shape)
+    down[:kept] = (root[:, None] * (vh[:kept] @ right_basis.T)).reshape(down[:kept].shape)
+    return up, down, (float(s.norm()), float(covariance.norm()), float(s[kept:].norm()))
+
+
+def _mean_and_deviations(coefficients: list[float], factors: list[Tensor]) -> Tensor:
+    """(n, r) matrices as one (n, (k + 1) r): their mean, then each less the mean; exactly 0 if all are equal."""
+    first = factors[0]
+    mean = first + sum(c * (each - first) for c, each in zip(coefficients, factors, strict=True))
+    return torch.cat([mean, *(each - mean for each in factors)], dim=1)
+
+
+def _distance(parts: dict[str, tuple[float, float]], scalings: dict[str, float]) -> Distance:
+    """Relative distances from (norm of the difference, norm of the mean update) by layer."""
+
+    def total(position: int) -> float:
+        return math.hypot(*(scalings[name] * norms[position] for name, norms in parts.items()))
+
+    return Distance(_ratio(total(0), total(1)), {name: _ratio(*norms) for name, norms in parts.items()})
+
+
+def _ratio(difference: float, whole: float) -> float:
+    if difference == 0.0:
+        return 0.0
+    return difference / whole if whole else math.inf
+
+
+def _save_merged(
+    engine: Engine,
+    path: str | PathLike[str],
+    layers: list[LoraLayer],
+    trained: dict[str, Tensor],
+    members: dict[str, Members],
+) -> None:
+    base: Any = engine.module.get_base_model()  # type: ignore[operator]
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise AveragingError(
+            "the base model is quantised, and an update cannot be added to its weights without rounding it away; "
+            "expected an adapter folder"
+        )
+    for layer in layers:
+        bias, base_bias = (
+            f"{PREFIX}{layer.path}.{of}.bias" for of in (f"lora_B.{layer.adapter}", "base_layer")
+        )
+        if layer.active and bias in engine.state_names and base_bias not in engine.state_names:
+            raise AveragingError(
+                f"adapter {layer.adapter!r} trains a bias of {layer.path!r} (lora_bias=True), which has none to "
+                "merge it into; expected an adapter folder"
+            )
+    export.refuse_occupied(engine, path)
+    state_dict = export.add_frozen(engine, trained)
+
+    def write(folder: Path) -> None:
+        folded = export.fold_parametrizations(engine.module, state_dict)
+        merged = adapters.base_state_dict(
+            engine.module, folded | adapters.merged_weights(layers, members, folded)
+        )
+        tied = getattr(base, "all_tied_weights_keys", None) or {}
+        pairs = [(merged[one], merged[other]) for one, other in tied.items() if {one, other} <= merged.keys()]
+        untied = not all(torch.equal(one, other) for one, other in pairs)
+        export.write_model(base, folder, merged)
+        if untied:  # only one of two tied weights was adapted, so they are two from now on
+            export.edit_json(folder / "config.json", tie_word_embeddings=False)
+
+    export.write_folder(engine, path, write)

@@ -1,0 +1,147 @@
+"""The same arithmetic as `arithmetic.py`, bit for bit, in compiled loops that hold no interpreter lock.
+
+A loop reads each element once and writes it once, at the rate of memory; tensor operations would pass over it ten
+times. Sources are given as addresses, so that one call serves many master buffers without copying them together
+and without a loop over parameters in Python. Everything else is flat numpy memory.
+
+Compiled by numba without fast-math: LLVM then neither fuses a multiplication and an addition nor reorders a sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F32, F64, U16, U32, I64 = np.float32, np.float64, np.uint16, np.uint32, np.int64
+
+
+def _compiled(signature: Any) -> Any:
+    """Compile now, once, for one signature; kept on disk where numba finds a place it may write to."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
+        except Exception:  # no folder to write to, or a damaged one: the cache is a convenience
+            return numba.njit(signature, nogil=True, error_model="numpy")(function)
+
+    return decorate
+
+
+@intrinsic
+def _pointer(_: Any, address: Any) -> Any:
+    """An integer as an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _run_at(address: Any, numel: Any) -> Any:
+    """The fp32 elements that begin at an address."""
+    return numba.carray(_pointer(address), numel, F32)  # pyright: ignore
+
+
+_f32, _u16 = types.float32[::1], types.uint16[::1]
+_addresses, _offsets = types.int64[::1], types.int64[::1]
+_table = (_addresses, _offsets, _offsets)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _widen(bits: Any) -> Any:
+    """The fp32 value of a bf16 word."""
+    return U32(U32(bits) << U32(16)).view(F32)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _narrow(value: Any) -> Any:
+    """The bf16 word nearest to an fp32 value, ties to even."""
+    bits = U32(F32(value).view(U32))
+    odd = U32(U32(bits >> U32(16)) & U32(1))
+    return U16(U32(bits + U32(U32(0x7FFF) + odd)) >> U32(16))
+
+
+@_compiled(types.void(_f32, _u16, _f32, types.float32))
+def _update_run(m: Any, c: Any, x: Any, w: Any) -> None:
+    for i in range(m.size):
+        d = _widen(c[i])
+        step = ((x[i] - m[i]) - d) * w + d
+        total = m[i] + step
+        moved = total - m[i]
+        c[i] = _narrow((m[i] - (total - moved)) + (step - moved))
+        m[i] = total
+
+
+@_compiled(types.void(_f32, _f32, types.float32))
+def _update_plain_run(m: Any, x: Any, w: Any) -> None:
+    for i in range(m.size):
+        m[i] = m[i] + (x[i] - m[i]) * w
+
+
+@_compiled(types.void(*_table, _f32, _u16, types.float32))
+def update(addresses: Any, offsets: Any, numels: Any, m: Any, c: Any, w: Any) -> None:
+    """`arithmetic.update_` over a table of runs.
+
+    Args:
+        addresses: where each run of fp32 sources begins, in bytes.
+        offsets: first element of each run in ``m`` and ``c``.
+        numels: elements in each run.
+        m: fp32, the lane.
+        c: the bits of its bf16 compensation.
+        w: share of the sources, below 1.
+    """
+    for run in range(addresses.size):
+        x = _run_at(addresses[run], numels[run])
+        first, last = offsets[run], offsets[run] + numels[run]
+        _update_run(m[first:last], c[first:last], x, w)
+
+
+@_compiled(types.void(*_table, _f32, types.float32))
+def update_plain(addresses: Any, offsets: Any, numels: Any, m: Any, w: Any) -> None:
+    """`arithmetic.update_plain_` over a table of runs; arguments as of `update`."""
+    for run in range(addresses.size):
+        x = _run_at(addresses[run], numels[run])
+        _update_plain_run(m[offsets[run] : offsets[run] + numels[run]], x, w)
+
+
+@_compiled(types.void(*_table, _f32))
+def copy(addresses: Any, offsets: Any, numels: Any, m: Any) -> None:
+    """``m <- x`` over a table of runs; arguments as of `update`."""
+    for run in range(addresses.size):
+        x = _run_at(addresses[run], numels[run])
+        first = offsets[run]
+        for i in range(x.size):
+            m[first + i] = x[i]
+
+
+@_compiled(types.boolean(*_table))
+def all_finite(addresses: Any, offsets: Any, numels: Any) -> Any:
+    """Whether every source element is finite; arguments as of `update`."""
+    for run in range(addresses.size):
+        bits = _run_at(addresses[run], numels[run]).view(U32)
+        largest = U32(0)
+        for i in range(bits.size):
+            largest = max(largest, U32(bits[i] & U32(0x7FFFFFFF)))
+        if largest >= U32(0x7F800000):  # the exponent of infinity and of what is no number
+            return False
+    return True
+
+
+@_compiled(types.void(types.float64[::1], types.float64, _f32, _u16))
+def accumulate(total: Any, coefficient: Any, m: Any, c: Any) -> None:
+    """``total <- total + coefficient * (m + c)`` in float64."""
+    for i in range(total.size):
+        total[i] = total[i] + (F64(m[i]) + F64(_widen(c[i]))) * coefficient
+
+
+@_compiled(types.void(types.float64[::1], types.float64, _f32))
+def accumulate_plain(total: Any, coefficient: Any, m: Any) -> None:
+    """``total <- total + coefficient * m`` in float64."""
+    for i in range(total.size):
+        total[i] = total[i] + F64(m[i]) * coefficient

@@ -1,0 +1,112 @@
+"""The bias-corrected exponential moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from swaft.averaging.rules.base import (
+    Plan,
+    Update,
+    checked,
+    refuse_selection,
+    require_number,
+    require_whole,
+    resolve_start,
+)
+
+EMA_LANE, ANCHOR_LANE, LAST_LANE = 0, 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BEMAPlan(Plan):
+    """A running mean, the first member and the latest."""
+
+    ema_power: float
+    """``kappa``."""
+    bias_power: float
+    """``eta``."""
+    lag: int
+    """``rho``."""
+    multiplier: float
+    """``gamma``."""
+
+    @property
+    def lanes(self) -> tuple[bool, ...]:
+        """The running mean, and copies of the first and the latest member."""
+        return (True, False, False)
+
+    def beta(self, n: int) -> float:
+        """Share of member ``n`` in the running mean."""
+        return self._age(n) ** -self.ema_power
+
+    def alpha(self, n: int) -> float:
+        """Factor of the correction once member ``n`` is in."""
+        return self._age(n) ** -self.bias_power
+
+    def updates(self, n: int) -> tuple[Update, ...]:
+        """The member moves the mean and becomes the latest; the first one begins all three."""
+        if n == 0:
+            return (Update(EMA_LANE, 1.0), Update(ANCHOR_LANE, 1.0), Update(LAST_LANE, 1.0))
+        return (Update(EMA_LANE, self.beta(n)), Update(LAST_LANE, 1.0))
+
+    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+        """``mean + alpha * (latest - first)``."""
+        refuse_selection(selection)
+        alpha = self.alpha(num_members - 1)
+        return {EMA_LANE: 1.0, LAST_LANE: alpha, ANCHOR_LANE: -alpha}
+
+    def _age(self, n: int) -> float:
+        return self.lag + self.multiplier * self.step_of(n)
+
+
+@dataclass(frozen=True)
+class BEMA:
+    """Bias-corrected exponential moving average: an EMA, pushed on by what training has moved since its start.
+
+    Block & Zhang 2025, "EMA Without the Lag" (arXiv 2508.00180), algorithm 1: at step ``t``
+
+        beta = (rho + gamma t) ** -kappa             mean <- (1 - beta) mean + beta theta_t
+        alpha = (rho + gamma t) ** -eta              average = mean + alpha (theta_t - theta_0)
+
+    every ``phi`` steps after a burn-in of ``tau``, at whose end ``mean = theta_0 = theta_tau``. The defaults are
+    the authors' and TRL's. TRL's BEMACallback computes these formulas, with ``t`` counted from the start of
+    training, as here. The authors' code (abblock/bema) has ``1 + t - tau + rho`` in place of ``rho + gamma t``,
+    one step more where ``tau = 0``, and a floor of 1e-4 under ``beta``, reached after a hundred million steps.
+    """
+
+    ema_power: float = 0.5
+    """``kappa``; 0 makes the mean the latest weights."""
+    bias_power: float = 0.2
+    """``eta``. 0 keeps the correction whole for good; the larger, the sooner it is gone."""
+    lag: int = 10
+    """``rho``, at least 1: how many steps old the run counts as when it begins."""
+    multiplier: float = 1.0
+    """``gamma``: what a step adds to that age."""
+    start: float | int = 0
+    """First member, ``theta_0`` (``tau``). A float is a fraction of the run, an int a step; 0 is the weights before
+    training."""
+    every: int = 400
+    """Optimizer steps between two members (``phi``). The mean remembers some ``sqrt(t)`` members, so this
+    decides how far back it reaches."""
+
+    def plan(self, total_steps: int) -> BEMAPlan:
+        """The events of a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            ConfigError: an option is out of range, or fewer than two weights would be averaged.
+        """
+        require_number("ema_power", self.ema_power, at_least=0)
+        require_number("bias_power", self.bias_power, at_least=0)
+        require_whole("lag", self.lag, at_least=1)
+        require_number("multiplier", self.multiplier, at_least=0)
+        plan = BEMAPlan(
+            first_step=resolve_start(self.start, total_steps),
+            every=self.every,
+            total_steps=total_steps,
+            ema_power=self.ema_power,
+            bias_power=self.bias_power,
+            lag=self.lag,
+            multiplier=self.multiplier,
+        )
+        return checked(plan, start=self.start)

@@ -1,0 +1,72 @@
+"""Latest weight averaging: the mean of the last few members."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from swaft.averaging.rules.base import (
+    Plan,
+    Update,
+    checked,
+    refuse_selection,
+    require_whole,
+    resolve_start,
+)
+from swaft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LAWAPlan(Plan):
+    """A ring of copies: member ``n`` takes the place of member ``n - last``."""
+
+    last: int
+    """Members in the mean."""
+
+    @property
+    def lanes(self) -> tuple[bool, ...]:
+        """One copy a place of the ring."""
+        return (False,) * self.last
+
+    def updates(self, n: int) -> tuple[Update, ...]:
+        """The member is copied over the oldest."""
+        return (Update(n % self.last, 1.0),)
+
+    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+        """The mean of those places that are filled."""
+        refuse_selection(selection)
+        filled = min(num_members, self.last)
+        return dict.fromkeys(range(filled), 1.0 / filled)
+
+
+@dataclass(frozen=True)
+class LAWA:
+    """Latest weight averaging: the plain mean of the last ``last`` members.
+
+    Kaddour 2022 (arXiv 2209.14981), with the ends of epochs as members; Sanyal et al. 2024 (arXiv 2306.03241) for
+    language models, with 5 checkpoints far apart and a high learning rate.
+    """
+
+    last: int = 10
+    """Members in the mean, at least 2. Each is kept whole."""
+    start: float | int = 0
+    """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
+    every: int = 1
+    """Optimizer steps between two members."""
+
+    def plan(self, total_steps: int) -> LAWAPlan:
+        """The events of a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            ConfigError: an option is out of range, or the run has fewer members than are to be averaged.
+        """
+        require_whole("last", self.last, at_least=2)
+        first = resolve_start(self.start, total_steps)
+        plan = LAWAPlan(first_step=first, every=self.every, total_steps=total_steps, last=self.last)
+        members = checked(plan, start=self.start).num_members
+        if members < self.last:
+            raise ConfigError(
+                f"averaging.last is {self.last}, but averaging.start={self.start} with averaging.every="
+                f"{self.every} makes {members} members in {total_steps} steps; lower one of the three"
+            )
+        return plan

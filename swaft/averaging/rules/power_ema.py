@@ -1,0 +1,200 @@
+"""Power-function averages, from which one of any length is put together after training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from swaft.averaging.rules.base import (
+    Plan,
+    Update,
+    checked,
+    refuse_selection,
+    require_whole,
+    resolve_start,
+)
+from swaft.errors import AveragingError, ConfigError
+
+SIGMA_REL_LIMIT = 12**-0.5
+"""Relative width of the uniform profile, which no power-function profile reaches."""
+
+MAX_PROFILE_ERROR = 0.1
+"""Largest relative error of a reconstructed profile that is handed out under the asked name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerEMAPlan(Plan):
+    """A running mean for each tracked profile, and copies of them at regular counts of members.
+
+    Lanes: the running means in the order of ``sigma_rel``; then the snapshots, by count, each in that order.
+    """
+
+    sigma_rel: tuple[float, ...]
+    """Relative widths of the tracked profiles."""
+    snapshots: int
+    """How often all of them are copied along the run, at most."""
+
+    @cached_property
+    def snapshot_counts(self) -> tuple[int, ...]:
+        """Numbers of members after which snapshots are taken, evenly spaced.
+
+        None is taken at the end of the run: there the running means are its snapshot.
+        """
+        spaced = (j * self.num_members // (self.snapshots + 1) for j in range(1, self.snapshots + 1))
+        return tuple(sorted(set(spaced) - {0}))
+
+    @cached_property
+    def gammas(self) -> tuple[float, ...]:
+        """Exponents of the tracked profiles."""
+        return tuple(gamma_of(sigma) for sigma in self.sigma_rel)
+
+    @property
+    def lanes(self) -> tuple[bool, ...]:
+        """The running means, then plain copies."""
+        tracked = len(self.sigma_rel)
+        return (True,) * tracked + (False,) * (tracked * len(self.snapshot_counts))
+
+    def updates(self, n: int) -> tuple[Update, ...]:
+        """The member moves every running mean; at the counts of snapshots these are then copied."""
+        moves = [Update(i, _weight(n, gamma)) for i, gamma in enumerate(self.gammas)]
+        copies = [Update(lane, 1.0, source=i) for i, lane in enumerate(self._snapshot_after(n))]
+        return (*moves, *copies)
+
+    def finished(self, n: int) -> tuple[int, ...]:
+        """The snapshots that member ``n`` made."""
+        return self._snapshot_after(n)
+
+    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+        """The average whose profile has the relative width ``sigma_rel``; without it, the first tracked one.
+
+        A tracked profile is its running mean. Any other is the least-squares fit of its profile by those of all
+        running means and snapshots at hand, under coefficients that sum to 1 (section 3.2 of the paper; there
+        with continuous profiles, here with the exact weights of all members).
+
+        Raises:
+            AveragingError: the width is out of range, or the fit is off by more than `MAX_PROFILE_ERROR`.
+        """
+        refuse_selection(selection, "sigma_rel")
+        sigma = selection.get("sigma_rel")
+        sigma = self.sigma_rel[0] if sigma is None else sigma
+        coefficients, error = self._fit(num_members, sigma)
+        if error > MAX_PROFILE_ERROR:
+            raise AveragingError(
+                f"the average of sigma_rel={sigma} over {num_members} members can be put together from these "
+                f"snapshots only with a relative error of {error:.2f}, expected at most {MAX_PROFILE_ERROR}; "
+                f"ask for one nearer to {' or '.join(map(str, self.sigma_rel))}, wait for more snapshots, or "
+                "take more of them (averaging.snapshots)"
+            )
+        return coefficients
+
+    def profile_error(self, num_members: int, sigma_rel: float) -> float:
+        """How far the profile of :meth:`readout` is from the one asked for: ``|fit - wanted| / |wanted|``, L2.
+
+        Raises:
+            AveragingError: the width is out of range.
+        """
+        return self._fit(num_members, sigma_rel)[1]
+
+    def _snapshot_after(self, n: int) -> tuple[int, ...]:
+        if n + 1 not in self.snapshot_counts:
+            return ()
+        tracked = len(self.sigma_rel)
+        first = tracked * (1 + self.snapshot_counts.index(n + 1))
+        return tuple(range(first, first + tracked))
+
+    def _fit(self, num_members: int, sigma_rel: float) -> tuple[dict[int, float], float]:
+        if sigma_rel in self.sigma_rel:
+            return {self.sigma_rel.index(sigma_rel): 1.0}, 0.0
+        if not isinstance(sigma_rel, Real) or not 0.0 < sigma_rel < SIGMA_REL_LIMIT:
+            raise AveragingError(
+                f"sigma_rel is {sigma_rel!r}, expected a number above 0 and below {SIGMA_REL_LIMIT:.4f}"
+            )
+        wanted = profile(num_members, gamma_of(sigma_rel), num_members)
+        # A snapshot of this very count is its running mean over again, and says nothing new.
+        counts = [num_members, *(count for count in self.snapshot_counts if count < num_members)]
+        profiles = np.stack([profile(c, gamma, num_members) for c in counts for gamma in self.gammas], axis=1)
+        # With the first coefficient as what the others leave of 1, the constraint is gone.
+        base, others = profiles[:, :1], profiles[:, 1:]
+        solution = np.linalg.lstsq(others - base, wanted - base[:, 0], rcond=None)[0]
+        coefficients = np.concatenate([[1.0 - solution.sum()], solution])
+        error = np.linalg.norm(profiles @ coefficients - wanted) / np.linalg.norm(wanted)
+        return dict(enumerate(coefficients.tolist())), float(error)
+
+
+@dataclass(frozen=True)
+class PowerEMA:
+    """Averages whose memory grows with the run; one of any length can be had afterwards, without training again.
+
+    Karras et al. 2024, EDM2 (arXiv 2312.02696), section 3: at member ``t``, counted from 1,
+    ``mean <- beta mean + (1 - beta) weights`` with ``beta = (1 - 1/t) ** (gamma + 1)``, so that a member counts
+    in proportion to ``t ** gamma``. ``sigma_rel`` is the standard deviation of that profile as a share of the
+    run; ``gamma`` follows from it.
+    """
+
+    sigma_rel: Sequence[float] = (0.05, 0.10)
+    """Relative widths of the profiles that are tracked, each above 0 and below 0.2887. Two, as in the paper, let
+    all others be put together."""
+    start: float | int = 0
+    """First member; the profiles stretch from it to the latest. A float is a fraction of the run, an int a step;
+    0 is the weights before training."""
+    every: int = 1
+    """Optimizer steps between two members."""
+    snapshots: int = 16
+    """Copies of each tracked average along the run, evenly spaced."""
+
+    def plan(self, total_steps: int) -> PowerEMAPlan:
+        """The events of a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            ConfigError: an option is out of range, or fewer than two weights would be averaged.
+        """
+        sigmas = self.sigma_rel
+        in_range = isinstance(sigmas, Sequence) and all(
+            isinstance(sigma, Real) and 0.0 < sigma < SIGMA_REL_LIMIT for sigma in sigmas
+        )
+        if not in_range or not sigmas or len(set(sigmas)) < len(sigmas):
+            raise ConfigError(
+                f"averaging.sigma_rel is {sigmas!r}, expected different numbers above 0 and below "
+                f"{SIGMA_REL_LIMIT:.4f}, such as (0.05, 0.1)"
+            )
+        require_whole("snapshots", self.snapshots, at_least=1)
+        plan = PowerEMAPlan(
+            first_step=resolve_start(self.start, total_steps),
+            every=self.every,
+            total_steps=total_steps,
+            sigma_rel=tuple(float(sigma) for sigma in sigmas),
+            snapshots=self.snapshots,
+        )
+        return checked(plan, start=self.start)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the profile of relative width ``sigma_rel``.
+
+    The positive root of ``(gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2`` (the paper's equation for the
+    width of a power function, solved as in its algorithm 2).
+    """
+    precision = float(sigma_rel) ** -2
+    return float(np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision]).real.max())
+
+
+def profile(count: int, gamma: float, length: int) -> np.ndarray:
+    """Weight of each member in the running mean after ``count`` members: (length,), float64, 0 from ``count`` on.
+
+    Exact: the factors ``1 - weight`` are ``(i / (i + 1)) ** (gamma + 1)`` and telescope, which leaves member ``i``
+    the difference of ``(. / count) ** (gamma + 1)`` between ``i`` and ``i + 1``.
+    """
+    weights = np.zeros(length)
+    weights[:count] = np.diff((np.arange(count + 1) / count) ** (gamma + 1.0))
+    return weights
+
+
+def _weight(n: int, gamma: float) -> float:
+    """``1 - (n / (n + 1)) ** (gamma + 1)``, without losing the digits of a power next to 1."""
+    return 1.0 if n == 0 else -math.expm1((gamma + 1.0) * math.log1p(-1.0 / (n + 1)))

@@ -1,0 +1,165 @@
+"""Means over windows of the run that are chosen after training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from swaft.averaging.rules.base import (
+    Plan,
+    Update,
+    checked,
+    refuse_selection,
+    refuse_surplus,
+    require_whole,
+    resolve_start,
+)
+from swaft.errors import AveragingError, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowsPlan(Plan):
+    """One running mean a block: of ``N`` members, block ``b`` holds ``b N // B`` to ``(b + 1) N // B - 1``."""
+
+    blocks: int
+    """Blocks of the run, ``B``: at most one a member."""
+
+    @property
+    def lanes(self) -> tuple[bool, ...]:
+        """One running mean a block."""
+        return (True,) * self.blocks
+
+    def updates(self, n: int) -> tuple[Update, ...]:
+        """The member enters the plain mean of its block."""
+        refuse_surplus(self, n)
+        block = self._block_of(n)
+        return (Update(block, 1.0 / (n + 1 - self._first_of(block))),)
+
+    def finished(self, n: int) -> tuple[int, ...]:
+        """The block whose last member ``n`` is."""
+        block = self._block_of(n)
+        return (block,) if n + 1 == self._first_of(block + 1) else ()
+
+    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+        """The plain mean of the members with ``start <= step <= end``, see :meth:`window`.
+
+        Raises:
+            AveragingError: the window is empty, cuts a block, or reaches out of what the run keeps.
+        """
+        refuse_selection(selection, "start", "end")
+        window = self.window(num_members, **selection)
+        held = {
+            block: min(self._first_of(block + 1), window.stop) - self._first_of(block)
+            for block in range(self._block_of(window.start), self._block_of(window.stop - 1) + 1)
+        }
+        return {block: count / len(window) for block, count in held.items()}
+
+    def boundaries(self, num_members: int) -> list[tuple[int, int]]:
+        """Where windows may begin and end: steps of the first and of the last member of every block so far."""
+        firsts = [self._first_of(block) for block in range(self.blocks)]
+        return [
+            (self.step_of(first), self.step_of(min(self._first_of(block + 1), num_members) - 1))
+            for block, first in enumerate(firsts)
+            if first < num_members
+        ]
+
+    def window(
+        self, num_members: int, start: float | int | None = None, end: float | int | None = None
+    ) -> range:
+        """The members with ``start <= step <= end`` among the first ``num_members``, once they are whole blocks.
+
+        A block that is being filled counts as whole with the members it has. Steps between two members belong to
+        neither, so with ``every > 1`` several steps name the same boundary.
+
+        Args:
+            num_members: members so far, at least 1.
+            start: a float is the fraction of the run ``floor(start * total_steps)``, an int the step itself; None:
+                the first member.
+            end: likewise; None: the latest member.
+
+        Raises:
+            AveragingError: the window is empty, cuts a block, or reaches out of what the run keeps; the message
+                names the nearest boundaries.
+        """
+        first, stop = 0, num_members
+        if start is not None:
+            step = self._resolve(start, "start")
+            if step < self.first_step:
+                raise AveragingError(
+                    f"the window's start={start} is step {step}, but this run keeps weights from step "
+                    f"{self.first_step} on (averaging.start)"
+                )
+            first = -((self.first_step - step) // self.every)  # rounded up
+        if end is not None:
+            step = self._resolve(end, "end")
+            if step > self.total_steps:
+                raise AveragingError(
+                    f"the window's end={end} is past the last step of the run, {self.total_steps}"
+                )
+            stop = min((step - self.first_step) // self.every + 1, num_members)
+        if first >= stop:
+            raise AveragingError(
+                f"the window from start={start} to end={end} holds none of the {num_members} weights of steps "
+                f"{self.first_step} to {self.step_of(num_members - 1)} (one every {self.every})"
+            )
+        self._refuse_cuts(num_members, first, stop)
+        return range(first, stop)
+
+    def _refuse_cuts(self, num_members: int, first: int, stop: int) -> None:
+        boundaries = self.boundaries(num_members)
+        block = self._block_of(first)
+        if first != self._first_of(block):
+            near = [begin for begin, _ in boundaries[block : block + 2]]
+            raise AveragingError(
+                f"a window that begins at step {self.step_of(first)} cuts a block of averaged weights; the "
+                f"nearest that can begin do so at step {' or '.join(map(str, near))} (see `plan.boundaries`)"
+            )
+        block = self._block_of(stop - 1)
+        if stop != min(self._first_of(block + 1), num_members):
+            near = [end for _, end in boundaries[max(block - 1, 0) : block + 1]]
+            raise AveragingError(
+                f"a window that ends at step {self.step_of(stop - 1)} cuts a block of averaged weights; the "
+                f"nearest that can end do so at step {' or '.join(map(str, near))} (see `plan.boundaries`)"
+            )
+
+    def _resolve(self, value: float | int, name: str) -> int:
+        try:
+            return resolve_start(value, self.total_steps, name=f"the window's {name}")
+        except ConfigError as error:
+            raise AveragingError(error.problems[0]) from None
+
+    def _first_of(self, block: int) -> int:
+        return block * self.num_members // self.blocks
+
+    def _block_of(self, n: int) -> int:
+        return ((n + 1) * self.blocks - 1) // self.num_members
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The plain mean over any window of the run, chosen after training among windows of whole blocks.
+
+    The run keeps the mean of every block; a window's mean is theirs, weighted by members. `search_windows` looks
+    for the best one on validation data. A window to the end of the run is what `SWA` gives for that start.
+    """
+
+    blocks: int = 32
+    """Blocks of the run, as equal in members as can be; fewer where there are fewer members."""
+    start: float | int = 0
+    """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
+    every: int = 1
+    """Optimizer steps between two members."""
+
+    def plan(self, total_steps: int) -> WindowsPlan:
+        """The events of a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            ConfigError: an option is out of range, or fewer than two weights would be averaged.
+        """
+        require_whole("blocks", self.blocks, at_least=2)
+        first = resolve_start(self.start, total_steps)
+        plan = WindowsPlan(first_step=first, every=self.every, total_steps=total_steps, blocks=self.blocks)
+        members = checked(plan, start=self.start).num_members
+        if members >= self.blocks:
+            return plan
+        return WindowsPlan(first_step=first, every=self.every, total_steps=total_steps, blocks=members)

@@ -1,0 +1,144 @@
+"""Lanes in memory and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from swaft.averaging.arithmetic import combine, reference_mean
+from swaft.averaging.host import HostAverages
+from swaft.averaging.host.memory import lane_bytes
+from swaft.averaging.layout import Fragment, merge
+from swaft.averaging.rules import EMA, LAWA, PowerEMA, Windows
+from swaft.distributed import Ranks
+from swaft.errors import AveragingError
+
+pytestmark = pytest.mark.unit
+
+NUMEL = 3000
+
+
+def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, compensated: bool = True):
+    return HostAverages(
+        merge([Fragment("a", 0, numel, 0, 0)]),
+        plans,
+        ranks=Ranks(),
+        device=torch.device("cpu"),
+        compensated=compensated,
+        threads=2,
+        spill_dir=spill_dir,
+    )
+
+
+def take(averages, members) -> None:
+    for step, member in enumerate(members):
+        averages.raise_if_refused()
+        averages.submit([member], step=step, rules=tuple(averages.lanes))
+    averages.finish()
+
+
+def members(count: int, numel: int = NUMEL) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(numel, generator=generator) for _ in range(count)]
+
+
+def test_blocks_on_disk_give_the_bits_of_blocks_in_memory(tmp_path):
+    plan = Windows(blocks=6).plan(20)
+    kept, spilled = averages_of({"w": plan}), averages_of({"w": plan}, spill_dir=tmp_path)
+    for averages in (kept, spilled):
+        take(averages, members(21))
+    assert len(list(tmp_path.rglob("lane-*.safetensors"))) == 6
+    assert spilled.lanes["w"].nbytes == 0
+    assert kept.lanes["w"].nbytes == 6 * 6 * NUMEL
+    for start, end in ((None, None), (7, 16), (17, None)):
+        assert torch.equal(
+            spilled.lanes["w"].shard(start=start, end=end), kept.lanes["w"].shard(start=start, end=end)
+        )
+
+
+def test_snapshots_on_disk_are_those_of_their_time(tmp_path):
+    plan = PowerEMA(snapshots=4).plan(40)
+    kept, spilled = averages_of({"p": plan}), averages_of({"p": plan}, spill_dir=tmp_path)
+    for averages in (kept, spilled):
+        take(averages, members(41))
+    assert list(tmp_path.rglob("*.safetensors"))
+    assert torch.equal(spilled.lanes["p"].shard(sigma_rel=0.12), kept.lanes["p"].shard(sigma_rel=0.12))
+
+
+def test_a_window_is_the_mean_of_its_members_to_the_last_digits():
+    averages, taken = averages_of({"w": Windows(blocks=8).plan(99)}), members(100)
+    take(averages, taken)
+    inside = torch.stack(taken[25:75])
+    window = averages.lanes["w"].shard(start=25, end=74)
+    error = (window.double() - inside.double().mean(0)).abs() / inside.abs().amax(0)
+    assert error.max() <= 2**-24
+
+
+def test_a_combination_has_the_bits_of_the_reference():
+    averages, taken = averages_of({"lawa": LAWA(last=3).plan(9)}), members(5)
+    take(averages, taken)
+    expected = combine([(coefficient, m.mean, None) for coefficient, m in averages.lanes["lawa"].readout()])
+    assert torch.equal(averages.lanes["lawa"].shard(), expected)
+    assert torch.allclose(expected, torch.stack(taken[2:]).double().mean(0).float(), rtol=1e-6)
+
+
+def test_the_plain_form_holds_no_compensation():
+    averages = averages_of({"ema": EMA(decay=0.5).plan(9)}, compensated=False)
+    take(averages, members(4))
+    assert averages.lanes["ema"].nbytes == 4 * NUMEL
+    expected = reference_mean(members(4), [1, 0.5, 0.5, 0.5])
+    assert torch.allclose(averages.lanes["ema"].shard(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize(
+    "plan", [Windows(blocks=7).plan(30), PowerEMA(snapshots=5).plan(30), LAWA(last=4).plan(30)]
+)
+def test_no_more_memory_is_held_than_was_announced(plan, spilled, tmp_path):
+    averages = averages_of({"rule": plan}, spill_dir=tmp_path if spilled else None)
+    most = 0
+    for step, member in enumerate(members(31)):
+        averages.raise_if_refused()
+        averages.submit([member], step=step, rules=("rule",))
+        averages.finish()
+        most = max(most, averages.lanes["rule"].nbytes)
+    assert most <= averages.host_bytes == lane_bytes(plan, NUMEL, compensated=True, spilled=spilled)
+    assert most >= 0.5 * averages.host_bytes
+
+
+def test_a_folder_of_another_run_is_refused_before_training(tmp_path):
+    (tmp_path / "rank-00000").mkdir()
+    (tmp_path / "rank-00000" / "lane-0000.safetensors").touch()
+    with pytest.raises(AveragingError, match=r"spill_dir.*holds files already"):
+        averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AveragingError, match=r"spill_dir.*cannot be written"):
+        averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path / "file")
+
+
+def test_a_disk_that_fails_later_ends_averaging_with_its_cause(tmp_path):
+    averages = averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
+    (tmp_path / "rank-00000").rmdir()
+    (tmp_path / "rank-00000").touch()
+    with pytest.raises(AveragingError, match="failed on this rank"):
+        take(averages, members(10))
+
+
+def test_nothing_is_allocated_once_the_lanes_are_there():
+    numel = 4_000_000
+    averages = averages_of({"ema": EMA(decay=0.5).plan(99)}, numel=numel)
+    taken = members(2, numel)
+    take(averages, taken)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for step in range(2, 22):
+        averages.raise_if_refused()
+        averages.submit([taken[step % 2]], step=step, rules=("ema",))
+    averages.finish()
+    assert process.memory_info().rss - before < 2 * 2**20

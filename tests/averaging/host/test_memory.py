@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+
+from swaft.averaging.host import memory
+from swaft.averaging.host.crew import Crew, cores_near, default_threads, parse_cores
+from swaft.averaging.rules import EMA, SWA
+from swaft.distributed import Ranks
+from swaft.errors import AveragingError, ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_running_mean_takes_six_bytes_an_element_and_four_in_the_plain_form():
+    plan = SWA(start=0).plan(100)
+    assert memory.lane_bytes(plan, 1000, compensated=True, spilled=False) == 6000
+    assert memory.lane_bytes(plan, 1000, compensated=False, spilled=False) == 4000
+    assert memory.lane_bytes(EMA().plan(100), 1000, compensated=True, spilled=True) == 6000
+
+
+def test_what_does_not_fit_is_refused_with_what_there_is(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 2**30)
+    memory.require_host_memory(Ranks(), 3 * 2**30)
+    with pytest.raises(
+        AveragingError, match=r"3\.1 GiB .* where 3\.0 GiB are left.*averaging\.precision=plain"
+    ):
+        memory.require_host_memory(Ranks(), int(3.1 * 2**30))
+
+
+def test_all_ranks_of_a_node_share_its_memory(monkeypatch):
+    class FourRanks(Ranks):
+        def gather(self, value):
+            return [
+                ("left", 2**30, 3 * 2**30),
+                ("left", 2**30, 2**30),
+                ("right", 2**30, 2**31),
+                ("right", 1, 2**30),
+            ]
+
+    with pytest.raises(AveragingError, match=r"2\.0 GiB of host memory on left \(2 ranks\), where 1\.0 GiB"):
+        memory.require_host_memory(FourRanks(), 2**30)
+
+
+@pytest.mark.parametrize(
+    ("line", "limit_file", "use_file", "cache_line"),
+    [
+        ("0::/job/step", "memory.max", "memory.current", "inactive_file 100"),
+        (
+            "5:cpu,memory:/job/step",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file 100",
+        ),
+    ],
+)
+def test_the_tightest_control_group_counts_and_page_cache_does_not(
+    tmp_path, monkeypatch, line, limit_file, use_file, cache_line
+):
+    root = tmp_path if line.startswith("0::") else tmp_path / "memory"
+    own = root / "job" / "step"
+    own.mkdir(parents=True)
+    for folder, limit in ((own, "max"), (own.parent, "1000"), (root, "9000")):
+        (folder / limit_file).write_text(limit)
+        (folder / use_file).write_text("700")
+        (folder / "memory.stat").write_text(f"anon 600\n{cache_line}\n")
+    proc = tmp_path / "cgroup"
+    proc.write_text(f"{line}\n1:name=systemd:/elsewhere\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", proc)
+    assert memory.available_bytes() == 1000 - 700 + 100
+
+
+def test_a_machine_without_control_groups_has_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "absent")
+    assert memory.available_bytes() > 0
+
+
+def test_the_kernels_list_of_cores_is_understood():
+    assert parse_cores("0-2,8,10-11\n") == {0, 1, 2, 8, 10, 11}
+    assert parse_cores("") == set()
+
+
+def test_threads_are_half_of_a_ranks_cores_and_at_least_one(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_threads() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert default_threads() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert default_threads() == 8
+    assert cores_near(None) == set(range(64))
+
+
+def test_a_crew_of_nobody_is_refused():
+    with pytest.raises(ConfigError, match=r"averaging\.threads"):
+        Crew(0)

@@ -1,0 +1,85 @@
+"""Compiled loops against the same arithmetic in tensor operations, bit for bit, and both against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swaft.averaging import arithmetic, native
+from swaft.averaging.host.lanes import bits
+
+pytestmark = pytest.mark.unit
+
+
+def table(*runs: tuple[np.ndarray, int]):
+    """The table of sources that lie apart in memory, each with its first element in the lane."""
+    return (
+        np.array([source.ctypes.data for source, _ in runs], np.int64),
+        np.array([offset for _, offset in runs], np.int64),
+        np.array([source.size for source, _ in runs], np.int64),
+    )
+
+
+def some_weights(generator: torch.Generator, numel: int) -> torch.Tensor:
+    """fp32 of every size: of weights, tiny, huge, zero."""
+    scale = 10.0 ** torch.randint(-30, 20, (numel,), generator=generator)
+    values = torch.randn(numel, generator=generator) * scale.float()
+    return torch.where(torch.rand(numel, generator=generator) < 0.1, 0.0, values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31), w=st.floats(1e-7, 0.999))
+def test_the_compiled_update_has_the_bits_of_the_reference(numel, seed, w):
+    generator = torch.Generator().manual_seed(seed)
+    m, x = some_weights(generator, numel), some_weights(generator, numel)
+    c = (m * 1e-8 * torch.randn(numel, generator=generator)).bfloat16()
+    expected_m, expected_c = m.clone(), c.clone()
+    arithmetic.update_(expected_m, expected_c, x, w)
+    native.update(*table((x.numpy(), 0)), m.numpy(), bits(c), np.float32(w))
+    assert torch.equal(m.view(torch.int32), expected_m.view(torch.int32))
+    assert torch.equal(c.view(torch.int16), expected_c.view(torch.int16))
+
+
+@settings(deadline=None, max_examples=20)
+@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31), w=st.floats(1e-7, 0.999))
+def test_the_compiled_plain_update_has_the_bits_of_the_reference(numel, seed, w):
+    generator = torch.Generator().manual_seed(seed)
+    m, x = some_weights(generator, numel), some_weights(generator, numel)
+    expected = m.clone()
+    arithmetic.update_plain_(expected, x, w)
+    native.update_plain(*table((x.numpy(), 0)), m.numpy(), np.float32(w))
+    assert torch.equal(m.view(torch.int32), expected.view(torch.int32))
+
+
+@settings(deadline=None, max_examples=20)
+@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31))
+def test_the_compiled_combination_has_the_bits_of_the_reference(numel, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lanes = [(0.3, torch.randn(numel, generator=generator), None)]
+    lanes.append((0.7, torch.randn(numel, generator=generator), torch.randn(numel).bfloat16() * 1e-8))
+    total = np.zeros(numel)
+    native.accumulate_plain(total, 0.3, lanes[0][1].numpy())
+    native.accumulate(total, 0.7, lanes[1][1].numpy(), bits(lanes[1][2]))
+    expected = arithmetic.combine(lanes)
+    assert torch.equal(torch.from_numpy(total).float().view(torch.int32), expected.view(torch.int32))
+
+
+def test_sources_that_lie_apart_are_taken_from_their_own_places():
+    first, second = np.full(3, 2.0, np.float32), np.full(2, 4.0, np.float32)
+    m = np.zeros(7, np.float32)
+    native.update_plain(*table((first, 4), (second, 1)), m, np.float32(0.5))
+    assert m.tolist() == [0, 2, 2, 0, 1, 1, 1]
+    native.copy(*table((second, 5)), m)
+    assert m.tolist() == [0, 2, 2, 0, 1, 4, 4]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 8, 36])
+def test_one_element_that_is_not_finite_is_seen(bad, place):
+    x = np.full(37, 3e38, np.float32)
+    assert native.all_finite(*table((x, 0)))
+    x[place] = bad
+    assert not native.all_finite(*table((np.ones(5, np.float32), 0), (x, 5)))

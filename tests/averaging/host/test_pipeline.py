@@ -1,0 +1,283 @@
+"""Members on their way: never torn, never dropped, judged alike on every rank, and behind the training thread."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+
+from swaft.averaging.arithmetic import reference_mean
+from swaft.averaging.host.crew import Crew
+from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.pipeline import Pipeline
+from swaft.averaging.host.source import HostSource, StagedSource, ring_of
+from swaft.averaging.layout import Fragment, merge
+from swaft.averaging.rules import EMA, SWA
+from swaft.errors import AveragingError, LayoutError
+
+pytestmark = pytest.mark.unit
+
+FRAGMENTS = [Fragment("a", 0, 700, 0, 0), Fragment("b", 0, 300, 0, 710), Fragment("c", 0, 200, 1, 3)]
+SPANS = merge(FRAGMENTS)
+
+
+def masters(seed: int) -> list[torch.Tensor]:
+    """Two buffers, with padding that holds no numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    buffers = [torch.randn(1010, generator=generator), torch.randn(203, generator=generator)]
+    buffers[0][700:710] = torch.nan
+    return buffers
+
+
+def owned(buffers: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([buffers[f.buffer][f.offset : f.offset + f.numel] for f in FRAGMENTS])
+
+
+class LateDevice:
+    """A device whose copies happen at the last moment that events and streams allow.
+
+    So a block read before its copy, or masters written to before it, show in the result.
+    """
+
+    def __init__(self):
+        self.pending, self.done, self.lock = [], 0, threading.RLock()
+        device = self
+
+        class Event:
+            position = 0
+
+            def record(self, stream=None):
+                self.position = len(device.pending)
+
+            def synchronize(self):
+                device.run(self.position)
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_event(self, event):
+                device.run(event.position)
+
+        self.Event, self.Stream = Event, Stream
+
+    def current_stream(self, device=None):
+        return self.Stream()
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    def copy(self, targets, sources, non_blocking):
+        assert non_blocking
+        self.pending.append(lambda: [t.copy_(s) for t, s in zip(targets, sources, strict=True)])
+
+    def run(self, position: int) -> None:
+        with self.lock:
+            while self.done < position:
+                self.pending[self.done]()
+                self.done += 1
+
+
+@contextmanager
+def pipeline(kind: str, *, plans=None, sum_over_ranks=list, world_size=1, threads=2, limit_bytes=1 << 22):
+    """A pipeline and its source, on the host or through the staging ring."""
+    crew = Crew(threads)
+    lanes = {
+        name: Lanes(plan, 1200, crew, compensated=True)
+        for name, plan in (plans or {"swa": SWA(start=0).plan(99)}).items()
+    }
+    device = LateDevice()
+    if kind == "host":
+        source = HostSource(SPANS, crew)
+    else:
+        with mock.patch("swaft.averaging.host.source.MIN_BLOCK_NUMEL", 64):
+            source = StagedSource(
+                SPANS, crew, device=torch.device("cpu"), api=device, limit_bytes=limit_bytes
+            )
+    line = Pipeline(lanes, sum_over_ranks=sum_over_ranks, world_size=world_size)
+    with mock.patch.object(torch, "_foreach_copy_", device.copy):
+        try:
+            yield line, source, lanes
+        finally:
+            line.close()
+            crew.close()
+
+
+KINDS = [("host", 0), ("ring holds the shard", 1 << 22), ("ring holds a fifth of the shard", 8 * 4 * 64)]
+
+
+@pytest.mark.parametrize(("kind", "limit_bytes"), KINDS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_member_enters_whole_though_the_optimizer_writes_over_it_at_once(kind, limit_bytes, threads):
+    members = [masters(seed) for seed in range(6)]
+    live = [buffer.clone() for buffer in members[0]]
+    with pipeline(kind, threads=threads, limit_bytes=limit_bytes) as (line, source, lanes):
+        for step, member in enumerate(members):
+            line.release_masters()
+            for buffer, values in zip(live, member, strict=True):
+                buffer.copy_(values)
+            line.raise_if_refused()
+            line.submit(source, live, step=step, rules=("swa",))
+        line.finish()
+        plan = SWA(start=0).plan(99)
+        expected = reference_mean([owned(m) for m in members], [1 / (n + 1) for n in range(6)])
+        assert plan.num_members == 100
+        assert torch.equal(lanes["swa"].shard(), expected)
+        assert lanes["swa"].count == 6
+
+
+def test_a_member_that_is_written_over_without_release_would_be_torn():
+    """The control: the late device does show a missing wait."""
+    with pipeline("staged", limit_bytes=8 * 4 * 64) as (line, source, lanes):
+        live = masters(0)
+        expected = owned(live).clone()
+        held = threading.Event()
+        line._sum = lambda values: held.wait(10) and values
+        line.submit(source, live, step=0, rules=("swa",))
+        live[1].fill_(7.0)
+        held.set()
+        line.finish()
+        assert not torch.equal(lanes["swa"].shard(), expected)
+
+
+def test_several_rules_take_from_one_copy():
+    plans = {"swa": SWA(start=0).plan(9), "ema": EMA(decay=0.5).plan(9)}
+    members = [masters(seed) for seed in range(3)]
+    with pipeline("staged", plans=plans) as (line, source, lanes):
+        copies = mock.Mock(side_effect=source._copy)
+        source._copy = copies
+        for step, member in enumerate(members):
+            line.raise_if_refused()
+            line.submit(source, member, step=step, rules=("swa", "ema") if step != 1 else ("ema",))
+            line.finish()
+        assert copies.call_count == 3 * len(source._chunks)
+        values = [owned(member) for member in members]
+        assert torch.equal(lanes["swa"].shard(), reference_mean([values[0], values[2]], [1, 1 / 2]))
+        assert torch.equal(lanes["ema"].shard(), reference_mean(values, [1, 1 / 2, 1 / 2]))
+
+
+def test_the_training_thread_waits_only_when_it_must_and_the_wait_is_counted():
+    held = threading.Event()
+    with pipeline("host", sum_over_ranks=lambda values: held.wait(10) and values) as (line, source, _):
+        line.release_masters()
+        assert line.waits.count == 0
+        line.submit(source, masters(0), step=0, rules=("swa",))
+        threading.Timer(0.05, held.set).start()
+        line.release_masters()
+        assert line.waits.count == 1
+        assert line.waits.seconds > 0.03
+        line.finish()
+        line.release_masters()
+        assert line.waits.count == 1
+
+
+@pytest.mark.parametrize("kind", ["host", "staged"])
+def test_a_member_that_is_not_finite_is_refused_and_the_average_stays(kind):
+    with pipeline(kind) as (line, source, lanes):
+        good, bad = masters(0), masters(1)
+        bad[1][5] = torch.inf
+        line.submit(source, good, step=0, rules=("swa",))
+        line.raise_if_refused()
+        line.submit(source, bad, step=1, rules=("swa",))
+        with pytest.raises(AveragingError, match=r"after step 1 are not finite on 1 of 1 ranks"):
+            line.raise_if_refused()
+        line.finish()
+        assert torch.equal(lanes["swa"].shard(), owned(good))
+        line.submit(source, masters(2), step=2, rules=("swa",))
+        line.finish()
+        assert lanes["swa"].count == 2
+
+
+def test_a_member_that_another_rank_refuses_is_refused_here():
+    def other_rank_found_nan(values):
+        finite, healthy, step, square = values
+        return [finite + 0, healthy + 1, 2 * step, 2 * square]
+
+    with pipeline("host", sum_over_ranks=other_rank_found_nan, world_size=2) as (line, source, lanes):
+        line.submit(source, masters(0), step=4, rules=("swa",))
+        with pytest.raises(AveragingError, match=r"not finite on 1 of 2 ranks"):
+            line.finish()
+        assert lanes["swa"].count == 0
+
+
+@pytest.mark.parametrize("others", [(5, 5), (3, 5), (4, 5)])
+def test_ranks_at_different_steps_are_refused_on_all_of_them_alike(others):
+    """Steps 3, 4, 5 have the mean of 4, 4, 4; the rank at 4 must notice too."""
+
+    def three_ranks(values):
+        sums = [1 + 2, 1 + 2, 0.0, 0.0]
+        for step in (values[2], *others):
+            sums[2] += step
+            sums[3] += step * step
+        return sums
+
+    with pipeline("host", sum_over_ranks=three_ranks, world_size=3) as (line, source, _):
+        line.submit(source, masters(0), step=4, rules=("swa",))
+        with pytest.raises(AveragingError, match="expected the same on every rank"):
+            line.raise_if_refused()
+
+
+def test_a_fault_on_this_rank_ends_averaging_with_its_cause_and_does_not_hang():
+    with pipeline("host") as (line, source, _):
+        line.submit(source, [torch.zeros(3)], step=0, rules=("swa",))
+        line.release_masters()
+        with pytest.raises(AveragingError, match=r"failed on this rank: LayoutError"):
+            line.raise_if_refused()
+        with pytest.raises(AveragingError) as caught:
+            line.finish()
+        assert isinstance(caught.value.__cause__, LayoutError)
+
+
+def test_a_fault_on_another_rank_is_heard_of_here():
+    def broken_elsewhere(values):
+        return [values[0], values[1], 2 * values[2], 2 * values[3]]
+
+    with pipeline("host", sum_over_ranks=broken_elsewhere, world_size=2) as (line, source, lanes):
+        line.submit(source, masters(0), step=1, rules=("swa",))
+        with pytest.raises(AveragingError, match="failed on another rank"):
+            line.raise_if_refused()
+        assert lanes["swa"].count == 0
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        [torch.zeros(1010)],
+        [torch.zeros(1010), torch.zeros(202)],
+        [torch.zeros(1010), torch.zeros(203).double()],
+    ],
+)
+def test_masters_rebuilt_with_another_geometry_are_refused_and_never_read(buffers):
+    with pipeline("host") as (line, source, _):
+        line.submit(source, buffers, step=0, rules=("swa",))
+        with pytest.raises(AveragingError, match=r"master buffer 1 is"):
+            line.finish()
+
+
+def test_a_rank_that_owns_nothing_takes_part_all_the_same():
+    crew = Crew(2)
+    lanes = {"swa": Lanes(SWA(start=0).plan(9), 0, crew, compensated=True)}
+    line = Pipeline(lanes, sum_over_ranks=list, world_size=1)
+    for source in (
+        HostSource([], crew),
+        StagedSource([], crew, device=torch.device("cpu"), api=LateDevice(), limit_bytes=1 << 22),
+    ):
+        line.submit(source, [], step=0, rules=("swa",))
+        line.release_masters()
+        line.finish()
+    assert lanes["swa"].count == 2
+    assert lanes["swa"].shard().numel() == 0
+    line.close()
+
+
+@pytest.mark.parametrize(
+    ("numel", "block_numel", "blocks"),
+    [(0, 1 << 16, 1), (1000, 1 << 16, 1), (10**6, 1 << 17, 8), (10**8, 1 << 24, 6), (10**10, 1 << 24, 8)],
+)
+def test_the_ring_is_made_of_powers_of_two_and_bounded(numel, block_numel, blocks):
+    assert ring_of(numel, 1 << 29) == (block_numel, blocks)
+    assert 4 * block_numel * blocks <= 1 << 29

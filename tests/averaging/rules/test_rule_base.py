@@ -1,0 +1,122 @@
+"""What is common to all rules: which steps are members, and the tables of their lanes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lane_interpreter import steps_of
+
+from swaft.averaging.rules import BEMA, EMA, LAWA, RULES, SWA, Merge, PowerEMA, Windows, resolve_start
+from swaft.errors import AveragingError, ConfigError
+
+pytestmark = pytest.mark.unit
+
+decays = st.floats(0.01, 0.9999)
+starts = st.one_of(st.integers(0, 20), st.floats(0.0, 0.5))
+rules = st.one_of(
+    st.builds(SWA, include_start=st.booleans()),
+    st.builds(EMA, decay=decays, warmup=st.sampled_from(["none", "ramp", "debias"])),
+    st.builds(EMA, half_life=st.one_of(st.integers(1, 50), st.floats(0.01, 1.0))),
+    st.builds(LAWA, last=st.integers(2, 6)),
+    st.builds(Merge, weights=st.sampled_from(["linear", "cosine", "1-sqrt"])),
+    st.builds(BEMA, ema_power=st.floats(0.0, 2.0), bias_power=st.floats(0.0, 2.0), lag=st.integers(1, 30)),
+    st.builds(PowerEMA, snapshots=st.integers(1, 20)),
+    st.builds(Windows, blocks=st.integers(2, 40)),
+)
+
+
+@st.composite
+def plans(draw):
+    """A plan of any rule, over a run that has enough members for it."""
+    rule = replace(draw(rules), start=draw(starts), every=draw(st.integers(1, 4)))
+    return rule.plan(draw(st.integers(60, 120)))
+
+
+@given(plan=plans())
+def test_the_announced_members_are_those_taken_for_every_rule(plan):
+    steps = steps_of(plan)
+    assert len(steps) == plan.num_members
+    assert [plan.step_of(n) for n in range(plan.num_members)] == steps
+    assert all(plan.members_until(step) == n + 1 for n, step in enumerate(steps))
+
+
+@given(plan=plans())
+def test_lanes_begin_with_a_copy_and_no_finished_lane_moves_again(plan):
+    written, finished = set(), set()
+    for n in range(plan.num_members):
+        moved = set()
+        for update in plan.updates(n):
+            assert 0 <= update.lane < len(plan.lanes)
+            assert update.lane not in finished
+            assert 0.0 < update.weight <= 1.0
+            assert update.lane in written or update.weight == 1.0
+            assert update.source is None or update.source in written
+            assert plan.lanes[update.lane] or update.weight == 1.0, "copies are only ever written over"
+            written.add(update.lane)
+            moved.add(update.lane)
+        assert moved >= set(plan.finished(n))
+        finished |= set(plan.finished(n))
+        coefficients = plan.readout(n + 1)
+        assert set(coefficients) <= written
+        assert sum(coefficients.values()) == pytest.approx(1.0, abs=1e-12)
+    assert written == set(range(len(plan.lanes))), "every lane that is announced is used"
+
+
+@given(plan=plans())
+def test_a_choice_that_no_rule_offers_is_refused(plan):
+    with pytest.raises(AveragingError, match="'colour'"):
+        plan.readout(2, colour="red")
+
+
+@given(rule=rules)
+def test_the_repr_of_a_rule_is_all_of_it(rule):
+    assert eval(repr(rule), {type(rule).__name__: type(rule)}) == rule
+
+
+def test_every_rule_has_a_name_for_configurations():
+    assert set(RULES.values()) == {SWA, EMA, LAWA, Merge, BEMA, PowerEMA, Windows}
+
+
+def test_a_float_start_is_a_fraction_rounded_down_and_an_int_is_a_step():
+    assert resolve_start(0.5, 101) == 50
+    assert resolve_start(1.0, 101) == 101
+    assert resolve_start(1, 101) == 1
+
+
+def test_numpy_numbers_are_taken_for_what_they_are():
+    assert resolve_start(np.float32(0.5), 100) == 50
+    assert resolve_start(np.int64(7), 100) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"start": 11}, "averaging.start"),
+        ({"start": 10}, "averaging.start"),
+        ({"start": 1.5}, "averaging.start"),
+        ({"start": -1}, "averaging.start"),
+        ({"start": "late"}, "averaging.start"),
+        ({"every": 0}, "averaging.every"),
+        ({"every": 1.5}, "averaging.every"),
+    ],
+)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SWA(),
+        EMA(half_life=0.1),
+        LAWA(last=2),
+        Merge(weights="linear"),
+        BEMA(every=1),
+        PowerEMA(),
+        Windows(),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_a_start_or_interval_that_does_not_fit_the_run_is_named(rule, options, named):
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        replace(rule, **options).plan(10)

@@ -1,0 +1,166 @@
+"""The search for the best window, on one rank and agreed among several."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swaft.averaging import WeightAverager
+from swaft.averaging.rules import SWA, Windows
+from swaft.averaging.search import Window, search_windows
+from swaft.errors import AveragingError
+
+pytestmark = pytest.mark.unit
+
+
+class Averager:
+    """Stands in for a `WeightAverager` after ``applied_steps`` of 15 steps; knows which window is swapped in."""
+
+    def __init__(self, *, applied_steps=15, blocks=4, gather=lambda value: [value], rules=None):
+        self.rules = rules or {None: Windows(blocks=blocks)}
+        self.applied_steps = applied_steps
+        self.engine = SimpleNamespace(ranks=SimpleNamespace(gather=gather))
+        self.inside = None
+        self.swaps = []
+
+    def plan(self, name=None):
+        return self.rules[name].plan(15)
+
+    @contextmanager
+    def swapped_in(self, name=None, **selection):
+        self.plan(name).readout(self.applied_steps + 1, **selection)
+        self.inside = (selection["start"], selection["end"])
+        self.swaps.append((name, self.inside))
+        yield
+        self.inside = None
+
+
+def score_of(averager, scores, default=0.0):
+    return lambda: scores.get(averager.inside, default)
+
+
+def test_starts_are_tried_first_and_then_the_ends_of_the_best_start():
+    averager = Averager()
+    found = search_windows(averager, score_of(averager, {(4, 15): 2.0, (4, 11): 3.0}))
+    tried = [(window.start, window.end) for window in found.scores]
+    assert tried == [(0, 15), (4, 15), (8, 15), (12, 15), (4, 7), (4, 11)]
+    assert averager.swaps == [(None, window) for window in tried]
+    assert (found.best, found.score) == (Window(4, 11, members=8), 3.0)
+
+
+def test_the_number_of_evaluations_grows_with_the_blocks_and_not_with_their_pairs():
+    averager = Averager(blocks=16)
+    found = search_windows(averager, score_of(averager, {}))
+    assert len(found.scores) == len(averager.swaps) == 31
+
+
+def test_a_loss_is_searched_by_min():
+    averager = Averager()
+    found = search_windows(averager, score_of(averager, {(8, 15): 0.1, (8, 11): 0.2}, 1.0), better=min)
+    assert (found.best.start, found.best.end, found.score) == (8, 15, 0.1)
+
+
+def test_windows_of_your_own_are_the_only_ones_tried():
+    averager = Averager()
+    windows = [(4, 7), (None, None), (0.8, 1.0)]
+    found = search_windows(averager, score_of(averager, {(12, 15): 5.0}), windows=windows)
+    assert [(w.start, w.end, w.members) for w in found.scores] == [(4, 7, 4), (0, 15, 16), (12, 15, 4)]
+    assert found.best == Window(12, 15, members=4)
+
+
+def test_of_equal_scores_the_longer_window_wins_and_then_the_later():
+    averager = Averager()
+    assert search_windows(averager, score_of(averager, {})).best == Window(0, 15, members=16)
+    windows = [(8, 11), (0, 3), (12, 15), (4, 7)]
+    assert search_windows(averager, score_of(averager, {}), windows=windows).best == Window(12, 15, members=4)
+
+
+@pytest.mark.parametrize("better", [max, min])
+def test_a_score_that_is_no_number_never_wins(better):
+    averager = Averager()
+    found = search_windows(
+        averager, score_of(averager, {(0, 15): math.nan, (4, 15): 1.0}, math.nan), better=better
+    )
+    assert (found.best.start, found.best.end, found.score) == (4, 15, 1.0)
+    assert math.isnan(found.scores[Window(0, 15, members=16)])
+
+
+def test_scores_that_are_all_no_numbers_are_an_error():
+    averager = Averager()
+    with pytest.raises(AveragingError, match="none of the 4 windows"):
+        search_windows(averager, score_of(averager, {}, math.nan))
+
+
+def test_ranks_that_measure_differently_decide_as_rank_0_does():
+    said = []
+
+    def gather_on_rank_0(value):
+        said.append(value)
+        return [value, -value]
+
+    first = Averager(gather=gather_on_rank_0)
+    on_rank_0 = search_windows(first, score_of(first, {(4, 15): 2.0, (4, 11): 3.0}))
+    replay = iter(said)
+    second = Averager(gather=lambda value: [next(replay), value])
+    on_rank_1 = search_windows(second, score_of(second, {(12, 15): 9.0}))
+    assert on_rank_1 == on_rank_0
+    assert first.swaps == second.swaps
+
+
+def test_in_mid_run_windows_end_at_the_latest_member():
+    averager = Averager(applied_steps=9)
+    found = search_windows(averager, score_of(averager, {}))
+    assert [(w.start, w.end) for w in found.scores] == [(0, 9), (4, 9), (8, 9), (0, 3), (0, 7)]
+
+
+def test_one_of_several_rules_is_searched_by_its_name():
+    rules = {None: SWA(), "windows": Windows(blocks=2)}
+    averager = Averager(rules=rules)
+    search_windows(averager, score_of(averager, {}), name="windows")
+    assert averager.swaps == [("windows", (0, 15)), ("windows", (8, 15)), ("windows", (0, 7))]
+    with pytest.raises(AveragingError, match=r"SWAPlan.*expected the rule `Windows`"):
+        search_windows(averager, score_of(averager, {}))
+
+
+def test_a_window_off_the_boundaries_is_refused_before_anything_is_evaluated():
+    averager = Averager()
+    with pytest.raises(AveragingError, match="begins at step 5"):
+        search_windows(averager, score_of(averager, {}), windows=[(0, 15), (5, 15)])
+    assert averager.swaps == []
+
+
+def test_a_search_before_the_first_member_is_refused():
+    averager = Averager(applied_steps=3, rules={None: Windows(start=5)})
+    with pytest.raises(AveragingError, match=r"nothing is averaged yet at step 3.* step 5"):
+        search_windows(averager, score_of(averager, {}))
+
+
+def test_better_is_max_or_min():
+    with pytest.raises(AveragingError, match="max or min"):
+        search_windows(Averager(), lambda: 0.0, better=sum)
+
+
+def test_with_a_real_averager_the_best_window_has_the_mean_that_was_scored():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = WeightAverager(model, optimizer, rule=Windows(blocks=4), total_steps=15)
+    seen = [model.weight.detach().clone()]
+    for _ in range(15):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 2)) - 1.0).square().mean().backward()
+        optimizer.step()
+        averager.step()
+        seen.append(model.weight.detach().clone())
+    live, wanted = seen[-1], torch.stack(seen[4:12]).double().mean(0)
+
+    found = search_windows(
+        averager, lambda: float((model.weight.detach().double() - wanted).norm()), better=min
+    )
+    assert found.best == Window(4, 11, members=8)
+    assert found.score < 1e-7
+    assert torch.equal(model.weight, live)

@@ -1,0 +1,199 @@
+"""One averager, several rules, one copy of every member; and what else is new to a caller."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import swaft
+from swaft.averaging.arithmetic import reference_mean
+from swaft.errors import AveragingError, ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+def flat(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def training(rule, *, steps: int = 8, **options):
+    """A trained model, its averager and the weights after every step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=steps, **options)
+    recorded = [flat(model)]
+    for _ in range(steps):
+        one_step(model, optimizer)
+        averager.step()
+        recorded.append(flat(model))
+    return model, optimizer, averager, recorded
+
+
+def one_step(model, optimizer) -> None:
+    model(torch.randn(4, 5)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_every_rule_has_its_own_average_and_the_first_is_the_default():
+    rules = {"swa": swaft.SWA(start=4), "ema": swaft.EMA(decay=0.5, start=2, every=2)}
+    model, _, averager, recorded = training(rules)
+    swa = reference_mean(recorded[4:], [1 / (n + 1) for n in range(5)])
+    ema = reference_mean(recorded[2::2], [1, 0.5, 0.5, 0.5])
+    assert averager.rules == ("swa", "ema")
+    assert torch.equal(averager.shard(), swa)
+    assert torch.equal(averager.shard("ema"), ema)
+    with averager.swapped_in("ema"):
+        assert torch.equal(flat(model), ema)
+    with averager.swapped_in():
+        assert torch.equal(flat(model), swa)
+    assert torch.equal(flat(model), recorded[-1])
+
+
+def test_a_rule_that_is_not_there_is_named_with_those_that_are():
+    _, _, averager, _ = training({"swa": swaft.SWA(), "ema": swaft.EMA()})
+    with pytest.raises(AveragingError, match=r"'best'.*swa, ema"), averager.swapped_in("best"):
+        pass
+
+
+def test_all_problems_of_all_rules_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        training({"swa": swaft.SWA(start=99), "ema": swaft.EMA(decay=2.0)}, precision="double")
+    assert len(caught.value.problems) == 3
+
+
+def test_the_plain_form_is_the_same_mean_with_fewer_digits_and_says_what_it_loses():
+    _, _, exact, recorded = training(swaft.SWA(start=0))
+    _, _, plain, _ = training(swaft.SWA(start=0), precision="plain")
+    oracle = torch.stack(recorded).double().mean(0)
+    assert not torch.equal(plain.shard(), exact.shard())
+    assert torch.allclose(plain.shard().double(), oracle, rtol=1e-6, atol=1e-8)
+    assert "plain form ends" in str(plain.forecast())
+    assert "plain form" not in str(exact.forecast())
+
+
+def test_the_forecast_counts_what_the_run_will_take():
+    rules = {"swa": swaft.SWA(start=0.5, every=2), "ema": swaft.EMA(start=0.25, every=3)}
+    _, _, averager, _ = training(rules, steps=12)
+    forecast = averager.forecast()
+    assert forecast.elements == 5 * 7 + 7 + 7 * 3 + 3
+    assert forecast.events == len({6, 8, 10, 12} | {3, 6, 9, 12})
+    assert forecast.host_bytes == 2 * 6 * forecast.elements
+    assert forecast.copied_bytes == forecast.pinned_bytes == 0  # the masters are in host memory
+    assert forecast.seconds > 0
+
+
+def test_host_memory_is_six_bytes_an_element_a_rule_and_nothing_grows_with_the_steps():
+    model = nn.Linear(4000, 4000, bias=False)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    process, numel = psutil.Process(), model.weight.numel()
+    before = process.memory_info().rss
+    rules = {"swa": swaft.SWA(start=0), "ema": swaft.EMA()}
+    averager = swaft.WeightAverager(model, optimizer, rule=rules, total_steps=99)
+    for _ in range(5):
+        model.weight.grad.normal_()
+        optimizer.step()
+        averager.step()
+    averager.wait()
+    grown = process.memory_info().rss - before
+    assert grown <= 2 * 6 * numel + 48 * 2**20
+    assert grown >= 2 * 6 * numel * 0.9  # or the measurement sees nothing
+
+
+def test_a_second_averagers_swap_waits_until_the_first_has_read_the_weights():
+    """In fp32 a swap writes to the very storage that the other's worker may still be reading."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    start = flat(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one, two = (
+        swaft.WeightAverager(model, optimizer, rule=rule, total_steps=9)
+        for rule in (swaft.SWA(0), swaft.EMA(0.5))
+    )
+    model(torch.randn(4, 64)).square().mean().backward()
+    optimizer.step()
+    held = threading.Event()
+    one._averages._pipeline._sum = lambda values: held.wait(10) and values
+    one.step()
+    two.step()
+    live = flat(model)
+    threading.Timer(0.1, held.set).start()
+    with two.swapped_in():
+        assert not torch.equal(flat(model), live)
+    assert torch.equal(one.shard(), reference_mean([start, live], [1, 0.5]))
+    assert one.waits.count == 1
+
+
+def test_a_checkpoint_loaded_into_the_model_waits_until_the_weights_are_read():
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    first = flat(model)
+    model(torch.randn(4, 64)).square().mean().backward()
+    optimizer.step()
+    second = flat(model)
+    held = threading.Event()
+    averager._averages._pipeline._sum = lambda values: held.wait(10) and values
+    averager.step()
+    threading.Timer(0.1, held.set).start()
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    assert torch.equal(averager.shard(), reference_mean([first, second], [1, 0.5]))
+
+
+def test_a_step_count_that_goes_back_is_an_error():
+    *_, averager, _ = training(swaft.SWA(start=0))
+    averager.engine._applied_steps.count = 3
+    with pytest.raises(AveragingError, match="went back from 8 to 3"):
+        averager.step()
+
+
+def test_an_averager_attached_after_its_first_member_says_so():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=9)
+    averager.engine._applied_steps.count = averager._seen = 5  # as a resumed engine counts
+    one_step(model, optimizer)
+    with pytest.raises(AveragingError, match="attached after that step"):
+        averager.step()
+
+
+def test_an_averager_that_nobody_needs_ends_its_threads_and_takes_its_hooks_along():
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = threading.active_count()
+    for _ in range(20):
+        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+        averager.wait()
+        gone = weakref.ref(averager)
+        del averager
+        gc.collect()
+        assert gone() is None
+    assert threading.active_count() <= before + 1
+    assert len(optimizer._optimizer_step_pre_hooks) <= 4
+    one_step(model, optimizer)
+
+
+def test_what_is_wrong_with_a_member_is_raised_by_the_step_after_it():
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    start = averager.shard().clone()
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    one_step(model, optimizer)
+    averager.step()
+    one_step(model, optimizer)
+    with pytest.raises(AveragingError, match="after step 1 are not finite"):
+        averager.step()
+    assert averager.num_averaged == 1
+    assert torch.equal(averager.shard(), start)

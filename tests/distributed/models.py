@@ -1,0 +1,164 @@
+"""Tiny models that every engine trains: each has something that a sharded layout gets wrong easily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+MICRO_BATCH = 2
+VOCABULARY, LENGTH, CLASSES = 53, 7, 3
+Batch = dict[str, Tensor]
+
+
+def batch(step: int, rank: int) -> Batch:
+    """The same batch for the same step and rank, whatever the engine."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {
+        "input_ids": torch.randint(0, VOCABULARY, (MICRO_BATCH, LENGTH), generator=generator),
+        "attention_mask": torch.ones(MICRO_BATCH, LENGTH, dtype=torch.long),
+        "labels": torch.randint(0, CLASSES, (MICRO_BATCH,), generator=generator),
+    }
+
+
+def language_batch(step: int, rank: int) -> Batch:
+    """As `batch`, with the text itself as labels."""
+    classified = batch(step, rank)
+    return classified | {"labels": classified["input_ids"]}
+
+
+def tiny_bert(seed: int = 0, *, dropout: float = 0.1) -> BertForSequenceClassification:
+    """A BERT of odd sizes, with one frozen table and parameters smaller than two ranks share evenly."""
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=17,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=CLASSES,
+        )
+    )
+    model.bert.embeddings.token_type_embeddings.weight.requires_grad_(False)
+    return model
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """A GPT-2 whose input table is its output layer, too."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=12,
+            n_layer=2,
+            n_head=3,
+            n_positions=32,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def lora_bert(seed: int = 0) -> nn.Module:
+    """Adapters and a new head on a frozen BERT: most parameters are in no optimizer group."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
+    return get_peft_model(tiny_bert(seed), config)  # type: ignore[arg-type]
+
+
+class UnevenBlock(nn.Module):
+    """Seven rows, and a gain of one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(3, 7)
+        self.narrow = nn.Linear(7, 3, bias=False)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.gain * self.narrow(torch.tanh(self.wide(hidden)))
+
+
+class Uneven(nn.Module):
+    """Parameters that no number of ranks divides: one element, three elements, five rows, seven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.blocks = nn.ModuleList(UnevenBlock() for _ in range(2))
+        self.fixed = nn.Linear(3, 3).requires_grad_(False)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(3, CLASSES)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        hidden = self.table(input_ids % 5)
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits = self.head(self.dropout(self.fixed(hidden.mean(1)))) * self.scale
+        return SequenceClassifierOutput(
+            loss=nn.functional.cross_entropy(logits.float(), labels), logits=logits
+        )
+
+
+def uneven(seed: int = 0) -> Uneven:
+    torch.manual_seed(seed)
+    return Uneven()
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """Two parameter groups, as every recipe has them, and one that nothing has fallen into."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": []}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-2,
+    )
+
+
+def _from_adapters(folder: Path) -> dict[str, Tensor]:
+    from peft import PeftModel
+
+    return dict(PeftModel.from_pretrained(tiny_bert(), str(folder)).named_parameters())
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model, what it trains on, and how others open the folder that it is exported to."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int, int], Batch]
+    load: Callable[[Path], dict[str, Tensor]]
+    """The weights in a folder, by the names they have in the model."""
+    all_in_folder: bool = True
+    """Whether the folder holds what is frozen, too."""
+
+
+MODELS = {
+    "bert": ModelCase(
+        tiny_bert, batch, lambda path: AutoModelForSequenceClassification.from_pretrained(path).state_dict()
+    ),
+    "tied": ModelCase(
+        tiny_gpt2, language_batch, lambda path: AutoModelForCausalLM.from_pretrained(path).state_dict()
+    ),
+    "lora": ModelCase(lora_bert, batch, _from_adapters, all_in_folder=False),
+    "uneven": ModelCase(uneven, batch, lambda path: load_file(path / "model.safetensors")),
+}
