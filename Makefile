@@ -48,10 +48,10 @@ test-full: venv  ## everything that runs without a GPU
 
 gpu: venv  ## what needs a GPU: its tests, then its benchmarks
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks.averaging_step
+	$(BIN)/python -m benchmarks.averaging
 
 bench: venv  ## benchmarks, side by side in one run; results go to benchmarks/results/
-	$(BIN)/python -m benchmarks.averaging_step
+	$(BIN)/python -m benchmarks.averaging
 
 constraints: venv  ## write the versions in .venv to constraints.txt, after trying newer ones
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.new

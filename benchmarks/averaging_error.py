@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -59,7 +58,11 @@ def measure(*, quick: bool) -> dict[str, object]:
 def rows(result: dict) -> list[Sequence[object]]:
     """The printed table."""
     return [
-        (f"lr {rate}: {name}", f"{error['displacement_share']:.1e} of displacement", f"{error['mean_ulps']:.3g} ulp")
+        (
+            f"lr {rate}: {name}",
+            f"{error['displacement_share']:.1e} of displacement",
+            f"{error['mean_ulps']:.3g} ulp",
+        )
         for rate, errors in result["by learning rate"].items()
         for name, error in errors.items()
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from transformers import BertConfig, BertForSequenceClassification
 
 import swaft
 from benchmarks.measuring import spread
@@ -53,6 +54,12 @@ class SwitchedSWA:
     def plan(self, total_steps: int) -> SwitchedPlan:
         """The events of a run."""
         return SwitchedPlan(first_step=0, every=1, total_steps=total_steps, switch=self.switch)
+
+
+def bert(sizes: dict[str, Any]) -> Any:
+    """A BERT classifier on the host, the same at every call, in training."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**sizes)).train()
 
 
 @dataclass
@@ -115,7 +122,6 @@ def event_rounds(
         rounds: measured, after one that warms up.
         together: called before each measurement: a barrier, where there are ranks.
     """
-
     arms = {SWAFT: training.event, **{name: other.update for name, other in others.items()}}
     seconds: dict[str, list[float]] = {name: [] for name in (STEP, *arms)}
     order = random.Random(0)
@@ -181,7 +187,7 @@ def paired_blocks(training: Training, *, pairs: int, steps: int) -> Blocks:
 
 
 def ratio_of(blocks: Blocks) -> dict[str, object]:
-    """Step time with averaging over step time without it, by pair; and what the same ratio is between bare blocks."""
+    """Step time with averaging over step time without it, by pair; and the same ratio between bare blocks."""
     ratios = [a / b for a, b in zip(blocks.averaged, blocks.bare, strict=True)]
     noise = [later / earlier for earlier, later in zip(blocks.bare, blocks.bare[1:], strict=False)]
     mean, error = statistics.mean(ratios), None
@@ -195,24 +201,22 @@ def ratio_of(blocks: Blocks) -> dict[str, object]:
     }
 
 
-def event_figures(
-    seconds: Sequence[float], *, step_s: float, blocking: Sequence[float] | None = None, **figures: object
+def times_of(
+    seconds: Sequence[float], *, step_s: float, blocking: Sequence[float] | None = None
 ) -> dict[str, object]:
-    """The figures of one average: times, their share of a training step, and what else is given.
+    """The times of one average's events, and their share of a training step.
 
     Args:
         seconds: of an event, until the average holds the member.
         step_s: seconds of a training step.
         blocking: seconds an event that the training thread stood still; None: all of it.
-        figures: bytes and counts.
     """
-    total, standing = spread(seconds), spread(seconds if blocking is None else blocking)
+    standing = seconds if blocking is None else blocking
     return {
-        "total s": total,
-        "blocking s": standing,
+        "total s": spread(seconds),
+        "blocking s": spread(standing),
         "total / step": statistics.median(seconds) / step_s,
-        "blocking / step": statistics.median(seconds if blocking is None else blocking) / step_s,
-        **figures,
+        "blocking / step": statistics.median(standing) / step_s,
     }
 
 

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
-from transformers import BertConfig, BertForSequenceClassification
 
 import swaft
 from benchmarks.averaging_training import (
@@ -30,10 +29,11 @@ from benchmarks.averaging_training import (
     Other,
     SwitchedSWA,
     Training,
-    event_figures,
+    bert,
     event_rounds,
     paired_blocks,
     ratio_of,
+    times_of,
     timm_average,
     torch_average,
 )
@@ -47,8 +47,6 @@ COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "gather", "reduce", "reduce_scatter_tensor",
     "all_to_all", "send", "recv",
 )  # fmt: skip
-
-
 
 
 @dataclass
@@ -77,7 +75,7 @@ def main() -> None:
 
 def measure(engine: str, settings: dict, traffic: Traffic) -> dict[str, object]:
     """The figures of one engine, the same on every rank."""
-    model = build_model(settings["model"])
+    model = bert(settings["model"])
     numel = sum(parameter.numel() for parameter in model.parameters())
     training, others, missing = build(engine, model, settings["batch"])
     forecast = training.averager.forecast()
@@ -86,28 +84,31 @@ def measure(engine: str, settings: dict, traffic: Traffic) -> dict[str, object]:
     calls = collectives(training, others, traffic)
     blocks = paired_blocks(training, pairs=settings["pairs"], steps=settings["steps"])
     blocks = Blocks(
-        blocks.steps, *map(slowest, (blocks.averaged, blocks.bare, blocks.blocking)), slowest([blocks.waits])[0]
+        blocks.steps,
+        averaged=slowest(blocks.averaged),
+        bare=slowest(blocks.bare),
+        blocking=slowest(blocks.blocking),
+        waits=max(_gather(blocks.waits)),
     )
     step_s = statistics.median(seconds[STEP])
     arms: dict[str, object] = {
-        SWAFT: event_figures(
-            seconds[SWAFT],
-            step_s=step_s,
-            blocking=blocks.blocking,
-            host_bytes=over_ranks(forecast.host_bytes + forecast.pinned_bytes),
-            copied_bytes=over_ranks(forecast.copied_bytes),
-            waits=blocks.waits,
-            **calls[SWAFT],
-        )
+        SWAFT: times_of(seconds[SWAFT], step_s=step_s, blocking=blocks.blocking)
+        | calls[SWAFT]
+        | {
+            "waits": blocks.waits,
+            "host_bytes": over_ranks(forecast.host_bytes + forecast.pinned_bytes),
+            "copied_bytes": over_ranks(forecast.copied_bytes),
+        }
     }
     for name, other in others.items():
-        arms[name] = event_figures(
-            seconds[name],
-            step_s=step_s,
-            host_bytes=over_ranks(other.nbytes),
-            copied_bytes=over_ranks(4 * numel if name == GATHER else 0),
-            waits=1.0,
-            **calls[name],
+        arms[name] = (
+            times_of(seconds[name], step_s=step_s)
+            | calls[name]
+            | {
+                "waits": 1,
+                "host_bytes": over_ranks(other.nbytes),
+                "copied_bytes": over_ranks(4 * numel if name == GATHER else 0),
+            }
         )
     training.averager.close()
     return {
@@ -122,13 +123,9 @@ def measure(engine: str, settings: dict, traffic: Traffic) -> dict[str, object]:
     }
 
 
-def build_model(sizes: dict[str, int]) -> nn.Module:
-    """A BERT classifier, the same on every rank."""
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**sizes))
-
-
-def build(engine: str, model: nn.Module, batch_shape: list[int]) -> tuple[Training, dict[str, Other], dict[str, str]]:
+def build(
+    engine: str, model: Any, batch_shape: list[int]
+) -> tuple[Training, dict[str, Other], dict[str, str]]:
     """The model under an engine, the averages that others offer there, and why the rest offer none."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
@@ -136,7 +133,8 @@ def build(engine: str, model: nn.Module, batch_shape: list[int]) -> tuple[Traini
         "input_ids": torch.randint(0, model.config.vocab_size, batch_shape, generator=generator),
         "labels": torch.randint(0, 2, batch_shape[:1], generator=generator),
     }
-    others, missing = {}, {}
+    others: dict[str, Other] = {}
+    missing: dict[str, str] = {}
     if engine == "zero3":
         missing = dict.fromkeys((TORCH, TORCH_FOREACH, TIMM), EMPTY)
     else:  # made before DeepSpeed ties the parameters to itself
@@ -168,7 +166,7 @@ def build(engine: str, model: nn.Module, batch_shape: list[int]) -> tuple[Traini
 
     trained.train()
     rule = SwitchedSWA()
-    averager = swaft.WeightAverager(trained, optimizer, rule=rule, total_steps=1_000_000)
+    averager = swaft.WeightAverager(trained, optimizer, rule=rule, total_steps=100_000)
     averager.wait()
     rule.switch.on = False
     return Training(step, averager, rule.switch), others, missing
@@ -200,7 +198,9 @@ def gathered_average(model: nn.Module, *, stage: int) -> Other:
                     take(i, parameter)
         else:
             for i, parameter in enumerate(parameters):
-                take(i, safe_get_full_fp32_param(parameter))
+                weights = safe_get_full_fp32_param(parameter)
+                assert weights is not None, "DeepSpeed knows no master of this parameter"
+                take(i, weights)
 
     update()
     return Other(update, sum(tensor.nbytes for tensor in average))
@@ -210,7 +210,10 @@ def collectives(training: Training, others: dict[str, Other], traffic: Traffic) 
     """Collectives that one event of each average takes, and the bytes they fill."""
     training.step()
     counts = {}
-    for name, call in {SWAFT: training.event, **{name: other.update for name, other in others.items()}}.items():
+    for name, call in {
+        SWAFT: training.event,
+        **{name: other.update for name, other in others.items()},
+    }.items():
         calls, nbytes = traffic.calls, traffic.nbytes
         call()
         counts[name] = {"collectives": traffic.calls - calls, "collective_bytes": traffic.nbytes - nbytes}

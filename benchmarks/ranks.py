@@ -51,4 +51,4 @@ def run_ranks(module: str, *arguments: str, ranks: int, threads: int, timeout_s:
         output, _ = process.communicate()
         fault = f"did not end within {timeout_s:.0f} s"
     if fault:
-        raise RuntimeError(f"{module} on {ranks} ranks {fault}:\n{output[-16000:]}")
+        raise RuntimeError(f"{module} on {ranks} ranks {fault}:\n{output[-6000:]}")

@@ -1,26 +1,26 @@
-"""The mean of LoRA updates against means that are taken densely, in float64, by peft's own account of an update."""
+"""The exact mean of LoRA updates against the dense one."""
 
 from __future__ import annotations
 
-import copy
-import json
-
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils.parametrizations import spectral_norm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
+from lora_models import (
+    MODELS,
+    adapted,
+    bert,
+    loaded,
+    logits,
+    mean_factors,
+    mean_update,
+    overall,
+    relative,
+    train,
+    updates,
+    written_config,
 )
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 import swaft
 from swaft.averaging import lora
@@ -28,128 +28,6 @@ from swaft.averaging.rules import LAWA
 from swaft.errors import AveragingError
 
 pytestmark = pytest.mark.unit
-
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
-
-
-def bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=3,
-    )
-    return BertForSequenceClassification(config)
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
-    )
-    return GPT2LMHeadModel(config)
-
-
-def convolutions():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(3, 8, 3), nn.Unflatten(1, (2, 4)), nn.Conv2d(2, 6, (2, 3)))
-
-
-MODELS = {
-    "bert": (bert, {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
-    "rslora": (bert, {"target_modules": ["query"], "use_rslora": True, "lora_alpha": 5}),
-    "patterns": (
-        bert,
-        {
-            "target_modules": ["query", "value"],
-            "rank_pattern": {"layer.0.attention.self.query": 3},
-            "alpha_pattern": {"value": 32, "layer.1.attention.self.query": 1},
-        },
-    ),
-    "gpt2": (gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}),
-    "convolutions": (convolutions, {"target_modules": ["0", "2"]}),
-}
-
-
-def adapted(kind="bert", *, rank=2, **changes):
-    make, options = MODELS[kind]
-    torch.manual_seed(1)
-    return get_peft_model(make(), LoraConfig(r=rank, **{**options, **changes}))
-
-
-def train(model, *, rule=None, steps=6, moving=lambda name: True):
-    """Random steps; returns the averager and the parameters after every step, the first before them all."""
-    torch.manual_seed(2)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trainable.values(), lr=0.3)
-    averager = swaft.WeightAverager(model, optimizer, rule=rule or LAWA(last=4), total_steps=steps)
-    recorded = [{name: p.detach().clone() for name, p in trainable.items()}]
-    for _ in range(steps):
-        for name, parameter in trainable.items():
-            parameter.grad = torch.randn_like(parameter) if moving(name) else torch.zeros_like(parameter)
-        optimizer.step()
-        averager.step()
-        recorded.append({name: p.detach().clone() for name, p in trainable.items()})
-    return averager, recorded
-
-
-@torch.no_grad()
-def updates(model, weights=None):
-    """Every dense update, in float64, as peft computes it, once `weights` are in the model."""
-    exact = copy.deepcopy(model).double()
-    parameters = dict(exact.named_parameters())
-    for name, tensor in (weights or {}).items():
-        parameters[name].copy_(tensor)
-    return {
-        f"{name.removeprefix('base_model.model.')}:{adapter}": layer.get_delta_weight(adapter)
-        for name, layer in exact.named_modules()
-        if isinstance(layer, LoraLayer)
-        for adapter in layer.r
-    }
-
-
-def mean(dicts):
-    return {name: sum(each[name] for each in dicts) / len(dicts) for name in dicts[0]}
-
-
-def mean_update(model, recorded):
-    return mean([updates(model, weights) for weights in recorded])
-
-
-def mean_factors(recorded):
-    return mean([{name: tensor.double() for name, tensor in weights.items()} for weights in recorded])
-
-
-def relative(found, expected):
-    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
-
-
-def overall(found, expected):
-    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(each.square().sum()) for each in expected.values())) ** 0.5
-
-
-def loaded(kind, folder):
-    return PeftModel.from_pretrained(MODELS[kind][0](), folder)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def one_ulp_apart(found, expected):
-    """Whether fp32 weights are the float64 ones rounded, or their neighbours."""
-    rounded = expected.float()
-    below, above = (torch.nextafter(rounded, torch.tensor(way)) for way in (-torch.inf, torch.inf))
-    return bool(((found >= below) & (found <= above)).all())
-
-
-def written_config(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -292,136 +170,6 @@ def test_another_rank_is_written_with_an_alpha_that_keeps_every_scaling(tmp_path
             )
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_merged_model_is_the_base_plus_the_dense_mean_to_the_last_bit(kind, tmp_path):
-    model = adapted(kind)
-    averager, recorded = train(model)
-    expected = mean_update(model, recorded[-4:])
-    lora.product_mean(averager, rank=1).save_merged(tmp_path / "out")
-    merged = opened(kind, tmp_path / "out")
-    base = MODELS[kind][0]().state_dict()
-    assert merged.keys() == base.keys()
-    for name, head in mean_factors(recorded[-4:]).items():
-        if "modules_to_save.default." in name:
-            base[name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")] = head
-    for name, weight in merged.items():
-        update = expected.get(f"{name.removesuffix('.weight')}:default", torch.zeros(1))
-        assert one_ulp_apart(weight, base[name].double() + update)
-
-
-def opened(kind, folder):
-    """The weights of a merged model, after what opens such a folder has opened it."""
-    if kind == "convolutions":
-        return load_file(folder / "model.safetensors")
-    opens = AutoModelForCausalLM if kind == "gpt2" else AutoModelForSequenceClassification
-    model, report = opens.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] | report["unexpected_keys"]
-    return model.state_dict()
-
-
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_a_merged_model_answers_as_the_peft_model_that_holds_the_product(kind, tmp_path):
-    averager, _ = train(adapted(kind))
-    product = lora.product_mean(averager, rank=8)
-    product.save_adapter(tmp_path / "adapter")
-    product.save_merged(tmp_path / "merged")
-    opens = AutoModelForCausalLM if kind == "gpt2" else AutoModelForSequenceClassification
-    merged = opens.from_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(merged), logits(loaded(kind, tmp_path / "adapter")), rtol=1e-4, atol=1e-4)
-
-
-def test_tied_weights_of_which_one_is_adapted_are_two_in_the_merged_model(tmp_path):
-    averager, _ = train(adapted("gpt2"))
-    lora.save_merged(averager, tmp_path / "wte")
-    assert json.loads((tmp_path / "wte" / "config.json").read_text())["tie_word_embeddings"] is False
-    averager, _ = train(adapted("gpt2", target_modules=["c_attn"]))
-    lora.save_merged(averager, tmp_path / "attention")
-    assert json.loads((tmp_path / "attention" / "config.json").read_text())["tie_word_embeddings"] is True
-
-
-def test_all_that_is_trained_beside_the_factors_is_in_the_merged_model(tmp_path):
-    model = adapted(
-        target_modules=["query", "value"],
-        modules_to_save=["classifier"],
-        bias="lora_only",
-        lora_bias=True,
-        trainable_token_indices={"word_embeddings": [3, 1]},
-    )
-    averager, _ = train(model, rule=swaft.SWA(start=0))
-    lora.save_merged(averager, tmp_path / "out")
-    with averager.swapped_in():
-        expected = logits(model)
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert torch.allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_every_active_adapter_is_merged_and_every_trained_one_is_averaged(tmp_path):
-    model = adapted(target_modules=["query"], init_lora_weights=False, task_type=None)
-    model.add_adapter("second", LoraConfig(r=3, target_modules=["query", "value"]))
-    model.add_adapter("idle", LoraConfig(r=1, target_modules=["key"], use_dora=True))
-    model.base_model.set_adapter(["default", "second"])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name and "second" in name)
-    averager, recorded = train(model)
-    product = lora.product_mean(averager, rank=12)
-    expected = mean_update(model, recorded[-4:])
-    assert product.factors.keys() == {name for name in expected if name.endswith(":second")}
-    product.save_merged(tmp_path / "merged")
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").state_dict()
-    base = bert().state_dict()
-    for name in ("query", "value", "key"):
-        layer = f"bert.encoder.layer.1.attention.self.{name}"
-        update = sum(expected.get(f"{layer}:{each}", torch.zeros(1)) for each in ("default", "second"))
-        assert one_ulp_apart(merged[f"{layer}.weight"], base[f"{layer}.weight"].double() + update)
-    product.save_adapter(tmp_path / "adapters")
-    assert written_config(tmp_path / "adapters")["r"] == 2
-    assert written_config(tmp_path / "adapters" / "second")["r"] == 12
-    found = updates(
-        PeftModel.from_pretrained(bert(), tmp_path / "adapters" / "second", adapter_name="second")
-    )
-    assert max(relative(found, {name: expected[name] for name in found}).values()) < 1e-6
-
-
-def test_a_parametrized_head_is_merged_as_the_plain_weight_it_evaluates_to(tmp_path):
-    base = bert()
-    base.classifier = spectral_norm(base.classifier)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
-    averager, _ = train(model, rule=swaft.SWA(start=0))
-    lora.save_merged(averager, tmp_path / "out")
-    with averager.swapped_in():
-        expected = logits(model)
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert torch.allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_parts_wrapper_is_in_no_name(tmp_path):
-    model = adapted()
-    layers = model.base_model.model.bert.encoder.layer
-    layers[0] = checkpoint_wrapper(layers[0])
-    averager, recorded = train(model)
-    product = lora.product_mean(averager, rank=8)
-    product.save_adapter(tmp_path / "adapter")
-    product.save_merged(tmp_path / "merged")
-    expected = {
-        name.replace("_checkpoint_wrapped_module.", ""): update
-        for name, update in mean_update(model, recorded[-4:]).items()
-    }
-    assert max(relative(updates(loaded("bert", tmp_path / "adapter")), expected).values()) < 1e-6
-    assert opened("bert", tmp_path / "merged").keys() == bert().state_dict().keys()
-
-
-def test_the_mean_of_the_factors_can_be_merged_under_any_rule(tmp_path):
-    model = adapted()
-    averager, _ = train(model, rule={"ema": swaft.EMA(decay=0.8), "lawa": LAWA(last=2)})
-    lora.save_merged(averager, tmp_path / "ema", "ema")
-    with averager.swapped_in("ema"):
-        expected = updates(model)
-    merged, base = opened("bert", tmp_path / "ema"), bert().state_dict()
-    for name, update in expected.items():
-        weight = f"{name.removesuffix(':default')}.weight"
-        assert one_ulp_apart(merged[weight], base[weight].double() + update)
-
-
 def test_a_rule_is_chosen_by_its_name():
     model = adapted()
     averager, _ = train(model, rule={"swa": swaft.SWA(start=0), "lawa": LAWA(last=2)})
@@ -536,22 +284,6 @@ def test_an_adapter_that_changes_its_base_keeps_its_rank(tmp_path):
     lora.product_mean(averager).save_adapter(tmp_path / "same")
     with pytest.raises(AveragingError, match=r"init_lora_weights='pissa'.*save_merged"):
         lora.product_mean(averager, rank=4).save_adapter(tmp_path / "other")
-
-
-def test_a_quantised_base_is_not_merged_into(tmp_path):
-    model = adapted()
-    averager, _ = train(model)
-    model.get_base_model().hf_quantizer = object()
-    with pytest.raises(AveragingError, match="quantised"):
-        lora.product_mean(averager).save_merged(tmp_path / "out")
-
-
-def test_a_bias_with_nowhere_to_go_is_not_merged(tmp_path):
-    base = nn.Sequential(nn.Linear(4, 4, bias=False))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], lora_bias=True))
-    averager, _ = train(model)
-    with pytest.raises(AveragingError, match="lora_bias=True"):
-        lora.save_merged(averager, tmp_path / "out")
 
 
 @pytest.mark.parametrize("save", ["save_adapter", "save_merged"])

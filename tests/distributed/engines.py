@@ -108,9 +108,11 @@ def prepared(case: EngineCase, *, accumulation: int = 1, model=None, build_optim
     if case.fsdp is not None and not by_accelerate:
         model = shard(model, case)
         return accelerator, model, accelerator.prepare_optimizer(build_optimizer(model))
+    if case.stage is None and dist.get_world_size() == 1:
+        _tell(accelerator, DistributedType.NO)  # as without a launcher: no DDP of one rank
     if by_accelerate:
         # On a CPU accelerate forgets FSDP2 without a word, though its preparation runs there: it is told again.
-        accelerator.state.distributed_type = DistributedType.FSDP
+        _tell(accelerator, DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -125,9 +127,13 @@ def prepared(case: EngineCase, *, accumulation: int = 1, model=None, build_optim
         assert model.zero_optimization_stage() == case.stage
         assert (type(model.optimizer).__name__ == "FP16_Optimizer") == case.fused
     elif not by_accelerate:
-        kinds = DistributedType.NO, DistributedType.MULTI_CPU
-        assert accelerator.distributed_type == kinds[dist.get_world_size() > 1], accelerator.distributed_type
+        assert isinstance(model, nn.parallel.DistributedDataParallel) == (dist.get_world_size() > 1)
     return accelerator, model, optimizer
+
+
+def _tell(accelerator: Accelerator, kind: DistributedType) -> None:
+    for state in (PartialState(), accelerator.state):  # the second takes over what is in the first
+        state.distributed_type = kind
 
 
 def shard(model: nn.Module, case: EngineCase) -> nn.Module:

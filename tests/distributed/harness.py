@@ -42,6 +42,14 @@ def start_ranks(
     return json.loads(results.read_text())
 
 
+def faults(findings: dict[str, str], case: str, *, checks: int) -> str:
+    """What was found wrong in a case, "" where nothing was and at least so many checks were made."""
+    made = {name: fault for name, fault in findings.items() if name.startswith(f"{case}: ")}
+    if len(made) < checks:
+        return f"{case}: only {len(made)} checks were made, expected {checks}\n"
+    return "".join(f"{name}\n{fault}\n" for name, fault in made.items() if fault)
+
+
 def run_ranks(arguments: Sequence[str | Path], *, ranks: int = 2, timeout_s: float = 280) -> tuple[int, str]:
     """Run a script on ``ranks`` processes; (exit code, output). A run past its time is a failed test."""
     command = [

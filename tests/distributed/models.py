@@ -84,6 +84,17 @@ def lora_bert(seed: int = 0) -> nn.Module:
     return get_peft_model(tiny_bert(seed), config)  # type: ignore[arg-type]
 
 
+class Gain(nn.Module):
+    """One element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.value * hidden
+
+
 class UnevenBlock(nn.Module):
     """Seven rows, and a gain of one element."""
 
@@ -91,10 +102,10 @@ class UnevenBlock(nn.Module):
         super().__init__()
         self.wide = nn.Linear(3, 7)
         self.narrow = nn.Linear(7, 3, bias=False)
-        self.gain = nn.Parameter(torch.ones(1))
+        self.gain = Gain()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.gain * self.narrow(torch.tanh(self.wide(hidden)))
+        return hidden + self.gain(self.narrow(torch.tanh(self.wide(hidden))))
 
 
 class Uneven(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import Engine, clean_name
+from swaft.averaging.engines.base import Engine, clean_name, unknown_parameter
 from swaft.averaging.engines.replicated import ReplicatedEngine
 from swaft.averaging.engines.steps import StepCounter
 from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
@@ -47,7 +47,7 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
             f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; pass model and "
             "optimizer as `accelerator.prepare` returned them"
         )
-    module = _unwrap(model)
+    module, wrapped = _unwrap(model)
     parts = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
     if "FullyShardedDataParallel" in parts:
         raise UnsupportedEngineError(
@@ -56,7 +56,11 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
         )
     if "FSDPModule" in parts:
         return _attach_fsdp2(module, optimizer)
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        raise UnsupportedEngineError(
+            "the parameters are DTensors, but not by `fully_shard`: tensor parallelism, which this version does "
+            "not average; train with FSDP2 alone, or without averaging (averaging.rule=none)"
+        )
     if not wrapped and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedEngineError(
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
@@ -162,15 +166,16 @@ def _is_a(instance: object, class_name: str) -> bool:
     return any(cls.__name__ == class_name for cls in type(instance).__mro__)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP and torch.compile, whichever wraps which."""
+def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The module inside DDP and torch.compile, whichever wraps which, and whether DDP is among them."""
+    wrapped = False
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+            model, wrapped = model.module, True
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
         else:
-            return model
+            return model, wrapped
 
 
 def _names(module: nn.Module) -> dict[int, str]:
@@ -184,10 +189,7 @@ def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
     }
     names = _names(module)
     for identity in held.keys() - names.keys():
-        raise LayoutError(
-            f"the optimizer holds a parameter of shape {tuple(held[identity].shape)} that the model does not; "
-            "expected the model's own parameters: build the optimizer after the last change of the model"
-        )
+        raise unknown_parameter(held[identity].shape)
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.numel() and id(parameter) not in held:
             raise LayoutError(

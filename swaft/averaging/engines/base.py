@@ -148,6 +148,16 @@ class Engine(ABC):
         """Name of each trainable parameter, by ``id``."""
         return {id(parameter): name for name, parameter in self.trainable.items()}
 
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Clean name of a parameter that the optimizer trains.
+
+        Raises:
+            LayoutError: the model does not hold it.
+        """
+        if id(parameter) not in self.names:
+            raise unknown_parameter(self.full_shape(parameter))
+        return self.names[id(parameter)]
+
     @cached_property
     def spans(self) -> list[Span]:
         """The shard as few long runs of the master buffers."""
@@ -265,6 +275,15 @@ class Engine(ABC):
                 "an optimizer step was taken while the averaged weights are swapped in; expected evaluation "
                 "only inside `with averager.swapped_in():`"
             )
+
+
+def unknown_parameter(shape: torch.Size) -> LayoutError:
+    """What is wrong where the optimizer trains something that the model does not name."""
+    return LayoutError(
+        f"the optimizer holds a parameter of shape {tuple(shape)} that the model does not; expected the model's "
+        "own parameters: build the optimizer after the last change of the model, and under ZeRO-3 compile the "
+        "whole model or nothing"
+    )
 
 
 AppliedSteps = Callable[[], int]

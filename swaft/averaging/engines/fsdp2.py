@@ -52,7 +52,7 @@ class FSDP2Engine(Engine):
         self.fragments = [
             fragment
             for i, parameter in enumerate(parameters)
-            for fragment in _row_fragments(self.names[id(parameter)], cast(DTensor, parameter), buffer=i)
+            for fragment in _row_fragments(self.name_of(parameter), cast(DTensor, parameter), buffer=i)
         ]
 
     def masters(self) -> list[Tensor]:

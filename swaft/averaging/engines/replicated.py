@@ -53,7 +53,7 @@ class ReplicatedEngine(Engine):
         if masters is not None:
             numels = [[p.numel() for p in together] for together in parameters]
             self._masters = FlatViews(lambda: masters, numels=numels)
-        self._sizes = [(self.names[id(p)], p.numel(), i, 0) for i, p in enumerate(each)]
+        self._sizes = [(self.name_of(p), p.numel(), i, 0) for i, p in enumerate(each)]
         self.fragments = self._slice_of(self.ranks.rank)
 
     def masters(self) -> list[Tensor]:

@@ -52,7 +52,8 @@ class StepCounter:
         hook_weakly(register_optimizer_step_post_hook, self._after)
 
     def __call__(self) -> int:
-        """Steps taken since this counter was made."""
+        """Steps taken since this counter was made; asked outside of a step only."""
+        self._inside = False  # whatever a step has left that ended in an error
         return self.count
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:

@@ -68,7 +68,7 @@ class Zero12Engine(PartitionedEngine):
             fragment
             for i, group in enumerate(self._zero.round_robin_bit16_groups)
             for fragment in _partition_fragments(
-                [(self.names[id(p)], p.numel()) for p in group],
+                [(self.name_of(p), p.numel()) for p in group],
                 offsets=self._zero.round_robin_bit16_offsets[i],
                 first=self._zero.partition_size[i] * self.ranks.rank,
                 length=self._zero.partition_size[i],
@@ -98,7 +98,7 @@ class BF16Engine(PartitionedEngine):
         super().__init__(deepspeed_engine)
         self.fragments = []
         for i, group in enumerate(self._zero.bf16_groups):
-            sizes = [(self.names[id(p)], p.numel()) for p in group]
+            sizes = [(self.name_of(p), p.numel()) for p in group]
             length = self._zero.fp32_groups_flat_partition[i].numel()
             self.fragments += _partition_fragments(
                 sizes,

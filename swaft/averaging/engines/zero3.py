@@ -26,7 +26,7 @@ class Zero3Engine(PartitionedEngine):
             fragment
             for i, sub_group in enumerate(self._zero.fp16_groups)
             for fragment in _slice_fragments(
-                [(self.names[id(p)], p.ds_numel, p.partition_numel()) for p in sub_group],
+                [(self.name_of(p), p.ds_numel, p.partition_numel()) for p in sub_group],
                 rank=self.ranks.rank,
                 buffer=i,
             )

@@ -1,0 +1,113 @@
+"""Which engine a model and an optimizer make, under which names, in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import swaft
+from swaft.averaging import attach_engine
+from swaft.averaging.engines.base import clean_name
+from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
+
+pytestmark = pytest.mark.unit
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda module: torch.compile(module, backend="eager"), checkpoint_wrapper],
+    ids=["compiled", "checkpointed"],
+)
+def test_wrapped_parts_are_known_by_the_names_they_have_unwrapped(wrap):
+    model = two_layers()
+    model[1] = wrap(model[1])
+    engine = attach_engine(model, sgd(model))
+    assert list(engine.trainable) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert engine.state_names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert {fragment.name for fragment in engine.fragments} == set(engine.trainable)
+
+
+def test_a_wrapped_part_is_named_clean_wherever_it_is():
+    assert (
+        clean_name("encoder._orig_mod.layer.0._checkpoint_wrapped_module.weight") == "encoder.layer.0.weight"
+    )
+    assert clean_name("_orig_mod") == ""
+    assert clean_name("my_orig_mod.weight") == "my_orig_mod.weight"
+
+
+def test_a_tied_parameter_has_one_name_and_its_alias():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    engine = attach_engine(model, sgd(model))
+    assert [name for name, _ in engine.named_parameters()] == ["0.weight"]
+    assert [name for name, _ in engine.named_parameters(aliases=True)] == ["0.weight", "1.weight"]
+    assert engine.numel == 15
+
+
+def test_the_optimizer_that_writes_the_masters_is_told():
+    model = two_layers()
+    optimizer = sgd(model)
+    assert attach_engine(model, optimizer).inner_optimizer is optimizer
+
+
+def test_empty_groups_empty_parameters_and_one_element_are_no_obstacle():
+    model = nn.ParameterDict({"one": torch.ones(1), "none": torch.ones(0), "scalar": torch.tensor(2.0)})
+    optimizer = torch.optim.SGD([{"params": []}, {"params": list(model.parameters())}], lr=0.1)
+    engine = attach_engine(model, optimizer)
+    assert engine.numel == 2
+    assert torch.equal(engine.live_shard().sort().values, torch.tensor([1.0, 2.0]))
+
+
+def test_a_parameter_frozen_after_attaching_goes_on_as_it_is():
+    model = two_layers()
+    optimizer = sgd(model)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    members = [averager.engine.live_shard()]
+    for step in range(3):
+        model[1].requires_grad_(step == 0)
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        averager.step()
+        members.append(averager.engine.live_shard())
+    frozen = slice(model[0].weight.numel() + model[0].bias.numel(), None)
+    assert torch.equal(members[1][frozen], members[3][frozen])
+    assert torch.allclose(averager.shard().double(), torch.stack(members).double().mean(0), atol=1e-7)
+
+
+def test_a_parameter_added_after_attaching_is_refused_by_name():
+    model = two_layers()
+    engine = attach_engine(model, sgd(model))
+    model.append(nn.Linear(2, 2))
+    with pytest.raises(LayoutError, match=r"'2\.weight' became trainable"):
+        engine.check_trainable()
+
+
+def test_what_is_no_torch_optimizer_is_refused():
+    with pytest.raises(UnsupportedEngineError, match=r"expected a torch\.optim\.Optimizer"):
+        attach_engine(two_layers(), object())
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    model = two_layers()
+    optimizer = sgd(model)
+    model.requires_grad_(False)
+    with pytest.raises(AveragingError, match="no trainable parameter"):
+        attach_engine(model, optimizer)
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused():
+    model = nn.ParameterDict({"turned": nn.Parameter(torch.ones(2, 3).t())})
+    with pytest.raises(LayoutError, match=r"strides \(1, 3\).*contiguous"):
+        attach_engine(model, sgd(model))

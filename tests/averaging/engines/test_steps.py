@@ -1,0 +1,140 @@
+"""Which optimizer's steps are counted, and that nothing of the counting outlives its engine."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+import swaft
+from swaft.averaging import attach_engine
+from swaft.averaging.engines.steps import StepCounter
+from swaft.errors import AveragingError
+
+pytestmark = pytest.mark.unit
+
+
+class Lookahead(torch.optim.Optimizer):
+    """An optimizer that wraps another, as torch's own users write them."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.inner = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def trained_by(build=torch.optim.SGD):
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    return model, build(model.parameters(), lr=0.1)
+
+
+def test_every_step_of_the_optimizer_is_counted():
+    _, optimizer = trained_by()
+    counter = StepCounter(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    assert counter() == 3
+
+
+def test_another_optimizer_of_the_same_parameters_is_refused_at_its_step():
+    model, optimizer = trained_by()
+    counter = StepCounter(optimizer)
+    rebuilt = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    with pytest.raises(AveragingError, match=r"another AdamW than the one.*attach a new averager"):
+        rebuilt.step()
+    assert counter() == 1
+
+
+def test_one_shared_parameter_is_enough():
+    model, optimizer = trained_by()
+    counter = StepCounter(optimizer)
+    other = nn.Linear(2, 2)
+    both = torch.optim.SGD([*other.parameters(), model.bias], lr=0.1)
+    with pytest.raises(AveragingError, match="another SGD"):
+        both.step()
+    assert counter() == 0
+
+
+def test_an_optimizer_of_other_parameters_is_left_alone():
+    _, optimizer = trained_by()
+    counter = StepCounter(optimizer)
+    _, other = trained_by()
+    other.step()
+    assert counter() == 0
+
+
+def test_an_optimizer_around_the_attached_one_steps_through_it():
+    _, inner = trained_by()
+    counter = StepCounter(inner)
+    outer = Lookahead(Lookahead(inner))
+    outer.step()
+    outer.step()
+    assert counter() == 2
+
+
+def test_an_optimizer_inside_the_attached_one_is_part_of_its_step():
+    _, inner = trained_by()
+    outer = Lookahead(inner)
+    counter = StepCounter(outer)
+    outer.step()
+    assert counter() == 1
+
+
+def test_a_step_that_ends_in_an_error_is_not_counted_and_hides_no_other_optimizer():
+    model, optimizer = trained_by()
+    counter = StepCounter(optimizer)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert counter() == 0
+    with pytest.raises(AveragingError, match="another SGD"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_an_optimizer_rebuilt_after_attaching_is_refused():
+    model, optimizer = trained_by()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    with pytest.raises(AveragingError, match="another SGD"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert averager.num_averaged == 1
+
+
+def test_a_new_optimizer_is_free_once_the_averager_of_the_old_one_is_gone():
+    model, optimizer = trained_by()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    gone = weakref.ref(averager)
+    del averager
+    gc.collect()
+    assert gone() is None
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_attaching_again_and_again_leaves_no_hooks_behind():
+    model, optimizer = trained_by()
+
+    def hooks() -> int:
+        everywhere = (
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
+        here = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        return sum(map(len, (*everywhere, *here, model._state_dict_pre_hooks)))
+
+    attach_engine(model, optimizer)
+    before = hooks()
+    for _ in range(100):
+        attach_engine(model, optimizer)
+    assert hooks() == before
+
+
+def test_an_engine_dies_with_its_last_reference():
+    model, optimizer = trained_by()
+    gone = weakref.ref(attach_engine(model, optimizer))
+    assert gone() is None
