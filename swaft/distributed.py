@@ -6,7 +6,7 @@ communicator is busy or broken. So swaft keeps one gloo group of its own and nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,18 @@ from swaft.errors import SwaftError
 
 ARRIVAL_TIMEOUT_S = 60.0
 """Seconds that ranks wait for each other after an error before those that came give up on the others."""
+
+
+_SHARED: tuple[object, Ranks] | None = None
+
+
+def shared_ranks() -> Ranks:
+    """The ranks of this process's default group, made once (collective the first time): groups cost threads."""
+    global _SHARED
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if _SHARED is None or _SHARED[0] is not world:
+        _SHARED = (world, Ranks())
+    return _SHARED[1]
 
 
 class Ranks:
@@ -54,25 +66,11 @@ class Ranks:
         """Elementwise sum over ranks in float64, the same on every rank (collective, one message)."""
         if self._group is None:
             return list(values)
-        message = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(message, group=self._group)
-        return message.tolist()
+        return _sum(values, self._group)
 
-    def channel(self) -> Callable[[list[float]], list[float]]:
-        """A `sum` over a group of its own, for a thread of its own (creating it is collective).
-
-        Messages of two threads over one group could meet in another order on another rank.
-        """
-        if self._group is None:
-            return list
-        group = dist.new_group(backend="gloo")
-
-        def sum_over_ranks(values: list[float]) -> list[float]:
-            message = torch.tensor(values, dtype=torch.float64)
-            dist.all_reduce(message, group=group)
-            return message.tolist()
-
-        return sum_over_ranks
+    def channel(self) -> Channel:
+        """A way of its own between the ranks, for a thread of its own (creating it is collective)."""
+        return Channel(None if self._group is None else dist.new_group(backend="gloo"))
 
     def raise_together(self, error: SwaftError | None) -> None:
         """Raise the first rank's error on every rank, so none goes on alone and none is left waiting.
@@ -113,3 +111,30 @@ class Ranks:
         except RuntimeError:
             return False
         return True
+
+
+class Channel:
+    """Sums over a group of its own: messages of two threads over one could meet in another order elsewhere.
+
+    Args:
+        group: a gloo group; None in one process.
+    """
+
+    def __init__(self, group: Any):
+        self._group = group
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum over ranks in float64, the same on every rank (collective, one message)."""
+        return list(values) if self._group is None else _sum(values, self._group)
+
+    def close(self) -> None:
+        """Give the group's threads and sockets back."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+
+def _sum(values: Sequence[float], group: Any) -> list[float]:
+    message = torch.tensor(values, dtype=torch.float64, device="cpu")
+    dist.all_reduce(message, group=group)
+    return message.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,11 +91,13 @@ class WeightAverager:
             compensated=precision == "compensated",
             threads=threads,
             spill_dir=None if spill_dir is None else Path(spill_dir),
+            lent=self.engine.lends_storage,
         )
         self._seen = self.engine.applied_steps()
         self._compensated = precision == "compensated"
         self._proved = False
         self._counts = dict.fromkeys(self._plans, 0)
+        self._begun: set[str] = set()
         self.close = finalize(self, _close, self._averages, self._guard_masters())
         if any(plan.first_step == self._seen for plan in self._plans.values()):
             self._take_in(self._seen)
@@ -115,8 +118,12 @@ class WeightAverager:
 
     @property
     def num_averaged(self) -> int:
-        """Members in the average of the first rule, those on their way included."""
-        return self._counts[self._named(None)]
+        """`count` of the first rule."""
+        return self.count()
+
+    def count(self, name: str | None = None) -> int:
+        """Members in the average of a rule so far, those on their way included."""
+        return self._counts[self._named(name)]
 
     @property
     def waits(self) -> Waits:
@@ -125,7 +132,8 @@ class WeightAverager:
 
     def forecast(self) -> Forecast:
         """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
-        rates = [group["lr"] for group in self.engine.inner_optimizer.param_groups]
+        groups = self.engine.inner_optimizer.param_groups
+        rates = [group.get("initial_lr", group.get("lr", 0.0)) for group in groups]
         return forecast(
             self._averages,
             self._plans,
@@ -138,16 +146,21 @@ class WeightAverager:
         """Take the weights in if an optimizer step happened since the last call and a rule wants it.
 
         Safe on every micro-batch: it counts steps that changed the weights, not calls. What is wrong with a member
-        is raised, on every rank, by the call after the next optimizer step.
+        is raised, on every rank, by the call after the next optimizer step, which takes that step in all the same:
+        whoever catches the error may go on.
 
         Raises:
-            AveragingError: calls were missed while members were due, the step count went back, or the weights of
-                the member before were not finite.
+            AveragingError: calls were missed while members were due, the step count went back, averaged weights are
+                swapped in, a member is one more than the rule planned, or the member before was refused.
         """
         applied = self.engine.applied_steps()
         if applied == self._seen:
             return
-        self._raise_if_refused()
+        if self.engine.swap.active:
+            raise AveragingError(
+                "`averager.step()` was called while averaged weights are swapped in, which would be averaged as if "
+                "they were trained; call it before `swapped_in()`, right after the optimizer step"
+            )
         if applied < self._seen:
             raise AveragingError(
                 f"the engine's step count went back from {self._seen} to {applied}: a checkpoint was loaded after "
@@ -163,8 +176,11 @@ class WeightAverager:
                 f"the optimizer took {applied - self._seen} steps since the last `averager.step()`, and step "
                 f"{missed[0]} among them was to be averaged; expected a call after every optimizer step"
             )
+        refusal = self._refusal()
         self._seen = applied
         self._take_in(applied)
+        if refusal is not None:
+            raise refusal
 
     def wait(self) -> None:
         """Return once every member is in the average: from then on weights may be changed by hand.
@@ -172,7 +188,7 @@ class WeightAverager:
         Raises:
             AveragingError: the latest member was refused, or averaging failed on this rank.
         """
-        self._raise_if_refused(finish=True)
+        self._finish()
 
     @contextmanager
     def swapped_in(self, name: str | None = None, **selection: Any) -> Iterator[None]:
@@ -187,8 +203,7 @@ class WeightAverager:
         Raises:
             AveragingError: nothing is averaged yet, a swap is active, or the average never moved.
         """
-        self._require_members(name)
-        with swapped_in(self.engine, self.shard(name, **selection)):
+        with swapped_in(self.engine, self._shard_together(name, **selection)):
             yield
 
     def shard(self, name: str | None = None, **selection: Any) -> Tensor:
@@ -211,8 +226,8 @@ class WeightAverager:
 
     def drift(self, name: str | None = None) -> float:
         """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
-        total = 0.0
-        for master, mean in self.engine.spanned(self.engine.masters(), self.shard(name)):
+        total, shard = 0.0, self._shard_together(name)
+        for master, mean in self.engine.spanned(self.engine.masters(), shard):
             for live, averaged in zip(master.split(SLICE), mean.split(SLICE), strict=True):
                 total += float((averaged.double() - live.cpu().double()).square().sum())
         return math.sqrt(self.engine.ranks.sum([total])[0])
@@ -228,8 +243,7 @@ class WeightAverager:
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
         """
-        self._require_members(name)
-        export.save_pretrained(self.engine, path, shard=self.shard(name, **selection))
+        export.save_pretrained(self.engine, path, shard=self._shard_together(name, **selection))
 
     def _take_in(self, step: int) -> None:
         taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
@@ -237,7 +251,8 @@ class WeightAverager:
             return
         for name in taking:
             first = self._plans[name].first_step
-            if self._counts[name] == 0 and step != first:
+            self._plans[name].updates(self._counts[name])  # raises for more members than were planned
+            if name not in self._begun and step != first:
                 raise AveragingError(
                     f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
                     f"attached after that step; attach it before step {first} of the run, or choose a later "
@@ -247,12 +262,22 @@ class WeightAverager:
             self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
             self._proved = True
         self._averages.submit(self.engine.masters(), step=step, rules=taking)
+        self._begun |= set(taking)
         for name in taking:
             self._counts[name] += 1
 
-    def _raise_if_refused(self, *, finish: bool = False) -> None:
+    def _refusal(self) -> AveragingError | None:
+        """Why the latest member was refused, the same on every rank; None where it was not."""
         try:
-            self._averages.finish() if finish else self._averages.raise_if_refused()
+            self._averages.raise_if_refused()
+        except AveragingError as refusal:
+            self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+            return refusal
+        return None
+
+    def _finish(self) -> None:
+        try:
+            self._averages.finish()
         except AveragingError:
             self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
             raise
@@ -265,7 +290,7 @@ class WeightAverager:
         return name
 
     def _ready_lanes(self, name: str | None) -> Lanes:
-        self._raise_if_refused(finish=True)
+        self._finish()
         lanes = self._averages.lanes[self._named(name)]
         if lanes.count == 0:
             first = lanes.plan.first_step
@@ -275,39 +300,43 @@ class WeightAverager:
             )
         return lanes
 
-    def _require_members(self, name: str | None) -> None:
-        error, count = None, 0
+    def _shard_together(self, name: str | None, **selection: Any) -> Tensor:
+        """:meth:`shard`, once every rank has its own and the weights have been seen to change (collective)."""
+        error, shard = None, None
         try:
-            count = self._ready_lanes(name).count
+            shard = self.shard(name, **selection)
             self.engine.check_trainable()
         except AveragingError as found:
             error = found
         self.engine.ranks.raise_together(error)
-        # Inside a swap the masters of an fp32 engine are the average, and drift says nothing.
-        if count > 2 and not self.engine.swap.active and self.drift(name) == 0.0:
+        motion = self._averages.motion
+        if not self.engine.ranks.sum([motion.seen])[0] and motion.members > 2:
             raise AveragingError(
-                f"the average of {count} weights equals the live weights bit for bit: either training does not "
-                "change them (is the learning rate 0?) or the average does not see it"
+                f"{motion.members} members were averaged and all were the same bit for bit: either training does "
+                "not change the weights (is the learning rate 0?) or the average does not see it"
             )
+        assert shard is not None
+        return shard
 
     def _guard_masters(self) -> list[RemovableHandle]:
         """Hooks on all that writes to the masters, so that it waits until a member has been read."""
         averages = self._averages
-
-        def release(*_: object) -> None:
-            averages.release_masters()
-
         return [
-            self.engine.inner_optimizer.register_step_pre_hook(release),
-            self.engine.module.register_load_state_dict_pre_hook(release),
-            self.engine.swap.before_write(release),
+            self.engine.inner_optimizer.register_step_pre_hook(lambda *_: averages.release_masters()),
+            self.engine.swap.before_write(averages.release_masters),
         ]
 
 
 def _plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:
-    problems = []
+    problems = [
+        f"rule: {name!r} is no name of a rule, expected text that is not empty"
+        for name in rules
+        if not isinstance(name, str) or not name
+    ]
     if not rules:
         problems.append("rule={} names no rule, expected at least one")
+    if not isinstance(total_steps, Integral) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ConfigError(f"total_steps is {total_steps!r}, expected a whole number of optimizer steps")
     if precision not in ("compensated", "plain"):
         problems.append(f"averaging.precision is {precision!r}, expected compensated or plain")
     plans = {}

@@ -222,12 +222,12 @@ def gather_trained(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
             ranks.send(piece, to=0)
         return {}
     weights = {
-        name: torch.empty(engine.full_shape(parameter), dtype=torch.float32)
+        name: torch.empty(engine.full_shape(parameter), dtype=torch.float32, device="cpu")
         for name, parameter in engine.trainable.items()
     }
     flat = {name: weight.view(-1) for name, weight in weights.items()}
     for rank, fragments in enumerate(everyone):
-        received = shard if rank == 0 else torch.empty(sum(f.numel for f in fragments))
+        received = shard if rank == 0 else _fp32(sum(f.numel for f in fragments))
         for piece in received.split(PIECE) if rank else ():
             ranks.receive(piece, source=rank)
         parts = received.split([f.numel for f in fragments])
@@ -248,7 +248,7 @@ def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
     """
     ranks = engine.ranks
     everyone = engine.fragments_by_rank()
-    mine = torch.empty(engine.numel)
+    mine = _fp32(engine.numel)
     if not ranks.is_main:
         for piece in mine.split(PIECE):
             ranks.receive(piece, source=0)
@@ -285,3 +285,8 @@ def _adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
             error = AveragingError(f"peft cannot tell what it would save: {type(cause).__name__}: {cause}")
     engine.ranks.raise_together(error)
     return folder, engine.ranks.gather(folder and folder.names)[0]
+
+
+def _fp32(numel: int) -> Tensor:
+    """Host memory for elements of a shard, whatever torch's defaults are."""
+    return torch.empty(numel, dtype=torch.float32, device="cpu")

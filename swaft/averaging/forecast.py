@@ -32,7 +32,7 @@ class Forecast:
     seconds: float
     """Seconds of arithmetic an event, at the rate measured now. Steps shorter than this have to wait for it."""
     plain_errors: dict[str, RoundingError]
-    """By rule: what the plain form loses over this run; empty for the compensated form, which loses nothing."""
+    """By rule: what the plain form loses over this run; empty for the compensated form, which keeps 32 bits."""
 
     def __str__(self) -> str:
         lines = [
@@ -64,14 +64,14 @@ def forecast(
         averages: of this rank, before or during the run.
         plans: by name of the rule.
         elements: elements of the shard.
-        learning_rate: peak rate of the run, for the error of the plain form.
+        learning_rate: peak rate of the run, for the error of the plain form; that of a rate of 0 is not told.
         compensated: the form in use.
     """
     events = {
         step for plan in plans.values() for step in range(plan.first_step, plan.total_steps + 1, plan.every)
     }
     errors = {}
-    if not compensated:
+    if not compensated and learning_rate > 0:
         running = {name: plan for name, plan in plans.items() if isinstance(plan, RunningMeanPlan)}
         errors = {
             name: simulate(plan, plain_mean(), learning_rate=learning_rate) for name, plan in running.items()

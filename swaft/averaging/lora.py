@@ -189,7 +189,7 @@ def product_mean(
     layers = _find_layers(engine)
     shards = averager.lane_shards(name, **selection)
     plan = averager.plan(name)
-    _refuse_mixtures(plan, plan.members_until(averager.applied_steps), selection)
+    _refuse_mixtures(plan, averager.count(name), selection)
     members = _gather_members(engine, layers, ((c, export.gather_trained(engine, s)) for c, s in shards))
     trained = export.gather_trained(engine, averager.shard(name, **selection))
     averaged, error = {}, None
@@ -312,8 +312,8 @@ def refactor(members: Members, rank: int) -> tuple[Tensor, Tensor, Norms]:
     covariance = (left_core[:, r:] * weights) @ right_core[:, r:].T
     core = left_core[:, :r] @ right_core[:, :r].T + covariance
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    up = torch.zeros(b.shape[0], rank, *b.shape[2:])
-    down = torch.zeros(rank, *a.shape[1:])
+    up = torch.zeros(b.shape[0], rank, *b.shape[2:], dtype=torch.float32, device="cpu")
+    down = torch.zeros(rank, *a.shape[1:], dtype=torch.float32, device="cpu")
     kept = min(rank, len(s))
     root = s[:kept].sqrt()
     up[:, :kept] = (left_basis @ u[:, :kept] * root).reshape(up[:, :kept].shape)

@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-F32, F64, U16, U32, I64 = np.float32, np.float64, np.uint16, np.uint32, np.int64
+F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint64
 
 
 def _compiled(signature: Any) -> Any:
@@ -122,15 +122,27 @@ def copy(addresses: Any, offsets: Any, numels: Any, m: Any) -> None:
 
 @_compiled(types.boolean(*_table))
 def all_finite(addresses: Any, offsets: Any, numels: Any) -> Any:
-    """Whether every source element is finite; arguments as of `update`."""
+    """Whether every source element is finite, and below 2**126; arguments as of `update`."""
     for run in range(addresses.size):
         bits = _run_at(addresses[run], numels[run]).view(U32)
         largest = U32(0)
         for i in range(bits.size):
             largest = max(largest, U32(bits[i] & U32(0x7FFFFFFF)))
-        if largest >= U32(0x7F800000):  # the exponent of infinity and of what is no number
+        if largest >= U32(0x7E800000):  # 2**126: differences of larger numbers could overflow
             return False
     return True
+
+
+@_compiled(types.uint64(*_table))
+def checksum(addresses: Any, offsets: Any, numels: Any) -> Any:
+    """A sum over the bits of every source element and its place; arguments as of `update`."""
+    total = U64(0)
+    for run in range(addresses.size):
+        words = _run_at(addresses[run], numels[run]).view(U32)
+        first = U64(offsets[run])
+        for i in range(words.size):
+            total += U64(words[i]) * U64(2 * (first + U64(i)) + U64(1))
+    return total
 
 
 @_compiled(types.void(types.float64[::1], types.float64, _f32, _u16))

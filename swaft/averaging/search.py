@@ -72,7 +72,7 @@ def search_windows(
         )
     if better not in (max, min):
         raise AveragingError(f"better is {better!r}, expected the function max or min")
-    num_members = plan.members_until(averager.applied_steps)
+    num_members = averager.count(name)
     if num_members == 0:
         raise AveragingError(
             f"nothing is averaged yet at step {averager.applied_steps}; the first member is the weights after "

@@ -37,8 +37,7 @@ def swapped_in(engine: Engine, shard: Tensor) -> Iterator[None]:
             "averaged weights are swapped in already; expected one `swapped_in()` at a time: leave the first "
             "before entering the second"
         )
-    for finish_reading in list(engine.swap.readers.values()):
-        finish_reading()
+    engine.swap.let_readers_finish()
     engine.release_gathered()
     engine.swap.stash = _needed_stash(engine)
     engine.swap.active = True
@@ -54,7 +53,13 @@ def swapped_in(engine: Engine, shard: Tensor) -> Iterator[None]:
             raise
         _restore(engine)
         raise
-    _restore(engine)
+    try:
+        _restore(engine)
+    except BaseException:
+        # Ctrl-C, say. Alone, once more costs nothing; among ranks it would be a collective that others do not join.
+        if engine.ranks.world_size == 1:
+            _restore(engine)
+        raise
 
 
 def _needed_stash(engine: Engine) -> Tensor | None:

@@ -30,6 +30,9 @@ class Averager:
     def plan(self, name=None):
         return self.rules[name].plan(15)
 
+    def count(self, name=None):
+        return self.plan(name).members_until(self.applied_steps)
+
     @contextmanager
     def swapped_in(self, name=None, **selection):
         self.plan(name).readout(self.applied_steps + 1, **selection)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -195,5 +197,124 @@ def test_what_is_wrong_with_a_member_is_raised_by_the_step_after_it():
     one_step(model, optimizer)
     with pytest.raises(AveragingError, match="after step 1 are not finite"):
         averager.step()
+    with pytest.raises(AveragingError, match="after step 2 are not finite"):
+        averager.wait()
     assert averager.num_averaged == 1
     assert torch.equal(averager.shard(), start)
+
+
+def test_training_goes_on_after_a_refused_member_for_whoever_catches_the_error():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=9)
+    members = []
+    for step in range(5):
+        one_step(model, optimizer)
+        sound = flat(model)
+        if step == 0:
+            with torch.no_grad():
+                model.weight[0, 0] = torch.inf
+        try:
+            averager.step()
+        except AveragingError as refusal:
+            assert "after step 1 are not finite" in str(refusal)
+        if step == 0:
+            averager._averages.release_masters()
+            with torch.no_grad():
+                model.weight.copy_(sound[:15].view(3, 5))
+        else:
+            members.append(sound)
+    assert averager.num_averaged == 4
+    assert torch.equal(averager.shard(), reference_mean(members, [1 / (n + 1) for n in range(4)]))
+
+
+def test_one_step_more_than_was_planned_is_told_at_once_and_loses_nothing():
+    rules = {"windows": swaft.Windows(blocks=2), "swa": swaft.SWA(start=0)}
+    model, optimizer, averager, _ = training(rules, steps=8)
+    before = averager.shard().clone()
+    one_step(model, optimizer)
+    with pytest.raises(AveragingError, match="total_steps"):
+        averager.step()
+    assert torch.equal(averager.shard(), before)
+    assert averager.count("swa") == 9
+
+
+def test_a_step_reported_inside_a_swap_is_refused():
+    """Its weights would be the average."""
+    model, optimizer, averager, _ = training(swaft.SWA(start=0))
+    other = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(), total_steps=8)
+    one_step(model, optimizer)
+    with (
+        averager.swapped_in(),
+        pytest.raises(AveragingError, match="called while averaged weights are swapped in"),
+    ):
+        other.step()
+
+
+def test_a_replaced_parameter_is_refused_by_name():
+    model, _, averager, _ = training(swaft.SWA(start=0))
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    with pytest.raises(AveragingError, match=r"'2\.weight' is another parameter"), averager.swapped_in():
+        pass
+
+
+def test_a_model_with_an_averager_can_be_pickled_and_copied():
+    model, _, averager, _ = training(swaft.SWA(start=0))
+    with averager.swapped_in():
+        best = copy.deepcopy(model)
+        averaged = flat(model)
+    assert torch.equal(torch.cat([value.flatten() for value in best.state_dict().values()]), averaged)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(flat(again), flat(model))
+    gone = weakref.ref(averager)
+    del averager
+    gc.collect()
+    assert gone() is None
+
+
+def test_torchs_defaults_for_new_tensors_do_not_reach_the_averages(monkeypatch):
+    expected = training(swaft.SWA(start=2))[2].shard()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batches = [torch.randn(4, 5) for _ in range(8)]
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=8)
+        for batch in batches:
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            averager.step()
+        averager.forecast()
+        with averager.swapped_in():
+            assert torch.equal(averager.shard(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_ctrl_c_while_the_live_weights_come_back_does_not_lose_them(monkeypatch):
+    model, _, averager, recorded = training(swaft.SWA(start=0))
+    publish = averager.engine.publish
+    calls = []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        publish()
+
+    monkeypatch.setattr(averager.engine, "publish", interrupted)
+    with pytest.raises(KeyboardInterrupt), averager.swapped_in():
+        pass
+    assert torch.equal(flat(model), recorded[-1])
+    assert not averager.engine.swap.active
+
+
+def test_an_average_equal_to_the_live_weights_is_fine_where_training_moved():
+    model, _, averager, recorded = training(swaft.Merge(weights=[0, 0, 0, 0, 1], start=4))
+    with averager.swapped_in():
+        assert torch.equal(flat(model), recorded[-1])

@@ -212,7 +212,7 @@ def gathered_root():
     def forwarded(model: nn.Module) -> nn.Module:
         _outputs(model)
         assert any(p.dtype == torch.bfloat16 for p in model.parameters())
-        return model
+        return model.train()
 
     def attached():
         _, expected = run(engine)
@@ -224,10 +224,12 @@ def gathered_root():
     def written():
         model, averager = run(engine)
         live = averager.engine.live_shard()
+        with averager.swapped_in():
+            averaged = _outputs(model)
         before = _outputs(model)
         averager.engine.write(averager.shard())
         averager.engine.publish()
-        assert not torch.equal(_outputs(model), before)
+        assert torch.equal(_outputs(model), averaged)
         averager.engine.write(live)
         averager.engine.publish()
         assert torch.equal(_outputs(model), before)

@@ -8,48 +8,17 @@ the model trains in fp32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from swaft.averaging.engines.steps import hook_weakly
+from swaft.averaging.engines.swaps import Swap, swap_of
 from swaft.averaging.layout import Fragment, Span, check_coverage, fragment_at, merge
-from swaft.distributed import Ranks
+from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, LayoutError
-
-
-@dataclass
-class Swap:
-    """What stands in for a module's working weights; one a module, however many engines look at it."""
-
-    active: bool = False
-    """Whether other weights are in place of the live ones."""
-    stash: Tensor | None = None
-    """The owned live elements while active, where the engine keeps no other copy of them."""
-    readers: OrderedDict[int, Callable[[], None]] = field(default_factory=OrderedDict)
-    """Called before other weights are put in place: each returns once it has read the live ones."""
-
-    def before_write(self, reader: Callable[[], None]) -> RemovableHandle:
-        """Have `reader` called before other weights are put in place; the handle's `remove` ends that."""
-        handle = RemovableHandle(self.readers)
-        self.readers[handle.id] = reader
-        return handle
-
-    def refuse_state_dict(self, *_: object) -> None:
-        """Hook of `state_dict`: what others save inside a swap would be the average under the live name."""
-        if self.active:
-            raise AveragingError(
-                "the model's state_dict() was asked for while averaged weights are swapped in, so they would be "
-                "saved as the live ones; leave `swapped_in()` first, or write the live weights with "
-                "swaft.averaging.save_pretrained and the average with averager.save_pretrained"
-            )
-
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 """What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
@@ -58,17 +27,6 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 def clean_name(name: str) -> str:
     """The name that a parameter, buffer or module has in the model without wrappers around its parts."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-_SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
-
-
-def swap_of(module: nn.Module) -> Swap:
-    """The one `Swap` of an unwrapped module."""
-    if module not in _SWAPS:
-        _SWAPS[module] = Swap()
-        module.register_state_dict_pre_hook(_SWAPS[module].refuse_state_dict)
-    return _SWAPS[module]
 
 
 class Engine(ABC):
@@ -83,6 +41,8 @@ class Engine(ABC):
     """The unwrapped model."""
     inner_optimizer: torch.optim.Optimizer
     """The torch optimizer whose step writes the masters; ZeRO calls it once a buffer."""
+    lends_storage: bool = False
+    """Whether others may free the masters' storage between events, so that nobody may hold on to it."""
     fragments: list[Fragment]
     """The elements this rank owns, in shard order."""
     swap: Swap
@@ -93,7 +53,7 @@ class Engine(ABC):
     def __init__(self, module: nn.Module, inner_optimizer: torch.optim.Optimizer):
         self.module = module
         self.inner_optimizer = inner_optimizer
-        self.ranks = Ranks()
+        self.ranks = shared_ranks()
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
@@ -189,12 +149,18 @@ class Engine(ABC):
         self.ranks.raise_together(self._misplaced())
 
     def check_trainable(self) -> None:
-        """Refuse a model that trains more than it did at attach: an average would mix in last weights.
+        """Refuse a model that trains other parameters than it did at attach: an average would mix in last weights.
 
         Raises:
-            LayoutError: naming a parameter that became trainable.
+            LayoutError: naming a parameter that became trainable, or was replaced.
         """
         for name, parameter in self.named_parameters():
+            if name in self.trainable and parameter is not self.trainable[name]:
+                raise LayoutError(
+                    f"{name!r} is another parameter than the one that was there when the averager was attached; "
+                    "attach a new averager after parameters are replaced (load_state_dict with assign=True "
+                    "replaces them)"
+                )
             if parameter.requires_grad and name not in self.trainable and self.full_shape(parameter).numel():
                 raise LayoutError(
                     f"{name!r} became trainable after the averager was attached, so it is not in the average; "
@@ -218,7 +184,7 @@ class Engine(ABC):
     @torch.no_grad()
     def read(self, buffers: list[Tensor]) -> Tensor:
         """The owned elements of ``buffers`` (masters or working weights) as one fp32 host tensor."""
-        shard = torch.empty(self.numel, dtype=torch.float32)
+        shard = torch.empty(self.numel, dtype=torch.float32, device="cpu")
         for source, destination in self.spanned(buffers, shard):
             destination.copy_(source)
         return shard

@@ -26,7 +26,7 @@ class FlatViews:
     ):
         self._tensors = tensors
         self._numels = numels
-        self._addresses: list[int] | None = None
+        self._addresses: list[object] | None = None
         self._views: list[Tensor] = []
 
     def __call__(self) -> list[Tensor]:
@@ -36,7 +36,7 @@ class FlatViews:
             LayoutError: a tensor is not contiguous.
         """
         tensors = self._tensors()
-        addresses = list(map(Tensor.data_ptr, tensors))
+        addresses = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
         if addresses != self._addresses:
             self._views = [_flat(tensor) for tensor in tensors]
             if self._numels is not None:

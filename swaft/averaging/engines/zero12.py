@@ -32,6 +32,8 @@ class PartitionedEngine(Engine):
     free it), so nothing here keeps it: the list handed out last is known only as long as somebody holds it.
     """
 
+    lends_storage = True
+
     def __init__(self, deepspeed_engine: Any):
         super().__init__(deepspeed_engine.module, deepspeed_engine.optimizer.optimizer)
         self._engine = deepspeed_engine

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.lanes import Lanes
 from swaft.averaging.host.memory import lane_bytes, require_host_memory
+from swaft.averaging.host.motion import Motion
 from swaft.averaging.host.pipeline import Pipeline, Waits
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes
 from swaft.averaging.layout import Span
@@ -38,7 +40,9 @@ class HostAverages:
         device: where the masters are.
         compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
         threads: threads of the arithmetic; None chooses.
-        spill_dir: folder that finished lanes move to; None keeps them in memory.
+        spill_dir: folder that finished lanes move to, each run in a folder of its own, which is deleted at the
+            end; None keeps them in memory.
+        lent: others may free the masters' storage between members.
 
     Raises:
         AveragingError: on every rank, where a node's memory is too small.
@@ -54,8 +58,9 @@ class HostAverages:
         compensated: bool = True,
         threads: int | None = None,
         spill_dir: Path | None = None,
+        lent: bool = False,
     ):
-        self._spans = spans
+        self._spans, self._lent = spans, lent
         numel = sum(span.numel for span in spans)
         self.host_bytes = sum(
             lane_bytes(plan, numel, compensated=compensated, spilled=spill_dir is not None)
@@ -63,8 +68,8 @@ class HostAverages:
         )
         self.pinned_bytes = 0 if device.type == "cpu" else ring_bytes(numel, STAGING_BYTES)
         require_host_memory(ranks, self.host_bytes + self.pinned_bytes)
-        own_folder = None if spill_dir is None else spill_dir / f"rank-{ranks.rank:05d}"
-        ranks.raise_together(_unusable(own_folder) if own_folder is not None else None)
+        self._folder, error = _own_folder(spill_dir, ranks.rank)
+        ranks.raise_together(error)
         self.crew = Crew(threads, device=device)
         self._host = HostSource(spans, self.crew)
         self._staged: StagedSource | None = None
@@ -74,11 +79,15 @@ class HostAverages:
                 numel,
                 self.crew,
                 compensated=compensated,
-                spill=None if own_folder is None else own_folder / name,
+                spill=None if self._folder is None else Path(self._folder.name) / f"rule-{i}",
             )
-            for name, plan in plans.items()
+            for i, (name, plan) in enumerate(plans.items())
         }
-        self._pipeline = Pipeline(self.lanes, sum_over_ranks=ranks.channel(), world_size=ranks.world_size)
+        self.motion = Motion(self.crew)
+        self._channel = ranks.channel()
+        self._pipeline = Pipeline(
+            self.lanes, self.motion, sum_over_ranks=self._channel.sum, world_size=ranks.world_size
+        )
 
     @property
     def waits(self) -> Waits:
@@ -90,7 +99,9 @@ class HostAverages:
         numel = min(RATE_SAMPLE, sum(span.numel for span in self._spans)) or 1
         lanes = Lanes(_ONE_MEAN, numel, self.crew, compensated=True)
         source = HostSource([Span(0, 0, 0, numel)], self.crew)
-        masters = [torch.zeros(numel)]  # a source holds addresses, not tensors
+        masters = [
+            torch.zeros(numel, dtype=torch.float32, device="cpu")
+        ]  # a source holds addresses, not tensors
         source.open(masters, None, lambda: None)
         tables = next(source.tables())
         seconds = []
@@ -122,6 +133,9 @@ class HostAverages:
         """Finish what is under way and let the threads end."""
         self._pipeline.close()
         self.crew.close()
+        self._channel.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _source(self, masters: list[Tensor]) -> Source:
         """Where the masters are now: offloading may have moved them since the last member."""
@@ -136,21 +150,23 @@ class HostAverages:
                 device=device,
                 api=torch.get_device_module(device),
                 limit_bytes=STAGING_BYTES,
+                lent=self._lent,
             )
         return self._staged
 
 
-def _unusable(folder: Path) -> AveragingError | None:
+def _own_folder(
+    spill_dir: Path | None, rank: int
+) -> tuple[TemporaryDirectory[str] | None, AveragingError | None]:
+    """A new folder under ``spill_dir`` that nobody else uses, deleted when it is closed; or what is wrong."""
+    if spill_dir is None:
+        return None, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "probe").touch()
-        (folder / "probe").unlink()
+        spill_dir.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(
+            prefix=f"rank-{rank:05d}-", dir=spill_dir, ignore_cleanup_errors=True
+        ), None
     except OSError as error:
-        return AveragingError(
-            f"averaging.spill_dir: {folder} cannot be written to ({error}); name another folder"
+        return None, AveragingError(
+            f"averaging.spill_dir: {spill_dir} cannot be written to ({error}); name another folder"
         )
-    if any(folder.iterdir()):
-        return AveragingError(
-            f"averaging.spill_dir: {folder} holds files already, of another run perhaps; name another folder"
-        )
-    return None

@@ -6,9 +6,10 @@ are left alone: under torchrun there is one, and a count set in one thread leaks
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,8 +35,10 @@ class Crew:
     """
 
     def __init__(self, threads: int | None = None, *, device: torch.device | None = None):
-        if threads is not None and threads < 1:
-            raise ConfigError(f"averaging.threads is {threads}, expected at least 1, or null to choose")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(
+                f"averaging.threads is {threads!r}, expected a whole number of at least 1, or null to choose"
+            )
         self.threads = default_threads() if threads is None else threads
         cores = cores_near(device)
         self._pool = ThreadPoolExecutor(
@@ -43,8 +46,17 @@ class Crew:
         )
 
     def run(self, function: Callable[..., Result], parts: Iterable[tuple]) -> list[Result]:
-        """Call ``function(*part)`` for every part, all at once; returns the results in order."""
-        return [future.result() for future in [self._pool.submit(function, *part) for part in parts]]
+        """Call ``function(*part)`` for every part, all at once; returns the results in order.
+
+        Nothing runs any more when this returns or raises: compiled loops read memory by its address.
+        """
+        futures: list[Future[Result]] = []
+        try:
+            for part in parts:
+                futures.append(self._pool.submit(function, *part))
+        finally:
+            wait(futures)
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """Let the threads end."""
@@ -88,4 +100,6 @@ def _allowed_cores() -> set[int]:
 
 def _stay_on(cores: set[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # of the calling thread, on Linux
+        # Of the calling thread, on Linux. Where it is forbidden, threads run wherever they are put.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swaft.averaging import native
 from swaft.averaging.host.crew import Crew
 from swaft.averaging.rules import Plan, Update
+from swaft.errors import AveragingError
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Runs of one member: addresses in bytes, first element in the shard, number of elements; int64 each."""
@@ -51,6 +53,7 @@ class Lanes:
     def __init__(self, plan: Plan, numel: int, crew: Crew, *, compensated: bool, spill: Path | None = None):
         self.plan = plan
         self.count = 0
+        self._torn = False
         self._numel = numel
         self._crew = crew
         self._compensated = compensated
@@ -66,6 +69,7 @@ class Lanes:
     def begin(self) -> tuple[Update, ...]:
         """The updates of the next member; its elements come by :meth:`take` and it is closed by :meth:`end`."""
         updates = self.plan.updates(self.count)
+        self._torn = True
         for update in updates:
             if update.lane not in self._lanes:
                 self._lanes[update.lane] = self._new_lane(self.plan.lanes[update.lane])
@@ -85,12 +89,22 @@ class Lanes:
         for update in updates:
             if update.source is not None:
                 self._copy(self._lanes[update.source], self._lanes[update.lane])
-        for lane in self.plan.finished(self.count):
-            self._put_away(lane)
         self.count += 1
+        self._torn = False
+        for lane in self.plan.finished(self.count - 1):
+            self._put_away(lane)
 
     def readout(self, **selection: object) -> list[tuple[float, Lane]]:
-        """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read."""
+        """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read.
+
+        Raises:
+            AveragingError: an update broke off half way, or a file is damaged or gone.
+        """
+        if self._torn:
+            raise AveragingError(
+                f"member {self.count + 1} of this average was taken in only in part, because averaging failed "
+                "(see the error before this one), so it is neither the old average nor the new one"
+            )
         coefficients = self.plan.readout(self.count, **selection)
         return [(coefficient, self._lane(i)) for i, coefficient in sorted(coefficients.items())]
 
@@ -99,7 +113,7 @@ class Lanes:
         readout = self.readout(**selection)
         if len(readout) == 1 and readout[0][0] == 1.0:
             return readout[0][1].mean
-        result = torch.empty(self._numel, dtype=torch.float32)
+        result = _vector(self._numel)
         block = 1 << 20  # bounds the float64 scratch
         parts = [(first, min(first + block, self._numel)) for first in range(0, self._numel, block)]
         self._crew.run(lambda first, last: _combine(readout, result[first:last], first, last), parts)
@@ -108,8 +122,8 @@ class Lanes:
     def _new_lane(self, running: bool) -> Lane:
         compensation = None
         if running and self._compensated:
-            compensation = torch.empty(self._numel, dtype=torch.bfloat16)
-        return Lane(torch.empty(self._numel, dtype=torch.float32), compensation)
+            compensation = torch.from_numpy(np.empty(self._numel, np.uint16)).view(torch.bfloat16)
+        return Lane(_vector(self._numel), compensation)
 
     def _move(self, lane: Lane, tables: Sequence[Table], weight: float) -> None:
         mean, compensation = lane.mean.numpy(), lane.compensation
@@ -131,7 +145,7 @@ class Lanes:
     def _put_away(self, index: int) -> None:
         if self._spill is None:
             return
-        lane = self._lanes.pop(index)
+        lane = self._lanes[index]
         tensors = {"mean": lane.mean}
         if lane.compensation is not None:
             tensors["compensation"] = lane.compensation
@@ -139,11 +153,18 @@ class Lanes:
         path = self._spill / f"lane-{index:04d}.safetensors"
         save_file(tensors, path)
         self._files[index] = path
+        del self._lanes[index]
 
     def _lane(self, index: int) -> Lane:
         if index in self._lanes:
             return self._lanes[index]
-        tensors = load_file(self._files[index])
+        try:
+            tensors = load_file(self._files[index])
+        except (OSError, SafetensorError) as error:
+            raise AveragingError(
+                f"{self._files[index]}, a finished lane of this average, cannot be read: {error}; "
+                "averaging.spill_dir has to keep its files until the run ends"
+            ) from error
         return Lane(tensors["mean"], tensors.get("compensation"))
 
 
@@ -156,6 +177,11 @@ def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last
         else:
             native.accumulate(total, coefficient, mean, bits(lane.compensation[first:last]))
     result.numpy()[:] = total  # numpy rounds to nearest even, once
+
+
+def _vector(numel: int) -> Tensor:
+    # numpy asks for huge pages where torch does not, and the loops run through gigabytes.
+    return torch.from_numpy(np.empty(numel, np.float32))
 
 
 def bits(tensor: Tensor) -> np.ndarray:

@@ -17,14 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.motion import Motion
 from swaft.averaging.host.source import Source
 from swaft.errors import AveragingError
+
+VERSION = attrgetter("_version")
 
 Sum = Callable[[list[float]], list[float]]
 """Elementwise sum over the ranks."""
@@ -38,15 +42,6 @@ class Waits:
     """Times that the training thread had to wait."""
     seconds: float = 0.0
     """Seconds it waited, in all."""
-
-    def until(self, event: threading.Event) -> None:
-        """Wait for an event; counted if it has not happened yet."""
-        if event.is_set():
-            return
-        begun = time.perf_counter()
-        event.wait()
-        self.count += 1
-        self.seconds += time.perf_counter() - begun
 
 
 @dataclass
@@ -63,6 +58,8 @@ class Member:
     """Applied step whose weights they are."""
     rules: tuple[str, ...]
     """The rules that take it."""
+    versions: list[int] = field(default_factory=list)
+    """How often each buffer had been written to when the member was submitted."""
     released: threading.Event = field(default_factory=threading.Event)
     """All copies are issued, or (on the host) all elements read."""
     judged: threading.Event = field(default_factory=threading.Event)
@@ -78,17 +75,19 @@ class Pipeline:
 
     Args:
         lanes: by name of the rule.
+        motion: watches whether members differ.
         sum_over_ranks: called by the worker once a member, on every rank.
         world_size: number of ranks.
     """
 
-    def __init__(self, lanes: Mapping[str, Lanes], *, sum_over_ranks: Sum, world_size: int):
+    def __init__(self, lanes: Mapping[str, Lanes], motion: Motion, *, sum_over_ranks: Sum, world_size: int):
         self.waits = Waits()
-        self._lanes = lanes
+        self._lanes, self._motion = lanes, motion
         self._sum, self._world_size = sum_over_ranks, world_size
         self._queue: queue.SimpleQueue[Member | None] = queue.SimpleQueue()
         self._latest: Member | None = None
         self._failure: Exception | None = None
+        self._failure_told = False
         self._thread = threading.Thread(target=self._work, name="swaft-average", daemon=True)
         self._thread.start()
 
@@ -97,14 +96,20 @@ class Pipeline:
 
         The masters must not change before :meth:`release_masters`, nor another member come before
         :meth:`raise_if_refused`.
+
+        Raises:
+            AveragingError: the worker has ended.
         """
-        self._latest = Member(source, masters, source.mark_ready(), step, rules)
+        if not self._thread.is_alive():
+            raise _ended()
+        versions = list(map(VERSION, masters))
+        self._latest = Member(source, masters, source.mark_ready(), step, rules, versions)
         self._queue.put(self._latest)
 
     def release_masters(self) -> None:
         """Return once the masters may be written to; to be called before anything does."""
         if self._latest is not None:
-            self.waits.until(self._latest.released)
+            self._until(self._latest.released)
             self._latest.source.order_after_copies()
 
     def raise_if_refused(self) -> None:
@@ -116,7 +121,7 @@ class Pipeline:
             AveragingError: the member was not finite, the ranks are not at the same step, or a rank failed.
         """
         if self._latest is not None:
-            self.waits.until(self._latest.judged)
+            self._until(self._latest.judged)
             refusal, self._latest.refusal = self._latest.refusal, None
             if refusal is not None:
                 raise refusal
@@ -125,18 +130,33 @@ class Pipeline:
         """Wait until every member is in the lanes.
 
         Raises:
-            AveragingError: the latest member was refused, or averaging failed on this rank.
+            AveragingError: the latest member was refused, or (once) averaging failed on this rank. The members
+                before are still to be had.
         """
         if self._latest is not None:
-            self._latest.done.wait()
+            self._until(self._latest.done, counted=False)  # asked for, not imposed on training
             self.raise_if_refused()
-        if self._failure is not None:
+        if self._failure is not None and not self._failure_told:
+            self._failure_told = True
             raise self._broken() from self._failure
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Take in what has been submitted and let the thread end."""
         self._queue.put(None)
-        self._thread.join(timeout=5.0)
+        if self._thread is not threading.current_thread():  # garbage is collected on any thread
+            self._thread.join(timeout=5.0)
+
+    def _until(self, event: threading.Event, *, counted: bool = True) -> None:
+        if event.is_set():
+            return
+        begun = time.perf_counter()
+        while not event.wait(timeout=1.0):
+            # After `close`, or in a forked child, there is nobody left to set it.
+            if not self._thread.is_alive() and not event.is_set():
+                raise _ended()
+        if counted:
+            self.waits.count += 1
+            self.waits.seconds += time.perf_counter() - begun
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -146,8 +166,9 @@ class Pipeline:
                 if member.refusal is None:
                     self._take_in(member)
             except Exception as error:  # whatever it is, training must neither hang nor go on unaware
-                self._failure = error
-                member.refusal = member.refusal or self._broken()
+                self._failure = error  # which the next member's message tells the other ranks
+                if not member.judged.is_set():
+                    member.refusal = self._broken()
             finally:
                 member.masters = []
                 member.source.close()
@@ -158,7 +179,7 @@ class Pipeline:
     def _judge(self, member: Member) -> None:
         finite = False
         try:
-            member.source.open(member.masters, member.ready, member.released.set)
+            member.source.open(member.masters, member.ready, lambda: self._release(member))
             finite = member.source.all_finite()
         except Exception as error:
             self._failure = error
@@ -187,8 +208,19 @@ class Pipeline:
         for tables in member.source.tables():
             for lanes, each in zip(taking, updates, strict=True):
                 lanes.take(each, tables)
+            self._motion.take(tables)
+        self._motion.end()
         for lanes, each in zip(taking, updates, strict=True):
             lanes.end(each)
+
+    def _release(self, member: Member) -> None:
+        if list(map(VERSION, member.masters)) != member.versions:
+            raise AveragingError(
+                f"the weights after step {member.step} were written to while they were being averaged, by neither "
+                "the optimizer, nor `model.load_state_dict`, nor a swap; call `averager.wait()` before weights are "
+                "changed in another way"
+            )
+        member.released.set()
 
     def _broken(self) -> AveragingError:
         if self._failure is None:
@@ -199,3 +231,10 @@ class Pipeline:
             f"averaging failed on this rank: {type(self._failure).__name__}: {self._failure}; no more weights are "
             "averaged"
         )
+
+
+def _ended() -> AveragingError:
+    return AveragingError(
+        "the averager's thread has ended, because it was closed or the process is a fork of the one that trains; "
+        "attach a new averager, in the process that trains"
+    )

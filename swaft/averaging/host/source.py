@@ -24,6 +24,8 @@ from swaft.errors import LayoutError
 
 MAX_BLOCKS = 8
 """Blocks of the ring: enough that copies run while earlier blocks are being averaged."""
+LARGEST = 2.0**126
+"""Size from which a weight counts as not finite: the difference of two such could overflow in the arithmetic."""
 MIN_BLOCK_NUMEL = 1 << 16
 """Smallest block: 256 KiB."""
 
@@ -53,7 +55,7 @@ class Source(Protocol):
         ...
 
     def all_finite(self) -> bool:
-        """Whether every owned element of the member is finite."""
+        """Whether every owned element of the member is finite, and below `LARGEST`."""
         ...
 
     def tables(self) -> Iterator[list[Table]]:
@@ -120,6 +122,7 @@ class StagedSource:
         device: where the masters are.
         api: `torch.cuda` or another device module with streams and events.
         limit_bytes: most memory the ring takes.
+        lent: others may free the masters' storage between members, so no view of it is kept.
     """
 
     def __init__(
@@ -130,13 +133,15 @@ class StagedSource:
         device: torch.device,
         api: Any,
         limit_bytes: int,
+        lent: bool = False,
     ):
         block_numel, blocks = ring_of(sum(span.numel for span in spans), limit_bytes)
         self._spans, self._chunks = spans, cut(spans, block_numel)
-        self._api, self._device = api, device
+        self._api, self._device, self._lent = api, device, lent
         pinned = device.type != "cpu"
         self._blocks = [
-            torch.empty(block_numel, dtype=torch.float32, pin_memory=pinned) for _ in range(blocks)
+            torch.empty(block_numel, dtype=torch.float32, device="cpu", pin_memory=pinned)
+            for _ in range(blocks)
         ]
         self._stream = api.Stream(device=device)
         self._copied = [api.Event() for _ in range(blocks)]
@@ -177,7 +182,7 @@ class StagedSource:
         if self._verdict is None:
             return True
         with self._api.stream(self._stream):  # the worker's own stream would be the one that trains
-            return bool(self._verdict.isfinite().all())
+            return bool((self._verdict < LARGEST).all())
 
     def tables(self) -> Iterator[list[Table]]:
         """The member block by block, in shard order, each as soon as it has arrived."""
@@ -192,8 +197,10 @@ class StagedSource:
                     self._released()
 
     def close(self) -> None:
-        """Let go of the masters' storage, which others may want to free."""
-        self._masters, self._views, self._verdict = None, [], None
+        """Let go of the masters' storage, where it is lent; else the next member's views are these."""
+        self._verdict = None
+        if self._lent:
+            self._masters, self._views = None, []
 
     def _copy(self, i: int) -> None:
         views = self._views[i]

@@ -109,11 +109,24 @@ def test_no_more_memory_is_held_than_was_announced(plan, spilled, tmp_path):
     assert most >= 0.5 * averages.host_bytes
 
 
-def test_a_folder_of_another_run_is_refused_before_training(tmp_path):
-    (tmp_path / "rank-00000").mkdir()
-    (tmp_path / "rank-00000" / "lane-0000.safetensors").touch()
-    with pytest.raises(AveragingError, match=r"spill_dir.*holds files already"):
-        averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
+def test_two_runs_with_one_folder_do_not_meet_and_leave_nothing_behind(tmp_path):
+    plan = Windows(blocks=2).plan(9)
+    one, two = (averages_of({"w": plan}, spill_dir=tmp_path) for _ in range(2))
+    take(one, members(10))
+    take(two, members(20)[10:])
+    assert torch.allclose(one.lanes["w"].shard(), torch.stack(members(10)).mean(0), atol=1e-6)
+    assert torch.allclose(two.lanes["w"].shard(), torch.stack(members(20)[10:]).mean(0), atol=1e-6)
+    one.close()
+    two.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_whose_file_is_gone_is_a_typed_error(tmp_path):
+    averages = averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
+    take(averages, members(10))
+    next(tmp_path.rglob("lane-0000.safetensors")).unlink()
+    with pytest.raises(AveragingError, match=r"lane-0000\.safetensors.*cannot be read"):
+        averages.lanes["w"].shard()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
@@ -124,8 +137,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
 
 def test_a_disk_that_fails_later_ends_averaging_with_its_cause(tmp_path):
     averages = averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
-    (tmp_path / "rank-00000").rmdir()
-    (tmp_path / "rank-00000").touch()
+    (own,) = tmp_path.iterdir()
+    own.rmdir()
+    own.touch()
     with pytest.raises(AveragingError, match="failed on this rank"):
         take(averages, members(10))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from unittest import mock
@@ -12,6 +13,7 @@ import torch
 from swaft.averaging.arithmetic import reference_mean
 from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.motion import Motion
 from swaft.averaging.host.pipeline import Pipeline
 from swaft.averaging.host.source import HostSource, StagedSource, ring_of
 from swaft.averaging.layout import Fragment, merge
@@ -98,7 +100,7 @@ def pipeline(kind: str, *, plans=None, sum_over_ranks=list, world_size=1, thread
             source = StagedSource(
                 SPANS, crew, device=torch.device("cpu"), api=device, limit_bytes=limit_bytes
             )
-    line = Pipeline(lanes, sum_over_ranks=sum_over_ranks, world_size=world_size)
+    line = Pipeline(lanes, Motion(crew), sum_over_ranks=sum_over_ranks, world_size=world_size)
     with mock.patch.object(torch, "_foreach_copy_", device.copy):
         try:
             yield line, source, lanes
@@ -138,10 +140,56 @@ def test_a_member_that_is_written_over_without_release_would_be_torn():
         held = threading.Event()
         line._sum = lambda values: held.wait(10) and values
         line.submit(source, live, step=0, rules=("swa",))
-        live[1].fill_(7.0)
+        live[1].data.fill_(7.0)  # .data: unseen by the count of writes
         held.set()
         line.finish()
         assert not torch.equal(lanes["swa"].shard(), expected)
+
+
+@pytest.mark.parametrize("kind", ["host", "staged"])
+def test_weights_that_somebody_writes_to_while_they_are_read_are_an_error(kind):
+    held = threading.Event()
+    with pipeline(kind, limit_bytes=8 * 4 * 64, sum_over_ranks=lambda v: held.wait(10) and v) as (
+        line,
+        source,
+        lanes,
+    ):
+        live = masters(0)
+        line.submit(source, live, step=3, rules=("swa",))
+        live[1].clamp_(-1, 1)
+        held.set()
+        with pytest.raises(
+            AveragingError, match=r"written to while they were being averaged.*averager\.wait"
+        ):
+            line.finish()
+        with pytest.raises(AveragingError, match="only in part"):
+            lanes["swa"].shard()
+
+
+def test_a_closed_pipeline_takes_nothing_and_lets_nobody_wait_for_ever():
+    with pipeline("host") as (line, source, _):
+        line.submit(source, masters(0), step=0, rules=("swa",))
+        line.close()
+        line.release_masters()
+        with pytest.raises(AveragingError, match="thread has ended"):
+            line.submit(source, masters(1), step=1, rules=("swa",))
+
+
+def test_a_forked_child_that_inherits_a_member_on_its_way_is_told_so():
+    held = threading.Event()
+    with pipeline("host", sum_over_ranks=lambda values: held.wait(10) and values) as (line, source, _):
+        line.submit(source, masters(0), step=0, rules=("swa",))
+        child = os.fork()
+        if child == 0:
+            try:
+                line.release_masters()
+            except AveragingError:
+                os._exit(7)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        held.set()
+        assert os.waitstatus_to_exitcode(status) == 7
+        line.finish()
 
 
 def test_several_rules_take_from_one_copy():
@@ -222,14 +270,31 @@ def test_ranks_at_different_steps_are_refused_on_all_of_them_alike(others):
 
 
 def test_a_fault_on_this_rank_ends_averaging_with_its_cause_and_does_not_hang():
-    with pipeline("host") as (line, source, _):
-        line.submit(source, [torch.zeros(3)], step=0, rules=("swa",))
+    with pipeline("host") as (line, source, lanes):
+        line.submit(source, masters(0), step=0, rules=("swa",))
+        line.finish()
+        line.submit(source, [torch.zeros(3)], step=1, rules=("swa",))
         line.release_masters()
         with pytest.raises(AveragingError, match=r"failed on this rank: LayoutError"):
             line.raise_if_refused()
         with pytest.raises(AveragingError) as caught:
             line.finish()
         assert isinstance(caught.value.__cause__, LayoutError)
+        line.finish()  # told once; what was averaged before can be had
+        assert torch.equal(lanes["swa"].shard(), owned(masters(0)))
+
+
+def test_a_fault_after_the_verdict_reaches_the_other_ranks_with_the_next_member():
+    messages = []
+    with pipeline("host", sum_over_ranks=lambda v: messages.append(v) or v) as (line, source, lanes):
+        with mock.patch.object(lanes["swa"], "take", side_effect=OSError("no space left")):
+            line.submit(source, masters(0), step=0, rules=("swa",))
+            line.raise_if_refused()  # all ranks had agreed on this one
+            line._latest.done.wait()
+        line.submit(source, masters(1), step=1, rules=("swa",))
+        with pytest.raises(AveragingError, match="no space left"):
+            line.raise_if_refused()
+        assert [healthy for _, healthy, _, _ in messages] == [True, False]
 
 
 def test_a_fault_on_another_rank_is_heard_of_here():
@@ -261,7 +326,7 @@ def test_masters_rebuilt_with_another_geometry_are_refused_and_never_read(buffer
 def test_a_rank_that_owns_nothing_takes_part_all_the_same():
     crew = Crew(2)
     lanes = {"swa": Lanes(SWA(start=0).plan(9), 0, crew, compensated=True)}
-    line = Pipeline(lanes, sum_over_ranks=list, world_size=1)
+    line = Pipeline(lanes, Motion(crew), sum_over_ranks=list, world_size=1)
     for source in (
         HostSource([], crew),
         StagedSource([], crew, device=torch.device("cpu"), api=LateDevice(), limit_bytes=1 << 22),
