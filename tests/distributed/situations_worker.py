@@ -322,8 +322,8 @@ def changed_parameters():
             model, averager = run(engine)
             rebuilt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
             model(**_batch(model, 0)).loss.backward()
+            averager.shard()  # the last member has been read: nothing but the step itself is wrong
             raised_on_every_rank(AveragingError, "another SGD than the one", rebuilt.step)
-            averager.shard()
 
         yield f"{engine}, an optimizer rebuilt after attaching", rebuilt_optimizer
 
