@@ -2,8 +2,9 @@
 
 A plain fp32 running mean rots as its count grows: once ``w * (x - m)`` falls below half a unit in the last place
 of the mean, the update is lost. Here a running mean is the unevaluated sum of an fp32 word ``m`` and a bf16 word
-``c`` that holds what the fp32 word rounded away (Kahan 1965, with Knuth's branch-free two-sum), 6 bytes an
-element.
+``c`` that holds what the fp32 word rounded away (Kahan 1965), 6 bytes an element. The rounded part is found as
+Dekker 1971 does, exact while the mean is larger than its step; where it is not, what is missed is of the size of
+the rounding of the step itself.
 
 Every operation is one IEEE operation an element (no fused multiply-add, no reduction), so the bits of an element
 depend on its own history alone: not on the chunk, the shard, the thread count or the engine.
@@ -33,8 +34,7 @@ def update_(m: Tensor, c: Tensor, x: Tensor, w: float) -> None:
     d = c.float()
     step = ((x - m) - d) * w + d
     total = m + step
-    moved = total - m
-    c.copy_((m - (total - moved)) + (step - moved))
+    c.copy_(step - (total - m))
     m.copy_(total)
 
 
@@ -74,34 +74,3 @@ def reference_mean(members: Iterable[Tensor], weights: Iterable[float]) -> Tenso
     if m is None:
         raise ValueError("no members")
     return m
-
-
-def update_mean_(
-    mean: Tensor, compensation: Tensor, weights: Tensor, weight: float, *, scratch: tuple[Tensor, Tensor]
-) -> None:
-    """Move a compensated mean towards new weights, in place: ``m <- m + weight * (weights - m)``.
-
-    ``m = mean + compensation`` in fp64; afterwards ``mean = fp32(m)`` and ``compensation = bf16(m - mean)``.
-
-    Args:
-        mean: (n,), fp32, host.
-        compensation: (n,), bf16, host.
-        weights: (n,), fp32, host; not changed.
-        weight: share of the new weights, in (0, 1]; 1 copies them.
-        scratch: two (at least n,) fp64 host buffers, overwritten.
-    """
-    if weight == 1.0:
-        mean.copy_(weights)
-        compensation.zero_()
-        return
-    exact, step = (buffer[: mean.numel()] for buffer in scratch)
-    exact.copy_(mean).add_(compensation)
-    torch.sub(weights, exact, out=step)
-    exact.add_(step.mul_(weight))
-    mean.copy_(exact)
-    compensation.copy_(exact.sub_(mean))
-
-
-def make_scratch(numel: int) -> tuple[Tensor, Tensor]:
-    """Buffers for :func:`update_mean_` on up to ``numel`` elements."""
-    return torch.empty(numel, dtype=torch.float64), torch.empty(numel, dtype=torch.float64)

@@ -73,8 +73,7 @@ def _update_run(m: Any, c: Any, x: Any, w: Any) -> None:
         d = _widen(c[i])
         step = ((x[i] - m[i]) - d) * w + d
         total = m[i] + step
-        moved = total - m[i]
-        c[i] = _narrow((m[i] - (total - moved)) + (step - moved))
+        c[i] = _narrow(step - (total - m[i]))
         m[i] = total
 
 

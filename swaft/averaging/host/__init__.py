@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from swaft.averaging.host.averages import HostAverages
-from swaft.averaging.old_host import HostAverage
 
-__all__ = ["HostAverage", "HostAverages"]
+__all__ = ["HostAverages"]

@@ -163,9 +163,7 @@ def _own_folder(
         return None, None
     try:
         spill_dir.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(
-            prefix=f"rank-{rank:05d}-", dir=spill_dir, ignore_cleanup_errors=True
-        ), None
+        return TemporaryDirectory(prefix=f"rank-{rank:05d}-", dir=spill_dir, ignore_cleanup_errors=True), None
     except OSError as error:
         return None, AveragingError(
             f"averaging.spill_dir: {spill_dir} cannot be written to ({error}); name another folder"
