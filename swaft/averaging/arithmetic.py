@@ -34,8 +34,13 @@ def update_(m: Tensor, c: Tensor, x: Tensor, w: float) -> None:
     d = c.float()
     step = ((x - m) - d) * w + d
     total = m + step
-    c.copy_(step - (total - m))
+    c.copy_(nearest_bf16(step - (total - m)))
     m.copy_(total)
+
+
+def nearest_bf16(values: Tensor) -> Tensor:
+    """Finite fp32 values rounded to bf16, ties away from zero (torch's own conversion takes them to even)."""
+    return ((values.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def update_plain_(m: Tensor, x: Tensor, w: float) -> None:
