@@ -164,6 +164,8 @@ def run(config: ClassificationConfig) -> None:
 
     # Evaluate the last weights and the averaged ones, and keep both.
     window = best_window(averager, evaluations.get("validation"), metric.primary)
+    if window:
+        progress.window(window)
     selection: dict[str, Any] = {"start": window.best.start, "end": window.best.end} if window else {}
     scores = {
         name: evaluate_last_and_averaged(once, averager, **selection) for name, once in evaluations.items()

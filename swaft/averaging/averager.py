@@ -333,6 +333,13 @@ def _plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> di
         for name in rules
         if not isinstance(name, str) or not name
     ]
+    problems += [
+        f"rule: {rule!r} is no rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
+        for rule in rules.values()
+        if not hasattr(rule, "plan")
+    ]
+    if problems:
+        raise ConfigError(problems)
     if not rules:
         problems.append("rule={} names no rule, expected at least one")
     if not isinstance(total_steps, Integral) or isinstance(total_steps, bool) or total_steps < 1:

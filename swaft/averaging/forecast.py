@@ -35,12 +35,13 @@ class Forecast:
     """By rule: what the plain form loses over this run; empty for the compensated form, which keeps 32 bits."""
 
     def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         lines = [
             f"{self.events:,} events, {self.elements:,} elements on this rank",
             f"host memory {_size(self.host_bytes)}, pinned {_size(self.pinned_bytes)}, copied "
             f"{_size(self.copied_bytes)} an event",
-            f"{self.seconds:.3g} s of arithmetic an event on {self.threads} threads, behind the step; a shorter "
-            "step waits for it",
+            f"{self.seconds:.3g} s of arithmetic an event on {threads}, behind the step; "
+            "a shorter step waits for it",
         ]
         for name, error in self.plain_errors.items():
             lines.append(

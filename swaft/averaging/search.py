@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swaft.averaging.rules import WindowsPlan
 from swaft.errors import AveragingError
@@ -85,7 +85,7 @@ def search_windows(
         for window in candidates:
             if window not in scores:
                 with averager.swapped_in(name, start=window.start, end=window.end):
-                    value = float(evaluate())
+                    value = _number(evaluate())
                 scores[window] = averager.engine.ranks.gather(value)[0]
         return _best(scores, better)
 
@@ -114,3 +114,12 @@ def _best(scores: Mapping[Window, float], better: Callable[..., float]) -> Windo
         (window for window, score in numbers.items() if score == top),
         key=lambda window: (window.members, window.end),
     )
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise AveragingError(
+            f"evaluate returned {type(score).__name__}, expected one number: metrics['accuracy'], say"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader
 from swaft.averaging import WeightAverager, WindowSearch, search_windows
 from swaft.averaging.rules import WindowsPlan
 from swaft.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 ROW_ID = "idx"
 
@@ -99,6 +102,7 @@ def best_window(
     """
     if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
         return None
+    logger.info("choosing the window of averaged weights on validation data: an evaluation for each")
     return search_windows(averager, lambda: evaluate_once()[metric])
 
 

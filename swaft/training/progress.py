@@ -14,6 +14,7 @@ import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from swaft.averaging import WindowSearch
 from swaft.config import TrackConfig, TrainConfig, flatten
 from swaft.training.evaluate import Scores
 from swaft.training.run_folder import RunFolder
@@ -108,6 +109,14 @@ class ProgressLog:
         """Print the closing table; the first row is its head."""
         for line in aligned(rows):
             logger.info(line)
+
+    def window(self, found: WindowSearch) -> None:
+        """Say which weights were averaged, where that was chosen after training."""
+        best = found.best
+        logger.info(
+            "averaged: the %d weights from step %d to %d, best of %d windows on validation data (%.4f)",
+            *(best.members, best.start, best.end, len(found.scores), found.score),
+        )
 
     def saved(self, folders: Mapping[str, Path]) -> None:
         """Say where the weights lie, by kind."""

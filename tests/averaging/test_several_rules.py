@@ -15,6 +15,7 @@ from torch import nn
 
 import swaft
 from swaft.averaging.arithmetic import reference_mean
+from swaft.averaging.averager import _require_same
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
@@ -318,3 +319,20 @@ def test_an_average_equal_to_the_live_weights_is_fine_where_training_moved():
     model, _, averager, recorded = training(swaft.Merge(weights=[0, 0, 0, 0, 1], start=4))
     with averager.swapped_in():
         assert torch.equal(flat(model), recorded[-1])
+
+
+def test_ranks_that_were_given_different_rules_are_told_which():
+    with pytest.raises(AveragingError, match=r"rank 2 was given .*start=0\.25.* and rank 0 .*start=0\.5"):
+        _require_same([repr(swaft.SWA(start=start)) for start in (0.5, 0.5, 0.25)])
+    _require_same([repr(swaft.SWA())] * 4)
+
+
+def test_a_rule_given_by_its_name_is_refused_with_what_was_meant():
+    with pytest.raises(ConfigError, match=r"'swa' is no rule, expected swaft\.SWA"):
+        training("swa")
+
+
+def test_an_evaluation_that_returns_no_number_is_refused_with_what_was_meant():
+    _, _, averager, _ = training(swaft.Windows(blocks=2, start=0))
+    with pytest.raises(AveragingError, match=r"returned dict, expected one number"):
+        swaft.search_windows(averager, lambda: {"accuracy": 1.0})

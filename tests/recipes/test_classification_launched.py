@@ -99,6 +99,7 @@ def test_the_window_is_chosen_after_training_by_the_validation_score(inputs, tmp
     tried = summary["windows_tried"]
     assert len(tried) >= 5
     assert {window["start"] for window in tried} == {0, 11, 22, 33, 44}
+    assert f"best of {len(tried)} windows on validation data" in finished.err + finished.out
     best = max(window["score"] for window in tried)
     assert summary["scores"]["validation"]["averaged"]["accuracy"] == best
     assert summary["window"]["members"] == summary["window"]["end"] - summary["window"]["start"] + 1

@@ -204,4 +204,7 @@ def refuse_selection(selection: dict[str, Any], *known: str) -> None:
     for name in selection:
         if name not in known:
             offered = " or ".join(known) if known else "no choice"
-            raise AveragingError(f"this rule's average was asked for by {name!r}; it offers {offered}")
+            raise AveragingError(
+                f"this rule's average was asked for by {name!r}; it offers {offered} (Windows takes start and end, "
+                "PowerEMA sigma_rel)"
+            )
