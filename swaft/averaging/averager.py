@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import finalize
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from swaft.averaging import export
 from swaft.averaging.engines import attach_engine
+from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
 from swaft.averaging.rules import Plan, Rule
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError, ConfigError
 
 if TYPE_CHECKING:
-    from swaft.averaging.host import HostAverages
     from swaft.averaging.host.lanes import Lanes
     from swaft.averaging.host.pipeline import Waits
 
@@ -83,22 +82,25 @@ class WeightAverager:
         self._plans = _plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
         _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision))))
+        self._compensated = precision == "compensated"
         self._averages = HostAverages(
             self.engine.spans,
             self._plans,
             ranks=self.engine.ranks,
             device=self.engine.device,
-            compensated=precision == "compensated",
+            compensated=self._compensated,
             threads=threads,
             spill_dir=None if spill_dir is None else Path(spill_dir),
             lent=self.engine.lends_storage,
         )
         self._seen = self.engine.applied_steps()
-        self._compensated = precision == "compensated"
         self._proved = False
         self._counts = dict.fromkeys(self._plans, 0)
         self._begun: set[str] = set()
-        self.close = finalize(self, _close, self._averages, self._guard_masters())
+        # All that writes to the masters waits until a member has been read.
+        hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, self._averages.release_masters)
+        hook_weakly(self.engine.swap.before_write, self._averages.release_masters)
+        self.close = finalize(self, self._averages.close)
         if any(plan.first_step == self._seen for plan in self._plans.values()):
             self._take_in(self._seen)
 
@@ -271,7 +273,7 @@ class WeightAverager:
         try:
             self._averages.raise_if_refused()
         except AveragingError as refusal:
-            self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+            self._recount()
             return refusal
         return None
 
@@ -279,8 +281,11 @@ class WeightAverager:
         try:
             self._averages.finish()
         except AveragingError:
-            self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+            self._recount()
             raise
+
+    def _recount(self) -> None:
+        self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
 
     def _named(self, name: str | None) -> str:
         if name is None:
@@ -317,14 +322,6 @@ class WeightAverager:
             )
         assert shard is not None
         return shard
-
-    def _guard_masters(self) -> list[RemovableHandle]:
-        """Hooks on all that writes to the masters, so that it waits until a member has been read."""
-        averages = self._averages
-        return [
-            self.engine.inner_optimizer.register_step_pre_hook(lambda *_: averages.release_masters()),
-            self.engine.swap.before_write(averages.release_masters),
-        ]
 
 
 def _plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:
@@ -364,9 +361,3 @@ def _require_same(settings: list[str]) -> None:
                 f"rank {rank} was given (rules, total_steps, precision) = {other}, and rank 0 {settings[0]}; "
                 "expected the same on every rank"
             )
-
-
-def _close(averages: HostAverages, hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
-    averages.close()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swaft.averaging.rounding import RoundingError, plain_mean, simulate
+from swaft.averaging.rounding import RoundingError, native_mean, simulate
 from swaft.averaging.rules.base import Plan, RunningMeanPlan
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def forecast(
     if not compensated and learning_rate > 0:
         running = {name: plan for name, plan in plans.items() if isinstance(plan, RunningMeanPlan)}
         errors = {
-            name: simulate(plan, plain_mean(), learning_rate=learning_rate) for name, plan in running.items()
+            name: simulate(plan, native_mean(compensated=False), learning_rate=learning_rate)
+            for name, plan in running.items()
         }
     updates = max(sum(len(plan.updates(1)) for plan in plans.values()), 1)
     return Forecast(

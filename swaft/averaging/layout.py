@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from swaft.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Span:
     """First element in the shard."""
     numel: int
     """Elements in the run."""
+
+    def of(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The run in flat buffers of this geometry, as a view."""
+        return buffers[self.buffer].narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)

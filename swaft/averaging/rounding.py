@@ -80,13 +80,25 @@ def walk(steps: int, *, learning_rate: float, numel: int, seed: int) -> Iterator
         weights = weights + (drift + rate * generator.standard_normal(numel, dtype=np.float32))
 
 
-def plain_mean() -> Mean:
-    """The 4-byte form, as `arithmetic.update_plain_` has it."""
-    m: np.ndarray | None = None
+def native_mean(*, compensated: bool) -> Mean:
+    """One running mean as training keeps it, by the compiled loops.
+
+    Args:
+        compensated: in 6 bytes an element; otherwise the plain form, in 4.
+    """
+    from swaft.averaging import native  # compiled code, which importing swaft does not pay for
+
+    mean, words = np.empty(0, np.float32), np.empty(0, np.uint16)
 
     def update(member: np.ndarray, weight: float) -> np.ndarray:
-        nonlocal m
-        m = member if m is None else m + (member - m) * np.float32(weight)
-        return m
+        nonlocal mean, words
+        table = (np.array([member.ctypes.data]), np.array([0]), np.array([member.size]))
+        if weight == 1.0:
+            mean, words = member.copy(), np.zeros(member.size, np.uint16)
+        elif compensated:
+            native.update(*table, mean, words, np.float32(weight))
+        else:
+            native.update_plain(*table, mean, np.float32(weight))
+        return mean
 
     return update

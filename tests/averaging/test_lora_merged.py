@@ -51,6 +51,15 @@ def opened(kind, folder):
     return model.state_dict()
 
 
+def assert_merged_as_swapped_in(averager, model, folder):
+    """The merged folder answers as the model does with the average swapped in."""
+    lora.save_merged(averager, folder)
+    with averager.swapped_in():
+        expected = logits(model)
+    merged = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_merged_model_is_the_base_plus_the_dense_mean_to_the_last_bit(kind, tmp_path):
     model = adapted(kind)
@@ -97,11 +106,7 @@ def test_all_that_is_trained_beside_the_factors_is_in_the_merged_model(tmp_path)
         trainable_token_indices={"word_embeddings": [3, 1]},
     )
     averager, _ = train(model, rule=swaft.SWA(start=0))
-    lora.save_merged(averager, tmp_path / "out")
-    with averager.swapped_in():
-        expected = logits(model)
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert torch.allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert_merged_as_swapped_in(averager, model, tmp_path / "out")
 
 
 def test_every_active_adapter_is_merged_and_every_trained_one_is_averaged(tmp_path):
@@ -136,11 +141,7 @@ def test_a_parametrized_head_is_merged_as_the_plain_weight_it_evaluates_to(tmp_p
     base.classifier = spectral_norm(base.classifier)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
     averager, _ = train(model, rule=swaft.SWA(start=0))
-    lora.save_merged(averager, tmp_path / "out")
-    with averager.swapped_in():
-        expected = logits(model)
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert torch.allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert_merged_as_swapped_in(averager, model, tmp_path / "out")
 
 
 def test_a_parts_wrapper_is_in_no_name(tmp_path):

@@ -204,18 +204,12 @@ class Engine(ABC):
     def spanned(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The owned elements of ``buffers`` beside those of a shard, run by run."""
         for span in self.spans:
-            yield (
-                buffers[span.buffer].narrow(0, span.offset, span.numel),
-                shard.narrow(0, span.shard_offset, span.numel),
-            )
+            yield span.of(buffers), shard.narrow(0, span.shard_offset, span.numel)
 
     def _paired(self) -> Iterator[tuple[Tensor, Tensor]]:
         masters, working = self.masters(), self.working()
         for span in self.spans:
-            yield (
-                masters[span.buffer].detach().narrow(0, span.offset, span.numel),
-                working[span.buffer].detach().narrow(0, span.offset, span.numel),
-            )
+            yield span.of(masters).detach(), span.of(working).detach()
 
     @torch.no_grad()
     def _misplaced(self) -> LayoutError | None:

@@ -88,4 +88,4 @@ class ReplicatedEngine(Engine):
 
 
 def _views(chunk: Chunk, buffers: list[Tensor]) -> list[Tensor]:
-    return [buffers[span.buffer].narrow(0, span.offset, span.numel) for span in chunk.spans]
+    return [span.of(buffers) for span in chunk.spans]

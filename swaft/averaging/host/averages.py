@@ -99,9 +99,8 @@ class HostAverages:
         numel = min(RATE_SAMPLE, sum(span.numel for span in self._spans)) or 1
         lanes = Lanes(_ONE_MEAN, numel, self.crew, compensated=True)
         source = HostSource([Span(0, 0, 0, numel)], self.crew)
-        masters = [
-            torch.zeros(numel, dtype=torch.float32, device="cpu")
-        ]  # a source holds addresses, not tensors
+        # Kept here: a source holds addresses, not tensors.
+        masters = [torch.zeros(numel, dtype=torch.float32, device="cpu")]
         source.open(masters, None, lambda: None)
         tables = next(source.tables())
         seconds = []
@@ -117,8 +116,8 @@ class HostAverages:
         """Take the masters in for some rules, in the background; see `Pipeline.submit`."""
         self._pipeline.submit(self._source(masters), masters, step=step, rules=rules)
 
-    def release_masters(self) -> None:
-        """Return once the masters may be written to; see `Pipeline.release_masters`."""
+    def release_masters(self, *_: object) -> None:
+        """Hook: return once the masters may be written to; see `Pipeline.release_masters`."""
         self._pipeline.release_masters()
 
     def raise_if_refused(self) -> None:

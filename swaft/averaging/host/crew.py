@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from swaft.errors import ConfigError
+from swaft.averaging.rules.base import require_whole
 
 MAX_THREADS = 8
 """Threads a rank takes by itself: more seldom help, since memory is shared by all ranks of a node."""
@@ -35,10 +35,8 @@ class Crew:
     """
 
     def __init__(self, threads: int | None = None, *, device: torch.device | None = None):
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(
-                f"averaging.threads is {threads!r}, expected a whole number of at least 1, or null to choose"
-            )
+        if threads is not None:
+            require_whole("threads", threads, at_least=1)
         self.threads = default_threads() if threads is None else threads
         cores = cores_near(device)
         self._pool = ThreadPoolExecutor(

@@ -58,7 +58,7 @@ class Member:
     """Applied step whose weights they are."""
     rules: tuple[str, ...]
     """The rules that take it."""
-    versions: list[int] = field(default_factory=list)
+    versions: list[int]
     """How often each buffer had been written to when the member was submitted."""
     released: threading.Event = field(default_factory=threading.Event)
     """All copies are issued, or (on the host) all elements read."""

@@ -167,7 +167,7 @@ class StagedSource:
         if masters is not self._masters:
             require_geometry(masters, self._spans)
             self._masters = masters
-            self._views = [[_run(span, masters) for span in chunk.spans] for chunk in self._chunks]
+            self._views = [[span.of(masters) for span in chunk.spans] for chunk in self._chunks]
         with self._api.stream(self._stream):
             self._stream.wait_event(ready)
             self._verdict = self._enqueue_check()
@@ -279,7 +279,3 @@ def _split(chunk: Chunk, threads: int) -> list[Table]:
             tuple(np.array([each], np.int64) for each in (4 * first, chunk.shard_offset + first, numel))
         )
     return parts
-
-
-def _run(span: Span, masters: list[Tensor]) -> Tensor:
-    return masters[span.buffer].narrow(0, span.offset, span.numel)

@@ -55,14 +55,14 @@ class LateDevice:
                 self.position = len(device.pending)
 
             def synchronize(self):
-                device.run(self.position)
+                device.catch_up(self.position)
 
         class Stream:
             def __init__(self, device=None):
                 pass
 
             def wait_event(self, event):
-                device.run(event.position)
+                device.catch_up(event.position)
 
         self.Event, self.Stream = Event, Stream
 
@@ -77,7 +77,7 @@ class LateDevice:
         assert non_blocking
         self.pending.append(lambda: [t.copy_(s) for t, s in zip(targets, sources, strict=True)])
 
-    def run(self, position: int) -> None:
+    def catch_up(self, position: int) -> None:
         with self.lock:
             while self.done < position:
                 self.pending[self.done]()
