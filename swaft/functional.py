@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swaft.errors import ConfigError
-from swaft.noise.divergence import Detach, symmetric_kl
+from swaft.noise.loss import Detach, symmetric_kl
 
 __all__ = ["DivergenceLoss", "cross_entropy_symmetric_kl", "symmetric_kl"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swaft.noise.divergence import symmetric_kl
+from swaft.noise.loss import symmetric_kl
 from swaft.noise.objectives import R3F, R4F, ObjectiveOutput, RDrop, TaskLoss
 from swaft.noise.presets import PRESETS, NoiseSettings
 

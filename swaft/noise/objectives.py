@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from swaft.errors import ConfigError, NoiseError
 from swaft.noise.arrival import prove_arrival
 from swaft.noise.checks import check_model, check_output, generates
-from swaft.noise.divergence import Detach, symmetric_kl
 from swaft.noise.dropout import RngState
 from swaft.noise.embedding import (
     Embedded,
@@ -24,6 +23,7 @@ from swaft.noise.embedding import (
     root_mean_square,
 )
 from swaft.noise.generator import Noise, draw_noise
+from swaft.noise.loss import Detach, symmetric_kl
 from swaft.noise.presets import (
     Masks,
     NoiseSettings,

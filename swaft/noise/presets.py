@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from swaft.errors import ConfigError
-from swaft.noise.divergence import Detach
 from swaft.noise.generator import Noise
+from swaft.noise.loss import Detach
 
 Masks = Literal["shared", "independent"]
 Reduction = Literal["mean", "batchmean"]

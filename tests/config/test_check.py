@@ -181,8 +181,8 @@ def test_choices_of_the_averaging_section_are_those_of_the_rules():
 
 
 def test_choices_of_the_noise_section_are_those_of_the_objectives():
-    from swaft.noise.divergence import Detach
     from swaft.noise.generator import Noise
+    from swaft.noise.loss import Detach
     from swaft.noise.presets import Masks, Reduction
     from swaft.noise.spectral import Layers
 
