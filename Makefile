@@ -48,14 +48,18 @@ test-full: venv  ## everything that runs without a GPU
 
 gpu: venv  ## what needs a GPU: its tests, then its benchmarks
 	$(BIN)/python -m pytest -m gpu
+	$(PIP) --editable '.[bench]' || echo 'liger-kernel is missing; the benchmark will say so'
 	$(BIN)/python -m benchmarks.averaging
+	$(BIN)/python -m benchmarks.fused_loss
 
 bench: venv  ## benchmarks, side by side in one run; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.averaging
+	$(BIN)/python -m benchmarks.fused_loss
 
 constraints: venv  ## write the versions in .venv to constraints.txt, after trying newer ones
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.new
-	grep -q '^triton==' constraints.new || echo 'triton==3.6.0' >> constraints.new
+	grep -E '^(triton|liger-kernel)==' constraints.txt | while IFS== read -r name rest; do \
+	  grep -q "^$$name==" constraints.new || echo "$$name==$${rest#=}" >> constraints.new; done
 	mv constraints.new constraints.txt
 
 clean:  ## remove what the targets built, but no run

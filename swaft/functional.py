@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swaft.errors import ConfigError
-from swaft.noise.loss import Detach, symmetric_kl
+from swaft.noise.loss.divergence import symmetric_kl
+from swaft.noise.loss.linear import LinearInputs
+from swaft.noise.loss.operator import fused_linear_loss
+from swaft.noise.loss.options import Detach, Form, LossOptions, Reduction, check_divergence_weight
+from swaft.noise.loss.reference import reference_rows
+from swaft.noise.loss.rows import task_rows
+from swaft.noise.loss.weighting import row_weights
 
-__all__ = ["DivergenceLoss", "cross_entropy_symmetric_kl", "symmetric_kl"]
+__all__ = [
+    "NoiseStabilityLoss",
+    "cross_entropy_symmetric_kl",
+    "linear_cross_entropy_symmetric_kl",
+    "symmetric_kl",
+]
 
 
-class DivergenceLoss(NamedTuple):
-    """A noise-stability loss and the two terms it is made of, 0-dim tensors."""
+class NoiseStabilityLoss(NamedTuple):
+    """A noise-stability loss, the terms it is made of, and those of every row."""
 
     loss: Tensor
-    """task_loss + divergence_weight * divergence."""
+    """task_loss + divergence_weight * divergence, 0-dim; the only one that has a gradient."""
     task_loss: Tensor
-    """The cross entropy."""
+    """The cross entropy and, where asked for, the z term, 0-dim."""
     divergence: Tensor
-    """The symmetric KL divergence, before its weight."""
+    """The symmetric KL divergence, before its weight, 0-dim."""
+    row_cross_entropy: Tensor
+    """Cross entropy of each row, without the z term, shaped like the labels; 0 where the label is ignored."""
+    row_divergence: Tensor
+    """J of each row; 0 in rows that count for nothing."""
+    row_log_normalizer: Tensor
+    """L = log sum exp z of each row's clean logits; 0 in rows that count for nothing."""
 
 
 def cross_entropy_symmetric_kl(
@@ -33,10 +49,14 @@ def cross_entropy_symmetric_kl(
     divergence_weight: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum"] = "mean",
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    kl_mask: Tensor | None = None,
+    kl_normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
     detach: Detach = "none",
     ce_on_noised: bool = False,
-) -> DivergenceLoss:
+) -> NoiseStabilityLoss:
     """Cross entropy of the clean logits plus the weighted symmetric KL between clean and noised logits.
 
     loss = CE(logits, labels) + divergence_weight * J  (R3F, Aghajanyan et al. 2021, eq. 3), both over the
@@ -49,32 +69,201 @@ def cross_entropy_symmetric_kl(
         divergence_weight: the lambda of the paper.
         label_smoothing: share of the target spread over all V classes, cross entropy only.
         ignore_index: label of the rows that do not count.
-        reduction: over counted rows.
+        z_loss: k of the term k L^2 added to each row's cross entropy, L the log of the softmax normalizer.
+        token_weight: factor of each row in both terms and in their means (...).
+        kl_mask: rows of the divergence (...), bool, if not those whose label counts.
+        kl_normalizer: what the sum of the divergences is divided by, a number or a 0-dim tensor, if not the
+            sum of its rows' weights. fairseq's R3F: kl_mask all True, the number of sentences; ParlAI's:
+            kl_mask all True, the number of rows whose label counts.
+        reduction: "mean" by the sum of the token weights, or "sum".
         detach: what the divergence holds constant, see :func:`symmetric_kl`.
         ce_on_noised: average the cross entropies of both passes (R-Drop) instead of the clean one's.
 
     Returns:
-        loss, task_loss and divergence.
+        The loss and its terms.
+
+    Raises:
+        ConfigError: naming options out of range, or shapes that do not fit.
     """
-    if reduction not in ("mean", "sum"):
-        raise ConfigError(f"reduction is {reduction!r}; expected mean or sum.")
-    counted = labels != ignore_index
-    rows = counted.sum().clamp(min=1) if reduction == "mean" else 1
-
-    def cross_entropy(z: Tensor) -> Tensor:
-        wide = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2)
-        total = F.cross_entropy(
-            wide,
-            labels.flatten(),
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="sum",
+    check_divergence_weight(divergence_weight)
+    options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised)
+    if noised_logits.shape != logits.shape or labels.shape != logits.shape[:-1]:
+        raise ConfigError(
+            f"logits {tuple(logits.shape)}, noised_logits {tuple(noised_logits.shape)} and labels "
+            f"{tuple(labels.shape)} do not fit; expected (..., V) twice and (...)."
         )
-        return total / rows
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
+    weights = row_weights(
+        labels,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        kl_mask=kl_mask,
+        kl_normalizer=kl_normalizer,
+        reduction=reduction,
+        dtype=dtype,
+    )
+    z, noised_z = (tensor.to(dtype).flatten(0, -2) for tensor in (logits, noised_logits))
+    counts_for_task, counts = weights.cross_entropy != 0, weights.counts
+    z, noised_z = (tensor.masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (z, noised_z))
+    rows = reference_rows(z, noised_z, (z - noised_z).detach(), weights.labels, options)
+    task_loss, divergence = weights.reduce(
+        torch.where(counts_for_task, rows.task, 0.0),
+        torch.where(weights.divergence != 0, rows.divergence, 0.0),
+    )
 
-    task_loss = cross_entropy(logits)
-    if ce_on_noised:
-        task_loss = (task_loss + cross_entropy(noised_logits)) / 2
-    row_divergence = symmetric_kl(logits, noised_logits, detach=detach)
-    divergence = torch.where(counted, row_divergence, 0.0).sum() / rows
-    return DivergenceLoss(task_loss + divergence_weight * divergence, task_loss, divergence)
+    def of_rows(values: Tensor, counting: Tensor) -> Tensor:
+        return torch.where(counting, values.detach(), 0.0).reshape(labels.shape)
+
+    return NoiseStabilityLoss(
+        task_loss + divergence_weight * divergence,
+        task_loss.detach(),
+        divergence.detach(),
+        of_rows(rows.cross_entropy, counts_for_task),
+        of_rows(rows.divergence, counts),
+        of_rows(rows.log_normalizer, counts),
+    )
+
+
+def linear_cross_entropy_symmetric_kl(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hidden_difference: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    form: Form = "difference",
+    num_counted: int | None = None,
+    chunk_bytes: int | None = None,
+    divergence_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    kl_mask: Tensor | None = None,
+    kl_normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    detach: Detach = "none",
+    ce_on_noised: bool = False,
+) -> NoiseStabilityLoss:
+    """Cross entropy plus symmetric KL of a language-model head, without ever holding its logits.
+
+    z = softcap(logit_scale * hidden @ weight.T + bias), z' likewise of ``noised_hidden``, and then the loss of
+    :func:`cross_entropy_symmetric_kl`. Rows go through the head a chunk at a time, gradients are made in the
+    forward pass and kept for the backward, which can be had once: no second derivatives.
+
+    With form "difference" z - z' is not a subtraction of logits but a product of its own, h - h' times the
+    weight, and has its digits at every size of noise, also with 16-bit operands; with bf16 operands it serves
+    spreads of z - z' up to about 2. "direct" takes z' from ``noised_hidden``: right where the passes are far
+    apart (R-Drop, independent dropout masks), with bf16 operands from a spread of about 0.05 on.
+
+    Sums are fp32 (float64 for float64). Under autocast the operands are cast inside, after the difference is
+    taken. Nothing makes the host wait for an accelerator.
+
+    Args:
+        hidden: clean hidden states h (..., d).
+        noised_hidden: noised hidden states h' (..., d).
+        weight: of the head W (V, d).
+        labels: class indices (...), int64.
+        bias: of the head (V,).
+        hidden_difference: h - h' (..., d) in the best precision there is, if that is better than what
+            ``hidden`` and ``noised_hidden`` have left; constant, its gradient goes to ``noised_hidden``.
+        logit_scale: alpha, more than 0; T5 with tied embeddings: d^-1/2.
+        softcap: kappa of z = kappa tanh(raw / kappa); None for none.
+        form: "difference" or "direct".
+        num_counted: upper bound of the rows that count for either term, if the host knows one. Others are
+            left out before any product; a CPU finds them itself. If more rows count than this says, the loss
+            is NaN.
+        chunk_bytes: what all tensors of size V of one chunk may take; None for a default by device. A chunk has
+            128 rows at the least.
+        divergence_weight: the lambda of the paper.
+        label_smoothing: as in :func:`cross_entropy_symmetric_kl`, like all that follow.
+        ignore_index: label of the rows that do not count.
+        z_loss: k of the term k L^2.
+        token_weight: factor of each row (...).
+        kl_mask: rows of the divergence (...), bool.
+        kl_normalizer: what the sum of the divergences is divided by.
+        reduction: "mean" or "sum".
+        detach: what the divergence holds constant.
+        ce_on_noised: average the cross entropies of both passes.
+
+    Returns:
+        The loss and its terms.
+
+    Raises:
+        ConfigError: naming options out of range, or shapes that do not fit.
+        NoiseError: in a second derivative.
+    """
+    check_divergence_weight(divergence_weight)
+    options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form)
+    _check_head(
+        hidden, noised_hidden, weight, labels, bias, hidden_difference, form, num_counted, chunk_bytes
+    )
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, noised_hidden.dtype), weight.dtype)
+    weights = row_weights(
+        labels,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        kl_mask=kl_mask,
+        kl_normalizer=kl_normalizer,
+        reduction=reduction,
+        dtype=torch.promote_types(dtype, torch.float32),
+    )
+    ce_weight, kl_weight, factor = weights.in_loss(divergence_weight)
+    inputs = LinearInputs(
+        hidden=hidden.flatten(0, -2),
+        noised_hidden=noised_hidden.flatten(0, -2),
+        hidden_difference=None if hidden_difference is None else hidden_difference.detach().flatten(0, -2),
+        weight=weight,
+        bias=bias,
+        labels=weights.labels,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        factor=factor,
+    )
+    loss, rows = fused_linear_loss(inputs, options, num_counted=num_counted, chunk_bytes=chunk_bytes)
+    task_loss, divergence = weights.reduce(task_rows(rows, options), rows.divergence)
+    row_values = (values.reshape(labels.shape) for values in rows[:3])
+    return NoiseStabilityLoss(loss, task_loss, divergence, *row_values)
+
+
+def _check_head(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    hidden_difference: Tensor | None,
+    form: Form,
+    num_counted: int | None,
+    chunk_bytes: int | None,
+) -> None:
+    problems = []
+    if noised_hidden.shape != hidden.shape or labels.shape != hidden.shape[:-1]:
+        problems.append(
+            f"hidden {tuple(hidden.shape)}, noised_hidden {tuple(noised_hidden.shape)} and labels "
+            f"{tuple(labels.shape)} do not fit; expected (..., d) twice and (...)."
+        )
+    if weight.dim() != 2 or weight.shape[-1] != hidden.shape[-1]:
+        problems.append(f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[-1]}).")
+    elif bias is not None and bias.shape != weight.shape[:1]:
+        problems.append(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},).")
+    if hidden_difference is not None:
+        if form == "direct":
+            problems.append(
+                "hidden_difference was given with form='direct', which does not use it; expected None. "
+                "Leave it out, or set form='difference'."
+            )
+        elif hidden_difference.shape != hidden.shape:
+            problems.append(
+                f"hidden_difference has shape {tuple(hidden_difference.shape)}; expected that of hidden, "
+                f"{tuple(hidden.shape)}."
+            )
+    if num_counted is not None and num_counted < 0:
+        problems.append(f"num_counted is {num_counted}; expected a number of rows, or None.")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        problems.append(f"chunk_bytes is {chunk_bytes}; expected a number of bytes, or None.")
+    if problems:
+        raise ConfigError(problems)

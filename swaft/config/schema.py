@@ -184,7 +184,13 @@ class NoiseConfig:
     reduction: Literal["mean", "batchmean"] | None = None
     """mean: over the rows whose label counts; batchmean: the sum over all rows by the number of sentences."""
     detach: Literal["none", "clean", "noised", "target"] | None = None
-    """Which side of the divergence gets no gradient."""
+    """Which side of the divergence gets no gradient; with noised the noised pass takes none, and costs less."""
+    passes: Literal["two", "doubled"] | None = None
+    """two: the clean and the noised pass one after the other; doubled: one pass over the batch twice, faster for
+    small batches, with dropout masks of its own for each half; null: two."""
+    fused: bool | None = None
+    """Compute the loss of a model that generates from its hidden states, so that its logits are never made; false
+    makes them, and takes some twenty times the memory of one pass's logits; null: true."""
     layers: Literal["all", "last"] | None = None
     """Which linear layers of the head r4f normalises; null: all (the paper; the released code: last)."""
 

@@ -12,9 +12,13 @@ from swaft.noise.wrappers import unwrap
 
 
 def generates(model: nn.Module) -> bool:
-    """Whether a model is an encoder-decoder that generates text."""
-    network = unwrap(model)
-    return _can_generate(network) and _config(network, "is_encoder_decoder", False)
+    """Whether a model generates text: an encoder-decoder, or a causal language model."""
+    return _can_generate(unwrap(model))
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model's logits at one position are held to the label of the next."""
+    return generates(model) and not _config(unwrap(model), "is_encoder_decoder", False)
 
 
 def check_model(model: nn.Module, objective: str) -> None:
@@ -25,15 +29,10 @@ def check_model(model: nn.Module, objective: str) -> None:
         objective: the objective's name, for the message.
 
     Raises:
-        NoiseError: for a causal language model, for regression, and for reentrant gradient checkpointing.
+        NoiseError: for regression, and for reentrant gradient checkpointing.
     """
     network = unwrap(model)
     name = type(network).__name__
-    if _can_generate(network) and not _config(network, "is_encoder_decoder", False):
-        raise NoiseError(
-            f"{name} is a causal language model, which {objective} does not support yet; expected a "
-            "classification or an encoder-decoder model. Set noise.kind=none."
-        )
     if not _can_generate(network) and _config(network, "num_labels", 2) == 1:
         raise _one_class(objective)
     if any(_is_reentrant(module) for module in network.modules()):
@@ -44,12 +43,30 @@ def check_model(model: nn.Module, objective: str) -> None:
         )
 
 
-def check_output(output: Any, labels: Tensor, objective: str) -> None:
-    """Refuse an output without loss and logits, logits of one class, and labels that are not one a row.
+def check_one_mask(model: nn.Module) -> None:
+    """Refuse dropout where one doubled pass is to share its masks: both halves draw masks of their own.
+
+    Raises:
+        NoiseError: naming a module that drops.
+    """
+    for name, module in unwrap(model).named_modules():
+        rates = {key: value for key, value in vars(module).items() if "drop" in key}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        for key, rate in rates.items():
+            if isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0:
+                raise NoiseError(
+                    f"noise.passes=doubled with noise.masks=shared: {f'{name}.{key}'.lstrip('.')} is {rate:g}, "
+                    "and one pass over the batch twice draws other masks for each half. Expected no dropout: "
+                    "set the model's dropout to 0, noise.masks=independent, or noise.passes=two."
+                )
+
+
+def check_output(output: Any, objective: str) -> None:
+    """Refuse an output without loss and logits.
 
     Args:
-        output: what the model returned.
-        labels: the batch's labels.
+        output: what the model returned for a batch with labels.
         objective: the objective's name, for the message.
 
     Raises:
@@ -61,11 +78,24 @@ def check_output(output: Any, labels: Tensor, objective: str) -> None:
             f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
             "expected a Hugging Face classification or generation model. Set noise.kind=none."
         )
-    if logits.shape[-1] == 1:
+
+
+def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
+    """Refuse logits of one class, and labels that are not one a row.
+
+    Args:
+        rows: logits (..., V), or the hidden states that they are made of (..., d).
+        targets: the classes.
+        objective: the objective's name, for the message.
+
+    Raises:
+        NoiseError: naming what was found.
+    """
+    if rows.shape[-1] == 1:
         raise _one_class(objective)
-    if labels.shape != logits.shape[:-1]:
+    if targets.shape != rows.shape[:-1]:
         raise NoiseError(
-            f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; "
+            f"Labels of shape {tuple(targets.shape)} do not fit rows of shape {tuple(rows.shape)}; "
             f"{objective} expects one class index a row. Set noise.kind=none for several labels a row."
         )
 

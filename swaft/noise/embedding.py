@@ -39,7 +39,7 @@ class Embedded:
     calls: int = 0
     """How often the embedding ran; 1 after a pass."""
     clean: Tensor = field(default_factory=lambda: torch.empty(0))
-    """The embedding output, at least fp32, detached."""
+    """The embedding output that the noise was added to, in its own type, detached."""
     handed_on: Tensor = field(default_factory=lambda: torch.empty(0))
     """What the body got instead, in the type it got it, detached."""
 
@@ -88,16 +88,22 @@ def _text_encoder(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def embedding_hook(
-    site: EmbeddingSite, draw: Callable[[Tensor], Tensor] | None = None, *, detach: bool = False
+    site: EmbeddingSite,
+    disturb: Callable[[Tensor], Tensor] | None = None,
+    *,
+    detach: bool = False,
+    half: bool = False,
 ) -> Iterator[Embedded]:
     """Run one pass with the embedding output replaced by its sum with noise, in the widest type accepted.
 
-    The clean pass goes through the same hook without ``draw``, so that both bodies compute in the same types.
+    The clean pass goes through the same hook without ``disturb``, so that both bodies compute in the same types.
 
     Args:
         site: where to hook.
-        draw: gives the noise (fp32) for an embedding output; None for the clean pass.
-        detach: send no gradient into the embedding.
+        disturb: gives the sum (fp32 at the least) of an embedding output and noise, differentiable; None for the
+            clean pass.
+        detach: send no gradient into the embedding from what is disturbed.
+        half: disturb the second half of the rows only, and record that half.
 
     Yields:
         The record of the pass, filled when the pass has run.
@@ -106,22 +112,37 @@ def embedding_hook(
         NoiseError: when the embedding did not run exactly once.
     """
     record = Embedded()
+    inside = False  # the encoder: its embedding may be the decoder's, too, as after resize_token_embeddings
 
-    def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor:
-        wide = output.to(_widened(output.dtype))
-        if detach:
-            wide = wide.detach()
-        summed = wide if draw is None else wide + draw(wide.detach())
-        handed_on = summed.to(site.dtype_for(output.dtype))
+    def enter(*_: object) -> None:
+        nonlocal inside
+        inside = True
+
+    def leave(*_: object) -> None:
+        nonlocal inside
+        inside = False
+
+    def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor | None:
+        if not inside:
+            return None
+        clean, own = output.chunk(2) if half else (None, output)
+        dtype = site.dtype_for(output.dtype)
+        source = own.detach() if detach else own
+        handed_on = (source if disturb is None else disturb(source)).to(dtype)
         record.calls += 1
-        record.clean, record.handed_on = wide.detach(), handed_on.detach()
-        return handed_on
+        record.clean, record.handed_on = own.detach(), handed_on.detach()
+        return handed_on if clean is None else torch.cat([clean.to(dtype), handed_on])
 
-    handle = site.embedding.register_forward_hook(hook)
+    handles = [
+        site.encoder.register_forward_pre_hook(enter),
+        site.encoder.register_forward_hook(leave),
+        site.embedding.register_forward_hook(hook),
+    ]
     try:
         yield record
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if record.calls != 1:
         raise NoiseError(
             f"The token embedding of {type(site.encoder).__name__} ran {record.calls} times in one forward "
@@ -132,7 +153,8 @@ def embedding_hook(
 
 def measure(record: Embedded) -> RealisedNoise:
     """Measure the noise that a pass really had, without a host synchronisation."""
-    changed = record.handed_on.to(record.clean.dtype) != record.clean
+    wide = _widened(record.clean.dtype)
+    changed = record.handed_on.to(wide) != record.clean.to(wide)
     return RealisedNoise(noise_to_signal(record.clean, record.handed_on), changed.mean(dtype=torch.float32))
 
 
@@ -144,8 +166,8 @@ def noise_to_signal(clean: Tensor, noised: Tensor) -> Tensor:
 
 
 def root_mean_square(tensor: Tensor) -> Tensor:
-    """sqrt(mean(x^2)) over all entries, a 0-dim tensor."""
-    return tensor.square().mean().sqrt()
+    """sqrt(mean(x^2)) over all entries, a 0-dim tensor, fp32 at the least."""
+    return tensor.to(_widened(tensor.dtype)).square().mean().sqrt()
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

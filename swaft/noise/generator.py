@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Noise = Literal["uniform", "normal"]
+from swaft.noise.philox import Noise, standard_noise
 
 _MASK = (1 << 64) - 1
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether a GPU has the one kernel; without it the same bits come from a few dozen."""
 
 
 def splitmix64(value: int) -> int:
@@ -31,10 +34,32 @@ def splitmix64(value: int) -> int:
 def stream_seed(seed: int, rank: int, step: int) -> int:
     """Mix the seed of one rank's noise at one step: mix(mix(mix(seed) ^ rank) ^ step), mix = SplitMix64.
 
-    For a given seed, two steps of one rank or two ranks at one step never share it. (torch's CPU generator
-    reads the low 32 bits only, so on the CPU two streams coincide with probability 2**-32.)
+    For a given seed, two steps of one rank or two ranks at one step never share it.
     """
     return splitmix64(splitmix64(splitmix64(seed) ^ rank) ^ step)
+
+
+def add_noise(
+    embedding: Tensor, *, noise: Noise, sigma: float | Tensor, seed: int, rank: int, step: int
+) -> Tensor:
+    """Add noise, uniform on [-sigma, sigma) or normal with standard deviation sigma, in fp32.
+
+    The noise is a function of (seed, rank, step) and of each element's index alone, bit for bit the same on every
+    kind of device (``philox.py``). torch's global generators are neither read nor moved.
+
+    Args:
+        embedding: any shape and floating dtype; the gradient of the result passes to it unchanged.
+        noise: the distribution.
+        sigma: half width or standard deviation, a number or a 0-dim tensor on the embedding's device; constant.
+        seed: seed of the run.
+        rank: rank of this process.
+        step: number of the micro-step.
+
+    Returns:
+        The sum, same shape, fp32, or float64 for a float64 embedding.
+    """
+    stream = stream_seed(seed, rank, step)
+    return _AddNoise.apply(embedding, noise, sigma, stream)  # type: ignore[no-any-return]
 
 
 def draw_noise(
@@ -47,10 +72,7 @@ def draw_noise(
     rank: int,
     step: int,
 ) -> Tensor:
-    """Noise of one pass: uniform on (-sigma, sigma) or normal with standard deviation sigma.
-
-    torch's global generators are neither read nor moved. Equal (seed, rank, step) give equal noise on one
-    kind of device; CPU and CUDA generators differ.
+    """Draw the noise that ``add_noise`` adds, alone.
 
     Args:
         shape: shape of the noise.
@@ -64,10 +86,34 @@ def draw_noise(
     Returns:
         Noise (shape), fp32, on ``device``.
     """
-    generator = torch.Generator(device=device).manual_seed(stream_seed(seed, rank, step))
-    drawn = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    if noise == "uniform":
-        drawn.uniform_(-1.0, 1.0, generator=generator)
-    else:
-        drawn.normal_(generator=generator)
-    return drawn.mul_(sigma)
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    return _write(out, None, noise, sigma, stream_seed(seed, rank, step))
+
+
+class _AddNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embedding: Tensor, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
+        ctx.dtype = embedding.dtype
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        out = torch.empty(embedding.shape, dtype=dtype, device=embedding.device)
+        return _write(out, embedding.contiguous(), noise, sigma, stream)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_outputs[0].to(ctx.dtype), None, None, None
+
+
+@torch.no_grad()
+def _write(out: Tensor, embedding: Tensor | None, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
+    """Fill ``out`` with embedding + noise, or the noise alone."""
+    if not isinstance(sigma, Tensor):
+        sigma = torch.full((), sigma, dtype=torch.float32, device=out.device)
+    sigma = sigma.float()
+    if out.is_cuda and _HAS_TRITON:
+        from swaft.noise.philox_triton import noise_into
+
+        noise_into(out, embedding, noise=noise, sigma=sigma, stream=stream)
+        return out
+    drawn = standard_noise(out.numel(), noise=noise, stream=stream, device=out.device).view(out.shape)
+    drawn.mul_(sigma)
+    return out.copy_(drawn) if embedding is None else torch.add(embedding, drawn, out=out)

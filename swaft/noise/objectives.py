@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from swaft.errors import ConfigError, NoiseError
-from swaft.noise.arrival import prove_arrival
-from swaft.noise.checks import check_model, check_output, generates
-from swaft.noise.dropout import RngState
-from swaft.noise.embedding import (
-    Embedded,
-    EmbeddingSite,
-    embedding_hook,
-    find_site,
-    measure,
-    root_mean_square,
-)
-from swaft.noise.generator import Noise, draw_noise
-from swaft.noise.loss import Detach, symmetric_kl
+from swaft.noise.checks import check_model, check_one_mask, generates
+from swaft.noise.embedding import EmbeddingSite, find_site, measure, root_mean_square
+from swaft.noise.generator import Noise, add_noise
+from swaft.noise.head import LanguageModelHead, find_head
+from swaft.noise.inputs import prepare_inputs
+from swaft.noise.loss import Detach
+from swaft.noise.passes import StepResult, choose_form, run_passes
 from swaft.noise.presets import (
     Masks,
     NoiseSettings,
+    Passes,
     Reduction,
     is_finite_and_not_negative,
     resolve_settings,
 )
-from swaft.noise.spectral import Layers, normalise_head, normalised_layers, power_iteration_paused
+from swaft.noise.proof import prove
+from swaft.noise.spectral import Layers, normalise_head, normalised_layers
 from swaft.noise.wrappers import current_rank
-
-IGNORE_INDEX = -100
-"""The label of a row that does not count, as in Hugging Face models."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +37,15 @@ class ObjectiveOutput:
     loss: Tensor
     """What to run backward on: task_loss + weight * divergence, a differentiable scalar."""
     task_loss: Tensor
-    """The model's own loss, detached, 0-dim."""
+    """The loss of the task alone, detached, 0-dim."""
     divergence: Tensor
     """The reduced divergence before its weight, detached, 0-dim."""
     noise_to_signal: Tensor
     """||noised - clean|| / ||clean|| of the embedding output as handed on, detached, 0-dim."""
     changed: Tensor
     """Share of the embedding output's entries that the noise changed, detached, 0-dim."""
-    logits: Tensor
-    """Logits of the clean pass, detached."""
+    logits: Tensor | None
+    """Logits of the clean pass, detached; None where none were made."""
 
 
 class TaskLoss:
@@ -80,8 +72,9 @@ class TaskLoss:
 class R3F:
     """Noise stability: the task loss plus the symmetric KL between a clean and a noised pass.
 
-    loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the encoder's token
-    embeddings (Aghajanyan et al. 2021, eqs. 3-4). Two forward passes, so one ``backward`` on the one loss.
+    loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
+    the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the
+    counted rows; a model that trains another loss is refused. One ``backward`` on the one loss.
 
     Args:
         weight: the lambda of the paper.
@@ -92,7 +85,12 @@ class R3F:
         masks: "shared" or "independent" dropout masks of the two passes.
         reduction: "mean" over counted rows, or "batchmean": sum over all rows by the number of sentences.
         detach: what the divergence holds constant: "none", "clean", "noised" or "target". With "noised" the
-            noised pass runs without gradient.
+            noised pass runs first, without gradient.
+        passes: "two", or "doubled": one pass over the batch twice, which is faster for small batches; its masks
+            are independent, so shared ones need a model without dropout.
+        fused: compute the loss of a generating model from its hidden states, chunk by chunk, so that its logits
+            are never made. False: from the logits of both passes, which takes more memory.
+        label_smoothing: share of the target of the task loss that is spread over all classes.
         seed: seed of the noise.
 
     Raises:
@@ -109,18 +107,30 @@ class R3F:
         masks: Masks | None = None,
         reduction: Reduction | None = None,
         detach: Detach | None = None,
+        passes: Passes = "two",
+        fused: bool = True,
+        label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
         if not is_finite_and_not_negative(weight):
             raise ConfigError(f"noise.weight is {weight!r}; expected a finite number, 0 or more.")
-        explicit = {"noise": noise, "sigma": sigma, "masks": masks, "reduction": reduction, "detach": detach}
+        explicit = {
+            "noise": noise,
+            "sigma": sigma,
+            "masks": masks,
+            "reduction": reduction,
+            "detach": detach,
+            "passes": passes,
+            "fused": fused,
+            "label_smoothing": label_smoothing,
+        }
         self.weight = weight
         self.seed = seed
         self.step = 0
         """Micro-steps trained so far; with seed and rank it sets the noise. Set it when a run resumes."""
         self._classifying = resolve_settings(preset, generates=False, **explicit)
         self._generating = resolve_settings(preset, generates=True, **explicit)
-        self._checked: WeakSet[nn.Module] = WeakSet()
+        self._proved: WeakSet[nn.Module] = WeakSet()
 
     def prepare_model(self, model: nn.Module) -> None:
         """Check the model before training; call it before ``accelerator.prepare``.
@@ -128,19 +138,23 @@ class R3F:
         Raises:
             NoiseError: when the objective cannot be had with this model.
         """
+        settings = self.settings_for(model)
         check_model(model, type(self).__name__)
-        if self.settings_for(model).sigma > 0:
-            find_site(model)
+        self._site(model, settings)
+        self._head(model, settings)
+        if settings.passes == "doubled" and settings.masks == "shared":
+            check_one_mask(model)
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
         """Pick the settings that apply to a model: presets may differ between classifying and generating."""
         return self._generating if generates(model) else self._classifying
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
-        """Run both passes and combine them into one loss.
+        """Run the clean and the noised pass and combine them into one loss.
 
-        The first call with a model proves, by two more passes without gradient, that the noise gets into the
-        encoder; all ranks must make it.
+        The first call with a model proves, by one or two more passes without gradient, that the model's own loss
+        is the one computed here, that its head is understood, and that the noise gets into the network; all ranks
+        must make it.
 
         Args:
             model: the model as returned by ``accelerator.prepare``, in train or eval mode.
@@ -149,87 +163,42 @@ class R3F:
         Raises:
             NoiseError: when the noise does not reach the network, or the model does not fit the objective.
         """
-        settings = self.settings_for(model)
-        site = find_site(model) if settings.sigma > 0 else None
-        self._check_once(model, batch, site, settings)
+        settings, name = self.settings_for(model), type(self).__name__
+        inputs = prepare_inputs(model, batch)
+        site, head = self._site(model, settings), self._head(model, settings)
+        if settings.passes == "doubled" and settings.masks == "shared" and model.training:
+            check_one_mask(model)
 
-        rng = RngState.capture(model)
-        clean = self._pass(model, batch, site, settings, noised=False)
-        if settings.masks == "shared":
-            rng.restore()
-        with ExitStack() as second:
-            second.enter_context(power_iteration_paused(model))
-            if settings.detach == "noised" and not settings.ce_on_noised:
-                second.enter_context(torch.no_grad())
-            noised = self._pass(model, batch, site, settings, noised=True)
+        def disturb(embedding: Tensor) -> Tensor:
+            return self._disturb(embedding, settings)
+
+        if model not in self._proved:
+            self._check(model)
+            if prove(model, batch, site=site, head=head, disturb=disturb, settings=settings, objective=name):
+                self._proved.add(model)
+
+        form = choose_form(inputs, settings, weight=self.weight, head=head, objective=name)
+        result = run_passes(model, form, settings, site=site, disturb=disturb)
         if model.training and torch.is_grad_enabled():
             self.step += 1
-        return self._combine(clean, noised, batch["labels"], settings)
+        return _describe(result, settings)
 
-    def _check_once(
-        self, model: nn.Module, batch: dict[str, Any], site: EmbeddingSite | None, settings: NoiseSettings
-    ) -> None:
-        if model in self._checked:
-            return
+    def _check(self, model: nn.Module) -> None:
+        """Check once more what may have changed since ``prepare_model``, or was not checked there."""
         check_model(model, type(self).__name__)
-        if not isinstance(batch.get("labels"), Tensor):
-            raise NoiseError(
-                "The batch has no labels; expected a tensor of class indices under the key 'labels'."
-            )
-        if site is not None:
-            prove_arrival(
-                model, batch, site=site, draw=lambda clean: self._draw(clean, settings), settings=settings
-            )
-        self._checked.add(model)
 
-    def _pass(
-        self,
-        model: nn.Module,
-        batch: dict[str, Any],
-        site: EmbeddingSite | None,
-        settings: NoiseSettings,
-        *,
-        noised: bool,
-    ) -> _Pass:
-        if site is None:
-            output, embedded = model(**batch), None
-        else:
-            draw = (lambda clean: self._draw(clean, settings)) if noised else None
-            with embedding_hook(site, draw, detach=noised and settings.detach_embedding) as embedded:
-                output = model(**batch)
-        check_output(output, batch["labels"], type(self).__name__)
-        return _Pass(output.loss, output.logits, embedded)
+    def _site(self, model: nn.Module, settings: NoiseSettings) -> EmbeddingSite | None:
+        return find_site(model) if settings.sigma > 0 else None
 
-    def _draw(self, clean: Tensor, settings: NoiseSettings) -> Tensor:
-        sigma = settings.sigma * root_mean_square(clean).float() if settings.relative else settings.sigma
-        return draw_noise(
-            clean.shape,
-            noise=settings.noise,
-            sigma=sigma,
-            device=clean.device,
-            seed=self.seed,
-            rank=current_rank(),
-            step=self.step,
-        )
+    def _head(self, model: nn.Module, settings: NoiseSettings) -> LanguageModelHead | None:
+        return find_head(model) if settings.fused and generates(model) else None
 
-    def _combine(
-        self, clean: _Pass, noised: _Pass, labels: Tensor, settings: NoiseSettings
-    ) -> ObjectiveOutput:
-        rows = symmetric_kl(clean.logits, noised.logits, detach=settings.detach)
-        divergence = settings.scale * reduce_rows(rows, labels, settings.reduction)
-        task_loss = (clean.loss + noised.loss) / 2 if settings.ce_on_noised else clean.loss
-        if noised.embedded is None:
-            noise_to_signal = changed = divergence.detach().new_zeros(())
-        else:
-            realised = measure(noised.embedded)
-            noise_to_signal, changed = realised.noise_to_signal, realised.changed
-        return ObjectiveOutput(
-            loss=task_loss + self.weight * divergence,
-            task_loss=task_loss.detach(),
-            divergence=divergence.detach(),
-            noise_to_signal=noise_to_signal,
-            changed=changed,
-            logits=clean.logits.detach(),
+    def _disturb(self, embedding: Tensor, settings: NoiseSettings) -> Tensor:
+        sigma: float | Tensor = settings.sigma
+        if settings.relative:
+            sigma = sigma * root_mean_square(embedding.detach()).float()
+        return add_noise(
+            embedding, noise=settings.noise, sigma=sigma, seed=self.seed, rank=current_rank(), step=self.step
         )
 
 
@@ -248,6 +217,9 @@ class R4F(R3F):
         masks: see R3F.
         reduction: see R3F.
         detach: see R3F.
+        passes: see R3F.
+        fused: see R3F.
+        label_smoothing: see R3F.
         seed: seed of the noise and of the power iterations' first vectors.
     """
 
@@ -262,10 +234,23 @@ class R4F(R3F):
         masks: Masks | None = None,
         reduction: Reduction | None = None,
         detach: Detach | None = None,
+        passes: Passes = "two",
+        fused: bool = True,
+        label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            weight, noise, sigma, preset=preset, masks=masks, reduction=reduction, detach=detach, seed=seed
+            weight,
+            noise,
+            sigma,
+            preset=preset,
+            masks=masks,
+            reduction=reduction,
+            detach=detach,
+            passes=passes,
+            fused=fused,
+            label_smoothing=label_smoothing,
+            seed=seed,
         )
         if layers not in get_args(Layers):
             raise ConfigError(f"noise.layers is {layers!r}; expected one of {', '.join(get_args(Layers))}.")
@@ -281,15 +266,13 @@ class R4F(R3F):
         super().prepare_model(model)
         normalise_head(model, layers=self.layers, seed=self.seed)
 
-    def _check_once(
-        self, model: nn.Module, batch: dict[str, Any], site: EmbeddingSite | None, settings: NoiseSettings
-    ) -> None:
-        if model not in self._checked and not normalised_layers(model):
+    def _check(self, model: nn.Module) -> None:
+        super()._check(model)
+        if not normalised_layers(model):
             raise NoiseError(
                 "R4F found no spectrally normalised layer in the model; expected its head to be. "
                 "Call objective.prepare_model(model) before accelerator.prepare."
             )
-        super()._check_once(model, batch, site, settings)
 
 
 class RDrop(R3F):
@@ -300,34 +283,38 @@ class RDrop(R3F):
 
     Args:
         weight: the alpha of the paper.
+        passes: see R3F; the paper's own code doubles the batch.
+        fused: see R3F.
+        label_smoothing: see R3F.
         seed: taken for the sake of a common signature; nothing is drawn from it.
     """
 
-    def __init__(self, weight: float = 1.0, *, seed: int = 0) -> None:
-        super().__init__(weight, preset="rdrop", seed=seed)
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        passes: Passes = "two",
+        fused: bool = True,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            weight, preset="rdrop", passes=passes, fused=fused, label_smoothing=label_smoothing, seed=seed
+        )
 
 
-class _Pass(NamedTuple):
-    """One forward pass: its loss, its logits, and what its embedding handed on."""
-
-    loss: Tensor
-    logits: Tensor
-    embedded: Embedded | None
-
-
-def reduce_rows(rows: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
-    """One divergence from those of all rows.
-
-    Args:
-        rows: divergence of each row, (B,) or (B, T).
-        labels: class indices, same shape; IGNORE_INDEX where a row does not count.
-        reduction: "mean" over counted rows (0 where there are none), or "batchmean": sum over all rows,
-            counted or not, divided by B.
-
-    Returns:
-        A 0-dim tensor.
-    """
-    if reduction == "batchmean":
-        return rows.sum() / rows.shape[0]
-    counted = labels != IGNORE_INDEX
-    return torch.where(counted, rows, 0.0).sum() / counted.sum().clamp(min=1)
+def _describe(result: StepResult, settings: NoiseSettings) -> ObjectiveOutput:
+    divergence = settings.scale * result.loss.divergence
+    if result.embedded is None:
+        noise_to_signal = changed = torch.zeros_like(divergence)
+    else:
+        realised = measure(result.embedded)
+        noise_to_signal, changed = realised.noise_to_signal, realised.changed
+    return ObjectiveOutput(
+        loss=result.loss.loss,
+        task_loss=result.loss.task_loss.detach(),
+        divergence=divergence.detach(),
+        noise_to_signal=noise_to_signal,
+        changed=changed,
+        logits=result.logits,
+    )

@@ -12,6 +12,7 @@ from swaft.noise.loss import Detach
 
 Masks = Literal["shared", "independent"]
 Reduction = Literal["mean", "batchmean"]
+Passes = Literal["two", "doubled"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class NoiseSettings:
     """Whether the noised pass sends no gradient into the token embeddings."""
     ce_on_noised: bool = False
     """Whether the task loss is the average of both passes' instead of the clean one's."""
+    passes: Passes = "two"
+    """"two": one after the other; "doubled": one pass over the batch twice, its second half noised."""
+    fused: bool = True
+    """Whether a generating model's loss is computed from its hidden states, so that no logits are made."""
+    label_smoothing: float = 0.0
+    """Share of the target of the task loss that is spread over all classes."""
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether nothing needs a gradient of the noised pass."""
+        return self.detach == "noised" and not self.ce_on_noised
 
 
 _PAPER = NoiseSettings()
@@ -61,6 +73,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "masks": get_args(Masks),
     "reduction": get_args(Reduction),
     "detach": get_args(Detach),
+    "passes": get_args(Passes),
 }
 
 
@@ -69,7 +82,7 @@ def resolve_settings(preset: str | None, *, generates: bool, **overrides: Any) -
 
     Args:
         preset: a key of PRESETS; None for "paper".
-        generates: whether the model generates (encoder-decoder) rather than classifies.
+        generates: whether the model generates text rather than classifies.
         overrides: fields of NoiseSettings; None keeps the preset's value.
 
     Raises:
@@ -87,9 +100,18 @@ def resolve_settings(preset: str | None, *, generates: bool, **overrides: Any) -
     sigma = given.get("sigma", 0.0)
     if not is_finite_and_not_negative(sigma):
         problems.append(f"noise.sigma is {sigma!r}; expected a finite number, 0 or more.")
+    smoothing = given.get("label_smoothing", 0.0)
+    if not is_finite_and_not_negative(smoothing) or smoothing >= 1:
+        problems.append(f"label_smoothing is {smoothing!r}; expected a number from 0 to below 1.")
     if problems:
         raise ConfigError(problems)
-    return replace(PRESETS[name][generates], **given)
+    settings = replace(PRESETS[name][generates], **given)
+    if settings.passes == "doubled" and settings.one_sided:
+        raise ConfigError(
+            "noise.passes=doubled with noise.detach=noised: a noised pass without gradient has to be a pass of "
+            "its own; expected noise.passes=two, or another noise.detach."
+        )
+    return settings
 
 
 def is_finite_and_not_negative(value: Any) -> bool:

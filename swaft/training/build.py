@@ -15,8 +15,9 @@ from swaft.noise import R3F, R4F, RDrop, TaskLoss
 AVERAGING_COMMON = ("rule", "start", "every", "precision", "threads", "spill_dir")
 """Options of section ``averaging`` that every rule uses, or the averager itself."""
 
-R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach")
-NOISE_OPTIONS = {"none": (), "rdrop": (), "r3f": R3F_OPTIONS, "r4f": (*R3F_OPTIONS, "layers")}
+PASS_OPTIONS = ("passes", "fused")
+R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach", *PASS_OPTIONS)
+NOISE_OPTIONS = {"none": (), "rdrop": PASS_OPTIONS, "r3f": R3F_OPTIONS, "r4f": (*R3F_OPTIONS, "layers")}
 """Options of section ``noise`` that each kind uses, beside its weight."""
 
 

@@ -183,7 +183,7 @@ def test_choices_of_the_averaging_section_are_those_of_the_rules():
 def test_choices_of_the_noise_section_are_those_of_the_objectives():
     from swaft.noise.generator import Noise
     from swaft.noise.loss import Detach
-    from swaft.noise.presets import Masks, Reduction
+    from swaft.noise.presets import Masks, Passes, Reduction
     from swaft.noise.spectral import Layers
 
     known = leaves(ClassificationConfig)
@@ -192,4 +192,5 @@ def test_choices_of_the_noise_section_are_those_of_the_objectives():
     assert known["noise.masks"].choices == get_args(Masks)
     assert known["noise.reduction"].choices == get_args(Reduction)
     assert known["noise.detach"].choices == get_args(Detach)
+    assert known["noise.passes"].choices == get_args(Passes)
     assert known["noise.layers"].choices == get_args(Layers)

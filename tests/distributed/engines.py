@@ -154,8 +154,10 @@ def shard(model: nn.Module, case: EngineCase) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that a model is a stack of."""
-    return [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    """The layers that a model is a stack of; not the parts of one, which T5 keeps in lists, too."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    within = {id(part) for stack in stacks for block in stack for part in block.modules()}
+    return [block for stack in stacks if id(stack) not in within for block in stack]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

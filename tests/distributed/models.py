@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -40,6 +44,14 @@ def language_batch(step: int, rank: int) -> Batch:
     return classified | {"labels": classified["input_ids"]}
 
 
+def translation_batch(step: int, rank: int) -> Batch:
+    """Text in, text out; labels of different lengths."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    labels = torch.randint(2, VOCABULARY, (MICRO_BATCH, 5), generator=generator)
+    labels[0, 3 + rank :] = -100
+    return batch(step, rank) | {"labels": labels}
+
+
 def tiny_bert(seed: int = 0, *, dropout: float = 0.1) -> BertForSequenceClassification:
     """A BERT of odd sizes, with one frozen table and parameters smaller than two ranks share evenly."""
     torch.manual_seed(seed)
@@ -60,11 +72,14 @@ def tiny_bert(seed: int = 0, *, dropout: float = 0.1) -> BertForSequenceClassifi
     return model
 
 
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def tiny_gpt2(seed: int = 0, *, dropout: float = 0.1) -> GPT2LMHeadModel:
     """A GPT-2 whose input table is its output layer, too."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(
         GPT2Config(
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
             vocab_size=VOCABULARY,
             n_embd=12,
             n_layer=2,
@@ -74,6 +89,45 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
             eos_token_id=1,
         )
     )
+
+
+def tiny_t5(seed: int = 0, *, dropout: float = 0.1) -> T5ForConditionalGeneration:
+    """A T5 whose one table serves the encoder, the decoder and the head."""
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=12,
+            d_kv=4,
+            d_ff=17,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=3,
+            dropout_rate=dropout,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def tiny_bart(seed: int = 0, *, dropout: float = 0.1) -> BartForConditionalGeneration:
+    """A BART whose logits get a bias that is no parameter."""
+    torch.manual_seed(seed)
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=12,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=3,
+            decoder_attention_heads=3,
+            encoder_ffn_dim=17,
+            decoder_ffn_dim=17,
+            max_position_embeddings=16,
+            dropout=dropout,
+        )
+    )
+    model.final_logits_bias.copy_(torch.linspace(-1, 1, VOCABULARY))
+    return model
 
 
 def lora_bert(seed: int = 0) -> nn.Module:

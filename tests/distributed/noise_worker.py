@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -10,6 +14,7 @@ import torch.distributed as dist
 from averaging_worker import load_plainly, logits, shared_folder
 from engines import ENGINES, EngineCase, batch, full_masters, prepared, tiny_bert
 from harness import worker_main
+from models import language_batch, tiny_bart, tiny_gpt2, tiny_t5, translation_batch
 
 import swaft
 
@@ -22,25 +27,53 @@ FP32 = {
 BF16 = ["ddp bf16", "zero0 bf16", "zero1 bf16", "zero2 bf16", "zero3 bf16"]
 
 
-def r3f() -> swaft.R3F:
+@dataclass(frozen=True)
+class Trained:
+    """A model without dropout, and what it trains on."""
+
+    name: str
+    build_anew: Callable[..., Any]
+    batch: Callable[[int, int], dict[str, torch.Tensor]]
+    checkpointed: bool = False
+
+    def build(self) -> Any:
+        model = self.build_anew(dropout=0.0)
+        if self.checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def start(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.build().named_parameters()}
+
+
+BERT = Trained("bert", tiny_bert, batch)
+T5 = Trained("t5", tiny_t5, translation_batch)
+CHECKPOINTED_T5 = Trained("t5", tiny_t5, translation_batch, checkpointed=True)
+BART = Trained("bart", tiny_bart, translation_batch)
+GPT2 = Trained("gpt2", tiny_gpt2, language_batch)
+
+
+def r3f(**options) -> swaft.R3F:
     """Noise large enough to leave its mark on the weights: as large as the embeddings themselves."""
-    return swaft.R3F(weight=20.0, preset="relative", sigma=1.0, seed=5)
+    return swaft.R3F(weight=20.0, preset="relative", sigma=1.0, seed=5, **options)
 
 
 def sgd(model) -> torch.optim.SGD:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
 
-def train_on_ranks(case: EngineCase, objective) -> tuple:
+def train_on_ranks(case: EngineCase, objective, trained: Trained) -> tuple:
     """(model, optimizer, losses) after a few steps, two micro-batches each, on every rank's own batches."""
     accelerator, model, optimizer = prepared(
-        case, accumulation=ACCUMULATION, model=tiny_bert(dropout=0.0), build_optimizer=sgd
+        case, accumulation=ACCUMULATION, model=trained.build(), build_optimizer=sgd
     )
     model.train()
     losses = []
     for micro_step in range(STEPS * ACCUMULATION):
         with accelerator.accumulate(model):
-            out = objective(model, batch(micro_step, dist.get_rank()))
+            if case.fsdp is not None:  # what accelerate does for a model that it has sharded itself
+                model.set_requires_gradient_sync(accelerator.sync_gradients)
+            out = objective(model, trained.batch(micro_step, dist.get_rank()))
             accelerator.backward(out.loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -55,16 +88,18 @@ def acting_as(rank: int):
         yield
 
 
-def train_in_one_process() -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+def train_in_one_process(
+    build_objective, trained: Trained
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """The same steps by a plain loop: gradients averaged over the batches of both ranks by hand."""
-    model = tiny_bert(dropout=0.0).train()
+    model = trained.build().train()
     optimizer = sgd(model)
-    objectives = [r3f() for _ in range(dist.get_world_size())]
+    objectives = [build_objective() for _ in range(dist.get_world_size())]
     losses = []
     for micro_step in range(STEPS * ACCUMULATION):
         for rank, objective in enumerate(objectives):
             with acting_as(rank):
-                out = objective(model, batch(micro_step, rank))
+                out = objective(model, trained.batch(micro_step, rank))
             (out.loss / (ACCUMULATION * len(objectives))).backward()
             if rank == dist.get_rank():
                 losses.append(out.loss.detach())
@@ -81,28 +116,82 @@ def relative_distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], st
     return (apart / gone) ** 0.5
 
 
+def hold_to_one_process(case: EngineCase, build_objective, trained: Trained, expected, losses) -> None:
+    """Train on the ranks, and compare with what one process got."""
+    model, optimizer, found_losses = train_on_ranks(case, build_objective(), trained)
+    error = relative_distance(full_masters(case, model, optimizer), expected, trained.start())
+    print(f"{error:.2e} of the way apart", flush=True)
+    assert error <= 1e-5, f"weights are {error:.2e} of the way apart"
+    torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=0)
+
+
 def fp32_case():
-    start = {name: p.detach().clone() for name, p in tiny_bert(dropout=0.0).named_parameters()}
-    expected, expected_losses = train_in_one_process()
+    expected, losses = train_in_one_process(r3f, BERT)
     for name, case in FP32.items():
-
-        def check(case=case):
-            model, optimizer, losses = train_on_ranks(case, r3f())
-            masters = full_masters(case, model, optimizer)
-            error = relative_distance(masters, expected, start)
-            print(f"{error:.2e} of the way apart", flush=True)
-            assert error <= 1e-5, f"weights are {error:.2e} of the way apart"
-            torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
-
-        yield f"{name} trains to the weights of one process", check
+        yield (
+            f"{name} trains to the weights of one process",
+            partial(hold_to_one_process, case, r3f, BERT, expected, losses),
+        )
 
     def control():
-        model, optimizer, _ = train_on_ranks(FP32["zero3"], swaft.TaskLoss())
+        model, optimizer, _ = train_on_ranks(FP32["zero3"], swaft.TaskLoss(), BERT)
         masters = full_masters(FP32["zero3"], model, optimizer)
-        apart = relative_distance(masters, expected, start)
+        apart = relative_distance(masters, expected, BERT.start())
         assert apart > 1e-3, f"only {apart:.2e} of the way apart"
 
     yield "without noise the weights differ, so the comparison can fail", control
+
+
+def fused_case():
+    """The loss computed inside the head, where sharded engines have the weight for a moment only."""
+    one_sided = partial(r3f, detach="noised")
+    # Small weights stay whole under ZeRO-3 unless it is told otherwise.
+    partitioned = {"stage3_param_persistence_threshold": 0}
+    engines = FP32 | {
+        "zero3": EngineCase(3, "fp32", partitioned, UNCLIPPED),
+        "fsdp2": EngineCase(None, "fp32", fsdp={}),
+        "fsdp2, root resharded": EngineCase(None, "fp32", fsdp={"reshard_after_forward": True}),
+    }
+    for trained, names in (
+        (T5, ("ddp", "zero2", "zero3", "fsdp2")),
+        (BART, ("zero2", "zero3")),
+        (GPT2, ("zero3", "fsdp2, root resharded")),
+    ):
+        expected, losses = train_in_one_process(r3f, trained)
+        for name in names:
+            yield (
+                f"{trained.name} under {name} trains to the weights of one process",
+                partial(hold_to_one_process, engines[name], r3f, trained, expected, losses),
+            )
+    for title, build_objective, trained, names in (
+        ("one-sided", one_sided, T5, ("ddp", "zero3", "fsdp2")),
+        ("doubled", partial(r3f, passes="doubled"), T5, ("zero3",)),
+        ("checkpointed", r3f, CHECKPOINTED_T5, ("zero3",)),
+    ):
+        expected, losses = train_in_one_process(build_objective, trained)
+        for name in names:
+            yield (
+                f"{title} {trained.name} under {name} trains to the weights of one process",
+                partial(hold_to_one_process, engines[name], build_objective, trained, expected, losses),
+            )
+
+    for name in ("zero3 bf16, nothing resident, small sub-groups", "fsdp2 bf16"):
+
+        def sixteen_bit(name=name):
+            for trained in (T5, BART):
+                accelerator, model, optimizer = prepared(ENGINES[name], model=trained.build())
+                model.train()
+                objective, losses = r3f(), []
+                for step in range(3):
+                    out = objective(model, trained.batch(step, dist.get_rank()))
+                    accelerator.backward(out.loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    assert out.logits is None
+                    losses.append(float(out.task_loss))
+                assert all(0 < loss < 10 for loss in losses), losses
+
+        yield f"{name} trains", sixteen_bit
 
 
 def bf16_case():
@@ -156,4 +245,4 @@ def r4f_case():
 
 
 if __name__ == "__main__":
-    worker_main({"fp32": fp32_case, "bf16": bf16_case, "r4f": r4f_case})
+    worker_main({"fp32": fp32_case, "fused": fused_case, "bf16": bf16_case, "r4f": r4f_case})

@@ -18,7 +18,9 @@ def findings(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("case", "expected"), [("fp32", 6), ("bf16", 5), ("r4f", 4)], ids=["as one process", "bf16", "r4f"]
+    ("case", "expected"),
+    [("fp32", 6), ("fused", 15), ("bf16", 5), ("r4f", 4)],
+    ids=["as one process", "fused", "bf16", "r4f"],
 )
 def test_two_passes_and_one_backward_hold_under_every_engine(case, expected, findings):
     checks = {name: fault for name, fault in findings.items() if name.startswith(f"{case}: ")}

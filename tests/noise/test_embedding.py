@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import bart, bert, classification_batch, generation_batch, roberta, t5
+from tiny_models import (
+    bart,
+    bert,
+    causal_batch,
+    classification_batch,
+    generation_batch,
+    gpt2,
+    llama,
+    roberta,
+    t5,
+)
 from torch import nn
 
 from swaft.errors import NoiseError
@@ -13,7 +23,7 @@ pytestmark = pytest.mark.unit
 
 
 def constant(size: float):
-    return lambda clean: torch.full_like(clean, size)
+    return lambda clean: clean.float() + size
 
 
 @pytest.fixture
@@ -101,7 +111,7 @@ def test_a_sixteen_bit_t5_is_handed_fp32_and_a_sixteen_bit_bert_its_own_type(dty
         with embedding_hook(find_site(model.to(dtype)), constant(1e-5)) as record:
             assert torch.isfinite(model(**batch).logits).all()
         assert record.handed_on.dtype == handed_on
-        assert record.clean.dtype == torch.float32
+        assert record.clean.dtype == dtype
 
 
 @pytest.mark.parametrize("name", ["MT5", "UMT5", "LongT5"])
@@ -122,11 +132,49 @@ def test_realised_noise_is_what_was_handed_on_not_what_was_drawn():
         model(**batch)
     realised = measure(record)
 
-    changed = record.handed_on.float() != record.clean
+    changed = record.handed_on != record.clean
     assert float(realised.changed) == pytest.approx(changed.float().mean().item())
     assert 0 < float(realised.changed) < 0.5  # rounding to bf16 undoes most of it
     expected = (record.handed_on.double() - record.clean.double()).norm() / record.clean.double().norm()
     assert float(realised.noise_to_signal) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_an_embedding_that_the_decoder_shares_is_noised_in_the_encoder_only(build, caught):
+    model, batch = build(dropout=0.0), generation_batch()
+    model.resize_token_embeddings(64, mean_resizing=False)  # makes the two modules one
+    assert model.get_encoder().embed_tokens is model.get_decoder().embed_tokens
+    outputs, watch = caught
+    with embedding_hook(find_site(model), constant(0.5)) as record:
+        watch("decoder", model.get_decoder().embed_tokens)
+        model(**batch)
+    noised = outputs["decoder"].clone()
+    model(**batch)
+    assert torch.equal(noised, outputs["decoder"])
+    assert float(measure(record).changed) == 1.0
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_causal_model_is_noised_at_its_token_embedding(build):
+    model = build(dropout=0.0)
+    site = find_site(model)
+    assert site.embedding is model.get_input_embeddings()
+    with embedding_hook(site, constant(0.5)) as record:
+        noised = model(**causal_batch())
+    assert not torch.equal(noised.logits, model(**causal_batch()).logits)
+    assert float(measure(record).changed) == 1.0
+
+
+def test_the_second_half_of_a_doubled_batch_is_noised_and_recorded():
+    model, batch = bert(dropout=0.0), classification_batch()
+    twice = {name: torch.cat([value, value]) for name, value in batch.items()}
+    with embedding_hook(find_site(model), constant(0.5), half=True) as record:
+        both = model(**twice).logits
+    with embedding_hook(find_site(model), constant(0.5)) as alone:
+        noised = model(**batch).logits
+    torch.testing.assert_close(both, torch.cat([model(**batch).logits, noised]))
+    assert torch.equal(record.handed_on, alone.handed_on)
+    assert torch.equal(record.clean, alone.clean)
 
 
 def test_an_embedding_that_does_not_run_is_an_error():
@@ -139,7 +187,7 @@ def test_an_embedding_that_does_not_run_is_an_error():
 def test_an_embedding_that_runs_twice_in_a_pass_is_an_error():
     model, batch = bert(), classification_batch()
     table = model.bert.embeddings.word_embeddings
-    model.classifier.register_forward_pre_hook(lambda _module, args: (args[0], table(batch["input_ids"]))[:1])
+    model.bert.encoder.register_forward_pre_hook(lambda *_: (table(batch["input_ids"]), None)[1])
     with pytest.raises(NoiseError, match="ran 2 times"), embedding_hook(find_site(model)):
         model(**batch)
 

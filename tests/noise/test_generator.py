@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from swaft.noise.generator import draw_noise, splitmix64, stream_seed
+from swaft.noise.generator import add_noise, draw_noise, splitmix64, stream_seed
 
 pytestmark = pytest.mark.unit
 
@@ -58,3 +58,42 @@ def test_drawing_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     draw()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("noise", ["uniform", "normal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_noise_is_added_in_fp32_or_wider(noise, dtype):
+    embedding = torch.randn(3, 5, 7).to(dtype)
+    place = {"noise": noise, "sigma": 1e-5, "seed": 1, "rank": 2, "step": 3}
+    wide = torch.promote_types(dtype, torch.float32)
+    summed = add_noise(embedding, **place)
+    assert summed.dtype == wide
+    drawn = draw_noise((3, 5, 7), device=torch.device("cpu"), **place)
+    assert torch.equal(summed, embedding.to(wide) + drawn.to(wide))
+
+
+def test_noise_does_not_depend_on_how_the_embedding_lies_in_memory():
+    embedding = torch.randn(4, 6)
+    place = {"noise": "uniform", "sigma": 0.1, "seed": 1, "rank": 2, "step": 3}
+    assert torch.equal(add_noise(embedding.t(), **place), add_noise(embedding.t().contiguous(), **place))
+
+
+def test_a_relative_sigma_may_be_a_tensor():
+    embedding = torch.randn(64)
+    place = {"noise": "uniform", "seed": 1, "rank": 2, "step": 3}
+    assert torch.equal(
+        add_noise(embedding, sigma=torch.tensor(0.25), **place), add_noise(embedding, sigma=0.25, **place)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_gradient_passes_noise_unchanged(dtype):
+    embedding = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+    summed = add_noise(embedding, noise="normal", sigma=0.1, seed=1, rank=2, step=3)
+    upstream = torch.randn_like(summed)
+    (gradient,) = torch.autograd.grad(summed, embedding, upstream)
+    assert torch.equal(gradient, upstream.to(dtype))
+
+
+def test_an_empty_embedding_stays_empty():
+    assert add_noise(torch.empty(0, 8), noise="normal", sigma=0.1, seed=1, rank=2, step=3).shape == (0, 8)

@@ -55,9 +55,18 @@ def test_zero_can_override_every_preset(preset):
 
 def test_every_invalid_value_is_named_at_once():
     with pytest.raises(ConfigError) as caught:
-        R3F(noise="gamma", sigma=-1.0, preset="papr", masks="same", detach="all", reduction="max")  # type: ignore[arg-type]
+        R3F(
+            noise="gamma",  # type: ignore[arg-type]
+            sigma=-1.0,
+            preset="papr",
+            masks="same",  # type: ignore[arg-type]
+            detach="all",  # type: ignore[arg-type]
+            reduction="max",  # type: ignore[arg-type]
+            passes="three",  # type: ignore[arg-type]
+            label_smoothing=1.0,
+        )
     text = str(caught.value)
-    assert len(caught.value.problems) == 6
+    assert len(caught.value.problems) == 8
     for expected in (
         "noise.noise is 'gamma'; expected one of uniform, normal",
         "noise.masks is 'same'; expected one of shared, independent",
@@ -65,6 +74,8 @@ def test_every_invalid_value_is_named_at_once():
         "noise.reduction is 'max'; expected one of mean, batchmean",
         "noise.preset is 'papr'; expected one of paper, relative, fairseq, rdrop",
         "noise.sigma is -1.0",
+        "noise.passes is 'three'; expected one of two, doubled",
+        "label_smoothing is 1.0; expected a number from 0 to below 1",
     ):
         assert expected in text
 
@@ -85,3 +96,21 @@ def test_sigma_must_be_a_finite_number(sigma):
 def test_unknown_layers_are_refused():
     with pytest.raises(ConfigError, match=r"noise\.layers is 'first'; expected one of all, last"):
         R4F(layers="first")  # type: ignore[arg-type]
+
+
+def test_a_doubled_pass_cannot_be_one_sided():
+    with pytest.raises(ConfigError, match=r"noise\.passes=doubled with noise\.detach=noised"):
+        R3F(passes="doubled", detach="noised")
+
+
+def test_nothing_but_the_noised_side_constant_is_one_sided():
+    assert resolve_settings(None, generates=True, detach="noised").one_sided
+    assert not resolve_settings(None, generates=True, detach="target").one_sided
+    assert not resolve_settings("rdrop", generates=True, detach="noised").one_sided
+
+
+def test_every_objective_takes_the_options_of_its_passes():
+    for objective in (R3F, R4F, RDrop):
+        built = objective(passes="doubled", fused=False, label_smoothing=0.1)
+        for settings in (built._classifying, built._generating):
+            assert (settings.passes, settings.fused, settings.label_smoothing) == ("doubled", False, 0.1)

@@ -97,9 +97,10 @@ def test_normalising_leaves_the_global_random_state_alone_and_repeats():
         assert torch.equal(a, b)
 
 
-def test_a_step_of_two_passes_makes_one_power_iteration():
-    model, batch, by_hand = bert(), classification_batch(), bert()
-    objective = R4F(sigma=0.1)
+@pytest.mark.parametrize("options", [{}, {"detach": "noised"}, {"passes": "doubled"}])
+def test_a_step_makes_one_power_iteration_however_its_passes_are_run(options):
+    model, batch, by_hand = bert(dropout=0.0), classification_batch(), bert(dropout=0.0)
+    objective = R4F(sigma=0.1, **options)
     for each in (model, by_hand):
         objective.prepare_model(each)
     objective(model, batch)
@@ -117,6 +118,16 @@ def test_pausing_restores_each_modes():
         assert not norm.training
         assert model.classifier.training
     assert norm.training
+
+
+@pytest.mark.parametrize("options", [{"detach": "noised"}, {"passes": "doubled"}])
+def test_both_passes_use_the_same_normalised_head(options):
+    model = roberta(dropout=0.0)
+    objective = R4F(sigma=1e-6, **options)
+    objective.prepare_model(model)
+    norm = model.classifier.dense.parametrizations.weight[0]
+    norm._v.normal_()  # far from converged: an iteration between the passes would show
+    assert objective(model, classification_batch()).divergence < 1e-9
 
 
 def test_r4f_trains_the_weight_under_the_norm():

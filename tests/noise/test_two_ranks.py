@@ -52,8 +52,8 @@ def worker(rank: int, port: int, folder: str) -> None:
     found["r4f"] = [buffer.clone() for buffer in model.module.buffers()]
 
     class Silent(R3F):
-        def _draw(self, clean, settings):
-            return torch.zeros_like(clean) if rank == 0 else super()._draw(clean, settings)
+        def _disturb(self, embedding, settings):
+            return embedding if rank == 0 else super()._disturb(embedding, settings)
 
     out = Silent(sigma=0.1)(DistributedDataParallel(bert()), batches[0])  # rank 0 alone must not raise
     found["silent"] = float(out.changed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     BartConfig,
@@ -9,6 +11,26 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -28,42 +50,99 @@ def roberta(*, dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> Robe
     return RobertaForSequenceClassification(_encoder_config(RobertaConfig, dropout, num_labels)).train()
 
 
-def bart(kind: type = BartForConditionalGeneration, *, dropout: float = 0.1, seed: int = 0):
-    torch.manual_seed(seed)
-    config = BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=32,
-        dropout=dropout,
-        num_labels=3,
-    )
-    return kind(config).train()
+def bart(kind: type = BartForConditionalGeneration, *, dropout: float = 0.1, seed: int = 0) -> Any:
+    return _bart_kind(BartConfig, kind, dropout, seed)
 
 
 def bart_classifier() -> BartForSequenceClassification:
     return bart(BartForSequenceClassification)
 
 
-def t5(*, dropout: float = 0.1, seed: int = 0) -> T5ForConditionalGeneration:
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=2,
-        dropout_rate=dropout,
-        decoder_start_token_id=0,
+def t5(*, dropout: float = 0.1, tied: bool = True, seed: int = 0) -> T5ForConditionalGeneration:
+    return _t5_kind(T5Config, T5ForConditionalGeneration, dropout, seed, tie_word_embeddings=tied)
+
+
+def untied_t5(*, dropout: float = 0.1, seed: int = 0) -> T5ForConditionalGeneration:
+    return t5(dropout=dropout, tied=False, seed=seed)
+
+
+def mt5(*, dropout: float = 0.1, seed: int = 0) -> MT5ForConditionalGeneration:
+    return _t5_kind(MT5Config, MT5ForConditionalGeneration, dropout, seed, feed_forward_proj="gated-gelu")
+
+
+def t5_with_adapters(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> Any:
+    """LoRA on the attention of an untied T5; peft needs one that has read its weights."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], lora_dropout=dropout)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return get_peft_model(untied_t5(dropout=dropout, seed=seed), config).train()  # type: ignore[arg-type]
+
+
+def t5_with_a_frozen_head(*, dropout: float = 0.1, seed: int = 0) -> T5ForConditionalGeneration:
+    model = untied_t5(dropout=dropout, seed=seed)
+    model.lm_head.requires_grad_(False)
+    return model
+
+
+def biased_bart(*, dropout: float = 0.1, seed: int = 0) -> BartForConditionalGeneration:
+    """A BART whose buffer of biases is not zero, as in checkpoints converted from fairseq."""
+    return _biased(bart(dropout=dropout, seed=seed))
+
+
+def mbart(*, dropout: float = 0.1, seed: int = 0) -> MBartForConditionalGeneration:
+    return _bart_kind(MBartConfig, MBartForConditionalGeneration, dropout, seed)
+
+
+def pegasus(*, dropout: float = 0.1, seed: int = 0) -> PegasusForConditionalGeneration:
+    return _biased(_bart_kind(PegasusConfig, PegasusForConditionalGeneration, dropout, seed))
+
+
+def marian(*, dropout: float = 0.1, seed: int = 0) -> MarianMTModel:
+    return _biased(
+        _bart_kind(MarianConfig, MarianMTModel, dropout, seed, pad_token_id=1, decoder_start_token_id=1)
     )
-    return T5ForConditionalGeneration(config).train()
+
+
+def gpt2(*, dropout: float = 0.1, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config).train()
+
+
+def llama(*, dropout: float = 0.1, seed: int = 0) -> LlamaForCausalLM:
+    return _llama_kind(LlamaConfig, LlamaForCausalLM, dropout, seed)
+
+
+def qwen2(*, dropout: float = 0.1, seed: int = 0) -> Qwen2ForCausalLM:
+    return _llama_kind(Qwen2Config, Qwen2ForCausalLM, dropout, seed, tie_word_embeddings=True)
+
+
+def gemma2(*, dropout: float = 0.1, seed: int = 0) -> Gemma2ForCausalLM:
+    """A Gemma whose soft-cap is near enough to its logits to bend them."""
+    return _llama_kind(
+        Gemma2Config, Gemma2ForCausalLM, dropout, seed, head_dim=8, final_logit_softcapping=0.5
+    )
+
+
+def cohere(*, dropout: float = 0.1, seed: int = 0) -> CohereForCausalLM:
+    return _llama_kind(CohereConfig, CohereForCausalLM, dropout, seed, logit_scale=0.3)
+
+
+def granite(*, dropout: float = 0.1, seed: int = 0) -> GraniteForCausalLM:
+    return _llama_kind(GraniteConfig, GraniteForCausalLM, dropout, seed, logits_scaling=0.7)
 
 
 def classification_batch(*, rows: int = 4, num_labels: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -83,6 +162,79 @@ def generation_batch(*, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]
     labels = torch.randint(4, VOCABULARY, (rows, 6), generator=generator)
     labels[0, 4:] = -100
     return {**batch, "labels": labels}
+
+
+def causal_batch(*, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A text that is its own label, but for a prompt and the padding."""
+    batch = classification_batch(rows=rows, seed=seed)
+    labels = batch["input_ids"].clone()
+    labels[:, :2] = -100
+    labels[batch["attention_mask"] == 0] = -100
+    return {**batch, "labels": labels}
+
+
+def _t5_kind(config: type, kind: type, dropout: float, seed: int, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    return kind(
+        config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=2,
+            dropout_rate=dropout,
+            decoder_start_token_id=0,
+            **options,
+        )
+    ).train()
+
+
+def _bart_kind(config: type, kind: type, dropout: float, seed: int, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    return kind(
+        config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=32,
+            dropout=dropout,
+            num_labels=3,
+            **options,
+        )
+    ).train()
+
+
+def _llama_kind(config: type, kind: type, dropout: float, seed: int, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    return kind(
+        config(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            attention_dropout=dropout,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **options,
+        )
+    ).train()
+
+
+def _biased(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator))
+    return model
 
 
 def _encoder_config(kind: type, dropout: float, num_labels: int):

@@ -107,6 +107,15 @@ def test_an_option_that_would_be_ignored_is_an_error(kind):
         build_objective(NoiseConfig(kind=kind, sigma=0.1), seed=1)
 
 
+@pytest.mark.parametrize("kind", ["r3f", "r4f", "rdrop"])
+def test_how_the_passes_are_run_is_an_option_of_every_objective(kind):
+    built = build_objective(NoiseConfig(kind=kind, passes="doubled", fused=False), seed=0)
+    settings = built.settings_for(make_classifier())
+    assert (settings.passes, settings.fused) == ("doubled", False)
+    with pytest.raises(ConfigError, match=r"noise\.fused is False, which noise\.kind=none does not use"):
+        build_objective(NoiseConfig(fused=False), seed=0)
+
+
 def test_an_option_of_r4f_alone_is_refused_by_r3f_and_taken_by_r4f():
     assert build_objective(NoiseConfig(kind="r4f", layers="last"), seed=0).layers == "last"
     with pytest.raises(ConfigError, match=r"noise\.layers is last, which noise\.kind=r3f does not use"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from swaft.noise.loss.divergence import Detach, symmetric_kl
+from swaft.noise.loss.divergence import symmetric_kl
+from swaft.noise.loss.options import Detach, Form, LossOptions, Reduction
 
-__all__ = ["Detach", "symmetric_kl"]
+__all__ = ["Detach", "Form", "LossOptions", "Reduction", "symmetric_kl"]

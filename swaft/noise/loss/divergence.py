@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from swaft.errors import ConfigError
-
-Detach = Literal["none", "clean", "noised", "target"]
+from swaft.noise.loss.options import Detach
 
 _SMALL = 0.5
 """Where exp(x) - 1 passes from expm1 to the direct difference, which is the accurate one for large |x|."""
@@ -38,15 +37,36 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
     if detach not in get_args(Detach):
         raise ConfigError(f"noise.detach is {detach!r}; expected one of {', '.join(get_args(Detach))}.")
     dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
-    return _SymmetricKL.apply(logits.to(dtype), noised_logits.to(dtype), detach)  # type: ignore[no-any-return]
+    logits, noised_logits = logits.to(dtype), noised_logits.to(dtype)
+    difference = logits.detach() - noised_logits.detach()
+    return symmetric_kl_of_difference(logits, noised_logits, difference, detach=detach)
+
+
+def symmetric_kl_of_difference(
+    logits: Tensor, noised_logits: Tensor, difference: Tensor, *, detach: Detach = "none"
+) -> Tensor:
+    """Symmetric KL of rows whose difference is known better than their subtraction gives it.
+
+    Args:
+        logits: clean logits (..., V), fp32 or float64.
+        noised_logits: noised logits, same shape and dtype.
+        difference: logits - noised_logits, same shape and dtype; the gradient goes to the two logits.
+        detach: as in :func:`symmetric_kl`.
+
+    Returns:
+        J (...), in the dtype of the logits.
+    """
+    return _SymmetricKL.apply(logits, noised_logits, difference, detach)  # type: ignore[no-any-return]
 
 
 class _SymmetricKL(torch.autograd.Function):
     """The gradients come out of the same row statistics as the value, so forward computes both."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, noised_logits: Tensor, detach: Detach) -> Tensor:
-        rows = _row_statistics(logits, noised_logits)
+    def forward(
+        ctx: Any, logits: Tensor, noised_logits: Tensor, difference: Tensor, detach: Detach
+    ) -> Tensor:
+        rows = _row_statistics(logits, noised_logits, difference)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_gradients(rows, detach))
         return (rows.p_minus_q * rows.log_ratio).sum(-1)
@@ -56,7 +76,7 @@ class _SymmetricKL(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, noised_gradient = ctx.saved_tensors
         upstream = grad_outputs[0].unsqueeze(-1)
-        return upstream * gradient, upstream * noised_gradient, None
+        return upstream * gradient, upstream * noised_gradient, None, None
 
 
 class _Rows(NamedTuple):
@@ -69,14 +89,14 @@ class _Rows(NamedTuple):
     log_ratio: Tensor
 
 
-def _row_statistics(z: Tensor, noised_z: Tensor) -> _Rows:
-    """p, q, d = z - z', P = p - q and delta = log p - log q, none of them by a cancelling subtraction.
+def _row_statistics(z: Tensor, noised_z: Tensor, difference: Tensor) -> _Rows:
+    """p, q, P = p - q and delta = log p - log q, none of them by a cancelling subtraction.
 
     With c = d at the most probable class and x = d - c:  delta = x - Delta,  Delta = -log1p(E_p[expm1(-x)])
     while that mean is small; rows further apart take Delta - c = log S - log S' with c = max z - max z'.
     """
     absent = (z == -torch.inf) & (noised_z == -torch.inf)
-    difference = torch.where(absent, 0.0, z - noised_z)
+    difference = difference.masked_fill(absent, 0.0)
     p, log_p = _softmax(z)
     q, log_q = _softmax(noised_z)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_oracle import cross_entropy, relative_error
 
 from swaft.errors import ConfigError
 from swaft.functional import cross_entropy_symmetric_kl, symmetric_kl
@@ -39,7 +40,7 @@ def test_sum_reduction_is_the_mean_times_the_counted_rows():
     logits, noised_logits, labels = inputs()
     mean = cross_entropy_symmetric_kl(logits, noised_logits, labels)
     total = cross_entropy_symmetric_kl(logits, noised_logits, labels, reduction="sum")
-    for a, b in zip(mean, total, strict=True):
+    for a, b in zip(mean[:3], total[:3], strict=True):
         torch.testing.assert_close(8 * a, b)
 
 
@@ -67,7 +68,7 @@ def test_a_batch_without_a_counted_row_gives_zero_with_zero_gradients(reduction)
     )
     result.loss.backward()
 
-    assert [term.item() for term in result] == [0.0, 0.0, 0.0]
+    assert not any(term.any() for term in result)
     for tensor in (logits, noised_logits):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
@@ -81,5 +82,87 @@ def test_loss_passes_gradcheck_in_float64():
 
 
 def test_unknown_reduction_is_refused():
-    with pytest.raises(ConfigError, match="expected mean or sum"):
+    with pytest.raises(ConfigError, match="expected one of mean, sum"):
         cross_entropy_symmetric_kl(*inputs(), reduction="none")  # type: ignore[arg-type]
+
+
+def test_rows_add_up_to_the_terms():
+    logits, noised_logits, labels = inputs()
+    result = cross_entropy_symmetric_kl(logits, noised_logits, labels, z_loss=0.1)
+    counted = labels != -100
+
+    for rows in result[3:]:
+        assert rows.shape == labels.shape
+        assert not rows.requires_grad
+        assert not rows[~counted].any()
+    normalizer = logits.logsumexp(-1).masked_fill(~counted, 0.0)
+    torch.testing.assert_close(result.row_log_normalizer, normalizer)
+    task = result.row_cross_entropy + 0.1 * result.row_log_normalizer.square()
+    torch.testing.assert_close(result.task_loss, task.sum() / counted.sum())
+    torch.testing.assert_close(result.divergence, result.row_divergence.sum() / counted.sum())
+
+
+def test_z_loss_and_token_weights_enter_as_written():
+    logits, noised_logits, labels = inputs()
+    token_weight = torch.arange(10.0).reshape(2, 5)
+    result = cross_entropy_symmetric_kl(
+        logits, noised_logits, labels, z_loss=0.1, token_weight=token_weight, ce_on_noised=True
+    )
+    counted = labels != -100
+    weight = token_weight[counted]
+    tasks = [
+        F.cross_entropy(z[counted], labels[counted], reduction="none") + 0.1 * z[counted].logsumexp(-1) ** 2
+        for z in (logits, noised_logits)
+    ]
+    torch.testing.assert_close(result.task_loss, (weight * (tasks[0] + tasks[1]) / 2).sum() / weight.sum())
+
+
+def test_ignored_rows_may_hold_anything():
+    logits, noised_logits, labels = (tensor.detach().clone() for tensor in inputs())
+    logits[0, 3:], noised_logits[0, 3:] = torch.nan, torch.inf
+    logits.requires_grad_()
+    result = cross_entropy_symmetric_kl(logits, noised_logits, labels)
+    result.loss.backward()
+    assert torch.isfinite(result.loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("peak", [10.0, 25.0, 30.0, 60.0])
+def test_cross_entropy_keeps_its_digits_as_the_label_becomes_certain(peak):
+    logits, noised_logits, labels = (tensor.detach() for tensor in inputs())
+    labels = labels.clamp(min=0)
+    logits = (
+        logits.float().scatter_add(-1, labels.unsqueeze(-1), torch.full((2, 5, 1), peak)).requires_grad_()
+    )
+    exact_logits = logits.detach().double().requires_grad_()
+    exact = cross_entropy(exact_logits, labels).mean()
+
+    result = cross_entropy_symmetric_kl(logits, noised_logits.float(), labels, divergence_weight=0.0)
+    gradients = torch.autograd.grad(result.loss, logits) + torch.autograd.grad(exact, exact_logits)
+    assert relative_error(result.task_loss, exact) < 1e-6
+    assert relative_error(*gradients) < 2e-6
+
+
+def test_absent_classes_count_nothing():
+    logits, noised_logits, labels = (tensor.detach() for tensor in inputs())
+    absent = torch.full((2, 5, 3), -torch.inf, dtype=torch.float64)
+    padded = [torch.cat((z, absent), -1).requires_grad_() for z in (logits, noised_logits)]
+    result = cross_entropy_symmetric_kl(*padded, labels)
+    torch.testing.assert_close(result.loss, cross_entropy_symmetric_kl(logits, noised_logits, labels).loss)
+    for gradient in torch.autograd.grad(result.loss, padded):
+        assert torch.isfinite(gradient).all()
+        assert not gradient[..., 7:].any()
+
+
+def test_one_class_costs_nothing():
+    z = torch.randn(4, 1, requires_grad=True)
+    result = cross_entropy_symmetric_kl(z, 2 * z, torch.zeros(4, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(result.loss, z)
+    assert result.loss == 0
+    assert not gradient.any()
+
+
+def test_logits_that_do_not_fit_are_refused():
+    logits, noised_logits, labels = inputs()
+    with pytest.raises(ConfigError, match=r"noised_logits \(2, 5, 6\).*do not fit"):
+        cross_entropy_symmetric_kl(logits, noised_logits[..., :6], labels)

@@ -1,0 +1,135 @@
+"""The language-model head of a Hugging Face model: found, described, and replaced while one pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swaft.errors import NoiseError
+from swaft.noise.wrappers import unwrap
+
+_SLOW_TWIN = "Set noise.fused=false, which computes the loss from the logits of both passes."
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """The linear layer that makes logits of hidden states, and what the model does to them afterwards.
+
+    logits = softcap(logit_scale * (hidden @ weight.T + bias) + logits_bias),
+    softcap(z) = softcap * tanh(z / softcap)
+    """
+
+    linear: nn.Linear
+    """The layer itself, whose weight may be tied, and partitioned outside its forward."""
+    logit_scale: float = 1.0
+    """Factor on the layer's output (Cohere, Granite)."""
+    softcap: float | None = None
+    """Bound that tanh keeps the logits within (Gemma); None for none."""
+    logits_bias: Tensor | None = None
+    """A buffer (V,) that the model adds to the logits (BART and its kin)."""
+
+    def transform(self, output: Tensor) -> Tensor:
+        """Do to the layer's output what the model does to it; fp32 at the least."""
+        logits = self.logit_scale * output.to(torch.promote_types(output.dtype, torch.float32))
+        if self.logits_bias is not None:
+            logits = logits + self.logits_bias
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Give the fused linear loss this head; only inside its forward, where its weight is whole.
+
+        Raises:
+            NoiseError: for a weight that is split over ranks even there, or quantised.
+        """
+        weight, bias = self.linear.weight, self.linear.bias
+        if type(weight) not in (Tensor, nn.Parameter):
+            raise NoiseError(
+                f"The head's weight is a {type(weight).__name__} in its own forward; expected a plain tensor, "
+                f"neither quantised nor split by tensor parallelism. {_SLOW_TWIN}"
+            )
+        if bias is not None:
+            bias = self.logit_scale * bias
+        if self.logits_bias is not None:
+            bias = self.logits_bias if bias is None else bias + self.logits_bias
+        return {"weight": weight, "bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    @contextmanager
+    def replaced(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Run one pass in which the layer computes ``forward(hidden)`` instead.
+
+        The layer stays where it is, so names, ties, hooks and partitioning are the model's own.
+
+        Raises:
+            NoiseError: when the layer did not run exactly once.
+        """
+        calls = 0
+
+        def counted(input: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return forward(input)
+
+        self.linear.forward = counted  # an attribute of the instance, found before the class's method
+        try:
+            yield
+        finally:
+            del self.linear.forward
+        if calls != 1:
+            raise NoiseError(
+                f"The language-model head ran {calls} times in one forward pass; expected once, in a model that is "
+                f"not compiled. {_SLOW_TWIN}"
+            )
+
+
+def find_head(model: nn.Module) -> LanguageModelHead:
+    """Find the language-model head of a model, wrapped or not, and what follows it.
+
+    What follows is read off the model's attributes, by the names that Hugging Face models share;
+    `swaft.noise.proof` compares it with what the model computes.
+
+    Raises:
+        NoiseError: for a head that is not a plain linear layer: adapted, quantised, or replaced.
+    """
+    network = unwrap(model)
+    module = _active_copy(network.get_output_embeddings())  # type: ignore[operator]
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        raise NoiseError(
+            f"The head of {type(network).__name__} is a {type(module).__name__} with a forward of its own; "
+            "expected a torch.nn.Linear. Take it out of the adapter's target_modules (modules_to_save is "
+            f"fine) and do not quantise it. {_SLOW_TWIN}"
+        )
+    config = _text_config(network)
+    logits_bias = getattr(network, "final_logits_bias", None)
+    return LanguageModelHead(
+        module,  # type: ignore[arg-type]
+        logit_scale=(getattr(config, "logit_scale", None) or 1.0)
+        / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logits_bias=logits_bias.flatten() if isinstance(logits_bias, Tensor) else None,
+    )
+
+
+def _active_copy(module: Any) -> Any:
+    """Look into peft's wrapper of modules_to_save, whose active copy is the one that trains."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    return copies[module.active_adapters[0]]
+
+
+def _text_config(network: nn.Module) -> Any:
+    config = getattr(network, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return get_text_config(decoder=True) if callable(get_text_config) else config
+
+
+def placeholder(hidden: Tensor) -> Tensor:
+    """Stand in for the logits of hidden states (..., d) where nobody needs them, (1, 1, 1)."""
+    return hidden.new_zeros(1, 1, 1)

@@ -1,0 +1,84 @@
+"""A batch as training passes take it: without labels, so that no model computes a loss of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swaft.errors import NoiseError
+from swaft.noise.checks import generates, is_causal
+from swaft.noise.wrappers import unwrap
+
+IGNORE_INDEX = -100
+"""The label of a row that does not count, as in Hugging Face models."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass is given, and what its logits are held to."""
+
+    arguments: dict[str, Any]
+    """Keyword arguments of the model's forward."""
+    targets: Tensor
+    """The class of each row of logits, (B,) or (B, T), int64; IGNORE_INDEX where none counts."""
+
+    def doubled(self) -> dict[str, Any]:
+        """Give the arguments for one pass over the batch twice, (2B, ...)."""
+        rows = self.targets.shape[0]
+        return {
+            name: torch.cat([value, value]) if _is_per_row(value, rows) else value
+            for name, value in self.arguments.items()
+        }
+
+
+def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
+    """Take the labels out of a batch, and put in what a model would have made of them.
+
+    Raises:
+        NoiseError: for a batch without labels, and for an encoder-decoder that cannot make its decoder's inputs.
+    """
+    arguments = dict(batch)
+    labels = arguments.pop("labels", None)
+    if not isinstance(labels, Tensor):
+        raise NoiseError(
+            "The batch has no labels; expected a tensor of class indices under the key 'labels'."
+        )
+    if not generates(model):
+        return Inputs(arguments, labels)
+    arguments["use_cache"] = False
+    if is_causal(model):
+        return Inputs(arguments, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX))
+    if arguments.get("decoder_input_ids") is None and arguments.get("decoder_inputs_embeds") is None:
+        arguments["decoder_input_ids"] = _decoder_input_ids(model, labels)
+    return Inputs(arguments, labels)
+
+
+def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict[str, Any]:
+    """Cut a batch down to a few of its rows, such as have a label that counts where there are any."""
+    labels = batch["labels"]
+    counted = (prepare_inputs(model, batch).targets != IGNORE_INDEX).flatten(1).any(1)
+    rows = counted.nonzero().flatten()[:at_most]
+    if len(rows) == 0:
+        rows = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    return {
+        name: value[rows] if _is_per_row(value, labels.shape[0]) else value for name, value in batch.items()
+    }
+
+
+def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
+    network = unwrap(model)
+    prepare = getattr(network, "prepare_decoder_input_ids_from_labels", None)
+    if not callable(prepare):
+        raise NoiseError(
+            f"{type(network).__name__} has no prepare_decoder_input_ids_from_labels; expected it, or "
+            "decoder_input_ids in the batch. Have the data collator make them."
+        )
+    return prepare(labels)  # type: ignore[no-any-return]
+
+
+def _is_per_row(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows

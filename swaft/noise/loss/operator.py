@@ -1,0 +1,175 @@
+"""The fused loss as an operator of torch: known to autograd, to torch.compile and to autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swaft.errors import NoiseError
+from swaft.noise.loss.linear import LinearInputs, LinearLoss, Needs, linear_loss, stored_dtype
+from swaft.noise.loss.options import LossOptions
+from swaft.noise.loss.rows import RowStatistics
+
+_Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""``LinearLoss`` without its nesting: an operator returns tensors."""
+
+
+def fused_linear_loss(
+    inputs: LinearInputs,
+    options: LossOptions,
+    *,
+    num_counted: int | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, RowStatistics]:
+    """Loss of a head, see ``linear_loss``; differentiable in hidden states, weight and bias.
+
+    Which gradients are needed is read from the tensors here: an operator cannot ask autograd.
+
+    Returns:
+        The loss (0-dim, differentiable) and the row statistics (N,), detached.
+    """
+    differentiated = (inputs.hidden, inputs.noised_hidden, inputs.weight, inputs.bias)
+    recording = torch.is_grad_enabled()
+    needs = [recording and tensor is not None and tensor.requires_grad for tensor in differentiated]
+    flat = _fused(
+        inputs.hidden,
+        inputs.noised_hidden,
+        inputs.hidden_difference,
+        inputs.weight,
+        inputs.bias,
+        inputs.labels,
+        inputs.ce_weight,
+        inputs.kl_weight,
+        inputs.factor,
+        options.label_smoothing,
+        options.z_loss,
+        options.detach,
+        options.ce_on_noised,
+        options.logit_scale,
+        options.softcap,
+        options.form,
+        num_counted,
+        chunk_bytes,
+        needs,
+        _operand_dtype(inputs),
+    )
+    return flat[0], RowStatistics(*(values.detach() for values in flat[1:5]))
+
+
+def _operand_dtype(inputs: LinearInputs) -> torch.dtype:
+    """The type matrix products take their operands in: autocast's, or the widest of the operands'."""
+    dtype = torch.promote_types(inputs.hidden.dtype, inputs.noised_hidden.dtype)
+    dtype = torch.promote_types(dtype, inputs.weight.dtype)
+    device = inputs.hidden.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+@torch.library.custom_op("swaft::linear_cross_entropy_symmetric_kl", mutates_args=())
+def _fused(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    hidden_difference: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    factor: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    detach: str,
+    ce_on_noised: bool,
+    logit_scale: float,
+    softcap: float | None,
+    form: str,
+    num_counted: int | None,
+    chunk_bytes: int | None,
+    needs: Sequence[bool],
+    operand_dtype: torch.dtype,
+) -> _Flat:
+    inputs = LinearInputs(
+        hidden, noised_hidden, hidden_difference, weight, bias, labels, ce_weight, kl_weight, factor
+    )
+    options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form)  # type: ignore[arg-type]
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = linear_loss(
+            inputs,
+            options,
+            Needs(*needs),
+            operand_dtype=operand_dtype,
+            num_counted=num_counted,
+            chunk_bytes=chunk_bytes,
+        )
+    return _flat(result)
+
+
+def _flat(result: LinearLoss) -> _Flat:
+    return (result.loss, *result.statistics, *result[2:])  # type: ignore[return-value]
+
+
+@_fused.register_fake
+def _(*arguments: Any) -> _Flat:
+    hidden, noised_hidden, _, weight, bias = arguments[:5]
+    needs, operand_dtype = Needs(*arguments[18]), arguments[19]
+    wide = torch.promote_types(operand_dtype, torch.float32)
+
+    def gradient(like: Tensor | None, needed: bool) -> Tensor:
+        if like is None:
+            return hidden.new_empty(0, dtype=wide)
+        return like.new_empty(like.shape if needed else (0,), dtype=stored_dtype(like.dtype))
+
+    return (
+        hidden.new_empty((), dtype=wide),
+        *(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(4)),
+        gradient(hidden, needs.hidden),
+        gradient(noised_hidden, needs.noised_hidden),
+        gradient(weight, needs.weight),
+        gradient(bias, needs.bias),
+    )  # type: ignore[return-value]
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: _Flat) -> None:
+    ctx.needs = Needs(*inputs[18])
+    differentiated = (inputs[0], inputs[1], inputs[3], inputs[4])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in differentiated]
+    ctx.save_for_backward(*(gradient for gradient, n in zip(output[5:], ctx.needs, strict=True) if n))
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    scaled = iter(_times(list(ctx.saved_tensors), grad_loss))
+    gradients = [
+        next(scaled).to(dtype) if needed else None
+        for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
+    ]
+    hidden, noised_hidden, weight, bias = gradients
+    return hidden, noised_hidden, None, weight, bias, *[None] * 15
+
+
+_fused.register_autograd(_backward, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op("swaft::scale_saved_gradients", mutates_args=())
+def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """Each gradient * factor, out of place: the saved ones serve again under retain_graph."""
+    return [(gradient * factor).to(gradient.dtype) for gradient in gradients]
+
+
+@_times.register_fake
+def _(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise NoiseError(
+        "linear_cross_entropy_symmetric_kl was differentiated twice; expected once, since its gradients are "
+        "made in the forward pass. cross_entropy_symmetric_kl on logits has second derivatives of the cross "
+        "entropy; a gradient penalty needs a loss of its own."
+    )
+
+
+_times.register_autograd(_no_second_derivative)

@@ -1,0 +1,348 @@
+"""Statistics and gradients of the loss for rows of logits, in torch, in place, a cacheful of rows at a time.
+
+Letters as in ``reference.py``, and per row: w = exp(z - max z), S = sum w, R = S without the label,
+n = z' - z = -d, y = n - E_p[n] (the mean, because J, p and q ignore a common offset and so must rounding),
+t = E_p[expm1(y)], delta = log p - log q = log(1 + t) - y, P = p - q, u = delta - K.
+
+    J = sum P delta             L' = L + E_p[n] + log(1 + t)
+    g = dJ/dz = p u + P         g' = dJ/dz' = -(q (u + J) + P)         g + g' = P u - J q
+
+While |t| < 1/2 (near rows) P = -p (expm1(y) - t) / (1 + t), which is exact to rounding however small n is.
+Far rows have a softmax of their own for z'. On a CPU a block of near rows takes a path of fewer passes over
+memory; elsewhere nothing may depend on the numbers, so every block takes the path that holds for both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swaft.noise.loss.options import LossOptions
+
+_NEAR = 0.5
+"""Largest |t| of a near row, and largest |delta| where P comes from expm1."""
+_BLOCK_ELEMENTS = {"cpu": 2**21}
+"""Elements a block, by device type: the five buffers of a block should stay in the cache."""
+_BLOCK_ELEMENTS_ELSEWHERE = 2**24
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the weighted rows with respect to the products of hidden states and weight, each (R, V)."""
+
+    clean: Tensor
+    """G, of the clean product."""
+    noised: Tensor | None
+    """G', of the noised product; None where it is zero."""
+    total: Tensor | None
+    """G + G', of second order in small noise, and so not the sum of rounded parts; None where it is G."""
+
+
+class RowStatistics(NamedTuple):
+    """What each row contributes, unweighted (R,); 0 in rows that count for nothing."""
+
+    cross_entropy: Tensor
+    """CE, the average over both passes with ``ce_on_noised``; 0 in rows of the divergence alone."""
+    divergence: Tensor
+    """J."""
+    log_normalizer: Tensor
+    """L of the clean pass."""
+    noised_log_normalizer: Tensor
+    """L of the noised pass."""
+
+
+def rows(
+    raw: Tensor,
+    raw_noise: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    options: LossOptions,
+    gradients: RowGradients | None,
+) -> RowStatistics:
+    """Compute loss statistics of rows and, where asked for, the gradients of sum(ce CE + kl J).
+
+    Args:
+        raw: clean hidden states times the weight (R, V), fp32 or float64, without scale, bias and soft-cap.
+            Overwritten.
+        raw_noise: noised minus clean product (form "difference"), or the noised one ("direct"). Overwritten.
+        labels: class indices (R,); any number in rows whose ``ce_weight`` is 0.
+        bias: (V,) or None.
+        ce_weight: factor (R,) of each row's cross entropy and z term in the loss.
+        kl_weight: factor (R,) of each row's divergence in the loss.
+        options: of the loss.
+        gradients: where to write them, any dtype; ``total`` may lie in ``raw`` and ``noised`` in
+            ``raw_noise``. None: statistics only.
+    """
+    count, classes = raw.shape
+    elements = _BLOCK_ELEMENTS.get(raw.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    step = max(1, min(count, elements // classes))
+    scratch = [raw.new_empty(step, classes) for _ in range(3 if options.softcap is None else 5)]
+    labels = torch.where(ce_weight != 0, labels, 0).unsqueeze(-1)
+    weights = torch.stack((ce_weight, kl_weight), dim=-1)
+    blocks = []
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        block = _Block(
+            z=raw[part],
+            y=raw_noise[part],
+            scratch=[buffer[: part.stop - start] for buffer in scratch],
+            label=labels[part],
+            ce=weights[part, :1],
+            kl=weights[part, 1:],
+        )
+        out = None if gradients is None else [None if g is None else g[part] for g in gradients]
+        blocks.append(_block(block, bias, options, out))
+    return RowStatistics(*(torch.cat(values).squeeze(-1) for values in zip(*blocks, strict=True)))
+
+
+def task_rows(statistics: RowStatistics, options: LossOptions) -> Tensor:
+    """Cross entropy and z term of each row, CE + k L^2, averaged over both passes with ``ce_on_noised``."""
+    square = statistics.log_normalizer.square()
+    if options.ce_on_noised:
+        square = (square + statistics.noised_log_normalizer.square()) / 2
+    return statistics.cross_entropy + options.z_loss * square
+
+
+class _Block(NamedTuple):
+    """Some rows: two buffers that arrive filled, free ones, and columns (R, 1)."""
+
+    z: Tensor
+    y: Tensor
+    scratch: list[Tensor]
+    label: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+class _Softmax(NamedTuple):
+    """A softmax before its division, and what the cross entropy takes from it; columns but for w."""
+
+    w: Tensor
+    total: Tensor
+    """S."""
+    others: Tensor
+    """R, in units of w."""
+    log_normalizer: Tensor
+    cross_entropy: Tensor
+
+
+def _block(
+    block: _Block, bias: Tensor | None, options: LossOptions, out: list[Tensor | None] | None
+) -> RowStatistics:
+    counts = (block.ce != 0) | (block.kl != 0)
+    branches = _may_branch(block.z.device)
+    if not (branches and bool(counts.all())):
+        block.z.masked_fill_(~counts, 0.0)
+        block.y.masked_fill_(~counts, 0.0)
+    slopes = _logits(block, bias, options)
+
+    clean = _softmax(block.z, block.label, options.label_smoothing, out=block.scratch[0])
+    mean = torch.mul(clean.w, block.y, out=block.scratch[1]).sum(-1, keepdim=True) / clean.total
+    block.y.sub_(mean)
+    e = torch.expm1(block.y, out=block.scratch[1])
+    t = torch.mul(clean.w, e, out=block.scratch[2]).sum(-1, keepdim=True) / clean.total
+    near = t.abs() < _NEAR
+    if branches and not options.ce_on_noised and bool(near.all()):
+        divergence, noised_normalizer, parts = _near_rows(
+            block, clean, mean, t, options, wanted=out is not None
+        )
+        cross_entropy = clean.cross_entropy
+    else:
+        divergence, noised_normalizer, cross_entropy, parts = _any_rows(
+            block, clean, mean, t, near, options, wanted=out is not None
+        )
+    if out is not None and parts is not None:
+        _write(parts, slopes, options.logit_scale, out)
+    statistics = (cross_entropy * (block.ce != 0), divergence, clean.log_normalizer, noised_normalizer)
+    return RowStatistics(*(torch.where(counts, value, 0.0) for value in statistics))
+
+
+def _may_branch(device: torch.device) -> bool:
+    """Whether the host may look at numbers of this device without waiting for it."""
+    return device.type == "cpu"
+
+
+def _logits(block: _Block, bias: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor] | None:
+    """Turn the two products into z and n in place; give the slope f = dz/draw and f' - f of a soft-cap."""
+    z, n = block.z, block.y
+    if options.form == "direct":
+        n.sub_(z)
+    if options.logit_scale != 1:
+        z.mul_(options.logit_scale)
+        n.mul_(options.logit_scale)
+    if bias is not None:
+        z.add_(bias)
+    kappa = options.softcap
+    if kappa is None:
+        return None
+    z.div_(kappa)
+    n.div_(kappa)
+    slope, slope_change = block.scratch[3:]
+    torch.cosh(z, out=slope).pow_(-2)
+    noised = torch.add(z, n, out=slope_change).tanh_()
+    z.tanh_()
+    n.tanh_().mul_(1 - z * noised)  # tanh(a + b) - tanh a = tanh b (1 - tanh a tanh(a + b))
+    noised.add_(z).mul_(n).neg_()  # (1 - tanh^2 b) - (1 - tanh^2 a) = -(tanh b - tanh a) (tanh b + tanh a)
+    z.mul_(kappa)
+    n.mul_(kappa)
+    return slope, slope_change
+
+
+def _softmax(z: Tensor, label: Tensor, smoothing: float, *, out: Tensor) -> _Softmax:
+    """exp(z - max z), its sums with and without the label, and the cross entropy of it.
+
+    CE = log(1 + R / w_y) for a probable label, where L - z_y would lose its digits, else L - z_y.
+    """
+    maximum = z.amax(-1, keepdim=True)
+    target = z.gather(-1, label)
+    w = torch.sub(z, maximum, out=out).exp_()
+    w_target = w.gather(-1, label)
+    others = w.scatter_(-1, label, 0.0).sum(-1, keepdim=True)
+    w.scatter_(-1, label, w_target)
+    total = others + w_target
+    probable = w_target > 0.5
+    log_total = total.log()
+    cross_entropy = torch.where(
+        probable,
+        torch.log1p(others / torch.where(probable, w_target, 1.0)),
+        maximum - target + log_total,
+    )
+    if smoothing:
+        cross_entropy = cross_entropy + smoothing * (target - z.mean(-1, keepdim=True))
+    return _Softmax(w, total, others, maximum + log_total, cross_entropy)
+
+
+class _Parts(NamedTuple):
+    """Gradients of a block with respect to logits, in its buffers."""
+
+    clean: Tensor
+    noised: Tensor
+    total: Tensor
+
+
+def _near_rows(
+    block: _Block, clean: _Softmax, mean: Tensor, t: Tensor, options: LossOptions, *, wanted: bool
+) -> tuple[Tensor, Tensor, _Parts | None]:
+    """J, L' and gradients of rows that are all near; scratch 1 holds expm1(y)."""
+    z, y, (w, e, free) = block.z, block.y, block.scratch[:3]
+    weighted = e.sub_(t).mul_(w)
+    per_p = 1 / (clean.total * (1 + t))  # -P = weighted * per_p
+    divergence = (torch.mul(weighted, y, out=free).sum(-1, keepdim=True) * per_p).clamp(min=0)
+    noised_normalizer = clean.log_normalizer + mean + torch.log1p(t)
+    if not wanted:
+        return divergence, noised_normalizer, None
+
+    left_over = torch.mul(w, y, out=free).sum(-1, keepdim=True) / clean.total
+    minus_u = y.sub_(left_over)  # E_p[n] was rounded
+    minus_big_p = weighted.mul_(block.kl * per_p)
+    p = torch.mul(w, block.kl / clean.total, out=free)
+    ce = _cross_entropy_gradient(clean, block.label, block.ce, options)
+    if options.detach == "target":
+        return divergence, noised_normalizer, _Parts(torch.sub(ce, minus_big_p, out=z), minus_big_p, ce)
+    if options.detach == "noised":
+        g = torch.addcmul(minus_big_p, p, minus_u, out=z)
+        gradient = torch.sub(ce, g, out=z)
+        return divergence, noised_normalizer, _Parts(gradient, y.zero_(), gradient)
+    minus_u_and_j = y.sub_(divergence)
+    if options.detach == "none":
+        total = torch.addcmul(ce, minus_big_p, minus_u_and_j, out=z).addcmul_(p, divergence, value=-1)
+        noised = torch.addcmul(minus_big_p, p.add_(minus_big_p), minus_u_and_j, out=y)
+        return divergence, noised_normalizer, _Parts(torch.sub(total, noised, out=w), noised, total)
+    noised = torch.addcmul(minus_big_p, p.add_(minus_big_p), minus_u_and_j, out=y)
+    return divergence, noised_normalizer, _Parts(ce, noised, torch.add(ce, noised, out=z))
+
+
+def _any_rows(
+    block: _Block,
+    clean: _Softmax,
+    mean: Tensor,
+    t: Tensor,
+    near: Tensor,
+    options: LossOptions,
+    *,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, _Parts | None]:
+    """J, L', CE and gradients of rows near and far."""
+    z, y, (_, q, big_p) = block.z, block.y, block.scratch[:3]
+    noised = _softmax(z.add_(y), block.label, options.label_smoothing, out=q)
+    cross_entropy = clean.cross_entropy
+    if options.ce_on_noised:
+        cross_entropy = (cross_entropy + noised.cross_entropy) / 2
+    log_mean = torch.where(near, torch.log1p(t), noised.log_normalizer - clean.log_normalizer)
+    noised_normalizer = clean.log_normalizer + mean + log_mean
+
+    p = clean.w.div_(clean.total)
+    q.div_(noised.total)
+    absent = (p == 0) & (q == 0)
+    delta = torch.sub(log_mean, y, out=y).masked_fill_(absent, 0.0)
+    torch.neg(delta, out=big_p).expm1_().mul_(p).neg_()
+    torch.sub(p, q, out=z)
+    torch.where(delta.abs() < _NEAR, big_p, z, out=big_p)
+    divergence = torch.mul(big_p, delta, out=z).sum(-1, keepdim=True).clamp(min=0)
+    if not wanted:
+        return divergence, noised_normalizer, cross_entropy, None
+
+    u = delta.sub_(torch.mul(p, delta, out=z).sum(-1, keepdim=True))
+    g = torch.addcmul(big_p, p, u)
+    noised_g = torch.addcmul(big_p, q, u + divergence).neg_()
+    total_g = torch.where(near, big_p * u - divergence * q, g + noised_g)
+    ce_share = block.ce / 2 if options.ce_on_noised else block.ce
+    ce = _cross_entropy_gradient(
+        clean._replace(w=p, total=torch.ones_like(t), others=clean.others / clean.total),
+        block.label,
+        ce_share,
+        options,
+    )
+    if options.detach == "clean":
+        g, total_g = torch.zeros_like(g), noised_g
+    elif options.detach == "noised":
+        noised_g, total_g = torch.zeros_like(g), g
+    elif options.detach == "target":
+        g, noised_g, total_g = big_p, -big_p, torch.zeros_like(g)
+    parts = _Parts(torch.addcmul(ce, g, block.kl), noised_g * block.kl, torch.addcmul(ce, total_g, block.kl))
+    if options.ce_on_noised:
+        shifted = noised._replace(
+            w=q,
+            total=torch.ones_like(t),
+            others=noised.others / noised.total,
+            log_normalizer=noised_normalizer,
+        )
+        noised_ce = _cross_entropy_gradient(shifted, block.label, ce_share, options)
+        parts.noised.add_(noised_ce)
+        parts.total.add_(noised_ce)
+    return divergence, noised_normalizer, cross_entropy, parts
+
+
+def _cross_entropy_gradient(softmax: _Softmax, label: Tensor, ce: Tensor, options: LossOptions) -> Tensor:
+    """Compute ce [(1 + 2 k L) p - (1 - s) 1[i = y] - s / V] in w's storage; p_y - 1 = -R / S at the label."""
+    w, smoothing = softmax.w, options.label_smoothing
+    z_factor = 2 * options.z_loss * softmax.log_normalizer
+    uniform = smoothing / w.shape[-1]
+    at_label = w.gather(-1, label) / softmax.total * z_factor - softmax.others / softmax.total
+    w.mul_(ce * (1 + z_factor) / softmax.total)
+    if smoothing:
+        w.sub_(ce * uniform)
+    return w.scatter_(-1, label, ce * (at_label + smoothing - uniform))
+
+
+def _write(
+    parts: _Parts, slopes: tuple[Tensor, Tensor] | None, logit_scale: float, out: list[Tensor | None]
+) -> None:
+    """Take the gradients through soft-cap and scale, and put them where they are wanted."""
+    clean, noised, total = parts
+    if slopes is not None:
+        slope, slope_change = slopes
+        clean, noised, total = (
+            clean * slope,
+            noised * (slope + slope_change),
+            torch.addcmul(total * slope, noised, slope_change),
+        )
+    for gradient, target in zip((clean, noised, total), out, strict=True):
+        if target is not None:
+            if logit_scale != 1:
+                gradient = gradient * logit_scale
+            if target.data_ptr() != gradient.data_ptr():
+                target.copy_(gradient)

@@ -1,0 +1,208 @@
+"""The passes of one step, and the loss between them: from logits, or from hidden states inside the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from swaft import functional
+from swaft.noise.checks import check_rows
+from swaft.noise.counted import CountedRows
+from swaft.noise.dropout import RngState
+from swaft.noise.embedding import Embedded, EmbeddingSite, embedding_hook
+from swaft.noise.head import LanguageModelHead, placeholder
+from swaft.noise.inputs import IGNORE_INDEX, Inputs
+from swaft.noise.loss.options import Form
+from swaft.noise.presets import NoiseSettings
+from swaft.noise.slot import LossSlot
+from swaft.noise.spectral import power_iteration_paused
+
+Forward = Callable[[], Any]
+"""Runs one pass and gives the model's output."""
+
+Pair = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Puts what the last pass gave together with what there was before: (clean, noised)."""
+
+
+class StepResult(NamedTuple):
+    """What the passes of one step gave."""
+
+    loss: functional.NoiseStabilityLoss
+    """The loss, differentiable, and its parts."""
+    logits: Tensor | None
+    """Logits of the clean pass, detached; None where none were made."""
+    embedded: Embedded | None
+    """What the embedding handed on in the noised pass; None where there was no noise."""
+
+
+@dataclass(frozen=True)
+class LogitsForm:
+    """The loss from the logits of both passes."""
+
+    inputs: Inputs
+    options: dict[str, Any]
+    objective: str
+
+    def observe(self, forward: Forward) -> Tensor:
+        """Run the first of two passes; returns its logits."""
+        return self._checked(forward().logits)
+
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[functional.NoiseStabilityLoss, Tensor]:
+        """Run the last pass; returns the loss, and the clean logits, detached."""
+        clean, noised = pair(forward().logits)
+        loss = functional.cross_entropy_symmetric_kl(
+            self._checked(clean), noised, self.inputs.targets, **self.options
+        )
+        return loss, clean.detach()
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        check_rows(logits, self.inputs.targets, self.objective)
+        return logits
+
+
+@dataclass(frozen=True)
+class FusedForm:
+    """The loss from the hidden states of both passes, computed in the head of the last one."""
+
+    inputs: Inputs
+    options: dict[str, Any]
+    objective: str
+    head: LanguageModelHead
+    num_counted: Callable[[], int]
+    """Gives the number of rows that enter the loss."""
+    form: Form
+    """How the fused loss makes the noised logits, "difference" or "direct"."""
+
+    def observe(self, forward: Forward) -> Tensor:
+        """Run the first of two passes; returns what its head was given."""
+        seen: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return placeholder(hidden)
+
+        with self.head.replaced(keep):
+            forward()
+        return seen[0]
+
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[functional.NoiseStabilityLoss, None]:
+        """Run the last pass; returns the loss, and no logits."""
+        slot, losses = LossSlot(), []
+
+        def compute(hidden: Tensor) -> Tensor:
+            clean, noised = pair(hidden)
+            check_rows(clean, self.inputs.targets, self.objective)
+            losses.append(
+                functional.linear_cross_entropy_symmetric_kl(
+                    clean,
+                    noised,
+                    labels=self.inputs.targets,
+                    form=self.form,
+                    num_counted=self.num_counted(),
+                    **self.head.loss_arguments(),
+                    **self.options,
+                )
+            )
+            return slot.leave(losses[0].loss)
+
+        with self.head.replaced(compute):
+            output = forward()
+        return losses[0]._replace(loss=slot.arrive(output.logits)), None
+
+
+def choose_form(
+    inputs: Inputs,
+    settings: NoiseSettings,
+    *,
+    weight: float,
+    head: LanguageModelHead | None,
+    objective: str,
+) -> LogitsForm | FusedForm:
+    """Choose how the loss is computed, and set its options.
+
+    Args:
+        inputs: of the step.
+        settings: of the objective.
+        weight: factor on the divergence.
+        head: the head to compute with; None for a loss from logits.
+        objective: name of the objective, for messages.
+    """
+    targets = inputs.targets
+    options: dict[str, Any] = {
+        "divergence_weight": weight * settings.scale,
+        "label_smoothing": settings.label_smoothing,
+        "ignore_index": IGNORE_INDEX,
+        "detach": settings.detach,
+        "ce_on_noised": settings.ce_on_noised,
+    }
+    everywhere = settings.reduction == "batchmean"
+    if everywhere:
+        rows = torch.ones_like(targets, dtype=torch.bool)
+        options |= {"kl_mask": rows, "kl_normalizer": targets.shape[0]}
+    if head is None:
+        return LogitsForm(inputs, options, objective)
+    num_counted = targets.numel if everywhere else CountedRows(targets != IGNORE_INDEX).read
+    # Equal masks leave little between the passes, which only their difference shows; other masks leave much.
+    form: Form = "difference" if settings.masks == "shared" else "direct"
+    return FusedForm(inputs, options, objective, head, num_counted, form)
+
+
+def run_passes(
+    model: nn.Module,
+    form: LogitsForm | FusedForm,
+    settings: NoiseSettings,
+    *,
+    site: EmbeddingSite | None,
+    disturb: Callable[[Tensor], Tensor],
+) -> StepResult:
+    """Run the passes of one step.
+
+    Two passes are a clean and a noised one; the noised one comes first where it needs no gradient, so that nothing
+    waits for it, and second otherwise. A doubled pass is both at once.
+
+    Args:
+        model: the model as wrapped by the training engine.
+        form: how the loss is computed.
+        settings: of the objective.
+        site: where the noise goes in; None where there is none.
+        disturb: gives the sum of an embedding output and noise.
+    """
+    embedded: list[Embedded] = []
+
+    def forward(arguments: dict[str, Any], *, noised: bool, half: bool = False) -> Any:
+        if site is None:
+            return model(**arguments)
+        detach = noised and settings.detach_embedding
+        with embedding_hook(site, disturb if noised else None, detach=detach, half=half) as record:
+            output = model(**arguments)
+        if noised:
+            embedded.append(record)
+        return output
+
+    def two_passes() -> tuple[functional.NoiseStabilityLoss, Tensor | None]:
+        arguments, noised_first = form.inputs.arguments, settings.one_sided
+        rng = RngState.capture(model)
+        with torch.no_grad() if noised_first else nullcontext():
+            first = form.observe(lambda: forward(arguments, noised=noised_first))
+        if settings.masks == "shared":
+            rng.restore()
+        with power_iteration_paused(model):
+            return form.conclude(
+                lambda: forward(arguments, noised=not noised_first),
+                lambda last: (last, first) if noised_first else (first, last),
+            )
+
+    def doubled_pass() -> tuple[functional.NoiseStabilityLoss, Tensor | None]:
+        arguments = form.inputs.doubled()
+        return form.conclude(
+            lambda: forward(arguments, noised=True, half=True),
+            lambda both: both.chunk(2),  # type: ignore[arg-type, return-value]
+        )
+
+    loss, logits = doubled_pass() if settings.passes == "doubled" else two_passes()
+    return StepResult(loss, logits, embedded[0] if embedded else None)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swaft.errors import ConfigError
+from swaft.noise.loss.weighting import row_weights
+
+pytestmark = pytest.mark.unit
+
+LABELS = torch.tensor([[3, 0, -100], [1, -100, -100]])
+
+
+def weigh(labels=LABELS, **options):
+    defaults = {
+        "ignore_index": -100,
+        "token_weight": None,
+        "kl_mask": None,
+        "kl_normalizer": None,
+        "reduction": "mean",
+        "dtype": torch.float64,
+    }
+    return row_weights(labels, **(defaults | options))
+
+
+def test_rows_count_where_the_label_is_not_ignored():
+    weights = weigh()
+    assert weights.cross_entropy.tolist() == weights.divergence.tolist() == [1, 1, 0, 1, 0, 0]
+    assert weights.labels.tolist() == [3, 0, 0, 1, 0, 0]
+    assert weights.task_normalizer == weights.divergence_normalizer == 3
+
+
+def test_token_weights_enter_both_sums_and_both_means():
+    token_weight = torch.tensor([[0.5, 2.0, 7.0], [1.0, 7.0, 7.0]])
+    weights = weigh(token_weight=token_weight)
+    assert weights.divergence.tolist() == [0.5, 2, 0, 1, 0, 0]
+    assert weights.task_normalizer == weights.divergence_normalizer == 3.5
+
+
+def test_reduction_sum_divides_by_nothing():
+    weights = weigh(reduction="sum")
+    assert weights.task_normalizer == weights.divergence_normalizer == 1
+
+
+def test_fairseq_sums_over_padding_and_divides_by_sentences():
+    weights = weigh(kl_mask=torch.ones_like(LABELS, dtype=torch.bool), kl_normalizer=2)
+    rows = torch.arange(1.0, 7.0, dtype=torch.float64)
+    task_loss, divergence = weights.reduce(rows, rows)
+    assert float(task_loss) == pytest.approx((1 + 2 + 4) / 3)
+    assert float(divergence) == pytest.approx(21 / 2)
+
+
+def test_parlai_sums_over_padding_and_divides_by_counted_tokens():
+    weights = weigh(kl_mask=torch.ones_like(LABELS, dtype=torch.bool), kl_normalizer=torch.tensor(3))
+    rows = torch.arange(1.0, 7.0, dtype=torch.float64)
+    assert float(weights.reduce(rows, rows)[1]) == pytest.approx(21 / 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum"},
+        {"kl_mask": torch.ones_like(LABELS, dtype=torch.bool), "kl_normalizer": 2},
+        {"token_weight": torch.tensor([[0.5, 2.0, 7.0], [1.0, 7.0, 7.0]]), "kl_normalizer": 5.0},
+        {"labels": torch.full_like(LABELS, -100), "kl_mask": LABELS == -100},
+        {"labels": torch.full_like(LABELS, -100)},
+    ],
+)
+def test_one_weighted_sum_and_one_factor_give_the_whole_loss(options):
+    weights = weigh(**options)
+    generator = torch.Generator().manual_seed(0)
+    task, divergence = torch.rand(2, 6, generator=generator, dtype=torch.float64)
+
+    ce, kl, factor = weights.in_loss(0.7)
+    task_loss, mean_divergence = weights.reduce(task, divergence)
+
+    torch.testing.assert_close(
+        factor * (ce * task + kl * divergence).sum(), task_loss + 0.7 * mean_divergence
+    )
+
+
+def test_without_a_counted_row_everything_is_zero():
+    weights = weigh(torch.full_like(LABELS, -100))
+    ce, kl, factor = weights.in_loss(1.0)
+    assert not torch.stack((ce, kl)).any()
+    assert factor == 0
+
+
+def test_divergence_weight_zero_keeps_rows_of_the_divergence_counted():
+    _, kl, _ = weigh(kl_mask=torch.ones_like(LABELS, dtype=torch.bool)).in_loss(0.0)
+    assert (kl != 0).all()
+    assert (kl < 1e-20).all()
+
+
+@pytest.mark.parametrize("name", ["token_weight", "kl_mask"])
+def test_a_shape_that_is_not_the_labels_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"{name} has shape \(6,\); expected that of the labels, \(2, 3\)"):
+        weigh(**{name: torch.ones(6)})
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ConfigError, match="reduction is 'none'; expected one of mean, sum"):
+        weigh(reduction="none")
