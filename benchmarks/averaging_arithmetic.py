@@ -41,7 +41,7 @@ WEIGHT = 1e-3
 MANY_MEMBERS = SWA(start=0).plan(total_steps=1_000_000)
 
 
-def measure(*, quick: bool) -> dict[str, object]:
+def measure(*, quick: bool, device: str) -> dict[str, object]:
     """Rates of every form at 1, 2, 4, ... and all cores."""
     numel, rounds = (1 << 16, 3) if quick else (1 << 26, 21)
     cores = usable_cores()

@@ -22,7 +22,7 @@ Update = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 """Moves an average towards a member, given how many members it holds."""
 
 
-def measure(*, quick: bool) -> dict[str, object]:
+def measure(*, quick: bool, device: str) -> dict[str, object]:
     """Error of every arithmetic at every learning rate, at the end of the run."""
     events, numel = (200, 16) if quick else (100_000, 512)
     uniform = SWA(start=0).plan(events - 1)

@@ -25,7 +25,7 @@ REPEATS = {1: (8, 6), 2: (6, 5), 4: (5, 3)}
 TIMEOUT_S = 400.0
 
 
-def measure(*, quick: bool) -> dict[str, object]:
+def measure(*, quick: bool, device: str) -> dict[str, object]:
     """Every engine on 1, 2 and 4 ranks."""
     cores = usable_cores()
     missing = importlib.util.find_spec("deepspeed") is None

@@ -51,7 +51,7 @@ BLOCK_S = 0.7
 """Seconds of one block."""
 
 
-def measure(*, quick: bool) -> dict[str, object]:
+def measure(*, quick: bool, device: str) -> dict[str, object]:
     """Every model at every number of tokens a step, one process."""
     models, micro_batch = ({"tiny": TINY_BERT}, (2, 8)) if quick else (MODELS, MICRO_BATCH)
     configurations = {}

@@ -23,8 +23,9 @@ from swaft.noise.loss.options import LossOptions
 
 _NEAR = 0.5
 """Largest |t| of a near row, and largest |delta| where P comes from expm1."""
-_BLOCK_ELEMENTS = {"cpu": 2**21}
-"""Elements a block, by device type: the five buffers of a block should stay in the cache."""
+_BLOCK_ELEMENTS = {"cpu": 2**20}
+"""Elements a block, by device type: few enough that five buffers stay in the shared cache, and as many as that
+allows, because threads wait for each other after every operation."""
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 

@@ -1,0 +1,88 @@
+"""The command line that all benchmarks share: measure sections, write one JSON, print a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from benchmarks.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Section(Protocol):
+    """A module that measures one part of a benchmark."""
+
+    def measure(self, *, quick: bool, device: str) -> dict[str, object]:
+        """The figures; ``quick`` runs every path on tiny sizes and measures nothing."""
+        ...
+
+    def rows(self, result: dict) -> list[Sequence[object]]:
+        """One line a figure, for people."""
+        ...
+
+
+def run(
+    name: str,
+    sections: Mapping[str, Section],
+    arguments: Sequence[str] | None,
+    *,
+    about: str,
+    widths: tuple[int, int],
+    head: Mapping[str, object] | None = None,
+) -> None:
+    """Measure what the command line asks for, write the JSON, print the table.
+
+    Args:
+        name: of the results file, ``results/<name>.json`` or ``results/<name>_<GPU>.json``.
+        sections: the parts, in order.
+        arguments: the command line, None for the process's own.
+        about: the first line of ``--help``.
+        widths: of the first column of the table and of the others.
+        head: what the file says beside machine and versions.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing"
+    )
+    parser.add_argument(
+        "--section", choices=sections, action="append", help="only this part; may be repeated"
+    )
+    parser.add_argument("--out", type=Path, help="file to write; default: the one of this device in results/")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = options.out or (None if options.quick else RESULTS / f"{_file_name(name)}.json")
+    results: dict[str, object] = {"environment": environment(), **(head or {}), "quick": options.quick}
+    if options.section and path is not None and path.exists():
+        results = _merged_into(json.loads(path.read_text()), results)
+    for part in options.section or sections:
+        begun = time.perf_counter()
+        found = sections[part].measure(quick=options.quick, device=device)
+        seconds = time.perf_counter() - begun
+        results[part] = {"seconds to measure": round(seconds, 1), **found}
+        print(f"\n{part} ({seconds:.0f} s)")
+        for first, *rest in sections[part].rows(found):
+            print(f"  {first:<{widths[0]}}", *(f"{column!s:<{widths[1]}}" for column in rest))
+        if path is not None:  # part by part: a later one that fails takes nothing with it
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _merged_into(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
+    """The old results, to be written over part by part: only where both come from one machine and its versions."""
+    for key in new:
+        if old.get(key) != new[key]:
+            raise SystemExit(
+                f"the results on file have {key} {old.get(key)}, and this run has {new[key]}; expected the same: "
+                "measure all sections again"
+            )
+    return old
+
+
+def _file_name(name: str) -> str:
+    return f"{name}_{torch.cuda.get_device_name().replace(' ', '_')}" if torch.cuda.is_available() else name
