@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaft.errors import ConfigError
+from swaft.noise.loss.checks import check_direction, check_head, check_logits
 from swaft.noise.loss.divergence import symmetric_kl
 from swaft.noise.loss.linear import LinearInputs
 from swaft.noise.loss.operator import fused_linear_loss
@@ -34,7 +34,7 @@ class NoiseStabilityLoss(NamedTuple):
     divergence: Tensor
     """The symmetric KL divergence, before its weight, 0-dim."""
     row_cross_entropy: Tensor
-    """Cross entropy of each row, without the z term, shaped like the labels; 0 where the label is ignored."""
+    """Cross entropy of each row, without the z term, shaped like the labels; 0 where it counts for nothing."""
     row_divergence: Tensor
     """J of each row; 0 in rows that count for nothing."""
     row_log_normalizer: Tensor
@@ -65,16 +65,16 @@ def cross_entropy_symmetric_kl(
     Args:
         logits: clean logits (..., V); 16-bit ones are upcast to fp32.
         noised_logits: noised logits, same shape.
-        labels: class indices (...), int64.
+        labels: class indices (...), int64 or int32.
         divergence_weight: the lambda of the paper.
         label_smoothing: share of the target spread over all V classes, cross entropy only.
         ignore_index: label of the rows that do not count.
         z_loss: k of the term k L^2 added to each row's cross entropy, L the log of the softmax normalizer.
-        token_weight: factor of each row in both terms and in their means (...).
+        token_weight: factor of each row in both terms and in their means (...), 0 or more; constant.
         kl_mask: rows of the divergence (...), bool, if not those whose label counts.
         kl_normalizer: what the sum of the divergences is divided by, a number or a 0-dim tensor, if not the
-            sum of its rows' weights. fairseq's R3F: kl_mask all True, the number of sentences; ParlAI's:
-            kl_mask all True, the number of rows whose label counts.
+            sum of its rows' weights; 0 leaves the divergence out. fairseq's R3F: kl_mask all True, the number
+            of sentences; ParlAI's: kl_mask all True, the number of rows whose label counts.
         reduction: "mean" by the sum of the token weights, or "sum".
         detach: what the divergence holds constant, see :func:`symmetric_kl`.
         ce_on_noised: average the cross entropies of both passes (R-Drop) instead of the clean one's.
@@ -83,18 +83,16 @@ def cross_entropy_symmetric_kl(
         The loss and its terms.
 
     Raises:
-        ConfigError: naming options out of range, or shapes that do not fit.
+        ConfigError: naming options out of range, or tensors that do not fit.
+        DataError: for a label out of range, on a CPU; elsewhere, and compiled, the loss is NaN then.
     """
     check_divergence_weight(divergence_weight)
     options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised)
-    if noised_logits.shape != logits.shape or labels.shape != logits.shape[:-1]:
-        raise ConfigError(
-            f"logits {tuple(logits.shape)}, noised_logits {tuple(noised_logits.shape)} and labels "
-            f"{tuple(labels.shape)} do not fit; expected (..., V) twice and (...)."
-        )
+    check_logits(logits, noised_logits, labels)
     dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
     weights = row_weights(
         labels,
+        num_classes=logits.shape[-1],
         ignore_index=ignore_index,
         token_weight=token_weight,
         kl_mask=kl_mask,
@@ -102,7 +100,7 @@ def cross_entropy_symmetric_kl(
         reduction=reduction,
         dtype=dtype,
     )
-    z, noised_z = (tensor.to(dtype).flatten(0, -2) for tensor in (logits, noised_logits))
+    z, noised_z = (_rows(tensor).to(dtype) for tensor in (logits, noised_logits))
     counts_for_task, counts = weights.cross_entropy != 0, weights.counts
     z, noised_z = (tensor.masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (z, noised_z))
     rows = reference_rows(z, noised_z, (z - noised_z).detach(), weights.labels, options)
@@ -166,10 +164,11 @@ def linear_cross_entropy_symmetric_kl(
         hidden: clean hidden states h (..., d).
         noised_hidden: noised hidden states h' (..., d).
         weight: of the head W (V, d).
-        labels: class indices (...), int64.
+        labels: class indices (...), int64 or int32.
         bias: of the head (V,).
         hidden_difference: h - h' (..., d) in the best precision there is, if that is better than what
-            ``hidden`` and ``noised_hidden`` have left; constant, its gradient goes to ``noised_hidden``.
+            ``hidden`` and ``noised_hidden`` have left; constant, its gradient goes to ``noised_hidden``. The
+            wrong sign is an error; on an accelerator, and compiled, a NaN loss.
         logit_scale: alpha, more than 0; T5 with tied embeddings: d^-1/2.
         softcap: kappa of z = kappa tanh(raw / kappa); None for none.
         form: "difference" or "direct".
@@ -193,17 +192,17 @@ def linear_cross_entropy_symmetric_kl(
         The loss and its terms.
 
     Raises:
-        ConfigError: naming options out of range, or shapes that do not fit.
-        NoiseError: in a second derivative.
+        ConfigError: naming options out of range, or tensors that do not fit.
+        DataError: for a label out of range, on a CPU; elsewhere, and compiled, the loss is NaN then.
+        NoiseError: in a second derivative, in forward mode, or under a transform of torch.func.
     """
     check_divergence_weight(divergence_weight)
     options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form)
-    _check_head(
-        hidden, noised_hidden, weight, labels, bias, hidden_difference, form, num_counted, chunk_bytes
-    )
+    check_head(hidden, noised_hidden, weight, labels, bias, hidden_difference, form, num_counted, chunk_bytes)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, noised_hidden.dtype), weight.dtype)
     weights = row_weights(
         labels,
+        num_classes=weight.shape[0],
         ignore_index=ignore_index,
         token_weight=token_weight,
         kl_mask=kl_mask,
@@ -212,10 +211,13 @@ def linear_cross_entropy_symmetric_kl(
         dtype=torch.promote_types(dtype, torch.float32),
     )
     ce_weight, kl_weight, factor = weights.in_loss(divergence_weight)
+    if hidden_difference is not None:
+        right_sign = check_direction(hidden, noised_hidden, hidden_difference)
+        factor = torch.where(right_sign, factor, torch.nan)
     inputs = LinearInputs(
-        hidden=hidden.flatten(0, -2),
-        noised_hidden=noised_hidden.flatten(0, -2),
-        hidden_difference=None if hidden_difference is None else hidden_difference.detach().flatten(0, -2),
+        hidden=_rows(hidden),
+        noised_hidden=_rows(noised_hidden),
+        hidden_difference=None if hidden_difference is None else _rows(hidden_difference.detach()),
         weight=weight,
         bias=bias,
         labels=weights.labels,
@@ -229,41 +231,6 @@ def linear_cross_entropy_symmetric_kl(
     return NoiseStabilityLoss(loss, task_loss, divergence, *row_values)
 
 
-def _check_head(
-    hidden: Tensor,
-    noised_hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    hidden_difference: Tensor | None,
-    form: Form,
-    num_counted: int | None,
-    chunk_bytes: int | None,
-) -> None:
-    problems = []
-    if noised_hidden.shape != hidden.shape or labels.shape != hidden.shape[:-1]:
-        problems.append(
-            f"hidden {tuple(hidden.shape)}, noised_hidden {tuple(noised_hidden.shape)} and labels "
-            f"{tuple(labels.shape)} do not fit; expected (..., d) twice and (...)."
-        )
-    if weight.dim() != 2 or weight.shape[-1] != hidden.shape[-1]:
-        problems.append(f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[-1]}).")
-    elif bias is not None and bias.shape != weight.shape[:1]:
-        problems.append(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},).")
-    if hidden_difference is not None:
-        if form == "direct":
-            problems.append(
-                "hidden_difference was given with form='direct', which does not use it; expected None. "
-                "Leave it out, or set form='difference'."
-            )
-        elif hidden_difference.shape != hidden.shape:
-            problems.append(
-                f"hidden_difference has shape {tuple(hidden_difference.shape)}; expected that of hidden, "
-                f"{tuple(hidden.shape)}."
-            )
-    if num_counted is not None and num_counted < 0:
-        problems.append(f"num_counted is {num_counted}; expected a number of rows, or None.")
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        problems.append(f"chunk_bytes is {chunk_bytes}; expected a number of bytes, or None.")
-    if problems:
-        raise ConfigError(problems)
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., n) to (N, n); (n,) is one row."""
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)

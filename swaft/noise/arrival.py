@@ -126,7 +126,7 @@ def first_layer_input(site: EmbeddingSite) -> Iterator[list[Tensor]]:
         if not seen and tensors:
             seen.append(tensors[0].detach().clone())
 
-    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in _blocks(site.encoder)]
+    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in _layers(site)]
     try:
         yield seen
     finally:
@@ -134,12 +134,17 @@ def first_layer_input(site: EmbeddingSite) -> Iterator[list[Tensor]]:
             handle.remove()
     if not seen:
         raise NoiseError(
-            f"No layer of {type(site.encoder).__name__} ran in a forward pass; expected its first "
-            "torch.nn.ModuleList to hold the layers, so that the noise can be followed there. "
+            f"No layer of {type(site.encoder).__name__} ran in a forward pass; expected the first "
+            "torch.nn.ModuleList beside its embedding to hold the layers, so that the noise can be followed there. "
             "Set noise.kind=rdrop or none."
         )
 
 
-def _blocks(encoder: nn.Module) -> list[nn.Module]:
-    lists = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
-    return list(next(lists, nn.ModuleList()))
+def _layers(site: EmbeddingSite) -> list[nn.Module]:
+    """The first list of modules in the innermost stack that has the embedding; others may hold a vision tower."""
+    found = nn.ModuleList()
+    for stack in site.encoder.modules():  # from the outside in
+        if any(module is site.embedding for module in stack.modules()):
+            lists = (each for each in stack.modules() if isinstance(each, nn.ModuleList) and len(each) > 0)
+            found = next(lists, found)
+    return list(found)

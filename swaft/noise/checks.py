@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from swaft.errors import NoiseError
 from swaft.noise.wrappers import unwrap
 
+_ROUTER_LOSSES = ("aux_loss", "z_loss")
+"""How the names of a mixture of experts' own losses end in a Hugging Face model's output."""
+
 
 def generates(model: nn.Module) -> bool:
     """Whether a model generates text: an encoder-decoder, or a causal language model."""
@@ -63,7 +66,7 @@ def check_one_mask(model: nn.Module) -> None:
 
 
 def check_output(output: Any, objective: str) -> None:
-    """Refuse an output without loss and logits.
+    """Refuse an output without loss and logits, and one whose loss has terms of a mixture of experts.
 
     Args:
         output: what the model returned for a batch with labels.
@@ -77,6 +80,16 @@ def check_output(output: Any, objective: str) -> None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
             "expected a Hugging Face classification or generation model. Set noise.kind=none."
+        )
+    # Such a term may be too small beside the cross entropy to show in the loss.
+    terms = [
+        name for name, value in vars(output).items() if name.endswith(_ROUTER_LOSSES) and value is not None
+    ]
+    if terms:
+        raise NoiseError(
+            f"The model adds {', '.join(terms)} of its routers to its loss, and {objective} computes the mean "
+            "cross entropy alone. Expected a loss without them. Set the model's output_router_logits=False, or "
+            "noise.kind=none."
         )
 
 
@@ -96,7 +109,8 @@ def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
     if targets.shape != rows.shape[:-1]:
         raise NoiseError(
             f"Labels of shape {tuple(targets.shape)} do not fit rows of shape {tuple(rows.shape)}; "
-            f"{objective} expects one class index a row. Set noise.kind=none for several labels a row."
+            f"{objective} expects one class index a row. Set noise.kind=none for several labels a row, and for "
+            "rows without a label (the virtual tokens of prompt tuning)."
         )
 
 

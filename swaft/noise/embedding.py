@@ -21,11 +21,13 @@ class EmbeddingSite:
     """Where noise goes in: the encoder, its token embedding, and the type its body accepts."""
 
     encoder: nn.Module
-    """The encoder stack, or the whole base model where there is only an encoder."""
+    """The encoder stack of an encoder-decoder, or the whole model where there is but one stack."""
     embedding: nn.Module
     """The token embedding whose output is noised."""
     takes_fp32: bool
     """Whether a 16-bit body accepts fp32 embeddings."""
+    has_decoder: bool
+    """Whether a decoder may run the same embedding, so that only what runs inside the encoder is noised."""
 
     def dtype_for(self, output: torch.dtype) -> torch.dtype:
         """Tell the widest type that may be handed on where the embedding gives ``output``."""
@@ -64,7 +66,7 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         NoiseError: for a model without a token embedding.
     """
     network = unwrap(model)
-    encoder = _text_encoder(network)
+    encoder = _text_encoder(network) or network
     try:
         embedding = encoder.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -75,15 +77,17 @@ def find_site(model: nn.Module) -> EmbeddingSite:
             "text model with get_input_embeddings(). Set noise.kind=rdrop, which needs none, or none."
         )
     model_type = getattr(getattr(network, "config", None), "model_type", None)
-    return EmbeddingSite(encoder, embedding, takes_fp32=model_type in _FP32_BODIES)
+    return EmbeddingSite(
+        encoder, embedding, takes_fp32=model_type in _FP32_BODIES, has_decoder=encoder is not network
+    )
 
 
-def _text_encoder(network: nn.Module) -> nn.Module:
+def _text_encoder(network: nn.Module) -> nn.Module | None:
     get_encoder = getattr(network, "get_encoder", None)
     encoder = get_encoder() if callable(get_encoder) else network
     if isinstance(encoder, nn.Module) and encoder is not network and hasattr(encoder, "get_input_embeddings"):
         return encoder
-    return getattr(network, "base_model", network)
+    return None
 
 
 @contextmanager
@@ -112,7 +116,8 @@ def embedding_hook(
         NoiseError: when the embedding did not run exactly once.
     """
     record = Embedded()
-    inside = False  # the encoder: its embedding may be the decoder's, too, as after resize_token_embeddings
+    # The encoder's embedding may be the decoder's, too, as after resize_token_embeddings.
+    inside = not site.has_decoder
 
     def enter(*_: object) -> None:
         nonlocal inside
@@ -133,11 +138,12 @@ def embedding_hook(
         record.clean, record.handed_on = own.detach(), handed_on.detach()
         return handed_on if clean is None else torch.cat([clean.to(dtype), handed_on])
 
-    handles = [
-        site.encoder.register_forward_pre_hook(enter),
-        site.encoder.register_forward_hook(leave),
-        site.embedding.register_forward_hook(hook),
-    ]
+    handles = [site.embedding.register_forward_hook(hook)]
+    if site.has_decoder:  # elsewhere a wrapper may call the model's forward past its hooks, as adapters do
+        handles += [
+            site.encoder.register_forward_pre_hook(enter),
+            site.encoder.register_forward_hook(leave),
+        ]
     try:
         yield record
     finally:
@@ -146,7 +152,8 @@ def embedding_hook(
     if record.calls != 1:
         raise NoiseError(
             f"The token embedding of {type(site.encoder).__name__} ran {record.calls} times in one forward "
-            "pass; expected once. Pass input_ids (not inputs_embeds), and use a model that is not compiled; "
+            "pass; expected once. Pass input_ids (not inputs_embeds, which prompt tuning passes, too), leave out "
+            "token_type_ids that share the embedding (GPT-2), and use a model that is not compiled; "
             "noise.kind=rdrop or none does without the embedding."
         )
 

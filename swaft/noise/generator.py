@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from swaft.errors import ConfigError
 from swaft.noise.philox import Noise, standard_noise
 
 _MASK = (1 << 64) - 1
@@ -57,7 +58,12 @@ def add_noise(
 
     Returns:
         The sum, same shape, fp32, or float64 for a float64 embedding.
+
+    Raises:
+        ConfigError: for an unknown distribution, or tensors that do not fit.
     """
+    if not embedding.is_floating_point():
+        raise ConfigError(f"embedding is {embedding.dtype}; expected a floating dtype.")
     stream = stream_seed(seed, rank, step)
     return _AddNoise.apply(embedding, noise, sigma, stream)  # type: ignore[no-any-return]
 
@@ -85,6 +91,9 @@ def draw_noise(
 
     Returns:
         Noise (shape), fp32, on ``device``.
+
+    Raises:
+        ConfigError: for an unknown distribution, or a sigma that does not fit.
     """
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     return _write(out, None, noise, sigma, stream_seed(seed, rank, step))
@@ -106,6 +115,13 @@ class _AddNoise(torch.autograd.Function):
 @torch.no_grad()
 def _write(out: Tensor, embedding: Tensor | None, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
     """Fill ``out`` with embedding + noise, or the noise alone."""
+    if noise not in get_args(Noise):
+        raise ConfigError(f"noise is {noise!r}; expected one of {', '.join(get_args(Noise))}.")
+    if isinstance(sigma, Tensor) and (sigma.dim() != 0 or sigma.device != out.device):
+        raise ConfigError(
+            f"sigma has shape {tuple(sigma.shape)} and is on {sigma.device}; expected a number, or a 0-dim "
+            f"tensor on {out.device}."
+        )
     if not isinstance(sigma, Tensor):
         sigma = torch.full((), sigma, dtype=torch.float32, device=out.device)
     sigma = sigma.float()

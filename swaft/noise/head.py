@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
-from swaft.noise.wrappers import unwrap
+from swaft.noise.wrappers import is_compiled, layers, unwrap
 
 _SLOW_TWIN = "Set noise.fused=false, which computes the loss from the logits of both passes."
 
@@ -93,9 +93,16 @@ def find_head(model: nn.Module) -> LanguageModelHead:
     `swaft.noise.proof` compares it with what the model computes.
 
     Raises:
-        NoiseError: for a head that is not a plain linear layer: adapted, quantised, or replaced.
+        NoiseError: for a head that is not a plain linear layer: adapted, quantised, replaced, or compiled with the
+            model.
     """
     network = unwrap(model)
+    if any(is_compiled(module) for module in (*layers(model), network)):
+        raise NoiseError(
+            f"{type(network).__name__} is compiled whole, its head with it, which the fused loss has to get into; "
+            "expected it not to be. Compile its layers one by one (accelerate's use_regional_compilation). "
+            f"{_SLOW_TWIN}"
+        )
     module = _active_copy(network.get_output_embeddings())  # type: ignore[operator]
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         raise NoiseError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +74,18 @@ def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict
 def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     network = unwrap(model)
     prepare = getattr(network, "prepare_decoder_input_ids_from_labels", None)
-    if not callable(prepare):
-        raise NoiseError(
-            f"{type(network).__name__} has no prepare_decoder_input_ids_from_labels; expected it, or "
-            "decoder_input_ids in the batch. Have the data collator make them."
-        )
-    return prepare(labels)  # type: ignore[no-any-return]
+    if callable(prepare):
+        return prepare(labels)  # type: ignore[no-any-return]
+    for kind in type(network).__mro__:
+        # What the forward of such a model calls by itself (M2M100 and NLLB, Blenderbot).
+        shift = getattr(sys.modules.get(kind.__module__), "shift_tokens_right", None)
+        if shift is not None and "decoder_start_token_id" in inspect.signature(shift).parameters:
+            config: Any = network.config
+            return shift(labels, config.pad_token_id, config.decoder_start_token_id)  # type: ignore[no-any-return]
+    raise NoiseError(
+        f"{type(network).__name__} has no prepare_decoder_input_ids_from_labels; expected it, or "
+        "decoder_input_ids in the batch. Have the data collator make them."
+    )
 
 
 def _is_per_row(value: Any, rows: int) -> bool:

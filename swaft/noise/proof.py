@@ -54,17 +54,23 @@ def prove(
         objective: its name, for messages.
 
     Returns:
-        Whether the loss could be compared: False where no row of any rank's batch counts.
+        Whether the loss could be compared: False where no rank's batch has rows of more than one class, in whose
+        mean cross entropy weights of classes would show.
 
     Raises:
         NoiseError: when the model trains another loss than the mean cross entropy, when its logits are not what the
             head is taken to make, or when the noise does not arrive; on all ranks alike.
     """
     rows = proof_rows(model, batch, at_most=_ROWS) if generates(model) else batch
-    rng = RngState.capture(model)
+    rng, seed = RngState.capture(model), torch.initial_seed()
     with torch.no_grad(), _buffers_restored(model):
         with first_layer_input(site) if site else nullcontext([]) as clean_input:
             loss_figures = _clean_pass(model, rows, site, head, objective)
+        if settings.masks == "shared" and torch.initial_seed() != seed:
+            raise NoiseError(
+                "The model seeds torch's random state anew in its forward pass (Reformer does), so two passes "
+                "cannot share their dropout masks. Set noise.masks=independent."
+            )
         rng.restore()
         arrival, handed_on = torch.zeros(4, device=loss_figures.device), torch.float32
         if site is not None:
@@ -86,8 +92,8 @@ def prove(
     if loss_gap > 1:
         raise NoiseError(
             f"{objective} computes the mean cross entropy of the counted rows, and the model's own loss is "
-            "another one (weighted, smoothed, or with more terms), which would be replaced. Expected a model "
-            "whose loss is the mean cross entropy. Set noise.kind=none."
+            "another one (weighted, smoothed, with more terms, or of other rows), which would be replaced. "
+            "Expected a model whose loss is the mean cross entropy. Set noise.kind=none."
         )
     if head is not None and logits_gap > 1:
         raise NoiseError(
@@ -110,8 +116,8 @@ def _clean_pass(
     """Run the model with labels, its own head and its own loss.
 
     Returns:
-        (3,) fp32: 1 where a row counts, and how far the loss and the logits are from what they are taken to be,
-        as multiples of the tolerance.
+        (3,) fp32: 1 where the loss can be compared, and how far the loss and the logits are from what they are
+        taken to be, as multiples of the tolerance.
     """
     outputs: list[Tensor] = []
 
@@ -140,7 +146,9 @@ def _clean_pass(
     if head is not None:
         transformed = head.transform(outputs[-1])
         logits_gap = (logits - transformed).abs().amax() / transformed.abs().amax()
-    compared = (targets != IGNORE_INDEX).any()
+    counted = targets[targets != IGNORE_INDEX]
+    # Weights of the classes cancel in the mean where there is one class; a batch of one row has no more.
+    compared = (counted != counted[:1]).any() | (targets.numel() == 1)
     # A loss or logits that are not numbers are for the training loop to find; no row that counts gives none.
     gaps = torch.stack([loss_gap, logits_gap]).nan_to_num(nan=0.0) / tolerance
     return torch.cat([compared.float().reshape(1), gaps.float()])

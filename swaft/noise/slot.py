@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel.distributed import _DDPSink
 
 from swaft.errors import NoiseError
 
@@ -79,19 +80,23 @@ class _Arrive(torch.autograd.Function):
 
 def _refuse_cut_or_trained_path(logits: Tensor) -> None:
     """Walk the few nodes between the model's output and its head; a leaf among them is a trained weight."""
-    waiting, seen, leaves, connected = [logits.grad_fn], set(), [], False
+    waiting: list[tuple[Any, int]] = [(logits.grad_fn, logits.output_nr)]
+    seen, leaves, connected = set(), [], False
     while waiting:
-        node = waiting.pop()
+        node, position = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if isinstance(node, _DDPSink._backward_cls):  # type: ignore[attr-defined]
+            waiting.append(node.next_functions[position])  # it hands on all outputs, each in its place
+            continue
         if isinstance(node, _Leave._backward_cls):  # type: ignore[attr-defined]
             connected = True
             continue
         weight = getattr(node, "variable", None)  # of the node that accumulates a leaf's gradient
         if weight is not None:
             leaves.append(tuple(weight.shape))
-        waiting.extend(following for following, _ in node.next_functions)
+        waiting.extend(node.next_functions)
     if leaves or not connected:
         found = f"applies a trainable weight of shape {leaves[0]} to" if leaves else "cuts the gradient of"
         raise NoiseError(

@@ -10,7 +10,7 @@ from torch import nn
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Find the Hugging Face model inside DDP, a DeepSpeed engine, torch.compile and a peft adapter."""
-    *_, innermost = _layers(model)
+    *_, innermost = layers(model)
     get_base_model = getattr(innermost, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else innermost  # type: ignore[return-value]
 
@@ -25,7 +25,12 @@ def current_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile, or the module's own ``compile``, has its forward."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def layers(model: nn.Module) -> Iterator[nn.Module]:
     """Walk from the model to what it wraps, from the outside in."""
     current: nn.Module | None = model
     while current is not None:

@@ -22,7 +22,7 @@ import swaft
 from swaft.functional import linear_cross_entropy_symmetric_kl
 from swaft.noise.generator import add_noise, draw_noise
 from swaft.noise.loss import rows as torch_rows
-from swaft.noise.loss.linear import row_kernel_replaced
+from swaft.noise.loss.dispatch import row_kernel_replaced
 from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import RowGradients
 

@@ -34,7 +34,10 @@ def deaf_bert():
 
 
 def test_an_encoder_that_ignores_its_embedding_output_is_found_out():
-    with pytest.raises(NoiseError, match=r"changes nothing in the first layer of BertModel.*noise\.sigma="):
+    with pytest.raises(
+        NoiseError,
+        match=r"changes nothing in the first layer of BertForSequenceClassification.*noise\.sigma=",
+    ):
         R3F(sigma=0.5)(deaf_bert(), classification_batch())
 
 

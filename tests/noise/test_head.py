@@ -8,7 +8,7 @@ import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, generation_batch, t5
-from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, BartForCausalLM, T5ForConditionalGeneration
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F, RDrop
@@ -24,10 +24,21 @@ SEQ2SEQ = [
     tiny.mbart,
     tiny.pegasus,
     tiny.marian,
+    tiny.m2m100,
     tiny.t5_with_adapters,
     tiny.t5_with_a_frozen_head,
 ]
-CAUSAL = [tiny.gpt2, tiny.llama, tiny.qwen2, tiny.gemma2, tiny.cohere, tiny.granite]
+CAUSAL = [
+    tiny.gpt2,
+    tiny.llama,
+    tiny.qwen2,
+    tiny.gemma2,
+    tiny.cohere,
+    tiny.granite,
+    tiny.opt,
+    tiny.gemma3,
+    tiny.mixtral,
+]
 MODELS = [
     *(pytest.param(build, generation_batch, id=build.__name__) for build in SEQ2SEQ),
     *(pytest.param(build, causal_batch, id=build.__name__) for build in CAUSAL),
@@ -85,7 +96,9 @@ def test_every_kind_of_objective_is_the_same_fused_and_from_logits(build, batch,
     assert float(fused[0].divergence) > 0
 
 
-@pytest.mark.parametrize(("build", "batch"), [(t5, generation_batch), (tiny.gpt2, causal_batch)])
+@pytest.mark.parametrize(
+    ("build", "batch"), [(t5, generation_batch), (tiny.m2m100, generation_batch), (tiny.gpt2, causal_batch)]
+)
 def test_the_loss_of_the_task_is_the_models_own(build, batch):
     model, batch = build(dropout=0.0), batch()
     torch.testing.assert_close(R3F(sigma=0.1)(model, batch).task_loss, model(**batch).loss.detach())
@@ -319,6 +332,14 @@ class Untrained(T5ForConditionalGeneration):
         return output
 
 
+class Reseeding(T5ForConditionalGeneration):
+    """Seeds torch's random state anew in every pass, as Reformer does."""
+
+    def forward(self, *args, **kwargs):
+        torch.seed()
+        return super().forward(*args, **kwargs)
+
+
 class TwoCalls(T5ForConditionalGeneration):
     """Asks its head twice in a pass."""
 
@@ -354,6 +375,63 @@ def test_a_head_that_is_not_understood_is_refused_and_trains_from_logits(kind, m
 def test_a_model_that_trains_another_loss_is_refused(fused):
     with pytest.raises(NoiseError, match=r"the model's own loss is another one.*noise\.kind=none"):
         R3F(sigma=0.1, fused=fused)(of_kind(Weighted), generation_batch())
+
+
+def test_labels_that_are_not_shifted_as_in_barts_decoder_are_another_loss():
+    with pytest.raises(NoiseError, match=r"of other rows.*noise\.kind=none"):
+        R3F(sigma=0.1)(tiny.bart(BartForCausalLM), causal_batch())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_losses_of_routers_are_refused_however_small(fused):
+    model = tiny.mixtral(output_router_logits=True, router_aux_loss_coef=1e-6)
+    with pytest.raises(NoiseError, match=r"adds aux_loss.*output_router_logits=False"):
+        R3F(sigma=0.1, fused=fused)(model, causal_batch())
+
+
+def test_a_model_that_seeds_its_passes_itself_shares_no_masks():
+    model, batch = of_kind(Reseeding), generation_batch()
+    with pytest.raises(NoiseError, match=r"seeds torch's random state anew.*noise\.masks=independent"):
+        R3F(sigma=0.1)(model, batch)
+    assert R3F(sigma=0.1, masks="independent")(model, batch).divergence > 0
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_is_compiled_whole_is_refused_and_one_with_compiled_layers_trains(in_place):
+    model, expected = t5(), run(R3F(sigma=0.1), t5(), generation_batch())
+    model.decoder.block[0].compile(backend="eager")
+    assert_same_step(run(R3F(sigma=0.1), model, generation_batch()), expected)
+    whole = t5()
+    if in_place:
+        whole.compile(backend="eager")
+    with pytest.raises(NoiseError, match=r"compiled whole.*noise\.fused=false"):
+        R3F(sigma=0.1).prepare_model(whole if in_place else torch.compile(whole, backend="eager"))  # type: ignore[arg-type]
+
+
+def with_virtual_tokens(model, task: str):
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=4)).train()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", [R3F(sigma=0.1), RDrop()])
+def test_virtual_tokens_among_the_rows_are_refused(objective):
+    with pytest.raises(NoiseError, match=r"virtual tokens of prompt tuning"):
+        objective(with_virtual_tokens(tiny.llama(), "CAUSAL_LM"), causal_batch())
+
+
+def test_virtual_tokens_before_the_encoder_leave_no_embedding_to_noise_there():
+    model = with_virtual_tokens(t5(), "SEQ_2_SEQ_LM")
+    with pytest.raises(NoiseError, match=r"ran 0 times.*prompt tuning.*noise\.kind=rdrop"):
+        R3F(sigma=0.1)(model, generation_batch())
+    assert RDrop()(model, generation_batch()).divergence > 0
+
+
+def test_token_types_that_share_the_embedding_are_refused():
+    batch = causal_batch()
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    with pytest.raises(NoiseError, match=r"ran 2 times.*leave out token_type_ids"):
+        R3F(sigma=0.1)(tiny.gpt2(), batch)
 
 
 def test_a_batch_without_a_counted_label_proves_nothing_and_the_next_one_does():

@@ -309,6 +309,34 @@ def test_several_labels_a_row_are_refused():
         R3F(sigma=0.1)(model, batch)
 
 
+class Weighted(BertForSequenceClassification):
+    """Weights the classes in its loss; counts its passes."""
+
+    passes = 0
+
+    def forward(self, *args, **kwargs):
+        self.passes += 1
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            weights = torch.tensor([1.0, 2.0, 3.0])
+            output.loss = torch.nn.functional.cross_entropy(output.logits, kwargs["labels"], weights)
+        return output
+
+
+def test_class_weights_that_cancel_in_a_batch_of_one_class_are_found_in_the_next():
+    model, objective, batch = Weighted(bert().config), R3F(sigma=0.1), classification_batch()
+    objective(model, {**batch, "labels": torch.ones_like(batch["labels"])})
+    with pytest.raises(NoiseError, match=r"own loss is another one.*noise\.kind=none"):
+        objective(model, batch)
+
+
+def test_batches_of_one_row_prove_the_loss_once():
+    model, objective = Weighted(bert().config), R3F(sigma=0.1)
+    for passes in (4, 6):  # class weights cancel in one row, so its loss is the mean cross entropy
+        objective(model, classification_batch(rows=1))
+        assert model.passes == passes
+
+
 def test_a_batch_without_labels_is_refused():
     batch = classification_batch()
     del batch["labels"]

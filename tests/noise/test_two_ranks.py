@@ -9,37 +9,50 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import bert, classification_batch, roberta
+from tiny_models import bert, causal_batch, classification_batch, generation_batch, gpt2, roberta, t5
 from torch.nn.parallel import DistributedDataParallel
 
 from swaft.noise import R3F, R4F, RDrop
 
 pytestmark = pytest.mark.distributed
 
-OBJECTIVES = {
-    "r3f": lambda: R3F(sigma=0.1),
-    "one-sided": lambda: R3F(sigma=0.1, detach="noised"),
-    "fairseq": lambda: R3F(preset="fairseq", sigma=0.1),
-    "rdrop": RDrop,
+CASES = {
+    "r3f": (lambda: R3F(sigma=0.1), bert, classification_batch),
+    "one-sided": (lambda: R3F(sigma=0.1, detach="noised"), bert, classification_batch),
+    "fairseq": (lambda: R3F(preset="fairseq", sigma=0.1), bert, classification_batch),
+    "rdrop": (RDrop, bert, classification_batch),
+    "fused": (lambda: R3F(sigma=0.1), t5, generation_batch),
+    "fused, unused": (lambda: R3F(sigma=0.1), t5, generation_batch),
+    "causal": (lambda: R3F(sigma=0.1), gpt2, causal_batch),
 }
+LOOKING_FOR_UNUSED = {"fused, unused", "r3f"}
+"""Cases under find_unused_parameters=True."""
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def batches_of(rank: int, batch) -> list[dict[str, torch.Tensor]]:
+    return [batch(seed=seed) for seed in (rank, rank + 2)]
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    batches = [classification_batch(seed=seed) for seed in (rank, rank + 2)]
+    batches = batches_of(rank, classification_batch)
     found: dict[str, object] = {}
 
-    for name, build in OBJECTIVES.items():
-        model, objective = DistributedDataParallel(bert(dropout=0.0)), build()
-        for index, batch in enumerate(batches):  # accumulation: the ranks talk at the second micro-step only
+    for name, (build_objective, build, batch) in CASES.items():
+        unused = name in LOOKING_FOR_UNUSED
+        model = DistributedDataParallel(build(dropout=0.0), find_unused_parameters=unused)
+        objective = build_objective()
+        for index, inputs in enumerate(
+            batches_of(rank, batch)
+        ):  # the ranks talk at the second micro-step only
             with model.no_sync() if index == 0 else nullcontext():
-                objective(model, batch).loss.backward()
+                objective(model, inputs).loss.backward()
         found[name] = gradients(model.module)
 
     model = roberta(dropout=0.0)
@@ -71,14 +84,15 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_and_two_micro_steps_give_the_mean_of_their_gradients(ranks, name, monkeypatch):
+    build_objective, build, batch = CASES[name]
     expected: dict[str, torch.Tensor] = {}
     for rank in range(2):
         monkeypatch.setattr("swaft.noise.objectives.current_rank", lambda rank=rank: rank)
-        model, objective = bert(dropout=0.0), OBJECTIVES[name]()
-        for seed in (rank, rank + 2):
-            objective(model, classification_batch(seed=seed)).loss.backward()
+        model, objective = build(dropout=0.0), build_objective()
+        for inputs in batches_of(rank, batch):
+            objective(model, inputs).loss.backward()
         for key, gradient in gradients(model).items():
             expected[key] = expected.get(key, 0) + gradient / 2
     for found in ranks:

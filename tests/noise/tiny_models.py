@@ -15,18 +15,26 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
     Qwen2Config,
@@ -105,6 +113,29 @@ def marian(*, dropout: float = 0.1, seed: int = 0) -> MarianMTModel:
     )
 
 
+def m2m100(*, dropout: float = 0.1, seed: int = 0) -> M2M100ForConditionalGeneration:
+    """A model that shifts its labels, and has no method that does."""
+    others = ("attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
+    options = dict.fromkeys(others, dropout)  # not 0 unless told
+    return _bart_kind(M2M100Config, M2M100ForConditionalGeneration, dropout, seed, **options)
+
+
+def opt(*, dropout: float = 0.1, seed: int = 0) -> OPTForCausalLM:
+    """A model that calls its decoder past the module around it."""
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        dropout=dropout,
+    )
+    return OPTForCausalLM(config).train()
+
+
 def gpt2(*, dropout: float = 0.1, seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -135,6 +166,20 @@ def gemma2(*, dropout: float = 0.1, seed: int = 0) -> Gemma2ForCausalLM:
     return _llama_kind(
         Gemma2Config, Gemma2ForCausalLM, dropout, seed, head_dim=8, final_logit_softcapping=0.5
     )
+
+
+def gemma3(*, dropout: float = 0.1, seed: int = 0) -> Gemma3ForConditionalGeneration:
+    """A Gemma with a vision tower, whose layers come first and do not run over text."""
+    torch.manual_seed(seed)
+    body = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "head_dim": 8, "attention_dropout": dropout}
+    image = {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=body | text, vision_config=body | image, image_token_index=3)
+    return Gemma3ForConditionalGeneration(config).train()
+
+
+def mixtral(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> MixtralForCausalLM:
+    return _llama_kind(MixtralConfig, MixtralForCausalLM, dropout, seed, num_local_experts=4, **options)
 
 
 def cohere(*, dropout: float = 0.1, seed: int = 0) -> CohereForCausalLM:

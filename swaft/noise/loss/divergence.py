@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from swaft.errors import ConfigError
-from swaft.noise.loss.options import Detach
+from swaft.noise.loss.checks import check_logits
+from swaft.noise.loss.options import Detach, check_detach
 
 _SMALL = 0.5
 """Where exp(x) - 1 passes from expm1 to the direct difference, which is the accurate one for large |x|."""
@@ -33,9 +33,12 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
 
     Returns:
         J (...), fp32, or float64 for float64 logits.
+
+    Raises:
+        ConfigError: for an unknown ``detach``, or logits that do not fit each other.
     """
-    if detach not in get_args(Detach):
-        raise ConfigError(f"noise.detach is {detach!r}; expected one of {', '.join(get_args(Detach))}.")
+    check_detach(detach)
+    check_logits(logits, noised_logits)
     dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
     logits, noised_logits = logits.to(dtype), noised_logits.to(dtype)
     difference = logits.detach() - noised_logits.detach()

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from swaft.noise.loss import rows as torch_rows
 from swaft.noise.loss.dispatch import RowKernel, row_kernel
-from swaft.noise.loss.dispatch import row_kernel_replaced as row_kernel_replaced
 from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import RowGradients, RowStatistics, task_rows
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from swaft.errors import NoiseError
 from swaft.noise.loss.linear import LinearInputs, LinearLoss, Needs, linear_loss, stored_dtype
@@ -32,6 +33,7 @@ def fused_linear_loss(
         The loss (0-dim, differentiable) and the row statistics (N,), detached.
     """
     differentiated = (inputs.hidden, inputs.noised_hidden, inputs.weight, inputs.bias)
+    _refuse_transforms(differentiated)
     recording = torch.is_grad_enabled()
     needs = [recording and tensor is not None and tensor.requires_grad for tensor in differentiated]
     flat = _fused(
@@ -57,6 +59,19 @@ def fused_linear_loss(
         _operand_dtype(inputs),
     )
     return flat[0], RowStatistics(*(values.detach() for values in flat[1:5]))
+
+
+def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+    """Refuse what an operator would answer with gradients that are missing or zero."""
+    if torch.compiler.is_compiling():
+        return
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
+        raise NoiseError(
+            "linear_cross_entropy_symmetric_kl was called in forward mode or under a transform of torch.func "
+            "(grad, vmap, jvp); expected backward mode, whose gradients it makes itself. Use torch.autograd, "
+            "or write the loss with logits in plain operations."
+        )
 
 
 def _operand_dtype(inputs: LinearInputs) -> torch.dtype:

@@ -50,12 +50,12 @@ class LossOptions:
         problems = [
             *_one_of("detach", self.detach, get_args(Detach)),
             *_one_of("form", self.form, get_args(Form)),
-            *_number("label_smoothing", self.label_smoothing, "from 0 to 1", lambda s: 0 <= s <= 1),
-            *_number("z_loss", self.z_loss, "0 or more", lambda k: k >= 0),
-            *_number("logit_scale", self.logit_scale, "more than 0", lambda a: a > 0),
+            *number_problems("label_smoothing", self.label_smoothing, "from 0 to 1", lambda s: 0 <= s <= 1),
+            *number_problems("z_loss", self.z_loss, "0 or more", lambda k: k >= 0),
+            *number_problems("logit_scale", self.logit_scale, "more than 0", lambda a: a > 0),
         ]
         if self.softcap is not None:
-            problems += _number("softcap", self.softcap, "more than 0, or None", lambda k: k > 0)
+            problems += number_problems("softcap", self.softcap, "more than 0, or None", lambda k: k > 0)
         if problems:
             raise ConfigError(problems)
 
@@ -76,7 +76,17 @@ def check_divergence_weight(weight: float) -> None:
     Raises:
         ConfigError: for a number that is negative or not finite.
     """
-    if problems := _number("divergence_weight", weight, "0 or more", lambda w: w >= 0):
+    if problems := number_problems("divergence_weight", weight, "0 or more", lambda w: w >= 0):
+        raise ConfigError(problems)
+
+
+def check_detach(detach: str) -> None:
+    """Refuse an unknown choice of what is held constant.
+
+    Raises:
+        ConfigError: for anything but the values of ``Detach``.
+    """
+    if problems := _one_of("detach", detach, get_args(Detach)):
         raise ConfigError(problems)
 
 
@@ -86,7 +96,11 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> list[str]:
     return [f"{name} is {value!r}; expected one of {', '.join(choices)}."]
 
 
-def _number(name: str, value: float, expected: str, accepts: Callable[[float], bool]) -> list[str]:
-    if math.isfinite(value) and accepts(value):
+def number_problems(name: str, value: float, expected: str, accepts: Callable[[float], bool]) -> list[str]:
+    """The problem of a number that is not finite or not accepted, if it is one.
+
+    Finite is asked by comparing, for torch.compile follows that with a number it does not hold constant.
+    """
+    if isinstance(value, (int, float)) and -math.inf < value < math.inf and accepts(value):
         return []
     return [f"{name} is {value!r}; expected a finite number, {expected}."]

@@ -157,7 +157,8 @@ def _block(
         )
     if out is not None and parts is not None:
         _write(parts, slopes, options.logit_scale, out)
-    statistics = (cross_entropy * (block.ce != 0), divergence, clean.log_normalizer, noised_normalizer)
+    cross_entropy = torch.where(block.ce != 0, cross_entropy, 0.0)  # infinite, maybe: it had a label put in
+    statistics = (cross_entropy, divergence, clean.log_normalizer, noised_normalizer)
     return RowStatistics(*(torch.where(counts, value, 0.0) for value in statistics))
 
 

@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaft.errors import ConfigError
+from swaft.errors import DataError
+from swaft.noise.loss.checks import check_rows
 from swaft.noise.loss.options import Reduction, check_reduction
-
-_NO_GRADIENT = 1e-30
-"""Stands for a divergence_weight of 0: rows of the divergence stay counted, gradients vanish beside others."""
 
 
 class RowWeights(NamedTuple):
@@ -44,8 +42,10 @@ class RowWeights(NamedTuple):
         """
         task_counts = self.task_normalizer != 0
         common = torch.where(task_counts, self.task_normalizer, self.divergence_normalizer)
-        relative = (divergence_weight or _NO_GRADIENT) * common * _inverse(self.divergence_normalizer)
-        return self.cross_entropy * task_counts, self.divergence * relative, _inverse(common)
+        kl = self.divergence * (divergence_weight * common * _inverse(self.divergence_normalizer))
+        # A row of the divergence stays counted, and so has statistics, also where its weight comes to 0.
+        kl = torch.where((self.divergence != 0) & (kl == 0), torch.finfo(kl.dtype).tiny, kl)
+        return self.cross_entropy * task_counts, kl, _inverse(common)
 
     def reduce(self, task_rows: Tensor, divergence_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Task loss and divergence, 0-dim, from those of all rows (N,); 0 where nothing counts."""
@@ -57,6 +57,7 @@ class RowWeights(NamedTuple):
 def row_weights(
     labels: Tensor,
     *,
+    num_classes: int,
     ignore_index: int,
     token_weight: Tensor | None,
     kl_mask: Tensor | None,
@@ -67,7 +68,8 @@ def row_weights(
     """Weigh the rows of a loss.
 
     Args:
-        labels: class indices (...), int64.
+        labels: class indices (...), int64 or int32.
+        num_classes: V. Labels out of range are not read; they make the loss NaN where the host cannot tell.
         ignore_index: label of the rows that do not count.
         token_weight: factor of each row (...), None for 1.
         kl_mask: rows of the divergence (...), bool; None for those whose label counts.
@@ -77,34 +79,49 @@ def row_weights(
         dtype: of the weights.
 
     Raises:
-        ConfigError: for an unknown reduction, or shapes that are not the labels'.
+        ConfigError: for an unknown reduction, or tensors that do not fit the labels.
+        DataError: for a label out of range, where the host can tell.
     """
     check_reduction(reduction)
-    for name, tensor in (("token_weight", token_weight), ("kl_mask", kl_mask)):
-        if tensor is not None and tensor.shape != labels.shape:
-            raise ConfigError(
-                f"{name} has shape {tuple(tensor.shape)}; expected that of the labels, {tuple(labels.shape)}."
-            )
-    counted = (labels != ignore_index).flatten()
+    check_rows(labels, token_weight, kl_mask, kl_normalizer)
+    labels = labels.flatten().long()
+    counted = labels != ignore_index
+    in_range = (labels >= 0) & (labels < num_classes)
+    _check_range(labels, counted & ~in_range, num_classes, ignore_index)
     weight = (
         torch.ones_like(counted, dtype=dtype)
         if token_weight is None
         else token_weight.detach().flatten().to(dtype)
     )
-    cross_entropy = torch.where(counted, weight, 0.0)
+    cross_entropy = torch.where(counted, torch.where(in_range, weight, torch.nan), 0.0)
     divergence = cross_entropy if kl_mask is None else torch.where(kl_mask.flatten(), weight, 0.0)
     one = torch.ones((), dtype=dtype, device=labels.device)
     if kl_normalizer is not None:
-        divergence_normalizer = one * kl_normalizer
+        divergence_normalizer = one * _constant(kl_normalizer, dtype)
     else:
         divergence_normalizer = divergence.sum() if reduction == "mean" else one
     return RowWeights(
-        labels=torch.where(counted, labels.flatten(), 0),
+        labels=torch.where(counted & in_range, labels, 0),
         cross_entropy=cross_entropy,
         divergence=divergence,
         task_normalizer=cross_entropy.sum() if reduction == "mean" else one,
         divergence_normalizer=divergence_normalizer,
     )
+
+
+def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels out of range, unless looking would make the host wait or break a graph."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not bool(wrong.any()):
+        return
+    raise DataError(
+        f"{int(wrong.sum())} of {labels.numel()} labels are no class, the first of them "
+        f"{int(labels[wrong][0])}; expected 0 to {num_classes - 1}, or ignore_index={ignore_index} in rows "
+        "that do not count."
+    )
+
+
+def _constant(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return number.detach().to(dtype) if isinstance(number, Tensor) else number
 
 
 def _inverse(number: Tensor) -> Tensor:

@@ -146,5 +146,5 @@ def test_all_leading_dimensions_are_rows():
 
 
 def test_unknown_detach_is_refused_with_the_allowed_names():
-    with pytest.raises(ConfigError, match=r"noise\.detach is 'both'.*none, clean, noised, target"):
+    with pytest.raises(ConfigError, match=r"detach is 'both'.*none, clean, noised, target"):
         symmetric_kl(torch.zeros(1, 2), torch.zeros(1, 2), detach="both")  # type: ignore[arg-type]

@@ -3,6 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_oracle import head, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from swaft.errors import NoiseError
 from swaft.functional import linear_cross_entropy_symmetric_kl
@@ -195,6 +198,53 @@ def test_compiled_without_a_graph_break_it_gives_the_same(form):
         torch.autograd.grad(value, states), torch.autograd.grad(expected, states), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_neither_the_number_of_rows_nor_the_divergence_weight_is_compiled_in():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for rows, weight in [(10, 1.0), (11, 0.5), (14, 0.25), (17, 0.125), (9, 0.0)]:
+        states, labels = operands(rows=rows)
+        value = compiled(*states, labels, divergence_weight=weight)
+        torch.testing.assert_close(value, loss(*states, labels, divergence_weight=weight))
+    assert counter.frame_count == 2
+
+
+def in_forward_mode(function, tensor):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(tensor, tensor))
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda function, tensor: torch.func.grad(function)(tensor),
+        lambda function, tensor: torch.func.vmap(function)(tensor.expand(2, -1, -1)),
+        lambda function, tensor: torch.func.jvp(function, (tensor,), (tensor,)),
+        in_forward_mode,
+    ],
+    ids=["grad", "vmap", "jvp", "forward mode"],
+)
+def test_a_transform_that_would_lose_gradients_is_refused(transformed):
+    (hidden, *others), labels = operands()
+    with pytest.raises(NoiseError, match=r"forward mode or under a transform of torch\.func"):
+        transformed(lambda states: loss(states, *others, labels), hidden.detach())
+
+
+def test_checkpointing_gives_the_same():
+    states, labels = operands()
+    value = checkpoint(loss, *states, labels, use_reentrant=False)
+    for ours, theirs in zip(
+        torch.autograd.grad(value, states), torch.autograd.grad(loss(*states, labels), states), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_tensor_may_be_both_passes():
+    (hidden, _, weight, bias), labels = operands()
+    (gradient,) = torch.autograd.grad(loss(hidden, hidden, weight, bias, labels), hidden)
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.mT + bias, labels)
+    assert relative_error(gradient, torch.autograd.grad(plain, hidden)[0]) < 1e-6
 
 
 def test_the_operator_keeps_what_torch_asks_of_one():

@@ -183,6 +183,17 @@ def test_rows_of_the_divergence_alone_have_no_cross_entropy():
     assert relative_error(gradients.clean, expected.clean) < 5e-6
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("spread", [1e-3, 5.0])
+def test_rows_of_the_divergence_alone_may_lack_any_class(spread, smoothing):
+    z, noise, labels = logits(50, spread)
+    bias = torch.zeros(50).index_fill(0, torch.tensor([0, 9]), -torch.inf)
+    statistics, gradients = run(z, noise, torch.zeros_like(labels), bias=bias, label_smoothing=smoothing)
+    for tensor in (*statistics, *gradients):
+        assert torch.isfinite(tensor).all()
+    assert not statistics.cross_entropy.any()
+
+
 @pytest.mark.parametrize("spread", [1e-3, 3.0])
 @pytest.mark.parametrize("detach", ["none", "clean", "noised", "target"])
 def test_detach_holds_constant_what_it_names(detach, spread):

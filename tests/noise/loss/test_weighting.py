@@ -13,6 +13,7 @@ LABELS = torch.tensor([[3, 0, -100], [1, -100, -100]])
 
 def weigh(labels=LABELS, **options):
     defaults = {
+        "num_classes": 7,
         "ignore_index": -100,
         "token_weight": None,
         "kl_mask": None,
@@ -88,9 +89,16 @@ def test_without_a_counted_row_everything_is_zero():
 
 
 def test_divergence_weight_zero_keeps_rows_of_the_divergence_counted():
-    _, kl, _ = weigh(kl_mask=torch.ones_like(LABELS, dtype=torch.bool)).in_loss(0.0)
-    assert (kl != 0).all()
-    assert (kl < 1e-20).all()
+    for normalizer in (None, 0, 1e-30, torch.tensor(1e-30)):
+        weights = weigh(kl_mask=torch.ones_like(LABELS, dtype=torch.bool), kl_normalizer=normalizer)
+        _, kl, _ = weights.in_loss(0.0)
+        assert (kl != 0).all()
+        assert (kl < 1e-30).all()
+
+
+def test_a_divergence_weight_that_underflows_keeps_rows_counted_too():
+    _, kl, _ = weigh(dtype=torch.float32, kl_normalizer=1e30).in_loss(1e-30)
+    assert torch.equal(kl != 0, (LABELS != -100).flatten())
 
 
 @pytest.mark.parametrize("name", ["token_weight", "kl_mask"])
