@@ -16,15 +16,23 @@ from torch.utils.hooks import RemovableHandle
 from swaft.errors import AveragingError
 
 
+_outlived: list[RemovableHandle] = []
+"""Hooks whose object is gone. The collector may find that out while torch goes through the very hooks, which
+must not change meanwhile; so they do nothing until somebody removes them."""
+
+
 def hook_weakly(
     register: Callable[[Callable[..., None]], RemovableHandle], method: Callable[..., None]
 ) -> None:
-    """Set a bound method as a hook that neither keeps its object alive nor outlives it.
+    """Set a bound method as a hook that does not keep its object alive, and does nothing once that is gone.
+
+    Called outside of an optimizer step; there hooks that have outlived their objects are removed, too.
 
     Args:
         register: takes a hook and returns a handle with `remove()`.
         method: bound method of the object whose life bounds the hook's; called with the hook's arguments.
     """
+    _remove_outlived()
     reference = weakref.WeakMethod(method)
 
     def hook(*arguments: Any) -> None:
@@ -33,7 +41,12 @@ def hook_weakly(
             alive(*arguments)
 
     handle = register(hook)
-    weakref.finalize(method.__self__, handle.remove).atexit = False  # type: ignore[attr-defined]
+    weakref.finalize(method.__self__, _outlived.append, handle).atexit = False  # type: ignore[attr-defined]
+
+
+def _remove_outlived() -> None:
+    while _outlived:
+        _outlived.pop().remove()
 
 
 class StepCounter:
@@ -54,6 +67,7 @@ class StepCounter:
     def __call__(self) -> int:
         """Steps taken since this counter was made; asked outside of a step only."""
         self._inside = False  # whatever a step has left that ended in an error
+        _remove_outlived()
         return self.count
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:

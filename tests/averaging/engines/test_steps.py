@@ -138,3 +138,14 @@ def test_an_engine_dies_with_its_last_reference():
     model, optimizer = trained_by()
     gone = weakref.ref(attach_engine(model, optimizer))
     assert gone() is None
+
+
+def test_an_object_that_is_collected_in_the_middle_of_a_step_does_not_disturb_it():
+    """The collector runs when it likes: also while torch goes through the hooks of an optimizer."""
+    _, optimizer = trained_by()
+    counters = [StepCounter(optimizer)]
+    handle = torch_optimizer.register_optimizer_step_pre_hook(lambda *_: counters.clear())
+    survivor = StepCounter(optimizer)
+    optimizer.step()
+    handle.remove()
+    assert survivor() == 1
