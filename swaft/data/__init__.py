@@ -1,6 +1,40 @@
 """Rows to train on: found by name, checked, tokenized and padded."""
 
+from swaft.data.answers import Answers, Candidate, find_answers
 from swaft.data.classification import Collator, Task, describe_task, tokenize
+from swaft.data.question_answering import WindowCollator, tokenize_questions
+from swaft.data.questions import QuestionReport, check_questions, right_answers
+from swaft.data.seq2seq import (
+    LengthStatistics,
+    Seq2SeqCollator,
+    length_grouped_sampler,
+    length_statistics,
+    tokenize_pairs,
+)
 from swaft.data.sources import data_folder, load_splits
+from swaft.data.text_pairs import PairColumns, find_pairs, read_pairs
 
-__all__ = ["Collator", "Task", "data_folder", "describe_task", "load_splits", "tokenize"]
+__all__ = [
+    "Answers",
+    "Candidate",
+    "Collator",
+    "LengthStatistics",
+    "PairColumns",
+    "QuestionReport",
+    "Seq2SeqCollator",
+    "Task",
+    "WindowCollator",
+    "check_questions",
+    "data_folder",
+    "describe_task",
+    "find_answers",
+    "find_pairs",
+    "length_grouped_sampler",
+    "length_statistics",
+    "load_splits",
+    "read_pairs",
+    "right_answers",
+    "tokenize",
+    "tokenize_pairs",
+    "tokenize_questions",
+]

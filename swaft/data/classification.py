@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from swaft.config.schema import DataConfig
+from swaft.data.checks import existing, refuse_non_text, require_column, require_padding
 from swaft.data.labels import read_labels
 from swaft.errors import DataError
 
@@ -60,10 +60,10 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         for column in (*text_columns, label_column):
             if column not in split.column_names:
                 raise DataError(
-                    f"the {name} split has no column '{column}', but train has; {_existing(split)}"
+                    f"the {name} split has no column '{column}', but train has; {existing(split)}"
                 )
         for column in text_columns:
-            _refuse_non_text(split, name, column)
+            refuse_non_text(split, name, column, "data.text_column")
     labels = read_labels(splits, label_column, do_regression=data.do_regression)
     return Task(
         text_columns=text_columns,
@@ -123,11 +123,7 @@ class Collator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        if tokenizer.pad_token_id is None:
-            raise DataError(
-                f"{type(tokenizer).__name__} has no padding token, so rows of different length cannot share "
-                "a batch; set model.tokenizer_name to a tokenizer that has one"
-            )
+        require_padding(tokenizer)
         self._pad = DataCollatorWithPadding(tokenizer, padding="longest", return_tensors="pt")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -137,44 +133,22 @@ class Collator:
 
 def _text_columns(train: Dataset, data: DataConfig) -> tuple[str, ...]:
     if data.text_column is not None:
-        _require(train, data.text_column, "data.text_column")
+        require_column(train, data.text_column, "data.text_column")
         if data.text_pair_column is None:
             return (data.text_column,)
-        _require(train, data.text_pair_column, "data.text_pair_column")
+        require_column(train, data.text_pair_column, "data.text_pair_column")
         return data.text_column, data.text_pair_column
     for columns in USUAL_TEXT_COLUMNS:
         if set(columns) <= set(train.column_names):
             return columns
-    raise DataError(f"no column with a usual name for text; {_existing(train)}; set data.text_column")
+    raise DataError(f"no column with a usual name for text; {existing(train)}; set data.text_column")
 
 
 def _label_column(train: Dataset, data: DataConfig) -> str:
     if data.label_column is not None:
-        _require(train, data.label_column, "data.label_column")
+        require_column(train, data.label_column, "data.label_column")
         return data.label_column
     for column in USUAL_LABEL_COLUMNS:
         if column in train.column_names:
             return column
-    raise DataError(f"no column named label or labels; {_existing(train)}; set data.label_column")
-
-
-def _require(train: Dataset, column: str, setting: str) -> None:
-    if column in train.column_names:
-        return
-    near = get_close_matches(column, train.column_names, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise DataError(f"{setting}: there is no column '{column}'; {_existing(train)}.{hint}")
-
-
-def _refuse_non_text(split: Dataset, name: str, column: str) -> None:
-    for row, value in enumerate(split[column]):
-        if not isinstance(value, str):
-            found = "nothing" if value is None else f"{value!r}"
-            raise DataError(
-                f"row {row} of {name} has {found} in column '{column}'; expected text. Remove the row, or "
-                "name another column with data.text_column"
-            )
-
-
-def _existing(split: Dataset) -> str:
-    return f"the columns are {', '.join(split.column_names)}"
+    raise DataError(f"no column named label or labels; {existing(train)}; set data.label_column")

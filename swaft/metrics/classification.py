@@ -1,16 +1,16 @@
-"""Scores predictions against references: arrays in, a dict of named numbers out, no hub and no download."""
+"""Scores class ids and scores against references: arrays in, a dict of named numbers out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 from swaft.errors import ConfigError
+from swaft.metrics.names import NAMES, refuse_unfit
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +83,8 @@ def get_metric(name: str = "auto", *, is_regression: bool = False, num_labels: i
     """
     if name == "auto":
         name = "pearson_spearman" if is_regression else "accuracy"
-    if name not in METRICS:
-        near = get_close_matches(name, METRIC_NAMES, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"eval.metric: '{name}' is not one of auto, {', '.join(METRIC_NAMES)}.{hint}")
+    refuse_unfit(name, "regression" if is_regression else "classification")
     metric = METRICS[name]
-    if metric.is_regression != is_regression:
-        kind, fitting = ("regression", _names(True)) if is_regression else ("classification", _names(False))
-        raise ConfigError(f"eval.metric: {name} does not fit a {kind}; use auto, {' or '.join(fitting)}")
     if name in ("f1", "accuracy_f1") and num_labels != 2:
         raise ConfigError(
             f"eval.metric: {name} is the F1 of class 1 of two, and this task has {num_labels} classes; "
@@ -182,4 +176,4 @@ METRICS = {
         Metric("mse", "mse", True, _mse),
     )
 }
-METRIC_NAMES = tuple(METRICS)
+METRIC_NAMES = NAMES["classification"] + NAMES["regression"]

@@ -1,0 +1,119 @@
+"""Checks questions about passages, in SQuAD's schema, and says where their answers stand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from swaft.data.checks import existing, refuse_blank, refuse_non_text, refuse_repeated_ids, values
+from swaft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("id", "question", "context", "answers")
+
+
+@dataclass(frozen=True)
+class QuestionReport:
+    """What is known of the questions before they are tokenized."""
+
+    has_unanswerable: bool
+    """Whether some have no answer (SQuAD 2.0)."""
+    misplaced: dict[str, int]
+    """By split: answers that do not stand where `answer_start` says."""
+
+
+def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.01) -> QuestionReport:
+    """Check every question of every split.
+
+    Rows have `id`, `question`, `context` and `answers`: `{"text": [...], "answer_start": [...]}`, starts in
+    characters of the context, empty lists where there is no answer.
+
+    Args:
+        splits: rows by split.
+        most_misplaced: share of a split's answers that may stand elsewhere than `answer_start` says. Such
+            answers are scored against, but not trained on; more of them mean that the starts count
+            something else (bytes, say).
+
+    Raises:
+        DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
+            another form, or too many that are misplaced.
+    """
+    misplaced, unanswerable = {}, False
+    for name, split in splits.items():
+        for column in COLUMNS:
+            if column not in split.column_names:
+                raise DataError(
+                    f"the {name} split has no column '{column}'; {existing(split)}; expected SQuAD's: "
+                    f"{', '.join(COLUMNS)}"
+                )
+        for column in ("id", "question", "context"):
+            refuse_non_text(split, name, column)
+            refuse_blank(split, name, column)
+        refuse_repeated_ids(split, name)
+        total, odd = 0, []
+        for row, (context, answers) in enumerate(
+            zip(values(split, "context"), values(split, "answers"), strict=True)
+        ):
+            texts, starts = _read_answers(answers, row, name)
+            unanswerable |= not texts
+            total += len(texts)
+            odd += [
+                row for text, start in zip(texts, starts, strict=True) if not _stands(text, start, context)
+            ]
+        if len(odd) > most_misplaced * total:
+            raise DataError(
+                f"{len(odd)} of {total} answers of {name} do not stand in their context where answer_start says "
+                f"(row {odd[0]}, ...); expected at most {most_misplaced:.0%}. Count answer_start in "
+                "characters from 0"
+            )
+        if odd:
+            logger.warning(
+                "%d of %d answers of %s do not stand where answer_start says (row %d, ...)",
+                len(odd),
+                total,
+                name,
+                odd[0],
+            )
+        misplaced[name] = len(odd)
+    return QuestionReport(unanswerable, misplaced)
+
+
+def right_answers(split: Dataset) -> list[tuple[str, list[str]]]:
+    """Return id and right answers of each question, as the metrics take them."""
+    return [
+        (question, list(answers["text"]))
+        for question, answers in zip(values(split, "id"), values(split, "answers"), strict=True)
+    ]
+
+
+def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the first and one past the last character of the first answer that stands where it says."""
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        if _stands(text, start, context):
+            start += len(text) - len(text.lstrip())
+            return start, start + len(text.strip())
+    return None
+
+
+def _stands(text: str, start: int, context: str) -> bool:
+    return start >= 0 and context.startswith(text, start)
+
+
+def _read_answers(answers: Any, row: int, name: str) -> tuple[list[str], list[int]]:
+    expected = "expected {'text': [...], 'answer_start': [...]}, lists of the same length"
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    starts = answers.get("answer_start") if isinstance(answers, Mapping) else None
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise DataError(f"row {row} of {name} has {answers!r} in column 'answers'; {expected}")
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
+            raise DataError(
+                f"row {row} of {name} has the answer {text!r} at {start!r}; expected words, and the number of "
+                "their first character in the context. Leave both lists empty where there is no answer"
+            )
+    return texts, starts
