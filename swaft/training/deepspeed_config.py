@@ -143,7 +143,12 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         "swaft exports without gathering the model",
         rows,
     )
-    if filled.pop("optimizer", None) is not None:
+    block = filled.pop("optimizer", None)
+    if _offloads_optimizer(filled):
+        rows.append(
+            ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")
+        )
+    elif block is not None:
         rows.append(("optimizer", "torch AdamW", "the recipe's, with the values of the file's block"))
     filled.pop("scheduler", None)
     known = () if recipe.hidden_size is not None else tuple(_size_keys(1))
@@ -246,6 +251,12 @@ def _optimizer_problems(config: Mapping[str, Any], recipe: RecipeValues, source:
                 f"({setting}); "
                 f'make them equal, or write "auto" in {source}'
             )
+
+
+def _offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether accelerate swaps the recipe's optimizer for DeepSpeed's on the host, which it does not say."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
 
 
 def _scheduler_problems(config: Mapping[str, Any], source: str) -> Iterator[str]:

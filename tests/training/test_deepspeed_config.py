@@ -88,6 +88,47 @@ def test_missing_clipping_takes_the_recipes_and_says_so():
     assert ("gradient_clipping", 0.5, "missing -> train.max_grad_norm") in result.rows
 
 
+def test_missing_accumulation_takes_the_recipes_and_says_so():
+    result = filled({"zero_optimization": {"stage": 2}})
+    assert result.config["gradient_accumulation_steps"] == 4
+    assert ("gradient_accumulation_steps", 4, "missing -> train.gradient_accumulation_steps") in result.rows
+
+
+def test_clipping_that_is_off_in_the_recipe_is_off_and_not_1():
+    result = filled(TRAINER_STYLE, replace(RECIPE, max_grad_norm=0.0))
+    assert result.config["gradient_clipping"] == 0.0
+
+
+def test_the_optimizer_block_that_deepspeed_would_build_from_is_gone_and_the_table_says_who_trains():
+    result = filled(TRAINER_STYLE)
+    assert "optimizer" not in result.config
+    assert ("optimizer", "torch AdamW") in [row[:2] for row in result.rows]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloading_the_optimizer_says_which_class_takes_the_place_of_the_recipes(stage):
+    offload = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+    for config in (offload, TRAINER_STYLE | offload):
+        told = [row[1] for row in filled(config).rows if row[0] == "optimizer"]
+        assert told == ["DeepSpeedCPUAdam"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": None}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        {
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    ],
+)
+def test_where_the_recipes_optimizer_stays_nothing_else_is_told(config):
+    assert "DeepSpeedCPUAdam" not in str(filled(config).rows)
+
+
 def test_the_table_names_value_and_source_of_each_filled_key():
     rows = {key: (value, source) for key, value, source in filled(TRAINER_STYLE).rows}
     assert rows["train_micro_batch_size_per_gpu"] == (8, "auto -> train.per_device_train_batch_size")
@@ -134,6 +175,14 @@ def test_a_scheduler_block_is_refused_and_names_the_setting_to_use():
     (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}).problems
     assert "WarmupLR" in problem
     assert "train.lr_scheduler_type" in problem
+
+
+@pytest.mark.parametrize("warmup", ["auto", 0, -1])
+def test_a_warm_up_in_the_file_is_one_problem_whatever_its_length(warmup):
+    params = {"warmup_num_steps": warmup, "warmup_max_lr": "auto", "total_num_steps": "auto"}
+    scheduler = {"type": "WarmupDecayLR", "params": params}
+    (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": scheduler}).problems
+    assert "train.warmup_steps" in problem
 
 
 def test_all_problems_are_reported_at_once():
