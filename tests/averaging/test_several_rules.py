@@ -124,6 +124,7 @@ def test_a_second_averagers_swap_waits_until_the_first_has_read_the_weights():
     )
     model(torch.randn(4, 64)).square().mean().backward()
     optimizer.step()
+    waits = one.waits.count  # a step may have waited for the first member, on a busy machine
     held = threading.Event()
     one._averages._pipeline._sum = lambda values: held.wait(10) and values
     one.step()
@@ -133,7 +134,7 @@ def test_a_second_averagers_swap_waits_until_the_first_has_read_the_weights():
     with two.swapped_in():
         assert not torch.equal(flat(model), live)
     assert torch.equal(one.shard(), reference_mean([start, live], [1, 0.5]))
-    assert one.waits.count == 1
+    assert one.waits.count == waits + 1
 
 
 def test_a_checkpoint_loaded_into_the_model_waits_until_the_weights_are_read():

@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from swaft.errors import AveragingError
 
-
 _outlived: list[RemovableHandle] = []
 """Hooks whose object is gone. The collector may find that out while torch goes through the very hooks, which
 must not change meanwhile; so they do nothing until somebody removes them."""
