@@ -10,8 +10,16 @@ from swaft.config.schema import (
     EvalConfig,
     ModelConfig,
     NoiseConfig,
+    RowsConfig,
     TrackConfig,
     TrainConfig,
+)
+from swaft.config.seq2seq import (
+    Seq2SeqConfig,
+    Seq2SeqDataConfig,
+    Seq2SeqEvalConfig,
+    Seq2SeqModelConfig,
+    Seq2SeqTrainConfig,
 )
 
 __all__ = [
@@ -21,6 +29,12 @@ __all__ = [
     "EvalConfig",
     "ModelConfig",
     "NoiseConfig",
+    "RowsConfig",
+    "Seq2SeqConfig",
+    "Seq2SeqDataConfig",
+    "Seq2SeqEvalConfig",
+    "Seq2SeqModelConfig",
+    "Seq2SeqTrainConfig",
     "TrackConfig",
     "TrainConfig",
     "check_averaging",

@@ -8,10 +8,25 @@ from dataclasses import fields
 from typing import Any
 
 from swaft.config.leaves import leaves
-from swaft.config.schema import AveragingConfig, DataConfig, EvalConfig, NoiseConfig, TrackConfig, TrainConfig
+from swaft.config.schema import (
+    AveragingConfig,
+    DataConfig,
+    EvalConfig,
+    NoiseConfig,
+    RowsConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from swaft.config.seq2seq import (
+    Seq2SeqDataConfig,
+    Seq2SeqEvalConfig,
+    Seq2SeqModelConfig,
+    Seq2SeqTrainConfig,
+)
 from swaft.config.values import not_allowed
 from swaft.errors import ConfigError
 from swaft.metrics import METRIC_NAMES
+from swaft.metrics.names import refuse_unfit
 
 # What accelerate calls the trackers it can write to.
 TRACKERS = (
@@ -77,7 +92,7 @@ def _choices(config: Any) -> Iterator[str]:
             yield f"{name}: {not_allowed(str(value), leaf.choices)}"
 
 
-def _check_data(data: DataConfig) -> list[str]:
+def _check_rows(data: RowsConfig) -> list[str]:
     problems = []
     sources = {name: getattr(data, name) for name in ("task_name", "dataset_name", "train_file")}
     named = [f"data.{name}={value}" for name, value in sources.items() if value is not None]
@@ -92,11 +107,16 @@ def _check_data(data: DataConfig) -> list[str]:
             problems.append(f"data.{name}: is used beside data.train_file, which is not set")
     if data.dataset_config_name is not None and data.dataset_name is None:
         problems.append("data.dataset_config_name: is a configuration of data.dataset_name, which is not set")
-    if data.text_pair_column is not None and data.text_column is None:
-        problems.append("data.text_pair_column: is set without data.text_column; set both")
-    for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+    for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         problems += _at_least(f"data.{name}", getattr(data, name), 1)
     return problems
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = _check_rows(data)
+    if data.text_pair_column is not None and data.text_column is None:
+        problems.append("data.text_pair_column: is set without data.text_column; set both")
+    return problems + _at_least("data.max_seq_length", data.max_seq_length, 1)
 
 
 def _check_train(train: TrainConfig) -> list[str]:
@@ -168,12 +188,79 @@ def _check_noise(noise: NoiseConfig) -> list[str]:
     return problems + _at_least("noise.sigma", noise.sigma, 0)
 
 
-def _check_eval(evaluation: EvalConfig) -> list[str]:
+def _check_batches(evaluation: EvalConfig) -> list[str]:
     problems = _at_least("eval.per_device_eval_batch_size", evaluation.per_device_eval_batch_size, 1)
-    problems += _at_least("eval.eval_steps", evaluation.eval_steps, 1)
+    return problems + _at_least("eval.eval_steps", evaluation.eval_steps, 1)
+
+
+def _check_eval(evaluation: EvalConfig) -> list[str]:
+    problems = _check_batches(evaluation)
     names = ("auto", *METRIC_NAMES)
     if evaluation.metric not in names:
         problems.append(f"eval.metric: {not_allowed(evaluation.metric, names)}")
+    return problems
+
+
+def _check_seq2seq_model(model: Seq2SeqModelConfig) -> list[str]:
+    problems = []
+    if model.model_name_or_path is None and model.config is None:
+        problems.append(
+            "model.model_name_or_path: no model named; set it to a pretrained encoder-decoder, or model.config for "
+            "a new model"
+        )
+    if model.model_name_or_path is not None and model.config is not None:
+        problems.append(
+            f"model.config: describes a new model, but model.model_name_or_path={model.model_name_or_path} names a "
+            "pretrained one; keep one (null takes the other back)"
+        )
+    if model.config is not None and "model_type" not in model.config:
+        problems.append("model.config: has no model_type; expected one of an encoder-decoder, t5 say")
+    if model.vocab_size is not None:
+        problems += _at_least("model.vocab_size", model.vocab_size, 300)
+        if model.config is None or model.tokenizer_name is not None:
+            problems.append(
+                "model.vocab_size: is the size of a new tokenizer, and none is trained where "
+                "model.model_name_or_path or model.tokenizer_name bring one; remove it"
+            )
+    return problems
+
+
+def _check_seq2seq_data(data: Seq2SeqDataConfig) -> list[str]:
+    problems = _check_rows(data)
+    for one, other in (("source_column", "target_column"), ("source_lang", "target_lang")):
+        if (getattr(data, one) is None) != (getattr(data, other) is None):
+            missing = one if getattr(data, one) is None else other
+            problems.append(f"data.{missing}: is not set, but its counterpart is; set both or none")
+    for name in ("max_source_length", "max_target_length"):
+        problems += _at_least(f"data.{name}", getattr(data, name), 2)
+    return problems
+
+
+def _check_seq2seq_train(train: Seq2SeqTrainConfig) -> list[str]:
+    problems = _check_train(train)
+    if not 0 <= train.label_smoothing_factor < 1:
+        problems.append(f"train.label_smoothing_factor: {train.label_smoothing_factor} is outside [0, 1)")
+    return problems
+
+
+def _check_seq2seq_eval(evaluation: Seq2SeqEvalConfig) -> list[str]:
+    problems = _check_batches(evaluation)
+    for name in ("num_beams", "max_new_tokens"):
+        problems += _at_least(f"eval.{name}", getattr(evaluation, name), 1)
+    problems += _at_least("eval.num_samples", evaluation.num_samples, 0)
+    if evaluation.metric != "auto":
+        try:
+            refuse_unfit(evaluation.metric, "generation")
+        except ConfigError as error:
+            problems += error.problems
+    if not evaluation.predict_with_generate:
+        unused = {"metric": "auto", "num_beams": None, "max_new_tokens": None}
+        problems += [
+            f"eval.{name}: {getattr(evaluation, name)} is about generated texts, and "
+            "eval.predict_with_generate=false generates none; remove one of the two"
+            for name, default in unused.items()
+            if getattr(evaluation, name) != default
+        ]
     return problems
 
 
@@ -200,5 +287,9 @@ SECTION_CHECKS: dict[type, Callable[[Any], list[str]]] = {
     AveragingConfig: _check_averaging_section,
     NoiseConfig: _check_noise,
     EvalConfig: _check_eval,
+    Seq2SeqModelConfig: _check_seq2seq_model,
+    Seq2SeqDataConfig: _check_seq2seq_data,
+    Seq2SeqTrainConfig: _check_seq2seq_train,
+    Seq2SeqEvalConfig: _check_seq2seq_eval,
     TrackConfig: _check_track,
 }

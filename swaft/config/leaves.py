@@ -39,7 +39,7 @@ class Leaf:
         return " or ".join(names + ["null"] * self.optional)
 
 
-TYPE_NAMES = {bool: "true|false", int: "int", float: "float", str: "text"}
+TYPE_NAMES = {bool: "true|false", int: "int", float: "float", str: "text", dict: "mapping"}
 
 
 def sections(config_class: type) -> dict[str, type]:
@@ -61,6 +61,14 @@ def leaves(config_class: type) -> dict[str, Leaf]:
 
 def docs(section_class: type) -> dict[str, str]:
     """Return the help text of each field of a section: the string that follows the field in the source."""
+    texts = {}
+    for kind in reversed(section_class.__mro__):  # what a section adds or changes comes after its base's
+        if dataclasses.is_dataclass(kind):
+            texts |= _own_docs(kind)
+    return texts
+
+
+def _own_docs(section_class: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(section_class))).body[0].body  # type: ignore[attr-defined]
     texts = {}
     for statement, follower in pairwise(body):
@@ -74,6 +82,8 @@ def docs(section_class: type) -> dict[str, str]:
 def _leaf(path: str, hint: Any, default: Any) -> Leaf:
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     literals = [member for member in members if get_origin(member) is Literal]
-    types = tuple(str if member in literals else member for member in members if member is not NoneType)
+    # A mapping is written dict[str, Any]: what it holds is for whoever reads the setting to check.
+    plain = (str if member in literals else get_origin(member) or member for member in members)
+    types = tuple(kind for kind in plain if kind is not NoneType)
     choices = tuple(value for literal in literals for value in get_args(literal))
     return Leaf(path=path, types=types, choices=choices, optional=NoneType in members, default=default)

@@ -22,6 +22,10 @@ HUGGING_FACE_NAMES = {
     "warmup_ratio": "warmup_steps",
     "max_length": "max_seq_length",
     "tokenizer_name_or_path": "tokenizer_name",
+    "label_smoothing": "label_smoothing_factor",
+    "generation_num_beams": "num_beams",
+    "generation_max_length": "max_new_tokens",
+    "val_max_target_length": "max_new_tokens",
 }
 
 ConfigT = TypeVar("ConfigT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import textwrap
 from typing import Any
@@ -41,10 +42,10 @@ def to_yaml(config: Any, origins: dict[str, str] | None = None) -> str:
 
 
 def flatten(config: Any) -> dict[str, str | int | float | bool]:
-    """Flatten the configuration for trackers: full name to value; null becomes the text `null`."""
+    """Flatten the configuration for trackers: full name to value; null and mappings become JSON text."""
     nested = dataclasses.asdict(config)
     return {
-        f"{section}.{name}": "null" if value is None else value
+        f"{section}.{name}": json.dumps(value) if value is None or isinstance(value, dict) else value
         for section, values in nested.items()
         for name, value in values.items()
     }

@@ -26,12 +26,8 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Which rows to train and evaluate on, and which columns of them.
-
-    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
-    override that names one of the three replaces the whole source, its other splits included.
-    """
+class RowsConfig:
+    """Where rows come from, and how many of them to take."""
 
     task_name: str | None = None
     """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
@@ -46,6 +42,22 @@ class DataConfig:
     """Validation rows, beside `train_file`; null: the run is not evaluated on validation rows."""
     test_file: str | None = None
     """Test rows, beside `train_file`."""
+    max_train_samples: int | None = None
+    """Use only the first so many training rows; null: all."""
+    max_eval_samples: int | None = None
+    """Use only the first so many validation rows; null: all."""
+    max_predict_samples: int | None = None
+    """Use only the first so many test rows; null: all."""
+
+
+@dataclass(kw_only=True)
+class DataConfig(RowsConfig):
+    """Which rows to train and evaluate on, and which columns of them.
+
+    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
+    override that names one of the three replaces the whole source, its other splits included.
+    """
+
     text_column: str | None = None
     """Column with the (first) text; null: found by its usual name (sentence, sentence1, text, ...)."""
     text_pair_column: str | None = None
@@ -56,12 +68,6 @@ class DataConfig:
     """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids."""
     max_seq_length: int = 128
     """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
-    max_train_samples: int | None = None
-    """Use only the first so many training rows; null: all."""
-    max_eval_samples: int | None = None
-    """Use only the first so many validation rows; null: all."""
-    max_predict_samples: int | None = None
-    """Use only the first so many test rows; null: all."""
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from swaft.config.schema import DataConfig
+from swaft.config.schema import RowsConfig
 from swaft.errors import DataError
 
 Splits = dict[str, Dataset]
@@ -41,7 +41,7 @@ FILE_READERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def load_splits(data: DataConfig) -> Splits:
+def load_splits(data: RowsConfig) -> Splits:
     """Return the rows by split.
 
     `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them.
@@ -81,7 +81,7 @@ def data_folder() -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _find(data: DataConfig) -> Splits:
+def _find(data: RowsConfig) -> Splits:
     if data.task_name is not None:
         return _load_task(data.task_name)
     if data.dataset_name is not None:

@@ -156,7 +156,7 @@ def _bleu(
 ) -> GenerationScores:
     if options.bleu_tokenize not in BLEU_TOKENIZERS:
         raise ConfigError(
-            f"eval.bleu_tokenize: '{options.bleu_tokenize}' is not one of {', '.join(BLEU_TOKENIZERS)}, the "
+            f"bleu_tokenize is '{options.bleu_tokenize}'; expected one of {', '.join(BLEU_TOKENIZERS)}, the "
             "tokenizers of sacrebleu that need no download"
         )
     metric = _sacrebleu().BLEU(tokenize=options.bleu_tokenize, lowercase=options.lowercase)

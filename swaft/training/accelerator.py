@@ -44,8 +44,11 @@ logger = logging.getLogger(__name__)
 class RunConfig(Protocol):
     """The sections of a recipe's configuration that decide how training is started."""
 
-    train: TrainConfig
-    track: TrackConfig
+    @property
+    def train(self) -> TrainConfig: ...  # noqa: D102
+
+    @property
+    def track(self) -> TrackConfig: ...  # noqa: D102
 
 
 def build_accelerator(config: RunConfig, *, hidden_size: int | None = None) -> Accelerator:

@@ -11,6 +11,7 @@ from swaft.averaging.rules import RULES, Rule
 from swaft.config import AveragingConfig, NoiseConfig, TrainConfig
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
+from swaft.noise.smoothed import SmoothedTaskLoss
 
 AVERAGING_COMMON = ("rule", "start", "every", "precision", "threads", "spill_dir")
 """Options of section ``averaging`` that every rule uses, or the averager itself."""
@@ -81,12 +82,15 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
     return None if kind is None else kind(start=averaging.start, every=averaging.every, **options)
 
 
-def build_objective(noise: NoiseConfig, *, seed: int) -> R3F | RDrop | TaskLoss:
+def build_objective(
+    noise: NoiseConfig, *, seed: int, label_smoothing: float = 0.0
+) -> R3F | RDrop | TaskLoss | SmoothedTaskLoss:
     """Return the training objective.
 
     Args:
         noise: section ``noise``; a null option leaves the choice to the preset.
         seed: seed of the noise.
+        label_smoothing: share of the task loss's target that is spread over all classes.
 
     Raises:
         ConfigError: where an option is set that the objective would not use.
@@ -103,6 +107,6 @@ def build_objective(noise: NoiseConfig, *, seed: int) -> R3F | RDrop | TaskLoss:
     if problems:
         raise ConfigError(problems)
     if noise.kind == "none":
-        return TaskLoss()
+        return SmoothedTaskLoss(label_smoothing) if label_smoothing else TaskLoss()
     objectives = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}
-    return objectives[noise.kind](weight=noise.weight, seed=seed, **options)
+    return objectives[noise.kind](weight=noise.weight, seed=seed, label_smoothing=label_smoothing, **options)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,21 @@ logger = logging.getLogger(__name__)
 ROW_ID = "idx"
 
 Scores = dict[str, float]
+
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found, the same on every rank."""
+
+    scores: Scores
+    """Numbers by name, ``loss`` among them."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else belongs into summary.json: intervals, how a score was computed."""
+    outputs: Sequence[str] = ()
+    """What the model wrote for each row, in the order of the rows; empty where it writes nothing."""
 
 
 Metric = Callable[[np.ndarray, np.ndarray], Scores]
@@ -77,24 +94,28 @@ def evaluate(
 
 
 def evaluate_last_and_averaged(
-    evaluate_once: Callable[[], Scores], averager: WeightAverager | None, **selection: Any
-) -> dict[str, Scores]:
-    """Return the scores of the ``last`` weights and, with members, of the ``averaged`` (collective).
+    evaluate_once: Callable[[], ResultT], averager: WeightAverager | None, **selection: Any
+) -> dict[str, ResultT]:
+    """Return what the ``last`` weights score and, with members, the ``averaged`` (collective).
 
     Args:
         evaluate_once: scores the weights that are in the model.
         averager: None without averaging.
         selection: which average, where the rule leaves a choice.
     """
-    scores = {"last": evaluate_once()}
+    found = {"last": evaluate_once()}
     if averager is not None and averager.num_averaged > 0:
         with averager.swapped_in(**selection):
-            scores["averaged"] = evaluate_once()
-    return scores
+            found["averaged"] = evaluate_once()
+    return found
 
 
 def best_window(
-    averager: WeightAverager | None, evaluate_once: Callable[[], Scores] | None, metric: str
+    averager: WeightAverager | None,
+    evaluate_once: Callable[[], Scores] | None,
+    metric: str,
+    *,
+    better: Callable[..., float] = max,
 ) -> WindowSearch | None:
     """Return the window of averaged weights that scores best on validation data (collective).
 
@@ -103,16 +124,15 @@ def best_window(
     if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
         return None
     logger.info("choosing the window of averaged weights on validation data: an evaluation for each")
-    return search_windows(averager, lambda: evaluate_once()[metric])
+    return search_windows(averager, lambda: evaluate_once()[metric], better=better)
 
 
-def each_row_once(ids: Tensor, logits: Tensor, labels: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return logits and labels ordered by row number, each row once.
+def each_row_once(ids: Tensor, *columns: Tensor, num_rows: int) -> tuple[Tensor, ...]:
+    """Return the columns ordered by row number, each row once.
 
     Args:
         ids: (N,) row numbers, some repeated.
-        logits: (N, C).
-        labels: (N,).
+        columns: (N, ...) each.
         num_rows: rows there should be.
 
     Raises:
@@ -125,7 +145,21 @@ def each_row_once(ids: Tensor, logits: Tensor, labels: Tensor, *, num_rows: int)
             f"to {num_rows - 1} in the batches' {ROW_ID!r} (does the loader drop its last batch, or shuffle "
             "in the ids?)"
         )
-    return logits[first], labels[first]
+    return tuple(column[first] for column in columns)
+
+
+def require_finite(loss: float) -> float:
+    """Return an evaluation loss that is a finite number.
+
+    Raises:
+        TrainingError: where it is none.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the evaluation loss is {loss}: the weights give values that are not finite; "
+            f"lower train.learning_rate, or train with train.mixed_precision=bf16 rather than fp16"
+        )
+    return loss
 
 
 def _gather(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Accelerator) -> tuple[Tensor, ...]:
@@ -145,9 +179,4 @@ def _mean_loss(logits: Tensor, labels: Tensor, *, is_regression: bool) -> float:
         loss = nn.functional.mse_loss(logits.squeeze(-1), labels.double())
     else:
         loss = nn.functional.cross_entropy(logits, labels)
-    if not torch.isfinite(loss):
-        raise TrainingError(
-            f"the evaluation loss is {loss.item()}: the weights give values that are not finite; "
-            f"lower train.learning_rate, or train with train.mixed_precision=bf16 rather than fp16"
-        )
-    return loss.item()
+    return require_finite(loss.item())

@@ -9,23 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from swaft.config import ModelConfig
+from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
 
 if TYPE_CHECKING:
     from swaft.data import Task
 
 
-def model_path(model: ModelConfig) -> str:
+AnyModel = ModelConfig | Seq2SeqModelConfig
+
+
+def model_path(model: AnyModel) -> str:
     """Return the hub id or folder to load; ``demo`` is the encoder of the extra ``swaft[demo]``."""
     if model.model_name_or_path == "demo":
         from swaft.demo import demo_model_path
 
         return demo_model_path()
-    return model.model_name_or_path
+    return model.model_name_or_path or ""
 
 
-def load_model_config(model: ModelConfig, **settings: Any) -> Any:
+def load_model_config(model: AnyModel, **settings: Any) -> Any:
     """Return the model's transformers configuration.
 
     Args:
@@ -35,18 +38,18 @@ def load_model_config(model: ModelConfig, **settings: Any) -> Any:
     Raises:
         ConfigError: where there is no such model, or it brings code that was not allowed to run.
     """
-    with _told_as_settings(model):
+    with told_as_settings(model):
         return AutoConfig.from_pretrained(
             model_path(model), trust_remote_code=model.trust_remote_code, **settings
         )
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
+def load_tokenizer(model: AnyModel) -> Any:
     """Return the tokenizer: ``model.tokenizer_name`` where set, else the model's own.
 
     One without a padding token pads with its end-of-text token; the attention mask hides it either way.
     """
-    with _told_as_settings(model):
+    with told_as_settings(model):
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer_name or model_path(model), trust_remote_code=model.trust_remote_code
         )
@@ -63,11 +66,10 @@ def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradien
         model_config: transformers configuration with the task's labels (see `describe_labels`).
         seed: of the new head; given to torch right here, because under ZeRO-3 nothing makes the ranks' heads
             equal afterwards.
-        gradient_checkpointing: recompute activations in the backward pass. Non-reentrant: the reentrant form
-            fails when a step runs the model twice, as the noise objectives do.
+        gradient_checkpointing: recompute activations in the backward pass.
     """
     torch.manual_seed(seed)
-    with _told_as_settings(model):
+    with told_as_settings(model):
         loaded = AutoModelForSequenceClassification.from_pretrained(
             model_path(model),
             config=model_config,
@@ -75,9 +77,17 @@ def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradien
             ignore_mismatched_sizes=model.ignore_mismatched_sizes,
             dtype="float32",
         )
+    return with_checkpointing(loaded, gradient_checkpointing)
+
+
+def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
+    """Return the model, told to recompute activations in the backward pass where that is wanted.
+
+    Non-reentrant: the reentrant form fails when a step runs the model twice, as the noise objectives do.
+    """
     if gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return loaded
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) -> None:
@@ -97,7 +107,8 @@ def hidden_size(model_config: Any) -> int | None:
 
 
 @contextmanager
-def _told_as_settings(model: ModelConfig) -> Iterator[None]:
+def told_as_settings(model: AnyModel) -> Iterator[None]:
+    """Context in which what transformers raises becomes a problem with the model's settings."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 class TrackedConfig(Protocol):
     """The sections of a recipe's configuration that trackers need by name."""
 
-    train: TrainConfig
-    track: TrackConfig
+    @property
+    def train(self) -> TrainConfig: ...  # noqa: D102
+
+    @property
+    def track(self) -> TrackConfig: ...  # noqa: D102
 
 
 class BarSafeHandler(logging.Handler):

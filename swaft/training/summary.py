@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from swaft.averaging import WeightAverager, WindowSearch
 from swaft.config import TrainConfig
 from swaft.training.accelerator import engine_name
-from swaft.training.evaluate import Scores
+from swaft.training.evaluate import Evaluation
 from swaft.training.loop import TrainingResult
 from swaft.training.schedule import Schedule
 
@@ -64,7 +64,7 @@ def run_facts(
 
 
 def summary(
-    scores: Mapping[str, Mapping[str, Scores]],
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
     result: TrainingResult,
     *,
     metric_name: str,
@@ -74,7 +74,7 @@ def summary(
     """Return the content of summary.json.
 
     Args:
-        scores: split to kind of weights (``last``, ``averaged``) to scores.
+        evaluations: by split and kind of weights (``last``, ``averaged``).
         result: what training took.
         metric_name: the score that counts.
         averager: None without averaging.
@@ -82,12 +82,14 @@ def summary(
     """
     content = {
         "metric": metric_name,
-        "scores": scores,
+        "scores": _each(evaluations, lambda evaluation: evaluation.scores),
         "steps": result.steps,
         "applied_steps": result.applied_steps,
         "num_averaged": 0 if averager is None else averager.num_averaged,
         "train_seconds": round(result.seconds, 3),
     }
+    if any(evaluation.details for kinds in evaluations.values() for evaluation in kinds.values()):
+        content["details"] = _each(evaluations, lambda evaluation: evaluation.details)
     if averager is not None:
         # How often training stood still for averaging, and how long in all.
         content["averaging_waits"] = averager.waits.count
@@ -96,3 +98,12 @@ def summary(
         content["window"] = asdict(window.best)
         content["windows_tried"] = [asdict(each) | {"score": score} for each, score in window.scores.items()]
     return content
+
+
+def _each(
+    evaluations: Mapping[str, Mapping[str, Evaluation]], part: Callable[[Evaluation], Any]
+) -> dict[str, dict[str, Any]]:
+    return {
+        split: {kind: part(evaluation) for kind, evaluation in kinds.items()}
+        for split, kinds in evaluations.items()
+    }

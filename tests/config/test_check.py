@@ -12,6 +12,10 @@ from swaft.config import (
     ClassificationConfig,
     DataConfig,
     ModelConfig,
+    Seq2SeqConfig,
+    Seq2SeqDataConfig,
+    Seq2SeqModelConfig,
+    Seq2SeqTrainConfig,
     TrainConfig,
     check_averaging,
     check_config,
@@ -161,10 +165,11 @@ def test_max_steps_tells_the_length_before_the_run():
     assert check_config(config(averaging__rule="swa", averaging__start=100, train__max_steps=150)) == []
 
 
-def test_every_setting_has_a_doc():
-    for section, section_class in sections(ClassificationConfig).items():
+@pytest.mark.parametrize("recipe", [ClassificationConfig, Seq2SeqConfig])
+def test_every_setting_has_a_doc(recipe):
+    for section, section_class in sections(recipe).items():
         texts = docs(section_class)
-        for name in leaves(ClassificationConfig):
+        for name in leaves(recipe):
             owner, short = name.split(".")
             assert owner != section or len(texts[short].split()) >= 3, name
 
@@ -194,3 +199,66 @@ def test_choices_of_the_noise_section_are_those_of_the_objectives():
     assert known["noise.detach"].choices == get_args(Detach)
     assert known["noise.passes"].choices == get_args(Passes)
     assert known["noise.layers"].choices == get_args(Layers)
+
+
+def seq2seq_config(**changes: object) -> Seq2SeqConfig:
+    made = Seq2SeqConfig(
+        model=Seq2SeqModelConfig(model_name_or_path="t5-small"),
+        data=Seq2SeqDataConfig(task_name="e2e"),
+        train=Seq2SeqTrainConfig(output_dir="runs/x"),
+    )
+    for name, value in changes.items():
+        section, leaf = name.split("__")
+        setattr(getattr(made, section), leaf, value)
+    return made
+
+
+def test_defaults_of_seq2seq_have_no_problem():
+    assert check_config(seq2seq_config()) == []
+    new = {"model__model_name_or_path": None, "model__config": {"model_type": "t5"}, "model__vocab_size": 300}
+    assert check_config(seq2seq_config(**new)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model__model_name_or_path", None),
+        ("model__config", {"model_type": "t5"}),
+        ("model__vocab_size", 4096),
+        ("data__task_name", None),
+        ("data__max_train_samples", 0),
+        ("data__max_source_length", 1),
+        ("data__max_target_length", 0),
+        ("train__label_smoothing_factor", 1.0),
+        ("train__label_smoothing_factor", -0.1),
+        ("train__label_smoothing_factor", math.nan),
+        ("train__learning_rate", 0.0),
+        ("eval__metric", "accuracy"),
+        ("eval__metric", "ruoge"),
+        ("eval__num_beams", 0),
+        ("eval__max_new_tokens", 0),
+        ("eval__num_samples", -1),
+        ("eval__eval_steps", 0),
+    ],
+)
+def test_value_out_of_range_of_seq2seq_is_one_problem_that_names_its_setting(name, value):
+    [problem] = check_config(seq2seq_config(**{name: value}))
+    assert problem.startswith(name.replace("__", ".") + ":")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("source_column", "target_column"), ("source_lang", "target_lang")],
+)
+def test_a_column_or_language_without_its_counterpart_is_named(one, other):
+    for given, missing in ((one, other), (other, one)):
+        [problem] = check_config(seq2seq_config(**{f"data__{given}": "x"}))
+        assert problem.startswith(f"data.{missing}: is not set")
+
+
+def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():
+    quiet = {"eval__predict_with_generate": False}
+    assert check_config(seq2seq_config(**quiet)) == []
+    for name, value in (("metric", "rouge"), ("num_beams", 4), ("max_new_tokens", 9)):
+        [problem] = check_config(seq2seq_config(**quiet, **{f"eval__{name}": value}))
+        assert problem.startswith(f"eval.{name}:")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swaft.config import ClassificationConfig, flatten, load_config, to_yaml
+from swaft.config import ClassificationConfig, Seq2SeqConfig, flatten, load_config, to_yaml
 from swaft.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -302,6 +302,29 @@ def test_help_lists_every_setting_with_default_and_doc(capsys):
     assert "train.learning_rate  <float>  [default 2e-05]\n      Peak rate of AdamW." in page
     assert "model.model_name_or_path  <text>  [required]" in page
     assert max(len(line) for line in page.splitlines()) <= 110
+
+
+def test_a_setting_may_be_a_mapping_in_a_file_and_on_the_command_line(tmp_path):
+    path = write(tmp_path, "a.yaml", "model:\n  config:\n    model_type: t5\n    d_model: 64\n")
+    rest = ["data.task_name=e2e", "train.output_dir=runs/x"]
+    from_file = load_config(Seq2SeqConfig, ["--config", path, *rest])
+    assert from_file.model.config == {"model_type": "t5", "d_model": 64}
+    typed = load_config(Seq2SeqConfig, ["model.config={model_type: t5, d_model: 64}", *rest])
+    assert typed == from_file
+    copy = write(tmp_path, "b.yaml", to_yaml(from_file, {"model.config": path}))
+    assert load_config(Seq2SeqConfig, ["--config", copy]) == from_file
+    assert flatten(from_file)["model.config"] == '{"model_type": "t5", "d_model": 64}'
+    with pytest.raises(ConfigError, match=r"model\.config: expected mapping or null, got the text 't5'"):
+        load_config(Seq2SeqConfig, ["model.config=t5", *rest])
+
+
+def test_help_of_a_section_that_extends_another_has_the_docs_of_both(capsys):
+    with pytest.raises(SystemExit):
+        load_config(Seq2SeqConfig, ["--help"])
+    page = capsys.readouterr().out
+    assert "train.learning_rate  <float>  [default 2e-05]\n      Peak rate of AdamW." in page
+    assert "train.label_smoothing_factor  <float>  [default 0.0]\n      Share of each target" in page
+    assert "eval.metric  <text>  [default auto]\n      What to measure on generated texts:" in page
 
 
 def test_only_the_first_of_several_processes_prints(monkeypatch, capsys):

@@ -64,7 +64,7 @@ def test_bleu_follows_its_options():
 
 
 def test_bleu_tokenizer_that_would_download_is_refused():
-    with pytest.raises(ConfigError, match=r"'flores200' is not one of 13a.*no download"):
+    with pytest.raises(ConfigError, match=r"'flores200'; expected one of 13a.*no download"):
         METRICS["bleu"](["a"], [["a"]], GenerationOptions(bleu_tokenize="flores200"))
 
 

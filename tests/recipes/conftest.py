@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 from launching import ROOT
 from tiny_inputs import save_model, save_rows
+from tiny_texts import NEW_MODEL, save_pairs
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +41,55 @@ eval: {{per_device_eval_batch_size: 4, eval_steps: 10}}
 
 
 @pytest.fixture(scope="session")
+def text_inputs(tmp_path_factory) -> Path:
+    """A folder with pairs of texts, and a configuration that names them and a new model."""
+    folder = tmp_path_factory.mktemp("text-inputs")
+    save_pairs(folder / "train.csv", 90, seed=1)
+    save_pairs(folder / "validation.csv", 23, seed=2)
+    save_pairs(folder / "test.csv", 11, seed=3)
+    (folder / "run.yaml").write_text(
+        f"""\
+model: {{config: {NEW_MODEL}, vocab_size: 320}}
+data:
+  train_file: {folder / "train.csv"}
+  validation_file: {folder / "validation.csv"}
+  test_file: {folder / "test.csv"}
+  max_source_length: 32
+  max_target_length: 32
+train:
+  output_dir: {folder / "unused"}
+  per_device_train_batch_size: 8
+  max_steps: 50
+  learning_rate: 2.0e-2
+  logging_steps: 5
+  group_by_length: true
+averaging: {{rule: swa}}
+noise: {{kind: r3f}}
+eval:
+  per_device_eval_batch_size: 8
+  metric: chrf
+  num_beams: 2
+  max_new_tokens: 12
+  num_samples: 50
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def classification() -> ModuleType:
     """The recipe as a module, to call its `main` in this process."""
-    path = ROOT / "recipes" / "classification.py"
-    spec = importlib.util.spec_from_file_location("classification_recipe", path)
+    return load_recipe("classification")
+
+
+@pytest.fixture(scope="session")
+def seq2seq() -> ModuleType:
+    """The recipe as a module, to call its `main` in this process."""
+    return load_recipe("seq2seq")
+
+
+def load_recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

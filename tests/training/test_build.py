@@ -120,3 +120,12 @@ def test_an_option_of_r4f_alone_is_refused_by_r3f_and_taken_by_r4f():
     assert build_objective(NoiseConfig(kind="r4f", layers="last"), seed=0).layers == "last"
     with pytest.raises(ConfigError, match=r"noise\.layers is last, which noise\.kind=r3f does not use"):
         build_objective(NoiseConfig(kind="r3f", layers="last"), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "r3f", "rdrop"])
+def test_label_smoothing_acts_with_every_kind_of_noise(kind):
+    built = build_objective(NoiseConfig(kind=kind), seed=0, label_smoothing=0.1)
+    if kind == "none":
+        assert built.label_smoothing == 0.1
+    else:
+        assert built.settings_for(make_classifier()).label_smoothing == 0.1

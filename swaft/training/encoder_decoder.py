@@ -1,0 +1,213 @@
+"""Loads encoder-decoders, or makes new ones with a tokenizer of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+from swaft.config import Seq2SeqModelConfig
+from swaft.errors import ConfigError
+from swaft.training.pretrained import (
+    load_model_config,
+    load_tokenizer,
+    model_path,
+    told_as_settings,
+    with_checkpointing,
+)
+
+VOCAB_SIZE = 4096
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+FITTED = (
+    "vocab_size",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "forced_eos_token_id",
+)
+"""Entries of a new model's configuration that its tokenizer decides on, where the settings do not."""
+UNLIMITED = 1_000_000_000
+"""Tokens that a model without absolute positions reads: as many as memory allows."""
+
+
+def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
+    """Return the transformers configuration of the pretrained model, or of the new one.
+
+    Raises:
+        ConfigError: where it is no encoder-decoder, or an entry is none of its type's.
+    """
+    found = load_model_config(model) if model.config is None else _new_config(model)
+    if not found.is_encoder_decoder:
+        raise ConfigError(
+            f"{_setting(model)}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
+            "Pegasus or Marian"
+        )
+    return found
+
+
+def encoder_decoder_tokenizer(
+    model: Seq2SeqModelConfig, accelerator: Accelerator, texts: Callable[[], Iterable[str]]
+) -> Any:
+    """Return the model's tokenizer, or for a new model a new one (collective).
+
+    Args:
+        model: section ``model``.
+        accelerator: whose main process trains a new tokenizer and tells it to the others.
+        texts: gives what a new tokenizer is trained on.
+
+    Raises:
+        ConfigError: where there is no such tokenizer, or it is one of many languages.
+    """
+    if model.config is not None and model.tokenizer_name is None:
+        trained = [None]
+        if accelerator.is_main_process:
+            trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]
+        broadcast_object_list(trained)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(str(trained[0])),
+            pad_token=PAD,
+            eos_token=END,
+            unk_token=UNKNOWN,
+        )
+    tokenizer = load_tokenizer(model)
+    if hasattr(tokenizer, "src_lang"):
+        raise ConfigError(
+            f"{_setting(model)}: {type(tokenizer).__name__} wants codes of languages in its texts (mBART, M2M100, "
+            "NLLB), which is not supported; use a model of one pair of languages (Marian) or one told by "
+            "data.source_prefix (T5)"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
+
+    It knows every character and ends each text with ``</s>``; padding has the id 0 and the end 1, as T5's have.
+
+    Args:
+        texts: the training rows, sources and targets.
+        vocab_size: tokens at most, 256 bytes and 3 special ones among them.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END, UNKNOWN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
+    )
+    return tokenizer
+
+
+def load_encoder_decoder(
+    model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any, *, seed: int, gradient_checkpointing: bool
+) -> Any:
+    """Return the pretrained model, or a new one of random weights, in fp32.
+
+    Args:
+        model: section ``model``.
+        model_config: from `encoder_decoder_config`; a new model's takes the tokenizer's size and special tokens,
+            where ``model.config`` says nothing else.
+        tokenizer: from `encoder_decoder_tokenizer`.
+        seed: of the random weights; given to torch right here, so that all ranks have the same.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: where the model cannot be loaded, has fewer embeddings than the tokenizer has tokens, or does
+            not know what its decoder starts with.
+    """
+    torch.manual_seed(seed)
+    with told_as_settings(model):
+        if model.config is None:
+            loaded = AutoModelForSeq2SeqLM.from_pretrained(
+                model_path(model),
+                config=model_config,
+                trust_remote_code=model.trust_remote_code,
+                dtype="float32",
+            )
+        else:
+            _fit_to_tokenizer(model_config, tokenizer, said=model.config)
+            loaded = AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.float32)
+    if model_config.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"{_setting(model)}: the model has {model_config.vocab_size} embeddings, but the tokenizer has "
+            f"{len(tokenizer)} tokens; expected as many at least. Use the model's own tokenizer"
+        )
+    if _start_token(loaded) is None:
+        raise ConfigError(
+            f"{_setting(model)}: the model has no decoder_start_token_id, so nothing can be generated; set it in "
+            "the model's config.json (T5: its pad_token_id, BART: its eos_token_id), or in model.config"
+        )
+    return with_checkpointing(loaded, gradient_checkpointing)
+
+
+def longest_input(model_config: Any) -> int | None:
+    """Return how many tokens a model reads and writes; None: its tokenizer has to know."""
+    if getattr(model_config, "relative_attention_num_buckets", None):
+        return UNLIMITED
+    return getattr(model_config, "max_position_embeddings", None)
+
+
+def _new_config(model: Seq2SeqModelConfig) -> Any:
+    said = dict(model.config or {})
+    kind = said.pop("model_type")
+    try:
+        known = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.config: there is no model_type '{kind}'; expected one of an encoder-decoder, t5 or bart say"
+        ) from error
+    # transformers takes any entry and uses those it knows.
+    problems = [
+        f"model.config: {kind} has no entry '{name}'.{_nearest(name, known)}"
+        for name in said
+        if name not in FITTED and not hasattr(known, name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    with told_as_settings(model):
+        return AutoConfig.for_model(kind, **said)
+
+
+def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]) -> None:
+    values = (
+        len(tokenizer),
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.pad_token_id,
+        None,
+    )
+    for name, value in zip(FITTED, values, strict=True):
+        if name not in said:
+            setattr(model_config, name, value)
+
+
+def _start_token(loaded: Any) -> int | None:
+    for holder in (loaded.generation_config, loaded.config):
+        start = getattr(holder, "decoder_start_token_id", None)
+        if start is not None:
+            return start
+    return None
+
+
+def _setting(model: Seq2SeqModelConfig) -> str:
+    return "model.config" if model.config is not None else "model.model_name_or_path"
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known.to_dict()), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from swaft.errors import ConfigError, NoiseError
+from swaft.noise import R3F, TaskLoss
+from swaft.noise.smoothed import SmoothedTaskLoss
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def model() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=11,
+            d_model=8,
+            d_kv=4,
+            d_ff=8,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, 11, (3, 5), generator=generator)
+    labels[1, 3:] = -100
+    return {
+        "input_ids": torch.randint(2, 11, (3, 4), generator=generator),
+        "attention_mask": torch.ones(3, 4, dtype=torch.int64),
+        "labels": labels,
+    }
+
+
+def test_smoothing_is_over_the_whole_vocabulary_and_the_counted_tokens(model, batch):
+    share = 0.1
+    out = SmoothedTaskLoss(share)(model, batch)
+    log_p = model(**batch).logits.double().log_softmax(-1)
+    counted = batch["labels"] != -100
+    right = log_p.gather(-1, batch["labels"].clamp(min=0)[..., None]).squeeze(-1)
+    expected = -((1 - share) * right + share * log_p.mean(-1))[counted].mean()
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert out.task_loss.item() == out.loss.item()
+
+
+def test_a_share_near_zero_is_the_plain_loss(model, batch):
+    assert SmoothedTaskLoss(1e-9)(model, batch).loss.item() == pytest.approx(
+        TaskLoss()(model, batch).loss.item(), rel=1e-6
+    )
+
+
+def test_it_is_the_task_loss_of_a_noise_objective_with_the_same_smoothing(model, batch):
+    smoothed = SmoothedTaskLoss(0.2)(model, batch)
+    r3f = R3F(label_smoothing=0.2)(model, batch)
+    assert smoothed.task_loss.item() == pytest.approx(r3f.task_loss.item(), rel=1e-6)
+
+
+def test_a_model_that_trains_another_loss_is_refused(model, batch, monkeypatch):
+    plain = model.forward
+
+    def doubled(**inputs):
+        output = plain(**inputs)
+        if output.loss is not None:
+            output.loss = 2 * output.loss
+        return output
+
+    monkeypatch.setattr(model, "forward", doubled)
+    with pytest.raises(NoiseError, match="label smoothing computes the mean cross entropy"):
+        SmoothedTaskLoss(0.1)(model, batch)
+
+
+def test_a_share_out_of_range_is_refused():
+    with pytest.raises(ConfigError, match="label_smoothing is 1"):
+        SmoothedTaskLoss(1.0)

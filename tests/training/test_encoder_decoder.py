@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BartConfig, T5Config
+
+from swaft.config import Seq2SeqModelConfig
+from swaft.errors import ConfigError
+from swaft.training.encoder_decoder import (
+    UNLIMITED,
+    encoder_decoder_config,
+    encoder_decoder_tokenizer,
+    load_encoder_decoder,
+    longest_input,
+    train_tokenizer,
+)
+
+pytestmark = pytest.mark.unit
+
+TEXTS = ["the cat sat on the mat", "le chat était là", "a dog, a bird and a horse"] * 4
+TINY = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+
+
+def new_model(accelerator, seed: int = 0, **entries):
+    section = Seq2SeqModelConfig(config=TINY | entries, vocab_size=300)
+    tokenizer = encoder_decoder_tokenizer(section, accelerator, lambda: TEXTS)
+    config = encoder_decoder_config(section)
+    return load_encoder_decoder(
+        section, config, tokenizer, seed=seed, gradient_checkpointing=False
+    ), tokenizer
+
+
+def test_the_same_texts_train_the_same_tokenizer():
+    assert train_tokenizer(TEXTS, 300).to_str() == train_tokenizer(iter(TEXTS), 300).to_str()
+
+
+def test_a_new_tokenizer_gives_back_what_it_is_given_and_ends_it(make_accelerator):
+    _, tokenizer = new_model(make_accelerator())
+    for text in ("le chat", "naïve 日本 £30, 👍"):  # characters it never saw among them
+        ids = tokenizer(text).input_ids
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert len(tokenizer) <= 300
+
+
+def test_a_new_model_fits_its_tokenizer(make_accelerator):
+    model, tokenizer = new_model(make_accelerator())
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.decoder_start_token_id == model.generation_config.decoder_start_token_id == 0
+    assert model.generation_config.eos_token_id == 1
+    assert model.dtype == torch.float32
+
+
+def test_what_the_settings_say_of_a_new_model_wins(make_accelerator):
+    model, _ = new_model(make_accelerator(), decoder_start_token_id=1, vocab_size=400)
+    assert (model.config.vocab_size, model.config.decoder_start_token_id) == (400, 1)
+
+
+def test_the_seed_decides_on_the_weights(make_accelerator):
+    accelerator = make_accelerator()
+    one, same, other = (new_model(accelerator, seed)[0].shared.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_model_with_fewer_embeddings_than_tokens_is_refused(make_accelerator):
+    with pytest.raises(ConfigError, match="has 20 embeddings, but the tokenizer has"):
+        new_model(make_accelerator(), vocab_size=20)
+
+
+def test_a_tokenizer_of_many_languages_is_refused(make_accelerator, monkeypatch):
+    monkeypatch.setattr(
+        "swaft.training.encoder_decoder.load_tokenizer", lambda model: SimpleNamespace(src_lang="en_XX")
+    )
+    section = Seq2SeqModelConfig(model_name_or_path="some/mbart")
+    with pytest.raises(ConfigError, match="wants codes of languages"):
+        encoder_decoder_tokenizer(section, make_accelerator(), lambda: TEXTS)
+
+
+def test_relative_positions_read_any_length_and_absolute_ones_do_not():
+    assert longest_input(T5Config()) == UNLIMITED
+    assert longest_input(BartConfig(max_position_embeddings=64)) == 64
+    assert longest_input(SimpleNamespace()) is None
