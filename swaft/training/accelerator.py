@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunConfig(Protocol):
-    """The sections of a recipe's configuration that decide how training is started."""
+    """The sections of a recipe's configuration that decide how training is started and told of."""
 
     @property
     def train(self) -> TrainConfig: ...  # noqa: D102

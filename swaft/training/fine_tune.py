@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Sampler
 import swaft
 from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
-from swaft.config import AveragingConfig, EvalConfig, TrackConfig, TrainConfig, to_yaml
+from swaft.config import AveragingConfig, EvalConfig, to_yaml
+from swaft.training.accelerator import RunConfig
 from swaft.training.build import build_optimizer, count_parameters
 from swaft.training.evaluate import Evaluation, Scores, best_window, evaluate_last_and_averaged
 from swaft.training.loop import train
@@ -33,20 +34,14 @@ Evaluations = dict[str, dict[str, Evaluation]]
 """By split and kind of weights, ``last`` and ``averaged``."""
 
 
-class FineTuningConfig(Protocol):
+class FineTuningConfig(RunConfig, Protocol):
     """The sections that the configurations of all recipes have in common."""
-
-    @property
-    def train(self) -> TrainConfig: ...  # noqa: D102
 
     @property
     def averaging(self) -> AveragingConfig: ...  # noqa: D102
 
     @property
     def eval(self) -> EvalConfig: ...  # noqa: D102
-
-    @property
-    def track(self) -> TrackConfig: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)

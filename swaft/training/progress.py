@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import transformers
@@ -15,21 +15,12 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from swaft.averaging import WindowSearch
-from swaft.config import TrackConfig, TrainConfig, flatten
+from swaft.config import flatten
+from swaft.training.accelerator import RunConfig
 from swaft.training.evaluate import Scores
 from swaft.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-
-class TrackedConfig(Protocol):
-    """The sections of a recipe's configuration that trackers need by name."""
-
-    @property
-    def train(self) -> TrainConfig: ...  # noqa: D102
-
-    @property
-    def track(self) -> TrackConfig: ...  # noqa: D102
 
 
 class BarSafeHandler(logging.Handler):
@@ -138,7 +129,7 @@ class ProgressLog:
         self._accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
 
-def start_trackers(accelerator: Accelerator, config: TrackedConfig) -> None:
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Tell the trackers of ``track.report_to``, where there are any, which run this is."""
     if config.track.report_to == "none":
         return

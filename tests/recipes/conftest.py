@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from launching import ROOT
 from tiny_inputs import save_model, save_rows
 from tiny_texts import NEW_MODEL, save_pairs
@@ -86,6 +87,15 @@ def classification() -> ModuleType:
 def seq2seq() -> ModuleType:
     """The recipe as a module, to call its `main` in this process."""
     return load_recipe("seq2seq")
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch) -> None:
+    """Let a recipe start in this process as if none had before it."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def load_recipe(name: str) -> ModuleType:

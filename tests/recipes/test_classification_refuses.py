@@ -4,18 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from tiny_inputs import save_model, save_rows
 
-pytestmark = pytest.mark.recipe
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture

@@ -3,19 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from tiny_inputs import save_model
 from tiny_texts import save_encoder_decoder, save_pairs
 
-pytestmark = pytest.mark.recipe
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture

@@ -23,10 +23,11 @@ from swaft.noise.loss.options import LossOptions
 
 _NEAR = 0.5
 """Largest |t| of a near row, and largest |delta| where P comes from expm1."""
-_BLOCK_ELEMENTS = {"cpu": 2**20}
-"""Elements a block, by device type: few enough that five buffers stay in the shared cache, and as many as that
-allows, because threads wait for each other after every operation."""
-_BLOCK_ELEMENTS_ELSEWHERE = 2**24
+_CPU_BLOCK_ELEMENTS = 2**20
+"""Elements a block on a CPU: few enough that five buffers stay in the shared cache, and as many as that allows,
+because threads wait for each other after every operation."""
+_ACCELERATOR_BLOCK_ELEMENTS = 2**24
+"""Elements a block elsewhere."""
 
 
 class RowGradients(NamedTuple):
@@ -78,7 +79,7 @@ def rows(
             ``raw_noise``. None: statistics only.
     """
     count, classes = raw.shape
-    elements = _BLOCK_ELEMENTS.get(raw.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    elements = _CPU_BLOCK_ELEMENTS if raw.device.type == "cpu" else _ACCELERATOR_BLOCK_ELEMENTS
     step = max(1, min(count, elements // classes))
     scratch = [raw.new_empty(step, classes) for _ in range(3 if options.softcap is None else 5)]
     labels = torch.where(ce_weight != 0, labels, 0).unsqueeze(-1)
