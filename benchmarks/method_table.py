@@ -16,15 +16,12 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.environment import environment
+from benchmarks.trainings import ROOT, train_once
 
-ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "method_table"
 RESULTS = ROOT / "benchmarks" / "results" / "method_table.json"
 TASKS = ("trec", "cr")
@@ -64,19 +61,8 @@ def main() -> None:
 
 def run(seed: int, task: str, training: str) -> None:
     """Train once, unless a finished run is there."""
-    folder = folder_of(task, training, seed)
-    if (folder / "summary.json").exists():
-        return
-    if folder.exists():  # a run that was broken off: nothing of it counts
-        folder.rename(folder.with_name(f"{folder.name}.broken-off-{time.time_ns()}"))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", "launch/accelerate/single.yaml", "--num_cpu_threads_per_process", "1",
-        "recipes/classification.py", "--config", f"recipes/configs/classification/{task}.yaml",
-        *COMMON, *TRAININGS[training], f"train.seed={seed}", f"train.output_dir={folder}",
-    ]  # fmt: skip
-    print(f"{task}, {training}, seed {seed}", flush=True)
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    overrides = (*COMMON, *TRAININGS[training], f"train.seed={seed}")
+    train_once(folder_of(task, training, seed), "classification", f"classification/{task}.yaml", overrides)
 
 
 def folder_of(task: str, training: str, seed: int) -> Path:
