@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import statistics
-from pathlib import Path
 
 from benchmarks.environment import environment
 from benchmarks.trainings import ROOT, train_once
