@@ -11,14 +11,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.data import DataLoader
 
+from swaft.averaging.rules import Rule
 from swaft.config import ClassificationConfig, load_config
-from swaft.data import Collator, describe_task, load_splits, tokenize
-from swaft.metrics import get_metric, metric_for_task
+from swaft.data import (
+    Collator,
+    Task,
+    describe_task,
+    language_groups,
+    load_splits,
+    require_length,
+    tokenize,
+)
+from swaft.metrics import Metric, get_metric, metric_for_task
 from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.build import build_objective, build_rule
 from swaft.training.evaluate import Evaluation, evaluate
@@ -30,65 +40,116 @@ from swaft.training.pretrained import (
     load_classifier,
     load_model_config,
     load_tokenizer,
+    longest_text,
 )
+from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.run_folder import RunFolder
+
+Config = ClassificationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run needs that neither a device nor other ranks have to do with."""
+
+    rows: dict[str, Any]
+    """Dataset by split."""
+    task: Task
+    metric: Metric
+    model_config: Any
+    tokenizer: Any
+    collate: Collator
+    objective: Any
+    rule: Rule | None
+    cuts_rows: ClassVar[bool] = False
+
+    @property
+    def description(self) -> str:
+        """What is learnt, in words."""
+        return "regression" if self.task.is_regression else f"{self.task.num_labels} classes"
+
+    @property
+    def target(self) -> Target:
+        """What decides between weights."""
+        return Target(score=self.metric.primary, names=self.metric.names)
+
+
+def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
+    """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
+    rows = problems.of(load_splits, config.data)
+    task = problems.of(describe_task, rows, config.data)
+    tokenizer = problems.of(load_tokenizer, config.model)
+    model_config = problems.of(load_model_config, config.model)
+    most = problems.of(longest_text, model_config, tokenizer)
+    problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
+    return Prepared(
+        rows=rows,
+        task=task,
+        metric=problems.of(choose_metric, config.eval.metric, config.data.task_name, task),
+        model_config=model_config,
+        tokenizer=tokenizer,
+        collate=problems.of(Collator, tokenizer),
+        objective=problems.of(build_objective, config.noise, seed=config.train.seed),
+        rule=problems.of(build_rule, config.averaging),
+    )
+
+
+def choose_metric(name: str, task_name: str | None, task: Task) -> Metric:
+    """Return the metric of that name; ``auto``: the usual one of the task."""
+    if name == "auto":
+        name = metric_for_task(task_name, is_regression=task.is_regression)
+    return get_metric(name, is_regression=task.is_regression, num_labels=task.num_labels)
 
 
 def run(config: ClassificationConfig) -> None:
     """Fine-tune, evaluate and save."""
-    # What can be wrong without any process group is found before there is one.
-    model_config = load_model_config(config.model)
-    objective = build_objective(config.noise, seed=config.train.seed)
-    rule = build_rule(config.averaging)
-    accelerator = build_accelerator(config, hidden_size=hidden_size(model_config))
+    # What can be wrong without any process group is found, all of it, before there is one.
+    problems = Problems()
+    ready = prepare(config, problems)
+    problems.refuse()
+    task, tokenizer = ready.task, ready.tokenizer
+    accelerator = build_accelerator(config, hidden_size=hidden_size(ready.model_config))
     folder = RunFolder.create(config.train.output_dir, accelerator)
 
     # Data: every split that is there, as token ids.
-    splits = load_splits(config.data)
-    task = describe_task(splits, config.data)
-    metric_name = config.eval.metric
-    if metric_name == "auto":
-        metric_name = metric_for_task(config.data.task_name, is_regression=task.is_regression)
-    metric = get_metric(
-        metric_name,
-        is_regression=task.is_regression,
-        num_labels=task.num_labels,
-    )
-    tokenizer = load_tokenizer(config.model)
     datasets = {
-        name: tokenize(split, task, tokenizer, config.data.max_seq_length) for name, split in splits.items()
+        name: tokenize(split, task, tokenizer, config.data.max_seq_length)
+        for name, split in ready.rows.items()
     }
 
     # Model: the pretrained body with a new head, the same on every rank.
-    describe_labels(model_config, task, pad_token_id=tokenizer.pad_token_id)
+    describe_labels(ready.model_config, task, pad_token_id=tokenizer.pad_token_id)
     with whole_model_loading(accelerator):
         model = load_classifier(
             config.model,
-            model_config,
+            ready.model_config,
             seed=config.train.seed,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
-    objective.prepare_model(model)
+    ready.objective.prepare_model(model)
 
     def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
         num_rows, is_regression = len(datasets[split]), task.is_regression
-        scores = evaluate(model, loader, metric, accelerator, num_rows=num_rows, is_regression=is_regression)
+        scores = evaluate(
+            model, loader, ready.metric, accelerator, num_rows=num_rows, is_regression=is_regression
+        )
         return Evaluation(scores=scores)
 
     fine_tune(
         config,
         accelerator,
         folder,
-        task="regression" if task.is_regression else f"{task.num_labels} classes",
+        task=ready.description,
         model=model,
         tokenizer=tokenizer,
-        objective=objective,
-        rule=rule,
+        objective=ready.objective,
+        rule=ready.rule,
         datasets=datasets,
-        collate=Collator(tokenizer),
+        collate=ready.collate,
         evaluate=score,
-        target=Target(score=metric.primary),
+        target=ready.target,
+        means=language_groups(ready.rows, config.data),
     )
 
 

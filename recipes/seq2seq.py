@@ -12,68 +12,142 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.data import DataLoader
 
-from swaft.config import Seq2SeqConfig, load_config
+from swaft.averaging.rules import Rule
+from swaft.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
 from swaft.data import (
+    PairColumns,
     Seq2SeqCollator,
     find_pairs,
-    length_grouped_sampler,
     load_splits,
     read_pairs,
+    require_length,
     tokenize_pairs,
 )
-from swaft.metrics import get_generation_metric
+from swaft.metrics import GenerationMetric, get_generation_metric
 from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.build import build_objective, build_rule
 from swaft.training.encoder_decoder import (
+    brings_tokenizer,
     encoder_decoder_config,
-    encoder_decoder_tokenizer,
     load_encoder_decoder,
     longest_input,
+    new_tokenizer,
 )
 from swaft.training.evaluate import Evaluation
 from swaft.training.failure import leave, run_and_report
 from swaft.training.fine_tune import Target, fine_tune
 from swaft.training.generation import evaluate_texts, generation_arguments, report_lengths, write_samples
-from swaft.training.pretrained import hidden_size
+from swaft.training.languages import set_languages
+from swaft.training.pretrained import hidden_size, load_tokenizer
+from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.run_folder import RunFolder
+
+Config = Seq2SeqConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run needs that neither a device nor other ranks have to do with."""
+
+    rows: dict[str, Any]
+    """Dataset of pairs of texts, with all their references, by split."""
+    metric: GenerationMetric | None
+    """None: no texts are generated."""
+    model_config: Any
+    tokenizer: Any
+    """None: a new one is to be trained."""
+    objective: Any
+    rule: Rule | None
+    cuts_rows: ClassVar[bool] = False
+
+    @property
+    def description(self) -> str:
+        """What is learnt, in words."""
+        return "writing texts" if self.metric is None else f"writing texts, scored by {self.metric.name}"
+
+    @property
+    def target(self) -> Target:
+        """What decides between weights."""
+        if self.metric is None:
+            return Target(score="loss")
+        return Target(score=self.metric.primary, names=self.metric.names)
+
+
+def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
+    """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
+    splits = problems.of(load_splits, config.data)
+    columns = problems.of(find_columns, splits, config.data)
+    metric = None
+    if config.eval.predict_with_generate:
+        metric = problems.of(get_generation_metric, config.eval.metric, task_name=config.data.task_name)
+    model_config = problems.of(encoder_decoder_config, config.model)
+    most = problems.of(longest_input, model_config)
+    tokenizer = None
+    if brings_tokenizer(config.model):
+        tokenizer = problems.of(load_tokenizer, config.model)
+        problems.of(Seq2SeqCollator, tokenizer)
+        most = tokenizer.model_max_length if most is None else most
+    problems.of(set_languages, tokenizer, config.data, columns)
+    if most is not None:
+        for name in ("max_source_length", "max_target_length"):
+            problems.of(require_length, f"data.{name}", getattr(config.data, name), most)
+    return Prepared(
+        rows=problems.of(read_all_pairs, splits, columns),
+        metric=metric,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        objective=problems.of(
+            build_objective,
+            config.noise,
+            seed=config.train.seed,
+            label_smoothing=config.train.label_smoothing_factor,
+        ),
+        rule=problems.of(build_rule, config.averaging),
+    )
+
+
+def find_columns(splits: dict[str, Any], data: Seq2SeqDataConfig) -> PairColumns:
+    """Find and check the columns with the texts."""
+    return find_pairs(
+        splits,
+        source_column=data.source_column,
+        target_column=data.target_column,
+        source_lang=data.source_lang,
+        target_lang=data.target_lang,
+    )
+
+
+def read_all_pairs(splits: dict[str, Any], columns: PairColumns) -> dict[str, Any]:
+    """Read every split as pairs of texts with all their references."""
+    return {name: read_pairs(split, name, columns) for name, split in splits.items()}
 
 
 def run(config: Seq2SeqConfig) -> None:
     """Fine-tune, evaluate and save."""
-    # What can be wrong without any process group is found before there is one.
-    model_config = encoder_decoder_config(config.model)
-    objective = build_objective(
-        config.noise, seed=config.train.seed, label_smoothing=config.train.label_smoothing_factor
-    )
-    rule = build_rule(config.averaging)
-    metric = None
-    if config.eval.predict_with_generate:
-        metric = get_generation_metric(config.eval.metric, task_name=config.data.task_name)
+    # What can be wrong without any process group is found, all of it, before there is one.
+    problems = Problems()
+    ready = prepare(config, problems)
+    problems.refuse()
+    pairs, metric, model_config = ready.rows, ready.metric, ready.model_config
     accelerator = build_accelerator(config, hidden_size=hidden_size(model_config))
     folder = RunFolder.create(config.train.output_dir, accelerator)
 
-    # Data: every split that is there, as pairs of texts with all their references, and as token ids.
-    splits = load_splits(config.data)
-    columns = find_pairs(
-        splits,
-        source_column=config.data.source_column,
-        target_column=config.data.target_column,
-        source_lang=config.data.source_lang,
-        target_lang=config.data.target_lang,
-    )
-    pairs = {name: read_pairs(split, name, columns) for name, split in splits.items()}
-    tokenizer = encoder_decoder_tokenizer(
-        config.model,
-        accelerator,
-        texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
-    )
+    # Data: every split that is there, as token ids.
+    tokenizer = ready.tokenizer
+    if tokenizer is None:
+        tokenizer = new_tokenizer(
+            config.model,
+            accelerator,
+            texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
+        )
     datasets = {
         name: tokenize_pairs(
             rows,
@@ -86,13 +160,6 @@ def run(config: Seq2SeqConfig) -> None:
         for name, rows in pairs.items()
     }
     report_lengths(datasets["train"], config.data)
-    sampler = None
-    if config.train.group_by_length:
-        sampler = length_grouped_sampler(
-            datasets["train"]["source_length"],
-            batch_size=config.train.per_device_train_batch_size * accelerator.num_processes,
-            seed=config.train.seed,
-        )
 
     # Model: the pretrained one, or a new one of random weights, the same on every rank.
     with whole_model_loading(accelerator):
@@ -103,7 +170,7 @@ def run(config: Seq2SeqConfig) -> None:
             seed=config.train.seed,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
-    objective.prepare_model(model)
+    ready.objective.prepare_model(model)
 
     def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
         return evaluate_texts(
@@ -120,16 +187,15 @@ def run(config: Seq2SeqConfig) -> None:
         config,
         accelerator,
         folder,
-        task="writing texts" if metric is None else f"writing texts, scored by {metric.name}",
+        task=ready.description,
         model=model,
         tokenizer=tokenizer,
-        objective=objective,
-        rule=rule,
+        objective=ready.objective,
+        rule=ready.rule,
         datasets=datasets,
         collate=Seq2SeqCollator(tokenizer),
         evaluate=score,
-        target=Target(score=metric.primary) if metric else Target(score="loss", better=min),
-        sampler=sampler,
+        target=ready.target,
     )
     write_samples(folder, evaluations, pairs, config.eval.num_samples)
 

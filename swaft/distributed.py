@@ -16,7 +16,8 @@ import torch.distributed as dist
 from swaft.errors import SwaftError
 
 ARRIVAL_TIMEOUT_S = 60.0
-"""Seconds that ranks wait for each other after an error before those that came give up on the others."""
+"""Seconds that ranks wait for each other after an error before those that came give up on the others; less where
+the training's own time limit is shorter."""
 
 
 _SHARED: tuple[object, Ranks] | None = None
@@ -44,10 +45,10 @@ class Ranks:
         self._group: Any = None
         self._arrivals: Any = None
         if self.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = _gloo_group()
             # The time limit of a gloo operation is its group's, so waiting for a rank that may never come
             # takes a group of its own.
-            self._arrivals = dist.new_group(backend="gloo", timeout=timedelta(seconds=ARRIVAL_TIMEOUT_S))
+            self._arrivals = _gloo_group(at_most=timedelta(seconds=ARRIVAL_TIMEOUT_S))
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +71,7 @@ class Ranks:
 
     def channel(self) -> Channel:
         """A way of its own between the ranks, for a thread of its own (creating it is collective)."""
-        return Channel(None if self._group is None else dist.new_group(backend="gloo"))
+        return Channel(None if self._group is None else _gloo_group())
 
     def raise_together(self, error: SwaftError | None) -> None:
         """Raise the first rank's error on every rank, so none goes on alone and none is left waiting.
@@ -132,6 +133,14 @@ class Channel:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+def _gloo_group(*, at_most: timedelta = timedelta.max) -> Any:
+    """A gloo group of all ranks, which wait in it as long as in the training's own (creating it is collective)."""
+    # torch gives a group that is not told a time limit 30 minutes, whatever that of the default group.
+    world: Any = dist.group.WORLD
+    limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    return dist.new_group(backend="gloo", timeout=min(limit, at_most))
 
 
 def _sum(values: Sequence[float], group: Any) -> list[float]:

@@ -1,9 +1,15 @@
 """Typed settings of a run, filled from defaults, YAML files and the command line."""
 
 from swaft.config.check import check_averaging, check_config
-from swaft.config.load import load_config
+from swaft.config.load import load_config, read_config
+from swaft.config.question_answering import (
+    QuestionAnsweringConfig,
+    QuestionAnsweringDataConfig,
+    QuestionAnsweringEvalConfig,
+)
 from swaft.config.render import flatten, to_yaml
 from swaft.config.schema import (
+    AdapterConfig,
     AveragingConfig,
     ClassificationConfig,
     DataConfig,
@@ -23,12 +29,16 @@ from swaft.config.seq2seq import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "AveragingConfig",
     "ClassificationConfig",
     "DataConfig",
     "EvalConfig",
     "ModelConfig",
     "NoiseConfig",
+    "QuestionAnsweringConfig",
+    "QuestionAnsweringDataConfig",
+    "QuestionAnsweringEvalConfig",
     "RowsConfig",
     "Seq2SeqConfig",
     "Seq2SeqDataConfig",
@@ -41,5 +51,6 @@ __all__ = [
     "check_config",
     "flatten",
     "load_config",
+    "read_config",
     "to_yaml",
 ]

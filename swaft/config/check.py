@@ -8,10 +8,16 @@ from dataclasses import fields
 from typing import Any
 
 from swaft.config.leaves import leaves
+from swaft.config.question_answering import (
+    QuestionAnsweringDataConfig,
+    QuestionAnsweringEvalConfig,
+)
 from swaft.config.schema import (
+    AdapterConfig,
     AveragingConfig,
     DataConfig,
     EvalConfig,
+    ModelConfig,
     NoiseConfig,
     RowsConfig,
     TrackConfig,
@@ -23,7 +29,7 @@ from swaft.config.seq2seq import (
     Seq2SeqModelConfig,
     Seq2SeqTrainConfig,
 )
-from swaft.config.values import not_allowed
+from swaft.config.values import not_allowed, split_names
 from swaft.errors import ConfigError
 from swaft.metrics import METRIC_NAMES
 from swaft.metrics.names import refuse_unfit
@@ -56,7 +62,7 @@ def check_config(config: Any) -> list[str]:
         section = getattr(config, field.name)
         check = SECTION_CHECKS.get(type(section))
         problems += check(section) if check else []
-    return problems or _check_known_length(config)
+    return problems or [*_check_choosing(config), *_check_known_length(config)]
 
 
 def check_averaging(averaging: AveragingConfig, total_steps: int) -> list[str]:
@@ -82,6 +88,31 @@ def _check_known_length(config: Any) -> list[str]:
     if isinstance(averaging, AveragingConfig) and isinstance(train, TrainConfig) and train.max_steps > 0:
         return check_averaging(averaging, train.max_steps)
     return []
+
+
+def _check_choosing(config: Any) -> list[str]:
+    """Problems of choosing between last and averaged weights, which sections `eval` and `averaging` share."""
+    averaging, evaluation = getattr(config, "averaging", None), getattr(config, "eval", None)
+    if not isinstance(averaging, AveragingConfig) or not isinstance(evaluation, EvalConfig):
+        return []
+    problems = []
+    if evaluation.keep_best in ("averaged", "either") and averaging.rule == "none":
+        problems.append(
+            f"eval.keep_best: {evaluation.keep_best} needs averaged weights, and averaging.rule is none; set "
+            "averaging.rule, or eval.keep_best=last"
+        )
+    if evaluation.early_stopping_patience is not None and averaging.rule == "merge":
+        problems.append(
+            "eval.early_stopping_patience: averaging.rule=merge weighs each step by how far it is from the run's "
+            "end, which has to be known; use another rule (swa, ema), or train to the end"
+        )
+    chooses = evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
+    if evaluation.metric_for_best_model is not None and not chooses and averaging.rule != "windows":
+        problems.append(
+            f"eval.metric_for_best_model: {evaluation.metric_for_best_model} decides between weights, and nothing "
+            "chooses any; set eval.keep_best or eval.early_stopping_patience, or remove it"
+        )
+    return problems
 
 
 def _choices(config: Any) -> Iterator[str]:
@@ -116,14 +147,33 @@ def _check_data(data: DataConfig) -> list[str]:
     problems = _check_rows(data)
     if data.text_pair_column is not None and data.text_column is None:
         problems.append("data.text_pair_column: is set without data.text_column; set both")
+    problems += _check_languages(data)
     return problems + _at_least("data.max_seq_length", data.max_seq_length, 1)
+
+
+def _check_languages(data: DataConfig) -> list[str]:
+    if data.eval_languages is None:
+        return []
+    languages = split_names(data.eval_languages)
+    if not all(languages) or len(set(languages)) < len(languages):
+        return [
+            f"data.eval_languages: '{data.eval_languages}' holds an empty or a repeated name; write each language "
+            "once, with commas between them (de,fr)"
+        ]
+    if data.dataset_config_name in languages:
+        return [
+            f"data.eval_languages: {data.dataset_config_name} is data.dataset_config_name, whose validation and "
+            "test rows are evaluated anyway; remove it from the languages"
+        ]
+    return []
 
 
 def _check_train(train: TrainConfig) -> list[str]:
     problems = []
     if not train.output_dir:
         problems.append("train.output_dir: is empty; name the folder of the run")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+    counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "ddp_timeout")
+    for name in counts:
         problems += _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("weight_decay", "max_grad_norm", "seed", "dataloader_num_workers", "warmup_steps"):
         problems += _at_least(f"train.{name}", getattr(train, name), 0)
@@ -141,17 +191,7 @@ def _check_train(train: TrainConfig) -> list[str]:
             f"train.warmup_steps: {train.warmup_steps} is a fraction of the run and has to be below 1; "
             "for a number of steps write it without a decimal point"
         )
-    return problems + _check_precision(train.mixed_precision)
-
-
-def _check_precision(mixed_precision: str) -> list[str]:
-    if mixed_precision != "fp16":
-        return []
-    import torch  # only here: the other checks need no torch
-
-    if torch.cuda.is_available():
-        return []
-    return ["train.mixed_precision: fp16 needs a CUDA device and there is none; use bf16 or no"]
+    return problems
 
 
 def _check_averaging_section(averaging: AveragingConfig) -> list[str]:
@@ -190,7 +230,46 @@ def _check_noise(noise: NoiseConfig) -> list[str]:
 
 def _check_batches(evaluation: EvalConfig) -> list[str]:
     problems = _at_least("eval.per_device_eval_batch_size", evaluation.per_device_eval_batch_size, 1)
-    return problems + _at_least("eval.eval_steps", evaluation.eval_steps, 1)
+    problems += _at_least("eval.eval_steps", evaluation.eval_steps, 1)
+    return problems + _check_best(evaluation)
+
+
+def _check_best(evaluation: EvalConfig) -> list[str]:
+    patience, threshold = evaluation.early_stopping_patience, evaluation.early_stopping_threshold
+    problems = _at_least("eval.early_stopping_patience", patience, 1)
+    problems += _at_least("eval.early_stopping_threshold", threshold, 0)
+    asked = {"keep_best": evaluation.keep_best != "none", "early_stopping_patience": patience is not None}
+    problems += [
+        f"eval.{name}: needs evaluations while training, and eval.eval_steps is null; set it"
+        for name, is_asked in asked.items()
+        if is_asked and evaluation.eval_steps is None
+    ]
+    if threshold and patience is None:
+        problems.append(
+            f"eval.early_stopping_threshold: {threshold} is used with eval.early_stopping_patience, which is "
+            "null; set it, or remove the threshold"
+        )
+    return problems
+
+
+def _check_adapter(model: AdapterConfig) -> list[str]:
+    problems = _at_least("model.lora_r", model.lora_r, 1) + _at_least("model.lora_alpha", model.lora_alpha, 1)
+    if not 0 <= model.lora_dropout < 1:
+        problems.append(f"model.lora_dropout: {model.lora_dropout} is outside [0, 1)")
+    names = model.lora_target_modules
+    if names is not None and not all(split_names(names)):
+        problems.append(
+            f"model.lora_target_modules: '{names}' holds an empty name; write names with commas "
+            "between them (query,value), or all-linear"
+        )
+    if not model.use_peft:
+        problems += [
+            f"model.{each.name}: {getattr(model, each.name)} is about LoRA, and model.use_peft=false; "
+            "set model.use_peft=true, or remove it"
+            for each in fields(AdapterConfig)
+            if getattr(model, each.name) != each.default
+        ]
+    return problems
 
 
 def _check_eval(evaluation: EvalConfig) -> list[str]:
@@ -202,7 +281,12 @@ def _check_eval(evaluation: EvalConfig) -> list[str]:
 
 
 def _check_seq2seq_model(model: Seq2SeqModelConfig) -> list[str]:
-    problems = []
+    problems = _check_adapter(model)
+    if model.use_peft and model.config is not None:
+        problems.append(
+            "model.use_peft: adapters change a pretrained model, and model.config describes a new one; "
+            "set model.use_peft=false"
+        )
     if model.model_name_or_path is None and model.config is None:
         problems.append(
             "model.model_name_or_path: no model named; set it to a pretrained encoder-decoder, or model.config for "
@@ -248,11 +332,7 @@ def _check_seq2seq_eval(evaluation: Seq2SeqEvalConfig) -> list[str]:
     for name in ("num_beams", "max_new_tokens"):
         problems += _at_least(f"eval.{name}", getattr(evaluation, name), 1)
     problems += _at_least("eval.num_samples", evaluation.num_samples, 0)
-    if evaluation.metric != "auto":
-        try:
-            refuse_unfit(evaluation.metric, "generation")
-        except ConfigError as error:
-            problems += error.problems
+    problems += _unfit_metric(evaluation.metric, "generation")
     if not evaluation.predict_with_generate:
         unused = {"metric": "auto", "num_beams": None, "max_new_tokens": None}
         problems += [
@@ -262,6 +342,37 @@ def _check_seq2seq_eval(evaluation: Seq2SeqEvalConfig) -> list[str]:
             if getattr(evaluation, name) != default
         ]
     return problems
+
+
+def _check_questions(data: QuestionAnsweringDataConfig) -> list[str]:
+    problems = _check_rows(data) + _at_least("data.max_seq_length", data.max_seq_length, 8)
+    problems += _at_least("data.doc_stride", data.doc_stride, 0)
+    if data.doc_stride >= data.max_seq_length:
+        problems.append(
+            f"data.doc_stride: windows of data.max_seq_length={data.max_seq_length} tokens cannot share "
+            f"{data.doc_stride} of them and go on; expected less, a third of the length say"
+        )
+    return problems
+
+
+def _check_answers(evaluation: QuestionAnsweringEvalConfig) -> list[str]:
+    problems = _check_batches(evaluation)
+    for name in ("n_best_size", "max_answer_length"):
+        problems += _at_least(f"eval.{name}", getattr(evaluation, name), 1)
+    problems += _at_least("eval.num_samples", evaluation.num_samples, 0)
+    threshold = evaluation.null_score_diff_threshold
+    if not math.isfinite(threshold):
+        problems.append(f"eval.null_score_diff_threshold: {threshold} is not a finite number")
+    return problems + _unfit_metric(evaluation.metric, "question answering")
+
+
+def _unfit_metric(name: str, task: str) -> list[str]:
+    try:
+        if name != "auto":
+            refuse_unfit(name, task)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _check_track(track: TrackConfig) -> list[str]:
@@ -282,11 +393,14 @@ def _positive(name: str, value: float) -> list[str]:
 
 
 SECTION_CHECKS: dict[type, Callable[[Any], list[str]]] = {
+    ModelConfig: _check_adapter,
     DataConfig: _check_data,
     TrainConfig: _check_train,
     AveragingConfig: _check_averaging_section,
     NoiseConfig: _check_noise,
     EvalConfig: _check_eval,
+    QuestionAnsweringDataConfig: _check_questions,
+    QuestionAnsweringEvalConfig: _check_answers,
     Seq2SeqModelConfig: _check_seq2seq_model,
     Seq2SeqDataConfig: _check_seq2seq_data,
     Seq2SeqTrainConfig: _check_seq2seq_train,

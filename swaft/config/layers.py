@@ -16,7 +16,13 @@ COMMAND_LINE = "command line"
 
 # A layer that names one of these brings its own rows: what earlier layers say about rows is dropped.
 ROW_SOURCES = ("data.task_name", "data.dataset_name", "data.train_file")
-ROW_SETTINGS = (*ROW_SOURCES, "data.dataset_config_name", "data.validation_file", "data.test_file")
+ROW_SETTINGS = (
+    *ROW_SOURCES,
+    "data.dataset_config_name",
+    "data.validation_file",
+    "data.test_file",
+    "data.eval_languages",
+)
 
 
 @dataclass(frozen=True)

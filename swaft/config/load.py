@@ -46,8 +46,28 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     """
     if "--help" in argv or "-h" in argv:
         _leave(help_text(config_class))
+    config, origins, problems = read_config(config_class, [word for word in argv if word != "--print_config"])
+    if problems:
+        raise ConfigError(problems)
+    if "--print_config" in argv:
+        _leave(to_yaml(config, origins))
+    return config
+
+
+def read_config(
+    config_class: type[ConfigT], argv: Sequence[str]
+) -> tuple[ConfigT, dict[str, str], list[str]]:
+    """Read and check a configuration, and go on where something is wrong with it.
+
+    Args:
+        config_class: a dataclass of section dataclasses.
+        argv: config files and overrides, as for `load_config`.
+
+    Returns:
+        The configuration, where each setting comes from, and every problem; a faulty setting stands at its default.
+    """
     known = leaves(config_class)
-    paths, overrides, problems = parse_arguments([word for word in argv if word != "--print_config"])
+    paths, overrides, problems = parse_arguments(argv)
     layers = [read_file(path, problems) for path in paths]
     values, origins = merge([*layers, Layer(COMMAND_LINE, overrides)])
     values = fill_in(values, known, problems)
@@ -56,11 +76,7 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     # A setting that is already on the list stands at its default now: no second problem about that.
     faulty = _leaders(problems)
     problems += [problem for problem in check_config(config) if not _leaders([problem]) & faulty]
-    if problems:
-        raise ConfigError(problems)
-    if "--print_config" in argv:
-        _leave(to_yaml(config, origins))
-    return config
+    return config, origins, problems
 
 
 def _typed(

@@ -11,7 +11,25 @@ from typing import Literal
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class AdapterConfig:
+    """Whether to train low-rank adapters in place of the weights themselves."""
+
+    use_peft: bool = False
+    """Train LoRA adapters and the new head, and keep the pretrained weights as they are; `final/` and
+    `final-averaged/` are adapter folders then. LoRA wants a higher `train.learning_rate`, 1e-4 to 5e-4."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """The update is scaled by this number over the rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the adapters."""
+    lora_target_modules: str | None = None
+    """Layers that get adapters: names with commas between them (query,value), or all-linear; null: those that
+    peft chooses for the architecture, mostly the attention's queries and values."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig(AdapterConfig):
     """Which pretrained model to fine-tune."""
 
     model_name_or_path: str
@@ -33,7 +51,7 @@ class RowsConfig:
     """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
     train.parquet and so on, else a GLUE task of the hub; `python_docstrings` is built on this machine."""
     dataset_name: str | None = None
-    """Hub id of a dataset."""
+    """Hub id of a dataset, or a folder laid out as one (train/, validation/, test/ with parquet files)."""
     dataset_config_name: str | None = None
     """Configuration of `dataset_name`, where the dataset has several."""
     train_file: str | None = None
@@ -66,6 +84,11 @@ class DataConfig(RowsConfig):
     """Column with the answer; null: `label` or `labels`."""
     do_regression: bool | None = None
     """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids."""
+    eval_languages: str | None = None
+    """Languages to evaluate on besides that of the training rows, with commas between them (de,fr,sw): each is
+    evaluated at the end as a split of its own (test_de), and so is the mean over all languages. Of `dataset_name`
+    they are configurations; else they are files beside those of the validation and test rows, with the language
+    before the ending (test.csv, test.de.csv)."""
     max_seq_length: int = 128
     """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
 
@@ -112,8 +135,14 @@ class TrainConfig:
     """Optimizer steps between two progress lines."""
     dataloader_num_workers: int = 0
     """Processes that load batches, per device; 0: the training process does it, enough for short texts."""
+    group_by_length: bool = False
+    """Make batches of inputs of like length, so that little of them is padding. Off, because batches are less
+    random then."""
     disable_tqdm: bool | None = None
     """Show no progress bar; null: a bar only on a terminal, where it does not fill a log file."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others before the run is given up, under every engine. Longer than the
+    longest any of them may take alone, to load or to save a large model."""
 
 
 @dataclass(kw_only=True)
@@ -209,6 +238,18 @@ class EvalConfig:
     """Rows per device and evaluation batch. Changes speed and memory, not the result."""
     eval_steps: int | None = None
     """Optimizer steps between two evaluations; null: once, at the end."""
+    keep_best: Literal["none", "last", "averaged", "either"] = "none"
+    """Which weights to keep in `best/` whenever they score best on validation rows: the last ones, the averaged
+    ones, or either (of equal ones the averaged); none: no such folder."""
+    metric_for_best_model: str | None = None
+    """Score that decides between weights, for `keep_best`, early stopping and the windows of averaging; of loss
+    and mse less is better. null: the main score of `metric`."""
+    early_stopping_patience: int | None = None
+    """End the run after so many evaluations in a row without a better score of the weights that `keep_best`
+    watches (none: either). Where weights are averaged, evaluations count once there is an average. null: train
+    to the end."""
+    early_stopping_threshold: float = 0.0
+    """Least gain over the best score so far that counts as a better one."""
     metric: str = "auto"
     """What to measure: accuracy, f1, f1_macro, accuracy_f1, matthews_correlation, pearson_spearman or mse;
     auto: the usual one of the task."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swaft.config.schema import (
+    AdapterConfig,
     AveragingConfig,
     EvalConfig,
     NoiseConfig,
@@ -16,11 +17,12 @@ from swaft.config.schema import (
 
 
 @dataclass(kw_only=True)
-class Seq2SeqModelConfig:
+class Seq2SeqModelConfig(AdapterConfig):
     """Which encoder-decoder to fine-tune, or what a new one looks like."""
 
     model_name_or_path: str | None = None
-    """Hub id or folder of the pretrained encoder-decoder (T5, BART, Pegasus, Marian); null with `config`."""
+    """Hub id or folder of the pretrained encoder-decoder (T5, BART, mBART, Pegasus, Marian, NLLB); null with
+    `config`."""
     config: dict[str, Any] | None = None
     """A new model to train from random weights, in place of a pretrained one: entries of its transformers
     configuration, `model_type` (t5, bart, ...) among them; the others keep the defaults of that type."""
@@ -43,11 +45,12 @@ class Seq2SeqDataConfig(RowsConfig):
 
     source_column: str | None = None
     """Column with the text to read; null: both columns are found by their usual names (document and summary,
-    article and highlights, ...)."""
+    article and highlights, ...). A language of the column `translation` will do too."""
     target_column: str | None = None
     """Column with the text to write; set it with `source_column` or not at all."""
     source_lang: str | None = None
-    """Language to read, a key of the column `translation`."""
+    """Language to read: a key of the column `translation`, and for a model of many languages its code (en_XX,
+    eng_Latn). A code finds the key before its `_`; for other keys name `source_column` as well."""
     target_lang: str | None = None
     """Language to write."""
     source_prefix: str = ""
@@ -65,9 +68,6 @@ class Seq2SeqTrainConfig(TrainConfig):
     label_smoothing_factor: float = 0.0
     """Share of each target token spread over the whole vocabulary, in training only; the evaluation loss is
     always the plain one. 0: off. 0.1 is usual for training translation from scratch."""
-    group_by_length: bool = False
-    """Make batches of sources of like length, so that little of them is padding. Off, because batches are
-    less random then."""
 
 
 @dataclass(kw_only=True)

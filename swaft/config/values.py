@@ -49,6 +49,11 @@ def coerce(value: Any, leaf: Leaf) -> Any:
     return _number(value, leaf)
 
 
+def split_names(text: str) -> list[str]:
+    """Split the text of a setting that holds several names: `de, fr` into `de` and `fr`."""
+    return [name.strip() for name in text.split(",")]
+
+
 def suggestion(word: str, known: list[str] | tuple[str, ...]) -> str:
     """` Did you mean 'x'?` for the known word nearest to this one, or nothing."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -1,9 +1,10 @@
 """Rows to train on: found by name, checked, tokenized and padded."""
 
 from swaft.data.answers import Answers, Candidate, find_answers
+from swaft.data.checks import require_length
 from swaft.data.classification import Collator, Task, describe_task, tokenize
-from swaft.data.question_answering import WindowCollator, tokenize_questions
-from swaft.data.questions import QuestionReport, check_questions, right_answers
+from swaft.data.question_answering import WindowCollator, require_offsets, tokenize_questions
+from swaft.data.questions import QuestionReport, check_questions, may_have_no_answer, right_answers
 from swaft.data.seq2seq import (
     LengthStatistics,
     Seq2SeqCollator,
@@ -11,7 +12,7 @@ from swaft.data.seq2seq import (
     length_statistics,
     tokenize_pairs,
 )
-from swaft.data.sources import data_folder, load_splits
+from swaft.data.sources import data_folder, language_groups, load_splits
 from swaft.data.text_pairs import PairColumns, find_pairs, read_pairs
 
 __all__ = [
@@ -29,10 +30,14 @@ __all__ = [
     "describe_task",
     "find_answers",
     "find_pairs",
+    "language_groups",
     "length_grouped_sampler",
     "length_statistics",
     "load_splits",
+    "may_have_no_answer",
     "read_pairs",
+    "require_length",
+    "require_offsets",
     "right_answers",
     "tokenize",
     "tokenize_pairs",

@@ -97,6 +97,21 @@ def require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def require_length(setting: str, length: int, most: int) -> None:
+    """Refuse texts that are cut to more tokens than the model reads.
+
+    Args:
+        setting: what says the length.
+        length: tokens that texts are cut to.
+        most: tokens that the model reads.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    if length > most:
+        raise DataError(f"{setting} is {length}, but the model reads at most {most} tokens; lower it")
+
+
 def existing(split: Dataset) -> str:
     """Say which columns there are."""
     return f"the columns are {', '.join(split.column_names)}"

@@ -11,7 +11,14 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from swaft.config.schema import DataConfig
-from swaft.data.checks import existing, refuse_non_text, require_column, require_padding
+from swaft.data.checks import (
+    existing,
+    refuse_non_text,
+    refuse_repeated_ids,
+    require_column,
+    require_length,
+    require_padding,
+)
 from swaft.data.labels import read_labels
 from swaft.errors import DataError
 
@@ -52,7 +59,8 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         data: the section of the configuration; names columns where they are not the usual ones.
 
     Raises:
-        DataError: a column that does not exist, a text that is none, or a label that does not fit.
+        DataError: a column that does not exist, a text that is none, a label that does not fit, or an id (column
+            `id`) that several rows of a split have.
     """
     text_columns = _text_columns(splits["train"], data)
     label_column = _label_column(splits["train"], data)
@@ -64,6 +72,8 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
                 )
         for column in text_columns:
             refuse_non_text(split, name, column, "data.text_column")
+        if "id" in split.column_names:
+            refuse_repeated_ids(split, name)
     labels = read_labels(splits, label_column, do_regression=data.do_regression)
     return Task(
         text_columns=text_columns,
@@ -90,11 +100,7 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
     Raises:
         DataError: the model does not read that many tokens.
     """
-    if max_seq_length > tokenizer.model_max_length:
-        raise DataError(
-            f"data.max_seq_length is {max_seq_length}, but the model reads at most "
-            f"{tokenizer.model_max_length} tokens; lower it"
-        )
+    require_length("data.max_seq_length", max_seq_length, tokenizer.model_max_length)
     ids = {name: i for i, name in enumerate(task.label_names or [])}
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:

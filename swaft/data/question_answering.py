@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from swaft.data.checks import require_padding, values
+from swaft.data.checks import require_length, require_padding, values
 from swaft.data.questions import first_place
 from swaft.errors import DataError
 
@@ -55,16 +55,8 @@ def tokenize_questions(
         DataError: a slow tokenizer, windows longer than the model reads, a question that leaves no room for
             the context, or a context without tokens.
     """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} does not say which characters a token stands for; set "
-            "model.tokenizer_name to a fast tokenizer"
-        )
-    if max_seq_length > tokenizer.model_max_length:
-        raise DataError(
-            f"data.max_seq_length is {max_seq_length}, but the model reads at most "
-            f"{tokenizer.model_max_length} tokens; lower it"
-        )
+    require_offsets(tokenizer)
+    require_length("data.max_seq_length", max_seq_length, tokenizer.model_max_length)
     if training:
         kept = [
             row
@@ -81,6 +73,19 @@ def tokenize_questions(
     )
     windows = split.map(encode, batched=True, with_indices=True, remove_columns=split.column_names)
     return windows.add_column("idx", np.arange(len(windows)))
+
+
+def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not know which characters a token stands for.
+
+    Raises:
+        DataError: as said.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not say which characters a token stands for; set "
+            "model.tokenizer_name to a fast tokenizer"
+        )
 
 
 class WindowCollator:

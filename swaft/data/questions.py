@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from swaft.data.checks import existing, refuse_blank, refuse_non_text, refuse_repeated_ids, values
-from swaft.errors import DataError
+from swaft.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +21,15 @@ COLUMNS = ("id", "question", "context", "answers")
 class QuestionReport:
     """What is known of the questions before they are tokenized."""
 
-    has_unanswerable: bool
-    """Whether some have no answer (SQuAD 2.0)."""
+    unanswerable: dict[str, int]
+    """By split: questions that have no answer (SQuAD 2.0)."""
     misplaced: dict[str, int]
     """By split: answers that do not stand where `answer_start` says."""
+
+    @property
+    def has_unanswerable(self) -> bool:
+        """Whether some question of some split has no answer."""
+        return any(self.unanswerable.values())
 
 
 def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.01) -> QuestionReport:
@@ -43,7 +48,7 @@ def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.
         DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
             another form, or too many that are misplaced.
     """
-    misplaced, unanswerable = {}, False
+    misplaced, unanswerable = {}, {}
     for name, split in splits.items():
         for column in COLUMNS:
             if column not in split.column_names:
@@ -56,11 +61,12 @@ def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.
             refuse_blank(split, name, column)
         refuse_repeated_ids(split, name)
         total, odd = 0, []
+        unanswerable[name] = 0
         for row, (context, answers) in enumerate(
             zip(values(split, "context"), values(split, "answers"), strict=True)
         ):
             texts, starts = _read_answers(answers, row, name)
-            unanswerable |= not texts
+            unanswerable[name] += not texts
             total += len(texts)
             odd += [
                 row for text, start in zip(texts, starts, strict=True) if not _stands(text, start, context)
@@ -81,6 +87,25 @@ def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.
             )
         misplaced[name] = len(odd)
     return QuestionReport(unanswerable, misplaced)
+
+
+def may_have_no_answer(report: QuestionReport, version_2_with_negative: bool | None) -> bool:
+    """Return whether "none" is an answer: what the setting says, else what the questions show.
+
+    Args:
+        report: from `check_questions`.
+        version_2_with_negative: the setting of this name; None: it says nothing.
+
+    Raises:
+        ConfigError: it says no, and there are questions without an answer.
+    """
+    if version_2_with_negative is False and report.has_unanswerable:
+        counts = ", ".join(f"{count} of {name}" for name, count in report.unanswerable.items() if count)
+        raise ConfigError(
+            f"data.version_2_with_negative is false, but questions have no answer ({counts}); remove the setting, "
+            "or the rows"
+        )
+    return report.has_unanswerable if version_2_with_negative is None else version_2_with_negative
 
 
 def right_answers(split: Dataset) -> list[tuple[str, list[str]]]:

@@ -14,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from swaft.data.checks import require_padding
-from swaft.errors import DataError
+from swaft.data.checks import require_length, require_padding
 
 IGNORED = -100
 """Label of positions that no loss counts."""
@@ -65,14 +64,8 @@ def tokenize_pairs(
         DataError: the model does not read that many tokens.
     """
     most = tokenizer.model_max_length if model_max_length is None else model_max_length
-    for setting, length in (
-        ("max_source_length", max_source_length),
-        ("max_target_length", max_target_length),
-    ):
-        if length > most:
-            raise DataError(
-                f"data.{setting} is {length}, but the model reads at most {most} tokens; lower it"
-            )
+    require_length("data.max_source_length", max_source_length, most)
+    require_length("data.max_target_length", max_target_length, most)
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         sources = [source_prefix + text for text in rows["source"]]

@@ -11,7 +11,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from swaft.config.schema import RowsConfig
+from swaft.config.schema import DataConfig, RowsConfig
+from swaft.config.values import split_names
 from swaft.errors import DataError
 
 Splits = dict[str, Dataset]
@@ -30,6 +31,16 @@ SPLIT_NAMES = {
     "test": "test",
 }
 
+EVALUATED = ("validation", "test")
+"""Splits that a language to evaluate on may have."""
+
+OFFLINE = "without a network set data.train_file, or SWAFT_DATA to a folder of task folders"
+SCRIPT = (
+    "the hub keeps its rows as parquet too: hf download NAME --repo-type dataset --revision refs/convert/parquet "
+    "--local-dir DIR, then data.dataset_name=DIR/CONFIGURATION"
+)
+"""What to do without a network, and about a dataset that is a Python script, which none runs any more."""
+
 # These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
 FILE_READERS: dict[str, Callable[..., Any]] = {
     ".parquet": Dataset.from_parquet,
@@ -44,7 +55,8 @@ FILE_READERS: dict[str, Callable[..., Any]] = {
 def load_splits(data: RowsConfig) -> Splits:
     """Return the rows by split.
 
-    `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them.
+    `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them, and
+    `validation_de`, `test_de` and so on for the languages to evaluate on.
     The columns are as they came. `max_train_samples` and its like keep the first rows of a split.
 
     Args:
@@ -56,11 +68,32 @@ def load_splits(data: RowsConfig) -> Splits:
     splits = _find(data)
     if "train" not in splits:
         raise DataError(f"found the splits {_listed(splits)} but no train split; set data.train_file")
+    if isinstance(data, DataConfig):
+        splits |= _find_languages(data)
+    limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
     for name, split in splits.items():
         if not len(split):
             raise DataError(f"the {name} split has no rows; give it some, or leave the split out")
-    limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
-    return {name: _first(split, limits.get(name, data.max_eval_samples)) for name, split in splits.items()}
+        splits[name] = _first(split, limits.get(name.split("_")[0], data.max_eval_samples))
+    return splits
+
+
+def language_groups(splits: Mapping[str, Any], data: DataConfig) -> dict[str, list[str]]:
+    """Return which splits differ in language alone, by the name of their mean: `test_mean` of `test`, `test_de`.
+
+    Args:
+        splits: rows by split.
+        data: the section of the configuration; without `eval_languages` there are none.
+    """
+    languages = split_names(data.eval_languages) if data.eval_languages else []
+    groups = {}
+    for name in EVALUATED:
+        same = [
+            split for split in (name, *(f"{name}_{language}" for language in languages)) if split in splits
+        ]
+        if len(same) > 1:
+            groups[f"{name}_mean"] = same
+    return groups
 
 
 def data_folder() -> Path | None:
@@ -92,10 +125,43 @@ def _find(data: RowsConfig) -> Splits:
     }
 
 
-def _load_task(task_name: str) -> Splits:
+def _find_languages(data: DataConfig) -> Splits:
+    splits = {}
+    for language in split_names(data.eval_languages) if data.eval_languages else []:
+        found = _load_hub(data.dataset_name, language) if data.dataset_name else _load_beside(data, language)
+        kept = {f"{name}_{language}": rows for name, rows in found.items() if name in EVALUATED}
+        if not kept:
+            raise DataError(
+                f"data.eval_languages: for '{language}' there are neither validation nor test rows; expected them "
+                "in a configuration of data.dataset_name of that name, or in a file beside those of the training "
+                f"language (test.csv, test.{language}.csv)"
+            )
+        splits |= kept
+    return splits
+
+
+def _load_beside(data: DataConfig, language: str) -> Splits:
+    """Read the files of a language beside those of the validation and test rows: test.csv, test.de.csv."""
+    files = {"validation": data.validation_file, "test": data.test_file}
+    folder = _task_folder(data.task_name) if data.task_name is not None else None
+    if folder is not None:
+        files = {split: str(folder / f"{split}.parquet") for split in EVALUATED}
+    named = {split: Path(path) for split, path in files.items() if path is not None}
+    paths = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
+    return {
+        split: _load_file(str(path), "data.eval_languages") for split, path in paths.items() if path.is_file()
+    }
+
+
+def _task_folder(task_name: str) -> Path | None:
     root = data_folder()
     folder = root / task_name if root else None
-    if folder is not None and folder.is_dir():
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _load_task(task_name: str) -> Splits:
+    folder = _task_folder(task_name)
+    if folder is not None:
         files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
         return {
             split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
@@ -106,6 +172,7 @@ def _load_task(task_name: str) -> Splits:
         return docstring_splits()
     if task_name in GLUE_TASKS:
         return _load_hub(GLUE, task_name)
+    root = data_folder()
     local = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
     known = sorted({DEMO_TASK, *GLUE_TASKS, *local})
     near = get_close_matches(task_name, known, n=1)
@@ -133,10 +200,9 @@ def _load_hub(name: str, config_name: str | None) -> Splits:
         found = load_dataset(name, config_name)
     except Exception as error:  # hub, network and cache each have types of their own
         which = f"{name} ({config_name})" if config_name else name
-        raise DataError(
-            f"{which} cannot be loaded from the hub: {_cause(error)}; "
-            "without a network set data.train_file, or SWAFT_DATA to a folder of task folders"
-        ) from error
+        reason = _cause(error)
+        mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
+        raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
     if not isinstance(found, DatasetDict):
         raise DataError(f"data.dataset_name: {name} has no splits; set data.train_file instead")
     # The labels of GLUE's test splits are withheld (-1): there is nothing to score.

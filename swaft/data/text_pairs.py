@@ -62,9 +62,11 @@ def find_pairs(
 
     Args:
         splits: rows by split, `train` among them.
-        source_column: None: found by a usual name, as is the target; name both or none.
+        source_column: column, or language of the column `translation`; None: found by a usual name, as is the
+            target; name both or none.
         target_column: as above.
-        source_lang: language to read, where there is a column `translation`.
+        source_lang: language to read, where there is a column `translation` and no column is named; a model's
+            code for it (en_XX) will do.
         target_lang: language to write.
 
     Raises:
@@ -145,15 +147,17 @@ def _find(
             f"data.source_column is {source_column} and data.target_column is {target_column}; expected both or "
             f"none of them; {existing(train)}"
         )
+    languages = _languages(train)
     if source_column is not None and target_column is not None:
+        if {source_column, target_column} <= set(languages):
+            return PairColumns(TRANSLATION, TRANSLATION, source_column, target_column)
         require_column(train, source_column, "data.source_column")
         require_column(train, target_column, "data.target_column")
-        _refuse_languages(train, source_lang, target_lang)
         return PairColumns(source_column, target_column)
-    if TRANSLATION in train.column_names:
-        _check_languages(list(train[0][TRANSLATION]), source_lang, target_lang)
-        return PairColumns(TRANSLATION, TRANSLATION, source_lang, target_lang)
-    _refuse_languages(train, source_lang, target_lang)
+    if languages:
+        found = (_language(languages, source_lang), _language(languages, target_lang))
+        _check_languages(languages, (source_lang, target_lang), found)
+        return PairColumns(TRANSLATION, TRANSLATION, *found)
     for source, target in USUAL_COLUMNS:
         if {source, target} <= set(train.column_names):
             return PairColumns(source, target)
@@ -163,21 +167,27 @@ def _find(
     )
 
 
-def _check_languages(languages: list[str], source_lang: str | None, target_lang: str | None) -> None:
-    found = f"the languages are {', '.join(languages)}"
-    for setting, language in (("data.source_lang", source_lang), ("data.target_lang", target_lang)):
-        if language not in languages:
-            raise DataError(f"{setting} is {language}; {found}; name one of them")
-    if source_lang == target_lang:
-        raise DataError(f"data.source_lang and data.target_lang are both {source_lang}; {found}; name two")
+def _languages(train: Dataset) -> list[str]:
+    return list(train[0][TRANSLATION]) if TRANSLATION in train.column_names else []
 
 
-def _refuse_languages(train: Dataset, source_lang: str | None, target_lang: str | None) -> None:
-    if source_lang is not None or target_lang is not None:
-        raise DataError(
-            f"data.source_lang is {source_lang} and data.target_lang is {target_lang}, but the texts are not read "
-            f"from a column '{TRANSLATION}'; {existing(train)}; leave the languages out, or the columns"
-        )
+def _language(languages: list[str], code: str | None) -> str | None:
+    """Find the language that a code is of: itself, or what stands before its `_` (en_XX), as in transformers."""
+    return next((name for name in (code, (code or "").split("_")[0]) if name in languages), None)
+
+
+def _check_languages(
+    languages: list[str], codes: tuple[str | None, str | None], found: tuple[str | None, str | None]
+) -> None:
+    there = f"the languages are {', '.join(languages)}"
+    for which, code, language in zip(("source", "target"), codes, found, strict=True):
+        if language is None:
+            raise DataError(
+                f"data.{which}_lang is {code}; {there}; name one of them (where the model calls it otherwise, name "
+                f"the language of the rows as data.{which}_column)"
+            )
+    if found[0] == found[1]:
+        raise DataError(f"data.source_lang and data.target_lang are both {found[0]}; {there}; name two")
 
 
 def _check_translations(split: Dataset, name: str, columns: PairColumns) -> None:

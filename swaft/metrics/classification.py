@@ -56,6 +56,12 @@ class Metric:
         self._check(predictions, references)
         return {name: float(value) for name, value in self.compute(predictions, references).items()}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers that it returns, by name."""
+        rows = np.arange(2.0 if self.is_regression else 2)
+        return tuple(self(rows, rows))
+
     def _check(self, predictions: np.ndarray, references: np.ndarray) -> None:
         if predictions.ndim != 1 or predictions.shape != references.shape or not len(predictions):
             raise ValueError(

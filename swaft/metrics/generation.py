@@ -93,6 +93,11 @@ class GenerationMetric:
             joined.signatures.update(one.signatures)
         return joined
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers that it returns, by name."""
+        return tuple(self(["a text"], [["a text"]]).scores)
+
 
 def get_generation_metric(name: str = "auto", *, task_name: str | None = None) -> GenerationMetric:
     """Return the metric of this name.

@@ -44,6 +44,11 @@ class QuestionMetric:
     compute: Callable[..., QuestionScores]
     """`score_squad` or `score_squad_v2`."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers that it returns, by name, without null odds."""
+        return tuple(self.compute({"id": "text"}, [("id", ["text"])]).scores)
+
 
 def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -> QuestionMetric:
     """Return the metric of this name, if it fits the questions.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
+from swaft.noise.outputs import task_logits
 from swaft.noise.wrappers import unwrap
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss")
@@ -75,11 +76,10 @@ def check_output(output: Any, objective: str) -> None:
     Raises:
         NoiseError: naming what was found.
     """
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or getattr(output, "loss", None) is None:
+    if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
-            "expected a Hugging Face classification or generation model. Set noise.kind=none."
+            "expected a Hugging Face model that classifies, points at answers or generates. Set noise.kind=none."
         )
     # Such a term may be too small beside the cross entropy to show in the loss.
     terms = [

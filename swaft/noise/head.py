@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from swaft.errors import NoiseError
 from swaft.noise.wrappers import is_compiled, layers, unwrap
@@ -47,7 +48,8 @@ class LanguageModelHead:
             NoiseError: for a weight that is split over ranks even there, or quantised.
         """
         weight, bias = self.linear.weight, self.linear.bias
-        if type(weight) not in (Tensor, nn.Parameter):
+        # A fake tensor stands for a plain one, where memory is planned and in a compiler.
+        if type(weight) not in (Tensor, nn.Parameter, FakeTensor):
             raise NoiseError(
                 f"The head's weight is a {type(weight).__name__} in its own forward; expected a plain tensor, "
                 f"neither quantised nor split by tensor parallelism. {_SLOW_TWIN}"

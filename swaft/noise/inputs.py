@@ -18,6 +18,9 @@ from swaft.noise.wrappers import unwrap
 IGNORE_INDEX = -100
 """The label of a row that does not count, as in Hugging Face models."""
 
+POSITIONS = ("start_positions", "end_positions")
+"""The labels of a model that points at answers: their first and last tokens."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -26,7 +29,8 @@ class Inputs:
     arguments: dict[str, Any]
     """Keyword arguments of the model's forward."""
     targets: Tensor
-    """The class of each row of logits, (B,) or (B, T), int64; IGNORE_INDEX where none counts."""
+    """The class of each row of logits, int64; IGNORE_INDEX where none counts. (B,), (B, T) of tokens, or (B, 2) of
+    the first and the last token to point at."""
 
     def doubled(self) -> dict[str, Any]:
         """Give the arguments for one pass over the batch twice, (2B, ...)."""
@@ -44,10 +48,14 @@ def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
         NoiseError: for a batch without labels, and for an encoder-decoder that cannot make its decoder's inputs.
     """
     arguments = dict(batch)
+    starts, ends = (arguments.pop(name, None) for name in POSITIONS)
+    if isinstance(starts, Tensor) and isinstance(ends, Tensor):
+        return Inputs(arguments, _span_targets(starts, ends, arguments))
     labels = arguments.pop("labels", None)
     if not isinstance(labels, Tensor):
         raise NoiseError(
-            "The batch has no labels; expected a tensor of class indices under the key 'labels'."
+            "The batch has no labels; expected a tensor of class indices under the key 'labels', or positions of "
+            f"answers under {' and '.join(map(repr, POSITIONS))}."
         )
     if not generates(model):
         return Inputs(arguments, labels)
@@ -69,6 +77,13 @@ def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict
     return {
         name: value[rows] if _is_per_row(value, labels.shape[0]) else value for name, value in batch.items()
     }
+
+
+def _span_targets(starts: Tensor, ends: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Make rows of positions, (B, 2), clamped as Hugging Face models do; past the text none counts."""
+    text: Any = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    positions = torch.stack([starts, ends], dim=1).clamp(min=0)
+    return positions.masked_fill(positions >= text.shape[1], IGNORE_INDEX)
 
 
 def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:

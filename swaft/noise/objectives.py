@@ -16,6 +16,7 @@ from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
 from swaft.noise.inputs import prepare_inputs
 from swaft.noise.loss import Detach
+from swaft.noise.outputs import task_logits
 from swaft.noise.passes import StepResult, choose_form, run_passes
 from swaft.noise.presets import (
     Masks,
@@ -45,7 +46,7 @@ class ObjectiveOutput:
     changed: Tensor
     """Share of the embedding output's entries that the noise changed, detached, 0-dim."""
     logits: Tensor | None
-    """Logits of the clean pass, detached; None where none were made."""
+    """Logits of the clean pass, detached, (B, 2, L) of first and last tokens; None where none were made."""
 
 
 class TaskLoss:
@@ -66,7 +67,7 @@ class TaskLoss:
         if loss is None:
             raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
         nothing = loss.detach().new_zeros(())
-        return ObjectiveOutput(loss, loss.detach(), nothing, nothing, nothing, output.logits.detach())
+        return ObjectiveOutput(loss, loss.detach(), nothing, nothing, nothing, task_logits(output).detach())
 
 
 class R3F:
@@ -74,7 +75,8 @@ class R3F:
 
     loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
     the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the
-    counted rows; a model that trains another loss is refused. One ``backward`` on the one loss.
+    counted rows; a model that trains another loss is refused. A model that points at answers has two rows a
+    text, one for the first and one for the last token. One ``backward`` on the one loss.
 
     Args:
         weight: the lambda of the paper.
@@ -147,7 +149,11 @@ class R3F:
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
         """Pick the settings that apply to a model: presets may differ between classifying and generating."""
-        return self._generating if generates(model) else self._classifying
+        return self.settings(generating=generates(model))
+
+    def settings(self, *, generating: bool) -> NoiseSettings:
+        """Return what the preset and the given options come to, for models that generate text or others."""
+        return self._generating if generating else self._classifying
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run the clean and the noised pass and combine them into one loss.

@@ -18,6 +18,7 @@ from swaft.noise.embedding import Embedded, EmbeddingSite, embedding_hook
 from swaft.noise.head import LanguageModelHead, placeholder
 from swaft.noise.inputs import IGNORE_INDEX, Inputs
 from swaft.noise.loss.options import Form
+from swaft.noise.outputs import task_logits
 from swaft.noise.presets import NoiseSettings
 from swaft.noise.slot import LossSlot
 from swaft.noise.spectral import power_iteration_paused
@@ -50,11 +51,11 @@ class LogitsForm:
 
     def observe(self, forward: Forward) -> Tensor:
         """Run the first of two passes; returns its logits."""
-        return self._checked(forward().logits)
+        return self._checked(task_logits(forward()))
 
     def conclude(self, forward: Forward, pair: Pair) -> tuple[functional.NoiseStabilityLoss, Tensor]:
         """Run the last pass; returns the loss, and the clean logits, detached."""
-        clean, noised = pair(forward().logits)
+        clean, noised = pair(task_logits(forward()))
         loss = functional.cross_entropy_symmetric_kl(
             self._checked(clean), noised, self.inputs.targets, **self.options
         )

@@ -18,6 +18,7 @@ from swaft.noise.dropout import RngState
 from swaft.noise.embedding import EmbeddingSite, embedding_hook
 from swaft.noise.head import LanguageModelHead, placeholder
 from swaft.noise.inputs import IGNORE_INDEX, prepare_inputs, proof_rows
+from swaft.noise.outputs import task_logits
 from swaft.noise.presets import NoiseSettings
 from swaft.noise.wrappers import is_distributed
 
@@ -134,12 +135,13 @@ def _clean_pass(
         output = model(**rows)
     check_output(output, objective)
     targets = prepare_inputs(model, rows).targets
-    check_rows(output.logits, targets, objective)
+    logits = task_logits(output)
+    check_rows(logits, targets, objective)
 
     dtypes = {parameter.dtype for parameter in model.parameters()} | {each.dtype for each in outputs}
     rounds = any(dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point)
     tolerance = _TOLERANCE_16_BIT if rounds else _TOLERANCE
-    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     expected = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
     loss_gap = (output.loss - expected).abs() / (1 + expected.abs())
     logits_gap = torch.zeros_like(loss_gap)

@@ -9,6 +9,7 @@ from torch import nn
 
 from swaft.noise.inputs import IGNORE_INDEX, prepare_inputs
 from swaft.noise.objectives import ObjectiveOutput
+from swaft.noise.outputs import task_logits
 from swaft.noise.presets import resolve_settings
 from swaft.noise.proof import prove
 
@@ -55,7 +56,7 @@ class SmoothedTaskLoss:
             objective="label smoothing",
         ):
             self._proved.add(model)
-        logits = model(**inputs.arguments).logits
+        logits = task_logits(model(**inputs.arguments))
         loss = nn.functional.cross_entropy(
             logits.flatten(0, -2).float(),
             inputs.targets.flatten(),

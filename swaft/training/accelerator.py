@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
+from torch.distributed import distributed_c10d
 
 from swaft.config import TrackConfig, TrainConfig
 from swaft.errors import ConfigError, TrainingError
@@ -35,8 +37,10 @@ from swaft.training.deepspeed_config import (
     environment_problems,
     fill_auto,
     launcher_config,
+    offload_problems,
 )
 from swaft.training.deepspeed_extension import refuse_stale_lock, use_environment
+from swaft.training.fsdp2 import resolve_fsdp2, start_on_cpu, uses_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +68,11 @@ def build_accelerator(config: RunConfig, *, hidden_size: int | None = None) -> A
         TrainingError: where accelerate started something else than the launcher asked for.
     """
     precision = resolve_precision(config.train, os.environ)
+    refuse_fp16_on_cpu(precision)
     deepspeed = resolve_deepspeed(config.train, os.environ, precision=precision, hidden_size=hidden_size)
+    fsdp2 = resolve_fsdp2(os.environ, precision=precision)
     on_cpu = not torch.cuda.is_available()
-    over_gloo = on_cpu and "LOCAL_RANK" in os.environ
+    launched = "LOCAL_RANK" in os.environ
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if deepspeed:
@@ -77,13 +83,16 @@ def build_accelerator(config: RunConfig, *, hidden_size: int | None = None) -> A
         # for DDP.
         cpu=on_cpu and deepspeed is None,
         deepspeed_plugin=_plugin(deepspeed.config) if deepspeed else None,
+        fsdp_plugin=fsdp2,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.train.gradient_accumulation_steps
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if over_gloo else None,
+        kwargs_handlers=[process_group(config.train, on_cpu=on_cpu)] if launched else None,
         log_with=None if config.track.report_to == "none" else config.track.report_to,
         project_config=_project(config),
     )
+    if fsdp2 and on_cpu:
+        start_on_cpu(accelerator, fsdp2)
     check_engine(accelerator, os.environ)
     if config.track.report_to not in ("none", "all") and not accelerator.log_with:
         raise ConfigError(
@@ -103,7 +112,7 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
     word where the accelerate configuration says nothing.
 
     Raises:
-        ConfigError: where two places say different things, or the machine cannot do it.
+        ConfigError: where two places say different things.
     """
     launcher = environ.get("ACCELERATE_MIXED_PRECISION", "no")
     stated = "mixed_precision" in environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
@@ -120,10 +129,17 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
             f"train.mixed_precision is {wanted}, the launcher's mixed_precision is {launcher}; "
             f"make them equal, or set train.mixed_precision=auto to take the launcher's"
         )
-    precision = launcher if wanted == "auto" else wanted
+    return launcher if wanted == "auto" else wanted
+
+
+def refuse_fp16_on_cpu(precision: str) -> None:
+    """Refuse what this machine cannot train in. Apart from `resolve_precision`, which is asked on other machines.
+
+    Raises:
+        ConfigError: for fp16 without a CUDA device.
+    """
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("fp16 needs a CUDA device and there is none; use mixed precision bf16 or no")
-    return precision
 
 
 def resolve_deepspeed(
@@ -134,11 +150,6 @@ def resolve_deepspeed(
     Raises:
         ConfigError: with every contradiction between launcher, DeepSpeed file and recipe.
     """
-    if environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ConfigError(
-            "the launcher asks for FSDP, which swaft's recipes do not train with yet; "
-            "use one of launch/accelerate/ (DDP or DeepSpeed ZeRO)"
-        )
     if not uses_deepspeed(environ):
         return None
     if environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
@@ -150,7 +161,11 @@ def resolve_deepspeed(
     recipe = recipe_values(train, environ, precision=precision, hidden_size=hidden_size)
     filled = fill_auto(config, recipe, source=source)
     stage = filled.config["zero_optimization"].get("stage", 0)
-    problems = [*filled.problems, *environment_problems(environ, recipe, stage)]
+    problems = [
+        *filled.problems,
+        *environment_problems(environ, recipe, stage),
+        *offload_problems(environ, filled.config),
+    ]
     if problems:
         raise ConfigError(problems)
     return filled
@@ -203,6 +218,12 @@ def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
             f"{'for' if uses_deepspeed(environ) else 'not for'} DeepSpeed; check ACCELERATE_USE_CPU and how "
             "the ranks start"
         )
+    if (accelerator.distributed_type == DistributedType.FSDP) != uses_fsdp(environ):
+        raise TrainingError(
+            f"accelerate started {accelerator.distributed_type.value}, but the launcher asked "
+            f"{'for' if uses_fsdp(environ) else 'not for'} FSDP2; start the ranks with accelerate launch or "
+            "torchrun"
+        )
     if accelerator.num_processes != world_size:
         raise TrainingError(
             f"{world_size} ranks were launched (WORLD_SIZE), but accelerate sees "
@@ -214,6 +235,18 @@ def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
             f"accelerate started {world_size} ranks that would not exchange gradients; use "
             "launch/accelerate/ddp_cpu.yaml"
         )
+
+
+def process_group(train: TrainConfig, *, on_cpu: bool) -> InitProcessGroupKwargs:
+    """Return how the ranks' process group is started: over gloo on CPUs, and given up after ``ddp_timeout``.
+
+    Makes that time limit torch's default for every group of this process. Groups that others make, as DeepSpeed
+    does, take that default and not the limit of the first group; and accelerate leaves out a limit that equals its
+    own default.
+    """
+    timeout = timedelta(seconds=train.ddp_timeout)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    return InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timeout)
 
 
 @contextmanager
@@ -243,6 +276,8 @@ def engine_name(accelerator: Accelerator) -> str:
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         return f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP2"
     return "DDP" if accelerator.num_processes > 1 else "one process"
 
 

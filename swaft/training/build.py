@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -45,9 +46,25 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable elements of the whole model."""
-    return sum(whole_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+class ParameterCount(NamedTuple):
+    """How many elements a whole model has."""
+
+    trainable: int
+    """Those that are trained."""
+    total: int
+    """All."""
+
+    def __str__(self) -> str:
+        """Write it as `1,024`, or `1,024 of 65,536 (1.56%)` where some are frozen."""
+        if self.trainable == self.total:
+            return f"{self.total:,}"
+        return f"{self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the elements of the whole model."""
+    sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
 def build_rule(averaging: AveragingConfig) -> Rule | None:

@@ -19,6 +19,8 @@ from typing import Any
 from swaft.errors import ConfigError
 
 AUTO = "auto"
+SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")
+"""Entries of a file that are looked into."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +87,29 @@ def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
 
 
 def read_config(named: str) -> dict[str, Any]:
-    """Return the configuration in a JSON file, or in the base64 text DeepSpeed's own launcher passes on."""
+    """Return the configuration in a JSON file, or in the base64 text DeepSpeed's own launcher passes on.
+
+    Raises:
+        ConfigError: where there is no such file, it is not JSON, or a section of it is none.
+    """
+    is_file = _is_file(named)
     try:
-        text = Path(named).read_text(encoding="utf-8") if _is_file(named) else _decoded(named)
-        config = json.loads(text)
+        config = json.loads(Path(named).read_text(encoding="utf-8") if is_file else _decoded(named))
     except ValueError as error:
+        found = f"is not JSON ({error})" if is_file else "is no file, and no encoded JSON"
         raise ConfigError(
-            f"the DeepSpeed configuration {named!r} is neither a JSON file nor encoded JSON ({error}); "
-            f"set deepspeed_config_file in the accelerate configuration to an existing file"
+            f"the DeepSpeed configuration {named!r} {found}; set deepspeed_config_file in the accelerate "
+            "configuration to an existing JSON file"
         ) from error
-    if not isinstance(config.get("zero_optimization"), dict):
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise ConfigError(f'{named} has no "zero_optimization" section; add one that names the "stage"')
+    problems = [
+        f'{named}: "{name}" is {config[name]!r}; expected a section, {{...}}'
+        for name in SECTIONS
+        if not isinstance(config.get(name, {}), dict)
+    ]
+    if problems:
+        raise ConfigError(problems)
     return config
 
 
@@ -289,9 +303,33 @@ def environment_problems(environ: Mapping[str, str], recipe: RecipeValues, zero_
         "ACCELERATE_GRADIENT_CLIPPING": (recipe.max_grad_norm, "gradient_clipping"),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": (zero_stage, "zero_stage"),
     }
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    stage_is = f"{file} says zero_optimization.stage = {zero_stage}" if file != "none" else None
     return [
-        f"the accelerate configuration says {name} = {environ[variable]}, but the run uses {value}; "
+        f"the accelerate configuration says {name} = {environ[variable]}, but "
+        f"{(name == 'zero_stage' and stage_is) or f'the run uses {value}'}; "
         f"remove {name} from the accelerate configuration"
         for variable, (value, name) in wanted.items()
         if environ.get(variable, AUTO) not in (AUTO, "none") and float(environ[variable]) != float(value)
+    ]
+
+
+def offload_problems(environ: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
+    """Return where the accelerate configuration offloads and the DeepSpeed file does not: accelerate drops that.
+
+    Args:
+        environ: what the launcher left.
+        config: the filled DeepSpeed configuration.
+    """
+    devices = {
+        f"offload_{part}": environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        for part in ("optimizer", "param")
+    }
+    found = {name: (config["zero_optimization"].get(name) or {}).get("device", "none") for name in devices}
+    return [
+        f"the accelerate configuration says {name}_device = {device}, but the DeepSpeed file says "
+        f"zero_optimization.{name}.device = {found[name]}; write it there, and remove {name}_device from the "
+        "accelerate configuration"
+        for name, device in devices.items()
+        if device not in ("none", found[name])
     ]

@@ -33,13 +33,14 @@ def use_environment() -> None:
     The binary fits only the torch it was compiled against, so its home is the environment that holds that
     torch, not the cache folder that all environments of a user share; ``TORCH_EXTENSIONS_DIR`` overrides. torch
     looks for ``ninja`` on the path even where nothing is left to build, and an environment that is called by
-    its full path is not on it. Outside a virtual environment nothing is changed.
+    its full path is not on it. It comes first: a ``ninja`` of another version takes all that this one has built
+    for out of date, and compiles it again. Outside a virtual environment nothing is changed.
     """
     if sys.prefix != sys.base_prefix:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-        tools = str(Path(sys.prefix) / "bin")
-        if tools not in os.environ.get("PATH", "").split(os.pathsep):
-            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), tools])
+        tools, others = str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)
+        if others.split(os.pathsep)[0] != tools:
+            os.environ["PATH"] = os.pathsep.join([tools, others])
 
 
 def build_folder() -> Path:

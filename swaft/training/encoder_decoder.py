@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerF
 
 from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
+from swaft.training.languages import write_target_language
+from swaft.training.lora import with_adapters
 from swaft.training.pretrained import (
     load_model_config,
-    load_tokenizer,
     model_path,
     told_as_settings,
     with_checkpointing,
@@ -52,38 +53,31 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
     return found
 
 
-def encoder_decoder_tokenizer(
+def brings_tokenizer(model: Seq2SeqModelConfig) -> bool:
+    """Whether the settings name a tokenizer; else a new one is trained for the new model."""
+    return model.config is None or model.tokenizer_name is not None
+
+
+def new_tokenizer(
     model: Seq2SeqModelConfig, accelerator: Accelerator, texts: Callable[[], Iterable[str]]
-) -> Any:
-    """Return the model's tokenizer, or for a new model a new one (collective).
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer trained for a new model (collective).
 
     Args:
         model: section ``model``.
-        accelerator: whose main process trains a new tokenizer and tells it to the others.
-        texts: gives what a new tokenizer is trained on.
-
-    Raises:
-        ConfigError: where there is no such tokenizer, or it is one of many languages.
+        accelerator: whose main process trains it and tells it to the others.
+        texts: gives what it is trained on.
     """
-    if model.config is not None and model.tokenizer_name is None:
-        trained = [None]
-        if accelerator.is_main_process:
-            trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]
-        broadcast_object_list(trained)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(str(trained[0])),
-            pad_token=PAD,
-            eos_token=END,
-            unk_token=UNKNOWN,
-        )
-    tokenizer = load_tokenizer(model)
-    if hasattr(tokenizer, "src_lang"):
-        raise ConfigError(
-            f"{_setting(model)}: {type(tokenizer).__name__} wants codes of languages in its texts (mBART, M2M100, "
-            "NLLB), which is not supported; use a model of one pair of languages (Marian) or one told by "
-            "data.source_prefix (T5)"
-        )
-    return tokenizer
+    trained = [None]
+    if accelerator.is_main_process:
+        trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]
+    broadcast_object_list(trained)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(str(trained[0])),
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+    )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -121,7 +115,7 @@ def load_encoder_decoder(
         model: section ``model``.
         model_config: from `encoder_decoder_config`; a new model's takes the tokenizer's size and special tokens,
             where ``model.config`` says nothing else.
-        tokenizer: from `encoder_decoder_tokenizer`.
+        tokenizer: the model's, or from `new_tokenizer`; one of many languages after `set_languages`.
         seed: of the random weights; given to torch right here, so that all ranks have the same.
         gradient_checkpointing: recompute activations in the backward pass.
 
@@ -130,6 +124,8 @@ def load_encoder_decoder(
             not know what its decoder starts with.
     """
     torch.manual_seed(seed)
+    if model.config is None and getattr(model_config, "pad_token_id", None) is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
     with told_as_settings(model):
         if model.config is None:
             loaded = AutoModelForSeq2SeqLM.from_pretrained(
@@ -146,12 +142,15 @@ def load_encoder_decoder(
             f"{_setting(model)}: the model has {model_config.vocab_size} embeddings, but the tokenizer has "
             f"{len(tokenizer)} tokens; expected as many at least. Use the model's own tokenizer"
         )
+    write_target_language(loaded, tokenizer)
     if _start_token(loaded) is None:
         raise ConfigError(
             f"{_setting(model)}: the model has no decoder_start_token_id, so nothing can be generated; set it in "
             "the model's config.json (T5: its pad_token_id, BART: its eos_token_id), or in model.config"
         )
-    return with_checkpointing(loaded, gradient_checkpointing)
+    return with_adapters(
+        with_checkpointing(loaded, gradient_checkpointing), model, task="sequence to sequence"
+    )
 
 
 def longest_input(model_config: Any) -> int | None:
@@ -194,6 +193,8 @@ def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]
     for name, value in zip(FITTED, values, strict=True):
         if name not in said:
             setattr(model_config, name, value)
+    if hasattr(model_config, "decoder_vocab_size") and "decoder_vocab_size" not in said:  # Marian has two
+        model_config.decoder_vocab_size = model_config.vocab_size
 
 
 def _start_token(loaded: Any) -> int | None:

@@ -110,9 +110,30 @@ def evaluate_last_and_averaged(
     return found
 
 
+def mean_evaluations(
+    found: Mapping[str, Mapping[str, Evaluation]], means: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Evaluation]]:
+    """Return the plain mean of the scores of several splits, for each kind of weights.
+
+    Args:
+        found: evaluations by split and kind of weights (``last``, ``averaged``).
+        means: by the name of the mean, the splits whose scores it is of; they have the same scores.
+    """
+    meant: dict[str, dict[str, Evaluation]] = {}
+    for name, splits in means.items():
+        meant[name] = {}
+        for kind, first in found[splits[0]].items():
+            columns = {
+                score: [found[split][kind].scores[score] for split in splits] for score in first.scores
+            }
+            scores = {score: float(np.mean(column)) for score, column in columns.items()}
+            meant[name][kind] = Evaluation(scores=scores)
+    return meant
+
+
 def best_window(
     averager: WeightAverager | None,
-    evaluate_once: Callable[[], Scores] | None,
+    evaluate_once: Callable[[], Evaluation] | None,
     metric: str,
     *,
     better: Callable[..., float] = max,
@@ -124,7 +145,7 @@ def best_window(
     if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
         return None
     logger.info("choosing the window of averaged weights on validation data: an evaluation for each")
-    return search_windows(averager, lambda: evaluate_once()[metric], better=better)
+    return search_windows(averager, lambda: evaluate_once().scores[metric], better=better)
 
 
 def each_row_once(ids: Tensor, *columns: Tensor, num_rows: int) -> tuple[Tensor, ...]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -14,13 +19,20 @@ from swaft.errors import SwaftError
 
 GRACE_S = 5.0
 
+GLOO = re.compile(
+    r"gloo/transport/[^\n]*(?:(?P<silent>timed? ?out)|connection (?:closed|reset) by peer|broken pipe|"
+    r"no route to host|unreachable)[^\n]*",
+    re.IGNORECASE,
+)
+"""What gloo says when another rank does not answer in time, and when its connection is gone."""
+
 
 def run_and_report(run: Callable[[], None]) -> int:
-    """Run a recipe and return its exit code, with errors of `swaft.errors` told in words.
+    """Run a recipe and return its exit code, with errors of `swaft.errors` and lost ranks told in words.
 
     An error that all ranks agree on is told by the main process only. Another rank waits a moment before it
     tells its own: where the main process failed too, the launcher has ended this rank by then, and a rank
-    that failed alone is not silent.
+    that failed alone is not silent. With SWAFT_TRACEBACK=1 every message comes with the way to it.
 
     Args:
         run: the recipe. Any other exception passes through with its traceback.
@@ -30,12 +42,17 @@ def run_and_report(run: Callable[[], None]) -> int:
     """
     try:
         run()
-    except SwaftError as error:
+    except (SwaftError, RuntimeError) as error:
+        message = lost_ranks(error) or (_words(error) if isinstance(error, SwaftError) else None)
+        if message is None:
+            raise
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(GRACE_S)
-        notes = "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
-        sys.stderr.write(f"{'error' if rank == '0' else f'error on rank {rank}'}: {error}{notes}\n")
+        if os.environ.get("SWAFT_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        sys.stderr.write(f"{'error' if rank == '0' else f'error on rank {rank}'}: {message}\n")
+        _tell_launcher(message)
         return 1
     return 0
 
@@ -51,3 +68,44 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def lost_ranks(error: BaseException) -> str | None:
+    """Return in words that other ranks are gone, where that is what an error comes from; else None.
+
+    Only what gloo says of its connections counts. Under NCCL there is no such error to be told: torch's watchdog
+    writes its own and ends the process.
+    """
+    for each in _chain(error):
+        found = GLOO.search(str(each))
+        if found:
+            what = "did not answer within train.ddp_timeout seconds" if found["silent"] else "are gone"
+            return (
+                f"other ranks {what}. Either a process of this run has ended, or the network to its machine is "
+                "cut. Look first at what the other machines' processes said last and whether one was killed "
+                "(memory, the scheduler), then at the network. What has been saved is whole; start the run "
+                "again.\n"
+                f"  ({found[0]})"
+            )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _words(error: SwaftError) -> str:
+    return str(error) + "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the message where torchrun looks for it: what it prints last about this rank is then the message."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        # torchrun draws a box as wide as the longest line.
+        lines = [textwrap.fill(line, 100, subsequent_indent="  ") for line in message.splitlines()]
+        told = {"message": "\n".join(lines), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": told}))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,15 +11,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 import swaft
 from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
-from swaft.config import AveragingConfig, EvalConfig, to_yaml
+from swaft.config import AveragingConfig, EvalConfig, TrainConfig, to_yaml
+from swaft.data import length_grouped_sampler
 from swaft.training.accelerator import RunConfig
+from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
-from swaft.training.evaluate import Evaluation, Scores, best_window, evaluate_last_and_averaged
+from swaft.training.evaluate import (
+    Evaluation,
+    best_window,
+    evaluate_last_and_averaged,
+    mean_evaluations,
+)
+from swaft.training.fsdp2 import prepare
 from swaft.training.loop import train
 from swaft.training.progress import ProgressLog, scores_table, start_trackers
 from swaft.training.run_folder import RunFolder
@@ -44,16 +51,6 @@ class FineTuningConfig(RunConfig, Protocol):
     def eval(self) -> EvalConfig: ...  # noqa: D102
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What decides between weights: a score, and whether more of it is better."""
-
-    score: str
-    """Its name among the scores of an evaluation."""
-    better: Callable[..., float] = max
-    """The built-in ``max`` or ``min``."""
-
-
 def fine_tune(
     config: FineTuningConfig,
     accelerator: Accelerator,
@@ -68,12 +65,12 @@ def fine_tune(
     collate: Callable[[list[Any]], dict[str, Any]],
     evaluate: Evaluate,
     target: Target,
-    sampler: Sampler[int] | None = None,
+    means: Mapping[str, Sequence[str]] | None = None,
 ) -> Evaluations:
     """Fine-tune, evaluate the last and the averaged weights, and save both (collective).
 
     Leaves in the run folder what the run was (config.yaml, command.txt, env.json), metrics.jsonl, the weights
-    (final/, final-averaged/) with the tokenizer, and summary.json.
+    (final/, final-averaged/, and best/ where that is asked for) with the tokenizer, and summary.json.
 
     Args:
         config: sections ``train``, ``averaging``, ``eval`` and ``track``.
@@ -84,29 +81,27 @@ def fine_tune(
         tokenizer: saved beside the weights.
         objective: loss of a micro-batch, from `build_objective`.
         rule: what to average; None: nothing.
-        datasets: rows by split; all but ``train`` are evaluated, ``validation`` also while training.
+        datasets: rows by split, with ``input_ids``; all but ``train`` are evaluated, ``validation`` also while
+            training.
         collate: makes a batch of rows.
         evaluate: see `Evaluate`.
-        target: what the best window of averaged weights is chosen by, and the summary names first.
-        sampler: order of the training rows, the same on every rank; None: shuffled.
+        target: the main score, which the summary names, and what others the settings may choose weights by.
+        means: splits whose mean scores are reported as well, by the name of the mean; None: none are.
 
     Returns:
         The final evaluations, the same on every rank.
+
+    Raises:
+        ConfigError: the weights are to be chosen by a score, or on rows, that there are not.
     """
+    decides = choose_target(config.eval, target, datasets)
     num_parameters = count_parameters(model)
 
     # Engine: from here on the weights may live in shards.
-    train_loader = DataLoader(
-        datasets["train"],  # type: ignore[arg-type]
-        batch_size=config.train.per_device_train_batch_size,
-        shuffle=sampler is None,
-        sampler=sampler,
-        generator=torch.Generator().manual_seed(config.train.seed),
-        collate_fn=collate,
-        num_workers=config.train.dataloader_num_workers,
+    train_loader = training_loader(datasets["train"], collate, config.train, accelerator)
+    model, optimizer, train_loader = prepare(
+        accelerator, model, partial(build_optimizer, train=config.train), train_loader
     )
-    optimizer = build_optimizer(model, config.train)
-    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     total_steps = count_optimizer_steps(
         micro_batches=len(train_loader),
         accumulation_steps=config.train.gradient_accumulation_steps,
@@ -131,9 +126,16 @@ def fine_tune(
         for name, dataset in datasets.items()
         if name != "train"
     }
-    validate: Callable[[], Scores] | None = None
-    if "validation" in evaluations:
-        validate = lambda: evaluations["validation"]().scores  # noqa: E731
+    best = None
+    if watches_weights(config.eval):
+        best = BestWeights(
+            config.eval,
+            target=decides,
+            folder=folder.best,
+            tokenizer=tokenizer,
+            engine=engine,
+            averager=averager,
+        )
 
     # Train.
     folder.write_provenance(to_yaml(config), accelerator, engine=engine.name)
@@ -156,6 +158,13 @@ def fine_tune(
             averager=averager,
         )
     )
+
+    def validate(step: int) -> bool:
+        found = evaluate_last_and_averaged(evaluations["validation"], averager)
+        scores = {kind: evaluation.scores for kind, evaluation in found.items()}
+        progress.evaluation(step, "validation", scores)
+        return best is not None and best.observe(step, scores)
+
     set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
     result = train(
         accelerator=accelerator,
@@ -168,18 +177,22 @@ def fine_tune(
         settings=config.train,
         progress=progress,
         averager=averager,
-        evaluate_once=validate,
+        validate=validate if "validation" in evaluations else None,
         eval_steps=config.eval.eval_steps,
     )
 
+    if result.stopped_early:
+        progress.stopped_early(result.steps)
+
     # Evaluate the last weights and the averaged ones, and keep both.
-    window = best_window(averager, validate, target.score, better=target.better)
+    window = best_window(averager, evaluations.get("validation"), decides.score, better=decides.better)
     if window:
         progress.window(window)
     selection: dict[str, Any] = {"start": window.best.start, "end": window.best.end} if window else {}
     found = {
         name: evaluate_last_and_averaged(once, averager, **selection) for name, once in evaluations.items()
     }
+    found |= mean_evaluations(found, means or {})
     scores = {
         name: {kind: evaluation.scores for kind, evaluation in kinds.items()} for name, kinds in found.items()
     }
@@ -193,14 +206,51 @@ def fine_tune(
     if accelerator.is_main_process:
         for path in saved.values():
             tokenizer.save_pretrained(path)
+    if best is not None:
+        best.observe(result.steps, scores["validation"], **selection)
     folder.write_json(
-        "summary.json", summary(found, result, metric_name=target.score, averager=averager, window=window)
+        "summary.json",
+        summary(
+            found,
+            result,
+            metric_name=target.score,
+            averager=averager,
+            window=window,
+            best=best and best.found,
+        ),
     )
+    if folder.best.exists():
+        saved["best"] = folder.best
     progress.saved(saved)
     if scores:
         progress.table(scores_table(scores, seconds=result.seconds))
     progress.close()
     return found
+
+
+def training_loader(
+    dataset: Dataset,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    train: TrainConfig,
+    accelerator: Accelerator,
+) -> DataLoader[Any]:
+    """Return a loader over the training rows, not yet prepared, in an order that is the same on every rank."""
+    sampler = None
+    if train.group_by_length:
+        lengths = [
+            len(ids) for rows in dataset.select_columns("input_ids").iter(1000) for ids in rows["input_ids"]
+        ]
+        batch_size = train.per_device_train_batch_size * accelerator.num_processes
+        sampler = length_grouped_sampler(lengths, batch_size=batch_size, seed=train.seed)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size=train.per_device_train_batch_size,
+        shuffle=sampler is None,
+        sampler=sampler,
+        generator=torch.Generator().manual_seed(train.seed),
+        collate_fn=collate,
+        num_workers=train.dataloader_num_workers,
+    )
 
 
 def evaluation_loader(

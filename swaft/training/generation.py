@@ -39,7 +39,8 @@ def evaluate_texts(
     """Return the loss a token and the scores of generated texts over a data set (collective).
 
     The ``loss`` is the plain cross entropy, summed over all target tokens and divided by their number, so it
-    depends neither on batch size nor on ranks. ``gen_len`` is the mean length of what was generated, in tokens.
+    depends neither on batch size nor on ranks. ``gen_len`` is the mean length of what was generated, in tokens,
+    without the one that the decoder starts with.
 
     Args:
         model: as prepared; left in the mode it was found in.
@@ -56,7 +57,9 @@ def evaluate_texts(
     was_training, padding = model.training, tokenizer.pad_token_id
     model.eval()
     try:
-        write = batch_generator(model, accelerator, generation) if metric else None
+        # What is generated is padded with the token that is taken for padding below, whatever the model calls so.
+        arguments = {"pad_token_id": padding, **generation}
+        write = batch_generator(model, accelerator, arguments) if metric else None
         measured = [_gather(_measure(model, batch, write), accelerator, padding) for batch in loader]
     finally:
         model.train(was_training)
@@ -97,24 +100,28 @@ def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
 def write_samples(
     folder: RunFolder,
     evaluations: Mapping[str, Mapping[str, Evaluation]],
-    pairs: Mapping[str, Dataset],
+    rows: Mapping[str, Dataset],
     num_samples: int,
+    *,
+    columns: Sequence[str] = ("source", "references"),
 ) -> None:
     """Write the first rows of each split with what the last and the averaged weights wrote for them.
 
     Args:
         folder: gets a file ``samples-<split>.jsonl``, one row a line, for every split with generated texts.
         evaluations: by split and kind of weights.
-        pairs: rows with ``source`` and ``references``, by split.
+        rows: that were written for, by split.
         num_samples: rows of each split.
+        columns: what is written of each row.
     """
     for split, kinds in evaluations.items():
-        rows = pairs[split][:num_samples]
-        written = {kind: evaluation.outputs for kind, evaluation in kinds.items() if evaluation.outputs}
-        columns = {"source": rows["source"], "references": rows["references"]}
-        columns |= {kind: texts[: len(rows["source"])] for kind, texts in written.items()}
+        first = rows[split][:num_samples]
+        written = {
+            kind: evaluation.outputs[:num_samples] for kind, evaluation in kinds.items() if evaluation.outputs
+        }
+        shown = {name: first[name] for name in columns} | written
         if written and num_samples:
-            lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            lines = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             folder.write_text(f"samples-{split}.jsonl", text)
 
@@ -132,6 +139,9 @@ def batch_generator(
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Return what writes for a batch: token ids, one row a text, padded (every call is collective).
 
+    The token that the decoder starts with is left out: it is no part of the text, and a tokenizer may take it for a
+    word.
+
     Args:
         model: as prepared, in eval mode.
         accelerator: that prepared it.
@@ -147,9 +157,10 @@ def batch_generator(
     def write(batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", ROW_ID)}
         with accelerator.autocast():
-            return network.generate(
+            generated = network.generate(
                 **inputs, do_sample=False, use_cache=True, synced_gpus=together, **generation
             )
+        return generated[:, 1:]
 
     return write
 

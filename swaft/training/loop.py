@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from swaft.averaging import Engine, WeightAverager
 from swaft.config import TrainConfig
 from swaft.errors import TrainingError
 from swaft.noise import ObjectiveOutput
-from swaft.training.evaluate import Scores, evaluate_last_and_averaged, without_row_id
+from swaft.training.accumulation import count_rows, loss_factors, step_batches
+from swaft.training.evaluate import without_row_id
 from swaft.training.meter import Meter
 from swaft.training.progress import ProgressLog
 from swaft.training.schedule import Schedule, set_learning_rate
@@ -34,6 +36,8 @@ class TrainingResult:
     """Optimizer steps that changed the weights."""
     seconds: float
     """Time in training steps, evaluation and logging excluded."""
+    stopped_early: bool = False
+    """Whether an evaluation ended the run before its last step."""
 
 
 def train(
@@ -48,49 +52,50 @@ def train(
     settings: TrainConfig,
     progress: ProgressLog,
     averager: WeightAverager | None = None,
-    evaluate_once: Callable[[], Scores] | None = None,
+    validate: Callable[[int], bool] | None = None,
     eval_steps: int | None = None,
 ) -> TrainingResult:
-    """Train for ``schedule.total_steps`` optimizer steps (collective).
+    """Train for ``schedule.total_steps`` optimizer steps, or until an evaluation ends the run (collective).
 
     Args:
         accelerator: that prepared model, optimizer and loader.
         model: as prepared, and so for ``optimizer`` and ``loader``.
         optimizer: whose rate follows ``schedule``.
         loader: training batches; one pass over it is an epoch.
-        objective: loss of a micro-batch, for instance `swaft.R3F`.
+        objective: loss of a micro-batch, for instance `swaft.R3F`; a mean over the rows that count.
         engine: knows which optimizer steps really happened.
         schedule: rate by applied step, and the length of the run.
         settings: section ``train``: accumulation, clipping, logging.
         progress: is told every ``logging_steps``.
         averager: takes the weights in as they move.
-        evaluate_once: scores the weights that are in the model; called for the last and the averaged weights.
+        validate: evaluates the weights, given the number of steps; returns whether to end the run, the same on
+            every rank.
         eval_steps: optimizer steps between evaluations; None: none during training.
 
     Raises:
         TrainingError: on every rank, where a loss is not finite; the weights are those of the step before.
     """
-    accumulation = settings.gradient_accumulation_steps
     meter = Meter(accelerator)
-    step = 0
+    step, stop = 0, False
     model.train()
     set_learning_rate(optimizer, schedule(engine.applied_steps()))
-    for batch, micro_batches in endless(loader, accumulation):
-        with accelerator.accumulate(model):
-            out = objective(model, without_row_id(batch))
-            meter.add(out, batch)
-            if accelerator.sync_gradients and meter.found_bad_loss():
-                raise _bad_loss(step + 1, schedule(engine.applied_steps()), accelerator)
-            # backward divides by `accumulation`, also where the epoch ends on fewer micro-batches
-            accelerator.backward(out.loss * (accumulation / micro_batches))
-            grad_norm = clip_gradients(accelerator, model, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+    for batches in step_batches(loader, settings.gradient_accumulation_steps):
+        step += 1
+        counts = [count_rows(batch) for batch in batches]
+        for batch, count, factor in zip(batches, counts, loss_factors(counts, accelerator), strict=True):
+            # accelerate would ask the loader, which has been read to the end of the step already.
+            accelerator.sync_gradients = batch is batches[-1]
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+                out = objective(model, without_row_id(batch))
+                meter.add(out, batch, count)
+                if accelerator.sync_gradients and meter.found_bad_loss():
+                    raise _bad_loss(step, schedule(engine.applied_steps()), accelerator)
+                accelerator.backward(out.loss * factor)
+        grad_norm = clip_gradients(accelerator, model, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
         if averager is not None:
             averager.step()
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
         progress.advance()
         applied_rate = optimizer.param_groups[0]["lr"]
         set_learning_rate(optimizer, schedule(engine.applied_steps()))
@@ -101,23 +106,14 @@ def train(
                 "learning_rate": applied_rate,
             }
             progress.training(step, record | _averaged_so_far(averager))
-        if evaluate_once and eval_steps and step % eval_steps == 0 and not last:
+        if validate and eval_steps and step % eval_steps == 0 and not last:
             with meter.paused():
-                progress.evaluation(step, "validation", evaluate_last_and_averaged(evaluate_once, averager))
-        if last:
+                stop = validate(step)
+        if last or stop:
             break
-    return TrainingResult(steps=step, applied_steps=engine.applied_steps(), seconds=meter.seconds)
-
-
-def endless(loader: DataLoader[Any], accumulation: int) -> Iterator[tuple[Any, int]]:
-    """Yield batches epoch after epoch, each with the number of micro-batches in its optimizer step.
-
-    That number is ``accumulation``, and less in the last step of an epoch whose length it does not divide.
-    """
-    whole, rest = divmod(len(loader), accumulation)
-    while True:
-        for index, batch in enumerate(loader):
-            yield batch, accumulation if index < whole * accumulation else rest
+    return TrainingResult(
+        steps=step, applied_steps=engine.applied_steps(), seconds=meter.seconds, stopped_early=stop
+    )
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_grad_norm: float) -> Tensor | None:
@@ -126,7 +122,7 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_grad_norm: fl
     DeepSpeed clips by itself, inside backward, to the ``gradient_clipping`` of its configuration; its norm is
     read only where it is shown. A limit of 0 clips nothing.
     """
-    if not accelerator.sync_gradients or accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return None
     return accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from swaft.noise import ObjectiveOutput
+from swaft.noise.inputs import IGNORE_INDEX
 
 
 class Meter:
@@ -31,11 +32,16 @@ class Meter:
         """Seconds since training began, pauses excluded."""
         return time.monotonic() - self._started
 
-    def add(self, out: ObjectiveOutput, batch: Mapping[str, Any]) -> None:
-        """Add one micro-batch."""
-        values = [getattr(out, name).detach().double() for name in self.NAMES]
-        tokens = batch.get("attention_mask", batch["input_ids"]).count_nonzero()
-        self._sums += torch.stack([*values, torch.ones_like(values[0]), tokens.double()])
+    def add(self, out: ObjectiveOutput, batch: Mapping[str, Any], count: Tensor) -> None:
+        """Add one micro-batch.
+
+        Args:
+            out: of the objective, means over rows.
+            batch: what it was given.
+            count: how many rows, 0-dim.
+        """
+        means = torch.stack([getattr(out, name).detach().double() for name in self.NAMES])
+        self._sums += torch.cat([means * count, torch.stack([count, count_tokens(batch)])])
         self._bad_losses += ~torch.isfinite(out.loss.detach())
 
     def found_bad_loss(self) -> bool:
@@ -48,7 +54,7 @@ class Meter:
         return bool(found.item() > 0)
 
     def read(self) -> dict[str, float | None]:
-        """Return means over micro-batches and ranks since the last call, and tokens a second; collective."""
+        """Return means over the rows of all ranks since the last call, and tokens a second; collective."""
         total: Any = self._accelerator.reduce(self._sums, reduction="sum")
         *sums, count, tokens = total.tolist()
         seconds = self.seconds - self._logged_at_s
@@ -70,3 +76,10 @@ class Meter:
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self.NAMES) + 2, dtype=torch.float64, device=self._accelerator.device)
+
+
+def count_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Return how many tokens of a batch are no padding, 0-dim: those read, and those to be written, if any."""
+    read = batch.get("attention_mask", batch["input_ids"]).count_nonzero()
+    labels = batch.get("labels")
+    return read if labels is None or labels.dim() < 2 else read + (labels != IGNORE_INDEX).sum()

@@ -7,10 +7,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
+from swaft.training.lora import with_adapters
 
 if TYPE_CHECKING:
     from swaft.data import Task
@@ -58,8 +65,17 @@ def load_tokenizer(model: AnyModel) -> Any:
     return tokenizer
 
 
+def longest_text(model_config: Any, tokenizer: Any) -> int:
+    """Return how many tokens an encoder reads: as its tokenizer says, and at most as many as it has positions."""
+    positions = getattr(model_config, "max_position_embeddings", None) or 0
+    # Relative positions (DeBERTa's) reach further than that.
+    if positions <= 0 or getattr(model_config, "relative_attention", False):
+        return tokenizer.model_max_length
+    return min(tokenizer.model_max_length, positions)
+
+
 def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradient_checkpointing: bool) -> Any:
-    """Return the model with a new head, in fp32.
+    """Return the model with a new head, in fp32; with adapters where the settings ask for them.
 
     Args:
         model: section ``model``.
@@ -77,7 +93,50 @@ def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradien
             ignore_mismatched_sizes=model.ignore_mismatched_sizes,
             dtype="float32",
         )
-    return with_checkpointing(loaded, gradient_checkpointing)
+    return with_adapters(
+        with_checkpointing(loaded, gradient_checkpointing), model, task="sequence classification"
+    )
+
+
+def require_question_answering(model: ModelConfig, model_config: Any) -> None:
+    """Refuse a kind of model that cannot be asked for the first and the last token of an answer.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+
+    Raises:
+        ConfigError: as said.
+    """
+    brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
+    if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
+        raise ConfigError(
+            f"model.model_name_or_path: {model.model_name_or_path} is a {model_config.model_type}, of which "
+            "transformers has no question-answering form; use an encoder (bert, roberta, distilbert, deberta, ...)"
+        )
+
+
+def load_question_answerer(
+    model: ModelConfig, model_config: Any, *, seed: int, gradient_checkpointing: bool
+) -> Any:
+    """Return the model with a head that points at first and last tokens, in fp32; with adapters where asked for.
+
+    Args:
+        model: section ``model``.
+        model_config: transformers configuration with two labels.
+        seed: of the head, where the model brings none (see `load_classifier`).
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+    torch.manual_seed(seed)
+    with told_as_settings(model):
+        loaded = AutoModelForQuestionAnswering.from_pretrained(
+            model_path(model),
+            config=model_config,
+            trust_remote_code=model.trust_remote_code,
+            ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+            dtype="float32",
+        )
+    return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task="question answering")
 
 
 def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
@@ -111,7 +170,7 @@ def told_as_settings(model: AnyModel) -> Iterator[None]:
     """Context in which what transformers raises becomes a problem with the model's settings."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason and not model.trust_remote_code:
             raise ConfigError(

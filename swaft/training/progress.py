@@ -99,6 +99,12 @@ class ProgressLog:
             logger.info("step %d | %s, %s weights | %s", step, split, weights, _joined(values))
             self._record(f"{split}/{weights}", step, values)
 
+    def stopped_early(self, step: int) -> None:
+        """Say that an evaluation ended the run before its last step."""
+        logger.info(
+            "stopped early, after step %d of %d: the validation score gets no better", step, self._total_steps
+        )
+
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Print the closing table; the first row is its head."""
         for line in aligned(rows):

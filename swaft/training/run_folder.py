@@ -73,6 +73,11 @@ class RunFolder:
         """Hugging Face folder of the averaged weights."""
         return self.path / "final-averaged"
 
+    @property
+    def best(self) -> Path:
+        """Hugging Face folder of the weights that scored best on validation rows, where they are kept."""
+        return self.path / "best"
+
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
         if not self.is_main:
@@ -128,15 +133,21 @@ def _names(words: list[str]) -> set[str]:
 def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
     """Return what a bug report needs: versions, commit, device, world size, engine."""
     device = accelerator.device
+    return software() | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "world_size": accelerator.num_processes,
+        "engine": engine,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def software() -> dict[str, Any]:
+    """Return what runs: versions, operating system, commit."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
         "git_commit": _git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "world_size": accelerator.num_processes,
-        "engine": engine,
-        "mixed_precision": accelerator.mixed_precision,
     }
 
 
@@ -145,13 +156,36 @@ def package_versions() -> dict[str, str]:
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 
+def refuse_used(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be a new run's; nothing is made.
+
+    Raises:
+        ConfigError: where it holds files already, or is none.
+    """
+    problem = _held(Path(path)) if Path(path).exists() else None
+    if problem:
+        raise ConfigError(problem)
+
+
 def _claim(path: Path) -> str | None:
     """Make the folder; return what is wrong where it cannot be this run's."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _no_folder(path, error)
+    return _held(path)
+
+
+def _no_folder(path: Path, error: OSError) -> str:
+    return f"train.output_dir: {path} cannot be made a folder ({error.strerror}); name another"
+
+
+def _held(path: Path) -> str | None:
+    """What is wrong with a folder that is there: that it holds files, or is none."""
+    try:
         held = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
-        return f"train.output_dir: {path} cannot be made a folder ({error.strerror}); name another"
+        return _no_folder(path, error)
     if held:
         return (
             f"train.output_dir: {path} holds another run already "

@@ -105,6 +105,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def count_micro_batches(*, num_rows: int, batch_size: int, world_size: int) -> int:
+    """Return the micro-batches per rank and epoch: the length of a loader once accelerate has prepared it.
+
+    Args:
+        num_rows: training rows.
+        batch_size: rows per rank and micro-batch; the last one of an epoch may have fewer.
+        world_size: ranks, each of which gets equally many.
+    """
+    return math.ceil(math.ceil(num_rows / batch_size) / world_size)
+
+
 def count_optimizer_steps(
     *, micro_batches: int, accumulation_steps: int, num_train_epochs: float, max_steps: int
 ) -> int:

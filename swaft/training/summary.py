@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from swaft.averaging import WeightAverager, WindowSearch
 from swaft.config import TrainConfig
 from swaft.training.accelerator import engine_name
+from swaft.training.best import Best
+from swaft.training.build import ParameterCount
 from swaft.training.evaluate import Evaluation
 from swaft.training.loop import TrainingResult
 from swaft.training.schedule import Schedule
@@ -22,7 +24,7 @@ def run_facts(
     *,
     task: str,
     num_rows: int,
-    num_parameters: int,
+    num_parameters: ParameterCount,
     schedule: Schedule,
     averager: WeightAverager | None,
 ) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def run_facts(
         accelerator: after ``prepare``.
         task: what is learnt, in words.
         num_rows: training rows.
-        num_parameters: trainable parameters.
+        num_parameters: of the whole model, those that are trained apart.
         schedule: learning rate and length of the run.
         averager: None without averaging.
     """
@@ -49,7 +51,7 @@ def run_facts(
         "Total train batch size (w. parallel, distributed & accumulation)": per_step,
         "Gradient accumulation steps": train.gradient_accumulation_steps,
         "Total optimization steps": schedule.total_steps,
-        "Number of trainable parameters": num_parameters,
+        "Number of trainable parameters": str(num_parameters),
         "Learning rate": f"{schedule.peak:g} {schedule.kind}, {schedule.warmup_steps} warm-up steps",
         "Engine": engine_name(accelerator),
         "Ranks": f"{accelerator.num_processes} on {accelerator.device.type}",
@@ -70,6 +72,7 @@ def summary(
     metric_name: str,
     averager: WeightAverager | None,
     window: WindowSearch | None = None,
+    best: Best | None = None,
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -79,8 +82,9 @@ def summary(
         metric_name: the score that counts.
         averager: None without averaging.
         window: what was averaged, where that was chosen after training.
+        best: the weights that scored best on validation rows, where they were kept or ended the run.
     """
-    content = {
+    content: dict[str, Any] = {
         "metric": metric_name,
         "scores": _each(evaluations, lambda evaluation: evaluation.scores),
         "steps": result.steps,
@@ -88,6 +92,10 @@ def summary(
         "num_averaged": 0 if averager is None else averager.num_averaged,
         "train_seconds": round(result.seconds, 3),
     }
+    if result.stopped_early:
+        content["stopped_early_at"] = result.steps
+    if best is not None:
+        content["best"] = asdict(best)
     if any(evaluation.details for kinds in evaluations.values() for evaluation in kinds.values()):
         content["details"] = _each(evaluations, lambda evaluation: evaluation.details)
     if averager is not None:

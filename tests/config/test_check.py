@@ -12,6 +12,7 @@ from swaft.config import (
     ClassificationConfig,
     DataConfig,
     ModelConfig,
+    QuestionAnsweringConfig,
     Seq2SeqConfig,
     Seq2SeqDataConfig,
     Seq2SeqModelConfig,
@@ -122,16 +123,6 @@ def test_rows_have_to_come_from_exactly_one_place():
     assert problem.startswith("data.dataset_config_name:")
 
 
-def test_fp16_without_cuda_is_refused(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    [problem] = check_config(config(train__mixed_precision="fp16"))
-    assert problem.startswith("train.mixed_precision:")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert check_config(config(train__mixed_precision="fp16")) == []
-
-
 @pytest.mark.parametrize(
     ("section", "total_steps", "fits"),
     [
@@ -165,7 +156,7 @@ def test_max_steps_tells_the_length_before_the_run():
     assert check_config(config(averaging__rule="swa", averaging__start=100, train__max_steps=150)) == []
 
 
-@pytest.mark.parametrize("recipe", [ClassificationConfig, Seq2SeqConfig])
+@pytest.mark.parametrize("recipe", [ClassificationConfig, Seq2SeqConfig, QuestionAnsweringConfig])
 def test_every_setting_has_a_doc(recipe):
     for section, section_class in sections(recipe).items():
         texts = docs(section_class)
@@ -262,3 +253,73 @@ def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():
     for name, value in (("metric", "rouge"), ("num_beams", 4), ("max_new_tokens", 9)):
         [problem] = check_config(seq2seq_config(**quiet, **{f"eval__{name}": value}))
         assert problem.startswith(f"eval.{name}:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model__lora_r": 8}, "model.lora_r: 8 is about LoRA, and model.use_peft=false"),
+        ({"model__lora_target_modules": "query"}, "model.lora_target_modules: query is about LoRA"),
+        ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: 0 is not"),
+        ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: 0 is not"),
+        ({"model__use_peft": True, "model__lora_dropout": 1.0}, "model.lora_dropout: 1.0 is outside"),
+        ({"model__use_peft": True, "model__lora_dropout": math.nan}, "model.lora_dropout: nan is outside"),
+        (
+            {"model__use_peft": True, "model__lora_target_modules": "a,,b"},
+            "model.lora_target_modules: 'a,,b' holds",
+        ),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["classification", "seq2seq"])
+def test_adapters_that_cannot_be_are_one_problem_in_every_recipe(recipe, changes, expected):
+    made = config(**changes) if recipe == "classification" else seq2seq_config(**changes)
+    [problem] = check_config(made)
+    assert problem.startswith(expected)
+
+
+def test_adapters_need_a_pretrained_model():
+    made = seq2seq_config(
+        model__use_peft=True, model__model_name_or_path=None, model__config={"model_type": "t5"}
+    )
+    [problem] = check_config(made)
+    assert problem.startswith("model.use_peft: adapters change a pretrained model")
+
+
+STOP = {"eval__early_stopping_patience": 2, "eval__eval_steps": 10}
+AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"eval__keep_best": "last"}, "eval.keep_best: needs evaluations while training"),
+        ({"eval__early_stopping_patience": 2}, "eval.early_stopping_patience: needs evaluations"),
+        ({**STOP, "eval__early_stopping_patience": 0}, "eval.early_stopping_patience: 0 is not"),
+        ({**STOP, "eval__early_stopping_threshold": -0.1}, "eval.early_stopping_threshold: -0.1 is not"),
+        ({"eval__early_stopping_threshold": 0.1}, "eval.early_stopping_threshold: 0.1 is used with"),
+        ({"eval__keep_best": "averaged", "eval__eval_steps": 5}, "eval.keep_best: averaged needs averaged"),
+        ({"eval__keep_best": "either", "eval__eval_steps": 5}, "eval.keep_best: either needs averaged"),
+        ({"eval__metric_for_best_model": "loss"}, "eval.metric_for_best_model: loss decides between"),
+        (
+            {**STOP, "averaging__rule": "merge", "averaging__weights": "cosine"},
+            "eval.early_stopping_patience: averaging.rule=merge weighs",
+        ),
+    ],
+)
+def test_choosing_between_weights_that_cannot_be_is_one_problem(changes, expected):
+    [problem] = check_config(config(**changes))
+    assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**AVERAGED, "eval__keep_best": "averaged"},
+        {**AVERAGED, "eval__keep_best": "either", "eval__metric_for_best_model": "loss"},
+        {**STOP, "eval__early_stopping_threshold": 0.01, "eval__metric_for_best_model": "f1"},
+        {"averaging__rule": "windows", "eval__metric_for_best_model": "f1"},
+        {"model__use_peft": True, "model__lora_r": 8, "model__lora_target_modules": "query, value"},
+    ],
+)
+def test_choosing_between_weights_and_adapters_that_can_be_have_no_problem(changes):
+    assert check_config(config(**changes)) == []

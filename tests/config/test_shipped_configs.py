@@ -17,19 +17,28 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs/classification").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 TASKS = {"mrpc", "rte", "cola", "sst2", "stsb", "banking77", "trec", "cr", "subj", "mpqa", "quickstart"}
+OF_THE_HUB = {"xnli"}
 
 
 def test_there_is_a_config_for_every_task():
-    assert {path.stem for path in CONFIGS} == TASKS
+    assert {path.stem for path in CONFIGS} == TASKS | OF_THE_HUB
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_loads(path):
     config = load_config(ClassificationConfig, ["--config", str(path)])
-    assert config.model.model_name_or_path == "demo"
     assert config.train.output_dir == f"runs/{path.stem}"
     assert (config.averaging.rule, config.averaging.start) == ("swa", 0.5)
-    assert config.data.task_name == ("python_docstrings" if path.stem == "quickstart" else path.stem)
+    if path.stem in TASKS:
+        assert config.model.model_name_or_path == "demo"
+        assert config.data.task_name == ("python_docstrings" if path.stem == "quickstart" else path.stem)
+
+
+def test_xnli_is_trained_on_english_and_evaluated_on_the_fifteen_languages_of_the_paper():
+    path = next(path for path in CONFIGS if path.stem == "xnli")
+    data = load_config(ClassificationConfig, ["--config", str(path)]).data
+    assert (data.dataset_name, data.dataset_config_name) == ("facebook/xnli", "en")
+    assert len({"en", *(data.eval_languages or "").split(",")}) == 15
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

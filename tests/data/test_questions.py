@@ -7,8 +7,8 @@ import logging
 import pytest
 from datasets import Dataset
 
-from swaft.data import check_questions, right_answers
-from swaft.errors import DataError
+from swaft.data import check_questions, may_have_no_answer, right_answers
+from swaft.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.unit
 
@@ -68,3 +68,12 @@ def test_missing_column_is_named():
         DataError, match="the train split has no column 'answers'; the columns are id, question"
     ):
         check({"id": "1", "question": "a", "context": "b"})
+
+
+def test_the_setting_decides_whether_none_is_an_answer_else_the_questions_do():
+    first, second = check(row()), check(row(), UNANSWERABLE)
+    assert (may_have_no_answer(first, None), may_have_no_answer(first, True)) == (False, True)
+    assert (may_have_no_answer(second, None), may_have_no_answer(second, True)) == (True, True)
+    assert may_have_no_answer(first, False) is False
+    with pytest.raises(ConfigError, match=r"version_2_with_negative is false, .* no answer \(1 of train\)"):
+        may_have_no_answer(second, False)

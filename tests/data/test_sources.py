@@ -208,6 +208,23 @@ def test_unreachable_hub_says_what_to_set(monkeypatch):
         load_splits(DataConfig(dataset_name="some/thing"))
 
 
+def test_a_dataset_that_is_a_script_says_where_its_rows_are(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found thing.py")
+
+    monkeypatch.setattr(sources, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"found thing\.py; .* --revision refs/convert/parquet"):
+        load_splits(DataConfig(dataset_name="some/thing"))
+
+
+def test_a_folder_laid_out_as_the_hub_keeps_parquet_is_read(tmp_path):
+    for name, rows in {"train/0000": ROWS[:2], "train/0001": ROWS[2:], "test/0000": ROWS[:1]}.items():
+        (tmp_path / "long" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "long" / f"{name}.parquet", rows)
+    splits = load_splits(DataConfig(dataset_name=str(tmp_path / "long")))
+    assert {name: split.to_list() for name, split in splits.items()} == {"train": ROWS, "test": ROWS[:1]}
+
+
 def test_a_text_that_looks_like_a_missing_value_stays_a_text(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nNA,0\nnull,1\nnone of it,0\n")
     splits = load_splits(DataConfig(train_file=str(tmp_path / "train.csv")))

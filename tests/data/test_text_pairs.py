@@ -136,9 +136,26 @@ def test_languages_have_to_be_named(source, target, said):
         find(TRANSLATIONS, source_lang=source, target_lang=target)
 
 
-def test_languages_without_a_translation_are_refused():
-    with pytest.raises(DataError, match=r"data\.source_lang is en .* not read from a column 'translation'"):
-        find(rows(text=["a"], summary=["b"]), source_lang="en", target_lang="fr")
+def test_the_code_of_a_model_finds_the_language_before_its_underscore():
+    assert find(TRANSLATIONS, source_lang="en_XX", target_lang="fr_XX") == PairColumns(
+        "translation", "translation", "en", "fr"
+    )
+
+
+def test_columns_may_name_languages_where_the_model_calls_them_otherwise():
+    found = find(
+        TRANSLATIONS,
+        source_column="en",
+        target_column="fr",
+        source_lang="eng_Latn",
+        target_lang="fra_Latn",
+    )
+    assert found == PairColumns("translation", "translation", "en", "fr")
+
+
+def test_languages_beside_columns_are_left_to_the_tokenizer():
+    split = rows(text=["a"], summary=["b"])
+    assert find(split, source_lang="en_XX", target_lang="en_XX") == PairColumns("text", "summary")
 
 
 def test_translation_without_a_text_is_named():

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from swaft.config import TrainConfig
 from swaft.training.accelerator import resolve_deepspeed, resolve_precision
+from swaft.training.fsdp2 import resolve_fsdp2
 
 pytestmark = pytest.mark.unit
 
@@ -54,7 +55,7 @@ def launched(monkeypatch):
 
 def test_there_is_a_file_for_every_way_to_train():
     one_machine = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
-    on_the_cpu = {"ddp_cpu", "zero0_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"}
+    on_the_cpu = {"ddp_cpu", "zero0_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"}
     machines = {"ddp_multinode", "zero2_multinode", "zero3_multinode", "fsdp2_multinode"}
     assert set(FILES) == one_machine | on_the_cpu | machines
 
@@ -89,7 +90,7 @@ def test_a_zero_file_announces_its_stage_and_the_recipe_runs_it(name, launched):
     assert environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_multinode"])
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_cpu", "fsdp2_multinode"])
 def test_an_fsdp2_file_announces_version_2_with_every_rank_loading_the_model(name, launched):
     environ = launched(name, *(ON_TWO_MACHINES if name in MULTINODE else ())).environ
     assert environ["ACCELERATE_USE_FSDP"] == "true"
@@ -97,6 +98,7 @@ def test_an_fsdp2_file_announces_version_2_with_every_rank_loading_the_model(nam
     assert environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     assert environ["FSDP_RESHARD_AFTER_FORWARD"] == "true"
     assert environ["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert resolve_fsdp2(environ, precision="no") is not None
 
 
 @pytest.mark.parametrize("name", MULTINODE)

@@ -17,8 +17,9 @@ from two_hosts import INTERFACE, Job, TwoHosts, reason_not_to_try
 ROOT = Path(__file__).parents[2]
 REASON = reason_not_to_try()
 MULTINODE = "launch/accelerate/zero3_multinode.yaml"
-RUN_S, END_S = 200, 30
-"""Seconds a whole run may take on a busy machine, and seconds in which a run that lost a host has to end."""
+RUN_S, END_S, SILENCE_S = 200, 30, 15
+"""Seconds a whole run may take on a busy machine, in which a run that lost a host has to end, and that it waits for
+one that says nothing."""
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
@@ -97,21 +98,46 @@ def test_two_hosts_train_and_average_bit_for_bit_as_one_host_with_two_ranks(host
     assert metrics(apart) == metrics(together)
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_host_that_is_lost_ends_the_run_on_the_other_soon_and_with_a_message(hosts, inputs, tmp_path, lost):
-    output = tmp_path / "run"
-    jobs = [start(hosts, host, inputs, output, "train.num_train_epochs=1000") for host in (0, 1)]
+def start_and_wait_for_training(hosts: TwoHosts, inputs: Path, output: Path, *more: str) -> list[Job]:
+    jobs = [start(hosts, host, inputs, output, "train.num_train_epochs=1000", *more) for host in (0, 1)]
     until = time.monotonic() + RUN_S
     while "step 5/" not in jobs[0].output:
         assert {job.code for job in jobs} == {None}, jobs[0].output + jobs[1].output
         assert time.monotonic() < until, jobs[0].output
         time.sleep(0.1)
-    hosts.power_off(lost)
-    left = jobs[1 - lost]
-    assert left.wait(END_S) != 0
-    assert "Connection" in left.output
-    assert "classification.py FAILED" in left.output
+    return jobs
+
+
+def require_clean_end(job: Job, output: Path, message: str) -> None:
+    """What is said is what happened and what to look at, and the launcher says it once more, last."""
+    said = job.output
+    assert len(re.findall(rf"^error.*: other ranks {message}", said, re.MULTILINE)) == 1, said
+    last = said[said.index("Root Cause") :]
+    assert f"other ranks {message}" in last
+    assert "the network to its machine is cut" in said
+    assert "swaft/training" not in said  # no traceback of ours
     assert not (output / "summary.json").exists()
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_host_that_is_lost_ends_the_run_on_the_other_soon_and_with_a_message(hosts, inputs, tmp_path, lost):
+    output = tmp_path / "run"
+    left = start_and_wait_for_training(hosts, inputs, output)[1 - lost]
+    hosts.power_off(lost)
+    assert left.wait(END_S) != 0
+    require_clean_end(left, output, "are gone")
+
+
+def test_a_host_whose_cable_is_pulled_ends_the_run_on_both_soon_and_with_a_message(hosts, inputs, tmp_path):
+    output = tmp_path / "run"
+    jobs = start_and_wait_for_training(
+        hosts, inputs, output, f"train.ddp_timeout={SILENCE_S}", "averaging.start=1"
+    )
+    hosts.pull_the_cable()
+    until = time.monotonic() + SILENCE_S + END_S
+    for job in jobs:
+        assert job.wait(until - time.monotonic()) != 0
+        require_clean_end(job, output, "did not answer within train.ddp_timeout seconds")
 
 
 def test_a_host_that_never_joins_is_waited_for_as_long_as_told(hosts, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -8,6 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from launching import ROOT
 from tiny_inputs import save_model, save_rows
+from tiny_questions import save_questions, save_reader
 from tiny_texts import NEW_MODEL, save_pairs
 
 
@@ -78,6 +80,38 @@ eval:
 
 
 @pytest.fixture(scope="session")
+def question_inputs(tmp_path_factory) -> Path:
+    """A folder with a model, questions about texts, and a configuration that names them."""
+    folder = tmp_path_factory.mktemp("question-inputs")
+    save_reader(folder / "model")
+    save_questions(folder / "train.jsonl", 90, seed=1)
+    save_questions(folder / "validation.jsonl", 23, seed=2)
+    save_questions(folder / "test.jsonl", 11, seed=3)
+    (folder / "run.yaml").write_text(
+        f"""\
+model: {{model_name_or_path: {folder / "model"}}}
+data:
+  train_file: {folder / "train.jsonl"}
+  validation_file: {folder / "validation.jsonl"}
+  test_file: {folder / "test.jsonl"}
+  max_seq_length: 20
+  doc_stride: 6
+train:
+  output_dir: {folder / "unused"}
+  per_device_train_batch_size: 8
+  max_steps: 60
+  learning_rate: 5.0e-3
+  logging_steps: 5
+  group_by_length: true
+averaging: {{rule: swa}}
+noise: {{kind: r3f}}
+eval: {{per_device_eval_batch_size: 8, num_samples: 5}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def classification() -> ModuleType:
     """The recipe as a module, to call its `main` in this process."""
     return load_recipe("classification")
@@ -87,6 +121,12 @@ def classification() -> ModuleType:
 def seq2seq() -> ModuleType:
     """The recipe as a module, to call its `main` in this process."""
     return load_recipe("seq2seq")
+
+
+@pytest.fixture(scope="session")
+def question_answering() -> ModuleType:
+    """The recipe as a module, to call its `main` in this process."""
+    return load_recipe("question_answering")
 
 
 @pytest.fixture
@@ -102,6 +142,6 @@ def load_recipe(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
     assert spec
     assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

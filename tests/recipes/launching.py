@@ -22,7 +22,7 @@ class Finished:
     err: str
 
 
-def launch(config_file: str, recipe: str, *arguments: str) -> Finished:
+def launch(config_file: str, recipe: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> Finished:
     """Run `accelerate launch` to its end; over the time limit all its ranks are killed and the test fails."""
     command = [
         sys.executable,
@@ -48,9 +48,9 @@ def launch(config_file: str, recipe: str, *arguments: str) -> Finished:
         stderr=subprocess.PIPE,
     )
     try:
-        out, err = process.communicate(timeout=TIMEOUT_S)
+        out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"no end after {TIMEOUT_S} s\n{out}\n{err}") from None
+        raise AssertionError(f"no end after {timeout_s:.0f} s\n{out}\n{err}") from None
     return Finished(process.returncode, out, err)

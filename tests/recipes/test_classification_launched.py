@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
-from tiny_inputs import save_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tiny_inputs import accuracy_of, save_model
 
 from swaft.config import ClassificationConfig, load_config
 
@@ -31,22 +29,6 @@ def records(output: Path, kind: str) -> list[dict]:
 
 def values(records: list[dict], name: str) -> list[float]:
     return [record[name] for record in records]
-
-
-def accuracy_of(folder: Path, rows: Path) -> float:
-    """The accuracy of a saved folder, by nothing but transformers."""
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    with rows.open() as file:
-        rows_read = list(csv.DictReader(file))
-    with torch.no_grad():
-        logits = model.eval()(
-            **tokenizer([r["text"] for r in rows_read], padding=True, return_tensors="pt")
-        ).logits
-    labels = torch.tensor([int(r["label"]) for r in rows_read])
-    return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):

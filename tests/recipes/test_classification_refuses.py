@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny_inputs import save_model, save_rows
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
@@ -34,6 +35,7 @@ def refuse(classification, inputs, tmp_path, capsys):
     [
         ("data.text_column=txet", "there is no column 'txet'"),
         ("eval.metric=bleu", "eval.metric: 'bleu' is not one of"),
+        ("eval.metric=squad", "eval.metric: 'squad' is not one of"),
         ("eval.metric=pearson_spearman", "pearson_spearman does not fit a classification"),
         ("averaging.start=500", "averaging.start"),
         ("train.learning_rate=-1", "train.learning_rate"),
@@ -60,6 +62,47 @@ def row_files(tmp_path) -> tuple[str, ...]:
 def test_a_label_of_validation_that_training_never_saw_is_named(refuse, tmp_path):
     odd = save_rows(tmp_path / "odd.csv", 8, seed=1, label=lambda positive: 7 if positive else 0)
     assert "7" in refuse("data.validation_file=" + odd, *row_files(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"text": ["a", "b"], "label": [0.0, float("nan")]}, "row 1 of test has no label (nan)"),
+        ({"text": ["a", None], "label": [0, 1]}, "row 1 of test has nothing in column 'text'"),
+        ({"text": [3, 4], "label": [0, 1]}, "row 0 of test has 3 in column 'text'; expected text"),
+        ({"label": [0, 1]}, "the test split has no column 'text', but train has"),
+        ({"text": ["a"], "label": [[1]]}, "column 'label' of test holds list values"),
+        (
+            {"id": ["x", "x"], "text": ["a", "b"], "label": [0, 1]},
+            "1 values of column 'id' stand in several rows of test ('x', ...)",
+        ),
+    ],
+    ids=["nan label", "no text", "number", "no column", "list label", "repeated id"],
+)
+def test_rows_that_cannot_be_used_are_named(refuse, tmp_path, columns, said):
+    Dataset.from_dict(columns).to_parquet(str(tmp_path / "test.parquet"))
+    assert said in refuse(f"data.test_file={tmp_path / 'test.parquet'}", *row_files(tmp_path))
+
+
+def test_more_tokens_than_a_model_has_positions_are_refused_where_its_tokenizer_does_not_say(
+    refuse, tmp_path
+):
+    folder = save_model(tmp_path / "model")
+    settings = Path(folder) / "tokenizer_config.json"
+    said = json.loads(settings.read_text())
+    del said["model_max_length"]
+    settings.write_text(json.dumps(said))
+    refused = refuse(f"model.model_name_or_path={folder}", "data.max_seq_length=64")
+    assert "data.max_seq_length is 64, but the model reads at most 32 tokens" in refused
+
+
+def test_a_tokenizer_with_neither_padding_nor_an_end_is_refused(refuse, tmp_path):
+    folder = save_model(tmp_path / "model")
+    settings = Path(folder) / "tokenizer_config.json"
+    said = json.loads(settings.read_text())
+    assert not said.get("eos_token")
+    settings.write_text(json.dumps(said | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None}))
+    assert "has no padding token" in refuse(f"model.model_name_or_path={folder}")
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_left_alone(refuse, tmp_path):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny_inputs import save_model
-from tiny_texts import save_encoder_decoder, save_pairs
+from tiny_texts import language_tokenizer, save_encoder_decoder, save_pairs
+from transformers import MarianConfig
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
@@ -39,6 +43,9 @@ def pretrained(folder: str | Path) -> tuple[str, ...]:
         (("data.source_column=source", "data.target_column=traget"), "Did you mean 'target'?"),
         (("data.source_lang=en", "data.target_lang=fr"), "data.source_lang"),
         (("eval.metric=accuracy",), "accuracy does not fit a generation task"),
+        (("eval.metric=squad",), "squad does not fit a generation task"),
+        (("data.source_lang=en",), "data.target_lang: is not set"),
+        (("data.max_target_length=0",), "data.max_target_length: 0"),
         (("eval.metric=chfr",), "Did you mean 'chrf'?"),
         (("eval.predict_with_generate=false",), "eval.num_beams: 2 is about generated texts"),
         (("train.label_smoothing_factor=1.0",), "train.label_smoothing_factor"),
@@ -62,6 +69,91 @@ def test_an_empty_reference_is_named_by_its_row(refuse, tmp_path):
     train = save_pairs(tmp_path / "train.csv", 8, seed=2)
     said = refuse(f"data.train_file={train}", f"data.validation_file={bad}")
     assert "of validation has an empty text in column 'target'" in said
+
+
+def save_parquet(path: Path, **columns: list) -> str:
+    Dataset.from_dict(columns).to_parquet(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"source": ["a cat", "  "], "target": ["chat", "chien"]},
+            "row 1 of test has an empty text in column 'source'",
+        ),
+        (
+            {"source": ["a cat", "a dog"], "target": ["chat", None]},
+            "row 1 of test has nothing in column 'target'",
+        ),
+        ({"source": ["a cat"], "target": [7]}, "row 0 of test has 7 in column 'target'; expected text"),
+        ({"source": ["a cat"]}, "the test split has no column 'target', but train has"),
+        (
+            {"id": [3, 3], "source": ["a cat", "a dog"], "target": ["chat", "chien"]},
+            "1 values of column 'id' stand in several rows of test (3, ...)",
+        ),
+        (
+            {"source": ["a cat", "a dog"], "target": ["chat", "chien"], "references": [["chat"], []]},
+            "row 1 of test has [] in column 'references'",
+        ),
+    ],
+    ids=["blank source", "no target", "number", "no column", "repeated id", "no reference"],
+)
+def test_rows_that_cannot_be_used_are_named(refuse, tmp_path, columns, said):
+    train, test = (
+        save_pairs(tmp_path / "train.csv", 8, seed=2),
+        save_parquet(tmp_path / "test.parquet", **columns),
+    )
+    assert said in refuse(f"data.train_file={train}", f"data.test_file={test}")
+
+
+def test_a_translation_without_the_target_language_is_named(refuse, tmp_path):
+    train = save_parquet(tmp_path / "train.parquet", translation=[{"en": "a cat", "fr": "chat"}] * 4)
+    languages = ("data.source_lang=en", "data.target_lang=de")
+    said = refuse(f"data.train_file={train}", *languages)
+    assert "data.target_lang is de; the languages are en, fr; name one of them" in said
+    test = save_parquet(tmp_path / "test.parquet", translation=[{"en": "a cat", "fr": None}])
+    said = refuse(f"data.train_file={train}", f"data.test_file={test}", languages[0], "data.target_lang=fr")
+    assert "row 0 of test has None as its text in 'fr'" in said
+
+
+@pytest.mark.parametrize(
+    ("languages", "said"),
+    [
+        (("data.source_lang=en", "data.target_lang=fr_XX"), "has no language 'en'; did you mean en_XX?"),
+        ((), "data.source_lang: MBartTokenizer has no language None; expected one of ar_AR"),
+    ],
+)
+def test_a_model_of_many_languages_has_to_be_told_which(refuse, tmp_path, languages, said):
+    language_tokenizer("mbart").save_pretrained(tmp_path / "tokenizer")
+    assert said in refuse(
+        "model.vocab_size=null", f"model.tokenizer_name={tmp_path / 'tokenizer'}", *languages
+    )
+
+
+def test_a_tokenizer_with_neither_padding_nor_an_end_is_refused(refuse, tmp_path):
+    folder = save_encoder_decoder(tmp_path / "model", special={"unk_token": "<unk>"})
+    assert "has no padding token" in refuse(*pretrained(folder))
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="the package is there")
+def test_a_tokenizer_that_needs_a_package_names_it(refuse, tmp_path):
+    config = MarianConfig(vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1, pad_token_id=0)
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    said = refuse(*pretrained(tmp_path / "model"))
+    assert "cannot be loaded: MarianTokenizer requires the SentencePiece library" in said
+
+
+def test_a_deepspeed_file_for_another_stage_names_both(refuse, tmp_path, monkeypatch):
+    file = tmp_path / "mine.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    said = refuse()
+    assert f"configuration says zero_stage = 3, but {file} says zero_optimization.stage = 2" in said
 
 
 def test_a_decoder_that_does_not_know_where_to_start_is_refused(refuse, tmp_path):
@@ -102,3 +194,19 @@ def test_a_pretrained_encoder_decoder_is_fine_tuned_with_its_own_tokenizer(
     assert own.read_text() == saved.read_text()
     assert not (output / "samples-validation.jsonl").exists()  # nothing was generated
     assert '"metric": "loss"' in (output / "summary.json").read_text()
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(seq2seq, text_inputs, tmp_path, capsys):
+    """The model's own padding, id 0, is a word to this tokenizer: no text may end in it."""
+    folder = save_encoder_decoder(tmp_path / "model", special={"eos_token": "</s>", "unk_token": "<unk>"})
+    output = tmp_path / "run"
+    code = seq2seq.main(
+        [
+            *("--config", str(text_inputs / "run.yaml"), f"train.output_dir={output}", "train.max_steps=30"),
+            *pretrained(folder),
+        ]
+    )
+    assert code == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (output / "samples-validation.jsonl").read_text().splitlines()]
+    assert any(row["last"] for row in rows)
+    assert not any("<pad>" in row["last"] + row["averaged"] for row in rows)

@@ -7,7 +7,13 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+)
 
 POSITIVE, NEGATIVE = ["good", "fine"], ["bad", "awful"]
 SUBJECTS, DEGREES = ["movie", "film", "plot"], ["very", "truly"]
@@ -53,3 +59,17 @@ def save_rows(path: Path, count: int, *, seed: int, label=lambda positive: int(p
                 ]
             )
     return str(path)
+
+
+def accuracy_of(folder: Path, rows: Path, *, model=None) -> float:
+    """The accuracy of a saved folder, by nothing but transformers; of another model with its tokenizer."""
+    model = model or AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with rows.open() as file:
+        rows_read = list(csv.DictReader(file))
+    with torch.no_grad():
+        logits = model.eval()(
+            **tokenizer([r["text"] for r in rows_read], padding=True, return_tensors="pt")
+        ).logits
+    labels = torch.tensor([int(r["label"]) for r in rows_read])
+    return (logits.argmax(-1) == labels).double().mean().item()

@@ -6,10 +6,20 @@ import csv
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MBart50Tokenizer,
+    MBartTokenizer,
+    NllbTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
+from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as FIFTY_CODES
 
 COLOURS = {"red": "rouge", "blue": "bleu clair", "green": "vert", "black": "noir de jais"}
 ANIMALS = {"cat": "chat", "dog": "chien", "bird": "oiseau", "horse": "cheval", "cow": "vache", "hen": "poule"}
@@ -37,17 +47,18 @@ def save_pairs(path: Path, count: int, *, seed: int, target=lambda text: text) -
     return str(path)
 
 
-def save_encoder_decoder(folder: Path, *, decoder_start_token_id: int | None = 0) -> str:
-    """A T5 of one thin layer with a tokenizer that knows whole words."""
+def save_encoder_decoder(
+    folder: Path, *, decoder_start_token_id: int | None = 0, special: dict[str, str] | None = None
+) -> str:
+    """A T5 of one thin layer with a tokenizer that knows whole words, and says which of them are special."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "a", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} if special is None else special
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(vocabulary),
@@ -60,3 +71,20 @@ def save_encoder_decoder(folder: Path, *, decoder_start_token_id: int | None = 0
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)
+
+
+def language_tokenizer(kind: str) -> Any:
+    """A tokenizer of many languages: mbart and mbart50 know whole words, nllb letters."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if kind == "nllb":
+        letters = sorted({"▁", *"".join(WORDS), "a"})
+        return NllbTokenizer(
+            vocab={token: index for index, token in enumerate([*special, *letters])}, merges=[]
+        )
+    made, codes = {
+        "mbart": (MBartTokenizer, FAIRSEQ_LANGUAGE_CODES),
+        "mbart50": (MBart50Tokenizer, FIFTY_CODES),
+    }[kind]
+    words = [(f"▁{word}", -1.0) for word in ("a", *WORDS)]
+    pieces = [*((token, 0.0) for token in special), ("▁", -2.0), *words, *((code, 0.0) for code in codes)]
+    return made(vocab=[*pieces, ("<mask>", 0.0)])

@@ -10,12 +10,18 @@ from accelerate.utils import DistributedType
 
 from swaft.config import TrainConfig
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.accelerator import check_engine, resolve_deepspeed, resolve_precision
+from swaft.training.accelerator import (
+    check_engine,
+    refuse_fp16_on_cpu,
+    resolve_deepspeed,
+    resolve_precision,
+)
 
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 LAUNCH_FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
@@ -58,15 +64,18 @@ def test_a_deepspeed_file_that_switches_bf16_on_is_the_launchers_word(tmp_path):
         resolved(stated)
 
 
-def test_fp16_without_cuda_is_refused(monkeypatch):
+def test_fp16_is_refused_where_it_would_run_without_cuda_and_nowhere_else(monkeypatch):
+    assert resolve_precision(settings(), {"ACCELERATE_MIXED_PRECISION": "fp16"}) == "fp16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="needs a CUDA device"):
-        resolve_precision(settings(), {"ACCELERATE_MIXED_PRECISION": "fp16"})
+        refuse_fp16_on_cpu("fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refuse_fp16_on_cpu("fp16")
 
 
-def test_fsdp_is_refused():
-    with pytest.raises(ConfigError, match="FSDP"):
-        resolved({"ACCELERATE_USE_FSDP": "true"})
+def test_fsdp_that_was_dropped_is_an_error():
+    with pytest.raises(TrainingError, match="asked for FSDP2"):
+        check_engine(started(DistributedType.MULTI_CPU, 2), FSDP2 | {"WORLD_SIZE": "2"})
 
 
 def test_deepspeed_with_use_cpu_is_refused_because_accelerate_would_drop_it():
@@ -99,6 +108,7 @@ def test_ranks_that_would_not_exchange_gradients_are_an_error():
         (DistributedType.NO, {}),
         (DistributedType.MULTI_CPU, {"WORLD_SIZE": "2"}),
         (DistributedType.DEEPSPEED, DEEPSPEED | {"WORLD_SIZE": "2"}),
+        (DistributedType.FSDP, FSDP2 | {"WORLD_SIZE": "2"}),
     ],
 )
 def test_what_was_asked_for_passes(distributed_type, environ):

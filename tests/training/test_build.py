@@ -34,7 +34,7 @@ def test_a_matrix_that_zero3_has_emptied_is_decayed_and_counted_as_the_matrix_it
         parameter.data = torch.empty(0)
     decayed, plain = build_optimizer(model, TrainConfig(output_dir="unused")).param_groups
     assert (len(decayed["params"]), len(plain["params"])) == (2, 1)
-    assert count_parameters(model) == whole == 11 * 3 + 3 * 2 + 2
+    assert count_parameters(model) == whole == (11 * 3 + 3 * 2 + 2,) * 2
 
 
 def test_rules_carry_the_settings():

@@ -85,4 +85,4 @@ def test_extensions_live_in_the_virtual_environment_unless_told_otherwise(monkey
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
     extension.use_environment()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
-    assert os.environ["PATH"] == f"/somewhere{os.pathsep}{tmp_path / 'bin'}"  # once, and last
+    assert os.environ["PATH"] == f"{tmp_path / 'bin'}{os.pathsep}/somewhere"  # once, and first

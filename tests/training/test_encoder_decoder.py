@@ -11,9 +11,9 @@ from swaft.errors import ConfigError
 from swaft.training.encoder_decoder import (
     UNLIMITED,
     encoder_decoder_config,
-    encoder_decoder_tokenizer,
     load_encoder_decoder,
     longest_input,
+    new_tokenizer,
     train_tokenizer,
 )
 
@@ -25,7 +25,7 @@ TINY = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1,
 
 def new_model(accelerator, seed: int = 0, **entries):
     section = Seq2SeqModelConfig(config=TINY | entries, vocab_size=300)
-    tokenizer = encoder_decoder_tokenizer(section, accelerator, lambda: TEXTS)
+    tokenizer = new_tokenizer(section, accelerator, lambda: TEXTS)
     config = encoder_decoder_config(section)
     return load_encoder_decoder(
         section, config, tokenizer, seed=seed, gradient_checkpointing=False
@@ -59,6 +59,17 @@ def test_what_the_settings_say_of_a_new_model_wins(make_accelerator):
     assert (model.config.vocab_size, model.config.decoder_start_token_id) == (400, 1)
 
 
+def test_a_new_model_with_a_vocabulary_of_its_own_for_the_decoder_fits_too(make_accelerator):
+    sizes = {"d_model": 8, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    section = Seq2SeqModelConfig(
+        config={"model_type": "marian", "share_encoder_decoder_embeddings": False, **sizes}
+    )
+    tokenizer = new_tokenizer(section, make_accelerator(), lambda: TEXTS)
+    config = encoder_decoder_config(section)
+    model = load_encoder_decoder(section, config, tokenizer, seed=0, gradient_checkpointing=False)
+    assert model.config.decoder_vocab_size == len(tokenizer)
+
+
 def test_the_seed_decides_on_the_weights(make_accelerator):
     accelerator = make_accelerator()
     one, same, other = (new_model(accelerator, seed)[0].shared.weight for seed in (1, 1, 2))
@@ -69,15 +80,6 @@ def test_the_seed_decides_on_the_weights(make_accelerator):
 def test_a_model_with_fewer_embeddings_than_tokens_is_refused(make_accelerator):
     with pytest.raises(ConfigError, match="has 20 embeddings, but the tokenizer has"):
         new_model(make_accelerator(), vocab_size=20)
-
-
-def test_a_tokenizer_of_many_languages_is_refused(make_accelerator, monkeypatch):
-    monkeypatch.setattr(
-        "swaft.training.encoder_decoder.load_tokenizer", lambda model: SimpleNamespace(src_lang="en_XX")
-    )
-    section = Seq2SeqModelConfig(model_name_or_path="some/mbart")
-    with pytest.raises(ConfigError, match="wants codes of languages"):
-        encoder_decoder_tokenizer(section, make_accelerator(), lambda: TEXTS)
 
 
 def test_relative_positions_read_any_length_and_absolute_ones_do_not():

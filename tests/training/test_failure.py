@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from swaft.errors import ConfigError, TrainingError
@@ -59,3 +61,56 @@ def test_a_failed_rank_among_others_ends_without_tearing_the_process_group_down(
 def test_an_error_that_is_not_swafts_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_and_report(failing(ZeroDivisionError()))
+
+
+CLOSED = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:4711"
+)
+SILENT = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv"
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (CLOSED, "other ranks are gone"),
+        (SILENT, "other ranks did not answer within train.ddp_timeout seconds"),
+    ],
+)
+def test_ranks_that_are_lost_are_told_in_words_wherever_that_is_noticed(found, told, capsys):
+    in_the_averager = TrainingError(f"averaging failed on this rank: RuntimeError: {found}; no more")
+    while_cleaning_up = TrainingError("the ranks did not arrive")
+    while_cleaning_up.__context__ = RuntimeError(found)
+    for error in (RuntimeError(found), in_the_averager, while_cleaning_up):
+        assert run_and_report(failing(error)) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {told}")
+        assert found[found.index("gloo/transport") :] in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory", "Connection closed by peer", "gloo/transport/tcp: bad address", "timed out"],
+)
+def test_a_runtime_error_that_is_not_about_lost_ranks_keeps_its_traceback(message):
+    with pytest.raises(RuntimeError, match=message):
+        run_and_report(failing(RuntimeError(message)))
+
+
+def test_the_launcher_gets_the_message_to_say_last(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    run_and_report(failing(TrainingError("something is wrong " * 20)))
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"].split() == ["something", "is", "wrong"] * 20
+    assert max(map(len, told["message"].splitlines())) <= 100
+    assert "py_callstack" not in told["extraInfo"]
+
+
+def test_the_way_to_an_error_is_shown_where_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("SWAFT_TRACEBACK", "1")
+    assert run_and_report(failing(TrainingError("bad"))) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.endswith("error: bad\n")

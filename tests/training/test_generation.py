@@ -16,8 +16,8 @@ from swaft.metrics import get_generation_metric
 from swaft.training.encoder_decoder import (
     UNLIMITED,
     encoder_decoder_config,
-    encoder_decoder_tokenizer,
     load_encoder_decoder,
+    new_tokenizer,
 )
 from swaft.training.evaluate import Evaluation
 from swaft.training.generation import (
@@ -48,7 +48,7 @@ def evaluated(make_accelerator):
         config={"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
         vocab_size=300,
     )
-    tokenizer = encoder_decoder_tokenizer(section, accelerator, lambda: TARGETS)
+    tokenizer = new_tokenizer(section, accelerator, lambda: TARGETS)
     config = encoder_decoder_config(section)
     model = load_encoder_decoder(section, config, tokenizer, seed=0, gradient_checkpointing=False)
     rows = tokenize_pairs(

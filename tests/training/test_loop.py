@@ -13,7 +13,7 @@ from swaft.averaging import attach_engine
 from swaft.config import TrainConfig
 from swaft.errors import TrainingError
 from swaft.noise import TaskLoss
-from swaft.training.loop import endless, train
+from swaft.training.loop import train
 from swaft.training.schedule import build_schedule, count_optimizer_steps
 
 pytestmark = pytest.mark.unit
@@ -25,16 +25,12 @@ class Recorder:
     def __init__(self) -> None:
         self.advanced = 0
         self.records: list[tuple[int, dict]] = []
-        self.evaluations: list[tuple[int, dict]] = []
 
     def advance(self) -> None:
         self.advanced += 1
 
     def training(self, step, record) -> None:
         self.records.append((step, dict(record)))
-
-    def evaluation(self, step, split, scores) -> None:
-        self.evaluations.append((step, dict(scores)))
 
 
 def run(
@@ -47,7 +43,7 @@ def run(
     rule=None,
     averaged=None,
     shuffle=False,
-    evaluate_once=None,
+    validate=None,
     eval_steps=None,
     **changes,
 ):
@@ -77,7 +73,7 @@ def run(
         settings=settings,
         progress=recorder,
         averager=averager,
-        evaluate_once=evaluate_once,
+        validate=validate,
         eval_steps=eval_steps,
     )
     return recorder, result, averager
@@ -203,19 +199,26 @@ def test_evaluation_in_between_changes_nothing_in_training(make_accelerator):
     torch.manual_seed(5)
     run(make_accelerator, plain, rows, rule=swaft.SWA(start=1), shuffle=True)
     torch.manual_seed(5)
-    recorder, _, _ = run(
+    evaluated = []
+
+    def validate(step: int) -> bool:
+        evaluated.append(step)
+        watched.eval()
+        watched(**{name: value for name, value in next(iter(make_loader(rows, 8))).items() if name != "idx"})
+        watched.train()
+        return False
+
+    _, result, _ = run(
         make_accelerator,
         watched,
         rows,
         rule=swaft.SWA(start=1),
-        evaluate_once=lambda: {"loss": 0.0},
+        validate=validate,
         eval_steps=5,
         shuffle=True,
     )
-    assert [(step, set(scores)) for step, scores in recorder.evaluations] == [
-        (5, {"last", "averaged"}),
-        (10, {"last", "averaged"}),
-    ]
+    assert evaluated == [5, 10]  # and not after the last of 12 steps, when the run is evaluated anyway
+    assert not result.stopped_early
     for name, value in plain.state_dict().items():
         assert torch.equal(value, watched.state_dict()[name])
 
@@ -234,6 +237,16 @@ def test_logged_losses_are_means_over_the_micro_batches_since_the_last_line(make
     assert both.records[1][1]["loss"] == pytest.approx((losses[2] + losses[3]) / 2, rel=1e-12)
 
 
-def test_the_last_micro_batches_of_an_epoch_know_how_few_they_are():
-    batches = endless([0, 1, 2, 3, 4], 2)  # type: ignore[arg-type]
-    assert [next(batches) for _ in range(6)] == [(0, 2), (1, 2), (2, 2), (3, 2), (4, 1), (0, 2)]
+def test_an_evaluation_that_says_so_ends_the_run(make_accelerator):
+    recorder, result, averager = run(
+        make_accelerator,
+        make_classifier(),
+        make_rows(8),
+        rule=swaft.SWA(start=1),
+        validate=lambda step: step == 4,
+        eval_steps=2,
+        num_train_epochs=3.0,
+    )
+    assert (result.steps, result.applied_steps, recorder.advanced) == (4, 4, 4)
+    assert result.stopped_early
+    assert averager.num_averaged == 4

@@ -96,21 +96,7 @@ class HostAverages:
 
     def seconds_an_element(self) -> float:
         """Seconds that one update of a running mean takes for each element, measured on up to 4 million."""
-        numel = min(RATE_SAMPLE, sum(span.numel for span in self._spans)) or 1
-        lanes = Lanes(_ONE_MEAN, numel, self.crew, compensated=True)
-        source = HostSource([Span(0, 0, 0, numel)], self.crew)
-        # Kept here: a source holds addresses, not tensors.
-        masters = [torch.zeros(numel, dtype=torch.float32, device="cpu")]
-        source.open(masters, None, lambda: None)
-        tables = next(source.tables())
-        seconds = []
-        for _ in range(4):  # the first copies, and touches the memory
-            updates = lanes.begin()
-            begun = time.perf_counter()
-            lanes.take(updates, tables)
-            seconds.append(time.perf_counter() - begun)
-            lanes.end(updates)
-        return min(seconds[1:]) / numel
+        return seconds_an_element(self.crew, sum(span.numel for span in self._spans))
 
     def submit(self, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
         """Take the masters in for some rules, in the background; see `Pipeline.submit`."""
@@ -152,6 +138,30 @@ class HostAverages:
                 lent=self._lent,
             )
         return self._staged
+
+
+def seconds_an_element(crew: Crew, numel: int) -> float:
+    """Measure the seconds that one update of a running mean takes for each element.
+
+    Args:
+        crew: does the arithmetic.
+        numel: elements of a shard; up to `RATE_SAMPLE` of them are measured.
+    """
+    numel = min(RATE_SAMPLE, numel) or 1
+    lanes = Lanes(_ONE_MEAN, numel, crew, compensated=True)
+    source = HostSource([Span(0, 0, 0, numel)], crew)
+    # Kept here: a source holds addresses, not tensors.
+    masters = [torch.zeros(numel, dtype=torch.float32, device="cpu")]
+    source.open(masters, None, lambda: None)
+    tables = next(source.tables())
+    seconds = []
+    for _ in range(4):  # the first copies, and touches the memory
+        updates = lanes.begin()
+        begun = time.perf_counter()
+        lanes.take(updates, tables)
+        seconds.append(time.perf_counter() - begun)
+        lanes.end(updates)
+    return min(seconds[1:]) / numel
 
 
 def _own_folder(

@@ -1,0 +1,136 @@
+"""Memory that `swaft plan` predicts, beside what ranks really take, on models and engines that run here.
+
+    python -m benchmarks.plan_accuracy            # about 10 minutes on 2 quiet cores, 3 GB at most
+    python -m benchmarks.plan_accuracy --quick    # one tiny model in one process; writes nothing without --out
+
+Every engine is launched as users launch it, over gloo on the CPU. Its ranks train a tiny model first; then, for
+each model, what a rank has grown by at its fullest moment (VmHWM, reset, less VmRSS before the model is built) is
+held to the plan of the same launch line. glibc is told to give freed blocks back at once, so that the peak is one
+of live memory. Writes benchmarks/results/plan_accuracy.json, and prints a table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import swaft
+from benchmarks import command
+from benchmarks.plan_accuracy_cases import LINES, MODELS, WARM_UP, Model
+from benchmarks.ranks import ROOT
+from swaft.config import AveragingConfig, NoiseConfig
+from swaft.planning.engines import Engine
+from swaft.planning.plan import RunPlan, Target, plan_run
+from swaft.training.build import build_objective
+from swaft.training.deepspeed_extension import use_environment
+from swaft.training.launcher import read_launch
+from swaft.training.pretrained import hidden_size
+
+WORKER = "benchmarks/plan_accuracy_worker.py"
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+TIMEOUT_S = 1800
+
+
+class Accuracy:
+    """Predicted against measured, for every model under every engine."""
+
+    def measure(self, *, quick: bool, device: str) -> dict[str, object]:
+        """Bytes of both, and the error of the prediction as a share of what was measured."""
+        models = {"tiny": WARM_UP} if quick else MODELS
+        lines = {"one process": LINES["one process"]} if quick else LINES
+        cases = {}
+        for engine, line in lines.items():
+            measured = measure_line(line, list(models))
+            cases[engine] = {
+                name: compared(plan_of(line, model), measured[name]) for name, model in models.items()
+            }
+        errors = [abs(case["error"]) for each in cases.values() for case in each.values()]
+        return {"largest error": max(errors), "cases": cases}
+
+    def rows(self, result: dict) -> list[Sequence[object]]:
+        """One line a model and engine."""
+        return [
+            (
+                f"{engine}, {name}",
+                f"predicted {case['predicted bytes'] / 1e6:,.0f} MB",
+                f"measured {case['measured bytes'] / 1e6:,.0f} MB",
+                f"error {case['error']:+.1%}",
+            )
+            for engine, each in result["cases"].items()
+            for name, case in each.items()
+        ]
+
+
+def measure_line(line: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Launch the ranks of a line, and return what the fullest of them took for each model, in bytes.
+
+    Raises:
+        RuntimeError: they failed or took too long, with the end of their output.
+    """
+    use_environment()
+    environment = os.environ | ALLOCATOR
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *line]
+        words = [*launch, "--main_process_port", "0", WORKER, folder, *names]
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-6000:]}")
+        ranks = [json.loads(path.read_text()) for path in Path(folder).glob("rank-*.json")]
+    return {name: max(rank[name] for rank in ranks) for name in names}
+
+
+def plan_of(line: Sequence[str], model: Model) -> RunPlan:
+    """Plan what the worker does under a launch line."""
+    train = model.train()
+    launch = read_launch([*line, str(ROOT / WORKER)])
+    return plan_run(
+        Engine(launch, train, hidden_size=hidden_size(model.configuration())),
+        train,
+        AveragingConfig(),
+        build_model=model.build,
+        make_batch=model.batch,
+        objective=build_objective(NoiseConfig(), seed=0),
+        rule_plan=swaft.SWA(start=1).plan(total_steps=3),
+        target=Target(on_cpu=True),
+    )
+
+
+def compared(plan: RunPlan, measured: int) -> dict[str, object]:
+    """A prediction beside its measurement."""
+    fullest = max(plan.phases, key=lambda phase: phase.device_bytes + phase.host_bytes)
+    return {
+        "parameters": plan.parameters,
+        "predicted bytes": plan.host_bytes,
+        "measured bytes": measured,
+        "error": round(plan.host_bytes / measured - 1, 4),
+        "fullest": fullest.name,
+        "averaging bytes": plan.averaging_bytes,
+        "phases": {phase.name: {**phase.device, **phase.host} for phase in plan.phases},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write the JSON, print the table."""
+    command.run(
+        "plan_accuracy",
+        {"accuracy": Accuracy()},
+        arguments,
+        about=(__doc__ or "").partition("\n")[0],
+        widths=(40, 22),
+    )
+
+
+if __name__ == "__main__":
+    main()

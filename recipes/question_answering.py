@@ -1,0 +1,184 @@
+"""Fine-tunes a pretrained model to find the answers to questions in a text, and averages its weights.
+
+    accelerate launch --config_file launch/accelerate/zero3.yaml recipes/question_answering.py \
+        --config recipes/configs/question_answering/squad.yaml averaging.rule=swa noise.kind=r3f
+
+The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It leaves a run folder with the last
+weights (final/), the averaged ones (final-averaged/), the scores of both (summary.json), their answers as the
+official SQuAD scripts read them (predictions-*.json), and some of them to read (samples-*.jsonl).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from swaft.averaging.rules import Rule
+from swaft.config import QuestionAnsweringConfig, load_config
+from swaft.data import (
+    WindowCollator,
+    check_questions,
+    load_splits,
+    may_have_no_answer,
+    require_length,
+    require_offsets,
+    tokenize_questions,
+)
+from swaft.metrics import QuestionMetric, get_question_metric
+from swaft.training.accelerator import build_accelerator, whole_model_loading
+from swaft.training.answering import (
+    evaluate_answers,
+    refuse_unused_threshold,
+    report_windows,
+    write_predictions,
+)
+from swaft.training.build import build_objective, build_rule
+from swaft.training.evaluate import Evaluation
+from swaft.training.failure import leave, run_and_report
+from swaft.training.fine_tune import Target, fine_tune
+from swaft.training.generation import write_samples
+from swaft.training.pretrained import (
+    hidden_size,
+    load_model_config,
+    load_question_answerer,
+    load_tokenizer,
+    require_question_answering,
+)
+from swaft.training.problems import Problems
+from swaft.training.progress import setup_logging
+from swaft.training.run_folder import RunFolder
+
+Config = QuestionAnsweringConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run needs that neither a device nor other ranks have to do with."""
+
+    rows: dict[str, Any]
+    """Dataset by split."""
+    has_unanswerable: bool
+    """Whether "none" is an answer."""
+    metric: QuestionMetric
+    model_config: Any
+    tokenizer: Any
+    collate: WindowCollator
+    objective: Any
+    rule: Rule | None
+    cuts_rows: ClassVar[bool] = True
+
+    @property
+    def description(self) -> str:
+        """What is learnt, in words."""
+        return f"finding answers, scored by {self.metric.name}"
+
+    @property
+    def target(self) -> Target:
+        """What decides between weights."""
+        return Target(score=self.metric.primary, names=self.metric.names)
+
+
+def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
+    """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
+    rows = problems.of(load_splits, config.data)
+    report = problems.of(check_questions, rows)
+    has_unanswerable = problems.of(may_have_no_answer, report, config.data.version_2_with_negative)
+    problems.of(refuse_unused_threshold, config.eval, has_unanswerable=has_unanswerable)
+    model_config = problems.of(load_model_config, config.model, num_labels=2)  # the first token and the last
+    problems.of(require_question_answering, config.model, model_config)
+    tokenizer = problems.of(load_tokenizer, config.model)
+    problems.of(require_offsets, tokenizer)
+    problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, tokenizer.model_max_length)
+    return Prepared(
+        rows=rows,
+        has_unanswerable=has_unanswerable,
+        metric=problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable),
+        model_config=model_config,
+        tokenizer=tokenizer,
+        collate=problems.of(WindowCollator, tokenizer),
+        objective=problems.of(build_objective, config.noise, seed=config.train.seed),
+        rule=problems.of(build_rule, config.averaging),
+    )
+
+
+def run(config: QuestionAnsweringConfig) -> None:
+    """Fine-tune, evaluate and save."""
+    # What can be wrong without any process group is found, all of it, before there is one.
+    problems = Problems()
+    ready = prepare(config, problems)
+    problems.refuse()
+    tokenizer = ready.tokenizer
+    accelerator = build_accelerator(config, hidden_size=hidden_size(ready.model_config))
+    folder = RunFolder.create(config.train.output_dir, accelerator)
+
+    # Data: every split that is there, as overlapping windows of token ids.
+    windows = {
+        name: tokenize_questions(
+            split,
+            tokenizer,
+            max_seq_length=config.data.max_seq_length,
+            doc_stride=config.data.doc_stride,
+            training=name == "train",
+        )
+        for name, split in ready.rows.items()
+    }
+    report_windows(ready.rows, windows)
+
+    # Model: the pretrained body with a new head, the same on every rank.
+    with whole_model_loading(accelerator):
+        model = load_question_answerer(
+            config.model,
+            ready.model_config,
+            seed=config.train.seed,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        )
+    ready.objective.prepare_model(model)
+
+    def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
+        return evaluate_answers(
+            model,
+            loader,
+            accelerator,
+            questions=ready.rows[split],
+            windows=windows[split],
+            padding_side=tokenizer.padding_side,
+            metric=ready.metric,
+            has_unanswerable=ready.has_unanswerable,
+            settings=config.eval,
+        )
+
+    evaluations = fine_tune(
+        config,
+        accelerator,
+        folder,
+        task=ready.description,
+        model=model,
+        tokenizer=tokenizer,
+        objective=ready.objective,
+        rule=ready.rule,
+        datasets=windows,
+        collate=ready.collate,
+        evaluate=score,
+        target=ready.target,
+    )
+    write_predictions(folder, evaluations, ready.rows)
+    write_samples(
+        folder, evaluations, ready.rows, config.eval.num_samples, columns=("id", "question", "answers")
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe with the given arguments (default: the command line's); return the exit code."""
+    setup_logging()
+    return run_and_report(
+        lambda: run(load_config(QuestionAnsweringConfig, sys.argv[1:] if argv is None else argv))
+    )
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,1 @@
+"""The ``swaft`` program, one file a command."""

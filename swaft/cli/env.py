@@ -1,0 +1,48 @@
+"""Prints versions and what the machine has, for a bug report.
+
+    swaft env [--json]
+
+The same is in env.json of every run folder, with what was true of that run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from swaft.errors import ConfigError
+from swaft.training.run_folder import software
+
+
+def run(words: Sequence[str]) -> int:
+    """Print the environment and return the exit code.
+
+    Raises:
+        ConfigError: for anything but ``--json``.
+    """
+    unknown = [word for word in words if word != "--json"]
+    if unknown:
+        raise ConfigError(f"swaft env: '{unknown[0]}' is not understood; expected --json or nothing")
+    facts = software() | machine()
+    if "--json" in words:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in facts.items():
+        told = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+        print(f"{name:<12} {told}")
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """Return what this machine has: processors, memory in bytes, GPUs by name."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+    }

@@ -1,0 +1,147 @@
+r"""Predicts what a run takes on every rank, before it starts and without a GPU, for any number of ranks.
+
+    swaft plan --config_file launch/accelerate/zero3.yaml --num_processes 16 recipes/seq2seq.py \
+        --config recipes/configs/seq2seq/e2e.yaml averaging.rule=swa
+
+That is the launch line with `swaft plan` in the place of `accelerate launch`. The model is built from its
+configuration without any weights, and one step of it is run on tensors without data. Numbers are those of the rank
+that holds most, at the fullest moment of each part of the run, with rows as long as the settings allow.
+
+  --on_cpu              the ranks compute on the CPU, over gloo; else on a GPU each
+  --device_memory GIB   memory of a device, to say whether the run fits
+  --host_memory GIB     memory of a machine, to say whether its ranks fit
+  --step_seconds S      a measured training step, to say which share of it averaging takes
+  --json                print the same as JSON
+
+Exit code: 0; 1 where something does not fit, or the run cannot be planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from swaft.errors import ConfigError
+from swaft.planning.memory import Phase
+from swaft.planning.plan import RunPlan, Target
+from swaft.planning.recipe import plan_recipe
+
+GIB = 2**30
+
+
+def run(words: Sequence[str]) -> int:
+    """Plan the run that these words would launch, print the plan, and return the exit code."""
+    options, line = _parser().parse_known_args(list(words))
+    target = Target(
+        on_cpu=options.on_cpu,
+        device_bytes=_bytes(options.device_memory),
+        host_bytes=_bytes(options.host_memory),
+        step_seconds=options.step_seconds,
+    )
+    found = plan_recipe(line, target)
+    shortages = found.shortages(target)
+    print(json.dumps(as_dict(found, shortages), indent=2) if options.json else table(found, target))
+    return 1 if shortages else 0
+
+
+def as_dict(found: RunPlan, shortages: Sequence[str]) -> dict[str, Any]:
+    """Return the plan as plain values; all memory in bytes."""
+    totals = {
+        "device_bytes": found.device_bytes,
+        "host_bytes": found.host_bytes,
+        "machine_bytes": found.machine_bytes,
+        "ranks_a_machine": found.ranks_a_machine,
+        "waits_for_averaging": found.averaging.waits if found.averaging else None,
+    }
+    return asdict(found) | totals | {"shortages": list(shortages)}
+
+
+def table(found: RunPlan, target: Target) -> str:
+    """Return the plan as lines, each led by the part of the run that it is about."""
+    machines = f"{found.machines:,} machines x {found.ranks_a_machine} = " if found.machines > 1 else ""
+    where = "CPU" if found.on_cpu else "GPU"
+    ranks = f"{machines}{found.world_size:,} {where} rank{'s' * (found.world_size > 1)}"
+    precision = "fp32" if found.precision == "no" else found.precision
+    rows = [("launch", f"{ranks}, {found.engine}, {precision}")]
+    share = "" if found.trainable == found.parameters else f", {found.trainable:,} of them trained"
+    rows.append(("model", f"{found.parameters:,} parameters{share}"))
+    for phase in found.phases:
+        rows += [("memory", line) for line in _phase_lines(phase, on_cpu=found.on_cpu)]
+    rows += [("averaging", line) for line in _averaging_lines(found)]
+    if not found.on_cpu:
+        rows.append(("device", f"{_size(found.device_bytes)} a rank{_of(target.device_bytes)}"))
+    rows.append(
+        (
+            "host",
+            f"{_size(found.host_bytes)} a rank, {_size(found.machine_bytes)} a machine{_of(target.host_bytes)}",
+        )
+    )
+    rows += [("problem", sentence) for sentence in found.shortages(target)]
+    return "\n".join(f"{part:<10} {line}" for part, line in rows)
+
+
+def _phase_lines(phase: Phase, *, on_cpu: bool) -> list[str]:
+    places = [("" if on_cpu else "device ", phase.device), ("host " if not on_cpu else "", phase.host)]
+    sizes = [f"{place}{_size(sum(rows.values()))}" for place, rows in places if rows]
+    lines = [f"{phase.name}: {', '.join(sizes) or 'nothing to speak of'}"]
+    for place, rows in places:
+        lines += [
+            f"  {_size(size):>10}  {place and place.strip() + ': '}{name}"
+            for name, size in rows.items()
+            if size
+        ]
+    return lines
+
+
+def _averaging_lines(found: RunPlan) -> list[str]:
+    plan = found.averaging
+    if plan is None:
+        return ["none"]
+    lines = [
+        f"{plan.events:,} events from step {plan.first_step:,} of {plan.total_steps:,}, every {plan.every:,}",
+        f"{plan.elements:,} elements a rank: {_size(plan.host_bytes)} of host memory, {_size(plan.pinned_bytes)} "
+        f"pinned, {_size(plan.copied_bytes)} copied an event",
+        f"{plan.event_seconds:.3g} s of arithmetic an event on {plan.threads} thread{'s' * (plan.threads > 1)}, "
+        "behind the step, at the rate of this machine now",
+    ]
+    if plan.share_of_step is None:
+        lines.append("share of a step: not known; give a measured --step_seconds")
+    else:
+        waits = "training waits for it" if plan.waits else "training does not wait"
+        lines.append(f"share of the time between two events: {plan.share_of_step:.1%}, {waits}")
+    return lines
+
+
+def _of(there: int | None) -> str:
+    return "" if there is None else f" of {_size(there)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * GIB)
+
+
+def _parser() -> argparse.ArgumentParser:
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"swaft plan: {message}; swaft plan --help lists the options")
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse  # type: ignore[method-assign]
+    for name in ("on_cpu", "json"):
+        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("device_memory", "host_memory", "step_seconds"):
+        parser.add_argument(f"--{name}", type=_positive)
+    return parser
+
+
+def _positive(word: str) -> float:
+    value = float(word)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{word} is not above 0")
+    return value

@@ -1,0 +1,1 @@
+"""What a run will take on every rank, told before it starts: memory, averaging, traffic."""

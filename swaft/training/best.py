@@ -1,0 +1,190 @@
+"""Keeps the weights that score best on validation rows, and says when training on no longer helps."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swaft.averaging import Engine, WeightAverager, save_pretrained
+from swaft.config import EvalConfig
+from swaft.errors import ConfigError, TrainingError
+from swaft.training.evaluate import Scores
+
+LOWER_IS_BETTER = ("loss", "mse")
+"""The scores of which less is better; of all others more is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What decides between weights: one of the scores of an evaluation."""
+
+    score: str
+    """Its name."""
+    names: Sequence[str] = ()
+    """All scores that there are to choose from, ``loss`` apart, which there always is."""
+
+    @property
+    def better(self) -> Callable[..., float]:
+        """The built-in ``min`` or ``max``."""
+        return min if self.score in LOWER_IS_BETTER else max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The weights that scored best so far."""
+
+    step: int
+    """Optimizer steps that they took."""
+    weights: str
+    """``last`` or ``averaged``."""
+    metric: str
+    """Name of the score."""
+    score: float
+    """Their score on validation rows."""
+
+
+def watches_weights(evaluation: EvalConfig) -> bool:
+    """Whether a run's weights are judged while it trains, to keep the best or to stop early."""
+    return evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
+
+
+def choose_target(evaluation: EvalConfig, main: Target, splits: Collection[str]) -> Target:
+    """Return what decides between the weights of a run, before it starts.
+
+    Args:
+        evaluation: section ``eval``.
+        main: the recipe's main score, and what others there are.
+        splits: names of the splits that there are rows of.
+
+    Raises:
+        ConfigError: there is no such score, or there are no validation rows to choose by.
+    """
+    problems = []
+    wanted = evaluation.metric_for_best_model or main.score
+    known = [*dict.fromkeys((main.score, *main.names, "loss"))]
+    if wanted not in known:
+        problems.append(
+            f"eval.metric_for_best_model: this run has no score '{wanted}'; expected one of {', '.join(known)}"
+        )
+    if "validation" not in splits:
+        asked = {
+            "keep_best": evaluation.keep_best != "none",
+            "early_stopping_patience": evaluation.early_stopping_patience is not None,
+        }
+        problems += [
+            f"eval.{name}: weights are judged on validation rows, and there are none; name some "
+            "(data.validation_file), or remove it"
+            for name, is_asked in asked.items()
+            if is_asked
+        ]
+    if problems:
+        raise ConfigError(problems)
+    return replace(main, score=wanted)
+
+
+class BestWeights:
+    """Follows the validation score of a run's weights; keeps the best of them in a folder, where that is asked for.
+
+    Args:
+        evaluation: section ``eval``.
+        target: which score counts, from `choose_target`.
+        folder: Hugging Face folder of the best weights. It is always a whole one, or not there.
+        tokenizer: saved beside the weights.
+        engine: whose last weights may be kept.
+        averager: whose averaged weights may be kept; None without averaging.
+    """
+
+    def __init__(
+        self,
+        evaluation: EvalConfig,
+        *,
+        target: Target,
+        folder: Path,
+        tokenizer: Any,
+        engine: Engine,
+        averager: WeightAverager | None,
+    ):
+        self.found: Best | None = None
+        """The best weights so far; None before the first score that is a number."""
+        self._keeps = evaluation.keep_best != "none"
+        self._watched = (
+            (evaluation.keep_best,)
+            if evaluation.keep_best in ("last", "averaged")
+            else ("averaged", "last")  # of equal scores the first counts
+        )
+        self._patience = evaluation.early_stopping_patience
+        self._threshold = evaluation.early_stopping_threshold
+        self._target, self._folder, self._tokenizer = target, folder, tokenizer
+        self._engine, self._averager = engine, averager
+        self._in_vain = 0
+
+    def observe(self, step: int, scores: Mapping[str, Scores], **selection: Any) -> bool:
+        """Take in an evaluation on validation rows, and keep the weights if they are the best so far (collective).
+
+        Args:
+            step: optimizer steps that the weights took.
+            scores: by kind of weights, ``last`` and ``averaged``; of the weights as they are now.
+            selection: which average was evaluated, where the rule leaves a choice.
+
+        Returns:
+            Whether the run has had its patience's worth of evaluations without a better score; the same on every
+            rank.
+
+        Raises:
+            TrainingError, AveragingError: the weights could not be written; on every rank.
+        """
+        seen = {kind: scores[kind][self._target.score] for kind in self._watched if kind in scores}
+        # All ranks follow the first: machines of different make may round a score apart.
+        seen = self._engine.ranks.gather(seen)[0]
+        seen = {kind: score for kind, score in seen.items() if not math.isnan(score)}
+        gain = 0.0
+        if seen:
+            kind = self._target.better(seen, key=seen.__getitem__)
+            gain = self._gain(seen[kind])
+            if gain > 0:
+                self.found = Best(step=step, weights=kind, metric=self._target.score, score=seen[kind])
+                if self._keeps:
+                    self._write(kind, **selection)
+        waits_for_average = self._averager is not None and "averaged" not in scores
+        self._in_vain = 0 if waits_for_average or gain > self._threshold else self._in_vain + 1
+        return self._patience is not None and self._in_vain >= self._patience
+
+    def _gain(self, score: float) -> float:
+        if self.found is None:
+            return math.inf
+        difference = score - self.found.score
+        return difference if self._target.better is max else -difference
+
+    def _write(self, kind: str, **selection: Any) -> None:
+        new = self._folder.with_name(self._folder.name + ".new")
+        if kind == "averaged":
+            assert self._averager is not None
+            self._averager.save_pretrained(new, **selection)
+        else:
+            save_pretrained(self._engine, new)
+        error = None
+        if self._engine.ranks.is_main:
+            try:
+                self._tokenizer.save_pretrained(new)
+                replace_folder(new, self._folder)
+            except OSError as cause:  # the other ranks wait to hear of it
+                error = TrainingError(f"{self._folder} could not be written: {cause}")
+        self._engine.ranks.raise_together(error)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a folder in the place of another, which may not be there; what has the name is whole at all times.
+
+    Between the two renames there is none of that name, and the old one lies beside it as ``<name>.old``.
+    """
+    aside = old.with_name(old.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        os.replace(old, aside)
+    os.replace(new, old)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""FSDP2 as the launcher asked for it, on GPUs and without.
+
+The launcher's file says what to shard and how; three things of accelerate 1.15 are done here instead, each because
+it would train wrongly (`accelerate/utils/fsdp_utils.py`, `accelerate/state.py`):
+
+* accelerate shards the token embedding and the head apart from the rest. A tied pair that some third module
+  shares too, as the encoder of a T5 does, comes apart, and one of the copies is in no optimizer; an embedding that
+  lies in a block that is sharded as one, as BERT's does, is sharded twice and fails. Here blocks are sharded one
+  by one, and what lies outside of them together, so that what is tied stays tied.
+* accelerate sums gradients over ranks, and hands on what the model returns, in the format it computes in.
+* Without CUDA accelerate reads the plugin nowhere and starts DDP. All that it does later (accumulating, clipping)
+  asks its state, so the state is set as it would have been on GPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from swaft.errors import ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+REFUSED = {
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading: every rank loads the whole model; set it "
+    "to false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: set it to false, and the recipe's "
+    "train.gradient_checkpointing to true",
+    "FSDP_IGNORED_MODULES": "fsdp_ignored_modules: every rank would train those weights apart; remove it",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config: the weights are sharded over all ranks; remove it",
+}
+"""What a launcher's file may ask for that is not done: variable accelerate sets, and the sentence about it."""
+
+
+def uses_fsdp(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher asked for FSDP."""
+    return environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Return accelerate's plugin for FSDP2, or None where the launcher did not ask for FSDP.
+
+    Weights and the sums of gradients, over micro-batches and over ranks, are fp32. A forward and its backward
+    compute in ``precision``; a loss that the model computes in fp32 leaves it as it is.
+
+    Args:
+        environ: what the launcher left.
+        precision: ``no``, ``bf16`` or ``fp16``.
+
+    Raises:
+        ConfigError: where the launcher asks for FSDP1, or for something of FSDP2 that the recipes do not do.
+    """
+    if not uses_fsdp(environ):
+        return None
+    version = environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(
+            f"the launcher asks for FSDP version {version}, which swaft's recipes do not train with; set "
+            "fsdp_version: 2 in the accelerate configuration, as launch/accelerate/fsdp2.yaml does"
+        )
+    problems = [
+        f"the launcher asks for {sentence}"
+        for name, sentence in REFUSED.items()
+        if environ.get(name, "false").lower() not in ("false", "")
+    ]
+    if problems:
+        raise ConfigError(problems)
+    computes_in = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    # What one block hands to the next stays as it is, as under DeepSpeed: noise may be too small for 16 bits.
+    policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+
+
+def start_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Have an accelerator that started ranks without CUDA work as one that started with FSDP2."""
+    accelerator.state.fsdp_plugin = plugin
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    loader: DataLoader[Any],
+) -> tuple[nn.Module, Any, DataLoader[Any]]:
+    """Hand model, optimizer and loader over to the engine (collective).
+
+    Args:
+        accelerator: nothing prepared yet.
+        model: on the host, the same on every rank.
+        build_optimizer: makes the optimizer of a model's parameters.
+        loader: training batches.
+
+    Returns:
+        The three as ``accelerator.prepare`` returns them.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.prepare(model, build_optimizer(model), loader)
+    shard(model, accelerator.state.fsdp_plugin)
+    # The optimizer comes after: sharding puts other parameters into the model.
+    optimizer = accelerator.prepare_optimizer(build_optimizer(model))
+    return model, optimizer, accelerator.prepare_data_loader(loader)
+
+
+def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Cut a model's parameters into rows over all ranks, in place (collective).
+
+    Every block that the launcher's policy names is gathered by itself, and the rest together with the model. A
+    block with a parameter that is tied to one elsewhere belongs to the rest.
+
+    Args:
+        model: on the host, the same on every rank.
+        plugin: from `resolve_fsdp2`.
+
+    Raises:
+        TrainingError: where a trainable parameter is left whole, so that ranks would train it apart.
+    """
+    settings: dict[str, Any] = {
+        "mp_policy": plugin.mixed_precision_policy,
+        "offload_policy": plugin.cpu_offload,
+    }
+    blocks = find_blocks(model, plugin)
+    if not blocks:
+        logger.warning(
+            "FSDP2 found no blocks to shard one by one, so all weights are gathered for every pass; name the "
+            "classes of the model's layers in fsdp_transformer_layer_cls_to_wrap of the accelerate configuration"
+        )
+    for block in reversed(blocks):  # the inner ones first
+        fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **settings)
+    fully_shard(model, **settings)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise TrainingError(
+                f"{name!r} is whole although the launcher asked for FSDP2, so the ranks would train it apart; "
+                "train this model under DDP or DeepSpeed"
+            )
+
+
+def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
+    """Return the parts of a model that are gathered one by one, the outer ones first.
+
+    Args:
+        model: whole, or on paper.
+        plugin: from `resolve_fsdp2`.
+    """
+    plugin.set_auto_wrap_policy(model)
+    is_block = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
+    return blocks_of(model, is_block)
+
+
+def blocks_of(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Return the parts of a model that are blocks and share no parameter with what is outside of them."""
+    uses = _uses(model)
+    return [
+        part
+        for part in model.modules()
+        if part is not model
+        and is_block(part)
+        and all(uses[parameter] == inside for parameter, inside in _uses(part).items())
+    ]
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """How often each parameter occurs in a module, by all its names."""
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))

@@ -1,0 +1,113 @@
+"""What a recipe file offers besides training: its settings, and what can be told of a run beforehand.
+
+A recipe is a script that defines ``Config``, the class of its settings, and ``prepare(config, problems)``, which
+finds and checks everything that needs no device and no other rank.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from swaft.averaging.rules import Rule
+from swaft.errors import ConfigError
+from swaft.training.best import Target
+from swaft.training.problems import Problems
+
+OFFERED = {"Config", "prepare"}
+
+
+class Prepared(Protocol):
+    """What `prepare` returns of every recipe; an attribute is `MISSING` where its problem is on the list."""
+
+    @property
+    def rows(self) -> Mapping[str, Sized]:
+        """Rows by split, `train` among them."""
+        ...
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether long rows are cut into several, so that there may be more to train on than rows."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What is learnt, in words."""
+        ...
+
+    @property
+    def metric(self) -> Any:
+        """What scores predictions; None: nothing but the loss does."""
+        ...
+
+    @property
+    def target(self) -> Target:
+        """What decides between weights."""
+        ...
+
+    @property
+    def model_config(self) -> Any:
+        """Configuration of the model, as transformers has it."""
+        ...
+
+    @property
+    def objective(self) -> Any:
+        """Training objective, such as `swaft.R3F`."""
+        ...
+
+    @property
+    def rule(self) -> Rule | None:
+        """Averaging rule; None: nothing is averaged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The two things that a recipe file defines for others."""
+
+    config_class: type
+    """A dataclass of section dataclasses, such as `ClassificationConfig`."""
+    prepare: Callable[[Any, Problems], Prepared]
+    """Finds and checks what needs no device and no other rank."""
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a script is a recipe, as far as can be seen without running it.
+
+    Args:
+        path: of a file. One that is no Python is no recipe.
+    """
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return False
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names >= OFFERED
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Import a recipe file (which starts nothing).
+
+    Args:
+        path: of a file for which `is_recipe` is true.
+
+    Raises:
+        ConfigError: where it cannot be imported.
+    """
+    name = f"swaft_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: cannot be imported; expected a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{path}: cannot be imported: {error}") from error
+    return Recipe(config_class=module.Config, prepare=module.prepare)

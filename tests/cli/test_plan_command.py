@@ -1,0 +1,86 @@
+"""`swaft plan` as a user types it: the launch line, a table or JSON, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from swaft.cli.main import main
+
+ZERO_2 = ("--config_file", "launch/accelerate/zero2.yaml", "--num_processes", "16")
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
+
+
+def words(configs, tmp_path, *more, recipe="classification", launcher=ZERO_2):
+    run = ("--config", str(configs[recipe]), f"train.output_dir={tmp_path / 'run'}", "averaging.rule=swa")
+    return ["plan", *launcher, f"recipes/{recipe}.py", *run, *more]
+
+
+@pytest.mark.parametrize("recipe", ["classification", "question_answering", "seq2seq"])
+def test_every_recipe_has_a_plan(configs, tmp_path, capsys, recipe):
+    assert main(words(configs, tmp_path, recipe=recipe)) == 0
+    told = capsys.readouterr().out
+    for expected in (
+        "16 GPU ranks, DeepSpeed ZeRO-2, bf16",
+        "forward and backward",
+        "events from step",
+        "a rank",
+    ):
+        assert expected in told
+
+
+def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
+    assert main(words(configs, tmp_path, "--json", "--step_seconds", "0.5", "train.max_steps=40")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["world_size"] == 16
+    assert plan["ranks_a_machine"] == 16
+    assert plan["averaging"]["events"] == 31  # from step 10 of 40
+    assert plan["averaging"]["elements"] * 16 >= plan["trainable"]
+    assert plan["averaging"]["copied_bytes"] == 4 * plan["averaging"]["elements"]
+    assert plan["waits_for_averaging"] is False
+    assert plan["device_bytes"] == max(sum(phase["device"].values()) for phase in plan["phases"])
+
+
+def test_what_does_not_fit_is_named_and_fails(configs, tmp_path, capsys):
+    assert main(words(configs, tmp_path, "--host_memory", "0.00001")) == 1
+    assert "the 16 ranks of a machine would take" in capsys.readouterr().out
+
+
+def test_seven_billion_weights_on_thousands_of_ranks_are_planned_on_a_laptop(configs, tmp_path, capsys):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    launcher = ("--config_file", "launch/accelerate/zero3_multinode.yaml", "--num_machines", "512")
+    begun = time.process_time()
+    line = words(
+        configs,
+        tmp_path,
+        f"model.model_name_or_path={folder}",
+        "train.max_steps=1000",
+        "train.gradient_checkpointing=true",
+        "--json",
+        launcher=(*launcher, "--num_processes", "4096"),
+    )
+    assert main(line) == 0
+    assert time.process_time() - begun < 20  # of the processor: the machine may be busy
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] > 6.6e9
+    assert plan["averaging"]["elements"] == pytest.approx(plan["trainable"] / 4096, rel=0.01)
+
+
+def test_a_script_that_is_no_recipe_is_refused_with_what_it_lacks(tmp_path, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("print('my own loop')\n")
+    assert main(["plan", *ZERO_2, str(script)]) == 1
+    assert "with Config and prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "much"])
+def test_a_memory_that_is_no_size_is_refused(word, capsys):
+    assert main(["plan", "--device_memory", word, *ZERO_2, "recipes/classification.py"]) == 1
+    assert "device_memory" in capsys.readouterr().err

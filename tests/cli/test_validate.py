@@ -1,0 +1,262 @@
+"""`swaft validate` finds everything that is wrong with a run without starting it, and tells what it comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from swaft.cli.main import main
+from swaft.training import deepspeed_extension
+from swaft.training.schedule import count_micro_batches
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+FILES = {path.stem: path for path in sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))}
+RECIPES = ("classification", "seq2seq", "question_answering")
+
+
+@pytest.fixture
+def validate(configs, capsys):
+    """Call the command for a recipe; returns its exit code and what it printed."""
+
+    def call(recipe: str, *overrides: str, launch: str = "zero3", options: tuple[str, ...] = ()):
+        if launch.endswith("_multinode"):
+            options = ("--num_machines", "2", "--num_processes", "16", *options)
+        words = ["--config_file", str(FILES[launch]), *options, f"recipes/{recipe}.py"]
+        code = main(["validate", *words, "--config", str(configs[recipe]), *overrides])
+        return code, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def told(validate):
+    """The problems of a run, as JSON has them."""
+
+    def call(recipe: str, *overrides: str, **settings) -> list[str]:
+        code, printed = validate(recipe, *overrides, "--json", **settings)
+        problems = json.loads(printed)["problems"]
+        assert code == (1 if problems else 0)
+        return problems
+
+    return call
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("launch", FILES)
+def test_a_right_run_has_no_problems_under_any_launch_file(validate, configs, recipe, launch):
+    code, printed = validate(recipe, launch=launch)
+    assert (code, printed.splitlines()[-1]) == (0, "problem    none")
+    assert not (configs[recipe].parent / "unused").exists()
+
+
+def test_the_table_tells_what_the_run_comes_to(validate):
+    code, printed = validate("classification", "train.num_train_epochs=8", launch="zero3_multinode")
+    assert code == 0
+    lines = printed.splitlines()
+    assert lines[:6] == [
+        "launch     2 machines x 8 = 16 ranks, DeepSpeed ZeRO-3, bf16",
+        "batch      4 per device x 2 accumulation x 16 ranks = 128",
+        "model      19,874 parameters",
+        "steps      8 epochs = 8 optimizer steps, warm-up 1, constant_with_warmup at 2e-05",
+        "averaging  swa, steps 2 to 8, every 1 -> 7 weights; 0.0 MiB of host memory per rank",
+        "noise      r3f, uniform 1e-05 on the embeddings, weight 1 -> 2 forwards per micro-batch",
+    ]
+    assert any(line.split() == [
+        "ds", "gradient_clipping", "1.0", "(auto", "->", "train.max_grad_norm)"
+    ] for line in lines)  # fmt: skip
+    assert lines[-2:] == ["data       train 70 rows, validation 23 rows, columns ok", "problem    none"]
+
+
+def test_long_questions_are_several_rows_to_train_on_so_the_steps_are_the_least(validate):
+    assert "3 epochs = at least 27 optimizer steps" in validate("question_answering", launch="single")[1]
+    assert " 40 optimizer steps" in validate("question_answering", "train.max_steps=40")[1]
+    assert "least" not in validate("question_answering", "train.max_steps=40")[1]
+
+
+def test_json_holds_the_same(validate):
+    code, printed = validate("seq2seq", "--json", "train.max_steps=40", launch="ddp")
+    found = json.loads(printed)
+    assert (code, found["problems"], found["unchecked"]) == (0, [], [])
+    facts = found["facts"]
+    assert facts["launch"] == {"engine": "DDP", "machines": 1, "ranks": 2, "mixed_precision": "bf16"}
+    assert (facts["steps"]["total"], facts["steps"]["is_least"]) == (40, False)
+    assert (facts["averaging"]["first_step"], facts["averaging"]["members"]) == (10, 31)
+    assert facts["noise"]["kind"] == "r3f"
+    assert facts["averaging"]["host_bytes_a_rank"] == 6 * -(-facts["model"]["trained"] // 2)
+    assert facts["data"] == {"train": 70, "validation": 23}
+    assert "ds" not in facts
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 31, 32, 33])
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_the_batches_of_an_epoch_are_as_many_as_accelerate_makes(num_rows, world_size):
+    batches = BatchSampler(SequentialSampler(range(num_rows)), batch_size=4, drop_last=False)
+    shard = BatchSamplerShard(batches, num_processes=world_size, process_index=0)
+    assert count_micro_batches(num_rows=num_rows, batch_size=4, world_size=world_size) == len(shard)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "expected"),
+    [
+        ("classification", "train.learning_rte=1", "train.learning_rte: no such setting"),
+        ("classification", "train.learning_rate=fast", "train.learning_rate: expected"),
+        ("classification", "data.train_file=/nowhere.csv", "there is no file /nowhere.csv"),
+        ("classification", "data.text_column=txet", "there is no column 'txet'"),
+        ("classification", "eval.metric=pearson_spearman", "does not fit a classification"),
+        ("classification", "data.max_seq_length=512", "the model reads at most 32 tokens"),
+        ("classification", "model.model_name_or_path=/nowhere", "/nowhere cannot be loaded"),
+        ("classification", "model.tokenizer_name=/nowhere", "cannot be loaded"),
+        ("classification", "averaging.start=99999", "0 weights would be averaged"),
+        ("classification", "averaging.decay=0.9", "averaging.rule=swa does not use"),
+        ("classification", "noise.layers=all", "noise.layers is all, which noise.kind=r3f does not use"),
+        ("seq2seq", "noise.kind=r4f", "has no classification head with weights of its own"),
+        ("classification", "train.warmup_steps=9999", "so the rate never reaches train.learning_rate"),
+        ("classification", "train.mixed_precision=fp16", "the launcher's mixed_precision is bf16"),
+        ("seq2seq", "eval.metric=accuracy", "accuracy does not fit a generation task"),
+        ("seq2seq", "model.config={model_type: t5, num_layer: 1}", "Did you mean 'num_layers'?"),
+        (
+            "seq2seq",
+            "model.config={model_type: bart, max_position_embeddings: 16}",
+            "data.max_source_length is 32, but the model reads at most 16 tokens",
+        ),
+        ("seq2seq", "data.source_lang=en", "data.target_lang: is not set"),
+        ("question_answering", "eval.metric=rouge", "rouge does not fit"),
+    ],
+)
+def test_what_is_wrong_is_found_without_starting_anything(told, recipe, override, expected):
+    [problem] = [problem for problem in told(recipe, override) if expected in problem]
+    assert problem
+
+
+def test_everything_that_is_wrong_is_told_at_once_each_thing_once(validate, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").touch()
+    file = tmp_path / "mine.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3, "scheduler": {"type": "X"}}'
+    )
+    expected = [
+        "train.adam_beta3: no such setting",
+        "there is no column 'txet'",
+        "/nowhere cannot be loaded",
+        "noise.sigma is 1.0, which noise.kind=rdrop does not use",
+        "averaging.decay is 0.9, which averaging.rule=swa does not use",
+        f"{file} has a scheduler (X)",
+        f"{file} says gradient_clipping = 0.3",
+        "holds another run already",
+        "makes 60 of the run's 50 steps a warm-up",
+    ]
+    code, printed = validate(
+        "classification",
+        "train.adam_beta3=1",
+        "data.text_column=txet",
+        "model.model_name_or_path=/nowhere",
+        "noise.sigma=1.0",
+        "noise.kind=rdrop",
+        "averaging.decay=0.9",
+        "train.max_steps=50",
+        "train.warmup_steps=60",
+        f"train.output_dir={tmp_path / 'out'}",
+        options=("--deepspeed_config_file", str(file)),
+    )
+    problems = [line for line in printed.splitlines() if line.startswith("problem ")]
+    assert code == 1
+    for part in expected:
+        assert sum(part in problem for problem in problems) == 1, part
+    assert len(problems) == len(expected)
+
+
+def test_a_wrong_launch_file_does_not_hide_what_is_wrong_with_the_settings(told, tmp_path):
+    path = tmp_path / "launch.yaml"
+    path.write_text("distributed_type: DEEPSPED\n")
+    problems = told("classification", "data.text_column=txet", options=("--config_file", str(path)))
+    assert len(problems) == 2
+    assert "Did you mean 'DEEPSPEED'?" in problems[0]
+    assert "there is no column 'txet'" in problems[1]
+
+
+def test_a_faulty_setting_is_one_problem_and_the_rest_is_checked(told):
+    problems = told("seq2seq", "data.train_file=null", "model.vocab_size=some", "eval.num_beams=0")
+    assert sorted(problem.split(":")[0] for problem in problems) == [
+        "data.task_name",
+        "eval.num_beams",
+        "model.vocab_size",
+    ]
+
+
+def test_a_run_for_gpus_is_not_judged_by_a_machine_without(told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert told("classification", options=("--mixed_precision", "fp16")) == []
+    assert told("classification", "train.mixed_precision=fp16", options=("--mixed_precision", "fp16")) == []
+
+
+def test_a_single_value_of_the_launch_file_that_the_deepspeed_file_would_silence_is_told(told, tmp_path):
+    path = tmp_path / "launch.yaml"
+    path.write_text(
+        """\
+distributed_type: DEEPSPEED
+num_processes: 2
+deepspeed_config:
+  deepspeed_config_file: ds_configs/zero3.json
+  zero_stage: 2
+  offload_param_device: cpu
+  gradient_accumulation_steps: 7
+"""
+    )
+    problems = "\n".join(told("classification", options=("--config_file", str(path))))
+    assert "zero_stage = 2" in problems
+    assert "offload_param_device = cpu" in problems
+    assert "gradient_accumulation_steps = 7" in problems
+
+
+def test_a_script_of_ones_own_is_not_run_and_said_to_be_looked_at_from_outside(capsys, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("raise SystemExit('ran')\n")
+    assert main(["validate", "--config_file", str(FILES["zero2"]), str(script), "--lr", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "launch     2 ranks, DeepSpeed ZeRO-2" in printed
+    assert f"unchecked  settings, data and model: {script} is not written as swaft's recipes are" in printed
+
+
+@pytest.mark.parametrize(("launch", "waits"), [("zero2_cpu", True), ("ddp_cpu", False)])
+def test_a_lock_is_told_where_deepspeed_would_wait_for_it(told, monkeypatch, tmp_path, launch, waits):
+    lock = tmp_path / "lock"
+    lock.touch()
+    os.utime(lock, (time.time() - 3600, time.time() - 3600))
+    monkeypatch.setattr(deepspeed_extension, "build_folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [str(lock) in problem for problem in told("classification", launch=launch)] == [True] * waits
+
+
+def test_a_command_that_there_is_not_is_named(capsys):
+    assert main(["valdate"]) == 2
+    assert "Did you mean 'validate'?" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "validate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["validate", "env"])
+def test_a_command_says_how_it_is_used(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"swaft {command} " in capsys.readouterr().out
+
+
+def test_env_tells_versions_and_machine(capsys):
+    assert main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["cpus"] >= 1
+    assert main(["env"]) == 0
+    assert f"torch {torch.__version__}" in capsys.readouterr().out
+    assert main(["env", "--jsn"]) == 1
+    assert "'--jsn' is not understood" in capsys.readouterr().err

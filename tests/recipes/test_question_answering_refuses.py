@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_questions import make_questions, save_questions, save_rows
+from tiny_texts import save_encoder_decoder
+from transformers import MarianConfig
+
+pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
+
+
+@pytest.fixture
+def refuse(question_answering, question_inputs, tmp_path, capsys):
+    """Call the recipe with overrides, see it fail in words, and return the words."""
+
+    def call(*overrides: str) -> str:
+        output = tmp_path / "run"
+        arguments = ["--config", str(question_inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
+        code = question_answering.main(arguments)
+        said = capsys.readouterr()
+        assert code == 1
+        assert said.err.count("error: ") == 1
+        assert "Traceback" not in said.err
+        assert "step 1/" not in said.out
+        assert not (output / "final").exists()
+        return said.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("data.doc_stride=20",), "windows of data.max_seq_length=20 tokens cannot share 20 of them"),
+        (("data.doc_stride=16",), "expected more than data.doc_stride=16"),
+        (("data.max_seq_length=64",), "data.max_seq_length is 64, but the model reads at most 32 tokens"),
+        (("eval.metric=accuracy",), "accuracy does not fit a question answering task"),
+        (("eval.metric=sqaud",), "Did you mean 'squad'?"),
+        (("data.version_2_with_negative=true", "eval.metric=squad"), "use squad_v2 or auto"),
+        (("eval.null_score_diff_threshold=1",), "eval.null_score_diff_threshold is 1.0, but every question"),
+        (("eval.max_answer_length=0",), "eval.max_answer_length: 0"),
+        (("train.max_answer_length=10",), "Did you mean 'eval.max_answer_length'?"),
+        (("model.model_name_or_path=/nowhere/at/all",), "/nowhere/at/all cannot be loaded"),
+        (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma is 0.1, which noise.kind=none does not use"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(refuse, overrides, expected):
+    assert expected in refuse(*overrides)
+
+
+def changed(path: Path, **changes) -> tuple[str, str]:
+    """Settings that name training rows, and test rows of which the second is changed."""
+    rows = make_questions(3, seed=9)
+    rows[1] |= changes
+    train = save_questions(path / "train.jsonl", 8, seed=8)
+    return f"data.train_file={train}", f"data.test_file={save_rows(path / 'test.jsonl', rows)}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id": "q9-0"}, "stand in several rows of test ('q9-0', ...)"),
+        ({"question": " "}, "row 1 of test has an empty text in column 'question'"),
+        ({"context": ""}, "row 1 of test has an empty text in column 'context'"),
+        ({"context": None}, "row 1 of test has nothing in column 'context'"),
+        ({"answers": {"text": ["red"], "answer_start": []}}, "lists of the same length"),
+        (
+            {"answers": {"text": ["red"], "answer_start": [900]}},
+            "1 of 3 answers of test do not stand in their context where answer_start says (row 1, ...)",
+        ),
+    ],
+    ids=["repeated id", "blank question", "blank context", "no context", "half an answer", "misplaced"],
+)
+def test_questions_that_cannot_be_used_are_named(refuse, tmp_path, changes, said):
+    assert said in refuse(*changed(tmp_path, **changes))
+
+
+def test_questions_without_an_answer_contradict_the_first_version(refuse, tmp_path):
+    rows = changed(tmp_path, answers={"text": [], "answer_start": []})
+    said = refuse(*rows, "data.version_2_with_negative=false")
+    assert "data.version_2_with_negative is false, but questions have no answer (1 of test)" in said
+    assert "eval.metric: squad cannot score questions that have no answer" in refuse(
+        *rows, "eval.metric=squad"
+    )
+
+
+def test_a_model_that_cannot_point_at_answers_is_refused(refuse, tmp_path):
+    MarianConfig(vocab_size=8, pad_token_id=0).save_pretrained(tmp_path / "marian")
+    said = refuse(f"model.model_name_or_path={tmp_path / 'marian'}")
+    assert f"{tmp_path / 'marian'} is a marian, of which transformers has no question-answering form" in said
+
+
+def test_everything_that_is_wrong_is_said_at_once(refuse, tmp_path):
+    MarianConfig(vocab_size=8, pad_token_id=0).save_pretrained(tmp_path / "marian")
+    said = refuse(*changed(tmp_path, question=""), f"model.model_name_or_path={tmp_path / 'marian'}")
+    assert "empty text in column 'question'" in said
+    assert "no question-answering form" in said
+
+
+def test_a_tokenizer_with_neither_padding_nor_an_end_is_refused(refuse, tmp_path):
+    folder = save_encoder_decoder(tmp_path / "model", special={"unk_token": "<unk>"})
+    assert "has no padding token" in refuse(f"model.tokenizer_name={folder}")
+
+
+def test_a_model_that_was_asked_before_keeps_its_head(question_answering, question_inputs, tmp_path, capsys):
+    """Trained for a step at a rate of next to nothing, from the folder of a run; a new head would be another."""
+    config = ["--config", str(question_inputs / "run.yaml"), "averaging.rule=none"]
+    tiny_step = ("train.max_steps=1", "train.warmup_steps=0", "train.learning_rate=1e-12")
+    for folder, model in (
+        ("first", ()),
+        ("second", (f"model.model_name_or_path={tmp_path / 'first/final'}", "train.seed=7")),
+    ):
+        arguments = [*config, f"train.output_dir={tmp_path / folder}", *tiny_step, *model]
+        assert question_answering.main(arguments) == 0, capsys.readouterr().err
+    first, second = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "second")
+    )
+    assert second["scores"]["test"]["last"]["loss"] == pytest.approx(first["scores"]["test"]["last"]["loss"])

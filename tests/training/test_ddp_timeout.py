@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from swaft.config import TrainConfig
+from swaft.distributed import _gloo_group
+from swaft.training.accelerator import process_group
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def default_group(monkeypatch) -> Iterator[None]:
+    """A process group of this process alone, as a recipe starts it with a time limit of 17 s."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))  # put back afterwards
+    settings = process_group(TrainConfig(output_dir="unused", ddp_timeout=17), on_cpu=True)
+    dist.init_process_group(**settings.to_kwargs(), rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def limit(group) -> timedelta:
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
+def test_every_group_waits_as_long_as_the_settings_say_whoever_makes_it(default_group):
+    assert limit(dist.group.WORLD) == timedelta(seconds=17)
+    assert limit(dist.new_group()) == timedelta(seconds=17)  # as DeepSpeed makes its own
+    assert limit(_gloo_group()) == timedelta(seconds=17)
+
+
+def test_ranks_wait_for_each_other_on_the_way_out_no_longer_than_at_any_other_time(default_group):
+    assert limit(_gloo_group(at_most=timedelta(seconds=5))) == timedelta(seconds=5)
+    assert limit(_gloo_group(at_most=timedelta(seconds=60))) == timedelta(seconds=17)
+
+
+@pytest.mark.parametrize("seconds", [600, 1800])
+def test_a_limit_that_is_somebodys_default_is_handed_on_as_well(seconds, monkeypatch):
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, None)
+    process_group(TrainConfig(output_dir="unused", ddp_timeout=seconds), on_cpu=False)
+    assert distributed_c10d._get_default_timeout("gloo") == timedelta(seconds=seconds)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from swaft.errors import ConfigError
+from swaft.training.fsdp2 import blocks_of, resolve_fsdp2
+
+pytestmark = pytest.mark.unit
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "False",
+}
+
+
+def test_without_fsdp_there_is_no_plugin():
+    assert resolve_fsdp2({}, precision="no") is None
+
+
+def test_gradients_are_summed_in_fp32_whatever_is_computed_in():
+    for precision, computed_in in (("no", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        plugin = resolve_fsdp2(LAUNCHED, precision=precision)
+        assert plugin is not None
+        policy = plugin.mixed_precision_policy
+        assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (
+            computed_in,
+            torch.float32,
+            None,
+        )
+
+
+@pytest.mark.parametrize("environ", [{"FSDP_VERSION": "1"}, {}])
+def test_fsdp1_is_refused_with_the_setting_that_mends_it(environ):
+    with pytest.raises(ConfigError, match=r"FSDP version 1.*set fsdp_version: 2"):
+        resolve_fsdp2({"ACCELERATE_USE_FSDP": "true"} | environ, precision="no")
+
+
+def test_what_the_launcher_asks_for_and_is_not_done_is_named_all_at_once():
+    asked = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    with pytest.raises(ConfigError) as refused:
+        resolve_fsdp2(LAUNCHED | asked, precision="no")
+    assert len(refused.value.problems) == 2
+    assert "train.gradient_checkpointing" in str(refused.value)
+
+
+def test_a_block_that_shares_a_weight_with_what_is_outside_of_it_is_not_sharded_by_itself():
+    tied, free = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    model = nn.ModuleList([tied, free, nn.Linear(2, 2)])
+    model[2].weight = tied[0].weight
+    free[1].weight = free[0].weight  # tied, but within
+    assert blocks_of(model, lambda module: isinstance(module, nn.Sequential)) == [free]

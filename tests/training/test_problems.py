@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swaft.errors import ConfigError, DataError
+from swaft.training.problems import MISSING, Problems
+from swaft.training.recipe import is_recipe, load_recipe
+
+pytestmark = pytest.mark.unit
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
+
+
+def refuse(*problems: str) -> int:
+    raise ConfigError(list(problems))
+
+
+def test_what_works_is_returned_and_nothing_is_refused():
+    problems = Problems()
+    assert problems.of(int, "12", base=8) == 10
+    problems.refuse()
+
+
+def test_every_problem_is_kept_once_in_the_order_of_finding():
+    def no_rows() -> None:
+        raise DataError("no rows")
+
+    problems = Problems()
+    assert problems.of(refuse, "a", "b") is MISSING
+    assert problems.of(no_rows) is MISSING
+    assert problems.of(refuse, "b", "c") is MISSING
+    with pytest.raises(ConfigError) as caught:
+        problems.refuse()
+    assert caught.value.problems == ["a", "b", "no rows", "c"]
+
+
+def test_what_needs_something_missing_is_not_called_and_is_missing_too():
+    problems = Problems()
+    rows = problems.of(refuse, "a")
+    called = []
+    assert problems.of(called.append, rows) is MISSING
+    assert problems.of(sorted, [1], key=rows) is MISSING
+    assert rows.columns.first is MISSING
+    assert (called, problems.found) == ([], ["a"])
+
+
+def test_an_error_that_is_not_swafts_passes_through():
+    with pytest.raises(ZeroDivisionError):
+        Problems().of(divmod, 1, 0)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_what_it_is(path):
+    assert is_recipe(path)
+    recipe = load_recipe(path)
+    assert {"model", "data", "train"} <= {*recipe.config_class.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("text", ["Config = 1", "def prepare(): ...", "def (", "raise SystemExit"])
+def test_another_script_is_no_recipe_and_is_not_run(text, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    assert not is_recipe(tmp_path / "mine.py")
+    assert not is_recipe(tmp_path / "nowhere.py")

@@ -1,0 +1,119 @@
+"""Training on targets of very different length, through the real loop, whatever the layout of the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import tiny_bert, tiny_t5
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+import swaft
+from swaft.averaging import attach_engine
+from swaft.config import TrainConfig
+from swaft.noise import TaskLoss
+from swaft.training.loop import train
+from swaft.training.schedule import Schedule
+
+STEPS, LEARNING_RATE = 6, 0.3
+MODELS = {"bert": tiny_bert, "t5": tiny_t5}
+
+
+class Stretched(swaft.R3F):
+    """R3F whose noise is a share of the embedding, and so the same wherever a row lies."""
+
+    def _disturb(self, embedding: Tensor, settings: Any) -> Tensor:
+        return 1.5 * embedding
+
+
+OBJECTIVES = {"plain": TaskLoss, "r3f": lambda: Stretched(weight=5.0)}
+
+
+class Recorder:
+    """Stands in for the progress log."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, float]] = []
+
+    def advance(self) -> None:
+        pass
+
+    def training(self, step: int, record: Any) -> None:
+        self.records.append(dict(record))
+
+
+def texts(count: int) -> list[dict[str, Tensor]]:
+    """Rows whose targets have 1 to 24 tokens, and which are of one of a few classes."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(low: int, high: int) -> Tensor:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(2, 20, (length,), generator=generator)
+
+    return [
+        {
+            "input_ids": tokens(3, 9),
+            "target": tokens(1, 24 if row % 3 else 2),
+            "class": torch.randint(0, 2, (), generator=generator),
+        }
+        for row in range(count)
+    ]
+
+
+def collate(rows: list[dict[str, Tensor]], *, writes: bool) -> dict[str, Tensor]:
+    """Pad a batch; its labels are the tokens of the target, or the class."""
+    ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+    labels = (
+        pad_sequence([row["target"] for row in rows], batch_first=True, padding_value=-100)
+        if writes
+        else torch.stack([row["class"] for row in rows])
+    )
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def loader_of(kind: str, *, count: int, batch_size: int) -> DataLoader[Any]:
+    return DataLoader(
+        texts(count),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        collate_fn=lambda rows: collate(rows, writes=kind == "t5"),
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+
+def train_prepared(accelerator: Any, model: Any, optimizer: Any, loader: Any, objective: str) -> Recorder:
+    """Train what an accelerator has prepared, with the loop of the recipes."""
+    recorder = Recorder()
+    train(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        objective=OBJECTIVES[objective](),
+        engine=attach_engine(model, optimizer),
+        schedule=Schedule(kind="constant", peak=LEARNING_RATE, warmup_steps=0, total_steps=STEPS),
+        settings=TrainConfig(
+            output_dir="unused",
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+            logging_steps=1,
+        ),
+        progress=recorder,  # type: ignore[arg-type]
+    )
+    return recorder
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """How far two trained models are apart, as a share of their norm: largest over the tensors."""
+    return max(
+        float((found[name] - tensor).norm() / tensor.norm().clamp(min=1e-2))
+        for name, tensor in expected.items()
+    )
+
+
+def reference_file(folder: Path, kind: str, objective: str) -> Path:
+    return folder / f"{kind}-{objective}.pt"
