@@ -245,7 +245,8 @@ def process_group(train: TrainConfig, *, on_cpu: bool) -> InitProcessGroupKwargs
     own default.
     """
     timeout = timedelta(seconds=train.ddp_timeout)
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     return InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timeout)
 
 

@@ -29,7 +29,7 @@ class Target:
     """All scores that there are to choose from, ``loss`` apart, which there always is."""
 
     @property
-    def better(self) -> Callable[..., float]:
+    def better(self) -> Callable[..., Any]:
         """The built-in ``min`` or ``max``."""
         return min if self.score in LOWER_IS_BETTER else max
 

@@ -109,7 +109,7 @@ def prepare(
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(model, build_optimizer(model), loader)
-    shard(model, accelerator.state.fsdp_plugin)
+    shard(model, accelerator.state.fsdp_plugin)  # type: ignore[arg-type]
     # The optimizer comes after: sharding puts other parameters into the model.
     optimizer = accelerator.prepare_optimizer(build_optimizer(model))
     return model, optimizer, accelerator.prepare_data_loader(loader)
@@ -139,7 +139,7 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
             "classes of the model's layers in fsdp_transformer_layer_cls_to_wrap of the accelerate configuration"
         )
     for block in reversed(blocks):  # the inner ones first
-        fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **settings)
+        fully_shard(block, reshard_after_forward=bool(plugin.reshard_after_forward), **settings)
     fully_shard(model, **settings)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
