@@ -3,7 +3,7 @@
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/classification.py \
         --config recipes/configs/classification/mrpc.yaml averaging.rule=swa noise.kind=r3f
 
-The same file runs in one process, under DDP and under DeepSpeed ZeRO 0 to 3. It leaves a run folder with the
+The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It leaves a run folder with the
 last weights (final/), the averaged ones (final-averaged/), and the scores of both (summary.json).
 """
 
