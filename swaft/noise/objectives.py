@@ -66,8 +66,10 @@ class TaskLoss:
         loss = getattr(output, "loss", None)
         if loss is None:
             raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
-        nothing = loss.detach().new_zeros(())
-        return ObjectiveOutput(loss, loss.detach(), nothing, nothing, nothing, task_logits(output).detach())
+        nothing, logits = loss.detach().new_zeros(()), task_logits(output)
+        return ObjectiveOutput(
+            loss, loss.detach(), nothing, nothing, nothing, None if logits is None else logits.detach()
+        )
 
 
 class R3F:

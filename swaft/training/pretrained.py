@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
@@ -56,7 +57,7 @@ def load_tokenizer(model: AnyModel) -> Any:
 
     One without a padding token pads with its end-of-text token; the attention mask hides it either way.
     """
-    with told_as_settings(model):
+    with told_as_settings(model, "tokenizer_name" if model.tokenizer_name else None):
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer_name or model_path(model), trust_remote_code=model.trust_remote_code
         )
@@ -166,11 +167,18 @@ def hidden_size(model_config: Any) -> int | None:
 
 
 @contextmanager
-def told_as_settings(model: AnyModel) -> Iterator[None]:
-    """Context in which what transformers raises becomes a problem with the model's settings."""
+def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[None]:
+    """Context in which what transformers raises becomes a problem with the model's settings.
+
+    Args:
+        model: section ``model``.
+        setting: the one of it that says what is loaded; None: the one that says which model.
+    """
+    setting = setting or ("config" if model.model_name_or_path is None else "model_name_or_path")
     try:
         yield
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+    # The last is a value of the wrong type in the model's configuration.
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason and not model.trust_remote_code:
             raise ConfigError(
@@ -183,5 +191,5 @@ def told_as_settings(model: AnyModel) -> Iterator[None]:
                 "needs (see the report above); for a new head set model.ignore_mismatched_sizes=true"
             ) from error
         raise ConfigError(
-            f"model.model_name_or_path: {model.model_name_or_path} cannot be loaded: {reason[:500]}"
+            f"model.{setting}: {getattr(model, setting)} cannot be loaded: {reason[:500]}"
         ) from error

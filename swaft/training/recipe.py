@@ -1,7 +1,7 @@
 """What a recipe file offers besides training: its settings, and what can be told of a run beforehand.
 
-A recipe is a script that defines ``Config``, the class of its settings, and ``prepare(config, problems)``, which
-finds and checks everything that needs no device and no other rank.
+A recipe is a script that defines ``Config``, the class of its settings, made of the sections of `swaft.config`, and
+``prepare(config, problems)``, which finds and checks everything that needs no device and no other rank.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +79,8 @@ class Recipe:
 def is_recipe(path: Path) -> bool:
     """Whether a script is a recipe, as far as can be seen without running it.
 
+    Others may define the same two names; a recipe also takes its settings from `swaft.config`.
+
     Args:
         path: of a file. One that is no Python is no recipe.
     """
@@ -89,7 +91,8 @@ def is_recipe(path: Path) -> bool:
     names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
     names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return names >= OFFERED
+    imported = {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    return names >= OFFERED and "swaft.config" in imported
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -106,8 +109,13 @@ def load_recipe(path: Path) -> Recipe:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: cannot be imported; expected a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # as for a script that is run
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{path}: cannot be imported: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    if not is_dataclass(module.Config):
+        raise ConfigError(f"{path}: Config is no dataclass of sections such as swaft.config.TrainConfig")
     return Recipe(config_class=module.Config, prepare=module.prepare)

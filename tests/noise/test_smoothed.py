@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from swaft.errors import ConfigError, NoiseError
 from swaft.noise import R3F, TaskLoss
@@ -75,6 +76,13 @@ def test_a_model_that_trains_another_loss_is_refused(model, batch, monkeypatch):
     monkeypatch.setattr(model, "forward", doubled)
     with pytest.raises(NoiseError, match="label smoothing computes the mean cross entropy"):
         SmoothedTaskLoss(0.1)(model, batch)
+
+
+def test_the_plain_loss_needs_no_logits(model, batch, monkeypatch):
+    loss = model(**batch).loss
+    monkeypatch.setattr(model, "forward", lambda **inputs: Seq2SeqLMOutput(loss=loss))
+    out = TaskLoss()(model, batch)
+    assert (out.loss is loss, out.logits) == (True, None)
 
 
 def test_a_share_out_of_range_is_refused():

@@ -12,6 +12,7 @@ import torch
 from launching import launch
 from pairwise import Row, pairwise
 from safetensors.torch import load_file
+from tiny_texts import save_encoder_decoder
 
 pytestmark = pytest.mark.recipe
 
@@ -45,7 +46,10 @@ def rows_to_try(every: bool) -> list[Row]:
     return [dict(zip(chosen, values, strict=True)) | rest for values in product(*chosen.values())]
 
 
-def arguments(row: Row, inputs: Path, output: Path) -> list[str]:
+def arguments(row: Row, inputs: Path, pretrained: str, output: Path) -> list[str]:
+    lora = ["model.use_peft=true", "model.lora_r=4"] if row["lora"] else []
+    if lora and row["recipe"] == "seq2seq":  # adapters change a pretrained model; the inputs name a new one
+        lora += ["model.config=null", "model.vocab_size=null", f"model.model_name_or_path={pretrained}"]
     return [
         *("--config", str(inputs / "run.yaml")),
         f"train.output_dir={output}",
@@ -56,7 +60,7 @@ def arguments(row: Row, inputs: Path, output: Path) -> list[str]:
         f"noise.kind={row['noise']}",
         f"averaging.rule={row['rule']}",
         *(["averaging.blocks=2"] if row["rule"] == "windows" else []),
-        *(["model.use_peft=true", "model.lora_r=4"] if row["lora"] else []),
+        *lora,
         "eval.eval_steps=8",
     ]
 
@@ -68,9 +72,11 @@ def arguments(row: Row, inputs: Path, output: Path) -> list[str]:
 def test_recipes_train_average_evaluate_and_save_whatever_is_switched_on(every, engine, request, tmp_path):
     rows = [row for row in rows_to_try(every) if row["engine"] == engine]
     runs = []
+    pretrained = save_encoder_decoder(tmp_path / "pretrained")
     for number, row in enumerate(rows):
         inputs = request.getfixturevalue(RECIPES[row["recipe"]])
-        runs.append((row["recipe"], row["precision"], arguments(row, inputs, tmp_path / str(number))))
+        words = arguments(row, inputs, pretrained, tmp_path / str(number))
+        runs.append((row["recipe"], row["precision"], words))
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     script = Path(__file__).with_name("several_runs.py")
     limit_s = 60 + 60 * len(runs)

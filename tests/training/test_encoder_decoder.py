@@ -54,6 +54,11 @@ def test_a_new_model_fits_its_tokenizer(make_accelerator):
     assert model.dtype == torch.float32
 
 
+def test_a_new_model_with_an_entry_of_the_wrong_type_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.config: .* cannot be loaded: .*'d_model' expected int"):
+        encoder_decoder_config(Seq2SeqModelConfig(config=TINY | {"d_model": "wide"}))
+
+
 def test_what_the_settings_say_of_a_new_model_wins(make_accelerator):
     model, _ = new_model(make_accelerator(), decoder_start_token_id=1, vocab_size=400)
     assert (model.config.vocab_size, model.config.decoder_start_token_id) == (400, 1)

@@ -10,7 +10,13 @@ from transformers import BertConfig, BertForSequenceClassification
 from swaft.config import ModelConfig
 from swaft.data import Task
 from swaft.errors import ConfigError
-from swaft.training.pretrained import describe_labels, hidden_size, load_classifier, load_model_config
+from swaft.training.pretrained import (
+    describe_labels,
+    hidden_size,
+    load_classifier,
+    load_model_config,
+    load_tokenizer,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -76,6 +82,12 @@ def test_a_model_that_brings_code_is_refused_and_the_setting_is_named(tmp_path):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.model_name_or_path: .*nowhere"):
         load_model_config(ModelConfig(model_name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    section = ModelConfig(model_name_or_path="demo", tokenizer_name=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"model\.tokenizer_name: .*nowhere cannot be loaded"):
+        load_tokenizer(section)
 
 
 def test_the_width_is_read_where_the_configuration_says_it():

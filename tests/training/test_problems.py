@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from swaft.config import ClassificationConfig
 from swaft.errors import ConfigError, DataError
 from swaft.training.problems import MISSING, Problems
 from swaft.training.recipe import is_recipe, load_recipe
@@ -58,8 +60,51 @@ def test_every_recipe_says_what_it_is(path):
     assert {"model", "data", "train"} <= {*recipe.config_class.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("text", ["Config = 1", "def prepare(): ...", "def (", "raise SystemExit"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Config = 1",
+        "def prepare(): ...",
+        "def (",
+        "raise SystemExit",
+        "class Config: ...\ndef prepare(): ...\ntrain()",  # usual names, and nothing of swaft's
+    ],
+)
 def test_another_script_is_no_recipe_and_is_not_run(text, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     assert not is_recipe(tmp_path / "mine.py")
     assert not is_recipe(tmp_path / "nowhere.py")
+
+
+RECIPE = """
+from swaft.config import ClassificationConfig
+from sections import EXTRA
+Config = ClassificationConfig
+def prepare(config, problems): ...
+"""
+
+
+def test_a_recipe_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "sections", raising=False)
+    (tmp_path / "mine.py").write_text(RECIPE)
+    (tmp_path / "sections.py").write_text("EXTRA = 1")
+    assert is_recipe(tmp_path / "mine.py")
+    before = [*sys.path]
+    assert load_recipe(tmp_path / "mine.py").config_class is ClassificationConfig
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("beside", "extra", "expected"),
+    [
+        ("", "", "cannot be imported: ImportError: cannot import name 'EXTRA'"),
+        ("EXTRA = 1", "missing", "cannot be imported: NameError: name 'missing'"),
+        ("EXTRA = 1", "Config = dict", "Config is no dataclass"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(beside, extra, expected, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "sections", raising=False)
+    (tmp_path / "mine.py").write_text(RECIPE + extra)
+    (tmp_path / "sections.py").write_text(beside)
+    with pytest.raises(ConfigError, match=expected):
+        load_recipe(tmp_path / "mine.py")
