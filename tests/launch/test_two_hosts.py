@@ -119,7 +119,8 @@ def require_clean_end(job: Job, output: Path, message: str) -> None:
     assert not (output / "summary.json").exists()
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_host_that_is_lost_ends_the_run_on_the_other_soon_and_with_a_message(hosts, inputs, tmp_path, lost):
     output = tmp_path / "run"
     left = start_and_wait_for_training(hosts, inputs, output)[1 - lost]

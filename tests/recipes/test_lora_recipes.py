@@ -47,13 +47,8 @@ def trained_share(said: str) -> str:
     return line.split(" = ")[1]
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        "zero3_cpu.yaml",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp_cpu.yaml", "zero2_cpu.yaml")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp_cpu.yaml", "zero2_cpu.yaml", "zero3_cpu.yaml"])
 def test_a_classifier_learns_by_adapters_on_two_ranks(inputs, tmp_path, launcher):
     before = (inputs / "model" / "model.safetensors").read_bytes()
     finished = launch(

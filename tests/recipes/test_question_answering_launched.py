@@ -140,6 +140,7 @@ def test_the_configuration_reads_back(runs):
     assert (config.data.doc_stride, config.noise.kind, config.train.group_by_length) == (6, "r3f", True)
 
 
+@pytest.mark.slow
 def test_questions_without_an_answer_are_told_apart_over_two_processes(question_inputs, tmp_path):
     rows = make_questions(19, seed=5, unanswerable=0.4)
     train = save_questions(tmp_path / "train.jsonl", 60, seed=4, unanswerable=0.4)
