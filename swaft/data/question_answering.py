@@ -46,10 +46,11 @@ def tokenize_questions(
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `start_positions` and `end_positions`
-        (the tokens of the first answer that stands where it says; both the CLS token where the window does
-        not hold all of it, or there is none), and `idx`, the number of the window. For evaluation also `row`,
-        the question's row number in `split`, `cls_position`, and `offsets`: the first and one past the last
-        character in the context of each token, -1 for tokens that no answer can begin or end with.
+        (the tokens of the first answer that stands where it says; both the CLS token, or without one the first
+        that is no part of the context, where the window does not hold all of it, or there is none), and `idx`,
+        the number of the window. For evaluation also `row`, the question's row number in `split`,
+        `cls_position`, and `offsets`: the first and one past the last character in the context of each token,
+        -1 for tokens that no answer can begin or end with.
 
     Raises:
         DataError: a slow tokenizer, windows longer than the model reads, a question that leaves no room for
@@ -148,7 +149,10 @@ def _encode(
     places = [
         first_place(context, answers) for context, answers in zip(contexts, rows["answers"], strict=True)
     ]
-    cls = [_cls_position(ids, tokenizer.cls_token_id) for ids in encoded["input_ids"]]
+    cls = [
+        _cls_position(ids, tokenizer.cls_token_id, window)
+        for ids, window in zip(encoded["input_ids"], offsets, strict=True)
+    ]
     spans = [
         _span(places[sample], window, fallback)
         for sample, window, fallback in zip(samples, offsets, cls, strict=True)
@@ -185,9 +189,9 @@ def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> 
     return (int(tokens[first]), int(tokens[last])) if first <= last else (fallback, fallback)
 
 
-def _cls_position(ids: list[int], cls_token_id: Any) -> int:
-    # Models without such a token are taught to point at the first one instead.
-    return ids.index(cls_token_id) if cls_token_id in ids else 0
+def _cls_position(ids: list[int], cls_token_id: Any, offsets: np.ndarray) -> int:
+    # Models without such a token are taught to point at the first one that no answer can begin with instead.
+    return ids.index(cls_token_id) if cls_token_id in ids else int(np.argmax(offsets[:, 0] == NO_ANSWER_HERE))
 
 
 def _refuse_long_questions(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import patch_environment
 from torch import nn
 
 from swaft.config import TrainConfig
@@ -93,10 +92,8 @@ class Engine:
         return EngineMemory([Phase("start", {}, loaded), *found.phases], owned=found.owned)
 
     def _plugin(self) -> FullyShardedDataParallelPlugin:
-        """FSDP2's settings, which accelerate reads from the environment."""
-        settings = {name: value for name, value in self.launch.environ.items() if name.startswith("FSDP_")}
-        with patch_environment(**settings):
-            plugin = resolve_fsdp2(self.launch.environ, precision=self.precision)
+        """FSDP2's settings."""
+        plugin = resolve_fsdp2(self.launch.environ, precision=self.precision)
         assert plugin is not None, "the engine is FSDP2"
         return plugin
 

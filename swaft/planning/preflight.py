@@ -33,7 +33,7 @@ from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
 from swaft.training.recipe import Prepared, Recipe, is_recipe, load_recipe
 from swaft.training.run_folder import refuse_used
-from swaft.training.schedule import Schedule, build_schedule, count_micro_batches, count_optimizer_steps
+from swaft.training.schedule import Schedule, build_schedule, planned_steps
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,7 @@ def _given_steps(train: TrainConfig) -> int | None:
 
 
 def _count_steps(train: TrainConfig, rows: Mapping[str, Sized], world_size: int) -> int:
-    micro_batches = count_micro_batches(
-        num_rows=len(rows["train"]), batch_size=train.per_device_train_batch_size, world_size=world_size
-    )
-    return count_optimizer_steps(
-        micro_batches=micro_batches,
-        accumulation_steps=train.gradient_accumulation_steps,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-    )
+    return planned_steps(train, num_rows=len(rows["train"]), world_size=world_size)
 
 
 def _plan(rule: Rule | None, total_steps: int) -> Plan | None:

@@ -16,7 +16,7 @@ from swaft.training.launcher import read_launch, read_script
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
 from swaft.training.recipe import Prepared, is_recipe, load_recipe
-from swaft.training.schedule import count_micro_batches, count_optimizer_steps
+from swaft.training.schedule import planned_steps
 
 
 def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
@@ -72,14 +72,5 @@ def _rule_plan(config: Any, ready: Prepared, world_size: int, problems: Problems
                     "the length of the run depends on the training rows; set train.max_steps to plan without them",
                 ]
             )
-        steps = count_optimizer_steps(
-            micro_batches=count_micro_batches(
-                num_rows=len(ready.rows["train"]),
-                batch_size=config.train.per_device_train_batch_size,
-                world_size=world_size,
-            ),
-            accumulation_steps=config.train.gradient_accumulation_steps,
-            num_train_epochs=config.train.num_train_epochs,
-            max_steps=config.train.max_steps,
-        )
+        steps = planned_steps(config.train, num_rows=len(ready.rows["train"]), world_size=world_size)
     return ready.rule.plan(steps)

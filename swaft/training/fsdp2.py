@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -80,7 +80,12 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
     computes_in = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     # What one block hands to the next stays as it is, as under DeepSpeed: noise may be too small for 16 bits.
     policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+    settings = {name: value for name, value in environ.items() if name.startswith("FSDP_")}
+    try:
+        with patch_environment(**settings):  # where accelerate reads the rest
+            return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+    except ValueError as error:
+        raise ConfigError(f"the launcher's fsdp_config: {error}") from error
 
 
 def start_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
@@ -155,8 +160,18 @@ def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> lis
     Args:
         model: whole, or on paper.
         plugin: from `resolve_fsdp2`.
+
+    Raises:
+        ConfigError: the launcher names a class of layers that the model does not have.
     """
-    plugin.set_auto_wrap_policy(model)
+    try:
+        plugin.set_auto_wrap_policy(model)
+    except ValueError as error:
+        there = sorted({type(part).__name__ for part in model.modules() if any(part.children())})
+        raise ConfigError(
+            f"fsdp_transformer_layer_cls_to_wrap of the accelerate configuration: {error} Expected some of "
+            f"{', '.join(there)}; leave it out to take the model's own"
+        ) from error
     is_block = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
     return blocks_of(model, is_block)
 

@@ -26,6 +26,15 @@ class ScheduleSettings(Protocol):
     warmup_steps: int | float
 
 
+class LengthSettings(Protocol):
+    """The settings of section ``train`` that decide how long a run is."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    num_train_epochs: float
+    max_steps: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Rate of every optimizer step of a run.
@@ -132,3 +141,20 @@ def count_optimizer_steps(
         return max_steps
     steps_per_epoch = max(math.ceil(micro_batches / accumulation_steps), 1)
     return math.ceil(num_train_epochs * steps_per_epoch)
+
+
+def planned_steps(train: LengthSettings, *, num_rows: int, world_size: int) -> int:
+    """Return the optimizer steps that a run will take, told before it starts.
+
+    Args:
+        train: section ``train`` of the configuration.
+        num_rows: training rows.
+        world_size: ranks that share them.
+    """
+    batch_size = train.per_device_train_batch_size
+    return count_optimizer_steps(
+        micro_batches=count_micro_batches(num_rows=num_rows, batch_size=batch_size, world_size=world_size),
+        accumulation_steps=train.gradient_accumulation_steps,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import processors
 
 from swaft.data import WindowCollator, tokenize_questions
 from swaft.errors import DataError
@@ -120,6 +121,16 @@ def test_cls_token_is_found_where_it_stands():
 def test_model_without_a_cls_token_points_at_the_first_token():
     found = windows(questions(), length=16, cls_token=None)
     assert found["cls_position"][:] == [0]
+
+
+def test_model_without_a_cls_token_never_points_at_the_context_for_want_of_an_answer():
+    tokenizer = tiny_tokenizer(padding_side="left", cls_token=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="$A", pair="$A $B:1"
+    )
+    found = tokenize_questions(questions(), tokenizer, max_seq_length=16, doc_stride=2, training=False)
+    assert found["input_ids"][0] == [6, 7, 8, 4, 5, 6, 7, 8, 4, 5]  # the context, and then a b
+    assert found["cls_position"][:] == found["start_positions"][:] == found["end_positions"][:] == [8]
 
 
 def test_batch_is_padded_and_holds_only_what_a_model_takes():

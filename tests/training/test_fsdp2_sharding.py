@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from swaft.errors import ConfigError
-from swaft.training.fsdp2 import blocks_of, resolve_fsdp2
+from swaft.training.fsdp2 import blocks_of, find_blocks, resolve_fsdp2
 
 pytestmark = pytest.mark.unit
 
@@ -45,6 +45,19 @@ def test_what_the_launcher_asks_for_and_is_not_done_is_named_all_at_once():
         resolve_fsdp2(LAUNCHED | asked, precision="no")
     assert len(refused.value.problems) == 2
     assert "train.gradient_checkpointing" in str(refused.value)
+
+
+def test_what_accelerate_cannot_read_is_refused_though_it_stands_in_no_variable_here():
+    with pytest.raises(ConfigError, match=r"the launcher's fsdp_config: .*Invalid auto wrap policy"):
+        resolve_fsdp2(LAUNCHED | {"FSDP_AUTO_WRAP_POLICY": "SOME_WRAP"}, precision="no")
+
+
+def test_layers_that_the_model_does_not_have_are_named_beside_those_it_has():
+    asked = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayr"}
+    plugin = resolve_fsdp2(LAUNCHED | asked, precision="no")
+    assert plugin is not None
+    with pytest.raises(ConfigError, match=r"class BertLayr in the model\. Expected some of Sequential;"):
+        find_blocks(nn.Sequential(nn.Linear(2, 2)), plugin)
 
 
 def test_a_block_that_shares_a_weight_with_what_is_outside_of_it_is_not_sharded_by_itself():
