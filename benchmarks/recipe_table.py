@@ -1,6 +1,6 @@
 """Runs every config of the recipes for a few steps, and writes the tables of `recipes/README.md`: cost and result.
 
-    python -m benchmarks.recipe_table            # an hour on a core; a second call goes on
+    python -m benchmarks.recipe_table            # 20 minutes on a core; a second call goes on
     python -m benchmarks.recipe_table --table    # print the tables from benchmarks/results/recipes.json
 
 Each is started as a user starts it, in one process and one thread, with the config as shipped but for the length of
@@ -25,9 +25,9 @@ from benchmarks.trainings import ROOT
 RUNS = ROOT / "runs" / "recipe_table"
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 LENGTHS = {
-    "classification": ("train.max_steps=60", "data.max_eval_samples=400", "data.max_predict_samples=400"),
-    "question_answering": ("train.max_steps=60", "data.max_eval_samples=100", "data.max_predict_samples=100"),
-    "seq2seq": ("train.max_steps=30", "data.max_eval_samples=64", "data.max_predict_samples=64"),
+    "classification": ("train.max_steps=30", "data.max_eval_samples=200", "data.max_predict_samples=200"),
+    "question_answering": ("train.max_steps=20", "data.max_eval_samples=40", "data.max_predict_samples=40"),
+    "seq2seq": ("train.max_steps=20", "data.max_eval_samples=16", "data.max_predict_samples=16"),
 }
 SHORTER = {
     "seq2seq/scitldr": ("train.per_device_train_batch_size=4",),
