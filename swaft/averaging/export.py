@@ -199,10 +199,18 @@ def fold_parametrizations(module: nn.Module, state_dict: dict[str, Tensor]) -> d
             if not tensors:
                 continue
             for step in steps:
-                tensors = [copy.deepcopy(step).cpu().eval()(*tensors)]
+                tensors = [_without_hooks(copy.deepcopy(step)).cpu().eval()(*tensors)]
             folded = {key: value for key, value in folded.items() if not key.startswith(inside)}
             folded[f"{prefix}.{name}" if prefix else name] = tensors[0]
     return folded
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Take the hooks off a copy: those of ZeRO-3 count the passes of all ranks, and here rank 0 makes one alone."""
+    for part in module.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+    return module
 
 
 def gather_trained(engine: Engine, shard: Tensor) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -64,13 +66,31 @@ def planned_model(config: Any, model_config: Any) -> Planned:
             model = kind.from_config(
                 model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
             )
-        return with_adapters(model, config.model, task=task)
+        with _on_paper():
+            return with_adapters(model, config.model, task=task)
 
     def batch() -> dict[str, Tensor]:
         shapes = {"input_ids": (rows, lengths[0]), "attention_mask": (rows, lengths[0])} | labels
         return {name: torch.ones(shape, dtype=torch.int64) for name, shape in shapes.items()}
 
     return Planned(build=build, batch=batch, rows=rows, lengths=lengths)
+
+
+@contextmanager
+def _on_paper() -> Iterator[None]:
+    """Context in which peft can put adapters on tensors without data.
+
+    It moves each adapter to its layer, which such tensors cannot be; and the copy that it makes of a head would get
+    a copy of the mode that its tensors belong to.
+    """
+    to = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign]
+    FakeTensorMode.__deepcopy__ = lambda mode, _: mode  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        nn.Module.to = to
+        del FakeTensorMode.__deepcopy__  # type: ignore[attr-defined]
 
 
 def _stand_in_for_tokenizer(model_config: Any, config: Seq2SeqConfig) -> None:

@@ -56,10 +56,20 @@ def load_tokenizer(model: AnyModel) -> Any:
     """Return the tokenizer: ``model.tokenizer_name`` where set, else the model's own.
 
     One without a padding token pads with its end-of-text token; the attention mask hides it either way.
+
+    Raises:
+        ConfigError: where there is none, or it knows no word: transformers makes such a one for a folder without
+            files of a tokenizer, and every text would be a row of unknown words.
     """
     with told_as_settings(model, "tokenizer_name" if model.tokenizer_name else None):
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer_name or model_path(model), trust_remote_code=model.trust_remote_code
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"model.tokenizer_name: {model.tokenizer_name or model.model_name_or_path} has no vocabulary: its "
+            f"tokenizer knows {len(tokenizer)} special tokens and no word; name the hub id or folder of the model's "
+            "tokenizer"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -38,6 +38,20 @@ def test_a_parametrized_weight_is_written_as_what_evaluation_uses(parametrize, t
     assert torch.equal(saved["1.weight"], model.eval()[1].weight)
 
 
+def test_a_parametrization_is_evaluated_for_the_folder_without_the_hooks_of_an_engine(tmp_path):
+    model = nn.Sequential(spectral_norm(nn.Linear(3, 2)))
+    passes = []
+    for (
+        part
+    ) in model.modules():  # ZeRO-3 hangs such hooks on every part, and waits for all ranks to make its pass
+        part.register_forward_pre_hook(lambda module, args: passes.append(module))
+        part.register_forward_hook(lambda module, args, output: passes.append(module))
+    save_pretrained(engine_of(model), tmp_path / "out")
+    assert passes == []
+    model(torch.randn(2, 3))
+    assert passes  # the model's own hooks are as they were
+
+
 def test_a_plain_module_leaves_its_weights_tied_ones_under_both_names(tmp_path):
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight

@@ -34,6 +34,16 @@ def test_every_recipe_has_a_plan(configs, tmp_path, capsys, recipe):
         assert expected in told
 
 
+def test_adapters_are_planned_as_they_are_trained(configs, tmp_path, capsys):
+    assert main(words(configs, tmp_path, "--json", "train.max_steps=40")) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert main(words(configs, tmp_path, "--json", "train.max_steps=40", "model.use_peft=true")) == 0
+    adapted = json.loads(capsys.readouterr().out)
+    assert adapted["parameters"] > whole["parameters"]
+    assert adapted["trainable"] < adapted["parameters"] / 2
+    assert adapted["averaging"]["elements"] < whole["averaging"]["elements"]
+
+
 def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
     assert main(words(configs, tmp_path, "--json", "--step_seconds", "0.5", "train.max_steps=40")) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -82,6 +82,13 @@ def test_long_questions_are_several_rows_to_train_on_so_the_steps_are_the_least(
     assert "least" not in validate("question_answering", "train.max_steps=40")[1]
 
 
+@pytest.mark.parametrize("recipe", ["classification", "question_answering"])
+def test_adapters_are_told_apart_from_what_they_are_put_on(validate, recipe):
+    code, printed = validate(recipe, "model.use_peft=true", "train.max_steps=40")
+    assert code == 0, printed
+    assert " of them trained" in printed
+
+
 def test_json_holds_the_same(validate):
     code, printed = validate("seq2seq", "--json", "train.max_steps=40", launch="ddp")
     found = json.loads(printed)

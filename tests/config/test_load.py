@@ -274,7 +274,10 @@ def test_flatten_holds_every_setting_as_a_scalar():
     assert flat["train.learning_rate"] == 1e-5
     assert flat["eval.eval_steps"] == "null"
     assert all(isinstance(value, str | int | float | bool) for value in flat.values())
-    assert [name.split(".")[0] for name in flat][:: len(flat) - 1] == ["model", "track"]  # in the order of sections
+    assert [name.split(".")[0] for name in flat][:: len(flat) - 1] == [
+        "model",
+        "track",
+    ]  # in the order of sections
 
 
 def test_print_config_shows_origins_and_exits_0(tmp_path, capsys):

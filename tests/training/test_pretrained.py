@@ -108,3 +108,8 @@ def test_a_head_for_another_number_of_classes_is_replaced_only_when_asked(tmp_pa
         model, load_model_config(model, **settings), seed=0, gradient_checkpointing=False
     )
     assert loaded.classifier.out_features == 2
+
+
+def test_a_folder_without_a_tokenizer_is_refused_rather_than_read_as_unknown_words(model):
+    with pytest.raises(ConfigError, match=r"model.tokenizer_name: .*model has no vocabulary"):
+        load_tokenizer(model)
