@@ -68,8 +68,7 @@ def load_tokenizer(model: AnyModel) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"model.tokenizer_name: {model.tokenizer_name or model.model_name_or_path} has no vocabulary: its "
-            f"tokenizer knows {len(tokenizer)} special tokens and no word; name the hub id or folder of the model's "
-            "tokenizer"
+            f"tokenizer knows {len(tokenizer)} special tokens and no word; name the hub id or folder of one that does"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
