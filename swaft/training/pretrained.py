@@ -67,8 +67,8 @@ def load_tokenizer(model: AnyModel) -> Any:
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
-            f"model.tokenizer_name: {model.tokenizer_name or model.model_name_or_path} has no vocabulary: its "
-            f"tokenizer knows {len(tokenizer)} special tokens and no word; name the hub id or folder of one that does"
+            f"model.tokenizer_name: {model.tokenizer_name or model.model_name_or_path} has no vocabulary, its "
+            f"tokenizer knows {len(tokenizer)} special tokens and no word; name one that knows words"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
