@@ -88,8 +88,8 @@ def run(name: str) -> dict[str, Any]:
         summary = json.loads((folder / "summary.json").read_text())
         result |= {name: summary[name] for name in ("metric", "scores", "steps", "train_seconds")}
     else:
-        errors = [line for line in log.read_text().splitlines() if line.startswith("error")]
-        result["error"] = (errors or ["no message"])[0].removeprefix("error: ")
+        told = log.read_text().partition("error: ")[2].splitlines()
+        result["error"] = " ".join(line.strip() for line in told) or "no message"
     kept.write_text(json.dumps(result, indent=1))
     return result
 
@@ -115,7 +115,7 @@ def row(name: str, result: dict[str, Any]) -> str:
     more = "".join(f" `{override}`" for override in SHORTER.get(name, ()))
     label = f"`{Path(name).name}`{more}"
     if "error" in result:
-        return f"| {label} | | | | did not run: {result['error']} | | |"
+        return f"| {label} | | | | did not run: {result['error'].split(';')[0]} | | |"
     scores = result["scores"]
     split = next((split for split in ("test", "validation") if split in scores), None)
     found = scores[split] if split else {}

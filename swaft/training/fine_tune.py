@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -237,8 +237,8 @@ def training_loader(
     """Return a loader over the training rows, not yet prepared, in an order that is the same on every rank."""
     sampler = None
     if train.group_by_length:
-        chunks: Iterator[Any] = dataset.select_columns("input_ids").iter(1000)
-        lengths = [len(ids) for chunk in chunks for ids in chunk["input_ids"]]
+        chunks = dataset.select_columns("input_ids").iter(1000)
+        lengths = [len(ids) for chunk in chunks for ids in chunk["input_ids"]]  # type: ignore[index]
         batch_size = train.per_device_train_batch_size * accelerator.num_processes
         sampler = length_grouped_sampler(lengths, batch_size=batch_size, seed=train.seed)
     return DataLoader(

@@ -116,6 +116,6 @@ def load_recipe(path: Path) -> Recipe:
         raise ConfigError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
-    if not is_dataclass(module.Config):
+    if not (isinstance(module.Config, type) and is_dataclass(module.Config)):
         raise ConfigError(f"{path}: Config is no dataclass of sections such as swaft.config.TrainConfig")
     return Recipe(config_class=module.Config, prepare=module.prepare)
