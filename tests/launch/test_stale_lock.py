@@ -31,6 +31,7 @@ def test_ranks_that_would_wait_for_a_killed_build_end_and_name_its_lock_and_what
         "recipes/classification.py",
         f"model.model_name_or_path={save_model(tmp_path / 'model')}",
         f"data.train_file={rows}",
+        "data.max_seq_length=16",
         f"train.output_dir={tmp_path / 'run'}",
     )
     assert finished.code != 0
