@@ -61,6 +61,7 @@ def test_what_does_not_fit_is_named_and_fails(configs, tmp_path, capsys):
     assert "the 16 ranks of a machine would take" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_seven_billion_weights_on_thousands_of_ranks_are_planned_on_a_laptop(configs, tmp_path, capsys):
     folder = tmp_path / "llama"
     folder.mkdir()

@@ -71,6 +71,7 @@ def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):
     assert config.noise.kind == "r3f"
 
 
+@pytest.mark.slow
 def test_the_window_is_chosen_after_training_by_the_validation_score(inputs, tmp_path):
     output = tmp_path / "run"
     finished = run(

@@ -11,7 +11,7 @@ import torch
 from launching import launch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
 RECIPES = ("classification", "seq2seq")
 

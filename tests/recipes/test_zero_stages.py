@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
 STEPS = 30
 
