@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from launching import ROOT
+from launching import load_recipe
 from tiny_inputs import save_model, save_rows
 from tiny_questions import save_questions, save_reader
 from tiny_texts import NEW_MODEL, save_pairs
@@ -136,12 +134,3 @@ def fresh_accelerate(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-def load_recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,13 +1,15 @@
-"""Starts a recipe as a user does, through `accelerate launch`, with a hard time limit."""
+"""Starts a recipe as a user does, through `accelerate launch`, with a hard time limit; or gives it as a module."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
@@ -54,3 +56,13 @@ def launch(config_file: str, recipe: str, *arguments: str, timeout_s: float = TI
         out, err = process.communicate()
         raise AssertionError(f"no end after {timeout_s:.0f} s\n{out}\n{err}") from None
     return Finished(process.returncode, out, err)
+
+
+def load_recipe(name: str) -> ModuleType:
+    """The script of that name in recipes/, to call its `main` in this process."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -7,7 +7,6 @@ The file holds a list of [recipe, mixed precision, arguments]. A run that fails 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -15,10 +14,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from launching import load_recipe
 
 from swaft.training.failure import leave
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 # A run leaves the process group when it ends. Here the next one needs it, and DeepSpeed cannot make a second.
 Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
@@ -27,12 +25,7 @@ Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
 def main(runs: list[tuple[str, str, list[str]]]) -> int:
     for recipe, precision, arguments in runs:
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-        spec = importlib.util.spec_from_file_location(f"{recipe}_recipe", RECIPES / f"{recipe}.py")
-        assert spec
-        assert spec.loader
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if code := module.main(arguments):
+        if code := load_recipe(recipe).main(arguments):
             sys.stderr.write(f"{recipe} {precision} {' '.join(arguments)} failed\n")
             return code
         AcceleratorState._reset_state(reset_partial_state=True)
