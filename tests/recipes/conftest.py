@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -134,3 +135,22 @@ def fresh_accelerate(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys) -> Callable[..., str]:
+    """Call a recipe with overrides, see it fail in words, and return the words."""
+
+    def call(recipe: ModuleType, inputs: Path, *overrides: str, output: Path | None = None) -> str:
+        output = output or tmp_path / "run"
+        arguments = ["--config", str(inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
+        code = recipe.main(arguments)
+        said = capsys.readouterr()
+        assert code == 1
+        assert said.err.count("error: ") == 1
+        assert "Traceback" not in said.err
+        assert "step 1/" not in said.out
+        assert not (output / "final").exists()
+        return said.err
+
+    return call

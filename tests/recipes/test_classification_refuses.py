@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,23 +12,9 @@ pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture
-def refuse(classification, inputs, tmp_path, capsys):
+def refuse(refusal, classification, inputs):
     """Call the recipe with overrides, see it fail in words, and return the words."""
-
-    def call(*overrides: str, output: Path | None = None) -> str:
-        output = output or tmp_path / "run"
-        code = classification.main(
-            ["--config", str(inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
-        )
-        said = capsys.readouterr()
-        assert code == 1
-        assert said.err.count("error: ") == 1
-        assert "Traceback" not in said.err
-        assert "step 1/" not in said.out
-        assert not (output / "final").exists()
-        return said.err
-
-    return call
+    return partial(refusal, classification, inputs)
 
 
 @pytest.mark.parametrize(

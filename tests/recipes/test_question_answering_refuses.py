@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,9 @@ pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture
-def refuse(question_answering, question_inputs, tmp_path, capsys):
+def refuse(refusal, question_answering, question_inputs):
     """Call the recipe with overrides, see it fail in words, and return the words."""
-
-    def call(*overrides: str) -> str:
-        output = tmp_path / "run"
-        arguments = ["--config", str(question_inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
-        code = question_answering.main(arguments)
-        said = capsys.readouterr()
-        assert code == 1
-        assert said.err.count("error: ") == 1
-        assert "Traceback" not in said.err
-        assert "step 1/" not in said.out
-        assert not (output / "final").exists()
-        return said.err
-
-    return call
+    return partial(refusal, question_answering, question_inputs)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,22 +15,9 @@ pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture
-def refuse(seq2seq, text_inputs, tmp_path, capsys):
+def refuse(refusal, seq2seq, text_inputs):
     """Call the recipe with overrides, see it fail in words, and return the words."""
-
-    def call(*overrides: str) -> str:
-        output = tmp_path / "run"
-        arguments = ["--config", str(text_inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
-        code = seq2seq.main(arguments)
-        said = capsys.readouterr()
-        assert code == 1
-        assert said.err.count("error: ") == 1
-        assert "Traceback" not in said.err
-        assert "step 1/" not in said.out
-        assert not (output / "final").exists()
-        return said.err
-
-    return call
+    return partial(refusal, seq2seq, text_inputs)
 
 
 def pretrained(folder: str | Path) -> tuple[str, ...]:
