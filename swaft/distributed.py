@@ -6,7 +6,8 @@ communicator is busy or broken. So swaft keeps one gloo group of its own and nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -86,6 +87,19 @@ class Ranks:
         if self.world_size > 1:
             first.add_note(f"found on rank {rank} of {self.world_size}")
         raise first
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Context whose `SwaftError` on any rank is raised on all of them, at its end (collective).
+
+        The body makes no collective calls.
+        """
+        error = None
+        try:
+            yield
+        except SwaftError as found:
+            error = found
+        self.raise_together(error)
 
     def send(self, tensor: torch.Tensor, *, to: int) -> None:
         """Send a host tensor to rank ``to``."""

@@ -46,3 +46,7 @@ class NoiseError(SwaftError):
 
 class TrainingError(SwaftError):
     """Training that cannot go on: a loss that is not finite, say."""
+
+
+class StateError(SwaftError):
+    """Saved state that is damaged, incomplete, unsafe to open, or of another run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +16,11 @@ from swaft.averaging import export
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
-from swaft.averaging.rules import Plan, Rule
+from swaft.averaging.persist import describe, load_averages, save_averages
+from swaft.averaging.rules import Plan, Rule, plan_all
+from swaft.averaging.state import AverageState
 from swaft.averaging.swap import swapped_in
-from swaft.errors import AveragingError, ConfigError
+from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
     from swaft.averaging.host.lanes import Lanes
@@ -79,10 +80,11 @@ class WeightAverager:
         from swaft.averaging.host import HostAverages
 
         rules = dict(rule) if isinstance(rule, Mapping) else {"average": rule}
-        self._plans = _plan_all(rules, total_steps, precision)
+        self._plans = plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
         _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision))))
         self._compensated = precision == "compensated"
+        self._rules, self._total_steps, self._precision = rules, total_steps, precision
         self._averages = HostAverages(
             self.engine.spans,
             self._plans,
@@ -247,6 +249,67 @@ class WeightAverager:
         """
         export.save_pretrained(self.engine, path, shard=self._shard_together(name, **selection))
 
+    def save_state(self, path: str | PathLike[str]) -> None:
+        """Write the averages so that a later run can go on with them, under any engine and world size (collective).
+
+        Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder is one of
+        tensors and text alone, complete once it holds a file ``COMPLETE``.
+
+        Args:
+            path: folder to write. It must not exist, or be empty.
+
+        Raises:
+            StateError: it could not be written; on every rank, and nothing is left of it.
+            AveragingError: the latest member was refused, or averaging failed on a rank.
+        """
+        with self.engine.ranks.together():
+            self._finish()
+            self.engine.check_trainable()
+        save_averages(self.engine, self._averages.lanes, self._state(), path)
+
+    def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
+        """Go on with averages that :meth:`save_state` wrote, in whatever layout (collective).
+
+        To be called after model and optimizer were loaded, and before the first step. The step count goes on from
+        that of the state.
+
+        Args:
+            path: the folder.
+            same_weights: refuse averages that were saved beside other weights than the model has now; False
+                where it is meant to go on from others.
+
+        Raises:
+            StateError: the folder is incomplete or damaged, of another model, or of a run with other rules; on
+                every rank, and the averages are as they were unless a file was damaged after it had been checked.
+            AveragingError: averaging failed on a rank, or averaged weights are swapped in.
+        """
+        with self.engine.ranks.together():
+            self._finish()
+            if self.engine.swap.active:
+                raise AveragingError(
+                    "a state was loaded while averaged weights are swapped in; leave the swap first"
+                )
+        found = load_averages(
+            self.engine, self._averages.lanes, self._state(), path, same_weights=same_weights
+        )
+        self.engine.continue_from(found.applied_steps)
+        self._averages.motion.restart(moved=found.moved)
+        self._seen, self._proved = found.applied_steps, False
+        self._recount()
+        self._begun = {name for name, count in self._counts.items() if count}
+
+    def _state(self) -> AverageState:
+        """The averages as a manifest tells of them (collective)."""
+        return describe(
+            self.engine,
+            self._averages.lanes,
+            rules=self._rules,
+            total_steps=self._total_steps,
+            precision=self._precision,
+            applied_steps=self._seen,
+            moved=self._averages.motion.seen,
+        )
+
     def _take_in(self, step: int) -> None:
         taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
         if not taking:
@@ -322,36 +385,6 @@ class WeightAverager:
             )
         assert shard is not None
         return shard
-
-
-def _plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:
-    problems = [
-        f"rule: {name!r} is no name of a rule, expected text that is not empty"
-        for name in rules
-        if not isinstance(name, str) or not name
-    ]
-    problems += [
-        f"rule: {rule!r} is no rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
-        for rule in rules.values()
-        if not hasattr(rule, "plan")
-    ]
-    if problems:
-        raise ConfigError(problems)
-    if not rules:
-        problems.append("rule={} names no rule, expected at least one")
-    if not isinstance(total_steps, Integral) or isinstance(total_steps, bool) or total_steps < 1:
-        raise ConfigError(f"total_steps is {total_steps!r}, expected a whole number of optimizer steps")
-    if precision not in ("compensated", "plain"):
-        problems.append(f"averaging.precision is {precision!r}, expected compensated or plain")
-    plans = {}
-    for name, rule in rules.items():
-        try:
-            plans[name] = rule.plan(total_steps)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return plans
 
 
 def _require_same(settings: list[str]) -> None:

@@ -54,6 +54,7 @@ class Engine(ABC):
         self.module = module
         self.inner_optimizer = inner_optimizer
         self.ranks = shared_ranks()
+        self._steps_before = 0
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
@@ -71,12 +72,20 @@ class Engine(ABC):
         """The working weights, flat, in the geometry of :meth:`masters`."""
 
     @abstractmethod
-    def applied_steps(self) -> int:
-        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
+    def counted_steps(self) -> int:
+        """Steps that the engine, or the counter on its optimizer, has seen change the weights."""
 
     @abstractmethod
     def publish(self) -> None:
         """Make every rank's next forward see what the ranks wrote into :meth:`working` (collective)."""
+
+    def applied_steps(self) -> int:
+        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
+        return self._steps_before + self.counted_steps()
+
+    def continue_from(self, step: int) -> None:
+        """Have the weights as they are now be those after ``step`` optimizer steps: a run goes on here."""
+        self._steps_before = step - self.counted_steps()
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter, however little of it this rank holds."""

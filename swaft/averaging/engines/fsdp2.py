@@ -63,7 +63,7 @@ class FSDP2Engine(Engine):
         """The same: forwards gather from these rows."""
         return self._shards()
 
-    def applied_steps(self) -> int:
+    def counted_steps(self) -> int:
         """Optimizer steps that changed the weights."""
         return self._applied_steps()
 

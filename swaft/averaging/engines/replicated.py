@@ -64,7 +64,7 @@ class ReplicatedEngine(Engine):
         """The parameters, flattened."""
         return self._working()
 
-    def applied_steps(self) -> int:
+    def counted_steps(self) -> int:
         """Optimizer steps that changed the weights."""
         return self._applied_steps()
 

@@ -51,7 +51,7 @@ class PartitionedEngine(Engine):
             self._handed_out, self._addresses = weakref.ref(buffers), addresses
         return buffers
 
-    def applied_steps(self) -> int:
+    def counted_steps(self) -> int:
         """Steps DeepSpeed took less those it skipped; `was_step_applied` is stale between boundaries."""
         return self._engine.global_steps - self._engine.skipped_steps
 

@@ -100,11 +100,7 @@ class Lanes:
         Raises:
             AveragingError: an update broke off half way, or a file is damaged or gone.
         """
-        if self._torn:
-            raise AveragingError(
-                f"member {self.count + 1} of this average was taken in only in part, because averaging failed "
-                "(see the error before this one), so it is neither the old average nor the new one"
-            )
+        self._refuse_torn()
         coefficients = self.plan.readout(self.count, **selection)
         return [(coefficient, self._lane(i)) for i, coefficient in sorted(coefficients.items())]
 
@@ -118,6 +114,37 @@ class Lanes:
         parts = [(first, min(first + block, self._numel)) for first in range(0, self._numel, block)]
         self._crew.run(lambda first, last: _combine(readout, result[first:last], first, last), parts)
         return result
+
+    def held(self) -> dict[int, Lane]:
+        """Every lane there is, by its number; those on disk are mapped, not read.
+
+        Raises:
+            AveragingError: as of :meth:`readout`.
+        """
+        self._refuse_torn()
+        return {index: self._lane(index) for index in sorted({*self._lanes, *self._files})}
+
+    def empty_lane(self, index: int) -> Lane:
+        """Memory for a lane, to be filled and handed to :meth:`restore`."""
+        return self._new_lane(self.plan.lanes[index])
+
+    def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
+        """Go on from ``count`` members with these lanes, one at a time, in place of all there were."""
+        self._lanes, self._files, self._torn = {}, {}, True
+        self.count = count
+        finished = {lane for n in range(count) for lane in self.plan.finished(n)}
+        for index, lane in lanes:
+            self._lanes[index] = lane
+            if index in finished:
+                self._put_away(index)
+        self._torn = False
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise AveragingError(
+                f"member {self.count + 1} of this average was taken in only in part, because averaging failed "
+                "(see the error before this one), so it is neither the old average nor the new one"
+            )
 
     def _new_lane(self, running: bool) -> Lane:
         compensation = None

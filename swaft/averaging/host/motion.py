@@ -37,3 +37,7 @@ class Motion:
             self._first = self._sum % WORD
         self.seen = self.seen or self._sum % WORD != self._first
         self._sum = 0
+
+    def restart(self, *, moved: bool) -> None:
+        """Begin anew, as after members of which it is known whether they differed."""
+        self.seen, self.members, self._first = moved, 0, None

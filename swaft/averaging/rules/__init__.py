@@ -9,6 +9,7 @@ from swaft.averaging.rules.lawa import LAWA
 from swaft.averaging.rules.merge import Merge
 from swaft.averaging.rules.power_ema import PowerEMA, PowerEMAPlan
 from swaft.averaging.rules.swa import SWA
+from swaft.averaging.rules.together import plan_all
 from swaft.averaging.rules.windows import Windows, WindowsPlan
 
 RULES = {
@@ -36,5 +37,6 @@ __all__ = [
     "Update",
     "Windows",
     "WindowsPlan",
+    "plan_all",
     "resolve_start",
 ]

@@ -1,0 +1,308 @@
+"""The averages of a run on disk, in no engine's layout: saved under one, opened under any.
+
+    folder/rank-00000.safetensors     one file a rank: its elements of every lane, flat
+        rule-0.lane-0.mean              (elements of the rank,) fp32
+        rule-0.lane-0.compensation      (elements of the rank,) bf16, beside a compensated mean
+        metadata["fragments"]           which elements those are: [[parameter, start, end], ...]
+    folder/manifest.json              rules, counts, shapes of parameters, and the hash of every file
+    folder/COMPLETE                   last of all
+
+An element is known by the name of its parameter and its place in the flattened parameter (`layout.py`), so whoever
+opens the state takes what it owns from whichever files hold it. Values are copied, never converted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from swaft.averaging.layout import Fragment
+from swaft.errors import StateError
+from swaft.storage import FileRecord, TensorFile, TensorFileWriter
+
+KIND = "average"
+"""What the manifest of such a folder calls itself."""
+
+MOST_STEPS = 1 << 30
+"""Optimizer steps that a state may claim."""
+
+Range = tuple[str, int, int]
+"""Elements [start, end) of a flattened parameter: (name, start, end)."""
+
+
+@dataclass(frozen=True)
+class RuleState:
+    """How far one rule has come."""
+
+    name: str
+    """What the run calls it."""
+    rule: str
+    """Its ``repr``, which says all that it is."""
+    count: int
+    """Members in it."""
+    lanes: dict[str, bool]
+    """Number of each lane there is, as text, and whether a compensation lies beside its mean."""
+
+
+@dataclass(frozen=True)
+class AverageState:
+    """All of a run's averages but the vectors themselves: the ``content`` of the manifest."""
+
+    rules: list[RuleState]
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    precision: str
+    """``compensated`` or ``plain``."""
+    applied_steps: int
+    """Optimizer steps that had changed the weights."""
+    moved: bool
+    """Whether members were seen to differ."""
+    weights: str
+    """Sum of the bits of the master weights at that moment, whatever their layout (`sum_of_bits`)."""
+    parameters: dict[str, list[int]]
+    """Shape of every averaged parameter."""
+    aliases: dict[str, str]
+    """Other names of tied parameters, and the one they are averaged under."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dictionaries."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], *, where: Path) -> AverageState:
+        """Read a manifest's content.
+
+        Raises:
+            StateError: a field is missing, unknown or of the wrong type, naming it.
+        """
+        fields = _fields(cls, content, where=where)
+        rules = fields["rules"]
+        if not isinstance(rules, list) or not rules:
+            raise StateError(f"{where}: rules is {rules!r}, expected a list of the run's rules")
+        fields["rules"] = [RuleState(**_fields(RuleState, rule, where=where)) for rule in rules]
+        for name, number in [("applied_steps", fields["applied_steps"])] + [
+            ("count", r.count) for r in fields["rules"]
+        ]:
+            if not 0 <= number <= MOST_STEPS:
+                raise StateError(f"{where}: {name} is {number}, expected 0 to {MOST_STEPS:,}")
+        for name, shape in fields["parameters"].items():
+            if not (isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)):
+                raise StateError(f"{where}: the shape of {name!r} is {shape!r}, expected a list of sizes")
+        return cls(**fields)
+
+
+def lane_name(rule: int, lane: int | str) -> str:
+    """What the vectors of a lane are called in a file, ``.mean`` and ``.compensation`` apart."""
+    return f"rule-{rule}.lane-{lane}"
+
+
+def write_rank(
+    folder: Path, rank: int, fragments: Sequence[Fragment], vectors: Mapping[str, Tensor]
+) -> dict[str, FileRecord]:
+    """Write one rank's file.
+
+    Args:
+        folder: of the state; it exists.
+        rank: whose file.
+        fragments: the elements it owns, in shard order.
+        vectors: name to (elements,), host.
+
+    Returns:
+        The file's record by its name.
+
+    Raises:
+        StateError: it could not be written.
+    """
+    name = f"rank-{rank:05d}.safetensors"
+    ranges = [(fragment.name, fragment.start, fragment.end) for fragment in fragments]
+    writer = TensorFileWriter(
+        folder / name,
+        {key: (vector.dtype, vector.shape) for key, vector in vectors.items()},
+        metadata={"fragments": json.dumps(ranges, separators=(",", ":"))},
+    )
+    with writer:
+        for vector in vectors.values():
+            writer.write(vector)
+    return {name: writer.record}
+
+
+def read_elements(
+    folder: Path, names: Iterable[str], wanted: Sequence[Range], vectors: Mapping[str, Tensor]
+) -> None:
+    """Fill vectors with the elements of some ranges, from whichever files hold them.
+
+    Args:
+        folder: of the state.
+        names: of its files; those that are likeliest to hold the elements first.
+        wanted: ranges in the order of the vectors' elements.
+        vectors: name to (elements,), host, of the type they were saved in; written to.
+
+    Raises:
+        StateError: an element is in no file, or in two, or a file is not what its header says.
+    """
+    places: dict[str, list[tuple[int, int, int]]] = {}
+    numel = 0
+    for name, start, end in wanted:
+        places.setdefault(name, []).append((start, end, numel))
+        numel += end - start
+    filled: list[tuple[int, int]] = []
+    for file_name in names:
+        if sum(length for _, length in filled) >= numel:
+            break
+        with TensorFile(folder / file_name) as file:
+            _require_vectors(file, vectors, folder / file_name)
+            for held_at, offset, length in _overlaps(_ranges(file, folder / file_name), places):
+                for key, vector in vectors.items():
+                    file.read(key, held_at, held_at + length, out=vector[offset : offset + length])
+                filled.append((offset, length))
+    position = 0
+    for offset, length in [*sorted(filled), (numel, 0)]:
+        if offset != position:
+            fault = "in no file" if offset > position else "in more than one file"
+            name, element = range_at(wanted, min(offset, position))
+            raise StateError(f"{folder}: element {element} of {name!r} is {fault}, expected each in one")
+        position += length
+
+
+def range_at(ranges: Iterable[Range], position: int) -> tuple[str, int]:
+    """The parameter name and element index that a position in a vector belongs to."""
+    for name, start, end in ranges:
+        if position < end - start:
+            return name, start + position
+        position -= end - start
+    raise IndexError("position past the end of the vector")
+
+
+def sum_of_bits(runs: Iterable[Tensor]) -> int:
+    """The sum, modulo 2**64, of the words of fp32 tensors: the same in whichever order and cuts they come."""
+    from swaft.averaging.native import sum_of_words
+
+    pieces = (piece for run in runs for piece in run.detach().reshape(-1).split(1 << 24))
+    return sum(int(sum_of_words(piece.cpu().numpy())) for piece in pieces) % (1 << 64)
+
+
+def require_shapes(state: AverageState, shapes: Mapping[str, Sequence[int]], *, where: Path) -> None:
+    """Refuse a state of another model, naming what differs.
+
+    Args:
+        state: that was read.
+        shapes: of the parameters that this run averages.
+        where: the folder.
+
+    Raises:
+        StateError: names or shapes differ.
+    """
+    problems = [f"{name!r} is not in it" for name in shapes if name not in state.parameters]
+    problems += [
+        f"it has {name!r}, which is not trained here" for name in state.parameters if name not in shapes
+    ]
+    problems += [
+        f"{name!r} has shape {state.parameters[name]} in it and {list(shape)} here"
+        for name, shape in shapes.items()
+        if name in state.parameters and state.parameters[name] != list(shape)
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
+        raise StateError(f"{where} is the average of another model: {'; '.join(problems[:3])}{more}")
+
+
+def require_run(state: AverageState, expected: AverageState, *, where: Path) -> None:
+    """Refuse the state of a run with other rules, another precision or another length.
+
+    Raises:
+        StateError: naming what differs.
+    """
+    found = {rule.name: rule.rule for rule in state.rules}
+    wanted = {rule.name: rule.rule for rule in expected.rules}
+    if found != wanted:
+        raise StateError(
+            f"{where} holds the rules {_told(found)}; this run averages by {_told(wanted)}. Set section averaging "
+            "as it was, or begin a new run"
+        )
+    for field, setting in (("total_steps", "train.max_steps"), ("precision", "averaging.precision")):
+        if getattr(state, field) != getattr(expected, field):
+            raise StateError(
+                f"{where}: {field} is {getattr(state, field)!r} there and {getattr(expected, field)!r} in this "
+                f"run; set {setting} as it was, or begin a new run"
+            )
+
+
+def require_weights(state: AverageState, weights: str, *, where: str | PathLike[str]) -> None:
+    """Refuse a state that was saved beside other weights than the model has.
+
+    Raises:
+        StateError: saying what to load first.
+    """
+    if state.weights != weights:
+        raise StateError(
+            f"{where} was saved beside other weights, after {state.applied_steps} optimizer steps, than the model "
+            "has; load the checkpoint it belongs to first (model and optimizer), or say load_state(..., "
+            "same_weights=False) where the model is meant to be another"
+        )
+
+
+def _told(rules: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {rule}" for name, rule in rules.items())
+
+
+def _fields(cls: type, found: Any, *, where: Path) -> dict[str, Any]:
+    types = {
+        "rules": list,
+        "name": str,
+        "rule": str,
+        "count": int,
+        "lanes": dict,
+        "total_steps": int,
+        "precision": str,
+        "applied_steps": int,
+        "moved": bool,
+        "weights": str,
+        "parameters": dict,
+        "aliases": dict,
+    }
+    expected = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    if not isinstance(found, Mapping) or sorted(found) != sorted(expected):
+        names = sorted(found) if isinstance(found, Mapping) else repr(found)
+        raise StateError(f"{where}: expected the fields {', '.join(expected)} of an average; found {names}")
+    for name in expected:
+        if type(found[name]) is not types[name]:
+            raise StateError(f"{where}: {name} is {found[name]!r}, expected {types[name].__name__}")
+    return dict(found)
+
+
+def _require_vectors(file: TensorFile, vectors: Mapping[str, Tensor], where: Path) -> None:
+    for key, vector in vectors.items():
+        if key not in file.names or file.dtype(key) != vector.dtype:
+            found = file.dtype(key) if key in file.names else "missing"
+            raise StateError(f"{where}: {key!r} is {found}, expected {vector.dtype}")
+
+
+def _ranges(file: TensorFile, where: Path) -> Iterator[tuple[str, int, int, int]]:
+    """What a file holds: (name, start, end, first element in the file's vectors)."""
+    position = 0
+    try:
+        for name, start, end in map(itemgetter(0, 1, 2), json.loads(file.metadata["fragments"])):
+            yield str(name), int(start), int(end), position
+            position += int(end) - int(start)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise StateError(
+            f"{where}: metadata.fragments is no list of [parameter, start, end] ({error!r})"
+        ) from error
+
+
+def _overlaps(
+    held: Iterable[tuple[str, int, int, int]], places: Mapping[str, Sequence[tuple[int, int, int]]]
+) -> Iterator[tuple[int, int, int]]:
+    """(first element in the file, first element in the vectors, number) of what is both held and wanted."""
+    for name, start, end, held_at in held:
+        for wanted_start, wanted_end, wanted_at in places.get(name, ()):
+            first, last = max(start, wanted_start), min(end, wanted_end)
+            if first < last:
+                yield held_at + first - start, wanted_at + first - wanted_start, last - first

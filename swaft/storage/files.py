@@ -1,0 +1,190 @@
+"""Files that are whole under their name or not there, and files that are safe to open.
+
+Whatever the system refuses becomes a :class:`StateError` that names the file and the system's reason, with the
+`OSError` as its cause.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from swaft.errors import StateError
+
+TEMPORARY = ".tmp"
+"""What a file's name ends with while it is written. One that is left over from a crash means nothing."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Its tree digest, as :mod:`swaft.storage.hashing` describes it: 64 lower-case hex digits."""
+
+
+@contextmanager
+def explained(path: str | PathLike[str], doing: str) -> Iterator[None]:
+    """Turn an `OSError` inside the block into a :class:`StateError`: "PATH could not be DOING: reason"."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StateError(f"{path} could not be {doing}: {reason}") from error
+
+
+def open_regular(path: str | PathLike[str]) -> tuple[int, int]:
+    """Open an existing file for reading if it is nothing but a file; never waits, never follows a link.
+
+    Returns:
+        file descriptor and size in bytes.
+
+    Raises:
+        StateError: it is missing, a symbolic link, a folder, a pipe, a device or a socket.
+    """
+    require_regular(path)  # before the open: opening a device can have effects of its own
+    with explained(path, "opened"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise StateError(f"{path} is {kind_of(facts.st_mode)}; expected a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, facts.st_size
+
+
+def require_regular(path: str | PathLike[str]) -> int:
+    """Size of a regular file, without opening it.
+
+    Raises:
+        StateError: it is missing, or anything else.
+    """
+    facts = status(path)
+    if facts is None:
+        raise StateError(f"{path} is missing; expected a regular file")
+    if not stat.S_ISREG(facts.st_mode):
+        raise StateError(f"{path} is {kind_of(facts.st_mode)}; expected a regular file")
+    return facts.st_size
+
+
+def status(path: str | PathLike[str]) -> os.stat_result | None:
+    """`os.lstat`, None where nothing has the name."""
+    with explained(path, "looked at"):
+        try:
+            return os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:  # a NUL byte, or a character that file names cannot have
+            raise StateError(f"{os.fspath(path)!r} is no file name: {error}") from error
+
+
+def kind_of(mode: int) -> str:
+    """What a file is, in words."""
+    kinds = {
+        stat.S_ISREG: "a file",
+        stat.S_ISLNK: "a symbolic link",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }
+    return next((words for test, words in kinds.items() if test(mode)), "a device")
+
+
+def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: of the file.
+        limit: most bytes it may have.
+
+    Raises:
+        StateError: it is no regular file, larger than the limit, or could not be read.
+    """
+    descriptor, size = open_regular(path)
+    try:
+        if size > limit:
+            raise StateError(f"{path} has {size:,} bytes; expected at most {limit:,}")
+        parts = []
+        with explained(path, "read"):
+            while size and (part := os.read(descriptor, size)):
+                parts.append(part)
+                size -= len(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def create_temporary(path: str | PathLike[str]) -> tuple[int, Path]:
+    """Open a new file beside `path` for writing, in the place of one that a crash has left there.
+
+    Returns:
+        file descriptor, and the temporary path.
+    """
+    temporary = Path(f"{os.fspath(path)}{TEMPORARY}")
+    with explained(temporary, "created"):
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(temporary, flags, 0o666), temporary
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    """Write every byte, however few the system takes at once."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_durably(path: str | PathLike[str], data: bytes) -> None:
+    """Write a small file so that its name always stands for a whole one, the old or the new, also after a crash.
+
+    Raises:
+        StateError: it could not be written; what had the name still has it.
+    """
+    descriptor, temporary = create_temporary(path)
+    try:
+        with explained(path, "written"):
+            try:
+                write_all(descriptor, data)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(Path(path).parent)
+
+
+def sync_file(path: str | PathLike[str]) -> None:
+    """Wait until a file's content is on the disk."""
+    descriptor, _ = open_regular(path)
+    try:
+        with explained(path, "synced"):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: str | PathLike[str]) -> None:
+    """Wait until the names in a folder are on the disk."""
+    with explained(path, "synced"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems have no such call for folders
+                raise
+        finally:
+            os.close(descriptor)

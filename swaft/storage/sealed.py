@@ -1,0 +1,296 @@
+"""A folder with a list of its files and a mark that says it is complete: whole, or not there.
+
+    folder/manifest.json   {"format": "swaft", "version": 1, "kind": "...",
+                            "files": {"relative/path": {"bytes": 12, "sha256": "64 hex digits"}},
+                            "sealed": {"relative/folder": "SHA-256 of its manifest.json"},
+                            "content": {...}}
+    folder/COMPLETE        SHA-256 of manifest.json in hex, and a newline
+
+The digests of files are those of :mod:`swaft.storage.hashing`; those of manifests are plain SHA-256. The mark is
+written last and removed first, so a folder with a mark was once written whole, and what it lists accounts for
+every byte. Files that are not listed mean nothing.
+
+Nothing in a folder is trusted: not its names, its sizes, nor that its files are files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from swaft.errors import StateError
+from swaft.storage.files import (
+    FileRecord,
+    explained,
+    kind_of,
+    read_whole,
+    require_regular,
+    status,
+    sync_folder,
+    write_durably,
+)
+from swaft.storage.hashing import hash_file
+from swaft.storage.strict_json import parse_object, shown
+
+FORMAT = "swaft"
+VERSION = 1
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+MANIFEST_LIMIT = 256_000_000
+"""Most bytes of a manifest."""
+MOST_NESTED = 8
+"""How deep sealed folders may lie in each other."""
+
+FIELDS = ("format", "version", "kind", "files", "sealed", "content")
+SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a sealed folder holds."""
+
+    kind: str
+    """What it is; a reader asks for the kind it understands."""
+    files: Mapping[str, FileRecord]
+    """Relative path, with "/", to what the file must be."""
+    content: Mapping[str, Any]
+    """Whatever the writer has to say, as JSON."""
+    sealed: Mapping[str, str] = field(default_factory=dict)
+    """Relative path of a sealed folder inside this one, to the hash of its manifest."""
+    version: int = VERSION
+    """Of the format."""
+
+
+def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
+    """Declare a folder complete: write its manifest, then the mark.
+
+    The files must be on the disk already, as :class:`TensorFileWriter` and :func:`write_durably` leave them.
+
+    Returns:
+        the hash of the manifest.
+
+    Raises:
+        StateError: the folder is complete already, a file is not there in its recorded size, or the disk is full.
+    """
+    folder = Path(folder)
+    _require_folder(folder)
+    if is_complete(folder):
+        raise StateError(f"{folder} is complete already; nothing was changed there. Name another folder")
+    content = {
+        "format": FORMAT,
+        "version": manifest.version,
+        "kind": manifest.kind,
+        "files": {path: asdict(record) for path, record in manifest.files.items()},
+        "sealed": dict(manifest.sealed),
+        "content": dict(manifest.content),
+    }
+    raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    if len(raw) > MANIFEST_LIMIT:
+        raise StateError(
+            f"{folder / MANIFEST} would have {len(raw):,} bytes; expected at most {MANIFEST_LIMIT:,}"
+        )
+    _check_held(folder, _parse(raw, folder / MANIFEST, kind=manifest.kind), nested=0)
+    digest = hashlib.sha256(raw).hexdigest()
+    write_durably(folder / MANIFEST, raw)
+    write_durably(folder / COMPLETE, f"{digest}\n".encode())
+    return digest
+
+
+def is_complete(folder: str | PathLike[str]) -> bool:
+    """Whether the mark is there. Cheap; nothing is checked."""
+    return status(Path(folder) / COMPLETE) is not None
+
+
+def read_manifest(folder: str | PathLike[str], *, kind: str | None) -> Manifest:
+    """Read the manifest of a complete folder, and hold to it everything but the content of the files.
+
+    That is: mark, hash, every field, that every file is a regular file inside the folder and of its size, and the
+    same of the sealed folders inside.
+
+    Args:
+        folder: no symbolic link.
+        kind: what it must be; None: anything.
+
+    Raises:
+        StateError: anything is wrong, naming file and field, what was found and what was expected.
+    """
+    return _read(Path(folder), kind=kind, nested=0)[0]
+
+
+def verify(
+    folder: str | PathLike[str],
+    manifest: Manifest,
+    *,
+    names: Collection[str] | None = None,
+    threads: int | None = None,
+) -> None:
+    """Hold every byte of a folder's files to its manifest.
+
+    Args:
+        folder: as of :func:`read_manifest`.
+        manifest: what that returned.
+        names: of the files and sealed folders to verify, by relative path; None: all.
+        threads: for hashing; None: a few.
+
+    Raises:
+        StateError: a file differs, or a name is not in the manifest.
+    """
+    folder = Path(folder)
+    chosen = {*manifest.files, *manifest.sealed} if names is None else set(names)
+    for name in sorted(chosen):
+        if name in manifest.files:
+            _check_hash(folder / name, manifest.files[name], threads)
+        elif name in manifest.sealed:
+            inner, _ = _read_sealed(folder, name, manifest.sealed[name], nested=1)
+            verify(folder / name, inner, threads=threads)
+        else:
+            raise StateError(f"{folder / MANIFEST} lists no {name!r}")
+
+
+def remove_sealed(folder: str | PathLike[str]) -> None:
+    """Delete a folder, the mark first: what a crash leaves of it is not complete.
+
+    Raises:
+        StateError: it is no folder, or could not be deleted.
+    """
+    folder = Path(folder)
+    _require_folder(folder)
+    with explained(folder, "deleted"):
+        if is_complete(folder):
+            os.unlink(folder / COMPLETE)
+            sync_folder(folder)
+        shutil.rmtree(folder)
+    sync_folder(folder.parent)
+
+
+def _read(folder: Path, *, kind: str | None, nested: int) -> tuple[Manifest, str]:
+    """A checked manifest and its hash."""
+    _require_folder(folder)
+    if not is_complete(folder):
+        raise StateError(
+            f"{folder} is not complete: it has no {COMPLETE} mark, so writing it was never finished"
+        )
+    mark = read_whole(folder / COMPLETE, limit=1024)
+    raw = read_whole(folder / MANIFEST, limit=MANIFEST_LIMIT)
+    digest = hashlib.sha256(raw).hexdigest()
+    if mark != f"{digest}\n".encode():
+        raise StateError(
+            f"{folder / MANIFEST} is not the one that {folder / COMPLETE} marks: its SHA-256 is {digest}, expected "
+            f"{mark[:80]!r}"
+        )
+    manifest = _parse(raw, folder / MANIFEST, kind=kind)
+    _check_held(folder, manifest, nested=nested)
+    return manifest, digest
+
+
+def _read_sealed(folder: Path, name: str, expected: str, *, nested: int) -> tuple[Manifest, str]:
+    if nested > MOST_NESTED:
+        raise StateError(f"{folder}: sealed folders lie more than {MOST_NESTED} deep in each other")
+    inner, digest = _read(folder / name, kind=None, nested=nested)
+    if digest != expected:
+        raise StateError(
+            f"{folder / name / MANIFEST} is not the one that {folder / MANIFEST} lists: its SHA-256 is {digest}, "
+            f"expected {expected}"
+        )
+    return inner, digest
+
+
+def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
+    """Hold what lies in a folder to its manifest, without reading a file."""
+    _refuse_links(folder, [*manifest.files, *manifest.sealed])
+    for name, record in manifest.files.items():
+        size = require_regular(folder / name)
+        if size != record.bytes:
+            raise StateError(f"{folder / name} has {size:,} bytes; expected {record.bytes:,}")
+    for name, digest in manifest.sealed.items():
+        _read_sealed(folder, name, digest, nested=nested + 1)
+
+
+def _refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse paths that lead through anything but folders."""
+    for parent in sorted({parent for name in names for parent in Path(name).parents if parent.parts}):
+        _require_folder(folder / parent)
+
+
+def _require_folder(folder: Path) -> None:
+    facts = status(folder)
+    if facts is None:
+        raise StateError(f"{folder} is missing; expected a folder")
+    if not stat.S_ISDIR(facts.st_mode):
+        raise StateError(f"{folder} is {kind_of(facts.st_mode)}; expected a folder")
+
+
+def _check_hash(path: Path, record: FileRecord, threads: int | None) -> None:
+    found = hash_file(path, threads=threads)
+    if found != record:
+        raise StateError(
+            f"{path} is damaged: {found.bytes:,} bytes of SHA-256 {found.sha256}; expected {record.bytes:,} of "
+            f"{record.sha256} (the tree digest of swaft.storage.hashing)"
+        )
+
+
+def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:
+    """Every field of a manifest, checked; pure."""
+    content = parse_object(raw, str(path))
+    if content.get("format") != FORMAT:
+        raise _wrong(path, "format", content.get("format"), repr(FORMAT))
+    version = content.get("version")
+    if type(version) is not int or version < 1:
+        raise _wrong(path, "version", version, f"{VERSION}")
+    if version > VERSION:
+        raise StateError(
+            f"{path}: version: {version}, written by a newer swaft; expected at most {VERSION}. Upgrade swaft"
+        )
+    if sorted(content) != sorted(FIELDS):
+        raise StateError(f"{path}: found the fields {shown(sorted(content))}, expected {', '.join(FIELDS)}")
+    found = content["kind"]
+    if not isinstance(found, str) or (kind is not None and found != kind):
+        raise _wrong(path, "kind", found, repr(kind or "a text"))
+    for name in ("files", "sealed", "content"):
+        if not isinstance(content[name], dict):
+            raise _wrong(path, name, content[name], "an object")
+    files = {name: _parse_record(path, name, record) for name, record in content["files"].items()}
+    for name, digest in content["sealed"].items():
+        _check_path(path, "sealed", name)
+        _check_digest(path, f"sealed: {shown(name)}", digest)
+        if name in files:
+            raise StateError(f"{path}: {shown(name)} is among both files and sealed folders")
+    return Manifest(found, files, content["content"], content["sealed"], version)
+
+
+def _parse_record(path: Path, name: str, record: Any) -> FileRecord:
+    _check_path(path, "files", name)
+    where = f"files: {shown(name)}"
+    if not isinstance(record, dict) or record.keys() != {"bytes", "sha256"}:
+        raise _wrong(path, where, record, "an object of bytes and sha256")
+    if type(record["bytes"]) is not int or not 0 <= record["bytes"] < 1 << 63:
+        raise _wrong(path, f"{where}: bytes", record["bytes"], "a whole number from 0")
+    _check_digest(path, f"{where}: sha256", record["sha256"])
+    return FileRecord(record["bytes"], record["sha256"])
+
+
+def _check_path(path: Path, where: str, name: str) -> None:
+    """A relative path that cannot lead out of its folder, nor to the manifest itself."""
+    bad_parts = {"", ".", ".."} & set(name.split("/"))
+    if bad_parts or "\\" in name or not name.isprintable() or name in (MANIFEST, COMPLETE):
+        raise _wrong(
+            path, where, name, "a relative path inside the folder, without '..', backslashes or links"
+        )
+
+
+def _check_digest(path: Path, where: str, digest: Any) -> None:
+    if not isinstance(digest, str) or not SHA256.fullmatch(digest):
+        raise _wrong(path, where, digest, "64 lower-case hex digits")
+
+
+def _wrong(path: Path, where: str, found: Any, expected: str) -> StateError:
+    return StateError(f"{path}: {where}: found {shown(found)}, expected {expected}")

@@ -1,0 +1,268 @@
+"""Files of tensors in the safetensors format: written as a stream, read in slices, both in bounded memory.
+
+Nothing as large as what a header claims is allocated before the header is believed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.storage.files import (
+    FileRecord,
+    create_temporary,
+    explained,
+    open_regular,
+    status,
+    sync_folder,
+    write_all,
+)
+from swaft.storage.hashing import BLOCK_BYTES, BlockHasher
+from swaft.storage.tensor_header import Entry, check_length, make_header, parse_header
+
+
+class TensorFileWriter:
+    """Writes a file of tensors front to back, hashing as it goes; a context manager.
+
+    The bytes go to `<path>.tmp`. The name is given once all that was announced has been written and is on the disk;
+    leaving the `with` by an exception leaves nothing.
+
+    Args:
+        path: of a file that does not exist yet, in a folder that does.
+        tensors: name to (dtype, shape), in the order in which the values will come. By falling element size, as
+            the safetensors library orders them, every tensor lies at a multiple of its elements' size.
+        metadata: text to text, for the header.
+        threads: for hashing; None: a few.
+
+    Raises:
+        StateError: something has the name, or the file could not be written (disk full, read-only, quota); also by
+            every method. The system's error is the cause.
+        ValueError: a dtype that the format lacks.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        threads: int | None = None,
+    ):
+        self.path = Path(path)
+        self.record: FileRecord
+        """What was written; there after :meth:`close`."""
+        header, self._announced = make_header(tensors, metadata)
+        _refuse_existing(self.path)
+        self._descriptor, self._temporary = create_temporary(self.path)
+        self._hasher = BlockHasher(threads)
+        self._written = -len(header)
+        try:
+            self.write(memoryview(header))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write(self, data: Tensor | np.ndarray | memoryview) -> None:
+        """Write the next bytes: contiguous values in host memory, of any length, also across tensors.
+
+        On return the data has been hashed and handed to the system, and may change.
+        """
+        view = _bytes_of(data)
+        if self._written + view.nbytes > self._announced:
+            raise StateError(
+                f"{self.path}: {self._written + view.nbytes:,} bytes of tensors were written; expected the "
+                f"{self._announced:,} that the header announces"
+            )
+        with explained(self.path, "written"):
+            for start in range(0, view.nbytes, BLOCK_BYTES):
+                block = view[start : start + BLOCK_BYTES]
+                self._hasher.update(block)
+                write_all(self._descriptor, block)
+        self._hasher.drain()
+        self._written += view.nbytes
+
+    def close(self) -> None:
+        """Bring the file to the disk and give it its name; sets `record`."""
+        if self._descriptor < 0:
+            return
+        try:
+            if self._written != self._announced:
+                raise StateError(
+                    f"{self.path}: {self._written:,} bytes of tensors were written; expected the "
+                    f"{self._announced:,} that the header announces"
+                )
+            record = self._hasher.record()
+            with explained(self.path, "written"):
+                os.fsync(self._descriptor)
+            _refuse_existing(self.path)
+            with explained(self.path, "written"):
+                os.rename(self._temporary, self.path)
+        except BaseException:
+            self.abandon()
+            raise
+        self._release()
+        sync_folder(self.path.parent)
+        self.record = record
+
+    def abandon(self) -> None:
+        """Leave nothing behind; nothing to do after :meth:`close`."""
+        if self._descriptor < 0:
+            return
+        self._release()
+        with suppress(OSError):
+            os.unlink(self._temporary)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        self._hasher.close()
+        with suppress(OSError):  # everything that matters is on the disk already
+            os.close(descriptor)
+
+
+class TensorFile:
+    """A file of tensors opened for reading in slices; a context manager.
+
+    Args:
+        path: a regular file, no symbolic link.
+
+    Raises:
+        StateError: whatever is wrong with the file, naming the file and the field of its header.
+    """
+
+    def __init__(self, path: str | PathLike[str]):
+        self.path = Path(path)
+        self._descriptor, size = open_regular(path)
+        try:
+            head = _read_exactly(self.path, self._descriptor, min(size, 8), 0)
+            length = check_length(head, size, str(self.path))
+            self._begin = 8 + length
+            raw = _read_exactly(self.path, self._descriptor, length, 8)
+            self._entries, self.metadata = parse_header(raw, size - self._begin, str(self.path))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in the order in which they lie."""
+        return tuple(self._entries)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype."""
+        return self._entry(name).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._entry(name).shape
+
+    def numel(self, name: str) -> int:
+        """A tensor's number of elements."""
+        return self._entry(name).numel
+
+    def read(self, name: str, start: int = 0, end: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Elements [start, end) of the flattened tensor.
+
+        Args:
+            name: of the tensor.
+            start: first element.
+            end: one past the last; None: to the tensor's end.
+            out: (end - start,), contiguous, host memory, of the tensor's dtype: where to put them.
+
+        Returns:
+            (end - start,): `out`, or a new tensor.
+
+        Raises:
+            StateError: the tensor has no such elements, or the file could not be read.
+            ValueError: `out` does not fit.
+        """
+        entry = self._entry(name)
+        end = entry.numel if end is None else end
+        if not 0 <= start <= end <= entry.numel:
+            raise StateError(
+                f"{self.path}: elements {start}..{end} of {name!r} were asked for, which has {entry.numel:,}"
+            )
+        if out is None:
+            out = torch.empty(end - start, dtype=entry.dtype, device="cpu")
+        elif out.dtype != entry.dtype or out.shape != (end - start,):
+            raise ValueError(
+                f"out is {out.dtype} of shape {tuple(out.shape)}; expected {entry.dtype} of ({end - start},)"
+            )
+        view = _bytes_of(out)
+        position = self._begin + entry.start + start * entry.dtype.itemsize
+        with explained(self.path, "read"):
+            while view.nbytes:
+                count = os.preadv(self._descriptor, [view], position)
+                if not count:
+                    raise StateError(f"{self.path} has become shorter while it was read, within {name!r}")
+                view, position = view[count:], position + count
+        return out
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise StateError(f"{self.path} has no tensor {name!r}")
+        return self._entries[name]
+
+
+def _read_exactly(path: Path, descriptor: int, count: int, position: int) -> bytes:
+    parts = []
+    with explained(path, "read"):
+        while count:
+            part = os.pread(descriptor, count, position)
+            if not part:
+                raise StateError(f"{path} has become shorter while it was read")
+            parts.append(part)
+            count, position = count - len(part), position + len(part)
+    return b"".join(parts)
+
+
+def _refuse_existing(path: Path) -> None:
+    if status(path) is not None:
+        raise StateError(f"{path} exists already; nothing was changed there. Name another, or delete it")
+
+
+def _bytes_of(data: Tensor | np.ndarray | memoryview | bytes) -> memoryview:
+    """Contiguous data in host memory as bytes, not copied."""
+    if isinstance(data, Tensor):
+        if data.device.type != "cpu" or not data.is_contiguous():
+            raise ValueError(
+                f"data on {data.device}, contiguous: {data.is_contiguous()}; expected host memory"
+            )
+        data = data.detach().reshape(-1).view(torch.uint8).numpy().data
+    elif isinstance(data, np.ndarray):
+        if not data.flags.c_contiguous:
+            raise ValueError("the array is not contiguous")
+        data = data.reshape(-1).view(np.uint8).data
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -1,0 +1,116 @@
+"""Sealed folders that several ranks write together and read together: complete once every rank is done."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from swaft.distributed import Ranks
+from swaft.errors import StateError, SwaftError
+from swaft.storage.files import FileRecord, explained
+from swaft.storage.sealed import MANIFEST, Manifest, read_manifest, seal, verify
+
+Write = Callable[[Path], Mapping[str, FileRecord]]
+"""Writes this rank's files into a folder, on the disk to stay, and returns their records by relative path."""
+
+
+def write_together(
+    ranks: Ranks,
+    path: str | PathLike[str],
+    *,
+    kind: str,
+    write: Write,
+    content: Mapping[str, Any],
+    sealed: Callable[[Path], Mapping[str, str]] = lambda folder: {},
+) -> None:
+    """Have every rank write its part of a new folder, and declare it complete after the last (collective).
+
+    The folder has its name from the start and no mark until the end, so nothing is ever renamed that other ranks
+    write into.
+
+    Args:
+        ranks: who writes.
+        path: folder to write. It must not exist, or be empty.
+        kind: of the manifest.
+        write: called on every rank; may make collective calls, if it makes them whatever fails.
+        content: of the manifest, the same on every rank.
+        sealed: called on rank 0 once all have written; hashes of the manifests of sealed folders inside, by path.
+
+    Raises:
+        StateError: a rank could not write; on every rank, and the unfinished folder is removed.
+    """
+    folder = Path(path)
+    with ranks.together():
+        if ranks.is_main:
+            _make(folder)
+    try:
+        records: Mapping[str, FileRecord] = {}
+        with ranks.together(), explained(folder, "written"):
+            records = write(folder)
+        written = ranks.gather(records)
+        with ranks.together(), explained(folder, "written"):
+            if ranks.is_main:
+                files = {name: record for each in written for name, record in each.items()}
+                seal(folder, Manifest(kind, files, content, sealed(folder)))
+    except SwaftError:
+        if ranks.is_main:  # all ranks are here, so none writes any more
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def open_together(ranks: Ranks, path: str | PathLike[str], *, kind: str) -> Manifest:
+    """Read a folder's manifest on every rank, and check every byte of its files, each by one rank (collective).
+
+    Folders sealed inside are checked likewise.
+
+    Args:
+        ranks: who reads.
+        path: of the folder.
+        kind: that its manifest must be of.
+
+    Returns:
+        The manifest, the same on every rank.
+
+    Raises:
+        StateError: the folder is incomplete or damaged; on every rank, naming file and field.
+    """
+    folder, manifests = Path(path), []
+    with ranks.together():
+        manifests.append(read_manifest(folder, kind=kind))
+        files = list(_files(folder, manifests[0]))
+        for place, manifest, name in files[ranks.rank :: ranks.world_size]:
+            verify(place, manifest, names=[name])
+    manifest = manifests[0]
+    if any(digest != _digest(manifest) for digest in ranks.gather(_digest(manifest))):
+        raise StateError(
+            f"{folder} is not the same folder on every rank; name one on a file system that all machines share"
+        )
+    return manifest
+
+
+def sealed_in(folder: Path, *names: str) -> dict[str, str]:
+    """What a manifest says of sealed folders inside: the hash of each one's manifest, by its name."""
+    return {name: hashlib.sha256((folder / name / MANIFEST).read_bytes()).hexdigest() for name in names}
+
+
+def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, str]]:
+    """Every file that a manifest vouches for, with the folder and the manifest that lists it."""
+    for name in sorted(manifest.files):
+        yield folder, manifest, name
+    for name in sorted(manifest.sealed):
+        yield from _files(folder / name, read_manifest(folder / name, kind=None))
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(repr(manifest).encode()).hexdigest()
+
+
+def _make(folder: Path) -> None:
+    with explained(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise StateError(f"{folder} holds files already; expected a new folder: name another path")
