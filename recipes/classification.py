@@ -9,6 +9,7 @@ last weights (final/), the averaged ones (final-averaged/), and the scores of bo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from swaft.data import (
 )
 from swaft.metrics import Metric, get_metric, metric_for_task
 from swaft.training.accelerator import build_accelerator, whole_model_loading
+from swaft.training.best import choose_target
 from swaft.training.build import build_objective, build_rule
 from swaft.training.evaluate import Evaluation, evaluate
 from swaft.training.failure import leave, run_and_report
@@ -44,6 +46,7 @@ from swaft.training.pretrained import (
 )
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
+from swaft.training.refusals import refuse_compilation, require_weights
 from swaft.training.run_folder import RunFolder
 
 Config = ClassificationConfig
@@ -62,17 +65,14 @@ class Prepared:
     collate: Collator
     objective: Any
     rule: Rule | None
+    target: Target
+    """What decides between weights, unless the settings name another score."""
     cuts_rows: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
         """What is learnt, in words."""
         return "regression" if self.task.is_regression else f"{self.task.num_labels} classes"
-
-    @property
-    def target(self) -> Target:
-        """What decides between weights."""
-        return Target(score=self.metric.primary, names=self.metric.names)
 
 
 def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
@@ -81,17 +81,22 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     task = problems.of(describe_task, rows, config.data)
     tokenizer = problems.of(load_tokenizer, config.model)
     model_config = problems.of(load_model_config, config.model)
+    problems.of(require_weights, config.model, model_config)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
+    metric = problems.of(choose_metric, config.eval.metric, config.data.task_name, task)
+    target = problems.of(main_score, metric)
+    problems.of(choose_target, config.eval, target, rows)
     return Prepared(
         rows=rows,
         task=task,
-        metric=problems.of(choose_metric, config.eval.metric, config.data.task_name, task),
+        metric=metric,
         model_config=model_config,
         tokenizer=tokenizer,
         collate=problems.of(Collator, tokenizer),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
+        target=target,
     )
 
 
@@ -102,15 +107,21 @@ def choose_metric(name: str, task_name: str | None, task: Task) -> Metric:
     return get_metric(name, is_regression=task.is_regression, num_labels=task.num_labels)
 
 
+def main_score(metric: Metric) -> Target:
+    """Return what decides between weights: the metric's first score."""
+    return Target(score=metric.primary, names=metric.names)
+
+
 def run(config: ClassificationConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
     problems = Problems()
     ready = prepare(config, problems)
+    problems.of(refuse_compilation, os.environ)
     problems.refuse()
     task, tokenizer = ready.task, ready.tokenizer
     accelerator = build_accelerator(config, hidden_size=hidden_size(ready.model_config))
-    folder = RunFolder.create(config.train.output_dir, accelerator)
+    folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as token ids.
     datasets = {

@@ -10,6 +10,7 @@ official SQuAD scripts read them (predictions-*.json), and some of them to read 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from swaft.training.answering import (
     report_windows,
     write_predictions,
 )
+from swaft.training.best import choose_target
 from swaft.training.build import build_objective, build_rule
 from swaft.training.evaluate import Evaluation
 from swaft.training.failure import leave, run_and_report
@@ -51,6 +53,7 @@ from swaft.training.pretrained import (
 )
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
+from swaft.training.refusals import refuse_compilation, require_weights
 from swaft.training.run_folder import RunFolder
 
 Config = QuestionAnsweringConfig
@@ -70,17 +73,14 @@ class Prepared:
     collate: WindowCollator
     objective: Any
     rule: Rule | None
+    target: Target
+    """What decides between weights, unless the settings name another score."""
     cuts_rows: ClassVar[bool] = True
 
     @property
     def description(self) -> str:
         """What is learnt, in words."""
         return f"finding answers, scored by {self.metric.name}"
-
-    @property
-    def target(self) -> Target:
-        """What decides between weights."""
-        return Target(score=self.metric.primary, names=self.metric.names)
 
 
 def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
@@ -91,19 +91,29 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(refuse_unused_threshold, config.eval, has_unanswerable=has_unanswerable)
     model_config = problems.of(load_model_config, config.model, num_labels=2)  # the first token and the last
     problems.of(require_question_answering, config.model, model_config)
+    problems.of(require_weights, config.model, model_config)
     tokenizer = problems.of(load_tokenizer, config.model)
     problems.of(require_offsets, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, tokenizer.model_max_length)
+    metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
+    target = problems.of(main_score, metric)
+    problems.of(choose_target, config.eval, target, rows)
     return Prepared(
         rows=rows,
         has_unanswerable=has_unanswerable,
-        metric=problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable),
+        metric=metric,
         model_config=model_config,
         tokenizer=tokenizer,
         collate=problems.of(WindowCollator, tokenizer),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
+        target=target,
     )
+
+
+def main_score(metric: QuestionMetric) -> Target:
+    """Return what decides between weights: the metric's first score."""
+    return Target(score=metric.primary, names=metric.names)
 
 
 def run(config: QuestionAnsweringConfig) -> None:
@@ -111,10 +121,11 @@ def run(config: QuestionAnsweringConfig) -> None:
     # What can be wrong without any process group is found, all of it, before there is one.
     problems = Problems()
     ready = prepare(config, problems)
+    problems.of(refuse_compilation, os.environ)
     problems.refuse()
     tokenizer = ready.tokenizer
     accelerator = build_accelerator(config, hidden_size=hidden_size(ready.model_config))
-    folder = RunFolder.create(config.train.output_dir, accelerator)
+    folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as overlapping windows of token ids.
     windows = {

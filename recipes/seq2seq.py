@@ -10,6 +10,7 @@ wrote (samples-validation.jsonl, samples-test.jsonl).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from swaft.data import (
 )
 from swaft.metrics import GenerationMetric, get_generation_metric
 from swaft.training.accelerator import build_accelerator, whole_model_loading
+from swaft.training.best import choose_target
 from swaft.training.build import build_objective, build_rule
 from swaft.training.encoder_decoder import (
     brings_tokenizer,
@@ -48,6 +50,7 @@ from swaft.training.languages import set_languages
 from swaft.training.pretrained import hidden_size, load_tokenizer
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
+from swaft.training.refusals import refuse_compilation, require_weights
 from swaft.training.run_folder import RunFolder
 
 Config = Seq2SeqConfig
@@ -66,6 +69,8 @@ class Prepared:
     """None: a new one is to be trained."""
     objective: Any
     rule: Rule | None
+    target: Target
+    """What decides between weights, unless the settings name another score."""
     cuts_rows: ClassVar[bool] = False
 
     @property
@@ -73,22 +78,20 @@ class Prepared:
         """What is learnt, in words."""
         return "writing texts" if self.metric is None else f"writing texts, scored by {self.metric.name}"
 
-    @property
-    def target(self) -> Target:
-        """What decides between weights."""
-        if self.metric is None:
-            return Target(score="loss")
-        return Target(score=self.metric.primary, names=self.metric.names)
-
 
 def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
     splits = problems.of(load_splits, config.data)
     columns = problems.of(find_columns, splits, config.data)
+    rows = problems.of(read_all_pairs, splits, columns)
     metric = None
     if config.eval.predict_with_generate:
         metric = problems.of(get_generation_metric, config.eval.metric, task_name=config.data.task_name)
+    target = problems.of(main_score, metric)
+    problems.of(choose_target, config.eval, target, rows)
     model_config = problems.of(encoder_decoder_config, config.model)
+    if config.model.config is None:
+        problems.of(require_weights, config.model, model_config)
     most = problems.of(longest_input, model_config)
     tokenizer = None
     if brings_tokenizer(config.model):
@@ -100,7 +103,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
         for name in ("max_source_length", "max_target_length"):
             problems.of(require_length, f"data.{name}", getattr(config.data, name), most)
     return Prepared(
-        rows=problems.of(read_all_pairs, splits, columns),
+        rows=rows,
         metric=metric,
         model_config=model_config,
         tokenizer=tokenizer,
@@ -111,7 +114,13 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
             label_smoothing=config.train.label_smoothing_factor,
         ),
         rule=problems.of(build_rule, config.averaging),
+        target=target,
     )
+
+
+def main_score(metric: GenerationMetric | None) -> Target:
+    """Return what decides between weights: the metric's first score, the loss where no texts are generated."""
+    return Target(score="loss") if metric is None else Target(score=metric.primary, names=metric.names)
 
 
 def find_columns(splits: dict[str, Any], data: Seq2SeqDataConfig) -> PairColumns:
@@ -135,10 +144,11 @@ def run(config: Seq2SeqConfig) -> None:
     # What can be wrong without any process group is found, all of it, before there is one.
     problems = Problems()
     ready = prepare(config, problems)
+    problems.of(refuse_compilation, os.environ)
     problems.refuse()
     pairs, metric, model_config = ready.rows, ready.metric, ready.model_config
     accelerator = build_accelerator(config, hidden_size=hidden_size(model_config))
-    folder = RunFolder.create(config.train.output_dir, accelerator)
+    folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as token ids.
     tokenizer = ready.tokenizer

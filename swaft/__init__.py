@@ -1,13 +1,18 @@
 """swaft: fine-tuning that generalises better, by weight averaging and noise stability, at any scale.
 
-Importing this package imports neither DeepSpeed nor Triton, scikit-learn or any tracker.
+Importing this package imports nothing but itself: a name is fetched when it is asked for, so that `swaft --help`
+does not wait for torch.
 """
 
 from __future__ import annotations
 
-from swaft import functional
-from swaft.averaging import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, WeightAverager, Windows, search_windows
-from swaft.noise import R3F, R4F, RDrop, TaskLoss
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swaft import functional
+    from swaft.averaging import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, WeightAverager, Windows, search_windows
+    from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
 __all__ = [
     "BEMA",
@@ -25,3 +30,17 @@ __all__ = [
     "functional",
     "search_windows",
 ]
+
+_OF_NOISE = ("R3F", "R4F", "RDrop", "TaskLoss")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'swaft' has no attribute {name!r}")
+    if name == "functional":
+        return import_module("swaft.functional")
+    return getattr(import_module("swaft.noise" if name in _OF_NOISE else "swaft.averaging"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

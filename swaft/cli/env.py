@@ -12,11 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
-import torch
-
 from swaft.errors import ConfigError
-from swaft.training.run_folder import software
 
 
 def run(words: Sequence[str]) -> int:
@@ -28,6 +24,9 @@ def run(words: Sequence[str]) -> int:
     unknown = [word for word in words if word != "--json"]
     if unknown:
         raise ConfigError(f"swaft env: '{unknown[0]}' is not understood; expected --json or nothing")
+
+    from swaft.training.run_folder import software  # only here: --help waits for no library
+
     facts = software() | machine()
     if "--json" in words:
         print(json.dumps(facts, indent=2))
@@ -40,6 +39,9 @@ def run(words: Sequence[str]) -> int:
 
 def machine() -> dict[str, Any]:
     """Return what this machine has: processors, memory in bytes, GPUs by name."""
+    import psutil
+    import torch
+
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "cpus": len(os.sched_getaffinity(0)),

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from swaft.config.values import suggestion
 from swaft.errors import SwaftError
 
 COMMANDS = {
@@ -29,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name, *rest = words
     if name not in COMMANDS:
+        from swaft.config.values import suggestion
+
         sys.stderr.write(
             f"error: swaft has no command '{name}'.{suggestion(name, tuple(COMMANDS))}\n{usage()}\n"
         )

@@ -13,6 +13,9 @@ that holds most, at the fullest moment of each part of the run, with rows as lon
   --step_seconds S      a measured training step, to say which share of it averaging takes
   --json                print the same as JSON
 
+Rows led by `problem` are what does not fit and what would help, by `refused` what the run itself would refuse to
+start with (`swaft validate` has all of that).
+
 Exit code: 0; 1 where something does not fit, or the run cannot be planned.
 """
 
@@ -22,12 +25,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from swaft.errors import ConfigError
-from swaft.planning.memory import Phase
-from swaft.planning.plan import RunPlan, Target
-from swaft.planning.recipe import plan_recipe
+from swaft.planning.memory import sized
+
+if TYPE_CHECKING:
+    from swaft.planning.memory import Phase
+    from swaft.planning.plan import RunPlan, Target
 
 GIB = 2**30
 
@@ -35,6 +40,10 @@ GIB = 2**30
 def run(words: Sequence[str]) -> int:
     """Plan the run that these words would launch, print the plan, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
+
+    from swaft.planning.plan import Target  # only here: --help and a wrong option wait for no library
+    from swaft.planning.recipe import plan_recipe
+
     target = Target(
         on_cpu=options.on_cpu,
         device_bytes=_bytes(options.device_memory),
@@ -42,12 +51,11 @@ def run(words: Sequence[str]) -> int:
         step_seconds=options.step_seconds,
     )
     found = plan_recipe(line, target)
-    shortages = found.shortages(target)
-    print(json.dumps(as_dict(found, shortages), indent=2) if options.json else table(found, target))
-    return 1 if shortages else 0
+    print(json.dumps(as_dict(found), indent=2) if options.json else table(found, target))
+    return 1 if found.shortages else 0
 
 
-def as_dict(found: RunPlan, shortages: Sequence[str]) -> dict[str, Any]:
+def as_dict(found: RunPlan) -> dict[str, Any]:
     """Return the plan as plain values; all memory in bytes."""
     totals = {
         "device_bytes": found.device_bytes,
@@ -56,7 +64,7 @@ def as_dict(found: RunPlan, shortages: Sequence[str]) -> dict[str, Any]:
         "ranks_a_machine": found.ranks_a_machine,
         "waits_for_averaging": found.averaging.waits if found.averaging else None,
     }
-    return asdict(found) | totals | {"shortages": list(shortages)}
+    return asdict(found) | totals
 
 
 def table(found: RunPlan, target: Target) -> str:
@@ -72,24 +80,25 @@ def table(found: RunPlan, target: Target) -> str:
         rows += [("memory", line) for line in _phase_lines(phase, on_cpu=found.on_cpu)]
     rows += [("averaging", line) for line in _averaging_lines(found)]
     if not found.on_cpu:
-        rows.append(("device", f"{_size(found.device_bytes)} a rank{_of(target.device_bytes)}"))
+        rows.append(("device", f"{sized(found.device_bytes)} a rank{_of(target.device_bytes)}"))
     rows.append(
         (
             "host",
-            f"{_size(found.host_bytes)} a rank, {_size(found.machine_bytes)} a machine{_of(target.host_bytes)}",
+            f"{sized(found.host_bytes)} a rank, {sized(found.machine_bytes)} a machine{_of(target.host_bytes)}",
         )
     )
-    rows += [("problem", sentence) for sentence in found.shortages(target)]
+    sentences = (("note", found.notes), ("refused", found.refused), ("problem", found.shortages))
+    rows += [(part, sentence) for part, told in sentences for sentence in told]
     return "\n".join(f"{part:<10} {line}" for part, line in rows)
 
 
 def _phase_lines(phase: Phase, *, on_cpu: bool) -> list[str]:
     places = [("" if on_cpu else "device ", phase.device), ("host " if not on_cpu else "", phase.host)]
-    sizes = [f"{place}{_size(sum(rows.values()))}" for place, rows in places if rows]
+    sizes = [f"{place}{sized(sum(rows.values()))}" for place, rows in places if rows]
     lines = [f"{phase.name}: {', '.join(sizes) or 'nothing to speak of'}"]
     for place, rows in places:
         lines += [
-            f"  {_size(size):>10}  {place and place.strip() + ': '}{name}"
+            f"  {sized(size):>10}  {place and place.strip() + ': '}{name}"
             for name, size in rows.items()
             if size
         ]
@@ -102,8 +111,8 @@ def _averaging_lines(found: RunPlan) -> list[str]:
         return ["none"]
     lines = [
         f"{plan.events:,} events from step {plan.first_step:,} of {plan.total_steps:,}, every {plan.every:,}",
-        f"{plan.elements:,} elements a rank: {_size(plan.host_bytes)} of host memory, {_size(plan.pinned_bytes)} "
-        f"pinned, {_size(plan.copied_bytes)} copied an event",
+        f"{plan.elements:,} elements a rank: {sized(plan.host_bytes)} of host memory, {sized(plan.pinned_bytes)} "
+        f"pinned, {sized(plan.copied_bytes)} copied an event",
         f"{plan.event_seconds:.3g} s of arithmetic an event on {plan.threads} thread{'s' * (plan.threads > 1)}, "
         "behind the step, at the rate of this machine now",
     ]
@@ -116,11 +125,7 @@ def _averaging_lines(found: RunPlan) -> list[str]:
 
 
 def _of(there: int | None) -> str:
-    return "" if there is None else f" of {_size(there)}"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+    return "" if there is None else f" of {sized(there)}"
 
 
 def _bytes(gib: float | None) -> int | None:

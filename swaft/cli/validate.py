@@ -17,15 +17,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-
-from swaft.planning.preflight import Preflight, check_run
+if TYPE_CHECKING:
+    from swaft.planning.preflight import Preflight
 
 
 def run(words: Sequence[str]) -> int:
     """Check the run that these words would launch, print what was found, and return the exit code."""
+    import datasets  # only here: --help waits for no library
+
+    from swaft.planning.preflight import check_run
+
     as_json = "--json" in words
     datasets.disable_progress_bars()  # rows are read fast, and the table is what there is to see
     found = check_run([word for word in words if word != "--json"])
@@ -115,4 +118,5 @@ PARTS: dict[str, Callable[[Any], list[str]]] = {
     "noise": _noise,
     "ds": _deepspeed,
     "data": _data,
+    "rows": list,
 }

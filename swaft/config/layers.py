@@ -35,25 +35,36 @@ class Layer:
     """Full name to value, as YAML read it or as typed."""
 
 
-def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Lay the layers over one another, later over earlier.
 
     A layer that names a source of rows (a task, a dataset, a training file) replaces the source of the
     layers below it whole, so that a config's validation file never meets another's training file.
 
     Returns:
-        Full name to value, and full name to origin.
+        Full name to value, full name to origin, and a sentence about each source that was replaced.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    replaced: list[str] = []
     for layer in layers:
-        if any(layer.values.get(name) is not None for name in ROW_SOURCES):
+        named = [f"{name}={value}" for name in ROW_SOURCES if (value := layer.values.get(name)) is not None]
+        if named:
+            dropped = [
+                f"{name}={values[name]} ({origins[name]})"
+                for name in ROW_SETTINGS
+                if values.get(name) not in (None, layer.values.get(name))
+            ]
+            if dropped:
+                replaced.append(
+                    f"{' and '.join(named)} ({layer.origin}) takes the place of {', '.join(dropped)}"
+                )
             for name in ROW_SETTINGS:
                 values.pop(name, None)
                 origins.pop(name, None)
         values |= layer.values
         origins |= dict.fromkeys(layer.values, layer.origin)
-    return values, origins
+    return values, origins, replaced
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:

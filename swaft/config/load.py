@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from swaft.config.check import check_config
 from swaft.config.layers import COMMAND_LINE, Layer, fill_in, merge, parse_arguments, read_file
@@ -15,7 +17,9 @@ from swaft.config.render import help_text, to_yaml
 from swaft.config.values import coerce
 from swaft.errors import ConfigError
 
-# Flags of the Trainer that are called otherwise here.
+logger = logging.getLogger(__name__)
+
+# Flags of the Trainer and of its examples that are called otherwise here.
 HUGGING_FACE_NAMES = {
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
@@ -26,16 +30,34 @@ HUGGING_FACE_NAMES = {
     "generation_num_beams": "num_beams",
     "generation_max_length": "max_new_tokens",
     "val_max_target_length": "max_new_tokens",
+    "eval_strategy": "eval_steps",
+    "evaluation_strategy": "eval_steps",
+    "text_column": "source_column",
+    "summary_column": "target_column",
 }
 
 ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Generic[ConfigT]):
+    """What files and the command line say."""
+
+    config: ConfigT
+    """A faulty setting stands at its default."""
+    origins: dict[str, str]
+    """Where each setting comes from, by its full name."""
+    replaced: list[str]
+    """Which rows were put in the place of which, as sentences."""
+    problems: list[str]
+    """Everything that is wrong."""
 
 
 def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     """Return the configuration a command line asks for, checked.
 
     Accepts `--config FILE` (repeatable, later files win), overrides as `a.b=c`, `--a.b=c` or `--a.b c`,
-    and `--help` and `--print_config`, which print and exit 0.
+    and `--help` and `--print_config`, which print and exit 0. Logs which rows take the place of others.
 
     Args:
         config_class: a dataclass of section dataclasses, such as `ClassificationConfig`.
@@ -46,37 +68,34 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     """
     if "--help" in argv or "-h" in argv:
         _leave(help_text(config_class))
-    config, origins, problems = read_config(config_class, [word for word in argv if word != "--print_config"])
-    if problems:
-        raise ConfigError(problems)
+    read = read_config(config_class, [word for word in argv if word != "--print_config"])
+    if read.problems:
+        raise ConfigError(read.problems)
     if "--print_config" in argv:
-        _leave(to_yaml(config, origins))
-    return config
+        _leave(to_yaml(read.config, read.origins))
+    for sentence in read.replaced:
+        logger.info("%s", sentence)
+    return read.config
 
 
-def read_config(
-    config_class: type[ConfigT], argv: Sequence[str]
-) -> tuple[ConfigT, dict[str, str], list[str]]:
+def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[ConfigT]:
     """Read and check a configuration, and go on where something is wrong with it.
 
     Args:
         config_class: a dataclass of section dataclasses.
         argv: config files and overrides, as for `load_config`.
-
-    Returns:
-        The configuration, where each setting comes from, and every problem; a faulty setting stands at its default.
     """
     known = leaves(config_class)
     paths, overrides, problems = parse_arguments(argv)
     layers = [read_file(path, problems) for path in paths]
-    values, origins = merge([*layers, Layer(COMMAND_LINE, overrides)])
+    values, origins, replaced = merge([*layers, Layer(COMMAND_LINE, overrides)])
     values = fill_in(values, known, problems)
     typed = _typed(values, origins, known, problems)
     config = _instantiate(config_class, known, typed)
     # A setting that is already on the list stands at its default now: no second problem about that.
     faulty = _leaders(problems)
     problems += [problem for problem in check_config(config) if not _leaders([problem]) & faulty]
-    return config, origins, problems
+    return Reading(config=config, origins=origins, replaced=replaced, problems=problems)
 
 
 def _typed(
@@ -125,7 +144,8 @@ def _nearest_setting(name: str, known: Mapping[str, Leaf]) -> str:
         return f" '{name}' is a section: put its settings under it, or write {name}.setting=value."
     section, _, leaf = name.replace("-", "_").rpartition(".")
     by_leaf = {path.split(".")[1]: path for path in known}
-    leaf = HUGGING_FACE_NAMES.get(leaf, leaf)
+    meant = HUGGING_FACE_NAMES.get(leaf, leaf)
+    leaf = meant if leaf not in by_leaf and meant in by_leaf else leaf
     # Within a section that exists, only its own settings: nobody means averaging.start by train.stat.
     own = {short: path for short, path in by_leaf.items() if path.startswith(f"{section}.")} or by_leaf
     near = leaf if leaf in by_leaf else next(iter(get_close_matches(leaf, list(own), n=1)), None)

@@ -138,6 +138,14 @@ class TrainConfig:
     group_by_length: bool = False
     """Make batches of inputs of like length, so that little of them is padding. Off, because batches are less
     random then."""
+    save_steps: int | None = 500
+    """Optimizer steps between two checkpoints, from which a run that was killed goes on; null: none but on SIGTERM
+    and SIGUSR1. One takes three times the weights in fp32, the averages apart."""
+    save_total_limit: int | None = 2
+    """Checkpoints that are kept, the newest ones; null: all."""
+    resume_from_checkpoint: str = "auto"
+    """auto: go on from the newest complete checkpoint in `output_dir`, where there is one; none: expect an empty
+    folder; or the path of a checkpoint."""
     disable_tqdm: bool | None = None
     """Show no progress bar; null: a bar only on a terminal, where it does not fill a log file."""
     ddp_timeout: int = 1800
@@ -217,7 +225,8 @@ class NoiseConfig:
     masks: Literal["shared", "independent"] | None = None
     """Whether both passes use the same dropout masks."""
     reduction: Literal["mean", "batchmean"] | None = None
-    """mean: over the rows whose label counts; batchmean: the sum over all rows by the number of sentences."""
+    """mean: over the rows whose label counts; batchmean: the sum over all rows by the number of sentences,
+    which depends on how a step's rows are cut into micro-batches where sentences differ in length."""
     detach: Literal["none", "clean", "noised", "target"] | None = None
     """Which side of the divergence gets no gradient; with noised the noised pass takes none, and costs less."""
     passes: Literal["two", "doubled"] | None = None

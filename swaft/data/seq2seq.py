@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +114,25 @@ def length_grouped_sampler(lengths: Sequence[int], *, batch_size: int, seed: int
         batch_size: rows of a micro-batch over all devices.
         seed: of the orders; every rank needs the same.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return LengthGroupedSampler(batch_size, lengths=list(lengths), generator=generator)
+    return _EpochSampler(batch_size, lengths=list(lengths), seed=seed)
+
+
+class _EpochSampler(LengthGroupedSampler):
+    """Its order is set by the number of the pass alone, so that a run may begin with any."""
+
+    def __init__(self, batch_size: int, lengths: list[int], *, seed: int):
+        self._random = torch.Generator()
+        super().__init__(batch_size, lengths=lengths, generator=self._random)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the next pass; accelerate's loaders do, before each."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the rows of one pass."""
+        self._random.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()
 
 
 class Seq2SeqCollator:

@@ -76,6 +76,11 @@ class Engine:
         """Whether the fp32 masters are in host memory anyway."""
         return (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
+    @property
+    def offloads_weights(self) -> bool:
+        """Whether the slices of the weights are in host memory."""
+        return (self.zero.get("offload_param") or {}).get("device", "none") != "none"
+
     def memory(self, run: Run, step: TracedStep) -> EngineMemory:
         """Return what the rank that holds most holds, phase by phase, the start among them."""
         if self.launch.stage in (1, 2):

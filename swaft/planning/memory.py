@@ -112,3 +112,8 @@ def adam_temporaries(numels: Sequence[int], *, on_cpu: bool) -> int:
         on_cpu: whether they are on the host.
     """
     return 2 * FP32 * max(numels, default=0) if on_cpu else FP32 * sum(numels)
+
+
+def sized(count: int) -> str:
+    """Write a number of bytes as people do: ``1.25 GiB``, ``3.2 MiB``."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

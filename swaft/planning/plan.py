@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,12 @@ class RunPlan:
     """Of the rank that holds most; averaging not included."""
     averaging: AveragingPlan | None
     """None: nothing is averaged."""
+    shortages: list[str] = field(default_factory=list)
+    """What does not fit, and what would help, as sentences."""
+    refused: list[str] = field(default_factory=list)
+    """What the run itself would refuse to start with, though it can be planned, as sentences."""
+    notes: list[str] = field(default_factory=list)
+    """What was supposed, and may not be meant, as sentences."""
 
     @property
     def ranks_a_machine(self) -> int:
@@ -64,35 +70,21 @@ class RunPlan:
     @property
     def host_bytes(self) -> int:
         """Most host memory of a rank: of a phase, and of averaging, which is not there at the start."""
-        return max(
-            phase.host_bytes
-            + (phase.device_bytes if self.on_cpu else 0)
-            + (0 if phase.name == "start" else self.averaging_bytes)
-            for phase in self.phases
-        )
+        return self._host_bytes_in(self.fullest_on_host)
+
+    @property
+    def fullest_on_host(self) -> Phase:
+        """The phase in which a rank takes most host memory."""
+        return max(self.phases, key=self._host_bytes_in)
+
+    def _host_bytes_in(self, phase: Phase) -> int:
+        own = phase.host_bytes + (phase.device_bytes if self.on_cpu else 0)
+        return own if phase.name == "start" else own + self.averaging_bytes
 
     @property
     def machine_bytes(self) -> int:
         """Most host memory of all ranks of one machine."""
         return self.ranks_a_machine * self.host_bytes
-
-    def shortages(self, target: Target) -> list[str]:
-        """Return what does not fit, as sentences."""
-        found = []
-        for name, needed, there in (
-            ("device_memory", self.device_bytes, target.device_bytes),
-            ("host_memory", self.machine_bytes, target.host_bytes),
-        ):
-            if there is not None and needed > there:
-                what = (
-                    "a device"
-                    if name == "device_memory"
-                    else f"the {self.ranks_a_machine} ranks of a machine"
-                )
-                found.append(
-                    f"{what} would take {needed / 2**30:.1f} GiB, and --{name} is {there / 2**30:.1f} GiB"
-                )
-        return found
 
 
 def plan_run(

@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.rules import Plan, Rule
-from swaft.config import AveragingConfig, NoiseConfig, TrainConfig, read_config
+from swaft.config import AveragingConfig, NoiseConfig, TrainConfig, read_config, to_yaml
 from swaft.config.leaves import leaves
 from swaft.planning.model import planned_model
 from swaft.training.accelerator import resolve_deepspeed, resolve_precision
-from swaft.training.best import Target, choose_target
 from swaft.training.build import ParameterCount, count_parameters
 from swaft.training.deepspeed_config import FilledConfig
 from swaft.training.deepspeed_extension import reason_not_to_build, refuse_stale_lock, use_environment
@@ -31,7 +30,8 @@ from swaft.training.fsdp2 import resolve_fsdp2
 from swaft.training.launcher import Launch, Script, read_launch, read_script
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
-from swaft.training.recipe import Prepared, Recipe, is_recipe, load_recipe
+from swaft.training.recipe import Recipe, is_recipe, load_recipe, require_python
+from swaft.training.refusals import refuse_compilation
 from swaft.training.run_folder import refuse_used
 from swaft.training.schedule import Schedule, build_schedule, planned_steps
 
@@ -41,8 +41,8 @@ class Preflight:
     """What was found out about a run."""
 
     facts: dict[str, Any]
-    """By part of the run (launch, batch, steps, averaging, noise, ds, data), plain values; a part that could not
-    be made out is left out, and its problem is listed."""
+    """By part of the run (launch, batch, steps, averaging, noise, ds, data, rows), plain values; a part that could
+    not be made out is left out, and its problem is listed."""
     unchecked: list[str]
     """What was not looked at, and why."""
     problems: list[str]
@@ -55,20 +55,22 @@ def check_run(words: Sequence[str]) -> Preflight:
     Args:
         words: the command line after ``accelerate launch``.
     """
-    problems, facts, unchecked = Problems(), {}, []
+    problems, facts, unchecked = Problems(), dict[str, Any](), list[str]()
     launch = problems.of(read_launch, words)
     script = problems.of(read_script, words)
-    facts["launch"] = problems.of(_launch_facts, launch)
     if script is MISSING or not script.is_file:
         unchecked.append("settings, data and model: there is no recipe to ask")
+    elif problems.of(require_python, Path(script.path)) is MISSING:
+        unchecked.append(f"settings, data and model: {script.path} cannot be asked for them")
     elif is_recipe(Path(script.path)):
-        told = _check_recipe(script, launch, problems)
-        facts |= {name: value for name, value in told.items() if value is not MISSING}
+        facts = _check_recipe(script, launch, problems)
     else:
         unchecked.append(
             f"settings, data and model: {script.path} is not written as swaft's recipes are (it has no Config and "
             "prepare); only the launch line, its file and the stage in the DeepSpeed file were looked at"
         )
+    if "launch" not in facts:
+        facts["launch"] = problems.of(_launch_facts, launch, None)
     problems.of(_refuse_stale_lock, launch)
     known = {name: value for name, value in facts.items() if value is not MISSING and value is not None}
     return Preflight(known, unchecked, problems.found)
@@ -79,8 +81,9 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
     recipe = problems.of(load_recipe, Path(script.path))
     if recipe is MISSING:
         return {}
-    config = _read_settings(recipe, script, problems)
+    config, replaced = _read_settings(recipe, script, problems)
     ready = recipe.prepare(config, problems)
+    problems.of(refuse_compilation, launch.environ)
     precision = problems.of(resolve_precision, config.train, launch.environ)
     width = problems.of(hidden_size, ready.model_config)
     filled = problems.of(
@@ -91,8 +94,12 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
         hidden_size=None if width is MISSING else width,  # decides on the sizes of buckets alone
     )
     problems.of(resolve_fsdp2, launch.environ, precision=precision)
-    problems.of(choose_target, config.eval, problems.of(_target, ready, ready.metric), ready.rows)
-    problems.of(refuse_used, config.train.output_dir)
+    problems.of(
+        refuse_used,
+        config.train.output_dir,
+        resume=config.train.resume_from_checkpoint,
+        config_yaml=_as_yaml(config),
+    )
     total_steps = problems.of(_given_steps, config.train)
     if total_steps is None:
         total_steps = problems.of(_count_steps, config.train, ready.rows, launch.world_size)
@@ -104,7 +111,7 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
     size = problems.of(count_parameters, model)
     problems.of(_fit_objective, ready.objective, model, fake)
     return {
-        "launch": problems.of(_launch_facts, launch, precision),
+        "launch": problems.of(_launch_facts, launch, None if precision is MISSING else precision),
         "batch": problems.of(_batch_facts, config.train, launch.world_size),
         "model": problems.of(_model_facts, size),
         "steps": problems.of(_step_facts, config.train, schedule, cuts_rows=ready.cuts_rows),
@@ -112,16 +119,27 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
         "noise": problems.of(_noise_facts, config.noise, ready.objective, ready.model_config),
         "ds": problems.of(_deepspeed_facts, filled),
         "data": problems.of(_data_facts, ready.rows),
+        "rows": replaced or None,
     }
 
 
-def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> Any:
-    """Read the recipe's configuration; a section with a faulty value in it is missing."""
-    config, _, faults = read_config(recipe.config_class, script.arguments)
-    problems.add(faults)
+def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[Any, list[str]]:
+    """Read the recipe's configuration; a section with a faulty value in it is missing.
+
+    Returns:
+        The configuration, and which rows were put in the place of which.
+    """
+    read = read_config(recipe.config_class, script.arguments)
+    problems.add(read.problems)
     known = leaves(recipe.config_class)
-    faulty = {name.split(".")[0] for fault in faults if (name := fault.split(":")[0]) in known}
-    return dataclasses.replace(config, **dict.fromkeys(faulty, MISSING))
+    faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
+    return dataclasses.replace(read.config, **dict.fromkeys(faulty, MISSING)), read.replaced
+
+
+def _as_yaml(config: Any) -> str:
+    """Write the configuration as a run keeps it; missing where a section of it is."""
+    sections = [getattr(config, section.name) for section in dataclasses.fields(config)]
+    return MISSING if any(section is MISSING for section in sections) else to_yaml(config)
 
 
 def _refuse_stale_lock(launch: Launch) -> None:
@@ -129,11 +147,6 @@ def _refuse_stale_lock(launch: Launch) -> None:
     if launch.stage is not None and reason_not_to_build() is None:
         use_environment()
         refuse_stale_lock()
-
-
-def _target(ready: Prepared, metric: Any) -> Target:
-    """Return what decides between weights, which is made of the metric."""
-    return ready.target
 
 
 def _given_steps(train: TrainConfig) -> int | None:
@@ -160,7 +173,7 @@ def _fit_objective(objective: Any, model: nn.Module, fake: FakeTensorMode) -> No
         objective.prepare_model(model)
 
 
-def _launch_facts(launch: Launch, precision: str | None = None) -> dict[str, Any]:
+def _launch_facts(launch: Launch, precision: str | None) -> dict[str, Any]:
     return {
         "engine": launch.engine,
         "machines": launch.num_machines,

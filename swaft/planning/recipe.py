@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ from swaft.errors import ConfigError
 from swaft.planning.engines import Engine
 from swaft.planning.model import planned_model
 from swaft.planning.plan import RunPlan, Target, plan_run
-from swaft.training.launcher import read_launch, read_script
+from swaft.planning.shortages import find_shortages
+from swaft.training.launcher import Launch, read_launch, read_script
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
-from swaft.training.recipe import Prepared, is_recipe, load_recipe
+from swaft.training.recipe import Prepared, is_recipe, load_recipe, require_python
+from swaft.training.refusals import refuse_compilation
 from swaft.training.schedule import planned_steps
+
+RANKS_OF_A_MACHINE = 8
+"""Devices that machines have at most, as a rule."""
 
 
 def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
@@ -26,10 +32,15 @@ def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
         words: the command line after ``accelerate launch``.
         target: what the run is planned for.
 
+    Returns:
+        The plan; what the run would refuse and a plan can do without is on it.
+
     Raises:
         ConfigError: the line, a file or the settings are wrong, or the run cannot be planned.
     """
     launch, script = read_launch(words), read_script(words)
+    if script.is_file:
+        require_python(Path(script.path))
     if not script.is_file or not is_recipe(Path(script.path)):
         raise ConfigError(
             f"{script.path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
@@ -39,11 +50,12 @@ def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
     config: Any = load_config(recipe.config_class, script.arguments)
     problems = Problems()
     ready: Any = recipe.prepare(config, problems)
+    problems.of(refuse_compilation, launch.environ)
     if any(needed is MISSING for needed in (ready.model_config, ready.objective, ready.rule)):
         raise ConfigError(problems.found)
     engine = Engine(launch, config.train, hidden_size=hidden_size(ready.model_config))
     model = planned_model(config, ready.model_config)
-    return plan_run(
+    found = plan_run(
         engine,
         config.train,
         config.averaging,
@@ -53,6 +65,33 @@ def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
         rule_plan=_rule_plan(config, ready, launch.world_size, problems),
         target=target,
     )
+    return dataclasses.replace(
+        found,
+        shortages=find_shortages(found, target, engine, config.train, config.averaging),
+        refused=problems.found,
+        notes=machine_notes(launch),
+    )
+
+
+def machine_notes(launch: Launch) -> list[str]:
+    """Say so where more ranks are planned for one machine than one is likely to have.
+
+    Args:
+        launch: the launch line.
+
+    Returns:
+        A sentence that names the launch file for several machines, or none.
+    """
+    if launch.num_machines > 1 or launch.world_size <= RANKS_OF_A_MACHINE:
+        return []
+    file = {"DDP": "ddp", "FSDP2": "fsdp2"}.get(launch.engine, "zero3" if launch.stage == 3 else "zero2")
+    named = f"launch/accelerate/{file}_multinode.yaml"
+    if launch.stage in (0, 1):
+        named += f" with --deepspeed_config_file ds_configs/zero{launch.stage}.json"
+    return [
+        f"all {launch.world_size:,} ranks are taken to be on one machine, as the launch file says (num_machines "
+        f"1); for several machines take {named} and --num_machines"
+    ]
 
 
 def _rule_plan(config: Any, ready: Prepared, world_size: int, problems: Problems) -> Plan | None:

@@ -130,8 +130,8 @@ def parse_header(raw: bytes, buffer_bytes: int, where: str) -> tuple[dict[str, E
     for entry, start, end, name in spans:
         if start != position:
             raise StateError(
-                f"{where}: header: {shown(name)}: data_offsets: begins at byte {start:,}, expected {position:,}, where "
-                "the tensor before it ends"
+                f"{where}: header: {shown(name)}: data_offsets: begins at byte {start:,}, expected {position:,}, "
+                "where the tensor before it ends"
             )
         entries[name], position = entry, end
     if position != buffer_bytes:

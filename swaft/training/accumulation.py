@@ -12,22 +12,38 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from swaft.noise.inputs import IGNORE_INDEX
 
 
-def step_batches(loader: DataLoader[Any], accumulation: int) -> Iterator[list[Any]]:
+def step_batches(
+    loader: DataLoader[Any], accumulation: int, *, epoch: int = 0, skip: int = 0
+) -> Iterator[tuple[int, int, list[Any]]]:
     """Yield, epoch after epoch, the micro-batches of each optimizer step.
 
     They are ``accumulation`` many, and fewer in the last step of an epoch whose length it does not divide.
+
+    Args:
+        loader: whose order depends on the number of the epoch alone.
+        accumulation: micro-batches of a step.
+        epoch: number of the first epoch.
+        skip: micro-batches to leave out of it.
+
+    Yields:
+        Number of the epoch, micro-batches read of it, those of this step included, and the micro-batches.
     """
     while True:
-        batches = iter(loader)
+        if isinstance(loader, DataLoaderShard):
+            loader.set_epoch(epoch)
+        batches = iter(skip_first_batches(loader, skip) if skip else loader)
         while step := list(islice(batches, accumulation)):
-            yield step
+            skip += len(step)
+            yield epoch, skip, step
+        epoch, skip = epoch + 1, 0
 
 
 def count_rows(batch: Mapping[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,15 @@ class BestWeights:
         waits_for_average = self._averager is not None and "averaged" not in scores
         self._in_vain = 0 if waits_for_average or gain > self._threshold else self._in_vain + 1
         return self._patience is not None and self._in_vain >= self._patience
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep."""
+        return {"found": None if self.found is None else asdict(self.found), "in_vain": self._in_vain}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.found = None if state["found"] is None else Best(**state["found"])
+        self._in_vain = state["in_vain"]
 
     def _gain(self, score: float) -> float:
         if self.found is None:

@@ -158,6 +158,11 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         rows,
     )
     block = filled.pop("optimizer", None)
+    rows += [
+        (f"optimizer.params.{name}", value, f"auto -> {setting}")
+        for name, (value, setting) in _optimizer_keys(recipe).items()
+        if block is not None and block.get("params", {}).get(name) == AUTO
+    ]
     if _offloads_optimizer(filled):
         rows.append(
             ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")
@@ -251,13 +256,7 @@ def _optimizer_problems(config: Mapping[str, Any], recipe: RecipeValues, source:
             f'remove the "optimizer" section from {source}'
         )
         return
-    wanted = {
-        "lr": (recipe.learning_rate, "train.learning_rate"),
-        "weight_decay": (recipe.weight_decay, "train.weight_decay"),
-        "betas": (list(recipe.betas), "train.adam_beta1 and train.adam_beta2"),
-        "eps": (recipe.epsilon, "train.adam_epsilon"),
-    }
-    for name, (value, setting) in wanted.items():
+    for name, (value, setting) in _optimizer_keys(recipe).items():
         present = params.get(name, AUTO)
         if present not in (AUTO, value):
             yield (
@@ -265,6 +264,16 @@ def _optimizer_problems(config: Mapping[str, Any], recipe: RecipeValues, source:
                 f"({setting}); "
                 f'make them equal, or write "auto" in {source}'
             )
+
+
+def _optimizer_keys(recipe: RecipeValues) -> dict[str, tuple[Any, str]]:
+    """Return what AdamW is built with, by its name in a file, and the setting it comes from."""
+    return {
+        "lr": (recipe.learning_rate, "train.learning_rate"),
+        "weight_decay": (recipe.weight_decay, "train.weight_decay"),
+        "betas": (list(recipe.betas), "train.adam_beta1 and train.adam_beta2"),
+        "eps": (recipe.epsilon, "train.adam_epsilon"),
+    }
 
 
 def _offloads_optimizer(config: Mapping[str, Any]) -> bool:

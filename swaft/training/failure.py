@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from swaft.errors import SwaftError
+from swaft.training.interruption import EXIT_CODE, Interrupted
 
 GRACE_S = 5.0
 
@@ -38,10 +39,17 @@ def run_and_report(run: Callable[[], None]) -> int:
         run: the recipe. Any other exception passes through with its traceback.
 
     Returns:
-        0, or 1 after an error.
+        0, 1 after an error, or `EXIT_CODE` where the run was asked to end and can go on.
     """
     try:
         run()
+    except Interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(
+                "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and goes on from there "
+                "when it is started again\n"
+            )
+        return EXIT_CODE
     except (SwaftError, RuntimeError) as error:
         message = lost_ranks(error) or (_words(error) if isinstance(error, SwaftError) else None)
         if message is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,10 +29,14 @@ from swaft.training.evaluate import (
     mean_evaluations,
 )
 from swaft.training.fsdp2 import prepare
-from swaft.training.loop import train
+from swaft.training.interruption import Interrupted, InterruptibleLoader, Interruption
+from swaft.training.loop import TrainingResult, train
+from swaft.training.meter import Meter
+from swaft.training.position import Position
 from swaft.training.progress import ProgressLog, scores_table, start_trackers
 from swaft.training.run_folder import RunFolder
-from swaft.training.schedule import build_schedule, count_optimizer_steps
+from swaft.training.run_state import RunState, load_engine_state, require_same_run
+from swaft.training.schedule import Schedule, build_schedule, count_optimizer_steps
 from swaft.training.summary import run_facts, summary
 
 Evaluate = Callable[[nn.Module, DataLoader[Any], str], Evaluation]
@@ -69,6 +74,8 @@ def fine_tune(
 ) -> Evaluations:
     """Fine-tune, evaluate the last and the averaged weights, and save both (collective).
 
+    Goes on from ``folder.checkpoint``, where there is one, as if the run had never ended.
+
     Leaves in the run folder what the run was (config.yaml, command.txt, env.json), metrics.jsonl, the weights
     (final/, final-averaged/, and best/ where that is asked for) with the tokenizer, and summary.json.
 
@@ -92,23 +99,178 @@ def fine_tune(
         The final evaluations, the same on every rank.
 
     Raises:
+        Interrupted: the run was asked to end, and has left a checkpoint.
         ConfigError: the weights are to be chosen by a score, or on rows, that there are not.
     """
-    decides = choose_target(config.eval, target, datasets)
-    num_parameters = count_parameters(model)
+    with Interruption() as interruption:
+        run = start_run(
+            config,
+            accelerator,
+            folder,
+            task=task,
+            model=model,
+            tokenizer=tokenizer,
+            objective=objective,
+            rule=rule,
+            datasets=datasets,
+            collate=collate,
+            evaluate=evaluate,
+            target=choose_target(config.eval, target, datasets),
+            interruption=interruption,
+        )
+        try:
+            result = run.train(config)
+            return run.finish(result, tokenizer, metric=target.score, means=means or {})
+        except Interrupted:
+            run.state.save()
+            raise
 
-    # Engine: from here on the weights may live in shards.
-    train_loader = training_loader(datasets["train"], collate, config.train, accelerator)
-    model, optimizer, train_loader = prepare(
-        accelerator, model, partial(build_optimizer, train=config.train), train_loader
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run whose engine has been started."""
+
+    state: RunState
+    """All that changes as it goes on."""
+    optimizer: Any
+    """As prepared."""
+    loader: DataLoader[Any]
+    """Training batches, as prepared."""
+    schedule: Schedule
+    """Learning rate by step."""
+    evaluations: Mapping[str, Callable[[], Evaluation]]
+    """Evaluates the weights that are in the model, by split (collective)."""
+    target: Target
+    """The score that chooses between weights."""
+    progress: ProgressLog
+    """Is told how it goes."""
+    interruption: Interruption
+    """Whether the run was asked to end."""
+
+    def train(self, config: FineTuningConfig) -> TrainingResult:
+        """Train from where the run stands to its end (collective).
+
+        Raises:
+            Interrupted: the run was asked to end; it can go on from `state`.
+        """
+        state = self.state
+
+        def validate(step: int) -> bool:
+            found = evaluate_last_and_averaged(self.evaluations["validation"], state.averager)
+            scores = {kind: evaluation.scores for kind, evaluation in found.items()}
+            self.progress.evaluation(step, "validation", scores)
+            return state.best is not None and state.best.observe(step, scores)
+
+        return train(
+            accelerator=state.accelerator,
+            model=state.model,
+            optimizer=self.optimizer,
+            loader=self.loader,
+            objective=state.objective,
+            engine=state.engine,
+            schedule=self.schedule,
+            settings=config.train,
+            progress=self.progress,
+            meter=state.meter,
+            position=state.position,
+            averager=state.averager,
+            validate=validate if "validation" in self.evaluations else None,
+            eval_steps=config.eval.eval_steps,
+            save=state.save,
+            check=self.interruption.check,
+        )
+
+    def finish(
+        self, result: TrainingResult, tokenizer: Any, *, metric: str, means: Mapping[str, Sequence[str]]
+    ) -> Evaluations:
+        """Evaluate the last weights and the averaged ones, and keep both (collective)."""
+        state, progress, folder, averager = self.state, self.progress, self.state.folder, self.state.averager
+        if result.stopped_early:
+            progress.stopped_early(result.steps)
+        window = best_window(
+            averager, self.evaluations.get("validation"), self.target.score, better=self.target.better
+        )
+        if window:
+            progress.window(window)
+        selection: dict[str, Any] = {"start": window.best.start, "end": window.best.end} if window else {}
+        found = {
+            name: evaluate_last_and_averaged(once, averager, **selection)
+            for name, once in self.evaluations.items()
+        }
+        found |= mean_evaluations(found, means)
+        scores = {
+            name: {kind: evaluation.scores for kind, evaluation in kinds.items()}
+            for name, kinds in found.items()
+        }
+        for name, kinds in scores.items():
+            progress.evaluation(result.steps, name, kinds)
+        saved = {"last": folder.final}
+        save_pretrained(state.engine, folder.final)
+        if averager:
+            saved["averaged"] = folder.final_averaged
+            averager.save_pretrained(folder.final_averaged, **selection)
+        if folder.is_main:
+            for path in saved.values():
+                tokenizer.save_pretrained(path)
+        if state.best is not None:
+            state.best.observe(result.steps, scores["validation"], **selection)
+        folder.write_json(
+            "summary.json",
+            summary(
+                found,
+                result,
+                metric_name=metric,
+                averager=averager,
+                window=window,
+                best=state.best and state.best.found,
+            ),
+        )
+        if folder.best.exists():
+            saved["best"] = folder.best
+        progress.saved(saved)
+        if scores:
+            progress.table(scores_table(scores, seconds=result.seconds))
+        progress.close()
+        return found
+
+
+def start_run(
+    config: FineTuningConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    *,
+    task: str,
+    model: nn.Module,
+    tokenizer: Any,
+    objective: Any,
+    rule: Rule | None,
+    datasets: Mapping[str, Dataset],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    evaluate: Evaluate,
+    target: Target,
+    interruption: Interruption,
+) -> Run:
+    """Start the engine, and bring a run back to where its checkpoint left it, where it has one (collective).
+
+    Arguments are those of :func:`fine_tune`; ``target`` is the score that weights are chosen by.
+    """
+    num_parameters, checkpoint = count_parameters(model), folder.checkpoint
+    # From here on the weights may live in shards.
+    loader = training_loader(datasets["train"], collate, config.train, accelerator)
+    model, optimizer, loader = prepare(
+        accelerator, model, partial(build_optimizer, train=config.train), loader
     )
     total_steps = count_optimizer_steps(
-        micro_batches=len(train_loader),
+        micro_batches=len(loader),
         accumulation_steps=config.train.gradient_accumulation_steps,
         num_train_epochs=config.train.num_train_epochs,
         max_steps=config.train.max_steps,
     )
-    schedule = build_schedule(config.train, total_steps=total_steps, averaging=rule is not None)
+    if checkpoint is not None:  # before an averager is attached: it takes weights as it finds them
+        require_same_run(
+            checkpoint, total_steps=total_steps, rows=len(datasets["train"]), seed=config.train.seed
+        )
+        load_engine_state(checkpoint, accelerator, model, optimizer)
     averager = None
     if rule is not None:
         averager = swaft.WeightAverager(
@@ -121,32 +283,44 @@ def fine_tune(
             spill_dir=config.averaging.spill_dir,
         )
     engine = averager.engine if averager else attach_engine(model, optimizer)
-    evaluations = {
-        name: partial(evaluate, model, evaluation_loader(dataset, collate, config, accelerator), name)
-        for name, dataset in datasets.items()
-        if name != "train"
-    }
     best = None
     if watches_weights(config.eval):
         best = BestWeights(
             config.eval,
-            target=decides,
+            target=target,
             folder=folder.best,
             tokenizer=tokenizer,
             engine=engine,
             averager=averager,
         )
-
-    # Train.
+    state = RunState(
+        accelerator=accelerator,
+        model=model,
+        engine=engine,
+        averager=averager,
+        objective=objective,
+        meter=Meter(accelerator),
+        best=best,
+        position=Position(),
+        folder=folder,
+        settings=config.train,
+        total_steps=total_steps,
+        rows=len(datasets["train"]),
+    )
     folder.write_provenance(to_yaml(config), accelerator, engine=engine.name)
     start_trackers(accelerator, config)
+    set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
+    if checkpoint is not None:
+        state.restore(checkpoint)
     progress = ProgressLog(
         accelerator,
         folder,
         total_steps=total_steps,
         averaging=config.averaging.rule,
         disable_tqdm=config.train.disable_tqdm,
+        done=state.position.step,
     )
+    schedule = build_schedule(config.train, total_steps=total_steps, averaging=rule is not None)
     progress.banner(
         run_facts(
             config.train,
@@ -158,74 +332,27 @@ def fine_tune(
             averager=averager,
         )
     )
-
-    def validate(step: int) -> bool:
-        found = evaluate_last_and_averaged(evaluations["validation"], averager)
-        scores = {kind: evaluation.scores for kind, evaluation in found.items()}
-        progress.evaluation(step, "validation", scores)
-        return best is not None and best.observe(step, scores)
-
-    set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
-    result = train(
-        accelerator=accelerator,
-        model=model,
+    if checkpoint is not None:
+        progress.goes_on(checkpoint.path, state.position.step)
+    return Run(
+        state=state,
         optimizer=optimizer,
-        loader=train_loader,
-        objective=objective,
-        engine=engine,
+        loader=loader,
         schedule=schedule,
-        settings=config.train,
+        evaluations={
+            name: partial(
+                evaluate,
+                model,
+                evaluation_loader(dataset, collate, config, accelerator, interruption),
+                name,
+            )
+            for name, dataset in datasets.items()
+            if name != "train"
+        },
+        target=target,
         progress=progress,
-        averager=averager,
-        validate=validate if "validation" in evaluations else None,
-        eval_steps=config.eval.eval_steps,
+        interruption=interruption,
     )
-
-    if result.stopped_early:
-        progress.stopped_early(result.steps)
-
-    # Evaluate the last weights and the averaged ones, and keep both.
-    window = best_window(averager, evaluations.get("validation"), decides.score, better=decides.better)
-    if window:
-        progress.window(window)
-    selection: dict[str, Any] = {"start": window.best.start, "end": window.best.end} if window else {}
-    found = {
-        name: evaluate_last_and_averaged(once, averager, **selection) for name, once in evaluations.items()
-    }
-    found |= mean_evaluations(found, means or {})
-    scores = {
-        name: {kind: evaluation.scores for kind, evaluation in kinds.items()} for name, kinds in found.items()
-    }
-    for name, kinds in scores.items():
-        progress.evaluation(result.steps, name, kinds)
-    saved = {"last": folder.final}
-    save_pretrained(engine, folder.final)
-    if averager:
-        saved["averaged"] = folder.final_averaged
-        averager.save_pretrained(folder.final_averaged, **selection)
-    if accelerator.is_main_process:
-        for path in saved.values():
-            tokenizer.save_pretrained(path)
-    if best is not None:
-        best.observe(result.steps, scores["validation"], **selection)
-    folder.write_json(
-        "summary.json",
-        summary(
-            found,
-            result,
-            metric_name=target.score,
-            averager=averager,
-            window=window,
-            best=best and best.found,
-        ),
-    )
-    if folder.best.exists():
-        saved["best"] = folder.best
-    progress.saved(saved)
-    if scores:
-        progress.table(scores_table(scores, seconds=result.seconds))
-    progress.close()
-    return found
 
 
 def training_loader(
@@ -257,8 +384,9 @@ def evaluation_loader(
     collate: Callable[[list[Any]], dict[str, Any]],
     config: FineTuningConfig,
     accelerator: Accelerator,
-) -> DataLoader[Any]:
-    """Return a loader over every row, which draws from no generator that training draws from."""
+    interruption: Interruption,
+) -> Any:
+    """Return a loader over every row, which draws from no generator that training draws from, and can be ended."""
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=config.eval.per_device_eval_batch_size,
@@ -266,4 +394,4 @@ def evaluation_loader(
         collate_fn=collate,
         num_workers=config.train.dataloader_num_workers,
     )
-    return accelerator.prepare_data_loader(loader)
+    return InterruptibleLoader(accelerator.prepare_data_loader(loader), interruption)

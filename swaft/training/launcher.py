@@ -220,6 +220,10 @@ def _bad_values(content: Mapping[Any, Any]) -> list[str]:
             problems.append(f"{name}: an unquoted no is false in YAML; put it in quotes")
         elif value is not None and value not in choices:
             problems.append(f"{name}: {not_allowed(str(value), choices)}")
+    dynamo = content.get("dynamo_config")
+    backends = ("dynamo_backend", "dynamo_config_dynamo_backend")
+    if isinstance(dynamo, dict) and any(dynamo.get(name) is False for name in backends):
+        problems.append("dynamo_config: dynamo_backend: an unquoted no is false in YAML; put it in quotes")
     for name in COUNTS:
         value = content.get(name)
         if type(value) is not int and (value is not None or (name == "num_processes" and name in content)):

@@ -20,6 +20,7 @@ from swaft.noise import ObjectiveOutput
 from swaft.training.accumulation import count_rows, loss_factors, step_batches
 from swaft.training.evaluate import without_row_id
 from swaft.training.meter import Meter
+from swaft.training.position import Position
 from swaft.training.progress import ProgressLog
 from swaft.training.schedule import Schedule, set_learning_rate
 
@@ -51,11 +52,15 @@ def train(
     schedule: Schedule,
     settings: TrainConfig,
     progress: ProgressLog,
+    meter: Meter,
+    position: Position,
     averager: WeightAverager | None = None,
     validate: Callable[[int], bool] | None = None,
     eval_steps: int | None = None,
+    save: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
-    """Train for ``schedule.total_steps`` optimizer steps, or until an evaluation ends the run (collective).
+    """Train to ``schedule.total_steps`` optimizer steps, or until an evaluation ends the run (collective).
 
     Args:
         accelerator: that prepared model, optimizer and loader.
@@ -67,20 +72,38 @@ def train(
         schedule: rate by applied step, and the length of the run.
         settings: section ``train``: accumulation, clipping, logging.
         progress: is told every ``logging_steps``.
+        meter: sums what is logged.
+        position: where to begin; moved along, and true whenever one of the functions below is called.
         averager: takes the weights in as they move.
         validate: evaluates the weights, given the number of steps; returns whether to end the run, the same on
             every rank.
         eval_steps: optimizer steps between evaluations; None: none during training.
+        save: writes a checkpoint; called every ``save_steps``, the end apart.
+        check: called after every step; raises where the run is to end.
 
     Raises:
+        Interrupted: `check` or an evaluation raised it; the position is one to go on from.
         TrainingError: on every rank, where a loss is not finite; the weights are those of the step before.
     """
-    meter = Meter(accelerator)
-    step, stop = 0, False
+
+    def evaluate() -> None:
+        if validate and not position.evaluated:
+            with meter.paused():
+                position.stopped = validate(position.step)
+            position.evaluated = True
+
+    def is_over() -> bool:
+        return position.stopped or position.step == schedule.total_steps
+
     model.train()
     set_learning_rate(optimizer, schedule(engine.applied_steps()))
-    for batches in step_batches(loader, settings.gradient_accumulation_steps):
-        step += 1
+    evaluate()  # where the run before was ended while it did
+    steps = step_batches(
+        loader, settings.gradient_accumulation_steps, epoch=position.epoch, skip=position.batches
+    )
+    while not is_over():
+        epoch, batches_read, batches = next(steps)
+        step = position.step + 1
         counts = [count_rows(batch) for batch in batches]
         for batch, count, factor in zip(batches, counts, loss_factors(counts, accelerator), strict=True):
             # accelerate would ask the loader, which has been read to the end of the step already.
@@ -99,6 +122,7 @@ def train(
         progress.advance()
         applied_rate = optimizer.param_groups[0]["lr"]
         set_learning_rate(optimizer, schedule(engine.applied_steps()))
+        position.step, position.epoch, position.batches = step, epoch, batches_read
         last = step == schedule.total_steps
         if last or step % settings.logging_steps == 0:
             record = meter.read() | {
@@ -106,13 +130,17 @@ def train(
                 "learning_rate": applied_rate,
             }
             progress.training(step, record | _averaged_so_far(averager))
-        if validate and eval_steps and step % eval_steps == 0 and not last:
+        position.evaluated = last or not eval_steps or step % eval_steps > 0
+        evaluate()
+        if settings.save_steps and step % settings.save_steps == 0 and not is_over():
             with meter.paused():
-                stop = validate(step)
-        if last or stop:
-            break
+                save()
+        check()
     return TrainingResult(
-        steps=step, applied_steps=engine.applied_steps(), seconds=meter.seconds, stopped_early=stop
+        steps=position.step,
+        applied_steps=engine.applied_steps(),
+        seconds=meter.seconds,
+        stopped_early=position.stopped,
     )
 
 

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from swaft.config import AdapterConfig
 from swaft.config.values import split_names
@@ -68,9 +69,18 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
 
 
 def new_heads(model: Any) -> list[str]:
-    """Names of the parts with weights that the task has put on the pretrained body."""
+    """Names of the parts with weights that the task has put on the pretrained body.
+
+    Some models have no body of one piece: embeddings, encoder and decoder lie beside the head (T5's for questions).
+    """
+
+    def is_of_the_body(part: nn.Module) -> bool:
+        if model.base_model is model:
+            return isinstance(part, PreTrainedModel | nn.Embedding)
+        return part is model.base_model
+
     return [
         name
         for name, part in model.named_children()
-        if part is not model.base_model and any(True for _ in part.parameters())
+        if not is_of_the_body(part) and any(True for _ in part.parameters())
     ]

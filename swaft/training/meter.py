@@ -22,7 +22,8 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._sums = self._zeros()
+        self.sums = self._zeros()
+        """Of what is logged, since the last line of the log: (values,), float64, on the device; this rank's."""
         self._bad_losses = torch.zeros((), device=accelerator.device)
         self._started = time.monotonic()
         self._logged_at_s = 0.0
@@ -41,7 +42,7 @@ class Meter:
             count: how many rows, 0-dim.
         """
         means = torch.stack([getattr(out, name).detach().double() for name in self.NAMES])
-        self._sums += torch.cat([means * count, torch.stack([count, count_tokens(batch)])])
+        self.sums += torch.cat([means * count, torch.stack([count, count_tokens(batch)])])
         self._bad_losses += ~torch.isfinite(out.loss.detach())
 
     def found_bad_loss(self) -> bool:
@@ -55,15 +56,20 @@ class Meter:
 
     def read(self) -> dict[str, float | None]:
         """Return means over the rows of all ranks since the last call, and tokens a second; collective."""
-        total: Any = self._accelerator.reduce(self._sums, reduction="sum")
+        total: Any = self._accelerator.reduce(self.sums, reduction="sum")
         *sums, count, tokens = total.tolist()
         seconds = self.seconds - self._logged_at_s
         self._logged_at_s += seconds
-        self._sums = self._zeros()
+        self.sums = self._zeros()
         means: dict[str, float | None] = {
             name: value / count for name, value in zip(self.NAMES, sums, strict=True)
         }
         return means | {"tokens_per_second": tokens / seconds, "seconds": self._logged_at_s}
+
+    def restore(self, *, seconds: float) -> None:
+        """Go on from a training that took ``seconds`` so far."""
+        self._started = time.monotonic() - seconds
+        self._logged_at_s = seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:

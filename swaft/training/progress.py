@@ -56,6 +56,7 @@ class ProgressLog:
         total_steps: optimizer steps of the run.
         averaging: name of the averaging rule, shown before the number of members.
         disable_tqdm: no progress bar; None: a bar only on a terminal. Only the local main process has one.
+        done: steps that were taken before.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ProgressLog:
         total_steps: int,
         averaging: str = "none",
         disable_tqdm: bool | None = None,
+        done: int = 0,
     ):
         self._accelerator = accelerator
         self._folder = folder
@@ -74,7 +76,11 @@ class ProgressLog:
         hidden = not accelerator.is_local_main_process or bool(disable_tqdm)
         # tqdm reads disable=None as "unless this is a terminal"; a bar in a log file is only noise.
         self._bar = tqdm(
-            total=total_steps, unit="step", disable=True if hidden else disable_tqdm, leave=False
+            total=total_steps,
+            initial=done,
+            unit="step",
+            disable=True if hidden else disable_tqdm,
+            leave=False,
         )
 
     def banner(self, facts: Mapping[str, Any]) -> None:
@@ -98,6 +104,10 @@ class ProgressLog:
         for weights, values in scores.items():
             logger.info("step %d | %s, %s weights | %s", step, split, weights, _joined(values))
             self._record(f"{split}/{weights}", step, values)
+
+    def goes_on(self, checkpoint: Path, step: int) -> None:
+        """Say what the run goes on from."""
+        logger.info("going on from %s, after step %d of %d", checkpoint, step, self._total_steps)
 
     def stopped_early(self, step: int) -> None:
         """Say that an evaluation ended the run before its last step."""

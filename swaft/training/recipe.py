@@ -95,6 +95,25 @@ def is_recipe(path: Path) -> bool:
     return names >= OFFERED and "swaft.config" in imported
 
 
+def require_python(path: Path) -> None:
+    """Refuse a script that no run could read, whoever wrote it.
+
+    Args:
+        path: of a file.
+
+    Raises:
+        ConfigError: with the line where it ceases to be Python.
+    """
+    try:
+        ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{path}: line {error.lineno} is not Python: {error.msg}; mend that line"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; expected a Python file") from error
+
+
 def load_recipe(path: Path) -> Recipe:
     """Import a recipe file (which starts nothing).
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
+from swaft.config import to_yaml
+from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError
+from swaft.storage import sync_file, write_durably
+from swaft.training.accelerator import RunConfig
+from swaft.training.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
 
 PACKAGES = (
     "swaft",
@@ -32,6 +38,9 @@ PACKAGES = (
     "numpy",
 )
 
+METRICS = "metrics.jsonl"
+HIDDEN = {".lock"}
+"""What this module leaves in a folder that does not count as a run."""
 
 LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 """Words by which the command line of a process that starts ranks is known."""
@@ -43,25 +52,66 @@ class RunFolder:
     Use `RunFolder.create`; the attributes are plain paths, readable on every rank.
     """
 
-    def __init__(self, path: Path, *, is_main: bool):
+    def __init__(self, path: Path, *, is_main: bool, checkpoint: Checkpoint | None = None):
         self.path = path
         self.is_main = is_main
+        self.checkpoint = checkpoint
+        """What the run goes on from; None: it begins anew."""
+        self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], accelerator: Accelerator) -> RunFolder:
-        """Claim ``path`` for this run (collective).
+    def of(cls, config: RunConfig, accelerator: Accelerator) -> RunFolder:
+        """The folder that a configuration names; see :meth:`create`."""
+        return cls.create(
+            config.train.output_dir,
+            accelerator,
+            resume=config.train.resume_from_checkpoint,
+            config_yaml=to_yaml(config),
+        )
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        accelerator: Accelerator,
+        *,
+        resume: str = "none",
+        config_yaml: str = "",
+    ) -> RunFolder:
+        """Claim ``path`` for this run, or for the rest of it (collective).
 
         The main process alone looks and creates, and tells the others, so no rank sees what another just
-        made.
+        made. With a `resume`, a folder may hold this run already, as long as it has not come to its end: with
+        checkpoints, or begun with the same configuration and ended before the first. What comes after the
+        checkpoint comes anew.
+
+        Args:
+            path: of the folder.
+            accelerator: knows the ranks.
+            resume: ``train.resume_from_checkpoint``.
+            config_yaml: this run's configuration.
 
         Raises:
-            ConfigError: on every rank, where the folder holds files already or cannot be made.
+            ConfigError: on every rank, where the folder holds something else, or cannot be made.
+            StateError: on every rank, where no checkpoint that may be gone on from is sound.
         """
-        problem = [_claim(Path(path)) if accelerator.is_main_process else None]
-        broadcast_object_list(problem)
-        if problem[0]:
-            raise ConfigError(problem[0])
-        return cls(Path(path), is_main=accelerator.is_main_process)
+        path, ranks = Path(path), shared_ranks()
+        folder = cls(path, is_main=accelerator.is_main_process)
+        with ranks.together():
+            if folder.is_main:
+                problem = _claim(path) or held_by_others(path, resume=resume, config_yaml=config_yaml)
+                if problem:
+                    raise ConfigError(problem)
+                if resume != "none":
+                    folder._lock = _lock(path)
+        folder.checkpoint = choose_checkpoint(resume, path, ranks)
+        if folder.is_main:
+            comes_anew = [folder.final, folder.final_averaged]
+            if folder.checkpoint is None:
+                comes_anew += [folder.best, path / METRICS]
+            for each in comes_anew:
+                shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+        return folder
 
     @property
     def final(self) -> Path:
@@ -93,8 +143,22 @@ class RunFolder:
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_main:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl, all of which is on the disk to stay; 0 where there is none."""
+        file = self.path / METRICS
+        if not file.exists():
+            return 0
+        sync_file(file)
+        return file.stat().st_size
+
+    def cut_metrics(self, num_bytes: int) -> None:
+        """Take back what metrics.jsonl was told after it had ``num_bytes``."""
+        file = self.path / METRICS
+        if self.is_main and file.exists():
+            write_durably(file, file.read_bytes()[:num_bytes])
 
     def write_provenance(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
         """Write what runs: config.yaml, command.txt, env.json, and ds_config.json under DeepSpeed.
@@ -156,36 +220,65 @@ def package_versions() -> dict[str, str]:
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 
-def refuse_used(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder that cannot be a new run's; nothing is made.
+def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> None:
+    """Refuse a folder that cannot be this run's; nothing is made.
+
+    Args:
+        path: of the folder.
+        resume: ``train.resume_from_checkpoint``.
+        config_yaml: this run's configuration.
 
     Raises:
-        ConfigError: where it holds files already, or is none.
+        ConfigError: where it holds something else, or is none.
     """
-    problem = _held(Path(path)) if Path(path).exists() else None
+    path = Path(path)
+    problem = held_by_others(path, resume=resume, config_yaml=config_yaml) if path.exists() else None
     if problem:
         raise ConfigError(problem)
 
 
 def _claim(path: Path) -> str | None:
-    """Make the folder; return what is wrong where it cannot be this run's."""
+    """Make the folder; return what is wrong where it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _no_folder(path, error)
-    return _held(path)
+    return None
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """Have no two processes of this machine run in one folder; the lock ends with the process, however it ends."""
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(
+            f"train.output_dir: another process is writing to {path}; wait for it, or name another folder"
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
 
 
 def _no_folder(path: Path, error: OSError) -> str:
     return f"train.output_dir: {path} cannot be made a folder ({error.strerror}); name another"
 
 
-def _held(path: Path) -> str | None:
-    """What is wrong with a folder that is there: that it holds files, or is none."""
+def held_by_others(path: Path, *, resume: str, config_yaml: str) -> str | None:
+    """What is wrong with a folder that is there: that it holds something else than this run, or is none."""
     try:
-        held = sorted(entry.name for entry in path.iterdir())
+        held = sorted(entry.name for entry in path.iterdir() if entry.name not in HIDDEN)
     except OSError as error:
         return _no_folder(path, error)
+    if resume != "none" and "summary.json" in held:
+        return (
+            f"train.output_dir: {path} holds a run that has come to its end; nothing was changed there. Name a new "
+            "folder for another"
+        )
+    if resume != "none" and (find_checkpoints(path) or _began(path, config_yaml)):
+        return None
     if held:
         return (
             f"train.output_dir: {path} holds another run already "
@@ -193,6 +286,14 @@ def _held(path: Path) -> str | None:
             "folder, or delete that one"
         )
     return None
+
+
+def _began(path: Path, config_yaml: str) -> bool:
+    """Whether a run of the same configuration began in a folder."""
+    try:
+        return (path / "config.yaml").read_text(encoding="utf-8") == config_yaml
+    except OSError:
+        return False
 
 
 def _version(package: str) -> str | None:

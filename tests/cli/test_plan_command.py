@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import pytest
@@ -59,6 +60,49 @@ def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
 def test_what_does_not_fit_is_named_and_fails(configs, tmp_path, capsys):
     assert main(words(configs, tmp_path, "--host_memory", "0.00001")) == 1
     assert "the 16 ranks of a machine would take" in capsys.readouterr().out
+
+
+def test_what_would_help_where_a_run_does_not_fit_is_named(configs, tmp_path, capsys):
+    assert main(words(configs, tmp_path, "--device_memory", "0.00001")) == 1
+    [problem] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem")]
+    for remedy in (
+        "train.per_device_train_batch_size below 4 with train.gradient_accumulation_steps above 2",
+        "train.gradient_checkpointing=true",
+        "a higher ZeRO stage (launch/accelerate/zero3.yaml)",
+        "offloading (--deepspeed_config_file ds_configs/zero2_offload.json)",
+    ):
+        assert remedy in problem
+
+
+def test_what_the_run_would_refuse_is_told_beside_its_plan(configs, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(
+        configs["classification"].parent / "encoder", bare, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    lacking = (f"model.model_name_or_path={bare}", "train.max_steps=40", "data.text_column=txet")
+    assert main(words(configs, tmp_path, *lacking)) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused")]
+    assert len(told) == 2
+    assert "there is no column 'txet'" in told[0]
+    assert "no weights" in told[1]
+    assert main(words(configs, tmp_path, *lacking, "--json")) == 0
+    assert len(json.loads(capsys.readouterr().out)["refused"]) == 2
+
+
+def test_many_ranks_on_one_machine_are_questioned(configs, tmp_path, capsys):
+    launcher = ("--config_file", "launch/accelerate/zero3.yaml", "--num_processes", "64")
+    assert main(words(configs, tmp_path, launcher=launcher)) == 0
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert "all 64 ranks are taken to be on one machine" in note
+    assert "take launch/accelerate/zero3_multinode.yaml and --num_machines" in note
+
+
+def test_several_machines_are_taken_as_they_are(configs, tmp_path, capsys):
+    launcher = ("--config_file", "launch/accelerate/zero3_multinode.yaml", "--num_machines", "8")
+    assert main(words(configs, tmp_path, launcher=(*launcher, "--num_processes", "64"))) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("launch     8 machines x 8 = 64 GPU ranks")
+    assert "note " not in told
 
 
 @pytest.mark.slow

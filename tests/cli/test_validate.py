@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -159,7 +162,7 @@ def test_everything_that_is_wrong_is_told_at_once_each_thing_once(validate, tmp_
         "averaging.decay is 0.9, which averaging.rule=swa does not use",
         f"{file} has a scheduler (X)",
         f"{file} says gradient_clipping = 0.3",
-        "holds another run already",
+        "holds a run that has come to its end",
         "makes 60 of the run's 50 steps a warm-up",
     ]
     code, printed = validate(
@@ -234,6 +237,50 @@ def test_a_script_of_ones_own_is_not_run_and_said_to_be_looked_at_from_outside(c
     assert f"unchecked  settings, data and model: {script} is not written as swaft's recipes are" in printed
 
 
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_a_recipe_that_is_not_python_is_a_problem_with_its_line(command, capsys, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from swaft.config import ClassificationConfig as Config\n\ndef prepare(config, problems:\n"
+    )
+    assert main([command, "--config_file", str(FILES["zero2"]), str(script)]) == 1
+    said = capsys.readouterr()
+    assert f"{script}: line 3 is not Python: '(' was never closed; mend that line" in said.out + said.err
+    assert "is not written as" not in said.out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_launch_that_compiles_is_refused(told, tmp_path, recipe):
+    path = tmp_path / "launch.yaml"
+    path.write_text("distributed_type: 'NO'\nnum_processes: 1\ndynamo_config: {dynamo_backend: INDUCTOR}\n")
+    [problem] = told(recipe, options=("--config_file", str(path)))
+    assert problem.startswith("the launcher asks for dynamo_backend INDUCTOR, and the recipes do not compile")
+
+
+def test_a_model_folder_without_weights_is_refused_and_a_new_model_needs_none(told, configs, tmp_path):
+    for recipe, model in (("classification", "encoder"), ("question_answering", "reader")):
+        folder = tmp_path / recipe
+        shutil.copytree(
+            configs[recipe].parent / model, folder, ignore=shutil.ignore_patterns("*.safetensors")
+        )
+        [problem] = told(recipe, f"model.model_name_or_path={folder}")
+        assert f"{folder} has a configuration and no weights; expected model.safetensors" in problem
+    assert told("seq2seq") == []
+
+
+def test_rows_in_the_place_of_others_are_told(validate, configs):
+    rows = configs["classification"].parent / "validation.csv"
+    told = validate("classification", f"data.train_file={rows}")[1]
+    assert f"rows       data.train_file={rows} (command line) takes the place of data.train_file=" in told
+    assert "rows  " not in validate("classification")[1]
+
+
+def test_the_launch_is_told_where_its_precision_cannot_be(validate):
+    code, printed = validate("classification", "train.mixed_precision=fp16")
+    assert code == 1
+    assert printed.startswith("launch     2 ranks, DeepSpeed ZeRO-3\n")
+
+
 @pytest.mark.parametrize(("launch", "waits"), [("zero2_cpu", True), ("ddp_cpu", False)])
 def test_a_lock_is_told_where_deepspeed_would_wait_for_it(told, monkeypatch, tmp_path, launch, waits):
     lock = tmp_path / "lock"
@@ -267,3 +314,15 @@ def test_env_tells_versions_and_machine(capsys):
     assert f"torch {torch.__version__}" in capsys.readouterr().out
     assert main(["env", "--jsn"]) == 1
     assert "'--jsn' is not understood" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["validate", "--help"], ["env", "--help"]])
+def test_help_waits_for_no_library(words):
+    code = (
+        "import sys, swaft; before = {*sys.modules}; from swaft.cli.main import main; "
+        f"main({words}); print({{'omegaconf', 'transformers', 'accelerate'}} & ({{*sys.modules}} - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "set()"

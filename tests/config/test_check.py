@@ -59,6 +59,8 @@ def test_defaults_have_no_problem():
         ("train__adam_beta2", 1.0),
         ("train__output_dir", ""),
         ("train__lr_scheduler_type", "linaer"),
+        ("train__ddp_timeout", 0),
+        ("train__ddp_timeout", 10**15),
         ("data__max_seq_length", 0),
         ("data__max_train_samples", 0),
         ("averaging__start", 1.5),
@@ -107,6 +109,34 @@ def test_value_out_of_range_is_one_problem_that_names_its_setting(name, value):
 )
 def test_misspelt_choice_gets_a_suggestion(name, value, meant):
     assert f"Did you mean '{meant}'?" in check_config(config(**{name: value}))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("train__logging_steps", 0, "train.logging_steps: 0 is too small; expected 1 or more"),
+        ("train__weight_decay", -math.inf, "train.weight_decay: -inf is too small; expected 0 or more"),
+        (
+            "train__weight_decay",
+            math.nan,
+            "train.weight_decay: nan is not a finite number; expected 0 or more",
+        ),
+        (
+            "train__learning_rate",
+            math.inf,
+            "train.learning_rate: inf is not a finite number; expected more than 0",
+        ),
+        ("train__learning_rate", 0.0, "train.learning_rate: 0.0 is too small; expected more than 0"),
+        (
+            "train__ddp_timeout",
+            10**15,
+            "train.ddp_timeout: 1000000000000000 seconds is over a year; expected 31536000",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_told_with_the_range(name, value, said):
+    [problem] = check_config(config(**{name: value}))
+    assert problem.startswith(said)
 
 
 @pytest.mark.parametrize("value", [0, 3, 0.0, 0.5, 1.0])
@@ -237,6 +267,14 @@ def test_value_out_of_range_of_seq2seq_is_one_problem_that_names_its_setting(nam
     assert problem.startswith(name.replace("__", ".") + ":")
 
 
+@pytest.mark.parametrize("size", [0, -1, "many", None, True])
+def test_a_new_model_without_embeddings_is_refused(size):
+    entries = {"model_type": "bart", "vocab_size": size}
+    made = seq2seq_config(model__model_name_or_path=None, model__config=entries)
+    [problem] = check_config(made)
+    assert problem.startswith(f"model.config: vocab_size is {size!r}; expected 1 or more")
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [("source_column", "target_column"), ("source_lang", "target_lang")],
@@ -260,8 +298,8 @@ def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():
     [
         ({"model__lora_r": 8}, "model.lora_r: 8 is about LoRA, and model.use_peft=false"),
         ({"model__lora_target_modules": "query"}, "model.lora_target_modules: query is about LoRA"),
-        ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: 0 is not"),
-        ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: 0 is not"),
+        ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: 0 is too small"),
+        ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: 0 is too small"),
         ({"model__use_peft": True, "model__lora_dropout": 1.0}, "model.lora_dropout: 1.0 is outside"),
         ({"model__use_peft": True, "model__lora_dropout": math.nan}, "model.lora_dropout: nan is outside"),
         (
@@ -294,8 +332,11 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
     [
         ({"eval__keep_best": "last"}, "eval.keep_best: needs evaluations while training"),
         ({"eval__early_stopping_patience": 2}, "eval.early_stopping_patience: needs evaluations"),
-        ({**STOP, "eval__early_stopping_patience": 0}, "eval.early_stopping_patience: 0 is not"),
-        ({**STOP, "eval__early_stopping_threshold": -0.1}, "eval.early_stopping_threshold: -0.1 is not"),
+        ({**STOP, "eval__early_stopping_patience": 0}, "eval.early_stopping_patience: 0 is too small"),
+        (
+            {**STOP, "eval__early_stopping_threshold": -0.1},
+            "eval.early_stopping_threshold: -0.1 is too small",
+        ),
         ({"eval__early_stopping_threshold": 0.1}, "eval.early_stopping_threshold: 0.1 is used with"),
         ({"eval__keep_best": "averaged", "eval__eval_steps": 5}, "eval.keep_best: averaged needs averaged"),
         ({"eval__keep_best": "either", "eval__eval_steps": 5}, "eval.keep_best: either needs averaged"),

@@ -335,3 +335,56 @@ def test_only_the_first_of_several_processes_prints(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         load_config(ClassificationConfig, ["--help"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "meant"),
+    [
+        (ClassificationConfig, "train.evaluation_strategy", "eval.eval_steps"),
+        (ClassificationConfig, "eval.eval_strategy", "eval.eval_steps"),
+        (ClassificationConfig, "train.text_column", "data.text_column"),
+        (Seq2SeqConfig, "data.text_column", "data.source_column"),
+        (Seq2SeqConfig, "data.summary_column", "data.target_column"),
+    ],
+)
+def test_a_name_of_hugging_faces_examples_leads_to_the_setting(recipe, name, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, [*REQUIRED, f"{name}=steps"])
+    assert caught.value.problems == [f"{name}: no such setting (command line). Did you mean '{meant}'?"]
+
+
+def test_rows_that_take_the_place_of_others_are_told(tmp_path, caplog):
+    task = write(tmp_path, "a.yaml", "data:\n  task_name: mrpc\n")
+    rest = ["model.model_name_or_path=demo", "train.output_dir=r", "--config", task]
+    caplog.set_level("INFO", "swaft")
+    load_config(ClassificationConfig, rest)
+    load_config(ClassificationConfig, [*rest, "data.task_name=mrpc"])
+    assert caplog.messages == []
+    load_config(ClassificationConfig, [*rest, "data.train_file=new.csv"])
+    said = f"data.train_file=new.csv (command line) takes the place of data.task_name=mrpc ({task})"
+    assert caplog.messages == [said]
+
+
+def test_splits_that_go_with_their_training_file_are_told(tmp_path, caplog):
+    path = write(tmp_path, "a.yaml", ROWS)
+    caplog.set_level("INFO", "swaft")
+    argv = [
+        "model.model_name_or_path=demo",
+        "train.output_dir=r",
+        "--config",
+        path,
+        "data.train_file=new.csv",
+    ]
+    load_config(ClassificationConfig, argv)
+    [said] = caplog.messages
+    for dropped in ("train_file=old.csv", "validation_file=old_val.csv", "test_file=old_test.csv"):
+        assert f"data.{dropped} ({path})" in said
+
+
+def test_the_printed_configuration_holds_nothing_else(tmp_path, capsys, caplog):
+    path = write(tmp_path, "a.yaml", ROWS)
+    caplog.set_level("INFO", "swaft")
+    with pytest.raises(SystemExit):
+        load("--config", path, "--print_config")
+    assert caplog.messages == []
+    assert capsys.readouterr().out.startswith("model:")

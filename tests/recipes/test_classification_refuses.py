@@ -8,6 +8,9 @@ import pytest
 from datasets import Dataset
 from tiny_inputs import save_model, save_rows
 
+from swaft.config import load_config
+from swaft.training.problems import Problems
+
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
@@ -35,6 +38,26 @@ def refuse(refusal, classification, inputs):
 )
 def test_a_setting_that_cannot_work_is_named(refuse, override, expected):
     assert expected in refuse(override)
+
+
+def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(classification, inputs):
+    given = ("averaging.rule=windows", "eval.metric_for_best_model=f2", "eval.metric=accuracy")
+    config = load_config(classification.Config, ["--config", str(inputs / "run.yaml"), *given])
+    problems = Problems()
+    classification.prepare(config, problems)
+    [problem] = problems.found
+    assert "eval.metric_for_best_model: this run has no score 'f2'; expected one of accuracy" in problem
+
+
+def test_a_launch_that_compiles_is_refused(refuse, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert "the launcher asks for dynamo_backend INDUCTOR, and the recipes do not compile" in refuse()
+
+
+def test_a_model_without_weights_is_refused(refuse, tmp_path):
+    folder = Path(save_model(tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    assert f"{folder} has a configuration and no weights" in refuse(f"model.model_name_or_path={folder}")
 
 
 def test_an_empty_split_is_named(refuse, tmp_path):

@@ -38,6 +38,12 @@ def test_a_setting_that_cannot_work_is_named(refuse, overrides, expected):
     assert expected in refuse(*overrides)
 
 
+def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):
+    said = refuse("averaging.rule=windows", "eval.metric_for_best_model=f2", "data.max_seq_length=10000")
+    assert "this run has no score 'f2'" in said
+    assert "but the model reads at most" in said
+
+
 def changed(path: Path, **changes) -> tuple[str, str]:
     """Settings that name training rows, and test rows of which the second is changed."""
     rows = make_questions(3, seed=9)

@@ -52,6 +52,13 @@ def test_a_setting_that_cannot_work_is_named(refuse, overrides, expected):
     assert expected in refuse(*overrides)
 
 
+def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):
+    new = "model.config={model_type: t5, num_layer: 1}"
+    said = refuse("averaging.rule=windows", "eval.metric_for_best_model=f2", new)
+    assert "this run has no score 'f2'" in said
+    assert "Did you mean 'num_layers'?" in said
+
+
 def test_an_empty_reference_is_named_by_its_row(refuse, tmp_path):
     bad = save_pairs(tmp_path / "bad.csv", 8, seed=1, target=lambda text: " " if "noir" in text else text)
     train = save_pairs(tmp_path / "train.csv", 8, seed=2)

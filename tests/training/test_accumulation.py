@@ -56,7 +56,7 @@ def test_two_ranks_train_as_one_process_that_sees_the_rows_of_both(make_accelera
 @pytest.mark.unit
 def test_steps_take_micro_batches_in_turn_and_the_last_of_an_epoch_what_is_left():
     steps = step_batches([0, 1, 2, 3, 4], 2)  # type: ignore[arg-type]
-    assert [next(steps) for _ in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
+    assert [next(steps) for _ in range(4)] == [(0, 2, [0, 1]), (0, 4, [2, 3]), (0, 5, [4]), (1, 2, [0, 1])]
 
 
 @pytest.mark.unit

@@ -14,6 +14,8 @@ from swaft.config import TrainConfig
 from swaft.errors import TrainingError
 from swaft.noise import TaskLoss
 from swaft.training.loop import train
+from swaft.training.meter import Meter
+from swaft.training.position import Position
 from swaft.training.schedule import build_schedule, count_optimizer_steps
 
 pytestmark = pytest.mark.unit
@@ -72,6 +74,8 @@ def run(
         schedule=build_schedule(settings, total_steps=total_steps, averaging=rule is not None),
         settings=settings,
         progress=recorder,
+        meter=Meter(accelerator),
+        position=Position(),
         averager=averager,
         validate=validate,
         eval_steps=eval_steps,

@@ -16,6 +16,8 @@ from swaft.averaging import attach_engine
 from swaft.config import TrainConfig
 from swaft.noise import TaskLoss
 from swaft.training.loop import train
+from swaft.training.meter import Meter
+from swaft.training.position import Position
 from swaft.training.schedule import Schedule
 
 STEPS, LEARNING_RATE = 6, 0.3
@@ -103,6 +105,8 @@ def train_prepared(accelerator: Any, model: Any, optimizer: Any, loader: Any, ob
             logging_steps=1,
         ),
         progress=recorder,  # type: ignore[arg-type]
+        meter=Meter(accelerator),
+        position=Position(),
     )
     return recorder
 

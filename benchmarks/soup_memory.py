@@ -1,0 +1,142 @@
+"""Memory that `swaft average` takes: 20 checkpoints of a model of a billion parameters, held to 1 GiB.
+
+    python -m benchmarks.soup_memory            # about 5 minutes on 2 cores, 13 GB of disk where TMPDIR says
+    python -m benchmarks.soup_memory --quick    # a tiny model; writes nothing without --out
+
+The vocabulary is as large as those of multilingual models, so that a single tensor has 2 GiB. The checkpoints
+are two sets of random weights under many names (symbolic links), read in full for every name. What counts is the
+anonymous memory of the process (RssAnon in /proc, looked at every few milliseconds): the rest are pages of files,
+which the system takes back when it likes. Writes benchmarks/results/soup.json, and prints a table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import command
+from swaft.storage import TensorFileWriter
+
+COUNTS = (2, 20)
+BAR = 1 << 30
+PIECE = 1 << 22
+
+PROGRAM = "import sys; from swaft.cli.average import run; print('begun', flush=True); run(sys.argv[1:])"
+
+
+class SoupMemory:
+    """Peak memory and time, for few checkpoints and for many."""
+
+    def measure(self, *, quick: bool, device: str) -> dict[str, object]:
+        """Bytes and seconds by number of checkpoints."""
+        shapes = model(vocabulary=1000, width=64, layers=2) if quick else model(524_288, 1024, 37)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, seed in (("a", 0), ("b", 1)):
+                write(Path(folder) / name, shapes, seed=seed)
+            found = {str(count): average(Path(folder), count) for count in COUNTS}
+        return {
+            "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+            "largest tensor bytes": max(4 * torch.Size(shape).numel() for shape in shapes.values()),
+            "bar for peak anonymous bytes": BAR,
+            "by checkpoints": found,
+        }
+
+    def rows(self, result: dict) -> list[Sequence[object]]:
+        """One line a number of checkpoints."""
+        return [
+            (
+                f"{count} checkpoints of {result['parameters']:,} parameters",
+                f"anonymous {figures['peak anonymous bytes'] / 2**20:,.0f} MiB at most",
+                f"{figures['anonymous bytes before'] / 2**20:,.0f} MiB before",
+                f"{figures['seconds']:.0f} s",
+            )
+            for count, figures in result["by checkpoints"].items()
+        ]
+
+
+def model(vocabulary: int, width: int, layers: int) -> dict[str, list[int]]:
+    """Shapes of an encoder's weights, by name."""
+    shapes = {"embeddings.weight": [vocabulary, width]}
+    for layer in range(layers):
+        at = f"layers.{layer}"
+        shapes |= {f"{at}.attention.{part}.weight": [width, width] for part in ("q", "k", "v", "o")}
+        shapes |= {f"{at}.up.weight": [4 * width, width], f"{at}.down.weight": [width, 4 * width]}
+        shapes |= {f"{at}.norm.weight": [width], f"{at}.norm.bias": [width]}
+    return shapes
+
+
+def write(folder: Path, shapes: Mapping[str, Sequence[int]], *, seed: int) -> None:
+    """A Hugging Face folder of random weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Encoder"], "dtype": "float32"}))
+    piece = torch.randn(PIECE, generator=torch.Generator().manual_seed(seed))
+    tensors = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    with TensorFileWriter(folder / "model.safetensors", tensors) as writer:
+        for shape in shapes.values():
+            numel = torch.Size(shape).numel()
+            for start in range(0, numel, PIECE):
+                writer.write(piece[: min(PIECE, numel - start)])
+
+
+def average(folder: Path, count: int) -> dict[str, float]:
+    """Average so many checkpoints in a process of its own, and watch its memory.
+
+    Raises:
+        RuntimeError: it failed, with the end of its output.
+    """
+    inputs = [folder / f"in-{count}-{number}" for number in range(count)]
+    for number, path in enumerate(inputs):
+        path.symlink_to(folder / "ab"[number % 2])
+    words = [*map(str, inputs), "--output", str(folder / f"out-{count}")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
+    before = peak = anonymous(process.pid)
+    begun = time.perf_counter()
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.005)
+    seconds = time.perf_counter() - begun
+    lines += process.stdout.readlines()
+    if process.returncode:
+        raise RuntimeError("".join(lines[-20:]))
+    for path in (folder / f"out-{count}").iterdir():
+        path.unlink()
+    return {
+        "peak anonymous bytes": peak,
+        "anonymous bytes before": before,
+        "seconds": round(seconds, 1),
+    }
+
+
+def anonymous(process: int) -> int:
+    """Anonymous memory of a process in bytes; 0 once it has ended."""
+    try:
+        with open(f"/proc/{process}/status") as status:
+            return next((1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:")), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write the JSON, print the table."""
+    command.run(
+        "soup",
+        {"memory": SoupMemory()},
+        arguments,
+        about=(__doc__ or "").partition("\n")[0],
+        widths=(44, 30),
+    )
+
+
+if __name__ == "__main__":
+    main()

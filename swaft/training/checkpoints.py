@@ -1,0 +1,175 @@
+"""The checkpoints of a run folder: which there are, which one a run goes on from, which are deleted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swaft.distributed import Ranks
+from swaft.errors import ConfigError, StateError
+from swaft.storage import Manifest, is_complete, remove_sealed
+from swaft.storage.together import Write, open_together, sealed_in, write_together
+
+logger = logging.getLogger(__name__)
+
+KIND = "run"
+"""What the manifest of a checkpoint calls itself."""
+AVERAGE = "average"
+"""Folder of the averages inside a checkpoint: a state of its own, which `WeightAverager.load_state` opens."""
+
+_NAME = re.compile(r"checkpoint-([0-9]{1,12})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint every byte of which has been checked."""
+
+    path: Path
+    """Its folder."""
+    manifest: Manifest
+    """What it holds; the same on every rank."""
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """What the run wrote about itself."""
+        return self.manifest.content
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a run folder's checkpoint of a step lies."""
+    return folder / f"checkpoint-{step}"
+
+
+def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
+    """Checkpoints in a run folder, the newest first, by the number in their names.
+
+    Args:
+        folder: of the run.
+        complete: those that were written to the end; else the others, which a run left that was killed.
+    """
+    with suppress(OSError):
+        numbered = [
+            (int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
+        ]
+        return [path for _, path in sorted(numbered, reverse=True) if is_complete(path) == complete]
+    return []
+
+
+def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, every byte of it checked; None: begin anew (collective).
+
+    Args:
+        wanted: ``none``; ``auto``: the newest complete one in the run folder, and where that is damaged the one
+            before, which is said; or the path of one, which is then the only one to do.
+        folder: of the run.
+        ranks: rank 0 looks, and tells the others.
+
+    Raises:
+        StateError: the one that was named, or all that there are, are damaged; on every rank.
+        ConfigError: the folder that was named is no checkpoint, or the run folder holds later ones.
+    """
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        with ranks.together():
+            if ranks.is_main:
+                _refuse_later(Path(wanted), folder)
+        return Checkpoint(Path(wanted), open_together(ranks, wanted, kind=KIND))
+    damage: StateError | None = None
+    for path in ranks.gather(find_checkpoints(folder) if ranks.is_main else None)[0]:
+        try:
+            return Checkpoint(path, open_together(ranks, path, kind=KIND))
+        except StateError as found:
+            damage = damage or found
+            aside = path.with_name(f"{path.name}.damaged")
+            logger.warning(
+                "%s\n  %s is damaged, and now called %s; trying the one before", found, path, aside
+            )
+            with ranks.together():
+                if ranks.is_main:
+                    _move(path, aside)
+    if damage is not None:
+        raise StateError(
+            f"no checkpoint in {folder} can be gone on from, the newest because: {damage}. Begin anew in a new "
+            "train.output_dir, or name a sound checkpoint as train.resume_from_checkpoint"
+        )
+    return None
+
+
+def save_checkpoint(
+    ranks: Ranks, folder: Path, step: int, *, write: Write, content: Mapping[str, Any], averaged: bool
+) -> None:
+    """Write a checkpoint of a step, unless there is one already (collective).
+
+    Args:
+        ranks: of the run.
+        folder: of the run.
+        step: of the checkpoint.
+        write: as of `write_together`.
+        content: what the run says about itself, the same on every rank.
+        averaged: whether `write` leaves averages in it.
+
+    Raises:
+        StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
+    """
+    path = checkpoint_path(folder, step)
+    if ranks.gather(is_complete(path))[0]:
+        return
+    if ranks.is_main:  # what a killed run left
+        shutil.rmtree(path, ignore_errors=True)
+    write_together(
+        ranks,
+        path,
+        kind=KIND,
+        write=write,
+        content=content,
+        sealed=lambda written: sealed_in(written, AVERAGE) if averaged else {},
+    )
+
+
+def delete_old(folder: Path, keep: int | None) -> None:
+    """Delete all but the newest complete checkpoints, and what is left of those never finished.
+
+    To be called by one process, when the newest is complete.
+
+    Args:
+        folder: of the run.
+        keep: how many stay; None: all of them.
+    """
+    for path in find_checkpoints(folder)[keep:] if keep is not None else ():
+        try:
+            remove_sealed(path)
+        except StateError as error:
+            logger.warning("%s; it is kept", error)
+    for path in find_checkpoints(folder, complete=False):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_later(wanted: Path, folder: Path) -> None:
+    match = _NAME.fullmatch(wanted.name)
+    if match is None or not wanted.is_dir():
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {wanted} is no folder called checkpoint-NUMBER; expected auto, none or "
+            "the path of a checkpoint"
+        )
+    there = find_checkpoints(folder)
+    if there and int(there[0].name.rpartition("-")[2]) > int(match[1]):
+        raise ConfigError(
+            f"train.output_dir: {folder} holds later checkpoints than {wanted.name} ({there[0].name}), which would "
+            "be written again; name a new folder, or delete them"
+        )
+
+
+def _move(path: Path, aside: Path) -> None:
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    except OSError as error:
+        raise StateError(f"{path} is damaged and could not be renamed: {error}; delete it") from error

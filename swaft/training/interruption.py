@@ -1,0 +1,95 @@
+"""Ends a run that is told to end: the ranks agree on it between two batches, so that all of them can save.
+
+A handler sets a flag and does nothing else. Whether any rank has it set is asked of all ranks at the same places:
+between optimizer steps, and between the batches of an evaluation.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Generic, TypeVar
+
+from swaft.distributed import Ranks, shared_ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they end a job: torchrun hands on SIGTERM, and SLURM what it is told to send."""
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL: the run is not over; started again, it goes on."""
+
+BatchT = TypeVar("BatchT")
+
+
+class Interrupted(Exception):
+    """The run was asked to end, on every rank at the same place."""
+
+
+class Interruption:
+    """Whether the run was asked to end, from entering this context on.
+
+    Args:
+        ranks: who agrees; None: those of the process group.
+    """
+
+    def __init__(self, ranks: Ranks | None = None):
+        self._ranks = ranks or shared_ranks()
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        """Begin to listen. Signals reach the main thread only; in any other there is nothing to listen to."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the signals to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to end, the same on every rank (collective, one message)."""
+        return self._ranks.sum([self._asked])[0] > 0
+
+    def check(self) -> None:
+        """Raise where any rank was asked to end (collective).
+
+        Raises:
+            Interrupted: on every rank.
+        """
+        if self.agreed():
+            raise Interrupted
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+class InterruptibleLoader(Generic[BatchT]):
+    """A loader that asks before each batch whether the run is to end.
+
+    Args:
+        loader: with as many batches on every rank.
+        interruption: of the run.
+    """
+
+    def __init__(self, loader: Any, interruption: Interruption):
+        self._loader, self._interruption = loader, interruption
+
+    def __len__(self) -> int:
+        """Batches of a pass."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[BatchT]:
+        """Yield the loader's batches (collective).
+
+        Raises:
+            Interrupted: on every rank, before a batch.
+        """
+        for batch in self._loader:
+            self._interruption.check()
+            yield batch

@@ -1,0 +1,132 @@
+"""What the system refuses: a full disk, a read-only one, a size limit, a fault or a crash at any call."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+import torch
+from sealed_folders import make_folder
+
+from swaft.errors import StateError
+from swaft.storage import TensorFileWriter, is_complete, read_manifest, verify, write_durably
+
+pytestmark = pytest.mark.unit
+
+
+def mount(*words):
+    return subprocess.run(["mount", *words], capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=1m", "none", str(folder)) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True, timeout=20)
+
+
+def write(path, numel):
+    with TensorFileWriter(path, {"w": (torch.float32, [numel])}) as writer:
+        writer.write(torch.ones(numel))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_and_older_files_as_they_were(disk):
+    manifest = make_folder(disk / "old")
+    before = names(disk / "old")
+    with pytest.raises(StateError, match=r"old/new could not be written: No space left on device") as error:
+        write(disk / "old" / "new", 1 << 20)
+    assert isinstance(error.value.__cause__, OSError)
+    assert names(disk / "old") == before
+    with pytest.raises(StateError, match="No space left on device"):
+        write_durably(disk / "old" / "note.txt", bytes(1 << 21))
+    assert names(disk / "old") == before
+    verify(disk / "old", manifest)
+
+
+def test_a_disk_that_fills_while_a_folder_is_sealed_leaves_it_incomplete(disk):
+    for filler in range(0, 1 << 20, 1 << 15):
+        (disk / "filler").write_bytes(bytes(filler))
+        try:
+            make_folder(disk / "x", numel=100_000)
+        except (StateError, OSError):
+            assert not is_complete(disk / "x")
+        else:
+            verify(disk / "x", read_manifest(disk / "x", kind="test"))
+        shutil.rmtree(disk / "x")
+
+
+def test_a_read_only_disk_is_named_and_nothing_changes(disk):
+    manifest = make_folder(disk / "old")
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(StateError, match=r"new.tmp could not be created: Read-only file system"):
+        write(disk / "old" / "new", 1)
+    with pytest.raises(StateError, match="Read-only file system"):
+        write_durably(disk / "old" / "note.txt", b"new")
+    verify(disk / "old", manifest)
+
+
+@contextmanager
+def size_limit(count):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_size_limit_leaves_nothing(tmp_path):
+    with pytest.raises(StateError, match="x could not be written: File too large"), size_limit(1 << 20):
+        write(tmp_path / "x", 1 << 20)
+    assert names(tmp_path) == []
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("fault", [Crash, OSError(28, "No space left on device")], ids=["crash", "no space"])
+def test_whatever_call_fails_a_folder_is_complete_or_has_no_mark(tmp_path, monkeypatch, fault):
+    calls = ("write", "fsync", "replace", "rename", "open")
+    real = {name: getattr(os, name) for name in calls}
+    for survived in range(200):
+        left = survived
+
+        def counted(name):
+            def call(*arguments, **keywords):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise fault
+                return real[name](*arguments, **keywords)
+
+            return call
+
+        for name in calls:
+            monkeypatch.setattr(os, name, counted(name))
+        try:
+            make_folder(tmp_path / "x")
+            failed = False
+        except (Crash, StateError):
+            failed = True
+        monkeypatch.undo()
+        if is_complete(tmp_path / "x"):
+            verify(tmp_path / "x", read_manifest(tmp_path / "x", kind="test"))
+        shutil.rmtree(tmp_path / "x")
+        if not failed:
+            break
+    assert not failed
+    assert survived > 30
