@@ -1,12 +1,12 @@
 """Memory that `swaft average` takes: 20 checkpoints of a model of a billion parameters, held to 1 GiB.
 
-    python -m benchmarks.soup_memory            # about 5 minutes on 2 cores, 13 GB of disk where TMPDIR says
+    python -m benchmarks.soup_memory            # about 10 minutes on 2 busy cores, 8 GB of disk where TMPDIR says
     python -m benchmarks.soup_memory --quick    # a tiny model; writes nothing without --out
 
-The vocabulary is as large as those of multilingual models, so that a single tensor has 2 GiB. The checkpoints
-are two sets of random weights under many names (symbolic links), read in full for every name. What counts is the
-anonymous memory of the process (RssAnon in /proc, looked at every few milliseconds): the rest are pages of files,
-which the system takes back when it likes. Writes benchmarks/results/soup.json, and prints a table.
+The vocabulary is as large as those of multilingual models, so that a single tensor has 2 GiB. The checkpoints are
+one set of random weights under many names (symbolic links), read in full for each. What counts is the anonymous
+memory of the process (RssAnon in /proc, looked at every few milliseconds): the rest are pages of files, which the
+system takes back when it likes. Writes benchmarks/results/soup.json, and prints a table.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class SoupMemory:
         """Bytes and seconds by number of checkpoints."""
         shapes = model(vocabulary=1000, width=64, layers=2) if quick else model(524_288, 1024, 37)
         with tempfile.TemporaryDirectory() as folder:
-            for name, seed in (("a", 0), ("b", 1)):
-                write(Path(folder) / name, shapes, seed=seed)
+            write(Path(folder) / "weights", shapes)
             found = {str(count): average(Path(folder), count) for count in COUNTS}
         return {
             "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
@@ -72,11 +71,11 @@ def model(vocabulary: int, width: int, layers: int) -> dict[str, list[int]]:
     return shapes
 
 
-def write(folder: Path, shapes: Mapping[str, Sequence[int]], *, seed: int) -> None:
+def write(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     """A Hugging Face folder of random weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": ["Encoder"], "dtype": "float32"}))
-    piece = torch.randn(PIECE, generator=torch.Generator().manual_seed(seed))
+    piece = torch.randn(PIECE, generator=torch.Generator().manual_seed(0))
     tensors = {name: (torch.float32, shape) for name, shape in shapes.items()}
     with TensorFileWriter(folder / "model.safetensors", tensors) as writer:
         for shape in shapes.values():
@@ -92,8 +91,8 @@ def average(folder: Path, count: int) -> dict[str, float]:
         RuntimeError: it failed, with the end of its output.
     """
     inputs = [folder / f"in-{count}-{number}" for number in range(count)]
-    for number, path in enumerate(inputs):
-        path.symlink_to(folder / "ab"[number % 2])
+    for path in inputs:
+        path.symlink_to(folder / "weights")
     words = [*map(str, inputs), "--output", str(folder / f"out-{count}")]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

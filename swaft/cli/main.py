@@ -16,6 +16,7 @@ from swaft.errors import SwaftError
 COMMANDS = {
     "validate": "check a run before it starts: all problems at once, without a GPU",
     "plan": "predict memory and time of a run on every rank, for any number of them",
+    "average": "average finished checkpoints to one Hugging Face folder, in bounded memory",
     "env": "versions and machine, for a bug report",
 }
 

@@ -3,12 +3,12 @@
 from swaft.data.answers import Answers, Candidate, find_answers
 from swaft.data.checks import require_length
 from swaft.data.classification import Collator, Task, describe_task, tokenize
+from swaft.data.order import length_grouped, shuffled
 from swaft.data.question_answering import WindowCollator, require_offsets, tokenize_questions
 from swaft.data.questions import QuestionReport, check_questions, may_have_no_answer, right_answers
 from swaft.data.seq2seq import (
     LengthStatistics,
     Seq2SeqCollator,
-    length_grouped_sampler,
     length_statistics,
     tokenize_pairs,
 )
@@ -31,7 +31,7 @@ __all__ = [
     "find_answers",
     "find_pairs",
     "language_groups",
-    "length_grouped_sampler",
+    "length_grouped",
     "length_statistics",
     "load_splits",
     "may_have_no_answer",
@@ -39,6 +39,7 @@ __all__ = [
     "require_length",
     "require_offsets",
     "right_answers",
+    "shuffled",
     "tokenize",
     "tokenize_pairs",
     "tokenize_questions",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from swaft.data.checks import require_length, require_padding
 
@@ -100,39 +99,6 @@ def length_statistics(lengths: Sequence[int], limit: int) -> LengthStatistics:
         limit=limit,
         share_cut=float(np.mean(found > limit)),
     )
-
-
-def length_grouped_sampler(lengths: Sequence[int], *, batch_size: int, seed: int) -> LengthGroupedSampler:
-    """Return a sampler whose batches hold sources of like length, so that little of them is padding.
-
-    Each pass is a new order of all rows: shuffled, then sorted by length within stretches of 50 batches (or
-    a quarter of the rows, if that is less); the longest row comes first, so a batch that does not fit the
-    memory fails at once.
-
-    Args:
-        lengths: tokens of each source (`source_length`).
-        batch_size: rows of a micro-batch over all devices.
-        seed: of the orders; every rank needs the same.
-    """
-    return _EpochSampler(batch_size, lengths=list(lengths), seed=seed)
-
-
-class _EpochSampler(LengthGroupedSampler):
-    """Its order is set by the number of the pass alone, so that a run may begin with any."""
-
-    def __init__(self, batch_size: int, lengths: list[int], *, seed: int):
-        self._random = torch.Generator()
-        super().__init__(batch_size, lengths=lengths, generator=self._random)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Name the next pass; accelerate's loaders do, before each."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the rows of one pass."""
-        self._random.manual_seed(self.seed + self.epoch)
-        yield from super().__iter__()
 
 
 class Seq2SeqCollator:

@@ -162,6 +162,9 @@ class BestWeights:
         """Go on from what :meth:`state` gave."""
         self.found = None if state["found"] is None else Best(**state["found"])
         self._in_vain = state["in_vain"]
+        aside = _aside(self._folder)
+        if self.found and self._engine.ranks.is_main and aside.exists() and not self._folder.exists():
+            os.replace(aside, self._folder)  # the run was ended between two renames
 
     def _gain(self, score: float) -> float:
         if self.found is None:
@@ -171,6 +174,8 @@ class BestWeights:
 
     def _write(self, kind: str, **selection: Any) -> None:
         new = self._folder.with_name(self._folder.name + ".new")
+        if self._engine.ranks.is_main:  # what a run left that was ended here
+            shutil.rmtree(new, ignore_errors=True)
         if kind == "averaged":
             assert self._averager is not None
             self._averager.save_pretrained(new, **selection)
@@ -186,12 +191,16 @@ class BestWeights:
         self._engine.ranks.raise_together(error)
 
 
+def _aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Put a folder in the place of another, which may not be there; what has the name is whole at all times.
 
     Between the two renames there is none of that name, and the old one lies beside it as ``<name>.old``.
     """
-    aside = old.with_name(old.name + ".old")
+    aside = _aside(old)
     shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         os.replace(old, aside)

@@ -18,7 +18,7 @@ import swaft
 from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
 from swaft.config import AveragingConfig, EvalConfig, TrainConfig, to_yaml
-from swaft.data import length_grouped_sampler
+from swaft.data import length_grouped, shuffled
 from swaft.training.accelerator import RunConfig
 from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
@@ -362,18 +362,17 @@ def training_loader(
     accelerator: Accelerator,
 ) -> DataLoader[Any]:
     """Return a loader over the training rows, not yet prepared, in an order that is the same on every rank."""
-    sampler = None
+    sampler = shuffled(len(dataset), seed=train.seed)
     if train.group_by_length:
         chunks = dataset.select_columns("input_ids").iter(1000)
         lengths = [len(ids) for chunk in chunks for ids in chunk["input_ids"]]  # type: ignore[index]
         batch_size = train.per_device_train_batch_size * accelerator.num_processes
-        sampler = length_grouped_sampler(lengths, batch_size=batch_size, seed=train.seed)
+        sampler = length_grouped(lengths, batch_size=batch_size, seed=train.seed)
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=train.per_device_train_batch_size,
-        shuffle=sampler is None,
         sampler=sampler,
-        generator=torch.Generator().manual_seed(train.seed),
+        generator=torch.Generator(),  # so that workers' seeds are not drawn from the one that training draws from
         collate_fn=collate,
         num_workers=train.dataloader_num_workers,
     )

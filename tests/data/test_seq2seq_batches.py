@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from swaft.data import Seq2SeqCollator, length_grouped_sampler, length_statistics, tokenize_pairs
+from swaft.data import Seq2SeqCollator, length_statistics, tokenize_pairs
 from swaft.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -127,25 +127,3 @@ def test_sources_are_padded_on_the_side_of_the_tokenizer():
 def test_tokenizer_without_padding_token_is_refused():
     with pytest.raises(DataError, match="no padding token"):
         Seq2SeqCollator(tiny_tokenizer(pad_token=None))
-
-
-def padded_tokens(lengths: list[int], order: list[int], batch_size: int) -> int:
-    batches = [[lengths[row] for row in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
-    return sum(max(batch) * len(batch) for batch in batches)
-
-
-def test_grouped_batches_hold_little_padding_and_every_row_once():
-    lengths = np.random.default_rng(0).integers(5, 200, size=400).tolist()
-    sampler = length_grouped_sampler(lengths, batch_size=8, seed=1)
-    first, second = list(sampler), list(sampler)
-    assert sorted(first) == sorted(second) == list(range(400))
-    assert first != second
-    assert lengths[first[0]] == max(lengths)
-    shuffled = np.random.default_rng(0).permutation(400).tolist()
-    assert padded_tokens(lengths, first, 8) < 1.15 * sum(lengths) < padded_tokens(lengths, shuffled, 8)
-
-
-def test_order_comes_again_with_the_seed():
-    lengths = list(range(50))
-    orders = [list(length_grouped_sampler(lengths, batch_size=4, seed=seed)) for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]

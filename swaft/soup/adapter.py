@@ -1,0 +1,168 @@
+"""The mean of LoRA adapters: of the updates B A, not of B and A.
+
+See `swaft/averaging/lora.py` for the mathematics. All else an adapter folder holds (`modules_to_save`, biases) is
+averaged like any weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swaft.averaging.adapters import refuse_changed_base
+from swaft.averaging.lora import Norms, refactor
+from swaft.errors import AveragingError, StateError
+from swaft.soup.checkpoint import Spec
+from swaft.soup.huggingface import ADAPTER_CONFIG, read_json
+from swaft.soup.mean import SLICE, Mean, Member
+from swaft.storage.strict_json import shown
+
+FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+"""How the names of A and B end."""
+VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "megatron_config",
+    "arrow_config",
+)
+"""Settings with which an update is something else than scaling * B @ A, or is one nobody has tried."""
+PASSING = (
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "lora_dropout",
+    "auto_mapping",
+)
+"""Settings that say nothing about what the factors mean."""
+
+
+class AdapterMean(Mean):
+    """The weighted mean of LoRA adapters with the same configuration.
+
+    Args:
+        members: as of :class:`Mean`, all adapters.
+        dtype: of the result.
+        rank: of the new factors; None: that of the adapters. At rank times members nothing is lost.
+
+    Raises:
+        StateError: they are no plain LoRA, are configured differently, or `rank` cannot be set for them.
+    """
+
+    def __init__(self, members: Sequence[Member], dtype: torch.dtype, *, rank: int | None = None):
+        super().__init__(members, dtype)
+        self.config = _agreed_config(members)
+        self._resize(rank)
+        self._down = dict(_pairs(self._specs))
+        self._up = {down: up for up, down in self._down.items()}
+        self._kept: tuple[str, Tensor, Tensor] | None = None
+        self._norms: dict[str, Norms] = {}
+
+    def slices(self, name: str) -> Iterator[Tensor]:
+        """As of :class:`Mean`."""
+        up = self._up.get(name, name)
+        if up not in self._down:
+            yield from super().slices(name)
+            return
+        if self._kept is None or self._kept[0] != up:
+            self._kept = (up, *self._factors(up, self._down[up]))
+        factor = self._kept[1] if name == up else self._kept[2]
+        for part in factor.double().reshape(-1).split(SLICE):
+            yield self.round(name, part)
+
+    @property
+    def truncation(self) -> float:
+        """What the new factors are off by, for want of rank, relative to the mean update; of all layers alike."""
+        lost, whole = (math.hypot(*(norms[i] for norms in self._norms.values())) for i in (2, 0))
+        return lost / whole if whole else 0.0
+
+    def _factors(self, up: str, down: str) -> tuple[Tensor, Tensor]:
+        members = []
+        total = math.fsum(weight for weight, _ in self._members)
+        for weight, checkpoint in self._members:
+            b, a = (
+                checkpoint.read(name, 0, spec.numel).float().reshape(spec.shape)
+                for name, spec in ((name, checkpoint.specs[name]) for name in (up, down))
+            )
+            if not (b.isfinite().all() and a.isfinite().all()):
+                raise StateError(
+                    f"{checkpoint.path}: {up!r} or {down!r} is not finite. Leave that checkpoint out"
+                )
+            members.append((weight / total, b, a))
+        b, a, (whole, gap, lost) = refactor(members, self._specs[up].shape[1])
+        if (
+            gap == 0.0 and a.shape == members[0][2].shape
+        ):  # one of the two is the same in all: the means are exact
+            b, a = (torch.stack([m[0] * m[i].double() for m in members]).sum(0) for i in (1, 2))
+            lost = 0.0
+        self._norms[up] = whole, gap, lost
+        return b, a
+
+    def _resize(self, rank: int | None) -> None:
+        """Set another rank in the configuration and in the shapes, every scaling as it was."""
+        config = self.config
+        if rank is None or rank == config["r"]:
+            return
+        if config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise StateError("--lora-rank: these adapters have ranks or alphas of their own for some layers")
+        try:
+            refuse_changed_base("default", config.get("init_lora_weights", True))
+        except AveragingError as error:
+            raise StateError(f"--lora-rank: {error}") from error
+        ratio = rank / config["r"]
+        config["lora_alpha"] *= math.sqrt(ratio) if config.get("use_rslora") else ratio
+        config["r"] = rank
+        config["init_lora_weights"] = bool(config.get("init_lora_weights", True))
+        for up, down in _pairs(self._specs):
+            (rows, _, *more), (_, *columns) = self._specs[up].shape, self._specs[down].shape
+            self._specs[up] = Spec(self._specs[up].dtype, (rows, rank, *more))
+            self._specs[down] = Spec(self._specs[down].dtype, (rank, *columns))
+
+
+def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
+    """Names of B and A of every update."""
+    for name in specs:
+        for a, b in FACTORS:
+            if name.endswith(b):
+                down = name.removesuffix(b) + a
+                ranks = specs[name].shape[1:2], specs[down].shape[:1] if down in specs else None
+                if ranks[0] != ranks[1]:
+                    raise StateError(
+                        f"{name!r} of shape {list(specs[name].shape)} does not fit {down!r}: {ranks[1]}"
+                    )
+                yield name, down
+
+
+def _agreed_config(members: Sequence[Member]) -> dict[str, Any]:
+    configs = [read_json(checkpoint.path / ADAPTER_CONFIG) for _, checkpoint in members]
+    first, where = configs[0], members[0][1].path
+    if first.get("peft_type") != "LORA":
+        raise StateError(f"{where}: peft_type is {shown(first.get('peft_type'))}; expected LORA")
+    if type(first.get("r")) is not int or not isinstance(first.get("lora_alpha"), int | float):
+        raise StateError(f"{where / ADAPTER_CONFIG}: r and lora_alpha: expected numbers")
+    for key in VARIANTS:
+        if first.get(key):
+            raise StateError(f"{where}: {key} is set, so its updates are no plain B A; expected plain LoRA")
+    for name in members[0][1].specs:
+        ends = [end for pair in FACTORS for end in pair]
+        if "lora_" in name and not name.endswith((*ends, "lora_B.bias")):
+            raise StateError(f"{where}: {name!r} is of a variant of LoRA; expected plain LoRA")
+    for config, (_, checkpoint) in zip(configs[1:], members[1:], strict=True):
+        for key in sorted({*first, *config} - {*PASSING}):
+            if _plain(first.get(key)) != _plain(config.get(key)):
+                raise StateError(
+                    f"{checkpoint.path} is another adapter than {where}: {key} is "
+                    f"{shown(config.get(key))}, expected {shown(first.get(key))}"
+                )
+    return dict(first)
+
+
+def _plain(value: Any) -> Any:
+    """Lists that peft keeps as sets, in one order."""
+    return sorted(value, key=repr) if isinstance(value, list) else value

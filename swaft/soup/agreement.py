@@ -1,0 +1,91 @@
+"""Whether checkpoints are of one model: whatever differs is named. Pure, but for the configurations it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swaft.errors import StateError
+from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.huggingface import CONFIG, read_json
+from swaft.storage.strict_json import shown
+
+STRUCTURE = ("architectures", "model_type")
+"""Fields of a configuration that say which model it is."""
+PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Fields that say nothing about what the weights mean."""
+
+
+def require_same_model(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Refuse checkpoints of different models.
+
+    Args:
+        checkpoints: all that are averaged.
+
+    Returns:
+        What differs between their configurations without making them different models, in words.
+
+    Raises:
+        StateError: the kind of checkpoint, the architecture, a tensor's name, shape or type differs.
+    """
+    first, notes = checkpoints[0], []
+    for other in checkpoints[1:]:
+        if first.is_adapter != other.is_adapter:
+            whole, adapter = (other, first) if first.is_adapter else (first, other)
+            raise StateError(
+                f"{adapter.path} is an adapter and {whole.path} a whole model; they have no average"
+            )
+        notes += compare_configs(first.files, other.files)
+        _refuse(first, other, differences(first.specs, other.specs))
+    return notes
+
+
+def differences(first: Mapping[str, Spec], other: Mapping[str, Spec]) -> Iterator[str]:
+    """What differs between the tensors of two checkpoints, a phrase each."""
+    for name, spec in first.items():
+        if name not in other:
+            yield f"{shown(name)} is in the first alone"
+        elif spec.shape != other[name].shape:
+            yield f"{shown(name)} has shape {list(spec.shape)} and {list(other[name].shape)}"
+        elif spec.dtype.is_floating_point != other[name].dtype.is_floating_point:
+            yield f"{shown(name)} is {spec.dtype} and {other[name].dtype}"
+    for name in other:
+        if name not in first:
+            yield f"{shown(name)} is in the second alone"
+
+
+def compare_configs(first: Path | None, other: Path | None) -> list[str]:
+    """What differs between the `config.json` of two folders, in words; nothing where one has none.
+
+    Raises:
+        StateError: they are of different architectures.
+    """
+    if first is None or other is None or not all((path / CONFIG).exists() for path in (first, other)):
+        return []
+    one, two = read_json(first / CONFIG), read_json(other / CONFIG)
+    for key in STRUCTURE:
+        if one.get(key) != two.get(key):
+            raise StateError(
+                f"{other} is another model than {first}: {CONFIG}: {key} is {shown(two.get(key))}, expected "
+                f"{shown(one.get(key))}"
+            )
+    return [
+        f"{CONFIG} of {other} differs from the first: {key} is {_told(two, key)}, there {_told(one, key)}"
+        for key in sorted({*one, *two} - {*STRUCTURE, *PASSING})
+        if one.get(key) != two.get(key)
+    ]
+
+
+def _told(config: Mapping[str, Any], key: str) -> str:
+    return shown(config[key]) if key in config else "not set"
+
+
+def _refuse(first: Checkpoint, other: Checkpoint, found: Iterator[str]) -> None:
+    problems = list(found)
+    if problems:
+        more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
+        raise StateError(
+            f"{other.path} (the second) is another model than {first.path} (the first): "
+            f"{'; '.join(problems[:3])}{more}"
+        )

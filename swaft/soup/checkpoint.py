@@ -1,0 +1,57 @@
+"""What every kind of checkpoint looks like from here: named tensors, read a slice at a time."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor is like."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+class Checkpoint(ABC):
+    """One checkpoint. Holds no tensor; a context manager."""
+
+    path: Path
+    """The folder it was opened from."""
+    specs: Mapping[str, Spec]
+    """Every tensor, in the order in which reading is cheapest."""
+    aliases: Mapping[str, str]
+    """Other names of tied tensors, which are no tensors of their own, to their names in :attr:`specs`."""
+    files: Path | None
+    """Folder of configuration and tokenizer; None where it has none."""
+    is_adapter: bool = False
+    """Whether it is what peft keeps beside a base model."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """Elements [start, end) of the flattened tensor: (end - start,), of its dtype, in memory of their own.
+
+        Raises:
+            StateError: they could not be read.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
+        """Let go of files."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

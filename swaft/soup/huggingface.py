@@ -1,0 +1,109 @@
+"""Hugging Face folders and peft adapter folders: `NAME.safetensors`, or shards of it with an index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.storage import TensorFile
+from swaft.storage.files import explained, read_whole
+from swaft.storage.strict_json import parse_object, shown
+
+MODEL = "model"
+ADAPTER = "adapter_model"
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+JSON_LIMIT = 256_000_000
+"""Most bytes of an index or a configuration."""
+
+
+class HuggingFaceFolder(Checkpoint):
+    """A folder of safetensors files; one of them is open at a time.
+
+    Files may be symbolic links, as they are in the hub's cache.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        StateError: it has no such files, or they are damaged or at odds with the index.
+    """
+
+    def __init__(self, path: Path):
+        self.path = self.files = path
+        self.aliases = {}
+        self.is_adapter = (path / ADAPTER_CONFIG).exists()
+        self.specs = specs = dict[str, Spec]()
+        self._file_of: dict[str, str] = {}
+        self._open: TensorFile | None = None
+        listed = _weight_map(path, ADAPTER if self.is_adapter else MODEL)
+        for file_name in dict.fromkeys(listed.values()):
+            with TensorFile(_real(path / file_name)) as file:
+                for name in file.names:
+                    if name in specs:
+                        raise StateError(
+                            f"{path}: {name!r} is both in {self._file_of[name]} and in {file_name}"
+                        )
+                    specs[name] = Spec(file.dtype(name), file.shape(name))
+                    self._file_of[name] = file_name
+        for name, file_name in listed.items():
+            if name and self._file_of.get(name) != file_name:
+                raise StateError(f"{path}: the index says that {name!r} is in {file_name}, which lacks it")
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """As of :class:`Checkpoint`."""
+        path = _real(self.path / self._file_of[name])
+        if self._open is None or self._open.path != path:
+            self.close()
+            self._open = TensorFile(path)
+        return self._open.read(name, start, end)
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a folder looks like one of these."""
+    names = [f"{stem}.safetensors{tail}" for stem in (MODEL, ADAPTER) for tail in ("", ".index.json")]
+    return any((path / name).exists() for name in names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        StateError: it is missing, or no such thing.
+    """
+    return parse_object(read_whole(_real(path), limit=JSON_LIMIT), str(path))
+
+
+def _weight_map(path: Path, stem: str) -> dict[str, str]:
+    """Tensor to file, as the index says; {"": file} where there is one file and no index."""
+    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return {"": single.name}
+    if not index.exists():
+        raise StateError(f"{path} holds neither {single.name} nor {index.name}")
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise StateError(
+            f"{index}: weight_map: found {shown(listed)}, expected an object of tensors and files"
+        )
+    for name, file_name in listed.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.isprintable():
+            raise StateError(
+                f"{index}: weight_map: {shown(name)}: found {shown(file_name)}, expected a file name"
+            )
+    return listed
+
+
+def _real(path: Path) -> Path:
+    with explained(path, "opened"):
+        return path.resolve(strict=True)

@@ -1,0 +1,178 @@
+"""The mean of checkpoints, a slice at a time: added up in float64, rounded once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.soup.checkpoint import Checkpoint, Spec
+
+SLICE = 1 << 20
+"""Elements handled at once: about 30 MiB in all, whatever the model and however many the checkpoints."""
+
+AVERAGED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types that are averaged. Others must be equal: counters, masks, and quantised weights."""
+
+Member = tuple[float, Checkpoint]
+"""A checkpoint and its weight."""
+
+
+@dataclass
+class Rounding:
+    """How far rounding has moved the weights: norms of the differences, relative to the norms of the means."""
+
+    by_tensor: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """(sum of squared differences, sum of squares) by name."""
+
+    def add(self, name: str, exact: Tensor, difference: Tensor) -> None:
+        """Take note of a slice: what it is, and by how much rounding changed it; (n,) each, float64."""
+        lost, whole = self.by_tensor.get(name, (0.0, 0.0))
+        self.by_tensor[name] = (lost + float(difference.dot(difference)), whole + float(exact.dot(exact)))
+
+    @property
+    def overall(self) -> float:
+        """Of all weights together."""
+        lost, whole = (math.fsum(each[i] for each in self.by_tensor.values()) for i in (0, 1))
+        return _ratio(lost, whole)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The tensor that it moved most, and how far."""
+        name = max(self.by_tensor, key=lambda name: _ratio(*self.by_tensor[name]), default="")
+        return name, _ratio(*self.by_tensor.get(name, (0.0, 0.0)))
+
+
+class Mean:
+    """The weighted mean of checkpoints of one model, tensor by tensor.
+
+    Args:
+        members: weight, 0 or more, and checkpoint; the weights need not sum to 1.
+        dtype: of the averaged tensors.
+        base: of which what the members lack is taken.
+    """
+
+    def __init__(self, members: Sequence[Member], dtype: torch.dtype, base: Checkpoint | None = None):
+        self._members, self._dtype, self._base = members, dtype, base
+        self._specs = dict(members[0][1].specs)
+        if base is not None:
+            aliases = members[0][1].aliases
+            self._specs |= {n: s for n, s in base.specs.items() if n not in self._specs and n not in aliases}
+        self.rounding = Rounding()
+        self._total, self._part = torch.empty(2, SLICE, dtype=torch.float64, device="cpu")
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """What is to be written."""
+        return {
+            name: Spec(self._dtype if spec.dtype in AVERAGED else spec.dtype, spec.shape)
+            for name, spec in self._specs.items()
+        }
+
+    def slices(self, name: str) -> Iterator[Tensor]:
+        """The elements of a tensor as they are to be written, in order; a slice is good until the next.
+
+        Raises:
+            StateError: a member is not finite, the type cannot hold the mean, or integers differ.
+        """
+        spec, members = self._specs[name], self.members_of(name)
+        for start in range(0, spec.numel, SLICE):
+            span = (start, min(start + SLICE, spec.numel))
+            if spec.dtype in AVERAGED:
+                yield self.round(name, self._mean(name, members, span))
+            else:
+                yield _equal(name, members, span)
+
+    def members_of(self, name: str) -> Sequence[Member]:
+        """Those that hold a tensor."""
+        if name in self._members[0][1].specs or self._base is None:
+            return self._members
+        return [(1.0, self._base)]
+
+    def round(self, name: str, exact: Tensor) -> Tensor:
+        """Values of a tensor, (n,) in float64, as they are to be written; noted in :attr:`rounding`."""
+        rounded = round_once(exact, self._dtype)
+        if _is_finite(exact):  # a mask may be infinite
+            if not _is_finite(rounded):
+                largest = float(exact.abs().max())
+                raise StateError(
+                    f"{name!r} has {largest:.3g}, more than {self._dtype} holds; use --dtype float32"
+                )
+            self.rounding.add(name, exact, self._part[: len(exact)].copy_(rounded).sub_(exact))
+        return rounded
+
+    def _mean(self, name: str, members: Sequence[Member], span: tuple[int, int]) -> Tensor:
+        """(n,), float64: sum of weight times value, in the order of the members, by the sum of the weights."""
+        total, part = (each[: span[1] - span[0]] for each in (self._total, self._part))
+        for number, (weight, checkpoint) in enumerate(members):
+            values = (part if number else total).copy_(checkpoint.read(name, *span))
+            if weight != 1.0:
+                values.mul_(weight)
+            if number:
+                total.add_(part)
+        total.div_(math.fsum(weight for weight, _ in members))
+        if not _is_finite(total):
+            _refuse_unfinished(name, members, span)
+        return total
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to the nearest, ties to even, in one rounding.
+
+    Torch rounds to a 16-bit type by way of float32, which is two roundings, and wrong where the first one makes a
+    tie. So here the first one is to odd: whatever is not exact gets an odd last bit, and is no tie for the second.
+
+    Args:
+        values: (n,), float64.
+        dtype: a floating type of 64, 32 or 16 bits.
+    """
+    if dtype.itemsize > 2:
+        return values.to(dtype)
+    near = values.float()
+    error = near.double() - values
+    bits = near.view(torch.int32)
+    bits -= (error * values.sign() > 0).int()  # towards zero
+    bits |= (error != 0).int()
+    return near.to(dtype)
+
+
+def _is_finite(values: Tensor) -> bool:
+    # What is not finite makes a sum that is not, and a sum is quick.
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
+
+
+def _refuse_unfinished(name: str, members: Sequence[Member], span: tuple[int, int]) -> None:
+    """Refuse values that are not finite, unless they are infinite in all alike, as in a mask."""
+    for _, checkpoint in members:
+        values = checkpoint.read(name, *span)
+        alike = torch.equal(values, members[0][1].read(name, *span))  # NaN is equal to nothing
+        if not values.isfinite().all() and not alike:
+            place = span[0] + int((~values.isfinite()).nonzero()[0])
+            raise StateError(
+                f"{checkpoint.path}: element {place} of {name!r} is {float(values[place - span[0]])}; expected a "
+                "number. Leave that checkpoint out"
+            )
+
+
+def _equal(name: str, members: Sequence[Member], span: tuple[int, int]) -> Tensor:
+    first = members[0][1].read(name, *span)
+    for _, checkpoint in members[1:]:
+        other = checkpoint.read(name, *span)
+        if first.dtype != other.dtype or not torch.equal(_bits(first), _bits(other)):
+            raise StateError(
+                f"{name!r} is {first.dtype}, of which there is no mean, and differs between {members[0][1].path} "
+                f"and {checkpoint.path}; expected it to be equal. Quantised weights must be unpacked first"
+            )
+    return first
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.uint8)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else (0.0 if lost == 0.0 else math.inf)

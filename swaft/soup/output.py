@@ -1,0 +1,209 @@
+"""A Hugging Face folder written as a stream: shards, index, configuration; whole under its name, or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.soup.checkpoint import Spec
+from swaft.soup.huggingface import CONFIG, read_json
+from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_folder, write_durably
+from swaft.storage.files import explained, open_regular
+
+Shard = dict[str, Spec]
+
+LEFT = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".index.json",
+    ".tmp",
+)
+"""How the names of files end that are not copied: other weights, and the state of training."""
+LEFT_NAMES = ("trainer_state.json", "manifest.json", "COMPLETE", "latest", "average.json")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block ends, and is gone where an exception ends it.
+
+    Raises:
+        StateError: something else has the name, or the folder could not be made.
+    """
+    refuse_occupied(path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with explained(unfinished, "made"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        sync_folder(unfinished)
+        with explained(path, "named"):
+            os.rename(unfinished, path)  # in the place of an empty folder at most
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_occupied(path: Path) -> None:
+    """Refuse a path where something is.
+
+    Raises:
+        StateError: it is a file, or a folder that holds any.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
+
+
+def plan_shards(specs: Mapping[str, Spec], most_bytes: int) -> list[Shard]:
+    """Which tensors go into which file: in their order, each file as full as may be, with one tensor at least.
+
+    Inside a file they lie by falling element size, so that each is at a multiple of its elements' size.
+    """
+    shards: list[Shard] = [{}]
+    room = most_bytes
+    for name, spec in specs.items():
+        size = spec.numel * spec.dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = most_bytes
+        shards[-1][name] = spec
+        room -= size
+    return [dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)) for shard in shards]
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    shards: list[Shard],
+    slices: Callable[[str], Iterable[Tensor]],
+) -> dict[str, FileRecord]:
+    """Write the files of weights, and their index where there are several.
+
+    Args:
+        folder: that is there.
+        stem: how the files are called.
+        shards: what goes into each.
+        slices: the elements of a tensor, in order.
+
+    Returns:
+        what the files of weights are, by name.
+    """
+    records, weight_map = {}, {}
+    for number, shard in enumerate(shards, start=1):
+        tail = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"{stem}{tail}.safetensors"
+        announced = {tensor: (spec.dtype, spec.shape) for tensor, spec in shard.items()}
+        with TensorFileWriter(folder / name, announced, metadata={"format": "pt"}) as writer:
+            for tensor in shard:
+                for values in slices(tensor):
+                    writer.write(values)
+        records[name] = writer.record
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        specs = [spec for shard in shards for spec in shard.values()]
+        total = {"total_size": sum(spec.numel * spec.dtype.itemsize for spec in specs)}
+        total["total_parameters"] = sum(spec.numel for spec in specs)
+        write_json(folder / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+    return records
+
+
+def check_weights(folder: Path, shards: list[Shard], records: Mapping[str, FileRecord]) -> None:
+    """Read files of weights back from the disk and hold them to what was written.
+
+    Raises:
+        StateError: a byte or a field of a header differs.
+    """
+    for shard, (name, record) in zip(shards, records.items(), strict=True):
+        _forget(folder / name)
+        if hash_file(folder / name) != record:
+            raise StateError(f"{folder / name} does not read as it was written; the disk may be failing")
+        with TensorFile(folder / name) as file:
+            found = {tensor: Spec(file.dtype(tensor), file.shape(tensor)) for tensor in file.names}
+        if {tensor: spec for tensor, spec in found.items() if spec.numel} != {
+            tensor: spec for tensor, spec in shard.items() if spec.numel
+        }:
+            raise StateError(f"{folder / name} does not hold the tensors that were written")
+
+
+def fingerprint(records: Mapping[str, FileRecord]) -> str:
+    """One hash of all files of weights: the SHA-256 of a line "DIGEST  NAME" each, in the order of their names."""
+    lines = "".join(f"{record.sha256}  {name}\n" for name, record in sorted(records.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy configuration, tokenizer and code of a Hugging Face folder: all but weights and what training keeps."""
+    with explained(folder, "written"):
+        for path in sorted(source.iterdir()):
+            kept = not path.name.endswith(LEFT) and path.name not in LEFT_NAMES and path.name[0] != "."
+            if kept and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Say in `config.json`, where there is one, of which type the weights are; in the parts of it likewise."""
+    if (folder / CONFIG).exists():
+        config = read_json(folder / CONFIG) | {"dtype": None}
+        write_json(folder / CONFIG, _with_dtype(config, str(dtype).removeprefix("torch.")))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, keys sorted."""
+    write_durably(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like `5GB`, `500MB` or `2GiB`, as the hub writes them.
+
+    Raises:
+        ValueError: it is none.
+    """
+    units = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+    for unit, scale in units.items():
+        if text.upper().endswith(unit):
+            size = float(text[: -len(unit)]) * scale
+            break
+    else:
+        size = float(text)
+    if not (math.isfinite(size) and size >= 1):
+        raise ValueError(text)
+    return int(size)
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    found = {
+        key: _with_dtype(value, name) if isinstance(value, dict) else value for key, value in config.items()
+    }
+    if "torch_dtype" in found:
+        found["dtype"] = found.pop("torch_dtype")
+    if "dtype" in found:
+        found["dtype"] = name
+    return found
+
+
+def _forget(path: Path) -> None:
+    """Have the system drop its copy of a file that is on the disk, so that reading it asks the disk."""
+    descriptor, _ = open_regular(path)
+    try:
+        with explained(path, "read"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

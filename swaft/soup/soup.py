@@ -1,0 +1,226 @@
+"""Checkpoints in, one averaged Hugging Face folder out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swaft.errors import ConfigError, StateError
+from swaft.soup.adapter import AdapterMean
+from swaft.soup.agreement import compare_configs, require_same_model
+from swaft.soup.checkpoint import Checkpoint
+from swaft.soup.greedy import GreedyChoice, choose_greedily
+from swaft.soup.huggingface import ADAPTER, ADAPTER_CONFIG, CONFIG, MODEL, HuggingFaceFolder, holds_weights
+from swaft.soup.mean import Mean
+from swaft.soup.opening import open_checkpoint
+from swaft.soup.output import (
+    check_weights,
+    copy_files,
+    fingerprint,
+    new_folder,
+    plan_shards,
+    refuse_occupied,
+    set_config_dtype,
+    write_json,
+    write_weights,
+)
+from swaft.storage import FileRecord
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Soup:
+    """An averaged folder that was written and read back."""
+
+    output: Path
+    """The folder."""
+    sha256: str
+    """One hash of its weights, wherever it lies: `output.fingerprint`."""
+    shares: list[tuple[str, float]]
+    """Checkpoints, and what part each has in it; they sum to 1."""
+    dtype: str
+    """Of the averaged tensors."""
+    tensors: int
+    elements: int
+    files: dict[str, FileRecord]
+    """The files of weights."""
+    rounding: float
+    """How far rounding to the dtype has moved the weights, relative to their norm."""
+    worst_rounding: tuple[str, float]
+    """The tensor that it moved most, and how far."""
+    truncation: float | None
+    """Of LoRA adapters: what the new factors are off by for want of rank, relative to the mean update."""
+    notes: list[str]
+    """What differs between the configurations."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"output": str(self.output)}
+
+
+def average(
+    checkpoints: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    base: str | PathLike[str] | None = None,
+    lora_rank: int | None = None,
+    rule: str | None = None,
+    trust_pickle: bool = False,
+) -> Soup:
+    """Write the weighted mean of checkpoints of one model.
+
+    Args:
+        checkpoints: folders, of any kind that :func:`open_checkpoint` knows.
+        output: folder to write. It must not exist, or be empty.
+        weights: 0 or more each, in any scale; None: the same for all.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, to which the float64 mean is rounded once.
+        max_shard_bytes: most bytes of a file of weights, unless a single tensor is larger.
+        base: Hugging Face folder of the same model, of which comes what the checkpoints lack: configuration,
+            tokenizer, frozen weights.
+        lora_rank: of the result, where the checkpoints are LoRA adapters; None: their own.
+        rule: of saved states of averages, which average of each.
+        trust_pickle: whether DeepSpeed's files, which are Python pickle, may be opened.
+
+    Raises:
+        ConfigError: an argument makes no sense.
+        StateError: a checkpoint is damaged, or of another model than the first; the folder could not be written.
+            Then there is none.
+    """
+    paths, output = [Path(path) for path in checkpoints], Path(output)
+    weights = _checked_weights(weights, len(paths))
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if lora_rank is not None and lora_rank < 1:
+        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
+    refuse_occupied(output)
+    with ExitStack() as stack:
+        members = [
+            stack.enter_context(open_checkpoint(path, trust_pickle=trust_pickle, rule=rule)) for path in paths
+        ]
+        notes = require_same_model(members)
+        whole = None if base is None else stack.enter_context(HuggingFaceFolder(Path(base)))
+        files = _files(members[0], whole)
+        if whole is not None:
+            notes += compare_configs(whole.files, members[0].files)
+            _require_base(members[0], whole)
+        weighted = list(zip(weights, members, strict=True))
+        if members[0].is_adapter:
+            mean = AdapterMean(weighted, DTYPES[dtype], rank=lora_rank)
+        elif lora_rank is not None:
+            raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
+        else:
+            mean = Mean(weighted, DTYPES[dtype], whole)
+        shards = plan_shards(mean.specs, max_shard_bytes)
+        with new_folder(output) as folder:
+            copy_files(files, folder)
+            if isinstance(mean, AdapterMean):
+                write_json(folder / ADAPTER_CONFIG, mean.config)
+            else:
+                set_config_dtype(folder, DTYPES[dtype])
+            records = write_weights(folder, ADAPTER if members[0].is_adapter else MODEL, shards, mean.slices)
+            check_weights(folder, shards, records)
+            total = math.fsum(weights)
+            soup = Soup(
+                output=output,
+                sha256=fingerprint(records),
+                shares=[(str(path), weight / total) for path, weight in zip(paths, weights, strict=True)],
+                dtype=dtype,
+                tensors=len(mean.specs),
+                elements=sum(spec.numel for spec in mean.specs.values()),
+                files=records,
+                rounding=mean.rounding.overall,
+                worst_rounding=mean.rounding.worst,
+                truncation=mean.truncation if isinstance(mean, AdapterMean) else None,
+                notes=notes,
+            )
+            write_json(folder / "average.json", {k: v for k, v in soup.as_dict().items() if k != "output"})
+    return soup
+
+
+def average_greedily(
+    checkpoints: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    *,
+    score: Callable[[Path], float],
+    higher_is_better: bool,
+    **how: Any,
+) -> tuple[Soup, GreedyChoice]:
+    """Write the uniform mean of those checkpoints that :func:`choose_greedily` takes.
+
+    Args:
+        checkpoints: folders, as of :func:`average`.
+        output: folder to write. While it is being chosen, means on trial lie beside it, one at a time.
+        score: of a Hugging Face folder.
+        higher_is_better: or lower.
+        how: as of :func:`average`, without weights.
+
+    Raises:
+        ConfigError: as of :func:`average`.
+        StateError: likewise.
+    """
+    paths, output = [Path(path) for path in checkpoints], Path(output)
+    refuse_occupied(output)
+    trial = output.with_name(f"{output.name}.trial")
+
+    def scored(chosen: Sequence[int]) -> float:
+        if len(chosen) == 1 and holds_weights(paths[chosen[0]]):
+            return score(paths[chosen[0]])
+        shutil.rmtree(trial, ignore_errors=True)
+        average([paths[each] for each in chosen], trial, **how)
+        return score(trial)
+
+    try:
+        choice = choose_greedily(len(paths), scored, higher_is_better=higher_is_better)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return average([paths[each] for each in choice.chosen], output, **how), choice
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if count == 0:
+        raise ConfigError("no checkpoint was named; expected one or more")
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ConfigError(f"{len(weights)} weights for {count} checkpoints; expected one each")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not math.fsum(weights) > 0:
+        raise ConfigError(
+            f"the weights are {', '.join(map(str, weights))}; expected numbers from 0, not all 0"
+        )
+    return list(weights)
+
+
+def _files(first: Checkpoint, base: Checkpoint | None) -> Path:
+    """Where configuration and tokenizer come from."""
+    there = [each.files for each in (first, base) if each is not None and each.files is not None]
+    configured = [path for path in there if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists()]
+    for path in configured or there:
+        return path
+    raise StateError(
+        f"{first.path} holds weights alone; name a Hugging Face folder of the same model as --base, from which "
+        "configuration, tokenizer and frozen weights come"
+    )
+
+
+def _require_base(first: Checkpoint, base: Checkpoint) -> None:
+    """Refuse a base that is another model."""
+    for name, spec in first.specs.items():
+        found = base.specs.get(name)
+        if found is None or found.shape != spec.shape:
+            told = f"of shape {list(found.shape)} there" if found else "missing there"
+            raise StateError(
+                f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
+                f"is {told}"
+            )

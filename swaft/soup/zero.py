@@ -1,0 +1,167 @@
+"""DeepSpeed's checkpoints of ZeRO stages 1 to 3: the fp32 masters, read from the partitions where they lie.
+
+Files and their fields are those that DeepSpeed's own `zero_to_fp32` reads, which puts the whole model together in
+memory. Here every tensor is a list of views into files that torch maps, so that only a slice is ever copied.
+
+The files are Python pickle, whose opening runs whatever code is in them. So they are opened only on request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.huggingface import CONFIG
+from swaft.storage.files import read_whole
+
+OPTIMIZER_FILES = "*_optim_states.pt"
+
+
+class ZeroFolder(Checkpoint):
+    """A folder that `save_checkpoint` wrote, or one tag of it.
+
+    Args:
+        path: the folder.
+        trust_pickle: whether its files may be opened.
+
+    Raises:
+        StateError: they may not, or are not those of ZeRO stage 1, 2 or 3, all ranks included.
+    """
+
+    def __init__(self, path: Path, *, trust_pickle: bool):
+        self.path = path
+        self.files = path if (path / CONFIG).exists() else None
+        tag = find_tag(path)
+        if tag is None:
+            raise StateError(
+                f"{path} holds no {OPTIMIZER_FILES}, and no file 'latest' that names a folder that does"
+            )
+        if not trust_pickle:
+            raise StateError(
+                f"{path} is a DeepSpeed checkpoint: its files are Python pickle, and opening one runs whatever "
+                "code it holds. If you know who wrote it, say --trust-pickle"
+            )
+        try:
+            from deepspeed.utils import zero_to_fp32
+        except ImportError as error:
+            raise StateError(
+                f"{path} is a DeepSpeed checkpoint; reading it takes swaft[deepspeed]"
+            ) from error
+        try:
+            states = [_load(file) for file in zero_to_fp32.get_model_state_files(str(tag))]
+            files = zero_to_fp32.get_optim_files(str(tag))
+            partitions = [_load(file)["optimizer_state_dict"] for file in files]
+            self._pieces = dict(_tensors(partitions, states))
+            self.aliases = dict(states[0]["shared_params"])
+        except Exception as error:  # whatever unpickling meets
+            raise StateError(f"{tag} could not be read: {type(error).__name__}: {error}") from error
+        self.specs = {name: spec for name, (spec, _) in self._pieces.items() if name not in self.aliases}
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """As of :class:`Checkpoint`."""
+        spec, pieces = self._pieces[name]
+        return torch.cat([torch.empty(0, dtype=spec.dtype), *_window(pieces, start, end - start)])
+
+
+def find_tag(path: Path) -> Path | None:
+    """The folder of DeepSpeed's files in a checkpoint folder, None where there is none."""
+    if any(path.glob(OPTIMIZER_FILES)):
+        return path
+    if not (path / "latest").is_file():
+        return None
+    tag = read_whole(path / "latest", limit=4096).decode(errors="replace").strip()
+    found = path / tag
+    return found if Path(tag).name == tag and any(found.glob(OPTIMIZER_FILES)) else None
+
+
+def _load(file: str) -> dict[str, Any]:
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+
+
+def _tensors(
+    partitions: Sequence[dict[str, Any]], states: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, tuple[Spec, list[Tensor]]]]:
+    """Name, what the tensor is like, and flat views that are its elements, one after the other."""
+    first, world_size = partitions[0], len(partitions)
+    stage = first.get("zero_stage", 1)  # the optimizer of bf16 with fp32 gradients does not say
+    counts = first["partition_count"]
+    if world_size != (max(counts) if isinstance(counts, list) else counts):
+        raise ValueError(f"files of {world_size} ranks are there; expected those of {counts}")
+    if len(states) != (world_size if stage == 3 else 1):
+        raise ValueError(f"{len(states)} files of model states: of pipeline, tensor or expert parallelism")
+    flat = [
+        each["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] for each in partitions
+    ]
+    if stage == 3:
+        trainable = _partitioned(flat, states)
+    else:
+        trainable = _replicated(flat, first.get("param_alignment_paddings"), states)
+    yield from _untrained(stage, states)
+    for name, shape, pieces in trainable:
+        if sum(piece.numel() for piece in pieces) != math.prod(shape):
+            raise ValueError(f"the partitions are too short for {name!r} of shape {tuple(shape)}")
+        yield name, (Spec(torch.float32, tuple(shape)), pieces)
+
+
+def _untrained(
+    stage: int, states: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, tuple[Spec, list[Tensor]]]]:
+    """Buffers and frozen weights, which only some stages list apart."""
+    module, frozen = states[0]["module"], states[0].get("frozen_param_shapes") or {}
+    trained = {name for shapes in states[0]["param_shapes"] for name in shapes}
+    whole = {*module} - {*trained, *frozen} if stage <= 2 else {*states[0]["buffer_names"]}
+    for name in module:
+        if name in whole:
+            yield name, (Spec(module[name].dtype, tuple(module[name].shape)), [module[name].reshape(-1)])
+    for name, shape in frozen.items():
+        fragments = [state["frozen_param_fragments"][name].reshape(-1) for state in states]
+        yield name, (Spec(fragments[0].dtype, tuple(shape)), list(_window(fragments, 0, math.prod(shape))))
+
+
+def _replicated(
+    flat: Sequence[Sequence[Tensor]], paddings: Any, states: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, Sequence[int], list[Tensor]]]:
+    """Stages 1 and 2: of every parameter group one long vector, which the ranks hold a part of each."""
+    for group, shapes in enumerate(states[0]["param_shapes"]):
+        parts, offset = [partitions[group] for partitions in flat], 0
+        for number, (name, shape) in enumerate(shapes.items()):
+            yield name, shape, list(_window(parts, offset, math.prod(shape)))
+            offset += math.prod(shape) + (paddings[group][number] if paddings is not None else 0)
+        _require_used(offset, sum(part.numel() for part in parts), 2 * len(flat))
+
+
+def _partitioned(
+    flat: Sequence[Sequence[Tensor]], states: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, Sequence[int], list[Tensor]]]:
+    """Stage 3: every parameter in as many equal parts as there are ranks, at the same place of each."""
+    offset = 0
+    for shapes in states[0]["param_shapes"]:
+        for name, shape in shapes.items():
+            numel = math.prod(shape)
+            part = math.ceil(numel / len(flat))
+            pieces = [view for groups in flat for view in _window(groups, offset, part)]
+            yield name, shape, list(_window(pieces, 0, numel))
+            offset += part
+    _require_used(offset, sum(group.numel() for group in flat[0]), 1)
+
+
+def _require_used(used: int, there: int, alignment: int) -> None:
+    if math.ceil(used / alignment) != math.ceil(there / alignment):
+        raise ValueError(f"the parameters take {used:,} elements of partitions that have {there:,}")
+
+
+def _window(parts: Sequence[Tensor], start: int, length: int) -> Iterator[Tensor]:
+    """Views that are elements [start, start + length) of flat tensors laid end to end."""
+    for part in parts:
+        if length and start < part.numel():
+            taken = min(length, part.numel() - start)
+            yield part.narrow(0, start, taken)
+            length -= taken
+        start = max(start - part.numel(), 0)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from swaft.cli.average import run
+from swaft.errors import ConfigError, StateError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    paths = []
+    for step in (1, 2, 10):
+        path = tmp_path / "run" / f"checkpoint-{step}"
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+        save_file({"w": torch.full([4], float(step))}, path / "model.safetensors")
+        paths.append(str(path))
+    return paths
+
+
+def written(path):
+    return load_file(path / "model.safetensors")["w"]
+
+
+def test_checkpoints_are_averaged_and_the_hash_is_printed(tmp_path, checkpoints, capsys):
+    assert run([*checkpoints[:2], "--output", str(tmp_path / "out")]) == 0
+    assert torch.equal(written(tmp_path / "out"), torch.full([4], 1.5))
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert len(lines["sha256"]) == 64
+    assert lines["weights"] == "4 in 1 tensors, float32"
+
+
+def test_the_last_checkpoints_of_a_run_are_averaged(tmp_path, checkpoints):
+    run([str(tmp_path / "run"), "--last", "2", "--output", str(tmp_path / "out")])
+    assert torch.equal(written(tmp_path / "out"), torch.full([4], 6.0))
+
+
+def test_weights_type_and_size_of_files_are_as_asked_for(tmp_path, checkpoints, capsys):
+    words = ["--weights", "0.25,0.75", "--dtype", "bfloat16", "--max-shard-size", "1KB", "--json"]
+    run([*checkpoints[:2], *words, "--output", str(tmp_path / "out")])
+    told = json.loads(capsys.readouterr().out)
+    assert told["shares"] == [[checkpoints[0], 0.25], [checkpoints[1], 0.75]]
+    assert told["dtype"] == "bfloat16"
+    assert written(tmp_path / "out").dtype == torch.bfloat16
+
+
+SCORE = (
+    "import sys; from safetensors.numpy import load_file; "
+    'print(-abs(float(load_file(sys.argv[1] + "/model.safetensors")["w"][0]) - 1.6))'
+)
+
+
+def test_the_greedy_soup_keeps_what_helps(tmp_path, checkpoints, capsys):
+    command = f"{sys.executable} -c '{SCORE}' {{folder}}"
+    words = ["--evaluate", command, "--higher-is-better", "--json", "--output", str(tmp_path / "out")]
+    run([*checkpoints, *words])
+    told = json.loads(capsys.readouterr().out)
+    assert torch.equal(written(tmp_path / "out"), torch.full([4], 1.5))
+    assert [trial["kept"] for trial in told["greedy"]["trials"]] == [True, False]
+    assert told["greedy"]["score"] == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a"], "--output"),
+        (["--output", "x"], "checkpoints"),
+        (["a", "b", "--last", "2", "--output", "x"], "--last takes one run folder; found 2"),
+        (["a", "--last", "0", "--output", "x"], "0 is not 1 or more"),
+        (["a", "--weights", "x", "--output", "x"], "--weights: invalid"),
+        (["a", "--max-shard-size", "5 parsecs", "--output", "x"], "--max-shard-size: invalid"),
+        (["a", "--evaluate", "c {folder}", "--output", "x"], "goes with --higher-is-better or --lower"),
+        (["a", "--lower-is-better", "--output", "x"], "goes with --higher-is-better or --lower"),
+        (["a", "--evaluate", "c", "--lower-is-better", "--output", "x"], r"with \{folder\} in it"),
+        (
+            ["a", "--evaluate", "c {folder}", "--weights", "1", "--lower-is-better", "--output", "x"],
+            "without --weights",
+        ),
+        (["a", "--dtype", "int8", "--output", "x"], "--dtype: invalid choice"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        run(words)
+
+
+def test_an_output_that_is_there_is_refused(tmp_path, checkpoints):
+    with pytest.raises(
+        StateError, match=r"is there already; nothing was changed in it. Name a new folder as --output"
+    ):
+        run([*checkpoints, "--output", checkpoints[0]])

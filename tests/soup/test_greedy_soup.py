@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from soup_folders import folder_of, folders, golden, loaded, random_tensors, same_bits
+
+from swaft.errors import ConfigError, StateError
+from swaft.soup import average, average_greedily, choose_greedily, score_by_command
+from swaft.soup.greedy import require_folder
+
+pytestmark = pytest.mark.unit
+
+
+def test_candidates_are_tried_from_the_best_down_and_stay_if_the_score_gets_no_worse():
+    scores = {(0,): 0.5, (1,): 0.9, (2,): 0.7, (3,): 0.8, (1, 3): 0.85, (1, 2): 0.9, (1, 2, 0): 0.95}
+    choice = choose_greedily(4, lambda chosen: scores[tuple(chosen)], higher_is_better=True)
+    assert choice.chosen == [1, 2, 0]
+    assert choice.score == 0.95
+    assert choice.alone == [0.5, 0.9, 0.7, 0.8]
+    assert choice.trials == [(3, 0.85, False), (2, 0.9, True), (0, 0.95, True)]
+
+
+def test_lower_scores_are_better_where_that_is_said():
+    scores = {(0,): 1.0, (1,): 2.0, (0, 1): 0.5}
+    assert choose_greedily(2, lambda c: scores[tuple(c)], higher_is_better=False).chosen == [0, 1]
+    scores[(0, 1)] = 1.5
+    assert choose_greedily(2, lambda c: scores[tuple(c)], higher_is_better=False).chosen == [0]
+
+
+def test_equal_candidates_are_tried_in_the_order_they_were_named():
+    seen = []
+    choose_greedily(3, lambda c: seen.append(tuple(c)) or 1.0, higher_is_better=True)
+    assert seen == [(0,), (1,), (2,), (0, 1), (0, 1, 2)]
+
+
+def test_the_written_folder_is_the_mean_of_the_chosen(tmp_path):
+    paths, scored = folders(tmp_path, 3), []
+
+    def score(folder):
+        scored.append(folder.name)
+        return {"in0": 0.1, "in1": 0.3, "in2": 0.2}.get(folder.name, 0.4 if len(scored) == 4 else 0.0)
+
+    soup, choice = average_greedily(paths, tmp_path / "out", score=score, higher_is_better=True)
+    assert scored == ["in0", "in1", "in2", "out.trial", "out.trial"]
+    assert choice.chosen == [1, 2]
+    assert same_bits(loaded(tmp_path / "out"), golden([random_tensors(1), random_tensors(2)]))
+    assert soup.sha256 == average([paths[1], paths[2]], tmp_path / "again").sha256
+    assert not (tmp_path / "out.trial").exists()
+
+
+def test_a_score_that_fails_leaves_nothing(tmp_path):
+    paths = folders(tmp_path, 2)
+
+    def score(folder):
+        if folder.name == "out.trial":
+            raise StateError("no score")
+        return 1.0
+
+    with pytest.raises(StateError, match="no score"):
+        average_greedily(paths, tmp_path / "out", score=score, higher_is_better=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in0", "in1"]
+
+
+def program(text):
+    return f"{sys.executable} -c '{text}' {{folder}}"
+
+
+def test_the_score_is_the_last_line_that_the_command_prints(tmp_path):
+    folder = folder_of(tmp_path / "a b", random_tensors(0))
+    text = 'import sys, os; print("hello\\n3"); print(len(os.listdir(sys.argv[1]))); print()'
+    assert score_by_command(program(text), folder) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (program("import sys; sys.exit(3)"), "ended with exit code 3"),
+        (program("pass"), "printed is nothing; expected a number"),
+        (program('print("nan")'), "printed is 'nan'; expected a number"),
+        (program('print("accuracy 3")'), "printed is 'accuracy 3'; expected a number"),
+        ("/nowhere/at-all {folder}", "could not be started: No such file"),
+    ],
+)
+def test_a_command_that_gives_no_score_is_an_error(tmp_path, command, message):
+    with pytest.raises(StateError, match=message):
+        score_by_command(command, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["python score.py", "", "{folder}", "python 'x {folder}"])
+def test_a_command_that_does_not_say_what_it_scores_is_refused(command):
+    with pytest.raises(ConfigError, match="--evaluate"):
+        require_folder(command)
+
+
+def test_no_shell_sees_the_name_of_a_folder(tmp_path):
+    folder = tmp_path / "a; touch harmed; $(touch harmed)"
+    folder.mkdir()
+    assert score_by_command(program("import sys; print(len(sys.argv))"), folder) == 2.0

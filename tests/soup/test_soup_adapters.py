@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from soup_folders import bert, folder_of, random_tensors
+from torch import nn
+
+from swaft.errors import ConfigError, StateError
+from swaft.soup import average
+
+pytestmark = pytest.mark.unit
+
+TARGETS = ["query", "dense", "word_embeddings"]
+
+
+def adapter(path, seed, base, **options):
+    """Save an adapter of the base model with random factors."""
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
+    model = get_peft_model(base(), LoraConfig(**(settings | options)))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(path)
+    return path
+
+
+def the_base():
+    return bert(0)
+
+
+def updates(path):
+    """Dense updates by peft's own account, in float64, and what else is trained."""
+    model = PeftModel.from_pretrained(the_base(), path).double()
+    found = {
+        name: module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    rest = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    return {name: value.detach() for name, value in (found | rest).items()}
+
+
+def distance(found, expected):
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
+
+
+def mean_of(paths, weights):
+    each = [updates(path) for path in paths]
+    return {n: sum(w * e[n] for w, e in zip(weights, each, strict=True)) / sum(weights) for n in each[0]}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
+def test_at_full_rank_the_mean_of_the_updates_is_exact(tmp_path, options):
+    paths = [adapter(tmp_path / str(seed), seed, the_base, **options) for seed in range(3)]
+    soup = average(paths, tmp_path / "out", weights=[1, 2, 3], lora_rank=6)
+    expected = mean_of(paths, [1, 2, 3])
+    assert len(expected) > 4
+    assert distance(updates(tmp_path / "out"), expected) < 1e-6
+    assert soup.truncation < 1e-6
+
+
+def test_at_their_own_rank_the_new_factors_are_the_best_and_the_loss_is_told(tmp_path):
+    paths = [adapter(tmp_path / str(seed), seed, the_base) for seed in range(3)]
+    soup = average(paths, tmp_path / "out")
+    expected, found = mean_of(paths, [1, 1, 1]), updates(tmp_path / "out")
+    lost = whole = 0.0
+    for name, exact in expected.items():
+        if "modules_to_save" in name:
+            assert torch.allclose(found[name], exact, atol=1e-6)
+            continue
+        u, s, vh = torch.linalg.svd(exact, full_matrices=False)
+        best = u[:, :2] * s[:2] @ vh[:2]
+        assert float((found[name] - exact).norm()) <= float((best - exact).norm()) * (1 + 1e-5)
+        lost, whole = lost + float((found[name] - exact).square().sum()), whole + float(exact.square().sum())
+    assert soup.truncation == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    assert soup.truncation > 0.1
+
+
+def test_one_factor_that_is_the_same_in_all_stays_and_the_mean_is_exact(tmp_path):
+    paths = [adapter(tmp_path / str(seed), seed, the_base) for seed in range(3)]
+    first = load_file(paths[0] / "adapter_model.safetensors")
+    for path in paths[1:]:
+        own = load_file(path / "adapter_model.safetensors")
+        save_file(
+            {n: first[n] if "_A" in n else t for n, t in own.items()}, path / "adapter_model.safetensors"
+        )
+    soup = average(paths, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], first[name]) for name in first if "_A" in name)
+    assert soup.truncation == 0.0
+    assert distance(updates(tmp_path / "out"), mean_of(paths, [1, 1, 1])) < 1e-6
+
+
+def test_one_adapter_averages_to_itself(tmp_path):
+    path = adapter(tmp_path / "a", 0, the_base)
+    average([path], tmp_path / "out")
+    found, own = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "out", path))
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+DIFFERENT = {
+    "alpha": ({"lora_alpha": 7}, "lora_alpha is 7, expected 6"),
+    "targets": ({"target_modules": ["query"]}, "another .* than|target_modules"),
+    "rank": ({"r": 3}, "in the first alone|has shape|r is 3, expected 2"),
+    "rslora": ({"use_rslora": True}, "use_rslora is True, expected False"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_adapters_configured_differently_are_refused(tmp_path, name):
+    options, message = DIFFERENT[name]
+    paths = [adapter(tmp_path / "a", 0, the_base), adapter(tmp_path / "b", 1, the_base, **options)]
+    with pytest.raises(StateError, match=message):
+        average(paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_variant_than_plain_lora_is_refused(tmp_path):
+    paths = [
+        adapter(tmp_path / str(i), i, the_base, use_dora=True, target_modules=["query"]) for i in range(2)
+    ]
+    with pytest.raises(StateError, match="use_dora is set, so its updates are no plain B A"):
+        average(paths, tmp_path / "out")
+    for path in paths:
+        config = json.loads((path / "adapter_config.json").read_text()) | {"use_dora": False}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(StateError, match="lora_magnitude_vector' is of a variant of LoRA"):
+        average(paths, tmp_path / "out")
+
+
+def test_another_method_than_lora_is_refused(tmp_path):
+    path = adapter(tmp_path / "a", 0, the_base)
+    config = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(StateError, match="peft_type is 'IA3'; expected LORA"):
+        average([path], tmp_path / "out")
+
+
+def test_a_rank_is_refused_where_layers_have_ranks_of_their_own(tmp_path):
+    paths = [adapter(tmp_path / str(i), i, the_base, rank_pattern={"query": 3}) for i in range(2)]
+    with pytest.raises(StateError, match="--lora-rank: these adapters have ranks or alphas of their own"):
+        average(paths, tmp_path / "out", lora_rank=4)
+    average(paths, tmp_path / "out")
+
+
+def test_an_adapter_and_a_model_have_no_average(tmp_path):
+    path, other = adapter(tmp_path / "a", 0, the_base), folder_of(tmp_path / "b", random_tensors(0))
+    with pytest.raises(StateError, match=r"a is an adapter and .*b a whole model"):
+        average([other, path], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"lora_rank is set, and .*b is no LoRA adapter"):
+        average([other], tmp_path / "out", lora_rank=4)

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from soup_folders import CONFIG, bert, folder_of, folders, golden, loaded, random_tensors, same_bits
+from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from swaft.errors import StateError
+from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.soup import output as output_module
+from swaft.soup.output import parse_size, plan_shards
+from swaft.storage import hash_file
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_folder_opens_in_transformers(tmp_path):
+    models = [bert(seed) for seed in range(3)]
+    for seed, model in enumerate(models):
+        model.to(torch.bfloat16).save_pretrained(tmp_path / str(seed))
+    average([tmp_path / str(seed) for seed in range(3)], tmp_path / "out", max_shard_bytes=2000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    model, told = BertForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    assert model.dtype == torch.float32
+    for name, found in model.state_dict().items():
+        sources = [each.state_dict()[name] for each in models]
+        expected = torch.stack(sources).double().mean(0).float() if found.is_floating_point() else sources[0]
+        assert torch.equal(found, expected), name
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / str(seed))
+    average([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert loaded(tmp_path / "out").keys() == loaded(tmp_path / "0").keys()
+    model, told = T5ForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    assert model.shared.weight.data_ptr() == model.encoder.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_sharded_and_whole_inputs_average_alike(tmp_path, shards):
+    whole, cut = folders(tmp_path / "a", 2), folders(tmp_path / "b", 2, shards=shards)
+    average([whole[0], cut[1]], tmp_path / "out", max_shard_bytes=500)
+    assert same_bits(loaded(tmp_path / "out"), golden([random_tensors(0), random_tensors(1)]))
+
+
+def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path):
+    one = average(folders(tmp_path / "a", 2), tmp_path / "out")
+    other = average(folders(tmp_path / "b", 2), tmp_path / "elsewhere")
+    reverse = average(folders(tmp_path / "c", 2)[:1], tmp_path / "another")
+    assert one.sha256 == other.sha256 != reverse.sha256
+    assert one.files == {"model.safetensors": hash_file(tmp_path / "out" / "model.safetensors")}
+
+
+def test_shards_are_as_full_as_they_may_be_and_listed(tmp_path):
+    soup = average(folders(tmp_path, 2), tmp_path / "out", max_shard_bytes=700)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        assert name in loaded_file(tmp_path / "out" / file)
+    assert set(index["weight_map"].values()) == set(soup.files)
+    assert sorted(soup.files)[0] == f"model-00001-of-{len(soup.files):05d}.safetensors"
+    expected = golden([random_tensors(0), random_tensors(1)])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    specs = {name: open_checkpoint(tmp_path / "out").specs[name] for name in expected}
+    for shard in plan_shards(specs, 700):
+        size = sum(spec.numel * spec.dtype.itemsize for spec in shard.values())
+        assert size <= 700 or len(shard) == 1
+
+
+def loaded_file(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_other_files_are_copied_and_the_type_is_set(tmp_path):
+    paths = folders(tmp_path, 2)
+    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "pytorch_model.bin"):
+        (paths[0] / name).write_bytes(b"x")
+    (paths[0] / "folder").mkdir()
+    os.mkfifo(paths[0] / "pipe")
+    (paths[0] / "generation_config.json").write_text("{}")
+    average(paths, tmp_path / "out", dtype="bfloat16")
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == [
+        "average.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {
+        "architectures": ["Net"],
+        "model_type": "net",
+        "dtype": "bfloat16",
+        "text_config": {"dtype": "bfloat16"},
+    }
+    told = json.loads((tmp_path / "out" / "average.json").read_text())
+    assert told["shares"] == [[str(path), 0.5] for path in paths]
+
+
+def test_links_as_in_the_cache_of_the_hub_are_followed(tmp_path):
+    paths = folders(tmp_path, 2)
+    shutil.move(paths[0] / "model.safetensors", tmp_path / "blob")
+    (paths[0] / "model.safetensors").symlink_to(tmp_path / "blob")
+    average(paths, tmp_path / "out")
+    assert same_bits(loaded(tmp_path / "out"), golden([random_tensors(0), random_tensors(1)]))
+
+
+DIFFERENT = {
+    "a tensor too few": (lambda t: t.pop("layer.bias"), "'layer.bias' is in the first alone"),
+    "a tensor too many": (lambda t: t.update(more=torch.ones(1)), "'more' is in the second alone"),
+    "another shape": (lambda t: t.update(scale=torch.ones(1)), r"'scale' has shape \[\] and \[1\]"),
+    "another type": (lambda t: t.update(scale=torch.tensor(1)), "'scale' is torch.float32 and torch.int64"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_another_model_is_refused_and_the_tensor_named(tmp_path, name):
+    change, message = DIFFERENT[name]
+    tensors = random_tensors(5)
+    change(tensors)
+    paths = [*folders(tmp_path, 2), folder_of(tmp_path / "other", tensors)]
+    with pytest.raises(StateError, match=f"other .*is another model than .*in0 .*{message}"):
+        average(paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["architectures", "model_type"])
+def test_another_architecture_is_refused_and_named(tmp_path, key):
+    paths = folders(tmp_path, 2)
+    paths.append(folder_of(tmp_path / "other", random_tensors(2), config=CONFIG | {key: ["Other"]}))
+    with pytest.raises(
+        StateError, match=f"other is another model than .*in0: config.json: {key} is \\['Other'\\]"
+    ):
+        average(paths, tmp_path / "out")
+
+
+def test_other_settings_that_differ_are_noted(tmp_path):
+    paths = folders(tmp_path, 1)
+    paths.append(
+        folder_of(tmp_path / "b", random_tensors(2), config=CONFIG | {"dropout": 0.1, "use_cache": False})
+    )
+    soup = average(paths, tmp_path / "out")
+    assert soup.notes == [f"config.json of {paths[1]} differs from the first: dropout is 0.1, there not set"]
+
+
+def test_a_folder_with_files_is_not_touched(tmp_path):
+    paths = folders(tmp_path, 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for path in (tmp_path / "out", tmp_path / "out" / "precious", tmp_path / "link"):
+        with pytest.raises(StateError, match="is there already; nothing was changed"):
+            average(paths, path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_an_empty_folder_may_be_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    average(folders(tmp_path, 1), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["copy_files", "write_weights", "check_weights", "write_json"])
+def test_a_crash_leaves_no_folder_of_the_name(tmp_path, monkeypatch, fault, where):
+    import swaft.soup.soup as average_module
+
+    def crash(*arguments, **keywords):
+        raise fault
+
+    paths = folders(tmp_path, 2)
+    monkeypatch.setattr(average_module, where, crash)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        average(paths, tmp_path / "out")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in0", "in1"]
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "half").write_bytes(b"x")
+    average(folders(tmp_path, 1), tmp_path / "out")
+    assert not (tmp_path / "out" / "half").exists()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_weights_that_do_not_read_as_they_were_written_are_refused(tmp_path, monkeypatch):
+    real = output_module.hash_file
+
+    def damaged(path):
+        with open(path, "r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+        return real(path)
+
+    monkeypatch.setattr(output_module, "hash_file", damaged)
+    with pytest.raises(StateError, match=r"model.safetensors does not read as it was written"):
+        average(folders(tmp_path, 2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+BAD_INDEXES = {
+    "no map": ({}, "weight_map: found None"),
+    "a path": (
+        {"weight_map": {"a": "../model.safetensors"}},
+        "'a': found '../model.safetensors', expected a file name",
+    ),
+    "a number": ({"weight_map": {"a": 3}}, "'a': found 3, expected a file name"),
+    "a file that is missing": (
+        {"weight_map": {"a": "gone.safetensors"}},
+        "gone.safetensors could not be opened",
+    ),
+    "a tensor that is missing": (
+        {"weight_map": {"gone": "x.safetensors"}},
+        "'gone' is in x.safetensors, which lacks",
+    ),
+    "a tensor twice": ({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}, "'a' is both in"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INDEXES)
+def test_an_index_that_is_wrong_is_refused(tmp_path, name):
+    index, message = BAD_INDEXES[name]
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "y.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(StateError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(StateError, match=r"no checkpoint that can be averaged.*save_pretrained"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(StateError, match="is no folder"):
+        open_checkpoint(tmp_path / "pytorch_model.bin")
+
+
+def test_the_last_checkpoints_are_those_of_the_highest_steps(tmp_path):
+    for step in (9, 10, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "final").mkdir()
+    (tmp_path / "checkpoint-30").write_bytes(b"a file")
+    os.utime(tmp_path / "checkpoint-9")
+    names = [path.name for path in last_checkpoints(tmp_path, 3)]
+    assert names == ["checkpoint-10", "checkpoint-20", "checkpoint-100"]
+    with pytest.raises(StateError, match=r"holds 4 numbered checkpoints \(.*\); --last asks for 5"):
+        last_checkpoints(tmp_path, 5)
+
+
+def test_a_checkpoint_that_was_never_finished_is_not_among_the_last(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / "COMPLETE").write_bytes(b"")
+    assert [path.name for path in last_checkpoints(tmp_path, 2)] == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("names", [["checkpoint-1", "step-2"], ["checkpoint-1", "checkpoint-01"]])
+def test_checkpoints_whose_order_is_not_clear_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+    with pytest.raises(StateError, match="which checkpoints follow each other is not clear"):
+        last_checkpoints(tmp_path, 1)
+
+
+def test_sizes_are_read_as_the_hub_writes_them():
+    sizes = {"5GB": 5 * 10**9, "500mb": 5 * 10**8, "2GiB": 2 << 30, "1.5KB": 1500, "1000": 1000}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "GB", "-1", "0", "nan", "inf", "5 parsecs"):
+        with pytest.raises(ValueError):
+            parse_size(text)

@@ -1,0 +1,194 @@
+"""DeepSpeed's checkpoints, made here from the description of their fields and read by DeepSpeed for comparison."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from soup_folders import bits, folder_of, loaded, same_bits
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.soup import average, open_checkpoint
+
+zero_to_fp32 = pytest.importorskip("deepspeed.utils.zero_to_fp32")
+
+pytestmark = pytest.mark.unit
+
+GROUPS = [["embed.weight", "layer.weight"], ["layer.bias", "norm.weight", "scale"]]
+FROZEN = ["frozen.weight"]
+
+
+def tensors_of(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    shapes = [(13, 5), (7, 3), (3,), (11,), (1,), (5, 3)]
+    names = [*GROUPS[0], *GROUPS[1], *FROZEN]
+    return {name: torch.randn(shape) for name, shape in zip(names, shapes, strict=True)} | {
+        "counter": torch.arange(4)
+    }
+
+
+def padded(values: Tensor, numel: int) -> Tensor:
+    return torch.cat([values, torch.full([numel - len(values)], math.nan)])
+
+
+def checkpoint(path, tensors, *, stage, world, tag="global_step7"):
+    """Write what `save_checkpoint` writes, as far as `zero_to_fp32` reads it."""
+    folder = path / tag
+    folder.mkdir(parents=True)
+    (path / "latest").write_text(tag)
+    common = {
+        "buffer_names": ["counter"],
+        "module": {"counter": tensors["counter"]},
+        "param_shapes": [{name: tensors[name].shape for name in group} for group in GROUPS],
+        "shared_params": {"tied.weight": "embed.weight"},
+        "frozen_param_shapes": {name: tensors[name].shape for name in FROZEN},
+        "ds_version": "0.0",
+    }
+    parts: list[list[Tensor]] = [[] for _ in range(world)]
+    for group in GROUPS:
+        if stage == 3:
+            pieces: list[list[Tensor]] = [[] for _ in range(world)]
+            for name in group:
+                share = math.ceil(tensors[name].numel() / world)
+                whole = padded(tensors[name].flatten(), share * world)
+                for rank, piece in enumerate(whole.split(share)):
+                    pieces[rank].append(piece)
+            for rank in range(world):
+                parts[rank].append(torch.cat(pieces[rank]))
+        else:
+            flat = torch.cat([tensors[name].flatten() for name in group])
+            share = math.ceil(len(flat) / world)
+            for rank, piece in enumerate(padded(flat, share * world).split(share)):
+                parts[rank].append(piece.clone())
+    for rank in range(world):
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        state = {"zero_stage": stage, "partition_count": world, key: parts[rank]}
+        torch.save(
+            {"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        )
+        frozen = {}
+        for name in FROZEN:
+            share = math.ceil(tensors[name].numel() / world)
+            whole = padded(tensors[name].flatten(), share * world)
+            frozen[name] = whole.split(share)[rank].clone() if stage == 3 else tensors[name]
+        if stage == 3 or rank == 0:
+            prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+            torch.save(
+                common | {"frozen_param_fragments": frozen}, folder / f"{prefix}mp_rank_00_model_states.pt"
+            )
+    return path
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 12])
+def test_every_slice_is_what_deepspeed_puts_together(tmp_path, stage, world):
+    tensors = tensors_of(0)
+    path = checkpoint(tmp_path / "c", tensors, stage=stage, world=world)
+    theirs = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(path))
+    with open_checkpoint(path, trust_pickle=True) as found:
+        assert found.aliases == {"tied.weight": "embed.weight"}
+        assert found.specs.keys() | found.aliases.keys() == theirs.keys()
+        for name, spec in found.specs.items():
+            expected = theirs[name].contiguous()
+            assert (spec.dtype, spec.shape) == (expected.dtype, tuple(expected.shape))
+            assert bits(found.read(name, 0, spec.numel)) == bits(expected)
+            assert torch.equal(expected, tensors[name])
+            for start in range(spec.numel):
+                end = min(start + 4, spec.numel)
+                assert torch.equal(found.read(name, start, end), expected.flatten()[start:end])
+
+
+def test_checkpoints_of_any_stage_and_number_of_ranks_average_with_a_base(tmp_path):
+    stages = [(1, 2), (2, 3), (3, 1)]
+    sources = [tensors_of(seed) for seed in range(3)]
+    for source in sources[1:]:
+        source["frozen.weight"] = sources[0]["frozen.weight"]
+    paths = [
+        checkpoint(tmp_path / str(i), sources[i], stage=stage, world=world)
+        for i, (stage, world) in enumerate(stages)
+    ]
+    extra = {"pretrained.weight": torch.randn(3), "tied.weight": torch.randn(13, 5)}
+    base = folder_of(tmp_path / "base", tensors_of(9) | extra)
+    average(paths, tmp_path / "out", base=base, trust_pickle=True)
+    expected = {
+        name: torch.stack([source[name] for source in sources]).double().mean(0).float()
+        for name in tensors_of(0)
+        if name != "counter"
+    }
+    expected |= {"counter": torch.arange(4), "pretrained.weight": extra["pretrained.weight"]}
+    assert same_bits(loaded(tmp_path / "out"), expected)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_base_is_asked_for_and_must_be_the_same_model(tmp_path):
+    path = checkpoint(tmp_path / "c", tensors_of(0), stage=2, world=2)
+    with pytest.raises(StateError, match=r"holds weights alone; name a Hugging Face folder .* as --base"):
+        average([path], tmp_path / "out", trust_pickle=True)
+    other = folder_of(tmp_path / "base", {"embed.weight": torch.ones(2)})
+    with pytest.raises(
+        StateError, match=r"base is another model .*: 'counter' of shape \[4\] is missing there"
+    ):
+        average([path], tmp_path / "out", base=other, trust_pickle=True)
+
+
+class Attack:
+    def __reduce__(self):
+        return (pytest.fail, ("the file was executed",))
+
+
+def test_nothing_is_unpickled_without_consent(tmp_path):
+    path = checkpoint(tmp_path / "c", tensors_of(0), stage=2, world=1)
+    for file in (path / "global_step7").iterdir():
+        file.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(StateError, match=r"runs whatever code it holds.*say --trust-pickle"):
+        open_checkpoint(path)
+
+
+def damage_count(folder):
+    (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+
+
+def damage_cut(folder):
+    file = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    file.write_bytes(file.read_bytes()[:-500])
+
+
+def damage_models(folder):
+    (folder / "mp_rank_00_model_states.pt").unlink()
+
+
+def damage_fields(folder):
+    torch.save({"buffer_names": []}, folder / "mp_rank_00_model_states.pt")
+
+
+def damage_parallel(folder):
+    state = (folder / "mp_rank_00_model_states.pt").read_bytes()
+    (folder / "mp_rank_01_model_states.pt").write_bytes(state)
+
+
+def damage_sizes(folder):
+    file = folder / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=False)
+    state["param_shapes"][0]["layer.weight"] = torch.Size([700, 3])
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_count, damage_cut, damage_models, damage_fields, damage_parallel, damage_sizes]
+)
+def test_a_checkpoint_that_is_damaged_is_an_error_that_names_it(tmp_path, damage):
+    path = checkpoint(tmp_path / "c", tensors_of(0), stage=2, world=2)
+    damage(path / "global_step7")
+    with pytest.raises(StateError, match="global_step7 could not be read"):
+        open_checkpoint(path, trust_pickle=True)
+
+
+@pytest.mark.parametrize("tag", ["../c/global_step7", "/etc", "", "nothing"])
+def test_a_tag_that_is_no_folder_beside_it_is_not_followed(tmp_path, tag):
+    path = checkpoint(tmp_path / "c", tensors_of(0), stage=2, world=1)
+    (path / "latest").write_text(tag)
+    with pytest.raises(StateError, match="no checkpoint that can be averaged"):
+        open_checkpoint(path, trust_pickle=True)
