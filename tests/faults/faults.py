@@ -66,12 +66,15 @@ class Zygote:
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")],
             cwd=HERE.parents[1],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(HERE.parent / "recipes"), str(HERE.parents[1])])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        assert self._process.stdout and self._process.stdout.readline() == "ready\n"
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "ready\n"
 
     def run(self, engine: Engine, folder: Path, inputs: Path, *settings: str, **kill: Any) -> dict[str, Any]:
         """Start a run in a folder, or the rest of it, and wait until all its ranks have ended."""
@@ -80,9 +83,16 @@ class Zygote:
             "ranks": engine.ranks,
             "log": str(folder.with_suffix(".log")),
             "folder": str(folder),
-            "arguments": ["--config", str(inputs / "run.yaml"), f"train.output_dir={folder}", *SETTINGS, *settings],
+            "arguments": [
+                "--config",
+                str(inputs / "run.yaml"),
+                f"train.output_dir={folder}",
+                *SETTINGS,
+                *settings,
+            ],
         }
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write(json.dumps(order | kill) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -116,7 +126,9 @@ def ending(folder: Path) -> Ending:
 def differences(found: Ending, expected: Ending) -> list[str]:
     """What differs between two endings, in words."""
     names = {*found.weights, *expected.weights}
-    different = [f"{name}/" for name in sorted(names) if found.weights.get(name) != expected.weights.get(name)]
+    different = [
+        f"{name}/" for name in sorted(names) if found.weights.get(name) != expected.weights.get(name)
+    ]
     if found.metrics != expected.metrics:
         different.append("metrics.jsonl")
     if found.scores != expected.scores:

@@ -1,9 +1,11 @@
 """Starts ranks of a recipe by forking: all imports are done once, so a run of seconds is a run of seconds.
 
-    python tests/faults/zygote.py           reads one order a line from standard input, as JSON, answers likewise
+    PYTHONPATH=tests/recipes python tests/faults/zygote.py
 
-Everything a rank does after the fork is what it does under `accelerate launch`; only the launcher is missing. A rank
-may be told to end itself with SIGKILL, at a moment or at the n-th time that it touches the disk.
+reads one order a line from standard input, as JSON, and answers likewise.
+
+Everything a rank does after the fork is what it does under `accelerate launch`; only the launcher is missing. A
+rank may be told to end itself with SIGKILL, at a moment or at the n-th time that it touches the disk.
 """
 
 from __future__ import annotations
@@ -51,11 +53,15 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         recipe: module of the recipe.
-        order: ``launch`` (a file of launch/accelerate), ``ranks``, ``arguments``, ``log`` (a file), and where a rank
-            is to be killed ``victims`` (their numbers) with ``after_s`` or ``at_disk_call``; ``signal`` (of
-            ``after_s``; default SIGKILL).
+        order: ``launch`` (a file of launch/accelerate), ``ranks``, ``arguments``, ``log`` (a file), and where a
+            rank is to be killed ``victims`` (their numbers) with ``after_s``, ``at_log`` (a text that appears
+            there) or ``at_disk_call``; ``signal`` (default SIGKILL; not with ``at_disk_call``).
     """
-    words = ["--config_file", str(ROOT / "launch" / "accelerate" / order["launch"]), "recipes/classification.py"]
+    words = [
+        "--config_file",
+        str(ROOT / "launch" / "accelerate" / order["launch"]),
+        "recipes/classification.py",
+    ]
     environ = read_launch(words).environ | {
         "WORLD_SIZE": str(order["ranks"]),
         "LOCAL_WORLD_SIZE": str(order["ranks"]),
@@ -65,10 +71,10 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     ranks = {fork(recipe, order, environ, rank): rank for rank in range(order["ranks"])}
     deadline, codes = None, {}
-    signalled = order.get("after_s") is None
+    signalled = not {"after_s", "at_log"} & order.keys()
     while len(codes) < len(ranks):
         now = time.monotonic()
-        if not signalled and now - began >= order["after_s"]:
+        if not signalled and is_time(order, now - began):
             signalled = True
             for process, rank in ranks.items():
                 if rank in order["victims"] and process not in codes:
@@ -86,6 +92,14 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 2),
         "hung": bool(deadline and time.monotonic() > deadline),
     }
+
+
+def is_time(order: dict[str, Any], seconds: float) -> bool:
+    """Whether the moment has come at which a rank is to be sent its signal."""
+    if "after_s" in order:
+        return seconds >= order["after_s"]
+    log = Path(order["log"])
+    return log.exists() and order["at_log"] in log.read_text()
 
 
 def fork(recipe: Any, order: dict[str, Any], environ: dict[str, str], rank: int) -> int:
@@ -145,5 +159,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     main()

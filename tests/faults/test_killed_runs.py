@@ -1,0 +1,98 @@
+"""Runs that are ended anywhere, by SIGKILL or by a signal that asks, and come to the end of an unbroken run."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from faults import ENGINES, Ending, Zygote, broken_run, differences, ending, zygote
+from tiny_inputs import save_model, save_rows
+
+pytestmark = pytest.mark.recipe
+
+TRAINING = "going on from"
+
+
+@pytest.fixture(scope="module")
+def started():
+    with zygote() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def run_inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fault-inputs")
+    save_model(folder / "model")
+    save_rows(folder / "train.csv", 70, seed=1)
+    save_rows(folder / "validation.csv", 23, seed=2)
+    (folder / "run.yaml").write_text(
+        f"""\
+model: {{model_name_or_path: {folder / "model"}}}
+data: {{train_file: {folder / "train.csv"}, validation_file: {folder / "validation.csv"}, max_seq_length: 16}}
+train: {{output_dir: unused, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, learning_rate: 5.0e-3}}
+eval: {{per_device_eval_batch_size: 4}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(started, run_inputs, tmp_path_factory):
+    """What an unbroken run of an engine leaves, and how many seconds it takes; each is run once."""
+    known: dict[str, tuple[Ending, float]] = {}
+
+    def run(engine: str) -> tuple[Ending, float]:
+        if engine not in known:
+            folder = tmp_path_factory.mktemp("unbroken") / engine
+            found = started.run(ENGINES[engine], folder, run_inputs)
+            assert set(found["codes"]) == {0}, folder.with_suffix(".log").read_text()[-4000:]
+            known[engine] = ending(folder), found["seconds"]
+        return known[engine]
+
+    return run
+
+
+def check_killed(started: Zygote, run_inputs: Path, unbroken, folder: Path, engine: str, seed: int) -> None:
+    reference, seconds = unbroken(engine)
+    found = broken_run(started, ENGINES[engine], folder, run_inputs, reference, seed=seed, usual_s=seconds)
+    assert not found["differences"], (found, folder.with_suffix(".log").read_text()[-4000:])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.timeout(600)
+def test_a_killed_run_comes_to_the_same_end(started, run_inputs, unbroken, tmp_path, engine):
+    check_killed(started, run_inputs, unbroken, tmp_path / engine, engine, seed=11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 105))
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.timeout(600)
+def test_a_run_comes_to_the_same_end_wherever_it_is_killed(
+    started, run_inputs, unbroken, tmp_path, engine, seed
+):
+    check_killed(started, run_inputs, unbroken, tmp_path / engine, engine, seed)
+
+
+@pytest.mark.parametrize(
+    ("number", "at"), [(signal.SIGTERM, "step 6 |"), (signal.SIGUSR1, "step 9/24")], ids=["term", "usr1"]
+)
+@pytest.mark.timeout(600)
+def test_a_run_that_is_asked_to_end_saves_this_step_and_goes_on(
+    started, run_inputs, unbroken, tmp_path, number, at
+):
+    reference, _ = unbroken("ddp")
+    folder = tmp_path / "run"
+    asked = started.run(
+        ENGINES["ddp"], folder, run_inputs, "train.save_steps=null",
+        victims=[1], signal=int(number), at_log=at,
+    )  # fmt: skip
+    log = folder.with_suffix(".log").read_text()
+    assert asked["codes"] == [75, 75], log[-4000:]
+    assert "it has left a checkpoint" in log
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert (checkpoint / "COMPLETE").exists()
+    assert set(started.run(ENGINES["ddp"], folder, run_inputs)["codes"]) == {0}
+    assert TRAINING in folder.with_suffix(".log").read_text()
+    assert not differences(ending(folder), reference)
