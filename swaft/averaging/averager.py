@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import finalize
 
+import torch
 from torch import Tensor, nn
 
 from swaft.averaging import export
@@ -236,18 +237,37 @@ class WeightAverager:
                 total += float((averaged.double() - live.cpu().double()).square().sum())
         return math.sqrt(self.engine.ranks.sum([total])[0])
 
-    def save_pretrained(self, path: str | PathLike[str], name: str | None = None, **selection: Any) -> None:
-        """Write an average as a Hugging Face folder in fp32 (collective; rank 0 writes).
+    def save_pretrained(
+        self,
+        path: str | PathLike[str],
+        name: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str | int = export.SHARD_SIZE,
+        **selection: Any,
+    ) -> None:
+        """Write an average as a Hugging Face folder (collective; rank 0 writes).
 
         Args:
             path: folder to write.
             name: which rule's average; None: the first.
+            dtype: of floating-point tensors in the folder. Of any but fp32, what rounding takes away is logged.
+            max_shard_size: of one file, such as ``"5GB"``.
             selection: as of :meth:`swapped_in`.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
         """
-        export.save_pretrained(self.engine, path, shard=self._shard_together(name, **selection))
+        shard = self._shard_together(name, **selection)
+        rule, chosen = self._rules[self._named(name)], f" with {selection}" if selection else ""
+        export.save_pretrained(
+            self.engine,
+            path,
+            shard=shard,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            told=f"the mean of {self.count(name):,} members of a training run by `{rule!r}`{chosen}",
+        )
 
     def save_state(self, path: str | PathLike[str]) -> None:
         """Write the averages so that a later run can go on with them, under any engine and world size (collective).

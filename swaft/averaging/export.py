@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -21,35 +23,59 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from swaft.averaging.adapters import AdapterFolder, is_peft
+from swaft.averaging.card import write_card
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import clean_name
+from swaft.averaging.gather import PIECE, Scratch, gather_trained
+from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
 
-PIECE = 1 << 24
-"""Elements sent from rank to rank in one message: 64 MiB in fp32."""
+logger = logging.getLogger(__name__)
+
+SHARD_SIZE = "5GB"
+"""Of one file of weights at most, where nothing else is asked for."""
 
 
-def save_pretrained(engine: Engine, path: str | PathLike[str], *, shard: Tensor | None = None) -> None:
-    """Write a model folder that `AutoModel.from_pretrained` opens, in fp32 (collective; rank 0 writes).
+def save_pretrained(
+    engine: Engine,
+    path: str | PathLike[str],
+    *,
+    shard: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | int = SHARD_SIZE,
+    told: str = "the last weights of a training run",
+) -> None:
+    """Write a model folder that `AutoModel.from_pretrained` opens (collective; rank 0 writes).
 
     A `PeftModel` leaves an adapter folder for `PeftModel.from_pretrained` instead, `modules_to_save` included. A
     module that is no Hugging Face model leaves a folder with `model.safetensors` alone.
 
     Trained weights come from the shard, frozen ones and buffers from the model; tied names are written as the
-    model ties them, and a parametrized weight (a spectral norm, say) as the plain weight it evaluates to.
+    model ties them, and a parametrized weight (a spectral norm, say) as the plain weight it evaluates to. What has
+    been written is read back and compared before the folder gets its name. Rank 0 keeps whole weights in memory
+    up to 1 GiB, and in a file beside the folder beyond.
 
     Args:
         engine: whose model.
         path: folder to write. It must not exist, or be empty.
         shard: (engine.numel,), fp32, host: this rank's elements. Default: the masters, that is the last
             weights as the optimizer holds them.
+        dtype: of floating-point tensors in the folder. Of any but fp32, what rounding takes away is logged.
+        max_shard_size: of one file, such as ``"5GB"``; the index of several is transformers' own.
+        told: what the weights are, for the model card.
 
     Raises:
         AveragingError: the folder holds files already or could not be written, or the model is of a peft method
             whose weights peft reads from the live model; on every rank.
     """
     refuse_occupied(engine, path)
-    save_trained(engine, path, gather_trained(engine, engine.live_shard() if shard is None else shard))
+    live = shard is None
+    shard = engine.live_shard() if shard is None else shard
+    if dtype != torch.float32:
+        logger.info("%s: %s", path, rounded_away(engine, shard, dtype, live=live))
+    room = scratch_for(engine, path, dtype)
+    trained = gather_trained(engine, shard, scratch=room)
+    save_trained(engine, path, trained, scratch=room, dtype=dtype, max_shard_size=max_shard_size, told=told)
 
 
 def save_trained(
@@ -58,6 +84,10 @@ def save_trained(
     trained: dict[str, Tensor],
     *,
     finish: Callable[[Path], None] | None = None,
+    scratch: Scratch | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | int = SHARD_SIZE,
+    told: str = "weights averaged along a training run",
 ) -> None:
     """As :func:`save_pretrained`, from trained tensors that are whole on rank 0 already (collective).
 
@@ -66,20 +96,68 @@ def save_trained(
         path: folder to write; :func:`refuse_occupied` has been asked.
         trained: as :func:`gather_trained` gives them.
         finish: called on rank 0 with the written folder, before it gets its name.
+        scratch: where whole tensors are; None: in memory.
+        dtype: as of :func:`save_pretrained`, and so the others.
+        max_shard_size: likewise.
+        told: likewise.
     """
+    room = scratch or Scratch(None, 0)
     adapters, names = _adapter_folder(engine) if is_peft(engine.module) else (None, None)
-    state_dict = add_frozen(engine, trained, names=names)
+    state_dict = add_frozen(engine, trained, names=names, scratch=room)
 
     def write(folder: Path) -> None:
         folded = fold_parametrizations(engine.module, state_dict)
+        folded = _cast(folded, dtype, room)
         if adapters is None:
-            write_model(engine.module, folder, folded)
+            write_model(engine.module, folder, folded, dtype=dtype, max_shard_size=max_shard_size)
+            if not getattr(engine.module, "_hf_peft_config_loaded", False):  # which saves its adapters alone
+                left_out = getattr(engine.module, "_keys_to_ignore_on_save", None) or ()
+                check_written(
+                    folder, {name: tensor for name, tensor in folded.items() if name not in left_out}
+                )
+            write_card(folder, engine.module, told=told, dtype=dtype)
         else:
             adapters.write(folder, folded)
         if finish is not None:
             finish(folder)
 
     write_folder(engine, path, write)
+
+
+def scratch_for(
+    engine: Engine, path: str | PathLike[str], dtype: torch.dtype = torch.float32
+) -> Scratch | None:
+    """Room for a whole model on rank 0, beside the folder that it is written to; None on other ranks."""
+    if not engine.ranks.is_main:
+        return None
+    elements = sum(engine.full_shape(parameter).numel() for _, parameter in engine.named_parameters())
+    parent = Path(path).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return Scratch(parent, elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize))
+
+
+def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype, *, live: bool) -> str:
+    """What rounding weights to a narrower type takes away from them, in words (collective).
+
+    Args:
+        engine: whose weights.
+        shard: (engine.numel,), fp32, host: this rank's elements.
+        dtype: to round to.
+        live: whether they are the last weights, which have no distance from themselves.
+    """
+    lost = distance = size = 0.0
+    for master, mine in engine.spanned(engine.masters(), shard):
+        for last, piece in zip(master.split(PIECE), mine.split(PIECE), strict=True):
+            lost += float((piece - piece.to(dtype).float()).double().square().sum())
+            size += float(piece.double().square().sum())
+            if not live:
+                distance += float((piece.double() - last.cpu().double()).square().sum())
+    lost, distance, size = engine.ranks.sum([lost, distance, size])
+    name, share = str(dtype).removeprefix("torch."), math.sqrt(lost / size) if size else 0.0
+    words = f"rounding to {name} takes away {share:.2g} of the weights"
+    if distance:
+        words += f", {math.sqrt(lost / distance):.2g} of their distance from the last weights"
+    return words
 
 
 def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
@@ -119,17 +197,44 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
     engine.ranks.raise_together(error)
 
 
-def write_model(module: nn.Module, folder: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write a Hugging Face folder of fp32 weights, or `model.safetensors` alone for any other module."""
+def write_model(
+    module: nn.Module,
+    folder: Path,
+    state_dict: dict[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | int = SHARD_SIZE,
+) -> None:
+    """Write a Hugging Face folder, or `model.safetensors` alone for any other module.
+
+    Args:
+        module: whose configuration and names.
+        folder: to write.
+        state_dict: whole tensors by name; floating-point ones in ``dtype``.
+        dtype: that the configuration is to name.
+        max_shard_size: of one file.
+    """
     if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        # transformers takes away from the dictionary what it has written.
+        module.save_pretrained(folder, state_dict=dict(state_dict), max_shard_size=max_shard_size)  # type: ignore[operator]
     else:
         folder.mkdir(parents=True)
         whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors holds no aliases
         save_file(whole, folder / "model.safetensors")
     if (folder / "config.json").exists():
-        # transformers writes the dtype the model trains in, and would load these fp32 weights rounded to it.
-        edit_json(folder / "config.json", dtype="float32")
+        # transformers writes the dtype the model trains in, and would load these weights rounded to it.
+        edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+
+
+def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch) -> dict[str, Tensor]:
+    """The floating-point tensors in another type; those that share their elements go on to."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in state_dict.values():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in cast:
+                cast[place] = room.empty(tensor.shape, dtype).copy_(tensor)
+    return {name: cast.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state_dict.items()}
 
 
 def edit_json(file: Path, **values: Any) -> None:
@@ -144,7 +249,11 @@ def gather_state_dict(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
 
 
 def add_frozen(
-    engine: Engine, trained: dict[str, Tensor], *, names: Collection[str] | None = None
+    engine: Engine,
+    trained: dict[str, Tensor],
+    *,
+    names: Collection[str] | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, Tensor]:
     """A state dict on rank 0's host from whole trained tensors and the model's own (collective; {} elsewhere).
 
@@ -153,6 +262,7 @@ def add_frozen(
         trained: whole tensors by parameter name, on rank 0; what is frozen in the model but named here is taken
             from here.
         names: of the tensors wanted, as in `engine.state_names`; the same on every rank. Default: all.
+        scratch: where the copies are; None: in memory.
 
     Returns:
         clean name to tensor; floating-point ones in fp32.
@@ -167,7 +277,7 @@ def add_frozen(
         if name in sources and name not in engine.trainable:
             whole = engine.gather_frozen(parameter)
             if engine.ranks.is_main:
-                weights[name] = _host(whole)
+                weights[name] = _host(whole, scratch)
     if not engine.ranks.is_main:
         return {}
     weights |= trained
@@ -213,72 +323,15 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
-def gather_trained(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
-    """Every trained parameter whole on rank 0's host, from shards (collective; {} elsewhere).
-
-    Args:
-        engine: whose layout.
-        shard: (engine.numel,), fp32, host: this rank's elements.
-
-    Returns:
-        name to (parameter shape), fp32.
-    """
-    ranks = engine.ranks
-    everyone = engine.fragments_by_rank()
-    if not ranks.is_main:
-        for piece in shard.split(PIECE):
-            ranks.send(piece, to=0)
-        return {}
-    weights = {
-        name: torch.empty(engine.full_shape(parameter), dtype=torch.float32, device="cpu")
-        for name, parameter in engine.trainable.items()
-    }
-    flat = {name: weight.view(-1) for name, weight in weights.items()}
-    for rank, fragments in enumerate(everyone):
-        received = shard if rank == 0 else _fp32(sum(f.numel for f in fragments))
-        for piece in received.split(PIECE) if rank else ():
-            ranks.receive(piece, source=rank)
-        parts = received.split([f.numel for f in fragments])
-        for fragment, values in zip(fragments, parts, strict=True):
-            flat[fragment.name][fragment.start : fragment.end] = values
-    return weights
-
-
-def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
-    """This rank's shard of tensors that are whole on rank 0: :func:`gather_trained` backwards (collective).
-
-    Args:
-        engine: whose layout.
-        weights: name to (parameter shape), fp32, host, on rank 0; not looked at elsewhere.
-
-    Returns:
-        (engine.numel,), fp32, host.
-    """
-    ranks = engine.ranks
-    everyone = engine.fragments_by_rank()
-    mine = _fp32(engine.numel)
-    if not ranks.is_main:
-        for piece in mine.split(PIECE):
-            ranks.receive(piece, source=0)
-        return mine
-    for rank, fragments in enumerate(everyone):
-        parts = [weights[f.name].reshape(-1)[f.start : f.end] for f in fragments]
-        shard = torch.cat([mine[:0], *parts])
-        if rank == 0:
-            mine = shard
-        else:
-            for piece in shard.split(PIECE):
-                ranks.send(piece, to=rank)
-    return mine
-
-
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _host(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _host(tensor: Tensor, scratch: Scratch | None = None) -> Tensor:
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return tensor.cpu()
+    return (scratch or Scratch(None, 0)).empty(tensor.shape).copy_(tensor)
 
 
 def _adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
@@ -293,8 +346,3 @@ def _adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
             error = AveragingError(f"peft cannot tell what it would save: {type(cause).__name__}: {cause}")
     engine.ranks.raise_together(error)
     return folder, engine.ranks.gather(folder and folder.names)[0]
-
-
-def _fp32(numel: int) -> Tensor:
-    """Host memory for elements of a shard, whatever torch's defaults are."""
-    return torch.empty(numel, dtype=torch.float32, device="cpu")

@@ -28,6 +28,7 @@ from torch import Tensor
 from swaft.averaging import adapters, export, swap
 from swaft.averaging.adapters import PREFIX, LoraLayer, Members
 from swaft.averaging.engines import Engine
+from swaft.averaging.gather import gather_trained, scatter_trained
 from swaft.averaging.rules.base import Plan
 from swaft.errors import AveragingError
 
@@ -124,7 +125,7 @@ class ProductMean:
                 f"{' and '.join(map(repr, resized))}, so they do not fit into the model; expected "
                 "product_mean(averager) without `rank`"
             )
-        with swap.swapped_in(self._engine, export.scatter_trained(self._engine, self._with_factors())):
+        with swap.swapped_in(self._engine, scatter_trained(self._engine, self._with_factors())):
             yield
 
     def _with_factors(self) -> dict[str, Tensor]:
@@ -190,8 +191,8 @@ def product_mean(
     shards = averager.lane_shards(name, **selection)
     plan = averager.plan(name)
     _refuse_mixtures(plan, averager.count(name), selection)
-    members = _gather_members(engine, layers, ((c, export.gather_trained(engine, s)) for c, s in shards))
-    trained = export.gather_trained(engine, averager.shard(name, **selection))
+    members = _gather_members(engine, layers, ((c, gather_trained(engine, s)) for c, s in shards))
+    trained = gather_trained(engine, averager.shard(name, **selection))
     averaged, error = {}, None
     if engine.ranks.is_main:
         try:
@@ -232,7 +233,7 @@ def save_merged(
     engine = averager.engine
     layers = _find_layers(engine)
     export.refuse_occupied(engine, path)
-    trained = export.gather_trained(engine, averager.shard(name, **selection))
+    trained = gather_trained(engine, averager.shard(name, **selection))
     _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 
 import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
+from swaft.averaging.gather import Scratch, gather_trained, scatter_trained
 from swaft.errors import AveragingError
 
 pytestmark = pytest.mark.unit
@@ -118,7 +120,57 @@ def test_a_parts_wrapper_is_in_no_name(tmp_path):
 def test_a_shard_cut_from_whole_weights_is_the_shard_they_came_from():
     engine = engine_of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     shard = torch.randn(engine.numel)
-    assert torch.equal(export.scatter_trained(engine, export.gather_trained(engine, shard)), shard)
+    assert torch.equal(scatter_trained(engine, gather_trained(engine, shard)), shard)
+
+
+def test_whole_weights_that_are_too_large_for_memory_lie_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr("swaft.averaging.gather.IN_MEMORY_BYTES", 16)
+    room = Scratch(tmp_path, 17)
+    first, second = room.empty((3, 5)).fill_(1.0), room.empty((2,), torch.bfloat16).fill_(2.0)
+    assert first.sum() == 15
+    assert second.sum() == 4
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert list(tmp_path.iterdir()) == []
+    maps = Path("/proc/self/maps").read_text()
+    assert sum(str(tmp_path) in line and "deleted" in line for line in maps.splitlines()) == 2
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 30], ids=["file", "memory"])
+def test_a_model_in_several_files_is_the_model_in_one(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr("swaft.averaging.gather.IN_MEMORY_BYTES", limit)
+    model = bert()
+    save_pretrained(engine_of(model), tmp_path / "out", max_shard_size=2000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_rounding_to_16_bits_is_measured_and_named(tmp_path, caplog):
+    model = bert()
+    with caplog.at_level("INFO", logger="swaft.averaging.export"):
+        save_pretrained(engine_of(model), tmp_path / "out", dtype=torch.bfloat16)
+    assert "rounding to bfloat16 takes away 0.00" in caplog.text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if name in saved}
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert "bfloat16" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_not_read_back_as_it_was_written_gets_no_name(tmp_path, monkeypatch):
+    write = export.write_model
+
+    def damaged(module, folder, state_dict, **options):
+        write(module, folder, state_dict, **options)
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 0x10
+        file.write_bytes(content)
+
+    monkeypatch.setattr(export, "write_model", damaged)
+    with pytest.raises(AveragingError, match="was not read back as it was written"):
+        save_pretrained(engine_of(bert()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def bert():
