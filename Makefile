@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv quickstart quality format test test-full gpu bench constraints clean
+.PHONY: help venv quickstart quality format test test-full soak gpu bench constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
 
 test-full: venv  ## everything that runs without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+soak: venv  ## kill 200 runs and hold each to the bits of an unbroken one; a broken-off soak goes on (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
 
 gpu: venv  ## what needs a GPU: its tests, then its benchmarks
 	$(BIN)/python -m pytest -m gpu

@@ -39,8 +39,6 @@ PACKAGES = (
 )
 
 METRICS = "metrics.jsonl"
-HIDDEN = {".lock"}
-"""What this module leaves in a folder that does not count as a run."""
 
 LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 """Words by which the command line of a process that starts ranks is known."""
@@ -269,7 +267,7 @@ def _no_folder(path: Path, error: OSError) -> str:
 def held_by_others(path: Path, *, resume: str, config_yaml: str) -> str | None:
     """What is wrong with a folder that is there: that it holds something else than this run, or is none."""
     try:
-        held = sorted(entry.name for entry in path.iterdir() if entry.name not in HIDDEN)
+        held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         return _no_folder(path, error)
     if resume != "none" and "summary.json" in held:

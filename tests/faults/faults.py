@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +183,3 @@ def broken_run(
         shutil.rmtree(folder)
         folder.with_suffix(".log").unlink()
     return {"seed": seed, "kills": kills, "attempts": attempts, "differences": found}
-
-
-def as_json(record: Any) -> str:
-    """One line."""
-    return json.dumps(record if isinstance(record, dict) else asdict(record))
-
-
-def fresh(folder: Path) -> Path:
-    """A folder that is not there yet, in one that is."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder.parent, exist_ok=True)
-    return folder

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from fault_inputs import save_inputs
 from faults import ENGINES, Ending, Zygote, broken_run, differences, ending, zygote
-from tiny_inputs import save_model, save_rows
 
 pytestmark = pytest.mark.recipe
 
@@ -22,19 +22,7 @@ def started():
 
 @pytest.fixture(scope="module")
 def run_inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fault-inputs")
-    save_model(folder / "model")
-    save_rows(folder / "train.csv", 70, seed=1)
-    save_rows(folder / "validation.csv", 23, seed=2)
-    (folder / "run.yaml").write_text(
-        f"""\
-model: {{model_name_or_path: {folder / "model"}}}
-data: {{train_file: {folder / "train.csv"}, validation_file: {folder / "validation.csv"}, max_seq_length: 16}}
-train: {{output_dir: unused, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, learning_rate: 5.0e-3}}
-eval: {{per_device_eval_batch_size: 4}}
-"""
-    )
-    return folder
+    return save_inputs(tmp_path_factory.mktemp("fault-inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -74,3 +74,53 @@ def test_provenance_holds_configuration_command_and_versions(folder, make_accele
 
 def test_the_environment_is_plain_json(make_accelerator):
     json.dumps(environment(make_accelerator(), engine="plain"), allow_nan=False)
+
+
+def made(path: Path, *names: str) -> Path:
+    """A run folder that holds these: files, or folders where the name ends in a slash."""
+    for name in names:
+        place = path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir() if name.endswith("/") else place.write_text("train: {}\n")
+    return path
+
+
+def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(make_accelerator, tmp_path):
+    made(tmp_path, "config.yaml", "metrics.jsonl", "best/", ".env.json.unfinished", "checkpoint-5/")
+    folder = RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
+    assert folder.checkpoint is None
+    assert not {"metrics.jsonl", "best"} & {entry.name for entry in tmp_path.iterdir()}
+
+
+def test_what_was_killed_before_it_had_written_anything_is_an_empty_folder(make_accelerator, tmp_path):
+    made(tmp_path, ".config.yaml.unfinished", ".lock")
+    assert RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="x").checkpoint is None
+
+
+def test_another_run_that_was_ended_is_left_alone(make_accelerator, tmp_path):
+    made(tmp_path, "config.yaml", "metrics.jsonl")
+    with pytest.raises(ConfigError, match="holds another run already"):
+        RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {seed: 1}\n")
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_that_has_come_to_its_end_is_not_trained_in_again(make_accelerator, tmp_path):
+    made(tmp_path, "config.yaml", "summary.json")
+    with pytest.raises(ConfigError, match="holds a run that has come to its end"):
+        RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
+
+
+def test_two_processes_do_not_run_in_one_folder(make_accelerator, tmp_path):
+    first = RunFolder.create(tmp_path, make_accelerator(), resume="auto")
+    with pytest.raises(ConfigError, match="another process is writing to"):
+        RunFolder.create(tmp_path, make_accelerator(), resume="auto")
+    del first
+    assert RunFolder.create(tmp_path, make_accelerator(), resume="auto").path == tmp_path
+
+
+def test_the_log_is_cut_where_the_checkpoint_was(folder):
+    folder.append_metrics({"step": 1})
+    length = folder.metrics_bytes()
+    folder.append_metrics({"step": 2})
+    folder.cut_metrics(length)
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -1,0 +1,135 @@
+"""Which checkpoint a run goes on from, and which are deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swaft.distributed import Ranks
+from swaft.errors import ConfigError, StateError
+from swaft.storage import hash_file, is_complete, write_durably
+from swaft.training.checkpoints import (
+    checkpoint_path,
+    choose_checkpoint,
+    delete_old,
+    find_checkpoints,
+    save_checkpoint,
+)
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    return Ranks()
+
+
+def save(ranks: Ranks, folder: Path, *steps: int) -> None:
+    for step in steps:
+
+        def write(path: Path, step: int = step):
+            write_durably(path / "file", b"x" * step)
+            return {"file": hash_file(path / "file")}
+
+        save_checkpoint(ranks, folder, step, write=write, content={"step": step}, averaged=False)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x20
+    path.write_bytes(content)
+
+
+def test_the_newest_is_the_one_with_the_largest_number(ranks, tmp_path):
+    save(ranks, tmp_path, 100, 9, 20)
+    assert [path.name for path in find_checkpoints(tmp_path)] == [
+        "checkpoint-100",
+        "checkpoint-20",
+        "checkpoint-9",
+    ]
+    chosen = choose_checkpoint("auto", tmp_path, ranks)
+    assert chosen
+    assert chosen.content == {"step": 100}
+
+
+def test_one_that_was_never_finished_does_not_count(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10)
+    (tmp_path / "checkpoint-10" / "COMPLETE").unlink()
+    chosen = choose_checkpoint("auto", tmp_path, ranks)
+    assert chosen
+    assert chosen.path.name == "checkpoint-5"
+
+
+@pytest.mark.parametrize("file", ["file", "manifest.json", "COMPLETE"])
+def test_of_a_damaged_one_the_one_before_is_taken_and_that_is_said(ranks, tmp_path, file, caplog):
+    save(ranks, tmp_path, 5, 10)
+    flip(tmp_path / "checkpoint-10" / file)
+    chosen = choose_checkpoint("auto", tmp_path, ranks)
+    assert chosen
+    assert chosen.path.name == "checkpoint-5"
+    assert "is damaged, and now called" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-10.damaged"}
+
+
+def test_where_all_are_damaged_the_run_does_not_begin_anew(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10)
+    for step in (5, 10):
+        flip(tmp_path / f"checkpoint-{step}" / "file")
+    with pytest.raises(
+        StateError, match=r"no checkpoint in .* can be gone on from, the newest because: .*checkpoint-10"
+    ):
+        choose_checkpoint("auto", tmp_path, ranks)
+
+
+def test_the_one_that_is_named_is_the_only_one_to_do(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10)
+    flip(tmp_path / "checkpoint-10" / "file")
+    with pytest.raises(StateError, match=r"checkpoint-10/file is damaged"):
+        choose_checkpoint(str(tmp_path / "checkpoint-10"), tmp_path, ranks)
+    assert choose_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path / "other", ranks)
+
+
+def test_going_back_in_a_folder_with_later_ones_is_refused(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10)
+    with pytest.raises(ConfigError, match=r"holds later checkpoints than checkpoint-5 \(checkpoint-10\)"):
+        choose_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path, ranks)
+
+
+@pytest.mark.parametrize("named", ["nowhere", "checkpoint-7", "last"])
+def test_what_is_no_checkpoint_is_named(ranks, tmp_path, named):
+    (tmp_path / "last").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"train\.resume_from_checkpoint: .* is no folder called checkpoint-NUMBER"
+    ):
+        choose_checkpoint(str(tmp_path / named), tmp_path, ranks)
+
+
+def test_the_old_ones_go_and_what_is_left_of_unfinished_ones(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10, 15)
+    checkpoint_path(tmp_path, 12).mkdir()
+    delete_old(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-15"}
+    delete_old(tmp_path, None)
+    assert len(find_checkpoints(tmp_path)) == 2
+
+
+def test_one_that_cannot_be_written_leaves_nothing_and_the_others_whole(ranks, tmp_path):
+    save(ranks, tmp_path, 5)
+
+    def write(path: Path):
+        (path / "half").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StateError, match=r"checkpoint-10 could not be written: No space left on device"):
+        save_checkpoint(ranks, tmp_path, 10, write=write, content={}, averaged=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert choose_checkpoint("auto", tmp_path, ranks)
+
+
+def test_one_that_is_there_is_not_written_again(ranks, tmp_path):
+    save(ranks, tmp_path, 5)
+    before = (tmp_path / "checkpoint-5" / "COMPLETE").read_text()
+    save(ranks, tmp_path, 5)
+    assert is_complete(tmp_path / "checkpoint-5")
+    assert (tmp_path / "checkpoint-5" / "COMPLETE").read_text() == before
