@@ -6,7 +6,7 @@ ranks. DeepSpeed's files belong to one stage and one number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
     """
     with _explained(folder, "written"):
         if is_deepspeed(model):
-            model.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+            _save_deepspeed(model, folder)
             return
         save(_state_dict(module, optimizer), checkpoint_id=folder / TAG)
 
@@ -78,6 +78,51 @@ def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         )
 
 
+def _save_deepspeed(model: Any, folder: Path) -> None:
+    """Have DeepSpeed write its files, and raise after the last of its barriers what went wrong before.
+
+    A rank that raised inside would leave the others waiting there. For the same reason rank 0 writes nothing alone:
+    neither the file `latest`, which a sealed folder does not need, nor the copies of DeepSpeed's scripts, which
+    `python -m deepspeed.utils.zero_to_fp32 ... --tag engine` has.
+    """
+    writer = model.checkpoint_engine
+    noting = _NotingWriter(writer)
+    model.checkpoint_engine = noting
+    model._copy_recovery_script = lambda path: None
+    try:
+        model.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        model.checkpoint_engine = writer
+        del model._copy_recovery_script
+    if noting.error is not None:
+        raise noting.error
+
+
+class _NotingWriter:
+    """DeepSpeed's writer of files, but that it keeps its errors to itself."""
+
+    def __init__(self, writer: Any):
+        self.error: OSError | RuntimeError | None = None
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+        self._note(self._writer.makedirs, path, exist_ok=exist_ok)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file."""
+        self._note(self._writer.save, state_dict, path)
+
+    def _note(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            call(*arguments, **options)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the second
+            self.error = self.error or error
+
+
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -90,7 +135,13 @@ def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
 def _explained(folder: Path, done: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-        raise StateError(
-            f"{folder / TAG}: the engine's state could not be {done}: {type(error).__name__}: {error}"
-        ) from error
+    except CheckpointException as error:  # of any rank, raised on all; its own text is a traceback of each
+        first = next(iter(error.failures.values()), (error,))[0]
+        raise StateError(f"{folder / TAG}: the engine's state could not be {done}: {_told(first)}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StateError(f"{folder / TAG}: the engine's state could not be {done}: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

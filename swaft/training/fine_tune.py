@@ -19,6 +19,7 @@ from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
 from swaft.config import AveragingConfig, EvalConfig, TrainConfig, to_yaml
 from swaft.data import length_grouped, shuffled
+from swaft.storage.files import explained
 from swaft.training.accelerator import RunConfig
 from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
@@ -177,7 +178,7 @@ class Run:
             validate=validate if "validation" in self.evaluations else None,
             eval_steps=config.eval.eval_steps,
             save=state.save,
-            check=self.interruption.check,
+            check=lambda: self.interruption.check(state.folder.failure),
         )
 
     def finish(
@@ -209,9 +210,10 @@ class Run:
         if averager:
             saved["averaged"] = folder.final_averaged
             averager.save_pretrained(folder.final_averaged, **selection)
-        if folder.is_main:
-            for path in saved.values():
-                tokenizer.save_pretrained(path)
+        with state.engine.ranks.together(), explained(folder.path, "written"):
+            if folder.is_main:
+                for path in saved.values():
+                    tokenizer.save_pretrained(path)
         if state.best is not None:
             state.best.observe(result.steps, scores["validation"], **selection)
         folder.write_json(
@@ -225,6 +227,7 @@ class Run:
                 best=state.best and state.best.found,
             ),
         )
+        state.engine.ranks.raise_together(folder.failure)
         if folder.best.exists():
             saved["best"] = folder.best
         progress.saved(saved)
@@ -308,6 +311,7 @@ def start_run(
         rows=len(datasets["train"]),
     )
     folder.write_provenance(to_yaml(config), accelerator, engine=engine.name)
+    engine.ranks.raise_together(folder.failure)
     start_trackers(accelerator, config)
     set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
     if checkpoint is not None:

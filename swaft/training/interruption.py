@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from swaft.distributed import Ranks, shared_ranks
+from swaft.errors import SwaftError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they end a job: torchrun hands on SIGTERM, and SLURM what it is told to send."""
@@ -52,17 +53,20 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to end, the same on every rank (collective, one message)."""
-        return self._ranks.sum([self._asked])[0] > 0
+    def check(self, failure: SwaftError | None = None) -> None:
+        """Raise where any rank was asked to end, or cannot go on (collective, one message).
 
-    def check(self) -> None:
-        """Raise where any rank was asked to end (collective).
+        Args:
+            failure: why this rank cannot go on.
 
         Raises:
             Interrupted: on every rank.
+            SwaftError: likewise, the failure of the first rank that has one.
         """
-        if self.agreed():
+        failed, asked = self._ranks.sum([failure is not None, self._asked])
+        if failed:
+            self._ranks.raise_together(failure)
+        if asked:
             raise Interrupted
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from swaft.config import to_yaml
 from swaft.distributed import shared_ranks
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, StateError
 from swaft.storage import sync_file, write_durably
 from swaft.training.accelerator import RunConfig
 from swaft.training.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
@@ -55,7 +55,9 @@ class RunFolder:
         self.is_main = is_main
         self.checkpoint = checkpoint
         """What the run goes on from; None: it begins anew."""
-        self._lock: IO[str] | None = None
+        self.failure: StateError | None = None
+        """What the disk refused first. Only the main process writes, so it is raised where all ranks meet next."""
+        self._lock: IO[bytes] | None = None
 
     @classmethod
     def of(cls, config: RunConfig, accelerator: Accelerator) -> RunFolder:
@@ -127,22 +129,32 @@ class RunFolder:
         return self.path / "best"
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        if not self.is_main:
-            return
-        unfinished = self.path / f".{name}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.path / name)
+        """Write a file whole or not at all; what the disk refuses is noted as `failure`."""
+
+        def write() -> None:
+            unfinished = self.path / f".{name}.unfinished"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, self.path / name)
+
+        self._try(name, write)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all; infinite numbers become text, as JSON has none."""
         self.write_text(name, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        if self.is_main:
+        """Append one line to metrics.jsonl; what the disk refuses is noted as `failure`."""
+
+        def write() -> None:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+        self._try(METRICS, write)
+
+    def raise_failure(self) -> None:
+        """Raise what the disk has refused, on the main process; to be called where no other waits for it."""
+        if self.failure is not None:
+            raise self.failure
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, all of which is on the disk to stay; 0 where there is none."""
@@ -157,6 +169,15 @@ class RunFolder:
         file = self.path / METRICS
         if self.is_main and file.exists():
             write_durably(file, file.read_bytes()[:num_bytes])
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        if not self.is_main:
+            return
+        try:
+            write()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.failure = self.failure or StateError(f"{self.path / name} could not be written: {reason}")
 
     def write_provenance(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
         """Write what runs: config.yaml, command.txt, env.json, and ds_config.json under DeepSpeed.
@@ -244,9 +265,10 @@ def _claim(path: Path) -> str | None:
     return None
 
 
-def _lock(path: Path) -> IO[str] | None:
+def _lock(path: Path) -> IO[bytes] | None:
     """Have no two processes of this machine run in one folder; the lock ends with the process, however it ends."""
-    file = (path / ".lock").open("w")
+    # Opened for reading: a disk with a file open for writing cannot be made read-only.
+    file = os.fdopen(os.open(path / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -55,7 +56,8 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
         recipe: module of the recipe.
         order: ``launch`` (a file of launch/accelerate), ``ranks``, ``arguments``, ``log`` (a file), and where a
             rank is to be killed ``victims`` (their numbers) with ``after_s``, ``at_log`` (a text that appears
-            there) or ``at_disk_call``; ``signal`` (default SIGKILL; not with ``at_disk_call``).
+            there) or ``at_disk_call``; ``signal`` (default SIGKILL; not with ``at_disk_call``). With ``command``
+            that is called at that moment, and nobody is killed.
     """
     words = [
         "--config_file",
@@ -76,8 +78,10 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
         now = time.monotonic()
         if not signalled and is_time(order, now - began):
             signalled = True
+            if "command" in order:
+                subprocess.run(order["command"], check=True)
             for process, rank in ranks.items():
-                if rank in order["victims"] and process not in codes:
+                if rank in order.get("victims", ()) and process not in codes:
                     os.kill(process, order.get("signal", signal.SIGKILL))
         for process in ranks:
             if process not in codes and (ended := os.waitpid(process, os.WNOHANG))[0]:
