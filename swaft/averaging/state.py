@@ -121,14 +121,16 @@ def write_rank(
         StateError: it could not be written.
     """
     name = f"rank-{rank:05d}.safetensors"
+    # safetensors wants every tensor at a multiple of its elements' size.
+    ordered = dict(sorted(vectors.items(), key=lambda item: -item[1].element_size()))
     ranges = [(fragment.name, fragment.start, fragment.end) for fragment in fragments]
     writer = TensorFileWriter(
         folder / name,
-        {key: (vector.dtype, vector.shape) for key, vector in vectors.items()},
+        {key: (vector.dtype, vector.shape) for key, vector in ordered.items()},
         metadata={"fragments": json.dumps(ranges, separators=(",", ":"))},
     )
     with writer:
-        for vector in vectors.values():
+        for vector in ordered.values():
             writer.write(vector)
     return {name: writer.record}
 
