@@ -285,7 +285,7 @@ class WeightAverager:
         with self.engine.ranks.together():
             self._finish()
             self.engine.check_trainable()
-        save_averages(self.engine, self._averages.lanes, self._state(), path)
+        save_averages(self.engine, self._averages.lanes, self._state(held=True), path)
 
     def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
         """Go on with averages that :meth:`save_state` wrote, in whatever layout (collective).
@@ -310,7 +310,7 @@ class WeightAverager:
                     "a state was loaded while averaged weights are swapped in; leave the swap first"
                 )
         found = load_averages(
-            self.engine, self._averages.lanes, self._state(), path, same_weights=same_weights
+            self.engine, self._averages.lanes, self._state(held=False), path, same_weights=same_weights
         )
         self.engine.continue_from(found.applied_steps)
         self._averages.motion.restart(moved=found.moved)
@@ -318,7 +318,7 @@ class WeightAverager:
         self._recount()
         self._begun = {name for name, count in self._counts.items() if count}
 
-    def _state(self) -> AverageState:
+    def _state(self, *, held: bool) -> AverageState:
         """The averages as a manifest tells of them (collective)."""
         return describe(
             self.engine,
@@ -328,6 +328,7 @@ class WeightAverager:
             precision=self._precision,
             applied_steps=self._seen,
             moved=self._averages.motion.seen,
+            held=held,
         )
 
     def _take_in(self, step: int) -> None:

@@ -39,6 +39,7 @@ def describe(
     precision: str,
     applied_steps: int,
     moved: bool,
+    held: bool,
 ) -> AverageState:
     """What a manifest tells of a run's averages (collective).
 
@@ -50,6 +51,7 @@ def describe(
         precision: ``compensated`` or ``plain``.
         applied_steps: optimizer steps so far.
         moved: whether this rank has seen members differ.
+        held: name the lanes too; not where they are about to be replaced.
     """
     canonical = {id(parameter): name for name, parameter in engine.trainable.items()}
     names = {name: canonical.get(id(p), name) for name, p in engine.named_parameters(aliases=True)}
@@ -59,7 +61,9 @@ def describe(
                 name=name,
                 rule=repr(rules[name]),
                 count=each.count,
-                lanes={str(i): lane.compensation is not None for i, lane in each.held().items()},
+                lanes={
+                    str(i): lane.compensation is not None for i, lane in (each.held() if held else {}).items()
+                },
             )
             for name, each in lanes.items()
         ],
@@ -130,7 +134,10 @@ def load_averages(
     require_shapes(found, expected.parameters, where=folder)
     if same_weights:
         require_weights(found, expected.weights, where=folder)
+    paired = [(rule, lanes[rule.name]) for rule in found.rules]
     files = sorted(manifest.files)
+    if not files:
+        raise StateError(f"{folder}/manifest.json: files is empty, expected one of every rank that saved")
     # Where nothing has changed, a rank's own file holds all it needs.
     own = engine.ranks.rank % len(files)
     files = files[own:] + files[:own]
@@ -142,10 +149,10 @@ def load_averages(
             read_elements(folder, files, wanted, _vectors(lane_name(number, index), lane))
             yield int(index), lane
 
-    for rule, each in zip(found.rules, lanes.values(), strict=True):
+    for rule, each in paired:
         _require_lanes(rule, each, where=folder)
     with engine.ranks.together():
-        for number, (rule, each) in enumerate(zip(found.rules, lanes.values(), strict=True)):
+        for number, (rule, each) in enumerate(paired):
             each.restore(rule.count, filled(number, each, rule.lanes))
     return found
 

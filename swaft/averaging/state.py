@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,8 @@ class AverageState:
         if not isinstance(rules, list) or not rules:
             raise StateError(f"{where}: rules is {rules!r}, expected a list of the run's rules")
         fields["rules"] = [RuleState(**_fields(RuleState, rule, where=where)) for rule in rules]
+        if len({rule.name for rule in fields["rules"]}) != len(rules):
+            raise StateError(f"{where}: rules holds one name twice, expected each once")
         for name, number in [("applied_steps", fields["applied_steps"])] + [
             ("count", r.count) for r in fields["rules"]
         ]:
@@ -288,15 +289,21 @@ def _require_vectors(file: TensorFile, vectors: Mapping[str, Tensor], where: Pat
 
 def _ranges(file: TensorFile, where: Path) -> Iterator[tuple[str, int, int, int]]:
     """What a file holds: (name, start, end, first element in the file's vectors)."""
-    position = 0
     try:
-        for name, start, end in map(itemgetter(0, 1, 2), json.loads(file.metadata["fragments"])):
-            yield str(name), int(start), int(end), position
-            position += int(end) - int(start)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise StateError(
-            f"{where}: metadata.fragments is no list of [parameter, start, end] ({error!r})"
-        ) from error
+        ranges = json.loads(file.metadata["fragments"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StateError(f"{where}: metadata.fragments is no JSON: {error!r}") from error
+    position = 0
+    for each in ranges if isinstance(ranges, list) else [ranges]:
+        if not (
+            isinstance(each, list) and list(map(type, each)) == [str, int, int] and 0 <= each[1] <= each[2]
+        ):
+            raise StateError(
+                f"{where}: metadata.fragments holds {each!r:.80}, expected [parameter, start, end]"
+            )
+        name, start, end = each
+        yield name, start, end, position
+        position += end - start
 
 
 def _overlaps(

@@ -235,3 +235,15 @@ def test_a_copied_state_is_as_good_as_the_first(tmp_path):
     model.load_state_dict(weights)
     averager.load_state(tmp_path / "copy")
     assert averager.count("swa") == 4
+
+
+def test_the_order_in_which_rules_are_given_does_not_matter(tmp_path):
+    weights = half_way(tmp_path / "state", 6)
+    model, optimizer, averager = start(dict(reversed(RULES.items())))
+    model.load_state_dict(weights)
+    averager.load_state(tmp_path / "state")
+    whole = start()
+    train(*whole, 0, STEPS)
+    train(model, optimizer, averager, 6, STEPS)
+    expected, found = lanes(whole[2]), lanes(averager)
+    assert all(torch.equal(a, b) for name in RULES for a, b in zip(expected[name], found[name], strict=True))

@@ -53,7 +53,7 @@ class Lanes:
     def __init__(self, plan: Plan, numel: int, crew: Crew, *, compensated: bool, spill: Path | None = None):
         self.plan = plan
         self.count = 0
-        self._torn = False
+        self._torn: str | None = None
         self._numel = numel
         self._crew = crew
         self._compensated = compensated
@@ -69,7 +69,9 @@ class Lanes:
     def begin(self) -> tuple[Update, ...]:
         """The updates of the next member; its elements come by :meth:`take` and it is closed by :meth:`end`."""
         updates = self.plan.updates(self.count)
-        self._torn = True
+        self._torn = (
+            f"member {self.count + 1} of this average was taken in only in part, because averaging failed"
+        )
         for update in updates:
             if update.lane not in self._lanes:
                 self._lanes[update.lane] = self._new_lane(self.plan.lanes[update.lane])
@@ -90,7 +92,7 @@ class Lanes:
             if update.source is not None:
                 self._copy(self._lanes[update.source], self._lanes[update.lane])
         self.count += 1
-        self._torn = False
+        self._torn = None
         for lane in self.plan.finished(self.count - 1):
             self._put_away(lane)
 
@@ -130,20 +132,20 @@ class Lanes:
 
     def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
         """Go on from ``count`` members with these lanes, one at a time, in place of all there were."""
-        self._lanes, self._files, self._torn = {}, {}, True
+        self._lanes, self._files = {}, {}
+        self._torn = "a state of this average was read only in part, because the rest is damaged"
         self.count = count
         finished = {lane for n in range(count) for lane in self.plan.finished(n)}
         for index, lane in lanes:
             self._lanes[index] = lane
             if index in finished:
                 self._put_away(index)
-        self._torn = False
+        self._torn = None
 
     def _refuse_torn(self) -> None:
         if self._torn:
             raise AveragingError(
-                f"member {self.count + 1} of this average was taken in only in part, because averaging failed "
-                "(see the error before this one), so it is neither the old average nor the new one"
+                f"{self._torn} (see the error before this one), so it is neither the old average nor the new one"
             )
 
     def _new_lane(self, running: bool) -> Lane:
