@@ -233,6 +233,7 @@ class Run:
         progress.saved(saved)
         if scores:
             progress.table(scores_table(scores, seconds=result.seconds))
+        folder.release()
         progress.close()
         return found
 

@@ -39,6 +39,7 @@ PACKAGES = (
 )
 
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 
 LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 """Words by which the command line of a process that starts ranks is known."""
@@ -150,6 +151,12 @@ class RunFolder:
                 file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
         self._try(METRICS, write)
+
+    def release(self) -> None:
+        """Leave the folder, at the end of a run, to whoever comes next."""
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.close()
 
     def raise_failure(self) -> None:
         """Raise what the disk has refused, on the main process; to be called where no other waits for it."""
@@ -268,7 +275,7 @@ def _claim(path: Path) -> str | None:
 def _lock(path: Path) -> IO[bytes] | None:
     """Have no two processes of this machine run in one folder; the lock ends with the process, however it ends."""
     # Opened for reading: a disk with a file open for writing cannot be made read-only.
-    file = os.fdopen(os.open(path / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
+    file = os.fdopen(os.open(path / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -36,6 +36,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "checkpointing": (False, True),
 }
 STEPS = 12
+LEARNS_SOON = ("train.learning_rate=1e-2", "train.per_device_train_batch_size=8")
 
 
 def rows_to_try(every: bool) -> list[Row]:
@@ -61,6 +62,7 @@ def arguments(row: Row, inputs: Path, pretrained: str, output: Path) -> list[str
         f"averaging.rule={row['rule']}",
         *(["averaging.blocks=2"] if row["rule"] == "windows" else []),
         *lora,
+        *(LEARNS_SOON if row["recipe"] == "classification" else ()),
         "eval.eval_steps=8",
     ]
 
