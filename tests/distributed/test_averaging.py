@@ -71,7 +71,12 @@ def findings(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("start", "case"), [(start, case) for start, (_, cases) in STARTS.items() for case in cases]
+    ("start", "case"),
+    [
+        pytest.param(start, case, marks=[pytest.mark.slow] if start == "3 ranks" else [])
+        for start, (_, cases) in STARTS.items()
+        for case in cases
+    ],
 )
 def test_every_promise_holds_under_this_engine(start, case, findings):
     assert not faults(findings(start), case, checks=12)

@@ -43,7 +43,9 @@ def disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "zero3"))]
+)
 def test_a_full_disk_ends_every_rank_with_one_error_and_costs_no_older_checkpoint(
     started, run_inputs, tmp_path, disk, engine
 ):

@@ -1,4 +1,5 @@
-"""Every recipe under every engine, with whatever else can be switched on: a cover of all pairs, and all of it."""
+"""Every recipe under every engine, with whatever else can be switched on: a cover of all pairs, and each recipe under
+each engine in each precision with and without adapters."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ LEARNS_SOON = ("train.learning_rate=1e-2", "train.per_device_train_batch_size=8"
 def rows_to_try(every: bool) -> list[Row]:
     if not every:
         return pairwise(FACTORS)
-    chosen = {name: FACTORS[name] for name in ("engine", "recipe", "noise", "precision", "lora")}
-    rest = {"rule": "swa", "accumulation": 1, "checkpointing": False}
+    chosen = {name: FACTORS[name] for name in ("engine", "recipe", "precision", "lora")}
+    rest = {"noise": "r3f", "rule": "swa", "accumulation": 1, "checkpointing": False}
     return [dict(zip(chosen, values, strict=True)) | rest for values in product(*chosen.values())]
 
 

@@ -7,7 +7,7 @@ from harness import run_ranks
 
 pytest.importorskip("deepspeed")
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_what_is_read_of_deepspeeds_checkpoints_is_what_swaft_exports(tmp_path):
