@@ -1,5 +1,8 @@
-"""Every recipe under every engine, with whatever else can be switched on: a cover of all pairs, and each recipe under
-each engine in each precision with and without adapters."""
+"""Every recipe under every engine, whatever else is switched on.
+
+A cover of all pairs of settings; and, in `make test-full`, each recipe under each engine in each precision, with and
+without adapters.
+"""
 
 from __future__ import annotations
 
