@@ -1,7 +1,7 @@
 """Every recipe under every engine, whatever else is switched on.
 
-A cover of all pairs of settings; and, in `make test-full`, each recipe under each engine in each precision, with and
-without adapters.
+A cover of all pairs of settings; and, in `make test-full`, each recipe under each engine in each precision, with
+and without adapters.
 """
 
 from __future__ import annotations
