@@ -61,6 +61,7 @@ def describe(
                 name=name,
                 rule=repr(rules[name]),
                 count=each.count,
+                readout=_default_readout(each) if held else {},
                 lanes={
                     str(i): lane.compensation is not None for i, lane in (each.held() if held else {}).items()
                 },
@@ -165,6 +166,12 @@ def weights_now(engine: Engine) -> str:
         masters = engine.masters()
         mine = sum_of_bits(span.of(masters) for span in engine.spans)
     return str(sum(engine.ranks.gather(mine)) % (1 << 64))
+
+
+def _default_readout(lanes: Lanes) -> dict[str, float]:
+    if lanes.count == 0:
+        return {}
+    return {str(index): float(share) for index, share in sorted(lanes.plan.readout(lanes.count).items())}
 
 
 def _require_lanes(rule: RuleState, lanes: Lanes, *, where: Path) -> None:

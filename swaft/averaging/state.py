@@ -48,6 +48,8 @@ class RuleState:
     """Members in it."""
     lanes: dict[str, bool]
     """Number of each lane there is, as text, and whether a compensation lies beside its mean."""
+    readout: dict[str, float]
+    """The average, where nothing is selected, as the share of each lane in it, by its number as text."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class AverageState:
         fields["rules"] = [RuleState(**_fields(RuleState, rule, where=where)) for rule in rules]
         if len({rule.name for rule in fields["rules"]}) != len(rules):
             raise StateError(f"{where}: rules holds one name twice, expected each once")
+        for rule in fields["rules"]:
+            shares = rule.readout.values()
+            if not set(rule.readout) <= set(rule.lanes) or not all(type(share) is float for share in shares):
+                raise StateError(
+                    f"{where}: readout of {rule.name!r} is {rule.readout!r:.80}, expected lane to share"
+                )
         for name, number in [("applied_steps", fields["applied_steps"])] + [
             ("count", r.count) for r in fields["rules"]
         ]:
@@ -262,6 +270,7 @@ def _fields(cls: type, found: Any, *, where: Path) -> dict[str, Any]:
         "rule": str,
         "count": int,
         "lanes": dict,
+        "readout": dict,
         "total_steps": int,
         "precision": str,
         "applied_steps": int,

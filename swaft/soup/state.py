@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaft.averaging.state import KIND, AverageState, lane_name, read_elements
+from swaft.averaging.state import KIND, AverageState, Range, lane_name, read_elements
 from swaft.errors import StateError
 from swaft.soup.checkpoint import Checkpoint, Spec
 from swaft.storage import read_manifest, verify
@@ -21,8 +21,7 @@ class AverageFolder(Checkpoint):
         rule: which rule; None: the only one.
 
     Raises:
-        StateError: the folder is incomplete or damaged, or the rule keeps several vectors, of which the folder
-            alone does not tell the average.
+        StateError: the folder is incomplete or damaged, or nothing is averaged in it yet.
     """
 
     files = None
@@ -37,18 +36,30 @@ class AverageFolder(Checkpoint):
             raise StateError(f"{path} holds the averages {', '.join(names)}; choose one with --rule")
         number = 0 if rule is None else names.index(rule)
         chosen = state.rules[number]
-        if list(chosen.lanes) != ["0"]:
+        if not chosen.readout:
             raise StateError(
-                f"{path}: the average of {chosen.rule} is put together from {len(chosen.lanes)} vectors; expected "
-                "a rule with one running mean. Save it from the run: averager.save_pretrained"
+                f"{path}: nothing is averaged yet by {chosen.rule}, after {state.applied_steps} steps"
             )
         self.aliases = state.aliases
         self.specs = {name: Spec(torch.float32, tuple(shape)) for name, shape in state.parameters.items()}
-        self._vector = f"{lane_name(number, 0)}.mean"
+        self._lanes = [
+            (lane_name(number, lane), share, chosen.lanes[lane]) for lane, share in chosen.readout.items()
+        ]
         self._names = sorted(manifest.files)
 
     def read(self, name: str, start: int, end: int) -> Tensor:
         """As of :class:`Checkpoint`."""
-        values = torch.empty(end - start, dtype=torch.float32, device="cpu")
-        read_elements(self.path, self._names, [(name, start, end)], {self._vector: values})
+        if [share for _, share, _ in self._lanes] == [1.0]:
+            return self._vector(f"{self._lanes[0][0]}.mean", torch.float32, (name, start, end))
+        total = torch.zeros(end - start, dtype=torch.float64, device="cpu")
+        for lane, share, compensated in self._lanes:  # as `Lanes.shard`: in float64, rounded once
+            value = self._vector(f"{lane}.mean", torch.float32, (name, start, end)).double()
+            if compensated:
+                value += self._vector(f"{lane}.compensation", torch.bfloat16, (name, start, end)).double()
+            total += value * share
+        return total.float()
+
+    def _vector(self, vector: str, dtype: torch.dtype, wanted: Range) -> Tensor:
+        values = torch.empty(wanted[2] - wanted[1], dtype=dtype, device="cpu")
+        read_elements(self.path, self._names, [wanted], {vector: values})
         return values

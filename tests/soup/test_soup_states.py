@@ -42,11 +42,32 @@ def test_saved_averages_are_averaged_and_the_rest_comes_from_the_base(tmp_path):
     assert torch.equal(found["frozen"], torch.ones(2))
 
 
-def test_an_average_of_several_vectors_is_refused(tmp_path):
-    trained(0, swaft.LAWA(last=2)).save_state(tmp_path / "state")
-    with pytest.raises(
-        StateError, match="is put together from 2 vectors; expected a rule with one running mean"
-    ):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        swaft.LAWA(last=2),
+        swaft.Windows(start=0, blocks=2),
+        swaft.BEMA(every=1),
+        swaft.PowerEMA(),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_an_average_of_several_vectors_is_what_the_run_exports(tmp_path, rule):
+    averager = trained(0, rule)
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "model")
+    found = open_checkpoint(tmp_path / "state")
+    assert torch.equal(found.read("weight", 0, 15), loaded(tmp_path / "model")["weight"].flatten())
+
+
+def test_a_state_without_members_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=4).save_state(
+        tmp_path / "state"
+    )
+    with pytest.raises(StateError, match="nothing is averaged yet"):
         open_checkpoint(tmp_path / "state")
 
 
