@@ -42,7 +42,7 @@ from swaft.training.best import choose_target
 from swaft.training.build import build_objective, build_rule
 from swaft.training.evaluate import Evaluation
 from swaft.training.failure import leave, run_and_report
-from swaft.training.fine_tune import Target, fine_tune
+from swaft.training.fine_tune import Evaluations, Target, fine_tune
 from swaft.training.generation import write_samples
 from swaft.training.pretrained import (
     hidden_size,
@@ -163,7 +163,12 @@ def run(config: QuestionAnsweringConfig) -> None:
             settings=config.eval,
         )
 
-    evaluations = fine_tune(
+    def write_outputs(found: Evaluations) -> None:
+        write_predictions(folder, found, ready.rows)
+        columns = ("id", "question", "answers")
+        write_samples(folder, found, ready.rows, config.eval.num_samples, columns=columns)
+
+    fine_tune(
         config,
         accelerator,
         folder,
@@ -176,10 +181,7 @@ def run(config: QuestionAnsweringConfig) -> None:
         collate=ready.collate,
         evaluate=score,
         target=ready.target,
-    )
-    write_predictions(folder, evaluations, ready.rows)
-    write_samples(
-        folder, evaluations, ready.rows, config.eval.num_samples, columns=("id", "question", "answers")
+        write_outputs=write_outputs,
     )
 
 

@@ -193,7 +193,7 @@ def run(config: Seq2SeqConfig) -> None:
             generation=generation_arguments(config.eval, config.data),
         )
 
-    evaluations = fine_tune(
+    fine_tune(
         config,
         accelerator,
         folder,
@@ -206,8 +206,8 @@ def run(config: Seq2SeqConfig) -> None:
         collate=Seq2SeqCollator(tokenizer),
         evaluate=score,
         target=ready.target,
+        write_outputs=lambda found: write_samples(folder, found, pairs, config.eval.num_samples),
     )
-    write_samples(folder, evaluations, pairs, config.eval.num_samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

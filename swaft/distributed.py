@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from swaft.errors import SwaftError
+from swaft.errors import StateError, SwaftError
 
 ARRIVAL_TIMEOUT_S = 60.0
 """Seconds that ranks wait for each other after an error before those that came give up on the others; less where
@@ -89,16 +89,25 @@ class Ranks:
         raise first
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, fault: str | None = None) -> Iterator[None]:
         """Context whose `SwaftError` on any rank is raised on all of them, at its end (collective).
 
-        The body makes no collective calls.
+        The body makes no collective calls, or none that a rank leaves out when it fails.
+
+        Args:
+            fault: what is wrong where any other exception comes out of the body, such as "FILE could not be
+                written"; it then becomes a `StateError` of these words. None: others pass through on their rank.
         """
         error = None
         try:
             yield
         except SwaftError as found:
             error = found
+        except Exception as found:  # whatever it is, the other ranks wait to hear of it
+            if fault is None:
+                raise
+            error = StateError(f"{fault}: {_in_one_line(found)}")
+            error.__cause__ = found
         self.raise_together(error)
 
     def send(self, tensor: torch.Tensor, *, to: int) -> None:
@@ -155,6 +164,13 @@ def _gloo_group(*, at_most: timedelta = timedelta.max) -> Any:
     world: Any = dist.group.WORLD
     limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
     return dist.new_group(backend="gloo", timeout=min(limit, at_most))
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _sum(values: Sequence[float], group: Any) -> list[float]:

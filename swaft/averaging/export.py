@@ -29,6 +29,7 @@ from swaft.averaging.engines.base import clean_name
 from swaft.averaging.gather import PIECE, Scratch, gather_trained
 from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
+from swaft.storage import sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,8 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
             unfinished = destination.with_name(destination.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             write(unfinished)
+            for each in (*unfinished.rglob("*"), unfinished):
+                sync_folder(each) if each.is_dir() else sync_file(each)
             if destination.exists():
                 destination.rmdir()
             os.replace(unfinished, destination)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ class Scratch:
         num_bytes = math.prod(shape) * dtype.itemsize
         if self._file is None or num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        self._file.truncate(self._end + num_bytes)
+        # On a full disk this is an error now, and no signal later.
+        os.posix_fallocate(self._file.fileno(), self._end, num_bytes)
         pages = mmap.mmap(self._file.fileno(), num_bytes, offset=self._end)
         grain = mmap.ALLOCATIONGRANULARITY
         self._end += -(-num_bytes // grain) * grain
@@ -61,12 +63,15 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch | None = N
     """
     ranks = engine.ranks
     everyone = engine.fragments_by_rank()
+    weights: dict[str, Tensor] = {}
+    with ranks.together("there is no room for the whole weights on rank 0"):
+        if ranks.is_main:
+            room = scratch or Scratch(None, 0)
+            weights = {name: room.empty(engine.full_shape(each)) for name, each in engine.trainable.items()}
     if not ranks.is_main:
         for piece in shard.split(PIECE):
             ranks.send(piece, to=0)
         return {}
-    room = scratch or Scratch(None, 0)
-    weights = {name: room.empty(engine.full_shape(parameter)) for name, parameter in engine.trainable.items()}
     flat = {name: weight.view(-1) for name, weight in weights.items()}
     message = torch.empty(min(PIECE, _most(everyone[1:])), dtype=torch.float32, device="cpu")
     for rank, fragments in enumerate(everyone):

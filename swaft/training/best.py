@@ -12,7 +12,7 @@ from typing import Any
 
 from swaft.averaging import Engine, WeightAverager, save_pretrained
 from swaft.config import EvalConfig
-from swaft.errors import ConfigError, TrainingError
+from swaft.errors import ConfigError
 from swaft.training.evaluate import Scores
 
 LOWER_IS_BETTER = ("loss", "mse")
@@ -136,7 +136,7 @@ class BestWeights:
             rank.
 
         Raises:
-            TrainingError, AveragingError: the weights could not be written; on every rank.
+            StateError, AveragingError: the weights could not be written; on every rank.
         """
         seen = {kind: scores[kind][self._target.score] for kind in self._watched if kind in scores}
         # All ranks follow the first: machines of different make may round a score apart.
@@ -181,14 +181,10 @@ class BestWeights:
             self._averager.save_pretrained(new, **selection)
         else:
             save_pretrained(self._engine, new)
-        error = None
-        if self._engine.ranks.is_main:
-            try:
+        with self._engine.ranks.together(f"{self._folder} could not be written"):
+            if self._engine.ranks.is_main:
                 self._tokenizer.save_pretrained(new)
                 replace_folder(new, self._folder)
-            except OSError as cause:  # the other ranks wait to hear of it
-                error = TrainingError(f"{self._folder} could not be written: {cause}")
-        self._engine.ranks.raise_together(error)
 
 
 def _aside(folder: Path) -> Path:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import Manifest, is_complete, remove_sealed
+from swaft.storage.files import explained
 from swaft.storage.together import Write, open_together, sealed_in, write_together
 
 logger = logging.getLogger(__name__)
@@ -51,15 +51,18 @@ def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
     """Checkpoints in a run folder, the newest first, by the number in their names.
 
     Args:
-        folder: of the run.
+        folder: of the run; one that is not there holds none.
         complete: those that were written to the end; else the others, which a run left that was killed.
+
+    Raises:
+        StateError: the folder cannot be looked into.
     """
-    with suppress(OSError):
-        numbered = [
-            (int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
-        ]
-        return [path for _, path in sorted(numbered, reverse=True) if is_complete(path) == complete]
-    return []
+    if not folder.is_dir():
+        return []
+    with explained(folder, "looked into"):
+        matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    numbered = [(int(match[1]), path) for match, path in matches if match]
+    return [path for _, path in sorted(numbered, reverse=True) if is_complete(path) == complete]
 
 
 def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | None:
@@ -82,30 +85,31 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | N
             if ranks.is_main:
                 _refuse_later(Path(wanted), folder)
         return Checkpoint(Path(wanted), open_together(ranks, wanted, kind=KIND))
-    damage: StateError | None = None
-    for path in ranks.gather(find_checkpoints(folder) if ranks.is_main else None)[0]:
+    damaged: list[tuple[Path, StateError]] = []
+    with ranks.together():
+        there = find_checkpoints(folder) if ranks.is_main else []
+    for path in ranks.gather(there)[0]:
         try:
-            return Checkpoint(path, open_together(ranks, path, kind=KIND))
+            chosen = Checkpoint(path, open_together(ranks, path, kind=KIND))
         except StateError as found:
-            damage = damage or found
-            aside = path.with_name(f"{path.name}.damaged")
-            logger.warning(
-                "%s\n  %s is damaged, and now called %s; trying the one before", found, path, aside
-            )
-            with ranks.together():
-                if ranks.is_main:
-                    _move(path, aside)
-    if damage is not None:
+            damaged.append((path, found))
+            continue
+        with ranks.together():
+            if ranks.is_main:
+                for each, fault in damaged:
+                    _put_aside(each, fault, path)
+        return chosen
+    if damaged:
         raise StateError(
-            f"no checkpoint in {folder} can be gone on from, the newest because: {damage}. Begin anew in a new "
-            "train.output_dir, or name a sound checkpoint as train.resume_from_checkpoint"
+            f"no checkpoint in {folder} can be gone on from, the newest because: {damaged[0][1]}. Nothing was "
+            "changed. Begin anew in a new train.output_dir, or name a sound one as train.resume_from_checkpoint"
         )
     return None
 
 
 def save_checkpoint(
     ranks: Ranks, folder: Path, step: int, *, write: Write, content: Mapping[str, Any], averaged: bool
-) -> None:
+) -> bool:
     """Write a checkpoint of a step, unless there is one already (collective).
 
     Args:
@@ -116,12 +120,17 @@ def save_checkpoint(
         content: what the run says about itself, the same on every rank.
         averaged: whether `write` leaves averages in it.
 
+    Returns:
+        Whether it was written.
+
     Raises:
         StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
     """
     path = checkpoint_path(folder, step)
-    if ranks.gather(is_complete(path))[0]:
-        return
+    with ranks.together():
+        there = is_complete(path)
+    if ranks.gather(there)[0]:
+        return False
     if ranks.is_main:  # what a killed run left
         shutil.rmtree(path, ignore_errors=True)
     write_together(
@@ -132,6 +141,7 @@ def save_checkpoint(
         content=content,
         sealed=lambda written: sealed_in(written, AVERAGE) if averaged else {},
     )
+    return True
 
 
 def delete_old(folder: Path, keep: int | None) -> None:
@@ -167,7 +177,10 @@ def _refuse_later(wanted: Path, folder: Path) -> None:
         )
 
 
-def _move(path: Path, aside: Path) -> None:
+def _put_aside(path: Path, fault: StateError, chosen: Path) -> None:
+    """Take a damaged checkpoint out of the way of the one that will have its name again."""
+    aside = path.with_name(f"{path.name}.damaged")
+    logger.warning("%s\n  so %s is damaged, and now called %s; going on from %s", fault, path, aside, chosen)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)

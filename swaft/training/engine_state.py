@@ -23,9 +23,11 @@ TAG = "engine"
 """Name of the folder that DeepSpeed writes its files to."""
 
 
-def is_deepspeed(model: nn.Module) -> bool:
-    """Whether a model, as prepared, is DeepSpeed's engine."""
-    return hasattr(model, "load_checkpoint") and hasattr(model, "zero_optimization_stage")
+def zero_stage(model: Any) -> int | None:
+    """DeepSpeed's stage of ZeRO of a model as prepared; None under another engine."""
+    if hasattr(model, "load_checkpoint") and hasattr(model, "zero_optimization_stage"):
+        return model.zero_optimization_stage()
+    return None
 
 
 def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
@@ -43,7 +45,7 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         StateError: this rank could not write.
     """
     with _explained(folder, "written"):
-        if is_deepspeed(model):
+        if zero_stage(model) is not None:
             _save_deepspeed(model, folder)
             return
         save(_state_dict(module, optimizer), checkpoint_id=folder / TAG)
@@ -62,7 +64,7 @@ def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         StateError: the state does not fit the model.
     """
     with _explained(folder, "loaded"):
-        if is_deepspeed(model):
+        if zero_stage(model) is not None:
             path, _ = model.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
             if path is None:
                 raise StateError(f"DeepSpeed found no state in {folder}")
@@ -102,7 +104,7 @@ class _NotingWriter:
     """DeepSpeed's writer of files, but that it keeps its errors to itself."""
 
     def __init__(self, writer: Any):
-        self.error: OSError | RuntimeError | None = None
+        self.error: Exception | None = None
         self._writer = writer
 
     def __getattr__(self, name: str) -> Any:
@@ -119,7 +121,7 @@ class _NotingWriter:
     def _note(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
             call(*arguments, **options)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the second
+        except Exception as error:  # a full disk, say, which torch's writer makes a RuntimeError
             self.error = self.error or error
 
 
@@ -135,10 +137,12 @@ def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
 def _explained(folder: Path, done: str) -> Iterator[None]:
     try:
         yield
+    except StateError:
+        raise
     except CheckpointException as error:  # of any rank, raised on all; its own text is a traceback of each
         first = next(iter(error.failures.values()), (error,))[0]
         raise StateError(f"{folder / TAG}: the engine's state could not be {done}: {_told(first)}") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks wait to hear of it
         raise StateError(f"{folder / TAG}: the engine's state could not be {done}: {_told(error)}") from error
 
 

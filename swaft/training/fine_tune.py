@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -17,9 +16,7 @@ from torch.utils.data import DataLoader
 import swaft
 from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
-from swaft.config import AveragingConfig, EvalConfig, TrainConfig, to_yaml
-from swaft.data import length_grouped, shuffled
-from swaft.storage.files import explained
+from swaft.config import AveragingConfig, EvalConfig, to_yaml
 from swaft.training.accelerator import RunConfig
 from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
@@ -30,7 +27,8 @@ from swaft.training.evaluate import (
     mean_evaluations,
 )
 from swaft.training.fsdp2 import prepare
-from swaft.training.interruption import Interrupted, InterruptibleLoader, Interruption
+from swaft.training.interruption import Interrupted, Interruption
+from swaft.training.loaders import evaluation_loader, training_loader
 from swaft.training.loop import TrainingResult, train
 from swaft.training.meter import Meter
 from swaft.training.position import Position
@@ -72,7 +70,8 @@ def fine_tune(
     evaluate: Evaluate,
     target: Target,
     means: Mapping[str, Sequence[str]] | None = None,
-) -> Evaluations:
+    write_outputs: Callable[[Evaluations], None] = lambda found: None,
+) -> None:
     """Fine-tune, evaluate the last and the averaged weights, and save both (collective).
 
     Goes on from ``folder.checkpoint``, where there is one, as if the run had never ended.
@@ -95,9 +94,8 @@ def fine_tune(
         evaluate: see `Evaluate`.
         target: the main score, which the summary names, and what others the settings may choose weights by.
         means: splits whose mean scores are reported as well, by the name of the mean; None: none are.
-
-    Returns:
-        The final evaluations, the same on every rank.
+        write_outputs: writes into the folder what else comes of the final evaluations, which are the same on every
+            rank; called before summary.json says that the run has come to its end.
 
     Raises:
         Interrupted: the run was asked to end, and has left a checkpoint.
@@ -121,9 +119,11 @@ def fine_tune(
         )
         try:
             result = run.train(config)
-            return run.finish(result, tokenizer, metric=target.score, means=means or {})
+            run.finish(result, tokenizer, metric=target.score, means=means or {}, write_outputs=write_outputs)
         except Interrupted:
             run.state.save()
+            if run.state.averager is not None:
+                run.state.averager.close()  # which deletes what it has put on the node's disk
             raise
 
 
@@ -182,8 +182,14 @@ class Run:
         )
 
     def finish(
-        self, result: TrainingResult, tokenizer: Any, *, metric: str, means: Mapping[str, Sequence[str]]
-    ) -> Evaluations:
+        self,
+        result: TrainingResult,
+        tokenizer: Any,
+        *,
+        metric: str,
+        means: Mapping[str, Sequence[str]],
+        write_outputs: Callable[[Evaluations], None],
+    ) -> None:
         """Evaluate the last weights and the averaged ones, and keep both (collective)."""
         state, progress, folder, averager = self.state, self.progress, self.state.folder, self.state.averager
         if result.stopped_early:
@@ -210,12 +216,14 @@ class Run:
         if averager:
             saved["averaged"] = folder.final_averaged
             averager.save_pretrained(folder.final_averaged, **selection)
-        with state.engine.ranks.together(), explained(folder.path, "written"):
+        with state.engine.ranks.together(f"the tokenizer could not be written to {folder.path}"):
             if folder.is_main:
                 for path in saved.values():
                     tokenizer.save_pretrained(path)
         if state.best is not None:
             state.best.observe(result.steps, scores["validation"], **selection)
+        write_outputs(found)
+        state.engine.ranks.raise_together(folder.failure)
         folder.write_json(
             "summary.json",
             summary(
@@ -235,7 +243,6 @@ class Run:
             progress.table(scores_table(scores, seconds=result.seconds))
         folder.release()
         progress.close()
-        return found
 
 
 def start_run(
@@ -348,7 +355,14 @@ def start_run(
             name: partial(
                 evaluate,
                 model,
-                evaluation_loader(dataset, collate, config, accelerator, interruption),
+                evaluation_loader(
+                    dataset,
+                    collate,
+                    accelerator,
+                    interruption,
+                    batch_size=config.eval.per_device_eval_batch_size,
+                    num_workers=config.train.dataloader_num_workers,
+                ),
                 name,
             )
             for name, dataset in datasets.items()
@@ -358,44 +372,3 @@ def start_run(
         progress=progress,
         interruption=interruption,
     )
-
-
-def training_loader(
-    dataset: Dataset,
-    collate: Callable[[list[Any]], dict[str, Any]],
-    train: TrainConfig,
-    accelerator: Accelerator,
-) -> DataLoader[Any]:
-    """Return a loader over the training rows, not yet prepared, in an order that is the same on every rank."""
-    sampler = shuffled(len(dataset), seed=train.seed)
-    if train.group_by_length:
-        chunks = dataset.select_columns("input_ids").iter(1000)
-        lengths = [len(ids) for chunk in chunks for ids in chunk["input_ids"]]  # type: ignore[index]
-        batch_size = train.per_device_train_batch_size * accelerator.num_processes
-        sampler = length_grouped(lengths, batch_size=batch_size, seed=train.seed)
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_size=train.per_device_train_batch_size,
-        sampler=sampler,
-        generator=torch.Generator(),  # so that workers' seeds are not drawn from the one that training draws from
-        collate_fn=collate,
-        num_workers=train.dataloader_num_workers,
-    )
-
-
-def evaluation_loader(
-    dataset: Dataset,
-    collate: Callable[[list[Any]], dict[str, Any]],
-    config: FineTuningConfig,
-    accelerator: Accelerator,
-    interruption: Interruption,
-) -> Any:
-    """Return a loader over every row, which draws from no generator that training draws from, and can be ended."""
-    loader = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_size=config.eval.per_device_eval_batch_size,
-        generator=torch.Generator(),
-        collate_fn=collate,
-        num_workers=config.train.dataloader_num_workers,
-    )
-    return InterruptibleLoader(accelerator.prepare_data_loader(loader), interruption)

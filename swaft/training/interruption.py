@@ -73,6 +73,15 @@ class Interruption:
         self._asked = True
 
 
+def leave_signals_to_the_rank(worker: int) -> None:
+    """Have a process that loads batches outlive the signals, which launchers send to all processes of a rank.
+
+    To be given to a `DataLoader` as ``worker_init_fn``: torch's own handler ends a worker.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class InterruptibleLoader(Generic[BatchT]):
     """A loader that asks before each batch whether the run is to end.
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ from swaft.config import to_yaml
 from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import sync_file, write_durably
+from swaft.storage.files import TEMPORARY
 from swaft.training.accelerator import RunConfig
 from swaft.training.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
 
@@ -40,6 +42,8 @@ PACKAGES = (
 
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
+LOCK_PATIENCE_S = 10.0
+"""Seconds in which processes of a run that was killed, such as those that load batches, may still end."""
 
 LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 """Words by which the command line of a process that starts ranks is known."""
@@ -98,7 +102,7 @@ class RunFolder:
         """
         path, ranks = Path(path), shared_ranks()
         folder = cls(path, is_main=accelerator.is_main_process)
-        with ranks.together():
+        with ranks.together(f"train.output_dir: {path} cannot be claimed"):
             if folder.is_main:
                 problem = _claim(path) or held_by_others(path, resume=resume, config_yaml=config_yaml)
                 if problem:
@@ -106,11 +110,11 @@ class RunFolder:
                 if resume != "none":
                     folder._lock = _lock(path)
         folder.checkpoint = choose_checkpoint(resume, path, ranks)
-        if folder.is_main:
-            comes_anew = [folder.final, folder.final_averaged]
-            if folder.checkpoint is None:
-                comes_anew += [folder.best, path / METRICS]
-            for each in comes_anew:
+        comes_anew = [folder.final, folder.final_averaged]
+        if folder.checkpoint is None:
+            comes_anew += [folder.best, path / METRICS]
+        with ranks.together(f"{path} could not be cleared of what a run before has left"):
+            for each in comes_anew if folder.is_main else ():
                 shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
         return folder
 
@@ -131,13 +135,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all; what the disk refuses is noted as `failure`."""
-
-        def write() -> None:
-            unfinished = self.path / f".{name}.unfinished"
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, self.path / name)
-
-        self._try(name, write)
+        self._try(name, lambda: write_durably(self.path / name, text.encode()))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all; infinite numbers become text, as JSON has none."""
@@ -158,11 +156,6 @@ class RunFolder:
             (self.path / LOCK).unlink(missing_ok=True)
             self._lock.close()
 
-    def raise_failure(self) -> None:
-        """Raise what the disk has refused, on the main process; to be called where no other waits for it."""
-        if self.failure is not None:
-            raise self.failure
-
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, all of which is on the disk to stay; 0 where there is none."""
         file = self.path / METRICS
@@ -182,9 +175,13 @@ class RunFolder:
             return
         try:
             write()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            self.failure = self.failure or StateError(f"{self.path / name} could not be written: {reason}")
+        except (OSError, StateError) as error:
+            words = (
+                error
+                if isinstance(error, StateError)
+                else f"{self.path / name} could not be written: {error}"
+            )
+            self.failure = self.failure or StateError(str(words))
 
     def write_provenance(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
         """Write what runs: config.yaml, command.txt, env.json, and ds_config.json under DeepSpeed.
@@ -276,17 +273,22 @@ def _lock(path: Path) -> IO[bytes] | None:
     """Have no two processes of this machine run in one folder; the lock ends with the process, however it ends."""
     # Opened for reading: a disk with a file open for writing cannot be made read-only.
     file = os.fdopen(os.open(path / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ConfigError(
-            f"train.output_dir: another process is writing to {path}; wait for it, or name another folder"
-        ) from error
-    except OSError:  # a file system without locks
-        file.close()
-        return None
-    return file
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            file.close()
+            raise ConfigError(
+                f"train.output_dir: another process is writing to {path}; wait for it, or name another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            file.close()
+            return None
+        return file
 
 
 def _no_folder(path: Path, error: OSError) -> str:
@@ -296,7 +298,11 @@ def _no_folder(path: Path, error: OSError) -> str:
 def held_by_others(path: Path, *, resume: str, config_yaml: str) -> str | None:
     """What is wrong with a folder that is there: that it holds something else than this run, or is none."""
     try:
-        held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        held = sorted(
+            entry.name
+            for entry in path.iterdir()
+            if not entry.name.startswith(".") and not entry.name.endswith(TEMPORARY)
+        )
     except OSError as error:
         return _no_folder(path, error)
     if resume != "none" and "summary.json" in held:

@@ -20,7 +20,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
 from swaft.training.best import BestWeights
 from swaft.training.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
-from swaft.training.engine_state import is_deepspeed, load_engine, save_engine
+from swaft.training.engine_state import load_engine, save_engine, zero_stage
 from swaft.training.meter import Meter
 from swaft.training.position import Position
 from swaft.training.random_state import capture_random, restore_random
@@ -67,6 +67,10 @@ class RunState:
             StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
         """
         ranks, scaler = self.engine.ranks, self.accelerator.scaler
+        metrics_bytes = 0
+        with ranks.together(f"{self.folder.path} could not be written"):
+            if ranks.is_main:
+                metrics_bytes = self.folder.metrics_bytes()
         content = {
             "position": asdict(self.position),
             "run": self._fixed(),
@@ -76,10 +80,10 @@ class RunState:
             "best": None if self.best is None else self.best.state(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "seconds": ranks.gather(self.meter.seconds)[0],
-            "metrics_bytes": ranks.gather(self.folder.metrics_bytes())[0],
+            "metrics_bytes": ranks.gather(metrics_bytes)[0],
             "versions": package_versions(),
         }
-        save_checkpoint(
+        written = save_checkpoint(
             ranks,
             self.folder.path,
             self.position.step,
@@ -89,7 +93,8 @@ class RunState:
         )
         if ranks.is_main:
             delete_old(self.folder.path, self.settings.save_total_limit)
-        logger.info("checkpoint-%d saved in %s", self.position.step, self.folder.path)
+        if written:
+            logger.info("checkpoint-%d saved in %s", self.position.step, self.folder.path)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, whose engine state has been loaded by :func:`load_engine_state` (collective).
@@ -101,19 +106,20 @@ class RunState:
         self.engine.continue_from(content["applied_steps"])
         if weights_now(self.engine) != content["weights"]:
             raise StateError(
-                f"{checkpoint.path}: after loading, the model's weights are not those that were saved; frozen or "
-                "pretrained weights may have changed since, or the versions of the packages "
-                f"({_changes(content['versions'], package_versions())})"
+                f"{checkpoint.path}: after loading, the trained weights are not those that were saved; versions "
+                f"of packages that have changed since: {_changes(content['versions'], package_versions())}"
             )
         if self.averager is not None:
             self.averager.load_state(checkpoint.path / AVERAGE)
         if hasattr(self.objective, "step"):
             self.objective.step = content["objective_step"]
         if self.best is not None:
-            self.best.restore(content["best"])
+            with self.engine.ranks.together(f"{self.folder.best} could not be restored"):
+                self.best.restore(content["best"])
         if self.accelerator.scaler is not None and content["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.folder.cut_metrics(content["metrics_bytes"])
+        with self.engine.ranks.together(f"{self.folder.path} could not be written"):
+            self.folder.cut_metrics(content["metrics_bytes"])
         _place(self.position, content["position"])
         self.position.batches = batches_read(content, self._fixed())
         self.meter.restore(seconds=content["seconds"])
@@ -121,8 +127,13 @@ class RunState:
 
     def _fixed(self) -> dict[str, Any]:
         """What of a run does not change as it goes on."""
+        settings, world_size = self.settings, self.engine.ranks.world_size
         return {
             "engine": self.engine.name,
+            "stage": zero_stage(self.model),
+            "grouped_by": settings.per_device_train_batch_size * world_size
+            if settings.group_by_length
+            else None,
             "world_size": self.engine.ranks.world_size,
             "total_steps": self.total_steps,
             "rows": self.rows,
@@ -137,20 +148,27 @@ class RunState:
             save_engine(self.model, engine.module, engine.inner_optimizer, folder)
         if self.averager is not None:
             self.averager.save_state(folder / AVERAGE)
+        files: list[str] = []
+        records: dict[str, FileRecord] = {}
+        with ranks.together(f"{folder} could not be written"):
+            records |= self._write_rank(folder)
+            if ranks.is_main:
+                files = _files(folder)
+        files = ranks.gather(files)[0]
+        with ranks.together(f"{folder} could not be read back"):
+            records |= {each: _settled(folder / each) for each in files[ranks.rank :: ranks.world_size]}
+        return records
+
+    def _write_rank(self, folder: Path) -> dict[str, FileRecord]:
+        """What differs from rank to rank: generators, and sums of the log."""
         tensors, text = capture_random(self.accelerator.device)
         tensors[SUMS] = self.meter.sums.cpu()
-        name = _rank_file(ranks.rank)
-        writer = TensorFileWriter(
-            folder / name,
-            {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()},
-            metadata=text,
-        )
-        with writer:
+        name = _rank_file(self.engine.ranks.rank)
+        described = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+        with TensorFileWriter(folder / name, described, metadata=text) as writer:
             for tensor in tensors.values():
                 writer.write(tensor)
-        files = ranks.gather(_files(folder) if ranks.is_main else None)[0]
-        records = {each: _settled(folder / each) for each in files[ranks.rank :: ranks.world_size]}
-        return {**records, name: writer.record}
+        return {name: writer.record}
 
     def _restore_rank(self, checkpoint: Checkpoint) -> None:
         ranks = self.engine.ranks
@@ -186,10 +204,9 @@ def load_engine_state(
     """
     before = checkpoint.content["run"]
     world_size = accelerator.num_processes
-    stage = model.zero_optimization_stage() if is_deepspeed(model) else None  # type: ignore[operator]
-    now = "torch alone" if stage is None else f"deepspeed-zero{stage}"
-    was = before["engine"] if before["engine"].startswith("deepspeed") else "torch alone"
-    if was != now or (stage is not None and before["world_size"] != world_size):
+    stage = zero_stage(model)
+    now = "torch alone" if stage is None else f"DeepSpeed stage {stage}"
+    if before["stage"] != stage or (stage is not None and before["world_size"] != world_size):
         raise StateError(
             f"{checkpoint.path} was written under {before['engine']} by {before['world_size']} ranks, and this run "
             f"is {now} on {world_size}. DeepSpeed's optimizer state fits one stage and one number of ranks: start "
@@ -233,6 +250,12 @@ def batches_read(content: Mapping[str, Any], run: Mapping[str, Any]) -> int:
         ConfigError: rows of half a batch have been read.
     """
     before = content["run"]
+    if content["position"]["batches"] and before["grouped_by"] != run["grouped_by"]:
+        raise ConfigError(
+            f"the checkpoint stands within a pass over rows of like length, grouped by {before['grouped_by']}, and "
+            f"this run groups them by {run['grouped_by']} (train.per_device_train_batch_size times ranks, or "
+            "train.group_by_length); set them as they were, for the order of the rows depends on it"
+        )
     rows = content["position"]["batches"] * before["per_device_train_batch_size"] * before["world_size"]
     size = run["per_device_train_batch_size"] * run["world_size"]
     if rows % size:

@@ -80,6 +80,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(ranks, tmp_path):
         StateError, match=r"no checkpoint in .* can be gone on from, the newest because: .*checkpoint-10"
     ):
         choose_checkpoint("auto", tmp_path, ranks)
+    assert len(find_checkpoints(tmp_path)) == 2  # which may be sound, and the disk not
 
 
 def test_the_one_that_is_named_is_the_only_one_to_do(ranks, tmp_path):

@@ -86,14 +86,14 @@ def made(path: Path, *names: str) -> Path:
 
 
 def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(make_accelerator, tmp_path):
-    made(tmp_path, "config.yaml", "metrics.jsonl", "best/", ".env.json.unfinished", "checkpoint-5/")
+    made(tmp_path, "config.yaml", "metrics.jsonl", "best/", "env.json.tmp", "checkpoint-5/")
     folder = RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
     assert folder.checkpoint is None
     assert not {"metrics.jsonl", "best"} & {entry.name for entry in tmp_path.iterdir()}
 
 
 def test_what_was_killed_before_it_had_written_anything_is_an_empty_folder(make_accelerator, tmp_path):
-    made(tmp_path, ".config.yaml.unfinished", ".lock")
+    made(tmp_path, "config.yaml.tmp", ".lock")
     assert RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="x").checkpoint is None
 
 
@@ -110,7 +110,8 @@ def test_a_run_that_has_come_to_its_end_is_not_trained_in_again(make_accelerator
         RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
 
 
-def test_two_processes_do_not_run_in_one_folder(make_accelerator, tmp_path):
+def test_two_processes_do_not_run_in_one_folder(make_accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr("swaft.training.run_folder.LOCK_PATIENCE_S", 0.2)
     first = RunFolder.create(tmp_path, make_accelerator(), resume="auto")
     with pytest.raises(ConfigError, match="another process is writing to"):
         RunFolder.create(tmp_path, make_accelerator(), resume="auto")
@@ -124,3 +125,13 @@ def test_the_log_is_cut_where_the_checkpoint_was(folder):
     folder.append_metrics({"step": 2})
     folder.cut_metrics(length)
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_what_the_disk_refuses_is_kept_to_be_told_to_all_ranks(folder):
+    for entry in folder.path.iterdir():
+        entry.unlink()
+    folder.path.rmdir()
+    folder.path.write_text("a file where the folder was")
+    folder.append_metrics({"step": 1})
+    folder.write_json("summary.json", {})
+    assert "metrics.jsonl could not be written" in str(folder.failure)
