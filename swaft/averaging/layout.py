@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Range = tuple[str, int, int]
+"""Elements [start, end) of a flattened parameter: (name, start, end)."""
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Elements ``[start, end)`` of one flattened parameter, held by one rank."""
@@ -129,11 +133,16 @@ def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
 
 def fragment_at(fragments: Iterable[Fragment], shard_offset: int) -> tuple[str, int]:
     """The parameter name and element index that a position in the shard belongs to."""
-    for fragment in fragments:
-        if shard_offset < fragment.numel:
-            return fragment.name, fragment.start + shard_offset
-        shard_offset -= fragment.numel
-    raise IndexError("position past the end of the shard")
+    return range_at(((each.name, each.start, each.end) for each in fragments), shard_offset)
+
+
+def range_at(ranges: Iterable[Range], position: int) -> tuple[str, int]:
+    """The parameter name and element index that a position in the elements of some ranges belongs to."""
+    for name, start, end in ranges:
+        if position < end - start:
+            return name, start + position
+        position -= end - start
+    raise IndexError("position past the last of the elements")
 
 
 def check_coverage(fragments_by_rank: Sequence[Sequence[Fragment]], numels: Mapping[str, int]) -> None:

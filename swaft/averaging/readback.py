@@ -8,11 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from swaft.averaging.gather import PIECE
 from swaft.errors import AveragingError
 from swaft.storage import TensorFile
-
-PIECE = 1 << 24
-"""Elements that are read at a time."""
 
 
 def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:

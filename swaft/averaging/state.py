@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swaft.averaging.layout import Fragment
+from swaft.averaging.layout import Fragment, Range, range_at
 from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter
 
@@ -31,9 +31,6 @@ KIND = "average"
 
 MOST_STEPS = 1 << 30
 """Optimizer steps that a state may claim."""
-
-Range = tuple[str, int, int]
-"""Elements [start, end) of a flattened parameter: (name, start, end)."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +177,6 @@ def read_elements(
             name, element = range_at(wanted, min(offset, position))
             raise StateError(f"{folder}: element {element} of {name!r} is {fault}, expected each in one")
         position += length
-
-
-def range_at(ranges: Iterable[Range], position: int) -> tuple[str, int]:
-    """The parameter name and element index that a position in a vector belongs to."""
-    for name, start, end in ranges:
-        if position < end - start:
-            return name, start + position
-        position -= end - start
-    raise IndexError("position past the end of the vector")
 
 
 def sum_of_bits(runs: Iterable[Tensor]) -> int:

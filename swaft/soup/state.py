@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaft.averaging.state import KIND, AverageState, Range, lane_name, read_elements
+from swaft.averaging.layout import Range
+from swaft.averaging.state import KIND, AverageState, lane_name, read_elements
 from swaft.errors import StateError
 from swaft.soup.checkpoint import Checkpoint, Spec
 from swaft.storage import read_manifest, verify

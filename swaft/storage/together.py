@@ -49,10 +49,10 @@ def write_together(
             _make(folder)
     try:
         records: Mapping[str, FileRecord] = {}
-        with ranks.together(), explained(folder, "written"):
+        with ranks.together(f"{folder} could not be written"):
             records = write(folder)
         written = ranks.gather(records)
-        with ranks.together(), explained(folder, "written"):
+        with ranks.together(f"{folder} could not be written"):
             if ranks.is_main:
                 files = {name: record for each in written for name, record in each.items()}
                 seal(folder, Manifest(kind, files, content, sealed(folder)))

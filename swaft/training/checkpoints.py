@@ -60,9 +60,15 @@ def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
     if not folder.is_dir():
         return []
     with explained(folder, "looked into"):
-        matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    numbered = [(int(match[1]), path) for match, path in matches if match]
-    return [path for _, path in sorted(numbered, reverse=True) if is_complete(path) == complete]
+        numbered = [(_number(path), path) for path in folder.iterdir()]
+    there = sorted(((number, path) for number, path in numbered if number is not None), reverse=True)
+    return [path for _, path in there if is_complete(path) == complete]
+
+
+def _number(path: Path) -> int | None:
+    """The step in a checkpoint's name; None where it is no checkpoint's."""
+    match = _NAME.fullmatch(path.name)
+    return None if match is None else int(match[1])
 
 
 def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | None:
@@ -163,14 +169,14 @@ def delete_old(folder: Path, keep: int | None) -> None:
 
 
 def _refuse_later(wanted: Path, folder: Path) -> None:
-    match = _NAME.fullmatch(wanted.name)
-    if match is None or not wanted.is_dir():
+    number = _number(wanted)
+    if number is None or not wanted.is_dir():
         raise ConfigError(
             f"train.resume_from_checkpoint: {wanted} is no folder called checkpoint-NUMBER; expected auto, none or "
             "the path of a checkpoint"
         )
     there = find_checkpoints(folder)
-    if there and int(there[0].name.rpartition("-")[2]) > int(match[1]):
+    if there and (_number(there[0]) or 0) > number:
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {wanted.name} ({there[0].name}), which would "
             "be written again; name a new folder, or delete them"

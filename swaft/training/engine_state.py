@@ -42,9 +42,9 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         folder: of the checkpoint.
 
     Raises:
-        StateError: this rank could not write.
+        Exception: whatever torch or DeepSpeed raise where this rank, or under torch any, could not write.
     """
-    with _explained(folder, "written"):
+    with _one_fault():
         if zero_stage(model) is not None:
             _save_deepspeed(model, folder)
             return
@@ -61,9 +61,10 @@ def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         folder: of the checkpoint; its files have been checked.
 
     Raises:
-        StateError: the state does not fit the model.
+        StateError: DeepSpeed found no state.
+        Exception: whatever torch or DeepSpeed raise for a state that does not fit the model.
     """
-    with _explained(folder, "loaded"):
+    with _one_fault():
         if zero_stage(model) is not None:
             path, _ = model.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
             if path is None:
@@ -134,18 +135,9 @@ def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(folder: Path, done: str) -> Iterator[None]:
+def _one_fault() -> Iterator[None]:
+    """Raise the first rank's fault itself, where torch raises, on all ranks, a traceback of each."""
     try:
         yield
-    except StateError:
-        raise
-    except CheckpointException as error:  # of any rank, raised on all; its own text is a traceback of each
-        first = next(iter(error.failures.values()), (error,))[0]
-        raise StateError(f"{folder / TAG}: the engine's state could not be {done}: {_told(first)}") from error
-    except Exception as error:  # whatever it is, the other ranks wait to hear of it
-        raise StateError(f"{folder / TAG}: the engine's state could not be {done}: {_told(error)}") from error
-
-
-def _told(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()), (error,))[0] from error

@@ -20,7 +20,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
 from swaft.training.best import BestWeights
 from swaft.training.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
-from swaft.training.engine_state import load_engine, save_engine, zero_stage
+from swaft.training.engine_state import TAG, load_engine, save_engine, zero_stage
 from swaft.training.meter import Meter
 from swaft.training.position import Position
 from swaft.training.random_state import capture_random, restore_random
@@ -144,7 +144,7 @@ class RunState:
     def _write(self, folder: Path) -> Mapping[str, FileRecord]:
         """This rank's files of a checkpoint; a failure of any rank is raised on all, at each part."""
         engine, ranks = self.engine, self.engine.ranks
-        with ranks.together():
+        with ranks.together(f"{folder / TAG}: the engine's state could not be written"):
             save_engine(self.model, engine.module, engine.inner_optimizer, folder)
         if self.averager is not None:
             self.averager.save_state(folder / AVERAGE)
@@ -212,7 +212,7 @@ def load_engine_state(
             f"is {now} on {world_size}. DeepSpeed's optimizer state fits one stage and one number of ranks: start "
             f"with those to go on. Its averages fit any engine: averager.load_state('{checkpoint.path / AVERAGE}')"
         )
-    with shared_ranks().together():
+    with shared_ranks().together(f"{checkpoint.path / TAG}: the engine's state could not be loaded"):
         module: Any = accelerator.unwrap_model(model)
         load_engine(model, module, optimizer.optimizer, checkpoint.path)
 
