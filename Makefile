@@ -39,12 +39,15 @@ format: venv  ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One thread a process: the tests start ranks, and ranks that each take every core only slow each other down.
+# One thread a process: the tests start ranks, and ranks that each take every core only slow each other down. Two
+# files at a time: while one waits for its processes to start, the other computes.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+	$(TESTS) -m "not gpu and not slow"
 
 test-full: venv  ## everything that runs without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	$(TESTS) -m "not gpu"
 
 soak: venv  ## kill 200 runs and hold each to the bits of an unbroken one; a broken-off soak goes on (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py

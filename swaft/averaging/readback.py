@@ -39,7 +39,7 @@ def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
                 form, right = (file.dtype(name), list(file.shape(name))), (wanted.dtype, list(wanted.shape))
                 if form != right:
                     raise AveragingError(f"{path}: {name!r} was read back as {form}, expected {right}")
-                if found != _sum_of_squares(wanted):
+                if not _equal(found, _sum_of_squares(wanted)):
                     raise AveragingError(f"{path}: {name!r} was not read back as it was written")
                 open_tensors.pop(wanted.data_ptr(), None)
     numel = sum(tensor.numel() for tensor in open_tensors.values())
@@ -51,6 +51,12 @@ def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
             f"{other_numel:,} elements under other names with a sum of squares of {other_squares:.9g}; expected "
             f"{numel:,} with {squares:.9g}"
         )
+
+
+def _equal(found: float, wanted: float) -> bool:
+    return found == wanted or (
+        math.isnan(found) and math.isnan(wanted)
+    )  # a buffer may hold what is no number
 
 
 def _sum_of_squares(tensor: Tensor) -> float:

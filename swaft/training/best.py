@@ -15,6 +15,8 @@ from swaft.config import EvalConfig
 from swaft.errors import ConfigError
 from swaft.training.evaluate import Scores
 
+BEST = "best"
+"""Folder of the best weights, in that of the run and in a checkpoint."""
 LOWER_IS_BETTER = ("loss", "mse")
 """The scores of which less is better; of all others more is."""
 
@@ -158,13 +160,27 @@ class BestWeights:
         """What a checkpoint has to keep."""
         return {"found": None if self.found is None else asdict(self.found), "in_vain": self._in_vain}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+    def save(self, checkpoint: Path) -> None:
+        """Keep the best weights in a checkpoint too; to be called by one process.
+
+        Where the disk can, the large files are one and the same under two names: nothing is written twice.
+        """
+        if self.found and self._keeps:
+            _share(self._folder, checkpoint / BEST)
+
+    def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from what :meth:`state` gave and :meth:`save` wrote, whatever the folder holds by now."""
         self.found = None if state["found"] is None else Best(**state["found"])
         self._in_vain = state["in_vain"]
-        aside = _aside(self._folder)
-        if self.found and self._engine.ranks.is_main and aside.exists() and not self._folder.exists():
-            os.replace(aside, self._folder)  # the run was ended between two renames
+        if not self._engine.ranks.is_main:
+            return
+        if (checkpoint / BEST).exists():
+            new = _beside(self._folder, "new")
+            shutil.rmtree(new, ignore_errors=True)
+            _share(checkpoint / BEST, new)
+            replace_folder(new, self._folder)
+        elif self._folder.exists():  # from steps that will be taken again
+            shutil.rmtree(self._folder)
 
     def _gain(self, score: float) -> float:
         if self.found is None:
@@ -173,7 +189,7 @@ class BestWeights:
         return difference if self._target.better is max else -difference
 
     def _write(self, kind: str, **selection: Any) -> None:
-        new = self._folder.with_name(self._folder.name + ".new")
+        new = _beside(self._folder, "new")
         if self._engine.ranks.is_main:  # what a run left that was ended here
             shutil.rmtree(new, ignore_errors=True)
         if kind == "averaged":
@@ -187,18 +203,35 @@ class BestWeights:
                 replace_folder(new, self._folder)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
-
-
 def replace_folder(new: Path, old: Path) -> None:
     """Put a folder in the place of another, which may not be there; what has the name is whole at all times.
 
     Between the two renames there is none of that name, and the old one lies beside it as ``<name>.old``.
     """
-    aside = _aside(old)
+    aside = _beside(old, "old")
     shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
         os.replace(old, aside)
     os.replace(new, old)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f"{folder.name}.{ending}")
+
+
+def _share(folder: Path, new: Path) -> None:
+    """Make a folder of the same files; those of weights, which nobody edits, are not copied where links will do."""
+    for path in sorted(folder.rglob("*")):
+        target = new / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and not (path.suffix == ".safetensors" and _linked(path, target)):
+            shutil.copyfile(path, target)
+
+
+def _linked(path: Path, target: Path) -> bool:
+    try:
+        os.link(path, target)
+    except OSError:  # another disk, or a file system without links
+        return False
+    return True

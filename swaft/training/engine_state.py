@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -30,7 +36,7 @@ def zero_stage(model: Any) -> int | None:
     return None
 
 
-def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
+def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path, *, stepped: bool) -> None:
     """Write weights and optimizer state into a folder that is there (collective).
 
     Frozen weights are left out: a run that goes on has loaded them as it did the first time.
@@ -40,6 +46,8 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         module: the same, unwrapped.
         optimizer: torch's own, unwrapped.
         folder: of the checkpoint.
+        stepped: whether the optimizer has taken a step. Without one torch has no state to write, and would take a
+            step to make some.
 
     Raises:
         Exception: whatever torch or DeepSpeed raise where this rank, or under torch any, could not write.
@@ -48,10 +56,10 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         if zero_stage(model) is not None:
             _save_deepspeed(model, folder)
             return
-        save(_state_dict(module, optimizer), checkpoint_id=folder / TAG)
+        save(_state_dict(module, optimizer if stepped else None), checkpoint_id=folder / TAG)
 
 
-def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
+def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path, *, stepped: bool) -> None:
     """Put the state that :func:`save_engine` wrote into model and optimizer (collective).
 
     Args:
@@ -59,6 +67,7 @@ def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         module: the same, unwrapped.
         optimizer: torch's own, unwrapped.
         folder: of the checkpoint; its files have been checked.
+        stepped: as it was saved.
 
     Raises:
         StateError: DeepSpeed found no state.
@@ -70,15 +79,11 @@ def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
             if path is None:
                 raise StateError(f"DeepSpeed found no state in {folder}")
             return
-        state = _state_dict(module, optimizer)
+        state = _state_dict(module, optimizer if stepped else None)
         load(state, checkpoint_id=folder / TAG)
-        set_state_dict(
-            module,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=_OPTIONS,
-        )
+        set_model_state_dict(module, state["model"], options=_OPTIONS)
+        if stepped:
+            set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_OPTIONS)
 
 
 def _save_deepspeed(model: Any, folder: Path) -> None:
@@ -130,8 +135,10 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(module, optimizer, options=_OPTIONS)
-    return {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": get_model_state_dict(module, options=_OPTIONS)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+    return state
 
 
 @contextmanager

@@ -20,12 +20,16 @@ from swaft.training.interruption import EXIT_CODE, Interrupted
 
 GRACE_S = 5.0
 
-GLOO = re.compile(
-    r"gloo/transport/[^\n]*(?:(?P<silent>timed? ?out)|connection (?:closed|reset) by peer|broken pipe|"
+SILENT = re.compile(
+    r"gloo/transport/[^\n]*timed? ?out[^\n]*|Application timeout caused pair closure", re.IGNORECASE
+)
+"""What gloo says when another rank does not answer in time; and when one did not before, and is asked again."""
+GONE = re.compile(
+    r"gloo/transport/[^\n]*(?:connection (?:closed|reset) by peer|socket (?:unexpectedly )?closed|broken pipe|"
     r"no route to host|unreachable)[^\n]*",
     re.IGNORECASE,
 )
-"""What gloo says when another rank does not answer in time, and when its connection is gone."""
+"""What gloo says when its connection to another rank is gone."""
 
 
 def run_and_report(run: Callable[[], None]) -> int:
@@ -85,9 +89,10 @@ def lost_ranks(error: BaseException) -> str | None:
     writes its own and ends the process.
     """
     for each in _chain(error):
-        found = GLOO.search(str(each))
+        silent = SILENT.search(str(each))
+        found = silent or GONE.search(str(each))
         if found:
-            what = "did not answer within train.ddp_timeout seconds" if found["silent"] else "are gone"
+            what = "did not answer within train.ddp_timeout seconds" if silent else "are gone"
             return (
                 f"other ranks {what}. Either a process of this run has ended, or the network to its machine is "
                 "cut. Look first at what the other machines' processes said last and whether one was killed "

@@ -16,16 +16,19 @@ from torch.utils.data import DataLoader
 import swaft
 from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
-from swaft.config import AveragingConfig, EvalConfig, to_yaml
+from swaft.config import AveragingConfig, EvalConfig, flatten, to_yaml
 from swaft.training.accelerator import RunConfig
 from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
+from swaft.training.ddp_buckets import settle_buckets
+from swaft.training.engine_state import zero_stage
 from swaft.training.evaluate import (
     Evaluation,
     best_window,
     evaluate_last_and_averaged,
     mean_evaluations,
 )
+from swaft.training.fingerprint import fingerprint_frozen, fingerprint_rows
 from swaft.training.fsdp2 import prepare
 from swaft.training.interruption import Interrupted, Interruption
 from swaft.training.loaders import evaluation_loader, training_loader
@@ -34,7 +37,8 @@ from swaft.training.meter import Meter
 from swaft.training.position import Position
 from swaft.training.progress import ProgressLog, scores_table, start_trackers
 from swaft.training.run_folder import RunFolder
-from swaft.training.run_state import RunState, load_engine_state, require_same_run
+from swaft.training.run_record import Setup
+from swaft.training.run_state import RunState, load_engine_state
 from swaft.training.schedule import Schedule, build_schedule, count_optimizer_steps
 from swaft.training.summary import run_facts, summary
 
@@ -266,6 +270,7 @@ def start_run(
     Arguments are those of :func:`fine_tune`; ``target`` is the score that weights are chosen by.
     """
     num_parameters, checkpoint = count_parameters(model), folder.checkpoint
+    frozen_sha256 = fingerprint_frozen(model)
     # From here on the weights may live in shards.
     loader = training_loader(datasets["train"], collate, config.train, accelerator)
     model, optimizer, loader = prepare(
@@ -277,11 +282,23 @@ def start_run(
         num_train_epochs=config.train.num_train_epochs,
         max_steps=config.train.max_steps,
     )
+    rows, world_size, settings = datasets["train"], accelerator.num_processes, config.train
+    setup = Setup(
+        stage=zero_stage(model),
+        world_size=world_size,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        grouped_by=settings.per_device_train_batch_size * world_size if settings.group_by_length else None,
+        total_steps=total_steps,
+        rows=len(rows),
+        rows_sha256=fingerprint_rows(rows),
+        frozen_sha256=frozen_sha256,
+        seed=settings.seed,
+    )
+    record = None
     if checkpoint is not None:  # before an averager is attached: it takes weights as it finds them
-        require_same_run(
-            checkpoint, total_steps=total_steps, rows=len(datasets["train"]), seed=config.train.seed
-        )
-        load_engine_state(checkpoint, accelerator, model, optimizer)
+        first = [rows[i] for i in range(min(len(rows), settings.per_device_train_batch_size))]
+        settle_buckets(accelerator, model, objective, collate(first))
+        record = load_engine_state(checkpoint, accelerator, model, optimizer, setup)
     averager = None
     if rule is not None:
         averager = swaft.WeightAverager(
@@ -314,16 +331,17 @@ def start_run(
         best=best,
         position=Position(),
         folder=folder,
-        settings=config.train,
-        total_steps=total_steps,
-        rows=len(datasets["train"]),
+        setup=setup,
+        settings=flatten(config),
+        save_total_limit=settings.save_total_limit,
     )
-    folder.write_provenance(to_yaml(config), accelerator, engine=engine.name)
-    engine.ranks.raise_together(folder.failure)
+    if checkpoint is not None and record is not None:
+        state.restore(checkpoint.path, record)
+    folder.begin(to_yaml(config), accelerator, engine=engine.name)
     start_trackers(accelerator, config)
-    set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
-    if checkpoint is not None:
-        state.restore(checkpoint)
+    set_seed(settings.seed, device_specific=True)  # each rank drops out units of its own
+    if checkpoint is not None and record is not None:
+        state.restore_random(checkpoint.path, record)
     progress = ProgressLog(
         accelerator,
         folder,
@@ -338,7 +356,7 @@ def start_run(
             config.train,
             accelerator,
             task=task,
-            num_rows=len(datasets["train"]),
+            num_rows=len(rows),
             num_parameters=num_parameters,
             schedule=schedule,
             averager=averager,

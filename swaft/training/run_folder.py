@@ -87,8 +87,7 @@ class RunFolder:
 
         The main process alone looks and creates, and tells the others, so no rank sees what another just
         made. With a `resume`, a folder may hold this run already, as long as it has not come to its end: with
-        checkpoints, or begun with the same configuration and ended before the first. What comes after the
-        checkpoint comes anew.
+        checkpoints, or begun with the same configuration and ended before the first.
 
         Args:
             path: of the folder.
@@ -110,12 +109,6 @@ class RunFolder:
                 if resume != "none":
                     folder._lock = _lock(path)
         folder.checkpoint = choose_checkpoint(resume, path, ranks)
-        comes_anew = [folder.final, folder.final_averaged]
-        if folder.checkpoint is None:
-            comes_anew += [folder.best, path / METRICS]
-        with ranks.together(f"{path} could not be cleared of what a run before has left"):
-            for each in comes_anew if folder.is_main else ():
-                shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
         return folder
 
     @property
@@ -183,20 +176,34 @@ class RunFolder:
             )
             self.failure = self.failure or StateError(str(words))
 
-    def write_provenance(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
-        """Write what runs: config.yaml, command.txt, env.json, and ds_config.json under DeepSpeed.
+    def begin(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
+        """Clear away what comes anew, and write what runs (collective).
+
+        To be called once nothing can refuse the run any more: what a run before has left is there until then.
+        Writes config.yaml, command.txt, env.json, and ds_config.json under DeepSpeed.
 
         Args:
             config_yaml: the resolved configuration.
             accelerator: after ``prepare``, when accelerate has filled the rest of the DeepSpeed
                 configuration.
             engine: name of the training engine.
+
+        Raises:
+            StateError: the folder could not be written; on every rank.
         """
+        comes_anew = [self.final, self.final_averaged]
+        if self.checkpoint is None:
+            comes_anew += [self.best, self.path / METRICS]
+        ranks = shared_ranks()
+        with ranks.together(f"{self.path} could not be cleared of what a run before has left"):
+            for each in comes_anew if self.is_main else ():
+                shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
         self.write_text("config.yaml", config_yaml)
         self.write_text("command.txt", shlex.join(launch_command()) + "\n")
         self.write_json("env.json", environment(accelerator, engine=engine))
         if accelerator.state.deepspeed_plugin is not None:
             self.write_json("ds_config.json", accelerator.state.deepspeed_plugin.deepspeed_config)
+        ranks.raise_together(self.failure)
 
 
 def launch_command() -> list[str]:

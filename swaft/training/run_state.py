@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,24 @@ from torch import nn
 
 from swaft.averaging import Engine, WeightAverager
 from swaft.averaging.persist import weights_now
-from swaft.config import TrainConfig
 from swaft.distributed import shared_ranks
-from swaft.errors import ConfigError, StateError
+from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
 from swaft.training.best import BestWeights
 from swaft.training.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
-from swaft.training.engine_state import TAG, load_engine, save_engine, zero_stage
+from swaft.training.engine_state import TAG, load_engine, save_engine
 from swaft.training.meter import Meter
 from swaft.training.position import Position
 from swaft.training.random_state import capture_random, restore_random
 from swaft.training.run_folder import RunFolder, package_versions
+from swaft.training.run_record import (
+    RunRecord,
+    Setup,
+    batches_read,
+    changed_settings,
+    require_same_engine,
+    require_same_run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +60,12 @@ class RunState:
     """Where the run stands; the training loop moves it."""
     folder: RunFolder
     """Of the run."""
-    settings: TrainConfig
-    """Section ``train``."""
-    total_steps: int
-    """Optimizer steps of the whole run."""
-    rows: int
-    """Training rows."""
+    setup: Setup
+    """What of the run does not change."""
+    settings: Mapping[str, Any]
+    """Every setting by its full name."""
+    save_total_limit: int | None
+    """Checkpoints that are kept; None: all of them."""
 
     def save(self) -> None:
         """Write a checkpoint of this step, and delete those of which there are too many (collective).
@@ -71,81 +78,95 @@ class RunState:
         with ranks.together(f"{self.folder.path} could not be written"):
             if ranks.is_main:
                 metrics_bytes = self.folder.metrics_bytes()
-        content = {
-            "position": asdict(self.position),
-            "run": self._fixed(),
-            "applied_steps": self.engine.applied_steps(),
-            "weights": weights_now(self.engine),
-            "objective_step": getattr(self.objective, "step", 0),
-            "best": None if self.best is None else self.best.state(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "seconds": ranks.gather(self.meter.seconds)[0],
-            "metrics_bytes": ranks.gather(metrics_bytes)[0],
-            "versions": package_versions(),
-        }
+        record = RunRecord(
+            setup=self.setup,
+            settings=self.settings,
+            position=asdict(self.position),
+            applied_steps=self.engine.applied_steps(),
+            weights=weights_now(self.engine),
+            objective_step=getattr(self.objective, "step", 0),
+            best=None if self.best is None else self.best.state(),
+            scaler=None if scaler is None else scaler.state_dict(),
+            seconds=ranks.gather(self.meter.seconds)[0],
+            metrics_bytes=ranks.gather(metrics_bytes)[0],
+            versions=package_versions(),
+        )
         written = save_checkpoint(
             ranks,
             self.folder.path,
             self.position.step,
             write=self._write,
-            content=content,
+            content=record.as_dict(),
             averaged=self.averager is not None,
         )
         if ranks.is_main:
-            delete_old(self.folder.path, self.settings.save_total_limit)
+            delete_old(self.folder.path, self.save_total_limit)
         if written:
             logger.info("checkpoint-%d saved in %s", self.position.step, self.folder.path)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Path, record: RunRecord) -> None:
         """Go on from a checkpoint, whose engine state has been loaded by :func:`load_engine_state` (collective).
+
+        Args:
+            checkpoint: its folder.
+            record: what it says.
 
         Raises:
             StateError: the checkpoint does not fit this run; on every rank.
         """
-        content = checkpoint.content
-        self.engine.continue_from(content["applied_steps"])
-        if weights_now(self.engine) != content["weights"]:
+        self.engine.continue_from(record.applied_steps)
+        if weights_now(self.engine) != record.weights:
             raise StateError(
-                f"{checkpoint.path}: after loading, the trained weights are not those that were saved; versions "
-                f"of packages that have changed since: {_changes(content['versions'], package_versions())}"
+                f"{checkpoint}: after loading, the trained weights are not those that were saved; versions of "
+                f"packages that have changed since: {_changes(record.versions, package_versions())}"
             )
+        batches = batches_read(record, self.setup)
         if self.averager is not None:
-            self.averager.load_state(checkpoint.path / AVERAGE)
+            self.averager.load_state(checkpoint / AVERAGE)
         if hasattr(self.objective, "step"):
-            self.objective.step = content["objective_step"]
-        if self.best is not None:
+            self.objective.step = record.objective_step
+        if self.best is not None and record.best is not None:
             with self.engine.ranks.together(f"{self.folder.best} could not be restored"):
-                self.best.restore(content["best"])
-        if self.accelerator.scaler is not None and content["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
+                self.best.restore(record.best, checkpoint)
+        if self.accelerator.scaler is not None and record.scaler is not None:
+            self.accelerator.scaler.load_state_dict(dict(record.scaler))
         with self.engine.ranks.together(f"{self.folder.path} could not be written"):
-            self.folder.cut_metrics(content["metrics_bytes"])
-        _place(self.position, content["position"])
-        self.position.batches = batches_read(content, self._fixed())
-        self.meter.restore(seconds=content["seconds"])
-        self._restore_rank(checkpoint)
+            self.folder.cut_metrics(record.metrics_bytes)
+        for name, value in {**record.position, "batches": batches}.items():
+            setattr(self.position, name, value)
+        self.meter.restore(seconds=record.seconds)
+        if changed := changed_settings(record, self.settings):
+            logger.warning("%s was written with other settings:\n  %s", checkpoint, "\n  ".join(changed))
 
-    def _fixed(self) -> dict[str, Any]:
-        """What of a run does not change as it goes on."""
-        settings, world_size = self.settings, self.engine.ranks.world_size
-        return {
-            "engine": self.engine.name,
-            "stage": zero_stage(self.model),
-            "grouped_by": settings.per_device_train_batch_size * world_size
-            if settings.group_by_length
-            else None,
-            "world_size": self.engine.ranks.world_size,
-            "total_steps": self.total_steps,
-            "rows": self.rows,
-            "per_device_train_batch_size": self.settings.per_device_train_batch_size,
-            "seed": self.settings.seed,
-        }
+    def restore_random(self, checkpoint: Path, record: RunRecord) -> None:
+        """Put this rank's generators and sums of the log back, when nothing draws any more before the next step.
+
+        On another number of ranks the generators are seeded anew.
+        """
+        ranks, world_size = self.engine.ranks, record.setup.world_size
+        if world_size != ranks.world_size:
+            logger.warning(
+                "%s was written by %d ranks and is read by %d: the order of the rows goes on, dropout begins anew",
+                *(checkpoint, world_size, ranks.world_size),
+            )
+            set_seed(self.setup.seed + self.position.step, device_specific=True)
+            return
+        with ranks.together(), TensorFile(checkpoint / _rank_file(ranks.rank)) as file:
+            tensors = {name: file.read(name) for name in file.names}
+            self.meter.sums.copy_(tensors.pop(SUMS))
+            restore_random(tensors, file.metadata, self.accelerator.device)
 
     def _write(self, folder: Path) -> Mapping[str, FileRecord]:
         """This rank's files of a checkpoint; a failure of any rank is raised on all, at each part."""
         engine, ranks = self.engine, self.engine.ranks
         with ranks.together(f"{folder / TAG}: the engine's state could not be written"):
-            save_engine(self.model, engine.module, engine.inner_optimizer, folder)
+            save_engine(
+                self.model,
+                engine.module,
+                engine.inner_optimizer,
+                folder,
+                stepped=engine.applied_steps() > 0,
+            )
         if self.averager is not None:
             self.averager.save_state(folder / AVERAGE)
         files: list[str] = []
@@ -153,6 +174,8 @@ class RunState:
         with ranks.together(f"{folder} could not be written"):
             records |= self._write_rank(folder)
             if ranks.is_main:
+                if self.best is not None:
+                    self.best.save(folder)
                 files = _files(folder)
         files = ranks.gather(files)[0]
         with ranks.together(f"{folder} could not be read back"):
@@ -170,25 +193,10 @@ class RunState:
                 writer.write(tensor)
         return {name: writer.record}
 
-    def _restore_rank(self, checkpoint: Checkpoint) -> None:
-        ranks = self.engine.ranks
-        before = checkpoint.content["run"]["world_size"]
-        if before != ranks.world_size:
-            logger.warning(
-                "%s was written by %d ranks and is read by %d: the order of the rows goes on, dropout begins anew",
-                *(checkpoint.path, before, ranks.world_size),
-            )
-            set_seed(self.settings.seed + self.position.step, device_specific=True)
-            return
-        with ranks.together(), TensorFile(checkpoint.path / _rank_file(ranks.rank)) as file:
-            tensors = {name: file.read(name) for name in file.names}
-            self.meter.sums.copy_(tensors.pop(SUMS))
-            restore_random(tensors, file.metadata, self.accelerator.device)
-
 
 def load_engine_state(
-    checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, optimizer: Any
-) -> None:
+    checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, optimizer: Any, setup: Setup
+) -> RunRecord:
     """Put weights and optimizer state of a checkpoint into what ``accelerator.prepare`` returned (collective).
 
     To be called before an averager is attached.
@@ -198,78 +206,29 @@ def load_engine_state(
         accelerator: that prepared both.
         model: as prepared.
         optimizer: as prepared.
+        setup: of this run.
+
+    Returns:
+        What the checkpoint says about its run.
 
     Raises:
+        ConfigError: it is of another run.
         StateError: the state does not fit this engine or number of ranks; on every rank, saying what does.
     """
-    before = checkpoint.content["run"]
-    world_size = accelerator.num_processes
-    stage = zero_stage(model)
-    now = "torch alone" if stage is None else f"DeepSpeed stage {stage}"
-    if before["stage"] != stage or (stage is not None and before["world_size"] != world_size):
-        raise StateError(
-            f"{checkpoint.path} was written under {before['engine']} by {before['world_size']} ranks, and this run "
-            f"is {now} on {world_size}. DeepSpeed's optimizer state fits one stage and one number of ranks: start "
-            f"with those to go on. Its averages fit any engine: averager.load_state('{checkpoint.path / AVERAGE}')"
-        )
-    with shared_ranks().together(f"{checkpoint.path / TAG}: the engine's state could not be loaded"):
+    ranks, record = shared_ranks(), RunRecord.read(checkpoint.content, checkpoint.path)
+    with ranks.together():  # machines may have read models that differ
+        require_same_run(record, setup, checkpoint.path)
+    require_same_engine(record, setup, checkpoint.path, average=checkpoint.path / AVERAGE)
+    with ranks.together(f"{checkpoint.path / TAG}: the engine's state could not be loaded"):
         module: Any = accelerator.unwrap_model(model)
-        load_engine(model, module, optimizer.optimizer, checkpoint.path)
-
-
-def require_same_run(checkpoint: Checkpoint, **run: int) -> None:
-    """Refuse to go on with a run of another length, other rows or another seed.
-
-    Args:
-        checkpoint: to go on from.
-        run: ``total_steps``, ``rows`` and ``seed`` of this run.
-
-    Raises:
-        ConfigError: naming each setting that differs.
-    """
-    before = checkpoint.content["run"]
-    settings = {
-        "total_steps": "train.max_steps or num_train_epochs",
-        "rows": "section data",
-        "seed": "train.seed",
-    }
-    problems = [
-        f"{checkpoint.path} is of a run with {name} = {before[name]}, this one has {run[name]}; set {setting} as "
-        "it was, or begin a new run in a new train.output_dir"
-        for name, setting in settings.items()
-        if before[name] != run[name]
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def batches_read(content: Mapping[str, Any], run: Mapping[str, Any]) -> int:
-    """Micro-batches of the pass that a rank of this run has read, when so many rows have been.
-
-    Raises:
-        ConfigError: rows of half a batch have been read.
-    """
-    before = content["run"]
-    if content["position"]["batches"] and before["grouped_by"] != run["grouped_by"]:
-        raise ConfigError(
-            f"the checkpoint stands within a pass over rows of like length, grouped by {before['grouped_by']}, and "
-            f"this run groups them by {run['grouped_by']} (train.per_device_train_batch_size times ranks, or "
-            "train.group_by_length); set them as they were, for the order of the rows depends on it"
+        load_engine(
+            model,
+            module,
+            optimizer.optimizer,
+            checkpoint.path,
+            stepped=record.applied_steps > 0,
         )
-    rows = content["position"]["batches"] * before["per_device_train_batch_size"] * before["world_size"]
-    size = run["per_device_train_batch_size"] * run["world_size"]
-    if rows % size:
-        raise ConfigError(
-            f"the checkpoint stands at row {rows:,} of a pass, which is no whole number of this run's "
-            f"micro-batches of {size} rows over all ranks; set train.per_device_train_batch_size so that it is "
-            f"(it was {before['per_device_train_batch_size']} on {before['world_size']} ranks)"
-        )
-    return rows // size
-
-
-def _place(position: Position, values: Mapping[str, Any]) -> None:
-    for each in fields(Position):
-        setattr(position, each.name, values[each.name])
+    return record
 
 
 def _rank_file(rank: int) -> str:

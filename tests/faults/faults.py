@@ -42,6 +42,7 @@ class Engine:
 
 ENGINES = {
     "ddp": Engine("ddp_cpu.yaml", 2),
+    "ddp3": Engine("ddp_cpu.yaml", 3),
     "zero2": Engine("zero2_cpu.yaml", 2),
     "zero3": Engine("zero3_cpu.yaml", 2),
     "fsdp2": Engine("fsdp2_cpu.yaml", 2),

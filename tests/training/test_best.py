@@ -179,6 +179,54 @@ def test_rank_0_decides_for_all_where_machines_round_apart(tmp_path):
     assert run.best.found.score == 0.5
 
 
+def test_the_best_of_a_checkpoint_comes_back_whatever_came_after_it(tmp_path):
+    run = Run(tmp_path / "best", keep_best="last")
+    run.after_a_step(0.5)
+    run.best.save(tmp_path / "checkpoint-1")
+    state = run.best.state()
+    run.after_a_step(0.7)
+    assert run.kept == 2.0
+    again = Run(tmp_path / "best", keep_best="last")
+    again.best.restore(state, tmp_path / "checkpoint-1")
+    assert (again.kept, again.best.found.step) == (1.0, 1)
+    elsewhere = Run(tmp_path / "other" / "best", keep_best="last")
+    elsewhere.best.restore(state, tmp_path / "checkpoint-1")
+    assert elsewhere.kept == 1.0
+    assert {path.name for path in (tmp_path / "other" / "best").iterdir()} == {
+        path.name for path in run.folder.iterdir()
+    }
+
+
+def test_where_a_checkpoint_has_no_best_what_came_after_it_goes(tmp_path):
+    run = Run(tmp_path / "best", keep_best="averaged")
+    run.after_a_step(0.5)
+    run.best.save(tmp_path / "checkpoint-1")
+    state = run.best.state()
+    run.after_a_step(0.5, 0.6)
+    assert run.folder.exists()
+    run.best.restore(state, tmp_path / "checkpoint-1")
+    assert run.best.found is None
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_best_leaves_that_of_a_checkpoint_as_it_is(tmp_path, links, monkeypatch):
+    def refuse(*paths) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    run = Run(tmp_path / "best", keep_best="last")
+    run.after_a_step(0.5)
+    kept = tmp_path / "checkpoint-1" / "best"
+    run.best.save(tmp_path / "checkpoint-1")
+    assert (kept / "model.safetensors").samefile(run.folder / "model.safetensors") == links
+    assert not (kept / "tokenizer.json").samefile(run.folder / "tokenizer.json")
+    run.after_a_step(0.7)
+    assert load_file(kept / "model.safetensors")["weight"].item() == 1.0
+    assert run.kept == 2.0
+
+
 def test_a_folder_takes_the_place_of_another_or_of_none(tmp_path):
     for content in ("first", "second"):
         (tmp_path / "new").mkdir()

@@ -64,7 +64,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_provenance_holds_configuration_command_and_versions(folder, make_accelerator):
-    folder.write_provenance("train: {}\n", make_accelerator(), engine="plain")
+    folder.begin("train: {}\n", make_accelerator(), engine="plain")
     written = {entry.name for entry in folder.path.iterdir()}
     assert written == {"config.yaml", "command.txt", "env.json"}  # ds_config.json only under DeepSpeed
     env = json.loads((folder.path / "env.json").read_text())
@@ -89,6 +89,8 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(make_accel
     made(tmp_path, "config.yaml", "metrics.jsonl", "best/", "env.json.tmp", "checkpoint-5/")
     folder = RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
     assert folder.checkpoint is None
+    assert (tmp_path / "best").exists()  # for the run may still be refused
+    folder.begin("train: {}\n", make_accelerator(), engine="plain")
     assert not {"metrics.jsonl", "best"} & {entry.name for entry in tmp_path.iterdir()}
 
 

@@ -1,0 +1,174 @@
+"""What a checkpoint's manifest says about its run, and whether another process may go on with it; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from swaft.errors import ConfigError, StateError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What of a run does not change as it goes on."""
+
+    stage: int | None
+    """DeepSpeed's stage of ZeRO; None under torch alone."""
+    world_size: int
+    """Ranks."""
+    per_device_train_batch_size: int
+    """Rows of a micro-batch on one rank."""
+    grouped_by: int | None
+    """Rows that are put together by length; None: not grouped."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    rows: int
+    """Training rows."""
+    rows_sha256: str
+    """Of a sample of them, from :func:`~swaft.training.fingerprint.fingerprint_rows`."""
+    frozen_sha256: str
+    """Of the weights that are not trained, from :func:`~swaft.training.fingerprint.fingerprint_frozen`."""
+    seed: int
+    """``train.seed``."""
+
+    @property
+    def engine(self) -> str:
+        """What wrote weights and optimizer state, in words."""
+        return "torch alone" if self.stage is None else f"DeepSpeed stage {self.stage}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run at one of its steps, but for what is in files."""
+
+    setup: Setup
+    """What does not change."""
+    settings: Mapping[str, Any]
+    """Every setting by its full name."""
+    position: Mapping[str, Any]
+    """How far the run has come."""
+    applied_steps: int
+    """Optimizer steps that were not skipped."""
+    weights: str
+    """Sum of the bits of the trained weights."""
+    objective_step: int
+    """Micro-batches that the objective has seen."""
+    best: Mapping[str, Any] | None
+    """The best weights so far; None where none are chosen."""
+    scaler: Mapping[str, Any] | None
+    """Of the loss; None without one."""
+    seconds: float
+    """That training has taken."""
+    metrics_bytes: int
+    """Length of metrics.jsonl."""
+    versions: Mapping[str, str]
+    """Of packages."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any], checkpoint: Path) -> RunRecord:
+        """Understand what a checkpoint says.
+
+        Raises:
+            StateError: it says other things, as another version of swaft would write.
+        """
+        _require_fields(cls, content, checkpoint, "content")
+        _require_fields(Setup, content["setup"], checkpoint, "content: setup")
+        return cls(**{**content, "setup": Setup(**content["setup"])})
+
+
+def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
+    """Refuse to go on with a run of another length, other rows, another seed or another frozen model.
+
+    Raises:
+        ConfigError: naming each setting that differs.
+    """
+    settings = {
+        "total_steps": "train.max_steps or num_train_epochs",
+        "rows": "section data",
+        "rows_sha256": "section data",
+        "frozen_sha256": "section model",
+        "seed": "train.seed",
+    }
+    different = [name for name in settings if getattr(before.setup, name) != getattr(now, name)]
+    if "rows" in different and "rows_sha256" in different:
+        different.remove("rows_sha256")  # says nothing more
+    problems = [
+        f"{checkpoint} is of a run with {name} = {getattr(before.setup, name)}, this one has "
+        f"{getattr(now, name)}; set {settings[name]} as it was, or begin a new run in a new train.output_dir"
+        for name in different
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, average: Path) -> None:
+    """Refuse an optimizer state that the engine of this run cannot open.
+
+    Torch's own opens under torch alone, on any number of ranks; DeepSpeed's under its stage and number of ranks.
+
+    Args:
+        before: of the checkpoint.
+        now: of this run.
+        checkpoint: its folder.
+        average: folder of the averages in it, which open anywhere.
+
+    Raises:
+        StateError: saying what opens it.
+    """
+    was = before.setup
+    if was.stage != now.stage or (now.stage is not None and was.world_size != now.world_size):
+        raise StateError(
+            f"{checkpoint} was written under {was.engine} by {was.world_size} ranks, and this run is {now.engine} "
+            f"on {now.world_size}. DeepSpeed's optimizer state fits one stage and one number of ranks: start with "
+            f"those to go on. Its averages fit any engine: averager.load_state('{average}')"
+        )
+
+
+def changed_settings(before: RunRecord, now: Mapping[str, Any]) -> list[str]:
+    """What was set otherwise, in words; where a run is written to and how it goes on apart."""
+    names = sorted({*before.settings, *now} - {"train.output_dir", "train.resume_from_checkpoint"})
+    return [
+        f"{name}: {before.settings.get(name)} before, {now.get(name)} now"
+        for name in names
+        if before.settings.get(name) != now.get(name)
+    ]
+
+
+def batches_read(before: RunRecord, now: Setup) -> int:
+    """Micro-batches of the pass that a rank of this run has read, when so many rows have been.
+
+    Raises:
+        ConfigError: rows of half a batch have been read.
+    """
+    was, batches = before.setup, before.position["batches"]
+    if batches and was.grouped_by != now.grouped_by:
+        raise ConfigError(
+            f"the checkpoint stands within a pass over rows of like length, grouped by {was.grouped_by}, and "
+            f"this run groups them by {now.grouped_by} (train.per_device_train_batch_size times ranks, or "
+            "train.group_by_length); set them as they were, for the order of the rows depends on it"
+        )
+    rows = batches * was.per_device_train_batch_size * was.world_size
+    size = now.per_device_train_batch_size * now.world_size
+    if rows % size:
+        raise ConfigError(
+            f"the checkpoint stands at row {rows:,} of a pass, which is no whole number of this run's "
+            f"micro-batches of {size} rows over all ranks; set train.per_device_train_batch_size so that it is "
+            f"(it was {was.per_device_train_batch_size} on {was.world_size} ranks)"
+        )
+    return rows // size
+
+
+def _require_fields(record: type, content: Any, checkpoint: Path, where: str) -> None:
+    expected = sorted(each.name for each in fields(record))
+    found = sorted(content) if isinstance(content, Mapping) else content
+    if found != expected:
+        raise StateError(
+            f"{checkpoint}/manifest.json: {where}: found {found}, expected {expected}; it was written by another "
+            "version of swaft, which is the one to go on with"
+        )
