@@ -17,6 +17,7 @@ COMMANDS = {
     "validate": "check a run before it starts: all problems at once, without a GPU",
     "plan": "predict memory and time of a run on every rank, for any number of them",
     "average": "average finished checkpoints to one Hugging Face folder, in bounded memory",
+    "export": "write the averages that a run has saved as a Hugging Face folder",
     "env": "versions and machine, for a bug report",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -12,8 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
-
-import torch
 
 from swaft.errors import SwaftError
 from swaft.training.interruption import EXIT_CODE, Interrupted
@@ -72,10 +71,14 @@ def run_and_report(run: Callable[[], None]) -> int:
 def leave(code: int) -> NoReturn:
     """End the process with ``code``.
 
-    After a failure among several ranks Python's own tear-down is skipped: it destroys the process group,
-    which can wait for ranks that are gone, and a failed run must not hang.
+    One rank of several does not go through Python's own tear-down. After a failure that destroys the process
+    group, which can wait for ranks that are gone; after a good end it can abort the process, where one of gloo's
+    threads lets go of a tensor while the interpreter is being taken down. What is registered with `atexit` is
+    called, unless the run has failed.
     """
-    if code and torch.distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if code in (0, EXIT_CODE):
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
