@@ -1,0 +1,112 @@
+"""Averages that a run has saved, exported by `swaft export` with the bits that the run itself would export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import swaft
+from swaft.cli.export import run
+from swaft.distributed import Ranks
+from swaft.errors import ConfigError, StateError
+from swaft.training.checkpoints import save_checkpoint
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def averager():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rules = {"mean": swaft.SWA(start=0), "recent": swaft.EMA(decay=0.5)}
+    averager = swaft.WeightAverager(model, optimizer, rule=rules, total_steps=4)
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        averager.step()
+    return averager
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "linear"}')
+    (folder / "tokenizer.json").write_text("{}")
+    save_file(
+        {"weight": torch.ones(3, 5), "bias": torch.ones(3), "frozen": torch.ones(2)},
+        folder / "model.safetensors",
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def run_folder(tmp_path, averager):
+    def write(folder):
+        averager.save_state(folder / "average")
+        return {}
+
+    for step in (2, 4):
+        save_checkpoint(Ranks(), tmp_path / "run", step, write=write, content={}, averaged=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("named", ["", "checkpoint-4", "checkpoint-4/average"])
+@pytest.mark.parametrize("rule", ["mean", "recent"])
+def test_an_export_has_the_bits_of_the_runs_own(tmp_path, averager, base, run_folder, named, rule, capsys):
+    averager.save_pretrained(tmp_path / "own", rule)
+    words = [str(run_folder / named), "--base", base, "--rule", rule, "--output", str(tmp_path / "out")]
+    assert run(words) == 0
+    own, found = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "out"))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        **{name: tensor.tolist() for name, tensor in own.items()},
+        "frozen": [1.0, 1.0],
+    }
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert "sha256" in capsys.readouterr().out
+
+
+def test_an_export_in_16_bits_tells_what_rounding_moved(tmp_path, base, run_folder, capsys):
+    words = [
+        "--base",
+        base,
+        "--rule",
+        "mean",
+        "--dtype",
+        "bfloat16",
+        "--json",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    run([str(run_folder), *words])
+    told = json.loads(capsys.readouterr().out)
+    assert 1e-4 < told["rounding"] < 4e-3
+    assert load_file(tmp_path / "out" / "model.safetensors")["weight"].dtype == torch.bfloat16
+
+
+def test_a_damaged_state_is_named_and_nothing_is_written(tmp_path, base, run_folder):
+    (file,) = (run_folder / "checkpoint-4" / "average").glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(StateError, match=f"{file.name} is damaged"):
+        run([str(run_folder), "--base", base, "--rule", "mean", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_there_are_no_averages_that_is_said(tmp_path, base):
+    with pytest.raises(ConfigError, match=r"base holds no averages; expected a state"):
+        run([base, "--base", base, "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"), [(["state", "--output", "x"], "--base"), (["state", "--base", "x"], "--output")]
+)
+def test_options_that_are_missing_are_named(words, problem):
+    with pytest.raises(ConfigError, match=f"swaft export: .*{problem}.*--help lists the options"):
+        run(words)
