@@ -35,7 +35,7 @@ from swaft.training.best import choose_target
 from swaft.training.build import build_objective, build_rule
 from swaft.training.evaluate import Evaluation, evaluate
 from swaft.training.failure import leave, run_and_report
-from swaft.training.fine_tune import Target, fine_tune
+from swaft.training.fine_tune import Job, Target, fine_tune
 from swaft.training.pretrained import (
     describe_labels,
     hidden_size,
@@ -147,10 +147,7 @@ def run(config: ClassificationConfig) -> None:
         )
         return Evaluation(scores=scores)
 
-    fine_tune(
-        config,
-        accelerator,
-        folder,
+    job = Job(
         task=ready.description,
         model=model,
         tokenizer=tokenizer,
@@ -162,6 +159,7 @@ def run(config: ClassificationConfig) -> None:
         target=ready.target,
         means=language_groups(ready.rows, config.data),
     )
+    fine_tune(config, accelerator, folder, job)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ from swaft.training.best import choose_target
 from swaft.training.build import build_objective, build_rule
 from swaft.training.evaluate import Evaluation
 from swaft.training.failure import leave, run_and_report
-from swaft.training.fine_tune import Evaluations, Target, fine_tune
+from swaft.training.fine_tune import Evaluations, Job, Target, fine_tune
 from swaft.training.generation import write_samples
 from swaft.training.pretrained import (
     hidden_size,
@@ -168,10 +168,7 @@ def run(config: QuestionAnsweringConfig) -> None:
         columns = ("id", "question", "answers")
         write_samples(folder, found, ready.rows, config.eval.num_samples, columns=columns)
 
-    fine_tune(
-        config,
-        accelerator,
-        folder,
+    job = Job(
         task=ready.description,
         model=model,
         tokenizer=tokenizer,
@@ -183,6 +180,7 @@ def run(config: QuestionAnsweringConfig) -> None:
         target=ready.target,
         write_outputs=write_outputs,
     )
+    fine_tune(config, accelerator, folder, job)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

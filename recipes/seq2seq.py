@@ -44,7 +44,7 @@ from swaft.training.encoder_decoder import (
 )
 from swaft.training.evaluate import Evaluation
 from swaft.training.failure import leave, run_and_report
-from swaft.training.fine_tune import Target, fine_tune
+from swaft.training.fine_tune import Job, Target, fine_tune
 from swaft.training.generation import evaluate_texts, generation_arguments, report_lengths, write_samples
 from swaft.training.languages import set_languages
 from swaft.training.pretrained import hidden_size, load_tokenizer
@@ -193,10 +193,7 @@ def run(config: Seq2SeqConfig) -> None:
             generation=generation_arguments(config.eval, config.data),
         )
 
-    fine_tune(
-        config,
-        accelerator,
-        folder,
+    job = Job(
         task=ready.description,
         model=model,
         tokenizer=tokenizer,
@@ -208,6 +205,7 @@ def run(config: Seq2SeqConfig) -> None:
         target=ready.target,
         write_outputs=lambda found: write_samples(folder, found, pairs, config.eval.num_samples),
     )
+    fine_tune(config, accelerator, folder, job)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,23 +59,36 @@ class FineTuningConfig(RunConfig, Protocol):
     def eval(self) -> EvalConfig: ...  # noqa: D102
 
 
-def fine_tune(
-    config: FineTuningConfig,
-    accelerator: Accelerator,
-    folder: RunFolder,
-    *,
-    task: str,
-    model: nn.Module,
-    tokenizer: Any,
-    objective: Any,
-    rule: Rule | None,
-    datasets: Mapping[str, Dataset],
-    collate: Callable[[list[Any]], dict[str, Any]],
-    evaluate: Evaluate,
-    target: Target,
-    means: Mapping[str, Sequence[str]] | None = None,
-    write_outputs: Callable[[Evaluations], None] = lambda found: None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a recipe brings to be trained: its model, its data and its metric."""
+
+    task: str
+    """What is learnt, in words, for the banner."""
+    model: nn.Module
+    """On the host, as the objective prepared it; the same on every rank."""
+    tokenizer: Any
+    """Saved beside the weights."""
+    objective: Any
+    """Loss of a micro-batch, from `build_objective`."""
+    rule: Rule | None
+    """What to average; None: nothing."""
+    datasets: Mapping[str, Dataset]
+    """Rows by split, with ``input_ids``; all but ``train`` are evaluated, ``validation`` also while training."""
+    collate: Callable[[list[Any]], dict[str, Any]]
+    """Makes a batch of rows."""
+    evaluate: Evaluate
+    """Scores of the model on the rows of a split."""
+    target: Target
+    """The main score, which the summary names, and what others the settings may choose weights by."""
+    means: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Splits whose mean scores are reported as well, by the name of the mean."""
+    write_outputs: Callable[[Evaluations], None] = lambda found: None
+    """Writes into the folder what else comes of the final evaluations, which are the same on every rank; called
+    before summary.json says that the run has come to its end."""
+
+
+def fine_tune(config: FineTuningConfig, accelerator: Accelerator, folder: RunFolder, job: Job) -> None:
     """Fine-tune, evaluate the last and the averaged weights, and save both (collective).
 
     Goes on from ``folder.checkpoint``, where there is one, as if the run had never ended.
@@ -87,43 +100,17 @@ def fine_tune(
         config: sections ``train``, ``averaging``, ``eval`` and ``track``.
         accelerator: nothing prepared yet.
         folder: of this run.
-        task: what is learnt, in words, for the banner.
-        model: on the host, as the objective prepared it; the same on every rank.
-        tokenizer: saved beside the weights.
-        objective: loss of a micro-batch, from `build_objective`.
-        rule: what to average; None: nothing.
-        datasets: rows by split, with ``input_ids``; all but ``train`` are evaluated, ``validation`` also while
-            training.
-        collate: makes a batch of rows.
-        evaluate: see `Evaluate`.
-        target: the main score, which the summary names, and what others the settings may choose weights by.
-        means: splits whose mean scores are reported as well, by the name of the mean; None: none are.
-        write_outputs: writes into the folder what else comes of the final evaluations, which are the same on every
-            rank; called before summary.json says that the run has come to its end.
+        job: what is trained.
 
     Raises:
         Interrupted: the run was asked to end, and has left a checkpoint.
         ConfigError: the weights are to be chosen by a score, or on rows, that there are not.
     """
+    target = choose_target(config.eval, job.target, job.datasets)
     with Interruption() as interruption:
-        run = start_run(
-            config,
-            accelerator,
-            folder,
-            task=task,
-            model=model,
-            tokenizer=tokenizer,
-            objective=objective,
-            rule=rule,
-            datasets=datasets,
-            collate=collate,
-            evaluate=evaluate,
-            target=choose_target(config.eval, target, datasets),
-            interruption=interruption,
-        )
+        run = start_run(config, accelerator, folder, job, target=target, interruption=interruption)
         try:
-            result = run.train(config)
-            run.finish(result, tokenizer, metric=target.score, means=means or {}, write_outputs=write_outputs)
+            run.finish(run.train(config), job)
         except Interrupted:
             run.state.save()
             if run.state.averager is not None:
@@ -185,15 +172,7 @@ class Run:
             check=lambda: self.interruption.check(state.folder.failure),
         )
 
-    def finish(
-        self,
-        result: TrainingResult,
-        tokenizer: Any,
-        *,
-        metric: str,
-        means: Mapping[str, Sequence[str]],
-        write_outputs: Callable[[Evaluations], None],
-    ) -> None:
+    def finish(self, result: TrainingResult, job: Job) -> None:
         """Evaluate the last weights and the averaged ones, and keep both (collective)."""
         state, progress, folder, averager = self.state, self.progress, self.state.folder, self.state.averager
         if result.stopped_early:
@@ -208,7 +187,7 @@ class Run:
             name: evaluate_last_and_averaged(once, averager, **selection)
             for name, once in self.evaluations.items()
         }
-        found |= mean_evaluations(found, means)
+        found |= mean_evaluations(found, job.means)
         scores = {
             name: {kind: evaluation.scores for kind, evaluation in kinds.items()}
             for name, kinds in found.items()
@@ -223,17 +202,17 @@ class Run:
         with state.engine.ranks.together(f"the tokenizer could not be written to {folder.path}"):
             if folder.is_main:
                 for path in saved.values():
-                    tokenizer.save_pretrained(path)
+                    job.tokenizer.save_pretrained(path)
         if state.best is not None:
             state.best.observe(result.steps, scores["validation"], **selection)
-        write_outputs(found)
+        job.write_outputs(found)
         state.engine.ranks.raise_together(folder.failure)
         folder.write_json(
             "summary.json",
             summary(
                 found,
                 result,
-                metric_name=metric,
+                metric_name=self.target.score,
                 averager=averager,
                 window=window,
                 best=state.best and state.best.found,
@@ -253,36 +232,35 @@ def start_run(
     config: FineTuningConfig,
     accelerator: Accelerator,
     folder: RunFolder,
+    job: Job,
     *,
-    task: str,
-    model: nn.Module,
-    tokenizer: Any,
-    objective: Any,
-    rule: Rule | None,
-    datasets: Mapping[str, Dataset],
-    collate: Callable[[list[Any]], dict[str, Any]],
-    evaluate: Evaluate,
     target: Target,
     interruption: Interruption,
 ) -> Run:
     """Start the engine, and bring a run back to where its checkpoint left it, where it has one (collective).
 
-    Arguments are those of :func:`fine_tune`; ``target`` is the score that weights are chosen by.
+    Args:
+        config: as of :func:`fine_tune`.
+        accelerator: likewise.
+        folder: likewise.
+        job: likewise.
+        target: the score that weights are chosen by.
+        interruption: whether the run was asked to end.
     """
-    num_parameters, checkpoint = count_parameters(model), folder.checkpoint
-    frozen_sha256 = fingerprint_frozen(model)
+    checkpoint, rows, settings = folder.checkpoint, job.datasets["train"], config.train
+    num_parameters, frozen_sha256 = count_parameters(job.model), fingerprint_frozen(job.model)
     # From here on the weights may live in shards.
-    loader = training_loader(datasets["train"], collate, config.train, accelerator)
+    loader = training_loader(rows, job.collate, settings, accelerator)
     model, optimizer, loader = prepare(
-        accelerator, model, partial(build_optimizer, train=config.train), loader
+        accelerator, job.model, partial(build_optimizer, train=settings), loader
     )
     total_steps = count_optimizer_steps(
         micro_batches=len(loader),
-        accumulation_steps=config.train.gradient_accumulation_steps,
-        num_train_epochs=config.train.num_train_epochs,
-        max_steps=config.train.max_steps,
+        accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
     )
-    rows, world_size, settings = datasets["train"], accelerator.num_processes, config.train
+    world_size = accelerator.num_processes
     setup = Setup(
         stage=zero_stage(model),
         world_size=world_size,
@@ -297,14 +275,14 @@ def start_run(
     record = None
     if checkpoint is not None:  # before an averager is attached: it takes weights as it finds them
         first = [rows[i] for i in range(min(len(rows), settings.per_device_train_batch_size))]
-        settle_buckets(accelerator, model, objective, collate(first))
+        settle_buckets(accelerator, model, job.objective, job.collate(first))
         record = load_engine_state(checkpoint, accelerator, model, optimizer, setup)
     averager = None
-    if rule is not None:
+    if job.rule is not None:
         averager = swaft.WeightAverager(
             model,
             optimizer,
-            rule=rule,
+            rule=job.rule,
             total_steps=total_steps,
             precision=config.averaging.precision,
             threads=config.averaging.threads,
@@ -317,7 +295,7 @@ def start_run(
             config.eval,
             target=target,
             folder=folder.best,
-            tokenizer=tokenizer,
+            tokenizer=job.tokenizer,
             engine=engine,
             averager=averager,
         )
@@ -326,7 +304,7 @@ def start_run(
         model=model,
         engine=engine,
         averager=averager,
-        objective=objective,
+        objective=job.objective,
         meter=Meter(accelerator),
         best=best,
         position=Position(),
@@ -347,15 +325,15 @@ def start_run(
         folder,
         total_steps=total_steps,
         averaging=config.averaging.rule,
-        disable_tqdm=config.train.disable_tqdm,
+        disable_tqdm=settings.disable_tqdm,
         done=state.position.step,
     )
-    schedule = build_schedule(config.train, total_steps=total_steps, averaging=rule is not None)
+    schedule = build_schedule(settings, total_steps=total_steps, averaging=job.rule is not None)
     progress.banner(
         run_facts(
-            config.train,
+            settings,
             accelerator,
-            task=task,
+            task=job.task,
             num_rows=len(rows),
             num_parameters=num_parameters,
             schedule=schedule,
@@ -371,19 +349,19 @@ def start_run(
         schedule=schedule,
         evaluations={
             name: partial(
-                evaluate,
+                job.evaluate,
                 model,
                 evaluation_loader(
                     dataset,
-                    collate,
+                    job.collate,
                     accelerator,
                     interruption,
                     batch_size=config.eval.per_device_eval_batch_size,
-                    num_workers=config.train.dataloader_num_workers,
+                    num_workers=settings.dataloader_num_workers,
                 ),
                 name,
             )
-            for name, dataset in datasets.items()
+            for name, dataset in job.datasets.items()
             if name != "train"
         },
         target=target,
