@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -26,7 +25,10 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import deepspeed  # noqa: F401
+from events import arrange
 from launching import ROOT, load_recipe
+from rehearsal import rehearse
+from spy import look_on
 
 import swaft.averaging.host  # noqa: F401  (compiles, or loads what was compiled)
 from swaft.training.deepspeed_extension import use_environment
@@ -34,8 +36,6 @@ from swaft.training.launcher import read_launch
 
 PATIENCE_S = 60.0
 """Seconds after the end of one rank, after which the others are ended too, as a launcher does."""
-DISK = ("fsync", "replace", "unlink", "rmdir")
-"""Calls by which a checkpoint comes to be, or goes."""
 
 
 def main() -> None:
@@ -57,19 +57,23 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
         order: ``launch`` (a file of launch/accelerate), ``ranks``, ``arguments``, ``log`` (a file), and where a
             rank is to be killed ``victims`` (their numbers) with ``after_s``, ``at_log`` (a text that appears
             there) or ``at_disk_call``; ``signal`` (default SIGKILL; not with ``at_disk_call``). With ``command``
-            that is called at that moment, and nobody is killed.
+            that is called at that moment, and nobody is killed. With ``spy`` ranks write what they do (`look_on`).
+            With ``group`` all processes of a rank are sent the signal. ``events``: each the ``ranks`` that it
+            befalls and arguments of `arrange`. ``rehearse``: arguments of that function, for all ranks.
     """
     words = [
         "--config_file",
         str(ROOT / "launch" / "accelerate" / order["launch"]),
         "recipes/classification.py",
     ]
-    environ = read_launch(words).environ | {
-        "WORLD_SIZE": str(order["ranks"]),
-        "LOCAL_WORLD_SIZE": str(order["ranks"]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    environ = read_launch(words).environ
+    if order["ranks"] > 1:  # to one process a launcher says nothing
+        environ |= {
+            "WORLD_SIZE": str(order["ranks"]),
+            "LOCAL_WORLD_SIZE": str(order["ranks"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
     began = time.monotonic()
     ranks = {fork(recipe, order, environ, rank): rank for rank in range(order["ranks"])}
     deadline, codes = None, {}
@@ -82,7 +86,8 @@ def run(recipe: Any, order: dict[str, Any]) -> dict[str, Any]:
                 subprocess.run(order["command"], check=True)
             for process, rank in ranks.items():
                 if rank in order.get("victims", ()) and process not in codes:
-                    os.kill(process, order.get("signal", signal.SIGKILL))
+                    send = os.killpg if order.get("group") else os.kill
+                    send(process, order.get("signal", signal.SIGKILL))
         for process in ranks:
             if process not in codes and (ended := os.waitpid(process, os.WNOHANG))[0]:
                 codes[process] = os.waitstatus_to_exitcode(ended[1])
@@ -113,47 +118,27 @@ def fork(recipe: Any, order: dict[str, Any], environ: dict[str, str], rank: int)
         return process
     try:
         os.environ.clear()
-        os.environ.update(environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        os.environ.update(environ)
+        if order["ranks"] > 1:
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
         os.setsid()
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if rank in order.get("victims", ()) and order.get("at_disk_call") is not None:
-            die_at(order["at_disk_call"], order["folder"])
+            arrange("kill", folder=order["folder"], at_disk_calls=[order["at_disk_call"]])
+        for event in order.get("events", ()):
+            if rank in event["ranks"]:
+                arrange(folder=order["folder"], **{name: event[name] for name in event if name != "ranks"})
+        if "rehearse" in order:
+            rehearse(**order["rehearse"])
+        if "spy" in order:
+            look_on(order, rank)
         os._exit(recipe.main(order["arguments"]))
     except BaseException:
         traceback.print_exc()
     os._exit(70)
-
-
-def die_at(number: int, folder: str) -> None:
-    """End this process with SIGKILL just before the n-th call that touches the disk under a folder."""
-    count, lock = 0, threading.Lock()
-
-    def counted(call: Any) -> Any:
-        def before(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            with lock:
-                count += touches(arguments[0], folder)
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **options)
-
-        return before
-
-    for name in DISK:
-        setattr(os, name, counted(getattr(os, name)))
-
-
-def touches(target: Any, folder: str) -> bool:
-    """Whether a path, or what an open file is called, lies in a folder."""
-    if isinstance(target, int):
-        try:
-            target = os.readlink(f"/proc/self/fd/{target}")
-        except OSError:
-            return False
-    return os.fspath(target).startswith(folder)
 
 
 def free_port() -> int:
