@@ -123,10 +123,15 @@ def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, aver
     """
     was = before.setup
     if was.stage != now.stage or (now.stage is not None and was.world_size != now.world_size):
+        fits = (
+            "Torch's optimizer state fits one process, DDP and FSDP2, on any number of ranks"
+            if was.stage is None
+            else "DeepSpeed's optimizer state fits one stage and one number of ranks"
+        )
         raise StateError(
             f"{checkpoint} was written under {was.engine} by {was.world_size} ranks, and this run is {now.engine} "
-            f"on {now.world_size}. DeepSpeed's optimizer state fits one stage and one number of ranks: start with "
-            f"those to go on. Its averages fit any engine: averager.load_state('{average}')"
+            f"on {now.world_size}. {fits}: start with those to go on. Its averages fit any engine: "
+            f"averager.load_state('{average}', same_weights=False)"
         )
 
 

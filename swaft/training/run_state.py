@@ -149,6 +149,10 @@ class RunState:
                 "%s was written by %d ranks and is read by %d: the order of the rows goes on, dropout begins anew",
                 *(checkpoint, world_size, ranks.world_size),
             )
+            with ranks.together():
+                for rank in range(ranks.rank, world_size, ranks.world_size):
+                    with TensorFile(checkpoint / _rank_file(rank)) as file:
+                        self.meter.sums += file.read(SUMS).to(self.meter.sums.device)
             set_seed(self.setup.seed + self.position.step, device_specific=True)
             return
         with ranks.together(), TensorFile(checkpoint / _rank_file(ranks.rank)) as file:

@@ -7,6 +7,7 @@ try. Nothing should be, and the run goes on as if it had not happened.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -130,6 +131,7 @@ class Rehearsal:
         except Exception as error:
             said = f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
         everyone = self._ranks.gather(said)
+        gc.collect()  # an error that still holds a file open holds its room on the disk
         mend()
         left = "nothing"
         if self._new.exists():

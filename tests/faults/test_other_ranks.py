@@ -28,7 +28,7 @@ SETTINGS = (
     *(
         f"train.max_steps={STEPS}",
         "train.save_steps=null",
-        "train.logging_steps=1",
+        "train.logging_steps=3",
         "train.learning_rate=1e-3",
     ),
     *("train.lr_scheduler_type=cosine", "averaging.start=0.1"),
