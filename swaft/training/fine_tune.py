@@ -212,7 +212,7 @@ class Run:
             summary(
                 found,
                 result,
-                metric_name=self.target.score,
+                metric_name=job.target.score,
                 averager=averager,
                 window=window,
                 best=state.best and state.best.found,
