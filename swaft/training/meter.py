@@ -26,7 +26,8 @@ class Meter:
         """Of what is logged, since the last line of the log: (values,), float64, on the device; this rank's."""
         self._bad_losses = torch.zeros((), device=accelerator.device)
         self._started = time.monotonic()
-        self._logged_at_s = 0.0
+        self.logged_at_s = 0.0
+        """Seconds since training began at the last line of the log."""
 
     @property
     def seconds(self) -> float:
@@ -58,18 +59,18 @@ class Meter:
         """Return means over the rows of all ranks since the last call, and tokens a second; collective."""
         total: Any = self._accelerator.reduce(self.sums, reduction="sum")
         *sums, count, tokens = total.tolist()
-        seconds = self.seconds - self._logged_at_s
-        self._logged_at_s += seconds
+        seconds = self.seconds - self.logged_at_s
+        self.logged_at_s += seconds
         self.sums = self._zeros()
         means: dict[str, float | None] = {
             name: value / count for name, value in zip(self.NAMES, sums, strict=True)
         }
-        return means | {"tokens_per_second": tokens / seconds, "seconds": self._logged_at_s}
+        return means | {"tokens_per_second": tokens / seconds, "seconds": self.logged_at_s}
 
-    def restore(self, *, seconds: float) -> None:
-        """Go on from a training that took ``seconds`` so far."""
+    def restore(self, *, seconds: float, logged_at_s: float) -> None:
+        """Go on where a training had taken ``seconds`` so far, ``logged_at_s`` of them up to its last log line."""
         self._started = time.monotonic() - seconds
-        self._logged_at_s = seconds
+        self.logged_at_s = logged_at_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -61,6 +61,8 @@ class RunRecord:
     """Of the loss; None without one."""
     seconds: float
     """That training has taken."""
+    logged_at_s: float
+    """The same, at the last line of the log."""
     metrics_bytes: int
     """Length of metrics.jsonl."""
     versions: Mapping[str, str]

@@ -88,6 +88,7 @@ class RunState:
             best=None if self.best is None else self.best.state(),
             scaler=None if scaler is None else scaler.state_dict(),
             seconds=ranks.gather(self.meter.seconds)[0],
+            logged_at_s=ranks.gather(self.meter.logged_at_s)[0],
             metrics_bytes=ranks.gather(metrics_bytes)[0],
             versions=package_versions(),
         )
@@ -134,7 +135,7 @@ class RunState:
             self.folder.cut_metrics(record.metrics_bytes)
         for name, value in {**record.position, "batches": batches}.items():
             setattr(self.position, name, value)
-        self.meter.restore(seconds=record.seconds)
+        self.meter.restore(seconds=record.seconds, logged_at_s=record.logged_at_s)
         if changed := changed_settings(record, self.settings):
             logger.warning("%s was written with other settings:\n  %s", checkpoint, "\n  ".join(changed))
 

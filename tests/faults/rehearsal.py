@@ -37,8 +37,8 @@ def rehearse(step: int, *, kind: str, results: str) -> None:
 
     Args:
         step: at which the run saves anyway, with two checkpoints before it.
-        kind: ``calls``: every call to the disk fails once, on every rank; ``some``: half of those that are no
-            write between the first and the last to a file; ``lasting``: every call and all after it; ``looks``:
+        kind: ``calls``: every call to the disk fails once, on every rank; ``some``: a third of those that are
+            no write between the first and the last to a file; ``lasting``: every call and all after it; ``looks``:
             every call that only looks; ``space``: the disk of the run folder is nearly full.
         results: file for what was found, one JSON object a try.
     """
@@ -100,7 +100,7 @@ class Rehearsal:
         calls = self._ranks.gather(self._disk.calls)
         self._put_back()
         for rank, of_rank in enumerate(calls):
-            for number in _half(of_rank) if kind == "some" else range(len(of_rank)):
+            for number in _third(of_rank) if kind == "some" else range(len(of_rank)):
                 if rank == self._ranks.rank:
                     refused = range(number, FOR_EVER if kind == "lasting" else number + 1)
                     self._disk.refuse(refused, REFUSALS[number % len(REFUSALS)])
@@ -175,10 +175,10 @@ class Rehearsal:
         self._ranks.barrier()
 
 
-def _half(calls: list[str]) -> list[int]:
-    """Numbers of every second call, where of writes to one file only the first and the last count."""
+def _third(calls: list[str]) -> list[int]:
+    """Numbers of every third call, where of writes to one file only the first and the last count."""
     kept = [n for n, call in enumerate(calls) if calls[max(n - 1, 0) : n + 2] != [call] * 3]
-    return kept[::2]
+    return kept[::3]
 
 
 def _free(folder: Path) -> int:

@@ -16,7 +16,7 @@ NAME = "läuf"
 """Of a run folder: one that is not ASCII has torch leave the writing to Python, which can be watched."""
 STEP = 12
 """The third save of a run, which deletes the first checkpoint."""
-FEWEST_TRIED, FEWEST_CALLS = 50, 120
+FEWEST_SOME, FEWEST_LOOKS, FEWEST_CALLS = 30, 50, 120
 """Of what two ranks do to the disk in a save."""
 
 
@@ -55,7 +55,7 @@ def test_where_a_call_fails_all_ranks_say_the_same_and_no_checkpoint_is_lost(
     started, run_inputs, unbroken, quick
 ):
     known = tries(started, run_inputs, quick, "ddp", unbroken("ddp")[0], "some")
-    assert len(known) >= FEWEST_TRIED
+    assert len(known) >= FEWEST_SOME
     assert {each["left"] for each in known if each["said"]} == {"nothing"}
 
 
@@ -84,7 +84,7 @@ def test_wherever_a_rank_cannot_look_all_ranks_say_the_same_and_no_checkpoint_is
     started, run_inputs, unbroken, quick, engine
 ):
     known = tries(started, run_inputs, quick, engine, unbroken(engine)[0], "looks")
-    assert len(known) >= FEWEST_TRIED
+    assert len(known) >= FEWEST_LOOKS
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,15 @@ def test_means_are_over_rows_not_over_micro_batches(make_accelerator):
     assert meter.read()["loss"] == 3.0  # what was read is over
 
 
+def test_tokens_a_second_are_over_the_time_since_the_last_line_also_where_a_run_goes_on(make_accelerator):
+    meter = Meter(make_accelerator())
+    meter.restore(seconds=500.0, logged_at_s=400.0)
+    meter.add(output(1.0), {"input_ids": torch.ones(20, 100)}, torch.tensor(20))
+    record = meter.read()
+    assert record["tokens_per_second"] == pytest.approx(2000 / 100, rel=0.05)
+    assert record["seconds"] == pytest.approx(500, rel=0.01)
+
+
 def test_a_micro_batch_without_a_row_that_counts_has_no_part_in_the_means(make_accelerator):
     meter = Meter(make_accelerator())
     batch = {"input_ids": torch.ones(2, 3)}

@@ -42,6 +42,7 @@ RECORD = RunRecord(
     best=None,
     scaler=None,
     seconds=1.5,
+    logged_at_s=1.25,
     metrics_bytes=10,
     versions={"torch": "2.13.0"},
 )
