@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m swaft.training.deepspeed_extension
 	touch $@
 
-quickstart: venv  ## fine-tune the embedded model; last weights against averaged ones (3 minutes on 2 quiet cores)
+quickstart: venv  ## fine-tune the embedded model; last weights against averaged ones (3 to 6 minutes on 2 cores)
 	launch/quickstart.sh
 
 quality: venv  ## lint, format check and type check
