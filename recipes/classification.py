@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from swaft.averaging.rules import Rule
 from swaft.config import ClassificationConfig, load_config
+from swaft.config.rule import build_rule
 from swaft.data import (
     Collator,
     Task,
@@ -32,7 +33,7 @@ from swaft.data import (
 from swaft.metrics import Metric, get_metric, metric_for_task
 from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.best import choose_target
-from swaft.training.build import build_objective, build_rule
+from swaft.training.build import build_objective
 from swaft.training.evaluate import Evaluation, evaluate
 from swaft.training.failure import leave, run_and_report
 from swaft.training.fine_tune import Job, Target, fine_tune

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from swaft.averaging.rules import Rule
 from swaft.config import QuestionAnsweringConfig, load_config
+from swaft.config.rule import build_rule
 from swaft.data import (
     WindowCollator,
     check_questions,
@@ -39,7 +40,7 @@ from swaft.training.answering import (
     write_predictions,
 )
 from swaft.training.best import choose_target
-from swaft.training.build import build_objective, build_rule
+from swaft.training.build import build_objective
 from swaft.training.evaluate import Evaluation
 from swaft.training.failure import leave, run_and_report
 from swaft.training.fine_tune import Evaluations, Job, Target, fine_tune

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from swaft.averaging.rules import Rule
 from swaft.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
+from swaft.config.rule import build_rule
 from swaft.data import (
     PairColumns,
     Seq2SeqCollator,
@@ -34,7 +35,7 @@ from swaft.data import (
 from swaft.metrics import GenerationMetric, get_generation_metric
 from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.best import choose_target
-from swaft.training.build import build_objective, build_rule
+from swaft.training.build import build_objective
 from swaft.training.encoder_decoder import (
     brings_tokenizer,
     encoder_decoder_config,

@@ -35,7 +35,7 @@ def check_averaging(averaging: AveragingConfig, total_steps: int) -> list[str]:
         averaging: the section.
         total_steps: optimizer steps of the run.
     """
-    from swaft.training.build import build_rule  # only here: the other checks need no torch
+    from swaft.config.rule import build_rule  # only here: the other checks need no torch
 
     try:
         rule = build_rule(averaging)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from swaft.config import QuestionAnsweringConfig, load_config
+from swaft.config.rule import build_rule
 from swaft.metrics import get_question_metric
-from swaft.training.build import build_objective, build_rule
+from swaft.training.build import build_objective
 
 pytestmark = pytest.mark.unit
 

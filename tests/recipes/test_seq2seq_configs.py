@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from swaft.config import Seq2SeqConfig, load_config
+from swaft.config.rule import build_rule
 from swaft.metrics import get_generation_metric
-from swaft.training.build import build_objective, build_rule
+from swaft.training.build import build_objective
 from swaft.training.encoder_decoder import encoder_decoder_config
 
 pytestmark = pytest.mark.unit
