@@ -90,12 +90,12 @@ def test_before_it_is_loaded_it_is_another(tmp_path):
     assert averager.count("swa") == 4
 
 
-def test_finished_blocks_go_to_disk_again(tmp_path):
+def test_finished_blocks_go_to_disk_again(tmp_path, mapped_files):
     weights = half_way(tmp_path / "state", 8, spill_dir=tmp_path / "spill")
     model, _, averager = start(spill_dir=tmp_path / "other")
     model.load_state_dict(weights)
     averager.load_state(tmp_path / "state")
-    assert list((tmp_path / "other").rglob("lane-*.safetensors"))
+    assert mapped_files(tmp_path / "other")
 
 
 def test_a_state_beside_other_weights_is_refused_unless_that_is_meant(tmp_path):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from swaft.averaging.host.memory import lane_bytes, require_host_memory
 from swaft.averaging.host.motion import Motion
 from swaft.averaging.host.pipeline import Pipeline, Waits
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes
+from swaft.averaging.host.spill import require_writable
 from swaft.averaging.layout import Span
 from swaft.averaging.rules import SWA, Plan
 from swaft.distributed import Ranks
-from swaft.errors import AveragingError
 
 STAGING_BYTES = 1 << 29
 """Most pinned memory a rank takes: 512 MiB."""
@@ -40,8 +39,8 @@ class HostAverages:
         device: where the masters are.
         compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
         threads: threads of the arithmetic; None chooses.
-        spill_dir: folder that finished lanes move to, each run in a folder of its own, which is deleted at the
-            end; None keeps them in memory.
+        spill_dir: folder that finished lanes move to, in files without a name, which end with the process; None
+            keeps them in memory.
         lent: others may free the masters' storage between members.
 
     Raises:
@@ -68,20 +67,15 @@ class HostAverages:
         )
         self.pinned_bytes = 0 if device.type == "cpu" else ring_bytes(numel, STAGING_BYTES)
         require_host_memory(ranks, self.host_bytes + self.pinned_bytes)
-        self._folder, error = _own_folder(spill_dir, ranks.rank)
-        ranks.raise_together(error)
+        with ranks.together():
+            if spill_dir is not None:
+                require_writable(spill_dir)
         self.crew = Crew(threads, device=device)
         self._host = HostSource(spans, self.crew)
         self._staged: StagedSource | None = None
         self.lanes = {
-            name: Lanes(
-                plan,
-                numel,
-                self.crew,
-                compensated=compensated,
-                spill=None if self._folder is None else Path(self._folder.name) / f"rule-{i}",
-            )
-            for i, (name, plan) in enumerate(plans.items())
+            name: Lanes(plan, numel, self.crew, compensated=compensated, spill=spill_dir)
+            for name, plan in plans.items()
         }
         self.motion = Motion(self.crew)
         self._channel = ranks.channel()
@@ -119,8 +113,6 @@ class HostAverages:
         self._pipeline.close()
         self.crew.close()
         self._channel.close()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def _source(self, masters: list[Tensor]) -> Source:
         """Where the masters are now: offloading may have moved them since the last member."""
@@ -162,18 +154,3 @@ def seconds_an_element(crew: Crew, numel: int) -> float:
         seconds.append(time.perf_counter() - begun)
         lanes.end(updates)
     return min(seconds[1:]) / numel
-
-
-def _own_folder(
-    spill_dir: Path | None, rank: int
-) -> tuple[TemporaryDirectory[str] | None, AveragingError | None]:
-    """A new folder under ``spill_dir`` that nobody else uses, deleted when it is closed; or what is wrong."""
-    if spill_dir is None:
-        return None, None
-    try:
-        spill_dir.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(prefix=f"rank-{rank:05d}-", dir=spill_dir, ignore_cleanup_errors=True), None
-    except OSError as error:
-        return None, AveragingError(
-            f"averaging.spill_dir: {spill_dir} cannot be written to ({error}); name another folder"
-        )

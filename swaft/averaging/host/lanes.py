@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swaft.averaging import native
 from swaft.averaging.host.crew import Crew
+from swaft.averaging.host.spill import moved_to_disk
 from swaft.averaging.rules import Plan, Update
 from swaft.errors import AveragingError
 
@@ -59,7 +58,7 @@ class Lanes:
         self._compensated = compensated
         self._spill = spill
         self._lanes: dict[int, Lane] = {}
-        self._files: dict[int, Path] = {}
+        self._on_disk: dict[int, Lane] = {}
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +99,7 @@ class Lanes:
         """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read.
 
         Raises:
-            AveragingError: an update broke off half way, or a file is damaged or gone.
+            AveragingError: an update broke off half way.
         """
         self._refuse_torn()
         coefficients = self.plan.readout(self.count, **selection)
@@ -124,7 +123,7 @@ class Lanes:
             AveragingError: as of :meth:`readout`.
         """
         self._refuse_torn()
-        return {index: self._lane(index) for index in sorted({*self._lanes, *self._files})}
+        return {index: self._lane(index) for index in sorted({*self._lanes, *self._on_disk})}
 
     def empty_lane(self, index: int) -> Lane:
         """Memory for a lane, to be filled and handed to :meth:`restore`."""
@@ -132,7 +131,7 @@ class Lanes:
 
     def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
         """Go on from ``count`` members with these lanes, one at a time, in place of all there were."""
-        self._lanes, self._files = {}, {}
+        self._lanes, self._on_disk = {}, {}
         self._torn = "a state of this average was read only in part, because the rest is damaged"
         self.count = count
         finished = {lane for n in range(count) for lane in self.plan.finished(n)}
@@ -175,26 +174,13 @@ class Lanes:
         if self._spill is None:
             return
         lane = self._lanes[index]
-        tensors = {"mean": lane.mean}
-        if lane.compensation is not None:
-            tensors["compensation"] = lane.compensation
-        self._spill.mkdir(parents=True, exist_ok=True)
-        path = self._spill / f"lane-{index:04d}.safetensors"
-        save_file(tensors, path)
-        self._files[index] = path
+        mean = moved_to_disk(lane.mean, self._spill)
+        compensation = None if lane.compensation is None else moved_to_disk(lane.compensation, self._spill)
+        self._on_disk[index] = Lane(mean, compensation)
         del self._lanes[index]
 
     def _lane(self, index: int) -> Lane:
-        if index in self._lanes:
-            return self._lanes[index]
-        try:
-            tensors = load_file(self._files[index])
-        except (OSError, SafetensorError) as error:
-            raise AveragingError(
-                f"{self._files[index]}, a finished lane of this average, cannot be read: {error}; "
-                "averaging.spill_dir has to keep its files until the run ends"
-            ) from error
-        return Lane(tensors["mean"], tensors.get("compensation"))
+        return self._lanes[index] if index in self._lanes else self._on_disk[index]
 
 
 def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last: int) -> None:

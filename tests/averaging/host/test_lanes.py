@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import psutil
@@ -45,12 +46,12 @@ def members(count: int, numel: int = NUMEL) -> list[torch.Tensor]:
     return [torch.randn(numel, generator=generator) for _ in range(count)]
 
 
-def test_blocks_on_disk_give_the_bits_of_blocks_in_memory(tmp_path):
+def test_blocks_on_disk_give_the_bits_of_blocks_in_memory(tmp_path, mapped_files):
     plan = Windows(blocks=6).plan(20)
     kept, spilled = averages_of({"w": plan}), averages_of({"w": plan}, spill_dir=tmp_path)
     for averages in (kept, spilled):
         take(averages, members(21))
-    assert len(list(tmp_path.rglob("lane-*.safetensors"))) == 6
+    assert mapped_files(tmp_path) == 2 * 6
     assert spilled.lanes["w"].nbytes == 0
     assert kept.lanes["w"].nbytes == 6 * 6 * NUMEL
     for start, end in ((None, None), (7, 16), (17, None)):
@@ -59,12 +60,12 @@ def test_blocks_on_disk_give_the_bits_of_blocks_in_memory(tmp_path):
         )
 
 
-def test_snapshots_on_disk_are_those_of_their_time(tmp_path):
+def test_snapshots_on_disk_are_those_of_their_time(tmp_path, mapped_files):
     plan = PowerEMA(snapshots=4).plan(40)
     kept, spilled = averages_of({"p": plan}), averages_of({"p": plan}, spill_dir=tmp_path)
     for averages in (kept, spilled):
         take(averages, members(41))
-    assert list(tmp_path.rglob("*.safetensors"))
+    assert mapped_files(tmp_path)
     assert torch.equal(spilled.lanes["p"].shard(sigma_rel=0.12), kept.lanes["p"].shard(sigma_rel=0.12))
 
 
@@ -109,24 +110,25 @@ def test_no_more_memory_is_held_than_was_announced(plan, spilled, tmp_path):
     assert most >= 0.5 * averages.host_bytes
 
 
-def test_two_runs_with_one_folder_do_not_meet_and_leave_nothing_behind(tmp_path):
+def test_two_runs_with_one_folder_do_not_meet_and_leave_nothing_behind(tmp_path, mapped_files):
     plan = Windows(blocks=2).plan(9)
     one, two = (averages_of({"w": plan}, spill_dir=tmp_path) for _ in range(2))
     take(one, members(10))
     take(two, members(20)[10:])
     assert torch.allclose(one.lanes["w"].shard(), torch.stack(members(10)).mean(0), atol=1e-6)
     assert torch.allclose(two.lanes["w"].shard(), torch.stack(members(20)[10:]).mean(0), atol=1e-6)
+    assert not list(tmp_path.iterdir()), "nothing to leave behind, however the processes end"
     one.close()
     two.close()
-    assert not list(tmp_path.iterdir())
+    del one, two
+    gc.collect()
+    assert not mapped_files(tmp_path)
 
 
-def test_a_block_whose_file_is_gone_is_a_typed_error(tmp_path):
-    averages = averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
-    take(averages, members(10))
-    next(tmp_path.rglob("lane-0000.safetensors")).unlink()
-    with pytest.raises(AveragingError, match=r"lane-0000\.safetensors.*cannot be read"):
-        averages.lanes["w"].shard()
+def test_a_rank_that_owns_nothing_has_nothing_to_move(tmp_path):
+    averages = averages_of({"w": Windows(blocks=2).plan(9)}, numel=0, spill_dir=tmp_path)
+    take(averages, members(10, 0))
+    assert averages.lanes["w"].shard().shape == (0,)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
@@ -137,9 +139,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
 
 def test_a_disk_that_fails_later_ends_averaging_with_its_cause(tmp_path):
     averages = averages_of({"w": Windows(blocks=2).plan(9)}, spill_dir=tmp_path)
-    (own,) = tmp_path.iterdir()
-    own.rmdir()
-    own.touch()
+    tmp_path.rmdir()
     with pytest.raises(AveragingError, match="failed on this rank"):
         take(averages, members(10))
 
