@@ -50,3 +50,7 @@ class TrainingError(SwaftError):
 
 class StateError(SwaftError):
     """Saved state that is damaged, incomplete, unsafe to open, or of another run."""
+
+
+class StateAccessError(StateError):
+    """State that may be sound, but cannot be opened or written now: refused by the system, or of a newer swaft."""

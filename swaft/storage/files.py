@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from swaft.errors import StateError
+from swaft.errors import StateAccessError, StateError
 
 TEMPORARY = ".tmp"
 """What a file's name ends with while it is written. One that is left over from a crash means nothing."""
+
+_LOST = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""What the system says of a file that is damaged or gone, and not merely out of reach."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ class FileRecord:
 
 @contextmanager
 def explained(path: str | PathLike[str], doing: str) -> Iterator[None]:
-    """Turn an `OSError` inside the block into a :class:`StateError`: "PATH could not be DOING: reason"."""
+    """Turn an `OSError` inside the block into a :class:`StateAccessError`: "PATH could not be DOING: reason".
+
+    Where the disk has lost what it was given, or nothing is there, it is a plain `StateError`.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise StateError(f"{path} could not be {doing}: {reason}") from error
+        kind = StateError if error.errno in _LOST else StateAccessError
+        raise kind(f"{path} could not be {doing}: {reason}") from error
 
 
 def open_regular(path: str | PathLike[str]) -> tuple[int, int]:
@@ -175,6 +182,14 @@ def sync_file(path: str | PathLike[str]) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: str | PathLike[str]) -> None:
+    """Wait until all that is in a folder, and in the folders in it, is on the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(place) / name)
+        sync_folder(place)
 
 
 def sync_folder(path: str | PathLike[str]) -> None:

@@ -27,7 +27,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from swaft.errors import StateError
+from swaft.errors import StateAccessError, StateError
 from swaft.storage.files import (
     FileRecord,
     explained,
@@ -247,7 +247,7 @@ def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:
     if type(version) is not int or version < 1:
         raise _wrong(path, "version", version, f"{VERSION}")
     if version > VERSION:
-        raise StateError(
+        raise StateAccessError(
             f"{path}: version: {version}, written by a newer swaft; expected at most {VERSION}. Upgrade swaft"
         )
     if sorted(content) != sorted(FIELDS):

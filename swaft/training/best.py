@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -13,7 +14,10 @@ from typing import Any
 from swaft.averaging import Engine, WeightAverager, save_pretrained
 from swaft.config import EvalConfig
 from swaft.errors import ConfigError
+from swaft.storage import sync_tree
 from swaft.training.evaluate import Scores
+
+logger = logging.getLogger(__name__)
 
 BEST = "best"
 """Folder of the best weights, in that of the run and in a checkpoint."""
@@ -163,24 +167,51 @@ class BestWeights:
     def save(self, checkpoint: Path) -> None:
         """Keep the best weights in a checkpoint too; to be called by one process.
 
-        Where the disk can, the large files are one and the same under two names: nothing is written twice.
+        They are copied: files that several checkpoints shared would be damaged in all of them at once.
         """
         if self.found and self._keeps:
-            _share(self._folder, checkpoint / BEST)
+            shutil.copytree(self._folder, checkpoint / BEST)
 
-    def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
-        """Go on from what :meth:`state` gave and :meth:`save` wrote, whatever the folder holds by now."""
-        self.found = None if state["found"] is None else Best(**state["found"])
-        self._in_vain = state["in_vain"]
+    def restore(self, state: Mapping[str, Any], checkpoint: Path, files: Collection[str]) -> None:
+        """Go on from what :meth:`state` gave and :meth:`save` wrote, whatever the folder holds by now.
+
+        Where section ``eval`` has changed so that what was found cannot be compared with what will be, choosing
+        begins anew.
+
+        Args:
+            state: of the run that goes on.
+            checkpoint: its folder.
+            files: what is in it, by relative path; others mean nothing.
+        """
+        kept = [name for name in files if Path(name).parts[0] == BEST]
+        found = None if state["found"] is None else Best(**state["found"])
+        if found is not None and (problem := self._incomparable(found, kept=bool(kept))):
+            logger.warning("%s; the best weights are chosen anew from here", problem)
+            return
+        self.found, self._in_vain = found, state["in_vain"]
         if not self._engine.ranks.is_main:
             return
-        if (checkpoint / BEST).exists():
+        if kept:
             new = _beside(self._folder, "new")
             shutil.rmtree(new, ignore_errors=True)
-            _share(checkpoint / BEST, new)
+            for name in kept:
+                target = new / Path(name).relative_to(BEST)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint / name, target)
+            sync_tree(new)
             replace_folder(new, self._folder)
         elif self._folder.exists():  # from steps that will be taken again
             shutil.rmtree(self._folder)
+
+    def _incomparable(self, found: Best, *, kept: bool) -> str | None:
+        """Why the best weights of a checkpoint cannot be gone on with, in words."""
+        if found.metric != self._target.score:
+            return f"eval.metric_for_best_model is {self._target.score}, and was {found.metric}"
+        if found.weights not in self._watched:
+            return f"eval.keep_best looks at {self._watched[0]} weights, and the best were {found.weights}"
+        if self._keeps and not kept:
+            return "eval.keep_best was none, and the best weights of so far were not kept"
+        return None
 
     def _gain(self, score: float) -> float:
         if self.found is None:
@@ -200,6 +231,7 @@ class BestWeights:
         with self._engine.ranks.together(f"{self._folder} could not be written"):
             if self._engine.ranks.is_main:
                 self._tokenizer.save_pretrained(new)
+                sync_tree(new)
                 replace_folder(new, self._folder)
 
 
@@ -218,20 +250,3 @@ def replace_folder(new: Path, old: Path) -> None:
 
 def _beside(folder: Path, ending: str) -> Path:
     return folder.with_name(f"{folder.name}.{ending}")
-
-
-def _share(folder: Path, new: Path) -> None:
-    """Make a folder of the same files; those of weights, which nobody edits, are not copied where links will do."""
-    for path in sorted(folder.rglob("*")):
-        target = new / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and not (path.suffix == ".safetensors" and _linked(path, target)):
-            shutil.copyfile(path, target)
-
-
-def _linked(path: Path, target: Path) -> bool:
-    try:
-        os.link(path, target)
-    except OSError:  # another disk, or a file system without links
-        return False
-    return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swaft.distributed import Ranks
-from swaft.errors import ConfigError, StateError
+from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import Manifest, is_complete, remove_sealed
 from swaft.storage.files import explained
 from swaft.storage.together import Write, open_together, sealed_in, write_together
@@ -76,12 +76,14 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | N
 
     Args:
         wanted: ``none``; ``auto``: the newest complete one in the run folder, and where that is damaged the one
-            before, which is said; or the path of one, which is then the only one to do.
+            before, which is said; or the path of one, which is then the only one to do. One that may be sound, but
+            cannot be read now, is not passed over.
         folder: of the run.
         ranks: rank 0 looks, and tells the others.
 
     Raises:
-        StateError: the one that was named, or all that there are, are damaged; on every rank.
+        StateError: the one that was named, or all that there are, are damaged, or the newest that may be sound
+            cannot be read; on every rank.
         ConfigError: the folder that was named is no checkpoint, or the run folder holds later ones.
     """
     if wanted == "none":
@@ -94,9 +96,13 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | N
     damaged: list[tuple[Path, StateError]] = []
     with ranks.together():
         there = find_checkpoints(folder) if ranks.is_main else []
+        for path in there:
+            _refuse_link(path)
     for path in ranks.gather(there)[0]:
         try:
             chosen = Checkpoint(path, open_together(ranks, path, kind=KIND))
+        except StateAccessError:
+            raise
         except StateError as found:
             damaged.append((path, found))
             continue
@@ -153,18 +159,24 @@ def save_checkpoint(
 def delete_old(folder: Path, keep: int | None) -> None:
     """Delete all but the newest complete checkpoints, and what is left of those never finished.
 
-    To be called by one process, when the newest is complete.
+    To be called by one process, when the newest is complete. What cannot be deleted stays, which is said.
 
     Args:
         folder: of the run.
         keep: how many stay; None: all of them.
     """
-    for path in find_checkpoints(folder)[keep:] if keep is not None else ():
+    try:
+        too_many = find_checkpoints(folder)[keep:] if keep is not None else ()
+        unfinished = find_checkpoints(folder, complete=False)
+    except StateError as error:
+        logger.warning("%s; no checkpoint is deleted", error)
+        return
+    for path in too_many:
         try:
             remove_sealed(path)
         except StateError as error:
             logger.warning("%s; it is kept", error)
-    for path in find_checkpoints(folder, complete=False):
+    for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -180,6 +192,13 @@ def _refuse_later(wanted: Path, folder: Path) -> None:
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {wanted.name} ({there[0].name}), which would "
             "be written again; name a new folder, or delete them"
+        )
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise StateAccessError(
+            f"{path} is a symbolic link, and a checkpoint has to be a folder; put the folder itself there"
         )
 
 

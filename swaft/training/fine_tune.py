@@ -17,6 +17,7 @@ import swaft
 from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
 from swaft.config import AveragingConfig, EvalConfig, flatten, to_yaml
+from swaft.storage import sync_tree
 from swaft.training.accelerator import RunConfig
 from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
@@ -28,7 +29,7 @@ from swaft.training.evaluate import (
     evaluate_last_and_averaged,
     mean_evaluations,
 )
-from swaft.training.fingerprint import fingerprint_frozen, fingerprint_rows
+from swaft.training.fingerprint import fingerprint_architecture, fingerprint_frozen, fingerprint_rows
 from swaft.training.fsdp2 import prepare
 from swaft.training.interruption import Interrupted, Interruption
 from swaft.training.loaders import evaluation_loader, training_loader
@@ -203,6 +204,7 @@ class Run:
             if folder.is_main:
                 for path in saved.values():
                     job.tokenizer.save_pretrained(path)
+                    sync_tree(path)
         if state.best is not None:
             state.best.observe(result.steps, scores["validation"], **selection)
         job.write_outputs(found)
@@ -248,7 +250,8 @@ def start_run(
         interruption: whether the run was asked to end.
     """
     checkpoint, rows, settings = folder.checkpoint, job.datasets["train"], config.train
-    num_parameters, frozen_sha256 = count_parameters(job.model), fingerprint_frozen(job.model)
+    num_parameters = count_parameters(job.model)
+    architecture_sha256, frozen_sha256 = fingerprint_architecture(job.model), fingerprint_frozen(job.model)
     # From here on the weights may live in shards.
     loader = training_loader(rows, job.collate, settings, accelerator)
     model, optimizer, loader = prepare(
@@ -269,6 +272,7 @@ def start_run(
         total_steps=total_steps,
         rows=len(rows),
         rows_sha256=fingerprint_rows(rows),
+        architecture_sha256=architecture_sha256,
         frozen_sha256=frozen_sha256,
         seed=settings.seed,
     )
@@ -314,7 +318,7 @@ def start_run(
         save_total_limit=settings.save_total_limit,
     )
     if checkpoint is not None and record is not None:
-        state.restore(checkpoint.path, record)
+        state.restore(checkpoint, record)
     folder.begin(to_yaml(config), accelerator, engine=engine.name)
     start_trackers(accelerator, config)
     set_seed(settings.seed, device_specific=True)  # each rank drops out units of its own

@@ -36,6 +36,15 @@ def fingerprint_frozen(model: nn.Module) -> str:
     return _digest(frozen)
 
 
+def fingerprint_architecture(model: nn.Module) -> str:
+    """Digest of the names and shapes of a model's weights, and which of them are trained.
+
+    Args:
+        model: before an engine takes it apart.
+    """
+    return _digest([(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()])
+
+
 def fingerprint_rows(rows: Dataset) -> str:
     """Digest of the columns and of `SAMPLED_ROWS` rows spread evenly, the first and the last among them.
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from swaft.config import to_yaml
 from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
-from swaft.storage import sync_file, write_durably
+from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
 from swaft.training.accelerator import RunConfig
 from swaft.training.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
@@ -103,11 +103,7 @@ class RunFolder:
         folder = cls(path, is_main=accelerator.is_main_process)
         with ranks.together(f"train.output_dir: {path} cannot be claimed"):
             if folder.is_main:
-                problem = _claim(path) or held_by_others(path, resume=resume, config_yaml=config_yaml)
-                if problem:
-                    raise ConfigError(problem)
-                if resume != "none":
-                    folder._lock = _lock(path)
+                folder._lock = _claim(path, resume=resume, config_yaml=config_yaml)
         folder.checkpoint = choose_checkpoint(resume, path, ranks)
         return folder
 
@@ -144,24 +140,23 @@ class RunFolder:
         self._try(METRICS, write)
 
     def release(self) -> None:
-        """Leave the folder, at the end of a run, to whoever comes next."""
+        """Let go of the folder, at the end of a run: summary.json refuses it to whoever comes next."""
         if self._lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)
             self._lock.close()
 
-    def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, all of which is on the disk to stay; 0 where there is none."""
-        file = self.path / METRICS
-        if not file.exists():
-            return 0
-        sync_file(file)
-        return file.stat().st_size
+    def save_metrics(self, checkpoint: Path) -> None:
+        """Keep metrics.jsonl as it is now in a checkpoint too; to be called by one process."""
+        (checkpoint / METRICS).write_bytes(self._metrics())
 
-    def cut_metrics(self, num_bytes: int) -> None:
-        """Take back what metrics.jsonl was told after it had ``num_bytes``."""
+    def restore_metrics(self, checkpoint: Path) -> None:
+        """Have metrics.jsonl as :meth:`save_metrics` found it; what it was told after that will be told again."""
+        if self.is_main:
+            write_durably(self.path / METRICS, (checkpoint / METRICS).read_bytes())
+
+    def _metrics(self) -> bytes:
         file = self.path / METRICS
-        if self.is_main and file.exists():
-            write_durably(file, file.read_bytes()[:num_bytes])
+        return file.read_bytes() if file.exists() else b""
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
         if not self.is_main:
@@ -267,13 +262,23 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
         raise ConfigError(problem)
 
 
-def _claim(path: Path) -> str | None:
-    """Make the folder; return what is wrong where it cannot be made."""
+def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
+    """Make the folder, and lock it if it is this run's."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return _no_folder(path, error)
-    return None
+        raise ConfigError(_no_folder(path, error)) from error
+    refuse_used(path, resume=resume, config_yaml=config_yaml)  # before a lock is put into a folder of others
+    lock = _lock(path)
+    try:
+        refuse_used(
+            path, resume=resume, config_yaml=config_yaml
+        )  # whoever had the lock may have come to its end
+    except ConfigError:
+        if lock is not None:
+            lock.close()
+        raise
+    return lock
 
 
 def _lock(path: Path) -> IO[bytes] | None:

@@ -28,6 +28,8 @@ class Setup:
     """Training rows."""
     rows_sha256: str
     """Of a sample of them, from :func:`~swaft.training.fingerprint.fingerprint_rows`."""
+    architecture_sha256: str
+    """Of names and shapes of weights, from :func:`~swaft.training.fingerprint.fingerprint_architecture`."""
     frozen_sha256: str
     """Of the weights that are not trained, from :func:`~swaft.training.fingerprint.fingerprint_frozen`."""
     seed: int
@@ -63,8 +65,6 @@ class RunRecord:
     """That training has taken."""
     logged_at_s: float
     """The same, at the last line of the log."""
-    metrics_bytes: int
-    """Length of metrics.jsonl."""
     versions: Mapping[str, str]
     """Of packages."""
 
@@ -85,7 +85,7 @@ class RunRecord:
 
 
 def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
-    """Refuse to go on with a run of another length, other rows, another seed or another frozen model.
+    """Refuse to go on with a run of another length, other rows, another seed or another model.
 
     Raises:
         ConfigError: naming each setting that differs.
@@ -94,12 +94,15 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
         "total_steps": "train.max_steps or num_train_epochs",
         "rows": "section data",
         "rows_sha256": "section data",
+        "architecture_sha256": "sections model and adapter",
         "frozen_sha256": "section model",
         "seed": "train.seed",
     }
     different = [name for name in settings if getattr(before.setup, name) != getattr(now, name)]
     if "rows" in different and "rows_sha256" in different:
         different.remove("rows_sha256")  # says nothing more
+    if "architecture_sha256" in different and "frozen_sha256" in different:
+        different.remove("frozen_sha256")
     problems = [
         f"{checkpoint} is of a run with {name} = {getattr(before.setup, name)}, this one has "
         f"{getattr(now, name)}; set {settings[name]} as it was, or begin a new run in a new train.output_dir"
@@ -138,10 +141,14 @@ def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, aver
 
 
 def changed_settings(before: RunRecord, now: Mapping[str, Any]) -> list[str]:
-    """What was set otherwise, in words; where a run is written to and how it goes on apart."""
+    """What was set otherwise, in words; where a run is written to and how it goes on apart.
+
+    All of it is obeyed, but that trained weights are the checkpoint's, whatever model they began as.
+    """
+    kept = {"model.model_name_or_path": " (the trained weights are the checkpoint's)"}
     names = sorted({*before.settings, *now} - {"train.output_dir", "train.resume_from_checkpoint"})
     return [
-        f"{name}: {before.settings.get(name)} before, {now.get(name)} now"
+        f"{name}: {before.settings.get(name)} before, {now.get(name)} now{kept.get(name, '')}"
         for name in names
         if before.settings.get(name) != now.get(name)
     ]

@@ -15,7 +15,7 @@ from torch import nn
 from swaft.averaging import Engine, WeightAverager
 from swaft.averaging.persist import weights_now
 from swaft.distributed import shared_ranks
-from swaft.errors import StateError
+from swaft.errors import ConfigError, StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
 from swaft.training.best import BestWeights
 from swaft.training.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
@@ -36,6 +36,8 @@ from swaft.training.run_record import (
 logger = logging.getLogger(__name__)
 
 SUMS = "meter.sums"
+HYPERPARAMETERS = ("weight_decay", "betas", "eps")
+"""Of AdamW, beside the rate, which the schedule sets at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +76,6 @@ class RunState:
             StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
         """
         ranks, scaler = self.engine.ranks, self.accelerator.scaler
-        metrics_bytes = 0
-        with ranks.together(f"{self.folder.path} could not be written"):
-            if ranks.is_main:
-                metrics_bytes = self.folder.metrics_bytes()
         record = RunRecord(
             setup=self.setup,
             settings=self.settings,
@@ -89,7 +87,6 @@ class RunState:
             scaler=None if scaler is None else scaler.state_dict(),
             seconds=ranks.gather(self.meter.seconds)[0],
             logged_at_s=ranks.gather(self.meter.logged_at_s)[0],
-            metrics_bytes=ranks.gather(metrics_bytes)[0],
             versions=package_versions(),
         )
         written = save_checkpoint(
@@ -105,16 +102,23 @@ class RunState:
         if written:
             logger.info("checkpoint-%d saved in %s", self.position.step, self.folder.path)
 
-    def restore(self, checkpoint: Path, record: RunRecord) -> None:
+    def restore(self, chosen: Checkpoint, record: RunRecord) -> None:
         """Go on from a checkpoint, whose engine state has been loaded by :func:`load_engine_state` (collective).
 
         Args:
-            checkpoint: its folder.
+            chosen: the checkpoint.
             record: what it says.
 
         Raises:
-            StateError: the checkpoint does not fit this run; on every rank.
+            ConfigError, StateError: the checkpoint does not fit this run; on every rank.
         """
+        checkpoint = chosen.path
+        if self.averager is not None and AVERAGE not in chosen.manifest.sealed:
+            raise ConfigError(
+                f"averaging.rule: {checkpoint} is of a run that averaged nothing "
+                f"(averaging.rule={record.settings.get('averaging.rule')}); set that, or begin a new run in a new "
+                "train.output_dir"
+            )
         self.engine.continue_from(record.applied_steps)
         if weights_now(self.engine) != record.weights:
             raise StateError(
@@ -128,11 +132,11 @@ class RunState:
             self.objective.step = record.objective_step
         if self.best is not None and record.best is not None:
             with self.engine.ranks.together(f"{self.folder.best} could not be restored"):
-                self.best.restore(record.best, checkpoint)
+                self.best.restore(record.best, checkpoint, chosen.manifest.files.keys())
         if self.accelerator.scaler is not None and record.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(record.scaler))
         with self.engine.ranks.together(f"{self.folder.path} could not be written"):
-            self.folder.cut_metrics(record.metrics_bytes)
+            self.folder.restore_metrics(checkpoint)
         for name, value in {**record.position, "batches": batches}.items():
             setattr(self.position, name, value)
         self.meter.restore(seconds=record.seconds, logged_at_s=record.logged_at_s)
@@ -179,6 +183,7 @@ class RunState:
         with ranks.together(f"{folder} could not be written"):
             records |= self._write_rank(folder)
             if ranks.is_main:
+                self.folder.save_metrics(folder)
                 if self.best is not None:
                     self.best.save(folder)
                 files = _files(folder)
@@ -224,6 +229,8 @@ def load_engine_state(
     with ranks.together():  # machines may have read models that differ
         require_same_run(record, setup, checkpoint.path)
     require_same_engine(record, setup, checkpoint.path, average=checkpoint.path / AVERAGE)
+    # Section train says what they are; a loaded state would bring those it was saved with.
+    wanted = [{name: group[name] for name in HYPERPARAMETERS} for group in optimizer.param_groups]
     with ranks.together(f"{checkpoint.path / TAG}: the engine's state could not be loaded"):
         module: Any = accelerator.unwrap_model(model)
         load_engine(
@@ -233,6 +240,8 @@ def load_engine_state(
             checkpoint.path,
             stepped=record.applied_steps > 0,
         )
+    for group, values in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(values)
     return record
 
 
@@ -241,11 +250,10 @@ def _rank_file(rank: int) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """What the engine has written, by every rank."""
-    found = [
-        path for path in folder.rglob("*") if path.is_file() and AVERAGE not in path.relative_to(folder).parts
-    ]
-    return sorted(str(path.relative_to(folder)) for path in found if not path.name.startswith("rank-"))
+    """What the engine has written, by every rank, and what the main process has put beside it."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    theirs = [path for path in found if path.parts[0] != AVERAGE and not str(path).startswith("rank-")]
+    return sorted(map(str, theirs))
 
 
 def _settled(path: Path) -> FileRecord:

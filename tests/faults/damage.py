@@ -73,7 +73,14 @@ def damages(checkpoint: Path, other: Path, *, flips: int, seed: int) -> Iterator
             yield Damage(f"{path.name} of the other checkpoint", {path: elsewhere.read_bytes()})
     yield from _exchanged(checkpoint)
     yield from _other_lists(checkpoint, other)
-    yield from _newer(checkpoint)
+    yield _of_version(checkpoint, 0)
+
+
+def newer(checkpoint: Path) -> Iterator[Damage]:
+    """Manifests of later versions of the format."""
+    version = json.loads((checkpoint / "manifest.json").read_text())["version"]
+    yield _of_version(checkpoint, version + 1)
+    yield _of_version(checkpoint, version + 98)
 
 
 def harmless(checkpoint: Path) -> Iterator[Damage]:
@@ -122,16 +129,13 @@ def _other_lists(checkpoint: Path, other: Path) -> Iterator[Damage]:
         yield Damage(f"{folder.name}/: manifest and mark of the other checkpoint", both, named=held)
 
 
-def _newer(checkpoint: Path) -> Iterator[Damage]:
-    """A manifest of a later version of the format, and one of an earlier, with the mark that fits."""
+def _of_version(checkpoint: Path, version: int) -> Damage:
+    """A manifest of another version of the format, with the mark that fits."""
     content = json.loads((checkpoint / "manifest.json").read_text())
-    for version in (0, content["version"] + 1, content["version"] + 98):
-        raw = json.dumps(content | {"version": version}).encode()
-        mark = f"{hashlib.sha256(raw).hexdigest()}\n".encode()
-        changed = {checkpoint / "manifest.json": raw, checkpoint / "COMPLETE": mark}
-        yield Damage(
-            f"manifest of version {version}", changed, named=frozenset([checkpoint / "manifest.json"])
-        )
+    raw = json.dumps(content | {"version": version}).encode()
+    mark = f"{hashlib.sha256(raw).hexdigest()}\n".encode()
+    changed = {checkpoint / "manifest.json": raw, checkpoint / "COMPLETE": mark}
+    return Damage(f"manifest of version {version}", changed, named=frozenset([checkpoint / "manifest.json"]))
 
 
 def _without_digits(path: Path) -> str:

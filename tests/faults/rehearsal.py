@@ -18,7 +18,7 @@ from typing import Any
 
 from disk_calls import READING, WRITING, watch
 
-from swaft.errors import StateError
+from swaft.errors import StateAccessError, StateError
 from swaft.storage import is_complete
 from swaft.storage.together import open_together
 from swaft.training.checkpoints import KIND, checkpoint_path, choose_checkpoint, find_checkpoints
@@ -144,7 +144,7 @@ class Rehearsal:
     def _wrong(self, said: list[str], left: str) -> Iterator[str]:
         if len(set(said)) > 1:
             yield f"the ranks said different things: {said}"
-        if said[0] and not said[0].startswith(StateError.__name__):
+        if said[0] and not said[0].startswith((StateError.__name__, StateAccessError.__name__)):
             yield f"it was no StateError: {said[0]}"
         if not said[0] and left != "whole":
             yield "nobody said that there is no checkpoint"

@@ -7,11 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from damage import Damage, all_files, damages, harmless
+from damage import Damage, all_files, damages, harmless, newer
 from faults import ENGINES, differences, ending
 
 from swaft.distributed import Ranks
-from swaft.errors import StateError
+from swaft.errors import StateAccessError, StateError
 from swaft.training.checkpoints import choose_checkpoint, find_checkpoints
 
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(600)]
@@ -21,7 +21,7 @@ FOUR = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2"
 
 @pytest.fixture(scope="module")
 def ended(started, run_inputs, tmp_path_factory):
-    """The folder of a run that was ended on its way, with two checkpoints; no file is one under two names."""
+    """The folder of a run that was ended on its way, with two checkpoints."""
     known: dict[str, Path] = {}
 
     def run(engine: str) -> Path:
@@ -32,8 +32,8 @@ def ended(started, run_inputs, tmp_path_factory):
                 victims=[1], signal=int(signal.SIGTERM), at_log="step 15/24",
             )  # fmt: skip
             assert found["codes"] == [75, 75], folder.with_suffix(".log").read_text()[-4000:]
-            known[engine] = shutil.copytree(folder, folder.with_name(f"{engine}-copied"))
-            assert len(find_checkpoints(known[engine])) == 2
+            assert len(find_checkpoints(folder)) == 2
+            known[engine] = folder
         return known[engine]
 
     return run
@@ -107,6 +107,20 @@ def test_files_that_belong_to_no_checkpoint_change_nothing(ended, caplog, engine
             assert chosen, stray.name
             assert chosen.path == newest, stray.name
     assert "damaged" not in caplog.text
+
+
+def test_what_a_newer_swaft_wrote_is_neither_passed_over_nor_put_aside(ended):
+    newest, _ = find_checkpoints(ended("ddp"))
+    for damage in newer(newest):
+        for wanted in ("auto", str(newest)):
+            with damage.done(), pytest.raises(StateAccessError, match=r"written by a newer swaft.*Upgrade"):
+                choose_checkpoint(wanted, newest.parent, Ranks())
+        assert newest.exists()
+
+
+def test_no_two_checkpoints_share_a_file(ended):
+    shared = [path for path in ended("ddp").rglob("*") if path.is_file() and path.stat().st_nlink > 1]
+    assert not shared
 
 
 @pytest.mark.parametrize("engine", FOUR)

@@ -71,6 +71,10 @@ class Run:
         return load_file(self.folder / "model.safetensors")["weight"].item()
 
 
+def files_of(checkpoint) -> list[str]:
+    return [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
+
+
 def test_the_last_weights_are_kept_when_they_are_better_and_only_then(tmp_path):
     run = Run(tmp_path / "best", keep_best="last")
     for score, kept in ((0.5, 1.0), (0.7, 2.0), (0.7, 2.0), (0.6, 2.0), (0.8, 5.0)):
@@ -187,10 +191,10 @@ def test_the_best_of_a_checkpoint_comes_back_whatever_came_after_it(tmp_path):
     run.after_a_step(0.7)
     assert run.kept == 2.0
     again = Run(tmp_path / "best", keep_best="last")
-    again.best.restore(state, tmp_path / "checkpoint-1")
+    again.best.restore(state, tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
     assert (again.kept, again.best.found.step) == (1.0, 1)
     elsewhere = Run(tmp_path / "other" / "best", keep_best="last")
-    elsewhere.best.restore(state, tmp_path / "checkpoint-1")
+    elsewhere.best.restore(state, tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
     assert elsewhere.kept == 1.0
     assert {path.name for path in (tmp_path / "other" / "best").iterdir()} == {
         path.name for path in run.folder.iterdir()
@@ -204,27 +208,59 @@ def test_where_a_checkpoint_has_no_best_what_came_after_it_goes(tmp_path):
     state = run.best.state()
     run.after_a_step(0.5, 0.6)
     assert run.folder.exists()
-    run.best.restore(state, tmp_path / "checkpoint-1")
+    run.best.restore(state, tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
     assert run.best.found is None
     assert not run.folder.exists()
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_new_best_leaves_that_of_a_checkpoint_as_it_is(tmp_path, links, monkeypatch):
-    def refuse(*paths) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    if not links:
-        monkeypatch.setattr("os.link", refuse)
+def test_a_checkpoint_has_files_of_its_own_of_the_best(tmp_path):
     run = Run(tmp_path / "best", keep_best="last")
     run.after_a_step(0.5)
     kept = tmp_path / "checkpoint-1" / "best"
     run.best.save(tmp_path / "checkpoint-1")
-    assert (kept / "model.safetensors").samefile(run.folder / "model.safetensors") == links
-    assert not (kept / "tokenizer.json").samefile(run.folder / "tokenizer.json")
+    for path in kept.iterdir():
+        assert not path.samefile(run.folder / path.name), "damage to one would be damage to both"
     run.after_a_step(0.7)
     assert load_file(kept / "model.safetensors")["weight"].item() == 1.0
     assert run.kept == 2.0
+
+
+def test_a_file_that_is_no_part_of_a_checkpoint_does_not_come_back(tmp_path):
+    run = Run(tmp_path / "best", keep_best="last")
+    run.after_a_step(0.5)
+    run.best.save(tmp_path / "checkpoint-1")
+    files = files_of(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "best" / "pytorch_model.bin").write_bytes(b"stray")
+    run.best.restore(run.best.state(), tmp_path / "checkpoint-1", files)
+    assert not (run.folder / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            {"keep_best": "last"},
+            {"keep_best": "last", "metric": "loss"},
+            "metric_for_best_model is loss, and was",
+        ),
+        (
+            {"keep_best": "last"},
+            {"keep_best": "averaged"},
+            "looks at averaged weights, and the best were last",
+        ),
+        ({"early_stopping_patience": 9}, {"keep_best": "either"}, "were not kept"),
+    ],
+)
+def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
+    tmp_path, before, now, message, caplog
+):
+    run = Run(tmp_path / "best", **before)
+    run.after_a_step(0.5)
+    run.best.save(tmp_path / "checkpoint-1")
+    again = Run(tmp_path / "best", **now)
+    again.best.restore(run.best.state(), tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
+    assert again.best.found is None
+    assert message in caplog.text
 
 
 def test_a_folder_takes_the_place_of_another_or_of_none(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from swaft.distributed import Ranks
-from swaft.errors import ConfigError, StateError
+from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import hash_file, is_complete, write_durably
 from swaft.training.checkpoints import (
     checkpoint_path,
@@ -70,6 +72,48 @@ def test_of_a_damaged_one_the_one_before_is_taken_and_that_is_said(ranks, tmp_pa
     assert chosen.path.name == "checkpoint-5"
     assert "is damaged, and now called" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-10.damaged"}
+
+
+@pytest.mark.parametrize("fault", ["memory", "link"])
+def test_one_that_may_be_sound_but_cannot_be_read_now_is_not_passed_over(ranks, tmp_path, fault, monkeypatch):
+    save(ranks, tmp_path, 5, 10)
+    if fault == "link":
+        (tmp_path / "checkpoint-10").rename(tmp_path / "elsewhere")
+        (tmp_path / "checkpoint-10").symlink_to(tmp_path / "elsewhere")
+    else:
+        monkeypatch.setattr("os.open", refusal(errno.ENOMEM, "checkpoint-10"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(StateAccessError, match="checkpoint-10"):
+        choose_checkpoint("auto", tmp_path, ranks)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_has_lost_a_file_has_damaged_it(ranks, tmp_path, monkeypatch):
+    save(ranks, tmp_path, 5, 10)
+    monkeypatch.setattr("os.open", refusal(errno.EIO, "checkpoint-10"))
+    chosen = choose_checkpoint("auto", tmp_path, ranks)
+    assert chosen
+    assert chosen.path.name == "checkpoint-5"
+
+
+def test_a_folder_that_cannot_be_looked_into_costs_no_run_that_has_saved(
+    ranks, tmp_path, monkeypatch, caplog
+):
+    save(ranks, tmp_path, 5, 10)
+    monkeypatch.setattr("os.lstat", refusal(errno.EACCES, "checkpoint"))
+    delete_old(tmp_path, 1)
+    assert "no checkpoint is deleted" in caplog.text
+
+
+def refusal(number: int, name: str):
+    """A call to the system that refuses paths with a name in them."""
+
+    def call(path, *arguments, call=os.open if number != errno.EACCES else os.lstat, **options):
+        if name in os.fspath(path):
+            raise OSError(number, os.strerror(number), path)
+        return call(path, *arguments, **options)
+
+    return call
 
 
 def test_where_all_are_damaged_the_run_does_not_begin_anew(ranks, tmp_path):

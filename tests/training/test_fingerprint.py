@@ -7,7 +7,12 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from swaft.training.fingerprint import SAMPLED_ROWS, fingerprint_frozen, fingerprint_rows
+from swaft.training.fingerprint import (
+    SAMPLED_ROWS,
+    fingerprint_architecture,
+    fingerprint_frozen,
+    fingerprint_rows,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -35,6 +40,16 @@ def test_weights_that_are_trained_and_names_do_and_do_not_count():
     nn.init.ones_(one[0].weight)
     assert fingerprint_frozen(one) == fingerprint_frozen(other)
     assert fingerprint_frozen(nn.Sequential(*reversed(list(model())))) != fingerprint_frozen(model())
+
+
+def test_shapes_and_what_is_trained_are_the_architecture_and_values_are_not():
+    known = fingerprint_architecture(model())
+    other = model()
+    nn.init.ones_(other[0].weight)
+    assert fingerprint_architecture(other) == known
+    other[0].weight.requires_grad_()
+    assert fingerprint_architecture(other) != known
+    assert fingerprint_architecture(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))) != known
 
 
 def rows(**changed: int) -> Dataset:

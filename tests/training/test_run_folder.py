@@ -53,7 +53,7 @@ def test_json_is_replaced_whole_and_leaves_no_half_file(folder):
     folder.write_json("summary.json", {"scores": {"last": {"loss": 1.0}}})
     folder.write_json("summary.json", {"scores": {}})
     assert json.loads((folder.path / "summary.json").read_text()) == {"scores": {}}
-    assert [entry.name for entry in folder.path.iterdir()] == ["summary.json"]
+    assert [name for entry in folder.path.iterdir() if (name := entry.name) != ".lock"] == ["summary.json"]
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -66,7 +66,7 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_provenance_holds_configuration_command_and_versions(folder, make_accelerator):
     folder.begin("train: {}\n", make_accelerator(), engine="plain")
     written = {entry.name for entry in folder.path.iterdir()}
-    assert written == {"config.yaml", "command.txt", "env.json"}  # ds_config.json only under DeepSpeed
+    assert written - {".lock"} == {"config.yaml", "command.txt", "env.json"}  # ds_config.json only under DeepSpeed
     env = json.loads((folder.path / "env.json").read_text())
     assert env["packages"]["torch"] == metadata.version("torch")
     assert (env["world_size"], env["engine"], env["device"]) == (1, "plain", "cpu")
@@ -112,20 +112,51 @@ def test_a_run_that_has_come_to_its_end_is_not_trained_in_again(make_accelerator
         RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
 
 
-def test_two_processes_do_not_run_in_one_folder(make_accelerator, tmp_path, monkeypatch):
+@pytest.mark.parametrize("second", ["auto", "none"])
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_two_processes_do_not_run_in_one_folder(make_accelerator, tmp_path, monkeypatch, resume, second):
     monkeypatch.setattr("swaft.training.run_folder.LOCK_PATIENCE_S", 0.2)
-    first = RunFolder.create(tmp_path, make_accelerator(), resume="auto")
+    first = RunFolder.create(tmp_path, make_accelerator(), resume=resume)
     with pytest.raises(ConfigError, match="another process is writing to"):
-        RunFolder.create(tmp_path, make_accelerator(), resume="auto")
+        RunFolder.create(tmp_path, make_accelerator(), resume=second)
     del first
     assert RunFolder.create(tmp_path, make_accelerator(), resume="auto").path == tmp_path
 
 
-def test_the_log_is_cut_where_the_checkpoint_was(folder):
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_process_that_waited_for_a_run_to_end_leaves_what_it_left(
+    make_accelerator, tmp_path, monkeypatch, resume
+):
+    first = RunFolder.create(tmp_path, make_accelerator(), resume=resume)
+
+    def end_of_the_first(seconds: float) -> None:
+        first.write_json("summary.json", {})
+        first.release()
+
+    monkeypatch.setattr("swaft.training.run_folder.time.sleep", end_of_the_first)
+    with pytest.raises(ConfigError, match=r"has come to its end|holds another run already"):
+        RunFolder.create(tmp_path, make_accelerator(), resume=resume)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_no_lock_is_put_into_a_folder_of_others(make_accelerator, tmp_path):
+    made(tmp_path, "thesis.tex")
+    with pytest.raises(ConfigError, match="holds another run already"):
+        RunFolder.create(tmp_path, make_accelerator(), resume="auto")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("left", ["longer", "gone"])
+def test_the_log_is_as_it_was_at_the_checkpoint_whatever_became_of_it(folder, left, tmp_path):
     folder.append_metrics({"step": 1})
-    length = folder.metrics_bytes()
-    folder.append_metrics({"step": 2})
-    folder.cut_metrics(length)
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    folder.save_metrics(checkpoint)
+    if left == "longer":
+        folder.append_metrics({"step": 2})
+    else:
+        (folder.path / "metrics.jsonl").unlink()
+    folder.restore_metrics(checkpoint)
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

@@ -29,6 +29,7 @@ SETUP = Setup(
     total_steps=100,
     rows=400,
     rows_sha256="a" * 64,
+    architecture_sha256="d" * 64,
     frozen_sha256="b" * 64,
     seed=0,
 )
@@ -43,7 +44,6 @@ RECORD = RunRecord(
     scaler=None,
     seconds=1.5,
     logged_at_s=1.25,
-    metrics_bytes=10,
     versions={"torch": "2.13.0"},
 )
 
@@ -71,6 +71,7 @@ def test_a_record_of_other_fields_is_refused_by_name(change):
         ("total_steps", 101, "train.max_steps"),
         ("rows", 401, "section data"),
         ("rows_sha256", "c" * 64, "section data"),
+        ("architecture_sha256", "c" * 64, "sections model and adapter"),
         ("frozen_sha256", "c" * 64, "section model"),
         ("seed", 1, "train.seed"),
     ],
