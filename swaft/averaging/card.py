@@ -31,7 +31,7 @@ def write_card(folder: Path, module: nn.Module, *, told: str, dtype: torch.dtype
     lines += [
         "---",
         "",
-        f"# {folder.name.removesuffix('.unfinished')}",
+        f"# {folder.name}",
         "",
         f"This folder holds {told}, in {str(dtype).removeprefix('torch.')}, written by swaft.",
         "",

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
@@ -179,7 +179,8 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
     Args:
         engine: whose ranks.
         path: folder to write; :func:`refuse_occupied` has been asked.
-        write: called on rank 0 with a path beside `path`, which is renamed once all is written.
+        write: called on rank 0 with a path where nothing is, in a hidden folder beside `path` that nobody else
+            has; it is renamed once all is written.
 
     Raises:
         AveragingError: it could not be written; on every rank.
@@ -187,17 +188,26 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
     destination, error = Path(path), None
     if engine.ranks.is_main:
         try:
-            unfinished = destination.with_name(destination.name + ".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            write(unfinished)
-            for each in (*unfinished.rglob("*"), unfinished):
-                sync_folder(each) if each.is_dir() else sync_file(each)
-            if destination.exists():
-                destination.rmdir()
-            os.replace(unfinished, destination)
+            _write_beside(destination, write)
         except Exception as cause:  # whatever it is, the other ranks wait to hear of it
             error = AveragingError(f"{destination} could not be written: {type(cause).__name__}: {cause}")
     engine.ranks.raise_together(error)
+
+
+def _write_beside(destination: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under a name that nobody has, so that nothing that is there is deleted, and rename it."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    hidden = f".{destination.name[:40]}."
+    with tempfile.TemporaryDirectory(
+        prefix=hidden, dir=destination.parent, ignore_cleanup_errors=True
+    ) as place:
+        unfinished = Path(place) / destination.name
+        write(unfinished)
+        for each in (*unfinished.rglob("*"), unfinished):
+            sync_folder(each) if each.is_dir() else sync_file(each)
+        if destination.exists():
+            destination.rmdir()
+        os.replace(unfinished, destination)
 
 
 def write_model(

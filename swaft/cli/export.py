@@ -4,9 +4,11 @@ r"""Writes the averages that a run has saved as a Hugging Face folder, on one ma
     swaft export runs/1 --base runs/1/best --dtype bfloat16 --output averaged
 
 What is named is a state that `averager.save_state` wrote, a checkpoint of a run, or a run folder, of which the
-newest complete checkpoint is taken. Every byte is checked first; the folder is read back before it gets its name.
+newest complete checkpoint is taken. Every byte is checked first, and in a checkpoint also that the averages are its
+own; the folder is read back before it gets its name.
 
-  --base FOLDER           Hugging Face folder of the same model, for configuration, tokenizer and frozen weights
+  --base FOLDER           Hugging Face folder of the same model, for configuration, tokenizer and frozen weights; of
+                          a LoRA run its adapter folder, then an adapter folder is written
   --output FOLDER         where to write; it must not hold anything
   --rule NAME             which average of a state that holds several
   --dtype TYPE            float32 (default), bfloat16 or float16, rounded once, and how far that moved the weights
@@ -29,7 +31,10 @@ from swaft.errors import ConfigError
 from swaft.soup import average
 from swaft.soup.output import parse_size
 from swaft.soup.soup import DTYPES
+from swaft.storage.files import explained, status
 from swaft.training.checkpoints import AVERAGE, find_checkpoints
+
+MANIFEST = "manifest.json"
 
 
 def run(words: Sequence[str]) -> int:
@@ -58,10 +63,12 @@ def saved_averages(path: Path) -> Path:
         ConfigError: there are no averages there.
         StateError: the folder cannot be looked into.
     """
-    for folder in (*find_checkpoints(path)[:1], path):
-        if (folder / AVERAGE / "manifest.json").exists():
+    with explained(path, "looked at"):
+        newest = find_checkpoints(path)[:1]
+    for folder in (*newest, path):
+        if status(folder / AVERAGE / MANIFEST) is not None:
             return folder / AVERAGE
-    if (path / "manifest.json").exists() and not (path / "engine").exists():
+    if status(path / MANIFEST) is not None and status(path / "engine") is None:
         return path
     raise ConfigError(
         f"swaft export: {path} holds no averages; expected a state that averager.save_state wrote, a checkpoint of "

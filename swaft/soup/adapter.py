@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,14 +33,11 @@ VARIANTS = (
     "arrow_config",
 )
 """Settings with which an update is something else than scaling * B @ A, or is one nobody has tried."""
-PASSING = (
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "lora_dropout",
-    "auto_mapping",
-)
+BASE = ("base_model_name_or_path", "revision")
+"""Settings that say to which weights the updates are to be added."""
+NOTED = ("lora_dropout",)
+"""Settings of the training alone, which are noted where they differ."""
+PASSING = ("inference_mode", "peft_version", "auto_mapping")
 """Settings that say nothing about what the factors mean."""
 
 
@@ -52,12 +50,13 @@ class AdapterMean(Mean):
         rank: of the new factors; None: that of the adapters. At rank times members nothing is lost.
 
     Raises:
-        StateError: they are no plain LoRA, are configured differently, or `rank` cannot be set for them.
+        StateError: they are no plain LoRA, of different base models, or configured differently, or `rank` cannot be
+            set for them.
     """
 
     def __init__(self, members: Sequence[Member], dtype: torch.dtype, *, rank: int | None = None):
         super().__init__(members, dtype)
-        self.config = _agreed_config(members)
+        self.config, self.notes = _agreed_config(members)
         self._resize(rank)
         self._down = dict(_pairs(self._specs))
         self._up = {down: up for up, down in self._down.items()}
@@ -101,6 +100,10 @@ class AdapterMean(Mean):
         ):  # one of the two is the same in all: the means are exact
             b, a = (torch.stack([m[0] * m[i].double() for m in members]).sum(0) for i in (1, 2))
             lost = 0.0
+        if not (b.isfinite().all() and a.isfinite().all()):
+            raise StateError(
+                f"{up!r}: the mean update is more than float32 holds; leave out what has diverged"
+            )
         self._norms[up] = whole, gap, lost
         return b, a
 
@@ -139,7 +142,8 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
                 yield name, down
 
 
-def _agreed_config(members: Sequence[Member]) -> dict[str, Any]:
+def _agreed_config(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of the adapters, and what differs without making them different, in words."""
     configs = [read_json(checkpoint.path / ADAPTER_CONFIG) for _, checkpoint in members]
     first, where = configs[0], members[0][1].path
     if first.get("peft_type") != "LORA":
@@ -153,14 +157,35 @@ def _agreed_config(members: Sequence[Member]) -> dict[str, Any]:
         ends = [end for pair in FACTORS for end in pair]
         if "lora_" in name and not name.endswith((*ends, "lora_B.bias")):
             raise StateError(f"{where}: {name!r} is of a variant of LoRA; expected plain LoRA")
+    notes = []
     for config, (_, checkpoint) in zip(configs[1:], members[1:], strict=True):
-        for key in sorted({*first, *config} - {*PASSING}):
-            if _plain(first.get(key)) != _plain(config.get(key)):
+        _require_same_base(first, config, where, checkpoint.path)
+        for key in sorted({*first, *config} - {*PASSING, *BASE}):
+            if _plain(first.get(key)) == _plain(config.get(key)):
+                continue
+            if key not in NOTED:
                 raise StateError(
                     f"{checkpoint.path} is another adapter than {where}: {key} is "
                     f"{shown(config.get(key))}, expected {shown(first.get(key))}"
                 )
-    return dict(first)
+            notes.append(
+                f"{ADAPTER_CONFIG} of {checkpoint.path} differs from the first: {key} is {shown(config.get(key))}, "
+                f"there {shown(first.get(key))}"
+            )
+    return dict(first), notes
+
+
+def _require_same_base(first: Mapping[str, Any], other: Mapping[str, Any], one: Path, two: Path) -> None:
+    """Refuse adapters of different base models; one that names none may be of any."""
+    if not first.get(BASE[0]) or not other.get(BASE[0]):
+        return
+    for key, default in zip(BASE, (None, "main"), strict=True):
+        expected, found = (config.get(key) or default for config in (first, other))
+        if found != expected:
+            raise StateError(
+                f"{two} is an adapter of another base model than {one}: {key} is {shown(found)}, expected "
+                f"{shown(expected)}. If both are the same weights, make it equal in {two / ADAPTER_CONFIG}"
+            )
 
 
 def _plain(value: Any) -> Any:

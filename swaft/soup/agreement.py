@@ -9,6 +9,7 @@ from typing import Any
 from swaft.errors import StateError
 from swaft.soup.checkpoint import Checkpoint, Spec
 from swaft.soup.huggingface import CONFIG, read_json
+from swaft.soup.mean import AVERAGED
 from swaft.storage.strict_json import shown
 
 STRUCTURE = ("architectures", "model_type")
@@ -48,7 +49,7 @@ def differences(first: Mapping[str, Spec], other: Mapping[str, Spec]) -> Iterato
             yield f"{shown(name)} is in the first alone"
         elif spec.shape != other[name].shape:
             yield f"{shown(name)} has shape {list(spec.shape)} and {list(other[name].shape)}"
-        elif spec.dtype.is_floating_point != other[name].dtype.is_floating_point:
+        elif _kind(spec) != _kind(other[name]):
             yield f"{shown(name)} is {spec.dtype} and {other[name].dtype}"
     for name in other:
         if name not in first:
@@ -75,6 +76,11 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
         for key in sorted({*one, *two} - {*STRUCTURE, *PASSING})
         if one.get(key) != two.get(key)
     ]
+
+
+def _kind(spec: Spec) -> tuple[bool, bool]:
+    """Whether numbers are floating, and whether they have a mean: those of 8 bits, scaled elsewhere, have none."""
+    return spec.dtype.is_floating_point, spec.dtype in AVERAGED
 
 
 def _told(config: Mapping[str, Any], key: str) -> str:

@@ -39,6 +39,11 @@ class Checkpoint(ABC):
     is_adapter: bool = False
     """Whether it is what peft keeps beside a base model."""
 
+    @property
+    def told(self) -> str:
+        """What it is, for a model card."""
+        return str(self.path)
+
     @abstractmethod
     def read(self, name: str, start: int, end: int) -> Tensor:
         """Elements [start, end) of the flattened tensor: (end - start,), of its dtype, in memory of their own.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,10 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 JSON_LIMIT = 256_000_000
 """Most bytes of an index or a configuration."""
+MOST_NESTED = 100
+"""How deep lists and objects may lie in each other there."""
+NO_JSON = re.compile(rb"[:\[,]\s*(-?Infinity|NaN)\b")
+"""Numbers that Python writes into JSON, and JSON lacks."""
 
 
 class HuggingFaceFolder(Checkpoint):
@@ -36,7 +44,8 @@ class HuggingFaceFolder(Checkpoint):
     def __init__(self, path: Path):
         self.path = self.files = path
         self.aliases = {}
-        self.is_adapter = (path / ADAPTER_CONFIG).exists()
+        with explained(path, "looked at"):
+            self.is_adapter = (path / ADAPTER_CONFIG).exists()
         self.specs = specs = dict[str, Spec]()
         self._file_of: dict[str, str] = {}
         self._open: TensorFile | None = None
@@ -79,9 +88,33 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        StateError: it is missing, or no such thing.
+        StateError: it is missing, no such thing, or nested so deep that nobody could work with it.
     """
-    return parse_object(read_whole(_real(path), limit=JSON_LIMIT), str(path))
+    raw = read_whole(_real(path), limit=JSON_LIMIT)
+    try:
+        content = parse_object(raw, str(path))
+    except StateError as error:
+        if NO_JSON.search(raw) is None:
+            raise
+        raise StateError(
+            f"{error}. Versions of transformers before 5 wrote that; write the configuration anew with "
+            "AutoConfig.from_pretrained(...).save_pretrained(...) of this one"
+        ) from error
+    _require_shallow(content, path)
+    return content
+
+
+def _require_shallow(content: Any, path: Path) -> None:
+    layer = [content]
+    for _ in range(MOST_NESTED):
+        layer = [inner for each in layer for inner in _inside(each) if isinstance(inner, dict | list)]
+        if not layer:
+            return
+    raise StateError(f"{path}: nested more than {MOST_NESTED} deep; expected a configuration")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _weight_map(path: Path, stem: str) -> dict[str, str]:
@@ -106,4 +139,7 @@ def _weight_map(path: Path, stem: str) -> dict[str, str]:
 
 def _real(path: Path) -> Path:
     with explained(path, "opened"):
-        return path.resolve(strict=True)
+        try:
+            return path.resolve(strict=True)
+        except RuntimeError as error:  # as Python before 3.13 says it
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error

@@ -51,12 +51,14 @@ class Mean:
     """The weighted mean of checkpoints of one model, tensor by tensor.
 
     Args:
-        members: weight, 0 or more, and checkpoint; the weights need not sum to 1.
+        members: weight, 0 or more and not all 0, and checkpoint; the weights need not sum to 1. Those of weight 0
+            are not read.
         dtype: of the averaged tensors.
         base: of which what the members lack is taken.
     """
 
     def __init__(self, members: Sequence[Member], dtype: torch.dtype, base: Checkpoint | None = None):
+        members = [member for member in members if member[0] > 0]
         self._members, self._dtype, self._base = members, dtype, base
         self._specs = dict(members[0][1].specs)
         if base is not None:
@@ -95,15 +97,18 @@ class Mean:
 
     def round(self, name: str, exact: Tensor) -> Tensor:
         """Values of a tensor, (n,) in float64, as they are to be written; noted in :attr:`rounding`."""
-        rounded = round_once(exact, self._dtype)
-        if _is_finite(exact):  # a mask may be infinite
+        rounded = written = round_once(exact, self._dtype)
+        if not _is_finite(rounded):  # a mask may be infinite, and has no part in the norms
+            finite = exact.isfinite()
+            exact, rounded = exact[finite], rounded[finite]
             if not _is_finite(rounded):
-                largest = float(exact.abs().max())
+                mend = "leave out" if self._dtype == torch.float32 else "use --dtype float32, or leave out"
                 raise StateError(
-                    f"{name!r} has {largest:.3g}, more than {self._dtype} holds; use --dtype float32"
+                    f"{name!r} has {float(exact.abs().max()):.3g}, more than {self._dtype} holds; {mend} what has "
+                    "diverged"
                 )
-            self.rounding.add(name, exact, self._part[: len(exact)].copy_(rounded).sub_(exact))
-        return rounded
+        self.rounding.add(name, exact, self._part[: len(exact)].copy_(rounded).sub_(exact))
+        return written
 
     def _mean(self, name: str, members: Sequence[Member], span: tuple[int, int]) -> Tensor:
         """(n,), float64: sum of weight times value, in the order of the members, by the sum of the weights."""
@@ -116,7 +121,7 @@ class Mean:
                 total.add_(part)
         total.div_(math.fsum(weight for weight, _ in members))
         if not _is_finite(total):
-            _refuse_unfinished(name, members, span)
+            _refuse_infinite(name, members, span, total, copied=members is not self._members)
         return total
 
 
@@ -133,7 +138,7 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize > 2:
         return values.to(dtype)
     near = values.float()
-    error = near.double() - values
+    error = (near.double() - values).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)  # inf is exact
     bits = near.view(torch.int32)
     bits -= (error * values.sign() > 0).int()  # towards zero
     bits |= (error != 0).int()
@@ -145,17 +150,44 @@ def _is_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
-def _refuse_unfinished(name: str, members: Sequence[Member], span: tuple[int, int]) -> None:
-    """Refuse values that are not finite, unless they are infinite in all alike, as in a mask."""
+def _refuse_infinite(
+    name: str, members: Sequence[Member], span: tuple[int, int], total: Tensor, *, copied: bool
+) -> None:
+    """Refuse elements that are not finite, but for those of a mask; each is judged by itself.
+
+    An element of a mask is infinite in all members alike. A single member has none beside it to compare with:
+    there a mask is a slice of nothing but 0 and minus infinity.
+
+    Args:
+        name: of the tensor.
+        members: that hold it.
+        span: first element of the slice, and the one after its last.
+        total: (n,), float64, their mean.
+        copied: whether it comes from the base, which is not averaged, and may hold any infinity.
+
+    Raises:
+        StateError: naming the checkpoint and the element.
+    """
+    first = members[0][1].read(name, *span)
+    masked = first.isinf()
+    if len(members) == 1 and not copied and bool((first[first != -math.inf] != 0).any()):
+        masked.zero_()
+    for _, checkpoint in members[1:]:
+        masked &= checkpoint.read(name, *span) == first
     for _, checkpoint in members:
         values = checkpoint.read(name, *span)
-        alike = torch.equal(values, members[0][1].read(name, *span))  # NaN is equal to nothing
-        if not values.isfinite().all() and not alike:
-            place = span[0] + int((~values.isfinite()).nonzero()[0])
+        bad = ~(values.isfinite() | masked)
+        if bool(bad.any()):
+            place = int(bad.nonzero()[0])
             raise StateError(
-                f"{checkpoint.path}: element {place} of {name!r} is {float(values[place - span[0]])}; expected a "
+                f"{checkpoint.path}: element {span[0] + place} of {name!r} is {float(values[place])}; expected a "
                 "number. Leave that checkpoint out"
             )
+    if not bool((total.isfinite() | masked).all()):
+        raise StateError(
+            f"{name!r}: the sum over {len(members)} checkpoints is more than float64 holds; leave out the one that "
+            "has diverged"
+        )
 
 
 def _equal(name: str, members: Sequence[Member], span: tuple[int, int]) -> Tensor:

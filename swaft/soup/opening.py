@@ -11,11 +11,15 @@ from swaft.soup.checkpoint import Checkpoint
 from swaft.soup.huggingface import HuggingFaceFolder, holds_weights
 from swaft.soup.state import AverageFolder
 from swaft.soup.zero import ZeroFolder, find_tag
-from swaft.storage import is_complete, read_manifest, verify
-from swaft.storage.files import explained
+from swaft.storage import Manifest, is_complete, read_manifest, verify
+from swaft.storage.files import explained, status
 
+RUN = "run"
+"""What the manifest of a checkpoint of a swaft run calls itself."""
 ENGINE = "engine"
-"""Folder of DeepSpeed's files inside a checkpoint of a swaft run."""
+"""Folder of DeepSpeed's files inside such a checkpoint."""
+AVERAGES = "average"
+"""Folder of the averages inside such a checkpoint."""
 
 NUMBERED = re.compile(r"(.*?)([0-9]{1,18})")
 
@@ -31,15 +35,21 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False, rule: str | None 
     Raises:
         StateError: it is no checkpoint that is known, or damaged.
     """
-    if not path.is_dir():
+    with explained(path, "looked at"):
+        is_folder = path.is_dir()
+    if not is_folder:
         raise StateError(f"{path} is no folder; expected the folder of a checkpoint")
     if holds_weights(path):
         return HuggingFaceFolder(path)
     if is_complete(path):
         manifest = read_manifest(path, kind=None)
         if manifest.kind == AVERAGE:
+            _hold_to_run(path)
             return AverageFolder(path, rule=rule)
-        verify(path, manifest, names=[name for name in manifest.files if name.startswith(f"{ENGINE}/")])
+        if manifest.kind == RUN and find_tag(path / ENGINE) is not None:
+            if trust_pickle:  # else nothing is opened, and it is refused before all of it is read
+                _verify_engine(path, manifest)
+            return ZeroFolder(path / ENGINE, trust_pickle=trust_pickle)
     if find_tag(path) is not None:
         return ZeroFolder(path, trust_pickle=trust_pickle)
     raise StateError(
@@ -48,6 +58,29 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False, rule: str | None 
         "others (pytorch_model.bin, torch's distributed checkpoints) write a Hugging Face folder first, with "
         "save_pretrained"
     )
+
+
+def _hold_to_run(path: Path) -> None:
+    """Hold averages that lie in a checkpoint of a run to the manifest of that checkpoint, as a resume does.
+
+    Each of the two folders is whole by itself also where one of them comes from another step. Averages that lie
+    by themselves, and those in a folder that is no run's, have nothing to be held to.
+    """
+    whole = path.absolute()
+    if whole.name != AVERAGES or status(whole.parent / "manifest.json") is None:
+        return
+    manifest = read_manifest(whole.parent, kind=None)  # and with it, that of every sealed folder inside
+    if manifest.kind == RUN and AVERAGES not in manifest.sealed:
+        raise StateError(f"{whole} is not among what {whole.parent} was written with; it is of another run")
+
+
+def _verify_engine(path: Path, manifest: Manifest) -> None:
+    """Hold the engine's files in a checkpoint of a run to its manifest; one that it does not list is not opened."""
+    listed = [name for name in manifest.files if name.startswith(f"{ENGINE}/")]
+    for file in sorted((path / ENGINE).glob("*.pt")):
+        if f"{ENGINE}/{file.name}" not in listed:
+            raise StateError(f"{file} is not among the files that {path} was written with; take it away")
+    verify(path, manifest, names=listed)
 
 
 def last_checkpoints(run: Path, count: int) -> list[Path]:

@@ -6,16 +6,17 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swaft.errors import StateError
+from swaft.errors import ConfigError, StateError
 from swaft.soup.checkpoint import Spec
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_folder, write_durably
@@ -23,53 +24,67 @@ from swaft.storage.files import explained, open_regular
 
 Shard = dict[str, Spec]
 
-LEFT = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".index.json",
-    ".tmp",
-)
-"""How the names of files end that are not copied: other weights, and the state of training."""
-LEFT_NAMES = ("trainer_state.json", "manifest.json", "COMPLETE", "latest", "average.json")
-
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when the block ends, and is gone where an exception ends it.
 
     Raises:
-        StateError: something else has the name, or the folder could not be made.
+        StateError: something has the name, before or after, or the folder could not be made.
     """
     refuse_occupied(path)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with explained(unfinished, "made"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
+    empty = path.exists()
+    with place_beside(path) as place:
+        unfinished = place / "folder"
+        with explained(unfinished, "made"):
+            unfinished.mkdir()
         yield unfinished
         sync_folder(unfinished)
+        refuse_occupied(path)
         with explained(path, "named"):
-            os.rename(unfinished, path)  # in the place of an empty folder at most
-        sync_folder(path.parent)
+            if not empty:
+                path.mkdir()  # fails where somebody else has taken the name meanwhile
+            try:
+                os.rename(unfinished, path)  # in the place of an empty folder, or it fails
+            except BaseException:
+                if not empty:
+                    with suppress(OSError):
+                        path.rmdir()
+                raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def place_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside a path, of a name that nobody has or will have; gone when the block ends.
+
+    Raises:
+        StateError: it could not be made.
+    """
+    place = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    with explained(place, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
+    try:
+        yield place
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def refuse_occupied(path: Path) -> None:
-    """Refuse a path where something is.
+    """Refuse a path where something is, or that names no folder.
 
     Raises:
+        ConfigError: it has no last part of its own, as "." has not, or one that no file can have.
         StateError: it is a file, or a folder that holds any.
     """
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
+    if path.name in ("", "..") or "\0" in str(path):
+        raise ConfigError(f"--output is {str(path)!r}; expected the path of a new folder, such as runs/soup")
+    with explained(path, "looked at"):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise StateError(
+                f"{path} is there already; nothing was changed in it. Name a new folder as --output"
+            )
 
 
 def plan_shards(specs: Mapping[str, Spec], most_bytes: int) -> list[Shard]:
@@ -147,15 +162,6 @@ def fingerprint(records: Mapping[str, FileRecord]) -> str:
     """One hash of all files of weights: the SHA-256 of a line "DIGEST  NAME" each, in the order of their names."""
     lines = "".join(f"{record.sha256}  {name}\n" for name, record in sorted(records.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def copy_files(source: Path, folder: Path) -> None:
-    """Copy configuration, tokenizer and code of a Hugging Face folder: all but weights and what training keeps."""
-    with explained(folder, "written"):
-        for path in sorted(source.iterdir()):
-            kept = not path.name.endswith(LEFT) and path.name not in LEFT_NAMES and path.name[0] != "."
-            if kept and path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
 def set_config_dtype(folder: Path, dtype: torch.dtype) -> None:

@@ -16,16 +16,26 @@ import torch
 from swaft.errors import ConfigError, StateError
 from swaft.soup.adapter import AdapterMean
 from swaft.soup.agreement import compare_configs, require_same_model
+from swaft.soup.base import fit_to_base
 from swaft.soup.checkpoint import Checkpoint
+from swaft.soup.companions import copy_files, hub_name, write_card
 from swaft.soup.greedy import GreedyChoice, choose_greedily
-from swaft.soup.huggingface import ADAPTER, ADAPTER_CONFIG, CONFIG, MODEL, HuggingFaceFolder, holds_weights
+from swaft.soup.huggingface import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONFIG,
+    MODEL,
+    HuggingFaceFolder,
+    holds_weights,
+    read_json,
+)
 from swaft.soup.mean import Mean
 from swaft.soup.opening import open_checkpoint
 from swaft.soup.output import (
     check_weights,
-    copy_files,
     fingerprint,
     new_folder,
+    place_beside,
     plan_shards,
     refuse_occupied,
     set_config_dtype,
@@ -60,7 +70,7 @@ class Soup:
     truncation: float | None
     """Of LoRA adapters: what the new factors are off by for want of rank, relative to the mean update."""
     notes: list[str]
-    """What differs between the configurations."""
+    """What differs between the configurations, and what was not copied."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -88,7 +98,7 @@ def average(
         dtype: ``float32``, ``bfloat16`` or ``float16``, to which the float64 mean is rounded once.
         max_shard_bytes: most bytes of a file of weights, unless a single tensor is larger.
         base: Hugging Face folder of the same model, of which comes what the checkpoints lack: configuration,
-            tokenizer, frozen weights.
+            tokenizer, frozen weights. Of a state of LoRA adapters: the adapter folder.
         lora_rank: of the result, where the checkpoints are LoRA adapters; None: their own.
         rule: of saved states of averages, which average of each.
         trust_pickle: whether DeepSpeed's files, which are Python pickle, may be opened.
@@ -114,22 +124,24 @@ def average(
         files = _files(members[0], whole)
         if whole is not None:
             notes += compare_configs(whole.files, members[0].files)
-            _require_base(members[0], whole)
+            members = fit_to_base(members, whole)
+        stem = ADAPTER if any(each and each.is_adapter for each in (members[0], whole)) else MODEL
         weighted = list(zip(weights, members, strict=True))
         if members[0].is_adapter:
             mean = AdapterMean(weighted, DTYPES[dtype], rank=lora_rank)
+            notes += mean.notes
         elif lora_rank is not None:
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
         else:
             mean = Mean(weighted, DTYPES[dtype], whole)
         shards = plan_shards(mean.specs, max_shard_bytes)
         with new_folder(output) as folder:
-            copy_files(files, folder)
+            notes += copy_files(files, folder)
             if isinstance(mean, AdapterMean):
                 write_json(folder / ADAPTER_CONFIG, mean.config)
             else:
                 set_config_dtype(folder, DTYPES[dtype])
-            records = write_weights(folder, ADAPTER if members[0].is_adapter else MODEL, shards, mean.slices)
+            records = write_weights(folder, stem, shards, mean.slices)
             check_weights(folder, shards, records)
             total = math.fsum(weights)
             soup = Soup(
@@ -146,6 +158,16 @@ def average(
                 notes=notes,
             )
             write_json(folder / "average.json", {k: v for k, v in soup.as_dict().items() if k != "output"})
+            write_card(
+                folder,
+                title=output.name,
+                shares=[
+                    (member.told, share) for member, (_, share) in zip(members, soup.shares, strict=True)
+                ],
+                dtype=dtype,
+                sha256=soup.sha256,
+                source=hub_name(folder),
+            )
     return soup
 
 
@@ -161,7 +183,8 @@ def average_greedily(
 
     Args:
         checkpoints: folders, as of :func:`average`.
-        output: folder to write. While it is being chosen, means on trial lie beside it, one at a time.
+        output: folder to write. While it is being chosen, means on trial lie in a hidden folder beside it, one at
+            a time.
         score: of a Hugging Face folder.
         higher_is_better: or lower.
         how: as of :func:`average`, without weights.
@@ -172,34 +195,34 @@ def average_greedily(
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     refuse_occupied(output)
-    trial = output.with_name(f"{output.name}.trial")
+    with place_beside(output) as place:
+        trial = place / "trial"
 
-    def scored(chosen: Sequence[int]) -> float:
-        if len(chosen) == 1 and holds_weights(paths[chosen[0]]):
-            return score(paths[chosen[0]])
-        shutil.rmtree(trial, ignore_errors=True)
-        average([paths[each] for each in chosen], trial, **how)
-        return score(trial)
+        def scored(chosen: Sequence[int]) -> float:
+            if len(chosen) == 1 and holds_weights(paths[chosen[0]]):
+                return score(paths[chosen[0]])
+            shutil.rmtree(trial, ignore_errors=True)
+            average([paths[each] for each in chosen], trial, **how)
+            return score(trial)
 
-    try:
         choice = choose_greedily(len(paths), scored, higher_is_better=higher_is_better)
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
     return average([paths[each] for each in choice.chosen], output, **how), choice
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Weights times the power of two that brings the largest to [1, 2), so that no product or sum overflows."""
     if count == 0:
         raise ConfigError("no checkpoint was named; expected one or more")
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
         raise ConfigError(f"{len(weights)} weights for {count} checkpoints; expected one each")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not math.fsum(weights) > 0:
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not max(weights) > 0:
         raise ConfigError(
             f"the weights are {', '.join(map(str, weights))}; expected numbers from 0, not all 0"
         )
-    return list(weights)
+    _, exponent = math.frexp(max(weights))
+    return [math.ldexp(weight, 1 - exponent) for weight in weights]  # changes no digit of theirs
 
 
 def _files(first: Checkpoint, base: Checkpoint | None) -> Path:
@@ -207,20 +230,10 @@ def _files(first: Checkpoint, base: Checkpoint | None) -> Path:
     there = [each.files for each in (first, base) if each is not None and each.files is not None]
     configured = [path for path in there if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists()]
     for path in configured or there:
+        if (path / CONFIG).exists():
+            read_json(path / CONFIG)  # one that nobody can read is refused before the weights are written
         return path
     raise StateError(
         f"{first.path} holds weights alone; name a Hugging Face folder of the same model as --base, from which "
         "configuration, tokenizer and frozen weights come"
     )
-
-
-def _require_base(first: Checkpoint, base: Checkpoint) -> None:
-    """Refuse a base that is another model."""
-    for name, spec in first.specs.items():
-        found = base.specs.get(name)
-        if found is None or found.shape != spec.shape:
-            told = f"of shape {list(found.shape)} there" if found else "missing there"
-            raise StateError(
-                f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
-                f"is {told}"
-            )

@@ -47,6 +47,12 @@ class AverageFolder(Checkpoint):
             (lane_name(number, lane), share, chosen.lanes[lane]) for lane, share in chosen.readout.items()
         ]
         self._names = sorted(manifest.files)
+        self._told = f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights"
+
+    @property
+    def told(self) -> str:
+        """As of :class:`Checkpoint`."""
+        return self._told
 
     def read(self, name: str, start: int, end: int) -> Tensor:
         """As of :class:`Checkpoint`."""

@@ -58,7 +58,11 @@ class ZeroFolder(Checkpoint):
             states = [_load(file) for file in zero_to_fp32.get_model_state_files(str(tag))]
             files = zero_to_fp32.get_optim_files(str(tag))
             partitions = [_load(file)["optimizer_state_dict"] for file in files]
-            self._pieces = dict(_tensors(partitions, states))
+            # Masters are pickled as leaves that want gradients: what is copied from them would want some too.
+            self._pieces = {
+                name: (spec, [piece.detach() for piece in pieces])
+                for name, (spec, pieces) in _tensors(partitions, states)
+            }
             self.aliases = dict(states[0]["shared_params"])
         except Exception as error:  # whatever unpickling meets
             raise StateError(f"{tag} could not be read: {type(error).__name__}: {error}") from error

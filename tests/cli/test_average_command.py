@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swaft.cli.average import run
+from swaft.cli.main import main
 from swaft.errors import ConfigError, StateError
 
 pytestmark = pytest.mark.unit
@@ -96,3 +97,41 @@ def test_an_output_that_is_there_is_refused(tmp_path, checkpoints):
         StateError, match=r"is there already; nothing was changed in it. Name a new folder as --output"
     ):
         run([*checkpoints, "--output", checkpoints[0]])
+
+
+def looping(path):
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "shard.safetensors"}}')
+    (path / "shard.safetensors").symlink_to("shard.safetensors")
+
+
+def nested(path):
+    (path / "config.json").write_text('{"a":' * 600 + "1" + "}" * 600)
+
+
+@pytest.mark.parametrize("output", [".", "", "x" * 300, "a\0b"])
+def test_an_output_that_cannot_be_is_one_error_and_no_traceback(
+    tmp_path, checkpoints, capsys, monkeypatch, output
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["average", checkpoints[0], "--output", output]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", ["average", "export"])
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
+def test_a_checkpoint_that_cannot_be_is_one_error_and_no_traceback(checkpoints, capsys, command, path):
+    for words in ([path, "--base", checkpoints[0]], [checkpoints[0], "--base", path]):
+        assert main([command, *words, "--output", "unused"]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("damage", [looping, nested])
+def test_a_checkpoint_that_cannot_be_read_is_one_error_and_no_traceback(
+    tmp_path, checkpoints, capsys, damage
+):
+    damage(tmp_path / "run" / "checkpoint-1")
+    assert main(["average", *checkpoints, "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out").exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import swaft
+from swaft.cli.average import run as average
 from swaft.cli.export import run
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateError
@@ -19,7 +21,11 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def averager():
-    torch.manual_seed(0)
+    return trained(0)
+
+
+def trained(seed):
+    torch.manual_seed(seed)
     model = torch.nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rules = {"mean": swaft.SWA(start=0), "recent": swaft.EMA(decay=0.5)}
@@ -97,6 +103,37 @@ def test_a_damaged_state_is_named_and_nothing_is_written(tmp_path, base, run_fol
     with pytest.raises(StateError, match=f"{file.name} is damaged"):
         run([str(run_folder), "--base", base, "--rule", "mean", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [(run, ""), (run, "checkpoint-4"), (run, "checkpoint-4/average"), (average, "checkpoint-4/average")],
+)
+def test_averages_of_another_run_put_into_a_checkpoint_are_refused(
+    tmp_path, base, run_folder, command, named
+):
+    shutil.rmtree(run_folder / "checkpoint-4" / "average")
+    trained(1).save_state(run_folder / "checkpoint-4" / "average")
+    words = [str(run_folder / named), "--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]
+    with pytest.raises(
+        StateError, match=r"average/manifest.json is not the one that .*checkpoint-4/manifest"
+    ):
+        command(words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_averages_put_into_a_checkpoint_that_had_none_are_refused(tmp_path, averager, base, run_folder):
+    save_checkpoint(Ranks(), tmp_path / "other", 4, write=lambda folder: {}, content={}, averaged=False)
+    averager.save_state(tmp_path / "other" / "checkpoint-4" / "average")
+    words = [str(tmp_path / "other"), "--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]
+    with pytest.raises(StateError, match=r"average is not among what .*checkpoint-4 was written with"):
+        run(words)
+
+
+def test_averages_that_lie_by_themselves_are_exported(tmp_path, averager, base):
+    averager.save_state(tmp_path / "step-4" / "average")
+    words = ["--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]
+    assert run([str(tmp_path / "step-4" / "average"), *words]) == 0
 
 
 def test_where_there_are_no_averages_that_is_said(tmp_path, base):

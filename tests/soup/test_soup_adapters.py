@@ -121,6 +121,44 @@ def test_adapters_configured_differently_are_refused(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def configured(path, **settings):
+    config = json.loads((path / "adapter_config.json").read_text()) | settings
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+BASES = {
+    "another name": ({"base_model_name_or_path": "other/model"}, "base_model_name_or_path is 'other/model'"),
+    "another revision": (
+        {"base_model_name_or_path": "some/model", "revision": "v2"},
+        "revision is 'v2', expected 'main'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_adapters_of_different_base_models_are_refused(tmp_path, name):
+    settings, message = BASES[name]
+    paths = [
+        configured(adapter(tmp_path / "a", 0, the_base), base_model_name_or_path="some/model", revision=None),
+        configured(adapter(tmp_path / "b", 1, the_base), **settings),
+    ]
+    with pytest.raises(
+        StateError, match=f"b is an adapter of another base model .*{message}.*make it equal in"
+    ):
+        average(paths, tmp_path / "out")
+    configured(paths[1], base_model_name_or_path="some/model", revision="main")
+    average(paths, tmp_path / "out")
+
+
+def test_settings_of_training_that_differ_between_adapters_are_noted(tmp_path):
+    paths = [adapter(tmp_path / "a", 0, the_base), adapter(tmp_path / "b", 1, the_base, lora_dropout=0.25)]
+    soup = average(paths, tmp_path / "out")
+    assert soup.notes == [
+        f"adapter_config.json of {paths[1]} differs from the first: lora_dropout is 0.25, there 0.0"
+    ]
+
+
 def test_another_variant_than_plain_lora_is_refused(tmp_path):
     paths = [
         adapter(tmp_path / str(i), i, the_base, use_dora=True, target_modules=["query"]) for i in range(2)

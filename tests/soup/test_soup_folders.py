@@ -12,7 +12,6 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 
 from swaft.errors import StateError
 from swaft.soup import average, last_checkpoints, open_checkpoint
-from swaft.soup import output as output_module
 from swaft.soup.output import parse_size, plan_shards
 from swaft.storage import hash_file
 
@@ -86,12 +85,15 @@ def test_other_files_are_copied_and_the_type_is_set(tmp_path):
     paths = folders(tmp_path, 2)
     for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "pytorch_model.bin"):
         (paths[0] / name).write_bytes(b"x")
+    (paths[0] / "README.md").write_text("The last weights of a training run.")
     (paths[0] / "folder").mkdir()
+    (paths[0] / "events.out.tfevents.1").write_bytes(b"x")
     os.mkfifo(paths[0] / "pipe")
     (paths[0] / "generation_config.json").write_text("{}")
     average(paths, tmp_path / "out", dtype="bfloat16")
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == [
+        "README.md",
         "average.json",
         "config.json",
         "generation_config.json",
@@ -109,6 +111,65 @@ def test_other_files_are_copied_and_the_type_is_set(tmp_path):
     assert told["shares"] == [[str(path), 0.5] for path in paths]
 
 
+def test_folders_inside_are_copied_but_for_those_with_weights_of_their_own(tmp_path):
+    paths = folders(tmp_path, 2)
+    templates = paths[0] / "additional_chat_templates" / "deep"
+    templates.mkdir(parents=True)
+    (templates / "tool_use.jinja").write_text("a template")
+    (templates / "README.md").write_text("how to use it")
+    (templates / ".hidden").write_text("x")
+    (paths[0] / "1_Pooling").mkdir()
+    shutil.move(templates / "tool_use.jinja", tmp_path / "blob")
+    (templates / "tool_use.jinja").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    (paths[0] / "1_Pooling" / "config.json").write_text("{}")
+    (paths[0] / "elsewhere").symlink_to(tmp_path / "in1")
+    (paths[0] / "2_Dense" / "deep").mkdir(parents=True)
+    (paths[0] / "2_Dense" / "deep" / "pytorch_model.bin").write_bytes(b"x")
+    soup = average(paths, tmp_path / "out")
+    found = [str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert sorted(name for name in found if "/" in name) == [
+        "1_Pooling/config.json",
+        "additional_chat_templates/deep/README.md",
+        "additional_chat_templates/deep/tool_use.jinja",
+    ]
+    copied = tmp_path / "out" / "additional_chat_templates" / "deep" / "tool_use.jinja"
+    assert copied.read_text() == "a template"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert not (tmp_path / "out" / "elsewhere").exists()
+    (note,) = soup.notes
+    assert note.endswith("2_Dense is not copied: it holds weights of its own (deep/pytorch_model.bin)")
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    paths, synced, real = folders(tmp_path, 1), [], os.fsync
+    (paths[0] / "inside").mkdir()
+    (paths[0] / "inside" / "file").write_text("x")
+
+    def noted(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").partition("/folder")[2])
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    average(paths, tmp_path / "out")
+    names = {f"/{path.relative_to(tmp_path / 'out')}" for path in (tmp_path / "out").rglob("*")}
+    assert "/inside/file" in names
+    assert names <= {name.removesuffix(".tmp") for name in synced}
+    assert "" in synced  # the folder itself
+
+
+def test_the_model_card_says_what_was_averaged(tmp_path):
+    paths = folders(tmp_path, 2)
+    (paths[0] / "README.md").write_text("This folder holds the last weights of a training run.")
+    soup = average(paths, tmp_path / "out", weights=[1, 3], dtype="bfloat16")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# out\n" in card
+    assert "the weighted mean of these checkpoints, in bfloat16" in card
+    assert f"* 0.25 of `{paths[0]}`\n* 0.75 of `{paths[1]}`\n" in card
+    assert soup.sha256 in card
+    assert "library_name: transformers" in card
+    assert "last weights" not in card
+
+
 def test_links_as_in_the_cache_of_the_hub_are_followed(tmp_path):
     paths = folders(tmp_path, 2)
     shutil.move(paths[0] / "model.safetensors", tmp_path / "blob")
@@ -122,6 +183,10 @@ DIFFERENT = {
     "a tensor too many": (lambda t: t.update(more=torch.ones(1)), "'more' is in the second alone"),
     "another shape": (lambda t: t.update(scale=torch.ones(1)), r"'scale' has shape \[\] and \[1\]"),
     "another type": (lambda t: t.update(scale=torch.tensor(1)), "'scale' is torch.float32 and torch.int64"),
+    "a quantised tensor": (
+        lambda t: t.update(scale=torch.tensor(1.0).to(torch.float8_e4m3fn)),
+        "'scale' is torch.float32 and torch.float8_e4m3fn",
+    ),
 }
 
 
@@ -153,64 +218,6 @@ def test_other_settings_that_differ_are_noted(tmp_path):
     )
     soup = average(paths, tmp_path / "out")
     assert soup.notes == [f"config.json of {paths[1]} differs from the first: dropout is 0.1, there not set"]
-
-
-def test_a_folder_with_files_is_not_touched(tmp_path):
-    paths = folders(tmp_path, 1)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_bytes(b"x")
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    for path in (tmp_path / "out", tmp_path / "out" / "precious", tmp_path / "link"):
-        with pytest.raises(StateError, match="is there already; nothing was changed"):
-            average(paths, path)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
-
-
-def test_an_empty_folder_may_be_there(tmp_path):
-    (tmp_path / "out").mkdir()
-    average(folders(tmp_path, 1), tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["copy_files", "write_weights", "check_weights", "write_json"])
-def test_a_crash_leaves_no_folder_of_the_name(tmp_path, monkeypatch, fault, where):
-    import swaft.soup.soup as average_module
-
-    def crash(*arguments, **keywords):
-        raise fault
-
-    paths = folders(tmp_path, 2)
-    monkeypatch.setattr(average_module, where, crash)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        average(paths, tmp_path / "out")
-    monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in0", "in1"]
-
-
-def test_what_a_killed_run_left_is_replaced(tmp_path):
-    (tmp_path / "out.unfinished").mkdir()
-    (tmp_path / "out.unfinished" / "half").write_bytes(b"x")
-    average(folders(tmp_path, 1), tmp_path / "out")
-    assert not (tmp_path / "out" / "half").exists()
-    assert not (tmp_path / "out.unfinished").exists()
-
-
-def test_weights_that_do_not_read_as_they_were_written_are_refused(tmp_path, monkeypatch):
-    real = output_module.hash_file
-
-    def damaged(path):
-        with open(path, "r+b") as file:
-            file.seek(-1, 2)
-            last = file.read(1)[0]
-            file.seek(-1, 2)
-            file.write(bytes([last ^ 1]))
-        return real(path)
-
-    monkeypatch.setattr(output_module, "hash_file", damaged)
-    with pytest.raises(StateError, match=r"model.safetensors does not read as it was written"):
-        average(folders(tmp_path, 2), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 BAD_INDEXES = {

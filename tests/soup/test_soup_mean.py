@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from soup_folders import bits, folder_of, folders, golden, loaded, random_tensors, same_bits
 
 import swaft.soup.mean as mean_module
 from swaft.errors import ConfigError, StateError
 from swaft.soup import average
+from swaft.soup.checkpoint import Checkpoint, Spec
 from swaft.soup.mean import round_once
 
 pytestmark = pytest.mark.unit
@@ -124,6 +126,87 @@ def test_a_mask_that_is_infinite_in_all_stays(tmp_path):
     mask = {"mask": torch.tensor([0.0, -math.inf])}
     average([folder_of(tmp_path / str(i), mask) for i in range(3)], tmp_path / "out")
     assert bits(loaded(tmp_path / "out")["mask"]) == bits(mask["mask"])
+
+
+def test_an_element_that_is_infinite_in_all_stays_whatever_the_others_are(tmp_path):
+    values = [torch.tensor([float(i), -math.inf, math.inf, 4.0]) for i in range(3)]
+    paths = [folder_of(tmp_path / str(i), {"mask": each}) for i, each in enumerate(values)]
+    average(paths, tmp_path / "out", dtype="bfloat16")
+    expected = torch.tensor([1.0, -math.inf, math.inf, 4.0], dtype=torch.bfloat16)
+    assert torch.equal(loaded(tmp_path / "out")["mask"], expected)
+
+
+def test_an_element_that_is_infinite_in_some_is_refused_beside_a_mask(tmp_path):
+    values = [torch.tensor([-math.inf, 1.0]), torch.tensor([-math.inf, math.inf])]
+    paths = [folder_of(tmp_path / str(i), {"w": each}) for i, each in enumerate(values)]
+    with pytest.raises(StateError, match="1: element 1 of 'w' is inf"):
+        average(paths, tmp_path / "out")
+
+
+def test_beside_a_mask_too_the_type_must_hold_the_mean(tmp_path):
+    path = folder_of(tmp_path / "a", {"w": torch.tensor([-math.inf, 1e6])})
+    with pytest.raises(StateError, match=r"'w' has 1e\+06, more than torch.float16 holds"):
+        average([path, path], tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_single_checkpoint_that_is_not_finite_is_refused(tmp_path, bad):
+    path = folder_of(tmp_path / "diverged", {"w": torch.tensor([1.0, bad])})
+    other = folder_of(tmp_path / "other", {"w": torch.ones(2)})
+    for paths, weights in [([path], None), ([path, other], [1, 0])]:
+        with pytest.raises(StateError, match=f"diverged: element 1 of 'w' is {bad}"):
+            average(paths, tmp_path / "out", weights=weights)
+
+
+@pytest.mark.parametrize("weights", [[1, 0], [0, 1]])
+def test_a_checkpoint_of_weight_0_is_not_read_and_a_mask_stays(tmp_path, weights):
+    tensors = {"w": torch.ones(2), "mask": torch.tensor([0.0, -math.inf])}
+    paths = [folder_of(tmp_path / "a", tensors), folder_of(tmp_path / "b", tensors)]
+    spoilt = weights.index(0)
+    save_file(tensors | {"w": torch.full([2], math.nan)}, paths[spoilt] / "model.safetensors")
+    average(paths, tmp_path / "out", weights=weights)
+    assert same_bits(loaded(tmp_path / "out"), tensors)
+
+
+def test_a_checkpoint_of_weight_0_must_be_of_the_same_model(tmp_path):
+    paths = [folder_of(tmp_path / str(i), {"w": torch.ones(i + 1)}) for i in range(2)]
+    with pytest.raises(StateError, match="another model"):
+        average(paths, tmp_path / "out", weights=[1, 0])
+
+
+@pytest.mark.parametrize("scale", [1e307, 1e308, 1e-323])
+def test_weights_of_any_size_make_the_same_mean(tmp_path, scale):
+    tensors = {"w": torch.full([4], 100.0)}
+    paths = [folder_of(tmp_path / str(i), tensors) for i in range(2)]
+    soup = average(paths, tmp_path / "out", weights=[scale, scale])
+    assert same_bits(loaded(tmp_path / "out"), tensors)
+    assert [share for _, share in soup.shares] == [0.5, 0.5]
+
+
+def test_a_sum_that_float64_cannot_hold_is_refused(tmp_path):
+    path = folder_of(tmp_path / "a", {"w": torch.full([2], 1e308, dtype=torch.float64)})
+    with pytest.raises(StateError, match="'w': the sum over 2 checkpoints is more than float64 holds"):
+        average([path, path], tmp_path / "out")
+
+
+def test_what_the_base_alone_holds_may_be_infinite(tmp_path):
+    extra = {"bounds": torch.tensor([1.0, math.inf])}
+    state = Weights(tmp_path, {"w": torch.ones(2)})
+    mean = mean_module.Mean([(1.0, state)], torch.float32, Weights(tmp_path, {"w": torch.ones(2)} | extra))
+    assert torch.equal(next(mean.slices("bounds")), extra["bounds"])
+
+
+class Weights(Checkpoint):
+    """A checkpoint in memory."""
+
+    files = None
+
+    def __init__(self, path, tensors):
+        self.path, self.aliases, self._tensors = path, {}, tensors
+        self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def read(self, name, start, end):
+        return self._tensors[name].flatten()[start:end].clone()
 
 
 def test_nan_in_all_is_refused(tmp_path):

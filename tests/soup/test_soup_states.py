@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from soup_folders import folder_of, loaded
+from peft import LoraConfig, PeftModel, get_peft_model
+from soup_folders import bert, folder_of, loaded, same_bits
 
 import swaft
-from swaft.errors import StateError
+from swaft.averaging import export
+from swaft.errors import AveragingError, StateError
+from swaft.noise.spectral import normalise_head
 from swaft.soup import average, open_checkpoint
 
 pytestmark = pytest.mark.unit
@@ -90,3 +95,96 @@ def test_a_damaged_state_is_refused(tmp_path):
     file.write_bytes(raw)
     with pytest.raises(StateError, match=f"{file.name} is damaged"):
         open_checkpoint(tmp_path / "state")
+
+
+def trained_bert(prepare):
+    """A small classifier, made ready by `prepare` and trained for four random steps."""
+    torch.manual_seed(0)
+    model = prepare(bert(0))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    for _ in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        averager.step()
+    return averager
+
+
+def with_adapter(model):
+    config = LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=["query", "dense", "word_embeddings"],
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    return get_peft_model(model, config)
+
+
+def with_spectral_norm(model):
+    normalise_head(model)
+    return model
+
+
+def test_the_average_of_a_lora_run_is_the_adapter_folder_that_the_run_exports(tmp_path):
+    averager = trained_bert(with_adapter)
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    export.save_pretrained(averager.engine, tmp_path / "last")
+    average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "last")
+    assert same_bits(loaded(tmp_path / "out"), loaded(tmp_path / "own"))
+    assert not same_bits(loaded(tmp_path / "out"), loaded(tmp_path / "last"))
+    found, own = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("out", "own"))
+    assert found == own
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    opened = PeftModel.from_pretrained(bert(0), tmp_path / "out")
+    trained = opened.base_model.model.classifier.modules_to_save["default"].weight
+    assert torch.equal(trained, loaded(tmp_path / "own")["base_model.model.classifier.weight"])
+
+
+def test_the_averages_of_a_lora_run_ask_for_its_adapter_folder(tmp_path):
+    trained_bert(with_adapter).save_state(tmp_path / "state")
+    bert(0).save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        StateError, match=r"state holds the weights of a LoRA adapter.*adapter folder of the run"
+    ):
+        average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "base")
+
+
+def test_the_averages_of_several_lora_runs_are_exported_one_by_one_first(tmp_path):
+    averager = trained_bert(with_adapter)
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    with pytest.raises(StateError, match=r"is not the mean of updates. Write each .* with swaft export"):
+        average([tmp_path / "state"] * 2, tmp_path / "out", base=tmp_path / "own")
+
+
+def test_a_parametrized_weight_is_refused_with_a_way_to_export_it(tmp_path):
+    averager = trained_bert(with_spectral_norm)
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    message = r"'classifier.parametrizations.weight.original' is a weight before .*averager.load_state"
+    with pytest.raises(StateError, match=message):
+        average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
+
+
+@pytest.mark.parametrize("name", ["model.unfinished", ".model"])
+def test_an_export_touches_no_folder_beside_its_own(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").write_bytes(b"x")
+    trained(0, swaft.SWA(start=0)).save_pretrained(tmp_path / "model")
+    assert (tmp_path / name / "precious").read_bytes() == b"x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "model"])
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    averager = trained(0, swaft.SWA(start=0))
+    monkeypatch.setattr(export, "sync_folder", full)
+    with pytest.raises(AveragingError, match=r"model could not be written: .*No space left"):
+        averager.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())

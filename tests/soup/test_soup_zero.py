@@ -7,11 +7,14 @@ import pickle
 
 import pytest
 import torch
-from soup_folders import bits, folder_of, loaded, same_bits
+from soup_folders import bits, folder_of, golden, loaded, same_bits
 from torch import Tensor
 
+from swaft.distributed import Ranks
 from swaft.errors import StateError
-from swaft.soup import average, open_checkpoint
+from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.storage import hash_file
+from swaft.training.checkpoints import save_checkpoint
 
 zero_to_fp32 = pytest.importorskip("deepspeed.utils.zero_to_fp32")
 
@@ -65,7 +68,8 @@ def checkpoint(path, tensors, *, stage, world, tag="global_step7"):
                 parts[rank].append(piece.clone())
     for rank in range(world):
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        state = {"zero_stage": stage, "partition_count": world, key: parts[rank]}
+        masters = [part.requires_grad_() for part in parts[rank]]  # as DeepSpeed's are, when they are pickled
+        state = {"zero_stage": stage, "partition_count": world, key: masters}
         torch.save(
             {"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
@@ -121,6 +125,56 @@ def test_checkpoints_of_any_stage_and_number_of_ranks_average_with_a_base(tmp_pa
     expected |= {"counter": torch.arange(4), "pretrained.weight": extra["pretrained.weight"]}
     assert same_bits(loaded(tmp_path / "out"), expected)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_checkpoint_averages_to_its_masters(tmp_path, stage):
+    tensors = tensors_of(0)
+    path = checkpoint(tmp_path / "c", tensors, stage=stage, world=2)
+    average([path], tmp_path / "out", base=folder_of(tmp_path / "base", tensors_of(1)), trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), tensors)
+
+
+def run_checkpoint(run, step, tensors):
+    """Write what a run of a recipe leaves under DeepSpeed: its files in `engine`, sealed, and no `latest`."""
+
+    def write(folder):
+        checkpoint(folder, tensors, stage=2, world=2, tag="engine")
+        (folder / "latest").unlink()
+        return {f"engine/{file.name}": hash_file(file) for file in (folder / "engine").iterdir()}
+
+    save_checkpoint(Ranks(), run, step, write=write, content={}, averaged=False)
+    return run / f"checkpoint-{step}"
+
+
+def test_checkpoints_of_a_run_under_deepspeed_are_averaged(tmp_path):
+    sources = [tensors_of(seed) for seed in range(3)]
+    for source in sources[1:]:
+        source["frozen.weight"] = sources[0]["frozen.weight"]
+    paths = [run_checkpoint(tmp_path / "run", step, source) for step, source in enumerate(sources)]
+    base = folder_of(tmp_path / "base", tensors_of(9))
+    average(last_checkpoints(tmp_path / "run", 2), tmp_path / "out", base=base, trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), golden(sources[1:]))
+    average(paths[:1], tmp_path / "first", base=base, trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "first"), sources[0])
+
+
+def test_a_checkpoint_of_a_run_is_not_unpickled_without_consent(tmp_path):
+    path = run_checkpoint(tmp_path / "run", 1, tensors_of(0))
+    for file in (path / "engine").iterdir():
+        size = file.stat().st_size
+        file.write_bytes(pickle.dumps(Attack()).ljust(size, b"."))
+    with pytest.raises(StateError, match=r"engine is a DeepSpeed checkpoint.*say --trust-pickle"):
+        open_checkpoint(path)
+    with pytest.raises(StateError, match=r"states.pt is damaged"):
+        open_checkpoint(path, trust_pickle=True)
+
+
+def test_a_file_that_the_run_did_not_write_is_not_opened(tmp_path):
+    path = run_checkpoint(tmp_path / "run", 1, tensors_of(0))
+    (path / "engine" / "zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(StateError, match=r"rank_2.*is not among the files that .* was written with"):
+        open_checkpoint(path, trust_pickle=True)
 
 
 def test_a_base_is_asked_for_and_must_be_the_same_model(tmp_path):

@@ -1,4 +1,4 @@
-"""Trains on every rank under each engine, and holds what is read of DeepSpeed's checkpoint to our own export."""
+"""Trains on every rank under each engine; what is read and averaged of DeepSpeed's checkpoint is our export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import swaft
 from swaft.averaging import export
-from swaft.soup import open_checkpoint
+from swaft.soup import average, open_checkpoint
 
 MODES = (
     "zero1 bf16",
@@ -32,6 +32,11 @@ def compare(checkpoint: Path, exported: Path) -> None:
         for name, spec in found.specs.items():
             assert spec.shape == tuple(weights[name].shape), name
             assert torch.equal(found.read(name, 0, spec.numel).float(), weights[name].flatten().float()), name
+    written = checkpoint.with_name(f"{checkpoint.name}-averaged")
+    average([checkpoint], written, base=exported, trust_pickle=True)
+    averaged = load_file(written / "model.safetensors")
+    assert averaged.keys() == weights.keys()
+    assert all(torch.equal(averaged[name], weights[name]) for name in weights)
 
 
 def main(folder: Path) -> None:

@@ -160,6 +160,13 @@ def test_the_log_is_as_it_was_at_the_checkpoint_whatever_became_of_it(folder, le
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_what_a_killed_run_had_half_written_is_cleared_away(folder, make_accelerator):
+    for name in (".final.k3x", ".final-averaged.k3x", ".best.new.k3x", ".mine"):
+        (folder.path / name / "final").mkdir(parents=True)
+    folder.begin("train: {}\n", make_accelerator(), engine="plain")
+    assert sorted(path.name for path in folder.path.iterdir() if path.is_dir()) == [".mine"]
+
+
 def test_what_the_disk_refuses_is_kept_to_be_told_to_all_ranks(folder):
     for entry in folder.path.iterdir():
         entry.unlink()

@@ -1,0 +1,105 @@
+"""Trained weights that lie alone, and the base folder that gives what they lack: held to each other by name."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from swaft.errors import StateError
+from swaft.soup.checkpoint import Checkpoint
+
+ADAPTER_PARTS = re.compile(
+    r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"
+)
+"""Where a name inside a `PeftModel` says which adapter is meant; in the adapter's folder it does not."""
+PARAMETRIZED = ".parametrizations."
+IN_THE_MODEL = (
+    "Write it in a process that has the model: load it there (averages with averager.load_state), then call "
+    "averager.save_pretrained"
+)
+
+
+class AsAdapter(Checkpoint):
+    """Weights of a `PeftModel`, under the names that they have in the folder of its adapter.
+
+    The names are those of peft for the adapter `default`.
+
+    Args:
+        inner: the weights, by their names in the model.
+    """
+
+    def __init__(self, inner: Checkpoint):
+        self.path, self.files, self._inner = inner.path, inner.files, inner
+        self._names = {_plain(name): name for name in inner.specs}
+        self.specs = {plain: inner.specs[name] for plain, name in self._names.items()}
+        self.aliases = {_plain(name): _plain(other) for name, other in inner.aliases.items()}
+        if len(self._names) < len(inner.specs):
+            raise StateError(
+                f"{inner.path}: two of its weights have one name in an adapter folder. {IN_THE_MODEL}"
+            )
+
+    @property
+    def told(self) -> str:
+        """As of :class:`Checkpoint`."""
+        return self._inner.told
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """As of :class:`Checkpoint`."""
+        return self._inner.read(self._names[name], start, end)
+
+    def close(self) -> None:
+        """As of :class:`Checkpoint`."""
+        self._inner.close()
+
+
+def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:
+    """Hold checkpoints to the base that gives what they lack.
+
+    Args:
+        members: of one model.
+        base: Hugging Face folder of that model, or the folder of its adapter.
+
+    Returns:
+        The same, by the names of the base.
+
+    Raises:
+        StateError: the base is of another model, or does not know these weights under any name.
+    """
+    first = members[0]
+    for name in first.specs:
+        if PARAMETRIZED in f".{name}":
+            raise StateError(
+                f"{first.path}: {name!r} is a weight before its parametrization (R4F's spectral norm, say), and "
+                f"what that makes of it only the model knows. {IN_THE_MODEL}"
+            )
+    if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
+        members = _as_adapters(members, base)
+    for name, spec in members[0].specs.items():
+        found = base.specs.get(name)
+        if found is None or found.shape != spec.shape:
+            told = f"of shape {list(found.shape)} there" if found else "missing there"
+            raise StateError(
+                f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
+                f"is {told}"
+            )
+    return members
+
+
+def _as_adapters(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:
+    if not base.is_adapter:
+        raise StateError(
+            f"{members[0].path} holds the weights of a LoRA adapter, and --base {base.path} is a whole model; name "
+            "the adapter folder of the run as --base (its best, final or final-averaged), and an adapter folder "
+            "will be written"
+        )
+    if len(members) > 1:
+        raise StateError(
+            f"{members[0].path} holds the weights of a LoRA adapter; the mean of factors is not the mean of "
+            "updates. Write each as an adapter folder with swaft export, then average those folders"
+        )
+    return [AsAdapter(member) for member in members]
+
+
+def _plain(name: str) -> str:
+    return ADAPTER_PARTS.sub(lambda match: match[1] or "", name)
