@@ -189,7 +189,11 @@ class RunFolder:
         comes_anew = [self.final, self.final_averaged]
         if self.checkpoint is None:
             comes_anew += [self.best, self.path / METRICS]
-        for name in (self.final.name, self.final_averaged.name, self.best.name):  # half written by a killed run
+        for name in (
+            self.final.name,
+            self.final_averaged.name,
+            self.best.name,
+        ):  # half written by a killed run
             comes_anew += self.path.glob(f".{name}.*")
         ranks = shared_ranks()
         with ranks.together(f"{self.path} could not be cleared of what a run before has left"):

@@ -66,7 +66,11 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_provenance_holds_configuration_command_and_versions(folder, make_accelerator):
     folder.begin("train: {}\n", make_accelerator(), engine="plain")
     written = {entry.name for entry in folder.path.iterdir()}
-    assert written - {".lock"} == {"config.yaml", "command.txt", "env.json"}  # ds_config.json only under DeepSpeed
+    assert written - {".lock"} == {
+        "config.yaml",
+        "command.txt",
+        "env.json",
+    }  # ds_config.json only under DeepSpeed
     env = json.loads((folder.path / "env.json").read_text())
     assert env["packages"]["torch"] == metadata.version("torch")
     assert (env["world_size"], env["engine"], env["device"]) == (1, "plain", "cpu")
