@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from torch.distributed import DistNetworkError, DistStoreError
+
 from swaft.errors import SwaftError
 from swaft.training.interruption import EXIT_CODE, Interrupted
 
@@ -29,6 +31,10 @@ GONE = re.compile(
     re.IGNORECASE,
 )
 """What gloo says when its connection to another rank is gone."""
+MEETING_SILENT = re.compile(r"timed? ?out[^\n]*", re.IGNORECASE)
+"""What torch says when other ranks do not come to where all meet first (MASTER_ADDR)."""
+MEETING_GONE = re.compile(r"connection (?:closed|reset) by peer|broken pipe", re.IGNORECASE)
+"""What torch says when one of those that came has gone again."""
 
 
 def run_and_report(run: Callable[[], None]) -> int:
@@ -88,12 +94,13 @@ def leave(code: int) -> NoReturn:
 def lost_ranks(error: BaseException) -> str | None:
     """Return in words that other ranks are gone, where that is what an error comes from; else None.
 
-    Only what gloo says of its connections counts. Under NCCL there is no such error to be told: torch's watchdog
-    writes its own and ends the process.
+    Only what gloo says of its connections counts, and what torch says of the place where all ranks meet first.
+    Under NCCL there is no such error to be told: torch's watchdog writes its own and ends the process.
     """
     for each in _chain(error):
-        silent = SILENT.search(str(each))
-        found = silent or GONE.search(str(each))
+        meeting = isinstance(each, (DistNetworkError, DistStoreError))
+        silent = (MEETING_SILENT if meeting else SILENT).search(str(each))
+        found = silent or (MEETING_GONE if meeting else GONE).search(str(each))
         if found:
             what = "did not answer within train.ddp_timeout seconds" if silent else "are gone"
             return (
@@ -101,7 +108,7 @@ def lost_ranks(error: BaseException) -> str | None:
                 "cut. Look first at what the other machines' processes said last and whether one was killed "
                 "(memory, the scheduler), then at the network. What has been saved is whole; start the run "
                 "again.\n"
-                f"  ({found[0]})"
+                f"  ({str(each).splitlines()[0] if meeting else found[0]})"
             )
     return None
 

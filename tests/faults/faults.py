@@ -23,6 +23,7 @@ SETTINGS = (
     "train.save_steps=4",
     "train.logging_steps=3",
     "train.num_train_epochs=6",
+    "train.ddp_timeout=30",  # torch waits for a first rank that is gone twice as long, and less than `zygote` does
     "eval.eval_steps=6",
     "noise.kind=r3f",
     "averaging.rule=swa",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed import DistNetworkError, DistStoreError
 
 from swaft.errors import ConfigError, TrainingError
 from swaft.training import failure
@@ -100,6 +101,36 @@ def test_ranks_that_are_lost_are_told_in_words_wherever_that_is_noticed(found, t
         assert said.startswith(f"error: {told}")
         assert found.removeprefix("[/pytorch/third_party/gloo/") in said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            DistNetworkError(
+                "The client socket has timed out after 15000ms while trying to connect to (n1, 1)."
+            ),
+            "other ranks did not answer within train.ddp_timeout seconds",
+        ),
+        (
+            DistStoreError("Timed out after 16 seconds waiting for clients. 1/2 clients joined."),
+            "other ranks did not answer within train.ddp_timeout seconds",
+        ),
+        (DistNetworkError("Connection reset by peer"), "other ranks are gone"),
+    ],
+    ids=["first rank", "another rank", "came and went"],
+)
+def test_ranks_that_do_not_come_to_the_start_are_told_in_words(error, told, capsys):
+    assert run_and_report(failing(error)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {told}")
+    assert str(error) in said
+
+
+def test_a_port_that_is_taken_is_not_a_lost_rank():
+    taken = "The server socket has failed to listen on any local network address. port: 29500, EADDRINUSE"
+    with pytest.raises(DistNetworkError, match="EADDRINUSE"):
+        run_and_report(failing(DistNetworkError(taken)))
 
 
 @pytest.mark.parametrize(
