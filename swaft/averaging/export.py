@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
@@ -29,7 +28,8 @@ from swaft.averaging.engines.base import clean_name
 from swaft.averaging.gather import PIECE, Scratch, gather_trained
 from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
-from swaft.storage import sync_file, sync_folder
+from swaft.storage import sync_tree
+from swaft.storage.files import place_beside
 
 logger = logging.getLogger(__name__)
 
@@ -196,15 +196,10 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
 
 def _write_beside(destination: Path, write: Callable[[Path], None]) -> None:
     """Write a folder under a name that nobody has, so that nothing that is there is deleted, and rename it."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    hidden = f".{destination.name[:40]}."
-    with tempfile.TemporaryDirectory(
-        prefix=hidden, dir=destination.parent, ignore_cleanup_errors=True
-    ) as place:
-        unfinished = Path(place) / destination.name
+    with place_beside(destination) as place:
+        unfinished = place / destination.name
         write(unfinished)
-        for each in (*unfinished.rglob("*"), unfinished):
-            sync_folder(each) if each.is_dir() else sync_file(each)
+        sync_tree(unfinished)
         if destination.exists():
             destination.rmdir()
         os.replace(unfinished, destination)

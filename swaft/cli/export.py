@@ -32,9 +32,9 @@ from swaft.soup import average
 from swaft.soup.output import parse_size
 from swaft.soup.soup import DTYPES
 from swaft.storage.files import explained, status
+from swaft.storage.sealed import MANIFEST
 from swaft.training.checkpoints import AVERAGE, find_checkpoints
-
-MANIFEST = "manifest.json"
+from swaft.training.engine_state import TAG
 
 
 def run(words: Sequence[str]) -> int:
@@ -68,7 +68,7 @@ def saved_averages(path: Path) -> Path:
     for folder in (*newest, path):
         if status(folder / AVERAGE / MANIFEST) is not None:
             return folder / AVERAGE
-    if status(path / MANIFEST) is not None and status(path / "engine") is None:
+    if status(path / MANIFEST) is not None and status(path / TAG) is None:
         return path
     raise ConfigError(
         f"swaft export: {path} holds no averages; expected a state that averager.save_state wrote, a checkpoint of "

@@ -13,6 +13,7 @@ from swaft.soup.state import AverageFolder
 from swaft.soup.zero import ZeroFolder, find_tag
 from swaft.storage import Manifest, is_complete, read_manifest, verify
 from swaft.storage.files import explained, status
+from swaft.storage.sealed import MANIFEST
 
 RUN = "run"
 """What the manifest of a checkpoint of a swaft run calls itself."""
@@ -67,7 +68,7 @@ def _hold_to_run(path: Path) -> None:
     by themselves, and those in a folder that is no run's, have nothing to be held to.
     """
     whole = path.absolute()
-    if whole.name != AVERAGES or status(whole.parent / "manifest.json") is None:
+    if whole.name != AVERAGES or status(whole.parent / MANIFEST) is None:
         return
     manifest = read_manifest(whole.parent, kind=None)  # and with it, that of every sealed folder inside
     if manifest.kind == RUN and AVERAGES not in manifest.sealed:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +18,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.soup.checkpoint import Spec
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_folder, write_durably
-from swaft.storage.files import explained, open_regular
+from swaft.storage.files import explained, open_regular, place_beside
 
 Shard = dict[str, Spec]
 
@@ -52,23 +50,6 @@ def new_folder(path: Path) -> Iterator[Path]:
                         path.rmdir()
                 raise
     sync_folder(path.parent)
-
-
-@contextmanager
-def place_beside(path: Path) -> Iterator[Path]:
-    """An empty folder beside a path, of a name that nobody has or will have; gone when the block ends.
-
-    Raises:
-        StateError: it could not be made.
-    """
-    place = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
-    with explained(place, "made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir()
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def refuse_occupied(path: Path) -> None:

@@ -35,7 +35,6 @@ from swaft.soup.output import (
     check_weights,
     fingerprint,
     new_folder,
-    place_beside,
     plan_shards,
     refuse_occupied,
     set_config_dtype,
@@ -43,6 +42,7 @@ from swaft.soup.output import (
     write_weights,
 )
 from swaft.storage import FileRecord
+from swaft.storage.files import place_beside
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

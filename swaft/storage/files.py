@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -129,6 +131,23 @@ def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
         return b"".join(parts)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def place_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside a path, of a name that nobody has or will have; gone when the block ends.
+
+    Raises:
+        StateError: it could not be made.
+    """
+    place = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    with explained(place, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def create_temporary(path: str | PathLike[str]) -> tuple[int, Path]:

@@ -189,16 +189,13 @@ class RunFolder:
         comes_anew = [self.final, self.final_averaged]
         if self.checkpoint is None:
             comes_anew += [self.best, self.path / METRICS]
-        for name in (
-            self.final.name,
-            self.final_averaged.name,
-            self.best.name,
-        ):  # half written by a killed run
-            comes_anew += self.path.glob(f".{name}.*")
         ranks = shared_ranks()
         with ranks.together(f"{self.path} could not be cleared of what a run before has left"):
-            for each in comes_anew if self.is_main else ():
-                shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+            if self.is_main:
+                for folder in (self.final, self.final_averaged, self.best):
+                    comes_anew += self.path.glob(f".{folder.name}.*")  # what was being written when it ended
+                for each in comes_anew:
+                    shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
         self.write_text("config.yaml", config_yaml)
         self.write_text("command.txt", shlex.join(launch_command()) + "\n")
         self.write_json("env.json", environment(accelerator, engine=engine))
@@ -274,12 +271,11 @@ def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(_no_folder(path, error)) from error
-    refuse_used(path, resume=resume, config_yaml=config_yaml)  # before a lock is put into a folder of others
+    # Asked before, so that no lock is put into a folder of others, and after: who had it may have come to its end.
+    refuse_used(path, resume=resume, config_yaml=config_yaml)
     lock = _lock(path)
     try:
-        refuse_used(
-            path, resume=resume, config_yaml=config_yaml
-        )  # whoever had the lock may have come to its end
+        refuse_used(path, resume=resume, config_yaml=config_yaml)
     except ConfigError:
         if lock is not None:
             lock.close()

@@ -94,15 +94,14 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
         "total_steps": "train.max_steps or num_train_epochs",
         "rows": "section data",
         "rows_sha256": "section data",
-        "architecture_sha256": "sections model and adapter",
+        "architecture_sha256": "section model",
         "frozen_sha256": "section model",
         "seed": "train.seed",
     }
     different = [name for name in settings if getattr(before.setup, name) != getattr(now, name)]
-    if "rows" in different and "rows_sha256" in different:
-        different.remove("rows_sha256")  # says nothing more
-    if "architecture_sha256" in different and "frozen_sha256" in different:
-        different.remove("frozen_sha256")
+    for known, more in (("rows", "rows_sha256"), ("architecture_sha256", "frozen_sha256")):
+        if known in different and more in different:
+            different.remove(more)  # says nothing more
     problems = [
         f"{checkpoint} is of a run with {name} = {getattr(before.setup, name)}, this one has "
         f"{getattr(now, name)}; set {settings[name]} as it was, or begin a new run in a new train.output_dir"

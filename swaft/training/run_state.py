@@ -76,6 +76,7 @@ class RunState:
             StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
         """
         ranks, scaler = self.engine.ranks, self.accelerator.scaler
+        seconds, logged_at_s = ranks.gather((self.meter.seconds, self.meter.logged_at_s))[0]
         record = RunRecord(
             setup=self.setup,
             settings=self.settings,
@@ -85,8 +86,8 @@ class RunState:
             objective_step=getattr(self.objective, "step", 0),
             best=None if self.best is None else self.best.state(),
             scaler=None if scaler is None else scaler.state_dict(),
-            seconds=ranks.gather(self.meter.seconds)[0],
-            logged_at_s=ranks.gather(self.meter.logged_at_s)[0],
+            seconds=seconds,
+            logged_at_s=logged_at_s,
             versions=package_versions(),
         )
         written = save_checkpoint(

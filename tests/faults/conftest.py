@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fault_inputs import save_inputs
 from faults import ENGINES, Ending, Zygote, ending, zygote
+from small_disks import file_system
+
+from swaft.training.checkpoints import find_checkpoints
+from swaft.training.interruption import EXIT_CODE
 
 
 @pytest.fixture(scope="session")
@@ -40,14 +44,28 @@ def unbroken(started, run_inputs, tmp_path_factory) -> Callable[[str], tuple[End
     return run
 
 
+@pytest.fixture(scope="session")
+def asked_to_end(started, run_inputs, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a run with some settings that was asked to end on its way, to be copied and gone on with."""
+    known: dict[tuple[str, ...], Path] = {}
+
+    def run(engine: str, *settings: str) -> Path:
+        if (engine, *settings) not in known:
+            folder = tmp_path_factory.mktemp("asked") / engine
+            found = started.run(
+                ENGINES[engine], folder, run_inputs, *settings,
+                victims=[0], signal=int(signal.SIGTERM), at_log="step 15/24",
+            )  # fmt: skip
+            assert set(found["codes"]) == {EXIT_CODE}, folder.with_suffix(".log").read_text()[-4000:]
+            assert len(find_checkpoints(folder)) == 2
+            known[(engine, *settings)] = folder
+        return known[(engine, *settings)]
+
+    return run
+
+
 @pytest.fixture
 def memory(tmp_path) -> Iterator[Path | str]:
     """A folder with a file system of its own of 20 MB, in memory; or in words why none can be mounted."""
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)]
-    if wrong := subprocess.run(mount, capture_output=True, text=True, timeout=20).stderr.strip():
-        yield wrong
-        return
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
+    with file_system(tmp_path / "memory", size="20m") as wrong:
+        yield wrong or tmp_path / "memory"

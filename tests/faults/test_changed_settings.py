@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,23 +17,7 @@ EVERY_ENGINE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ended(started, run_inputs, tmp_path_factory):
-    """The folder of a run that averages nothing and was ended on its way, to be gone on with."""
-    known: dict[str, Path] = {}
-
-    def run(engine: str) -> Path:
-        if engine not in known:
-            folder = tmp_path_factory.mktemp("changed") / engine
-            found = started.run(
-                ENGINES[engine], folder, run_inputs, "averaging.rule=none", "eval.keep_best=last",
-                victims=[0], signal=int(signal.SIGTERM), at_log="step 15/24",
-            )  # fmt: skip
-            assert set(found["codes"]) == {75}, folder.with_suffix(".log").read_text()[-4000:]
-            known[engine] = folder
-        return known[engine]
-
-    return run
+PLAIN = ("averaging.rule=none", "eval.keep_best=last")
 
 
 def weight_norm(folder: Path) -> float:
@@ -44,19 +27,19 @@ def weight_norm(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("engine", EVERY_ENGINE)
-def test_another_weight_decay_is_obeyed_and_said(started, run_inputs, ended, tmp_path, engine):
+def test_another_weight_decay_is_obeyed_and_said(started, run_inputs, asked_to_end, tmp_path, engine):
     norms = {}
     for decay in ("0.0", "50.0"):
-        folder = shutil.copytree(ended(engine), tmp_path / decay)
-        settings = ("averaging.rule=none", "eval.keep_best=last", f"train.weight_decay={decay}")
+        folder = shutil.copytree(asked_to_end(engine, *PLAIN), tmp_path / decay)
+        settings = (*PLAIN, f"train.weight_decay={decay}")
         assert set(started.run(ENGINES[engine], folder, run_inputs, *settings)["codes"]) == {0}
         assert f"train.weight_decay: 0.01 before, {decay} now" in folder.with_suffix(".log").read_text()
         norms[decay] = weight_norm(folder)
     assert norms["50.0"] < 0.99 * norms["0.0"]
 
 
-def test_averaging_cannot_begin_in_the_middle_of_a_run(started, run_inputs, ended, tmp_path):
-    folder = shutil.copytree(ended("plain"), tmp_path / "run")
+def test_averaging_cannot_begin_in_the_middle_of_a_run(started, run_inputs, asked_to_end, tmp_path):
+    folder = shutil.copytree(asked_to_end("plain", *PLAIN), tmp_path / "run")
     assert started.run(ENGINES["plain"], folder, run_inputs, "eval.keep_best=last")["codes"] != [0]
     said = folder.with_suffix(".log").read_text()
     assert "averaging.rule:" in said
@@ -64,9 +47,9 @@ def test_averaging_cannot_begin_in_the_middle_of_a_run(started, run_inputs, ende
     assert not (folder / "summary.json").exists()
 
 
-def test_the_best_is_chosen_anew_by_another_score(started, run_inputs, ended, tmp_path):
-    folder = shutil.copytree(ended("plain"), tmp_path / "run")
-    settings = ("averaging.rule=none", "eval.keep_best=last", "eval.metric_for_best_model=loss")
+def test_the_best_is_chosen_anew_by_another_score(started, run_inputs, asked_to_end, tmp_path):
+    folder = shutil.copytree(asked_to_end("plain", *PLAIN), tmp_path / "run")
+    settings = (*PLAIN, "eval.metric_for_best_model=loss")
     assert started.run(ENGINES["plain"], folder, run_inputs, *settings)["codes"] == [0]
     assert "the best weights are chosen anew from here" in folder.with_suffix(".log").read_text()
     assert '"metric": "loss"' in (folder / "summary.json").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,6 @@ from swaft.training.checkpoints import choose_checkpoint, find_checkpoints
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(600)]
 
 FOUR = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
-
-
-@pytest.fixture(scope="module")
-def ended(started, run_inputs, tmp_path_factory):
-    """The folder of a run that was ended on its way, with two checkpoints."""
-    known: dict[str, Path] = {}
-
-    def run(engine: str) -> Path:
-        if engine not in known:
-            folder = tmp_path_factory.mktemp("ended") / engine
-            found = started.run(
-                ENGINES[engine], folder, run_inputs,
-                victims=[1], signal=int(signal.SIGTERM), at_log="step 15/24",
-            )  # fmt: skip
-            assert found["codes"] == [75, 75], folder.with_suffix(".log").read_text()[-4000:]
-            assert len(find_checkpoints(folder)) == 2
-            known[engine] = folder
-        return known[engine]
-
-    return run
 
 
 def what_a_named_one_does_wrong(folder: Path, checkpoint: Path, damage: Damage) -> str:
@@ -87,19 +66,19 @@ def check_damage(folder: Path, caplog, *, flips: int) -> int:
     return count
 
 
-def test_every_kind_of_damage_to_every_file_is_noticed(ended, caplog):
-    assert check_damage(ended("ddp"), caplog, flips=1) >= 100
+def test_every_kind_of_damage_to_every_file_is_noticed(asked_to_end, caplog):
+    assert check_damage(asked_to_end("ddp"), caplog, flips=1) >= 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_a_thousand_times_damage_is_noticed(ended, caplog, engine):
-    assert check_damage(ended(engine), caplog, flips=6) >= 250
+def test_a_thousand_times_damage_is_noticed(asked_to_end, caplog, engine):
+    assert check_damage(asked_to_end(engine), caplog, flips=6) >= 250
 
 
 @pytest.mark.parametrize("engine", FOUR)
-def test_files_that_belong_to_no_checkpoint_change_nothing(ended, caplog, engine):
-    folder = ended(engine)
+def test_files_that_belong_to_no_checkpoint_change_nothing(asked_to_end, caplog, engine):
+    folder = asked_to_end(engine)
     newest, _ = find_checkpoints(folder)
     for stray in harmless(newest):
         with stray.done():
@@ -109,8 +88,8 @@ def test_files_that_belong_to_no_checkpoint_change_nothing(ended, caplog, engine
     assert "damaged" not in caplog.text
 
 
-def test_what_a_newer_swaft_wrote_is_neither_passed_over_nor_put_aside(ended):
-    newest, _ = find_checkpoints(ended("ddp"))
+def test_what_a_newer_swaft_wrote_is_neither_passed_over_nor_put_aside(asked_to_end):
+    newest, _ = find_checkpoints(asked_to_end("ddp"))
     for damage in newer(newest):
         for wanted in ("auto", str(newest)):
             with damage.done(), pytest.raises(StateAccessError, match=r"written by a newer swaft.*Upgrade"):
@@ -118,16 +97,16 @@ def test_what_a_newer_swaft_wrote_is_neither_passed_over_nor_put_aside(ended):
         assert newest.exists()
 
 
-def test_no_two_checkpoints_share_a_file(ended):
-    shared = [path for path in ended("ddp").rglob("*") if path.is_file() and path.stat().st_nlink > 1]
+def test_no_two_checkpoints_share_a_file(asked_to_end):
+    shared = [path for path in asked_to_end("ddp").rglob("*") if path.is_file() and path.stat().st_nlink > 1]
     assert not shared
 
 
 @pytest.mark.parametrize("engine", FOUR)
 def test_a_run_whose_newest_checkpoint_is_damaged_comes_to_the_same_end(
-    started, run_inputs, ended, unbroken, tmp_path, engine
+    started, run_inputs, asked_to_end, unbroken, tmp_path, engine
 ):
-    folder = shutil.copytree(ended(engine), tmp_path / engine)
+    folder = shutil.copytree(asked_to_end(engine), tmp_path / engine)
     newest, before = find_checkpoints(folder)
     file = newest / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_inputs import save_inputs
-from faults import ENGINES, Zygote, differences, ending, zygote
+from faults import ENGINES, differences, ending
+from small_disks import file_system, mount
 
 from swaft.distributed import Ranks
 from swaft.training.checkpoints import choose_checkpoint, find_checkpoints
@@ -16,41 +15,21 @@ from swaft.training.checkpoints import choose_checkpoint, find_checkpoints
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def started() -> Iterator[Zygote]:
-    with zygote() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def run_inputs(tmp_path_factory) -> Path:
-    return save_inputs(tmp_path_factory.mktemp("disk-inputs"))
-
-
-def mount(*words: str) -> str:
-    """Call mount; returns what is wrong."""
-    return subprocess.run(["mount", *words], capture_output=True, text=True, timeout=20).stderr.strip()
-
-
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A small file system, made larger by `mount -o remount`."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if wrong := mount("-t", "tmpfs", "-o", "size=1200k", "none", str(folder)):
-        pytest.skip(f"no file system can be mounted here: {wrong}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
+    with file_system(tmp_path / "disk", size="1200k") as wrong:
+        if wrong:
+            pytest.skip(wrong)
+        yield tmp_path / "disk"
 
 
 @pytest.mark.parametrize(
     "engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "zero3"))]
 )
 def test_a_full_disk_ends_every_rank_with_one_error_and_costs_no_older_checkpoint(
-    started, run_inputs, tmp_path, disk, engine
+    started, run_inputs, unbroken, tmp_path, disk, engine
 ):
-    unbroken = tmp_path / "unbroken"
-    assert set(started.run(ENGINES[engine], unbroken, run_inputs)["codes"]) == {0}
     run = disk / "run"
     log = tmp_path / "run.log"
     filled = disk / "filler"
@@ -70,7 +49,7 @@ def test_a_full_disk_ends_every_rank_with_one_error_and_costs_no_older_checkpoin
     assert set(started.run(ENGINES[engine], run, run_inputs, log=str(log))["codes"]) == {0}, log.read_text()[
         -3000:
     ]
-    assert not differences(ending(run), ending(unbroken))
+    assert not differences(ending(run), unbroken(engine)[0])
 
 
 def test_a_disk_that_turns_read_only_ends_every_rank_with_one_error(started, run_inputs, tmp_path, disk):

@@ -6,39 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from fault_inputs import save_inputs
-from faults import ENGINES, Ending, Zygote, broken_run, differences, ending, zygote
+from faults import ENGINES, Zygote, broken_run, differences, ending
 
 pytestmark = pytest.mark.recipe
 
 TRAINING = "going on from"
-
-
-@pytest.fixture(scope="module")
-def started():
-    with zygote() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def run_inputs(tmp_path_factory) -> Path:
-    return save_inputs(tmp_path_factory.mktemp("fault-inputs"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(started, run_inputs, tmp_path_factory):
-    """What an unbroken run of an engine leaves, and how many seconds it takes; each is run once."""
-    known: dict[str, tuple[Ending, float]] = {}
-
-    def run(engine: str) -> tuple[Ending, float]:
-        if engine not in known:
-            folder = tmp_path_factory.mktemp("unbroken") / engine
-            found = started.run(ENGINES[engine], folder, run_inputs)
-            assert set(found["codes"]) == {0}, folder.with_suffix(".log").read_text()[-4000:]
-            known[engine] = ending(folder), found["seconds"]
-        return known[engine]
-
-    return run
 
 
 def check_killed(started: Zygote, run_inputs: Path, unbroken, folder: Path, engine: str, seed: int) -> None:

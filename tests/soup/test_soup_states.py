@@ -184,7 +184,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     averager = trained(0, swaft.SWA(start=0))
-    monkeypatch.setattr(export, "sync_folder", full)
+    monkeypatch.setattr(export, "sync_tree", full)
     with pytest.raises(AveragingError, match=r"model could not be written: .*No space left"):
         averager.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
 from contextlib import contextmanager
 
 import pytest
 import torch
 from sealed_folders import make_folder
+from small_disks import file_system, mount
 
 from swaft.errors import StateError
 from swaft.storage import TensorFileWriter, is_complete, read_manifest, verify, write_durably
@@ -18,20 +18,13 @@ from swaft.storage import TensorFileWriter, is_complete, read_manifest, verify, 
 pytestmark = pytest.mark.unit
 
 
-def mount(*words):
-    return subprocess.run(["mount", *words], capture_output=True, text=True, timeout=20)
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = mount("-t", "tmpfs", "-o", "size=1m", "none", str(folder)) if shutil.which("mount") else None
-    if done is None or done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True, timeout=20)
+    with file_system(tmp_path / "disk", size="1m") as wrong:
+        if wrong:
+            pytest.skip(wrong)
+        yield tmp_path / "disk"
 
 
 def write(path, numel):
@@ -70,7 +63,7 @@ def test_a_disk_that_fills_while_a_folder_is_sealed_leaves_it_incomplete(disk):
 
 def test_a_read_only_disk_is_named_and_nothing_changes(disk):
     manifest = make_folder(disk / "old")
-    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    assert not mount("-o", "remount,ro", str(disk))
     with pytest.raises(StateError, match=r"new.tmp could not be created: Read-only file system"):
         write(disk / "old" / "new", 1)
     with pytest.raises(StateError, match="Read-only file system"):

@@ -43,6 +43,18 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def refuse(monkeypatch, call: str, number: int, name: str) -> None:
+    """Have a call of `os` refuse paths with a name in them."""
+    real = getattr(os, call)
+
+    def refusing(path, *arguments, **options):
+        if name in os.fspath(path):
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refusing)
+
+
 def test_the_newest_is_the_one_with_the_largest_number(ranks, tmp_path):
     save(ranks, tmp_path, 100, 9, 20)
     assert [path.name for path in find_checkpoints(tmp_path)] == [
@@ -81,7 +93,7 @@ def test_one_that_may_be_sound_but_cannot_be_read_now_is_not_passed_over(ranks, 
         (tmp_path / "checkpoint-10").rename(tmp_path / "elsewhere")
         (tmp_path / "checkpoint-10").symlink_to(tmp_path / "elsewhere")
     else:
-        monkeypatch.setattr("os.open", refusal(errno.ENOMEM, "checkpoint-10"))
+        refuse(monkeypatch, "open", errno.ENOMEM, "checkpoint-10")
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(StateAccessError, match="checkpoint-10"):
         choose_checkpoint("auto", tmp_path, ranks)
@@ -90,7 +102,7 @@ def test_one_that_may_be_sound_but_cannot_be_read_now_is_not_passed_over(ranks, 
 
 def test_a_disk_that_has_lost_a_file_has_damaged_it(ranks, tmp_path, monkeypatch):
     save(ranks, tmp_path, 5, 10)
-    monkeypatch.setattr("os.open", refusal(errno.EIO, "checkpoint-10"))
+    refuse(monkeypatch, "open", errno.EIO, "checkpoint-10")
     chosen = choose_checkpoint("auto", tmp_path, ranks)
     assert chosen
     assert chosen.path.name == "checkpoint-5"
@@ -100,20 +112,9 @@ def test_a_folder_that_cannot_be_looked_into_costs_no_run_that_has_saved(
     ranks, tmp_path, monkeypatch, caplog
 ):
     save(ranks, tmp_path, 5, 10)
-    monkeypatch.setattr("os.lstat", refusal(errno.EACCES, "checkpoint"))
+    refuse(monkeypatch, "lstat", errno.EACCES, "checkpoint")
     delete_old(tmp_path, 1)
     assert "no checkpoint is deleted" in caplog.text
-
-
-def refusal(number: int, name: str):
-    """A call to the system that refuses paths with a name in them."""
-
-    def call(path, *arguments, call=os.open if number != errno.EACCES else os.lstat, **options):
-        if name in os.fspath(path):
-            raise OSError(number, os.strerror(number), path)
-        return call(path, *arguments, **options)
-
-    return call
 
 
 def test_where_all_are_damaged_the_run_does_not_begin_anew(ranks, tmp_path):

@@ -71,7 +71,7 @@ def test_a_record_of_other_fields_is_refused_by_name(change):
         ("total_steps", 101, "train.max_steps"),
         ("rows", 401, "section data"),
         ("rows_sha256", "c" * 64, "section data"),
-        ("architecture_sha256", "c" * 64, "sections model and adapter"),
+        ("architecture_sha256", "c" * 64, "section model"),
         ("frozen_sha256", "c" * 64, "section model"),
         ("seed", 1, "train.seed"),
     ],
