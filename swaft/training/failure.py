@@ -18,6 +18,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from swaft.errors import SwaftError
 from swaft.training.interruption import EXIT_CODE, Interrupted
+from swaft.training.roll_call import roll_call
 
 GRACE_S = 5.0
 
@@ -42,7 +43,8 @@ def run_and_report(run: Callable[[], None]) -> int:
 
     An error that all ranks agree on is told by the main process only. Another rank waits a moment before it
     tells its own: where the main process failed too, the launcher has ended this rank by then, and a rank
-    that failed alone is not silent. With SWAFT_TRACEBACK=1 every message comes with the way to it.
+    that failed alone is not silent. Of lost ranks it is told which (`roll_call`). With SWAFT_TRACEBACK=1 every
+    message comes with the way to it.
 
     Args:
         run: the recipe. Any other exception passes through with its traceback.
@@ -60,16 +62,21 @@ def run_and_report(run: Callable[[], None]) -> int:
             )
         return EXIT_CODE
     except (SwaftError, RuntimeError) as error:
-        message = lost_ranks(error) or (_words(error) if isinstance(error, SwaftError) else None)
+        lost = lost_ranks(error)
+        message = lost or (_words(error) if isinstance(error, SwaftError) else None)
         if message is None:
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(GRACE_S)
         if os.environ.get("SWAFT_TRACEBACK") == "1":
             traceback.print_exception(error)
-        sys.stderr.write(f"{'error' if rank == '0' else f'error on rank {rank}'}: {message}\n")
-        _tell_launcher(message)
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first:
+            _tell(message)
+        if lost:
+            absent = roll_call(GRACE_S)
+            _tell(message, absent) if is_first else _tell(f"{message}\n  ({absent})")
+        elif not is_first:
+            time.sleep(GRACE_S)
+            _tell(message)
         return 1
     return 0
 
@@ -124,11 +131,14 @@ def _words(error: SwaftError) -> str:
     return str(error) + "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
 
 
-def _tell_launcher(message: str) -> None:
-    """Leave the message where torchrun looks for it: what it prints last about this rank is then the message."""
+def _tell(*messages: str) -> None:
+    """Say the last of some messages, and leave all where torchrun looks for what to print last of this rank."""
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"{'error' if rank == '0' else f'error on rank {rank}'}: {messages[-1]}\n")
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         # torchrun draws a box as wide as the longest line.
-        lines = [textwrap.fill(line, 100, subsequent_indent="  ") for line in message.splitlines()]
+        every = "\n".join(messages).splitlines()
+        lines = [textwrap.fill(line, 100, subsequent_indent="  ") for line in every]
         told = {"message": "\n".join(lines), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": told}))

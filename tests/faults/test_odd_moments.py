@@ -119,7 +119,9 @@ def test_ranks_that_wait_for_one_that_stands_still_end_in_words_and_lose_no_chec
     stop = {"ranks": [1], "do": "stop", "at_disk_calls": [IN_SECOND_SAVE]}
     codes = runs.run(engine, "train.ddp_timeout=10", events=[stop])
     assert codes == [1, -signal.SIGKILL]
-    assert "other ranks did not answer within train.ddp_timeout seconds" in runs.log.read_text()
+    said = runs.log.read_text()
+    assert "other ranks did not answer within train.ddp_timeout seconds" in said
+    assert "of 2 ranks these said nothing for 5 s: 1" in said
     assert runs.steps() == [4]
     runs.comes_to_the_same_end(engine)
 

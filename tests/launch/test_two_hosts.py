@@ -139,6 +139,8 @@ def test_a_host_whose_cable_is_pulled_ends_the_run_on_both_soon_and_with_a_messa
     for job in jobs:
         assert job.wait(until - time.monotonic()) != 0
         require_clean_end(job, output, "did not answer within train.ddp_timeout seconds")
+    assert "of 2 ranks these said nothing for 5 s: 1" in jobs[0].output
+    assert "where the ranks met, does not answer: look first at the machine of rank 0" in jobs[1].output
 
 
 def test_a_host_that_never_joins_is_waited_for_as_long_as_told(hosts, tmp_path):

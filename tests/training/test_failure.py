@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
-from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from swaft.errors import ConfigError, TrainingError
 from swaft.training import failure
@@ -73,6 +74,19 @@ def test_an_error_that_is_not_swafts_keeps_its_traceback():
         run_and_report(failing(ZeroDivisionError()))
 
 
+@pytest.fixture
+def ranks_that_meet(monkeypatch):
+    """The place where four ranks met, of which this process is the second; two others say that they are there."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "4", "RANK": "1"}
+    for name, value in meeting.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(failure, "GRACE_S", 0.5)
+    for other in (0, 3):
+        store.set(f"swaft/there/0/{other}", "")
+    return store
+
+
 CLOSED = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:4711"
 )
@@ -91,14 +105,15 @@ ASKED_AGAIN = "Application timeout caused pair closure"
         (SILENT, "other ranks did not answer within train.ddp_timeout seconds"),
     ],
 )
-def test_ranks_that_are_lost_are_told_in_words_wherever_that_is_noticed(found, told, capsys):
+def test_ranks_that_are_lost_are_told_in_words_wherever_that_is_noticed(found, told, ranks_that_meet, capsys):
     in_the_averager = TrainingError(f"averaging failed on this rank: RuntimeError: {found}; no more")
     while_cleaning_up = TrainingError("the ranks did not arrive")
     while_cleaning_up.__context__ = RuntimeError(found)
     for error in (RuntimeError(found), in_the_averager, while_cleaning_up):
         assert run_and_report(failing(error)) == 1
         said = capsys.readouterr().err
-        assert said.startswith(f"error: {told}")
+        assert said.startswith(f"error on rank 1: {told}")
+        assert "of 4 ranks these said nothing for 0.5 s: 2)" in said
         assert found.removeprefix("[/pytorch/third_party/gloo/") in said
         assert "Traceback" not in said
 
@@ -120,11 +135,42 @@ def test_ranks_that_are_lost_are_told_in_words_wherever_that_is_noticed(found, t
     ],
     ids=["first rank", "another rank", "came and went"],
 )
-def test_ranks_that_do_not_come_to_the_start_are_told_in_words(error, told, capsys):
+def test_ranks_that_do_not_come_to_the_start_are_told_in_words(error, told, ranks_that_meet, capsys):
     assert run_and_report(failing(error)) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {told}")
+    assert said.startswith(f"error on rank 1: {told}")
     assert str(error) in said
+
+
+def test_the_first_rank_says_at_once_what_is_wrong_and_then_who_is_gone(ranks_that_meet, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    for other in (1, 2):
+        ranks_that_meet.set(f"swaft/there/0/{other}", "")
+    ranks_that_meet.delete_key("swaft/there/0/3")
+    run_and_report(failing(RuntimeError(CLOSED)))
+    said = capsys.readouterr().err.split("error: ")
+    assert said[1].startswith("other ranks are gone")
+    assert said[2] == "of 4 ranks these said nothing for 0.5 s: 3\n"
+
+
+def test_where_all_ranks_are_there_the_network_is_named(ranks_that_meet, capsys):
+    ranks_that_meet.set("swaft/there/0/2", "")
+    run_and_report(failing(RuntimeError(CLOSED)))
+    assert "all 4 ranks are there, so it is the network between them" in capsys.readouterr().err
+
+
+def test_where_the_ranks_cannot_meet_any_more_that_place_is_named(ranks_that_meet, monkeypatch, capsys):
+    with socket.socket() as taken_by_nobody:
+        taken_by_nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(taken_by_nobody.getsockname()[1]))
+        run_and_report(failing(RuntimeError(CLOSED)))
+    assert "where the ranks met, does not answer" in capsys.readouterr().err
+
+
+def test_what_ranks_said_before_they_were_started_anew_does_not_count(ranks_that_meet, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_and_report(failing(RuntimeError(CLOSED)))
+    assert "of 4 ranks these said nothing for 0.5 s: 0, 2, 3" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_not_a_lost_rank():
