@@ -6,7 +6,7 @@ import os
 import time
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
 def roll_call(wait_s: float) -> str:
