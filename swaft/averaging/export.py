@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from swaft.averaging.adapters import AdapterFolder, is_peft
-from swaft.averaging.card import write_card
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import clean_name
 from swaft.averaging.gather import PIECE, Scratch, gather_trained
@@ -30,6 +29,7 @@ from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
 from swaft.storage import sync_tree
 from swaft.storage.files import place_beside
+from swaft.storage.model_card import CARD, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,14 @@ def save_trained(
                 check_written(
                     folder, {name: tensor for name, tensor in folded.items() if name not in left_out}
                 )
-            write_card(folder, engine.module, told=told, dtype=dtype)
+            if not (folder / CARD).exists():
+                stored = str(dtype).removeprefix("torch.")
+                write_card(
+                    folder,
+                    title=folder.name,
+                    body=[f"This folder holds {told}, in {stored}, written by swaft."],
+                    base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
+                )
         else:
             adapters.write(folder, folded)
         if finish is not None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from swaft.soup.huggingface import ADAPTER_CONFIG, read_json
-from swaft.storage import sync_file, sync_folder, write_durably
+from swaft.storage import sync_file, sync_folder
 from swaft.storage.files import explained
+from swaft.storage.model_card import CARD, in_one_line, write_card
 
-CARD = "README.md"
 WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -66,16 +65,10 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
     return notes
 
 
-def write_card(
-    folder: Path,
-    *,
-    title: str,
-    shares: Sequence[tuple[str, float]],
-    dtype: str,
-    sha256: str,
-    source: str = "",
+def describe(
+    folder: Path, *, title: str, shares: Sequence[tuple[str, float]], dtype: str, sha256: str
 ) -> None:
-    """Write a model card that says what was averaged; no network is asked.
+    """Write a model card that says what was averaged.
 
     Args:
         folder: of the weights.
@@ -83,38 +76,23 @@ def write_card(
         shares: what was averaged, in words, and the part that each has in the mean.
         dtype: of the weights.
         sha256: their hash, as in `average.json`.
-        source: name of the base model on the hub, where an adapter has one.
 
     Raises:
         StateError: it could not be written.
     """
-    library = "peft" if (folder / ADAPTER_CONFIG).exists() else "transformers"
-    head = ["---", f"library_name: {library}", "tags:", "- swaft"]
-    head += [f"base_model: {json.dumps(source)}"] if source else []
     told = "the weighted mean of these checkpoints" if len(shares) > 1 else "the weights of this checkpoint"
-    lines = [
-        *head,
-        "---",
-        "",
-        f"# {' '.join(title.split())}",
-        "",
+    body = [
         f"This folder holds {told}, in {dtype}, written by swaft:",
         "",
-        *(f"* {share:.6g} of `{' '.join(name.split())}`" for name, share in shares),
+        *(f"* {share:.6g} of `{in_one_line(name)}`" for name, share in shares),
         "",
         f"SHA-256 of the weights: `{sha256}` (`average.json` says more).",
-        "",
     ]
-    write_durably(folder / CARD, "\n".join(lines).encode(errors="replace"))
-
-
-def hub_name(folder: Path) -> str:
-    """The base model that an adapter's configuration names, if it can be a name on the hub; else nothing."""
-    if not (folder / ADAPTER_CONFIG).exists():
-        return ""
-    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    is_name = isinstance(name, str) and name.count("/") <= 1 and name[:1] not in ("/", ".", "~")
-    return name if isinstance(name, str) and is_name and not os.path.exists(name) else ""
+    if (folder / ADAPTER_CONFIG).exists():
+        base_model = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        write_card(folder, title=title, body=body, library="peft", base_model=base_model)
+    else:
+        write_card(folder, title=title, body=body)
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from swaft.soup.adapter import AdapterMean
 from swaft.soup.agreement import compare_configs, require_same_model
 from swaft.soup.base import fit_to_base
 from swaft.soup.checkpoint import Checkpoint
-from swaft.soup.companions import copy_files, hub_name, write_card
+from swaft.soup.companions import copy_files, describe
 from swaft.soup.greedy import GreedyChoice, choose_greedily
 from swaft.soup.huggingface import (
     ADAPTER,
@@ -158,7 +158,7 @@ def average(
                 notes=notes,
             )
             write_json(folder / "average.json", {k: v for k, v in soup.as_dict().items() if k != "output"})
-            write_card(
+            describe(
                 folder,
                 title=output.name,
                 shares=[
@@ -166,7 +166,6 @@ def average(
                 ],
                 dtype=dtype,
                 sha256=soup.sha256,
-                source=hub_name(folder),
             )
     return soup
 
