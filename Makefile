@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) setuptools wheel ninja numpy torch
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) --editable '.[$(EXTRAS)]'
-	$(BIN)/python -m swaft.training.deepspeed_extension
+	$(BIN)/python -m swaft.training.launch.deepspeed_extension
 	touch $@
 
 quickstart: venv  ## fine-tune the embedded model; last weights against averaged ones (3 to 6 minutes on 2 cores)

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from swaft.training.run_folder import package_versions
+from swaft.training.run.folder import package_versions
 
 
 def environment() -> dict[str, object]:

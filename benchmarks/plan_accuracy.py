@@ -27,8 +27,8 @@ from swaft.config import AveragingConfig, NoiseConfig
 from swaft.planning.engines import Engine
 from swaft.planning.plan import RunPlan, Target, plan_run
 from swaft.training.build import build_objective
-from swaft.training.deepspeed_extension import use_environment
-from swaft.training.launcher import read_launch
+from swaft.training.launch.deepspeed_extension import use_environment
+from swaft.training.launch.launcher import read_launch
 from swaft.training.pretrained import hidden_size
 
 WORKER = "benchmarks/plan_accuracy_worker.py"

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 import swaft
 from benchmarks.plan_accuracy_cases import MODELS, WARM_UP, Model
 from swaft.config import NoiseConfig, TrackConfig
-from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.build import build_objective, build_optimizer
-from swaft.training.fsdp2 import prepare
+from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.fsdp2 import prepare
 from swaft.training.pretrained import hidden_size, with_checkpointing
 
 STEPS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from swaft.training.deepspeed_extension import use_environment
+from swaft.training.launch.deepspeed_extension import use_environment
 
 ROOT = Path(__file__).parents[1]
 

@@ -88,6 +88,6 @@ fi
 command_of "$rank"
 # One process compiles what DeepSpeed needs, before ranks race for it; with a GPU there is nothing to compile.
 if grep -Eq "^distributed_type: *['\"]?DEEPSPEED" "$launch_file"; then
-    env "${environment[@]}" python -m swaft.training.deepspeed_extension
+    env "${environment[@]}" python -m swaft.training.launch.deepspeed_extension
 fi
 exec "${command[@]}" # so that a signal reaches torchrun, which passes it on to the ranks

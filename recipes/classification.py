@@ -31,12 +31,12 @@ from swaft.data import (
     tokenize,
 )
 from swaft.metrics import Metric, get_metric, metric_for_task
-from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.best import choose_target
 from swaft.training.build import build_objective
 from swaft.training.evaluate import Evaluation, evaluate
-from swaft.training.failure import leave, run_and_report
 from swaft.training.fine_tune import Job, Target, fine_tune
+from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
     describe_labels,
     hidden_size,
@@ -48,7 +48,7 @@ from swaft.training.pretrained import (
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.refusals import refuse_compilation, require_weights
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 Config = ClassificationConfig
 

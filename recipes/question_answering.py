@@ -32,7 +32,6 @@ from swaft.data import (
     tokenize_questions,
 )
 from swaft.metrics import QuestionMetric, get_question_metric
-from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.answering import (
     evaluate_answers,
     refuse_unused_threshold,
@@ -42,9 +41,10 @@ from swaft.training.answering import (
 from swaft.training.best import choose_target
 from swaft.training.build import build_objective
 from swaft.training.evaluate import Evaluation
-from swaft.training.failure import leave, run_and_report
 from swaft.training.fine_tune import Evaluations, Job, Target, fine_tune
 from swaft.training.generation import write_samples
+from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
     hidden_size,
     load_model_config,
@@ -55,7 +55,7 @@ from swaft.training.pretrained import (
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.refusals import refuse_compilation, require_weights
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 Config = QuestionAnsweringConfig
 

@@ -33,7 +33,6 @@ from swaft.data import (
     tokenize_pairs,
 )
 from swaft.metrics import GenerationMetric, get_generation_metric
-from swaft.training.accelerator import build_accelerator, whole_model_loading
 from swaft.training.best import choose_target
 from swaft.training.build import build_objective
 from swaft.training.encoder_decoder import (
@@ -44,15 +43,16 @@ from swaft.training.encoder_decoder import (
     new_tokenizer,
 )
 from swaft.training.evaluate import Evaluation
-from swaft.training.failure import leave, run_and_report
 from swaft.training.fine_tune import Job, Target, fine_tune
 from swaft.training.generation import evaluate_texts, generation_arguments, report_lengths, write_samples
 from swaft.training.languages import set_languages
+from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import hidden_size, load_tokenizer
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.refusals import refuse_compilation, require_weights
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 Config = Seq2SeqConfig
 

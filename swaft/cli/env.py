@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> int:
     if unknown:
         raise ConfigError(f"swaft env: '{unknown[0]}' is not understood; expected --json or nothing")
 
-    from swaft.training.run_folder import software  # only here: --help waits for no library
+    from swaft.training.run.folder import software  # only here: --help waits for no library
 
     facts = software() | machine()
     if "--json" in words:

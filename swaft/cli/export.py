@@ -33,8 +33,8 @@ from swaft.soup.output import parse_size
 from swaft.soup.soup import DTYPES
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
-from swaft.training.checkpoints import AVERAGE, find_checkpoints
-from swaft.training.engine_state import TAG
+from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
+from swaft.training.run.engine_state import TAG
 
 
 def run(words: Sequence[str]) -> int:

@@ -17,9 +17,9 @@ from swaft.planning.sharded import REST, sharded_memory
 from swaft.planning.step import Casting, TracedStep
 from swaft.planning.zero3 import zero3_memory
 from swaft.planning.zero12 import zero12_memory
-from swaft.training.accelerator import resolve_deepspeed, resolve_precision
-from swaft.training.fsdp2 import find_blocks, resolve_fsdp2
-from swaft.training.launcher import Launch
+from swaft.training.launch.accelerator import resolve_deepspeed, resolve_precision
+from swaft.training.launch.fsdp2 import find_blocks, resolve_fsdp2
+from swaft.training.launch.launcher import Launch
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNKNOWN = ("zenflow", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")

@@ -22,17 +22,17 @@ from swaft.averaging.rules import Plan, Rule
 from swaft.config import AveragingConfig, NoiseConfig, TrainConfig, read_config, to_yaml
 from swaft.config.leaves import leaves
 from swaft.planning.model import planned_model
-from swaft.training.accelerator import resolve_deepspeed, resolve_precision
 from swaft.training.build import ParameterCount, count_parameters
-from swaft.training.deepspeed_config import FilledConfig
-from swaft.training.deepspeed_extension import reason_not_to_build, refuse_stale_lock, use_environment
-from swaft.training.fsdp2 import resolve_fsdp2
-from swaft.training.launcher import Launch, Script, read_launch, read_script
+from swaft.training.launch.accelerator import resolve_deepspeed, resolve_precision
+from swaft.training.launch.deepspeed_config import FilledConfig
+from swaft.training.launch.deepspeed_extension import reason_not_to_build, refuse_stale_lock, use_environment
+from swaft.training.launch.fsdp2 import resolve_fsdp2
+from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
 from swaft.training.recipe import Recipe, is_recipe, load_recipe, require_python
 from swaft.training.refusals import refuse_compilation
-from swaft.training.run_folder import refuse_used
+from swaft.training.run.folder import refuse_used
 from swaft.training.schedule import Schedule, build_schedule, planned_steps
 
 

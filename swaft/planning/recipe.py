@@ -14,7 +14,7 @@ from swaft.planning.engines import Engine
 from swaft.planning.model import planned_model
 from swaft.planning.plan import RunPlan, Target, plan_run
 from swaft.planning.shortages import find_shortages
-from swaft.training.launcher import Launch, read_launch, read_script
+from swaft.training.launch.launcher import Launch, read_launch, read_script
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
 from swaft.training.recipe import Prepared, is_recipe, load_recipe, require_python

@@ -19,7 +19,7 @@ from swaft.errors import ConfigError
 from swaft.metrics import QuestionMetric, QuestionScores, score_squad, score_squad_v2
 from swaft.noise.outputs import task_logits
 from swaft.training.evaluate import ROW_ID, Evaluation, each_row_once, require_finite
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

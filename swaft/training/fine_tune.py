@@ -18,28 +18,28 @@ from swaft.averaging import attach_engine, save_pretrained
 from swaft.averaging.rules import Rule
 from swaft.config import AveragingConfig, EvalConfig, flatten, to_yaml
 from swaft.storage import sync_tree
-from swaft.training.accelerator import RunConfig
 from swaft.training.best import BestWeights, Target, choose_target, watches_weights
 from swaft.training.build import build_optimizer, count_parameters
-from swaft.training.ddp_buckets import settle_buckets
-from swaft.training.engine_state import zero_stage
 from swaft.training.evaluate import (
     Evaluation,
     best_window,
     evaluate_last_and_averaged,
     mean_evaluations,
 )
-from swaft.training.fingerprint import fingerprint_architecture, fingerprint_frozen, fingerprint_rows
-from swaft.training.fsdp2 import prepare
-from swaft.training.interruption import Interrupted, Interruption
+from swaft.training.launch.accelerator import RunConfig
+from swaft.training.launch.fsdp2 import prepare
+from swaft.training.launch.interruption import Interrupted, Interruption
 from swaft.training.loaders import evaluation_loader, training_loader
 from swaft.training.loop import TrainingResult, train
 from swaft.training.meter import Meter
-from swaft.training.position import Position
 from swaft.training.progress import ProgressLog, scores_table, start_trackers
-from swaft.training.run_folder import RunFolder
-from swaft.training.run_record import Setup
-from swaft.training.run_state import RunState, load_engine_state
+from swaft.training.run.ddp_buckets import settle_buckets
+from swaft.training.run.engine_state import zero_stage
+from swaft.training.run.fingerprint import fingerprint_architecture, fingerprint_frozen, fingerprint_rows
+from swaft.training.run.folder import RunFolder
+from swaft.training.run.position import Position
+from swaft.training.run.record import Setup
+from swaft.training.run.state import RunState, load_engine_state
 from swaft.training.schedule import Schedule, build_schedule, count_optimizer_steps
 from swaft.training.summary import run_facts, summary
 

@@ -20,7 +20,7 @@ from swaft.data import length_statistics
 from swaft.data.seq2seq import IGNORED
 from swaft.metrics import GenerationMetric
 from swaft.training.evaluate import ROW_ID, Evaluation, each_row_once, require_finite, without_row_id
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

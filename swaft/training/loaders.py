@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from swaft.config import TrainConfig
 from swaft.data import length_grouped, shuffled
-from swaft.training.interruption import InterruptibleLoader, Interruption, leave_signals_to_the_rank
+from swaft.training.launch.interruption import InterruptibleLoader, Interruption, leave_signals_to_the_rank
 
 
 def training_loader(

@@ -20,8 +20,8 @@ from swaft.noise import ObjectiveOutput
 from swaft.training.accumulation import count_rows, loss_factors, step_batches
 from swaft.training.evaluate import without_row_id
 from swaft.training.meter import Meter
-from swaft.training.position import Position
 from swaft.training.progress import ProgressLog
+from swaft.training.run.position import Position
 from swaft.training.schedule import Schedule, set_learning_rate
 
 Objective = Callable[[nn.Module, dict[str, Any]], ObjectiveOutput]

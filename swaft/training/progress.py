@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from swaft.averaging import WindowSearch
 from swaft.config import flatten
-from swaft.training.accelerator import RunConfig
 from swaft.training.evaluate import Scores
-from swaft.training.run_folder import RunFolder
+from swaft.training.launch.accelerator import RunConfig
+from swaft.training.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 
 from swaft.averaging import WeightAverager, WindowSearch
 from swaft.config import TrainConfig
-from swaft.training.accelerator import engine_name
 from swaft.training.best import Best
 from swaft.training.build import ParameterCount
 from swaft.training.evaluate import Evaluation
+from swaft.training.launch.accelerator import engine_name
 from swaft.training.loop import TrainingResult
 from swaft.training.schedule import Schedule
 

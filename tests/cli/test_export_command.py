@@ -14,7 +14,7 @@ from swaft.cli.average import run as average
 from swaft.cli.export import run
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateError
-from swaft.training.checkpoints import save_checkpoint
+from swaft.training.run.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.unit
 

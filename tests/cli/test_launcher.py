@@ -13,7 +13,7 @@ import torch.distributed.run
 from accelerate.commands import launch
 
 from swaft.errors import ConfigError
-from swaft.training.launcher import read_launch, read_script
+from swaft.training.launch.launcher import read_launch, read_script
 
 pytestmark = pytest.mark.unit
 

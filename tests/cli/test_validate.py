@@ -16,7 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from swaft.cli.main import main
-from swaft.training import deepspeed_extension
+from swaft.training.launch import deepspeed_extension
 from swaft.training.schedule import count_micro_batches
 
 pytestmark = pytest.mark.unit

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from swaft.config import ClassificationConfig, load_config
-from swaft.training.deepspeed_config import RecipeValues, fill_auto
+from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
 
 pytestmark = pytest.mark.unit
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from swaft.training.deepspeed_extension import use_environment
+from swaft.training.launch.deepspeed_extension import use_environment
 
 Case = Callable[[], Iterator[tuple[str, Callable[[], None]]]]
 """Yields (name of a check, the check) on every rank alike; a check raises where it finds a fault."""

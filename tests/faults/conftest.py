@@ -11,8 +11,8 @@ from fault_inputs import save_inputs
 from faults import ENGINES, Ending, Zygote, ending, zygote
 from small_disks import file_system
 
-from swaft.training.checkpoints import find_checkpoints
-from swaft.training.interruption import EXIT_CODE
+from swaft.training.launch.interruption import EXIT_CODE
+from swaft.training.run.checkpoints import find_checkpoints
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from disk_calls import READING, WRITING, watch
 from swaft.errors import StateAccessError, StateError
 from swaft.storage import is_complete
 from swaft.storage.together import open_together
-from swaft.training.checkpoints import KIND, checkpoint_path, choose_checkpoint, find_checkpoints
-from swaft.training.run_state import RunState
+from swaft.training.run.checkpoints import KIND, checkpoint_path, choose_checkpoint, find_checkpoints
+from swaft.training.run.state import RunState
 
 REFUSALS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """What a disk may say, in turn."""

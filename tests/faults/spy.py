@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from swaft.noise import generator, objectives
-from swaft.training import fine_tune, loop, run_state
+from swaft.training import fine_tune, loop
+from swaft.training.run import state as run_state
 
 EXPORTED = (torch.float32, torch.bfloat16)
 FIRST = 256

@@ -11,7 +11,7 @@ from faults import ENGINES, differences, ending
 
 from swaft.distributed import Ranks
 from swaft.errors import StateAccessError, StateError
-from swaft.training.checkpoints import choose_checkpoint, find_checkpoints
+from swaft.training.run.checkpoints import choose_checkpoint, find_checkpoints
 
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(600)]
 

@@ -10,7 +10,7 @@ from faults import ENGINES, differences, ending
 from small_disks import file_system, mount
 
 from swaft.distributed import Ranks
-from swaft.training.checkpoints import choose_checkpoint, find_checkpoints
+from swaft.training.run.checkpoints import choose_checkpoint, find_checkpoints
 
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(600)]
 

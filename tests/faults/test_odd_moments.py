@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from faults import ENGINES, Zygote, differences, ending
 
-from swaft.training.checkpoints import find_checkpoints
+from swaft.training.run.checkpoints import find_checkpoints
 
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(600)]
 

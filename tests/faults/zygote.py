@@ -31,8 +31,8 @@ from rehearsal import rehearse
 from spy import look_on
 
 import swaft.averaging.host  # noqa: F401  (compiles, or loads what was compiled)
-from swaft.training.deepspeed_extension import use_environment
-from swaft.training.launcher import read_launch
+from swaft.training.launch.deepspeed_extension import use_environment
+from swaft.training.launch.launcher import read_launch
 
 PATIENCE_S = 90.0
 """Seconds after the end of one rank, after which the others are ended too, as a launcher does."""

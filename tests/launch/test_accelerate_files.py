@@ -12,8 +12,8 @@ from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from swaft.config import TrainConfig
-from swaft.training.accelerator import resolve_deepspeed, resolve_precision
-from swaft.training.fsdp2 import resolve_fsdp2
+from swaft.training.launch.accelerator import resolve_deepspeed, resolve_precision
+from swaft.training.launch.fsdp2 import resolve_fsdp2
 
 pytestmark = pytest.mark.unit
 

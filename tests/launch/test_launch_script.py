@@ -98,7 +98,7 @@ def test_deepspeeds_extension_is_built_by_one_process_first_where_the_file_asks_
     environment = cluster.environment(nodes=0)
     cluster.run("launch.sh", "--gpus-per-node", "2", *ZERO3, environment=environment)
     assert [call["words"] for call in cluster.calls("python")] == [
-        ["-m", "swaft.training.deepspeed_extension"]
+        ["-m", "swaft.training.launch.deepspeed_extension"]
     ]
     cluster.run(
         "launch.sh", "--gpus-per-node", "2", "launch/accelerate/ddp.yaml", ZERO3[1], environment=environment

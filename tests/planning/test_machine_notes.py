@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swaft.planning.recipe import machine_notes
-from swaft.training.launcher import read_launch
+from swaft.training.launch.launcher import read_launch
 
 pytestmark = pytest.mark.unit
 

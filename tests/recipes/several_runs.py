@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from launching import load_recipe
 
-from swaft.training.failure import leave
+from swaft.training.launch.failure import leave
 
 # A run leaves the process group when it ends. Here the next one needs it, and DeepSpeed cannot make a second.
 Accelerator.end_training = lambda self: None  # type: ignore[method-assign]

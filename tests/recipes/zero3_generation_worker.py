@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from swaft.config import TrackConfig, TrainConfig
-from swaft.training.accelerator import build_accelerator, whole_model_loading
-from swaft.training.failure import leave, run_and_report
 from swaft.training.generation import batch_generator, generation_is_collective
+from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.failure import leave, run_and_report
 
 
 class Config:

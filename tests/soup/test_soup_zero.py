@@ -14,7 +14,7 @@ from swaft.distributed import Ranks
 from swaft.errors import StateError
 from swaft.soup import average, last_checkpoints, open_checkpoint
 from swaft.storage import hash_file
-from swaft.training.checkpoints import save_checkpoint
+from swaft.training.run.checkpoints import save_checkpoint
 
 zero_to_fp32 = pytest.importorskip("deepspeed.utils.zero_to_fp32")
 

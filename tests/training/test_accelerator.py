@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from swaft.config import TrainConfig
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.accelerator import (
+from swaft.training.launch.accelerator import (
     check_engine,
     refuse_fp16_on_cpu,
     resolve_deepspeed,

@@ -18,7 +18,7 @@ from swaft.errors import ConfigError, TrainingError
 from swaft.metrics import get_question_metric, score_squad, score_squad_v2
 from swaft.training.answering import evaluate_answers, refuse_unused_threshold, write_predictions
 from swaft.training.evaluate import Evaluation
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit
 

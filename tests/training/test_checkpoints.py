@@ -11,7 +11,7 @@ import pytest
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import hash_file, is_complete, write_durably
-from swaft.training.checkpoints import (
+from swaft.training.run.checkpoints import (
     checkpoint_path,
     choose_checkpoint,
     delete_old,

@@ -9,7 +9,7 @@ from torch.distributed import distributed_c10d
 
 from swaft.config import TrainConfig
 from swaft.distributed import _gloo_group
-from swaft.training.accelerator import process_group
+from swaft.training.launch.accelerator import process_group
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from swaft.errors import ConfigError
-from swaft.training.deepspeed_config import (
+from swaft.training.launch.deepspeed_config import (
     RecipeValues,
     environment_problems,
     fill_auto,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swaft.errors import TrainingError
-from swaft.training import deepspeed_extension as extension
+from swaft.training.launch import deepspeed_extension as extension
 
 pytestmark = pytest.mark.unit
 

@@ -10,8 +10,8 @@ import pytest
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from swaft.errors import ConfigError, TrainingError
-from swaft.training import failure
-from swaft.training.failure import run_and_report
+from swaft.training.launch import failure
+from swaft.training.launch.failure import run_and_report
 
 pytestmark = pytest.mark.unit
 
@@ -56,7 +56,7 @@ def test_another_rank_speaks_only_after_the_launcher_had_time_to_end_it(monkeypa
 )
 def test_one_rank_of_several_ends_without_pythons_tear_down(ranks, code, said):
     script = (
-        "import atexit; from swaft.training.failure import leave\n"
+        "import atexit; from swaft.training.launch.failure import leave\n"
         "class Left:\n"
         "    def __del__(self): print('torn down')\n"
         "left = Left(); atexit.register(print, 'last'); print('told')\n"

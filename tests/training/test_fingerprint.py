@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from swaft.training.fingerprint import (
+from swaft.training.run.fingerprint import (
     SAMPLED_ROWS,
     fingerprint_architecture,
     fingerprint_frozen,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from swaft.errors import ConfigError
-from swaft.training.fsdp2 import blocks_of, find_blocks, resolve_fsdp2
+from swaft.training.launch.fsdp2 import blocks_of, find_blocks, resolve_fsdp2
 
 pytestmark = pytest.mark.unit
 

@@ -26,7 +26,7 @@ from swaft.training.generation import (
     generation_is_collective,
     write_samples,
 )
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit
 

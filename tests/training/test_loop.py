@@ -15,7 +15,7 @@ from swaft.errors import TrainingError
 from swaft.noise import TaskLoss
 from swaft.training.loop import train
 from swaft.training.meter import Meter
-from swaft.training.position import Position
+from swaft.training.run.position import Position
 from swaft.training.schedule import build_schedule, count_optimizer_steps
 
 pytestmark = pytest.mark.unit

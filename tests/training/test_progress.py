@@ -7,7 +7,7 @@ import pytest
 
 from swaft.config import ClassificationConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
-from swaft.training.run_folder import RunFolder
+from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swaft.errors import ConfigError
-from swaft.training.run_folder import RunFolder, environment
+from swaft.training.run.folder import RunFolder, environment
 
 pytestmark = pytest.mark.unit
 
@@ -119,7 +119,7 @@ def test_a_run_that_has_come_to_its_end_is_not_trained_in_again(make_accelerator
 @pytest.mark.parametrize("second", ["auto", "none"])
 @pytest.mark.parametrize("resume", ["auto", "none"])
 def test_two_processes_do_not_run_in_one_folder(make_accelerator, tmp_path, monkeypatch, resume, second):
-    monkeypatch.setattr("swaft.training.run_folder.LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr("swaft.training.run.folder.LOCK_PATIENCE_S", 0.2)
     first = RunFolder.create(tmp_path, make_accelerator(), resume=resume)
     with pytest.raises(ConfigError, match="another process is writing to"):
         RunFolder.create(tmp_path, make_accelerator(), resume=second)
@@ -137,7 +137,7 @@ def test_a_process_that_waited_for_a_run_to_end_leaves_what_it_left(
         first.write_json("summary.json", {})
         first.release()
 
-    monkeypatch.setattr("swaft.training.run_folder.time.sleep", end_of_the_first)
+    monkeypatch.setattr("swaft.training.run.folder.time.sleep", end_of_the_first)
     with pytest.raises(ConfigError, match=r"has come to its end|holds another run already"):
         RunFolder.create(tmp_path, make_accelerator(), resume=resume)
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]

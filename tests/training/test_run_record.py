@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from swaft.errors import ConfigError, StateError
-from swaft.training.run_record import (
+from swaft.training.run.record import (
     RunRecord,
     Setup,
     batches_read,

@@ -17,7 +17,7 @@ from swaft.config import TrainConfig
 from swaft.noise import TaskLoss
 from swaft.training.loop import train
 from swaft.training.meter import Meter
-from swaft.training.position import Position
+from swaft.training.run.position import Position
 from swaft.training.schedule import Schedule
 
 STEPS, LEARNING_RATE = 6, 0.3

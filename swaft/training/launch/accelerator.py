@@ -30,7 +30,7 @@ from torch.distributed import distributed_c10d
 
 from swaft.config import TrackConfig, TrainConfig
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.deepspeed_config import (
+from swaft.training.launch.deepspeed_config import (
     FilledConfig,
     RecipeValues,
     declared_precision,
@@ -39,8 +39,8 @@ from swaft.training.deepspeed_config import (
     launcher_config,
     offload_problems,
 )
-from swaft.training.deepspeed_extension import refuse_stale_lock, use_environment
-from swaft.training.fsdp2 import resolve_fsdp2, start_on_cpu, uses_fsdp
+from swaft.training.launch.deepspeed_extension import refuse_stale_lock, use_environment
+from swaft.training.launch.fsdp2 import resolve_fsdp2, start_on_cpu, uses_fsdp
 
 logger = logging.getLogger(__name__)
 

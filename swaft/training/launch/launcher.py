@@ -17,7 +17,7 @@ import yaml
 
 from swaft.config.values import not_allowed, suggestion
 from swaft.errors import ConfigError
-from swaft.training.deepspeed_config import launcher_config
+from swaft.training.launch.deepspeed_config import launcher_config
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
 """What a launch file may name as ``distributed_type``."""

@@ -27,11 +27,11 @@ class Setup:
     rows: int
     """Training rows."""
     rows_sha256: str
-    """Of a sample of them, from :func:`~swaft.training.fingerprint.fingerprint_rows`."""
+    """Of a sample of them, from :func:`~swaft.training.run.fingerprint.fingerprint_rows`."""
     architecture_sha256: str
-    """Of names and shapes of weights, from :func:`~swaft.training.fingerprint.fingerprint_architecture`."""
+    """Of names and shapes of weights, from :func:`~swaft.training.run.fingerprint.fingerprint_architecture`."""
     frozen_sha256: str
-    """Of the weights that are not trained, from :func:`~swaft.training.fingerprint.fingerprint_frozen`."""
+    """Of the weights that are not trained, from :func:`~swaft.training.run.fingerprint.fingerprint_frozen`."""
     seed: int
     """``train.seed``."""
 

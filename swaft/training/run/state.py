@@ -18,13 +18,13 @@ from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
 from swaft.training.best import BestWeights
-from swaft.training.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
-from swaft.training.engine_state import TAG, load_engine, save_engine
 from swaft.training.meter import Meter
-from swaft.training.position import Position
-from swaft.training.random_state import capture_random, restore_random
-from swaft.training.run_folder import RunFolder, package_versions
-from swaft.training.run_record import (
+from swaft.training.run.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
+from swaft.training.run.engine_state import TAG, load_engine, save_engine
+from swaft.training.run.folder import RunFolder, package_versions
+from swaft.training.run.position import Position
+from swaft.training.run.random_state import capture_random, restore_random
+from swaft.training.run.record import (
     RunRecord,
     Setup,
     batches_read,

@@ -5,7 +5,7 @@ Several ranks starting together wait on a ``lock`` file in the build folder, and
 leaves that file behind, so every later start waits for ever (pytorch/pytorch#189245). Run once, alone, after
 installing:
 
-    python -m swaft.training.deepspeed_extension
+    python -m swaft.training.launch.deepspeed_extension
 
 and recipes call `refuse_stale_lock` before DeepSpeed starts.
 """
@@ -82,7 +82,7 @@ def refuse_stale_lock(*, folder: Path | None = None, stale_after_s: float = STAL
         raise TrainingError(
             f"DeepSpeed would wait for ever: {lock} is {age_s / 60:.0f} minutes old and no running build "
             "holds it. A build that was killed left it behind. Delete that file, then run "
-            f"`python -m swaft.training.deepspeed_extension` once."
+            f"`python -m swaft.training.launch.deepspeed_extension` once."
         )
 
 

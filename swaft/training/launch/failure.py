@@ -17,8 +17,8 @@ from typing import NoReturn
 from torch.distributed import DistNetworkError, DistStoreError
 
 from swaft.errors import SwaftError
-from swaft.training.interruption import EXIT_CODE, Interrupted
-from swaft.training.roll_call import roll_call
+from swaft.training.launch.interruption import EXIT_CODE, Interrupted
+from swaft.training.launch.roll_call import roll_call
 
 GRACE_S = 5.0
 

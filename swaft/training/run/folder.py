@@ -25,8 +25,8 @@ from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
-from swaft.training.accelerator import RunConfig
-from swaft.training.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
+from swaft.training.launch.accelerator import RunConfig
+from swaft.training.run.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
 
 PACKAGES = (
     "swaft",
