@@ -21,6 +21,8 @@ ENGINE = "engine"
 """Folder of DeepSpeed's files inside such a checkpoint."""
 AVERAGES = "average"
 """Folder of the averages inside such a checkpoint."""
+RANK_FILES = "rank-*.safetensors"
+"""Files inside such a checkpoint that each rank has written."""
 
 NUMBERED = re.compile(r"(.*?)([0-9]{1,18})")
 
@@ -68,11 +70,17 @@ def _hold_to_run(path: Path) -> None:
     by themselves, and those in a folder that is no run's, have nothing to be held to.
     """
     whole = path.absolute()
-    if whole.name != AVERAGES or status(whole.parent / MANIFEST) is None:
+    if whole.name != AVERAGES or not _is_of_run(whole.parent):
         return
     manifest = read_manifest(whole.parent, kind=None)  # and with it, that of every sealed folder inside
     if manifest.kind == RUN and AVERAGES not in manifest.sealed:
         raise StateError(f"{whole} is not among what {whole.parent} was written with; it is of another run")
+
+
+def _is_of_run(folder: Path) -> bool:
+    """Whether a run wrote its checkpoint there, whatever is left of that."""
+    with explained(folder, "looked into"):
+        return is_complete(folder) or status(folder / MANIFEST) is not None or any(folder.glob(RANK_FILES))
 
 
 def _verify_engine(path: Path, manifest: Manifest) -> None:

@@ -268,6 +268,9 @@ def start_run(
         stage=zero_stage(model),
         world_size=world_size,
         per_device_train_batch_size=settings.per_device_train_batch_size,
+        rows_per_step=settings.per_device_train_batch_size
+        * settings.gradient_accumulation_steps
+        * world_size,
         grouped_by=settings.per_device_train_batch_size * world_size if settings.group_by_length else None,
         total_steps=total_steps,
         rows=len(rows),

@@ -130,6 +130,21 @@ def test_averages_put_into_a_checkpoint_that_had_none_are_refused(tmp_path, aver
         run(words)
 
 
+@pytest.mark.parametrize("lost", [["manifest.json"], ["COMPLETE"], ["manifest.json", "COMPLETE"]])
+@pytest.mark.parametrize("command", [run, average])
+def test_averages_in_a_checkpoint_that_has_lost_its_marks_are_refused(
+    tmp_path, base, run_folder, command, lost
+):
+    checkpoint = run_folder / "checkpoint-4"
+    (checkpoint / "rank-00000.safetensors").write_bytes(b"")  # as every rank of a run leaves
+    for name in lost:
+        (checkpoint / name).unlink()
+    words = ["--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]
+    with pytest.raises(StateError, match=r"checkpoint-4.*(is missing|is not complete)"):
+        command([str(checkpoint / "average"), *words])
+    assert not (tmp_path / "out").exists()
+
+
 def test_averages_that_lie_by_themselves_are_exported(tmp_path, averager, base):
     averager.save_state(tmp_path / "step-4" / "average")
     words = ["--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]

@@ -67,12 +67,24 @@ def test_the_newest_is_the_one_with_the_largest_number(ranks, tmp_path):
     assert chosen.content == {"step": 100}
 
 
-def test_one_that_was_never_finished_does_not_count(ranks, tmp_path):
+def test_one_that_was_never_finished_does_not_count_which_is_said(ranks, tmp_path, caplog):
     save(ranks, tmp_path, 5, 10)
+    (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-10" / "COMPLETE").unlink()
     chosen = choose_checkpoint("auto", tmp_path, ranks)
     assert chosen
     assert chosen.path.name == "checkpoint-5"
+    assert "checkpoint-10 has no mark COMPLETE" in caplog.text
+    assert "the newest that does is checkpoint-5" in caplog.text
+    assert "checkpoint-3" not in caplog.text  # nothing is lost by it
+
+
+def test_a_run_that_was_ended_in_its_first_checkpoint_says_that_it_begins_anew(ranks, tmp_path, caplog):
+    save(ranks, tmp_path, 5)
+    (tmp_path / "checkpoint-5" / "COMPLETE").unlink()
+    assert choose_checkpoint("auto", tmp_path, ranks) is None
+    assert "checkpoint-5 has no mark COMPLETE" in caplog.text
+    assert "the run begins anew" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["file", "manifest.json", "COMPLETE"])

@@ -110,6 +110,15 @@ def test_another_run_that_was_ended_is_left_alone(make_accelerator, tmp_path):
     assert (tmp_path / "metrics.jsonl").exists()
 
 
+def test_checkpoints_of_another_run_that_were_never_finished_are_told(make_accelerator, tmp_path):
+    made(tmp_path, "config.yaml")
+    (tmp_path / "checkpoint-40").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"No checkpoint there can be gone on from: checkpoint-40 never got"
+    ):
+        RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {seed: 1}\n")
+
+
 def test_a_run_that_has_come_to_its_end_is_not_trained_in_again(make_accelerator, tmp_path):
     made(tmp_path, "config.yaml", "summary.json")
     with pytest.raises(ConfigError, match="holds a run that has come to its end"):
@@ -145,7 +154,7 @@ def test_a_process_that_waited_for_a_run_to_end_leaves_what_it_left(
 
 def test_no_lock_is_put_into_a_folder_of_others(make_accelerator, tmp_path):
     made(tmp_path, "thesis.tex")
-    with pytest.raises(ConfigError, match="holds another run already"):
+    with pytest.raises(ConfigError, match=r"holds other files \(thesis\.tex\)"):
         RunFolder.create(tmp_path, make_accelerator(), resume="auto")
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 

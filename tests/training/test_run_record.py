@@ -25,6 +25,7 @@ SETUP = Setup(
     stage=None,
     world_size=2,
     per_device_train_batch_size=8,
+    rows_per_step=32,
     grouped_by=None,
     total_steps=100,
     rows=400,
@@ -77,9 +78,20 @@ def test_a_record_of_other_fields_is_refused_by_name(change):
     ],
 )
 def test_another_run_is_refused_with_what_differs(name, value, setting):
-    with pytest.raises(ConfigError, match=f"{name} = .*this one has {value}; set {setting}"):
+    told = f"{value[:12]}..." if isinstance(value, str) else value
+    with pytest.raises(ConfigError, match=f"{name} = .*this one has {told}; set {setting}.* as it was"):
         require_same_run(RECORD, replace(SETUP, **{name: value}), CHECKPOINT)
     require_same_run(RECORD, SETUP, CHECKPOINT)
+
+
+def test_a_run_that_is_longer_because_there_are_fewer_ranks_is_told_how_to_take_as_many_rows_a_step():
+    alone = replace(SETUP, world_size=1, rows_per_step=16, total_steps=200)
+    with pytest.raises(ConfigError) as caught:
+        require_same_run(RECORD, alone, CHECKPOINT)
+    assert (
+        "total_steps = 100, this one has 200; set train.per_device_train_batch_size or gradient_accumulation_steps "
+        "so that their product with the ranks, 1 now and 2 before, is 32 rows a step (it is 16)"
+    ) in str(caught.value)
 
 
 def test_rows_that_differ_in_number_are_told_once():
@@ -113,11 +125,16 @@ def test_an_optimizer_state_fits_the_engine_that_wrote_it(before, now, fits):
 
 def test_settings_that_have_changed_are_named_and_the_folder_is_none_of_them():
     now = {"train.learning_rate": 2e-3, "train.output_dir": "other", "noise.kind": "r3f"}
-    assert changed_settings(RECORD, now) == [
+    assert changed_settings(RECORD, SETUP, now) == [
         "noise.kind: None before, r3f now",
         "train.learning_rate: 0.001 before, 0.002 now",
     ]
-    assert changed_settings(RECORD, RECORD.settings) == []
+    assert changed_settings(RECORD, SETUP, RECORD.settings) == []
+
+
+def test_a_step_of_fewer_rows_is_told_although_no_setting_has_changed():
+    (told,) = changed_settings(RECORD, replace(SETUP, world_size=1, rows_per_step=16), RECORD.settings)
+    assert told.startswith("rows of an optimizer step: 32 before, 16 now")
 
 
 @pytest.mark.parametrize(("world_size", "size", "batches"), [(2, 8, 6), (1, 8, 12), (3, 8, 4), (4, 4, 6)])

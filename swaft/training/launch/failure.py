@@ -19,6 +19,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from swaft.errors import SwaftError
 from swaft.training.launch.interruption import EXIT_CODE, Interrupted
 from swaft.training.launch.roll_call import roll_call
+from swaft.training.launch.started_by import end_with_launcher
 
 GRACE_S = 5.0
 
@@ -52,6 +53,7 @@ def run_and_report(run: Callable[[], None]) -> int:
     Returns:
         0, 1 after an error, or `EXIT_CODE` where the run was asked to end and can go on.
     """
+    end_with_launcher()
     try:
         run()
     except Interrupted:

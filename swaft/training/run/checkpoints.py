@@ -98,6 +98,8 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | N
         there = find_checkpoints(folder) if ranks.is_main else []
         for path in there:
             _refuse_link(path)
+        if ranks.is_main:
+            _tell_unfinished(find_checkpoints(folder, complete=False), there)
     for path in ranks.gather(there)[0]:
         try:
             chosen = Checkpoint(path, open_together(ranks, path, kind=KIND))
@@ -178,6 +180,19 @@ def delete_old(folder: Path, keep: int | None) -> None:
             logger.warning("%s; it is kept", error)
     for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _tell_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
+    """Say which checkpoints newer than all complete ones do not count."""
+    newest = _number(complete[0]) if complete else None
+    for path in unfinished:
+        number = _number(path)
+        if newest is None or (number is not None and number > newest):
+            logger.warning(
+                "%s has no mark COMPLETE: writing it was never finished, and it does not count; %s",
+                path,
+                f"the newest that does is {complete[0].name}" if complete else "the run begins anew",
+            )
 
 
 def _refuse_later(wanted: Path, folder: Path) -> None:

@@ -9,14 +9,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 
@@ -26,6 +24,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
 from swaft.training.launch.accelerator import RunConfig
+from swaft.training.launch.started_by import launch_command
 from swaft.training.run.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
 
 PACKAGES = (
@@ -41,12 +40,11 @@ PACKAGES = (
 )
 
 METRICS = "metrics.jsonl"
+OF_A_RUN = {"config.yaml", METRICS, "summary.json"}
+"""Files by which a run folder is known."""
 LOCK = ".lock"
 LOCK_PATIENCE_S = 10.0
 """Seconds in which processes of a run that was killed, such as those that load batches, may still end."""
-
-LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
-"""Words by which the command line of a process that starts ranks is known."""
 
 
 class RunFolder:
@@ -204,24 +202,6 @@ class RunFolder:
         ranks.raise_together(self.failure)
 
 
-def launch_command() -> list[str]:
-    """The command that started this run: that of the launcher where one started the ranks, else this process's."""
-    started_by = [_command_line(parent) for parent in psutil.Process().parents()]
-    launchers = [words for words in started_by if LAUNCHERS & _names(words)]
-    return launchers[-1] if launchers else sys.orig_argv
-
-
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # it has ended, or belongs to somebody else
-        return []
-
-
-def _names(words: list[str]) -> set[str]:
-    return {Path(word).name for word in words[:4]}
-
-
 def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
     """Return what a bug report needs: versions, commit, device, world size, engine."""
     device = accelerator.device
@@ -327,10 +307,16 @@ def held_by_others(path: Path, *, resume: str, config_yaml: str) -> str | None:
     if resume != "none" and (find_checkpoints(path) or _began(path, config_yaml)):
         return None
     if held:
+        what = "another run already" if OF_A_RUN & {*held} else "other files"
+        unfinished = [each.name for each in find_checkpoints(path, complete=False)]
         return (
-            f"train.output_dir: {path} holds another run already "
-            f"({', '.join(held[:3])}{', ...' if held[3:] else ''}); nothing was changed there. Name a new "
-            "folder, or delete that one"
+            f"train.output_dir: {path} holds {what} "
+            f"({', '.join(held[:3])}{', ...' if held[3:] else ''}); nothing was changed there. Name a new folder"
+            + (
+                f". No checkpoint there can be gone on from: {', '.join(unfinished)} never got the mark COMPLETE"
+                if unfinished
+                else ""
+            )
         )
     return None
 

@@ -20,6 +20,8 @@ class Setup:
     """Ranks."""
     per_device_train_batch_size: int
     """Rows of a micro-batch on one rank."""
+    rows_per_step: int
+    """Rows of an optimizer step, over all ranks and micro-batches."""
     grouped_by: int | None
     """Rows that are put together by length; None: not grouped."""
     total_steps: int
@@ -91,20 +93,22 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
         ConfigError: naming each setting that differs.
     """
     settings = {
-        "total_steps": "train.max_steps or num_train_epochs",
-        "rows": "section data",
-        "rows_sha256": "section data",
-        "architecture_sha256": "section model",
-        "frozen_sha256": "section model",
-        "seed": "train.seed",
+        "total_steps": "train.max_steps or num_train_epochs as it was",
+        "rows": "section data as it was",
+        "rows_sha256": "section data, or the tokenizer, as it was",
+        "architecture_sha256": "section model as it was",
+        "frozen_sha256": "section model as it was",
+        "seed": "train.seed as it was",
     }
     different = [name for name in settings if getattr(before.setup, name) != getattr(now, name)]
     for known, more in (("rows", "rows_sha256"), ("architecture_sha256", "frozen_sha256")):
         if known in different and more in different:
             different.remove(more)  # says nothing more
+    if before.setup.rows_per_step != now.rows_per_step and before.setup.rows == now.rows:
+        settings["total_steps"] = _same_step(before.setup, now)
     problems = [
-        f"{checkpoint} is of a run with {name} = {getattr(before.setup, name)}, this one has "
-        f"{getattr(now, name)}; set {settings[name]} as it was, or begin a new run in a new train.output_dir"
+        f"{checkpoint} is of a run with {name} = {_short(getattr(before.setup, name))}, this one has "
+        f"{_short(getattr(now, name))}; set {settings[name]}, or begin a new run in a new train.output_dir"
         for name in different
     ]
     if problems:
@@ -139,18 +143,25 @@ def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, aver
         )
 
 
-def changed_settings(before: RunRecord, now: Mapping[str, Any]) -> list[str]:
+def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any]) -> list[str]:
     """What was set otherwise, in words; where a run is written to and how it goes on apart.
 
-    All of it is obeyed, but that trained weights are the checkpoint's, whatever model they began as.
+    All of it is obeyed, but that trained weights are the checkpoint's, whatever model they began as. The rows of a
+    step are told too: they change with the number of ranks, which no setting says.
     """
     kept = {"model.model_name_or_path": " (the trained weights are the checkpoint's)"}
-    names = sorted({*before.settings, *now} - {"train.output_dir", "train.resume_from_checkpoint"})
-    return [
-        f"{name}: {before.settings.get(name)} before, {now.get(name)} now{kept.get(name, '')}"
+    names = sorted({*before.settings, *settings} - {"train.output_dir", "train.resume_from_checkpoint"})
+    changed = [
+        f"{name}: {before.settings.get(name)} before, {settings.get(name)} now{kept.get(name, '')}"
         for name in names
-        if before.settings.get(name) != now.get(name)
+        if before.settings.get(name) != settings.get(name)
     ]
+    if before.setup.rows_per_step != now.rows_per_step:
+        changed.append(
+            f"rows of an optimizer step: {before.setup.rows_per_step} before, {now.rows_per_step} now; they are "
+            "train.per_device_train_batch_size x gradient_accumulation_steps x ranks"
+        )
+    return changed
 
 
 def batches_read(before: RunRecord, now: Setup) -> int:
@@ -175,6 +186,20 @@ def batches_read(before: RunRecord, now: Setup) -> int:
             f"(it was {was.per_device_train_batch_size} on {was.world_size} ranks)"
         )
     return rows // size
+
+
+def _same_step(before: Setup, now: Setup) -> str:
+    """The settings by which a step takes as many rows as it did, in words."""
+    return (
+        "train.per_device_train_batch_size or gradient_accumulation_steps so that their product with the ranks, "
+        f"{now.world_size} now and {before.world_size} before, is {before.rows_per_step} rows a step (it is "
+        f"{now.rows_per_step})"
+    )
+
+
+def _short(value: Any) -> Any:
+    """A value as it is told: of a digest its beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) else value
 
 
 def _require_fields(record: type, content: Any, checkpoint: Path, where: str) -> None:

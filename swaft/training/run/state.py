@@ -114,9 +114,10 @@ class RunState:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
         """
         checkpoint = chosen.path
-        if self.averager is not None and AVERAGE not in chosen.manifest.sealed:
+        if (self.averager is not None) != (AVERAGE in chosen.manifest.sealed):
+            what = "averaged nothing" if self.averager is not None else "averages, and would lose what it has"
             raise ConfigError(
-                f"averaging.rule: {checkpoint} is of a run that averaged nothing "
+                f"averaging.rule: {checkpoint} is of a run that {what} "
                 f"(averaging.rule={record.settings.get('averaging.rule')}); set that, or begin a new run in a new "
                 "train.output_dir"
             )
@@ -141,7 +142,7 @@ class RunState:
         for name, value in {**record.position, "batches": batches}.items():
             setattr(self.position, name, value)
         self.meter.restore(seconds=record.seconds, logged_at_s=record.logged_at_s)
-        if changed := changed_settings(record, self.settings):
+        if changed := changed_settings(record, self.setup, self.settings):
             logger.warning("%s was written with other settings:\n  %s", checkpoint, "\n  ".join(changed))
 
     def restore_random(self, checkpoint: Path, record: RunRecord) -> None:
