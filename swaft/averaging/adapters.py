@@ -268,7 +268,7 @@ class AdapterFolder:
         return {name for picked in self._picked.values() for name in picked.values()}
 
     def write(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
-        """Write configuration, model card and tensors of every adapter.
+        """Write configuration, a model card of peft's and tensors of every adapter.
 
         Args:
             folder: folder to write; every adapter but `default` gets a folder inside it.

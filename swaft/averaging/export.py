@@ -29,7 +29,7 @@ from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
 from swaft.storage import sync_tree
 from swaft.storage.files import place_beside
-from swaft.storage.model_card import CARD, write_card
+from swaft.storage.model_card import write_card
 
 logger = logging.getLogger(__name__)
 
@@ -116,16 +116,16 @@ def save_trained(
                 check_written(
                     folder, {name: tensor for name, tensor in folded.items() if name not in left_out}
                 )
-            if not (folder / CARD).exists():
-                stored = str(dtype).removeprefix("torch.")
-                write_card(
-                    folder,
-                    title=folder.name,
-                    body=[f"This folder holds {told}, in {stored}, written by swaft."],
-                    base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
-                )
         else:
             adapters.write(folder, folded)
+        stored = str(dtype).removeprefix("torch.")
+        write_card(  # also over peft's, which is a form to be filled in
+            folder,
+            title=folder.name,
+            body=[f"This folder holds {told}, in {stored}, written by swaft."],
+            library="transformers" if adapters is None else "peft",
+            base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
+        )
         if finish is not None:
             finish(folder)
 

@@ -93,7 +93,9 @@ def table(soup: Soup, choice: GreedyChoice | None, paths: Sequence[Path]) -> str
     name, worst = soup.worst_rounding
     rows.append(("rounding", f"{soup.rounding:.2e} of the weights' norm, at most {worst:.2e} ({name})"))
     if soup.truncation is not None:
-        rows.append(("rank", f"off by {soup.truncation:.2e} of the mean update, for want of rank"))
+        rows.append(
+            ("rank", f"off by {soup.truncation:.2e} of the mean update, for want of rank (--lora-rank)")
+        )
     rows += [("note", note) for note in soup.notes]
     size = sum(record.bytes for record in soup.files.values())
     rows.append(("written", f"{soup.output}: {size:,} bytes in {len(soup.files)} file(s), read back"))

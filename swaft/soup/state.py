@@ -34,7 +34,8 @@ class AverageFolder(Checkpoint):
         state = AverageState.from_json(manifest.content, where=path)
         names = [each.name for each in state.rules]
         if (rule is None and len(names) > 1) or (rule is not None and rule not in names):
-            raise StateError(f"{path} holds the averages {', '.join(names)}; choose one with --rule")
+            unknown = "" if rule is None else f" and none called {rule}"
+            raise StateError(f"{path} holds the averages {', '.join(names)}{unknown}; choose one with --rule")
         number = 0 if rule is None else names.index(rule)
         chosen = state.rules[number]
         if not chosen.readout:

@@ -243,6 +243,10 @@ def test_a_peft_model_leaves_an_adapter_that_peft_loads_bit_for_bit(base, option
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft\n" in card
+    assert "in float32, written by swaft" in card
+    assert "Model ID" not in card
     with averager.swapped_in():
         expected = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     again = PeftModel.from_pretrained(base(), tmp_path / "out")

@@ -6,6 +6,7 @@ ranks. DeepSpeed's files belong to one stage and one number of ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,8 +144,13 @@ def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 @contextmanager
 def _one_fault() -> Iterator[None]:
-    """Raise the first rank's fault itself, where torch raises, on all ranks, a traceback of each."""
+    """Raise the first rank's fault itself, where torch raises, on all ranks, a traceback of each.
+
+    That one process saves alone, which torch warns of each time, is what was meant.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()), (error,))[0] from error
