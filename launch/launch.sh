@@ -59,6 +59,9 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
         "TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/triton}"
         "TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_disk/torch_extensions}"
     )
+    # SLURM sends SIGTERM to every process of a task. accelerate starts a single rank without torchrun and would end
+    # before it, whereupon SLURM kills the rank while it saves.
+    if ((${#hosts[@]} * gpus == 1)); then trap '' TERM; fi
 fi
 if [[ -d .venv/bin ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 

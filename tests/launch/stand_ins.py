@@ -55,7 +55,14 @@ def srun(words: list[str]) -> int:
 
 def record(name: str, words: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if key.startswith(TOLD)}
-    line = {"name": name, "words": words, "pid": os.getpid(), "environment": environment}
+    ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    line = {
+        "name": name,
+        "words": words,
+        "pid": os.getpid(),
+        "environment": environment,
+        "ignores_term": ignored,
+    }
     with open(os.environ["RECORD"], "a") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -106,6 +106,14 @@ def test_before_the_time_is_up_ranks_are_asked_to_end_and_what_is_unfinished_is_
     assert queued == ([["requeue", JOB["SLURM_JOB_ID"]]] if requeued else [])
 
 
+@pytest.mark.parametrize(("gpus", "alone"), [("1", True), ("2", False)])
+def test_the_launcher_of_a_single_rank_outlives_the_signal_that_the_rank_saves_at(cluster, gpus, alone):
+    environment = cluster.environment(nodes=1, SLURM_GPUS_ON_NODE=gpus, SLURM_JOB_NODELIST=NODES[0])
+    cluster.run("slurm/train.sbatch", *RUN, environment=environment)
+    (call,) = cluster.calls("accelerate")
+    assert call["ignores_term"] is alone
+
+
 @pytest.mark.parametrize("script", ["slurm/train.sbatch", "slurm/array.sbatch"])
 def test_a_job_asks_to_be_told_in_time_and_to_be_queued_again(script):
     lines = (ROOT / "launch" / script).read_text().splitlines()
