@@ -1,12 +1,13 @@
 r"""Averages finished checkpoints to one Hugging Face folder, in bounded memory.
 
     swaft average runs/1/final runs/2/final runs/3/final --output soup
-    swaft average runs/1 --last 5 --output soup
+    swaft average runs/1 --last 5 --base FOLDER --trust-pickle --output soup
     swaft average a b --weights 0.2,0.8 --dtype bfloat16 --output soup
     swaft average a b c --evaluate 'python score.py {folder}' --higher-is-better --output soup
 
 A checkpoint is a Hugging Face folder with safetensors, a LoRA adapter folder (the updates are averaged, not their
-factors), a DeepSpeed checkpoint of ZeRO 1 to 3, or a state of averages that a run saved.
+factors), a checkpoint of a swaft run under torch alone or DeepSpeed (its trained weights at that step; takes --base
+and --trust-pickle), a DeepSpeed checkpoint of ZeRO 1 to 3, or a state of averages that a run saved.
 
   --output FOLDER         where to write; it must not hold anything
   --weights W,W,...       a number from 0 for each checkpoint, in any scale; without it all count alike
@@ -21,7 +22,7 @@ factors), a DeepSpeed checkpoint of ZeRO 1 to 3, or a state of averages that a r
                           tokenizer, frozen weights
   --lora-rank R           of the new adapter; at the old rank times the number of checkpoints nothing is lost
   --rule NAME             which average of a state that holds several
-  --trust-pickle          open DeepSpeed's files, which can run any code that is in them
+  --trust-pickle          open files of DeepSpeed and of torch's engines, which can run any code that is in them
   --json                  print the result as JSON
 
 Exit code: 0; 1 where nothing was written.

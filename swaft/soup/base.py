@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from swaft.errors import StateError
 from swaft.soup.checkpoint import Checkpoint
+from swaft.soup.mean import SLICE
 
 ADAPTER_PARTS = re.compile(
     r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"
@@ -53,6 +56,33 @@ class AsAdapter(Checkpoint):
         self._inner.close()
 
 
+class WithoutTied(Checkpoint):
+    """A checkpoint, but that other names of tied tensors are known as such.
+
+    Args:
+        inner: has the tensors under each of their names.
+        tied: name to the one that is kept.
+    """
+
+    def __init__(self, inner: Checkpoint, tied: Mapping[str, str]):
+        self.path, self.files, self._inner = inner.path, inner.files, inner
+        self.specs = {name: spec for name, spec in inner.specs.items() if name not in tied}
+        self.aliases = {**inner.aliases, **tied}
+
+    @property
+    def told(self) -> str:
+        """As of :class:`Checkpoint`."""
+        return self._inner.told
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """As of :class:`Checkpoint`."""
+        return self._inner.read(name, start, end)
+
+    def close(self) -> None:
+        """As of :class:`Checkpoint`."""
+        self._inner.close()
+
+
 def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:
     """Hold checkpoints to the base that gives what they lack.
 
@@ -75,6 +105,8 @@ def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]
             )
     if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
         members = _as_adapters(members, base)
+    if tied := _tied(members, base):
+        members = [WithoutTied(member, tied) for member in members]
     for name, spec in members[0].specs.items():
         found = base.specs.get(name)
         if found is None or found.shape != spec.shape:
@@ -84,6 +116,34 @@ def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]
                 f"is {told}"
             )
     return members
+
+
+def _tied(members: Sequence[Checkpoint], base: Checkpoint) -> dict[str, str]:
+    """Names that the base lacks, of what it has under another name: a folder has tied tensors once.
+
+    It is believed of what has the same bits under both names in every member.
+    """
+    first, found = members[0], dict[str, str]()
+    for name in first.specs:
+        if name not in base.specs and all(name in member.maybe_tied for member in members):
+            for other, spec in first.specs.items():
+                if (
+                    other in base.specs
+                    and spec == first.specs[name]
+                    and all(_same_bits(member, name, other) for member in members)
+                ):
+                    found[name] = other
+                    break
+    return found
+
+
+def _same_bits(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    spec = checkpoint.specs[name]
+    spans = [(start, min(start + SLICE, spec.numel)) for start in range(0, spec.numel, SLICE)]
+    return checkpoint.specs[other] == spec and all(
+        torch.equal(*(checkpoint.read(each, *span).view(torch.uint8) for each in (name, other)))
+        for span in spans
+    )
 
 
 def _as_adapters(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:

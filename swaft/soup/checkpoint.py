@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+NO_CONFIGURATION = (
+    "holds weights alone; name a Hugging Face folder of the same model as --base, from which configuration, "
+    "tokenizer and frozen weights come"
+)
+"""What is said of a checkpoint that needs a base."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Checkpoint(ABC):
     """Every tensor, in the order in which reading is cheapest."""
     aliases: Mapping[str, str]
     """Other names of tied tensors, which are no tensors of their own, to their names in :attr:`specs`."""
+    maybe_tied: Collection[str] = ()
+    """Names in :attr:`specs` that may be other names of tied tensors, where it does not say."""
     files: Path | None
     """Folder of configuration and tokenizer; None where it has none."""
     is_adapter: bool = False

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from swaft.averaging.state import KIND as AVERAGE
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint
-from swaft.soup.huggingface import HuggingFaceFolder, holds_weights
+from swaft.soup.checkpoint import NO_CONFIGURATION, Checkpoint
+from swaft.soup.huggingface import CONFIG, HuggingFaceFolder, holds_weights
 from swaft.soup.state import AverageFolder
+from swaft.soup.torch_engine import METADATA, TorchEngineFolder
 from swaft.soup.zero import ZeroFolder, find_tag
 from swaft.storage import Manifest, is_complete, read_manifest, verify
 from swaft.storage.files import explained, status
@@ -18,22 +19,31 @@ from swaft.storage.sealed import MANIFEST
 RUN = "run"
 """What the manifest of a checkpoint of a swaft run calls itself."""
 ENGINE = "engine"
-"""Folder of DeepSpeed's files inside such a checkpoint."""
+"""Folder of DeepSpeed's or torch's files inside such a checkpoint."""
+ENGINE_FILES = ("*.pt", "*.distcp", METADATA)
+"""Those in it that are opened."""
 AVERAGES = "average"
 """Folder of the averages inside such a checkpoint."""
 RANK_FILES = "rank-*.safetensors"
 """Files inside such a checkpoint that each rank has written."""
 
+DEEPSPEED = "a DeepSpeed checkpoint"
+TORCH = "a distributed checkpoint of torch"
+
 NUMBERED = re.compile(r"(.*?)([0-9]{1,18})")
 
 
-def open_checkpoint(path: Path, *, trust_pickle: bool = False, rule: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, trust_pickle: bool = False, rule: str | None = None, has_base: bool = True
+) -> Checkpoint:
     """Open a checkpoint of any kind that is known.
 
     Args:
         path: its folder.
         trust_pickle: whether files of Python pickle may be opened.
         rule: of a state of averages, which of them.
+        has_base: whether configuration and tokenizer come from elsewhere. Else one that has none is refused in the
+            same message as one that may not be opened.
 
     Raises:
         StateError: it is no checkpoint that is known, or damaged.
@@ -49,18 +59,47 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False, rule: str | None 
         if manifest.kind == AVERAGE:
             _hold_to_run(path)
             return AverageFolder(path, rule=rule)
-        if manifest.kind == RUN and find_tag(path / ENGINE) is not None:
-            if trust_pickle:  # else nothing is opened, and it is refused before all of it is read
-                _verify_engine(path, manifest)
-            return ZeroFolder(path / ENGINE, trust_pickle=trust_pickle)
+        if manifest.kind == RUN and (found := _kind_of_engine(path / ENGINE)) is not None:
+            # Before all of it is read, to be checked.
+            _require_options(path / ENGINE, found[0], trust_pickle=trust_pickle, has_base=has_base)
+            _verify_engine(path, manifest)
+            return found[1](path / ENGINE)
     if find_tag(path) is not None:
-        return ZeroFolder(path, trust_pickle=trust_pickle)
+        _require_options(path, DEEPSPEED, trust_pickle=trust_pickle, has_base=has_base)
+        return ZeroFolder(path)
+    if (path / METADATA).exists():
+        raise StateError(
+            f"{path} is a distributed checkpoint of torch without the manifest of a swaft run; expected one that "
+            "such a run wrote, named by the folder that its folder engine is in. Of others write a Hugging Face "
+            "folder first, with save_pretrained"
+        )
     raise StateError(
         f"{path} is no checkpoint that can be averaged; expected a folder with model.safetensors or its index, "
-        "with adapter_model.safetensors, a DeepSpeed checkpoint of ZeRO 1 to 3, or a saved state of averages. Of "
-        "others (pytorch_model.bin, torch's distributed checkpoints) write a Hugging Face folder first, with "
-        "save_pretrained"
+        "with adapter_model.safetensors, a checkpoint of a swaft run, a DeepSpeed checkpoint of ZeRO 1 to 3, or a "
+        "saved state of averages. Of others (pytorch_model.bin, torch's distributed checkpoints) write a Hugging "
+        "Face folder first, with save_pretrained"
     )
+
+
+def _kind_of_engine(folder: Path) -> tuple[str, type[ZeroFolder | TorchEngineFolder]] | None:
+    """What an engine's folder in a checkpoint of a run is, in words, and its reader; None for no known engine's."""
+    if find_tag(folder) is not None:
+        return DEEPSPEED, ZeroFolder
+    return (TORCH, TorchEngineFolder) if (folder / METADATA).exists() else None
+
+
+def _require_options(path: Path, told: str, *, trust_pickle: bool, has_base: bool) -> None:
+    """Name all at once that is lacking to open a checkpoint of pickle, before anything of it is opened."""
+    lacking = []
+    if not trust_pickle:
+        lacking.append(
+            "its files are Python pickle, and opening one runs whatever code it holds. If you know who wrote it, "
+            "say --trust-pickle"
+        )
+    if not has_base and not (path / CONFIG).exists():
+        lacking.append(f"it {NO_CONFIGURATION}")
+    if lacking:
+        raise StateError(f"{path} is {told}: {'. And '.join(lacking)}")
 
 
 def _hold_to_run(path: Path) -> None:
@@ -86,7 +125,7 @@ def _is_of_run(folder: Path) -> bool:
 def _verify_engine(path: Path, manifest: Manifest) -> None:
     """Hold the engine's files in a checkpoint of a run to its manifest; one that it does not list is not opened."""
     listed = [name for name in manifest.files if name.startswith(f"{ENGINE}/")]
-    for file in sorted((path / ENGINE).glob("*.pt")):
+    for file in sorted(file for pattern in ENGINE_FILES for file in (path / ENGINE).glob(pattern)):
         if f"{ENGINE}/{file.name}" not in listed:
             raise StateError(f"{file} is not among the files that {path} was written with; take it away")
     verify(path, manifest, names=listed)
@@ -116,5 +155,8 @@ def last_checkpoints(run: Path, count: int) -> list[Path]:
             f"{run}: which checkpoints follow each other is not clear ({names}); name them one by one"
         )
     if len(found) < count:
-        raise StateError(f"{run} holds {len(found)} numbered checkpoints ({names}); --last asks for {count}")
+        raise StateError(
+            f"{run} holds {len(found)} numbered checkpoints ({names}); --last asks for {count}. A swaft run keeps "
+            "as many as train.save_total_limit says"
+        )
     return [path for _, _, path in sorted(found, key=lambda each: each[1])][-count:]

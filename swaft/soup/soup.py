@@ -17,7 +17,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.soup.adapter import AdapterMean
 from swaft.soup.agreement import compare_configs, require_same_model
 from swaft.soup.base import fit_to_base
-from swaft.soup.checkpoint import Checkpoint
+from swaft.soup.checkpoint import NO_CONFIGURATION, Checkpoint
 from swaft.soup.companions import copy_files, describe
 from swaft.soup.greedy import GreedyChoice, choose_greedily
 from swaft.soup.huggingface import (
@@ -101,7 +101,7 @@ def average(
             tokenizer, frozen weights. Of a state of LoRA adapters: the adapter folder.
         lora_rank: of the result, where the checkpoints are LoRA adapters; None: their own.
         rule: of saved states of averages, which average of each.
-        trust_pickle: whether DeepSpeed's files, which are Python pickle, may be opened.
+        trust_pickle: whether files of DeepSpeed and of torch's engines, which are Python pickle, may be opened.
 
     Raises:
         ConfigError: an argument makes no sense.
@@ -116,9 +116,11 @@ def average(
         raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
     refuse_occupied(output)
     with ExitStack() as stack:
-        members = [
-            stack.enter_context(open_checkpoint(path, trust_pickle=trust_pickle, rule=rule)) for path in paths
-        ]
+        members = list[Checkpoint]()
+        for path in paths:
+            has_base = base is not None or (bool(members) and members[0].files is not None)
+            found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
+            members.append(stack.enter_context(found))
         notes = require_same_model(members)
         whole = None if base is None else stack.enter_context(HuggingFaceFolder(Path(base)))
         files = _files(members[0], whole)
@@ -232,7 +234,4 @@ def _files(first: Checkpoint, base: Checkpoint | None) -> Path:
         if (path / CONFIG).exists():
             read_json(path / CONFIG)  # one that nobody can read is refused before the weights are written
         return path
-    raise StateError(
-        f"{first.path} holds weights alone; name a Hugging Face folder of the same model as --base, from which "
-        "configuration, tokenizer and frozen weights come"
-    )
+    raise StateError(f"{first.path} {NO_CONFIGURATION}")

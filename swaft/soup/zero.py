@@ -25,28 +25,22 @@ OPTIMIZER_FILES = "*_optim_states.pt"
 
 
 class ZeroFolder(Checkpoint):
-    """A folder that `save_checkpoint` wrote, or one tag of it.
+    """A folder that `save_checkpoint` wrote, or one tag of it. Opening it unpickles its files.
 
     Args:
         path: the folder.
-        trust_pickle: whether its files may be opened.
 
     Raises:
-        StateError: they may not, or are not those of ZeRO stage 1, 2 or 3, all ranks included.
+        StateError: its files are not those of ZeRO stage 1, 2 or 3, all ranks included.
     """
 
-    def __init__(self, path: Path, *, trust_pickle: bool):
+    def __init__(self, path: Path):
         self.path = path
         self.files = path if (path / CONFIG).exists() else None
         tag = find_tag(path)
         if tag is None:
             raise StateError(
                 f"{path} holds no {OPTIMIZER_FILES}, and no file 'latest' that names a folder that does"
-            )
-        if not trust_pickle:
-            raise StateError(
-                f"{path} is a DeepSpeed checkpoint: its files are Python pickle, and opening one runs whatever "
-                "code it holds. If you know who wrote it, say --trust-pickle"
             )
         try:
             from deepspeed.utils import zero_to_fp32
