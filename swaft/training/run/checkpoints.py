@@ -206,7 +206,7 @@ def _refuse_later(wanted: Path, folder: Path) -> None:
     if there and (_number(there[0]) or 0) > number:
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {wanted.name} ({there[0].name}), which would "
-            "be written again; name a new folder, or delete them"
+            "be written again; set train.resume_from_checkpoint=auto to go on from the last, or name a new folder"
         )
 
 
