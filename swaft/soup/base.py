@@ -129,6 +129,7 @@ def _tied(members: Sequence[Checkpoint], base: Checkpoint) -> dict[str, str]:
             for other, spec in first.specs.items():
                 if (
                     other in base.specs
+                    and not any(other in member.maybe_tied for member in members)
                     and spec == first.specs[name]
                     and all(_same_bits(member, name, other) for member in members)
                 ):

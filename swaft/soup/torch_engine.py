@@ -9,6 +9,8 @@ there, by way of files that torch maps, so that only a slice is ever in memory.
 from __future__ import annotations
 
 import math
+import mmap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,9 +145,7 @@ class TorchEngineFolder(Checkpoint):
         file = self.path / where.relative_path
         mapped = self._mapped.get(where.relative_path)
         if mapped is None:
-            size = require_regular(file)
-            mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8, device="cpu")
-            self._mapped[where.relative_path] = mapped
+            mapped = self._mapped[where.relative_path] = _map(file)
         with file.open("rb") as stream:
             part: Any = _create_file_view(stream, where.offset, where.length)
             saved: Tensor = torch.load(part, map_location="meta", weights_only=True)
@@ -158,6 +158,17 @@ class TorchEngineFolder(Checkpoint):
         return Chunk(
             raw, tuple(saved.shape), saved.stride(), int(saved.storage_offset()), saved.is_contiguous()
         )
+
+
+def _map(file: Path) -> Tensor:
+    """The bytes of a file, read when they are asked for.
+
+    Mapped for reading alone: a mapping that torch makes could be written to, and the system promises memory for it.
+    """
+    require_regular(file)
+    with file.open("rb") as stream, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ), dtype=torch.uint8)
 
 
 def _spec(stored: Any) -> Spec:

@@ -4,8 +4,8 @@
     python tests/faults/soak.py --runs 1000 --seed 7 --log soak.jsonl
 
 A log that is there is gone on with: a run's faults are a function of the seed and its number. The folder of a run
-that came to another end is kept. Exit code: 0 where all came to the same end, and no rank had to be ended because it
-waited longer than train.ddp_timeout for one that was killed.
+that came to another end is kept. Exit code: 0 where all came to the same end, and no rank had to be ended because
+it waited longer than train.ddp_timeout for one that was killed.
 """
 
 from __future__ import annotations

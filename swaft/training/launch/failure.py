@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -63,6 +64,11 @@ def run_and_report(run: Callable[[], None]) -> int:
                 "when it is started again\n"
             )
         return EXIT_CODE
+    except (
+        KeyboardInterrupt
+    ):  # the launcher may end before this process has tidied up, which is to finish that
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     except (SwaftError, RuntimeError) as error:
         lost = lost_ranks(error)
         message = lost or (_words(error) if isinstance(error, SwaftError) else None)

@@ -6,12 +6,19 @@ import ctypes
 import os
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
-LAUNCHERS = {"launch", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
-"""Words by which the command line of a process that starts ranks is known."""
+LAUNCHERS = {
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "deepspeed.launcher.launch",
+}
+"""Words by which the command line of a process that starts ranks is known; `accelerate launch` is another."""
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: which signal to get when the parent ends."""
@@ -40,7 +47,12 @@ def end_with_launcher() -> None:
 
 
 def _is_launcher(words: list[str]) -> bool:
-    return bool(LAUNCHERS & {Path(word).name for word in words[:4]})
+    """Whether a command line is a launcher's: its name is among the first words, after Python and its options."""
+    names = [Path(word).name for word in words[:8]]
+    return bool(LAUNCHERS & {*names}) or any(
+        first in ("accelerate", "accelerate.commands.accelerate_cli") and second == "launch"
+        for first, second in pairwise(names)
+    )
 
 
 def _command_line(process: psutil.Process) -> list[str]:

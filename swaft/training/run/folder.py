@@ -308,7 +308,9 @@ def held_by_others(path: Path, *, resume: str, config_yaml: str) -> str | None:
         return None
     if held:
         what = "another run already" if OF_A_RUN & {*held} else "other files"
-        unfinished = [each.name for each in find_checkpoints(path, complete=False)]
+        unfinished = (
+            [each.name for each in find_checkpoints(path, complete=False)] if resume != "none" else ()
+        )
         return (
             f"train.output_dir: {path} holds {what} "
             f"({', '.join(held[:3])}{', ...' if held[3:] else ''}); nothing was changed there. Name a new folder"
