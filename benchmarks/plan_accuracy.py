@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import swaft
 from benchmarks import command
@@ -97,8 +98,7 @@ def plan_of(line: Sequence[str], model: Model) -> RunPlan:
     launch = read_launch([*line, str(ROOT / WORKER)])
     return plan_run(
         Engine(launch, train, hidden_size=hidden_size(model.configuration())),
-        train,
-        AveragingConfig(),
+        SimpleNamespace(train=train, averaging=AveragingConfig()),
         build_model=model.build,
         make_batch=model.batch,
         objective=build_objective(NoiseConfig(), seed=0),

@@ -118,5 +118,6 @@ LINES: dict[str, Sequence[str]] = {
     "ZeRO-2": ("--config_file", "launch/accelerate/zero2_cpu.yaml"),
     "ZeRO-2, bf16": ("--config_file", "launch/accelerate/zero2_cpu.yaml", "--mixed_precision", "bf16"),
     "ZeRO-3": ("--config_file", "launch/accelerate/zero3_cpu.yaml"),
+    "FSDP2": ("--config_file", "launch/accelerate/fsdp2_cpu.yaml"),
 }
 """Launch lines without their script, by engine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -11,12 +11,19 @@ from torch import nn
 
 from swaft.config import TrainConfig
 from swaft.errors import ConfigError
-from swaft.planning.memory import FP32, EngineMemory, Phase, Run
-from swaft.planning.replicated import replicated_memory
-from swaft.planning.sharded import REST, sharded_memory
-from swaft.planning.step import Casting, TracedStep
-from swaft.planning.zero3 import zero3_memory
-from swaft.planning.zero12 import zero12_memory
+from swaft.planning.memory import (
+    REST,
+    EngineMemory,
+    Phase,
+    Run,
+    fsdp2,
+    numel,
+    offloads,
+    replicated,
+    zero3,
+    zero12,
+)
+from swaft.planning.step import FP32, Casting
 from swaft.training.launch.accelerator import resolve_deepspeed, resolve_precision
 from swaft.training.launch.fsdp2 import find_blocks, resolve_fsdp2
 from swaft.training.launch.launcher import Launch
@@ -71,29 +78,21 @@ class Engine:
                 numbers |= {id(parameter): number for parameter in block.parameters()}
         return [numbers.get(id(parameter), REST) for parameter in model.parameters()]
 
-    @property
-    def offloads_masters(self) -> bool:
-        """Whether the fp32 masters are in host memory anyway."""
-        return (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    def offloads(self, part: Literal["optimizer", "param"]) -> bool:
+        """Whether the fp32 masters (``optimizer``) or the slices of the weights (``param``) are in host memory."""
+        return offloads(self.zero, part)
 
-    @property
-    def offloads_weights(self) -> bool:
-        """Whether the slices of the weights are in host memory."""
-        return (self.zero.get("offload_param") or {}).get("device", "none") != "none"
-
-    def memory(self, run: Run, step: TracedStep) -> EngineMemory:
+    def memory(self, run: Run) -> EngineMemory:
         """Return what the rank that holds most holds, phase by phase, the start among them."""
         if self.launch.stage in (1, 2):
-            found = zero12_memory(run, step.moments, self.zero, stage=self.launch.stage)
+            found = zero12(run, {"stage": self.launch.stage, **self.zero})
         elif self.launch.stage == 3:
-            found = zero3_memory(run, step.moments, self.zero)
+            found = zero3(run, self.zero)
         elif self.launch.engine == "FSDP2":
-            reshards = self._plugin().reshard_after_forward is not False
-            found = sharded_memory(run, step.moments, step.blocks, reshards=reshards)
+            found = fsdp2(run, reshards=self._plugin().reshard_after_forward is not False)
         else:
-            found = replicated_memory(run, step.moments, deepspeed=self.launch.stage == 0)
-        numel = sum(weight.numel for weight in run.weights)
-        loaded = {"model as loaded, fp32": FP32 * numel} if self.loads_whole else {}
+            found = replicated(run, deepspeed=self.launch.stage == 0)
+        loaded = {"model as loaded, fp32": FP32 * numel(run.step.weights)} if self.loads_whole else {}
         return EngineMemory([Phase("start", {}, loaded), *found.phases], owned=found.owned)
 
     def _plugin(self) -> FullyShardedDataParallelPlugin:

@@ -12,8 +12,7 @@ from swaft.config import load_config
 from swaft.errors import ConfigError
 from swaft.planning.engines import Engine
 from swaft.planning.model import planned_model
-from swaft.planning.plan import RunPlan, Target, plan_run
-from swaft.planning.shortages import find_shortages
+from swaft.planning.plan import RunPlan, Target, find_shortages, plan_run
 from swaft.training.launch.launcher import Launch, read_launch, read_script
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
@@ -57,8 +56,7 @@ def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
     model = planned_model(config, ready.model_config)
     found = plan_run(
         engine,
-        config.train,
-        config.averaging,
+        config,
         build_model=model.build,
         make_batch=model.batch,
         objective=ready.objective,

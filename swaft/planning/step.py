@@ -1,8 +1,14 @@
-"""One training step on tensors without data: the model, its batch and its objective, as an engine runs them."""
+"""One training step on tensors without data: the model, its batch and its objective, as an engine runs them.
+
+On fake tensors shapes, types and lifetimes are real and values are not there, so a model of any size takes seconds
+and no memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,13 +25,15 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from swaft.config import TrainConfig
 from swaft.errors import ConfigError
-from swaft.planning.memory import Weight
-from swaft.planning.trace import Moment, trace_step
 from swaft.training.build import build_optimizer
 from swaft.training.pretrained import with_checkpointing
+
+FP32 = 4
+"""Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
 
 Casting = Literal["none", "autocast", "weights"]
 """How a 16-bit format is computed in: not at all; by autocast, weights staying fp32; by weights cast beforehand."""
@@ -34,16 +42,54 @@ PROMOTED = (F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entrop
 """What autocast computes in fp32 on CUDA, and in 16 bits on a CPU."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One parameter of the model; a tied one counts once."""
+
+    numel: int
+    rows: int = 1
+    """Size of its first dimension."""
+    itemsize: int
+    """Bytes of an element of the working weight."""
+    group: int | None
+    """Parameter group of the optimizer; None: frozen."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole working weight."""
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The end of forward or backward, or a gradient that is complete.
+
+    Parameters, buffers and finished gradients are not counted: where those go is the engine's affair.
+    """
+
+    peak_bytes: int
+    """Most bytes in use since the moment before."""
+    live_bytes: int
+    """Bytes in use now."""
+    parameter: int | None = None
+    """Whose gradient is complete, by its position in ``model.parameters()``."""
+
+
 @dataclass(frozen=True)
 class TracedStep:
     """What one training step was found to take."""
 
-    weights: list[Weight]
+    weights: Sequence[Weight]
     """In the order of ``model.parameters()``."""
-    moments: list[Moment]
+    moments: Sequence[Moment]
     """Of any micro-batch but the first."""
-    blocks: list[int]
-    """Which block each parameter is gathered with, under an engine that gathers blocks."""
+    blocks: Sequence[int] = ()
+    """The block each parameter is gathered with, under an engine that gathers blocks."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What a micro-batch leaves until the next one: its logits, for the most part."""
+        return self.moments[-1].live_bytes if self.moments else 0
 
 
 def trace_training_step(
@@ -73,20 +119,24 @@ def trace_training_step(
         find_blocks: gives the block of each parameter.
 
     Raises:
-        ConfigError: the model asks for what tensors without data cannot tell, naming the operation.
+        ConfigError: the step depends on values that fake tensors do not have; names the operation.
     """
     try:
         with FakeTensorMode(), _Supposed(), _Kernels(on_cpu=on_cpu):
             model = with_checkpointing(build_model(), train.gradient_checkpointing)
             model.train()
             objective.prepare_model(model)
-            _skip_proof(objective, model)
-            numbers, blocks = _groups(model, train), find_blocks(model)
+            proved = getattr(objective, "_proved", None)
+            if proved is not None:  # the proof on the first batch compares values
+                proved.add(model)
+            groups = build_optimizer(model, train).param_groups
+            numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+            blocks = find_blocks(model)
             if casting == "weights":
-                _cast(model, dtype)
+                for parameter in model.parameters():  # not the buffers, as DeepSpeed and FSDP2 do
+                    parameter.data = parameter.data.to(dtype)
             elif casting == "autocast":
-                forward = torch.autocast("cpu", dtype)(model.forward)
-                model.forward = convert_outputs_to_fp32(forward)
+                model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
             weights = [
                 Weight(
                     numel=p.numel(),
@@ -104,6 +154,71 @@ def trace_training_step(
             f"({type(error).__name__}); train a few steps and read the memory that they took"
         ) from error
     return TracedStep(weights, moments, blocks)
+
+
+def trace_step(model: nn.Module, compute: Callable[[], Any]) -> list[Moment]:
+    """Run forward and backward of one micro-batch, and return what is in use when.
+
+    What the objective returned (the logits, for the most part) lives until the next micro-batch has returned, as in
+    the training loop: it is counted in the forward of the next. Gradients are taken away once they are complete.
+
+    Args:
+        model: the model, in training mode; its tensors may be fake.
+        compute: gives a result with a loss, whose backward is run.
+
+    Returns:
+        The end of forward, each gradient in the order of backward, and the end of backward.
+    """
+    gradients: list[Moment] = []
+    with LiveBytes([*model.parameters(), *model.buffers()]) as memory, ExitStack() as hooks:
+
+        def take(number: int, parameter: Tensor) -> None:
+            parameter.grad = None
+            gradients.append(Moment(memory.restart_peak(), memory.live, number))
+
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(lambda p, number=number: take(number, p))
+                hooks.callback(hook.remove)
+        result = compute()
+        forward, live = memory.restart_peak(), memory.live
+        result.loss.backward()
+        end = Moment(memory.restart_peak(), memory.live)
+    return [Moment(forward + end.live_bytes, live + end.live_bytes), *gradients, end]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, fake or real, from the operations that make them.
+
+    Args:
+        ignored: tensors whose storages are not counted.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        for tensor in ignored:
+            self._seen[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._seen:
+                size = self._seen[storage] = storage.nbytes()
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, size).atexit = False
+        return result
+
+    def restart_peak(self) -> int:
+        """Return the most bytes since the last call."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
 
 
 class _Supposed(TorchDispatchMode):
@@ -136,22 +251,3 @@ class _Kernels(TorchFunctionMode):
             with torch.autocast("cpu", enabled=False):
                 return func(args[0].float(), *args[1:], **kwargs)
         return func(*args, **kwargs)
-
-
-def _skip_proof(objective: Any, model: nn.Module) -> None:
-    """Keep a noise objective from proving itself on the first batch: that compares values."""
-    proved = getattr(objective, "_proved", None)
-    if proved is not None:
-        proved.add(model)
-
-
-def _groups(model: nn.Module, train: TrainConfig) -> dict[int, int]:
-    """Return the optimizer's group of each trained parameter, by the parameter's id."""
-    groups = build_optimizer(model, train).param_groups
-    return {id(p): number for number, group in enumerate(groups) for p in group["params"]}
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights, not the buffers, as DeepSpeed and FSDP2 do."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)

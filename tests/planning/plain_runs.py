@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from swaft.planning.memory import Run, Weight
-from swaft.planning.trace import Moment
+from swaft.planning.memory import Run
+from swaft.planning.step import Moment, TracedStep, Weight
 
 MATRIX = Weight(numel=100, rows=10, itemsize=4, group=0)
 BIAS = Weight(numel=10, rows=10, itemsize=4, group=1)
 
 
-def plain_run(*weights: Weight, world_size: int = 1, on_cpu: bool = True, **settings) -> Run:
-    return Run(weights=weights or (MATRIX, BIAS), world_size=world_size, on_cpu=on_cpu, **settings)
-
-
-def steps_through(*uses: tuple[int, ...], peak: int = 0) -> list[Moment]:
-    """Forward through modules with these parameters, and backward through them, gradients and all."""
-    there = [Moment(kind, use, peak, peak) for use in uses for kind in ("enter", "leave")]
-    back = [
-        moment
-        for use in reversed(uses)
-        for moment in (
-            Moment("enter", use, peak, peak),
-            *(Moment("gradient", (number,), peak, peak) for number in reversed(use)),
-            Moment("leave", use, peak, peak),
-        )
-    ]
-    return [*there, Moment("turn", (), peak, peak), *back, Moment("end", (), peak, peak)]
+def plain_run(
+    *weights: Weight, world_size: int = 1, on_cpu: bool = True, peak: int = 0, blocks=None, **settings
+) -> Run:
+    """A run whose backward gives the last weight's gradient first; `peak` bytes are in use at every moment."""
+    weights = weights or (MATRIX, BIAS)
+    trained = [number for number, weight in enumerate(weights) if weight.group is not None]
+    gradients = [Moment(peak, peak, number) for number in reversed(trained)]
+    moments = [Moment(peak, peak), *gradients, Moment(peak, 0)]
+    step = TracedStep(weights, moments, blocks or [0] * len(weights))
+    return Run(step=step, world_size=world_size, on_cpu=on_cpu, **settings)
 
 
 def phase_of(memory, name: str):

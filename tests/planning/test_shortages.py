@@ -9,8 +9,7 @@ import pytest
 
 from swaft.config import AveragingConfig, TrainConfig
 from swaft.planning.memory import Phase
-from swaft.planning.plan import RunPlan, Target
-from swaft.planning.shortages import find_shortages
+from swaft.planning.plan import RunPlan, Target, find_shortages
 
 pytestmark = pytest.mark.unit
 
@@ -32,10 +31,8 @@ def told(
         phases=[Phase(phase, {"a": 3 * GIB}, {"b": 3 * GIB // ranks})], averaging=None,
     )  # fmt: skip
     launch = SimpleNamespace(stage=stage, engine="-", world_size=ranks, num_machines=1)
-    masters, weights = offloads
-    engine: Any = SimpleNamespace(
-        launch=launch, offloads_masters=masters, offloads_weights=weights, loads_whole=True
-    )
+    offloaded = dict(zip(("optimizer", "param"), offloads, strict=True))
+    engine: Any = SimpleNamespace(launch=launch, offloads=offloaded.get, loads_whole=True)
     target = Target(host_bytes=2 * GIB) if host else Target(device_bytes=2 * GIB)
     [sentence] = find_shortages(
         found, target, engine, TrainConfig(output_dir="-", **train), AveragingConfig()

@@ -12,8 +12,7 @@ import swaft
 from swaft.config import TrainConfig
 from swaft.errors import ConfigError
 from swaft.noise import TaskLoss
-from swaft.planning.step import trace_training_step
-from swaft.planning.trace import LiveBytes, trace_step
+from swaft.planning.step import LiveBytes, trace_step, trace_training_step
 from swaft.training.pretrained import with_checkpointing
 
 BERT = {
