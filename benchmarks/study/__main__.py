@@ -1,0 +1,146 @@
+"""Command line of the study.
+
+    nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
+    python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
+    python -m benchmarks.study cost                 # measured seconds of a cell, task by task
+    python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
+    python -m benchmarks.study status               # how many cells of each phase there are
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks.study.cell import Cell, identity, parse_cell, run_cell
+from benchmarks.study.grid import MAIN, PHASES, all_cells, cells_of, tuning_cells
+from benchmarks.study.store import Row, append, claim, finished, read_rows, results_folder
+from benchmarks.study.tasks import TASKS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make every cell that is missing, most wanted first")
+    run.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    run.add_argument("--cells", type=int, default=None, help="stop after so many cells")
+    cost = commands.add_parser("cost", help="measure one cell of each task")
+    cost.add_argument("--tasks", nargs="*", default=list(TASKS))
+    cost.add_argument("--training", default="decayed")
+    one = commands.add_parser("cell", help="make one cell, and print its rows")
+    one.add_argument("name")
+    one.add_argument("--check", action="store_true", help="compare it with its rows in the results")
+    commands.add_parser("status", help="count cells")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # a cell comes to the same bits wherever it runs
+    if given.command == "run":
+        return run_grid(given.jobs, given.cells)
+    if given.command == "cost":
+        return print_cost(given.tasks, given.training)
+    if given.command == "cell":
+        return print_cell(parse_cell(given.name), given.check)
+    return print_status()
+
+
+def run_grid(jobs: int, limit: int | None) -> int:
+    """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow."""
+    others = [
+        subprocess.Popen([sys.executable, "-m", "benchmarks.study", "run"]) for _ in range(1, max(1, jobs))
+    ]
+    folder, made = results_folder(), 0
+    while limit is None or made < limit:
+        cell = _make_next(folder)
+        if cell is None:
+            break
+        made += 1
+    for other in others:
+        other.wait()
+    return 0
+
+
+def _make_next(folder) -> Cell | None:
+    """Make the most wanted cell that is neither there nor held by another process; None where there is none."""
+    rows = read_rows(folder)
+    done = finished(rows)
+    for cell in all_cells(rows):
+        if (cell.name, cell.fingerprint) in done:
+            continue
+        with claim(folder, cell.name) as held:
+            if not held:
+                continue
+            if (cell.name, cell.fingerprint) in finished(read_rows(folder)):
+                continue  # finished by another process since
+            began = time.perf_counter()
+            found = make(cell)
+            append(folder, cell.file, found)
+            note = found[0].get("failed") or f"{len(found)} readouts"
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}: {note}, {time.perf_counter() - began:.0f} s", flush=True)
+            return cell
+    return None
+
+
+def make(cell: Cell) -> list[Row]:
+    """The rows of a cell, or the one row that says why there are none."""
+    try:
+        return run_cell(cell)
+    except Exception as error:  # out of memory, a folder that is missing: others are made all the same
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [{**identity(cell, "failed"), "of": 1, "failed": f"{type(error).__name__}: {error}"}]
+
+
+def print_cost(tasks: list[str], training: str) -> int:
+    """Print what one cell of each task takes; nothing is kept."""
+    print("task        steps  training CPU-s  in all s")
+    for task in tasks:
+        began = time.process_time()
+        row = run_cell(Cell(task, training, "main", 1e-4, 0, "test"))[0]
+        total = time.process_time() - began
+        print(f"{task:10} {row['settings']['steps']:6} {row['cost']['cpu_seconds']:15.1f} {total:9.1f}", flush=True)
+    return 0
+
+
+def print_cell(cell: Cell, check: bool) -> int:
+    """Print a cell's rows; with ``check``, whether they are those of the results, number for number."""
+    made = make(cell)
+    for row in made:
+        print(json.dumps(row))
+    if not check:
+        return 0
+    kept = {row["readout"]: row for row in read_rows(results_folder())
+            if row["cell"] == cell.name and row["fingerprint"] == cell.fingerprint}  # fmt: skip
+    same = all(
+        row["readout"] in kept
+        and all(row.get(part) == kept[row["readout"]].get(part) for part in ("outcomes", "rounded", "chosen"))
+        for row in made
+    )
+    print("the same numbers" if same else "other numbers, or no rows of this fingerprint", file=sys.stderr)
+    return 0 if same else 1
+
+
+def print_status() -> int:
+    """Print how many cells of each phase are there."""
+    rows = read_rows(results_folder())
+    done = finished(rows)
+    for phase in PHASES:
+        cells = list(cells_of(phase, rows))
+        there = sum((cell.name, cell.fingerprint) in done for cell in cells)
+        whole = len(phase.trainings) * (len(phase.tasks) * len(phase.seeds)) + sum(
+            len(tuning_cells(name, phase.regime)) for name in phase.trainings
+        )
+        names = "main trainings" if phase.trainings == MAIN else ", ".join(phase.trainings)
+        print(f"{there:5} of {whole:5}  {phase.regime}, {len(phase.seeds)} seeds, {' '.join(phase.tasks)}: {names}")
+    failed = [row for row in rows if "failed" in row]
+    for row in failed:
+        print(f"failed: {row['cell']}: {row['failed']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

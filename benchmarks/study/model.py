@@ -1,0 +1,88 @@
+"""The encoder with a new head, its logits, and its weights rounded to few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study.tasks import Rows, evaluation_batches
+
+GROUP = 64
+"""Weights of a row that share a scale and an offset in int4."""
+
+
+def pretrained(num_labels: int, seed: int, device: torch.device) -> nn.Module:
+    """The embedded MiniLM with a classification head whose weights are drawn by the seed."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    from swaft.demo import demo_model_path
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=num_labels)
+    return model.to(device)
+
+
+def logits_of(model: nn.Module, rows: Rows) -> Tensor:
+    """Logits (N, C) of every row, fp32, on the host, without dropout."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts, order = [], []
+    with torch.inference_mode():
+        for places in evaluation_batches(rows):
+            batch = {name: tensor.to(device) for name, tensor in rows.batch(places).items()}
+            del batch["labels"]
+            parts.append(model(**batch).logits.float().cpu())
+            order += places.tolist()
+    model.train(was_training)
+    logits = torch.cat(parts)
+    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+
+
+@contextmanager
+def changed(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """The model with other parameters for a while; the same bits afterwards."""
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(change(name, kept[name]))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
+
+
+def to_bf16(_: str, weight: Tensor) -> Tensor:
+    """Every weight to bf16, to nearest even."""
+    return weight.bfloat16().float()
+
+
+def to_int8(_: str, weight: Tensor) -> Tensor:
+    """Matrices (out, in) to 255 levels, symmetric, one scale an output channel; vectors stay."""
+    if weight.dim() < 2:
+        return weight
+    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (weight / scale).round() * scale
+
+
+def to_int4(_: str, weight: Tensor) -> Tensor:
+    """Matrices (out, in) to 16 levels between least and greatest of each ``GROUP`` weights of a row; vectors stay."""
+    if weight.dim() < 2:
+        return weight
+    short = -weight.shape[-1] % GROUP
+    padded = torch.cat([weight, weight[..., -1:].expand(*weight.shape[:-1], short)], -1)
+    groups = padded.unflatten(-1, (-1, GROUP))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = (high - low).clamp(min=1e-12) / 15
+    return (((groups - low) / scale).round() * scale + low).flatten(-2)[..., : weight.shape[-1]]
+
+
+ROUNDINGS = {"bf16": to_bf16, "int8": to_int8, "int4": to_int4}

@@ -1,0 +1,93 @@
+"""What tells one arithmetic from another: the weights after a fixed tiny training, and machine and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from benchmarks.study.loop import train
+from benchmarks.study.readouts import rules_for
+from benchmarks.study.trainings import TRAININGS
+
+PACKAGES = ("torch", "transformers", "numpy", "numba")
+STEPS, BATCH, LENGTH, CLASSES = 24, 4, 8, 3
+
+
+@lru_cache(maxsize=None)
+def fingerprint(training: str, device: str, precision: str) -> str:
+    """Hash of the weights and averages after ``STEPS`` steps of a training of a random encoder on random rows.
+
+    Whatever changes what a training computes (the library, torch, the processor) changes it, and what leaves the
+    numbers alone leaves it alone.
+
+    Args:
+        training: name of the training.
+        device: ``cpu`` or ``cuda``.
+        precision: of the passes.
+    """
+    from transformers import BertConfig, BertForSequenceClassification
+
+    kind = TRAININGS[training]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=LENGTH, num_labels=CLASSES,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).to(device)
+    batches = [
+        {
+            "input_ids": torch.randint(1, 50, (BATCH, LENGTH)),
+            "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
+            "labels": torch.randint(CLASSES, (BATCH,)),
+        }
+        for _ in range(STEPS)
+    ]
+    trained = train(
+        model, batches, objective=kind.objective(0), schedule=kind.schedule, rate=1e-3, total_steps=STEPS,
+        rules=rules_for(kind, STEPS), precision=precision, seed=0,
+    )  # fmt: skip
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    for name in trained.averager.rules:
+        found.update(trained.averager.shard(name).numpy().tobytes())
+    trained.averager.close()
+    return found.hexdigest()[:12]
+
+
+@lru_cache(maxsize=1)
+def machine() -> dict[str, Any]:
+    """Processor, card, threads and versions."""
+    return {
+        "processor": _processor(),
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor, and whether it multiplies bf16 by itself, for numbers depend on it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    except OSError:
+        return platform.processor() or platform.machine()
+    known = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = known.get("flags", "").split()
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return " ".join([known.get("model name", os.uname().machine), *units])

@@ -1,0 +1,59 @@
+"""Numbers from logits: loss, accuracy, the task's own score, calibration. Pure tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 15
+
+
+def outcomes(logits: Tensor, labels: Tensor, score: str) -> dict[str, float]:
+    """All outcomes of one readout.
+
+    Args:
+        logits: (N, C).
+        labels: (N,), int64.
+        score: the task's own, accuracy, mcc or f1.
+
+    Returns:
+        nll (nats), accuracy, the score under its name, and ece, of ``BINS`` equal bins of the top probability.
+    """
+    logits = logits.double()
+    predicted = logits.argmax(-1)
+    hits = (predicted == labels).double()
+    found = {
+        "nll": float(F.cross_entropy(logits, labels)),
+        "accuracy": float(hits.mean()),
+        "ece": calibration_error(logits.softmax(-1).amax(-1), hits),
+    }
+    if score != "accuracy":
+        found[score] = {"mcc": matthews, "f1": f1}[score](predicted, labels)
+    return {name: float(f"{value:.9g}") for name, value in found.items()}
+
+
+def calibration_error(confidence: Tensor, hits: Tensor) -> float:
+    """Expected calibration error: the mean over rows of their bin's ``|accuracy - confidence|``."""
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, hits.double() - confidence.double())
+    return float(gaps.abs().sum() / len(hits))
+
+
+def matthews(predicted: Tensor, labels: Tensor) -> float:
+    """Matthews correlation of two classes; 0 where one of the two is constant."""
+    tp, fp, fn, tn = _counts(predicted, labels)
+    below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / below**0.5 if below else 0.0
+
+
+def f1(predicted: Tensor, labels: Tensor) -> float:
+    """F1 of class 1; 0 where nothing of it is found."""
+    tp, fp, fn, _ = _counts(predicted, labels)
+    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def _counts(predicted: Tensor, labels: Tensor) -> tuple[int, int, int, int]:
+    pairs = [(1, 1), (1, 0), (0, 1), (0, 0)]
+    tp, fp, fn, tn = (int(((predicted == p) & (labels == t)).sum()) for p, t in pairs)
+    return tp, fp, fn, tn

@@ -1,0 +1,96 @@
+"""Rows on disk, one JSON line a readout, and claims on cells, for any number of processes at once.
+
+A cell's rows are appended in one write under a lock, and each says how many there are (``of``), so a cell counts once
+all of them are there. A line that was cut off is passed over by readers and cut away by the next writer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+CLAIMS = ".claims"
+"""A file without content, of which a process locks one byte a cell. The kernel frees the locks of a dead process."""
+
+
+def results_folder() -> Path:
+    """Where rows lie: `$SWAFT_STUDY`, else benchmarks/results/study in this checkout."""
+    here = Path(__file__).parents[1] / "results" / "study"
+    return Path(os.environ.get("SWAFT_STUDY", here))
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Every whole row, one a cell, readout and fingerprint; of several the latest."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in _whole_lines(path):
+            found[row["cell"], row["readout"], row["fingerprint"]] = row
+    return list(found.values())
+
+
+def finished(rows: Iterable[Row]) -> set[tuple[str, str]]:
+    """(cell, fingerprint) of those that have all their rows, or are recorded as failed."""
+    counts: dict[tuple[str, str], int] = {}
+    done = set()
+    for row in rows:
+        key = row["cell"], row["fingerprint"]
+        counts[key] = counts.get(key, 0) + 1
+        if "failed" in row or counts[key] == row["of"]:
+            done.add(key)
+    return done
+
+
+def append(folder: Path, name: str, rows: list[Row]) -> None:
+    """Add the rows of a cell to a file, whole or not at all as far as readers see.
+
+    Args:
+        folder: made where it is missing.
+        name: of the file, without its ending.
+        rows: of one cell.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
+    with (folder / f"{name}.jsonl").open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        if not content.endswith(b"\n"):  # the line of a writer that was stopped
+            file.truncate(content.rfind(b"\n") + 1)
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def claim(folder: Path, cell: str) -> Iterator[bool]:
+    """Hold a cell against other processes on this machine, if it is free; gives whether it is held.
+
+    Locks of a process exclude other processes, not its own threads; a dead process holds none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = int.from_bytes(hashlib.sha256(cell.encode()).digest()[:7], "big")
+    with (folder / CLAIMS).open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except OSError:
+            yield False
+        else:
+            yield True  # closing the file frees the lock
+
+
+def _whole_lines(path: Path) -> Iterator[Row]:
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"cell", "readout", "fingerprint", "of"} <= row.keys():
+            yield row

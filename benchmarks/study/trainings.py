@@ -1,0 +1,72 @@
+"""The trainings: what each minimises, by which schedule, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import swaft
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way to train."""
+
+    name: str
+    schedule: str
+    """decayed: warm-up, then linearly to 0. constant: warm-up, then constant."""
+    objective: Callable[[int], Any] = lambda seed: swaft.TaskLoss()
+    """Makes the objective of a run from its seed."""
+    passes: int = 1
+    """Forward and backward passes over a batch, a step."""
+    length: int = 1
+    """Epochs, as a multiple of the budget's."""
+    principal: str = "last"
+    """The readout by which its rate is chosen."""
+    plain: bool = False
+    """Whether every readout is taken from it, rather than the few that matter."""
+
+    @property
+    def units(self) -> int:
+        """Forward-backward passes over the training rows, as a multiple of the baseline's."""
+        return self.passes * self.length
+
+
+def _r3f(**options: Any) -> Callable[[int], Any]:
+    return lambda seed: swaft.R3F(seed=seed, **options)
+
+
+def _rdrop(seed: int) -> Any:
+    return swaft.RDrop(weight=1.0, passes="doubled", seed=seed)
+
+
+_OBJECTIVES: dict[str, Callable[[int], Any]] = {
+    "rdrop": _rdrop,
+    # What the released code did where its noise arrived: small noise, other dropout masks in the noised pass.
+    "r3f-independent": _r3f(weight=1.0, sigma=1e-5, masks="independent", passes="doubled"),
+    "r3f-relative-0.3": _r3f(weight=1.0, sigma=0.3, preset="relative"),
+    "r3f-relative-0.1": _r3f(weight=1.0, sigma=0.1, preset="relative"),
+    "r3f-relative-1.0": _r3f(weight=1.0, sigma=1.0, preset="relative"),
+    "r3f-relative-0.1-w5": _r3f(weight=5.0, sigma=0.1, preset="relative"),
+    "r3f-relative-0.3-w5": _r3f(weight=5.0, sigma=0.3, preset="relative"),
+    "r3f-relative-1.0-w5": _r3f(weight=5.0, sigma=1.0, preset="relative"),
+    "r3f-literal": _r3f(weight=1.0, sigma=1e-5, preset="paper"),
+    "r4f-literal": lambda seed: swaft.R4F(weight=1.0, sigma=1e-5, preset="paper", seed=seed),
+    "r4f-relative-0.3": lambda seed: swaft.R4F(weight=1.0, sigma=0.3, preset="relative", seed=seed),
+}
+
+TRAININGS = {
+    training.name: training
+    for training in (
+        Training("decayed", "decayed", plain=True),
+        Training("constant", "constant", principal="swa-0.5", plain=True),
+        Training("decayed2x", "decayed", length=2, plain=True),
+        Training("constant2x", "constant", length=2, principal="swa-0.5", plain=True),
+        *(
+            Training(f"{name}-{schedule}", schedule, objective, 2, principal=principal)
+            for name, objective in _OBJECTIVES.items()
+            for schedule, principal in (("decayed", "last"), ("constant", "swa-0.5"))
+        ),
+    )
+}

@@ -1,0 +1,30 @@
+"""A tiny task, and a budget of a few steps, so that a cell takes seconds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.study import cell, tasks
+
+WORDS = ("good fine great nice", "bad poor awful sad")
+
+
+@pytest.fixture
+def tiny_task(tmp_path, monkeypatch):
+    """The task `cr` with 20 rows a split, and a budget of 12 steps."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    generator = np.random.default_rng(0)
+    (tmp_path / "cr").mkdir()
+    for split in ("train", "validation", "test"):
+        labels = generator.integers(2, size=20)
+        texts = [" ".join(generator.choice(WORDS[label].split(), size=3)) for label in labels]
+        parquet.write_table(pa.table({"text": texts, "label": labels}), tmp_path / "cr" / f"{split}.parquet")
+    monkeypatch.setenv("SWAFT_DATA", str(tmp_path))
+    monkeypatch.setenv("SWAFT_STUDY", str(tmp_path / "results"))
+    monkeypatch.setitem(cell.REGIMES, "main", cell.Regime(rows=16, epochs=3, batch=4))
+    tasks._read.cache_clear()
+    yield tmp_path
+    tasks._read.cache_clear()
