@@ -1,10 +1,10 @@
 """Command line of the study.
 
-    nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
-    python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
-    python -m benchmarks.study cost                 # measured seconds of a cell, task by task
-    python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
-    python -m benchmarks.study status               # how many cells of each phase there are
+nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
+python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
+python -m benchmarks.study cost                 # measured seconds of a cell, task by task
+python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
+python -m benchmarks.study status               # how many cells of each phase there are
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _make_next(folder) -> Cell | None:
             began = time.perf_counter()
             found = make(cell)
             append(folder, cell.file, found)
-            note = found[0].get("failed") or f"{len(found)} readouts"
-            print(f"{time.strftime('%H:%M:%S')} {cell.name}: {note}, {time.perf_counter() - began:.0f} s", flush=True)
+            note, seconds = found[0].get("failed") or f"{len(found)} readouts", time.perf_counter() - began
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}: {note}, {seconds:.0f} s", flush=True)
             return cell
     return None
 
@@ -102,7 +102,10 @@ def print_cost(tasks: list[str], training: str) -> int:
         began = time.process_time()
         row = run_cell(Cell(task, training, "main", 1e-4, 0, "test"))[0]
         total = time.process_time() - began
-        print(f"{task:10} {row['settings']['steps']:6} {row['cost']['cpu_seconds']:15.1f} {total:9.1f}", flush=True)
+        print(
+            f"{task:10} {row['settings']['steps']:6} {row['cost']['cpu_seconds']:15.1f} {total:9.1f}",
+            flush=True,
+        )
     return 0
 
 
@@ -135,7 +138,9 @@ def print_status() -> int:
             len(tuning_cells(name, phase.regime)) for name in phase.trainings
         )
         names = "main trainings" if phase.trainings == MAIN else ", ".join(phase.trainings)
-        print(f"{there:5} of {whole:5}  {phase.regime}, {len(phase.seeds)} seeds, {' '.join(phase.tasks)}: {names}")
+        print(
+            f"{there:5} of {whole:5}  {phase.regime}, {len(phase.seeds)} seeds, {' '.join(phase.tasks)}: {names}"
+        )
     failed = [row for row in rows if "failed" in row]
     for row in failed:
         print(f"failed: {row['cell']}: {row['failed']}")

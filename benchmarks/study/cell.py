@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from benchmarks.study import loop
 from benchmarks.study.model import ROUNDINGS, changed, logits_of, pretrained
 from benchmarks.study.numerics import fingerprint, machine
 from benchmarks.study.outcomes import outcomes
-from benchmarks.study.readouts import BLENDED, Readout, readouts_for, rules_for, searched
+from benchmarks.study.readouts import Readout, readouts_for, rules_for, searched
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import MAX_LENGTH, TASKS, Rows, Splits, epoch_batches, load
 from benchmarks.study.trainings import TRAININGS, Training
@@ -111,8 +111,11 @@ def run_cell(cell: Cell) -> list[Row]:
         seed=cell.seed,
     )
     try:
-        scored = _tuning(model, trained, training, splits, TASKS[cell.task].score) if cell.split == "tuning" \
+        scored = (
+            _tuning(model, trained, training, splits, TASKS[cell.task].score)
+            if cell.split == "tuning"
             else _test(model, trained, training, splits, TASKS[cell.task].score)
+        )
     finally:
         trained.averager.close()
     shared = {
@@ -204,9 +207,8 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        with nullcontext() if not Path("/proc/self/clear_refs").exists() else open("/proc/self/clear_refs", "w") as file:
-            if file is not None:
-                file.write("5")
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak(device: torch.device) -> int:

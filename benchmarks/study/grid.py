@@ -35,7 +35,12 @@ SEEDS = tuple(range(1, 11))
 
 AVERAGING = ("decayed", "constant")
 LONGER = ("decayed2x", "rdrop-decayed", "rdrop-constant")
-NOISE = ("r3f-independent-decayed", "r3f-independent-constant", "r3f-relative-0.3-decayed", "r3f-relative-0.3-constant")
+NOISE = (
+    "r3f-independent-decayed",
+    "r3f-independent-constant",
+    "r3f-relative-0.3-decayed",
+    "r3f-relative-0.3-constant",
+)
 MAIN = AVERAGING + LONGER + NOISE
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 

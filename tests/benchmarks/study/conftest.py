@@ -1,9 +1,10 @@
-"""A tiny task, and a budget of a few steps, so that a cell takes seconds."""
+"""A tiny task, a tiny encoder and a budget of a few steps, so that a cell takes a second."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.study import cell, tasks
 
@@ -12,7 +13,7 @@ WORDS = ("good fine great nice", "bad poor awful sad")
 
 @pytest.fixture
 def tiny_task(tmp_path, monkeypatch):
-    """The task `cr` with 20 rows a split, and a budget of 12 steps."""
+    """The task `cr` with 20 rows a split, a random encoder in MiniLM's place, and a budget of 12 steps."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -25,6 +26,23 @@ def tiny_task(tmp_path, monkeypatch):
     monkeypatch.setenv("SWAFT_DATA", str(tmp_path))
     monkeypatch.setenv("SWAFT_STUDY", str(tmp_path / "results"))
     monkeypatch.setitem(cell.REGIMES, "main", cell.Regime(rows=16, epochs=3, batch=4))
+    monkeypatch.setattr(cell, "pretrained", _tiny_encoder)
     tasks._read.cache_clear()
     yield tmp_path
     tasks._read.cache_clear()
+
+
+def _tiny_encoder(num_labels, seed, device):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=num_labels,
+    )
+    return BertForSequenceClassification(config).to(device)

@@ -1,4 +1,4 @@
-"""A cell from its name to its rows, with the real encoder on a tiny task."""
+"""A cell from its name to its rows, on a tiny task."""
 
 from __future__ import annotations
 

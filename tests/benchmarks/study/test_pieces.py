@@ -1,0 +1,127 @@
+"""Outcomes, roundings, batches and the order of the grid: pure pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, matthews_corrcoef
+from torch import nn
+
+from benchmarks.study import grid
+from benchmarks.study.cell import Cell, parse_cell
+from benchmarks.study.loop import rate_at
+from benchmarks.study.model import GROUP, changed, to_int4, to_int8
+from benchmarks.study.outcomes import BINS, calibration_error, outcomes
+from benchmarks.study.tasks import Rows, epoch_batches, evaluation_batches
+
+pytestmark = pytest.mark.unit
+
+
+def test_outcomes_are_those_of_scikit_learn_and_of_the_definition():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(200, 2) * 2, torch.randint(2, (200,))
+    predicted = logits.argmax(-1)
+    assert outcomes(logits, labels, "mcc")["mcc"] == pytest.approx(matthews_corrcoef(labels, predicted))
+    found = outcomes(logits, labels, "f1")
+    assert found["f1"] == pytest.approx(f1_score(labels, predicted))
+    assert found["accuracy"] == pytest.approx(float((predicted == labels).double().mean()))
+    assert found["nll"] == pytest.approx(
+        float(-logits.double().log_softmax(-1)[torch.arange(200), labels].mean())
+    )
+    top, hits = logits.double().softmax(-1).amax(-1), (predicted == labels).double()
+    expected = 0.0
+    for i in range(BINS):
+        inside = (top >= i / BINS) & (top < (i + 1) / BINS)
+        if inside.any():
+            expected += float(inside.double().mean() * (hits[inside].mean() - top[inside].mean()).abs())
+    assert calibration_error(top, hits) == pytest.approx(expected)
+
+
+def test_int8_keeps_each_weight_within_half_a_step_and_int4_has_16_levels_a_group():
+    weight = torch.randn(5, GROUP + 10)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((to_int8("", weight) - weight).abs() <= step / 2 + 1e-7).all()
+    rounded = to_int4("", weight)
+    assert rounded.shape == weight.shape
+    for row, before in zip(rounded[:, :GROUP], weight[:, :GROUP], strict=True):
+        assert 8 < len(row.unique()) <= 16
+        assert (row - before).abs().max() <= (before.max() - before.min()) / 30 + 1e-6
+    assert torch.equal(to_int4("", weight[0]), weight[0])  # vectors stay
+
+
+def test_changed_weights_are_back_bit_for_bit_also_after_an_error():
+    model = nn.Linear(3, 3)
+    before = model.weight.detach().clone()
+
+    def fail_inside():
+        with changed(model, lambda name, weight: weight * 0):
+            assert not model.weight.any()
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    assert torch.equal(model.weight, before)
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_seed_and_little_padding():
+    generator = np.random.default_rng(0)
+    rows = Rows(tuple((1,) * n for n in generator.integers(3, 60, size=300)), (), torch.zeros(300))
+    batches = epoch_batches(rows, size=8, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(300))
+    again, other = (epoch_batches(rows, size=8, seed=1, epoch=epoch) for epoch in (0, 1))
+    assert all(map(np.array_equal, batches, again))
+    assert not all(map(np.array_equal, batches, other))
+
+    def padded(some: list[np.ndarray]) -> int:
+        return sum(len(places) * max(len(rows.ids[place]) for place in places) for places in some)
+
+    assert padded(batches) < 1.35 * sum(map(len, rows.ids))
+    assert sorted(np.concatenate(evaluation_batches(rows)).tolist()) == list(range(300))
+
+
+def test_the_rate_warms_up_and_decays_to_one_step_above_nothing():
+    decayed = [rate_at(step, 100, "decayed") for step in range(100)]
+    assert decayed[5] == 1.0 == max(decayed)
+    assert decayed[0] == pytest.approx(1 / 6)
+    assert decayed[99] == pytest.approx(1 / 94)
+    assert [rate_at(step, 100, "constant") for step in range(6, 100)] == [1.0] * 94
+
+
+def test_a_cell_is_read_back_from_its_name():
+    cell = Cell("mrpc", "rdrop-decayed", "small", 2e-5, 7, "tuning")
+    assert parse_cell(cell.name) == cell
+
+
+def test_reported_cells_wait_for_a_rate_and_take_the_one_of_the_lowest_loss():
+    cells = grid.tuning_cells("constant", "main")
+
+    def row(cell: Cell, nll: float, readout: str = "swa-0.5") -> dict:
+        return {"cell": cell.name, "readout": readout, "outcomes": {"nll": nll}}
+
+    rows = [row(cell, {1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.4}[cell.rate]) for cell in cells]
+    rows += [row(cell, 0.01, "last") for cell in cells if cell.rate == 4e-4]  # not what it is judged by
+    assert grid.chosen_rate("constant", "main", rows[1:]) is None
+    assert grid.chosen_rate("constant", "main", rows) == 2e-4
+    made = list(grid.all_cells(rows))
+    assert made[: len(cells)] == grid.tuning_cells("decayed", "main")
+    reported = [cell for cell in made if cell.split == "test"]
+    assert {(cell.training, cell.rate) for cell in reported if cell.regime == "main"} == {("constant", 2e-4)}
+    assert len(set(made)) == len(made)
+
+
+def test_a_rate_at_which_a_cell_failed_or_diverged_is_not_chosen():
+    rows = []
+    for cell in grid.tuning_cells("decayed", "main"):
+        if cell.rate == 1e-4:
+            rows.append({"cell": cell.name, "readout": "failed", "failed": "OutOfMemoryError"})
+        else:
+            nll = float("nan") if cell.rate == 2e-4 else 0.9
+            rows.append({"cell": cell.name, "readout": "last", "outcomes": {"nll": nll}})
+    assert grid.chosen_rate("decayed", "main", rows) == 4e-4
+
+
+def test_no_tuning_seed_is_reported_and_no_confirming_task_is_chosen_on():
+    assert not set(grid.TUNING_SEEDS) & set(grid.SEEDS)
+    assert set(grid.TUNING_TASKS) <= set(grid.CHOOSING)
+    assert not set(grid.CHOOSING) & set(grid.CONFIRMING)
