@@ -3,13 +3,13 @@
 Rules, written down before any row of a confirming task was made:
 
 * **Rate.** Every training has the same budget of trials: ``RATES`` on the tuning tasks, two of the choosing ones,
-  with the tuning seeds, which no reported cell uses. Its rate is that with the lowest mean, over these cells, of the logarithm of the
-  validation loss of its principal readout (last of a decayed training, SWA from 0.5 of a constant one). Of equal
-  ones, the lower rate. The regime of 500 rows is tuned by itself, in the same way.
+  with the tuning seeds, which no reported cell uses. Its rate is that with the lowest mean, over these cells, of the
+  logarithm of the validation loss of its principal readout (last of a decayed training, SWA from 0.5 of a constant
+  one). Of equal ones, the lower rate. The regime of 500 rows is tuned by itself, in the same way.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs of one pass. A training of
   two passes, and one that is twice as long, cost two. So comparisons at equal cost are that by construction.
-* **Default averaging rule.** Among the readouts of the decayed and of the constant training, that with the lowest mean
-  over the choosing tasks of the paired difference in test loss to `decayed:last`, whose mean difference in the
+* **Default averaging rule.** Among the readouts of the decayed and of the constant training, that with the lowest
+  mean over the choosing tasks of the paired difference in test loss to `decayed:last`, whose mean difference in the
   task's score is not below 0. Where none is ahead on loss with its 95 % interval over tasks clear of 0: the last
   weights of the decayed training.
 * **Default objective.** Among all two-pass trainings, and readouts of them, likewise against `decayed2x:last`.

@@ -74,7 +74,7 @@ def to_int8(_: str, weight: Tensor) -> Tensor:
 
 
 def to_int4(_: str, weight: Tensor) -> Tensor:
-    """Matrices (out, in) to 16 levels between least and greatest of each ``GROUP`` weights of a row; vectors stay."""
+    """Matrices (out, in) to 16 levels from least to greatest of each ``GROUP`` weights of a row; vectors stay."""
     if weight.dim() < 2:
         return weight
     short = -weight.shape[-1] % GROUP

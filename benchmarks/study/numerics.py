@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "numpy", "numba")
 STEPS, BATCH, LENGTH, CLASSES = 24, 4, 8, 3
 
 
-@lru_cache(maxsize=None)
+@cache
 def fingerprint(training: str, device: str, precision: str) -> str:
     """Hash of the weights and averages after ``STEPS`` steps of a training of a random encoder on random rows.
 
@@ -61,7 +61,7 @@ def fingerprint(training: str, device: str, precision: str) -> str:
     return found.hexdigest()[:12]
 
 
-@lru_cache(maxsize=1)
+@cache
 def machine() -> dict[str, Any]:
     """Processor, card, threads and versions."""
     return {

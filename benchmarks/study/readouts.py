@@ -9,7 +9,7 @@ import swaft
 from benchmarks.study.trainings import Training
 
 MEMBERS = 80
-"""Members of an average over the whole run, about: enough for the means, and a fraction of the time of all steps."""
+"""Members of an average over the whole run, about: as good as all steps, and quicker."""
 BLENDED = "tail-0.2"
 
 

@@ -1,7 +1,7 @@
 """Rows on disk, one JSON line a readout, and claims on cells, for any number of processes at once.
 
-A cell's rows are appended in one write under a lock, and each says how many there are (``of``), so a cell counts once
-all of them are there. A line that was cut off is passed over by readers and cut away by the next writer.
+A cell's rows are appended in one write under a lock, and each says how many there are (``of``), so a cell counts
+once all of them are there. A line that was cut off is passed over by readers and cut away by the next writer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 Row = dict[str, Any]
 
 CLAIMS = ".claims"
-"""A file without content, of which a process locks one byte a cell. The kernel frees the locks of a dead process."""
+"""A file without content, of which a process locks a byte a cell. The kernel frees the locks of a dead process."""
 
 
 def results_folder() -> Path:
