@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,14 +42,14 @@ class ArrivalFigures(NamedTuple):
 
 
 def measure_arrival(
-    noised: Embedded, clean_input: Tensor, noised_input: Tensor, settings: NoiseSettings
+    noised: Embedded, clean: list[Tensor], noisy: list[Tensor], settings: NoiseSettings
 ) -> Tensor:
-    """Compare what the first layer was given in a clean and a noised pass that share their dropout masks.
+    """Compare what the first layers were given in a clean and a noised pass that share their dropout masks.
 
     Args:
         noised: record of the noised pass.
-        clean_input: the first layer's input in the clean pass.
-        noised_input: the same in the noised pass.
+        clean: the first layers' inputs in the clean pass, from `layer_inputs`.
+        noisy: the same in the noised pass.
         settings: noise and sigma (greater than 0) of the objective.
 
     Returns:
@@ -59,8 +59,9 @@ def measure_arrival(
     smallest = smallest_surviving_sigma(noised, settings.noise)
     if settings.relative:
         smallest = smallest / root_mean_square(noised.clean)
-    arrived = noise_to_signal(clean_input, noised_input)
-    return torch.stack([realised.noise_to_signal, realised.changed, arrived, smallest.float()])
+    arrived = torch.stack([noise_to_signal(*pair) for pair in zip(clean, noisy, strict=True)])
+    first = arrived[(arrived > 0).int().argmax()]  # of the stacks that the noise gets to
+    return torch.stack([realised.noise_to_signal, realised.changed, first, smallest.float()])
 
 
 def judge_arrival(
@@ -113,38 +114,48 @@ def smallest_surviving_sigma(record: Embedded, noise: Noise) -> Tensor:
 
 
 @contextmanager
-def first_layer_input(site: EmbeddingSite) -> Iterator[list[Tensor]]:
-    """Catch what the first encoder layer that runs in a pass is given.
+def layer_inputs(site: EmbeddingSite) -> Iterator[list[Tensor]]:
+    """Catch what the first layer that runs of each stack of an encoder is given in a pass.
 
     Yields:
-        A list that holds it when the pass has run.
+        A list that holds it, stack by stack as they run, when the pass has run. The first need not be the layers
+        that text goes through: embeddings may be made of several tables (MarkupLM).
     """
-    seen: list[Tensor] = []
+    seen: dict[nn.ModuleList, Tensor] = {}
 
-    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not seen and tensors:
-            seen.append(tensors[0].detach().clone())
+    def catch(stack: nn.ModuleList) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if stack not in seen and tensors:
+                seen[stack] = tensors[0].detach().clone()
 
-    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in _layers(site)]
+        return hook
+
+    # Some call the forward of a layer past its hooks (SqueezeBERT), so its parts are watched as well.
+    handles = [
+        module.register_forward_pre_hook(catch(stack), with_kwargs=True)
+        for stack in _stacks(site.encoder)
+        for layer in stack
+        for module in layer.modules()
+    ]
+    inputs: list[Tensor] = []
     try:
-        yield seen
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
+    inputs += seen.values()
+    if not inputs:
         raise NoiseError(
-            f"No layer of {type(site.encoder).__name__} ran in a forward pass; expected the first "
-            "torch.nn.ModuleList beside its embedding to hold the layers, so that the noise can be followed there. "
-            "Set noise.kind=rdrop or none."
+            f"No layer of {type(site.encoder).__name__} ran in a forward pass; expected a torch.nn.ModuleList of "
+            "layers, so that the noise can be followed there. Set noise.kind=rdrop or none."
         )
 
 
-def _layers(site: EmbeddingSite) -> list[nn.Module]:
-    """The first list of modules in the innermost stack that has the embedding; others may hold a vision tower."""
-    found = nn.ModuleList()
-    for stack in site.encoder.modules():  # from the outside in
-        if any(module is site.embedding for module in stack.modules()):
-            lists = (each for each in stack.modules() if isinstance(each, nn.ModuleList) and len(each) > 0)
-            found = next(lists, found)
-    return list(found)
+def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of modules that lie in no other."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _stacks(child)

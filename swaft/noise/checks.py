@@ -11,6 +11,9 @@ from swaft.errors import NoiseError
 from swaft.noise.outputs import task_logits
 from swaft.noise.wrappers import unwrap
 
+_OTHER_LOSSES = {"prophetnet": "of several tokens ahead"}
+"""Types of models that generate whose loss is another one than the mean cross entropy, and of what it is."""
+
 _ROUTER_LOSSES = ("aux_loss", "z_loss")
 """How the names of a mixture of experts' own losses end in a Hugging Face model's output."""
 
@@ -33,12 +36,20 @@ def check_model(model: nn.Module, objective: str) -> None:
         objective: the objective's name, for the message.
 
     Raises:
-        NoiseError: for regression, and for reentrant gradient checkpointing.
+        NoiseError: for regression, a loss known to be another one, and reentrant gradient checkpointing.
     """
     network = unwrap(model)
     name = type(network).__name__
     if not _can_generate(network) and _config(network, "num_labels", 2) == 1:
         raise _one_class(objective)
+    other = _OTHER_LOSSES.get(_config(network, "model_type", ""))
+    if _can_generate(network) and other is not None:
+        raise NoiseError(
+            f"{name} computes a loss {other}, and {objective} the mean cross entropy, which would replace it. "
+            "Set noise.kind=none."
+        )
+    if _can_generate(network) and _config(network, "output_router_logits", False):
+        raise _router_terms("losses", objective)
     if any(_is_reentrant(module) for module in network.modules()):
         raise NoiseError(
             f"{name} checkpoints its activations reentrantly, which fails under DDP and ZeRO when a step has "
@@ -86,11 +97,7 @@ def check_output(output: Any, objective: str) -> None:
         name for name, value in vars(output).items() if name.endswith(_ROUTER_LOSSES) and value is not None
     ]
     if terms:
-        raise NoiseError(
-            f"The model adds {', '.join(terms)} of its routers to its loss, and {objective} computes the mean "
-            "cross entropy alone. Expected a loss without them. Set the model's output_router_logits=False, or "
-            "noise.kind=none."
-        )
+        raise _router_terms(", ".join(terms), objective)
 
 
 def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
@@ -118,6 +125,13 @@ def _one_class(objective: str) -> NoiseError:
     return NoiseError(
         f"{objective} needs at least two classes, and the model has one output (regression), over which "
         "every softmax is 1 and the divergence 0. Set noise.kind=none."
+    )
+
+
+def _router_terms(terms: str, objective: str) -> NoiseError:
+    return NoiseError(
+        f"The model adds {terms} of its routers to its loss, and {objective} computes the mean cross entropy "
+        "alone. Expected a loss without them. Set the model's output_router_logits=False, or noise.kind=none."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class EmbeddingSite:
     """Whether a 16-bit body accepts fp32 embeddings."""
     has_decoder: bool
     """Whether a decoder may run the same embedding, so that only what runs inside the encoder is noised."""
+    padding_id: int | None
+    """The token that an encoder may pad its input with by itself; None: it cannot."""
 
     def dtype_for(self, output: torch.dtype) -> torch.dtype:
         """Tell the widest type that may be handed on where the embedding gives ``output``."""
@@ -39,7 +42,7 @@ class Embedded:
     """What one hooked pass saw: how often the hook fired, and the last output before and after it."""
 
     calls: int = 0
-    """How often the embedding ran; 1 after a pass."""
+    """How often the embedding ran over text; 1 after a pass."""
     clean: Tensor = field(default_factory=lambda: torch.empty(0))
     """The embedding output that the noise was added to, in its own type, detached."""
     handed_on: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -63,7 +66,7 @@ def find_site(model: nn.Module) -> EmbeddingSite:
     never runs (BART, T5), which is why it is not used.
 
     Raises:
-        NoiseError: for a model without a token embedding.
+        NoiseError: for a model without a token embedding, or with one that is no table (I-BERT's is quantised).
     """
     network = unwrap(model)
     encoder = _text_encoder(network) or network
@@ -71,14 +74,20 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         embedding = encoder.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embedding = None
-    if not isinstance(embedding, nn.Module):
+    # Adapters wrap the table.
+    if embedding is None or not any(isinstance(module, nn.Embedding) for module in embedding.modules()):
+        found = "no token embedding" if embedding is None else f"a {type(embedding).__name__}"
         raise NoiseError(
-            f"{type(network).__name__} names no token embedding to add noise to; expected a Hugging Face "
-            "text model with get_input_embeddings(). Set noise.kind=rdrop, which needs none, or none."
+            f"{type(network).__name__} names {found} to add noise to; expected a Hugging Face text model whose "
+            "get_input_embeddings() gives a torch.nn.Embedding. Set noise.kind=rdrop, which needs none, or none."
         )
-    model_type = getattr(getattr(network, "config", None), "model_type", None)
+    config = getattr(network, "config", None)
     return EmbeddingSite(
-        encoder, embedding, takes_fp32=model_type in _FP32_BODIES, has_decoder=encoder is not network
+        encoder,
+        embedding,
+        takes_fp32=getattr(config, "model_type", None) in _FP32_BODIES,
+        has_decoder=encoder is not network,
+        padding_id=getattr(config, "pad_token_id", None),
     )
 
 
@@ -101,6 +110,8 @@ def embedding_hook(
     """Run one pass with the embedding output replaced by its sum with noise, in the widest type accepted.
 
     The clean pass goes through the same hook without ``disturb``, so that both bodies compute in the same types.
+    An encoder that pads its input by itself, to whole blocks, may run the embedding once more for that padding
+    (LED, BigBird-Pegasus), which stays clean.
 
     Args:
         site: where to hook.
@@ -113,7 +124,7 @@ def embedding_hook(
         The record of the pass, filled when the pass has run.
 
     Raises:
-        NoiseError: when the embedding did not run exactly once.
+        NoiseError: when the embedding did not run exactly once over text.
     """
     record = Embedded()
     # The encoder's embedding may be the decoder's, too, as after resize_token_embeddings.
@@ -127,9 +138,11 @@ def embedding_hook(
         nonlocal inside
         inside = False
 
-    def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor | None:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not inside:
             return None
+        if record.calls and site.padding_id is not None and args and not (args[0] != site.padding_id).any():
+            return output.to(record.handed_on.dtype)
         clean, own = output.chunk(2) if half else (None, output)
         dtype = site.dtype_for(output.dtype)
         source = own.detach() if detach else own

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
-from swaft.noise.arrival import ArrivalFigures, first_layer_input, judge_arrival, measure_arrival
+from swaft.noise.arrival import ArrivalFigures, judge_arrival, layer_inputs, measure_arrival
 from swaft.noise.checks import check_output, check_rows, generates
 from swaft.noise.dropout import RngState
 from swaft.noise.embedding import EmbeddingSite, embedding_hook
@@ -65,7 +65,7 @@ def prove(
     rows = proof_rows(model, batch, at_most=_ROWS) if generates(model) else batch
     rng, seed = RngState.capture(model), torch.initial_seed()
     with torch.no_grad(), _buffers_restored(model):
-        with first_layer_input(site) if site else nullcontext([]) as clean_input:
+        with layer_inputs(site) if site else nullcontext([]) as clean:
             loss_figures = _clean_pass(model, rows, site, head, objective)
         if settings.masks == "shared" and torch.initial_seed() != seed:
             raise NoiseError(
@@ -77,12 +77,12 @@ def prove(
         if site is not None:
             inputs = prepare_inputs(model, rows)
             with (
-                first_layer_input(site) as noised_input,
+                layer_inputs(site) as noisy,
                 embedding_hook(site, disturb) as noised,
                 head.replaced(placeholder) if head else nullcontext(),
             ):
                 model(**inputs.arguments)
-            arrival = measure_arrival(noised, clean_input[0], noised_input[0], settings)
+            arrival = measure_arrival(noised, clean, noisy, settings)
             handed_on = noised.handed_on.dtype
             rng.restore()
         # Weights that autocast cast here carry no gradient and must not serve the training pass.

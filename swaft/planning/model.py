@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
+from transformers.initialization import no_init_weights
 
 from swaft.config import QuestionAnsweringConfig, Seq2SeqConfig
 from swaft.training.encoder_decoder import VOCAB_SIZE
@@ -27,7 +28,7 @@ class Planned:
     """What one micro-batch is made of."""
 
     build: Callable[[], Any]
-    """Makes the model, fp32, with random weights or none."""
+    """Makes the model, fp32, with whatever weights."""
     batch: Callable[[], dict[str, Tensor]]
     """Makes a batch in which every row is as long as the settings allow."""
     rows: int
@@ -62,10 +63,12 @@ def planned_model(config: Any, model_config: Any) -> Planned:
                 model_config.pad_token_id = 0  # the tokenizer's in a run; any number takes as much memory
 
     def build() -> Any:
-        with told_as_settings(config.model):
+        # Some draw their weights by looking at them, which tensors without data do not bear (vision towers).
+        with told_as_settings(config.model), no_init_weights():
             model = kind.from_config(
                 model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
             )
+        model.tie_weights()  # which belongs to what was left out
         with _on_paper():
             return with_adapters(model, config.model, task=task)
 

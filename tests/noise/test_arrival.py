@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny_models import bart, bert, classification_batch, generation_batch, t5
 
 from swaft.errors import NoiseError
@@ -142,6 +143,24 @@ def test_what_survives_is_logged_once(caplog):
     assert len(caplog.messages) == 1
     for expected in ("uniform noise, sigma 0.01", "noise-to-signal", "first encoder layer", "smallest sigma"):
         assert expected in caplog.messages[0]
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Funnel", {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1]}),
+        ("SqueezeBert", SIZES | {"embedding_size": 16}),
+        ("MarkupLM", SIZES | {"max_xpath_tag_unit_embeddings": 220, "xpath_unit_hidden_size": 2}),
+    ],
+    ids=["blocks in blocks", "layers called past their hooks", "tables among the embeddings"],
+)
+def test_noise_is_followed_into_layers_of_every_shape(name, sizes):
+    config = getattr(transformers, f"{name}Config")(vocab_size=60, pad_token_id=1, num_labels=3, **sizes)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config).train()
+    assert float(R3F(sigma=0.5)(model, classification_batch()).divergence) > 0
 
 
 def test_the_first_layer_that_runs_is_looked_at_where_layerdrop_skips_some(monkeypatch):

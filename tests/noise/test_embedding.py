@@ -177,6 +177,41 @@ def test_the_second_half_of_a_doubled_batch_is_noised_and_recorded():
     assert torch.equal(record.clean, alone.clean)
 
 
+@pytest.mark.parametrize("length", [8, 29, 31, 32])
+@pytest.mark.parametrize("name", ["LED", "BigBirdPegasus"])
+def test_an_encoder_that_pads_its_input_by_itself_is_noised_over_its_text_alone(name, length, caught):
+    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "dropout": 0.0}
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    blocks = {"attention_window": [8]} if name == "LED" else {"block_size": 4, "num_random_blocks": 1}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=60, pad_token_id=1, **sizes, **layers, **heads, **blocks
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    ids = torch.randint(4, 60, (2, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :5].clone()}
+    outputs, watch = caught
+    with embedding_hook(find_site(model), constant(0.5)) as record:
+        watch("last", model.get_encoder().embed_tokens)
+        noised = model(**batch).logits
+    assert record.clean.shape[:2] == ids.shape
+    assert float(measure(record).changed) == 1.0
+    assert not torch.equal(noised, model(**batch).logits)
+    table = model.get_encoder().embed_tokens
+    if outputs["last"].shape[1] != length:
+        padding = torch.full((2, 8 if name == "LED" else 4), 1)[:, : outputs["last"].shape[1]]
+        assert torch.equal(outputs["last"], table(padding))
+    assert (outputs["last"].shape[1] == length) == (length in (8, 32))
+
+
+def test_a_quantised_embedding_is_refused_by_name():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.IBertForSequenceClassification(transformers.IBertConfig(vocab_size=60, **sizes))
+    with pytest.raises(NoiseError, match=r"names a QuantEmbedding.*noise\.kind=rdrop"):
+        find_site(model)
+
+
 def test_an_embedding_that_does_not_run_is_an_error():
     model, batch = bert(), classification_batch()
     embeds = torch.zeros(*batch.pop("input_ids").shape, 16)

@@ -8,7 +8,13 @@ import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, generation_batch, t5
-from transformers import AutoModelForSeq2SeqLM, BartForCausalLM, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+    T5ForConditionalGeneration,
+)
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F, RDrop
@@ -382,10 +388,19 @@ def test_labels_that_are_not_shifted_as_in_barts_decoder_are_another_loss():
         R3F(sigma=0.1)(tiny.bart(BartForCausalLM), causal_batch())
 
 
+def test_a_type_that_is_known_to_train_another_loss_is_refused_before_it_does():
+    sizes = {"hidden_size": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 60}
+    layers = dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 1)
+    heads = dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 2)
+    model = ProphetNetForConditionalGeneration(ProphetNetConfig(**sizes, **layers, **heads))
+    with pytest.raises(NoiseError, match=r"a loss of several tokens ahead.*noise\.kind=none"):
+        R3F(sigma=0.1).prepare_model(model)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_losses_of_routers_are_refused_however_small(fused):
     model = tiny.mixtral(output_router_logits=True, router_aux_loss_coef=1e-6)
-    with pytest.raises(NoiseError, match=r"adds aux_loss.*output_router_logits=False"):
+    with pytest.raises(NoiseError, match=r"adds losses of its routers.*output_router_logits=False"):
         R3F(sigma=0.1, fused=fused)(model, causal_batch())
 
 
