@@ -2,27 +2,40 @@
 
 A loss is a mean over the rows that count: target tokens of a model that writes, examples of one that classifies.
 Engines take the mean of such means over micro-batches and ranks, which weighs a token the more, the fewer its
-micro-batch has. So each micro-batch's loss is scaled to the share of the step's rows that it holds.
+micro-batch has. So each micro-batch's loss is scaled to the share of the step's rows that it holds. Rows that
+accelerate repeats at the end of an epoch, so that all ranks have equally many full micro-batches, are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.data_loader import DataLoaderShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from swaft.noise.inputs import IGNORE_INDEX
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank computes at once."""
+
+    inputs: dict[str, Any]
+    """Rows by column, each row once an epoch over all ranks. Where the others have the last of them, rows that this
+    rank repeats, because all ranks have to take part in every pass."""
+    count: Tensor
+    """How many rows its loss is the mean of, 0-dim, on the batch's device; 0 for repeated rows."""
+
+
 def step_batches(
     loader: DataLoader[Any], accumulation: int, *, epoch: int = 0, skip: int = 0
-) -> Iterator[tuple[int, int, list[Any]]]:
+) -> Iterator[tuple[int, int, list[MicroBatch]]]:
     """Yield, epoch after epoch, the micro-batches of each optimizer step.
 
     They are ``accumulation`` many, and fewer in the last step of an epoch whose length it does not divide.
@@ -41,9 +54,34 @@ def step_batches(
             loader.set_epoch(epoch)
         batches = iter(skip_first_batches(loader, skip) if skip else loader)
         while step := list(islice(batches, accumulation)):
+            own = [own_rows(loader, skip + number) for number in range(len(step))]
             skip += len(step)
-            yield epoch, skip, step
+            yield epoch, skip, [_without_repeats(*each) for each in zip(step, own, strict=True)]
         epoch, skip = epoch + 1, 0
+
+
+def own_rows(loader: DataLoader[Any], number: int) -> int | None:
+    """Return how many rows of a micro-batch are this rank's own, which come first; the rest are repeats.
+
+    Args:
+        loader: as prepared; ranks take its batches in turn, and accelerate fills the last ones with the first rows.
+        number: of the micro-batch in the epoch, from 0.
+
+    Returns:
+        Rows, from 0; None where nothing is repeated, because the ranks do not share the loader.
+    """
+    shared = getattr(loader, "batch_sampler", None)
+    if not isinstance(shared, BatchSamplerShard) or shared.batch_size is None:
+        return None
+    first = (number * shared.num_processes + shared.process_index) * shared.batch_size
+    return min(max(len(loader.dataset) - first, 0), shared.batch_size)  # type: ignore[arg-type]
+
+
+def _without_repeats(batch: Mapping[str, Any], own: int | None) -> MicroBatch:
+    if own == 0:
+        return MicroBatch(dict(batch), torch.zeros_like(count_rows(batch)))
+    inputs = {name: value[:own] for name, value in batch.items()}
+    return MicroBatch(inputs, count_rows(inputs))
 
 
 def count_rows(batch: Mapping[str, Any]) -> Tensor:
@@ -69,7 +107,7 @@ def loss_factors(counts: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
     take both back. Equal counts give exactly 1, and the host waits for nothing.
 
     Args:
-        counts: rows of each of this rank's micro-batches, from `count_rows`.
+        counts: rows of each of this rank's micro-batches.
         accelerator: knows the ranks and the accumulation.
 
     Returns:

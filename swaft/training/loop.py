@@ -17,7 +17,7 @@ from swaft.averaging import Engine, WeightAverager
 from swaft.config import TrainConfig
 from swaft.errors import TrainingError
 from swaft.noise import ObjectiveOutput
-from swaft.training.accumulation import count_rows, loss_factors, step_batches
+from swaft.training.accumulation import loss_factors, step_batches
 from swaft.training.evaluate import without_row_id
 from swaft.training.meter import Meter
 from swaft.training.progress import ProgressLog
@@ -104,13 +104,13 @@ def train(
     while not is_over():
         epoch, batches_read, batches = next(steps)
         step = position.step + 1
-        counts = [count_rows(batch) for batch in batches]
-        for batch, count, factor in zip(batches, counts, loss_factors(counts, accelerator), strict=True):
+        factors = loss_factors([batch.count for batch in batches], accelerator)
+        for batch, factor in zip(batches, factors, strict=True):
             # accelerate would ask the loader, which has been read to the end of the step already.
             accelerator.sync_gradients = batch is batches[-1]
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                out = objective(model, without_row_id(batch))
-                meter.add(out, batch, count)
+                out = objective(model, without_row_id(batch.inputs))
+                meter.add(out, batch.inputs, batch.count)
                 if accelerator.sync_gradients and meter.found_bad_loss():
                     raise _bad_loss(step, schedule(engine.applied_steps()), accelerator)
                 accelerator.backward(out.loss * factor)

@@ -40,10 +40,11 @@ class Meter:
         Args:
             out: of the objective, means over rows.
             batch: what it was given.
-            count: how many rows, 0-dim.
+            count: how many rows, 0-dim; where it is 0, no token counts either.
         """
         means = torch.stack([getattr(out, name).detach().double() for name in self.NAMES])
-        self.sums += torch.cat([means * count, torch.stack([count, count_tokens(batch)])])
+        tokens = count_tokens(batch) * (count > 0)
+        self.sums += torch.cat([means * count, torch.stack([count, tokens])])
         self._bad_losses += ~torch.isfinite(out.loss.detach())
 
     def found_bad_loss(self) -> bool:
