@@ -1,14 +1,16 @@
 r"""Writes the averages that a run has saved as a Hugging Face folder, on one machine, whatever engine saved them.
 
-    swaft export runs/1/checkpoint-500 --base bert-base --output averaged
-    swaft export runs/1 --base runs/1/best --dtype bfloat16 --output averaged
+    swaft export runs/1 --dtype bfloat16 --output averaged
+    swaft export runs/1/checkpoint-500 --base runs/1/best --output averaged
 
-What is named is a state that `averager.save_state` wrote, a checkpoint of a run, or a run folder, of which the
-newest complete checkpoint is taken. Every byte is checked first, and in a checkpoint also that the averages are its
-own; the folder is read back before it gets its name.
+What is named is a run folder, a checkpoint of a run, or a state that `averager.save_state` wrote. Of a finished run
+the final average is taken, of another the newest complete checkpoint; the step is printed. Every byte of a state is
+checked first, and in a checkpoint also that the averages are its own; the folder is read back before it gets its
+name.
 
   --base FOLDER           Hugging Face folder of the same model, for configuration, tokenizer and frozen weights; of
-                          a LoRA run its adapter folder, then an adapter folder is written
+                          a LoRA run its adapter folder, then an adapter folder is written. A finished run has all
+                          that itself
   --output FOLDER         where to write; it must not hold anything
   --rule NAME             which average of a state that holds several
   --dtype TYPE            float32 (default), bfloat16 or float16, rounded once, and how far that moved the weights
@@ -26,31 +28,63 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from swaft.averaging.state import KIND, AverageState
 from swaft.cli.average import table
 from swaft.errors import ConfigError
 from swaft.soup import average
+from swaft.soup.huggingface import holds_weights, read_json
 from swaft.soup.output import parse_size
 from swaft.soup.soup import DTYPES
+from swaft.storage import read_manifest
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
 from swaft.training.run.engine_state import TAG
 
+FINAL_AVERAGED, SUMMARY = "final-averaged", "summary.json"
+"""What a run leaves at its end: a Hugging Face folder of its average, and then, last of all, its scores."""
+
 
 def run(words: Sequence[str]) -> int:
-    """Export the state that these words name, print what came of it, and return the exit code."""
+    """Export the average that these words name, print what came of it, and return the exit code."""
     options = _parser().parse_args(list(words))
-    state = saved_averages(Path(options.state))
+    named = Path(options.average)
+    is_final = ended_with_average(named)
+    source = named / FINAL_AVERAGED if is_final else saved_averages(named)
+    if is_final and options.rule is not None:
+        _refuse(f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out")
+    if not is_final and options.base is None:
+        _refuse(
+            f"--base is missing: {source} holds weights alone; name a Hugging Face folder of the same model, from "
+            "which configuration, tokenizer and frozen weights come"
+        )
     soup = average(
-        [state],
+        [source],
         options.output,
         dtype=options.dtype,
         max_shard_bytes=options.max_shard_size,
         base=options.base,
         rule=options.rule,
     )
-    print(json.dumps(soup.as_dict(), indent=2) if options.json else table(soup, None, [state]))
+    if is_final:
+        steps = read_json(named / SUMMARY)["applied_steps"]
+    else:
+        steps = AverageState.from_json(read_manifest(source, kind=KIND).content, where=source).applied_steps
+    if options.json:
+        print(json.dumps(soup.as_dict() | {"applied_steps": steps}, indent=2))
+    else:
+        print(f"{'taken':<10} after optimizer step {steps:,}{', the end of the run' if is_final else ''}")
+        print(table(soup, None, [source]))
     return 0
+
+
+def ended_with_average(path: Path) -> bool:
+    """Whether a folder is that of a run that has come to its end and left the average that it came to.
+
+    Raises:
+        StateError: the folder cannot be looked into.
+    """
+    return status(path / SUMMARY) is not None and holds_weights(path / FINAL_AVERAGED)
 
 
 def saved_averages(path: Path) -> Path:
@@ -77,16 +111,17 @@ def saved_averages(path: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"swaft export: {message}; swaft export --help lists the options")
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
-    parser.add_argument("state")
-    parser.add_argument("--base", required=True)
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("average")
+    parser.add_argument("--base")
     parser.add_argument("--output", required=True)
     parser.add_argument("--rule")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"))
     parser.add_argument("--json", action="store_true")
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"swaft export: {message}; swaft export --help lists the options")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,13 +30,18 @@ def trained(seed):
     model = torch.nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rules = {"mean": swaft.SWA(start=0), "recent": swaft.EMA(decay=0.5)}
-    averager = swaft.WeightAverager(model, optimizer, rule=rules, total_steps=4)
-    for _ in range(4):
-        for parameter in model.parameters():
+    averager = swaft.WeightAverager(model, optimizer, rule=rules, total_steps=6)
+    more_steps(averager, 4)
+    return averager
+
+
+def more_steps(averager, count):
+    optimizer = averager.engine.inner_optimizer
+    for _ in range(count):
+        for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         averager.step()
-    return averager
 
 
 @pytest.fixture
@@ -75,6 +81,39 @@ def test_an_export_has_the_bits_of_the_runs_own(tmp_path, averager, base, run_fo
     }
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert "sha256" in capsys.readouterr().out
+
+
+@pytest.fixture
+def finished_run(run_folder, averager, base):
+    """The run, two steps on from its last checkpoint, at its end."""
+    more_steps(averager, 2)
+    averager.save_pretrained(run_folder / "final-averaged", "mean")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(Path(base) / name, run_folder / "final-averaged")
+    (run_folder / "summary.json").write_text('{"steps": 7, "applied_steps": 6}')
+    return run_folder
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_of_a_finished_run_the_final_average_is_exported_and_the_step_is_printed(
+    tmp_path, base, finished_run, with_base, capsys
+):
+    words = [str(finished_run), "--output", str(tmp_path / "out"), "--json"]
+    assert run([*words, "--base", base] if with_base else words) == 0
+    assert json.loads(capsys.readouterr().out)["applied_steps"] == 6
+    own, found = (
+        load_file(each / "model.safetensors") for each in (finished_run / "final-averaged", tmp_path / "out")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
+    assert {"config.json", "tokenizer.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_checkpoint_of_a_finished_run_is_exported_where_it_is_named(tmp_path, base, finished_run, capsys):
+    words = ["--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]
+    assert run([str(finished_run / "checkpoint-4"), *words]) == 0
+    assert "after optimizer step 4\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--rule mean: .*averaged is the one average of"):
+        run([str(finished_run), *words])
 
 
 def test_an_export_in_16_bits_tells_what_rounding_moved(tmp_path, base, run_folder, capsys):
@@ -156,9 +195,7 @@ def test_where_there_are_no_averages_that_is_said(tmp_path, base):
         run([base, "--base", base, "--output", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize(
-    ("words", "problem"), [(["state", "--output", "x"], "--base"), (["state", "--base", "x"], "--output")]
-)
-def test_options_that_are_missing_are_named(words, problem):
+@pytest.mark.parametrize(("words", "problem"), [(["--output", "x"], "--base"), (["--base", "x"], "--output")])
+def test_options_that_are_missing_are_named(run_folder, words, problem):
     with pytest.raises(ConfigError, match=f"swaft export: .*{problem}.*--help lists the options"):
-        run(words)
+        run([str(run_folder), *words])
