@@ -7,11 +7,14 @@ Every command is a module of this package with ``run(words) -> int``, imported w
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from swaft.errors import SwaftError
+from swaft.errors import ConfigError, SwaftError
 
 COMMANDS = {
     "validate": "check a run before it starts: all problems at once, without a GPU",
@@ -23,18 +26,36 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command with its words (default: the command line's) and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run a command with its words (default: the command line's) and return its exit code.
+
+    An error is a message on stderr, and with ``--json`` an object on stdout: its type as ``error`` and its
+    messages as ``problems``.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` has. Python would write what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"swaft {version('swaft')}")
+        return 0
     name, *rest = words
     if name not in COMMANDS:
         from swaft.config.values import suggestion
 
-        sys.stderr.write(
-            f"error: swaft has no command '{name}'.{suggestion(name, tuple(COMMANDS))}\n{usage()}\n"
-        )
+        unknown = f"swaft has no command '{name}'.{suggestion(name, tuple(COMMANDS))}"
+        _report(SwaftError(f"{unknown}\n{usage()}"), as_json="--json" in rest)
         return 2
     command = import_module(f"swaft.cli.{name}")
     if rest and rest[0] in ("-h", "--help"):
@@ -43,12 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.run(rest)
     except SwaftError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _report(error, as_json="--json" in rest)
         return 1
+
+
+def _report(error: SwaftError, *, as_json: bool) -> None:
+    if as_json:
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        print(json.dumps({"error": type(error).__name__, "problems": problems}, indent=2))
+    else:
+        sys.stderr.write(f"error: {error}\n")
 
 
 def usage() -> str:
     """Return what ``swaft --help`` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items()]
-    return "\n".join(["usage: swaft COMMAND ...", "", *lines, "", "swaft COMMAND --help says more."])
+    more = "swaft COMMAND --help says more; swaft --version names the version."
+    return "\n".join(["usage: swaft COMMAND ...", "", *lines, "", more])
