@@ -106,7 +106,7 @@ def run_cell(cell: Cell) -> list[Row]:
         schedule=training.schedule,
         rate=cell.rate,
         total_steps=len(places),
-        rules=rules_for(training, len(places)),
+        rules=_rules(cell, training, len(places)),
         precision=PRECISION,
         seed=cell.seed,
     )
@@ -117,7 +117,8 @@ def run_cell(cell: Cell) -> list[Row]:
             else _test(model, trained, training, splits, TASKS[cell.task].score)
         )
     finally:
-        trained.averager.close()
+        if trained.averager is not None:
+            trained.averager.close()
     shared = {
         "settings": {
             "rows": len(splits.train), "epochs": epochs, "steps": len(places), "batch": regime.batch,
@@ -140,6 +141,14 @@ def identity(cell: Cell, readout: str) -> Row:
         "fingerprint": cell.fingerprint, "machine": machine(),
         "command": f"python -m benchmarks.study cell {cell.name}",
     }  # fmt: skip
+
+
+def _rules(cell: Cell, training: Training, steps: int) -> dict[str, Any]:
+    """What is averaged. Averages leave training as it is, so a cell that chooses a rate keeps no more than it needs."""
+    rules = rules_for(training, steps)
+    if cell.split == "tuning":
+        return {name: rule for name, rule in rules.items() if name == training.principal}
+    return rules
 
 
 def _scored(cell: Cell, splits: Splits) -> Rows:
