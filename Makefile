@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv quickstart quality format test test-full soak gpu bench constraints clean
+.PHONY: help venv quickstart quality format test test-full soak gpu bench evidence constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ gpu: venv  ## what needs a GPU: its tests, then its benchmarks
 bench: venv  ## benchmarks, side by side in one run; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.averaging
 	$(BIN)/python -m benchmarks.fused_loss
+
+evidence: venv  ## draw docs/evidence.md and its figures from the committed rows of the study, in under a minute
+	$(BIN)/python -m benchmarks.study evidence
 
 constraints: venv  ## write the versions in .venv to constraints.txt, after trying newer ones
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.new

@@ -5,6 +5,7 @@ python -m benchmarks.study run --jobs 12        # so many processes side by side
 python -m benchmarks.study cost                 # measured seconds of a cell, task by task
 python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
 python -m benchmarks.study status               # how many cells of each phase there are
+python -m benchmarks.study evidence             # draw docs/evidence.md and its figures from the rows
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,8 @@ from benchmarks.study.cell import Cell, identity, parse_cell, run_cell
 from benchmarks.study.grid import MAIN, PHASES, all_cells, cells_of, tuning_cells
 from benchmarks.study.store import Row, append, claim, finished, read_rows, results_folder
 from benchmarks.study.tasks import TASKS
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("name")
     one.add_argument("--check", action="store_true", help="compare it with its rows in the results")
     commands.add_parser("status", help="count cells")
+    drawn = commands.add_parser("evidence", help="draw the page from the rows")
+    drawn.add_argument("--out", type=Path, default=DOCS, help="folder of evidence.md")
     given = parser.parse_args(arguments)
+    if given.command == "evidence":
+        from benchmarks.study.evidence import write
+
+        for path in write(results_folder(), given.out):
+            print(path)
+        return 0
     torch.set_num_threads(1)  # a cell comes to the same bits wherever it runs
     if given.command == "run":
         return run_grid(given.jobs, given.cells)

@@ -144,7 +144,7 @@ def identity(cell: Cell, readout: str) -> Row:
 
 
 def _rules(cell: Cell, training: Training, steps: int) -> dict[str, Any]:
-    """What is averaged. Averages leave training as it is, so a cell that chooses a rate keeps no more than it needs."""
+    """What is averaged: for choosing a rate no more than it needs, since averages leave training as it is."""
     rules = rules_for(training, steps)
     if cell.split == "tuning":
         return {name: rule for name, rule in rules.items() if name == training.principal}

@@ -3,7 +3,7 @@
 Rules, written down before any row of a confirming task was made:
 
 * **Rate.** Every training has the same trials: ``RATES`` on the tuning tasks, two of the choosing ones,
-  with the tuning seeds, which no reported cell uses. Its rate is that with the lowest mean, over these cells, of the
+  with the tuning seeds, which no reported cell uses. Its rate is that with the lowest mean over these cells of the
   logarithm of the validation loss of its principal readout (last of a decayed training, SWA from 0.5 of a constant
   one). Of equal ones, the lower rate. The regime of 500 rows is tuned by itself, in the same way.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs of one pass. A training of

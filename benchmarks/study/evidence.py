@@ -1,0 +1,267 @@
+"""Draws docs/evidence.md and its figures from the committed rows: nothing on the page is written by hand twice."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.study import figures
+from benchmarks.study.arms import BASELINES, Kept, cost_of, keep
+from benchmarks.study.cell import REGIMES, parse_cell
+from benchmarks.study.default import choose_default
+from benchmarks.study.grid import (
+    CHOOSING,
+    CONFIRMING,
+    PHASES,
+    RATES,
+    TUNING_TASKS,
+    chosen_rate,
+    tuning_cells,
+)
+from benchmarks.study.model import ROUNDINGS
+from benchmarks.study.statistics import false_alarms
+from benchmarks.study.store import Row, read_rows
+from benchmarks.study.tables import by_task, line, table, told_overall
+from benchmarks.study.tasks import TASKS, TEST_ROWS, VALIDATION_ROWS
+from benchmarks.study.trainings import TRAININGS
+
+HEADLINES = (
+    "decayed:tail-0.1", "decayed:tail-0.2", "decayed:chosen", "constant:last", "constant:swa-0.5",
+    "constant:swa-0.75", "constant:ema-0.1", "constant:chosen", "rdrop-decayed:last", "rdrop-constant:swa-0.5",
+    "r3f-independent-decayed:last", "r3f-independent-constant:swa-0.5", "r3f-relative-0.3-decayed:last",
+    "r3f-relative-0.3-constant:swa-0.5",
+)  # fmt: skip
+NOT_BUILT = (
+    "question answering (squad) and generation (e2e, tatoeba_en_fr)",
+    "SMART and FreeLB",
+    "knowledge distillation, from a longer-trained teacher or from an ensemble",
+    "the collapse experiments: linear probes on other tasks, chains of tasks",
+    "flatness: loss under weight noise, along the line through the average, eigenvalues of the Hessian",
+    "any model but all-MiniLM-L6-v2, and any machine with a GPU",
+)
+
+
+def write(results: Path, folder: Path) -> list[Path]:
+    """Write the page and its figures.
+
+    Args:
+        results: folder of the rows.
+        folder: where evidence.md goes, with its figures in evidence/ beside it.
+
+    Returns:
+        The files.
+    """
+    rows = sorted(read_rows(results), key=lambda row: (row["cell"], row["readout"], row["fingerprint"]))
+    drawn = figures.draw(keep(rows), HEADLINES)
+    (folder / "evidence").mkdir(parents=True, exist_ok=True)
+    written = [folder / "evidence.md"]
+    written[0].write_text(page(rows, list(drawn)))
+    for name, svg in drawn.items():
+        written.append(folder / "evidence" / f"{name}.svg")
+        written[-1].write_text(svg)
+    return written
+
+
+def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
+    """The page, as Markdown.
+
+    Args:
+        rows: all that were made.
+        drawn: names of the figures that there are.
+    """
+    kept = keep(rows)
+    parts = [
+        "# Evidence\n\nWhat averaging and noise buy when a small pretrained encoder is fine-tuned, wins and losses "
+        "alike. This page is drawn by `make evidence` from the rows in "
+        "[benchmarks/results/study](../benchmarks/results/study); do not edit it.",
+        _answer(kept, drawn),
+        _every_arm(kept),
+        _rounding(kept),
+        _cost(kept),
+        _false_alarms(kept),
+        _tuning(rows),
+        _method(),
+        _not_run(rows, kept),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _answer(kept: Kept, drawn: Sequence[str]) -> str:
+    lines = ["## The answer so far", *choose_default(kept)]
+    shown = table(kept, "main", [arm for arm in HEADLINES if arm in kept.arms("main")])
+    if shown is None:
+        return "\n\n".join([*lines, "No pair of arms has been measured on two seeds yet."])
+    lines.append(
+        "Paired differences to the decayed baseline of equal cost (its last weights; trained twice as long where "
+        "an arm takes two passes), mean over tasks and 95 % interval. Below 0 is better for the loss, above 0 for "
+        "the score. Bold: the interval leaves out 0."
+    )
+    lines.append(shown)
+    lines += [f"![paired differences of the main arms](evidence/{name}.svg)" for name in drawn]
+    return "\n\n".join(lines)
+
+
+def _every_arm(kept: Kept) -> str:
+    parts = ["## Every arm"]
+    for regime, settings in REGIMES.items():
+        shown = table(kept, regime, kept.arms(regime), p_values=True)
+        if shown:
+            parts += [f"### {settings.rows:,} training rows", shown, *by_task(kept, regime)]
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _rounding(kept: Kept) -> str:
+    """What rounding the weights costs, and whether averages bear it better."""
+    lines = [
+        line(["arm", "rounded to", "loss it costs, %", "against the baseline, rounded alike, %"]),
+        line(["---"] * 4),
+    ]
+    for arm in kept.arms("main"):
+        for rounding in ROUNDINGS:
+            own = _cost_of_rounding(kept, arm, rounding)
+            base = BASELINES.get(cost_of(arm))
+            against = (
+                kept.comparison("main", arm, base, "loss", rounding=rounding)
+                if base and base != arm
+                else None
+            )
+            if own is not None:
+                lines.append(line([f"`{arm}`", rounding, f"{own:+.2f}", told_overall(against)]))
+    if len(lines) == 2:
+        return ""
+    return "## After rounding the weights\n\n" + "\n".join(lines)
+
+
+def _cost_of_rounding(kept: Kept, arm: str, rounding: str) -> float | None:
+    whole, rounded = (kept.values("main", arm, "loss", name) for name in (None, rounding))
+    return statistics.mean(rounded[key] - whole[key] for key in rounded) if rounded else None
+
+
+def _cost(kept: Kept) -> str:
+    lines = [
+        line(["training", "units", "CPU-seconds, as a multiple of `decayed`", "peak memory, GB"]),
+        line(["---"] * 4),
+    ]
+    measured: dict[str, dict[tuple, tuple[float, float]]] = {}
+    for row in kept.rows:
+        if row["regime"] == "main":
+            key = (row["task"], row["seed"])
+            cost = row["cost"]
+            measured.setdefault(row["training"], {})[key] = (cost["cpu_seconds"], cost["peak_bytes"] / 1e9)
+    for training, cells in sorted(measured.items(), key=lambda item: list(TRAININGS).index(item[0])):
+        shared = [key for key in cells if key in measured.get("decayed", {})]
+        if shared:
+            ratio = statistics.median(cells[key][0] / measured["decayed"][key][0] for key in shared)
+            peak = statistics.median(cells[key][1] for key in shared)
+            lines.append(
+                line([f"`{training}`", str(TRAININGS[training].units), f"{ratio:.2f}", f"{peak:.1f}"])
+            )
+    if len(lines) == 2:
+        return ""
+    return (
+        "## Cost\n\nA unit is a forward and a backward pass over every training row, as often as the baseline "
+        "takes. "
+        "Seconds are of training with all the averages that its readouts need; in a run that keeps one, averaging "
+        "takes a fraction of that.\n\n" + "\n".join(lines)
+    )
+
+
+def _false_alarms(kept: Kept) -> str:
+    shares = {}
+    for outcome in ("loss", "score"):
+        values = kept.values("main", BASELINES[1], outcome)
+        of_seeds = {
+            task: np.array([values[key] for key in sorted(values) if key[0] == task]) for task in TASKS
+        }
+        found = false_alarms(of_seeds)
+        if found is not None:
+            shares[outcome] = found
+    if not shares:
+        return ""
+    told = ", ".join(f"{100 * share:.0f} % for the {outcome}" for outcome, share in shares.items())
+    return (
+        "## The baseline against itself\n\nSeeds of the decayed baseline are split at random into two halves and "
+        f"compared as arms are. The interval over tasks leaves out 0 in {told} of the splits; 5 % is what it "
+        "should be. Halves have half the pairs of the tables above."
+    )
+
+
+def _tuning(rows: Sequence[Row]) -> str:
+    parts = []
+    for regime in REGIMES:
+        lines = [
+            line(["training", *(f"{rate:g}" for rate in RATES), "chosen"]),
+            line(["---"] * (len(RATES) + 2)),
+        ]
+        for training in TRAININGS:
+            named = {cell.name: cell for cell in tuning_cells(training, regime)}
+            losses: dict[float, list[str]] = {rate: [] for rate in RATES}
+            for row in rows:
+                if row["cell"] in named and row["readout"] == TRAININGS[training].principal:
+                    cell = named[row["cell"]]
+                    losses[cell.rate].append(f"{cell.task} {row['outcomes']['nll']:.3f}")
+            if any(losses.values()):
+                chosen = chosen_rate(training, regime, rows)
+                told = f"{chosen:g}" if chosen else "open"
+                lines.append(
+                    line([f"`{training}`", *(", ".join(sorted(losses[rate])) for rate in RATES), told])
+                )
+        if len(lines) > 2:
+            parts += [f"### {REGIMES[regime].rows:,} training rows", "\n".join(lines)]
+    if not parts:
+        return ""
+    return "\n\n".join(["## Rates tried\n\nLoss on the validation rows.", *parts])
+
+
+def _method() -> str:
+    budgets = "; ".join(
+        f"{settings.rows:,} training rows at most, {settings.epochs} epochs in batches of {settings.batch}"
+        for settings in REGIMES.values()
+    )
+    return (
+        "## How it was measured\n\n"
+        "Model: all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters), all weights trained, with the pooler and a "
+        "new head. AdamW, weight decay 0.01, gradients clipped at 1, warm-up over 6 % of the steps, passes in bf16 "
+        f"over fp32 weights. Regimes: {budgets}. A seed draws the training rows, their order, the head and the "
+        "dropout "
+        f"masks, the same for every arm. Test: {TEST_ROWS} rows of each task at most; {VALIDATION_ROWS} validation "
+        "rows choose, and are never reported.\n\n"
+        f"Rates are chosen on {' and '.join(TUNING_TASKS)}, readouts and defaults on {', '.join(CHOOSING)}; "
+        f"{', '.join(CONFIRMING)} confirm. The rules were written down before any row of these was made: "
+        "[grid.py](../benchmarks/study/grid.py). Every row names the command that makes it again. Intervals are "
+        "95 % bootstrap intervals; over tasks, tasks are resampled as well as seeds, which with few tasks is "
+        "narrower than it should be. p-values are of two-sided sign tests over all pairs, adjusted for the number "
+        "of arms in their table (Holm)."
+    )
+
+
+def _not_run(rows: Sequence[Row], kept: Kept) -> str:
+    made = {parse_cell(row["cell"]) for row in rows if "failed" not in row and row["split"] == "test"}
+    done = {(cell.regime, cell.training, cell.task, cell.seed) for cell in made}
+    lines = [
+        "## What was not tested\n",
+        *(f"* {missing}" for missing in NOT_BUILT),
+        "\nCells of the grid, made of wanted:\n",
+        line(["training", *(f"{settings.rows:,} rows" for settings in REGIMES.values())]),
+        line(["---"] * (1 + len(REGIMES))),
+    ]
+    for training in TRAININGS:
+        cells = []
+        for regime in REGIMES:
+            wanted = {
+                (regime, training, task, seed)
+                for phase in PHASES
+                if phase.regime == regime and training in phase.trainings
+                for task in phase.tasks
+                for seed in phase.seeds
+            }
+            cells.append(f"{len(wanted & done)} of {len(wanted)}" if wanted else "not planned")
+        lines.append(line([f"`{training}`", *cells]))
+    notes = [f"* failed: `{row['cell']}`: {row['failed']}" for row in rows if "failed" in row]
+    if kept.others:
+        arms = sorted({f"{row['training']} ({row['fingerprint']})" for row in kept.others})
+        notes.append(f"* left out, of another machine or arithmetic: {', '.join(arms)}")
+    return "\n".join([*lines, "", *notes]).rstrip()

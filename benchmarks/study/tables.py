@@ -1,0 +1,72 @@
+"""Tables of arms against their baselines, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
+from benchmarks.study.statistics import Comparison, Interval, holm
+from benchmarks.study.tasks import TASKS
+
+
+def table(kept: Kept, regime: str, arms: Sequence[str], *, p_values: bool = False) -> str | None:
+    """Arms against the baseline of equal cost, an arm a row; None where there is none to show."""
+    found = []
+    for arm in arms:
+        base = BASELINES.get(cost_of(arm))
+        comparisons = {
+            outcome: kept.comparison(regime, arm, base, outcome) if base and base != arm else None
+            for outcome in OUTCOMES
+        }
+        if comparisons["loss"]:
+            found.append((arm, base, comparisons))
+    if not found:
+        return None
+    head = ["arm", "against", *OUTCOMES.values(), "tasks, pairs"]
+    adjusted = holm([comparisons["loss"].p_value for _, _, comparisons in found])
+    if p_values:
+        head += ["loss lower : higher", "p, Holm"]
+    lines = [line(head), line(["---"] * len(head))]
+    for (arm, base, comparisons), p_value in zip(found, adjusted, strict=True):
+        loss = comparisons["loss"]
+        cells = [f"`{arm}`", f"`{base}`", *(told_overall(comparisons[outcome]) for outcome in OUTCOMES)]
+        cells.append(f"{len(loss.by_task)}, {loss.lower + loss.higher}")
+        if p_values:
+            cells += [f"{loss.lower} : {loss.higher}", f"{p_value:.2g}"]
+        lines.append(line(cells))
+    return "\n".join(lines)
+
+
+def by_task(kept: Kept, regime: str) -> list[str]:
+    """Task by task: difference in test loss, and in the score."""
+    tasks = [
+        task for task in TASKS if any(row["task"] == task and row["regime"] == regime for row in kept.rows)
+    ]
+    parts = []
+    for outcome in ("loss", "score"):
+        lines = [line([f"{OUTCOMES[outcome]}", *tasks]), line(["---"] * (len(tasks) + 1))]
+        for arm in kept.arms(regime):
+            base = BASELINES.get(cost_of(arm))
+            comparison = kept.comparison(regime, arm, base, outcome) if base and base != arm else None
+            if comparison:
+                intervals = [comparison.by_task.get(task) for task in tasks]
+                lines.append(line([f"`{arm}`", *(told(found) if found else "" for found in intervals)]))
+        if len(lines) > 2:
+            parts.append("\n".join(lines))
+    return parts
+
+
+def told_overall(comparison: Comparison | None) -> str:
+    """The mean over tasks and its interval; nothing where there is none."""
+    return "" if comparison is None or comparison.overall is None else told(comparison.overall)
+
+
+def told(found: Interval) -> str:
+    """A mean and its interval, bold where that leaves out 0."""
+    text = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    return f"**{text}**" if found.clear else text
+
+
+def line(cells: Sequence[str]) -> str:
+    """One row of a table."""
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,131 @@
+"""The statistics, and the page that is drawn from rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from benchmarks.study import arms, evidence, grid, statistics
+from benchmarks.study.cell import Cell
+from benchmarks.study.default import best_arm
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
+
+
+def row(arm: str, task: str, seed: int, nll: float, accuracy: float, **fields) -> dict:
+    training, readout = arm.split(":")
+    cell = Cell(task, training, "main", 1e-4, seed, "test")
+    numbers = {"nll": nll, "accuracy": accuracy, "ece": 0.1, "mcc": accuracy, "f1": accuracy}
+    return {
+        "cell": cell.name, "task": task, "arm": arm, "training": training, "readout": readout, "regime": "main",
+        "rate": 1e-4, "seed": seed, "split": "test", "fingerprint": training, "machine": {"processor": "p"},
+        "of": 1, "outcomes": numbers, "cost": {"cpu_seconds": 1.0, "peak_bytes": 1e9}, **fields,
+    }  # fmt: skip
+
+
+def made_up(tasks=grid.CHOOSING, seeds=range(1, 7)) -> list[dict]:
+    """Rows of a baseline, an arm 5 % better in loss at the same score, and one that is better and loses score."""
+    generator, rows = np.random.default_rng(0), []
+    for task in tasks:
+        for seed in seeds:
+            nll = 0.3 * np.exp(0.1 * generator.standard_normal())
+            noise = np.exp(0.01 * generator.standard_normal())
+            rows += [
+                row("decayed:last", task, seed, nll, 0.9),
+                row("constant:swa-0.5", task, seed, 0.95 * noise * nll, 0.9),
+                row("constant:ema-0.1", task, seed, 0.8 * noise * nll, 0.89),
+            ]
+    return rows
+
+
+def test_an_interval_holds_the_true_difference_and_ignores_what_pairs_share():
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(40):
+        pairs = {task: generator.normal(2.0, 1.0, 10) for task in "abcdef"}
+        held += (found := statistics.over_tasks(pairs)).low < 2.0 < found.high
+    assert held >= 34
+    assert statistics.over_seeds(np.full(5, 3.0)) == statistics.Interval(3.0, 3.0, 3.0, 5)
+
+
+def test_over_tasks_an_interval_is_as_wide_as_tasks_differ_however_many_seeds():
+    pairs = {"a": np.full(50, -4.0), "b": np.full(50, 4.0), "c": np.full(50, 0.5)}
+    found = statistics.over_tasks(pairs)
+    assert found.low < -2 < 2 < found.high
+
+
+@pytest.mark.parametrize(("lower", "higher"), [(0, 0), (3, 3), (9, 1), (0, 12), (15, 4)])
+def test_the_sign_test_is_that_of_scipy(lower, higher):
+    expected = binomtest(lower, lower + higher).pvalue if lower + higher else 1.0
+    assert statistics.sign_test(lower, higher) == pytest.approx(expected)
+
+
+def test_holm_multiplies_by_how_many_are_left_and_never_goes_down():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+
+
+def test_a_baseline_rarely_differs_from_itself_and_its_seeds_are_not_paired_with_themselves():
+    generator = np.random.default_rng(2)
+    share = statistics.false_alarms({task: generator.normal(0, 1, 10) for task in "abcdefgh"})
+    assert share is not None
+    assert 0 < share < 0.2
+    assert statistics.false_alarms({"a": np.zeros(3), "b": np.zeros(9)}) is None
+
+
+def test_pairs_come_from_one_machine_and_one_arithmetic_and_others_are_named():
+    rows = made_up()
+    rows += [row("decayed:last", "trec", 9, 9.0, 0.1, fingerprint="other")]
+    rows += [row("constant:swa-0.5", "trec", 1, 9.0, 0.1, machine={"processor": "another"})]
+    kept = arms.keep(rows)
+    assert (len(kept.rows), len(kept.others)) == (len(rows) - 2, 2)
+    found = kept.comparison("main", "constant:swa-0.5", "decayed:last", "loss")
+    assert found is not None
+    assert found.by_task["trec"].count == 6
+    assert found.overall is not None
+    assert found.overall.mean == pytest.approx(-5.1, abs=1)
+    assert (
+        "left out, of another machine or arithmetic: constant (constant), decayed (other)"
+        in evidence.page(rows, [])
+    )
+
+
+def test_the_default_is_the_lowest_loss_among_those_that_lose_no_score():
+    assert best_arm(arms.keep(made_up()), 1) == "constant:swa-0.5"
+    fewer = made_up(tasks=grid.CHOOSING[:3])
+    assert best_arm(arms.keep(fewer), 1) is None
+    assert "**Recommended averaging: open.**" in evidence.page(fewer, [])
+
+
+def test_nothing_is_recommended_where_the_interval_holds_0():
+    rows = [entry for entry in made_up() if entry["arm"] != "constant:ema-0.1"]
+    for i, entry in enumerate(rows):
+        if entry["arm"] == "constant:swa-0.5" and i % 4 == 1:
+            entry["outcomes"]["nll"] *= 1.2
+    assert best_arm(arms.keep(rows), 1) is None
+    assert "**Recommended averaging: none.**" in evidence.page(rows, [])
+
+
+def test_the_page_is_the_same_for_the_same_rows_in_any_order(tmp_path):
+    rows = made_up() + made_up(tasks=grid.CONFIRMING)
+    results = tmp_path / "results"
+    results.mkdir()
+    pages = []
+    for turn in (rows, rows[::-1]):
+        (results / "rows.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in turn))
+        pages.append([path.read_text() for path in evidence.write(results, tmp_path)])
+    assert pages[0] == pages[1]
+    assert len(pages[0]) == 2  # a figure too
+    assert "On the confirming tasks: -4.84 [" in pages[0][0]
+
+
+def test_the_committed_page_is_that_of_the_committed_rows(tmp_path):
+    written = evidence.write(ROOT / "benchmarks" / "results" / "study", tmp_path)
+    for path in written:
+        committed = ROOT / "docs" / path.relative_to(tmp_path)
+        assert committed.read_text() == path.read_text(), f"{committed} is old: run `make evidence`"
