@@ -3,7 +3,8 @@
     grid.py       which cells there are, in what order, and the rules by which anything is chosen
     cell.py       one cell: a training of one task by one seed, and all that is read out of it
     tasks.py      rows of the tasks, in batches          model.py      the encoder, its scores, its weights rounded
-    trainings.py  the objectives and schedules           loop.py       the training loop
+    trainings.py  the objectives and schedules           rivals.py     SMART, FreeLB and distillation, in small
+    loop.py       the training loop
     readouts.py   what is read out of one training       outcomes.py   numbers from logits
     numerics.py   the fingerprint of the arithmetic      store.py      rows on disk, and claims on cells
     evidence.py   the page, from the rows                tables.py  figures.py  default.py    its parts

@@ -18,8 +18,8 @@ from benchmarks.study.trainings import TRAININGS
 
 OUTCOMES = {"loss": "test loss, %", "score": "score, points", "ece": "calibration error, points"}
 """What is compared. Loss: 100 times the difference of the logarithms, so per cent. Score: the task's own."""
-BASELINES = {1: "decayed:last", 2: "decayed2x:last"}
-"""The arm that an arm of so many units is held against: equal cost."""
+BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
+"""The arm that an arm of so many units is held against: of equal cost, or the dearest there is."""
 FEWEST_SEEDS = 2
 ORDER = [
     (name, readout)

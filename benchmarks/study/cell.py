@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from benchmarks.study.model import ROUNDINGS, changed, logits_of, pretrained
 from benchmarks.study.numerics import fingerprint, machine
 from benchmarks.study.outcomes import outcomes
 from benchmarks.study.readouts import Readout, readouts_for, rules_for, searched
+from benchmarks.study.rivals import TEACHER
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import MAX_LENGTH, TASKS, Rows, Splits, epoch_batches, load
 from benchmarks.study.trainings import TRAININGS, Training
@@ -92,24 +94,11 @@ def run_cell(cell: Cell) -> list[Row]:
     device, regime, training = _device(), REGIMES[cell.regime], TRAININGS[cell.training]
     _forget_peak(device)
     splits = load(cell.task, rows=regime.rows, seed=cell.seed)
+    taught = time.process_time()
+    teacher = _teach(cell, training, splits)
+    taught = time.process_time() - taught
     model = pretrained(splits.num_labels, cell.seed, device)
-    epochs = regime.epochs * training.length
-    places = [
-        batch
-        for epoch in range(epochs)
-        for batch in epoch_batches(splits.train, size=regime.batch, seed=cell.seed, epoch=epoch)
-    ]
-    trained = loop.train(
-        model,
-        (splits.train.batch(batch) for batch in places),
-        objective=training.objective(cell.seed),
-        schedule=training.schedule,
-        rate=cell.rate,
-        total_steps=len(places),
-        rules=_rules(cell, training, len(places)),
-        precision=PRECISION,
-        seed=cell.seed,
-    )
+    trained, steps = _fit(cell, training, splits, model, seed=cell.seed, averaged=True, teacher=teacher)
     try:
         scored = (
             _tuning(model, trained, training, splits, TASKS[cell.task].score)
@@ -121,12 +110,13 @@ def run_cell(cell: Cell) -> list[Row]:
             trained.averager.close()
     shared = {
         "settings": {
-            "rows": len(splits.train), "epochs": epochs, "steps": len(places), "batch": regime.batch,
+            "rows": len(splits.train), "epochs": regime.epochs * training.length, "steps": steps,
+            "batch": regime.batch,
             "precision": PRECISION, "max_length": MAX_LENGTH, "scored": len(_scored(cell, splits)),
         },
         "cost": {
             "units": training.units, "seconds": round(trained.seconds, 2),
-            "cpu_seconds": round(trained.cpu_seconds, 2), "peak_bytes": _peak(device),
+            "cpu_seconds": round(trained.cpu_seconds + taught, 2), "peak_bytes": _peak(device),
         },
         "noise": {"divergence": trained.divergence, "noise_to_signal": trained.noise_to_signal},
     }  # fmt: skip
@@ -143,12 +133,61 @@ def identity(cell: Cell, readout: str) -> Row:
     }  # fmt: skip
 
 
-def _rules(cell: Cell, training: Training, steps: int) -> dict[str, Any]:
-    """What is averaged: for choosing a rate no more than it needs, since averages leave training as it is."""
-    rules = rules_for(training, steps)
+def _fit(
+    cell: Cell,
+    training: Training,
+    splits: Splits,
+    model: nn.Module,
+    *,
+    seed: int,
+    averaged: bool,
+    teacher: Tensor | None = None,
+) -> tuple[loop.Trained, int]:
+    """Train a model in place; returns what it left behind, and its steps.
+
+    Args:
+        cell: for its budget and rate.
+        training: what to do.
+        splits: of the rows.
+        model: as it begins.
+        seed: of order, masks and noise.
+        averaged: whether weights are averaged. For choosing a rate no more than that needs, since averages leave
+            training as it is.
+        teacher: logits (N, C) of the training rows, for a training that distils.
+    """
+    regime = REGIMES[cell.regime]
+    places = [
+        batch
+        for epoch in range(regime.epochs * training.length)
+        for batch in epoch_batches(splits.train, size=regime.batch, seed=seed, epoch=epoch)
+    ]
+    rules = rules_for(training, len(places)) if averaged else {}
     if cell.split == "tuning":
-        return {name: rule for name, rule in rules.items() if name == training.principal}
-    return rules
+        rules = {name: rule for name, rule in rules.items() if name == training.principal}
+    taught = {} if teacher is None else {TEACHER: teacher}
+    batches = (
+        splits.train.batch(batch) | {name: logits[batch] for name, logits in taught.items()}
+        for batch in places
+    )
+    trained = loop.train(
+        model, batches, objective=training.objective(seed), schedule=training.schedule, rate=cell.rate,
+        total_steps=len(places), rules=rules, precision=PRECISION, seed=seed,
+    )  # fmt: skip
+    return trained, len(places)
+
+
+def _teach(cell: Cell, training: Training, splits: Splits) -> Tensor | None:
+    """Logits (N, C) that the teachers give to the training rows, of the mean of their probabilities; None without.
+
+    Teachers are trained on the same rows, at the same rate; each has a head, an order and masks of its own.
+    """
+    chances = []
+    for i, name in enumerate(training.teachers):
+        seed = 1000 * (cell.seed + 1) + i
+        teacher = pretrained(splits.num_labels, seed, _device())
+        _fit(cell, TRAININGS[name], splits, teacher, seed=seed, averaged=False)
+        chances.append(logits_of(teacher, splits.train).softmax(-1))
+    return torch.stack(chances).mean(0).clamp(min=1e-12).log() if chances else None
 
 
 def _scored(cell: Cell, splits: Splits) -> Rows:

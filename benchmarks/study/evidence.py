@@ -36,8 +36,6 @@ HEADLINES = (
 )  # fmt: skip
 NOT_BUILT = (
     "question answering (squad) and generation (e2e, tatoeba_en_fr)",
-    "SMART and FreeLB",
-    "knowledge distillation, from a longer-trained teacher or from an ensemble",
     "the collapse experiments: linear probes on other tasks, chains of tasks",
     "flatness: loss under weight noise, along the line through the average, eigenvalues of the Hessian",
     "any model but all-MiniLM-L6-v2, and any machine with a GPU",

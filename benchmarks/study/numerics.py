@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.study.loop import train
 from benchmarks.study.readouts import rules_for
+from benchmarks.study.rivals import TEACHER
 from benchmarks.study.trainings import TRAININGS
 
 PACKAGES = ("torch", "transformers", "numpy", "numba")
@@ -40,7 +41,7 @@ def fingerprint(training: str, device: str, precision: str) -> str:
         max_position_embeddings=LENGTH, num_labels=CLASSES,
     )  # fmt: skip
     model = BertForSequenceClassification(config).to(device)
-    batches = [
+    batches: list[dict[str, torch.Tensor]] = [
         {
             "input_ids": torch.randint(1, 50, (BATCH, LENGTH)),
             "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
@@ -48,6 +49,8 @@ def fingerprint(training: str, device: str, precision: str) -> str:
         }
         for _ in range(STEPS)
     ]
+    if kind.teachers:
+        batches = [batch | {TEACHER: torch.randn(BATCH, CLASSES)} for batch in batches]
     trained = train(
         model, batches, objective=kind.objective(0), schedule=kind.schedule, rate=1e-3, total_steps=STEPS,
         rules=rules_for(kind, STEPS), precision=precision, seed=0,

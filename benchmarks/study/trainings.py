@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import swaft
+from benchmarks.study.rivals import Distillation, FreeLB, Smart
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class Training:
     """Epochs, as a multiple of the budget's."""
     principal: str = "last"
     """The readout by which its rate is chosen."""
+    teachers: tuple[str, ...] = ()
+    """Trainings, each by a seed of its own, whose mean probabilities teach."""
     plain: bool = False
     """Whether every readout is taken from it, rather than the few that matter."""
 
     @property
     def units(self) -> int:
         """Forward-backward passes over the training rows, as a multiple of the baseline's."""
-        return self.passes * self.length
+        return self.passes * self.length + sum(TRAININGS[teacher].units for teacher in self.teachers)
 
 
 def _r3f(**options: Any) -> Callable[[int], Any]:
@@ -68,5 +71,9 @@ TRAININGS = {
             for name, objective in _OBJECTIVES.items()
             for schedule, principal in (("decayed", "last"), ("constant", "swa-0.5"))
         ),
+        Training("smart-decayed", "decayed", lambda seed: Smart(), passes=3),
+        Training("freelb-decayed", "decayed", lambda seed: FreeLB(), passes=2),
+        Training("distilled-longer", "decayed", lambda seed: Distillation(), teachers=("decayed2x",)),
+        Training("distilled-ensemble", "decayed", lambda seed: Distillation(), teachers=("decayed",) * 3),
     )
 }

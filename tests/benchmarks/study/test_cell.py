@@ -36,6 +36,15 @@ def test_constant_and_two_pass_trainings_have_their_readouts_and_their_divergenc
     assert plain[0]["settings"]["scored"] == 20
 
 
+def test_a_distilled_cell_counts_its_teachers_and_learns_from_them(tiny_task):
+    (alone,) = run_cell(parse_cell("cr/decayed/main/0.0002/1/tuning"))
+    (taught,) = run_cell(parse_cell("cr/distilled-ensemble/main/0.0002/1/tuning"))
+    assert (alone["cost"]["units"], taught["cost"]["units"]) == (1, 4)
+    assert taught["cost"]["cpu_seconds"] > 2 * alone["cost"]["cpu_seconds"]
+    assert taught["noise"]["divergence"] > 0
+    assert taught["outcomes"]["nll"] != alone["outcomes"]["nll"]
+
+
 def test_a_missing_task_is_recorded_by_name_and_others_are_made(tiny_task, monkeypatch):
     monkeypatch.setattr(
         command, "all_cells", lambda rows: map(parse_cell, ["trec/decayed/main/0.0002/1/tuning", CR])
