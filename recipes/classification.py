@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ from swaft.training.best import choose_target
 from swaft.training.build import build_objective
 from swaft.training.evaluate import Evaluation, evaluate
 from swaft.training.fine_tune import Job, Target, fine_tune
+from swaft.training.kept_head import fit_head
 from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
@@ -57,13 +58,15 @@ Config = ClassificationConfig
 class Prepared:
     """What a run needs that neither a device nor other ranks have to do with."""
 
-    rows: dict[str, Any]
+    rows: Mapping[str, Any]
     """Dataset by split."""
     task: Task
     metric: Metric
     model_config: Any
     tokenizer: Any
     collate: Collator
+    has_new_head: bool
+    """Whether the head is a new one, whatever the model brings."""
     objective: Any
     rule: Rule | None
     target: Target
@@ -78,23 +81,24 @@ class Prepared:
 
 def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
-    rows = problems.of(load_splits, config.data)
-    task = problems.of(describe_task, rows, config.data)
+    task = problems.of(describe_task, problems.of(load_splits, config.data), config.data)
     tokenizer = problems.of(load_tokenizer, config.model)
     model_config = problems.of(load_model_config, config.model)
     problems.of(require_weights, config.model, model_config)
+    head = problems.of(fit_head, task, config.model, model_config)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
     metric = problems.of(choose_metric, config.eval.metric, config.data.task_name, task)
     target = problems.of(main_score, metric)
-    problems.of(choose_target, config.eval, target, rows)
+    problems.of(choose_target, config.eval, target, task.rows)
     return Prepared(
-        rows=rows,
-        task=task,
+        rows=task.rows,
+        task=head.task,
         metric=metric,
         model_config=model_config,
         tokenizer=tokenizer,
         collate=problems.of(Collator, tokenizer),
+        has_new_head=head.is_new,
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
         target=target,
@@ -138,6 +142,7 @@ def run(config: ClassificationConfig) -> None:
             ready.model_config,
             seed=config.train.seed,
             gradient_checkpointing=config.train.gradient_checkpointing,
+            has_new_head=ready.has_new_head,
         )
     ready.objective.prepare_model(model)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +64,7 @@ Config = QuestionAnsweringConfig
 class Prepared:
     """What a run needs that neither a device nor other ranks have to do with."""
 
-    rows: dict[str, Any]
+    rows: Mapping[str, Any]
     """Dataset by split."""
     has_unanswerable: bool
     """Whether "none" is an answer."""
@@ -86,8 +86,8 @@ class Prepared:
 
 def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
-    rows = problems.of(load_splits, config.data)
-    report = problems.of(check_questions, rows)
+    splits = problems.of(load_splits, config.data)
+    report = problems.of(check_questions, splits, skip_bad_rows=config.data.skip_bad_rows)
     has_unanswerable = problems.of(may_have_no_answer, report, config.data.version_2_with_negative)
     problems.of(refuse_unused_threshold, config.eval, has_unanswerable=has_unanswerable)
     model_config = problems.of(load_model_config, config.model, num_labels=2)  # the first token and the last
@@ -98,9 +98,9 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, tokenizer.model_max_length)
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
     target = problems.of(main_score, metric)
-    problems.of(choose_target, config.eval, target, rows)
+    problems.of(choose_target, config.eval, target, report.rows)
     return Prepared(
-        rows=rows,
+        rows=report.rows,
         has_unanswerable=has_unanswerable,
         metric=metric,
         model_config=model_config,

@@ -84,13 +84,18 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
     splits = problems.of(load_splits, config.data)
     columns = problems.of(find_columns, splits, config.data)
-    rows = problems.of(read_all_pairs, splits, columns)
+    rows = problems.of(read_all_pairs, columns)
+    model_config = problems.of(encoder_decoder_config, config.model)
     metric = None
     if config.eval.predict_with_generate:
-        metric = problems.of(get_generation_metric, config.eval.metric, task_name=config.data.task_name)
+        metric = problems.of(
+            get_generation_metric,
+            config.eval.metric,
+            task_name=config.data.task_name,
+            translates=problems.of(translates, config.data, columns, model_type=str(model_config.model_type)),
+        )
     target = problems.of(main_score, metric)
     problems.of(choose_target, config.eval, target, rows)
-    model_config = problems.of(encoder_decoder_config, config.model)
     if config.model.config is None:
         problems.of(require_weights, config.model, model_config)
     most = problems.of(longest_input, model_config)
@@ -132,12 +137,23 @@ def find_columns(splits: dict[str, Any], data: Seq2SeqDataConfig) -> PairColumns
         target_column=data.target_column,
         source_lang=data.source_lang,
         target_lang=data.target_lang,
+        skip_bad_rows=data.skip_bad_rows,
     )
 
 
-def read_all_pairs(splits: dict[str, Any], columns: PairColumns) -> dict[str, Any]:
+def read_all_pairs(columns: PairColumns) -> dict[str, Any]:
     """Read every split as pairs of texts with all their references."""
-    return {name: read_pairs(split, name, columns) for name, split in splits.items()}
+    return {name: read_pairs(split, name, columns) for name, split in columns.rows.items()}
+
+
+def translates(data: Seq2SeqDataConfig, columns: PairColumns, *, model_type: str) -> bool:
+    """Whether the task is a translation: by its column, by its languages, by what T5 is told, or by the model."""
+    return (
+        columns.source_lang is not None
+        or data.source_lang != data.target_lang
+        or data.source_prefix.lower().startswith("translate ")
+        or model_type == "marian"
+    )
 
 
 def run(config: Seq2SeqConfig) -> None:

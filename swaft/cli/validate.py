@@ -119,4 +119,5 @@ PARTS: dict[str, Callable[[Any], list[str]]] = {
     "ds": _deepspeed,
     "data": _data,
     "rows": list,
+    "notes": list,
 }

@@ -28,7 +28,7 @@ from swaft.config.seq2seq import (
     Seq2SeqModelConfig,
     Seq2SeqTrainConfig,
 )
-from swaft.config.values import not_allowed, split_names
+from swaft.config.values import DELIMITERS, not_allowed, split_names
 from swaft.errors import ConfigError
 from swaft.metrics import METRIC_NAMES
 from swaft.metrics.names import refuse_unfit
@@ -69,7 +69,32 @@ def _check_rows(data: RowsConfig) -> list[str]:
         problems.append("data.dataset_config_name: is a configuration of data.dataset_name, which is not set")
     for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         problems += _at_least(f"data.{name}", getattr(data, name), 1)
-    return problems
+    return problems + _check_delimiter(data) + _check_fraction(data)
+
+
+def _check_delimiter(data: RowsConfig) -> list[str]:
+    if data.delimiter is None:
+        return []
+    character = DELIMITERS.get(data.delimiter, data.delimiter)
+    if len(character) != 1 or character in '"\r\n':
+        return [f"data.delimiter: {data.delimiter!r} is not one character; expected one such as ; or tab"]
+    files = (data.train_file, data.validation_file, data.test_file)
+    if not any((file or "").lower().endswith((".csv", ".tsv")) for file in files):
+        return ["data.delimiter: is about csv and tsv files, and data.train_file names none; remove it"]
+    return []
+
+
+def _check_fraction(data: RowsConfig) -> list[str]:
+    fraction = data.validation_fraction
+    if fraction is None:
+        return []
+    if not 0 < fraction < 1:
+        return [
+            f"data.validation_fraction: {fraction} is outside (0, 1); 0.1 is a tenth of the training rows"
+        ]
+    if data.validation_file is not None:
+        return ["data.validation_fraction: data.validation_file names the validation rows already; keep one"]
+    return []
 
 
 def _check_data(data: DataConfig) -> list[str]:

@@ -21,6 +21,7 @@ ROW_SETTINGS = (
     "data.dataset_config_name",
     "data.validation_file",
     "data.test_file",
+    "data.delimiter",
     "data.eval_languages",
 )
 

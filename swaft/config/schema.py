@@ -40,7 +40,8 @@ class ModelConfig(AdapterConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, because that code runs with your rights."""
     ignore_mismatched_sizes: bool = False
-    """Put a new head on a model whose own head is for another number of classes (an MNLI model, say)."""
+    """Put a new head on a model whose own head is for another number of classes (an MNLI model, say), or for
+    classes of other names. false: that is an error; a head for the same classes is kept, in its own order."""
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,15 @@ class RowsConfig:
     """Validation rows, beside `train_file`; null: the run is not evaluated on validation rows."""
     test_file: str | None = None
     """Test rows, beside `train_file`."""
+    delimiter: str | None = None
+    """Character between the cells of a csv or tsv file (`;`, `tab`); null: a comma, and a tab in a tsv file, which
+    has no quoting."""
+    validation_fraction: float | None = None
+    """Share of the training rows that are validation rows instead, drawn at random and the same whatever
+    `train.seed` is (0.1 is a tenth); where the rows have a validation split of their own it is refused."""
+    skip_bad_rows: bool = False
+    """Leave out rows with a blank text, without a label, or whose answers cannot be read, and say which; false:
+    the first such row is an error."""
     max_train_samples: int | None = None
     """Use only the first so many training rows; null: all."""
     max_eval_samples: int | None = None

@@ -76,7 +76,7 @@ class Seq2SeqEvalConfig(EvalConfig):
 
     metric: str = "auto"
     """What to measure on generated texts: rouge, rougeL_coco, bleu, chrf, bleu_chrf or bleu_rouge; auto: the
-    usual one of the task, rouge where there is none."""
+    usual one of the task, else bleu_chrf for translations and rouge for the rest."""
     predict_with_generate: bool = True
     """Generate a text for every row and score it. false: measure the loss alone, which is much faster."""
     num_beams: int | None = None

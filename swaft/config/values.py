@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from swaft.config.leaves import Leaf
 
 NULL_TEXTS = ("null", "None")
+DELIMITERS = {"tab": "\t", "\\t": "\t"}
+"""What `data.delimiter` may say for a character that is hard to type."""
 
 
 def parse_scalar(text: str) -> Any:

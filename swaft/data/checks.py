@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1_000
 """Rows read in one go: much faster than one by one, and still little memory."""
@@ -35,39 +38,66 @@ def require_column(split: Dataset, column: str, setting: str) -> None:
     raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
 
 
-def refuse_non_text(split: Dataset, name: str, column: str, setting: str | None = None) -> None:
-    """Refuse a column that holds anything but text.
+Fault = tuple[int, str]
+"""Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
+
+
+def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[Fault]:
+    """Yield the rows that have anything but text in a column, and those with nothing but white space.
 
     Args:
         split: the rows.
-        name: what the split is called.
         column: one of its columns.
-        setting: what names another column; None: nothing does.
-
-    Raises:
-        DataError: names the first row without a text.
+        blank: whether white space alone is a fault.
     """
     for row, value in enumerate(values(split, column)):
         if not isinstance(value, str):
             found = "nothing" if value is None else f"{value!r}"
-            mend = f", or name another column with {setting}" if setting else " or fill it in"
-            raise DataError(
-                f"row {row} of {name} has {found} in column '{column}'; expected text. Remove the row{mend}"
-            )
+            yield row, f"has {found} in column '{column}'; expected text"
+        elif blank and not value.strip():
+            yield row, f"has an empty text in column '{column}'; expected words"
 
 
-def refuse_blank(split: Dataset, name: str, column: str) -> None:
-    """Refuse texts of nothing but white space.
+def good_rows(
+    splits: Mapping[str, Dataset], find_faults: Callable[[Dataset], Iterator[Fault]], *, skip: bool
+) -> dict[str, Dataset]:
+    """Return the rows without a fault; what is left out is logged.
+
+    Args:
+        splits: rows by split.
+        find_faults: yields the faults of a split.
+        skip: leave rows out (`data.skip_bad_rows`), and a split that has no other ones but train; False: refuse.
 
     Raises:
-        DataError: names the first.
+        DataError: names the first row with a fault, where none is left out; or no training row is left.
     """
-    for row, text in enumerate(values(split, column)):
-        if not text.strip():
-            raise DataError(
-                f"row {row} of {name} has an empty text in column '{column}'; expected words. Remove the row or "
-                "fill it in"
-            )
+    kept = {}
+    for name, split in splits.items():
+        if not skip:
+            for row, fault in find_faults(split):
+                raise DataError(
+                    f"row {row} of {name} {fault}. Remove the row or fill it in, or leave such rows out with "
+                    "data.skip_bad_rows=true"
+                )
+        faults = dict(find_faults(split)) if skip else {}
+        if faults and len(faults) == len(split) and name == "train":
+            raise DataError(f"no row of train is left: each is a bad one (row 0 {faults[0]})")
+        if not faults:
+            kept[name] = split
+            continue
+        if len(faults) < len(split):
+            kept[name] = split.select([row for row in range(len(split)) if row not in faults])
+        row = min(faults)
+        logger.info(
+            "%d of %d rows of %s are left out: %s (row %d %s)",
+            len(faults),
+            len(split),
+            name,
+            shortened([str(number) for number in sorted(faults)]),
+            row,
+            faults[row],
+        )
+    return kept
 
 
 def refuse_repeated_ids(split: Dataset, name: str, column: str = "id") -> None:
@@ -110,6 +140,11 @@ def require_length(setting: str, length: int, most: int) -> None:
     """
     if length > most:
         raise DataError(f"{setting} is {length}, but the model reads at most {most} tokens; lower it")
+
+
+def shortened(names: list[str]) -> str:
+    """Join the first few names."""
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
 
 
 def existing(split: Dataset) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from swaft.config.schema import DataConfig
 from swaft.data.checks import (
+    Fault,
     existing,
-    refuse_non_text,
+    good_rows,
     refuse_repeated_ids,
     require_column,
     require_length,
     require_padding,
+    text_faults,
 )
-from swaft.data.labels import read_labels
+from swaft.data.labels import Labels, label_faults, read_labels
 from swaft.errors import DataError
 
 # How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
@@ -35,24 +37,23 @@ USUAL_TEXT_COLUMNS = (
 USUAL_LABEL_COLUMNS = ("label", "labels")
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(Labels):
     """What a classification or regression task reads and predicts."""
 
     text_columns: tuple[str, ...]
     """One text column, or two for a pair."""
     label_column: str
     """Column with the answer."""
-    num_labels: int
-    """Number of classes; 1 for a regression."""
-    label_names: list[str] | None
-    """Names of the classes in order of their ids, where the data names them."""
-    is_regression: bool
-    """Whether the answer is a score rather than a class."""
+    rows: Mapping[str, Dataset] = field(repr=False)
+    """Rows by split, without those that were left out."""
 
 
 def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
     """Find the columns of a task and what its labels are, and check them in every row of every split.
+
+    Bad rows are left out where `data.skip_bad_rows` asks for it: without a label, or with a text that is none or
+    blank.
 
     Args:
         splits: rows by split, `train` among them.
@@ -70,17 +71,22 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
                 raise DataError(
                     f"the {name} split has no column '{column}', but train has; {existing(split)}"
                 )
-        for column in text_columns:
-            refuse_non_text(split, name, column, "data.text_column")
+
+    def faults(split: Dataset) -> Iterator[Fault]:
+        for column in text_columns:  # a blank text can be classified, so it is refused nowhere
+            yield from text_faults(split, column, blank=data.skip_bad_rows)
+        yield from label_faults(split, label_column)
+
+    rows = good_rows(splits, faults, skip=data.skip_bad_rows)
+    for name, split in rows.items():
         if "id" in split.column_names:
             refuse_repeated_ids(split, name)
-    labels = read_labels(splits, label_column, do_regression=data.do_regression)
+    labels = read_labels(rows, label_column, do_regression=data.do_regression)
     return Task(
         text_columns=text_columns,
         label_column=label_column,
-        num_labels=labels.num_labels,
-        label_names=labels.label_names,
-        is_regression=labels.is_regression,
+        rows=rows,
+        **vars(labels),
     )
 
 
@@ -101,7 +107,6 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
         DataError: the model does not read that many tokens.
     """
     require_length("data.max_seq_length", max_seq_length, tokenizer.model_max_length)
-    ids = {name: i for i, name in enumerate(task.label_names or [])}
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [rows[column] for column in task.text_columns]
@@ -111,7 +116,7 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
         if task.is_regression:
             encoded["labels"] = [float(label) for label in labels]
         else:
-            encoded["labels"] = [ids[label] if isinstance(label, str) else int(label) for label in labels]
+            encoded["labels"] = [task.label_ids[label] for label in labels]
         encoded["idx"] = indices
         return encoded
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from swaft.data.checks import Fault, shortened, values
 from swaft.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Labels:
     """What the label column of a task holds."""
 
@@ -24,7 +28,9 @@ class Labels:
     label_names: list[str] | None
     """Names of the classes in order of their ids, where the data names them."""
     is_regression: bool
-    """Whether the labels are scores."""
+    """Whether the answer is a score rather than a class."""
+    label_ids: Mapping[Any, int]
+    """Id of the class by what stands in the column; empty for a regression."""
 
 
 def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
@@ -32,21 +38,19 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
 
     Fractional numbers are scores. Text is a class, its id the place in the sorted texts of the training
     rows. A whole number is a class id; how many there are is what the column's type says, else the
-    largest of the training rows plus one. Whole numbers stored as fractional ones (1.0) may be either.
+    largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names like texts.
+    Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is logged.
 
     Args:
-        splits: rows by split, `train` among them.
+        splits: rows by split, `train` among them, without those that `label_faults` yields.
         column: the label column, present in every split.
         do_regression: whether numbers are scores (True) or class ids (False); None: as above.
 
     Raises:
-        DataError: labels that may be either, a row without a label, or with one that no training row has;
-            names split and row.
+        DataError: labels that may be either, or a row with one that no training row has; names split and row.
     """
-    values = {name: split[column][:] for name, split in splits.items()}
-    for name, rows in values.items():
-        _refuse_missing(rows, name, column)
-    kinds = {name: _kind(rows, name, column) for name, rows in values.items()}
+    labels = {name: split[column][:] for name, split in splits.items()}
+    kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
     for name, kind in kinds.items():
         # Whole numbers among scores are scores: a small split may hold no fraction.
         if kind is not kinds["train"] and not (kinds["train"] is float and kind is int):
@@ -55,60 +59,94 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
                 "expected the same kind in every split"
             )
     if kinds["train"] is str:
-        return _read_names(values, column)
-    if kinds["train"] is float and do_regression is None and _are_whole(values["train"]):
+        return _read_names(labels, column)
+    if kinds["train"] is float and do_regression is None and _are_whole(labels["train"]):
         raise DataError(
-            f"column '{column}' holds whole numbers stored as fractional ones ({values['train'][0]}, ...): class "
+            f"column '{column}' holds whole numbers stored as fractional ones ({labels['train'][0]}, ...): class "
             "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
         )
     if do_regression or (do_regression is None and kinds["train"] is float):
-        return Labels(num_labels=1, label_names=None, is_regression=True)
-    for name, rows in values.items():
+        return Labels(num_labels=1, label_names=None, is_regression=True, label_ids={})
+    for name, rows in labels.items():
         if not _are_whole(rows):
             raise DataError(
                 f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
                 "set data.do_regression=true"
             )
-    return _read_ids(splits, values, column)
+    return _read_ids(splits, labels, column)
+
+
+def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
+    """Yield the rows without a label: nothing, a blank, NaN, or -1 where the column's type names the classes."""
+    is_named = isinstance(split.features[column], ClassLabel)
+    for row, value in enumerate(values(split, column)):
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            yield row, f"has no {column} ({value!r})"  # NaN alone differs from itself
+        elif is_named and value == -1:
+            yield row, f"has {column}=-1, which marks a row without its answer"
 
 
 def _are_whole(rows: list[Any]) -> bool:
     return bool((np.asarray(rows, dtype=np.float64) % 1 == 0).all())
 
 
-def _read_names(values: Mapping[str, list[str]], column: str) -> Labels:
-    known = set(values["train"])
-    names = sorted(known)
-    for split, rows in values.items():
+def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
+    known = sorted(set(labels["train"]))
+    names = [label if isinstance(label, str) else str(int(label)) for label in known]
+    ids = {label: number for number, label in enumerate(known)}
+    for split, rows in labels.items():
         for row, value in enumerate(rows):
-            if value not in known:
+            if value not in ids:
                 raise DataError(
                     f"row {row} of {split} has {column}={value!r}, which no training row has; expected "
-                    f"one of {_shortened(names)} (data.max_train_samples may cut labels off)"
+                    f"one of {shortened(names)} (data.max_train_samples may cut labels off)"
                 )
-    return Labels(num_labels=_several(len(names), column), label_names=names, is_regression=False)
+    return Labels(
+        num_labels=_several(len(names), column), label_names=names, is_regression=False, label_ids=ids
+    )
 
 
-def _read_ids(splits: Mapping[str, Dataset], values: Mapping[str, list[int]], column: str) -> Labels:
+def _read_ids(splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str) -> Labels:
     names = _class_names(splits, column)
-    num_labels = len(names) if names is not None else int(max(values["train"])) + 1
-    if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(values["train"])):
-        row = int(np.argmax(values["train"]))
+    found = set(labels["train"])
+    if names is None and 0 not in found:
+        read = _read_names(labels, column)
+        logger.info(
+            "%s: whole numbers without 0 are names of %d classes: %s",
+            column,
+            read.num_labels,
+            shortened(read.label_names or []),
+        )
+        return read
+    num_labels = len(names) if names is not None else int(max(found)) + 1
+    if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(labels["train"])):
+        row = int(np.argmax(labels["train"]))
         raise DataError(
             f"row {row} of train has {column}={num_labels - 1}, which would make {num_labels} classes of "
-            f"{len(values['train'])} rows; expected class ids counted from 0. Name another column with "
+            f"{len(labels['train'])} rows; expected class ids counted from 0. Name another column with "
             "data.label_column"
         )
-    for split, rows in values.items():
+    for split, rows in labels.items():
         ids = np.asarray(rows, dtype=np.int64)
         outside = np.flatnonzero((ids < 0) | (ids >= num_labels))
         if len(outside):
             row, source = outside[0], "training rows" if names is None else "column type"
             raise DataError(
                 f"row {row} of {split} has {column}={ids[row]}; expected 0 to {num_labels - 1}, the labels "
-                f"of the {source} (-1 usually marks a row without its answer: leave such a split out)"
+                f"of the {source} (-1 usually marks a row without its answer: leave such rows out; where it is a "
+                "class, write the labels as texts)"
             )
-    return Labels(num_labels=_several(num_labels, column), label_names=names, is_regression=False)
+    unseen = [str(number) for number in range(num_labels) if number not in found]
+    if unseen and names is None:
+        logger.info(
+            "%s: class ids 0 to %d; no training row has %s", column, num_labels - 1, shortened(unseen)
+        )
+    return Labels(
+        num_labels=_several(num_labels, column),
+        label_names=names,
+        is_regression=False,
+        label_ids={number: number for number in range(num_labels)},
+    )
 
 
 def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None:
@@ -117,16 +155,10 @@ def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None
     for name, names in named.items():
         if names != named.get("train"):
             raise DataError(
-                f"column '{column}' names its classes {_shortened(names)} in {name} but "
-                f"{_shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
+                f"column '{column}' names its classes {shortened(names)} in {name} but "
+                f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
             )
     return named.get("train")
-
-
-def _refuse_missing(rows: list[Any], split: str, column: str) -> None:
-    for row, value in enumerate(rows):
-        if value is None or value != value:  # NaN alone differs from itself
-            raise DataError(f"row {row} of {split} has no {column} ({value}); remove the row or fill it in")
 
 
 def _kind(rows: list[Any], split: str, column: str) -> type:
@@ -151,7 +183,3 @@ def _several(num_labels: int, column: str) -> int:
 
 def _said(kind: type) -> str:
     return {int: "whole numbers", float: "fractional numbers", str: "texts"}[kind]
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

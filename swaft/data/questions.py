@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 
-from swaft.data.checks import existing, refuse_blank, refuse_non_text, refuse_repeated_ids, values
+from swaft.data.checks import Fault, existing, good_rows, refuse_repeated_ids, text_faults, values
 from swaft.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ class QuestionReport:
     """By split: questions that have no answer (SQuAD 2.0)."""
     misplaced: dict[str, int]
     """By split: answers that do not stand where `answer_start` says."""
+    rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
+    """Questions by split, without those that were left out."""
 
     @property
     def has_unanswerable(self) -> bool:
@@ -32,7 +34,9 @@ class QuestionReport:
         return any(self.unanswerable.values())
 
 
-def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.01) -> QuestionReport:
+def check_questions(
+    splits: Mapping[str, Dataset], *, most_misplaced: float = 0.01, skip_bad_rows: bool = False
+) -> QuestionReport:
     """Check every question of every split.
 
     Rows have `id`, `question`, `context` and `answers`: `{"text": [...], "answer_start": [...]}`, starts in
@@ -43,6 +47,7 @@ def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.
         most_misplaced: share of a split's answers that may stand elsewhere than `answer_start` says. Such
             answers are scored against, but not trained on; more of them mean that the starts count
             something else (bytes, say).
+        skip_bad_rows: leave out questions with a text that is none or empty, or answers of another form.
 
     Raises:
         DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
@@ -56,16 +61,15 @@ def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.
                     f"the {name} split has no column '{column}'; {existing(split)}; expected SQuAD's: "
                     f"{', '.join(COLUMNS)}"
                 )
-        for column in ("id", "question", "context"):
-            refuse_non_text(split, name, column)
-            refuse_blank(split, name, column)
+    good = good_rows(splits, _faults, skip=skip_bad_rows)
+    for name, split in good.items():
         refuse_repeated_ids(split, name)
         total, odd = 0, []
         unanswerable[name] = 0
         for row, (context, answers) in enumerate(
             zip(values(split, "context"), values(split, "answers"), strict=True)
         ):
-            texts, starts = _read_answers(answers, row, name)
+            texts, starts = answers["text"], answers["answer_start"]
             unanswerable[name] += not texts
             total += len(texts)
             odd += [
@@ -86,7 +90,7 @@ def check_questions(splits: Mapping[str, Dataset], *, most_misplaced: float = 0.
                 odd[0],
             )
         misplaced[name] = len(odd)
-    return QuestionReport(unanswerable, misplaced)
+    return QuestionReport(unanswerable, misplaced, good)
 
 
 def may_have_no_answer(report: QuestionReport, version_2_with_negative: bool | None) -> bool:
@@ -129,16 +133,27 @@ def _stands(text: str, start: int, context: str) -> bool:
     return start >= 0 and context.startswith(text, start)
 
 
-def _read_answers(answers: Any, row: int, name: str) -> tuple[list[str], list[int]]:
-    expected = "expected {'text': [...], 'answer_start': [...]}, lists of the same length"
+def _faults(split: Dataset) -> Iterator[Fault]:
+    for column in ("id", "question", "context"):
+        yield from text_faults(split, column)
+    for row, answers in enumerate(values(split, "answers")):
+        fault = _answers_fault(answers)
+        if fault is not None:
+            yield row, fault
+
+
+def _answers_fault(answers: Any) -> str | None:
     texts = answers.get("text") if isinstance(answers, Mapping) else None
     starts = answers.get("answer_start") if isinstance(answers, Mapping) else None
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise DataError(f"row {row} of {name} has {answers!r} in column 'answers'; {expected}")
+        return (
+            f"has {answers!r} in column 'answers'; expected {{'text': [...], 'answer_start': [...]}}, lists of the "
+            "same length"
+        )
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
-            raise DataError(
-                f"row {row} of {name} has the answer {text!r} at {start!r}; expected words, and the number of "
-                "their first character in the context. Leave both lists empty where there is no answer"
+            return (
+                f"has the answer {text!r} at {start!r}; expected words, and the number of their first character in "
+                "the context (both lists empty where there is no answer)"
             )
-    return texts, starts
+    return None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import partial
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 
 from swaft.config.schema import DataConfig, RowsConfig
 from swaft.config.values import split_names
+from swaft.data.files import cause, read_file
 from swaft.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Splits = dict[str, Dataset]
 
@@ -41,33 +46,27 @@ SCRIPT = (
 )
 """What to do without a network, and about a dataset that is a Python script, which none runs any more."""
 
-# These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
-FILE_READERS: dict[str, Callable[..., Any]] = {
-    ".parquet": Dataset.from_parquet,
-    # A text may well be "NA" or "null"; only an empty cell is a missing one.
-    ".csv": partial(Dataset.from_csv, keep_default_na=False, na_values=[""]),
-    ".tsv": partial(Dataset.from_csv, sep="\t", keep_default_na=False, na_values=[""]),
-    ".json": Dataset.from_json,
-    ".jsonl": Dataset.from_json,
-}
-
 
 def load_splits(data: RowsConfig) -> Splits:
     """Return the rows by split.
 
     `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them, and
     `validation_de`, `test_de` and so on for the languages to evaluate on.
-    The columns are as they came. `max_train_samples` and its like keep the first rows of a split.
+    The columns are as they came. `validation_fraction` takes rows of train for validation; `max_train_samples` and
+    its like keep the first rows of a split.
 
     Args:
         data: the section of the configuration; one of `task_name`, `dataset_name`, `train_file` is set.
 
     Raises:
-        DataError: the rows cannot be found or read, or a split is empty or missing.
+        DataError: the rows cannot be found or read, or a split is empty or missing, or there is one already that
+            was to be taken from train.
     """
     splits = _find(data)
     if "train" not in splits:
         raise DataError(f"found the splits {_listed(splits)} but no train split; set data.train_file")
+    if data.validation_fraction is not None:
+        splits = _with_validation(splits, data.validation_fraction)
     if isinstance(data, DataConfig):
         splits |= _find_languages(data)
     limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
@@ -121,7 +120,9 @@ def _find(data: RowsConfig) -> Splits:
         return _load_hub(data.dataset_name, data.dataset_config_name)
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     return {
-        split: _load_file(path, f"data.{split}_file") for split, path in files.items() if path is not None
+        split: read_file(path, f"data.{split}_file", data.delimiter)
+        for split, path in files.items()
+        if path is not None
     }
 
 
@@ -149,7 +150,7 @@ def _load_beside(data: DataConfig, language: str) -> Splits:
     named = {split: Path(path) for split, path in files.items() if path is not None}
     paths = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
     return {
-        split: _load_file(str(path), "data.eval_languages") for split, path in paths.items() if path.is_file()
+        split: read_file(str(path), "data.eval_languages") for split, path in paths.items() if path.is_file()
     }
 
 
@@ -164,7 +165,7 @@ def _load_task(task_name: str) -> Splits:
     if folder is not None:
         files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
         return {
-            split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
+            split: read_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
         }
     if task_name == DEMO_TASK:
         from swaft.demo import docstring_splits  # only here: reads the whole standard library
@@ -183,24 +184,12 @@ def _load_task(task_name: str) -> Splits:
     )
 
 
-def _load_file(path: str, setting: str) -> Dataset:
-    suffix = Path(path).suffix.lower()
-    if suffix not in FILE_READERS:
-        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
-    if not Path(path).is_file():
-        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
-    try:
-        return FILE_READERS[suffix](path)
-    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
-        raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {_cause(error)}") from error
-
-
 def _load_hub(name: str, config_name: str | None) -> Splits:
     try:
         found = load_dataset(name, config_name)
     except Exception as error:  # hub, network and cache each have types of their own
         which = f"{name} ({config_name})" if config_name else name
-        reason = _cause(error)
+        reason = cause(error)
         mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
         raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
     if not isinstance(found, DatasetDict):
@@ -211,14 +200,32 @@ def _load_hub(name: str, config_name: str | None) -> Splits:
     return {split: rows for split, rows in kept.items() if not (withheld and split == "test")}
 
 
+def _with_validation(splits: Splits, fraction: float) -> Splits:
+    """Take so large a share of the training rows, drawn at random, for validation; both keep their order.
+
+    The draw is always the same, so that runs of several seeds can be compared, and their weights averaged.
+    """
+    if "validation" in splits:
+        raise DataError(
+            "data.validation_fraction: the rows have a validation split of their own; remove the setting"
+        )
+    train = splits["train"]
+    count = int(Fraction(repr(fraction)) * len(train))  # 0.29 of 100 is 29, whatever its binary digits are
+    if count == 0:
+        raise DataError(
+            f"data.validation_fraction: {fraction} of {len(train)} rows is no row; set a larger one"
+        )
+    drawn = np.random.default_rng(0).permutation(len(train))
+    logger.info("validation rows: %d of %d, taken from train at random", count, len(train))
+    return {
+        "train": train.select(np.sort(drawn[count:])),
+        "validation": train.select(np.sort(drawn[:count])),
+        **{name: rows for name, rows in splits.items() if name != "train"},
+    }
+
+
 def _first(split: Dataset, limit: int | None) -> Dataset:
     return split if limit is None else split.select(range(min(limit, len(split))))
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _listed(splits: Mapping[str, Dataset]) -> str:

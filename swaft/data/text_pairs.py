@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
 from swaft.data.checks import (
+    Fault,
     existing,
-    refuse_blank,
-    refuse_non_text,
+    good_rows,
     refuse_repeated_ids,
     require_column,
+    text_faults,
     values,
 )
 from swaft.errors import DataError
@@ -48,6 +50,8 @@ class PairColumns:
     """Language to read, a key of the translation column; None: no translation."""
     target_lang: str | None = None
     """Language to write."""
+    rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
+    """Rows by split, without those that were left out."""
 
 
 def find_pairs(
@@ -57,6 +61,7 @@ def find_pairs(
     target_column: str | None = None,
     source_lang: str | None = None,
     target_lang: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> PairColumns:
     """Find the columns of a generation task, and check them in every row of every split.
 
@@ -68,6 +73,7 @@ def find_pairs(
         source_lang: language to read, where there is a column `translation` and no column is named; a model's
             code for it (en_XX) will do.
         target_lang: language to write.
+        skip_bad_rows: leave out rows with a text that is none or empty, or a list of references without one.
 
     Raises:
         DataError: a column or language that does not exist or has to be named, a text that is none or
@@ -80,20 +86,11 @@ def find_pairs(
                 raise DataError(
                     f"the {name} split has no column '{column}', but train has; {existing(split)}"
                 )
-        if columns.source_lang is not None:
-            _check_translations(split, name, columns)
-        else:
-            for column, setting in (
-                (columns.source_column, "data.source_column"),
-                (columns.target_column, "data.target_column"),
-            ):
-                refuse_non_text(split, name, column, setting)
-                refuse_blank(split, name, column)
-        if REFERENCES in split.column_names:
-            _check_references(split, name)
+    rows = good_rows(splits, partial(_faults, columns=columns), skip=skip_bad_rows)
+    for name, split in rows.items():
         if "id" in split.column_names:
             refuse_repeated_ids(split, name)
-    return columns
+    return replace(columns, rows=rows)
 
 
 def read_pairs(split: Dataset, name: str, columns: PairColumns, *, group_references: bool = True) -> Dataset:
@@ -190,24 +187,32 @@ def _check_languages(
         raise DataError(f"data.source_lang and data.target_lang are both {found[0]}; {there}; name two")
 
 
-def _check_translations(split: Dataset, name: str, columns: PairColumns) -> None:
+def _faults(split: Dataset, columns: PairColumns) -> Iterator[Fault]:
+    if columns.source_lang is not None:
+        yield from _translation_faults(split, columns)
+    else:
+        yield from text_faults(split, columns.source_column)
+        yield from text_faults(split, columns.target_column)
+    if REFERENCES in split.column_names:
+        yield from _reference_faults(split)
+
+
+def _translation_faults(split: Dataset, columns: PairColumns) -> Iterator[Fault]:
     for row, texts in enumerate(values(split, columns.source_column)):
         for language in (columns.source_lang, columns.target_lang):
             text = (texts or {}).get(language)
             if not isinstance(text, str) or not text.strip():
-                raise DataError(
-                    f"row {row} of {name} has {text!r} as its text in '{language}'; expected words. Remove the row "
-                    "or fill it in"
-                )
+                yield row, f"has {text!r} as its text in '{language}'; expected words"
 
 
-def _check_references(split: Dataset, name: str) -> None:
+def _reference_faults(split: Dataset) -> Iterator[Fault]:
     for row, texts in enumerate(values(split, REFERENCES)):
         listed = isinstance(texts, list) and texts
         if not listed or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise DataError(
-                f"row {row} of {name} has {texts!r} in column '{REFERENCES}'; expected a list of one or more "
-                "texts. Mend the row, or rename the column if it is something else"
+            yield (
+                row,
+                f"has {texts!r} in column '{REFERENCES}'; expected a list of one or more texts (rename the column "
+                "if it is something else)",
             )
 
 

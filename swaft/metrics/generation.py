@@ -99,18 +99,22 @@ class GenerationMetric:
         return tuple(self(["a text"], [["a text"]]).scores)
 
 
-def get_generation_metric(name: str = "auto", *, task_name: str | None = None) -> GenerationMetric:
+def get_generation_metric(
+    name: str = "auto", *, task_name: str | None = None, translates: bool = False
+) -> GenerationMetric:
     """Return the metric of this name.
 
     Args:
-        name: one of `NAMES["generation"]`, or `auto`: the usual one of the task, rouge for others.
+        name: one of `NAMES["generation"]`, or `auto`: the usual one of the task, bleu_chrf for other translations,
+            rouge for the rest.
         task_name: name of the task, for `auto`.
+        translates: whether texts are translated, for `auto`.
 
     Raises:
         ConfigError: an unknown name, or a metric for another kind of task.
     """
     if name == "auto":
-        name = TASK_METRICS.get(task_name or "", "rouge")
+        name = TASK_METRICS.get(task_name or "", "bleu_chrf" if translates else "rouge")
     refuse_unfit(name, "generation")
     return METRICS[name]
 

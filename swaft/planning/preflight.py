@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,8 @@ class Preflight:
     """What was found out about a run."""
 
     facts: dict[str, Any]
-    """By part of the run (launch, batch, steps, averaging, noise, ds, data, rows), plain values; a part that could
-    not be made out is left out, and its problem is listed."""
+    """By part of the run (launch, batch, steps, averaging, noise, ds, data, rows, notes), plain values; a part that
+    could not be made out is left out, and its problem is listed."""
     unchecked: list[str]
     """What was not looked at, and why."""
     problems: list[str]
@@ -82,7 +84,8 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
     if recipe is MISSING:
         return {}
     config, replaced = _read_settings(recipe, script, problems)
-    ready = recipe.prepare(config, problems)
+    with _notes() as notes:
+        ready = recipe.prepare(config, problems)
     problems.of(refuse_compilation, launch.environ)
     precision = problems.of(resolve_precision, config.train, launch.environ)
     width = problems.of(hidden_size, ready.model_config)
@@ -120,7 +123,26 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
         "ds": problems.of(_deepspeed_facts, filled),
         "data": problems.of(_data_facts, ready.rows),
         "rows": replaced or None,
+        "notes": notes or None,
     }
+
+
+@contextmanager
+def _notes() -> Iterator[list[str]]:
+    """Context that collects what a run would log meanwhile: how rows and classes are taken."""
+    notes: list[str] = []
+    handler, root = logging.Handler(), logging.getLogger("swaft")
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    before = root.level, root.propagate
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    try:
+        yield notes
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        root.propagate = before[1]
 
 
 def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[Any, list[str]]:

@@ -18,6 +18,7 @@ from transformers import (
 
 from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
+from swaft.training.kept_head import renew_head
 from swaft.training.lora import with_adapters
 
 if TYPE_CHECKING:
@@ -84,8 +85,15 @@ def longest_text(model_config: Any, tokenizer: Any) -> int:
     return min(tokenizer.model_max_length, positions)
 
 
-def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradient_checkpointing: bool) -> Any:
-    """Return the model with a new head, in fp32; with adapters where the settings ask for them.
+def load_classifier(
+    model: ModelConfig,
+    model_config: Any,
+    *,
+    seed: int,
+    gradient_checkpointing: bool,
+    has_new_head: bool = False,
+) -> Any:
+    """Return the model, with a new head where it has none, in fp32; with adapters where the settings ask for them.
 
     Args:
         model: section ``model``.
@@ -93,6 +101,7 @@ def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradien
         seed: of the new head; given to torch right here, because under ZeRO-3 nothing makes the ranks' heads
             equal afterwards.
         gradient_checkpointing: recompute activations in the backward pass.
+        has_new_head: the head is a new one whatever the model brings (see `fit_head`).
     """
     torch.manual_seed(seed)
     with told_as_settings(model):
@@ -100,9 +109,11 @@ def load_classifier(model: ModelConfig, model_config: Any, *, seed: int, gradien
             model_path(model),
             config=model_config,
             trust_remote_code=model.trust_remote_code,
-            ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+            ignore_mismatched_sizes=model.ignore_mismatched_sizes or has_new_head,
             dtype="float32",
         )
+    if has_new_head:
+        renew_head(loaded)
     return with_adapters(
         with_checkpointing(loaded, gradient_checkpointing), model, task="sequence classification"
     )

@@ -140,6 +140,10 @@ def test_the_batches_of_an_epoch_are_as_many_as_accelerate_makes(num_rows, world
         ),
         ("seq2seq", "data.source_lang=en", "data.target_lang: is not set"),
         ("question_answering", "eval.metric=rouge", "rouge does not fit"),
+        ("classification", "data.delimiter=ab", "data.delimiter: 'ab' is not one character"),
+        ("question_answering", "data.delimiter=tab", "data.delimiter: is about csv and tsv files"),
+        ("seq2seq", "data.validation_fraction=1.5", "data.validation_fraction: 1.5 is outside (0, 1)"),
+        ("seq2seq", "data.validation_fraction=0.5", "data.validation_file names the validation rows already"),
     ],
 )
 def test_what_is_wrong_is_found_without_starting_anything(told, recipe, override, expected):
@@ -266,6 +270,25 @@ def test_a_model_folder_without_weights_is_refused_and_a_new_model_needs_none(to
         [problem] = told(recipe, f"model.model_name_or_path={folder}")
         assert f"{folder} has a configuration and no weights; expected model.safetensors" in problem
     assert told("seq2seq") == []
+
+
+def test_how_rows_and_classes_are_taken_is_told(validate, tmp_path):
+    rows = tmp_path / "stars.csv"
+    rows.write_text("text;label\n" + "".join(f"the film was fine;{1 + i % 6}\n" for i in range(40)) + ";3\n")
+    settings = ("data.delimiter=;", "data.validation_fraction=0.25", "data.skip_bad_rows=true")
+    code, printed = validate("classification", f"data.train_file={rows}", *settings)
+    assert code == 0, printed
+    assert "data       train 30 rows, validation 10 rows, columns ok" in printed
+    assert "notes      validation rows: 10 of 41, taken from train at random" in printed
+    assert "notes      1 of 31 rows of train are left out: 30 (row 30 has nothing in column 'text'" in printed
+    assert "notes      label: whole numbers without 0 are names of 6 classes: 1, 2, 3, 4, 5, 6" in printed
+
+
+def test_columns_are_not_called_right_beside_one_that_is_missing(validate):
+    code, printed = validate("classification", "data.label_column=lable")
+    assert code == 1
+    assert "there is no column 'lable'" in printed
+    assert "columns ok" not in printed
 
 
 def test_rows_in_the_place_of_others_are_told(validate, configs):

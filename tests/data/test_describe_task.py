@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_usual_columns_are_found_by_name(columns):
 
 def test_named_columns_win_over_usual_ones():
     train = Dataset.from_dict(
-        {"text": ["a", "b"], "body": ["c", "d"], "head": ["e", "f"], "label": [0, 1], "fine": [2, 1]}
+        {"text": ["a", "b"], "body": ["c", "d"], "head": ["e", "f"], "label": [0, 1], "fine": [2, 0]}
     )
     task = describe_task({"train": train}, DataConfig(text_column="body", label_column="fine"))
     assert (task.text_columns, task.label_column, task.num_labels) == (("body",), "fine", 3)
@@ -123,6 +124,47 @@ def test_whole_numbers_are_classes_up_to_the_largest_of_the_training_rows():
     task = describe([0, 3, 1])
     assert (task.num_labels, task.label_names) == (4, None)
     assert describe([True, False]).num_labels == 2
+
+
+def test_classes_that_no_training_row_has_are_told(caplog):
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        describe([0, 3, 1])
+    assert "label: class ids 0 to 3; no training row has 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([6, 1, 3, 2, 4, 5], ["1", "2", "3", "4", "5", "6"]), ([4, 2], ["2", "4"]), ([1, -1], ["-1", "1"])],
+)
+def test_whole_numbers_without_0_are_as_many_classes_as_there_are_numbers(labels, names, caplog):
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        task = describe(labels, labels[:1])
+    assert (task.num_labels, task.label_names) == (len(names), names)
+    assert [task.label_ids[int(name)] for name in names] == list(range(len(names)))
+    assert (
+        f"label: whole numbers without 0 are names of {len(names)} classes: {', '.join(names)}" in caplog.text
+    )
+    with pytest.raises(DataError, match="row 0 of validation has label=9, which no training row has"):
+        describe(labels, [9])
+
+
+def test_bad_rows_are_left_out_when_asked_and_said(caplog):
+    named = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
+    train = Dataset.from_dict(
+        {"text": ["a", None, " ", "d", "e"], "label": [0, 1, 1, None, 1]}, features=named
+    )
+    test = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=named)
+    splits = {"train": train, "validation": train, "test": test}
+    with pytest.raises(DataError, match=r"row 1 of train has nothing .*data\.skip_bad_rows=true"):
+        describe_task(splits, DataConfig())
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        task = describe_task(splits, DataConfig(skip_bad_rows=True))
+    left = {name: rows["text"][:] for name, rows in task.rows.items()}
+    assert left == {"train": ["a", "e"], "validation": ["a", "e"]}
+    assert "3 of 5 rows of train are left out: 1, 2, 3 (row 1 has nothing in column 'text'" in caplog.text
+    assert "2 of 2 rows of test are left out: 0, 1 (row 0 has label=-1, which marks a row" in caplog.text
+    with pytest.raises(DataError, match=r"no row of train is left: each is a bad one \(row 0 has nothing"):
+        describe_task({"train": split([0, 1], text=[None, None])}, DataConfig(skip_bad_rows=True))
 
 
 def test_class_names_of_the_column_type_are_kept():

@@ -63,6 +63,17 @@ def test_row_that_cannot_be_used_is_named(changes, said):
         check(row(), row(**({"id": "q2"} | changes)))
 
 
+def test_bad_rows_are_left_out_when_asked():
+    bad = [
+        row(id="2", question=" "),
+        row(id="3", context=None),
+        row(id="4", answers={"text": [" "], "answer_start": [1]}),
+    ]
+    report = check(*bad, row(), UNANSWERABLE, skip_bad_rows=True)
+    assert report.rows["train"]["id"][:] == ["q1", "q2"]
+    assert report.unanswerable == {"train": 1}
+
+
 def test_missing_column_is_named():
     with pytest.raises(
         DataError, match="the train split has no column 'answers'; the columns are id, question"

@@ -26,10 +26,12 @@ def write(path: Path, rows: list[dict] = ROWS) -> str:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".tsv":
+        lines = ["text\tlabel", *(f"{row['text']}\t{row['label']}" for row in rows)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter)
+            writer = csv.DictWriter(file, ["text", "label"])
             writer.writeheader()
             writer.writerows(rows)
     return str(path)
@@ -85,6 +87,29 @@ def test_sample_limits_keep_the_first_rows_of_their_split(tmp_path):
     assert splits["train"].to_list() == ROWS[:2]
     assert splits["validation"].to_list() == ROWS[:1]
     assert splits["test"].to_list() == ROWS
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.57, 57), (0.1, 10), (0.019, 1)])
+def test_a_fraction_of_the_training_rows_becomes_validation_rows(tmp_path, fraction, count):
+    path = write(tmp_path / "a.csv", [{"text": f"t{i}", "label": i} for i in range(100)])
+    data = DataConfig(train_file=path, validation_fraction=fraction, max_train_samples=3)
+    splits = load_splits(data)
+    assert splits["validation"].to_list() == load_splits(data)["validation"].to_list()  # as on another rank
+    validation = splits["validation"]["label"][:]
+    assert len(validation) == count
+    assert validation == sorted(validation) != list(range(count))
+    rest = [label for label in range(100) if label not in validation]
+    assert splits["train"]["label"][:] == rest[:3]
+
+
+def test_a_fraction_beside_validation_rows_or_of_none_is_refused(tasks):
+    (tasks / "mine").mkdir()
+    write(tasks / "mine/train.parquet")
+    with pytest.raises(DataError, match=r"data\.validation_fraction: 0\.3 of 3 rows is no row"):
+        load_splits(DataConfig(task_name="mine", validation_fraction=0.3))
+    write(tasks / "mine/validation.parquet")
+    with pytest.raises(DataError, match="the rows have a validation split of their own"):
+        load_splits(DataConfig(task_name="mine", validation_fraction=0.5))
 
 
 def test_task_folder_is_read_with_the_splits_it_has(tasks):

@@ -149,6 +149,9 @@ def test_row_without_a_reference_is_named(row, said):
 )
 def test_auto_is_the_usual_metric_of_the_task(task, name):
     assert get_generation_metric(task_name=task).name == name
+    assert get_generation_metric(task_name=task, translates=True).name == (
+        "bleu_chrf" if task is None else name
+    )
 
 
 def test_metric_of_another_kind_of_task_is_refused():

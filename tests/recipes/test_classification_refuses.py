@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from tiny_inputs import save_model, save_rows
+from transformers import AutoConfig, BertForSequenceClassification
 
+from swaft.cli.main import main
 from swaft.config import load_config
 from swaft.training.problems import Problems
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
@@ -58,6 +62,21 @@ def test_a_model_without_weights_is_refused(refuse, tmp_path):
     folder = Path(save_model(tmp_path / "model"))
     (folder / "model.safetensors").unlink()
     assert f"{folder} has a configuration and no weights" in refuse(f"model.model_name_or_path={folder}")
+
+
+def test_a_head_for_other_classes_is_refused_by_the_run_as_by_validate(refuse, tmp_path, capsys):
+    folder = Path(save_model(tmp_path / "model"))
+    config = AutoConfig.from_pretrained(folder, id2label={0: "spam", 1: "ham"})
+    BertForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
+    rows = save_rows(tmp_path / "train.csv", 8, seed=1, label=lambda positive: "yes" if positive else "no")
+    given = (f"model.model_name_or_path={folder}", f"data.train_file={rows}")
+    said = f"{folder} has a head for 2 classes (spam, ham), and the rows have 2 classes (no, yes)"
+    assert said in refuse(*given)
+    single = ROOT / "launch" / "accelerate" / "single.yaml"
+    recipe = ROOT / "recipes" / "classification.py"
+    settings = (*given, f"train.output_dir={tmp_path / 'out'}")
+    assert main(["validate", "--config_file", str(single), str(recipe), *settings]) == 1
+    assert said in capsys.readouterr().out
 
 
 def test_an_empty_split_is_named(refuse, tmp_path):

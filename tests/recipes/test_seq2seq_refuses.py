@@ -11,6 +11,9 @@ from tiny_inputs import save_model
 from tiny_texts import language_tokenizer, save_encoder_decoder, save_pairs
 from transformers import MarianConfig
 
+from swaft.config import load_config
+from swaft.training.problems import Problems
+
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
@@ -50,6 +53,24 @@ def pretrained(folder: str | Path) -> tuple[str, ...]:
 )
 def test_a_setting_that_cannot_work_is_named(refuse, overrides, expected):
     assert expected in refuse(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric"),
+    [
+        ((), "rouge"),
+        (("data.source_prefix=translate English to German: ",), "bleu_chrf"),
+        (("data.source_lang=de_DE", "data.target_lang=de_DE"), "rouge"),
+        (("data.source_lang=en_XX", "data.target_lang=de_DE"), "bleu_chrf"),
+        (("eval.metric=chrf",), "chrf"),
+        (("model.config={model_type: marian}",), "bleu_chrf"),
+    ],
+)
+def test_translations_are_scored_by_bleu_and_chrf_unless_told_otherwise(
+    seq2seq, text_inputs, settings, metric
+):
+    given = ["--config", str(text_inputs / "run.yaml"), "eval.metric=auto", *settings]
+    assert seq2seq.prepare(load_config(seq2seq.Config, given), Problems()).metric.name == metric
 
 
 def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):

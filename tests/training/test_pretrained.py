@@ -34,7 +34,7 @@ def tiny_config() -> BertConfig:
 
 def task(**changes) -> Task:
     fields = {"text_columns": ("text",), "label_column": "label", "num_labels": 3, "label_names": None}
-    return Task(**(fields | {"is_regression": False} | changes))
+    return Task(**(fields | {"is_regression": False, "label_ids": {}, "rows": {}} | changes))
 
 
 @pytest.fixture

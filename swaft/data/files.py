@@ -1,0 +1,235 @@
+"""Reads one file of rows: parquet, csv, tsv, json or jsonl; every row of it, or an error that names the line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from swaft.config.values import DELIMITERS
+from swaft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MEND_QUOTES = (
+    "double the quotation marks that belong to a text and put it in quotation marks, or save the file as tsv "
+    "(which has no quoting), jsonl or parquet"
+)
+HEAD = 4096
+"""Characters of a json file that show whether its rows lie in an object: `{"version": ..., "data": [...]}`."""
+
+
+def read_file(path: str, setting: str, delimiter: str | None = None) -> Dataset:
+    """Return the rows of a file.
+
+    Args:
+        path: of the file; its ending says what it is.
+        setting: what names the file.
+        delimiter: between the cells of a csv or tsv file; None: a comma, a tab.
+
+    Raises:
+        DataError: there is no such file, its ending is unknown, it is no UTF-8, or a row of it cannot be read as
+            its writer meant it; with the line.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FILE_READERS:
+        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
+    if not Path(path).is_file():
+        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
+    options = {"delimiter": DELIMITERS.get(delimiter, delimiter)} if delimiter and suffix in TABLES else {}
+    try:
+        if suffix != ".parquet":
+            _require_utf8(path)
+        return FILE_READERS[suffix](path, **options)
+    except DataError as error:
+        raise DataError(f"{setting}: {path}{error}") from error
+    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
+        raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return the type and the message of what an error was raised from, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _require_utf8(path: str) -> None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f", line {number}: byte {line[error.start]:#04x} is not UTF-8 (it may be cp1252 or "
+                    "UTF-16); save the file as UTF-8"
+                ) from error
+
+
+def _read_table(path: str, *, delimiter: str, quoting: int) -> Dataset:
+    """Read a csv or tsv file; the message of an error goes on after the file's name."""
+    expected = _count_rows(path, delimiter, quoting)
+    # A text may well be "NA" or "null"; only an empty cell is a missing one.
+    read = partial(
+        Dataset.from_csv, path, sep=delimiter, quoting=quoting, keep_default_na=False, na_values=[""]
+    )
+    rows = read()
+    if len(rows) != expected:
+        raise DataError(f": {len(rows)} rows were read, and it has {expected}; save it as jsonl or parquet")
+    # pandas makes fractions of whole numbers where a cell is empty; a class id stays one.
+    for name, feature in rows.features.items():
+        if feature == Value("float64") and rows.data.column(name).null_count:
+            texts = read(features=Features({**rows.features, name: Value("string")}))[name]
+            if all(text is None or text.strip().lstrip("+-").isdigit() for text in texts):
+                rows = rows.cast_column(name, Value("int64"))
+    return rows
+
+
+def _count_rows(path: str, delimiter: str, quoting: int) -> int:
+    """Return how many rows a table has, read strictly.
+
+    Raises:
+        DataError: quotation marks that do not pair, or that swallow rows; a row of more cells than the header; a
+            header that another delimiter would split.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines: list[str] = []  # of the row that is being read
+        reader = csv.reader(_kept(file, lines), delimiter=delimiter, quoting=quoting, strict=True)
+        count, quoted, header = 0, 0, []
+        for number, cells in _numbered(reader, lines):
+            if not header:
+                header = cells
+                _refuse_other_delimiter(cells, delimiter)
+                continue
+            if len(cells) > len(header):
+                raise DataError(
+                    f", line {number}: has {len(cells)} cells where the header has {len(header)}; put a cell that "
+                    f"holds {delimiter!r} in quotation marks, or name another delimiter with data.delimiter"
+                )
+            if len(lines) > 1 and _are_rows(lines, delimiter, len(header)):
+                raise DataError(
+                    f", line {number}: a quotation mark opens a cell that runs over {len(lines)} lines, and each "
+                    f"looks like a row of its own; {MEND_QUOTES}"
+                )
+            count += 1
+            quoted += quoting == csv.QUOTE_NONE and any(map(_is_quoted, cells))
+    if quoted:
+        logger.warning(
+            "%s: %d rows have a cell in quotation marks, which are kept: a tsv has no quoting; for a file with "
+            "quoting use the ending .csv and data.delimiter=tab",
+            path,
+            quoted,
+        )
+    return count
+
+
+def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    for line in file:
+        lines.append(line)
+        yield line
+
+
+def _numbered(reader: Any, lines: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row that is no blank line, with the number of its first line; `lines` are its lines meanwhile."""
+    while True:
+        lines.clear()
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f", line {first}: quotation marks do not pair ({error}); {MEND_QUOTES}"
+            ) from error
+        if any(line.strip() for line in lines):
+            yield first, cells
+
+
+def _are_rows(lines: list[str], delimiter: str, cells: int) -> bool:
+    """Whether each line, split without regard to quotation marks, is a row.
+
+    Of a text of several paragraphs that is not so: they have any number of commas, and white space after them.
+    """
+    split = [line.rstrip("\r\n").split(delimiter) for line in lines]
+    return all(len(row) == cells and all(cell and not cell[0].isspace() for cell in row[1:]) for row in split)
+
+
+def _is_quoted(cell: str) -> bool:
+    """Whether a cell looks like a text with quotation marks as a writer of csv quotes it."""
+    inner = cell[1:-1]
+    return cell[:1] == cell[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
+def _refuse_other_delimiter(header: list[str], delimiter: str) -> None:
+    if len(header) > 1:
+        return
+    for other in (";", "\t", "|", ","):
+        if other in header[0]:
+            said = "tab" if other == "\t" else other
+            raise DataError(
+                f": the header {header[0]!r} is one column, split at {delimiter!r}; set data.delimiter='{said}'"
+            )
+
+
+def _read_json(path: str) -> Dataset:
+    """Read json lines, a list of rows, or an object whose `data` are rows: flat ones, or SQuAD's articles."""
+    with open(path, encoding="utf-8-sig") as file:
+        if not re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
+            return Dataset.from_json(path)
+        file.seek(0)
+        try:
+            rows = json.load(file)["data"]
+        except ValueError:  # lines, each with a column of this name
+            return Dataset.from_json(path)
+    if rows and all(isinstance(row, dict) and "paragraphs" in row for row in rows):
+        rows = list(_questions(rows))
+    columns = dict.fromkeys(chain.from_iterable(rows))
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+
+
+def _questions(articles: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the questions of SQuAD's official files, 1.1 and 2.0, as the hub has them: one a row."""
+    for number, article in enumerate(articles):
+        try:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers = question["answers"]
+                    yield {
+                        "id": question["id"],
+                        "title": article.get("title", ""),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answers": {
+                            "text": [answer["text"] for answer in answers],
+                            "answer_start": [answer["answer_start"] for answer in answers],
+                        },
+                    }
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f": article {number} of its data is not as in SQuAD's files ({cause(error)}); expected paragraphs "
+                "of context and qas, each of id, question and answers (text, answer_start)"
+            ) from error
+
+
+TABLES = {
+    # GLUE's files and their kin have no quoting: a quotation mark belongs to its text.
+    ".tsv": partial(_read_table, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".csv": partial(_read_table, delimiter=",", quoting=csv.QUOTE_MINIMAL),
+}
+# These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
+FILE_READERS: dict[str, Callable[..., Dataset]] = {
+    ".parquet": Dataset.from_parquet,
+    **TABLES,
+    ".json": _read_json,
+    ".jsonl": Dataset.from_json,
+}

@@ -1,0 +1,122 @@
+"""The head that a classifier brings from an earlier training: whether it is kept, and the order of its classes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from swaft.config import ModelConfig
+from swaft.data import Task
+from swaft.data.checks import shortened
+from swaft.errors import ConfigError
+from swaft.training.lora import new_heads
+
+logger = logging.getLogger(__name__)
+
+UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls a class that has no name."""
+OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
+"""Ends of architectures whose head may have the name of a classifier's, and would be loaded as one."""
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A task and the head that is to learn it."""
+
+    task: Task
+    """With its classes in the order of the head."""
+    is_new: bool
+    """Whether the head that the model brings is of no use, if it brings one; a body alone gets a new one anyway."""
+
+
+def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
+    """Bring the classes of a task into the order of the model's own head, where that is kept.
+
+    A kept head knows each class by its place. Names say which is which, whatever their case, spaces, hyphens and
+    underscores; class ids without names are taken to be the model's. Which order is used is logged.
+
+    Args:
+        task: what the rows hold.
+        model: section ``model``.
+        model_config: its transformers configuration, as the model brings it.
+
+    Raises:
+        ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
+    """
+    names, architectures = _names(model_config), model_config.architectures or []
+    # A configuration that names classes and no architecture is a classifier's of old.
+    if not any("ForSequenceClassification" in name for name in architectures) and (
+        architectures or not names
+    ):
+        return FittedHead(task, is_new=any(name.endswith(OTHER_HEADS) for name in architectures))
+    places = None
+    if model_config.num_labels == task.num_labels:
+        if task.is_regression:
+            return FittedHead(task, is_new=False)
+        if names is None or task.label_names is None:
+            names = names or task.label_names
+            logger.info("the model keeps its head; class ids are taken as they are%s", _listed(names))
+            return FittedHead(replace(task, label_names=names), is_new=False)
+        places = _places(task.label_names, names)
+    if places is not None:
+        logger.info("the model keeps its head; classes are in its order%s", _listed(names))
+        ids = {label: places[number] for label, number in task.label_ids.items()}
+        return FittedHead(replace(task, label_names=names, label_ids=ids), is_new=False)
+    if model.ignore_mismatched_sizes:
+        return FittedHead(task, is_new=True)
+    rows = "scores" if task.is_regression else f"{task.num_labels} classes{_listed(task.label_names)}"
+    raise ConfigError(
+        f"model.model_name_or_path: {model.model_name_or_path} has a head for {model_config.num_labels} classes"
+        f"{_listed(names)}, and the rows have {rows}; give the labels of the rows the names that the head has, or "
+        "put a new head on the model with model.ignore_mismatched_sizes=true"
+    )
+
+
+@torch.no_grad()
+def renew_head(model: Any) -> None:
+    """Draw the weights of a model's head anew, as of a model that came without one.
+
+    Args:
+        model: a transformers classifier, with torch seeded alike on every rank; whole or partitioned by ZeRO-3.
+    """
+    heads = [model.get_submodule(name) for name in new_heads(model)]
+    weights = [weight for head in heads for weight in head.parameters()]
+    whole: Any = nullcontext()
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+    with whole:
+        for weight in weights:
+            weight._is_hf_initialized = False  # type: ignore[attr-defined]  # or transformers leaves it alone
+        for head in heads:
+            head.apply(model._init_weights)
+
+
+def _names(model_config: Any) -> list[str] | None:
+    """Return the names of a model's classes in order of their ids; None where it has none."""
+    names = [str(name) for _, name in sorted((model_config.id2label or {}).items())]
+    return None if all(map(UNNAMED.fullmatch, names)) else names
+
+
+def _places(names: list[str], order: list[str]) -> list[int] | None:
+    """Return the place of each name in the order; None where they are not the same names."""
+    for spelt in (str, _plain):
+        place = {spelt(name): number for number, name in enumerate(order)}
+        found = [place[spelt(name)] for name in names if spelt(name) in place]
+        if sorted(found) == list(range(len(order))):
+            return found
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def _listed(names: list[str] | None) -> str:
+    return "" if not names else f" ({shortened(names)})"

@@ -1,0 +1,190 @@
+"""A classifier that is trained further keeps its head in its own order, or gets a new one, or is refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from swaft.config import DataConfig, ModelConfig
+from swaft.data import Task, describe_task
+from swaft.errors import ConfigError
+from swaft.training.kept_head import FittedHead, fit_head
+from swaft.training.pretrained import describe_labels, load_classifier, load_model_config
+
+pytestmark = pytest.mark.unit
+
+SIZES = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 16,
+}
+MNLI = ["CONTRADICTION", "neutral", "entail_ment"]
+
+
+def task_of(labels: list, names: list[str] | None = None) -> Task:
+    columns: dict[str, list] = {"text": ["a"] * len(labels), "label": labels}
+    features = names and Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return describe_task({"train": Dataset.from_dict(columns, features=features)}, DataConfig())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a model with a head for these classes; returns its section, and the weight of the head."""
+
+    def save(
+        names: list[str] | int, kind: Any = BertForSequenceClassification
+    ) -> tuple[ModelConfig, torch.Tensor]:
+        config = kind.config_class(**SIZES)
+        if isinstance(names, int):
+            config.num_labels = names
+        else:
+            config.id2label = dict(enumerate(names))
+        model = kind(config)
+        torch.nn.init.ones_(
+            model.classifier.weight if hasattr(model, "classifier") else model.pooler.dense.weight
+        )
+        model.save_pretrained(tmp_path / "model")
+        return ModelConfig(model_name_or_path=str(tmp_path / "model"))
+
+    return save
+
+
+def load(model: ModelConfig, task: Task) -> tuple[FittedHead, Any]:
+    config = load_model_config(model)
+    head = fit_head(task, model, config)
+    describe_labels(config, head.task, pad_token_id=0)
+    return head, load_classifier(
+        model, config, seed=0, gradient_checkpointing=False, has_new_head=head.is_new
+    )
+
+
+def is_kept(model: Any) -> bool:
+    return bool((model.classifier.weight == 1).all())
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        task_of([0, 1, 2], ["entailment", "Neutral", "contradiction"]),
+        task_of(["entail ment", "NEUTRAL", "contradiction"]),
+        task_of(["entail-ment", "neutral", "Contradiction"]),
+    ],
+)
+def test_classes_of_the_same_names_are_taken_in_the_order_of_the_head(saved, task, caplog):
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        head, model = load(saved(MNLI), task)
+    assert is_kept(model)
+    assert model.config.id2label == dict(enumerate(MNLI))
+    said = {
+        name.lower().replace(" ", "").replace("-", ""): place
+        for name, place in zip(task.label_names or [], head.task.label_ids.values(), strict=True)
+    }
+    assert said == {"contradiction": 0, "neutral": 1, "entailment": 2}
+    assert (
+        "the model keeps its head; classes are in its order (CONTRADICTION, neutral, entail_ment)"
+        in caplog.text
+    )
+
+
+def test_names_that_differ_only_in_spelling_are_told_apart_exactly(saved):
+    head, _ = load(saved(["a_b", "ab"]), task_of(["ab", "a_b"]))
+    assert head.task.label_ids == {"ab": 1, "a_b": 0}
+
+
+@pytest.mark.parametrize("names", [MNLI, 3])
+def test_classes_without_names_are_taken_by_their_ids(saved, names, caplog):
+    task = task_of([0, 1, 2]) if names is MNLI else task_of(["c", "a", "b"])
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        head, model = load(saved(names), task)
+    assert is_kept(model)
+    assert list(model.config.id2label.values()) == (MNLI if names is MNLI else ["a", "b", "c"])
+    assert head.task.label_ids == task.label_ids
+    assert "class ids are taken as they are (" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "task", "said"),
+    [
+        (
+            MNLI,
+            task_of(["sad", "glad", "mad"]),
+            r"3 classes \(CONTRADICTION, .*\), and the rows have 3 classes \(glad",
+        ),
+        (
+            MNLI,
+            task_of(["neutral", "contradiction"]),
+            r"3 classes .* the rows have 2 classes \(contradiction, neutral",
+        ),
+        (
+            ["1 star", "2 stars"],
+            task_of([1, 2]),
+            r"2 classes \(1 star, 2 stars\), and the rows have 2 classes \(1, 2\)",
+        ),
+        (2, task_of([0.5, 1.0]), "has a head for 2 classes, and the rows have scores"),
+        (1, task_of([0, 1]), "has a head for 1 classes, and the rows have 2 classes"),
+    ],
+)
+def test_a_head_for_other_classes_is_refused_and_renewed_when_asked(saved, names, task, said):
+    section = saved(names)
+    with pytest.raises(ConfigError, match=said + r".*model\.ignore_mismatched_sizes=true"):
+        load(section, task)
+    section.ignore_mismatched_sizes = True
+    _, model = load(section, task)
+    _, again = load(section, task)
+    assert model.num_labels == task.num_labels
+    assert 0 < model.classifier.weight.std() < 0.1
+    assert torch.equal(model.classifier.weight, again.classifier.weight)
+
+
+def test_a_head_of_several_layers_is_renewed_whole(tmp_path):
+    config = RobertaConfig(**SIZES, id2label=dict(enumerate(MNLI)))
+    before = RobertaForSequenceClassification(config)
+    torch.nn.init.ones_(before.classifier.dense.weight)
+    torch.nn.init.ones_(before.classifier.out_proj.bias)
+    before.save_pretrained(tmp_path)
+    section = ModelConfig(model_name_or_path=str(tmp_path), ignore_mismatched_sizes=True)
+    _, model = load(section, task_of(["sad", "glad", "mad"]))
+    assert not (model.classifier.dense.weight == 1).any()
+    assert not model.classifier.out_proj.bias.any()
+    assert torch.equal(
+        model.roberta.embeddings.word_embeddings.weight, before.roberta.embeddings.word_embeddings.weight
+    )
+
+
+def test_a_head_for_scores_is_kept_for_scores(saved):
+    assert is_kept(load(saved(1), task_of([0.5, 1.0]))[1])
+
+
+@pytest.mark.parametrize("names", [2, 5, ["B-PER", "O"]])
+def test_a_head_for_tokens_is_no_head_for_texts(saved, names):
+    head, model = load(saved(names, BertForTokenClassification), task_of(["no", "yes"]))
+    assert head.is_new
+    assert not is_kept(model)
+
+
+def test_a_body_without_a_head_gets_one_whatever_its_configuration_names(saved):
+    head, model = load(saved(["x", "y"], BertModel), task_of(["no", "yes"]))
+    assert not head.is_new
+    assert model.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_a_configuration_of_old_that_names_classes_and_no_architecture_has_a_head():
+    config = BertConfig(**SIZES, id2label={0: "yes", 1: "no"})
+    assert config.architectures is None
+    head = fit_head(task_of(["no", "yes"]), ModelConfig(model_name_or_path="unused"), config)
+    assert head.task.label_names == ["yes", "no"]
