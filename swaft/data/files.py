@@ -1,4 +1,7 @@
-"""Reads one file of rows: parquet, csv, tsv, json or jsonl; every row of it, or an error that names the line."""
+"""Readers of files: parquet, csv, tsv, json and jsonl; every row of a file, or an error that names the line.
+
+The message of an error goes on after the file's name.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from swaft.config.values import DELIMITERS
 from swaft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,34 +28,6 @@ HEAD = 4096
 """Characters of a json file that show whether its rows lie in an object: `{"version": ..., "data": [...]}`."""
 
 
-def read_file(path: str, setting: str, delimiter: str | None = None) -> Dataset:
-    """Return the rows of a file.
-
-    Args:
-        path: of the file; its ending says what it is.
-        setting: what names the file.
-        delimiter: between the cells of a csv or tsv file; None: a comma, a tab.
-
-    Raises:
-        DataError: there is no such file, its ending is unknown, it is no UTF-8, or a row of it cannot be read as
-            its writer meant it; with the line.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in FILE_READERS:
-        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
-    if not Path(path).is_file():
-        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
-    options = {"delimiter": DELIMITERS.get(delimiter, delimiter)} if delimiter and suffix in TABLES else {}
-    try:
-        if suffix != ".parquet":
-            _require_utf8(path)
-        return FILE_READERS[suffix](path, **options)
-    except DataError as error:
-        raise DataError(f"{setting}: {path}{error}") from error
-    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
-        raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {cause(error)}") from error
-
-
 def cause(error: BaseException) -> str:
     """Return the type and the message of what an error was raised from, in one line."""
     while error.__cause__ is not None:
@@ -62,7 +35,12 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _require_utf8(path: str) -> None:
+def require_utf8(path: str) -> None:
+    """Refuse a text file of another encoding.
+
+    Raises:
+        DataError: with the line; the message goes on after the file's name.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -75,7 +53,7 @@ def _require_utf8(path: str) -> None:
 
 
 def _read_table(path: str, *, delimiter: str, quoting: int) -> Dataset:
-    """Read a csv or tsv file; the message of an error goes on after the file's name."""
+    """Read a csv or tsv file."""
     expected = _count_rows(path, delimiter, quoting)
     # A text may well be "NA" or "null"; only an empty cell is a missing one.
     read = partial(

@@ -14,8 +14,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 
 from swaft.config.schema import DataConfig, RowsConfig
-from swaft.config.values import split_names
-from swaft.data.files import cause, read_file
+from swaft.config.values import DELIMITERS, split_names
+from swaft.data.files import FILE_READERS, TABLES, cause, require_utf8
 from swaft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _find(data: RowsConfig) -> Splits:
         return _load_hub(data.dataset_name, data.dataset_config_name)
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     return {
-        split: read_file(path, f"data.{split}_file", data.delimiter)
+        split: _load_file(path, f"data.{split}_file", data.delimiter)
         for split, path in files.items()
         if path is not None
     }
@@ -150,7 +150,7 @@ def _load_beside(data: DataConfig, language: str) -> Splits:
     named = {split: Path(path) for split, path in files.items() if path is not None}
     paths = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
     return {
-        split: read_file(str(path), "data.eval_languages") for split, path in paths.items() if path.is_file()
+        split: _load_file(str(path), "data.eval_languages") for split, path in paths.items() if path.is_file()
     }
 
 
@@ -165,7 +165,7 @@ def _load_task(task_name: str) -> Splits:
     if folder is not None:
         files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
         return {
-            split: read_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
+            split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
         }
     if task_name == DEMO_TASK:
         from swaft.demo import docstring_splits  # only here: reads the whole standard library
@@ -182,6 +182,23 @@ def _load_task(task_name: str) -> Splits:
         f"data.task_name: '{task_name}' is neither a folder of {root or 'SWAFT_DATA (not set)'} nor one of "
         f"{', '.join(known)}.{hint} For rows of your own set data.train_file"
     )
+
+
+def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FILE_READERS:
+        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
+    if not Path(path).is_file():
+        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
+    options = {"delimiter": DELIMITERS.get(delimiter, delimiter)} if delimiter and suffix in TABLES else {}
+    try:
+        if suffix != ".parquet":
+            require_utf8(path)
+        return FILE_READERS[suffix](path, **options)
+    except DataError as error:
+        raise DataError(f"{setting}: {path}{error}") from error
+    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
+        raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {cause(error)}") from error
 
 
 def _load_hub(name: str, config_name: str | None) -> Splits:

@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from swaft.data.files import read_file
+from swaft.config import DataConfig
+from swaft.data import load_splits
 from swaft.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -21,7 +22,9 @@ def read(tmp_path):
 
     def call(name: str, text: str | bytes, delimiter: str | None = None) -> list[dict]:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_file(str(tmp_path / name), "data.train_file", delimiter).to_list()
+        return load_splits(DataConfig(train_file=str(tmp_path / name), delimiter=delimiter))[
+            "train"
+        ].to_list()
 
     return call
 
