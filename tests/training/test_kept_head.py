@@ -25,7 +25,7 @@ from swaft.training.pretrained import describe_labels, load_classifier, load_mod
 
 pytestmark = pytest.mark.unit
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 20,
     "hidden_size": 8,
     "num_hidden_layers": 1,
@@ -38,7 +38,9 @@ MNLI = ["CONTRADICTION", "neutral", "entail_ment"]
 
 def task_of(labels: list, names: list[str] | None = None) -> Task:
     columns: dict[str, list] = {"text": ["a"] * len(labels), "label": labels}
-    features = names and Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    features = (
+        None if names is None else Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    )
     return describe_task({"train": Dataset.from_dict(columns, features=features)}, DataConfig())
 
 
@@ -46,9 +48,7 @@ def task_of(labels: list, names: list[str] | None = None) -> Task:
 def saved(tmp_path):
     """Save a model with a head for these classes; returns its section, and the weight of the head."""
 
-    def save(
-        names: list[str] | int, kind: Any = BertForSequenceClassification
-    ) -> tuple[ModelConfig, torch.Tensor]:
+    def save(names: list[str] | int, kind: Any = BertForSequenceClassification) -> ModelConfig:
         config = kind.config_class(**SIZES)
         if isinstance(names, int):
             config.num_labels = names
