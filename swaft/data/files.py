@@ -52,9 +52,10 @@ def require_utf8(path: str) -> None:
                 ) from error
 
 
-def _read_table(path: str, *, delimiter: str, quoting: int) -> Dataset:
+def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
     """Read a csv or tsv file."""
-    expected = _count_rows(path, delimiter, quoting)
+    quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
+    expected = _count_rows(path, delimiter, has_quoting=has_quoting)
     # A text may well be "NA" or "null"; only an empty cell is a missing one.
     read = partial(
         Dataset.from_csv, path, sep=delimiter, quoting=quoting, keep_default_na=False, na_values=[""]
@@ -71,7 +72,7 @@ def _read_table(path: str, *, delimiter: str, quoting: int) -> Dataset:
     return rows
 
 
-def _count_rows(path: str, delimiter: str, quoting: int) -> int:
+def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
     """Return how many rows a table has, read strictly.
 
     Raises:
@@ -81,6 +82,7 @@ def _count_rows(path: str, delimiter: str, quoting: int) -> int:
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines: list[str] = []  # of the row that is being read
+        quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
         reader = csv.reader(_kept(file, lines), delimiter=delimiter, quoting=quoting, strict=True)
         count, quoted, header = 0, 0, []
         for number, cells in _numbered(reader, lines):
@@ -99,7 +101,7 @@ def _count_rows(path: str, delimiter: str, quoting: int) -> int:
                     f"looks like a row of its own; {MEND_QUOTES}"
                 )
             count += 1
-            quoted += quoting == csv.QUOTE_NONE and any(map(_is_quoted, cells))
+            quoted += not has_quoting and any(map(_is_quoted, cells))
     if quoted:
         logger.warning(
             "%s: %d rows have a cell in quotation marks, which are kept: a tsv has no quoting; for a file with "
@@ -201,8 +203,8 @@ def _questions(articles: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 TABLES = {
     # GLUE's files and their kin have no quoting: a quotation mark belongs to its text.
-    ".tsv": partial(_read_table, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".csv": partial(_read_table, delimiter=",", quoting=csv.QUOTE_MINIMAL),
+    ".tsv": partial(_read_table, delimiter="\t", has_quoting=False),
+    ".csv": partial(_read_table, delimiter=",", has_quoting=True),
 }
 # These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
 FILE_READERS: dict[str, Callable[..., Dataset]] = {

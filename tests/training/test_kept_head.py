@@ -46,7 +46,7 @@ def task_of(labels: list, names: list[str] | None = None) -> Task:
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save a model with a head for these classes; returns its section, and the weight of the head."""
+    """Save a model with a head for these classes; returns its section."""
 
     def save(names: list[str] | int, kind: Any = BertForSequenceClassification) -> ModelConfig:
         config = kind.config_class(**SIZES)
