@@ -69,6 +69,11 @@ def folder_of(adapter: str, folder: Path) -> Path:
     return folder if adapter == "default" else folder / adapter
 
 
+def merged_layers(module: nn.Module) -> list[Any]:
+    """The layers into whose weight adapters are merged."""
+    return [part for part in module.modules() if getattr(part, "merged_adapters", None)]
+
+
 def find_layers(engine: Engine) -> list[LoraLayer]:
     """Every LoRA update that is trained or active, in the order of the model.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swaft.averaging import export
+from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
     from swaft.averaging.host.lanes import Lanes
     from swaft.averaging.host.pipeline import Waits
 
-SLICE = 1 << 22
-"""Elements compared at a time by :meth:`WeightAverager.drift`."""
+logger = logging.getLogger(__name__)
 
 
 class WeightAverager:
@@ -98,6 +99,7 @@ class WeightAverager:
         )
         self._seen = self.engine.applied_steps()
         self._proved = False
+        self._statistics = Statistics(self.engine)
         self._counts = dict.fromkeys(self._plans, 0)
         self._begun: set[str] = set()
         # All that writes to the masters waits until a member has been read.
@@ -199,16 +201,21 @@ class WeightAverager:
     def swapped_in(self, name: str | None = None, **selection: Any) -> Iterator[None]:
         """The averaged weights in the model, for evaluation (collective; every rank enters and leaves).
 
-        Training goes on afterwards as if it had not happened, bit for bit, also when the body raises.
+        Training goes on afterwards as if it had not happened, bit for bit, also when the body raises. Inside,
+        the parameters are the average; whatever would save them as the live ones (`state_dict`, DeepSpeed's and
+        accelerate's saving, pickling) or replace them (`load_state_dict`, loading a checkpoint, an optimizer
+        step) is refused. `copy.deepcopy(model)` is a model that keeps the average.
 
         Args:
             name: which rule's average; None: the first.
             selection: what the rule lets one choose: ``start`` and ``end`` of a window, say.
 
         Raises:
-            AveragingError: nothing is averaged yet, a swap is active, or the average never moved.
+            AveragingError: nothing is averaged yet, a swap is active, or the average never moved; on the way out,
+                weights were changed inside.
         """
-        with swapped_in(self.engine, self._shard_together(name, **selection)):
+        shard = self._shard_together(name, **selection)
+        with swapped_in(self.engine, shard, self._statistics.of(*self._average(name, selection))):
             yield
 
     def shard(self, name: str | None = None, **selection: Any) -> Tensor:
@@ -231,11 +238,44 @@ class WeightAverager:
 
     def drift(self, name: str | None = None) -> float:
         """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
-        total, shard = 0.0, self._shard_together(name)
-        for master, mean in self.engine.spanned(self.engine.masters(), shard):
-            for live, averaged in zip(master.split(SLICE), mean.split(SLICE), strict=True):
-                total += float((averaged.double() - live.cpu().double()).square().sum())
+        total, position, shard = 0.0, 0, self._shard_together(name)
+        for live in self.engine.live():
+            averaged = shard[position : position + len(live)]
+            total += float((averaged.double() - live.double()).square().sum())
+            position += len(live)
         return math.sqrt(self.engine.ranks.sum([total])[0])
+
+    def update_bn(
+        self,
+        batches: Iterable[Any],
+        name: str | None = None,
+        *,
+        forward: Callable[[Any], Any] | None = None,
+        **selection: Any,
+    ) -> None:
+        """Compute the running statistics (BatchNorm's) that go with an average, from training rows (collective).
+
+        As `torch.optim.swa_utils.update_bn`, under every engine: the averaged weights are swapped in, the model
+        sees the batches in training mode without gradients, and a layer's statistics become the plain means of
+        those of all batches of all ranks. Until another member is taken in, `swapped_in` and `save_pretrained`
+        of this average use them; they are not in `save_state`. Training goes on as if nothing had happened. A
+        model without such statistics is left alone.
+
+        Args:
+            batches: of this rank, as many as on every other.
+            name: which rule's average; None: the first.
+            forward: called with each batch, to pass it through the model. None: a mapping is passed as keyword
+                arguments; of a list or tuple the first is passed.
+            selection: as of :meth:`swapped_in`.
+
+        Raises:
+            AveragingError: as of :meth:`swapped_in`; or the ranks have no batches, or not equally many.
+        """
+        with self.swapped_in(name, **selection):
+            found = recompute_statistics(
+                self.engine, batches, forward or (lambda batch: pass_batch(self.engine, batch))
+            )
+        self._statistics.keep(*self._average(name, selection), found)
 
     def save_pretrained(
         self,
@@ -264,6 +304,7 @@ class WeightAverager:
             self.engine,
             path,
             shard=shard,
+            statistics=self._statistics.of(*self._average(name, selection)),
             dtype=dtype,
             max_shard_size=max_shard_size,
             told=f"the mean of {self.count(name):,} members of a training run by `{rule!r}`{chosen}",
@@ -370,6 +411,10 @@ class WeightAverager:
 
     def _recount(self) -> None:
         self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+
+    def _average(self, name: str | None, selection: Mapping[str, Any]) -> tuple[Hashable, int]:
+        """What tells an average from all others, and the members in it."""
+        return (self._named(name), tuple(sorted(selection.items()))), self.count(name)
 
     def _named(self, name: str | None) -> str:
         if name is None:

@@ -6,12 +6,11 @@ itself would save.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from swaft.averaging.adapters import AdapterFolder, is_peft
+from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
-from swaft.averaging.engines.base import clean_name
-from swaft.averaging.gather import PIECE, Scratch, gather_trained
+from swaft.averaging.gather import Scratch, gather_trained
 from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
 from swaft.storage import sync_tree
@@ -42,6 +40,7 @@ def save_pretrained(
     path: str | PathLike[str],
     *,
     shard: Tensor | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str | int = SHARD_SIZE,
     told: str = "the last weights of a training run",
@@ -51,8 +50,9 @@ def save_pretrained(
     A `PeftModel` leaves an adapter folder for `PeftModel.from_pretrained` instead, `modules_to_save` included. A
     module that is no Hugging Face model leaves a folder with `model.safetensors` alone.
 
-    Trained weights come from the shard, frozen ones and buffers from the model; tied names are written as the
-    model ties them, and a parametrized weight (a spectral norm, say) as the plain weight it evaluates to. What has
+    Trained weights come from the shard, frozen ones and buffers from the model as training has it, also inside
+    a swap. Tied names are written as the model ties them, and a parametrized weight (a spectral norm, say) as
+    the plain weight it evaluates to; what it derives from the weight is derived anew from a shard. What has
     been written is read back and compared before the folder gets its name. Rank 0 keeps whole weights in memory
     up to 1 GiB, and in a file beside the folder beyond.
 
@@ -61,6 +61,7 @@ def save_pretrained(
         path: folder to write. It must not exist, or be empty.
         shard: (engine.numel,), fp32, host: this rank's elements. Default: the masters, that is the last
             weights as the optimizer holds them.
+        statistics: buffers that go with the shard in place of the model's, by clean name.
         dtype: of floating-point tensors in the folder. Of any but fp32, what rounding takes away is logged.
         max_shard_size: of one file, such as ``"5GB"``; the index of several is transformers' own.
         told: what the weights are, for the model card.
@@ -76,7 +77,17 @@ def save_pretrained(
         logger.info("%s: %s", path, rounded_away(engine, shard, dtype, live=live))
     room = scratch_for(engine, path, dtype)
     trained = gather_trained(engine, shard, scratch=room)
-    save_trained(engine, path, trained, scratch=room, dtype=dtype, max_shard_size=max_shard_size, told=told)
+    save_trained(
+        engine,
+        path,
+        trained,
+        scratch=room,
+        derive=not live,
+        statistics=statistics,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        told=told,
+    )
 
 
 def save_trained(
@@ -86,6 +97,8 @@ def save_trained(
     *,
     finish: Callable[[Path], None] | None = None,
     scratch: Scratch | None = None,
+    derive: bool = True,
+    statistics: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str | int = SHARD_SIZE,
     told: str = "weights averaged along a training run",
@@ -98,16 +111,18 @@ def save_trained(
         trained: as :func:`gather_trained` gives them.
         finish: called on rank 0 with the written folder, before it gets its name.
         scratch: where whole tensors are; None: in memory.
+        derive: whether what parametrizations derive from weights is derived anew from these.
+        statistics: as of :func:`save_pretrained`.
         dtype: as of :func:`save_pretrained`, and so the others.
         max_shard_size: likewise.
         told: likewise.
     """
     room = scratch or Scratch(None, 0)
     adapters, names = _adapter_folder(engine) if is_peft(engine.module) else (None, None)
-    state_dict = add_frozen(engine, trained, names=names, scratch=room)
+    state_dict = add_frozen(engine, trained, names=names, scratch=room, statistics=statistics)
 
     def write(folder: Path) -> None:
-        folded = fold_parametrizations(engine.module, state_dict)
+        folded = fold_parametrizations(engine.module, state_dict, derive=derive)
         folded = _cast(folded, dtype, room)
         if adapters is None:
             write_model(engine.module, folder, folded, dtype=dtype, max_shard_size=max_shard_size)
@@ -154,12 +169,14 @@ def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype, *, live: boo
         live: whether they are the last weights, which have no distance from themselves.
     """
     lost = distance = size = 0.0
-    for master, mine in engine.spanned(engine.masters(), shard):
-        for last, piece in zip(master.split(PIECE), mine.split(PIECE), strict=True):
-            lost += float((piece - piece.to(dtype).float()).double().square().sum())
-            size += float(piece.double().square().sum())
-            if not live:
-                distance += float((piece.double() - last.cpu().double()).square().sum())
+    position = 0
+    for last in engine.live():
+        piece = shard[position : position + len(last)]
+        position += len(last)
+        lost += float((piece - piece.to(dtype).float()).double().square().sum())
+        size += float(piece.double().square().sum())
+        if not live:
+            distance += float((piece.double() - last.double()).square().sum())
     lost, distance, size = engine.ranks.sum([lost, distance, size])
     name, share = str(dtype).removeprefix("torch."), math.sqrt(lost / size) if size else 0.0
     words = f"rounding to {name} takes away {share:.2g} of the weights"
@@ -195,7 +212,8 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
     destination, error = Path(path), None
     if engine.ranks.is_main:
         try:
-            _write_beside(destination, write)
+            with engine.swap.lifted():  # transformers and peft ask the model for names
+                _write_beside(destination, write)
         except Exception as cause:  # whatever it is, the other ranks wait to hear of it
             error = AveragingError(f"{destination} could not be written: {type(cause).__name__}: {cause}")
     engine.ranks.raise_together(error)
@@ -269,6 +287,7 @@ def add_frozen(
     *,
     names: Collection[str] | None = None,
     scratch: Scratch | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """A state dict on rank 0's host from whole trained tensors and the model's own (collective; {} elsewhere).
 
@@ -278,19 +297,20 @@ def add_frozen(
             from here.
         names: of the tensors wanted, as in `engine.state_names`; the same on every rank. Default: all.
         scratch: where the copies are; None: in memory.
+        statistics: buffers in place of the model's, by clean name.
 
     Returns:
         clean name to tensor; floating-point ones in fp32.
     """
     canonical = {id(parameter): name for name, parameter in engine.named_parameters()}
     aliases = {name: canonical[id(parameter)] for name, parameter in engine.named_parameters(aliases=True)}
-    buffers = {clean_name(n): b for n, b in engine.module.named_buffers(remove_duplicate=False)}
+    buffers = engine.live_buffers() | dict(statistics or {})
     wanted = [name for name in engine.state_names if names is None or name in names]
     sources = {aliases[name] for name in wanted if name in aliases}
     weights: dict[str, Tensor] = {}
     for name, parameter in engine.named_parameters():
         if name in sources and name not in engine.trainable:
-            whole = engine.gather_frozen(parameter)
+            whole = engine.gather_working(parameter)
             if engine.ranks.is_main:
                 weights[name] = _host(whole, scratch)
     if not engine.ranks.is_main:
@@ -301,41 +321,6 @@ def add_frozen(
         for name in wanted
         if name in aliases or name in buffers
     }
-
-
-@torch.no_grad()
-def fold_parametrizations(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which every parametrized tensor is the plain tensor that evaluation mode computes.
-
-    `X.parametrizations.weight.original` and the parametrization's own buffers become `X.weight`.
-
-    Args:
-        module: the model with its parametrizations.
-        state_dict: whole tensors in host memory, by clean name; of a parametrization all or nothing.
-    """
-    folded = dict(state_dict)
-    for raw_prefix, submodule in module.named_modules():
-        prefix = clean_name(raw_prefix)
-        if not parametrize.is_parametrized(submodule):
-            continue
-        for name, steps in submodule.parametrizations.items():  # type: ignore[union-attr, operator]
-            inside = f"{prefix}.parametrizations.{name}." if prefix else f"parametrizations.{name}."
-            tensors = [folded[key] for key in sorted(folded) if key.startswith(inside + "original")]
-            if not tensors:
-                continue
-            for step in steps:
-                tensors = [_without_hooks(copy.deepcopy(step)).cpu().eval()(*tensors)]
-            folded = {key: value for key, value in folded.items() if not key.startswith(inside)}
-            folded[f"{prefix}.{name}" if prefix else name] = tensors[0]
-    return folded
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """Take the hooks off a copy: those of ZeRO-3 count the passes of all ranks, and here rank 0 makes one alone."""
-    for part in module.modules():
-        part._forward_pre_hooks.clear()
-        part._forward_hooks.clear()
-    return module
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -354,7 +339,8 @@ def _adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
     folder, error = None, None
     if engine.ranks.is_main:  # it alone asks: peft may look on the hub whether the vocabulary was resized
         try:
-            folder = AdapterFolder(engine.module)
+            with engine.swap.lifted():
+                folder = AdapterFolder(engine.module)
         except AveragingError as refusal:
             error = refusal
         except Exception as cause:  # whatever it is, the other ranks wait to hear of it

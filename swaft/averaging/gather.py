@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from swaft.averaging.engines import Engine
+from swaft.averaging.engines.base import PIECE
 from swaft.averaging.layout import Fragment
 
-PIECE = 1 << 24
-"""Elements sent from rank to rank in one message: 64 MiB in fp32."""
 IN_MEMORY_BYTES = 1 << 30
 """What whole weights may take of rank 0's memory; larger ones lie in a file that only this process sees."""
 

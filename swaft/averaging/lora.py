@@ -27,6 +27,7 @@ from torch import Tensor
 
 from swaft.averaging import adapters, export, swap
 from swaft.averaging.adapters import PREFIX, LoraLayer, Members
+from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.gather import gather_trained, scatter_trained
 from swaft.averaging.rules.base import Plan
@@ -370,7 +371,7 @@ def _save_merged(
     state_dict = export.add_frozen(engine, trained)
 
     def write(folder: Path) -> None:
-        folded = export.fold_parametrizations(engine.module, state_dict)
+        folded = fold_parametrizations(engine.module, state_dict, derive=True)
         merged = adapters.base_state_dict(
             engine.module, folded | adapters.merged_weights(layers, members, folded)
         )

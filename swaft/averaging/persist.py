@@ -160,12 +160,7 @@ def load_averages(
 
 def weights_now(engine: Engine) -> str:
     """The sum of the bits of the last weights, also while others are swapped in (collective)."""
-    if engine.swap.stash is not None and engine.masters_are_working():
-        mine = sum_of_bits([engine.swap.stash])
-    else:
-        masters = engine.masters()
-        mine = sum_of_bits(span.of(masters) for span in engine.spans)
-    return str(sum(engine.ranks.gather(mine)) % (1 << 64))
+    return str(sum(engine.ranks.gather(sum_of_bits(engine.live()))) % (1 << 64))
 
 
 def _default_readout(lanes: Lanes) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swaft.averaging.gather import PIECE
+from swaft.averaging.engines.base import PIECE
 from swaft.errors import AveragingError
 from swaft.storage import TensorFile
 

@@ -257,7 +257,7 @@ def test_of_a_frozen_base_nothing_is_gathered_that_is_not_saved(tmp_path, monkey
     model = randomised(get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"])))
     engine = attach_engine(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     gathered = []
-    monkeypatch.setattr(engine, "gather_frozen", gathered.append)
+    monkeypatch.setattr(engine, "gather_working", gathered.append)
     save_pretrained(engine, tmp_path / "out")
     assert not gathered
 

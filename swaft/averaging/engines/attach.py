@@ -154,6 +154,7 @@ def _stage0(
         masters=masters,
         applied_steps=lambda: deepspeed_engine.global_steps - deepspeed_engine.skipped_steps,
     )
+    engine.outer = deepspeed_engine
     # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
     # decay has moved the masters, and the weights are no cast of them until the first real step.
     if masters is None or engine.applied_steps() > 0:

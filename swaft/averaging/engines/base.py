@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from swaft.averaging.layout import Fragment, Span, check_coverage, fragment_at, 
 from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, LayoutError
 
+PIECE = 1 << 24
+"""Elements that are sent or compared at a time: 64 MiB in fp32."""
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 """What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
 
@@ -47,11 +50,15 @@ class Engine(ABC):
     """The elements this rank owns, in shard order."""
     swap: Swap
     """What stands in for the working weights at the moment (see `swaft.averaging.swap`)."""
+    outer: Any
+    """What a forward is called on: the model, or DeepSpeed's engine around it."""
+    hands_out: tuple[str, ...] = ()
+    """Calls of `outer` that read or replace the weights without the model's own `state_dict`."""
     state_names: tuple[str, ...]
     """Clean names of the model's state dict, aliases of tied weights and persistent buffers included."""
 
     def __init__(self, module: nn.Module, inner_optimizer: torch.optim.Optimizer):
-        self.module = module
+        self.module = self.outer = module
         self.inner_optimizer = inner_optimizer
         self.ranks = shared_ranks()
         self._steps_before = 0
@@ -94,8 +101,8 @@ class Engine(ABC):
     def release_gathered(self) -> None:  # noqa: B027 (most engines gather nothing)
         """Drop full copies gathered from shards, so that none outlives a change of the shards."""
 
-    def gather_frozen(self, parameter: nn.Parameter) -> Tensor:
-        """A frozen parameter whole, on every rank (collective where the engine shards it)."""
+    def gather_working(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter whole, as forwards see it, on every rank (collective where the engine shards it)."""
         return parameter.detach()
 
     def named_parameters(self, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
@@ -161,9 +168,15 @@ class Engine(ABC):
         """Refuse a model that trains other parameters than it did at attach: an average would mix in last weights.
 
         Raises:
-            LayoutError: naming a parameter that became trainable, or was replaced.
+            LayoutError: naming a parameter that became trainable, was replaced, or is gone.
         """
-        for name, parameter in self.named_parameters():
+        held = dict(self.named_parameters())
+        if gone := self.trainable.keys() - held.keys():
+            raise LayoutError(
+                f"{min(gone)!r} was there when the averager was attached, and is gone; attach a new averager after "
+                "the model is changed (adapters merged and unloaded, say)"
+            )
+        for name, parameter in held.items():
             if name in self.trainable and parameter is not self.trainable[name]:
                 raise LayoutError(
                     f"{name!r} is another parameter than the one that was there when the averager was attached; "
@@ -198,11 +211,26 @@ class Engine(ABC):
             destination.copy_(source)
         return shard
 
+    def live(self) -> Iterator[Tensor]:
+        """This rank's elements of the last weights, in shard order and bounded pieces on the host, fp32, also while
+        others are swapped in.
+        """
+        for run in [self.swap.stash] if self._is_stashed() else self._owned(self.masters()):
+            yield from (piece.cpu() for piece in run.split(PIECE))
+
     def live_shard(self) -> Tensor:
-        """This rank's elements of the last weights, fp32, host, also while others are swapped in."""
-        if self.swap.stash is not None and self.masters_are_working():
-            return self.swap.stash
-        return self.read(self.masters())
+        """What :meth:`live` gives, as one tensor."""
+        return self.swap.stash if self._is_stashed() else self.read(self.masters())
+
+    def live_buffers(self) -> dict[str, Tensor]:
+        """Every buffer of the model by its clean name, as training has it, also while others are swapped in."""
+        held = self.module.named_buffers(remove_duplicate=False)
+        return {clean_name(name): buffer for name, buffer in held} | self.swap.buffers
+
+    def sum_of_working(self) -> int:
+        """The sum of the words of the owned working weights: another one says that somebody wrote to them."""
+        sums = [_bits(run).sum(dtype=torch.int64) for run in self._owned(self.working())]
+        return int(torch.stack(sums).sum()) if sums else 0
 
     @torch.no_grad()
     def recast(self) -> None:
@@ -215,10 +243,14 @@ class Engine(ABC):
         for span in self.spans:
             yield span.of(buffers), shard.narrow(0, span.shard_offset, span.numel)
 
+    def _is_stashed(self) -> bool:
+        return self.swap.stash is not None and self.masters_are_working()
+
+    def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
+        return (span.of(buffers).detach() for span in self.spans)
+
     def _paired(self) -> Iterator[tuple[Tensor, Tensor]]:
-        masters, working = self.masters(), self.working()
-        for span in self.spans:
-            yield span.of(masters).detach(), span.of(working).detach()
+        return zip(self._owned(self.masters()), self._owned(self.working()), strict=True)
 
     @torch.no_grad()
     def _misplaced(self) -> LayoutError | None:

@@ -80,8 +80,8 @@ class FSDP2Engine(Engine):
         """Drop every gathered copy."""
         reshard(self.module)
 
-    def gather_frozen(self, parameter: nn.Parameter) -> Tensor:
-        """A frozen parameter whole, in host memory, on every rank (collective where it is sharded)."""
+    def gather_working(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter whole, as forwards see it, in host memory, on every rank (collective where it is sharded)."""
         if not isinstance(parameter, DTensor):
             return parameter.detach()
         # An offloaded shard lies on the host, where the ranks' process group may have no backend.

@@ -33,10 +33,14 @@ class PartitionedEngine(Engine):
     """
 
     lends_storage = True
+    hands_out = (
+        *("save_checkpoint", "load_checkpoint", "save_16bit_model"),
+        "_zero3_consolidated_16bit_state_dict",  # which accelerate calls
+    )
 
     def __init__(self, deepspeed_engine: Any):
         super().__init__(deepspeed_engine.module, deepspeed_engine.optimizer.optimizer)
-        self._engine = deepspeed_engine
+        self.outer = deepspeed_engine
         self._zero = deepspeed_engine.optimizer
         self._handed_out: Callable[[], _Buffers | None] = lambda: None
         self._addresses: list[int] = []
@@ -53,7 +57,7 @@ class PartitionedEngine(Engine):
 
     def counted_steps(self) -> int:
         """Steps DeepSpeed took less those it skipped; `was_step_applied` is stale between boundaries."""
-        return self._engine.global_steps - self._engine.skipped_steps
+        return self.outer.global_steps - self.outer.skipped_steps
 
     @abstractmethod
     def _master_partitions(self) -> list[Tensor]:

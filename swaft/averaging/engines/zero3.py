@@ -47,8 +47,8 @@ class Zero3Engine(PartitionedEngine):
         """Partition everything, so that no gathered copy of the weights outlives a change of the shards."""
         self._zero.empty_partition_cache()
 
-    def gather_frozen(self, parameter: nn.Parameter) -> Tensor:
-        """A frozen parameter whole, in host memory, on every rank (collective)."""
+    def gather_working(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter whole, as forwards see it, in host memory, on every rank (collective)."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([parameter]):

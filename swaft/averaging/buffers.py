@@ -1,0 +1,288 @@
+"""What a model holds beside its trained weights: tensors derived from them, and statistics of what it was shown.
+
+An average of weights has neither. What a parametrization derives from its weight (a spectral norm's singular
+vectors) is derived anew from the averaged weight. Running statistics (BatchNorm's) take a pass over training
+rows with the averaged weights in place, as in `torch.optim.swa_utils.update_bn`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swaft.averaging.engines import Engine
+from swaft.averaging.engines.base import clean_name
+from swaft.errors import AveragingError
+
+logger = logging.getLogger(__name__)
+
+MOST_PASSES = 1000
+"""Of a parametrization over one weight."""
+SETTLED = 1e-10
+"""Relative change of what a parametrization gives, from one pass to the next, at which it counts as settled."""
+
+Steps = list[tuple[str, nn.Module]]
+"""The parametrizations of one tensor in their order, each with the beginning of its names."""
+
+
+def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training may change, by clean name: those in the state dict that are of a floating-point
+    type, or hold a single number. Masks and quantised weights are none.
+    """
+    return {
+        clean_name(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+        and (buffer.is_floating_point() or buffer.numel() == 1)
+    }
+
+
+def parametrized(module: nn.Module) -> Iterator[tuple[str, str, Steps]]:
+    """Every parametrized tensor: its clean name, the beginning of its originals' names, its parametrizations."""
+    for raw_prefix, part in module.named_modules():
+        held: Any = part._modules.get(
+            "parametrizations"
+        )  # its own: peft's wrappers answer for what they wrap
+        if isinstance(held, nn.ModuleDict):
+            prefix = f"{clean_name(raw_prefix)}." if raw_prefix else ""
+            for name, steps in held.items():
+                inside = f"{prefix}parametrizations.{name}."
+                yield f"{prefix}{name}", inside, [(f"{inside}{i}.", step) for i, step in enumerate(steps)]  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def fold_parametrizations(
+    module: nn.Module, state_dict: Mapping[str, Tensor], *, derive: bool
+) -> dict[str, Tensor]:
+    """A state dict in which every parametrized tensor is the plain tensor that evaluation mode computes.
+
+    `X.parametrizations.weight.original` and the parametrization's own tensors become `X.weight`.
+
+    Args:
+        module: the model with its parametrizations.
+        state_dict: whole tensors in host memory, by clean name; of a parametrization all or nothing.
+        derive: whether what parametrizations derive from weights is derived anew from those in the state dict.
+    """
+    folded = dict(state_dict)
+    for name, inside, steps in parametrized(module):
+        tensors = [folded[key] for key in sorted(folded) if key.startswith(f"{inside}original")]
+        if tensors:
+            for copied in _copies(steps, folded):
+                if derive:
+                    _settle(copied, tensors)
+                tensors = [copied.eval()(*tensors)]
+            folded = {key: tensor for key, tensor in folded.items() if not key.startswith(inside)}
+            folded[name] = tensors[0]
+    return folded
+
+
+@torch.no_grad()
+def derive_buffers(engine: Engine) -> None:
+    """Derive the buffers of parametrizations anew from the weights that forwards see now (collective)."""
+    parameters = dict(engine.named_parameters(aliases=True))
+    for _, inside, steps in parametrized(engine.module):
+        live = {f"{prefix}{key}": b for prefix, step in steps for key, b in step.named_buffers()}
+        if not live:
+            continue
+        names = sorted(key for key in parameters if key.startswith(inside))
+        whole = {key: engine.gather_working(parameters[key]).cpu() for key in names}
+        tensors = [whole[key] for key in names if key.startswith(f"{inside}original")]
+        for (prefix, _), copied in zip(steps, _copies(steps, whole | live), strict=True):
+            _settle(copied, tensors)
+            tensors = [copied.eval()(*tensors)]
+            for key, derived in copied.named_buffers():
+                live[f"{prefix}{key}"].copy_(derived)
+
+
+def _copies(steps: Steps, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Copies of parametrizations on the host, which hold the named tensors in the place of their own."""
+    for prefix, step in steps:
+        # What a copy is to hold is shown to `deepcopy` beforehand: an engine may keep nothing in the model's own.
+        memo: dict[int, Any] = {}
+        for key, held in (*step.named_parameters(), *step.named_buffers()):
+            mine = tensors.get(prefix + key, held).detach().cpu().clone()
+            memo[id(held)] = nn.Parameter(mine) if isinstance(held, nn.Parameter) else mine
+        copied = copy.deepcopy(step, memo)
+        for part in copied.modules():  # ZeRO-3's count the passes of all ranks, and here one makes some alone
+            part._forward_pre_hooks.clear()
+            part._forward_hooks.clear()
+        yield copied.eval()
+
+
+def _settle(step: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Pass weights through a parametrization in training mode, where it derives its buffers, until what it gives
+    has settled; in float64. One without buffers is left as it is.
+    """
+    if next(step.buffers(), None) is None:
+        return
+    held = [(tensor, tensor.dtype) for tensor in (*step.parameters(), *step.buffers())]
+    for tensor, dtype in held:
+        tensor.data = tensor.data.to(torch.float64 if dtype.is_floating_point else dtype)
+    step.train()
+    wide = [tensor.double() for tensor in tensors]
+    with torch.random.fork_rng(devices=[]):
+        last = step(*wide)
+        for _ in range(MOST_PASSES):
+            given = step(*wide)
+            if float((given - last).norm()) <= SETTLED * float(given.norm()):
+                break
+            last = given
+    step.eval()
+    for tensor, dtype in held:
+        tensor.data = tensor.data.to(dtype)
+
+
+def running_statistics(module: nn.Module) -> dict[str, Any]:
+    """The layers that keep running statistics of their inputs (BatchNorm and its relatives), by clean name."""
+    return {
+        clean_name(name): part
+        for name, part in module.named_modules()
+        if getattr(part, "running_mean", None) is not None
+        and hasattr(part, "reset_running_stats")
+        and hasattr(part, "momentum")
+    }
+
+
+class Statistics:
+    """The buffers that go with averages, and what is said of buffers that go with none.
+
+    Args:
+        engine: whose model; of running statistics in it is warned at once.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._kept: dict[Hashable, tuple[int, dict[str, Tensor]]] = {}
+        layers = running_statistics(engine.module)
+        if layers and engine.ranks.is_main:
+            logger.warning(
+                "%d layers keep running statistics (%s, ...), which belong to the last weights and not to an "
+                "average: give averager.update_bn(loader) training rows before an average is evaluated or exported",
+                len(layers),
+                next(iter(layers)),
+            )
+        self._known = tuple(f"{name}." if name else name for name in layers)
+        self._sums = self._sum()
+
+    def keep(self, average: Hashable, members: int, buffers: dict[str, Tensor]) -> None:
+        """Have buffers go with an average of so many members."""
+        self._kept[average] = (members, buffers)
+
+    def of(self, average: Hashable, members: int) -> dict[str, Tensor]:
+        """The buffers that go with an average; {} where those of training have to do."""
+        now = self._sum() if self._sums else {}
+        changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
+        if changed and self._engine.ranks.is_main:
+            logger.warning(
+                "training has changed buffers, which are not averaged (%s): averaged weights are evaluated and "
+                "exported beside the last ones",
+                ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else ""),
+            )
+        if changed:
+            self._sums = {}  # said once
+        counted, buffers = self._kept.get(average, (members, {}))
+        if counted != members:
+            logger.warning(
+                "the running statistics are those of an average of %d members, which has %d now, so the last ones "
+                "are taken; call averager.update_bn(loader) again",
+                *(counted, members),
+            )
+            return {}
+        return buffers
+
+    def _sum(self) -> dict[str, str]:
+        """Sums of buffers of which nothing else is known, in words: what is no number is equal to itself, too."""
+        return {
+            name: str(float(buffer.sum(dtype=torch.float64)))
+            for name, buffer in changing_buffers(self._engine.module).items()
+            if buffer.is_floating_point()
+            and "parametrizations." not in name
+            and not name.startswith(self._known or ("\0",))
+        }
+
+
+@torch.no_grad()
+def recompute_statistics(
+    engine: Engine, batches: Iterable[Any], forward: Callable[[Any], Any]
+) -> dict[str, Tensor]:
+    """The running statistics of the weights that forwards see now, over batches of all ranks (collective).
+
+    As `torch.optim.swa_utils.update_bn`: the model is in training mode, and a layer's statistics are the plain
+    means of those of all batches, each rank having its own. Modes and random state are put back; the statistics
+    stay in the model.
+
+    Args:
+        engine: whose model.
+        batches: of this rank, as many as on every other.
+        forward: called with each.
+
+    Returns:
+        clean name to buffer, host: what the layers hold now.
+
+    Raises:
+        AveragingError: there is no batch, or another number than on other ranks; on every rank.
+    """
+    layers = running_statistics(engine.module)
+    if not layers:
+        return {}
+    modes = [(part, part.training) for part in engine.module.modules()]
+    momenta = [(layer, layer.momentum) for layer in layers.values()]
+    devices = [engine.device] if engine.device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        try:
+            engine.module.train()
+            for layer in layers.values():
+                layer.reset_running_stats()
+                layer.momentum = None  # a plain mean
+            for batch in _together(engine, batches):
+                forward(batch)
+        finally:
+            for layer, momentum in momenta:
+                layer.momentum = momentum
+            for part, was_training in modes:
+                part.training = was_training
+    found = {}
+    for name, layer in layers.items():
+        for key in ("running_mean", "running_var"):
+            buffer = getattr(layer, key)
+            mean = (
+                torch.tensor(engine.ranks.sum(buffer.double().flatten().tolist())) / engine.ranks.world_size
+            )
+            buffer.copy_(mean.view(buffer.shape))
+            found[f"{name}.{key}" if name else key] = buffer.cpu().clone()
+    return found
+
+
+def pass_batch(engine: Engine, batch: Any) -> None:
+    """One forward of the model: a mapping is its keyword arguments; of a list or tuple the first is its input."""
+    if isinstance(batch, Mapping):
+        engine.outer(**batch)
+    else:
+        engine.outer(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
+def _together(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
+    """This rank's batches, as long as every rank has one (collective): a rank alone would wait in a forward."""
+    remaining, count = iter(batches), 0
+    while True:
+        batch = next(remaining, _END)
+        having = int(engine.ranks.sum([batch is not _END])[0])
+        if having == 0 < count:
+            return
+        if having < engine.ranks.world_size:
+            raise AveragingError(
+                f"{having} of {engine.ranks.world_size} ranks have a batch number {count + 1} for the running "
+                "statistics; expected the same number on every rank, at least 1: a loader as `accelerator.prepare` "
+                "returned it"
+            )
+        yield batch
+        count += 1
+
+
+_END = object()
