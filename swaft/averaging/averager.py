@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from swaft.averaging import export
 from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
 from swaft.averaging.engines import attach_engine
-from swaft.averaging.engines.steps import hook_weakly
+from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
 from swaft.averaging.persist import describe, load_averages, save_averages
 from swaft.averaging.rules import Plan, Rule, plan_all
@@ -28,8 +27,6 @@ from swaft.errors import AveragingError
 if TYPE_CHECKING:
     from swaft.averaging.host.lanes import Lanes
     from swaft.averaging.host.pipeline import Waits
-
-logger = logging.getLogger(__name__)
 
 
 class WeightAverager:
@@ -55,6 +52,8 @@ class WeightAverager:
         rule: which steps enter the average, and with what weight; or several rules by name, which share one copy
             of every member.
         total_steps: optimizer steps of the whole run.
+        first_step: optimizer steps that the run has taken already. None: as many as DeepSpeed's engine has counted,
+            or the optimizer's state says (Adam's and its relatives').
         precision: of a running mean. ``compensated`` takes 6 bytes an element and keeps 32 bits; ``plain`` takes
             4 and loses digits in long runs (:meth:`forecast` says how many).
         threads: threads that do the arithmetic on this rank; None: half of its share of the cores, at most 8.
@@ -64,7 +63,8 @@ class WeightAverager:
     Raises:
         ConfigError: a rule does not fit the run.
         UnsupportedEngineError, LayoutError: the engine's masters cannot be averaged faithfully.
-        AveragingError: the ranks were given different rules, or the averages do not fit into host memory.
+        AveragingError: the ranks were given different rules, the run stands past `total_steps`, or the averages do
+            not fit into host memory.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class WeightAverager:
         *,
         rule: Rule | Mapping[str, Rule],
         total_steps: int,
+        first_step: int | None = None,
         precision: Literal["compensated", "plain"] = "compensated",
         threads: int | None = None,
         spill_dir: str | PathLike[str] | None = None,
@@ -84,7 +85,8 @@ class WeightAverager:
         rules = dict(rule) if isinstance(rule, Mapping) else {"average": rule}
         self._plans = plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
-        _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision))))
+        _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))
+        self._seen = begin(self.engine, first_step, total_steps)
         self._compensated = precision == "compensated"
         self._rules, self._total_steps, self._precision = rules, total_steps, precision
         self._averages = HostAverages(
@@ -97,7 +99,6 @@ class WeightAverager:
             spill_dir=None if spill_dir is None else Path(spill_dir),
             lent=self.engine.lends_storage,
         )
-        self._seen = self.engine.applied_steps()
         self._proved = False
         self._statistics = Statistics(self.engine)
         self._counts = dict.fromkeys(self._plans, 0)
@@ -181,7 +182,8 @@ class WeightAverager:
         if missed:
             raise AveragingError(
                 f"the optimizer took {applied - self._seen} steps since the last `averager.step()`, and step "
-                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step"
+                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
+                "averager that is attached after a checkpoint was loaded, not before"
             )
         refusal = self._refusal()
         self._seen = applied
@@ -457,6 +459,6 @@ def _require_same(settings: list[str]) -> None:
     for rank, other in enumerate(settings):
         if other != settings[0]:
             raise AveragingError(
-                f"rank {rank} was given (rules, total_steps, precision) = {other}, and rank 0 {settings[0]}; "
-                "expected the same on every rank"
+                f"rank {rank} was given (rules, total_steps, precision, first_step) = {other}, and rank 0 "
+                f"{settings[0]}; expected the same on every rank"
             )

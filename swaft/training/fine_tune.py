@@ -291,6 +291,7 @@ def start_run(
             optimizer,
             rule=job.rule,
             total_steps=total_steps,
+            first_step=record.applied_steps if record else 0,
             precision=config.averaging.precision,
             threads=config.averaging.threads,
             spill_dir=config.averaging.spill_dir,

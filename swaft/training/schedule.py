@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 
 from swaft.errors import ConfigError
+from swaft.fraction import share_of
 
 Kind = Literal["linear", "cosine", "constant_with_warmup", "constant"]
 
@@ -105,7 +106,7 @@ def build_schedule(train: ScheduleSettings, *, total_steps: int, averaging: bool
 
 def warmup_length(warmup_steps: int | float, total_steps: int) -> int:
     """Return the warm-up in optimizer steps: below 1 it is a share of the run (rounded up), else steps."""
-    return math.ceil(total_steps * warmup_steps) if warmup_steps < 1 else int(warmup_steps)
+    return math.ceil(share_of(total_steps, warmup_steps)) if warmup_steps < 1 else int(warmup_steps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -128,7 +129,7 @@ def count_micro_batches(*, num_rows: int, batch_size: int, world_size: int) -> i
 def count_optimizer_steps(
     *, micro_batches: int, accumulation_steps: int, num_train_epochs: float, max_steps: int
 ) -> int:
-    """Return the optimizer steps of a run, counted as transformers' Trainer does.
+    """Return the optimizer steps of a run, counted as transformers' Trainer does, but for its rounding of floats.
 
     Args:
         micro_batches: length of the prepared loader, that is per rank and epoch.
@@ -140,7 +141,7 @@ def count_optimizer_steps(
     if max_steps > 0:
         return max_steps
     steps_per_epoch = max(math.ceil(micro_batches / accumulation_steps), 1)
-    return math.ceil(num_train_epochs * steps_per_epoch)
+    return math.ceil(share_of(steps_per_epoch, num_train_epochs))
 
 
 def planned_steps(train: LengthSettings, *, num_rows: int, world_size: int) -> int:

@@ -46,7 +46,7 @@ def engine_case(case: EngineCase, model_case: ModelCase):
     oracle_case = EngineCase(2, case.precision, top=case.top) if round_robin else case
     train(oracle_case, model_case, averaged=False, on_step=record)
     live = recorded[-1]
-    model, optimizer, averager = train(case, model_case, averaged=True, swap_at=4)
+    accelerator, model, optimizer, averager = train(case, model_case, averaged=True, swap_at=4)
     assert averager is not None
     engine = averager.engine
     a_batch = model_case.batch(0, 0)
@@ -128,13 +128,48 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         with shared_folder() as folder:
             with averager.swapped_in():
                 logits(model, a_batch)
-                raised_on_every_rank(AveragingError, "state_dict() was asked for", engine.module.state_dict)
                 swaft.averaging.save_pretrained(engine, folder / "live")
             if dist.get_rank() == 0:
                 unset_hf_deepspeed_config()
                 loaded = model_case.load(folder / "live")
                 for name, weight in live.items():
                     assert same_bits(loaded[name], weight), name
+
+    def what_hands_out_or_replaces_weights_is_refused_inside_a_swap():
+        part = next(part for part in engine.module.modules() if [*part.parameters(recurse=False)])
+        with shared_folder() as folder:
+            calls = [
+                *(engine.module.state_dict, part.state_dict, lambda: part.load_state_dict({}, strict=False)),
+                lambda: accelerator.get_state_dict(model),
+                lambda: accelerator.save_model(model, str(folder)),
+            ]
+            if accelerator._models:
+                calls += [lambda: accelerator.save_state(str(folder))]
+            if case.stage is not None:
+                calls += [
+                    lambda name=name: getattr(model, name)(str(folder))
+                    for name in ("save_checkpoint", "load_checkpoint", "save_16bit_model")
+                ]
+            elif case.fsdp is None and case.precision == "fp32":  # of the others there is no pickle anyway
+                calls += [lambda: torch.save(model, folder / f"{dist.get_rank()}.pt")]
+            with averager.swapped_in():
+                during = logits(model, a_batch)
+                for i, call in enumerate(calls):
+                    print(f"call {i} of {len(calls)}", flush=True)
+                    raised_on_every_rank(AveragingError, "while averaged weights are swapped in", call)
+                assert torch.equal(logits(model, a_batch), during)
+        accelerator.get_state_dict(model)
+
+    def weights_written_on_one_rank_inside_a_swap_are_an_error_on_all():
+        before = logits(model, a_batch)
+
+        def write():
+            with averager.swapped_in():
+                if dist.get_rank() == dist.get_world_size() - 1:
+                    engine.spans[0].of(engine.working()).detach().add_(1)
+
+        raised_on_every_rank(AveragingError, "what was written is lost", write)
+        assert torch.equal(logits(model, a_batch), before)
 
     def the_exported_average_loads_without_an_engine_bit_for_bit():
         whole = gather_state_dict(engine, averager.shard())
@@ -194,6 +229,8 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         a_swap_inside_a_swap_is_refused_and_the_outer_one_survives,
         an_exception_inside_a_swap_leaves_the_live_weights,
         a_folder_written_inside_a_swap_holds_the_live_weights,
+        what_hands_out_or_replaces_weights_is_refused_inside_a_swap,
+        weights_written_on_one_rank_inside_a_swap_are_an_error_on_all,
         the_exported_average_loads_without_an_engine_bit_for_bit,
         publishing_takes_the_collectives_it_says,
         a_layout_that_misses_elements_is_refused_on_every_rank,

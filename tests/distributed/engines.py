@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from models import MICRO_BATCH, adamw, batch, tiny_bert
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 __all__ = ["CPU", "ENGINES", "EngineCase", "adamw", "batch", "full_masters", "prepared", "tiny_bert"]
 
@@ -39,7 +40,11 @@ class EngineCase:
             "train_micro_batch_size_per_gpu": MICRO_BATCH,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": self.stage, **self.zero},
+            "zero_optimization": {
+                "stage": self.stage,
+                **({"stage3_gather_16bit_weights_on_model_save": True} if self.stage == 3 else {}),
+                **self.zero,
+            },
             "zero_force_ds_cpu_optimizer": False,
             **({"bf16": {"enabled": True}} if self.precision == "bf16" else {}),
             **self.top,
@@ -154,8 +159,11 @@ def shard(model: nn.Module, case: EngineCase) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that a model is a stack of; not the parts of one, which T5 keeps in lists, too."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    """The layers that a model is a stack of; not the parts of one, which T5 keeps in lists, too, nor what torch
+    does to a weight.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [each for each in lists if not isinstance(each, ParametrizationList)]
     within = {id(part) for stack in stacks for block in stack for part in block.modules()}
     return [block for stack in stacks if id(stack) not in within for block in stack]
 

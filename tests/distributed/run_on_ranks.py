@@ -42,7 +42,7 @@ def train(
     on_step=None,
     accumulation: int = 1,
 ):
-    """Train a tiny model; (model, optimizer, averager or None)."""
+    """Train a tiny model; (accelerator, model, optimizer, averager or None)."""
     accelerator, model, optimizer = prepared(case, accumulation=accumulation, model=model_case.build())
     averager = None
     if averaged:
@@ -65,7 +65,7 @@ def train(
                 logits(model, model_case.batch(0, 0))
             model.train()
             torch.set_rng_state(state)
-    return model, optimizer, averager
+    return accelerator, model, optimizer, averager
 
 
 def logits(model: nn.Module, batch: Batch | None = None) -> Tensor:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from itertools import product
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from engines import ENGINES, full_masters, prepared, unwrapped
 from harness import worker_main
-from models import MODELS, tiny_gpt2, uneven
-from run_on_ranks import mean_in_one_process, raised_on_every_rank, same_bits
+from models import MODELS, Uneven, tiny_gpt2, uneven
+from run_on_ranks import logits, mean_in_one_process, raised_on_every_rank, same_bits, shared_folder
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.parametrize import register_parametrization
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
 from swaft.averaging import attach_engine
 from swaft.averaging.export import gather_state_dict
 from swaft.errors import AveragingError, LayoutError
+from swaft.noise.spectral import SpectralNorm
 
 LAYERED = ["ddp fp32", "zero2 bf16", "zero3 bf16", "fsdp2 fp32"]
 """One engine of each kind."""
@@ -283,6 +287,95 @@ def _generate(model: nn.Module) -> list[Tensor]:
     return [result.sequences, *result.scores]
 
 
+class Normalised(Uneven):
+    """Vectors derived from a weight, and running statistics of what a layer was shown.
+
+    Args:
+        narrow: DeepSpeed in 16 bits leaves the statistics in fp32, and no BatchNorm runs on a CPU: there is none.
+    """
+
+    def __init__(self, *, narrow: bool) -> None:
+        super().__init__()
+        norm = nn.Identity() if narrow else nn.BatchNorm1d(3)
+        self.fixed = nn.Sequential(nn.Linear(3, 3), norm)  # type: ignore[assignment]
+        register_parametrization(self.head, "weight", SpectralNorm(self.head.weight.detach()))
+
+
+def buffers():
+    """What goes with the weights goes with the averaged ones, under every engine, and is as it was after a swap."""
+    a_batch = MODELS["uneven"].batch(0, 0)
+    for engine in ("ddp fp32", "zero2 fp32", "zero3 fp32", "zero3 bf16", "fsdp2 fp32"):
+        narrow = engine.endswith("bf16")
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if narrow else {"rtol": 1e-4, "atol": 1e-5}
+        model, averager = run(engine, range(12), model=Normalised(narrow=narrow))
+        layered = averager.engine
+        rows = [MODELS["uneven"].batch(100 + step, dist.get_rank()) for step in range(4)]
+        live = {name: buffer.clone() for name, buffer in layered.module.named_buffers()}
+
+        def as_before(layered=layered, live=live):
+            return all(torch.equal(buffer, live[name]) for name, buffer in layered.module.named_buffers())
+
+        def expected(averager=averager, layered=layered, narrow=narrow) -> nn.Module:
+            """A plain model of the average with vectors and statistics of its own, on every rank."""
+            message = [gather_state_dict(layered, averager.shard())]
+            dist.broadcast_object_list(message, src=0)
+            plain = Normalised(narrow=narrow)
+            plain.load_state_dict(message[0])
+            u, _, v = torch.linalg.svd(plain.head.parametrizations.weight.original.detach())
+            norm = plain.head.parametrizations.weight[0]
+            norm._u.copy_(u[:, 0])
+            norm._v.copy_(v[0])
+            norm.eval()
+            for layer in [each for each in plain.modules() if isinstance(each, nn.BatchNorm1d)]:
+                layer.reset_running_stats()
+                layer.momentum = None
+                layer.train()
+            with torch.no_grad():
+                for rank, step in product(range(2), range(4)):
+                    plain(**MODELS["uneven"].batch(100 + step, rank))
+            return plain.eval()
+
+        def recomputed(averager=averager, rows=rows, as_before=as_before):
+            random_state = torch.get_rng_state()
+            averager.update_bn(rows)
+            assert as_before()
+            assert torch.equal(torch.get_rng_state(), random_state)
+            raised_on_every_rank(
+                AveragingError,
+                "1 of 2 ranks have a batch number 2",
+                lambda: averager.update_bn(rows[: 1 + dist.get_rank()]),
+            )
+            assert as_before()
+
+        def swapped(model=model, averager=averager, as_before=as_before, expected=expected, tol=tolerance):
+            plain = expected()
+            with averager.swapped_in():
+                during = logits(model, a_batch)
+                held = {name: buffer.clone() for name, buffer in averager.engine.module.named_buffers()}
+            assert all(
+                torch.allclose(held[name].abs(), buffer.abs(), **tol)  # singular vectors have no sign
+                for name, buffer in plain.named_buffers()
+                if buffer.is_floating_point()
+            )
+            assert torch.allclose(during, logits(plain, a_batch), **tol)
+            assert as_before()
+
+        def exported(averager=averager, plain=expected, tol=tolerance):
+            plain = plain()
+            with shared_folder() as folder:
+                averager.save_pretrained(folder / "average")
+                if dist.get_rank() == 0:
+                    saved = load_file(folder / "average" / "model.safetensors")
+                    assert abs(torch.linalg.svdvals(saved["head.weight"])[0] - 1) < 1e-5
+                    name = "fixed.1.running_mean"
+                    assert name not in saved or torch.allclose(saved[name], plain.get_buffer(name), **tol)
+
+        if not narrow:
+            yield f"{engine}, statistics recomputed", recomputed
+        yield f"{engine}, in a swap", swapped
+        yield f"{engine}, in a folder", exported
+
+
 def changed_parameters():
     """What is frozen, thawed or trained by others after the averager was attached."""
     for engine in LAYERED:
@@ -337,5 +430,6 @@ if __name__ == "__main__":
             "gathered root": gathered_root,
             "generation": generation,
             "changed parameters": changed_parameters,
+            "buffers": buffers,
         }
     )

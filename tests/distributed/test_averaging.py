@@ -79,7 +79,7 @@ def findings(tmp_path_factory):
     ],
 )
 def test_every_promise_holds_under_this_engine(start, case, findings):
-    assert not faults(findings(start), case, checks=12)
+    assert not faults(findings(start), case, checks=14)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def situations(tmp_path_factory) -> dict[str, str]:
         ("gathered root", 2),
         ("generation", 4),
         ("changed parameters", 9),
+        ("buffers", 14),
     ],
 )
 def test_averaging_goes_on_or_says_why_not(case, checks, situations):

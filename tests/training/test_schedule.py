@@ -63,6 +63,7 @@ def test_a_share_of_the_run_is_rounded_up_to_whole_warmup_steps():
     assert warmup_length(0.06, 101) == 7
     assert warmup_length(0.0, 101) == 0
     assert warmup_length(5, 101) == 5
+    assert warmup_length(0.07, 100) == 7  # 0.07 * 100 is 7.000000000000001 in floats
 
 
 def test_the_rate_reaches_every_parameter_group():
@@ -80,6 +81,7 @@ def test_the_rate_reaches_every_parameter_group():
         (10, 4, 0.5, -1, 2),
         (3, 8, 2.0, -1, 2),  # an epoch shorter than one accumulation is one step
         (10, 4, 3.0, 5, 5),
+        (10, 1, 1.1, -1, 11),  # the Trainer: 12, for 1.1 * 10 is 11.000000000000002 in floats
     ],
 )
 def test_optimizer_steps_are_counted_as_the_trainer_counts_them(

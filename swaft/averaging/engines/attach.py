@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swaft.averaging.engines.base import Engine, clean_name, unknown_parameter
+from swaft.averaging.engines.deepspeed_modes import DEEPSPEED_CALLS, refuse_modes
 from swaft.averaging.engines.replicated import ReplicatedEngine
 from swaft.averaging.engines.steps import StepCounter
 from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
@@ -100,7 +101,6 @@ def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from swaft.averaging.engines.deepspeed_modes import refuse_modes
     from swaft.averaging.engines.zero3 import Zero3Engine
     from swaft.averaging.engines.zero12 import BF16Engine, Zero12Engine
 
@@ -154,7 +154,7 @@ def _stage0(
         masters=masters,
         applied_steps=lambda: deepspeed_engine.global_steps - deepspeed_engine.skipped_steps,
     )
-    engine.outer = deepspeed_engine
+    engine.outer, engine.hands_out = deepspeed_engine, DEEPSPEED_CALLS
     # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
     # decay has moved the masters, and the weights are no cast of them until the first real step.
     if masters is None or engine.applied_steps() > 0:

@@ -90,6 +90,11 @@ class Engine(ABC):
         """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
         return self._steps_before + self.counted_steps()
 
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self.outer is not self.module
+
     def continue_from(self, step: int) -> None:
         """Have the weights as they are now be those after ``step`` optimizer steps: a run goes on here."""
         self._steps_before = step - self.counted_steps()

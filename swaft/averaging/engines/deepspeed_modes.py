@@ -9,6 +9,12 @@ import torch.distributed as dist
 
 from swaft.errors import UnsupportedEngineError
 
+DEEPSPEED_CALLS = (
+    *("save_checkpoint", "load_checkpoint", "save_16bit_model"),
+    "_zero3_consolidated_16bit_state_dict",  # which accelerate calls
+)
+"""Calls of a DeepSpeed engine that hand out weights or replace them."""
+
 
 def refuse_modes(deepspeed_engine: Any) -> None:
     """Refuse a DeepSpeed engine whose masters cannot be averaged faithfully.

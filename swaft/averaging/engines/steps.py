@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.optimizer import (
     Optimizer,
@@ -13,7 +14,13 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from swaft.averaging.rules.base import require_whole
 from swaft.errors import AveragingError
+
+if TYPE_CHECKING:
+    from swaft.averaging.engines.base import Engine
+
+logger = logging.getLogger(__name__)
 
 _outlived: list[RemovableHandle] = []
 """Hooks whose object is gone. The collector may find that out while torch goes through the very hooks, which
@@ -48,26 +55,86 @@ def _remove_outlived() -> None:
         _outlived.pop().remove()
 
 
+def steps_taken(optimizer: Optimizer) -> int | None:
+    """The steps that an optimizer's state says it has taken; None where it has a state that does not say (SGD's).
+
+    Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; of several the largest.
+    """
+    held = [*optimizer.state.values(), *optimizer.param_groups]
+    steps = [int(each["step"]) for each in held if "step" in each]
+    if not steps and any(optimizer.state.values()):
+        return None
+    return max(steps, default=0)
+
+
+def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
+    """The optimizer step at which a run stands, from which its engine counts on (collective).
+
+    Args:
+        engine: of the run.
+        first_step: the step, where it is known. None: as DeepSpeed has counted, or the optimizer's state says.
+        total_steps: optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: `first_step` is no number of steps.
+        AveragingError: the run stands past its end.
+    """
+    level, source = logging.INFO, "first_step says"
+    if first_step is not None:
+        require_whole("first_step", first_step, at_least=0)
+        engine.continue_from(int(first_step))
+    else:
+        engine.continue_from(max(engine.ranks.gather(engine.applied_steps())))
+        source = "DeepSpeed has counted"
+        if not engine.is_deepspeed:  # the state may be left from a run before this one
+            level, source = logging.WARNING, "the optimizer's state says"
+    step = engine.applied_steps()
+    if step > total_steps:
+        raise AveragingError(
+            f"the run stands at optimizer step {step}, as {source}, past its total_steps={total_steps}; expected "
+            "the steps of the whole run, those before this process included, or first_step=0 if a new run begins "
+            "here"
+        )
+    if not engine.ranks.is_main:
+        return step
+    if step:
+        logger.log(level, "averaging begins at optimizer step %d of %d, as %s", step, total_steps, source)
+    elif level == logging.WARNING and steps_taken(engine.inner_optimizer) is None:
+        logger.warning(
+            "the optimizer (%s) has a state which does not say after how many steps, so they are counted from 0; "
+            "if the run goes on from an earlier one, name them in first_step",
+            type(engine.inner_optimizer).__name__,
+        )
+    return step
+
+
 class StepCounter:
     """Counts the steps that one optimizer really took, and refuses that another takes them instead.
 
-    It hooks the optimizers themselves, so neither a micro-batch nor a step that a loss scaler skips is counted.
+    It begins with what the optimizer's state says (:func:`steps_taken`), at 0 where that says nothing, and
+    again when a state is loaded. It hooks the optimizers themselves, so neither a micro-batch nor a step that a
+    loss scaler skips is counted.
     """
 
     def __init__(self, optimizer: Optimizer):
-        self.count = 0
+        self.count = steps_taken(optimizer) or 0
         self._optimizer = optimizer
         self._calls = 0
         self._inside = False
         self._calls_before_others: dict[int, int] = {}
         hook_weakly(register_optimizer_step_pre_hook, self._before)
         hook_weakly(register_optimizer_step_post_hook, self._after)
+        hook_weakly(optimizer.register_load_state_dict_post_hook, self._loaded)
 
     def __call__(self) -> int:
-        """Steps taken since this counter was made; asked outside of a step only."""
+        """Steps taken; asked outside of a step only."""
         self._inside = False  # whatever a step has left that ended in an error
         _remove_outlived()
         return self.count
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        known = steps_taken(optimizer)
+        self.count = self.count if known is None else known
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
         if optimizer is self._optimizer:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swaft.averaging.engines.base import Engine
+from swaft.averaging.engines.deepspeed_modes import DEEPSPEED_CALLS
 from swaft.averaging.layout import Fragment
 
 
@@ -33,10 +34,7 @@ class PartitionedEngine(Engine):
     """
 
     lends_storage = True
-    hands_out = (
-        *("save_checkpoint", "load_checkpoint", "save_16bit_model"),
-        "_zero3_consolidated_16bit_state_dict",  # which accelerate calls
-    )
+    hands_out = DEEPSPEED_CALLS
 
     def __init__(self, deepspeed_engine: Any):
         super().__init__(deepspeed_engine.module, deepspeed_engine.optimizer.optimizer)

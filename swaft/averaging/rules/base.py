@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
 from swaft.errors import AveragingError, ConfigError
+from swaft.fraction import share_of
 
 PlanT = TypeVar("PlanT", bound="Plan")
 
@@ -121,7 +122,8 @@ class Rule(Protocol):
 
 
 def resolve_start(start: float | int, total_steps: int, *, name: str = "averaging.start") -> int:
-    """The step a start means: a float is ``floor(start * total_steps)``, an int is the step itself.
+    """The step a start means: a float is ``floor(start * total_steps)``, exact for the decimal number that was
+    written; an int is the step itself.
 
     Args:
         start: the fraction or step.
@@ -139,7 +141,7 @@ def resolve_start(start: float | int, total_steps: int, *, name: str = "averagin
                 f"{name} is the fraction {start}, expected one between 0.0 and 1.0; "
                 "write an integer to name a step"
             )
-        return math.floor(float(start) * total_steps)
+        return math.floor(share_of(total_steps, start))
     if start < 0:
         raise ConfigError(f"{name} is step {start}, expected 0 (the weights before training) or later")
     return int(start)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from swaft.averaging.rules.base import RunningMeanPlan, checked, require_whole, resolve_start
 from swaft.errors import ConfigError
+from swaft.fraction import share_of
 
 Warmup = Literal["none", "ramp", "debias"]
 
@@ -114,4 +115,5 @@ class EMA:
                 f"averaging.half_life is the fraction {half_life}, expected one above 0.0 and up to 1.0; write "
                 "an integer to name a number of steps"
             )
-        return float(half_life) * max(1, total_steps)  # a run of no steps is refused for its lack of members
+        # A run of no steps is refused for its lack of members.
+        return float(share_of(max(1, total_steps), half_life))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 import swaft
 from swaft.averaging import attach_engine
 from swaft.averaging.engines.steps import StepCounter
-from swaft.errors import AveragingError
+from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
 
@@ -149,3 +150,78 @@ def test_an_object_that_is_collected_in_the_middle_of_a_step_does_not_disturb_it
     optimizer.step()
     handle.remove()
     assert survivor() == 1
+
+
+def standing_at(steps: int, build=torch.optim.AdamW):
+    """A model and an optimizer that has taken so many steps."""
+    model, optimizer = trained_by(build)
+    for _ in range(steps):
+        optimizer.step()
+    return model, optimizer
+
+
+def test_a_run_that_is_joined_in_the_middle_is_counted_from_where_the_optimizer_stands(caplog):
+    model, optimizer = standing_at(12)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.75), total_steps=16)
+    assert "averaging begins at optimizer step 12 of 16, as the optimizer's state says" in caplog.text
+    assert (averager.applied_steps, averager.num_averaged) == (12, 1)
+    for _ in range(4):
+        optimizer.step()
+        averager.step()
+    assert (averager.applied_steps, averager.num_averaged) == (16, 5)
+
+
+def test_a_start_that_has_passed_is_an_error_and_no_other_window():
+    model, optimizer = standing_at(12)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=16)
+    optimizer.step()
+    with pytest.raises(AveragingError, match="the weights after step 8 were to be the first member"):
+        averager.step()
+
+
+def test_the_step_may_be_said_and_then_counts_on_across_a_loaded_state():
+    model, optimizer = standing_at(12)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=8, first_step=0)
+    optimizer.step()
+    averager.step()
+    assert averager.applied_steps == 1
+    state = optimizer.state_dict()
+    for each in state["state"].values():
+        each["step"] = torch.tensor(15.0)
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    averager.step()
+    assert averager.applied_steps == 4
+
+
+def test_a_state_that_is_loaded_after_attaching_moves_the_count_to_its_step():
+    _, other = standing_at(12)
+    model, optimizer = trained_by(torch.optim.AdamW)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=13), total_steps=16)
+    optimizer.load_state_dict(other.state_dict())
+    optimizer.step()
+    averager.step()
+    assert (averager.applied_steps, averager.num_averaged) == (13, 1)
+
+
+def test_a_run_past_its_end_is_refused_as_its_length_must_be_that_of_a_part():
+    model, optimizer = standing_at(12)
+    with pytest.raises(AveragingError, match=r"stands at optimizer step 12.*total_steps=10.*first_step=0"):
+        swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=10)
+    with pytest.raises(ConfigError, match="first_step is -1"):
+        swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=10, first_step=-1)
+
+
+def test_a_state_that_does_not_say_its_step_is_counted_from_0_with_a_warning_unless_it_is_said(caplog):
+    model, optimizer = standing_at(12, partial(torch.optim.SGD, momentum=0.9))
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=16)
+    assert averager.applied_steps == 0
+    assert "does not say after how many steps" in caplog.text
+    caplog.clear()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=16, first_step=12)
+    assert averager.applied_steps == 12
+    assert not caplog.text
+    plain, sgd = trained_by()
+    sgd.step()
+    swaft.WeightAverager(plain, sgd, rule=swaft.SWA(), total_steps=16)
+    assert not caplog.text  # there is nothing to know it by

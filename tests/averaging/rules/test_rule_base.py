@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -85,6 +86,19 @@ def test_a_float_start_is_a_fraction_rounded_down_and_an_int_is_a_step():
     assert resolve_start(0.5, 101) == 50
     assert resolve_start(1.0, 101) == 101
     assert resolve_start(1, 101) == 1
+
+
+@given(st.integers(0, 1000), st.integers(0, 10**6), st.sampled_from([float, np.float32]))
+def test_a_fraction_is_the_decimal_number_that_was_written(thousandths, total, kind):
+    assert resolve_start(kind(f"{thousandths / 1000:.3f}"), total) == thousandths * total // 1000
+
+
+def test_fractions_of_exact_types_are_taken_as_they_are():
+    assert resolve_start(Fraction(1, 3), 9) == 3
+    assert resolve_start(0.29, 100) == 29
+    assert EMA(half_life=0.1).plan(30).decay == 0.5 ** (1 / 3)
+    plan = Windows(blocks=101).plan(100)
+    assert plan.window(101, start=0.29, end=0.57) == range(29, 58)
 
 
 def test_numpy_numbers_are_taken_for_what_they_are():
