@@ -220,12 +220,14 @@ class Engine(ABC):
         """This rank's elements of the last weights, in shard order and bounded pieces on the host, fp32, also while
         others are swapped in.
         """
-        for run in [self.swap.stash] if self._is_stashed() else self._owned(self.masters()):
+        stash = self._stashed()
+        for run in self._owned(self.masters()) if stash is None else [stash]:
             yield from (piece.cpu() for piece in run.split(PIECE))
 
     def live_shard(self) -> Tensor:
         """What :meth:`live` gives, as one tensor."""
-        return self.swap.stash if self._is_stashed() else self.read(self.masters())
+        stash = self._stashed()
+        return self.read(self.masters()) if stash is None else stash
 
     def live_buffers(self) -> dict[str, Tensor]:
         """Every buffer of the model by its clean name, as training has it, also while others are swapped in."""
@@ -248,8 +250,9 @@ class Engine(ABC):
         for span in self.spans:
             yield span.of(buffers), shard.narrow(0, span.shard_offset, span.numel)
 
-    def _is_stashed(self) -> bool:
-        return self.swap.stash is not None and self.masters_are_working()
+    def _stashed(self) -> Tensor | None:
+        """The owned live elements where a swap has put others in place of the masters themselves."""
+        return self.swap.stash if self.swap.stash is not None and self.masters_are_working() else None
 
     def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
         return (span.of(buffers).detach() for span in self.spans)
