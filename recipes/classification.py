@@ -94,7 +94,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     return Prepared(
         rows=task.rows,
         task=head.task,
-        metric=metric,
+        metric=problems.of(in_order, metric, head.order),
         model_config=model_config,
         tokenizer=tokenizer,
         collate=problems.of(Collator, tokenizer),
@@ -110,6 +110,11 @@ def choose_metric(name: str, task_name: str | None, task: Task) -> Metric:
     if name == "auto":
         name = metric_for_task(task_name, is_regression=task.is_regression)
     return get_metric(name, is_regression=task.is_regression, num_labels=task.num_labels)
+
+
+def in_order(metric: Metric, order: Sequence[int] | None) -> Metric:
+    """Return the metric for class ids of this order, which a head that is kept has of its own."""
+    return metric if order is None else metric.renumbered(order)
 
 
 def main_score(metric: Metric) -> Target:

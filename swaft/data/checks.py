@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -38,6 +39,8 @@ def require_column(split: Dataset, column: str, setting: str) -> None:
     raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
 
 
+SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Categories of Unicode: spaces and breaks, and characters that control or format."""
 Fault = tuple[int, str]
 """Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
 
@@ -54,8 +57,13 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
         if not isinstance(value, str):
             found = "nothing" if value is None else f"{value!r}"
             yield row, f"has {found} in column '{column}'; expected text"
-        elif blank and not value.strip():
+        elif blank and is_blank(value):
             yield row, f"has an empty text in column '{column}'; expected words"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing but white space and characters without a shape, of which no token is made."""
+    return all(unicodedata.category(character) in SHAPELESS for character in text)
 
 
 def good_rows(

@@ -14,6 +14,7 @@ from swaft.data.checks import (
     Fault,
     existing,
     good_rows,
+    is_blank,
     refuse_repeated_ids,
     require_column,
     text_faults,
@@ -201,7 +202,7 @@ def _translation_faults(split: Dataset, columns: PairColumns) -> Iterator[Fault]
     for row, texts in enumerate(values(split, columns.source_column)):
         for language in (columns.source_lang, columns.target_lang):
             text = (texts or {}).get(language)
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or is_blank(text):
                 yield row, f"has {text!r} as its text in '{language}'; expected words"
 
 

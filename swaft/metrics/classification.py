@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,17 @@ class Metric:
         predictions, references = np.asarray(predictions), np.asarray(references)
         self._check(predictions, references)
         return {name: float(value) for name, value in self.compute(predictions, references).items()}
+
+    def renumbered(self, order: Sequence[int]) -> Metric:
+        """Return the same measure for class ids of another order: F1 stays that of the same class.
+
+        Args:
+            order: this measure's id of each class, shape (classes,).
+        """
+        ids = np.asarray(order)
+        return replace(
+            self, compute=lambda predictions, references: self.compute(ids[predictions], ids[references])
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -18,8 +18,6 @@ from swaft.training.lora import new_heads
 
 logger = logging.getLogger(__name__)
 
-UNNAMED = re.compile(r"LABEL_\d+")
-"""What transformers calls a class that has no name."""
 OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
 """Ends of architectures whose head may have the name of a classifier's, and would be loaded as one."""
 
@@ -32,6 +30,8 @@ class FittedHead:
     """With its classes in the order of the head."""
     is_new: bool
     """Whether the head that the model brings is of no use, if it brings one; a body alone gets a new one anyway."""
+    order: tuple[int, ...] | None = None
+    """The rows' own id of each class, where the head has its own order."""
 
 
 def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
@@ -48,7 +48,8 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     Raises:
         ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
     """
-    names, architectures = _names(model_config), model_config.architectures or []
+    names = _named([str(name) for _, name in sorted((model_config.id2label or {}).items())])
+    own, architectures = _named(task.label_names or []), model_config.architectures or []
     # A configuration that names classes and no architecture is a classifier's of old.
     if not any("ForSequenceClassification" in name for name in architectures) and (
         architectures or not names
@@ -58,15 +59,16 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     if model_config.num_labels == task.num_labels:
         if task.is_regression:
             return FittedHead(task, is_new=False)
-        if names is None or task.label_names is None:
+        if names is None or own is None:
             names = names or task.label_names
             logger.info("the model keeps its head; class ids are taken as they are%s", _listed(names))
             return FittedHead(replace(task, label_names=names), is_new=False)
-        places = _places(task.label_names, names)
+        places = _places(own, names)
     if places is not None:
         logger.info("the model keeps its head; classes are in its order%s", _listed(names))
         ids = {label: places[number] for label, number in task.label_ids.items()}
-        return FittedHead(replace(task, label_names=names, label_ids=ids), is_new=False)
+        order = tuple(sorted(range(len(places)), key=places.__getitem__))
+        return FittedHead(replace(task, label_names=names, label_ids=ids), is_new=False, order=order)
     if model.ignore_mismatched_sizes:
         return FittedHead(task, is_new=True)
     rows = "scores" if task.is_regression else f"{task.num_labels} classes{_listed(task.label_names)}"
@@ -98,10 +100,10 @@ def renew_head(model: Any) -> None:
             head.apply(model._init_weights)
 
 
-def _names(model_config: Any) -> list[str] | None:
-    """Return the names of a model's classes in order of their ids; None where it has none."""
-    names = [str(name) for _, name in sorted((model_config.id2label or {}).items())]
-    return None if all(map(UNNAMED.fullmatch, names)) else names
+def _named(names: list[str]) -> list[str] | None:
+    """Return the names of classes in order of their ids; None where they say nothing but the ids."""
+    says_ids = all(name in (f"LABEL_{number}", str(number)) for number, name in enumerate(names))
+    return None if says_ids else names
 
 
 def _places(names: list[str], order: list[str]) -> list[int] | None:

@@ -67,6 +67,7 @@ def test_missing_columns_are_named_with_those_there_are():
     [
         (None, "has nothing in column 'summary'; expected text"),
         (" \n", "has an empty text in column 'summary'"),
+        ("\ufeff\u200b\xa0", "has an empty text in column 'summary'"),
     ],
 )
 def test_text_that_is_none_is_named(text, said):

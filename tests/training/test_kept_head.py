@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -20,6 +21,7 @@ from transformers import (
 from swaft.config import DataConfig, ModelConfig
 from swaft.data import Task, describe_task
 from swaft.errors import ConfigError
+from swaft.metrics import get_metric
 from swaft.training.kept_head import FittedHead, fit_head
 from swaft.training.pretrained import describe_labels, load_classifier, load_model_config
 
@@ -78,27 +80,46 @@ def is_kept(model: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "task",
+    ("task", "ids", "order"),
     [
-        task_of([0, 1, 2], ["entailment", "Neutral", "contradiction"]),
-        task_of(["entail ment", "NEUTRAL", "contradiction"]),
-        task_of(["entail-ment", "neutral", "Contradiction"]),
+        (task_of([0, 1, 2], ["entailment", "Neutral", "contradiction"]), {0: 2, 1: 1, 2: 0}, (2, 1, 0)),
+        (
+            task_of(["entail ment", "NEUTRAL", "contradiction"]),
+            {"entail ment": 2, "NEUTRAL": 1, "contradiction": 0},
+            (1, 0, 2),
+        ),
+        (
+            task_of(["entail-ment", "neutral", "Contradiction"]),
+            {"entail-ment": 2, "neutral": 1, "Contradiction": 0},
+            (0, 2, 1),
+        ),
     ],
 )
-def test_classes_of_the_same_names_are_taken_in_the_order_of_the_head(saved, task, caplog):
+def test_classes_of_the_same_names_are_taken_in_the_order_of_the_head(saved, task, ids, order, caplog):
     with caplog.at_level(logging.INFO, logger="swaft"):
         head, model = load(saved(MNLI), task)
     assert is_kept(model)
     assert model.config.id2label == dict(enumerate(MNLI))
-    said = {
-        name.lower().replace(" ", "").replace("-", ""): place
-        for name, place in zip(task.label_names or [], head.task.label_ids.values(), strict=True)
-    }
-    assert said == {"contradiction": 0, "neutral": 1, "entailment": 2}
+    assert (head.task.label_ids, head.order) == (ids, order)
     assert (
         "the model keeps its head; classes are in its order (CONTRADICTION, neutral, entail_ment)"
         in caplog.text
     )
+
+
+def test_the_f1_stays_that_of_the_class_which_the_rows_call_1(saved):
+    head, _ = load(saved(["yes", "no"]), task_of([0, 1], ["no", "yes"]))
+    metric = get_metric("f1").renumbered(head.order or ())
+    said, right = np.array([1, 0, 1, 1]), np.array([0, 0, 1, 1])  # as the head has it: 0 is yes
+    assert metric(said, right) == get_metric("f1")(1 - said, 1 - right) == {"f1": 2 / 3}
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["LABEL_0", "LABEL_1"]])
+def test_names_that_say_the_id_are_none(saved, names):
+    head, _ = load(saved(["yes", "no"]), task_of([0, 1], names))
+    assert (head.task.label_names, head.order) == (["yes", "no"], None)
+    head, _ = load(saved(names), task_of(["no", "yes"]))
+    assert (head.task.label_names, head.order) == (["no", "yes"], None)
 
 
 def test_names_that_differ_only_in_spelling_are_told_apart_exactly(saved):
