@@ -48,7 +48,13 @@ from swaft.training.pretrained import (
 )
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
-from swaft.training.refusals import refuse_compilation, require_weights
+from swaft.training.refusals import (
+    refuse_compilation,
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_weights,
+)
 from swaft.training.run.folder import RunFolder
 
 Config = ClassificationConfig
@@ -85,6 +91,9 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     tokenizer = problems.of(load_tokenizer, config.model)
     model_config = problems.of(load_model_config, config.model)
     problems.of(require_weights, config.model, model_config)
+    problems.of(require_text, config.model, model_config)
+    problems.of(require_embeddings, config.model, model_config, tokenizer)
+    problems.of(require_decoder_start, config.model, model_config, tokenizer)
     head = problems.of(fit_head, task, config.model, model_config)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)

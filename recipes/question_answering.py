@@ -50,11 +50,18 @@ from swaft.training.pretrained import (
     load_model_config,
     load_question_answerer,
     load_tokenizer,
+    longest_text,
     require_question_answering,
 )
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
-from swaft.training.refusals import refuse_compilation, require_weights
+from swaft.training.refusals import (
+    refuse_compilation,
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_weights,
+)
 from swaft.training.run.folder import RunFolder
 
 Config = QuestionAnsweringConfig
@@ -93,9 +100,13 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     model_config = problems.of(load_model_config, config.model, num_labels=2)  # the first token and the last
     problems.of(require_question_answering, config.model, model_config)
     problems.of(require_weights, config.model, model_config)
+    problems.of(require_text, config.model, model_config)
     tokenizer = problems.of(load_tokenizer, config.model)
     problems.of(require_offsets, tokenizer)
-    problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, tokenizer.model_max_length)
+    problems.of(require_embeddings, config.model, model_config, tokenizer)
+    problems.of(require_decoder_start, config.model, model_config, tokenizer)
+    most = problems.of(longest_text, model_config, tokenizer)
+    problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
     target = problems.of(main_score, metric)
     problems.of(choose_target, config.eval, target, report.rows)

@@ -39,7 +39,6 @@ from swaft.training.encoder_decoder import (
     brings_tokenizer,
     encoder_decoder_config,
     load_encoder_decoder,
-    longest_input,
     new_tokenizer,
 )
 from swaft.training.evaluate import Evaluation
@@ -48,10 +47,16 @@ from swaft.training.generation import evaluate_texts, generation_arguments, repo
 from swaft.training.languages import set_languages
 from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.pretrained import hidden_size, load_tokenizer
+from swaft.training.pretrained import hidden_size, load_tokenizer, longest_input
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
-from swaft.training.refusals import refuse_compilation, require_weights
+from swaft.training.refusals import (
+    refuse_compilation,
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_weights,
+)
 from swaft.training.run.folder import RunFolder
 
 Config = Seq2SeqConfig
@@ -98,16 +103,17 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
     problems.of(choose_target, config.eval, target, rows)
     if config.model.config is None:
         problems.of(require_weights, config.model, model_config)
-    most = problems.of(longest_input, model_config)
+    problems.of(require_text, config.model, model_config)
     tokenizer = None
     if brings_tokenizer(config.model):
         tokenizer = problems.of(load_tokenizer, config.model)
         problems.of(Seq2SeqCollator, tokenizer)
-        most = tokenizer.model_max_length if most is None else most
     problems.of(set_languages, tokenizer, config.data, columns)
-    if most is not None:
-        for name in ("max_source_length", "max_target_length"):
-            problems.of(require_length, f"data.{name}", getattr(config.data, name), most)
+    problems.of(require_embeddings, config.model, model_config, tokenizer)
+    problems.of(require_decoder_start, config.model, model_config, tokenizer)
+    for setting, length, decoder in longest_texts(config):
+        most = problems.of(longest_input, model_config, tokenizer, decoder=decoder)
+        problems.of(require_length, setting, length, most)
     return Prepared(
         rows=rows,
         metric=metric,
@@ -122,6 +128,15 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
         rule=problems.of(build_rule, config.averaging),
         target=target,
     )
+
+
+def longest_texts(config: Seq2SeqConfig) -> list[tuple[str, int, bool]]:
+    """Return the settings that say how long texts may be, what they say, and whether the decoder is meant."""
+    return [
+        ("data.max_source_length", config.data.max_source_length, False),
+        ("data.max_target_length", config.data.max_target_length, True),
+        ("eval.max_new_tokens", config.eval.max_new_tokens or 0, True),
+    ]
 
 
 def main_score(metric: GenerationMetric | None) -> Target:
@@ -182,7 +197,7 @@ def run(config: Seq2SeqConfig) -> None:
             max_source_length=config.data.max_source_length,
             max_target_length=config.data.max_target_length,
             source_prefix=config.data.source_prefix,
-            model_max_length=longest_input(model_config),
+            model_max_length=longest_input(model_config, tokenizer),
         )
         for name, rows in pairs.items()
     }

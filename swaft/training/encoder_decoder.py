@@ -19,6 +19,7 @@ from swaft.training.lora import with_adapters
 from swaft.training.pretrained import (
     load_model_config,
     model_path,
+    model_setting,
     told_as_settings,
     with_checkpointing,
 )
@@ -34,8 +35,6 @@ FITTED = (
     "forced_eos_token_id",
 )
 """Entries of a new model's configuration that its tokenizer decides on, where the settings do not."""
-UNLIMITED = 1_000_000_000
-"""Tokens that a model without absolute positions reads: as many as memory allows."""
 
 
 def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
@@ -47,7 +46,7 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
     found = load_model_config(model) if model.config is None else _new_config(model)
     if not found.is_encoder_decoder:
         raise ConfigError(
-            f"{_setting(model)}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
+            f"{model_setting(model)}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
             "Pegasus or Marian"
         )
     return found
@@ -120,8 +119,7 @@ def load_encoder_decoder(
         gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ConfigError: where the model cannot be loaded, has fewer embeddings than the tokenizer has tokens, or does
-            not know what its decoder starts with.
+        ConfigError: where the model cannot be loaded.
     """
     torch.manual_seed(seed)
     if model.config is None and getattr(model_config, "pad_token_id", None) is None:
@@ -137,27 +135,10 @@ def load_encoder_decoder(
         else:
             _fit_to_tokenizer(model_config, tokenizer, said=model.config)
             loaded = AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.float32)
-    if model_config.vocab_size < len(tokenizer):
-        raise ConfigError(
-            f"{_setting(model)}: the model has {model_config.vocab_size} embeddings, but the tokenizer has "
-            f"{len(tokenizer)} tokens; expected as many at least. Use the model's own tokenizer"
-        )
     write_target_language(loaded, tokenizer)
-    if _start_token(loaded) is None:
-        raise ConfigError(
-            f"{_setting(model)}: the model has no decoder_start_token_id, so nothing can be generated; set it in "
-            "the model's config.json (T5: its pad_token_id, BART: its eos_token_id), or in model.config"
-        )
     return with_adapters(
         with_checkpointing(loaded, gradient_checkpointing), model, task="sequence to sequence"
     )
-
-
-def longest_input(model_config: Any) -> int | None:
-    """Return how many tokens a model reads and writes; None: its tokenizer has to know."""
-    if getattr(model_config, "relative_attention_num_buckets", None):
-        return UNLIMITED
-    return getattr(model_config, "max_position_embeddings", None)
 
 
 def _new_config(model: Seq2SeqModelConfig) -> Any:
@@ -195,18 +176,6 @@ def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]
             setattr(model_config, name, value)
     if hasattr(model_config, "decoder_vocab_size") and "decoder_vocab_size" not in said:  # Marian has two
         model_config.decoder_vocab_size = model_config.vocab_size
-
-
-def _start_token(loaded: Any) -> int | None:
-    for holder in (loaded.generation_config, loaded.config):
-        start = getattr(holder, "decoder_start_token_id", None)
-        if start is not None:
-            return start
-    return None
-
-
-def _setting(model: Seq2SeqModelConfig) -> str:
-    return "model.config" if model.config is not None else "model.model_name_or_path"
 
 
 def _nearest(name: str, known: Any) -> str:

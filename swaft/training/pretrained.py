@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
 )
 
 from swaft.config import ModelConfig, Seq2SeqModelConfig
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 
 AnyModel = ModelConfig | Seq2SeqModelConfig
 
+UNLIMITED = 1_000_000_000
+"""Tokens that a model without absolute positions reads: as many as memory allows."""
+COUNT_FROM_PADDING = frozenset(
+    {
+        *("camembert", "data2vec-text", "esm", "fsmt", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
+        *("m2m_100", "markuplm", "mpnet", "nllb-moe", "prophetnet", "roberta", "roberta-prelayernorm"),
+        *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+    }
+)
+"""Types of models whose positions begin after the id of padding."""
+GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe"})
+"""Those of them that compute as many positions as they are asked for."""
+
 
 def model_path(model: AnyModel) -> str:
     """Return the hub id or folder to load; ``demo`` is the encoder of the extra ``swaft[demo]``."""
@@ -35,6 +49,11 @@ def model_path(model: AnyModel) -> str:
 
         return demo_model_path()
     return model.model_name_or_path or ""
+
+
+def model_setting(model: AnyModel) -> str:
+    """Return the setting that says which model."""
+    return "model.config" if model.model_name_or_path is None else "model.model_name_or_path"
 
 
 def load_model_config(model: AnyModel, **settings: Any) -> Any:
@@ -78,11 +97,40 @@ def load_tokenizer(model: AnyModel) -> Any:
 
 def longest_text(model_config: Any, tokenizer: Any) -> int:
     """Return how many tokens an encoder reads: as its tokenizer says, and at most as many as it has positions."""
-    positions = getattr(model_config, "max_position_embeddings", None) or 0
-    # Relative positions (DeBERTa's) reach further than that.
-    if positions <= 0 or getattr(model_config, "relative_attention", False):
-        return tokenizer.model_max_length
-    return min(tokenizer.model_max_length, positions)
+    return min(tokenizer.model_max_length, longest_input(model_config, tokenizer))
+
+
+def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -> int:
+    """Return how many tokens a model has positions for; where it does not say, how many its tokenizer says.
+
+    Args:
+        model_config: transformers configuration.
+        tokenizer: the model's; None: a new one.
+        decoder: count those of what an encoder-decoder writes; else of what it reads.
+    """
+    names = (f"max_{'decoder' if decoder else 'encoder'}_position_embeddings", "max_position_embeddings")
+    part = _half(model_config, decoder=decoder)
+    said = (getattr(part, name, None) for name in (*names, "max_seq_len"))
+    found = next((number for number in said if isinstance(number, int) and number > 0), None)
+    # DeBERTa's positions are relative where none are added to its input.
+    by_distance = getattr(part, "relative_attention", False) and not part.position_biased_input
+    if by_distance or (found is None and getattr(part, "relative_attention_num_buckets", None)):
+        return UNLIMITED
+    if found is None:
+        return UNLIMITED if tokenizer is None else tokenizer.model_max_length
+    if part.model_type not in COUNT_FROM_PADDING - GROWING:
+        return found
+    padding = 1 if part.model_type == "mpnet" else (part.pad_token_id or 0)
+    looks_ahead = part.model_type == "prophetnet" and decoder
+    return found - padding - (2 if looks_ahead else 1)
+
+
+def _half(model_config: Any, *, decoder: bool) -> Any:
+    """The configuration of what reads, or of what writes; of models of one piece the whole."""
+    if decoder:
+        return model_config.get_text_config(decoder=True)
+    encoder = getattr(model_config, "encoder", None)
+    return (encoder if isinstance(encoder, PreTrainedConfig) else model_config).get_text_config()
 
 
 def load_classifier(
@@ -194,7 +242,7 @@ def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[No
         model: section ``model``.
         setting: the one of it that says what is loaded; None: the one that says which model.
     """
-    setting = setting or ("config" if model.model_name_or_path is None else "model_name_or_path")
+    setting = setting or model_setting(model).removeprefix("model.")
     try:
         yield
     # The last is a value of the wrong type in the model's configuration.

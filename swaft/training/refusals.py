@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
-from swaft.training.pretrained import AnyModel, model_path
+from swaft.training.encoder_decoder import VOCAB_SIZE
+from swaft.training.languages import knows_languages
+from swaft.training.pretrained import AnyModel, model_path, model_setting
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """The files of which a model's folder has one."""
 ADAPTER = "adapter_config.json"
 """In the folder of an adapter, which names the model that it belongs to."""
+
+NOT_FROM_TEXT = {
+    "fsmt": "makes its decoder's input of the source instead of the target",
+    "layoutlmv2": "reads pictures of pages beside their text",
+    "lxmert": "answers questions about pictures",
+}
+"""Types of models that rows of text alone do not train, and why."""
+START_WITH_THE_END = frozenset({"mbart", "plbart"})
+"""Types whose decoder starts with the last token of the text that it is to write, a language say."""
+START_WITH_BOS = frozenset({"t5gemma", "t5gemma2"})
+"""Types whose decoder starts with its bos_token_id."""
 
 
 def refuse_compilation(environ: Mapping[str, str]) -> None:
@@ -51,4 +68,96 @@ def require_weights(model: AnyModel, model_config: object) -> None:
         raise ConfigError(
             f"model.model_name_or_path: {model.model_name_or_path} has a configuration and no weights; expected "
             f"{' or '.join((named,) if named else (SAFE_WEIGHTS_NAME, WEIGHTS_NAME))} in that folder"
+        )
+
+
+def require_text(model: AnyModel, model_config: Any) -> None:
+    """Refuse a model that rows of text alone do not train.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+
+    Raises:
+        ConfigError: as said.
+    """
+    reason = NOT_FROM_TEXT.get(model_config.model_type)
+    if reason is not None:
+        raise ConfigError(
+            f"{model_setting(model)}: a {model_config.model_type} {reason}, so rows of text alone do not train it; "
+            "use another model"
+        )
+
+
+def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that makes tokens of texts, or pads with one, that the model has no embedding for.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+        tokenizer: the one that is used. None: a new one is trained, with ``model.vocab_size`` tokens at most.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    is_new = isinstance(model, Seq2SeqModelConfig) and model.config is not None
+    known = (getattr(config, "vocab_size", None) for config in (model_config, model_config.get_text_config()))
+    rows = next((number for number in known if isinstance(number, int)), None)
+    if rows is None or (is_new and "vocab_size" not in (model.config or {})):
+        return  # one that hashes characters; one that is made as large as its tokenizer
+    if tokenizer is None:
+        most = getattr(model, "vocab_size", None) or VOCAB_SIZE
+        if most > rows:
+            raise ConfigError(
+                f"model.config: vocab_size is {rows}, but the new tokenizer may have {most} tokens; leave it out, "
+                "or set model.vocab_size to as many"
+            )
+        return
+    # Special tokens that nothing puts into a text need no embedding (Gemma 3 has one for pictures).
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {*tokenizer("a", "a").input_ids, *tokenizer(text_target="a").input_ids, tokenizer.pad_token_id}
+    without = {
+        token_id: token
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= rows and token_id not in special
+    }
+    if without:
+        raise ConfigError(
+            f"{model_setting(model)}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} "
+            f"tokens ({without[min(without)]!r} is the first without one); expected as many at least. Use the "
+            "model's own tokenizer, or call resize_token_embeddings and save both"
+        )
+
+
+def require_decoder_start(model: AnyModel, model_config: Any, tokenizer: Any) -> None:
+    """Refuse an encoder-decoder that does not know what its decoder starts with.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+        tokenizer: the one that is used; None: a new one.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not model_config.is_encoder_decoder or model_config.model_type in NOT_FROM_TEXT:
+        return
+    generates = isinstance(model, Seq2SeqModelConfig)
+    if model_config.model_type in START_WITH_THE_END and (not generates or knows_languages(tokenizer)):
+        return
+    start = getattr(model_config, "decoder_start_token_id", None)
+    if model_config.model_type in START_WITH_BOS:
+        start = model_config.get_text_config(decoder=True).bos_token_id
+    elif generates and model.config is not None:
+        start = model.config.get(
+            "decoder_start_token_id", 0
+        )  # the tokenizer's padding, where nothing is said
+    elif generates and start is None:
+        with suppress(OSError):  # a folder without generation settings
+            start = GenerationConfig.from_pretrained(model_path(model)).decoder_start_token_id
+    if start is None:
+        raise ConfigError(
+            f"{model_setting(model)}: the model has no decoder_start_token_id, so its decoder has nothing to start "
+            "with; set it in the model's config.json (T5: its pad_token_id, BART: its eos_token_id), or in "
+            "model.config"
         )

@@ -1,18 +1,13 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from transformers import BartConfig, T5Config
 
 from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
 from swaft.training.encoder_decoder import (
-    UNLIMITED,
     encoder_decoder_config,
     load_encoder_decoder,
-    longest_input,
     new_tokenizer,
     train_tokenizer,
 )
@@ -80,14 +75,3 @@ def test_the_seed_decides_on_the_weights(make_accelerator):
     one, same, other = (new_model(accelerator, seed)[0].shared.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-
-
-def test_a_model_with_fewer_embeddings_than_tokens_is_refused(make_accelerator):
-    with pytest.raises(ConfigError, match="has 20 embeddings, but the tokenizer has"):
-        new_model(make_accelerator(), vocab_size=20)
-
-
-def test_relative_positions_read_any_length_and_absolute_ones_do_not():
-    assert longest_input(T5Config()) == UNLIMITED
-    assert longest_input(BartConfig(max_position_embeddings=64)) == 64
-    assert longest_input(SimpleNamespace()) is None

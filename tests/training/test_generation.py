@@ -14,7 +14,6 @@ from swaft.data import Seq2SeqCollator, tokenize_pairs
 from swaft.errors import TrainingError
 from swaft.metrics import get_generation_metric
 from swaft.training.encoder_decoder import (
-    UNLIMITED,
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,
@@ -26,6 +25,7 @@ from swaft.training.generation import (
     generation_is_collective,
     write_samples,
 )
+from swaft.training.pretrained import UNLIMITED
 from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit

@@ -1,0 +1,166 @@
+"""What is refused of a model and its tokenizer before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    BertConfig,
+    DebertaV2Config,
+    EncoderDecoderConfig,
+    Gemma3Config,
+    GenerationConfig,
+    LEDConfig,
+    LongT5Config,
+    MBartConfig,
+    MPNetConfig,
+    MptConfig,
+    PreTrainedTokenizerFast,
+    ProphetNetConfig,
+    RobertaConfig,
+    T5Config,
+    T5GemmaConfig,
+    XLNetConfig,
+)
+
+from swaft.config import ModelConfig, Seq2SeqModelConfig
+from swaft.errors import ConfigError
+from swaft.training.pretrained import UNLIMITED, longest_input, longest_text
+from swaft.training.refusals import require_decoder_start, require_embeddings, require_text
+
+pytestmark = pytest.mark.unit
+
+PRETRAINED = ModelConfig(model_name_or_path="some/model")
+WRITES = Seq2SeqModelConfig(model_name_or_path="some/model")
+
+
+def tokenizer(words: int = 8, length: int = 16) -> PreTrainedTokenizerFast:
+    """Ten tokens: a pad, an end that stands behind every text, and words."""
+    vocabulary = {
+        word: index for index, word in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(words))])
+    }
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    made.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", model_max_length=length
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "reads", "writes"),
+    [
+        (BertConfig(max_position_embeddings=64), 64, 64),
+        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512, 512),
+        (RobertaConfig(max_position_embeddings=64, pad_token_id=3), 60, 60),
+        (
+            MPNetConfig(max_position_embeddings=64, pad_token_id=3),
+            62,
+            62,
+        ),  # its positions count from 1 all the same
+        (DebertaV2Config(relative_attention=True, position_biased_input=False), UNLIMITED, UNLIMITED),
+        (DebertaV2Config(relative_attention=True, max_position_embeddings=64), 64, 64),
+        (T5Config(), UNLIMITED, UNLIMITED),
+        (LongT5Config(), UNLIMITED, UNLIMITED),
+        (BartConfig(max_position_embeddings=64), 64, 64),
+        (LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32), 64, 32),
+        (ProphetNetConfig(max_position_embeddings=64, pad_token_id=0), 63, 62),
+        (MptConfig(max_seq_len=64), 64, 64),
+        (Gemma3Config(text_config={"max_position_embeddings": 64}), 64, 64),
+        (XLNetConfig(), 16, 16),
+        (
+            EncoderDecoderConfig(
+                encoder=RobertaConfig(max_position_embeddings=64, pad_token_id=1).to_dict(),
+                decoder=BertConfig(max_position_embeddings=32).to_dict(),
+            ),
+            62,
+            32,
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_a_model_reads_and_writes_as_many_tokens_as_it_has_positions(config, reads, writes):
+    assert longest_input(config, tokenizer()) == reads
+    assert longest_input(config, tokenizer(), decoder=True) == writes
+    assert longest_text(config, tokenizer()) == min(reads, 16)
+
+
+def test_a_new_model_without_positions_reads_any_length():
+    assert longest_input(XLNetConfig(), None) == UNLIMITED
+
+
+@pytest.mark.parametrize("section", [PRETRAINED, WRITES])
+def test_tokens_of_texts_without_an_embedding_are_refused(section):
+    config, made = BartConfig(vocab_size=10), tokenizer()
+    require_embeddings(section, config, made)
+    made.add_tokens(["<user>", "<url>"])
+    with pytest.raises(
+        ConfigError, match=r"model_name_or_path: the model has 10 embeddings, but .* 12 tokens \('<user>'"
+    ):
+        require_embeddings(section, config, made)
+    require_embeddings(section, BartConfig(vocab_size=12), made)
+
+
+def test_a_padding_token_without_an_embedding_is_refused_and_one_that_nothing_uses_is_not():
+    config, made = Gemma3Config(text_config={"vocab_size": 10}), tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<picture>"]})
+    require_embeddings(PRETRAINED, config, made)
+    made.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ConfigError, match=r"has 10 embeddings, but the tokenizer has 12 tokens \('\[PAD\]'"):
+        require_embeddings(PRETRAINED, config, made)
+
+
+def new(**entries: Any) -> tuple[Seq2SeqModelConfig, Any]:
+    section = Seq2SeqModelConfig(config={"model_type": "t5", **entries}, vocab_size=300)
+    return section, AutoConfig.for_model("t5", **entries)
+
+
+def test_a_new_model_is_made_as_large_as_its_tokenizer_unless_its_settings_say_less():
+    require_embeddings(*new(), None)
+    require_embeddings(*new(), tokenizer(words=40_000))
+    require_embeddings(*new(vocab_size=300), None)
+    with pytest.raises(ConfigError, match="vocab_size is 299, but the new tokenizer may have 300 tokens"):
+        require_embeddings(*new(vocab_size=299), None)
+    with pytest.raises(
+        ConfigError, match=r"model\.config: the model has 9 embeddings, but the tokenizer has 10"
+    ):
+        require_embeddings(*new(vocab_size=9), tokenizer())
+
+
+@pytest.mark.parametrize("section", [ModelConfig, Seq2SeqModelConfig])
+@pytest.mark.parametrize("config", [BartConfig, T5Config])
+def test_a_decoder_that_does_not_know_where_to_start_is_refused_in_every_task(section, config, tmp_path):
+    model = section(model_name_or_path=str(tmp_path))
+    with pytest.raises(ConfigError, match="the model has no decoder_start_token_id"):
+        require_decoder_start(model, config(decoder_start_token_id=None), tokenizer())
+    require_decoder_start(model, config(decoder_start_token_id=0), tokenizer())
+
+
+def test_a_decoder_starts_as_its_generation_settings_say_where_it_generates(tmp_path: Path):
+    GenerationConfig(decoder_start_token_id=1).save_pretrained(tmp_path)
+    require_decoder_start(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)), T5Config(), tokenizer())
+    with pytest.raises(ConfigError, match="no decoder_start_token_id"):
+        require_decoder_start(ModelConfig(model_name_or_path=str(tmp_path)), T5Config(), tokenizer())
+
+
+def test_decoders_with_a_start_of_their_own_need_none():
+    require_decoder_start(PRETRAINED, BertConfig(), tokenizer())
+    require_decoder_start(PRETRAINED, MBartConfig(decoder_start_token_id=None), tokenizer())
+    require_decoder_start(WRITES, T5GemmaConfig(), tokenizer())
+    require_decoder_start(*new(), None)  # starts with its tokenizer's padding
+    with pytest.raises(ConfigError, match=r"model\.config: the model has no decoder_start_token_id"):
+        require_decoder_start(*new(decoder_start_token_id=None), None)
+
+
+@pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt"])
+def test_a_model_that_text_alone_does_not_train_is_refused(kind):
+    with pytest.raises(ConfigError, match=f"a {kind} .*so rows of text alone do not train it"):
+        require_text(PRETRAINED, AutoConfig.for_model(kind))
+    require_text(PRETRAINED, BertConfig())
