@@ -7,7 +7,9 @@
     loop.py       the training loop
     readouts.py   what is read out of one training       outcomes.py   numbers from logits
     numerics.py   the fingerprint of the arithmetic      store.py      rows on disk, and claims on cells
-    evidence.py   the page, from the rows                tables.py  figures.py  default.py    its parts
+    fitting.py    a model trained, teachers first        reading.py     its readouts scored
+    collapse.py   probes and chains of tasks             flatness.py    weight noise, the line, curvature
+    evidence.py   the page, from the rows                tables.py  figures.py  default.py  beyond.py   its parts
     arms.py       which rows stand side by side          statistics.py paired differences, intervals, tests
 
 The public interface of swaft and plain torch are all it uses, so rows made today and after a rebuilding of the

@@ -5,38 +5,30 @@ from __future__ import annotations
 import re
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.study import loop
-from benchmarks.study.model import ROUNDINGS, changed, logits_of, pretrained
+from benchmarks.study import collapse, flatness
+from benchmarks.study import model as encoder
+from benchmarks.study.fitting import PRECISION, REGIMES, device, fit, teach
 from benchmarks.study.numerics import fingerprint, machine
-from benchmarks.study.outcomes import outcomes
-from benchmarks.study.readouts import Readout, readouts_for, rules_for, searched
-from benchmarks.study.rivals import TEACHER
+from benchmarks.study.reading import score_test, score_validation
 from benchmarks.study.store import Row
-from benchmarks.study.tasks import MAX_LENGTH, TASKS, Rows, Splits, epoch_batches, load
-from benchmarks.study.trainings import TRAININGS, Training
+from benchmarks.study.tasks import MAX_LENGTH, TASKS, load
+from benchmarks.study.trainings import TRAININGS
 
-PRECISION = "bf16"
-
-
-@dataclass(frozen=True)
-class Regime:
-    """How much data there is, and the budget: so many epochs of one pass."""
-
-    rows: int
-    epochs: int
-    batch: int
-
-
-REGIMES = {"main": Regime(rows=2500, epochs=2, batch=32), "small": Regime(rows=500, epochs=6, batch=16)}
+READINGS = {
+    "test": score_test,
+    "tuning": score_validation,
+    "probe": collapse.probe_others,
+    "flatness": flatness.measure,
+}
+"""What is done with a trained model, by split."""
+CYCLE = "cycle"
+"""The split of a chain of tasks, which trains several models and measures between them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,8 @@ class Cell:
     rate: float
     seed: int
     split: str
-    """test: readouts are scored on the test rows. tuning: the principal ones on the validation rows."""
+    """What is measured: test (every readout on the test rows), tuning (the principal ones on the validation rows),
+    probe, flatness or cycle."""
 
     @property
     def name(self) -> str:
@@ -64,7 +57,7 @@ class Cell:
     @property
     def fingerprint(self) -> str:
         """Of the arithmetic that its numbers come from."""
-        return fingerprint(self.training, _device().type, PRECISION)
+        return fingerprint(self.training, device().type, PRECISION)
 
 
 def parse_cell(name: str) -> Cell:
@@ -73,7 +66,7 @@ def parse_cell(name: str) -> Cell:
     Raises:
         ValueError: it is none.
     """
-    parts = name.split("/")
+    parts, splits = name.split("/"), (*READINGS, CYCLE)
     known = len(parts) == 6 and all(
         (
             parts[0] in TASKS,
@@ -81,46 +74,71 @@ def parse_cell(name: str) -> Cell:
             parts[2] in REGIMES,
             re.fullmatch(r"[0-9.e-]+", parts[3]),
             parts[4].isdigit(),
-            parts[5] in ("test", "tuning"),
+            parts[5] in splits,
         )
     )
     if not known:
-        raise ValueError(f"{name!r} is no cell; expected task/training/regime/rate/seed/test, or .../tuning")
+        raise ValueError(
+            f"{name!r} is no cell; expected task/training/regime/rate/seed/split, with one of {', '.join(splits)}"
+        )
     return Cell(parts[0], parts[1], parts[2], float(parts[3]), int(parts[4]), parts[5])
 
 
 def run_cell(cell: Cell) -> list[Row]:
     """Train, read out, score: a row a readout."""
-    device, regime, training = _device(), REGIMES[cell.regime], TRAININGS[cell.training]
-    _forget_peak(device)
-    splits = load(cell.task, rows=regime.rows, seed=cell.seed)
-    taught = time.process_time()
-    teacher = _teach(cell, training, splits)
-    taught = time.process_time() - taught
-    model = pretrained(splits.num_labels, cell.seed, device)
-    trained, steps = _fit(cell, training, splits, model, seed=cell.seed, averaged=True, teacher=teacher)
-    try:
-        scored = (
-            _tuning(model, trained, training, splits, TASKS[cell.task].score)
-            if cell.split == "tuning"
-            else _test(model, trained, training, splits, TASKS[cell.task].score)
+    _forget_peak()
+    began, cpu_began = time.perf_counter(), time.process_time()
+    found, settings = _cycle(cell) if cell.split == CYCLE else _measure(cell)
+    cost = {
+        "units": TRAININGS[cell.training].units,
+        "all_seconds": round(time.perf_counter() - began, 2),
+        "all_cpu_seconds": round(time.process_time() - cpu_began, 2),
+        "peak_bytes": _peak(),
+    }
+    settings |= {"precision": PRECISION, "max_length": MAX_LENGTH}
+    rows = []
+    for name, row in found.items():
+        own = row.pop("cost", {})
+        rows.append(
+            {**identity(cell, name), "of": len(found), **row, "settings": settings, "cost": cost | own}
         )
+    return rows
+
+
+def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
+    """Train once, and read out; returns rows by readout, and settings."""
+    regime, training = REGIMES[cell.regime], TRAININGS[cell.training]
+    options = {"regime": regime, "rate": cell.rate, "seed": cell.seed}
+    splits = load(cell.task, rows=regime.rows, seed=cell.seed)
+    began = time.process_time()
+    teacher = teach(splits, training, **options)
+    taught = time.process_time() - began
+    model = encoder.pretrained(splits.num_labels, cell.seed, device())
+    averaged = None if cell.split in ("test", "flatness") else (training.principal,)
+    trained = fit(model, splits, training, averaged=averaged, teacher=teacher, **options)
+    try:
+        found = READINGS[cell.split](model, trained, training, splits, TASKS[cell.task].score)
     finally:
         if trained.averager is not None:
             trained.averager.close()
-    shared = {
-        "settings": {
-            "rows": len(splits.train), "epochs": regime.epochs * training.length, "steps": steps,
-            "batch": regime.batch,
-            "precision": PRECISION, "max_length": MAX_LENGTH, "scored": len(_scored(cell, splits)),
-        },
-        "cost": {
-            "units": training.units, "seconds": round(trained.seconds, 2),
-            "cpu_seconds": round(trained.cpu_seconds + taught, 2), "peak_bytes": _peak(device),
-        },
-        "noise": {"divergence": trained.divergence, "noise_to_signal": trained.noise_to_signal},
+    for row in found.values():
+        row["cost"] = {
+            "seconds": round(trained.seconds, 2),
+            "cpu_seconds": round(trained.cpu_seconds + taught, 2),
+        }
+        row["noise"] = {"divergence": trained.divergence, "noise_to_signal": trained.noise_to_signal}
+    scored = splits.validation if cell.split == "tuning" else splits.test
+    return found, {
+        "rows": len(splits.train), "epochs": regime.epochs * training.length, "steps": trained.steps,
+        "batch": regime.batch, "scored": len(scored),
     }  # fmt: skip
-    return [{**identity(cell, name), "of": len(scored), **found, **shared} for name, found in scored.items()]
+
+
+def _cycle(cell: Cell) -> tuple[dict[str, Row], Row]:
+    """Train along the chain of tasks that begins with the cell's; returns rows by stage, and settings."""
+    regime = REGIMES[cell.regime]
+    found = collapse.cycle(cell.task, TRAININGS[cell.training], regime=regime, rate=cell.rate, seed=cell.seed)
+    return found, {"rows": regime.rows, "epochs": regime.epochs, "batch": regime.batch}
 
 
 def identity(cell: Cell, readout: str) -> Row:
@@ -133,135 +151,17 @@ def identity(cell: Cell, readout: str) -> Row:
     }  # fmt: skip
 
 
-def _fit(
-    cell: Cell,
-    training: Training,
-    splits: Splits,
-    model: nn.Module,
-    *,
-    seed: int,
-    averaged: bool,
-    teacher: Tensor | None = None,
-) -> tuple[loop.Trained, int]:
-    """Train a model in place; returns what it left behind, and its steps.
-
-    Args:
-        cell: for its budget and rate.
-        training: what to do.
-        splits: of the rows.
-        model: as it begins.
-        seed: of order, masks and noise.
-        averaged: whether weights are averaged. For choosing a rate no more than that needs, since averages leave
-            training as it is.
-        teacher: logits (N, C) of the training rows, for a training that distils.
-    """
-    regime = REGIMES[cell.regime]
-    places = [
-        batch
-        for epoch in range(regime.epochs * training.length)
-        for batch in epoch_batches(splits.train, size=regime.batch, seed=seed, epoch=epoch)
-    ]
-    rules = rules_for(training, len(places)) if averaged else {}
-    if cell.split == "tuning":
-        rules = {name: rule for name, rule in rules.items() if name == training.principal}
-    taught = {} if teacher is None else {TEACHER: teacher}
-    batches = (
-        splits.train.batch(batch) | {name: logits[batch] for name, logits in taught.items()}
-        for batch in places
-    )
-    trained = loop.train(
-        model, batches, objective=training.objective(seed), schedule=training.schedule, rate=cell.rate,
-        total_steps=len(places), rules=rules, precision=PRECISION, seed=seed,
-    )  # fmt: skip
-    return trained, len(places)
-
-
-def _teach(cell: Cell, training: Training, splits: Splits) -> Tensor | None:
-    """Logits (N, C) that the teachers give to the training rows, of the mean of their probabilities; None without.
-
-    Teachers are trained on the same rows, at the same rate; each has a head, an order and masks of its own.
-    """
-    chances = []
-    for i, name in enumerate(training.teachers):
-        seed = 1000 * (cell.seed + 1) + i
-        teacher = pretrained(splits.num_labels, seed, _device())
-        _fit(cell, TRAININGS[name], splits, teacher, seed=seed, averaged=False)
-        chances.append(logits_of(teacher, splits.train).softmax(-1))
-    return torch.stack(chances).mean(0).clamp(min=1e-12).log() if chances else None
-
-
-def _scored(cell: Cell, splits: Splits) -> Rows:
-    return splits.validation if cell.split == "tuning" else splits.test
-
-
-def _tuning(model: nn.Module, trained: Any, training: Training, splits: Splits, score: str) -> dict[str, Row]:
-    """Outcomes on the validation rows, of the readouts by which a rate may be chosen."""
-    chosen = {"last", training.principal}
-    found = {}
-    for readout in readouts_for(training):
-        if readout.name in chosen:
-            with _in_place(model, trained.averager, readout):
-                found[readout.name] = {"outcomes": _outcomes(model, splits.validation, score)}
-    return found
-
-
-def _test(model: nn.Module, trained: Any, training: Training, splits: Splits, score: str) -> dict[str, Row]:
-    """Outcomes on the test rows of every readout, and of that which the validation rows choose."""
-    found: dict[str, Row] = {}
-    validation = {}
-    for readout in readouts_for(training):
-        with _in_place(model, trained.averager, readout):
-            row: Row = {"outcomes": _outcomes(model, splits.test, score)}
-            if readout.name in searched(training):
-                validation[readout.name] = _outcomes(model, splits.validation, score)["nll"]
-            if readout.rounded:
-                row["rounded"] = {}
-                for name, rounding in ROUNDINGS.items():
-                    with changed(model, rounding):
-                        row["rounded"][name] = _outcomes(model, splits.test, score)
-        found[readout.name] = row
-    best = min(validation, key=lambda name: validation[name])
-    found["chosen"] = {"outcomes": found[best]["outcomes"], "chosen": best, "validation_nll": validation}
-    return found
-
-
-def _outcomes(model: nn.Module, rows: Rows, score: str) -> dict[str, float]:
-    return outcomes(logits_of(model, rows), rows.labels, score)
-
-
-@contextmanager
-def _in_place(model: nn.Module, averager: Any, readout: Readout) -> Iterator[None]:
-    """The model with the weights of a readout."""
-    if readout.rule is None:
-        yield
-        return
-    swapped = averager.swapped_in(readout.rule)
-    if readout.blend == 1.0:
-        with swapped:
-            yield
-        return
-    average: dict[str, Tensor] = {}
-    with swapped:
-        average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with changed(model, lambda name, last: last + readout.blend * (average[name] - last)):
-        yield
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
+def _forget_peak() -> None:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak(device: torch.device) -> int:
+def _peak() -> int:
     """Most bytes held since the cell began: on the card, or by this process."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
         status = Path("/proc/self/status").read_text()

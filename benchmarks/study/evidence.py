@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study import figures
+from benchmarks.study import beyond, figures
 from benchmarks.study.arms import BASELINES, Kept, cost_of, keep
-from benchmarks.study.cell import REGIMES, parse_cell
+from benchmarks.study.cell import parse_cell
 from benchmarks.study.default import choose_default
+from benchmarks.study.fitting import REGIMES
 from benchmarks.study.grid import (
     CHOOSING,
     CONFIRMING,
@@ -36,8 +37,6 @@ HEADLINES = (
 )  # fmt: skip
 NOT_BUILT = (
     "question answering (squad) and generation (e2e, tatoeba_en_fr)",
-    "the collapse experiments: linear probes on other tasks, chains of tasks",
-    "flatness: loss under weight noise, along the line through the average, eigenvalues of the Hessian",
     "any model but all-MiniLM-L6-v2, and any machine with a GPU",
 )
 
@@ -80,6 +79,8 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         _rounding(kept),
         _cost(kept),
         _false_alarms(kept),
+        beyond.collapse(rows),
+        beyond.flatness(rows),
         _tuning(rows),
         _method(),
         _not_run(rows, kept),
@@ -239,9 +240,15 @@ def _method() -> str:
 def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     made = {parse_cell(row["cell"]) for row in rows if "failed" not in row and row["split"] == "test"}
     done = {(cell.regime, cell.training, cell.task, cell.seed) for cell in made}
+    untouched = [
+        f"* {told}"
+        for split, told in beyond.SPLITS.items()
+        if not any(row["split"] == split and "failed" not in row for row in rows)
+    ]
     lines = [
         "## What was not tested\n",
         *(f"* {missing}" for missing in NOT_BUILT),
+        *untouched,
         "\nCells of the grid, made of wanted:\n",
         line(["training", *(f"{settings.rows:,} rows" for settings in REGIMES.values())]),
         line(["---"] * (1 + len(REGIMES))),
@@ -252,7 +259,7 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
             wanted = {
                 (regime, training, task, seed)
                 for phase in PHASES
-                if phase.regime == regime and training in phase.trainings
+                if (phase.split, phase.regime) == ("test", regime) and training in phase.trainings
                 for task in phase.tasks
                 for seed in phase.seeds
             }

@@ -42,6 +42,7 @@ NOISE = (
     "r3f-relative-0.3-constant",
 )
 MAIN = AVERAGING + LONGER + NOISE
+COLLAPSED = (*AVERAGING, "rdrop-decayed", "r3f-relative-0.3-decayed", "r4f-relative-0.3-decayed")
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 
 
@@ -53,6 +54,7 @@ class Phase:
     regime: str
     tasks: Sequence[str]
     seeds: Sequence[int]
+    split: str = "test"
 
 
 PHASES = (
@@ -62,6 +64,9 @@ PHASES = (
     Phase(MAIN, "small", CHOOSING + CONFIRMING, SEEDS),
     Phase(REST, "main", CHOOSING, SEEDS[:5]),
     Phase(REST, "main", CONFIRMING, SEEDS[:5]),
+    Phase(COLLAPSED, "main", ("sst2",), SEEDS[:5], "probe"),
+    Phase(COLLAPSED, "small", ("sst2",), SEEDS[:3], "cycle"),
+    Phase(AVERAGING, "main", CHOOSING, SEEDS[:3], "flatness"),
 )
 
 
@@ -107,7 +112,7 @@ def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
             for name in phase.trainings:
                 rate = rates[name]
                 if rate is not None:
-                    yield Cell(task, name, phase.regime, rate, seed, "test")
+                    yield Cell(task, name, phase.regime, rate, seed, phase.split)
 
 
 def all_cells(rows: Sequence[Row]) -> Iterator[Cell]:

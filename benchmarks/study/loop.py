@@ -24,6 +24,7 @@ class Trained:
 
     averager: Any
     """None where nothing was averaged."""
+    steps: int
     seconds: float
     cpu_seconds: float
     """Of all threads of this process."""
@@ -104,6 +105,7 @@ def train(
     half = len(divergences) // 2
     return Trained(
         averager=averager,
+        steps=total_steps,
         seconds=time.perf_counter() - began,
         cpu_seconds=time.process_time() - cpu_began,
         divergence=float(torch.stack(divergences[half:]).float().mean()),

@@ -1,8 +1,8 @@
 """Small reference forms of the methods that noise stability is measured against: SMART, FreeLB, distillation.
 
 Objectives like those of swaft: called with model and batch, they give loss, divergence and noise_to_signal. Noise
-is sized as in R3F's preset ``relative``: a share of the root mean square of the token embeddings, here as the length
-of a token's noise over the root mean square length of a token.
+is sized as in R3F's preset ``relative``: a share of the root mean square of the token embeddings, here as the
+length of a token's noise over the root mean square length of a token.
 """
 
 from __future__ import annotations

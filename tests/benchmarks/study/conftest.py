@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import cell, tasks
+from benchmarks.study import fitting, tasks
+from benchmarks.study import model as encoder
 
 WORDS = ("good fine great nice", "bad poor awful sad")
 
@@ -25,8 +26,8 @@ def tiny_task(tmp_path, monkeypatch):
         parquet.write_table(pa.table({"text": texts, "label": labels}), tmp_path / "cr" / f"{split}.parquet")
     monkeypatch.setenv("SWAFT_DATA", str(tmp_path))
     monkeypatch.setenv("SWAFT_STUDY", str(tmp_path / "results"))
-    monkeypatch.setitem(cell.REGIMES, "main", cell.Regime(rows=16, epochs=3, batch=4))
-    monkeypatch.setattr(cell, "pretrained", _tiny_encoder)
+    monkeypatch.setitem(fitting.REGIMES, "main", fitting.Regime(rows=16, epochs=3, batch=4))
+    monkeypatch.setattr(encoder, "pretrained", _tiny_encoder)
     tasks._read.cache_clear()
     yield tmp_path
     tasks._read.cache_clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.study import __main__ as command
-from benchmarks.study import cell as cells
+from benchmarks.study import model as encoder
 from benchmarks.study.cell import parse_cell, run_cell
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.store import finished, read_rows
@@ -64,11 +64,11 @@ def test_a_device_out_of_memory_is_recorded_by_name(tiny_task, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(cells, "pretrained", exhausted)
+    monkeypatch.setattr(encoder, "pretrained", exhausted)
     (row,) = command.make(parse_cell(CR))
     assert row["failed"].startswith("OutOfMemoryError: tried to allocate")
 
 
 def test_a_name_that_is_no_cell_is_refused_with_what_is_expected():
-    with pytest.raises(ValueError, match=r"expected task/training/regime/rate/seed/test"):
+    with pytest.raises(ValueError, match=r"expected task/training/regime/rate/seed/split"):
         parse_cell("trec/decayed/main/0.0001/1/train")

@@ -124,6 +124,20 @@ def test_the_page_is_the_same_for_the_same_rows_in_any_order(tmp_path):
     assert "On the confirming tasks: -4.84 [" in pages[0][0]
 
 
+def test_probes_and_flatness_are_on_the_page_once_there_are_rows():
+    probed = {"split": "probe", "readout": "last:cola", "probe": "cola"}
+    flat = {"split": "flatness", "noise_radii": [0.1], "test_nll": [0.5, 0.75]}
+    rows = [
+        row("decayed:last", "sst2", 1, 0.5, 0.9) | probed,
+        row("decayed:last", "trec", 1, 0.5, 0.9) | flat | {"top_eigenvalue": 12.0, "trace": 345.0},
+    ]
+    page = evidence.page(rows, [])
+    assert "| `decayed:last` | 90.00 |" in page
+    assert "| `decayed:last` | +0.2500 | 12.00 | 345.00 |" in page
+    assert "linear probes on other tasks after" not in page
+    assert "chains and cycles of tasks" in page
+
+
 def test_the_committed_page_is_that_of_the_committed_rows(tmp_path):
     written = evidence.write(ROOT / "benchmarks" / "results" / "study", tmp_path)
     for path in written:

@@ -64,7 +64,7 @@ def test_freelb_leaves_the_mean_gradient_of_its_passes_and_stays_in_the_ball(mod
     model.zero_grad()
     for noise in noises:
         logits = plain(model, batch, rivals.embed(model, batch) + noise)
-        losses.append(float(F.cross_entropy(logits, batch["labels"])))
+        losses.append(F.cross_entropy(logits, batch["labels"]).item())
         (F.cross_entropy(logits, batch["labels"]) / 3).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)

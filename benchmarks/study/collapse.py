@@ -1,0 +1,142 @@
+"""Representational collapse: what fine-tuning on one task leaves of an encoder for others.
+
+Aghajanyan et al. 2021, section 4, with the tasks at hand. Representations are judged by what a linear probe on
+frozen, mean-pooled features reaches, never by distances.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.study import model as encoder
+from benchmarks.study.fitting import Regime, device, fit
+from benchmarks.study.loop import Trained
+from benchmarks.study.outcomes import outcomes
+from benchmarks.study.reading import in_place, principal_readouts
+from benchmarks.study.store import Row
+from benchmarks.study.tasks import TASKS, Rows, Splits, evaluation_batches, load
+from benchmarks.study.trainings import Training
+
+PROBED = ("trec", "cr", "cola", "subj", "mpqa", "mrpc")
+"""Tasks of the first experiment, after training on another."""
+CHAIN = ("trec", "mrpc", "subj")
+"""Tasks that follow the first of a chain, one cycle."""
+CYCLES = 3
+PROBE_ROWS = 500
+PENALTIES = (1e-3, 1e-2, 1e-1)
+"""Weights of ``||W||²/2`` beside the mean cross entropy, chosen on the validation rows."""
+
+
+def probe_others(
+    model: nn.Module, trained: Trained, training: Training, splits: Splits, score: str
+) -> dict[str, Row]:
+    """The first experiment: probes on other tasks after training on one, of the last weights and the principal."""
+    found = {}
+    for readout in principal_readouts(training):
+        with in_place(model, trained.averager, readout):
+            for task in PROBED:
+                found[f"{readout.name}:{task}"] = {"probe": task, "outcomes": probe(model, task, seed=0)}
+    return found
+
+
+def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: int) -> dict[str, Row]:
+    """The second and third experiment: a task after another, ``CYCLES`` times, each from where the last one ended.
+
+    Before each stage the task that comes is probed, after it the first task of the chain. The weights that a stage
+    hands on are those of the training's principal readout; heads are new.
+    """
+    found: dict[str, Row] = {}
+    tasks = [first, *(task for task in CHAIN if task != first)] * CYCLES
+    carried: dict[str, Tensor] | None = None
+    for stage, task in enumerate(tasks):
+        splits = load(task, rows=regime.rows, seed=seed + 1000 * stage)
+        model = encoder.pretrained(splits.num_labels, seed + 1000 * stage, device())
+        if carried is not None:
+            model.base_model.load_state_dict(carried)  # type: ignore[union-attr, operator]
+        found[f"{stage:02}:next"] = {"probe": task, "stage": stage, "outcomes": probe(model, task, seed=0)}
+        trained = fit(
+            model, splits, training, regime=regime, rate=rate, seed=seed, averaged=(training.principal,)
+        )
+        with in_place(model, trained.averager, principal_readouts(training)[-1]):
+            state = model.base_model.state_dict()  # type: ignore[union-attr, operator]
+            carried = {name: tensor.detach().clone() for name, tensor in state.items()}
+            found[f"{stage:02}:first"] = {
+                "probe": first,
+                "stage": stage,
+                "outcomes": probe(model, first, seed=0),
+            }
+        if trained.averager is not None:
+            trained.averager.close()
+    return found
+
+
+def probe(model: nn.Module, task: str, *, seed: int) -> dict[str, float]:
+    """Test outcomes of a linear probe on an encoder's features.
+
+    Args:
+        model: with the weights to be judged; its head is not used.
+        task: to probe for.
+        seed: of the ``PROBE_ROWS`` rows that the probe is trained on.
+    """
+    splits = load(task, rows=PROBE_ROWS, seed=seed)
+    train, validation, test = (
+        features(model, part) for part in (splits.train, splits.validation, splits.test)
+    )
+    centre, spread = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, validation, test = ((part - centre) / spread for part in (train, validation, test))
+    best: tuple[float, Tensor] | None = None
+    for penalty in PENALTIES:
+        weight = logistic_regression(train, splits.train.labels, splits.num_labels, penalty)
+        loss = float(F.cross_entropy(_with_ones(validation) @ weight, splits.validation.labels))
+        if best is None or loss < best[0]:
+            best = (loss, weight)
+    assert best is not None
+    return outcomes(_with_ones(test) @ best[1], splits.test.labels, TASKS[task].score)
+
+
+def features(model: nn.Module, rows: Rows) -> Tensor:
+    """Mean-pooled last hidden states (N, d), float64, without dropout."""
+    where, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    parts, order = [], []
+    with torch.no_grad():
+        for places in evaluation_batches(rows):
+            batch = {
+                name: tensor.to(where) for name, tensor in rows.batch(places).items() if name != "labels"
+            }
+            hidden = model.base_model(**batch).last_hidden_state  # type: ignore[operator]
+            mask = batch["attention_mask"][..., None]
+            parts.append(((hidden * mask).sum(1) / mask.sum(1)).double().cpu())
+            order += places.tolist()
+    model.train(was_training)
+    joined = torch.cat(parts)
+    return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
+
+
+def logistic_regression(inputs: Tensor, labels: Tensor, classes: int, penalty: float) -> Tensor:
+    """Weights (d + 1, C), the last row the bias, that minimise the mean cross entropy + penalty ||W||²/2.
+
+    Args:
+        inputs: (N, d), float64.
+        labels: (N,).
+        classes: C.
+        penalty: on all but the bias.
+    """
+    weight = torch.zeros(inputs.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    joined = _with_ones(inputs)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(joined @ weight, labels) + penalty * weight[:-1].square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach()
+
+
+def _with_ones(inputs: Tensor) -> Tensor:
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)

@@ -1,0 +1,100 @@
+"""A model trained for a cell, and the teachers of a training that distils."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study import loop
+from benchmarks.study import model as encoder
+from benchmarks.study.readouts import rules_for
+from benchmarks.study.rivals import TEACHER
+from benchmarks.study.tasks import Splits, epoch_batches
+from benchmarks.study.trainings import TRAININGS, Training
+
+PRECISION = "bf16"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How much data there is, and the budget: so many epochs of one pass."""
+
+    rows: int
+    epochs: int
+    batch: int
+
+
+REGIMES = {"main": Regime(rows=2500, epochs=2, batch=32), "small": Regime(rows=500, epochs=6, batch=16)}
+
+
+def fit(
+    model: nn.Module,
+    splits: Splits,
+    training: Training,
+    *,
+    regime: Regime,
+    rate: float,
+    seed: int,
+    averaged: Collection[str] | None = None,
+    teacher: Tensor | None = None,
+) -> loop.Trained:
+    """Train a model in place.
+
+    Args:
+        model: as it begins.
+        splits: of the rows.
+        training: what to do.
+        regime: the budget.
+        rate: peak learning rate.
+        seed: of order, masks and noise.
+        averaged: names of the averages to keep; None: all. Averages leave training as it is.
+        teacher: logits (N, C) of the training rows, for a training that distils.
+    """
+    places = [
+        batch
+        for epoch in range(regime.epochs * training.length)
+        for batch in epoch_batches(splits.train, size=regime.batch, seed=seed, epoch=epoch)
+    ]
+    rules = {
+        name: rule
+        for name, rule in rules_for(training, len(places)).items()
+        if averaged is None or name in averaged
+    }
+    taught = {} if teacher is None else {TEACHER: teacher}
+    batches = (
+        splits.train.batch(batch) | {name: logits[batch] for name, logits in taught.items()}
+        for batch in places
+    )
+    return loop.train(
+        model,
+        batches,
+        objective=training.objective(seed),
+        schedule=training.schedule,
+        rate=rate,
+        total_steps=len(places),
+        rules=rules,
+        precision=PRECISION,
+        seed=seed,
+    )
+
+
+def teach(splits: Splits, training: Training, *, regime: Regime, rate: float, seed: int) -> Tensor | None:
+    """Logits (N, C) that the teachers give to the training rows, of the mean of their probabilities; None without.
+
+    Teachers are trained on the same rows, at the same rate; each has a head, an order and masks of its own.
+    """
+    chances = []
+    for i, name in enumerate(training.teachers):
+        own = 1000 * (seed + 1) + i
+        teacher = encoder.pretrained(splits.num_labels, own, device())
+        fit(teacher, splits, TRAININGS[name], regime=regime, rate=rate, seed=own, averaged=())
+        chances.append(encoder.logits_of(teacher, splits.train).softmax(-1))
+    return torch.stack(chances).mean(0).clamp(min=1e-12).log() if chances else None
+
+
+def device() -> torch.device:
+    """The card, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
