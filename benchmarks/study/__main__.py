@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.cell import Cell, identity, parse_cell, run_cell
-from benchmarks.study.grid import MAIN, PHASES, all_cells, cells_of, tuning_cells
+from benchmarks.study.grid import MAIN, PHASES, all_cells, cells_of
 from benchmarks.study.store import Row, append, claim, finished, read_rows, results_folder
 from benchmarks.study.tasks import TASKS
 
@@ -144,14 +144,14 @@ def print_status() -> int:
     rows = read_rows(results_folder())
     done = finished(rows)
     for phase in PHASES:
-        cells = list(cells_of(phase, rows))
+        cells = [cell for cell in cells_of(phase, rows) if cell.split == phase.split]
         there = sum((cell.name, cell.fingerprint) in done for cell in cells)
-        whole = len(phase.trainings) * (len(phase.tasks) * len(phase.seeds)) + sum(
-            len(tuning_cells(name, phase.regime)) for name in phase.trainings
-        )
+        whole = len(phase.trainings) * len(phase.tasks) * len(phase.seeds)
+        open_rates = (whole - len(cells)) // len(phase.seeds)
         names = "main trainings" if phase.trainings == MAIN else ", ".join(phase.trainings)
         print(
-            f"{there:5} of {whole:5}  {phase.regime}, {len(phase.seeds)} seeds, {' '.join(phase.tasks)}: {names}"
+            f"{there:5} of {whole:5}  {phase.split}, {phase.regime}, {len(phase.seeds)} seeds, "
+            f"{' '.join(phase.tasks)}: {names}; rates to find: {open_rates}"
         )
     failed = [row for row in rows if "failed" in row]
     for row in failed:

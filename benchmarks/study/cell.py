@@ -107,7 +107,7 @@ def run_cell(cell: Cell) -> list[Row]:
 
 def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
     """Train once, and read out; returns rows by readout, and settings."""
-    regime, training = REGIMES[cell.regime], TRAININGS[cell.training]
+    regime, training = REGIMES[cell.regime].times(TASKS[cell.task].length), TRAININGS[cell.training]
     options = {"regime": regime, "rate": cell.rate, "seed": cell.seed}
     splits = load(cell.task, rows=regime.rows, seed=cell.seed)
     began = time.process_time()

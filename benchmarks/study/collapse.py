@@ -52,16 +52,16 @@ def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: 
     carried: dict[str, Tensor] | None = None
     for stage, task in enumerate(tasks):
         splits = load(task, rows=regime.rows, seed=seed + 1000 * stage)
+        budget = regime.times(TASKS[task].length)
         model = encoder.pretrained(splits.num_labels, seed + 1000 * stage, device())
         if carried is not None:
-            model.base_model.load_state_dict(carried)  # type: ignore[union-attr, operator]
+            model.base_model.load_state_dict(carried, strict=False)
         found[f"{stage:02}:next"] = {"probe": task, "stage": stage, "outcomes": probe(model, task, seed=0)}
         trained = fit(
-            model, splits, training, regime=regime, rate=rate, seed=seed, averaged=(training.principal,)
+            model, splits, training, regime=budget, rate=rate, seed=seed, averaged=(training.principal,)
         )
         with in_place(model, trained.averager, principal_readouts(training)[-1]):
-            state = model.base_model.state_dict()  # type: ignore[union-attr, operator]
-            carried = {name: tensor.detach().clone() for name, tensor in state.items()}
+            carried = {name: weight.detach().clone() for name, weight in model.base_model.named_parameters()}
             found[f"{stage:02}:first"] = {
                 "probe": first,
                 "stage": stage,

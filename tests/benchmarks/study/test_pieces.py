@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -93,35 +95,55 @@ def test_a_cell_is_read_back_from_its_name():
     assert parse_cell(cell.name) == cell
 
 
+def tuning_rows(losses: dict[float, float], training: str = "constant", task: str = "trec") -> list[dict]:
+    return [
+        {
+            "cell": grid.tuning_cell(training, "main", task, rate).name,
+            "readout": "swa-0.5",
+            "outcomes": {"nll": nll},
+        }
+        for rate, nll in losses.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("known", "following"),
+    [
+        ({}, [1e-4, 2e-4]),
+        ({1e-4: 0.3}, [2e-4]),
+        ({1e-4: 0.3, 2e-4: 0.2}, [4e-4]),
+        ({1e-4: 0.2, 2e-4: 0.2}, [5e-5]),
+        ({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.25}, []),
+        ({1e-4: 0.4, 2e-4: 0.3, 4e-4: 0.2, 8e-4: 0.1}, []),
+        ({1e-4: math.inf, 2e-4: math.inf, 5e-5: math.inf, 2.5e-5: 0.1}, []),
+    ],
+)
+def test_the_search_for_a_rate_goes_downhill_until_the_loss_rises_or_the_rates_end(known, following):
+    assert grid.missing_rates(known) == following
+
+
 def test_reported_cells_wait_for_a_rate_and_take_the_one_of_the_lowest_loss():
-    cells = grid.tuning_cells("constant", "main")
-
-    def row(cell: Cell, nll: float, readout: str = "swa-0.5") -> dict:
-        return {"cell": cell.name, "readout": readout, "outcomes": {"nll": nll}}
-
-    rows = [row(cell, {1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.4}[cell.rate]) for cell in cells]
-    rows += [row(cell, 0.01, "last") for cell in cells if cell.rate == 4e-4]  # not what it is judged by
-    assert grid.chosen_rate("constant", "main", rows[1:]) is None
-    assert grid.chosen_rate("constant", "main", rows) == 2e-4
+    rows = tuning_rows({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.4})
+    last = [
+        {**row, "readout": "last", "outcomes": {"nll": 0.01}} for row in rows[2:]
+    ]  # not what it is judged by
+    assert grid.chosen_rate("constant", "main", "trec", rows[:2] + last) is None
+    assert grid.chosen_rate("constant", "main", "trec", rows + last) == 2e-4
     made = list(grid.all_cells(rows))
-    assert made[: len(cells)] == grid.tuning_cells("decayed", "main")
+    assert made[:2] == [grid.tuning_cell("decayed", "main", "trec", rate) for rate in (1e-4, 2e-4)]
     reported = [cell for cell in made if cell.split == "test"]
-    assert {(cell.training, cell.rate) for cell in reported if cell.regime == "main"} == {("constant", 2e-4)}
+    assert {(cell.task, cell.training, cell.rate) for cell in reported} == {("trec", "constant", 2e-4)}
     assert len(set(made)) == len(made)
 
 
 def test_a_rate_at_which_a_cell_failed_or_diverged_is_not_chosen():
-    rows = []
-    for cell in grid.tuning_cells("decayed", "main"):
-        if cell.rate == 1e-4:
-            rows.append({"cell": cell.name, "readout": "failed", "failed": "OutOfMemoryError"})
-        else:
-            nll = float("nan") if cell.rate == 2e-4 else 0.9
-            rows.append({"cell": cell.name, "readout": "last", "outcomes": {"nll": nll}})
-    assert grid.chosen_rate("decayed", "main", rows) == 4e-4
+    rows = tuning_rows({1e-4: 0.9, 2e-4: math.nan, 5e-5: 0.95})
+    assert grid.chosen_rate("constant", "main", "trec", rows) == 1e-4
+    rows[0] = {**rows[0], "readout": "failed", "failed": "OutOfMemoryError"}
+    rows += tuning_rows({2.5e-5: 0.97})
+    assert grid.chosen_rate("constant", "main", "trec", rows) == 5e-5
 
 
 def test_no_tuning_seed_is_reported_and_no_confirming_task_is_chosen_on():
-    assert not set(grid.TUNING_SEEDS) & set(grid.SEEDS)
-    assert set(grid.TUNING_TASKS) <= set(grid.CHOOSING)
+    assert grid.TUNING_SEED not in grid.SEEDS
     assert not set(grid.CHOOSING) & set(grid.CONFIRMING)
