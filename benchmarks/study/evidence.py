@@ -196,11 +196,10 @@ def _tuning(rows: Sequence[Row]) -> str:
             for training in TRAININGS:
                 losses = tried(training, regime, task, rows)
                 chosen = chosen_rate(training, regime, task, rows)
-                told = {
-                    rate: f"**{loss:.4f}**" if rate == chosen else f"{loss:.4f}"
-                    for rate, loss in losses.items()
-                }
-                if losses:
+                told = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
+                if chosen is not None:
+                    told[chosen] = f"**{told[chosen]}**"
+                if told:
                     lines.append(line([f"`{training}`", *(told.get(rate, "") for rate in RATES)]))
             if len(lines) > 2:
                 parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", "\n".join(lines)]

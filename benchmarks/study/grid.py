@@ -3,8 +3,8 @@
 Rules, written down before any row of a confirming task was made:
 
 * **Rate.** For every training and task the same search on the validation rows, with a seed that no reported cell
-  uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (last of a decayed
-  training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. Of equal ones, the lower rate. The regime of
+  uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (last of a
+  decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. Of equal ones, the lower rate. The regime of
   500 rows is tuned by itself, in the same way.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs of one pass. A training of
   two passes, and one that is twice as long, cost two. So comparisons at equal cost are that by construction.

@@ -130,7 +130,7 @@ def test_reported_cells_wait_for_a_rate_and_take_the_one_of_the_lowest_loss():
     assert grid.chosen_rate("constant", "main", "trec", rows[:2] + last) is None
     assert grid.chosen_rate("constant", "main", "trec", rows + last) == 2e-4
     made = list(grid.all_cells(rows))
-    assert made[:2] == [grid.tuning_cell("decayed", "main", "trec", rate) for rate in (1e-4, 2e-4)]
+    assert made[:2] == [grid.tuning_cell("decayed", "main", "sst2", rate) for rate in (1e-4, 2e-4)]
     reported = [cell for cell in made if cell.split == "test"]
     assert {(cell.task, cell.training, cell.rate) for cell in reported} == {("trec", "constant", 2e-4)}
     assert len(set(made)) == len(made)
