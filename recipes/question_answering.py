@@ -27,6 +27,7 @@ from swaft.data import (
     check_questions,
     load_splits,
     may_have_no_answer,
+    refuse_long_questions,
     require_length,
     require_offsets,
     tokenize_questions,
@@ -107,6 +108,13 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
+    problems.of(
+        refuse_long_questions,
+        report.rows,
+        tokenizer,
+        max_seq_length=config.data.max_seq_length,
+        doc_stride=config.data.doc_stride,
+    )
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
     target = problems.of(main_score, metric)
     problems.of(choose_target, config.eval, target, report.rows)

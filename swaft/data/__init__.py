@@ -4,7 +4,12 @@ from swaft.data.answers import Answers, Candidate, find_answers
 from swaft.data.checks import require_length
 from swaft.data.classification import Collator, Task, describe_task, tokenize
 from swaft.data.order import length_grouped, shuffled
-from swaft.data.question_answering import WindowCollator, require_offsets, tokenize_questions
+from swaft.data.question_answering import (
+    WindowCollator,
+    refuse_long_questions,
+    require_offsets,
+    tokenize_questions,
+)
 from swaft.data.questions import QuestionReport, check_questions, may_have_no_answer, right_answers
 from swaft.data.seq2seq import (
     LengthStatistics,
@@ -36,6 +41,7 @@ __all__ = [
     "load_splits",
     "may_have_no_answer",
     "read_pairs",
+    "refuse_long_questions",
     "require_length",
     "require_offsets",
     "right_answers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from swaft.data.checks import require_length, require_padding, values
+from swaft.data.checks import ROWS_AT_ONCE, require_length, require_padding, values
 from swaft.data.questions import first_place
 from swaft.errors import DataError
 
@@ -87,6 +87,28 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
             f"{type(tokenizer).__name__} does not say which characters a token stands for; set "
             "model.tokenizer_name to a fast tokenizer"
         )
+
+
+def refuse_long_questions(
+    splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, doc_stride: int
+) -> None:
+    """Refuse a question that leaves no room for its context, before any context is tokenized.
+
+    Args:
+        splits: rows that `check_questions` checked.
+        tokenizer: the model's.
+        max_seq_length: as of `tokenize_questions`.
+        doc_stride: likewise.
+
+    Raises:
+        DataError: as said.
+    """
+    for split in splits.values():
+        rows = list(zip(values(split, "id"), values(split, "question"), strict=True))
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            ids, questions = zip(*rows[first : first + ROWS_AT_ONCE], strict=True)
+            asked = [text.strip() for text in questions]
+            _refuse_long_questions(list(ids), asked, tokenizer, max_seq_length, doc_stride)
 
 
 class WindowCollator:

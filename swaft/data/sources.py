@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from swaft.config.schema import DataConfig, RowsConfig
 from swaft.config.values import DELIMITERS, split_names
 from swaft.data.files import FILE_READERS, TABLES, cause, require_utf8
 from swaft.errors import DataError
+from swaft.fraction import share_of
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def _with_validation(splits: Splits, fraction: float) -> Splits:
             "data.validation_fraction: the rows have a validation split of their own; remove the setting"
         )
     train = splits["train"]
-    count = int(Fraction(repr(fraction)) * len(train))  # 0.29 of 100 is 29, whatever its binary digits are
+    count = int(share_of(len(train), fraction))
     if count == 0:
         raise DataError(
             f"data.validation_fraction: {fraction} of {len(train)} rows is no row; set a larger one"

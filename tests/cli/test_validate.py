@@ -140,6 +140,7 @@ def test_the_batches_of_an_epoch_are_as_many_as_accelerate_makes(num_rows, world
         ),
         ("seq2seq", "data.source_lang=en", "data.target_lang: is not set"),
         ("question_answering", "eval.metric=rouge", "rouge does not fit"),
+        ("question_answering", "data.doc_stride=14", "expected more than data.doc_stride=14"),
         ("classification", "data.delimiter=ab", "data.delimiter: 'ab' is not one character"),
         ("question_answering", "data.delimiter=tab", "data.delimiter: is about csv and tsv files"),
         ("seq2seq", "data.validation_fraction=1.5", "data.validation_fraction: 1.5 is outside (0, 1)"),
