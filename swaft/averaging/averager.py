@@ -18,14 +18,13 @@ from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
-from swaft.averaging.persist import describe, load_averages, save_averages
+from swaft.averaging.members import Members
+from swaft.averaging.persist import Keeper
 from swaft.averaging.rules import Plan, Rule, plan_all
-from swaft.averaging.state import AverageState
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
-    from swaft.averaging.host.lanes import Lanes
     from swaft.averaging.host.pipeline import Waits
 
 
@@ -86,9 +85,9 @@ class WeightAverager:
         self._plans = plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
         _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))
-        self._seen = begin(self.engine, first_step, total_steps)
+        step = begin(self.engine, first_step, total_steps)
         self._compensated = precision == "compensated"
-        self._rules, self._total_steps, self._precision = rules, total_steps, precision
+        self._rules = rules
         self._averages = HostAverages(
             self.engine.spans,
             self._plans,
@@ -99,21 +98,20 @@ class WeightAverager:
             spill_dir=None if spill_dir is None else Path(spill_dir),
             lent=self.engine.lends_storage,
         )
-        self._proved = False
+        self._keeper = Keeper(
+            self.engine, self._averages, rules=rules, total_steps=total_steps, precision=precision
+        )
         self._statistics = Statistics(self.engine)
-        self._counts = dict.fromkeys(self._plans, 0)
-        self._begun: set[str] = set()
         # All that writes to the masters waits until a member has been read.
         hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, self._averages.release_masters)
         hook_weakly(self.engine.swap.before_write, self._averages.release_masters)
         self.close = finalize(self, self._averages.close)
-        if any(plan.first_step == self._seen for plan in self._plans.values()):
-            self._take_in(self._seen)
+        self._members = Members(self.engine, self._averages, self._plans, step)
 
     @property
     def applied_steps(self) -> int:
         """Optimizer steps that changed the weights, as of the last :meth:`step`."""
-        return self._seen
+        return self._members.applied_steps
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -131,7 +129,7 @@ class WeightAverager:
 
     def count(self, name: str | None = None) -> int:
         """Members in the average of a rule so far, those on their way included."""
-        return self._counts[self._named(name)]
+        return self._members.counts[self._named(name)]
 
     @property
     def waits(self) -> Waits:
@@ -161,35 +159,7 @@ class WeightAverager:
             AveragingError: calls were missed while members were due, the step count went back, averaged weights are
                 swapped in, a member is one more than the rule planned, or the member before was refused.
         """
-        applied = self.engine.applied_steps()
-        if applied == self._seen:
-            return
-        if self.engine.swap.active:
-            raise AveragingError(
-                "`averager.step()` was called while averaged weights are swapped in, which would be averaged as if "
-                "they were trained; call it before `swapped_in()`, right after the optimizer step"
-            )
-        if applied < self._seen:
-            raise AveragingError(
-                f"the engine's step count went back from {self._seen} to {applied}: a checkpoint was loaded after "
-                "the averager was attached; attach a new averager after loading"
-            )
-        missed = [
-            step
-            for step in range(self._seen + 1, applied)
-            if any(plan.takes(step) for plan in self._plans.values())
-        ]
-        if missed:
-            raise AveragingError(
-                f"the optimizer took {applied - self._seen} steps since the last `averager.step()`, and step "
-                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
-                "averager that is attached after a checkpoint was loaded, not before"
-            )
-        refusal = self._refusal()
-        self._seen = applied
-        self._take_in(applied)
-        if refusal is not None:
-            raise refusal
+        self._members.step()
 
     def wait(self) -> None:
         """Return once every member is in the average: from then on weights may be changed by hand.
@@ -197,7 +167,7 @@ class WeightAverager:
         Raises:
             AveragingError: the latest member was refused, or averaging failed on this rank.
         """
-        self._finish()
+        self._members.finish()
 
     @contextmanager
     def swapped_in(self, name: str | None = None, **selection: Any) -> Iterator[None]:
@@ -227,7 +197,7 @@ class WeightAverager:
         Raises:
             AveragingError: nothing is averaged yet, or a selection the rule does not know.
         """
-        return self._ready_lanes(name).shard(**selection)
+        return self._members.ready(self._named(name)).shard(**selection)
 
     def lane_shards(self, name: str | None = None, **selection: Any) -> list[tuple[float, Tensor]]:
         """What an average is the sum of: (coefficient, this rank's elements) pairs, the tensors as in `shard`.
@@ -235,7 +205,8 @@ class WeightAverager:
         For rules that keep members whole (LAWA), the tensors are those members.
         """
         return [
-            (coefficient, lane.mean) for coefficient, lane in self._ready_lanes(name).readout(**selection)
+            (coefficient, lane.mean)
+            for coefficient, lane in self._members.ready(self._named(name)).readout(**selection)
         ]
 
     def drift(self, name: str | None = None) -> float:
@@ -312,23 +283,25 @@ class WeightAverager:
             told=f"the mean of {self.count(name):,} members of a training run by `{rule!r}`{chosen}",
         )
 
-    def save_state(self, path: str | PathLike[str]) -> None:
+    def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write the averages so that a later run can go on with them, under any engine and world size (collective).
 
         Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder is one of
         tensors and text alone, complete once it holds a file ``COMPLETE``.
 
         Args:
-            path: folder to write. It must not exist, or be empty.
+            path: folder to write. Without `overwrite` it must not exist, or be empty.
+            overwrite: replace a state that is there already, once the new one is complete: at no moment is there
+                neither. A folder that holds anything else is refused.
 
         Raises:
             StateError: it could not be written; on every rank, and nothing is left of it.
             AveragingError: the latest member was refused, or averaging failed on a rank.
         """
         with self.engine.ranks.together():
-            self._finish()
+            self._members.finish()
             self.engine.check_trainable()
-        save_averages(self.engine, self._averages.lanes, self._state(held=True), path)
+        self._keeper.save(path, self.applied_steps, overwrite=overwrite)
 
     def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
         """Go on with averages that :meth:`save_state` wrote, in whatever layout (collective).
@@ -346,73 +319,50 @@ class WeightAverager:
                 every rank, and the averages are as they were unless a file was damaged after it had been checked.
             AveragingError: averaging failed on a rank, or averaged weights are swapped in.
         """
+        self._prepare_to_load()
+        self._members.go_on(self._keeper.load(path, same_weights=same_weights).applied_steps)
+
+    @property
+    def state_dict(self) -> Callable[[], dict[str, Any]]:
+        """What `save_state` writes, as a dictionary, in a run of one rank; its tensors are those of the averager.
+
+        So `accelerator.register_for_checkpointing(averager)` keeps the averages there. It keeps what rank 0 has, so
+        on several ranks it is refused at once.
+
+        Raises:
+            AveragingError: as the attribute is looked up: there are several ranks; as it is called: as of
+                :meth:`save_state`.
+        """
+        if self.engine.ranks.world_size > 1:
+            raise AveragingError(
+                f"the averages are spread over {self.engine.ranks.world_size} ranks, of which a state dict (as "
+                "accelerator.register_for_checkpointing keeps it) would hold one's; expected "
+                "averager.save_state(path) and averager.load_state(path), which every rank calls"
+            )
+        return self._state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` gave, as :meth:`load_state`, once model and optimizer were loaded.
+
+        Raises:
+            StateError: it is of another model, of a run with other rules, or beside other weights.
+            AveragingError: averaged weights are swapped in.
+        """
+        self._prepare_to_load()
+        self._members.go_on(self._keeper.unpack(state_dict).applied_steps)
+
+    def _state_dict(self) -> dict[str, Any]:
+        self._members.finish()
+        self.engine.check_trainable()
+        return self._keeper.pack(self.applied_steps)
+
+    def _prepare_to_load(self) -> None:
         with self.engine.ranks.together():
-            self._finish()
+            self._members.finish()
             if self.engine.swap.active:
                 raise AveragingError(
                     "a state was loaded while averaged weights are swapped in; leave the swap first"
                 )
-        found = load_averages(
-            self.engine, self._averages.lanes, self._state(held=False), path, same_weights=same_weights
-        )
-        self.engine.continue_from(found.applied_steps)
-        self._averages.motion.restart(moved=found.moved)
-        self._seen, self._proved = found.applied_steps, False
-        self._recount()
-        self._begun = {name for name, count in self._counts.items() if count}
-
-    def _state(self, *, held: bool) -> AverageState:
-        """The averages as a manifest tells of them (collective)."""
-        return describe(
-            self.engine,
-            self._averages.lanes,
-            rules=self._rules,
-            total_steps=self._total_steps,
-            precision=self._precision,
-            applied_steps=self._seen,
-            moved=self._averages.motion.seen,
-            held=held,
-        )
-
-    def _take_in(self, step: int) -> None:
-        taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
-        if not taking:
-            return
-        for name in taking:
-            first = self._plans[name].first_step
-            self._plans[name].updates(self._counts[name])  # raises for more members than were planned
-            if name not in self._begun and step != first:
-                raise AveragingError(
-                    f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
-                    f"attached after that step; attach it before step {first} of the run, or choose a later "
-                    "averaging.start"
-                )
-        if not self._proved and step > 0:
-            self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
-            self._proved = True
-        self._averages.submit(self.engine.masters(), step=step, rules=taking)
-        self._begun |= set(taking)
-        for name in taking:
-            self._counts[name] += 1
-
-    def _refusal(self) -> AveragingError | None:
-        """Why the latest member was refused, the same on every rank; None where it was not."""
-        try:
-            self._averages.raise_if_refused()
-        except AveragingError as refusal:
-            self._recount()
-            return refusal
-        return None
-
-    def _finish(self) -> None:
-        try:
-            self._averages.finish()
-        except AveragingError:
-            self._recount()
-            raise
-
-    def _recount(self) -> None:
-        self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
 
     def _average(self, name: str | None, selection: Mapping[str, Any]) -> tuple[Hashable, int]:
         """What tells an average from all others, and the members in it."""
@@ -425,17 +375,6 @@ class WeightAverager:
             raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
         return name
 
-    def _ready_lanes(self, name: str | None) -> Lanes:
-        self._finish()
-        lanes = self._averages.lanes[self._named(name)]
-        if lanes.count == 0:
-            first = lanes.plan.first_step
-            raise AveragingError(
-                f"nothing is averaged yet at step {self._seen}; the first member is the weights after step "
-                f"{first}: wait until then, or lower averaging.start"
-            )
-        return lanes
-
     def _shard_together(self, name: str | None, **selection: Any) -> Tensor:
         """:meth:`shard`, once every rank has its own and the weights have been seen to change (collective)."""
         error, shard = None, None
@@ -445,12 +384,7 @@ class WeightAverager:
         except AveragingError as found:
             error = found
         self.engine.ranks.raise_together(error)
-        motion = self._averages.motion
-        if not self.engine.ranks.sum([motion.seen])[0] and motion.members > 2:
-            raise AveragingError(
-                f"{motion.members} members were averaged and all were the same bit for bit: either training does "
-                "not change the weights (is the learning rate 0?) or the average does not see it"
-            )
+        self._members.require_motion()
         assert shard is not None
         return shard
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,138 +25,188 @@ from swaft.averaging.state import (
     write_rank,
 )
 from swaft.errors import StateError
+from swaft.storage.files import standing
+from swaft.storage.sealed import MANIFEST
 from swaft.storage.together import open_together, write_together
 
 if TYPE_CHECKING:
+    from swaft.averaging.host import HostAverages
     from swaft.averaging.host.lanes import Lane, Lanes
 
+FILES = re.compile(r"(rank-\d{5}\.safetensors|manifest\.json|COMPLETE)(\.tmp)?")
+"""What the files of a state are called."""
 
-def describe(
-    engine: Engine,
-    lanes: Mapping[str, Lanes],
-    *,
-    rules: Mapping[str, Rule],
-    total_steps: int,
-    precision: str,
-    applied_steps: int,
-    moved: bool,
-    held: bool,
-) -> AverageState:
-    """What a manifest tells of a run's averages (collective).
+
+class Keeper:
+    """Brings the averages of a run to disk, or into a dictionary, and back.
 
     Args:
         engine: whose model.
-        lanes: by name of the rule.
-        rules: likewise.
+        averages: of this rank.
+        rules: by name.
         total_steps: optimizer steps of the whole run.
         precision: ``compensated`` or ``plain``.
-        applied_steps: optimizer steps so far.
-        moved: whether this rank has seen members differ.
-        held: name the lanes too; not where they are about to be replaced.
     """
-    canonical = {id(parameter): name for name, parameter in engine.trainable.items()}
-    names = {name: canonical.get(id(p), name) for name, p in engine.named_parameters(aliases=True)}
-    return AverageState(
-        rules=[
-            RuleState(
-                name=name,
-                rule=repr(rules[name]),
-                count=each.count,
-                readout=_default_readout(each) if held else {},
-                lanes={
-                    str(i): lane.compensation is not None for i, lane in (each.held() if held else {}).items()
-                },
+
+    def __init__(
+        self,
+        engine: Engine,
+        averages: HostAverages,
+        *,
+        rules: Mapping[str, Rule],
+        total_steps: int,
+        precision: str,
+    ):
+        self._engine, self._averages = engine, averages
+        self._rules, self._total_steps, self._precision = rules, int(total_steps), precision
+
+    def save(self, path: str | PathLike[str], applied_steps: int, *, overwrite: bool) -> None:
+        """Write every rank's lanes into a folder, which is complete once all have (collective).
+
+        Args:
+            path: folder to write. Without `overwrite` it must not exist, or be empty.
+            applied_steps: optimizer steps so far.
+            overwrite: whether a state may be there already; it is replaced by the new one once that is complete.
+
+        Raises:
+            StateError: it could not be written; on every rank, and the folder is as it was.
+        """
+        ranks, fragments = self._engine.ranks, self._engine.fragments
+        state, vectors = self._state(applied_steps, held=True), self._vectors()
+        write_together(
+            ranks,
+            path,
+            kind=KIND,
+            write=lambda folder: write_rank(folder, ranks.rank, fragments, vectors),
+            content=state.to_json(),
+            overwrites=FILES if overwrite else None,
+        )
+
+    def load(self, path: str | PathLike[str], *, same_weights: bool) -> AverageState:
+        """Fill the lanes with this rank's elements of a saved state, whatever layout it was saved in (collective).
+
+        The lanes are as before after an error that was found before the first vector was read.
+
+        Args:
+            path: folder that :meth:`save` wrote.
+            same_weights: whether the model must have the weights beside which the state was saved.
+
+        Raises:
+            StateError: the folder is incomplete or damaged, or the state of another run; on every rank.
+        """
+        folder = standing(Path(path))
+        manifest = open_together(self._engine.ranks, folder, kind=KIND)
+        files = sorted(manifest.files)
+        if not files:
+            raise StateError(f"{folder}/manifest.json: files is empty, expected one of every rank that saved")
+        # Where nothing has changed, a rank's own file holds all it needs.
+        own = self._engine.ranks.rank % len(files)
+        files = files[own:] + files[:own]
+        wanted = self._ranges()
+        return self._take_in(
+            manifest.content,
+            lambda vectors: read_elements(folder, files, wanted, vectors),
+            same_weights=same_weights,
+            where=folder,
+        )
+
+    def pack(self, applied_steps: int) -> dict[str, Any]:
+        """The averages of a run of one rank: what :meth:`save` writes, its vectors being those of the lanes."""
+        return {
+            "state": self._state(applied_steps, held=True).to_json(),
+            "fragments": self._ranges(),
+            "vectors": self._vectors(),
+        }
+
+    def unpack(self, packed: Mapping[str, Any]) -> AverageState:
+        """Fill the lanes with what :meth:`pack` gave.
+
+        Raises:
+            StateError: it is of another run, or of one whose optimizer held the parameters in another order.
+        """
+        where = Path("the state dict of a WeightAverager")
+        if list(map(tuple, packed["fragments"])) != self._ranges():
+            raise StateError(
+                f"{where} holds the parameters in another order than this run's optimizer; expected the same model "
+                "and optimizer groups, or a folder that averager.save_state wrote"
             )
-            for name, each in lanes.items()
-        ],
-        total_steps=int(total_steps),
-        precision=precision,
-        applied_steps=applied_steps,
-        moved=engine.ranks.sum([moved])[0] > 0,
-        weights=weights_now(engine),
-        parameters={name: list(engine.full_shape(p)) for name, p in engine.trainable.items()},
-        aliases={name: averaged for name, averaged in names.items() if averaged != name},
-    )
 
+        def read(vectors: Mapping[str, Tensor]) -> None:
+            for name, vector in vectors.items():
+                vector.copy_(packed["vectors"][name])
 
-def save_averages(
-    engine: Engine, lanes: Mapping[str, Lanes], state: AverageState, path: str | PathLike[str]
-) -> None:
-    """Write every rank's lanes into a new folder, which is complete once all have (collective).
+        return self._take_in(packed["state"], read, same_weights=True, where=where)
 
-    Args:
-        engine: whose layout.
-        lanes: by name of the rule, in the order of ``state.rules``; nothing moves them meanwhile.
-        state: what the manifest says.
-        path: folder to write. It must not exist, or be empty.
+    def _take_in(
+        self,
+        content: Mapping[str, Any],
+        read: Callable[[Mapping[str, Tensor]], None],
+        *,
+        same_weights: bool,
+        where: Path,
+    ) -> AverageState:
+        """Fill the lanes, once what is said of a state fits this run (collective)."""
+        found, expected = AverageState.from_json(content, where=where / MANIFEST), self._state(0, held=False)
+        require_run(found, expected, where=where)
+        require_shapes(found, expected.parameters, where=where)
+        if same_weights:
+            require_weights(found, expected.weights, where=where)
+        lanes = self._averages.lanes
 
-    Raises:
-        StateError: it could not be written; on every rank, and nothing is left of it.
-    """
-    vectors = {
-        name: vector
-        for i, each in enumerate(lanes.values())
-        for index, lane in each.held().items()
-        for name, vector in _vectors(lane_name(i, index), lane).items()
-    }
-    write_together(
-        engine.ranks,
-        path,
-        kind=KIND,
-        write=lambda folder: write_rank(folder, engine.ranks.rank, engine.fragments, vectors),
-        content=state.to_json(),
-    )
+        def filled(number: int, each: Lanes, held: Mapping[str, bool]) -> Iterator[tuple[int, Lane]]:
+            for index in held:
+                lane = each.empty_lane(int(index))
+                read(_vectors(lane_name(number, index), lane))
+                yield int(index), lane
 
+        for rule in found.rules:
+            _require_lanes(rule, lanes[rule.name], where=where)
+        with self._engine.ranks.together():
+            for number, rule in enumerate(found.rules):
+                each = lanes[rule.name]
+                each.restore(rule.count, filled(number, each, rule.lanes))
+        self._averages.motion.restart(moved=found.moved)
+        return found
 
-def load_averages(
-    engine: Engine,
-    lanes: Mapping[str, Lanes],
-    expected: AverageState,
-    path: str | PathLike[str],
-    *,
-    same_weights: bool,
-) -> AverageState:
-    """Fill the lanes with this rank's elements of a saved state, whatever layout it was saved in (collective).
+    def _ranges(self) -> list[tuple[str, int, int]]:
+        return [(fragment.name, fragment.start, fragment.end) for fragment in self._engine.fragments]
 
-    Args:
-        engine: whose layout.
-        lanes: by name of the rule; they hold what the state holds afterwards, and are as before after an error
-            that was found before the first vector was read.
-        expected: of this run.
-        path: folder that :func:`save_averages` wrote.
-        same_weights: whether the model must have the weights beside which the state was saved.
+    def _vectors(self) -> dict[str, Tensor]:
+        """This rank's vectors of every lane, by name; nothing moves them meanwhile."""
+        return {
+            name: vector
+            for i, each in enumerate(self._averages.lanes.values())
+            for index, lane in each.held().items()
+            for name, vector in _vectors(lane_name(i, index), lane).items()
+        }
 
-    Raises:
-        StateError: the folder is incomplete or damaged, or the state of another run; on every rank.
-    """
-    folder = Path(path)
-    manifest = open_together(engine.ranks, folder, kind=KIND)
-    found = AverageState.from_json(manifest.content, where=folder / "manifest.json")
-    require_run(found, expected, where=folder)
-    require_shapes(found, expected.parameters, where=folder)
-    if same_weights:
-        require_weights(found, expected.weights, where=folder)
-    paired = [(rule, lanes[rule.name]) for rule in found.rules]
-    files = sorted(manifest.files)
-    if not files:
-        raise StateError(f"{folder}/manifest.json: files is empty, expected one of every rank that saved")
-    # Where nothing has changed, a rank's own file holds all it needs.
-    own = engine.ranks.rank % len(files)
-    files = files[own:] + files[:own]
-    wanted = [(fragment.name, fragment.start, fragment.end) for fragment in engine.fragments]
-
-    def filled(number: int, each: Lanes, held: Mapping[str, bool]) -> Iterator[tuple[int, Lane]]:
-        for index in held:
-            lane = each.empty_lane(int(index))
-            read_elements(folder, files, wanted, _vectors(lane_name(number, index), lane))
-            yield int(index), lane
-
-    for rule, each in paired:
-        _require_lanes(rule, each, where=folder)
-    with engine.ranks.together():
-        for number, (rule, each) in enumerate(paired):
-            each.restore(rule.count, filled(number, each, rule.lanes))
-    return found
+    def _state(self, applied_steps: int, *, held: bool) -> AverageState:
+        """What is said of the averages (collective); of the lanes only where they are not to be replaced."""
+        engine = self._engine
+        canonical = {id(parameter): name for name, parameter in engine.trainable.items()}
+        names = {name: canonical.get(id(p), name) for name, p in engine.named_parameters(aliases=True)}
+        return AverageState(
+            rules=[
+                RuleState(
+                    name=name,
+                    rule=repr(self._rules[name]),
+                    count=each.count,
+                    readout=_default_readout(each) if held else {},
+                    lanes={
+                        str(i): lane.compensation is not None
+                        for i, lane in (each.held() if held else {}).items()
+                    },
+                )
+                for name, each in self._averages.lanes.items()
+            ],
+            total_steps=self._total_steps,
+            precision=self._precision,
+            applied_steps=applied_steps,
+            moved=engine.ranks.sum([self._averages.motion.seen])[0] > 0,
+            weights=weights_now(engine),
+            parameters={name: list(engine.full_shape(p)) for name, p in engine.trainable.items()},
+            aliases={name: averaged for name, averaged in names.items() if averaged != name},
+        )
 
 
 def weights_now(engine: Engine) -> str:

@@ -6,6 +6,7 @@ Whatever the system refuses becomes a :class:`StateError` that names the file an
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -148,6 +149,46 @@ def place_beside(path: Path) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def beside(path: Path, what: str) -> Path:
+    """Where a folder lies that is about to get a path's name (``new``), or had it (``old``)."""
+    return path.with_name(f".{path.name}.{what}")
+
+
+def standing(path: Path) -> Path:
+    """The folder of a name; the old one, where :func:`replace_folder` was ended between two renames."""
+    old = beside(path, "old")
+    return old if status(path) is None and status(old) is not None else path
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give a folder the name of another, which may not be there, and delete that one.
+
+    The system exchanges the two names in one step. Where it cannot (NFS), there is none of that name for a moment,
+    and :func:`standing` finds the old one.
+
+    Raises:
+        OSError: a name could not be given; the old folder is where it was, or where `standing` finds it.
+    """
+    old = beside(path, "old")
+    if status(path) is None:
+        os.rename(new, path)
+    elif _exchange(new, path):
+        old = new
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(new, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once, where the system can."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def create_temporary(path: str | PathLike[str]) -> tuple[int, Path]:

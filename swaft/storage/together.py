@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -11,8 +13,9 @@ from typing import Any
 
 from swaft.distributed import Ranks
 from swaft.errors import StateError, SwaftError
-from swaft.storage.files import FileRecord, explained
+from swaft.storage.files import FileRecord, beside, explained, replace_folder, status
 from swaft.storage.sealed import MANIFEST, Manifest, read_manifest, seal, verify
+from swaft.storage.strict_json import shown
 
 Write = Callable[[Path], Mapping[str, FileRecord]]
 """Writes this rank's files into a folder, on the disk to stay, and returns their records by relative path."""
@@ -25,12 +28,14 @@ def write_together(
     kind: str,
     write: Write,
     content: Mapping[str, Any],
+    overwrites: re.Pattern[str] | None = None,
     sealed: Callable[[Path], Mapping[str, str]] = lambda folder: {},
 ) -> None:
     """Have every rank write its part of a new folder, and declare it complete after the last (collective).
 
     The folder has its name from the start and no mark until the end, so nothing is ever renamed that other ranks
-    write into.
+    write into. One that takes the place of another is written beside it, and has the name once it is complete: at
+    no moment is there neither.
 
     Args:
         ranks: who writes.
@@ -38,24 +43,33 @@ def write_together(
         kind: of the manifest.
         write: called on every rank; may make collective calls, if it makes them whatever fails.
         content: of the manifest, the same on every rank.
+        overwrites: names of the files that a folder may hold already, which is then replaced; None: none may.
         sealed: called on rank 0 once all have written; hashes of the manifests of sealed folders inside, by path.
 
     Raises:
         StateError: a rank could not write; on every rank, and the unfinished folder is removed.
     """
-    folder = Path(path)
+    folder = final = Path(path)
+    if overwrites is not None:
+        final = Path(ranks.gather(os.path.realpath(path))[0])  # links stay
+        folder = beside(final, "new")
     with ranks.together():
         if ranks.is_main:
+            if overwrites is not None:
+                _refuse_foreign(final, overwrites)
+                shutil.rmtree(folder, ignore_errors=True)  # what was ended while it was written
             _make(folder)
     try:
         records: Mapping[str, FileRecord] = {}
-        with ranks.together(f"{folder} could not be written"):
+        with ranks.together(f"{final} could not be written"):
             records = write(folder)
         written = ranks.gather(records)
-        with ranks.together(f"{folder} could not be written"):
+        with ranks.together(f"{final} could not be written"):
             if ranks.is_main:
                 files = {name: record for each in written for name, record in each.items()}
                 seal(folder, Manifest(kind, files, content, sealed(folder)))
+                if folder != final:
+                    replace_folder(folder, final)
     except SwaftError:
         if ranks.is_main:  # all ranks are here, so none writes any more
             shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +121,20 @@ def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, s
 
 def _digest(manifest: Manifest) -> str:
     return hashlib.sha256(repr(manifest).encode()).hexdigest()
+
+
+def _refuse_foreign(folder: Path, known: re.Pattern[str]) -> None:
+    """Refuse to replace what somebody else has put there."""
+    facts = status(folder)
+    if facts is None:
+        return
+    with explained(folder, "looked into"):
+        others = sorted(entry for entry in os.listdir(folder) if not known.fullmatch(entry))
+    if others:
+        raise StateError(
+            f"{folder} holds {shown(others[0])}, which nothing of this kind has written, so it is not overwritten; "
+            "name another path"
+        )
 
 
 def _make(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from swaft.averaging import Engine, WeightAverager, save_pretrained
 from swaft.config import EvalConfig
 from swaft.errors import ConfigError
 from swaft.storage import sync_tree
+from swaft.storage.files import beside, replace_folder
 from swaft.training.evaluate import Scores
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class BestWeights:
         if not self._engine.ranks.is_main:
             return
         if kept:
-            new = _beside(self._folder, "new")
+            new = beside(self._folder, "new")
             shutil.rmtree(new, ignore_errors=True)
             for name in kept:
                 target = new / Path(name).relative_to(BEST)
@@ -220,7 +220,7 @@ class BestWeights:
         return difference if self._target.better is max else -difference
 
     def _write(self, kind: str, **selection: Any) -> None:
-        new = _beside(self._folder, "new")
+        new = beside(self._folder, "new")
         if self._engine.ranks.is_main:  # what a run left that was ended here
             shutil.rmtree(new, ignore_errors=True)
         if kind == "averaged":
@@ -233,20 +233,3 @@ class BestWeights:
                 self._tokenizer.save_pretrained(new)
                 sync_tree(new)
                 replace_folder(new, self._folder)
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a folder in the place of another, which may not be there; what has the name is whole at all times.
-
-    Between the two renames there is none of that name, and the old one lies beside it as ``<name>.old``.
-    """
-    aside = _beside(old, "old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        os.replace(old, aside)
-    os.replace(new, old)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _beside(folder: Path, ending: str) -> Path:
-    return folder.with_name(f"{folder.name}.{ending}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import swaft
@@ -134,6 +135,54 @@ def test_a_folder_that_holds_anything_is_never_written_to(tmp_path):
     with pytest.raises(StateError, match="holds files already"):
         averager.save_state(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_state_takes_the_place_of_an_older_one_where_that_is_asked_for(tmp_path):
+    model, optimizer, averager = start()
+    for at in (4, 6):
+        train(model, optimizer, averager, averager.applied_steps, at)
+        averager.save_state(tmp_path / "state", overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
+    again, _, other = start()
+    again.load_state_dict(model.state_dict())
+    other.load_state(tmp_path / "state")
+    assert other.applied_steps == 6
+
+
+def test_accelerate_keeps_the_averages_of_a_run_of_one_rank(tmp_path):
+    def prepared():
+        model, optimizer, _ = start()
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        averager = swaft.WeightAverager(model, optimizer, rule=RULES, total_steps=STEPS)
+        accelerator.register_for_checkpointing(averager)
+        return accelerator, model, optimizer, averager
+
+    accelerator, *whole = prepared()
+    train(*whole, 0, 6)
+    accelerator.save_state(str(tmp_path / "checkpoint"))
+    train(*whole, 6, STEPS)
+    again, *parts = prepared()
+    again.load_state(str(tmp_path / "checkpoint"))
+    assert parts[2].applied_steps == 6
+    train(*parts, 6, STEPS)
+    expected, found = lanes(whole[2]), lanes(parts[2])
+    assert all(torch.equal(a, b) for name in RULES for a, b in zip(expected[name], found[name], strict=True))
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
+    model, optimizer, averager = start()
+    train(model, optimizer, averager, 0, 6)
+    packed = averager.state_dict()
+    _, _, other = start()
+    with pytest.raises(StateError, match="saved beside other weights"):
+        other.load_state_dict(packed)
+    packed["fragments"] = packed["fragments"][::-1]
+    with pytest.raises(StateError, match="in another order than this run's optimizer"):
+        averager.load_state_dict(packed)
+    with averager.swapped_in(), pytest.raises(AveragingError, match="leave the swap first"):
+        averager.load_state_dict(packed)
+    assert (other.count("ema"), averager.count("ema")) == (0, 6)
 
 
 def test_a_state_saved_inside_a_swap_is_that_of_the_live_weights(tmp_path):

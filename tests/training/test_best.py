@@ -12,7 +12,7 @@ import swaft
 from swaft.config import EvalConfig
 from swaft.errors import ConfigError, StateError
 from swaft.metrics import classification, generation, question_answering
-from swaft.training.best import BestWeights, Target, choose_target, replace_folder
+from swaft.training.best import BestWeights, Target, choose_target
 
 pytestmark = pytest.mark.unit
 
@@ -261,15 +261,6 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
     again.best.restore(run.best.state(), tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
     assert again.best.found is None
     assert message in caplog.text
-
-
-def test_a_folder_takes_the_place_of_another_or_of_none(tmp_path):
-    for content in ("first", "second"):
-        (tmp_path / "new").mkdir()
-        (tmp_path / "new" / "file").write_text(content)
-        replace_folder(tmp_path / "new", tmp_path / "kept")
-        assert (tmp_path / "kept" / "file").read_text() == content
-        assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_score_that_there_is_not_is_refused_before_training():

@@ -1,0 +1,124 @@
+"""One folder in the place of another: whole under its name at all times, however the system can do it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from swaft.distributed import Ranks
+from swaft.errors import StateError
+from swaft.storage import TensorFileWriter, files, read_manifest, verify
+from swaft.storage.files import beside, replace_folder, standing
+from swaft.storage.together import write_together
+
+pytestmark = pytest.mark.unit
+
+FILES = re.compile(r"(w\.safetensors|manifest\.json|COMPLETE)(\.tmp)?")
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture(params=["exchanged", "renamed twice"])
+def ways(request, monkeypatch):
+    if request.param == "renamed twice":  # as on NFS
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    return request.param
+
+
+def test_a_folder_takes_the_place_of_another_or_of_none(tmp_path, ways):
+    for content in ("first", "second", "third"):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "file").write_text(content)
+        replace_folder(tmp_path / "new", tmp_path / "kept")
+        assert (tmp_path / "kept" / "file").read_text() == content
+        assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+
+
+def write(folder, value: float) -> None:
+    def rank(place):
+        with TensorFileWriter(place / "w.safetensors", {"w": (torch.float32, [3])}) as writer:
+            writer.write(torch.full((3,), value))
+        return {"w.safetensors": writer.record}
+
+    write_together(Ranks(), folder, kind="test", write=rank, content={"value": value}, overwrites=FILES)
+
+
+def value_in(folder) -> float:
+    found = standing(folder)
+    manifest = read_manifest(found, kind="test")
+    verify(found, manifest)
+    return manifest.content["value"]
+
+
+@pytest.mark.parametrize("fault", [Crash, OSError(28, "No space left on device")], ids=["crash", "no space"])
+def test_whatever_call_fails_the_old_folder_or_the_new_one_is_there_whole(tmp_path, ways, monkeypatch, fault):
+    calls = ("write", "fsync", "replace", "rename", "open", "unlink", "rmdir", "mkdir")
+    real = {name: getattr(os, name) for name in calls}
+    real_exchange, folder, seen = files._exchange, tmp_path / "state", set()
+    for survived in range(300):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        write(folder, 1.0)
+        left = survived
+
+        def counted(call):
+            def counting(*arguments, **keywords):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise fault
+                return call(*arguments, **keywords)
+
+            return counting
+
+        with monkeypatch.context() as patched:
+            for name in calls:
+                patched.setattr(os, name, counted(real[name]))
+            patched.setattr(files, "_exchange", counted(real_exchange))
+            try:
+                write(folder, 2.0)
+                failed = False
+            except (Crash, StateError):
+                failed = True
+        found = value_in(folder)
+        seen.add(found)
+        assert failed or found == 2.0
+        write(folder, 3.0)  # the next one clears away what was left
+        assert value_in(folder) == 3.0
+        assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
+        if not failed:
+            break
+    assert not failed
+    assert seen == {1.0, 2.0}
+    assert survived > 10
+
+
+def test_what_somebody_else_has_put_there_is_never_overwritten(tmp_path):
+    write(tmp_path / "state", 1.0)
+    (tmp_path / "state" / "note.txt").write_text("mine")
+    with pytest.raises(StateError, match=r"holds 'note\.txt'.*not overwritten"):
+        write(tmp_path / "state", 2.0)
+    assert (tmp_path / "state" / "note.txt").read_text() == "mine"
+    assert value_in(tmp_path / "state") == 1.0
+    assert not beside(tmp_path / "state", "new").exists()
+
+
+def test_the_remains_of_a_save_that_was_killed_are_overwritten(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "w.safetensors.tmp").write_text("half")
+    write(tmp_path / "state", 2.0)
+    assert value_in(tmp_path / "state") == 2.0
+
+
+def test_a_link_stays_one_and_its_folder_is_replaced(tmp_path):
+    write(tmp_path / "real", 1.0)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", 2.0)
+    assert (tmp_path / "link").is_symlink()
+    assert value_in(tmp_path / "real") == 2.0
