@@ -173,13 +173,13 @@ def replace_folder(new: Path, path: Path) -> None:
     """
     old = beside(path, "old")
     if status(path) is None:
-        os.rename(new, path)
+        os.replace(new, path)
     elif _exchange(new, path):
         old = new
     else:
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-        os.rename(new, path)
+        os.replace(path, old)
+        os.replace(new, path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
