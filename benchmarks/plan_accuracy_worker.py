@@ -26,7 +26,7 @@ import swaft
 from benchmarks.plan_accuracy_cases import MODELS, WARM_UP, Model
 from swaft.config import NoiseConfig, TrackConfig
 from swaft.training.build import build_objective, build_optimizer
-from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.accelerator import build_accelerator, resolve_engine, whole_model_loading
 from swaft.training.launch.fsdp2 import prepare
 from swaft.training.pretrained import hidden_size, with_checkpointing
 
@@ -53,7 +53,8 @@ def train_steps(case: Model) -> None:
     AcceleratorState._reset_state()
     train = case.train()
     settings: Any = SimpleNamespace(train=train, track=TrackConfig())
-    accelerator = build_accelerator(settings, hidden_size=hidden_size(case.configuration()))
+    engine = resolve_engine(train, os.environ, hidden_size=hidden_size(case.configuration()))
+    accelerator = build_accelerator(settings, engine)
     with whole_model_loading(accelerator):
         model = with_checkpointing(case.build(), train.gradient_checkpointing)
     objective = build_objective(NoiseConfig(), seed=0)

@@ -9,7 +9,6 @@ last weights (final/), the averaged ones (final-averaged/), and the scores of bo
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,6 @@ from swaft.training.launch.accelerator import build_accelerator, whole_model_loa
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
     describe_labels,
-    hidden_size,
     load_classifier,
     load_model_config,
     load_tokenizer,
@@ -49,13 +47,13 @@ from swaft.training.pretrained import (
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.refusals import (
-    refuse_compilation,
     require_decoder_start,
     require_embeddings,
     require_text,
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
+from swaft.training.start import start_of
 
 Config = ClassificationConfig
 
@@ -97,6 +95,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     head = problems.of(fit_head, task, config.model, model_config)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
+    problems.of(describe_labels, model_config, head.task, pad_token_id=tokenizer.pad_token_id)
     metric = problems.of(choose_metric, config.eval.metric, config.data.task_name, task)
     target = problems.of(main_score, metric)
     problems.of(choose_target, config.eval, target, task.rows)
@@ -134,12 +133,9 @@ def main_score(metric: Metric) -> Target:
 def run(config: ClassificationConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
-    problems = Problems()
-    ready = prepare(config, problems)
-    problems.of(refuse_compilation, os.environ)
-    problems.refuse()
+    ready, start = start_of(config, prepare)
     task, tokenizer = ready.task, ready.tokenizer
-    accelerator = build_accelerator(config, hidden_size=hidden_size(ready.model_config))
+    accelerator = build_accelerator(config, start.engine)
     folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as token ids.
@@ -149,7 +145,6 @@ def run(config: ClassificationConfig) -> None:
     }
 
     # Model: the pretrained body with a new head, the same on every rank.
-    describe_labels(ready.model_config, task, pad_token_id=tokenizer.pad_token_id)
     with whole_model_loading(accelerator):
         model = load_classifier(
             config.model,

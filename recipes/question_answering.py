@@ -10,7 +10,6 @@ official SQuAD scripts read them (predictions-*.json), and some of them to read 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ from swaft.training.generation import write_samples
 from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
-    hidden_size,
     load_model_config,
     load_question_answerer,
     load_tokenizer,
@@ -57,13 +55,13 @@ from swaft.training.pretrained import (
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.refusals import (
-    refuse_compilation,
     require_decoder_start,
     require_embeddings,
     require_text,
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
+from swaft.training.start import start_of
 
 Config = QuestionAnsweringConfig
 
@@ -139,12 +137,9 @@ def main_score(metric: QuestionMetric) -> Target:
 def run(config: QuestionAnsweringConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
-    problems = Problems()
-    ready = prepare(config, problems)
-    problems.of(refuse_compilation, os.environ)
-    problems.refuse()
+    ready, start = start_of(config, prepare)
     tokenizer = ready.tokenizer
-    accelerator = build_accelerator(config, hidden_size=hidden_size(ready.model_config))
+    accelerator = build_accelerator(config, start.engine)
     folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as overlapping windows of token ids.

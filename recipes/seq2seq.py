@@ -10,7 +10,6 @@ wrote (samples-validation.jsonl, samples-test.jsonl).
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,17 +46,17 @@ from swaft.training.generation import evaluate_texts, generation_arguments, repo
 from swaft.training.languages import set_languages
 from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.pretrained import hidden_size, load_tokenizer, longest_input
+from swaft.training.pretrained import load_tokenizer, longest_input
 from swaft.training.problems import Problems
 from swaft.training.progress import setup_logging
 from swaft.training.refusals import (
-    refuse_compilation,
     require_decoder_start,
     require_embeddings,
     require_text,
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
+from swaft.training.start import start_of
 
 Config = Seq2SeqConfig
 
@@ -174,12 +173,9 @@ def translates(data: Seq2SeqDataConfig, columns: PairColumns, *, model_type: str
 def run(config: Seq2SeqConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
-    problems = Problems()
-    ready = prepare(config, problems)
-    problems.of(refuse_compilation, os.environ)
-    problems.refuse()
+    ready, start = start_of(config, prepare)
     pairs, metric, model_config = ready.rows, ready.metric, ready.model_config
-    accelerator = build_accelerator(config, hidden_size=hidden_size(model_config))
+    accelerator = build_accelerator(config, start.engine)
     folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as token ids.

@@ -28,7 +28,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from swaft.errors import ConfigError
-from swaft.planning.memory import sized
+from swaft.planning import sized
 
 if TYPE_CHECKING:
     from swaft.planning.memory import Phase

@@ -351,11 +351,6 @@ def offloads(zero: Mapping[str, Any], part: str) -> bool:
     return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
 
 
-def sized(count: int) -> str:
-    """Write a number of bytes as people do: ``1.25 GiB``, ``3.2 MiB``."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
-
-
 def _touched(run: Run, partitions: Sequence[int]) -> int:
     """Most elements of the parameters that a rank's partitions touch; ZeRO-1 and 2 keep their gradients whole."""
     change = [0] * (run.world_size + 1)

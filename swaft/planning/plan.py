@@ -14,8 +14,9 @@ from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
 from swaft.config import AveragingConfig, TrainConfig
+from swaft.planning import sized
 from swaft.planning.engines import Engine
-from swaft.planning.memory import Phase, Run, numel, sized
+from swaft.planning.memory import Phase, Run, numel
 from swaft.planning.step import FP32, trace_training_step
 
 

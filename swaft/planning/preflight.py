@@ -20,22 +20,33 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swaft.averaging.host.memory import lane_bytes
-from swaft.averaging.rules import Plan, Rule
-from swaft.config import AveragingConfig, NoiseConfig, TrainConfig, read_config, to_yaml
+from swaft.averaging.rules import Plan
+from swaft.config import AveragingConfig, NoiseConfig, TrainConfig, read_config
 from swaft.config.leaves import leaves
+from swaft.errors import ConfigError
 from swaft.planning.model import planned_model
 from swaft.training.build import ParameterCount, count_parameters
-from swaft.training.launch.accelerator import resolve_deepspeed, resolve_precision
 from swaft.training.launch.deepspeed_config import FilledConfig
-from swaft.training.launch.deepspeed_extension import reason_not_to_build, refuse_stale_lock, use_environment
-from swaft.training.launch.fsdp2 import resolve_fsdp2
+from swaft.training.launch.deepspeed_extension import refuse_left_locks
+from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
-from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
 from swaft.training.recipe import Recipe, is_recipe, load_recipe, require_python
-from swaft.training.refusals import refuse_compilation
-from swaft.training.run.folder import refuse_used
-from swaft.training.schedule import Schedule, build_schedule, planned_steps
+from swaft.training.schedule import Schedule
+from swaft.training.start import check_start
+
+SILENCED = (
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
+    "zero3_save_16bit_model",
+    "mixed_precision",
+)
+"""Entries of a launch file that a bare ``Accelerator()`` refuses beside a DeepSpeed file."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,9 @@ def check_run(words: Sequence[str]) -> Preflight:
             f"settings, data and model: {script.path} is not written as swaft's recipes are (it has no Config and "
             "prepare); only the launch line, its file and the stage in the DeepSpeed file were looked at"
         )
+        problems.of(_check_script, launch)
     if "launch" not in facts:
         facts["launch"] = problems.of(_launch_facts, launch, None)
-    problems.of(_refuse_stale_lock, launch)
     known = {name: value for name, value in facts.items() if value is not MISSING and value is not None}
     return Preflight(known, unchecked, problems.found)
 
@@ -86,41 +97,20 @@ def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[st
     config, replaced = _read_settings(recipe, script, problems)
     with _notes() as notes:
         ready = recipe.prepare(config, problems)
-    problems.of(refuse_compilation, launch.environ)
-    precision = problems.of(resolve_precision, config.train, launch.environ)
-    width = problems.of(hidden_size, ready.model_config)
-    filled = problems.of(
-        resolve_deepspeed,
-        config.train,
-        launch.environ,
-        precision=precision,
-        hidden_size=None if width is MISSING else width,  # decides on the sizes of buckets alone
-    )
-    problems.of(resolve_fsdp2, launch.environ, precision=precision)
-    problems.of(
-        refuse_used,
-        config.train.output_dir,
-        resume=config.train.resume_from_checkpoint,
-        config_yaml=_as_yaml(config),
-    )
-    total_steps = problems.of(_given_steps, config.train)
-    if total_steps is None:
-        total_steps = problems.of(_count_steps, config.train, ready.rows, launch.world_size)
-    averaging = ready.rule is not None
-    schedule = problems.of(build_schedule, config.train, total_steps=total_steps, averaging=averaging)
-    plan = problems.of(_plan, ready.rule, total_steps)
+        start = check_start(config, ready, launch.environ, problems)
     fake = FakeTensorMode()
     model = problems.of(_empty_model, config, ready.model_config, fake)
     size = problems.of(count_parameters, model)
     problems.of(_fit_objective, ready.objective, model, fake)
+    problems.of(_fit_blocks, model, start.engine.fsdp2)
     return {
-        "launch": problems.of(_launch_facts, launch, None if precision is MISSING else precision),
+        "launch": problems.of(_launch_facts, launch, None if start.precision is MISSING else start.precision),
         "batch": problems.of(_batch_facts, config.train, launch.world_size),
         "model": problems.of(_model_facts, size),
-        "steps": problems.of(_step_facts, config.train, schedule, cuts_rows=ready.cuts_rows),
-        "averaging": problems.of(_averaging_facts, config.averaging, plan, size, launch.world_size),
+        "steps": problems.of(_step_facts, config.train, start.schedule, cuts_rows=ready.cuts_rows),
+        "averaging": problems.of(_averaging_facts, config.averaging, start.plan, size, launch.world_size),
         "noise": problems.of(_noise_facts, config.noise, ready.objective, ready.model_config),
-        "ds": problems.of(_deepspeed_facts, filled),
+        "ds": problems.of(_deepspeed_facts, start.engine.deepspeed),
         "data": problems.of(_data_facts, ready.rows),
         "rows": replaced or None,
         "notes": notes or None,
@@ -158,29 +148,24 @@ def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[
     return dataclasses.replace(read.config, **dict.fromkeys(faulty, MISSING)), read.replaced
 
 
-def _as_yaml(config: Any) -> str:
-    """Write the configuration as a run keeps it; missing where a section of it is."""
-    sections = [getattr(config, section.name) for section in dataclasses.fields(config)]
-    return MISSING if any(section is MISSING for section in sections) else to_yaml(config)
+def _check_script(launch: Launch) -> None:
+    """Refuse what a bare ``Accelerator()`` refuses of the launch line.
 
-
-def _refuse_stale_lock(launch: Launch) -> None:
-    """Refuse a left-behind lock that DeepSpeed would wait for, where this machine has no GPU to do without."""
-    if launch.stage is not None and reason_not_to_build() is None:
-        use_environment()
-        refuse_stale_lock()
-
-
-def _given_steps(train: TrainConfig) -> int | None:
-    return train.max_steps if train.max_steps > 0 else None
-
-
-def _count_steps(train: TrainConfig, rows: Mapping[str, Sized], world_size: int) -> int:
-    return planned_steps(train, num_rows=len(rows["train"]), world_size=world_size)
-
-
-def _plan(rule: Rule | None, total_steps: int) -> Plan | None:
-    return None if rule is None else rule.plan(total_steps)
+    Raises:
+        ConfigError: as accelerate would.
+    """
+    if launch.stage is None:
+        return
+    fields = launch.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    named = launch.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    silenced = [name for name in SILENCED if name in fields] if named != "none" else []
+    if silenced:
+        raise ConfigError(
+            f"the launch file says {', '.join(silenced)} beside deepspeed_config_file {named}, which accelerate "
+            "refuses in a script of your own (swaft's recipes take both): write it into that file; "
+            "mixed_precision may also be given on the line (--mixed_precision bf16)"
+        )
+    refuse_left_locks(offloads_optimizer=False)
 
 
 def _empty_model(config: Any, model_config: Any, fake: FakeTensorMode) -> nn.Module:
@@ -193,6 +178,12 @@ def _fit_objective(objective: Any, model: nn.Module, fake: FakeTensorMode) -> No
     """Refuse an objective that cannot be had with the model."""
     with fake:
         objective.prepare_model(model)
+
+
+def _fit_blocks(model: nn.Module, plugin: Any) -> None:
+    """Refuse layers to shard that the model does not have."""
+    if plugin is not None:
+        find_blocks(model, plugin)
 
 
 def _launch_facts(launch: Launch, precision: str | None) -> dict[str, Any]:
@@ -215,7 +206,7 @@ def _batch_facts(train: TrainConfig, world_size: int) -> dict[str, int]:
 
 
 def _step_facts(train: TrainConfig, schedule: Schedule, *, cuts_rows: bool) -> dict[str, Any]:
-    given = _given_steps(train) is not None
+    given = train.max_steps > 0
     return {
         "epochs": None if given else train.num_train_epochs,
         "total": schedule.total_steps,

@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swaft.averaging.rules import Plan
 from swaft.config import load_config
 from swaft.errors import ConfigError
 from swaft.planning.engines import Engine
 from swaft.planning.model import planned_model
 from swaft.planning.plan import RunPlan, Target, find_shortages, plan_run
 from swaft.training.launch.launcher import Launch, read_launch, read_script
-from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
-from swaft.training.recipe import Prepared, is_recipe, load_recipe, require_python
-from swaft.training.refusals import refuse_compilation
-from swaft.training.schedule import planned_steps
+from swaft.training.recipe import is_recipe, load_recipe, require_python
+from swaft.training.start import check_start
 
 RANKS_OF_A_MACHINE = 8
 """Devices that machines have at most, as a rule."""
@@ -49,10 +46,15 @@ def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
     config: Any = load_config(recipe.config_class, script.arguments)
     problems = Problems()
     ready: Any = recipe.prepare(config, problems)
-    problems.of(refuse_compilation, launch.environ)
-    if any(needed is MISSING for needed in (ready.model_config, ready.objective, ready.rule)):
+    start = check_start(config, ready, launch.environ, problems)
+    if start.total_steps is MISSING and ready.rule is not None:
+        problems.add(
+            ["the length of the run depends on the training rows; set train.max_steps to plan without them"]
+        )
+    plan = None if ready.rule is None else start.plan
+    if any(needed is MISSING for needed in (ready.model_config, ready.objective, start.engine, plan)):
         raise ConfigError(problems.found)
-    engine = Engine(launch, config.train, hidden_size=hidden_size(ready.model_config))
+    engine = Engine(launch, start.engine)
     model = planned_model(config, ready.model_config)
     found = plan_run(
         engine,
@@ -60,7 +62,7 @@ def plan_recipe(words: Sequence[str], target: Target) -> RunPlan:
         build_model=model.build,
         make_batch=model.batch,
         objective=ready.objective,
-        rule_plan=_rule_plan(config, ready, launch.world_size, problems),
+        rule_plan=plan,
         target=target,
     )
     return dataclasses.replace(
@@ -90,24 +92,3 @@ def machine_notes(launch: Launch) -> list[str]:
         f"all {launch.world_size:,} ranks are taken to be on one machine, as the launch file says (num_machines "
         f"1); for several machines take {named} and --num_machines"
     ]
-
-
-def _rule_plan(config: Any, ready: Prepared, world_size: int, problems: Problems) -> Plan | None:
-    """Return the averaging rule's numbers for the run's length.
-
-    Raises:
-        ConfigError: the length depends on rows that cannot be read here.
-    """
-    if ready.rule is None:
-        return None
-    steps = config.train.max_steps
-    if steps <= 0:
-        if ready.rows is MISSING:
-            raise ConfigError(
-                [
-                    *problems.found,
-                    "the length of the run depends on the training rows; set train.max_steps to plan without them",
-                ]
-            )
-        steps = planned_steps(config.train, num_rows=len(ready.rows["train"]), world_size=world_size)
-    return ready.rule.plan(steps)

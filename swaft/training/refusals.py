@@ -51,6 +51,22 @@ def refuse_compilation(environ: Mapping[str, str]) -> None:
         )
 
 
+def refuse_parallelism(environ: Mapping[str, str]) -> None:
+    """Refuse a launch that splits a batch, or a layer, over ranks.
+
+    Args:
+        environ: what the launcher left, or would leave.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ("false", ""):
+        raise ConfigError(
+            "the launcher asks for parallelism_config, and in the recipes every rank trains on rows of its own, "
+            "with weights sharded over all ranks or none; remove it from the accelerate configuration"
+        )
+
+
 def require_weights(model: AnyModel, model_config: object) -> None:
     """Refuse a folder without weights; whether the hub has some is seen when they are fetched.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -236,10 +237,26 @@ deepspeed_config:
 def test_a_script_of_ones_own_is_not_run_and_said_to_be_looked_at_from_outside(capsys, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text("raise SystemExit('ran')\n")
-    assert main(["validate", "--config_file", str(FILES["zero2"]), str(script), "--lr", "1"]) == 0
+    words = ["--config_file", str(FILES["zero2"]), str(script), "--lr", "1"]
+    assert main(["validate", "--mixed_precision", "bf16", *words]) == 0
     printed = capsys.readouterr().out
     assert "launch     2 ranks, DeepSpeed ZeRO-2" in printed
     assert f"unchecked  settings, data and model: {script} is not written as swaft's recipes are" in printed
+
+
+@pytest.mark.parametrize("launch", [name for name in FILES if name.startswith("zero")])
+def test_a_launch_file_says_in_its_first_line_what_a_script_of_ones_own_needs(capsys, tmp_path, launch):
+    script = tmp_path / "mine.py"
+    script.touch()
+    ranks = ("--num_machines", "2", "--num_processes", "16") if launch.endswith("_multinode") else ()
+    words = ["--config_file", str(FILES[launch]), *ranks, str(script)]
+    assert main(["validate", *words]) == 1
+    printed = capsys.readouterr().out
+    assert "mixed_precision beside deepspeed_config_file ds_configs/zero" in printed
+    [needed] = re.findall(
+        r"In a script of your own.*?(--mixed_precision \w+)", FILES[launch].read_text().split("\n")[0]
+    )
+    assert main(["validate", *needed.split(), *words]) == 0
 
 
 @pytest.mark.parametrize("command", ["validate", "plan"])

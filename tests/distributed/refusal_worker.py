@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -99,22 +98,7 @@ def _initialize(deepspeed, model: nn.Module, optimizer):
 
 def stand_ins() -> Iterator[Check]:
     """Modes that DeepSpeed starts on other machines only: a real engine that says it is in that mode."""
-    nvme = SimpleNamespace(device="nvme")
-    answers = {
-        "zero_optimization.offload_optimizer.device=nvme": ("zero_offload_optimizer", nvme),
-        "zero_optimization.offload_param.device=nvme": ("zero_offload_param", nvme),
-        "zero_optimization.offload_optimizer.super_offload": ("super_offload", True),
-        "zero_optimization.zero_quantized_weights": ("zero_quantized_weights", True),
-    }
     _, model, optimizer = prepared(ENGINES["zero3 bf16"])
-    for setting, (question, answer) in answers.items():
-
-        def answered(setting=setting, question=question, answer=answer):
-            with mock.patch.object(model, question, return_value=answer):
-                refused(setting, model, optimizer)
-
-        yield f"{setting}, as the engine says", answered
-
     for attribute, owner, answer in (
         ("mpu", model, object()),
         ("sub_group_process_groups", model.optimizer, [dist.new_group([0])]),

@@ -158,11 +158,11 @@ def test_a_nan_loss_names_the_step(refuse, tmp_path):
 def test_a_deepspeed_file_that_contradicts_the_recipe_names_both_values(refuse, tmp_path, monkeypatch):
     file = tmp_path / "mine.json"
     file.write_text(
-        '{"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "scheduler": {"type": "WarmupLR"}}'
+        '{"zero_optimization": {"stage": 2}, "gradient_clipping": 5.0, "scheduler": {"type": "OneCycle"}}'
     )
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     said = refuse()
     assert "2 problems" in said
     assert f"{file} says gradient_clipping = 5.0" in said
-    assert "WarmupLR" in said
+    assert "OneCycle" in said

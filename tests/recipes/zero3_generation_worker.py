@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from swaft.config import TrackConfig, TrainConfig
 from swaft.training.generation import batch_generator, generation_is_collective
-from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
+from swaft.training.launch.accelerator import build_accelerator, resolve_engine, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 
 
@@ -25,7 +26,9 @@ class Config:
 
 
 def main(folder: str) -> None:
-    accelerator: Accelerator = build_accelerator(Config(folder), hidden_size=16)
+    config = Config(folder)
+    engine = resolve_engine(config.train, os.environ, hidden_size=16)
+    accelerator: Accelerator = build_accelerator(config, engine)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with whole_model_loading(accelerator):
         whole, cut = (AutoModelForSeq2SeqLM.from_pretrained(folder).eval() for _ in range(2))

@@ -171,18 +171,58 @@ def test_an_optimizer_the_recipe_does_not_train_with_is_refused(optimizer):
     assert "AdamW" in problem
 
 
-def test_a_scheduler_block_is_refused_and_names_the_setting_to_use():
-    (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}).problems
-    assert "WarmupLR" in problem
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+        {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 100, "warmup_type": "linear"},
+        {},
+    ],
+)
+def test_a_scheduler_block_that_agrees_is_set_aside_with_one_line(kind, params):
+    scheduler = {"type": kind, "params": params}
+    result = filled(
+        {"zero_optimization": {"stage": 2}, "scheduler": scheduler}, replace(RECIPE, warmup_steps=100)
+    )
+    assert result.problems == []
+    assert "scheduler" not in result.config
+    [said] = [row for row in result.rows if row[0] == "scheduler"]
+    assert said[1] == "set aside"
+    assert kind in said[2]
+    assert "train.lr_scheduler_type" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("params", "found", "setting"),
+    [
+        ({"warmup_num_steps": 50}, "scheduler.params.warmup_num_steps = 50", "train.warmup_steps"),
+        ({"warmup_max_lr": 1e-4}, "scheduler.params.warmup_max_lr = 0.0001", "train.learning_rate"),
+        ({"total_num_steps": 900}, "scheduler.params.total_num_steps = 900", "train.max_steps"),
+        ({"warmup_type": "log", "warmup_num_steps": "auto"}, "warmup_type = log", "linear"),
+    ],
+)
+def test_a_number_of_a_scheduler_block_that_differs_is_a_problem(params, found, setting):
+    scheduler = {"type": "WarmupDecayLR", "params": params}
+    (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": scheduler}).problems
+    assert found in problem
+    assert setting in problem
+
+
+@pytest.mark.parametrize("kind", ["OneCycle", "LRRangeTest"])
+def test_a_scheduler_of_another_kind_is_refused_and_names_the_setting_to_use(kind):
+    (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": {"type": kind}}).problems
+    assert kind in problem
     assert "train.lr_scheduler_type" in problem
 
 
-@pytest.mark.parametrize("warmup", ["auto", 0, -1])
-def test_a_warm_up_in_the_file_is_one_problem_whatever_its_length(warmup):
-    params = {"warmup_num_steps": warmup, "warmup_max_lr": "auto", "total_num_steps": "auto"}
-    scheduler = {"type": "WarmupDecayLR", "params": params}
-    (problem,) = filled({"zero_optimization": {"stage": 2}, "scheduler": scheduler}).problems
-    assert "train.warmup_steps" in problem
+@pytest.mark.parametrize(
+    ("old", "new"), [("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")]
+)
+def test_an_old_name_of_offloading_is_obeyed_by_its_new_one(old, new):
+    result = filled({"zero_optimization": {"stage": 3, old: True}})
+    assert result.config["zero_optimization"] == {"stage": 3, new: {"device": "cpu"}}
+    assert (f"zero_optimization.{new}", {"device": "cpu"}, f"by its old name, {old}") in result.rows
 
 
 def test_all_problems_are_reported_at_once():
@@ -190,7 +230,7 @@ def test_all_problems_are_reported_at_once():
         "zero_optimization": {"stage": 2},
         "gradient_clipping": 3,
         "train_batch_size": 7,
-        "scheduler": {},
+        "scheduler": {"type": "OneCycle"},
     }
     assert len(filled(config).problems) == 3
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
+from swaft.config import TrainConfig
 from swaft.errors import ConfigError
-from swaft.training.launch.fsdp2 import blocks_of, find_blocks, resolve_fsdp2
+from swaft.training.launch.fsdp2 import blocks_of, find_blocks, obey_fsdp2, resolve_fsdp2
 
 pytestmark = pytest.mark.unit
 
@@ -39,12 +42,35 @@ def test_fsdp1_is_refused_with_the_setting_that_mends_it(environ):
         resolve_fsdp2({"ACCELERATE_USE_FSDP": "true"} | environ, precision="no")
 
 
-def test_what_the_launcher_asks_for_and_is_not_done_is_named_all_at_once():
-    asked = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
-    with pytest.raises(ConfigError) as refused:
-        resolve_fsdp2(LAUNCHED | asked, precision="no")
-    assert len(refused.value.problems) == 2
-    assert "train.gradient_checkpointing" in str(refused.value)
+def test_what_the_launcher_asks_for_and_the_recipe_does_itself_is_obeyed_with_a_line_each(caplog):
+    asked = {
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
+    }
+    train = TrainConfig(output_dir="unused")
+    with caplog.at_level(logging.INFO, "swaft"):
+        obey_fsdp2(LAUNCHED | asked, train)
+    assert [line.split(":")[0] for line in caplog.messages] == [name.lower() for name in asked]
+    assert train.gradient_checkpointing
+    plugin = resolve_fsdp2(LAUNCHED | asked, precision="no")
+    assert plugin is not None
+    assert not plugin.cpu_ram_efficient_loading
+    assert not plugin.activation_checkpointing
+
+
+@pytest.mark.parametrize("environ", [LAUNCHED, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}])
+def test_where_the_launcher_asks_for_nothing_of_fsdp2_nothing_changes(environ, caplog):
+    train = TrainConfig(output_dir="unused")
+    with caplog.at_level(logging.INFO, "swaft"):
+        obey_fsdp2(environ, train)
+    assert caplog.messages == []
+    assert not train.gradient_checkpointing
+
+
+def test_modules_left_out_of_sharding_are_refused():
+    with pytest.raises(ConfigError, match="fsdp_ignored_modules"):
+        resolve_fsdp2(LAUNCHED | {"FSDP_IGNORED_MODULES": "head"}, precision="no")
 
 
 def test_what_accelerate_cannot_read_is_refused_though_it_stands_in_no_variable_here():

@@ -60,7 +60,7 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
         raise UnsupportedEngineError(
             "the parameters are DTensors, but not by `fully_shard`: tensor parallelism, which this version does "
-            "not average; train with FSDP2 alone, or without averaging (averaging.rule=none)"
+            "not average; train with FSDP2 alone"
         )
     if not wrapped and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedEngineError(

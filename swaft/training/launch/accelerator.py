@@ -13,12 +13,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -39,8 +40,9 @@ from swaft.training.launch.deepspeed_config import (
     launcher_config,
     offload_problems,
 )
-from swaft.training.launch.deepspeed_extension import refuse_stale_lock, use_environment
-from swaft.training.launch.fsdp2 import resolve_fsdp2, start_on_cpu, uses_fsdp
+from swaft.training.launch.deepspeed_extension import use_environment
+from swaft.training.launch.deepspeed_rules import deepspeed_problems
+from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2, start_on_cpu, uses_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -55,28 +57,56 @@ class RunConfig(Protocol):
     def track(self) -> TrackConfig: ...  # noqa: D102
 
 
-def build_accelerator(config: RunConfig, *, hidden_size: int | None = None) -> Accelerator:
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What accelerate is started with, as launcher, DeepSpeed file and recipe say it together."""
+
+    precision: str
+    """``no``, ``bf16`` or ``fp16``."""
+    deepspeed: FilledConfig | None
+    fsdp2: FullyShardedDataParallelPlugin | None
+
+
+def resolve_engine(
+    train: TrainConfig, environ: Mapping[str, str], *, hidden_size: int | None
+) -> EngineSettings:
+    """Return what accelerate is started with, for a run that no recipe checks (`swaft.training.start` does).
+
+    Raises:
+        ConfigError: where launcher, DeepSpeed file and recipe contradict one another.
+    """
+    obey_fsdp2(environ, train)
+    precision = resolve_precision(train, environ)
+    return EngineSettings(
+        precision=precision,
+        deepspeed=resolve_deepspeed(train, environ, precision=precision, hidden_size=hidden_size),
+        fsdp2=resolve_fsdp2(environ, precision=precision),
+    )
+
+
+def build_accelerator(config: RunConfig, engine: EngineSettings) -> Accelerator:
     """Start the process group and the engine, seeded (collective).
 
     Args:
         config: a recipe's configuration.
-        hidden_size: width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
+        engine: what was asked for.
 
     Raises:
-        ConfigError: before any process group exists, where launcher, DeepSpeed file and recipe contradict one
-            another.
+        ConfigError: for fp16 on a machine that cannot compute in it.
         TrainingError: where accelerate started something else than the launcher asked for.
     """
-    precision = resolve_precision(config.train, os.environ)
+    precision, deepspeed, fsdp2 = engine.precision, engine.deepspeed, engine.fsdp2
     refuse_fp16_on_cpu(precision)
-    deepspeed = resolve_deepspeed(config.train, os.environ, precision=precision, hidden_size=hidden_size)
-    fsdp2 = resolve_fsdp2(os.environ, precision=precision)
     on_cpu = not torch.cuda.is_available()
     launched = "LOCAL_RANK" in os.environ
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if deepspeed:
         prepare_deepspeed_start(on_cpu=on_cpu)
+    if fsdp2:
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+            "false"  # transformers would leave ranks with empty weights
+        )
     accelerator = Accelerator(
         mixed_precision=precision,
         # Under DeepSpeed accelerate reads cpu=True as "no DeepSpeed"; without it, a CPU rank needs cpu=True
@@ -94,11 +124,6 @@ def build_accelerator(config: RunConfig, *, hidden_size: int | None = None) -> A
     if fsdp2 and on_cpu:
         start_on_cpu(accelerator, fsdp2)
     check_engine(accelerator, os.environ)
-    if config.track.report_to not in ("none", "all") and not accelerator.log_with:
-        raise ConfigError(
-            f"track.report_to is {config.track.report_to}, which is not installed; install it, or set "
-            "track.report_to=none"
-        )
     for key, value, origin in deepspeed.rows if deepspeed else ():
         logger.info("ds  %-58s %-12s (%s)", key, value, origin)
     set_seed(config.train.seed)
@@ -143,9 +168,15 @@ def refuse_fp16_on_cpu(precision: str) -> None:
 
 
 def resolve_deepspeed(
-    train: TrainConfig, environ: Mapping[str, str], *, precision: str, hidden_size: int | None
+    train: TrainConfig, environ: Mapping[str, str], *, precision: str, hidden_size: int | None = None
 ) -> FilledConfig | None:
     """Return the filled DeepSpeed configuration, or None where the launcher did not ask for DeepSpeed.
+
+    Args:
+        train: section ``train``.
+        environ: what the launcher left.
+        precision: resolved.
+        hidden_size: width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
 
     Raises:
         ConfigError: with every contradiction between launcher, DeepSpeed file and recipe.
@@ -161,14 +192,17 @@ def resolve_deepspeed(
     recipe = recipe_values(train, environ, precision=precision, hidden_size=hidden_size)
     filled = fill_auto(config, recipe, source=source)
     stage = filled.config["zero_optimization"].get("stage", 0)
+    refused, ignored = deepspeed_problems(filled.config, source=source)
     problems = [
         *filled.problems,
         *environment_problems(environ, recipe, stage),
         *offload_problems(environ, filled.config),
+        *refused,
     ]
     if problems:
         raise ConfigError(problems)
-    return filled
+    notes = [(name, "ignored", "DeepSpeed has no setting of that name") for name in ignored]
+    return replace(filled, rows=[*filled.rows, *notes])
 
 
 def recipe_values(
@@ -185,6 +219,8 @@ def recipe_values(
         betas=(train.adam_beta1, train.adam_beta2),
         epsilon=train.adam_epsilon,
         mixed_precision=precision,
+        warmup_steps=train.warmup_steps,
+        max_steps=train.max_steps,
         hidden_size=hidden_size,
         source=_recipe_files(sys.argv),
     )
@@ -196,7 +232,7 @@ def uses_deepspeed(environ: Mapping[str, str]) -> bool:
 
 
 def prepare_deepspeed_start(*, on_cpu: bool) -> None:
-    """Set what DeepSpeed reads from the environment, and refuse a start that would wait for ever."""
+    """Set what DeepSpeed reads from the environment."""
     # accelerate refuses a launcher file that states a precision next to a DeepSpeed file. That precision, and
     # every other value the guard is about, has been compared with the DeepSpeed file by now.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -206,7 +242,6 @@ def prepare_deepspeed_start(*, on_cpu: bool) -> None:
     )
     if on_cpu:
         use_environment()
-        refuse_stale_lock()
 
 
 def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:

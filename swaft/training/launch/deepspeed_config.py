@@ -19,6 +19,10 @@ from typing import Any
 from swaft.errors import ConfigError
 
 AUTO = "auto"
+SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+"""DeepSpeed's schedulers that are a warm-up and what follows; others are nothing that a recipe trains with."""
+OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+"""Names that DeepSpeed still takes and accelerate does not know."""
 SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")
 """Entries of a file that are looked into."""
 
@@ -45,6 +49,10 @@ class RecipeValues:
     """AdamW's epsilon."""
     mixed_precision: str
     """``no``, ``bf16`` or ``fp16``, resolved."""
+    warmup_steps: int | float = 0
+    """Optimizer steps of the warm-up; below 1 a share of the run."""
+    max_steps: int = -1
+    """Optimizer steps of the run, where they are given; else 0 or less."""
     hidden_size: int | None = None
     """Width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate."""
     source: str = "the recipe's configuration"
@@ -145,7 +153,11 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     """
     filled = copy.deepcopy(dict(config))
     rows: list[tuple[str, Any, str]] = []
-    problems = [*_optimizer_problems(filled, recipe, source), *_scheduler_problems(filled, source)]
+    for old, new in OLD_OFFLOADS.items():
+        if filled["zero_optimization"].pop(old, False):
+            filled["zero_optimization"].setdefault(new, {"device": "cpu"})
+            rows.append((f"zero_optimization.{new}", {"device": "cpu"}, f"by its old name, {old}"))
+    problems = [*_optimizer_problems(filled, recipe, source), *_scheduler_problems(filled, recipe, source)]
     for key, (value, setting) in _recipe_keys(recipe).items():
         problems += _fill(filled, key, value, setting, rows=rows, recipe=recipe, source=source)
     for key, value in _size_keys(recipe.hidden_size).items():
@@ -163,13 +175,17 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         for name, (value, setting) in _optimizer_keys(recipe).items()
         if block is not None and block.get("params", {}).get(name) == AUTO
     ]
-    if _offloads_optimizer(filled):
+    if offloads_optimizer(filled):
         rows.append(
             ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")
         )
     elif block is not None:
         rows.append(("optimizer", "torch AdamW", "the recipe's, with the values of the file's block"))
-    filled.pop("scheduler", None)
+    if "scheduler" in filled:
+        kind = filled.pop("scheduler").get("type", SCHEDULERS[0])
+        rows.append(
+            ("scheduler", "set aside", f"{kind}; train.lr_scheduler_type and train.warmup_steps set the rate")
+        )
     known = () if recipe.hidden_size is not None else tuple(_size_keys(1))
     problems += [
         f'{source}: {key} is "auto", and nothing fills that key; write a number there'
@@ -224,11 +240,17 @@ def _fill(
         if present == AUTO or value is not False:
             rows.append((key, value, f"{present} -> {setting}"))
     elif present != value:
-        return [
-            f"{source} says {key} = {present}, {recipe.source} says {value} ({setting}); "
-            f'make them equal, or write "auto" in {source}'
-        ]
+        return [_contradiction(key, present, value, setting, recipe=recipe, source=source)]
     return []
+
+
+def _contradiction(
+    key: str, present: Any, value: Any, setting: str, *, recipe: RecipeValues, source: str
+) -> str:
+    return (
+        f"{source} says {key} = {present}, {recipe.source} says {value} ({setting}); "
+        f'make them equal, or write "auto" in {source}'
+    )
 
 
 def _fill_auto_only(
@@ -246,23 +268,32 @@ def _fill_auto_only(
 
 def _optimizer_problems(config: Mapping[str, Any], recipe: RecipeValues, source: str) -> Iterator[str]:
     """Yield what an optimizer block asks for that differs from the AdamW the recipe builds."""
-    block = config.get("optimizer")
-    if block is None:
-        return
-    kind, params = block.get("type", "AdamW"), block.get("params", {})
-    if kind.lower() not in ("adamw", "adam") or params.get("adam_w_mode") is False:
+    block = config.get("optimizer", {})
+    kind = block.get("type", "AdamW")
+    if kind.lower() not in ("adamw", "adam"):
         yield (
             f"{source} asks for the optimizer {kind}, the recipe trains with AdamW; "
             f'remove the "optimizer" section from {source}'
         )
         return
-    for name, (value, setting) in _optimizer_keys(recipe).items():
-        present = params.get(name, AUTO)
+    fixed = dict.fromkeys(("adam_w_mode", "bias_correction"), True) | {"amsgrad": False}
+    wanted = _optimizer_keys(recipe) | {name: (value, "the recipe's AdamW") for name, value in fixed.items()}
+    yield from _differing("optimizer", block, wanted, recipe, source)
+
+
+def _differing(
+    section: str,
+    block: Mapping[str, Any],
+    wanted: Mapping[str, tuple[Any, str]],
+    recipe: RecipeValues,
+    source: str,
+) -> Iterator[str]:
+    """Yield the parameters of a block that are written out and differ from the recipe's."""
+    for name, (value, setting) in wanted.items():
+        present = block.get("params", {}).get(name, AUTO)
         if present not in (AUTO, value):
-            yield (
-                f"{source} says optimizer.params.{name} = {present}, {recipe.source} says {value} "
-                f"({setting}); "
-                f'make them equal, or write "auto" in {source}'
+            yield _contradiction(
+                f"{section}.params.{name}", present, value, setting, recipe=recipe, source=source
             )
 
 
@@ -276,20 +307,30 @@ def _optimizer_keys(recipe: RecipeValues) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _offloads_optimizer(config: Mapping[str, Any]) -> bool:
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     """Whether accelerate swaps the recipe's optimizer for DeepSpeed's on the host, which it does not say."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
 
 
-def _scheduler_problems(config: Mapping[str, Any], source: str) -> Iterator[str]:
-    """Refuse a scheduler block: the recipe sets the rate itself, so the block would be ignored."""
-    if "scheduler" in config:
-        kind = config["scheduler"].get("type", "of no type")
+def _scheduler_problems(config: Mapping[str, Any], recipe: RecipeValues, source: str) -> Iterator[str]:
+    """Yield what a scheduler block asks for that differs from the rate the recipe sets; the block is not used."""
+    block = config.get("scheduler", {})
+    kind = block.get("type", SCHEDULERS[0])
+    if kind not in SCHEDULERS:
         yield (
             f"{source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
             "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
         )
+        return
+    wanted = {
+        "warmup_min_lr": (0, "where a warm-up begins"),
+        "warmup_max_lr": (recipe.learning_rate, "train.learning_rate"),
+        "warmup_num_steps": (recipe.warmup_steps, "train.warmup_steps"),
+        "warmup_type": ("linear", "the kind of warm-up"),
+        "total_num_steps": (recipe.max_steps, "train.max_steps"),
+    }
+    yield from _differing("scheduler", block, wanted, recipe, source)
 
 
 def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

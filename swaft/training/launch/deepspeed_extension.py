@@ -7,7 +7,7 @@ installing:
 
     python -m swaft.training.launch.deepspeed_extension
 
-and recipes call `refuse_stale_lock` before DeepSpeed starts.
+and recipes call `refuse_left_locks` before DeepSpeed starts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -43,11 +44,30 @@ def use_environment() -> None:
             os.environ["PATH"] = os.pathsep.join([tools, others])
 
 
-def build_folder() -> Path:
-    """Return the folder torch builds the extension in (created where missing)."""
+def build_folder(extension: str = EXTENSION) -> Path:
+    """Return the folder torch builds an extension in (created where missing)."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    return Path(_get_build_directory(EXTENSION, verbose=False))
+    return Path(_get_build_directory(extension, verbose=False))
+
+
+def reason_op_cannot_be_built(op: str) -> str | None:
+    """Return why an op that DeepSpeed compiles at its first use cannot be had on this machine, or None.
+
+    Args:
+        op: name of the op, such as ``cpu_adam``.
+    """
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    use_environment()
+    if installed_ops.get(op):
+        return None
+    if not is_ninja_available():
+        return "ninja is not installed here (pip install ninja)"
+    if (build_folder(op) / f"{op}.so").exists() or shutil.which(get_cxx_compiler().split()[0]):
+        return None
+    return f"there is no C++ compiler {get_cxx_compiler()} here; install one, or name one in CXX"
 
 
 def is_held(lock: Path) -> bool:
@@ -84,6 +104,22 @@ def refuse_stale_lock(*, folder: Path | None = None, stale_after_s: float = STAL
             "holds it. A build that was killed left it behind. Delete that file, then run "
             f"`python -m swaft.training.launch.deepspeed_extension` once."
         )
+
+
+def refuse_left_locks(*, offloads_optimizer: bool) -> None:
+    """Raise where DeepSpeed would wait for a build that was killed, on this machine.
+
+    Args:
+        offloads_optimizer: whether DeepSpeed trains with its optimizer for the host, which it compiles too.
+
+    Raises:
+        TrainingError: naming the file to delete.
+    """
+    use_environment()
+    if reason_not_to_build() is None:
+        refuse_stale_lock()
+    if offloads_optimizer:
+        refuse_stale_lock(folder=build_folder("cpu_adam"))
 
 
 def remove_left_behind_lock(folder: Path) -> bool:

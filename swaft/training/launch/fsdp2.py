@@ -25,28 +25,44 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from swaft.config import TrainConfig
 from swaft.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-REFUSED = {
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading: every rank loads the whole model; set it "
-    "to false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: set it to false, and the recipe's "
-    "train.gradient_checkpointing to true",
-    "FSDP_IGNORED_MODULES": "fsdp_ignored_modules: every rank would train those weights apart; remove it",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config: the weights are sharded over all ranks; remove it",
+OBEYED_OTHERWISE = {
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading: every rank loads the whole model",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: taken as train.gradient_checkpointing=true",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "fsdp_activation_checkpointing_offload: nothing of it is offloaded",
 }
-"""What a launcher's file may ask for that is not done: variable accelerate sets, and the sentence about it."""
+"""What a launcher's file may ask for that comes to the same weights otherwise: accelerate's variable, and how."""
 
 
 def uses_fsdp(environ: Mapping[str, str]) -> bool:
     """Whether the launcher asked for FSDP."""
     return environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def obey_fsdp2(environ: Mapping[str, str], train: TrainConfig) -> None:
+    """Take over what the launcher's file asks of FSDP2 and the recipe does itself, and log how.
+
+    Args:
+        environ: what the launcher left.
+        train: section ``train``; its ``gradient_checkpointing`` is switched on where the launcher wants that.
+    """
+    asked = [name for name in OBEYED_OTHERWISE if uses_fsdp(environ) and _is_on(environ, name)]
+    for name in asked:
+        logger.info("%s", OBEYED_OTHERWISE[name])
+    if "FSDP_ACTIVATION_CHECKPOINTING" in asked:
+        train.gradient_checkpointing = True
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() not in ("false", "")
 
 
 def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullyShardedDataParallelPlugin | None:
@@ -60,7 +76,7 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
         precision: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
-        ConfigError: where the launcher asks for FSDP1, or for something of FSDP2 that the recipes do not do.
+        ConfigError: where the launcher asks for FSDP1, or for what would leave weights apart.
     """
     if not uses_fsdp(environ):
         return None
@@ -70,19 +86,17 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
             f"the launcher asks for FSDP version {version}, which swaft's recipes do not train with; set "
             "fsdp_version: 2 in the accelerate configuration, as launch/accelerate/fsdp2.yaml does"
         )
-    problems = [
-        f"the launcher asks for {sentence}"
-        for name, sentence in REFUSED.items()
-        if environ.get(name, "false").lower() not in ("false", "")
-    ]
-    if problems:
-        raise ConfigError(problems)
+    if _is_on(environ, "FSDP_IGNORED_MODULES"):
+        raise ConfigError(
+            "the launcher asks for fsdp_ignored_modules: every rank would train those weights apart; remove it"
+        )
     computes_in = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     # What one block hands to the next stays as it is, as under DeepSpeed: noise may be too small for 16 bits.
     policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {name: value for name, value in environ.items() if name.startswith("FSDP_")}
     try:
-        with patch_environment(**settings):  # where accelerate reads the rest
+        # Where accelerate reads the rest.
+        with patch_environment(**settings | dict.fromkeys(OBEYED_OTHERWISE, "false")):
             return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
     except ValueError as error:
         raise ConfigError(f"the launcher's fsdp_config: {error}") from error
@@ -90,6 +104,8 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
 
 def start_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """Have an accelerator that started ranks without CUDA work as one that started with FSDP2."""
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning asks for a device
     accelerator.state.fsdp_plugin = plugin
     for state in (accelerator.state, PartialState()):
         state.distributed_type = DistributedType.FSDP

@@ -1,0 +1,174 @@
+"""What every run is checked for before it starts: one table, which the run, `swaft validate` and `swaft plan` read.
+
+What a recipe checks of its own task stands in its ``prepare``, which all three call as well. So a rule belongs into
+one of these two places, and is known to all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from accelerate.tracking import get_available_trackers
+
+from swaft.averaging.rules import Plan, Rule
+from swaft.config import TrackConfig, TrainConfig, to_yaml
+from swaft.errors import ConfigError
+from swaft.training.launch.accelerator import EngineSettings, resolve_deepspeed, resolve_precision
+from swaft.training.launch.deepspeed_config import FilledConfig, offloads_optimizer
+from swaft.training.launch.deepspeed_extension import refuse_left_locks
+from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2
+from swaft.training.pretrained import hidden_size
+from swaft.training.problems import MISSING, Problems
+from swaft.training.refusals import refuse_compilation, refuse_parallelism
+from swaft.training.run.folder import refuse_used
+from swaft.training.schedule import Schedule, build_schedule, planned_steps
+
+Ready = TypeVar("Ready")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the checks found out; a field is `MISSING` where a problem stands in its way."""
+
+    precision: str
+    """``no``, ``bf16`` or ``fp16``."""
+    engine: EngineSettings
+    """What accelerate is started with."""
+    total_steps: int
+    """Optimizer steps of the run, told from its rows."""
+    schedule: Schedule
+    """Learning rate by step."""
+    plan: Plan | None
+    """What is averaged when; None: nothing is averaged."""
+
+
+def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Ready, Start]:
+    """Find what a run needs and can be wrong without any process group, all of it, before there is one.
+
+    Args:
+        config: the recipe's configuration.
+        prepare: the recipe's own.
+
+    Returns:
+        What ``prepare`` found, and what the checks did.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = Problems()
+    ready = prepare(config, problems)
+    start = check_start(config, ready, os.environ, problems)
+    problems.refuse()
+    return ready, start
+
+
+def check_start(config: Any, ready: Any, environ: Mapping[str, str], problems: Problems) -> Start:
+    """Run all checks of the table; what is wrong goes on the list.
+
+    Args:
+        config: a recipe's configuration, with `MISSING` for a section that could not be read.
+        ready: what the recipe's ``prepare`` returned.
+        environ: what the launcher left, or would leave.
+        problems: the list.
+    """
+    sections = {section.name: getattr(config, section.name) for section in fields(config)}
+    known: dict[str, Any] = {
+        "environ": environ,
+        "train": sections["train"],
+        "track": sections["track"],
+        "config_yaml": MISSING
+        if any(section is MISSING for section in sections.values())
+        else to_yaml(config),
+        "model_config": ready.model_config,
+        "rows": ready.rows,
+        "cuts_rows": ready.cuts_rows,
+        "rule": ready.rule,
+    }
+    for name, check in CHECKS.items():
+        wanted = inspect.signature(check).parameters.items()
+        arguments = {
+            key: known[key]
+            for key, parameter in wanted
+            # What has a default can be done without.
+            if known[key] is not MISSING or parameter.default is parameter.empty
+        }
+        known[name] = problems.of(check, **arguments)
+    return Start(**{field.name: known[field.name] for field in fields(Start)})
+
+
+def check_locks(environ: Mapping[str, str], deepspeed: FilledConfig | None) -> None:
+    """Refuse locks that DeepSpeed would wait for."""
+    if deepspeed is not None:
+        refuse_left_locks(offloads_optimizer=offloads_optimizer(deepspeed.config))
+
+
+def check_tracker(track: TrackConfig) -> None:
+    """Refuse a tracker that is not installed."""
+    available = ("none", "all", *map(str, get_available_trackers()))
+    if track.report_to not in available:
+        raise ConfigError(
+            f"track.report_to is {track.report_to}, which is not installed; install it, or set track.report_to=none"
+        )
+
+
+def check_folder(train: TrainConfig, config_yaml: str) -> None:
+    """Refuse a folder that holds something else than this run."""
+    refuse_used(train.output_dir, resume=train.resume_from_checkpoint, config_yaml=config_yaml)
+
+
+def count_steps(
+    train: TrainConfig, environ: Mapping[str, str], rows: Mapping[str, Sized] | None = None
+) -> int:
+    """Return the steps of the run, told from its rows where the settings do not say; missing where neither does."""
+    if train.max_steps > 0:
+        return train.max_steps
+    if rows is None:
+        return MISSING
+    return planned_steps(train, num_rows=len(rows["train"]), world_size=int(environ.get("WORLD_SIZE", "1")))
+
+
+def check_schedule(
+    train: TrainConfig, total_steps: int, cuts_rows: bool, rule: Rule | None = MISSING
+) -> Schedule:
+    """Return the schedule; missing where it does not fit the fewest steps that there can be."""
+    return _unless_longer(
+        train, cuts_rows, lambda: build_schedule(train, total_steps=total_steps, averaging=rule is not None)
+    )
+
+
+def check_plan(train: TrainConfig, total_steps: int, rule: Rule | None, cuts_rows: bool) -> Plan | None:
+    """Return what is averaged when; missing where it does not fit the fewest steps that there can be."""
+    return _unless_longer(train, cuts_rows, lambda: None if rule is None else rule.plan(total_steps))
+
+
+def _unless_longer(train: TrainConfig, cuts_rows: bool, check: Callable[[], Any]) -> Any:
+    """Return what a check of the run's length does; missing where it refuses and the run may be longer."""
+    try:
+        return check()
+    except ConfigError:
+        if cuts_rows and train.max_steps <= 0:
+            return MISSING
+        raise
+
+
+CHECKS: dict[str, Callable[..., Any]] = {
+    "compilation": refuse_compilation,
+    "parallelism": refuse_parallelism,
+    "obeyed": obey_fsdp2,
+    "precision": resolve_precision,
+    "hidden_size": hidden_size,
+    "deepspeed": resolve_deepspeed,
+    "fsdp2": resolve_fsdp2,
+    "engine": EngineSettings,
+    "locks": check_locks,
+    "tracker": check_tracker,
+    "folder": check_folder,
+    "total_steps": count_steps,
+    "schedule": check_schedule,
+    "plan": check_plan,
+}
+"""Every check by the name of what it finds. Its arguments are taken by their names from what is known by then."""
