@@ -83,8 +83,10 @@ def cross_entropy_symmetric_kl(
         The loss and its terms.
 
     Raises:
-        ConfigError: naming options out of range, or tensors that do not fit.
-        DataError: for a label out of range, on a CPU; elsewhere, and compiled, the loss is NaN then.
+        ConfigError: naming options out of range, tensors that do not fit, or factors that are negative.
+        DataError: for a label out of range. Labels and factors are looked at on a CPU; elsewhere, and compiled, a
+            wrong one makes the loss NaN.
+        NoiseError: in a second derivative.
     """
     check_divergence_weight(divergence_weight)
     options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised)
@@ -192,8 +194,7 @@ def linear_cross_entropy_symmetric_kl(
         The loss and its terms.
 
     Raises:
-        ConfigError: naming options out of range, or tensors that do not fit.
-        DataError: for a label out of range, on a CPU; elsewhere, and compiled, the loss is NaN then.
+        ConfigError, DataError: as :func:`cross_entropy_symmetric_kl`.
         NoiseError: in a second derivative, in forward mode, or under a transform of torch.func.
     """
     check_divergence_weight(divergence_weight)

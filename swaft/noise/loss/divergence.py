@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swaft.errors import NoiseError
 from swaft.noise.loss.checks import check_logits
 from swaft.noise.loss.options import Detach, check_detach
 
@@ -36,6 +37,7 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
 
     Raises:
         ConfigError: for an unknown ``detach``, or logits that do not fit each other.
+        NoiseError: in a second derivative.
     """
     check_detach(detach)
     check_logits(logits, noised_logits)
@@ -59,27 +61,47 @@ def symmetric_kl_of_difference(
     Returns:
         J (...), in the dtype of the logits.
     """
-    return _SymmetricKL.apply(logits, noised_logits, difference, detach)  # type: ignore[no-any-return]
+    return _SymmetricKL.apply(logits, noised_logits, difference, detach)[0]  # type: ignore[no-any-return]
 
 
 class _SymmetricKL(torch.autograd.Function):
-    """The gradients come out of the same row statistics as the value, so forward computes both."""
+    """The gradients come out of the same row statistics as the value, so forward computes both.
+
+    They are outputs as well, which ties a second derivative to this node: saved as mere constants, they would leave
+    the divergence out of it without a word.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, noised_logits: Tensor, difference: Tensor, detach: Detach
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         rows = _row_statistics(logits, noised_logits, difference)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*_gradients(rows, detach))
-        return (rows.p_minus_q * rows.log_ratio).sum(-1)
+        divergence = (rows.p_minus_q * rows.log_ratio).sum(-1)
+        if not any(ctx.needs_input_grad):
+            return (divergence,)
+        gradients = _gradients(rows, detach)
+        ctx.save_for_backward(*gradients)
+        return divergence, *gradients
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, noised_gradient = ctx.saved_tensors
         upstream = grad_outputs[0].unsqueeze(-1)
-        return upstream * gradient, upstream * noised_gradient, None, None
+        return *(_Once.apply(upstream, gradient) for gradient in ctx.saved_tensors), None, None
+
+
+class _Once(torch.autograd.Function):
+    """The product with a gradient that is differentiated no further."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, gradient: Tensor) -> Tensor:
+        return upstream * gradient
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NoiseError(
+            "The symmetric KL divergence was differentiated twice; expected once, since its gradients are made in "
+            "the forward pass. A gradient penalty needs a loss of its own: write it in plain operations."
+        )
 
 
 class _Rows(NamedTuple):

@@ -182,8 +182,7 @@ def _(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise NoiseError(
         "linear_cross_entropy_symmetric_kl was differentiated twice; expected once, since its gradients are "
-        "made in the forward pass. cross_entropy_symmetric_kl on logits has second derivatives of the cross "
-        "entropy; a gradient penalty needs a loss of its own."
+        "made in the forward pass. A gradient penalty needs a loss of its own: write it in plain operations."
     )
 
 

@@ -50,6 +50,7 @@ class LossOptions:
         problems = [
             *_one_of("detach", self.detach, get_args(Detach)),
             *_one_of("form", self.form, get_args(Form)),
+            *_one_of("ce_on_noised", self.ce_on_noised, (False, True)),
             *number_problems("label_smoothing", self.label_smoothing, "from 0 to 1", lambda s: 0 <= s <= 1),
             *number_problems("z_loss", self.z_loss, "0 or more", lambda k: k >= 0),
             *number_problems("logit_scale", self.logit_scale, "more than 0", lambda a: a > 0),
@@ -90,10 +91,10 @@ def check_detach(detach: str) -> None:
         raise ConfigError(problems)
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> list[str]:
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> list[str]:
     if value in choices:
         return []
-    return [f"{name} is {value!r}; expected one of {', '.join(choices)}."]
+    return [f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}."]
 
 
 def number_problems(name: str, value: float, expected: str, accepts: Callable[[float], bool]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaft.errors import DataError
+from swaft.errors import ConfigError, DataError
 from swaft.noise.loss.checks import check_rows
 from swaft.noise.loss.options import Reduction, check_reduction
 
@@ -71,7 +71,8 @@ def row_weights(
         labels: class indices (...), int64 or int32.
         num_classes: V. Labels out of range are not read; they make the loss NaN where the host cannot tell.
         ignore_index: label of the rows that do not count.
-        token_weight: factor of each row (...), None for 1.
+        token_weight: factor of each row (...), 0 or more where it counts, None for 1. A negative one makes the loss
+            NaN where the host cannot tell, and so does a negative ``kl_normalizer``.
         kl_mask: rows of the divergence (...), bool; None for those whose label counts.
         kl_normalizer: what the sum of the divergences is divided by; None for the sum of their weights
             (reduction "mean") or 1 ("sum").
@@ -79,7 +80,8 @@ def row_weights(
         dtype: of the weights.
 
     Raises:
-        ConfigError: for an unknown reduction, or tensors that do not fit the labels.
+        ConfigError: for an unknown reduction, tensors that do not fit the labels, and, where the host can tell, for
+            factors that are negative or not finite.
         DataError: for a label out of range, where the host can tell.
     """
     check_reduction(reduction)
@@ -88,16 +90,18 @@ def row_weights(
     counted = labels != ignore_index
     in_range = (labels >= 0) & (labels < num_classes)
     _check_range(labels, counted & ~in_range, num_classes, ignore_index)
-    weight = (
-        torch.ones_like(counted, dtype=dtype)
-        if token_weight is None
-        else token_weight.detach().flatten().to(dtype)
-    )
+    of_divergence = counted if kl_mask is None else kl_mask.flatten()
+    weight = torch.ones_like(counted, dtype=dtype)
+    if token_weight is not None:
+        given = torch.where(counted | of_divergence, token_weight.detach().flatten().to(dtype), 0.0)
+        weight = _not_negative("token_weight", given)
     cross_entropy = torch.where(counted, torch.where(in_range, weight, torch.nan), 0.0)
-    divergence = cross_entropy if kl_mask is None else torch.where(kl_mask.flatten(), weight, 0.0)
+    divergence = cross_entropy if kl_mask is None else torch.where(of_divergence, weight, 0.0)
     one = torch.ones((), dtype=dtype, device=labels.device)
     if kl_normalizer is not None:
-        divergence_normalizer = one * _constant(kl_normalizer, dtype)
+        if isinstance(kl_normalizer, Tensor):
+            kl_normalizer = _not_negative("kl_normalizer", kl_normalizer.detach().to(dtype))
+        divergence_normalizer = one * kl_normalizer
     else:
         divergence_normalizer = divergence.sum() if reduction == "mean" else one
     return RowWeights(
@@ -111,7 +115,7 @@ def row_weights(
 
 def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse labels out of range, unless looking would make the host wait or break a graph."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not bool(wrong.any()):
+    if not _host_knows(wrong) or not bool(wrong.any()):
         return
     raise DataError(
         f"{int(wrong.sum())} of {labels.numel()} labels are no class, the first of them "
@@ -120,8 +124,20 @@ def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: 
     )
 
 
-def _constant(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return number.detach().to(dtype) if isinstance(number, Tensor) else number
+def _not_negative(name: str, factors: Tensor) -> Tensor:
+    """Refuse factors that are negative or not finite; NaN in their place where the host would have to wait."""
+    wrong = ~((factors >= 0) & (factors < torch.inf))
+    if _host_knows(wrong) and bool(wrong.any()):
+        raise ConfigError(
+            f"{name} has {int(wrong.sum())} of {wrong.numel()} values that are negative or not finite, the first "
+            f"{float(factors[wrong][0]):g}; expected 0 or more in every row that counts."
+        )
+    return torch.where(wrong, torch.nan, factors)
+
+
+def _host_knows(tensor: Tensor) -> bool:
+    """Whether a look at a tensor's values neither makes the host wait nor breaks a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _inverse(number: Tensor) -> Tensor:

@@ -47,6 +47,19 @@ both = pytest.mark.parametrize("loss", [of_logits, of_head])
         ("kl_normalizer", torch.tensor(3.0, requires_grad=True), "requires a gradient"),
         ("kl_normalizer", -1.0, "-1.0; expected a finite number, 0 or more"),
         ("kl_normalizer", float("nan"), "nan; expected a finite number"),
+        (
+            "kl_normalizer",
+            torch.tensor(-1.0),
+            "1 of 1 values that are negative or not finite, the first -1",
+        ),
+        ("kl_normalizer", torch.tensor(torch.inf), "the first inf; expected 0 or more"),
+        (
+            "token_weight",
+            torch.tensor([1.0, -1.0, 2.0, -0.5]),
+            "2 of 4 values .* the first -1; expected 0",
+        ),
+        ("token_weight", torch.tensor([1.0, torch.nan, 2.0, 0.0]), "1 of 4 values .* the first nan"),
+        ("ce_on_noised", "no", "'no'; expected one of False, True"),
         ("label_smoothing", None, "None; expected a finite number, from 0 to 1"),
         ("divergence_weight", torch.tensor(0.5), r"tensor\(0.5000\); expected a finite number"),
     ],
@@ -115,6 +128,28 @@ def test_a_label_out_of_range_makes_the_loss_nan_where_the_host_cannot_look(loss
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     assert compiled(labels=torch.tensor([0, -100, CLASSES, 1])).loss.isnan()
     assert compiled(labels=torch.tensor([0, -100, CLASSES - 1, 1])).loss.isfinite()
+
+
+@both
+def test_a_negative_factor_makes_the_loss_nan_where_the_host_cannot_look(loss):
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0])
+    assert compiled(token_weight=weight - 1).loss.isnan()
+    assert compiled(kl_normalizer=-weight[0]).loss.isnan()
+    assert compiled(token_weight=weight, kl_normalizer=weight[1]).loss.isfinite()
+
+
+@both
+def test_a_factor_of_a_row_that_does_not_count_may_be_anything(loss):
+    labels = torch.tensor([0, -100, -100, 1])
+    expected = loss(labels=labels).loss
+    assert loss(labels=labels, token_weight=torch.tensor([1.0, -3.0, torch.nan, 1.0])).loss == expected
+    with pytest.raises(ConfigError, match="token_weight has 1 of 4 values"):
+        loss(
+            labels=labels,
+            token_weight=torch.tensor([1.0, -3.0, torch.nan, 1.0]),
+            kl_mask=torch.tensor([True, True, False, True]),
+        )
 
 
 @both

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swaft.errors import ConfigError
-from swaft.noise import symmetric_kl
+from swaft.errors import ConfigError, NoiseError
+from swaft.functional import cross_entropy_symmetric_kl, symmetric_kl
 
 pytestmark = pytest.mark.unit
 
@@ -46,6 +46,22 @@ def test_fp32_value_and_gradients_agree_with_float64_to_one_in_a_million(classes
 
     assert computed[0].dtype == torch.float32
     assert max(relative_errors(computed, exact)) < 1e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.75])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 35.0, 60.0])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_each_row_is_as_near_to_float64_as_its_largest_difference_allows(classes, spread, offset):
+    logits, noised_logits = pair(classes, spread, offset=offset * spread, rows=1000)
+    largest = (logits - noised_logits).abs().amax(-1).double()
+
+    value, *gradients = value_and_gradients(symmetric_kl, logits, noised_logits)
+    exact, *exact_gradients = value_and_gradients(product_form, logits.double(), noised_logits.double())
+
+    assert ((value - exact).abs() / largest**2).max() < 3e-7
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        assert ((gradient - exact_gradient).norm(dim=-1) / largest).max() < 4e-7
+        assert (gradient - exact_gradient).norm() / exact_gradient.norm() < 2e-6
 
 
 def test_the_plain_product_form_would_miss_that_bar():
@@ -126,6 +142,27 @@ def test_detach_holds_constant_what_its_name_says(detach, spread):
     )
     for computed, exact in zip(ours, oracle, strict=True):
         torch.testing.assert_close(computed, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("detach", ["none", "clean", "noised", "target"])
+def test_a_second_derivative_is_refused_not_answered_without_the_divergence(detach):
+    logits, noised_logits = (tensor.requires_grad_() for tensor in pair(7, 0.5))
+    labels = torch.arange(8) % 7
+    for loss in (
+        symmetric_kl(logits, noised_logits, detach=detach).sum(),
+        cross_entropy_symmetric_kl(logits, noised_logits, labels, detach=detach).loss,
+    ):
+        gradients = torch.autograd.grad(loss, (logits, noised_logits), create_graph=True)
+        with pytest.raises(NoiseError, match=r"differentiated twice.*needs a loss of its own"):
+            sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again():
+    logits, noised_logits = (tensor.requires_grad_() for tensor in pair(7, 0.5))
+    divergence = symmetric_kl(logits, noised_logits).sum()
+    first = torch.autograd.grad(divergence, (logits, noised_logits), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(divergence, (logits, noised_logits)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sixteen_bit_logits_are_upcast_and_get_their_gradient_in_their_own_type():
