@@ -255,7 +255,7 @@ class WeightAverager:
         path: str | PathLike[str],
         name: str | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         max_shard_size: str | int = export.SHARD_SIZE,
         **selection: Any,
     ) -> None:
@@ -264,12 +264,14 @@ class WeightAverager:
         Args:
             path: folder to write.
             name: which rule's average; None: the first.
-            dtype: of floating-point tensors in the folder. Of any but fp32, what rounding takes away is logged.
+            dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
+                torch's. Of any but fp32, what rounding takes away is logged.
             max_shard_size: of one file, such as ``"5GB"``.
             selection: as of :meth:`swapped_in`.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
+            ConfigError: for another dtype.
         """
         shard = self._shard_together(name, **selection)
         rule, chosen = self._rules[self._named(name)], f" with {selection}" if selection else ""

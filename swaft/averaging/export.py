@@ -26,6 +26,7 @@ from swaft.averaging.gather import Scratch, gather_trained
 from swaft.averaging.readback import check_written
 from swaft.errors import AveragingError
 from swaft.storage import sync_tree
+from swaft.storage.dtypes import dtype_of_weights
 from swaft.storage.files import place_beside
 from swaft.storage.model_card import write_card
 
@@ -41,7 +42,7 @@ def save_pretrained(
     *,
     shard: Tensor | None = None,
     statistics: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     max_shard_size: str | int = SHARD_SIZE,
     told: str = "the last weights of a training run",
 ) -> None:
@@ -62,14 +63,17 @@ def save_pretrained(
         shard: (engine.numel,), fp32, host: this rank's elements. Default: the masters, that is the last
             weights as the optimizer holds them.
         statistics: buffers that go with the shard in place of the model's, by clean name.
-        dtype: of floating-point tensors in the folder. Of any but fp32, what rounding takes away is logged.
+        dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
+            torch's. Of any but fp32, what rounding takes away is logged.
         max_shard_size: of one file, such as ``"5GB"``; the index of several is transformers' own.
         told: what the weights are, for the model card.
 
     Raises:
         AveragingError: the folder holds files already or could not be written, or the model is of a peft method
             whose weights peft reads from the live model; on every rank.
+        ConfigError: for another dtype.
     """
+    dtype = dtype_of_weights(dtype)
     refuse_occupied(engine, path)
     live = shard is None
     shard = engine.live_shard() if shard is None else shard

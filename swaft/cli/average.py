@@ -41,7 +41,7 @@ from swaft.errors import ConfigError
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
 from swaft.soup.greedy import GreedyChoice, require_folder
 from swaft.soup.output import parse_size
-from swaft.soup.soup import DTYPES
+from swaft.storage.dtypes import DTYPES
 
 
 def run(words: Sequence[str]) -> int:

@@ -34,8 +34,8 @@ from swaft.errors import ConfigError
 from swaft.soup import average
 from swaft.soup.huggingface import holds_weights, read_json
 from swaft.soup.output import parse_size
-from swaft.soup.soup import DTYPES
 from swaft.storage import read_manifest
+from swaft.storage.dtypes import DTYPES
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints

@@ -42,9 +42,8 @@ from swaft.soup.output import (
     write_weights,
 )
 from swaft.storage import FileRecord
+from swaft.storage.dtypes import dtype_of_weights
 from swaft.storage.files import place_beside
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def average(
     output: str | PathLike[str],
     *,
     weights: Sequence[float] | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     max_shard_bytes: int = 5 * 10**9,
     base: str | PathLike[str] | None = None,
     lora_rank: int | None = None,
@@ -95,7 +94,8 @@ def average(
         checkpoints: folders, of any kind that :func:`open_checkpoint` knows.
         output: folder to write. It must not exist, or be empty.
         weights: 0 or more each, in any scale; None: the same for all.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, to which the float64 mean is rounded once.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, by name or torch's, to which the float64 mean is rounded
+            once.
         max_shard_bytes: most bytes of a file of weights, unless a single tensor is larger.
         base: Hugging Face folder of the same model, of which comes what the checkpoints lack: configuration,
             tokenizer, frozen weights. Of a state of LoRA adapters: the adapter folder.
@@ -110,8 +110,8 @@ def average(
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     weights = _checked_weights(weights, len(paths))
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    dtype = dtype_of_weights(dtype)
+    dtype_name = str(dtype).removeprefix("torch.")
     if lora_rank is not None and lora_rank < 1:
         raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
     refuse_occupied(output)
@@ -130,19 +130,19 @@ def average(
         stem = ADAPTER if any(each and each.is_adapter for each in (members[0], whole)) else MODEL
         weighted = list(zip(weights, members, strict=True))
         if members[0].is_adapter:
-            mean = AdapterMean(weighted, DTYPES[dtype], rank=lora_rank)
+            mean = AdapterMean(weighted, dtype, rank=lora_rank)
             notes += mean.notes
         elif lora_rank is not None:
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
         else:
-            mean = Mean(weighted, DTYPES[dtype], whole)
+            mean = Mean(weighted, dtype, whole)
         shards = plan_shards(mean.specs, max_shard_bytes)
         with new_folder(output) as folder:
             notes += copy_files(files, folder)
             if isinstance(mean, AdapterMean):
                 write_json(folder / ADAPTER_CONFIG, mean.config)
             else:
-                set_config_dtype(folder, DTYPES[dtype])
+                set_config_dtype(folder, dtype)
             records = write_weights(folder, stem, shards, mean.slices)
             check_weights(folder, shards, records)
             total = math.fsum(weights)
@@ -150,7 +150,7 @@ def average(
                 output=output,
                 sha256=fingerprint(records),
                 shares=[(str(path), weight / total) for path, weight in zip(paths, weights, strict=True)],
-                dtype=dtype,
+                dtype=dtype_name,
                 tensors=len(mean.specs),
                 elements=sum(spec.numel for spec in mean.specs.values()),
                 files=records,
@@ -166,7 +166,7 @@ def average(
                 shares=[
                     (member.told, share) for member, (_, share) in zip(members, soup.shares, strict=True)
                 ],
-                dtype=dtype,
+                dtype=dtype_name,
                 sha256=soup.sha256,
             )
     return soup

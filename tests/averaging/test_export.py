@@ -21,7 +21,7 @@ from transformers import (
 import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
 from swaft.averaging.gather import Scratch, gather_trained, scatter_trained
-from swaft.errors import AveragingError
+from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
 
@@ -145,16 +145,24 @@ def test_a_model_in_several_files_is_the_model_in_one(tmp_path, monkeypatch, lim
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-def test_rounding_to_16_bits_is_measured_and_named(tmp_path, caplog):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_rounding_to_16_bits_is_measured_and_named(dtype, tmp_path, caplog):
     model = bert()
     with caplog.at_level("INFO", logger="swaft.averaging.export"):
-        save_pretrained(engine_of(model), tmp_path / "out", dtype=torch.bfloat16)
+        save_pretrained(engine_of(model), tmp_path / "out", dtype=dtype)
     assert "rounding to bfloat16 takes away 0.00" in caplog.text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     saved = load_file(tmp_path / "out" / "model.safetensors")
     expected = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if name in saved}
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
     assert "bfloat16" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bf16", None])
+def test_a_type_that_no_weights_are_written_in_is_refused(dtype, tmp_path):
+    with pytest.raises(ConfigError, match="expected one of float32, bfloat16, float16"):
+        save_pretrained(engine_of(bert()), tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_read_back_as_it_was_written_gets_no_name(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def test_other_files_are_copied_and_the_type_is_set(tmp_path):
     (paths[0] / "events.out.tfevents.1").write_bytes(b"x")
     os.mkfifo(paths[0] / "pipe")
     (paths[0] / "generation_config.json").write_text("{}")
-    average(paths, tmp_path / "out", dtype="bfloat16")
+    average(paths, tmp_path / "out", dtype=torch.bfloat16)
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == [
         "README.md",
