@@ -223,10 +223,12 @@ class NoiseConfig:
     kind: Literal["none", "r3f", "r4f", "rdrop"] = "none"
     """r3f: clean and noised pass, and a symmetric KL between them; r4f: r3f with a spectral norm on the
     head; rdrop: two dropout masks instead of noise; none: the task's loss alone."""
-    preset: Literal["paper", "relative", "fairseq", "rdrop"] | None = None
-    """Published form of the objective to follow; null: paper (for rdrop: rdrop)."""
+    preset: Literal["paper", "relative", "fairseq", "rdrop", "rdrop_paper"] | None = None
+    """Published form of the objective to follow; null: paper (for rdrop: rdrop, the cross entropies of both passes
+    averaged as in its released code; rdrop_paper sums them, as equation 4 does)."""
     weight: float = 1.0
-    """Factor on the divergence in the loss. 1.0 is the middle of the papers' range."""
+    """Factor on the divergence in the loss; for rdrop the alpha of its preset. 1.0 is the middle of the papers'
+    range."""
     noise: Literal["uniform", "normal"] | None = None
     """Distribution of the noise added to the input embeddings."""
     sigma: float | None = None

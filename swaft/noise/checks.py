@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,17 +65,49 @@ def check_one_mask(model: nn.Module) -> None:
     Raises:
         NoiseError: naming a module that drops.
     """
+    for name, rate in _dropout_rates(model):
+        raise NoiseError(
+            f"noise.passes=doubled with noise.masks=shared: {name} is {rate:g}, and one pass over the batch twice "
+            "draws other masks for each half. Expected no dropout: set the model's dropout to 0, "
+            "noise.masks=independent, or noise.passes=two."
+        )
+
+
+def check_two_masks(model: nn.Module, objective: str) -> None:
+    """Refuse a model without dropout where two passes differ in dropout alone (Llama, Qwen, Gemma as they come).
+
+    A rate in the configuration passes too, since a model may read it there.
+
+    Raises:
+        NoiseError: naming the configuration's settings of dropout.
+    """
+    config = getattr(unwrap(model), "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    settings = {
+        key: value for each in (config, text) for key, value in vars(each or {}).items() if "drop" in key
+    }
+    if next(_dropout_rates(model), None) or any(map(_is_rate, settings.values())):
+        return
+    off = ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
+    raise NoiseError(
+        f"{objective} without noise compares two passes that differ in their dropout masks alone, and "
+        f"{type(unwrap(model)).__name__} has no dropout ({off or 'none in its configuration'}): both would be the "
+        "same, the divergence 0, at twice the time. Set a dropout of its configuration, add noise "
+        "(noise.kind=r3f with noise.preset=relative and noise.sigma=0.5), or set noise.kind=none."
+    )
+
+
+def _dropout_rates(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Find what draws at random in a pass of training: its name and its rate."""
     for name, module in unwrap(model).named_modules():
         rates = {key: value for key, value in vars(module).items() if "drop" in key}
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates["p"] = module.p
-        for key, rate in rates.items():
-            if isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0:
-                raise NoiseError(
-                    f"noise.passes=doubled with noise.masks=shared: {f'{name}.{key}'.lstrip('.')} is {rate:g}, "
-                    "and one pass over the batch twice draws other masks for each half. Expected no dropout: "
-                    "set the model's dropout to 0, noise.masks=independent, or noise.passes=two."
-                )
+        yield from ((f"{name}.{key}".lstrip("."), rate) for key, rate in rates.items() if _is_rate(rate))
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def check_output(output: Any, objective: str) -> None:

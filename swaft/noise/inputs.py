@@ -47,24 +47,39 @@ def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
     Raises:
         NoiseError: for a batch without labels, and for an encoder-decoder that cannot make its decoder's inputs.
     """
-    arguments = dict(batch)
-    starts, ends = (arguments.pop(name, None) for name in POSITIONS)
-    if isinstance(starts, Tensor) and isinstance(ends, Tensor):
-        return Inputs(arguments, _span_targets(starts, ends, arguments))
-    labels = arguments.pop("labels", None)
-    if not isinstance(labels, Tensor):
+    targets = find_targets(model, batch)
+    if targets is None:
         raise NoiseError(
             "The batch has no labels; expected a tensor of class indices under the key 'labels', or positions of "
             f"answers under {' and '.join(map(repr, POSITIONS))}."
         )
-    if not generates(model):
-        return Inputs(arguments, labels)
+    arguments = {name: value for name, value in batch.items() if name not in POSITIONS}
+    labels = arguments.pop("labels", None)
+    if labels is None or not generates(model):
+        return Inputs(arguments, targets)
     arguments["use_cache"] = False
-    if is_causal(model):
-        return Inputs(arguments, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX))
-    if arguments.get("decoder_input_ids") is None and arguments.get("decoder_inputs_embeds") is None:
+    given = (arguments.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if not is_causal(model) and all(each is None for each in given):
         arguments["decoder_input_ids"] = _decoder_input_ids(model, labels)
-    return Inputs(arguments, labels)
+    return Inputs(arguments, targets)
+
+
+def find_targets(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+    """Find what the rows of logits of a batch are held to, see ``Inputs``; None for a batch without labels."""
+    starts, ends = (batch.get(name) for name in POSITIONS)
+    if isinstance(starts, Tensor) and isinstance(ends, Tensor):
+        return _span_targets(starts, ends, batch)
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return None
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if is_causal(model) else labels
+
+
+def count_items(targets: Tensor) -> Tensor:
+    """Count the rows that a loss is the mean of, 0-dim int64; scores (floating point) all count."""
+    if targets.is_floating_point():
+        return torch.full((), targets.numel(), dtype=torch.int64, device=targets.device)
+    return (targets != IGNORE_INDEX).sum()
 
 
 def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict[str, Any]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from swaft.errors import ConfigError, NoiseError
-from swaft.noise.checks import check_model, check_one_mask, generates
+from swaft.errors import ConfigError, NoiseError, StateError
+from swaft.noise.arrival import FirstBatches
+from swaft.noise.checks import check_model, check_one_mask, check_two_masks, generates
 from swaft.noise.embedding import EmbeddingSite, find_site, measure, root_mean_square
 from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
-from swaft.noise.inputs import prepare_inputs
+from swaft.noise.inputs import count_items, find_targets, prepare_inputs
 from swaft.noise.loss import Detach
 from swaft.noise.outputs import task_logits
 from swaft.noise.passes import StepResult, choose_form, run_passes
@@ -45,11 +46,50 @@ class ObjectiveOutput:
     """||noised - clean|| / ||clean|| of the embedding output as handed on, detached, 0-dim."""
     changed: Tensor
     """Share of the embedding output's entries that the noise changed, detached, 0-dim."""
+    num_items: Tensor
+    """How many rows the loss is the mean of (texts, answers' ends, target tokens), 0-dim int64: the weight of this
+    micro-batch among others."""
     logits: Tensor | None
     """Logits of the clean pass, detached, (B, 2, L) of first and last tokens; None where none were made."""
 
+    @classmethod
+    def of_task(cls, loss: Tensor, logits: Tensor | None, num_items: Tensor) -> ObjectiveOutput:
+        """Describe a step of one pass, whose loss is the task's alone."""
+        nothing = loss.detach().new_zeros(())
+        return cls(
+            loss=loss,
+            task_loss=loss.detach(),
+            divergence=nothing,
+            noise_to_signal=nothing,
+            changed=nothing,
+            num_items=num_items,
+            logits=None if logits is None else logits.detach(),
+        )
 
-class TaskLoss:
+
+class Resumable:
+    """What a run that resumes needs of an objective, as ``accelerator.register_for_checkpointing`` takes it."""
+
+    step: int = 0
+    """Micro-steps trained so far; with seed and rank it sets the noise. 0 where there is none."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the state, the same on every rank."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume at a state.
+
+        Raises:
+            StateError: for what is no state of an objective.
+        """
+        step = state.get("step") if set(state) == {"step"} else None
+        if not isinstance(step, int) or step < 0:
+            raise StateError(f"An objective's state is {state}; expected {{'step': n}}, n 0 or more.")
+        self.step = step
+
+
+class TaskLoss(Resumable):
     """Plain fine-tuning: the model's own loss from one pass."""
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -62,17 +102,19 @@ class TaskLoss:
             model: the model as returned by ``accelerator.prepare``.
             batch: keyword arguments of its forward, labels included.
         """
-        output = model(**batch)
+        output, targets = model(**batch), find_targets(model, batch)
         loss = getattr(output, "loss", None)
         if loss is None:
             raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
-        nothing, logits = loss.detach().new_zeros(()), task_logits(output)
-        return ObjectiveOutput(
-            loss, loss.detach(), nothing, nothing, nothing, None if logits is None else logits.detach()
-        )
+        if targets is None:  # labels of another name: a mean over texts
+            rows = len(next(iter(batch.values())))
+            num_items = torch.full((), rows, dtype=torch.int64, device=loss.device)
+        else:
+            num_items = count_items(targets)
+        return ObjectiveOutput.of_task(loss, task_logits(output), num_items)
 
 
-class R3F:
+class R3F(Resumable):
     """Noise stability: the task loss plus the symmetric KL between a clean and a noised pass.
 
     loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
@@ -84,8 +126,8 @@ class R3F:
         weight: the lambda of the paper.
         noise: distribution of the noise; the preset's (uniform) unless given.
         sigma: size of the noise; the preset's (1e-5) unless given. With preset="relative" a share of the
-            embeddings' root mean square.
-        preset: "paper" (default), "relative", "fairseq" or "rdrop", see ``swaft.noise.PRESETS``.
+            embeddings' root mean square; with "fairseq" before the factor of embeddings that scale themselves.
+        preset: "paper" (default), "relative", "fairseq", "rdrop" or "rdrop_paper", see ``swaft.noise.PRESETS``.
         masks: "shared" or "independent" dropout masks of the two passes.
         reduction: "mean" over counted rows, or "batchmean": sum over all rows by the number of sentences.
         detach: what the divergence holds constant: "none", "clean", "noised" or "target". With "noised" the
@@ -96,6 +138,9 @@ class R3F:
             are never made. False: from the logits of both passes, which takes more memory.
         label_smoothing: share of the target of the task loss that is spread over all classes.
         seed: seed of the noise.
+
+    Where ``weight * divergence`` stays below one thousandth of the task loss, a warning among the first batches
+    says what to set: such noise costs a second pass and trains nothing.
 
     Raises:
         ConfigError: naming every invalid value.
@@ -118,6 +163,8 @@ class R3F:
     ) -> None:
         if not is_finite_and_not_negative(weight):
             raise ConfigError(f"noise.weight is {weight!r}; expected a finite number, 0 or more.")
+        if not isinstance(seed, int):
+            raise ConfigError(f"seed is {seed!r}; expected a whole number.")
         explicit = {
             "noise": noise,
             "sigma": sigma,
@@ -130,11 +177,10 @@ class R3F:
         }
         self.weight = weight
         self.seed = seed
-        self.step = 0
-        """Micro-steps trained so far; with seed and rank it sets the noise. Set it when a run resumes."""
         self._classifying = resolve_settings(preset, generates=False, **explicit)
         self._generating = resolve_settings(preset, generates=True, **explicit)
         self._proved: WeakSet[nn.Module] = WeakSet()
+        self._first_batches = FirstBatches()
 
     def prepare_model(self, model: nn.Module) -> None:
         """Check the model before training; call it before ``accelerator.prepare``.
@@ -146,8 +192,7 @@ class R3F:
         check_model(model, type(self).__name__)
         self._site(model, settings)
         self._head(model, settings)
-        if settings.passes == "doubled" and settings.masks == "shared":
-            check_one_mask(model)
+        self._check_masks(model, settings)
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
         """Pick the settings that apply to a model: presets may differ between classifying and generating."""
@@ -174,11 +219,11 @@ class R3F:
         settings, name = self.settings_for(model), type(self).__name__
         inputs = prepare_inputs(model, batch)
         site, head = self._site(model, settings), self._head(model, settings)
-        if settings.passes == "doubled" and settings.masks == "shared" and model.training:
-            check_one_mask(model)
+        if model.training:
+            self._check_masks(model, settings)
 
         def disturb(embedding: Tensor) -> Tensor:
-            return self._disturb(embedding, settings)
+            return self._disturb(embedding, settings, site)
 
         if model not in self._proved:
             self._check(model)
@@ -187,9 +232,18 @@ class R3F:
 
         form = choose_form(inputs, settings, weight=self.weight, head=head, objective=name)
         result = run_passes(model, form, settings, site=site, disturb=disturb)
+        out = _describe(result, settings, inputs.targets)
         if model.training and torch.is_grad_enabled():
             self.step += 1
-        return _describe(result, settings)
+            if self.weight > 0:
+                self._first_batches.add(out.task_loss, self.weight * out.divergence, settings, name)
+        return out
+
+    def _check_masks(self, model: nn.Module, settings: NoiseSettings) -> None:
+        if settings.passes == "doubled" and settings.masks == "shared":
+            check_one_mask(model)
+        if settings.sigma == 0:
+            check_two_masks(model, type(self).__name__)
 
     def _check(self, model: nn.Module) -> None:
         """Check once more what may have changed since ``prepare_model``, or was not checked there."""
@@ -201,10 +255,12 @@ class R3F:
     def _head(self, model: nn.Module, settings: NoiseSettings) -> LanguageModelHead | None:
         return find_head(model) if settings.fused and generates(model) else None
 
-    def _disturb(self, embedding: Tensor, settings: NoiseSettings) -> Tensor:
+    def _disturb(self, embedding: Tensor, settings: NoiseSettings, site: EmbeddingSite | None) -> Tensor:
         sigma: float | Tensor = settings.sigma
         if settings.relative:
             sigma = sigma * root_mean_square(embedding.detach()).float()
+        elif settings.before_scale and site is not None:
+            sigma = sigma * site.scale
         return add_noise(
             embedding, noise=settings.noise, sigma=sigma, seed=self.seed, rank=current_rank(), step=self.step
         )
@@ -284,34 +340,50 @@ class R4F(R3F):
 
 
 class RDrop(R3F):
-    """Two passes that differ in their dropout masks only, the task loss averaged over both.
+    """Two passes that differ in their dropout masks only, the cross entropy taken over both (Liang et al. 2021).
 
-    loss = (L_1 + L_2) / 2 + weight * (KL(p||q) + KL(q||p)) / 2  (Liang et al. 2021, eqs. 2-4);
-    ``divergence`` is the halved sum.
+    ``divergence`` is (KL(p||q) + KL(q||p)) / 2, and ``weight`` is the alpha of whom ``preset`` names:
+
+    "rdrop", the authors' released text code:  loss = (L_1 + L_2) / 2 + weight * divergence
+    "rdrop_paper", their equation 4:           loss =  L_1 + L_2      + weight * divergence
+
+    The same number weighs the divergence twice as much in the former: its 1 is the equation's 2.
 
     Args:
-        weight: the alpha of the paper.
+        weight: alpha.
+        preset: "rdrop" (default) or "rdrop_paper".
         passes: see R3F; the paper's own code doubles the batch.
         fused: see R3F.
         label_smoothing: see R3F.
         seed: taken for the sake of a common signature; nothing is drawn from it.
+
+    Raises:
+        ConfigError: naming every invalid value.
     """
 
     def __init__(
         self,
         weight: float = 1.0,
         *,
+        preset: Literal["rdrop", "rdrop_paper"] | None = None,
         passes: Passes = "two",
         fused: bool = True,
         label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
+        if preset not in (None, "rdrop", "rdrop_paper"):
+            raise ConfigError(f"noise.preset is {preset!r}; expected rdrop or rdrop_paper with R-Drop.")
         super().__init__(
-            weight, preset="rdrop", passes=passes, fused=fused, label_smoothing=label_smoothing, seed=seed
+            weight,
+            preset=preset or "rdrop",
+            passes=passes,
+            fused=fused,
+            label_smoothing=label_smoothing,
+            seed=seed,
         )
 
 
-def _describe(result: StepResult, settings: NoiseSettings) -> ObjectiveOutput:
+def _describe(result: StepResult, settings: NoiseSettings, targets: Tensor) -> ObjectiveOutput:
     divergence = settings.scale * result.loss.divergence
     if result.embedded is None:
         noise_to_signal = changed = torch.zeros_like(divergence)
@@ -319,10 +391,11 @@ def _describe(result: StepResult, settings: NoiseSettings) -> ObjectiveOutput:
         realised = measure(result.embedded)
         noise_to_signal, changed = realised.noise_to_signal, realised.changed
     return ObjectiveOutput(
-        loss=result.loss.loss,
-        task_loss=result.loss.task_loss.detach(),
+        loss=settings.task_scale * result.loss.loss,
+        task_loss=settings.task_scale * result.loss.task_loss.detach(),
         divergence=divergence.detach(),
         noise_to_signal=noise_to_signal,
         changed=changed,
+        num_items=count_items(targets),
         logits=result.logits,
     )

@@ -135,7 +135,7 @@ def choose_form(
     """
     targets = inputs.targets
     options: dict[str, Any] = {
-        "divergence_weight": weight * settings.scale,
+        "divergence_weight": weight * settings.scale / settings.task_scale,
         "label_smoothing": settings.label_smoothing,
         "ignore_index": IGNORE_INDEX,
         "detach": settings.detach,

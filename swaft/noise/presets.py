@@ -25,6 +25,8 @@ class NoiseSettings:
     """Half width (uniform) or standard deviation (normal) of the noise; 0 for none."""
     relative: bool = False
     """Whether sigma is a share of the root mean square of the embedding output."""
+    before_scale: bool = False
+    """Whether sigma is the size before a factor that the embedding itself applies (mBART: the root of d)."""
     masks: Masks = "shared"
     """Whether the two passes draw the same dropout masks."""
     reduction: Reduction = "mean"
@@ -37,6 +39,8 @@ class NoiseSettings:
     """Whether the noised pass sends no gradient into the token embeddings."""
     ce_on_noised: bool = False
     """Whether the task loss is the average of both passes' instead of the clean one's."""
+    task_scale: float = 1.0
+    """Factor on the task loss; 2 makes of the average of both passes' their sum."""
     passes: Passes = "two"
     """"two": one after the other; "doubled": one pass over the batch twice, its second half noised."""
     fused: bool = True
@@ -52,7 +56,7 @@ class NoiseSettings:
 
 _PAPER = NoiseSettings()
 _RELATIVE = NoiseSettings(sigma=0.01, relative=True)
-_FAIRSEQ = NoiseSettings(masks="independent", reduction="batchmean")
+_FAIRSEQ = NoiseSettings(masks="independent", reduction="batchmean", before_scale=True)
 _RDROP = NoiseSettings(sigma=0.0, masks="independent", scale=0.5, ce_on_noised=True)
 
 PRESETS: dict[str, tuple[NoiseSettings, NoiseSettings]] = {
@@ -60,20 +64,23 @@ PRESETS: dict[str, tuple[NoiseSettings, NoiseSettings]] = {
     "relative": (_RELATIVE, _RELATIVE),
     "fairseq": (replace(_FAIRSEQ, detach_embedding=True), replace(_FAIRSEQ, noise="normal")),
     "rdrop": (_RDROP, _RDROP),
+    "rdrop_paper": (replace(_RDROP, task_scale=2.0),) * 2,
 }
 """Settings of each preset for models that classify, and for those that generate.
 
 paper: Aghajanyan et al. 2021, eqs. 3-4. relative: the same, the noise measured against the embeddings.
 fairseq: what the authors' released code asks for (examples/rxf); there the noise never reached RoBERTa, here
-it does. rdrop: Liang et al. 2021, which needs dropout and no noise.
+it does. rdrop: Liang et al. 2021, which needs dropout and no noise, as their released text code has it, the cross
+entropies of both passes averaged; rdrop_paper: their equation 4, the cross entropies summed.
 """
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[object, ...]] = {
     "noise": get_args(Noise),
     "masks": get_args(Masks),
     "reduction": get_args(Reduction),
     "detach": get_args(Detach),
     "passes": get_args(Passes),
+    "fused": (False, True),
 }
 
 
@@ -91,7 +98,7 @@ def resolve_settings(preset: str | None, *, generates: bool, **overrides: Any) -
     name = "paper" if preset is None else preset
     given = {field: value for field, value in overrides.items() if value is not None}
     problems = [
-        f"noise.{field} is {given[field]!r}; expected one of {', '.join(choices)}."
+        f"noise.{field} is {given[field]!r}; expected one of {', '.join(map(str, choices))}."
         for field, choices in _CHOICES.items()
         if field in given and given[field] not in choices
     ]
@@ -110,6 +117,11 @@ def resolve_settings(preset: str | None, *, generates: bool, **overrides: Any) -
         raise ConfigError(
             "noise.passes=doubled with noise.detach=noised: a noised pass without gradient has to be a pass of "
             "its own; expected noise.passes=two, or another noise.detach."
+        )
+    if settings.sigma == 0 and settings.masks == "shared":
+        raise ConfigError(
+            "noise.sigma=0 with noise.masks=shared: nothing differs between the two passes, so the divergence is 0 "
+            "at twice the time. Set noise.sigma, noise.masks=independent, or noise.kind=none."
         )
     return settings
 

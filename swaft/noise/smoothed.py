@@ -7,14 +7,14 @@ from weakref import WeakSet
 
 from torch import nn
 
-from swaft.noise.inputs import IGNORE_INDEX, prepare_inputs
-from swaft.noise.objectives import ObjectiveOutput
+from swaft.noise.inputs import IGNORE_INDEX, count_items, prepare_inputs
+from swaft.noise.objectives import ObjectiveOutput, Resumable
 from swaft.noise.outputs import task_logits
 from swaft.noise.presets import resolve_settings
 from swaft.noise.proof import prove
 
 
-class SmoothedTaskLoss:
+class SmoothedTaskLoss(Resumable):
     """The task loss of one pass, a share of each target spread over all classes.
 
     The mean of the cross entropy over the counted rows, as `TaskLoss` has it from the model itself; a model that
@@ -29,7 +29,7 @@ class SmoothedTaskLoss:
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
-        self._settings = resolve_settings(None, generates=True, sigma=0.0, label_smoothing=label_smoothing)
+        self._settings = resolve_settings("rdrop", generates=True, label_smoothing=label_smoothing)
         self._proved: WeakSet[nn.Module] = WeakSet()
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -63,5 +63,4 @@ class SmoothedTaskLoss:
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
         )
-        nothing = loss.detach().new_zeros(())
-        return ObjectiveOutput(loss, loss.detach(), nothing, nothing, nothing, logits.detach())
+        return ObjectiveOutput.of_task(loss, logits, count_items(inputs.targets))

@@ -14,7 +14,12 @@ from swaft.noise.smoothed import SmoothedTaskLoss
 
 PASS_OPTIONS = ("passes", "fused")
 R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach", *PASS_OPTIONS)
-NOISE_OPTIONS = {"none": (), "rdrop": PASS_OPTIONS, "r3f": R3F_OPTIONS, "r4f": (*R3F_OPTIONS, "layers")}
+NOISE_OPTIONS = {
+    "none": (),
+    "rdrop": ("preset", *PASS_OPTIONS),
+    "r3f": R3F_OPTIONS,
+    "r4f": (*R3F_OPTIONS, "layers"),
+}
 """Options of section ``noise`` that each kind uses, beside its weight."""
 
 
@@ -77,8 +82,6 @@ def build_objective(
     """
     known = NOISE_OPTIONS["r4f"]
     options = {name: value for name in known if (value := getattr(noise, name)) is not None}
-    if noise.kind == noise.preset == "rdrop":
-        del options["preset"]  # says what the kind says
     problems = [
         f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
         for name, value in options.items()

@@ -10,10 +10,11 @@ import transformers
 from tiny_models import bart, bert, classification_batch, generation_batch, t5
 
 from swaft.errors import NoiseError
-from swaft.noise import R3F, R4F, objectives
-from swaft.noise.arrival import smallest_surviving_sigma
+from swaft.noise import R3F, R4F, RDrop, objectives
+from swaft.noise.arrival import FirstBatches, smallest_surviving_sigma
 from swaft.noise.embedding import embedding_hook, find_site, measure
 from swaft.noise.generator import add_noise
+from swaft.noise.presets import resolve_settings
 
 pytestmark = pytest.mark.unit
 
@@ -177,3 +178,58 @@ def test_an_encoder_of_which_no_layer_runs_is_an_error(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *_args, **_kwargs: torch.tensor(0.0))
     with pytest.raises(NoiseError, match="No layer of BartEncoder ran"):
         R3F(sigma=1e-2)(model, batch)
+
+
+def warnings_of(objective, model, caplog, *, batches: int) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="swaft"):
+        for _ in range(batches):
+            objective(model, classification_batch())
+    return caplog.messages
+
+
+def test_noise_that_will_never_be_felt_is_said_once_after_a_few_batches(caplog):
+    model, objective = bert(), R3F()
+    assert not warnings_of(objective, model, caplog, batches=7)
+    [warning] = warnings_of(objective, model, caplog, batches=20)
+    found = re.search(r"R3F is not felt: after 8 batches weight x divergence is (\S+) beside a task", warning)
+    assert found is not None
+    assert 0 < float(found[1]) < 1e-9
+    assert "Set noise.masks=independent" in warning
+    assert "noise.preset=relative with noise.sigma=0.5 or more" in warning
+
+
+@pytest.mark.parametrize(("last", "said"), [(1e-3, 1), (3e-3, 0), (float("nan"), 0)])
+def test_noise_that_grows_as_the_head_learns_is_judged_later(last, said, caplog):
+    first_batches, settings = FirstBatches(), resolve_settings("relative", generates=False)
+    for batch in range(1, 300):
+        weighted = 1e-5 if batch <= 120 else last if batch <= 128 else 0.0
+        first_batches.add(torch.tensor(2.0), torch.tensor(weighted), settings, "R3F")
+    assert len(caplog.messages) == said
+    assert all("after 128 batches weight x divergence is 1.0e-03" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("objective", "advice"),
+    [
+        (R3F(preset="relative", sigma=0.01), "noise.sigma=0.5 or more"),
+        (R3F(preset="relative", sigma=0.6, weight=1e-4), "noise.sigma=1.2 or more, or a larger noise.weight"),
+        (RDrop(weight=1e-4), "Set more dropout in the model, or a larger noise.weight"),
+    ],
+)
+def test_what_to_set_depends_on_what_is_set(objective, advice, caplog):
+    [warning] = warnings_of(objective, bert(), caplog, batches=8)
+    assert advice in warning
+
+
+def test_two_passes_that_stay_the_same_are_said_to_be(caplog):
+    model = bert()
+    for module in model.modules():
+        module.training = module is model  # as where a backbone was put into eval mode by hand
+    [warning] = warnings_of(RDrop(), model, caplog, batches=8)
+    assert "the two passes are the same" in warning
+
+
+def test_a_divergence_that_is_not_asked_for_and_evaluation_are_passed_over(caplog):
+    assert not warnings_of(R3F(weight=0.0), bert(), caplog, batches=8)
+    assert not warnings_of(R3F(), bert().eval(), caplog, batches=8)

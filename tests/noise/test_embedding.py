@@ -6,17 +6,25 @@ import transformers
 from tiny_models import (
     bart,
     bert,
+    blenderbot,
     causal_batch,
     classification_batch,
+    gemma2,
+    gemma3,
     generation_batch,
     gpt2,
     llama,
+    m2m100,
+    marian,
+    mbart,
+    pegasus,
     roberta,
     t5,
 )
 from torch import nn
 
 from swaft.errors import NoiseError
+from swaft.noise import R3F
 from swaft.noise.embedding import embedding_hook, find_site, measure
 
 pytestmark = pytest.mark.unit
@@ -163,6 +171,34 @@ def test_a_causal_model_is_noised_at_its_token_embedding(build):
         noised = model(**causal_batch())
     assert not torch.equal(noised.logits, model(**causal_batch()).logits)
     assert float(measure(record).changed) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("build", "scales_itself"),
+    [
+        (bart, True),
+        (mbart, True),
+        (m2m100, True),
+        (blenderbot, True),
+        (gemma2, True),
+        (gemma3, True),
+        (pegasus, False),
+        (marian, False),
+        (t5, False),
+        (llama, False),
+    ],
+)
+def test_fairseqs_noise_goes_in_before_the_factor_of_a_scaled_embedding(build, scales_itself):
+    scaled = {"scale_embedding": True} if build in (bart, mbart, m2m100, blenderbot, pegasus, marian) else {}
+    model, batch = build(dropout=0.0, **scaled), causal_batch(rows=200)
+    rows = find_site(model).embedding.weight[batch["input_ids"]].double()
+    share = 1e-3 / rows.square().mean().sqrt()  # of noise of this size on the table's own rows
+    options = {"noise": "normal", "sigma": 1e-3, "fused": False}
+    released = R3F(preset="fairseq", **options)(model, batch).noise_to_signal
+    literal = R3F(preset="paper", **options)(model, batch).noise_to_signal
+
+    assert float(released) == pytest.approx(float(share), rel=0.02)
+    assert float(released / literal) == pytest.approx(16**0.5 if scales_itself else 1, rel=0.02)
 
 
 def test_the_second_half_of_a_doubled_batch_is_noised_and_recorded():

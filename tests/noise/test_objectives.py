@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_models import (
     bart,
     bart_classifier,
     bert,
     causal_batch,
     classification_batch,
+    gemma2,
     generation_batch,
     gpt2,
+    llama,
+    mixtral,
+    qwen2,
     roberta,
     t5,
 )
 from transformers import BertForSequenceClassification
 
-from swaft.errors import NoiseError
+from swaft.errors import NoiseError, StateError
 from swaft.functional import cross_entropy_symmetric_kl
 from swaft.noise import R3F, R4F, RDrop, TaskLoss, symmetric_kl
 from swaft.noise.embedding import embedding_hook, find_site
@@ -62,14 +67,16 @@ def norm_wise(computed, exact) -> float:
 
 
 @pytest.mark.parametrize(("build", "batch"), MODELS)
-def test_zero_noise_with_shared_masks_gives_exactly_zero_divergence(build, batch):
-    out, gradients = run(R3F(sigma=0.0), build(), batch())
-    _, plain_gradients = run(TaskLoss(), build(), batch())
+def test_two_equal_passes_give_exactly_zero_divergence_and_the_plain_gradients(build, batch):
+    objective = R3F(masks="independent", sigma=0.0)
+    out, gradients = run(objective, build().eval(), batch())
+    _, plain_gradients = run(TaskLoss(), build().eval(), batch())
 
     assert out.divergence == 0
     assert out.loss == out.task_loss
     assert out.noise_to_signal == out.changed == 0
     torch.testing.assert_close(gradients, plain_gradients)
+    assert objective.step == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,6 +168,53 @@ def test_rdrop_averages_both_task_losses_and_halves_the_divergence():
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize(("preset", "expected"), [("rdrop", 0.5), ("rdrop_paper", 1.0)])
+@pytest.mark.parametrize(("build", "batch"), [(bert, classification_batch), (t5, generation_batch)])
+def test_rdrops_alpha_is_that_of_its_released_code_or_of_its_equation_by_name(build, batch, preset, expected):
+    model, batch, alpha = build().double(), batch(), 5.0
+    out, gradients = run(RDrop(alpha, preset=preset), model, batch)
+
+    torch.manual_seed(7)
+    first, second = model(**batch), model(**batch)
+    counted = batch["labels"] != -100
+    divergence = symmetric_kl(first.logits[counted], second.logits[counted]).mean()
+    task_loss = expected * (first.loss + second.loss)  # the mean of both, or equation 4's sum
+    model.zero_grad()
+    (task_loss + alpha / 2 * divergence).backward()
+
+    torch.testing.assert_close(out.task_loss, task_loss.detach())
+    torch.testing.assert_close(out.loss, out.task_loss + alpha * out.divergence)
+    torch.testing.assert_close(gradients, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("build", [llama, qwen2, gemma2, mixtral, t5, bart, bert])
+@pytest.mark.parametrize("objective", [RDrop(), R3F(masks="independent", sigma=0.0)])
+def test_a_model_without_dropout_is_refused_where_nothing_else_tells_two_passes_apart(objective, build):
+    batch = classification_batch() if build is bert else generation_batch()
+    off = "dropout|hidden_dropout_prob|dropout_rate"
+    for call in (objective.prepare_model, lambda model: objective(model, batch)):
+        with pytest.raises(NoiseError, match=rf"has no dropout \(.*({off})=0\.0.*noise\.kind=none"):
+            call(build(dropout=0.0))
+    objective.prepare_model(build(dropout=0.1))
+    R3F(sigma=0.1).prepare_model(build(dropout=0.0))
+
+
+def test_dropout_of_adapters_alone_is_enough_though_the_first_passes_are_equal(caplog):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.5)
+    model = get_peft_model(llama(dropout=0.0), config).train()  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    objective, divergences = RDrop(), []
+    objective.prepare_model(model)
+    for _ in range(3):
+        out = objective(model, causal_batch())
+        out.loss.backward()
+        optimizer.step()
+        divergences.append(float(out.divergence))
+    assert divergences[0] == 0 < divergences[2]
+
+
 def test_the_fairseq_preset_divides_the_divergence_of_all_positions_by_sentences():
     model, batch = t5(), generation_batch()
     out, _ = run(R3F(preset="fairseq", sigma=0.1), model, batch)
@@ -216,6 +270,28 @@ def test_noise_is_set_by_seed_and_step_and_comes_back_when_a_run_resumes():
     assert divergences(R3F(sigma=0.1, seed=4), 1) != run_of_four[:1]
 
 
+def test_accelerate_carries_an_objectives_step_through_a_checkpoint(tmp_path):
+    model, batch = bert(dropout=0.0), classification_batch()
+    accelerator, trained, resumed = Accelerator(cpu=True), R3F(sigma=0.1, seed=3), R3F(sigma=0.1, seed=3)
+    for objective, plain in ((trained, TaskLoss()), (resumed, TaskLoss())):
+        accelerator._custom_objects = []
+        accelerator.register_for_checkpointing(objective, plain)
+        if objective is trained:
+            for _ in range(3):
+                trained(model, batch)
+            accelerator.save_state(str(tmp_path / "state"))
+            continuing = float(trained(model, batch).divergence)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert resumed.step == 3
+    assert float(resumed(model, batch).divergence) == continuing
+
+
+@pytest.mark.parametrize("state", [{}, {"step": -1}, {"step": "3"}, {"step": 3, "seed": 0}])
+def test_what_is_no_state_of_an_objective_is_refused(state):
+    with pytest.raises(StateError, match=r"expected \{'step': n\}"):
+        RDrop().load_state_dict(state)
+
+
 def test_evaluation_works_and_does_not_move_the_noise_of_training():
     model, batch = bert(), classification_batch()
     objective = R3F(sigma=0.1)
@@ -234,7 +310,7 @@ def test_evaluation_works_and_does_not_move_the_noise_of_training():
 def test_an_output_is_detached_but_for_its_loss():
     out = R3F(sigma=0.1)(bert(), classification_batch())
     assert out.loss.requires_grad
-    for name in ("task_loss", "divergence", "noise_to_signal", "changed", "logits"):
+    for name in ("task_loss", "divergence", "noise_to_signal", "changed", "num_items", "logits"):
         assert not getattr(out, name).requires_grad
         assert getattr(out, name).dim() == (2 if name == "logits" else 0)
     assert R3F(sigma=0.1)(t5(), generation_batch()).logits is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -34,12 +35,8 @@ def test_fairseq_differs_between_classifying_and_generating_as_the_released_code
 
 def test_rdrop_has_no_noise_and_halves_the_divergence():
     settings = resolve_settings("rdrop", generates=False)
-    assert (settings.sigma, settings.masks, settings.scale, settings.ce_on_noised) == (
-        0.0,
-        "independent",
-        0.5,
-        True,
-    )
+    assert settings == NoiseSettings(sigma=0.0, masks="independent", scale=0.5, ce_on_noised=True)
+    assert resolve_settings("rdrop_paper", generates=True) == replace(settings, task_scale=2.0)
 
 
 def test_explicit_values_override_the_preset_and_none_does_not():
@@ -49,8 +46,10 @@ def test_explicit_values_override_the_preset_and_none_does_not():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_zero_can_override_every_preset(preset):
-    assert resolve_settings(preset, generates=False, sigma=0).sigma == 0
+def test_zero_can_override_every_preset_where_the_masks_differ(preset):
+    assert resolve_settings(preset, generates=False, sigma=0, masks="independent").sigma == 0
+    with pytest.raises(ConfigError, match=r"noise\.sigma=0 with noise\.masks=shared: nothing differs"):
+        resolve_settings(preset, generates=False, sigma=0, masks="shared")
 
 
 def test_every_invalid_value_is_named_at_once():
@@ -64,9 +63,10 @@ def test_every_invalid_value_is_named_at_once():
             reduction="max",  # type: ignore[arg-type]
             passes="three",  # type: ignore[arg-type]
             label_smoothing=1.0,
+            fused="no",  # type: ignore[arg-type]
         )
     text = str(caught.value)
-    assert len(caught.value.problems) == 8
+    assert len(caught.value.problems) == 9
     for expected in (
         "noise.noise is 'gamma'; expected one of uniform, normal",
         "noise.masks is 'same'; expected one of shared, independent",
@@ -76,6 +76,7 @@ def test_every_invalid_value_is_named_at_once():
         "noise.sigma is -1.0",
         "noise.passes is 'three'; expected one of two, doubled",
         "label_smoothing is 1.0; expected a number from 0 to below 1",
+        "noise.fused is 'no'; expected one of False, True",
     ):
         assert expected in text
 
@@ -91,6 +92,18 @@ def test_weight_must_be_a_finite_number_not_below_zero(objective, weight):
 def test_sigma_must_be_a_finite_number(sigma):
     with pytest.raises(ConfigError, match=r"noise\.sigma"):
         R3F(sigma=sigma)
+
+
+@pytest.mark.parametrize("objective", [R3F, R4F, RDrop])
+def test_a_seed_must_be_a_whole_number(objective):
+    with pytest.raises(ConfigError, match=r"seed is 1\.5; expected a whole number"):
+        objective(seed=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", ["paper", "relative", "fairseq", "alpha"])
+def test_rdrop_takes_its_own_presets_alone(preset):
+    with pytest.raises(ConfigError, match=f"noise.preset is '{preset}'; expected rdrop or rdrop_paper"):
+        RDrop(preset=preset)  # type: ignore[arg-type]
 
 
 def test_unknown_layers_are_refused():

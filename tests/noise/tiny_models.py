@@ -11,6 +11,8 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -58,8 +60,10 @@ def roberta(*, dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> Robe
     return RobertaForSequenceClassification(_encoder_config(RobertaConfig, dropout, num_labels)).train()
 
 
-def bart(kind: type = BartForConditionalGeneration, *, dropout: float = 0.1, seed: int = 0) -> Any:
-    return _bart_kind(BartConfig, kind, dropout, seed)
+def bart(
+    kind: type = BartForConditionalGeneration, *, dropout: float = 0.1, seed: int = 0, **options: Any
+) -> Any:
+    return _bart_kind(BartConfig, kind, dropout, seed, **options)
 
 
 def bart_classifier() -> BartForSequenceClassification:
@@ -99,24 +103,30 @@ def biased_bart(*, dropout: float = 0.1, seed: int = 0) -> BartForConditionalGen
     return _biased(bart(dropout=dropout, seed=seed))
 
 
-def mbart(*, dropout: float = 0.1, seed: int = 0) -> MBartForConditionalGeneration:
-    return _bart_kind(MBartConfig, MBartForConditionalGeneration, dropout, seed)
+def mbart(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> MBartForConditionalGeneration:
+    return _bart_kind(MBartConfig, MBartForConditionalGeneration, dropout, seed, **options)
 
 
-def pegasus(*, dropout: float = 0.1, seed: int = 0) -> PegasusForConditionalGeneration:
-    return _biased(_bart_kind(PegasusConfig, PegasusForConditionalGeneration, dropout, seed))
+def blenderbot(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> BlenderbotForConditionalGeneration:
+    return _bart_kind(BlenderbotConfig, BlenderbotForConditionalGeneration, dropout, seed, **options)
 
 
-def marian(*, dropout: float = 0.1, seed: int = 0) -> MarianMTModel:
+def pegasus(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> PegasusForConditionalGeneration:
+    return _biased(_bart_kind(PegasusConfig, PegasusForConditionalGeneration, dropout, seed, **options))
+
+
+def marian(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> MarianMTModel:
     return _biased(
-        _bart_kind(MarianConfig, MarianMTModel, dropout, seed, pad_token_id=1, decoder_start_token_id=1)
+        _bart_kind(
+            MarianConfig, MarianMTModel, dropout, seed, pad_token_id=1, decoder_start_token_id=1, **options
+        )
     )
 
 
-def m2m100(*, dropout: float = 0.1, seed: int = 0) -> M2M100ForConditionalGeneration:
+def m2m100(*, dropout: float = 0.1, seed: int = 0, **options: Any) -> M2M100ForConditionalGeneration:
     """A model that shifts its labels, and has no method that does."""
     others = ("attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
-    options = dict.fromkeys(others, dropout)  # not 0 unless told
+    options |= dict.fromkeys(others, dropout)  # not 0 unless told
     return _bart_kind(M2M100Config, M2M100ForConditionalGeneration, dropout, seed, **options)
 
 

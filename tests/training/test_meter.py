@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 def output(value: float) -> ObjectiveOutput:
     number = torch.tensor(value)
-    return ObjectiveOutput(number, number, number, number, number, None)
+    return ObjectiveOutput(number, number, number, number, number, number, None)
 
 
 def test_tokens_are_those_read_and_those_to_write_without_padding():

@@ -57,8 +57,8 @@ class RunRecord:
     """Optimizer steps that were not skipped."""
     weights: str
     """Sum of the bits of the trained weights."""
-    objective_step: int
-    """Micro-batches that the objective has seen."""
+    objective: Mapping[str, Any]
+    """State of the objective: the micro-batches that it has seen."""
     best: Mapping[str, Any] | None
     """The best weights so far; None where none are chosen."""
     scaler: Mapping[str, Any] | None

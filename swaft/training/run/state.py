@@ -83,7 +83,7 @@ class RunState:
             position=asdict(self.position),
             applied_steps=self.engine.applied_steps(),
             weights=weights_now(self.engine),
-            objective_step=getattr(self.objective, "step", 0),
+            objective=self.objective.state_dict(),
             best=None if self.best is None else self.best.state(),
             scaler=None if scaler is None else scaler.state_dict(),
             seconds=seconds,
@@ -130,8 +130,7 @@ class RunState:
         batches = batches_read(record, self.setup)
         if self.averager is not None:
             self.averager.load_state(checkpoint / AVERAGE)
-        if hasattr(self.objective, "step"):
-            self.objective.step = record.objective_step
+        self.objective.load_state_dict(dict(record.objective))
         if self.best is not None and record.best is not None:
             with self.engine.ranks.together(f"{self.folder.best} could not be restored"):
                 self.best.restore(record.best, checkpoint, chosen.manifest.files.keys())
