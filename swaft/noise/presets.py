@@ -58,13 +58,14 @@ _PAPER = NoiseSettings()
 _RELATIVE = NoiseSettings(sigma=0.01, relative=True)
 _FAIRSEQ = NoiseSettings(masks="independent", reduction="batchmean", before_scale=True)
 _RDROP = NoiseSettings(sigma=0.0, masks="independent", scale=0.5, ce_on_noised=True)
+_RDROP_PAPER = replace(_RDROP, task_scale=2.0)
 
 PRESETS: dict[str, tuple[NoiseSettings, NoiseSettings]] = {
     "paper": (_PAPER, _PAPER),
     "relative": (_RELATIVE, _RELATIVE),
     "fairseq": (replace(_FAIRSEQ, detach_embedding=True), replace(_FAIRSEQ, noise="normal")),
     "rdrop": (_RDROP, _RDROP),
-    "rdrop_paper": (replace(_RDROP, task_scale=2.0),) * 2,
+    "rdrop_paper": (_RDROP_PAPER, _RDROP_PAPER),
 }
 """Settings of each preset for models that classify, and for those that generate.
 
