@@ -159,5 +159,9 @@ def _is_section(name: str, known: Mapping[str, Leaf]) -> bool:
 def _leave(text: str) -> None:
     """Print and exit 0; of several processes that were launched together only the first prints."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)

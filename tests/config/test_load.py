@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -388,3 +391,15 @@ def test_the_printed_configuration_holds_nothing_else(tmp_path, capsys, caplog):
         load("--config", path, "--print_config")
     assert caplog.messages == []
     assert capsys.readouterr().out.startswith("model:")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print_config"])
+def test_a_reader_that_closes_the_pipe_ends_the_help_without_a_traceback(flag):
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = f"from swaft.config import *; load_config(ClassificationConfig, {[flag, *REQUIRED]})"
+    program = subprocess.run(
+        [sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True, check=True
+    )
+    os.close(writer)
+    assert not program.stderr
