@@ -9,8 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
-    from swaft import functional
+    from swaft import averaging, config, errors, functional, noise, soup
     from swaft.averaging import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, WeightAverager, Windows, search_windows
     from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
@@ -27,18 +29,24 @@ __all__ = [
     "TaskLoss",
     "WeightAverager",
     "Windows",
+    "averaging",
+    "config",
+    "errors",
     "functional",
+    "noise",
     "search_windows",
+    "soup",
 ]
 
+_MODULES = ("averaging", "config", "errors", "functional", "noise", "soup")
 _OF_NOISE = ("R3F", "R4F", "RDrop", "TaskLoss")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'swaft' has no attribute {name!r}")
-    if name == "functional":
-        return import_module("swaft.functional")
+    if name in _MODULES:
+        return import_module(f"swaft.{name}")
     return getattr(import_module("swaft.noise" if name in _OF_NOISE else "swaft.averaging"), name)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,46 @@ def test_swaft_alone_does_not_wait_for_torch():
     script = "import sys, swaft; print('torch' in sys.modules, {*swaft.__all__} <= {*dir(swaft)})"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
     assert found == "False True\n"
+
+
+NAMES = """
+import ast, re, sys
+from pathlib import Path
+import swaft
+
+for path in Path(swaft.__file__).parent.rglob("*.py"):
+    for call in ast.walk(ast.parse(path.read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("Error", "logger.warning")):
+            said = "".join(str(n.value) for n in ast.walk(call) if isinstance(n, ast.Constant))
+            said = re.sub(r"-m swaft\\S+", "", said)  # a module to be run
+            for name in re.findall(r"\\bswaft(?:\\.[a-z_]\\w*)+|\\baverager\\.\\w+", said):
+                owner, *parts = name.split(".")
+                found = swaft if owner == "swaft" else swaft.WeightAverager
+                for part in parts:
+                    found = getattr(found, part, "engine" if part == "engine" else None)
+                print(path.name, name, found is not None)
+"""
+
+
+def test_every_call_that_an_error_names_exists_after_importing_swaft_alone():
+    found = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, check=True).stdout
+    lines = found.splitlines()
+    assert not [line for line in lines if line.endswith("False")]
+    assert {"averager.update_bn", "swaft.averaging.save_pretrained"} <= {line.split()[1] for line in lines}
+
+
+def test_the_version_is_known_without_an_installation():
+    script = (
+        "import importlib.metadata as m, sys\n"
+        "def refuse(*_): raise m.PackageNotFoundError\n"
+        "m.version = m.distribution = refuse\n"
+        "import swaft; print(swaft.__version__, 'torch' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
+    ).stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+ False\n", found)
 
 
 def test_the_public_names_are_there_and_no_others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from swaft.averaging import lora
 from swaft.averaging.averager import WeightAverager
 from swaft.averaging.engines import Engine, attach_engine
 from swaft.averaging.export import save_pretrained
@@ -22,6 +23,7 @@ __all__ = [
     "WindowSearch",
     "Windows",
     "attach_engine",
+    "lora",
     "save_pretrained",
     "search_windows",
 ]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from swaft import __version__
 from swaft.errors import ConfigError, SwaftError
 
 COMMANDS = {
@@ -46,9 +47,7 @@ def _run(words: list[str]) -> int:
         print(usage())
         return 0 if words else 2
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"swaft {version('swaft')}")
+        print(f"swaft {__version__}")
         return 0
     name, *rest = words
     if name not in COMMANDS:

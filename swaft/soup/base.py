@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from swaft.errors import StateError
 from swaft.soup.checkpoint import Checkpoint
+from swaft.soup.huggingface import CONFIG, read_json
 from swaft.soup.mean import SLICE
 
 ADAPTER_PARTS = re.compile(
@@ -66,6 +67,7 @@ class WithoutTied(Checkpoint):
 
     def __init__(self, inner: Checkpoint, tied: Mapping[str, str]):
         self.path, self.files, self._inner = inner.path, inner.files, inner
+        self.maybe_tied = inner.maybe_tied
         self.specs = {name: spec for name, spec in inner.specs.items() if name not in tied}
         self.aliases = {**inner.aliases, **tied}
 
@@ -81,6 +83,57 @@ class WithoutTied(Checkpoint):
     def close(self) -> None:
         """As of :class:`Checkpoint`."""
         self._inner.close()
+
+
+def without_tied(
+    members: Sequence[Checkpoint], base: Checkpoint | None
+) -> tuple[list[Checkpoint], Checkpoint | None]:
+    """Checkpoints of one model, but that none stores a tied tensor under a name that others leave out.
+
+    A name that some lack is believed to be another one of a tensor that all have where both have the same bits,
+    unless the `config.json` of a member that lacks it, or the base's own, says that nothing is tied.
+
+    Args:
+        members: that are averaged.
+        base: of which what they lack is taken, or None.
+    """
+    if members[0].is_adapter:
+        return list(members), base
+    names = set[str]().union(*(member.specs for member in members))
+    everywhere = names.intersection(*(member.specs for member in members))
+    if base is not None and not _unties(base):
+        base = _without_tied(base, everywhere)
+    if any(_unties(member) for member in members if len(member.specs) < len(names)):
+        return list(members), base
+    return [_without_tied(member, everywhere) for member in members], base
+
+
+def _unties(checkpoint: Checkpoint) -> bool:
+    """Whether a configuration says that the model ties nothing."""
+    config = None if checkpoint.files is None else checkpoint.files / CONFIG
+    return config is not None and config.exists() and read_json(config).get("tie_word_embeddings") is False
+
+
+def _without_tied(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint:
+    """A checkpoint without those tensors that it has under a known name, too."""
+    others = [name for name in checkpoint.specs if name not in known and name not in checkpoint.maybe_tied]
+    if not others:
+        return checkpoint
+    middles = {_middle(checkpoint, name): name for name in checkpoint.specs if name in known}
+    tied = {}
+    for name in others:
+        found = middles.get(_middle(checkpoint, name))
+        if found is not None and _same_bits(checkpoint, name, found):
+            tied[name] = found
+    return WithoutTied(checkpoint, tied) if tied else checkpoint
+
+
+def _middle(checkpoint: Checkpoint, name: str) -> object:
+    """A few elements that tell a tensor from others; of one that may be constant there is nothing that does."""
+    spec = checkpoint.specs[name]
+    start = spec.numel // 2
+    values = checkpoint.read(name, start, min(start + 16, spec.numel))
+    return (spec, bytes(values.view(torch.uint8).numpy())) if bool((values != values[:1]).any()) else (name,)
 
 
 def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:

@@ -16,7 +16,7 @@ import torch
 from swaft.errors import ConfigError, StateError
 from swaft.soup.adapter import AdapterMean
 from swaft.soup.agreement import compare_configs, require_same_model
-from swaft.soup.base import fit_to_base
+from swaft.soup.base import fit_to_base, without_tied
 from swaft.soup.checkpoint import NO_CONFIGURATION, Checkpoint
 from swaft.soup.companions import copy_files, describe
 from swaft.soup.greedy import GreedyChoice, choose_greedily
@@ -121,8 +121,9 @@ def average(
             has_base = base is not None or (bool(members) and members[0].files is not None)
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
             members.append(stack.enter_context(found))
-        notes = require_same_model(members)
         whole = None if base is None else stack.enter_context(HuggingFaceFolder(Path(base)))
+        members, whole = without_tied(members, whole)
+        notes = require_same_model(members)
         files = _files(members[0], whole)
         if whole is not None:
             notes += compare_configs(whole.files, members[0].files)

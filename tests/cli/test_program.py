@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 
+import swaft
 from swaft.cli.main import COMMANDS, main
 
 pytestmark = pytest.mark.unit
@@ -66,4 +66,4 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_without_a_traceback(word
 
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"swaft {version('swaft')}\n"
+    assert capsys.readouterr().out == f"swaft {swaft.__version__}\n"

@@ -45,6 +45,45 @@ def test_tied_weights_stay_tied(tmp_path):
     assert model.shared.weight.data_ptr() == model.encoder.embed_tokens.weight.data_ptr()
 
 
+def with_head(tensors: dict, head) -> dict:
+    return tensors | {"lm_head.weight": head.clone()}
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_a_tied_head_that_one_checkpoint_stores_twice_is_no_other_model(tmp_path, holder):
+    sources = [random_tensors(seed) for seed in range(2)]
+    paths = [
+        folder_of(tmp_path / str(i), with_head(each, each["embed.weight"]) if i == holder else each)
+        for i, each in enumerate(sources)
+    ]
+    average(paths, tmp_path / "out")
+    assert same_bits(loaded(tmp_path / "out"), golden(sources))
+
+
+def test_a_tied_head_that_the_base_alone_stores_is_not_written_beside_its_average(tmp_path):
+    sources, base = [random_tensors(seed) for seed in range(2)], random_tensors(7)
+    paths = [folder_of(tmp_path / str(i), each) for i, each in enumerate(sources)]
+    held = folder_of(tmp_path / "base", with_head(base, base["embed.weight"]) | {"frozen": torch.randn(3)})
+    average(paths, tmp_path / "out", base=held)
+    assert loaded(tmp_path / "out").keys() == {*sources[0], "frozen"}
+
+
+@pytest.mark.parametrize("fault", ["other bits", "constant", "configuration"])
+def test_a_head_that_is_not_tied_is_in_one_model_alone(tmp_path, fault):
+    sources = [random_tensors(seed) for seed in range(2)]
+    if fault == "constant":
+        for each in sources:
+            each["embed.weight"].zero_()
+    head = sources[0]["embed.weight"] + (1e-6 if fault == "other bits" else 0)
+    config = CONFIG | ({"tie_word_embeddings": False} if fault == "configuration" else {})
+    paths = [
+        folder_of(tmp_path / "0", with_head(sources[0], head), config=config),
+        folder_of(tmp_path / "1", sources[1], config=config),
+    ]
+    with pytest.raises(StateError, match=r"'lm_head\.weight' is in the first alone"):
+        average(paths, tmp_path / "out")
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_sharded_and_whole_inputs_average_alike(tmp_path, shards):
     whole, cut = folders(tmp_path / "a", 2), folders(tmp_path / "b", 2, shards=shards)

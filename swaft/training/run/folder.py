@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from accelerate import Accelerator
 
+from swaft import __version__
 from swaft.config import to_yaml
 from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
@@ -332,6 +333,8 @@ def _began(path: Path, config_yaml: str) -> bool:
 
 
 def _version(package: str) -> str | None:
+    if package == "swaft":  # which may run from a source tree that is not installed
+        return __version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
