@@ -26,6 +26,8 @@ from swaft.data import (
     describe_task,
     language_groups,
     load_splits,
+    read_as_text,
+    report_special_tokens,
     require_length,
     tokenize,
 )
@@ -53,6 +55,7 @@ from swaft.training.refusals import (
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
+from swaft.training.special_tokens import follow_tokenizer, one_length, require_end_token
 from swaft.training.start import start_of
 
 Config = ClassificationConfig
@@ -93,6 +96,10 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     problems.of(require_embeddings, config.model, model_config, tokenizer)
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     head = problems.of(fit_head, task, config.model, model_config)
+    problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
+    problems.of(follow_tokenizer, model_config, tokenizer)
+    problems.of(require_end_token, model_config, tokenizer)
+    length = problems.of(one_length, model_config, config.data.max_seq_length)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
     problems.of(describe_labels, model_config, head.task, pad_token_id=tokenizer.pad_token_id)
@@ -105,7 +112,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
         metric=problems.of(in_order, metric, head.order),
         model_config=model_config,
         tokenizer=tokenizer,
-        collate=problems.of(Collator, tokenizer),
+        collate=problems.of(Collator, tokenizer, length),
         has_new_head=head.is_new,
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
@@ -139,6 +146,7 @@ def run(config: ClassificationConfig) -> None:
     folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as token ids.
+    report_special_tokens(ready.rows, task.text_columns, tokenizer)
     datasets = {
         name: tokenize(split, task, tokenizer, config.data.max_seq_length)
         for name, split in ready.rows.items()

@@ -26,7 +26,9 @@ from swaft.data import (
     check_questions,
     load_splits,
     may_have_no_answer,
+    read_as_text,
     refuse_long_questions,
+    report_special_tokens,
     require_length,
     require_offsets,
     tokenize_questions,
@@ -61,6 +63,7 @@ from swaft.training.refusals import (
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
+from swaft.training.special_tokens import follow_tokenizer, one_length
 from swaft.training.start import start_of
 
 Config = QuestionAnsweringConfig
@@ -102,6 +105,9 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(require_text, config.model, model_config)
     tokenizer = problems.of(load_tokenizer, config.model)
     problems.of(require_offsets, tokenizer)
+    problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
+    problems.of(follow_tokenizer, model_config, tokenizer)
+    length = problems.of(one_length, model_config, config.data.max_seq_length)
     problems.of(require_embeddings, config.model, model_config, tokenizer)
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     most = problems.of(longest_text, model_config, tokenizer)
@@ -122,7 +128,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         metric=metric,
         model_config=model_config,
         tokenizer=tokenizer,
-        collate=problems.of(WindowCollator, tokenizer),
+        collate=problems.of(WindowCollator, tokenizer, length),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
         target=target,
@@ -143,6 +149,7 @@ def run(config: QuestionAnsweringConfig) -> None:
     folder = RunFolder.of(config, accelerator)
 
     # Data: every split that is there, as overlapping windows of token ids.
+    report_special_tokens(ready.rows, ("question", "context"), tokenizer)
     windows = {
         name: tokenize_questions(
             split,

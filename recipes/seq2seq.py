@@ -27,7 +27,9 @@ from swaft.data import (
     Seq2SeqCollator,
     find_pairs,
     load_splits,
+    read_as_text,
     read_pairs,
+    report_special_tokens,
     require_length,
     tokenize_pairs,
 )
@@ -39,6 +41,7 @@ from swaft.training.encoder_decoder import (
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,
+    refuse_other_tokens,
 )
 from swaft.training.evaluate import Evaluation
 from swaft.training.fine_tune import Job, Target, fine_tune
@@ -56,6 +59,7 @@ from swaft.training.refusals import (
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
+from swaft.training.special_tokens import follow_tokenizer
 from swaft.training.start import start_of
 
 Config = Seq2SeqConfig
@@ -106,7 +110,9 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
     tokenizer = None
     if brings_tokenizer(config.model):
         tokenizer = problems.of(load_tokenizer, config.model)
+        problems.of(follow_tokenizer, model_config, tokenizer)
         problems.of(Seq2SeqCollator, tokenizer)
+    problems.of(refuse_other_tokens, config.model, tokenizer)
     problems.of(set_languages, tokenizer, config.data, columns)
     problems.of(require_embeddings, config.model, model_config, tokenizer)
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
@@ -186,6 +192,8 @@ def run(config: Seq2SeqConfig) -> None:
             accelerator,
             texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
         )
+    read_as_text(tokenizer, config.data.split_special_tokens)
+    report_special_tokens(pairs, ("source", "target"), tokenizer)
     datasets = {
         name: tokenize_pairs(
             rows,

@@ -76,6 +76,9 @@ class RowsConfig:
     """Use only the first so many validation rows; null: all."""
     max_predict_samples: int | None = None
     """Use only the first so many test rows; null: all."""
+    split_special_tokens: bool = True
+    """Read a special token that a text spells (`</s>`, `[SEP]`) as the text it is; false: it has its special
+    meaning, for texts that have such tokens on purpose."""
 
 
 @dataclass(kw_only=True)

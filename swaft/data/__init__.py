@@ -19,6 +19,7 @@ from swaft.data.seq2seq import (
 )
 from swaft.data.sources import data_folder, language_groups, load_splits
 from swaft.data.text_pairs import PairColumns, find_pairs, read_pairs
+from swaft.data.texts import read_as_text, report_special_tokens
 
 __all__ = [
     "Answers",
@@ -40,8 +41,10 @@ __all__ = [
     "length_statistics",
     "load_splits",
     "may_have_no_answer",
+    "read_as_text",
     "read_pairs",
     "refuse_long_questions",
+    "report_special_tokens",
     "require_length",
     "require_offsets",
     "right_answers",

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from swaft.errors import DataError
 
@@ -122,17 +122,23 @@ def refuse_repeated_ids(split: Dataset, name: str, column: str = "id") -> None:
         )
 
 
-def require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a padding token.
+def padding(tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> DataCollatorWithPadding:
+    """Return what pads rows of token ids and stacks them.
+
+    Args:
+        tokenizer: the model's, which says with what and on which side.
+        length: tokens that every row is padded to; None: to the longest of the batch.
 
     Raises:
-        DataError: as said.
+        DataError: the tokenizer has no padding token.
     """
     if tokenizer.pad_token_id is None:
         raise DataError(
             f"{type(tokenizer).__name__} has no padding token, so rows of different length cannot share "
             "a batch; set model.tokenizer_name to a tokenizer that has one"
         )
+    strategy = "longest" if length is None else "max_length"
+    return DataCollatorWithPadding(tokenizer, padding=strategy, max_length=length, return_tensors="pt")
 
 
 def require_length(setting: str, length: int, most: int) -> None:

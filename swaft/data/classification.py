@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from swaft.config.schema import DataConfig
 from swaft.data.checks import (
     Fault,
     existing,
     good_rows,
+    padding,
     refuse_repeated_ids,
     require_column,
     require_length,
-    require_padding,
     text_faults,
 )
 from swaft.data.labels import Labels, label_faults, read_labels
+from swaft.data.texts import encode as encode_texts
 from swaft.errors import DataError
 
 # How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
@@ -110,8 +111,7 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [rows[column] for column in task.text_columns]
-        pair = texts[1] if len(texts) == 2 else None
-        encoded = dict(tokenizer(texts[0], pair, truncation=True, max_length=max_seq_length))
+        encoded = dict(encode_texts(tokenizer, *texts, truncation=True, max_length=max_seq_length))
         labels = rows[task.label_column]
         if task.is_regression:
             encoded["labels"] = [float(label) for label in labels]
@@ -124,18 +124,18 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
 
 
 class Collator:
-    """Pads rows to the longest of the batch and stacks them.
+    """Pads rows and stacks them.
 
     Args:
         tokenizer: the model's tokenizer.
+        length: tokens that every row is padded to; None: to the longest of the batch.
 
     Raises:
         DataError: the tokenizer has no padding token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        require_padding(tokenizer)
-        self._pad = DataCollatorWithPadding(tokenizer, padding="longest", return_tensors="pt")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
+        self._pad = padding(tokenizer, length)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch: token columns (B, L) int64, `labels` (B,) int64 or fp32, `idx` (B,) int64."""

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from swaft.data.checks import ROWS_AT_ONCE, require_length, require_padding, values
+from swaft.data.checks import ROWS_AT_ONCE, padding, require_length, values
 from swaft.data.questions import first_place
+from swaft.data.texts import encode
 from swaft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -112,18 +113,18 @@ def refuse_long_questions(
 
 
 class WindowCollator:
-    """Pads windows to the longest of the batch and stacks them.
+    """Pads windows and stacks them.
 
     Args:
         tokenizer: the model's tokenizer.
+        length: tokens that every window is padded to; None: to the longest of the batch.
 
     Raises:
         DataError: the tokenizer has no padding token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        require_padding(tokenizer)
-        self._pad = DataCollatorWithPadding(tokenizer, padding="longest", return_tensors="pt")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
+        self._pad = padding(tokenizer, length)
         self._names = frozenset(tokenizer.model_input_names) | {*POSITIONS, "idx"}
         self._pads_left = tokenizer.padding_side == "left"
 
@@ -151,7 +152,8 @@ def _encode(
     question_first = tokenizer.padding_side == "right"
     questions, contexts = [text.strip() for text in rows["question"]], rows["context"]
     _refuse_long_questions(rows["id"], questions, tokenizer, max_seq_length, doc_stride)
-    encoded = tokenizer(
+    encoded = encode(
+        tokenizer,
         *((questions, contexts) if question_first else (contexts, questions)),
         truncation="only_second" if question_first else "only_first",
         max_length=max_seq_length,
@@ -224,7 +226,8 @@ def _refuse_long_questions(
     doc_stride: int,
 ) -> None:
     lengths = [
-        len(tokens) for tokens in tokenizer(questions, [""] * len(questions), verbose=False)["input_ids"]
+        len(tokens)
+        for tokens in encode(tokenizer, questions, [""] * len(questions), verbose=False)["input_ids"]
     ]
     longest = int(np.argmax(lengths))
     room = max_seq_length - lengths[longest]

@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from swaft.data.checks import require_length, require_padding
+from swaft.data.checks import padding, require_length
+from swaft.data.texts import encode as encode_texts
 
 IGNORED = -100
 """Label of positions that no loss counts."""
@@ -69,10 +70,12 @@ def tokenize_pairs(
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         sources = [source_prefix + text for text in rows["source"]]
         encoded, source_lengths = _cut(
-            lambda texts, **cut: tokenizer(texts, **cut), sources, max_source_length
+            lambda texts, **cut: encode_texts(tokenizer, texts, **cut), sources, max_source_length
         )
         targets, target_lengths = _cut(
-            lambda texts, **cut: tokenizer(text_target=texts, **cut), rows["target"], max_target_length
+            lambda texts, **cut: encode_texts(tokenizer, text_target=texts, **cut),
+            rows["target"],
+            max_target_length,
         )
         return encoded | {
             "labels": targets["input_ids"],
@@ -118,8 +121,7 @@ class Seq2SeqCollator:
         tokenizer: PreTrainedTokenizerBase,
         prepare_decoder_input_ids: Callable[[Tensor], Tensor] | None = None,
     ):
-        require_padding(tokenizer)
-        self._pad = DataCollatorWithPadding(tokenizer, padding="longest", return_tensors="pt")
+        self._pad = padding(tokenizer)
         self._inputs = frozenset(tokenizer.model_input_names) | {"idx"}
         self._prepare_decoder_input_ids = prepare_decoder_input_ids
 

@@ -23,6 +23,7 @@ from swaft.training.pretrained import (
     told_as_settings,
     with_checkpointing,
 )
+from swaft.training.special_tokens import generate_as_trained
 
 VOCAB_SIZE = 4096
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -55,6 +56,27 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
 def brings_tokenizer(model: Seq2SeqModelConfig) -> bool:
     """Whether the settings name a tokenizer; else a new one is trained for the new model."""
     return model.config is None or model.tokenizer_name is not None
+
+
+def refuse_other_tokens(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
+    """Refuse settings of a new model that call other tokens special than its tokenizer does.
+
+    Args:
+        model: section ``model``.
+        tokenizer: the one that it names; None: one is trained.
+
+    Raises:
+        ConfigError: as said.
+    """
+    trained = {"pad_token_id": 0, "eos_token_id": 1}
+    problems = [
+        f"model.config: {name} is {said}, but the tokenizer's is {expected}; leave it out"
+        for name, said in (model.config or {}).items()
+        if name in ("pad_token_id", "bos_token_id", "eos_token_id")
+        and said != (expected := getattr(tokenizer, name, trained.get(name)))
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def new_tokenizer(
@@ -122,8 +144,6 @@ def load_encoder_decoder(
         ConfigError: where the model cannot be loaded.
     """
     torch.manual_seed(seed)
-    if model.config is None and getattr(model_config, "pad_token_id", None) is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
     with told_as_settings(model):
         if model.config is None:
             loaded = AutoModelForSeq2SeqLM.from_pretrained(
@@ -135,6 +155,7 @@ def load_encoder_decoder(
         else:
             _fit_to_tokenizer(model_config, tokenizer, said=model.config)
             loaded = AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.float32)
+    generate_as_trained(loaded, tokenizer)
     write_target_language(loaded, tokenizer)
     return with_adapters(
         with_checkpointing(loaded, gradient_checkpointing), model, task="sequence to sequence"

@@ -21,6 +21,7 @@ from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
 from swaft.training.kept_head import renew_head
 from swaft.training.lora import with_adapters
+from swaft.training.special_tokens import write_token
 
 if TYPE_CHECKING:
     from swaft.data import Task
@@ -224,8 +225,7 @@ def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) 
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: index for index, name in enumerate(names)}
     model_config.problem_type = "regression" if task.is_regression else "single_label_classification"
-    if getattr(model_config, "pad_token_id", None) is None:
-        model_config.pad_token_id = pad_token_id
+    write_token(model_config, "pad", pad_token_id)
 
 
 def hidden_size(model_config: Any) -> int | None:

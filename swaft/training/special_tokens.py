@@ -1,0 +1,185 @@
+"""One truth for special tokens: a model, its batches and what it generates follow the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from swaft.errors import ConfigError
+
+KINDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
+
+COUNT_FROM_PADDING = frozenset(
+    {
+        *("camembert", "data2vec-text", "esm", "fsmt", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
+        *("m2m_100", "markuplm", "mpnet", "nllb-moe", "prophetnet", "roberta", "roberta-prelayernorm"),
+        *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+    }
+)
+"""Types of models whose positions begin after the id of padding: with another id they would read other positions
+than they were trained with."""
+READ_THEIR_END = frozenset({"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"})
+"""Types whose classifiers answer at the last end-of-text token, of which they want as many in every row."""
+MIX_PADDING_IN = frozenset(
+    {
+        *(
+            "canine",
+            "convbert",
+            "fnet",
+            "funnel",
+            "mobilebert",
+            "mra",
+            "nystromformer",
+            "reformer",
+            "t5gemma",
+        ),
+        *("t5gemma2", "yoso"),
+    }
+)
+"""Types that compute other logits for a row the more of it is padding, whatever the attention mask says: they
+convolve, hash, pool or transform over it, or read the answer one token further."""
+
+
+def follow_tokenizer(model_config: Any, tokenizer: Any) -> None:
+    """Have a model take the tokenizer's word on special tokens, and the tokenizer pad where the model can take it.
+
+    Absolute positions, and heads that read the first token, need padding on the right. Decoders read the last token
+    that is no padding, so they can have it there, too. XLNet reads the last token of all.
+
+    Args:
+        model_config: transformers configuration; its ids of tokens, and those of its parts, become the tokenizer's.
+            A token that the tokenizer lacks stays as it is.
+        tokenizer: gets the padding side.
+    """
+    for kind in KINDS:
+        write_token(model_config, kind, getattr(tokenizer, f"{kind}_token_id", None))
+    tokenizer.padding_side = "left" if getattr(model_config, "summary_type", None) == "last" else "right"
+
+
+def write_token(model_config: Any, kind: str, token_id: int | None) -> None:
+    """Write the id of a special token into a configuration and its parts, where they know such a token.
+
+    Every configuration knows padding. One that counts its positions from padding keeps the id that it has.
+
+    Args:
+        model_config: transformers configuration.
+        kind: one of `KINDS`.
+        token_id: None changes nothing.
+    """
+    name = f"{kind}_token_id"
+    for config in _parts(model_config):
+        found = getattr(config, name, None)
+        is_needed = config.model_type in COUNT_FROM_PADDING and isinstance(found, int) and found >= 0
+        if token_id is None or (is_needed if kind == "pad" else not hasattr(config, name)):
+            continue
+        setattr(config, name, _put_first(token_id, found))
+
+
+def require_end_token(model_config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose rows a classifier would look in vain for its end token in.
+
+    Args:
+        model_config: transformers configuration, after `follow_tokenizer`.
+        tokenizer: the model's.
+
+    Raises:
+        ConfigError: for a model that answers at the end token, where texts do not end with one, are padded with it,
+            or may have more of them.
+    """
+    if model_config.model_type not in READ_THEIR_END:
+        return
+    end = tokenizer.eos_token_id
+    if end is None or end not in tokenizer("a").input_ids:
+        found = "puts none into its texts"
+    elif end == tokenizer.pad_token_id:
+        found = "pads with it, too; set its pad_token to another token"
+    elif not tokenizer.split_special_tokens:
+        found = "takes those that a text spells for such a one; leave out data.split_special_tokens=false"
+    else:
+        return
+    raise ConfigError(
+        f"model.tokenizer_name: a {model_config.model_type} classifier reads its answer at the end-of-text token, "
+        f"and {type(tokenizer).__name__} {found}. Expected one in every row, at the end of its text"
+    )
+
+
+def one_length(model_config: Any, max_length: int) -> int | None:
+    """Return the length that every row has to be padded to, so that its logits do not depend on its batch.
+
+    Args:
+        model_config: transformers configuration.
+        max_length: tokens that rows are cut to.
+
+    Returns:
+        That many tokens; None: a batch may be as long as its longest row.
+
+    Raises:
+        ConfigError: for a Nyströmformer with landmarks, which reads rows of one length only, and another length.
+    """
+    entries = {
+        name: getattr(model_config, name, None)
+        for name in (
+            "attention_type",
+            "block_size",
+            "num_random_blocks",
+            "num_landmarks",
+            "segment_means_seq_len",
+        )
+    }
+    segment = entries["segment_means_seq_len"]
+    if segment != entries["num_landmarks"] and segment != max_length:
+        raise ConfigError(
+            f"data.max_seq_length: this {model_config.model_type} reads rows of {segment} tokens and no others; "
+            f"expected data.max_seq_length={segment}"
+        )
+    # BigBird attends to all of a short batch, and ever after one: its blocks have to be the same for all rows.
+    sparse = entries["attention_type"] == "block_sparse" and (
+        max_length > (5 + 2 * entries["num_random_blocks"]) * entries["block_size"]
+    )
+    return max_length if sparse or model_config.model_type in MIX_PADDING_IN else None
+
+
+def generate_as_trained(model: Any, tokenizer: Any) -> None:
+    """Have a model generate with the tokens that it is trained with: where it starts, what it ends and pads with.
+
+    Args:
+        model: an encoder-decoder whose configuration follows the tokenizer; its generation settings are changed,
+            and are saved with it.
+        tokenizer: the model's.
+    """
+    config, generation = model.config, model.generation_config
+    for kind in ("pad", "bos", "eos"):
+        found = getattr(tokenizer, f"{kind}_token_id")
+        if found is not None:
+            name = f"{kind}_token_id"
+            setattr(generation, name, _put_first(found, getattr(generation, name)))
+    labels = tokenizer(text_target="a").input_ids
+    if generation.forced_eos_token_id is not None:
+        generation.forced_eos_token_id = tokenizer.eos_token_id
+    if generation.forced_bos_token_id != labels[0]:
+        generation.forced_bos_token_id = None
+    starts = (getattr(holder, "decoder_start_token_id", None) for holder in (config, generation))
+    start = next((token for token in starts if token is not None), None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if start is not None:
+        config.decoder_start_token_id = start  # what the model's own shift looks at
+        start = start if shift is None else shift(torch.tensor([labels]))[0, 0].item()
+    config.decoder_start_token_id = generation.decoder_start_token_id = start
+
+
+def _parts(model_config: Any) -> Iterator[Any]:
+    """A configuration, and those inside it that are of models over a vocabulary."""
+    yield model_config
+    for part in vars(model_config).values():
+        if isinstance(part, PreTrainedConfig) and hasattr(part, "vocab_size"):
+            yield from _parts(part)
+
+
+def _put_first(token_id: int, known: Any) -> Any:
+    """The id, followed by the others where several were known: a text may end with one of many."""
+    if not isinstance(known, list):
+        return token_id
+    return [token_id, *(other for other in known if other != token_id)]
