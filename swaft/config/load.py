@@ -24,6 +24,8 @@ HUGGING_FACE_NAMES = {
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
     "warmup_ratio": "warmup_steps",
+    "validation_split_percentage": "validation_fraction",
+    "sep": "delimiter",
     "max_length": "max_seq_length",
     "tokenizer_name_or_path": "tokenizer_name",
     "label_smoothing": "label_smoothing_factor",
