@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="make every cell that is missing, most wanted first")
     run.add_argument("--jobs", type=int, default=1, help="processes side by side")
     run.add_argument("--cells", type=int, default=None, help="stop after so many cells")
+    run.add_argument("--retry", action="store_true", help="make cells again that are recorded as failed")
     cost = commands.add_parser("cost", help="measure one cell of each task")
     cost.add_argument("--tasks", nargs="*", default=list(TASKS))
     cost.add_argument("--training", default="decayed")
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)  # a cell comes to the same bits wherever it runs
     if given.command == "run":
-        return run_grid(given.jobs, given.cells)
+        return run_grid(given.jobs, given.cells, retry=given.retry)
     if given.command == "cost":
         return print_cost(given.tasks, given.training)
     if given.command == "cell":
@@ -60,41 +62,68 @@ def main(arguments: list[str] | None = None) -> int:
     return print_status()
 
 
-def run_grid(jobs: int, limit: int | None) -> int:
-    """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow."""
-    others = [
-        subprocess.Popen([sys.executable, "-m", "benchmarks.study", "run"]) for _ in range(1, max(1, jobs))
-    ]
-    folder, made = results_folder(), 0
-    while limit is None or made < limit:
-        cell = _make_next(folder)
-        if cell is None:
-            break
-        made += 1
-    for other in others:
-        other.wait()
-    return 0
+def run_grid(jobs: int, limit: int | None, *, retry: bool = False) -> int:
+    """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow.
+
+    Args:
+        jobs: processes side by side, this one counted.
+        limit: cells of this process; None: all.
+        retry: whether cells that failed before are made again.
+    """
+    # A signal ends the other processes too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    command = [sys.executable, "-m", "benchmarks.study", "run", *(["--retry"] if retry else [])]
+    others = [subprocess.Popen(command) for _ in range(1, jobs)]
+    folder, tried = results_folder(), set()
+    try:
+        while limit is None or len(tried) < limit:
+            cell, wait = _make_next(folder, tried if retry else None)
+            if cell is not None:
+                tried.add((cell.name, cell.fingerprint))
+            elif wait:  # what others are making may open further cells
+                time.sleep(5)
+            else:
+                break
+        return max([other.wait() for other in others], default=0)
+    finally:
+        for other in others:
+            other.terminate()
 
 
-def _make_next(folder) -> Cell | None:
-    """Make the most wanted cell that is neither there nor held by another process; None where there is none."""
-    rows = read_rows(folder)
-    done = finished(rows)
+def _make_next(folder: Path, tried: set[tuple[str, str]] | None) -> tuple[Cell | None, bool]:
+    """Make the most wanted cell that is neither there nor held by another process.
+
+    Args:
+        folder: of the rows.
+        tried: None: a recorded failure is final. Otherwise it counts for these cells alone.
+
+    Returns:
+        The cell, or None where there is none; and whether others hold some.
+    """
+    rows, wait = read_rows(folder), False
+    done = _done(rows, tried)
     for cell in all_cells(rows):
         if (cell.name, cell.fingerprint) in done:
             continue
         with claim(folder, cell.name) as held:
             if not held:
+                wait = True
                 continue
-            if (cell.name, cell.fingerprint) in finished(read_rows(folder)):
+            if (cell.name, cell.fingerprint) in _done(read_rows(folder), tried):
                 continue  # finished by another process since
             began = time.perf_counter()
             found = make(cell)
             append(folder, cell.file, found)
             note, seconds = found[0].get("failed") or f"{len(found)} readouts", time.perf_counter() - began
             print(f"{time.strftime('%H:%M:%S')} {cell.name}: {note}, {seconds:.0f} s", flush=True)
-            return cell
-    return None
+            return cell, False
+    return None, wait
+
+
+def _done(rows: list[Row], tried: set[tuple[str, str]] | None) -> set[tuple[str, str]]:
+    if tried is None:
+        return finished(rows)
+    return finished(row for row in rows if "failed" not in row or (row["cell"], row["fingerprint"]) in tried)
 
 
 def make(cell: Cell) -> list[Row]:

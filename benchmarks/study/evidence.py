@@ -31,8 +31,8 @@ from benchmarks.study.trainings import TRAININGS
 HEADLINES = (
     "decayed:tail-0.1", "decayed:tail-0.2", "decayed:chosen", "constant:last", "constant:swa-0.5",
     "constant:swa-0.75", "constant:ema-0.1", "constant:chosen", "rdrop-decayed:last", "rdrop-constant:swa-0.5",
-    "r3f-independent-decayed:last", "r3f-independent-constant:swa-0.5", "r3f-relative-0.3-decayed:last",
-    "r3f-relative-0.3-constant:swa-0.5",
+    "r3f-independent-decayed:last", "r3f-independent-constant:swa-0.5", "r3f-relative-1.0-decayed:last",
+    "r3f-relative-1.0-constant:swa-0.5",
 )  # fmt: skip
 NOT_BUILT = (
     "question answering (squad) and generation (e2e, tatoeba_en_fr)",

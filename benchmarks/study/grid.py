@@ -4,8 +4,8 @@ Rules, written down before any row of a confirming task was made:
 
 * **Rate.** For every training and task the same search on the validation rows, with a seed that no reported cell
   uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (last of a
-  decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. Of equal ones, the lower rate. The regime of
-  500 rows is tuned by itself, in the same way.
+  decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. Of equal ones, the lower rate. The
+  regime of 500 rows is tuned by itself, in the same way.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs of one pass. A training of
   two passes, and one that is twice as long, cost two. So comparisons at equal cost are that by construction.
 * **Default averaging rule.** Among the readouts of the decayed and of the constant training, that with the lowest
@@ -38,11 +38,11 @@ LONGER = ("decayed2x", "rdrop-decayed", "rdrop-constant")
 NOISE = (
     "r3f-independent-decayed",
     "r3f-independent-constant",
-    "r3f-relative-0.3-decayed",
-    "r3f-relative-0.3-constant",
+    "r3f-relative-1.0-decayed",
+    "r3f-relative-1.0-constant",
 )
 MAIN = AVERAGING + LONGER + NOISE
-COLLAPSED = (*AVERAGING, "rdrop-decayed", "r3f-relative-0.3-decayed", "r4f-relative-0.3-decayed")
+COLLAPSED = (*AVERAGING, "rdrop-decayed", "r3f-relative-1.0-decayed", "r4f-relative-1.0-decayed")
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 
 

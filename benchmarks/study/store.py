@@ -28,12 +28,15 @@ def results_folder() -> Path:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Every whole row, one a cell, readout and fingerprint; of several the latest."""
+    """Every whole row, one a cell, readout and fingerprint; of several the latest. A failure is forgotten once its
+    cell has rows.
+    """
     found: dict[tuple[str, str, str], Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in _whole_lines(path):
             found[row["cell"], row["readout"], row["fingerprint"]] = row
-    return list(found.values())
+    made = {(cell, fingerprint) for (cell, _, fingerprint), row in found.items() if "failed" not in row}
+    return [row for (cell, _, mark), row in found.items() if "failed" not in row or (cell, mark) not in made]
 
 
 def finished(rows: Iterable[Row]) -> set[tuple[str, str]]:

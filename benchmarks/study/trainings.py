@@ -56,7 +56,7 @@ _OBJECTIVES: dict[str, Callable[[int], Any]] = {
     "r3f-relative-1.0-w5": _r3f(weight=5.0, sigma=1.0, preset="relative"),
     "r3f-literal": _r3f(weight=1.0, sigma=1e-5, preset="paper"),
     "r4f-literal": lambda seed: swaft.R4F(weight=1.0, sigma=1e-5, preset="paper", seed=seed),
-    "r4f-relative-0.3": lambda seed: swaft.R4F(weight=1.0, sigma=0.3, preset="relative", seed=seed),
+    "r4f-relative-1.0": lambda seed: swaft.R4F(weight=1.0, sigma=1.0, preset="relative", seed=seed),
 }
 
 TRAININGS = {

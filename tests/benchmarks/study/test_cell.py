@@ -15,7 +15,7 @@ from benchmarks.study.trainings import TRAININGS
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize("training", ["decayed", "r3f-relative-0.3-constant"])
+@pytest.mark.parametrize("training", ["decayed", "r3f-relative-1.0-constant"])
 def test_a_cell_made_twice_has_the_same_bits(tiny_task, training):
     cell = parse_cell(f"cr/{training}/main/0.0002/1/test")
     first, second = run_cell(cell), run_cell(cell)
@@ -58,6 +58,19 @@ def test_a_missing_task_is_recorded_by_name_and_others_are_made(tiny_task, monke
 
 
 CR = "cr/decayed/main/0.0002/1/tuning"
+
+
+def test_a_failed_cell_is_made_again_when_asked_and_only_then(tiny_task, monkeypatch):
+    monkeypatch.setattr(command, "all_cells", lambda rows: map(parse_cell, [CR]))
+    whole = command.run_cell
+    monkeypatch.setattr(command, "run_cell", lambda cell: 1 / 0)
+    command.run_grid(jobs=1, limit=None)
+    command.run_grid(jobs=1, limit=None, retry=True)  # fails again, once
+    monkeypatch.setattr(command, "run_cell", whole)
+    command.run_grid(jobs=1, limit=None)
+    assert [row["readout"] for row in read_rows(tiny_task / "results")] == ["failed"]
+    command.run_grid(jobs=1, limit=None, retry=True)
+    assert [row["readout"] for row in read_rows(tiny_task / "results")] == ["last"]
 
 
 def test_a_device_out_of_memory_is_recorded_by_name(tiny_task, monkeypatch):
