@@ -75,7 +75,9 @@ class Kept:
 
 
 def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
-    """An outcome on the scale on which it is compared."""
+    """An outcome on the scale on which it is compared; "nll" is the loss itself, in nats."""
+    if outcome == "nll":
+        return numbers["nll"]
     if outcome == "loss":
         return 100 * math.log(max(numbers["nll"], 1e-12))
     return 100 * numbers[TASKS[task].score if outcome == "score" else outcome]

@@ -24,7 +24,7 @@ from benchmarks.study.grid import (
 from benchmarks.study.model import ROUNDINGS
 from benchmarks.study.statistics import false_alarms
 from benchmarks.study.store import Row, read_rows
-from benchmarks.study.tables import by_task, line, table, told_overall
+from benchmarks.study.tables import absolute, by_task, line, table, told_overall
 from benchmarks.study.tasks import TASKS, TEST_ROWS, VALIDATION_ROWS
 from benchmarks.study.trainings import TRAININGS
 
@@ -76,6 +76,7 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         _answer(kept, drawn),
         _every_arm(kept),
         _rounding(kept),
+        _absolute(kept),
         _cost(kept),
         _false_alarms(kept),
         beyond.collapse(rows),
@@ -109,6 +110,17 @@ def _every_arm(kept: Kept) -> str:
         if shown:
             parts += [f"### {settings.rows:,} training rows", shown, *by_task(kept, regime)]
     return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _absolute(kept: Kept) -> str:
+    parts = []
+    for regime, settings in REGIMES.items():
+        found = absolute(kept, regime)
+        if found:
+            parts += [f"### {settings.rows:,} training rows", *found]
+    if not parts:
+        return ""
+    return "\n\n".join(["## Losses and scores themselves", "Mean ± standard deviation over seeds.", *parts])
 
 
 def _rounding(kept: Kept) -> str:

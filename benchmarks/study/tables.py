@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
@@ -37,12 +38,24 @@ def table(kept: Kept, regime: str, arms: Sequence[str], *, p_values: bool = Fals
     return "\n".join(lines)
 
 
+def absolute(kept: Kept, regime: str) -> list[str]:
+    """Task by task: test loss (nats) and score (points), mean and standard deviation over seeds."""
+    tasks, parts = _tasks(kept, regime), []
+    for outcome, title, digits in (("nll", "test loss, nats", 4), ("score", "score, points", 2)):
+        lines = [line([title, *tasks]), line(["---"] * (len(tasks) + 1))]
+        for arm in kept.arms(regime):
+            values = kept.values(regime, arm, outcome)
+            cells = [
+                _spread([value for (t, _), value in values.items() if t == task], digits) for task in tasks
+            ]
+            lines.append(line([f"`{arm}`", *cells]))
+        parts.append("\n".join(lines))
+    return parts if tasks else []
+
+
 def by_task(kept: Kept, regime: str) -> list[str]:
     """Task by task: difference in test loss, and in the score."""
-    tasks = [
-        task for task in TASKS if any(row["task"] == task and row["regime"] == regime for row in kept.rows)
-    ]
-    parts = []
+    tasks, parts = _tasks(kept, regime), []
     for outcome in ("loss", "score"):
         lines = [line([f"{OUTCOMES[outcome]}", *tasks]), line(["---"] * (len(tasks) + 1))]
         for arm in kept.arms(regime):
@@ -54,6 +67,20 @@ def by_task(kept: Kept, regime: str) -> list[str]:
         if len(lines) > 2:
             parts.append("\n".join(lines))
     return parts
+
+
+def _tasks(kept: Kept, regime: str) -> list[str]:
+    return [
+        task for task in TASKS if any(row["task"] == task and row["regime"] == regime for row in kept.rows)
+    ]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation; of one value the value alone."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def told_overall(comparison: Comparison | None) -> str:

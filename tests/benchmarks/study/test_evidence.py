@@ -102,6 +102,14 @@ def test_the_default_is_the_lowest_loss_among_those_that_lose_no_score():
     assert "**Recommended averaging: open.**" in evidence.page(fewer, [])
 
 
+def test_losses_and_scores_themselves_are_shown_with_their_spread_from_the_first_seed_on():
+    rows = [row("decayed:last", "trec", seed, nll, 0.9) for seed, nll in ((1, 0.3), (2, 0.5))]
+    page = evidence.page([*rows, row("constant:last", "trec", 1, 0.25, 0.91)], [])
+    assert "| `decayed:last` | 0.4000 ± 0.1414 |" in page
+    assert "| `constant:last` | 0.2500 |" in page
+    assert "| `constant:last` | 91.00 |" in page
+
+
 def test_nothing_is_recommended_where_the_interval_holds_0():
     rows = [entry for entry in made_up() if entry["arm"] != "constant:ema-0.1"]
     for i, entry in enumerate(rows):
