@@ -57,7 +57,7 @@ def swapped_in(
     buffers = changing_buffers(engine.module)
     engine.swap.stash = _needed_stash(engine)
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-    engine.swap.active, written = True, 0
+    engine.swap.active = True
     try:
         engine.write(shard)
         engine.publish()
@@ -67,6 +67,7 @@ def swapped_in(
         written = engine.sum_of_working()
         engine.swap.guard(engine.module, engine.outer, engine.hands_out)
         yield
+        error = _changed_inside(engine, written)
     except BaseException:
         # The error may be this rank's alone. The others would then wait in a collective of their own, and
         # restoring, which is collective too, would hang instead of letting the error out.
@@ -75,7 +76,6 @@ def swapped_in(
             raise
         _restore(engine)
         raise
-    error = _changed_inside(engine, written)
     try:
         _restore(engine)
     except BaseException:

@@ -74,6 +74,7 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         late = swaft.WeightAverager(
             model, optimizer, rule=swaft.SWA(start=TOTAL_STEPS - 1), total_steps=TOTAL_STEPS
         )
+        assert late.applied_steps == STEPS  # of DeepSpeed's engine, or of the optimizer's state
         after = _everything(model, optimizer, engine)
         assert len(before) == len(after)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -235,8 +235,8 @@ class Engine(ABC):
         return {clean_name(name): buffer for name, buffer in held} | self.swap.buffers
 
     def sum_of_working(self) -> int:
-        """The sum of the words of the owned working weights: another one says that somebody wrote to them."""
-        sums = [_bits(run).sum(dtype=torch.int64) for run in self._owned(self.working())]
+        """A sum over the bits of the owned working weights: another one says that somebody wrote to them."""
+        sums = [part for run in self._owned(self.working()) for part in _sums(run)]
         return int(torch.stack(sums).sum()) if sums else 0
 
     @torch.no_grad()
@@ -296,6 +296,18 @@ def unknown_parameter(shape: torch.Size) -> LayoutError:
 
 
 AppliedSteps = Callable[[], int]
+
+
+def _sums(run: Tensor) -> Iterator[Tensor]:
+    """Sums over the bits of a flat tensor, whose order does not matter: eight bytes at a time, then the edges."""
+    ratio = 8 // run.element_size()
+    first = min(-run.storage_offset() % ratio, len(run))
+    last = first + (len(run) - first) // ratio * ratio
+    if first < last:
+        yield run[first:last].view(torch.int64).sum()
+    for edge in (run[:first], run[last:]):
+        if len(edge):
+            yield _bits(edge).sum(dtype=torch.int64)
 
 
 def _bits(tensor: Tensor) -> Tensor:

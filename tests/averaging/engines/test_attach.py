@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import swaft
 from swaft.averaging import attach_engine
-from swaft.averaging.engines.base import clean_name
+from swaft.averaging.engines.base import _sums, clean_name
 from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
 
 pytestmark = pytest.mark.unit
@@ -111,3 +111,17 @@ def test_a_tensor_that_is_not_contiguous_is_refused():
     model = nn.ParameterDict({"turned": nn.Parameter(torch.ones(2, 3).t())})
     with pytest.raises(LayoutError, match=r"strides \(1, 3\).*contiguous"):
         attach_engine(model, sgd(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_over_working_weights_sees_a_change_of_any_element(dtype):
+    flat = torch.randn(41).to(dtype)
+    for first, last in [(0, 41), (1, 41), (3, 6), (2, 3), (5, 5)]:
+        run = flat[first:last]
+        before = sum(int(part) for part in _sums(run))
+        for i in range(len(run)):
+            held = run[i].clone()
+            run[i] = held * (1 + torch.finfo(dtype).eps)
+            assert sum(int(part) for part in _sums(run)) != before
+            run[i] = held
+        assert sum(int(part) for part in _sums(run)) == before
