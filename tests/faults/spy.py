@@ -143,7 +143,7 @@ class Spy:
     def noted_rows(self, step_batches: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def noting(*given: Any, **options: Any) -> Iterator[Any]:
             for epoch, read, batches in step_batches(*given, **options):
-                rows = [batch.inputs["idx"].tolist() for batch in batches]
+                rows = [batch.inputs["idx"].tolist() if batch.count else [] for batch in batches]
                 self.step = {"rates": [], "rows": rows, "noise": [], "streams": [], "masks": sha256()}
                 yield epoch, read, batches
 
