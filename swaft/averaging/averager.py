@@ -62,7 +62,7 @@ class WeightAverager:
     Raises:
         ConfigError: a rule does not fit the run.
         UnsupportedEngineError, LayoutError: the engine's masters cannot be averaged faithfully.
-        AveragingError: the ranks were given different rules, the run stands past `total_steps`, or the averages do
+        AveragingError: the ranks were given different rules, the run is past `total_steps`, or the averages do
             not fit into host memory.
     """
 
@@ -173,7 +173,7 @@ class WeightAverager:
     def swapped_in(self, name: str | None = None, **selection: Any) -> Iterator[None]:
         """The averaged weights in the model, for evaluation (collective; every rank enters and leaves).
 
-        Training goes on afterwards as if it had not happened, bit for bit, also when the body raises. Inside,
+        Training continues afterwards as if it had not happened, bit for bit, also when the body raises. Inside,
         the parameters are the average; whatever would save them as the live ones (`state_dict`, DeepSpeed's and
         accelerate's saving, pickling) or replace them (`load_state_dict`, loading a checkpoint, an optimizer
         step) is refused. `copy.deepcopy(model)` is a model that keeps the average.
@@ -231,7 +231,7 @@ class WeightAverager:
         As `torch.optim.swa_utils.update_bn`, under every engine: the averaged weights are swapped in, the model
         sees the batches in training mode without gradients, and a layer's statistics become the plain means of
         those of all batches of all ranks. Until another member is taken in, `swapped_in` and `save_pretrained`
-        of this average use them; they are not in `save_state`. Training goes on as if nothing had happened. A
+        of this average use them; they are not in `save_state`. Training continues as if nothing had happened. A
         model without such statistics is left alone.
 
         Args:
@@ -322,7 +322,7 @@ class WeightAverager:
             AveragingError: averaging failed on a rank, or averaged weights are swapped in.
         """
         self._prepare_to_load()
-        self._members.go_on(self._keeper.load(path, same_weights=same_weights).applied_steps)
+        self._members.resume(self._keeper.load(path, same_weights=same_weights).applied_steps)
 
     @property
     def state_dict(self) -> Callable[[], dict[str, Any]]:
@@ -351,7 +351,7 @@ class WeightAverager:
             AveragingError: averaged weights are swapped in.
         """
         self._prepare_to_load()
-        self._members.go_on(self._keeper.unpack(state_dict).applied_steps)
+        self._members.resume(self._keeper.unpack(state_dict).applied_steps)
 
     def _state_dict(self) -> dict[str, Any]:
         self._members.finish()
@@ -367,7 +367,7 @@ class WeightAverager:
                 )
 
     def _average(self, name: str | None, selection: Mapping[str, Any]) -> tuple[Hashable, int]:
-        """What tells an average from all others, and the members in it."""
+        """What names an average, and the members in it."""
         return (self._named(name), tuple(sorted(selection.items()))), self.count(name)
 
     def _named(self, name: str | None) -> str:

@@ -150,7 +150,7 @@ def running_statistics(module: nn.Module) -> dict[str, Any]:
 
 
 class Statistics:
-    """The buffers that go with averages, and what is said of buffers that go with none.
+    """The buffers that belong to averages, and the warnings of buffers that belong to none.
 
     Args:
         engine: whose model; of running statistics in it is warned at once.
@@ -185,7 +185,7 @@ class Statistics:
                 ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else ""),
             )
         if changed:
-            self._sums = {}  # said once
+            self._sums = {}  # warned of once
         counted, buffers = self._kept.get(average, (members, {}))
         if counted != members:
             logger.warning(

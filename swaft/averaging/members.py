@@ -101,8 +101,8 @@ class Members:
                 "not change the weights (is the learning rate 0?) or the average does not see it"
             )
 
-    def go_on(self, applied_steps: int) -> None:
-        """Count on from averages that have been loaded, which stand at this step."""
+    def resume(self, applied_steps: int) -> None:
+        """Continue from averages that have been loaded, after so many steps."""
         self._engine.continue_from(applied_steps)
         self.applied_steps, self._proved = applied_steps, False
         self._recount()

@@ -145,7 +145,7 @@ class Keeper:
         same_weights: bool,
         where: Path,
     ) -> AverageState:
-        """Fill the lanes, once what is said of a state fits this run (collective)."""
+        """Fill the lanes, once the description of a state fits this run (collective)."""
         found, expected = AverageState.from_json(content, where=where / MANIFEST), self._state(0, held=False)
         require_run(found, expected, where=where)
         require_shapes(found, expected.parameters, where=where)
@@ -181,7 +181,7 @@ class Keeper:
         }
 
     def _state(self, applied_steps: int, *, held: bool) -> AverageState:
-        """What is said of the averages (collective); of the lanes only where they are not to be replaced."""
+        """The description of the averages (collective); of the lanes only where they are not to be replaced."""
         engine = self._engine
         canonical = {id(parameter): name for name, parameter in engine.trainable.items()}
         names = {name: canonical.get(id(p), name) for name, p in engine.named_parameters(aliases=True)}

@@ -129,7 +129,7 @@ def _without_tied(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint:
 
 
 def _middle(checkpoint: Checkpoint, name: str) -> object:
-    """A few elements that tell a tensor from others; of one that may be constant there is nothing that does."""
+    """A few elements that identify a tensor; where they are all equal, its name alone does."""
     spec = checkpoint.specs[name]
     start = spec.numel // 2
     values = checkpoint.read(name, start, min(start + 16, spec.numel))

@@ -152,7 +152,7 @@ def place_beside(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path, what: str) -> Path:
-    """Where a folder lies that is about to get a path's name (``new``), or had it (``old``)."""
+    """Path of the folder that will take the name of a path (``new``), or that had it (``old``)."""
     return path.with_name(f".{path.name}.{what}")
 
 

@@ -68,7 +68,7 @@ def steps_taken(optimizer: Optimizer) -> int | None:
 
 
 def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
-    """The optimizer step at which a run stands, from which its engine counts on (collective).
+    """The optimizer steps that a run has taken, from which its engine continues to count (collective).
 
     Args:
         engine: of the run.
@@ -77,7 +77,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
 
     Raises:
         ConfigError: `first_step` is no number of steps.
-        AveragingError: the run stands past its end.
+        AveragingError: they are more than the whole run has.
     """
     level, source = logging.INFO, "first_step says"
     if first_step is not None:
@@ -91,7 +91,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
     step = engine.applied_steps()
     if step > total_steps:
         raise AveragingError(
-            f"the run stands at optimizer step {step}, as {source}, past its total_steps={total_steps}; expected "
+            f"the run is at optimizer step {step}, as {source}, past its total_steps={total_steps}; expected "
             "the steps of the whole run, those before this process included, or first_step=0 if a new run begins "
             "here"
         )
@@ -102,7 +102,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
     elif level == logging.WARNING and steps_taken(engine.inner_optimizer) is None:
         logger.warning(
             "the optimizer (%s) has a state which does not say after how many steps, so they are counted from 0; "
-            "if the run goes on from an earlier one, name them in first_step",
+            "if the run continues an earlier one, name them in first_step",
             type(engine.inner_optimizer).__name__,
         )
     return step

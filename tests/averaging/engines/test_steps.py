@@ -206,7 +206,7 @@ def test_a_state_that_is_loaded_after_attaching_moves_the_count_to_its_step():
 
 def test_a_run_past_its_end_is_refused_as_its_length_must_be_that_of_a_part():
     model, optimizer = standing_at(12)
-    with pytest.raises(AveragingError, match=r"stands at optimizer step 12.*total_steps=10.*first_step=0"):
+    with pytest.raises(AveragingError, match=r"is at optimizer step 12.*total_steps=10.*first_step=0"):
         swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=10)
     with pytest.raises(ConfigError, match="first_step is -1"):
         swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=10, first_step=-1)
