@@ -2,6 +2,8 @@
 
 nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
 python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
+python -m benchmarks.study pack FOLDER          # model and tasks for a machine that has neither; there:
+SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 14 --seconds 500 --file card
 python -m benchmarks.study cost                 # measured seconds of a cell, task by task
 python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
 python -m benchmarks.study status               # how many cells of each phase there are
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +26,7 @@ import torch
 
 from benchmarks.study.cell import Cell, identity, parse_cell, run_cell
 from benchmarks.study.grid import MAIN, PHASES, all_cells, cells_of
+from benchmarks.study.numerics import kind_of, machine
 from benchmarks.study.store import Row, append, claim, finished, read_rows, results_folder
 from benchmarks.study.tasks import TASKS
 
@@ -35,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="make every cell that is missing, most wanted first")
     run.add_argument("--jobs", type=int, default=1, help="processes side by side")
     run.add_argument("--cells", type=int, default=None, help="stop after so many cells")
+    run.add_argument("--seconds", type=float, default=math.inf, help="begin no cell after so many")
+    run.add_argument("--file", help="one file for all rows; otherwise one a task, regime and split")
     run.add_argument("--retry", action="store_true", help="make cells again that are recorded as failed")
     cost = commands.add_parser("cost", help="measure one cell of each task")
     cost.add_argument("--tasks", nargs="*", default=list(TASKS))
@@ -45,16 +52,25 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("status", help="count cells")
     drawn = commands.add_parser("evidence", help="draw the page from the rows")
     drawn.add_argument("--out", type=Path, default=DOCS, help="folder of evidence.md")
+    packed = commands.add_parser("pack", help="write model and tasks for a machine that has neither")
+    packed.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
+    if given.command == "pack":
+        from benchmarks.study.pack import write as write_pack
+
+        write_pack(given.folder)
+        return 0
     if given.command == "evidence":
         from benchmarks.study.evidence import write
 
         for path in write(results_folder(), given.out):
             print(path)
         return 0
-    torch.set_num_threads(1)  # a cell comes to the same bits wherever it runs
+    torch.set_num_threads(1)  # a cell comes to the same bits however often it is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
     if given.command == "run":
-        return run_grid(given.jobs, given.cells, retry=given.retry)
+        return run_grid(given)
     if given.command == "cost":
         return print_cost(given.tasks, given.training)
     if given.command == "cell":
@@ -62,22 +78,22 @@ def main(arguments: list[str] | None = None) -> int:
     return print_status()
 
 
-def run_grid(jobs: int, limit: int | None, *, retry: bool = False) -> int:
+def run_grid(given: argparse.Namespace) -> int:
     """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow.
 
     Args:
-        jobs: processes side by side, this one counted.
-        limit: cells of this process; None: all.
-        retry: whether cells that failed before are made again.
+        given: jobs (processes side by side, this one counted), cells (of this process; None: all), seconds, file,
+            and retry (whether cells that failed before are made again).
     """
     # A signal ends the other processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    command = [sys.executable, "-m", "benchmarks.study", "run", *(["--retry"] if retry else [])]
-    others = [subprocess.Popen(command) for _ in range(1, jobs)]
-    folder, tried = results_folder(), set()
+    began, tried, folder = time.monotonic(), set(), results_folder()
+    command = [sys.executable, "-m", "benchmarks.study", "run", "--seconds", str(given.seconds)]
+    command += [*(["--file", given.file] if given.file else []), *(["--retry"] if given.retry else [])]
+    others = [subprocess.Popen(command) for _ in range(1, given.jobs)]
     try:
-        while limit is None or len(tried) < limit:
-            cell, wait = _make_next(folder, tried if retry else None)
+        while time.monotonic() - began < given.seconds and (given.cells is None or len(tried) < given.cells):
+            cell, wait = _make_next(folder, given.file, tried if given.retry else None)
             if cell is not None:
                 tried.add((cell.name, cell.fingerprint))
             elif wait:  # what others are making may open further cells
@@ -90,17 +106,20 @@ def run_grid(jobs: int, limit: int | None, *, retry: bool = False) -> int:
             other.terminate()
 
 
-def _make_next(folder: Path, tried: set[tuple[str, str]] | None) -> tuple[Cell | None, bool]:
+def _make_next(
+    folder: Path, file: str | None, tried: set[tuple[str, str]] | None
+) -> tuple[Cell | None, bool]:
     """Make the most wanted cell that is neither there nor held by another process.
 
     Args:
         folder: of the rows.
+        file: that its rows go to; None: its own.
         tried: None: a recorded failure is final. Otherwise it counts for these cells alone.
 
     Returns:
         The cell, or None where there is none; and whether others hold some.
     """
-    rows, wait = read_rows(folder), False
+    rows, wait = _rows_of_this_machine(folder), False
     done = _done(rows, tried)
     for cell in all_cells(rows):
         if (cell.name, cell.fingerprint) in done:
@@ -109,15 +128,21 @@ def _make_next(folder: Path, tried: set[tuple[str, str]] | None) -> tuple[Cell |
             if not held:
                 wait = True
                 continue
-            if (cell.name, cell.fingerprint) in _done(read_rows(folder), tried):
+            if (cell.name, cell.fingerprint) in _done(_rows_of_this_machine(folder), tried):
                 continue  # finished by another process since
             began = time.perf_counter()
             found = make(cell)
-            append(folder, cell.file, found)
+            append(folder, file or cell.file, found)
             note, seconds = found[0].get("failed") or f"{len(found)} readouts", time.perf_counter() - began
             print(f"{time.strftime('%H:%M:%S')} {cell.name}: {note}, {seconds:.0f} s", flush=True)
             return cell, False
     return None, wait
+
+
+def _rows_of_this_machine(folder: Path) -> list[Row]:
+    """Rows that the cells made here can be paired with."""
+    here = kind_of({"machine": machine()})
+    return [row for row in read_rows(folder) if kind_of(row) == here]
 
 
 def _done(rows: list[Row], tried: set[tuple[str, str]] | None) -> set[tuple[str, str]]:
@@ -169,8 +194,8 @@ def print_cell(cell: Cell, check: bool) -> int:
 
 
 def print_status() -> int:
-    """Print how many cells of each phase are there."""
-    rows = read_rows(results_folder())
+    """Print how many cells of each phase are there, of this kind of machine."""
+    rows = _rows_of_this_machine(results_folder())
     done = finished(rows)
     for phase in PHASES:
         cells = [cell for cell in cells_of(phase, rows) if cell.split == phase.split]

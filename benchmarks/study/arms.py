@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.study.numerics import kind_of
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.statistics import Comparison, compare
 from benchmarks.study.store import Row
@@ -86,9 +86,9 @@ def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
 def keep(rows: Sequence[Row]) -> Kept:
     """Of the test rows, those of the machine with the most, and of each training the arithmetic with the most."""
     tested = [row for row in rows if row["split"] == "test" and "failed" not in row]
-    machines = Counter(_machine(row) for row in tested)
+    machines = Counter(kind_of(row) for row in tested or rows)
     machine = machines.most_common(1)[0][0] if machines else ""
-    here = [row for row in tested if _machine(row) == machine]
+    here = [row for row in tested if kind_of(row) == machine]
     arithmetic = {
         training: Counter(row["fingerprint"] for row in here if row["training"] == training).most_common(1)[
             0
@@ -103,7 +103,3 @@ def keep(rows: Sequence[Row]) -> Kept:
 def cost_of(arm: str) -> int:
     """Forward-backward units of an arm's training."""
     return TRAININGS[arm.split(":")[0]].units
-
-
-def _machine(row: Row) -> str:
-    return json.dumps(row["machine"], sort_keys=True)

@@ -15,6 +15,7 @@ from benchmarks.study import collapse, flatness
 from benchmarks.study import model as encoder
 from benchmarks.study.fitting import PRECISION, REGIMES, device, fit, teach
 from benchmarks.study.numerics import fingerprint, machine
+from benchmarks.study.pack import model_name
 from benchmarks.study.reading import score_test, score_validation
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import MAX_LENGTH, TASKS, load
@@ -95,7 +96,7 @@ def run_cell(cell: Cell) -> list[Row]:
         "all_cpu_seconds": round(time.process_time() - cpu_began, 2),
         "peak_bytes": _peak(),
     }
-    settings |= {"precision": PRECISION, "max_length": MAX_LENGTH}
+    settings |= {"model": model_name(), "precision": PRECISION, "max_length": MAX_LENGTH}
     rows = []
     for name, row in found.items():
         own = row.pop("cost", {})

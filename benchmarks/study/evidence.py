@@ -22,6 +22,7 @@ from benchmarks.study.grid import (
     tried,
 )
 from benchmarks.study.model import ROUNDINGS
+from benchmarks.study.numerics import kind_of
 from benchmarks.study.statistics import false_alarms
 from benchmarks.study.store import Row, read_rows
 from benchmarks.study.tables import absolute, by_task, line, table, told_overall
@@ -69,6 +70,7 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         drawn: names of the figures that there are.
     """
     kept = keep(rows)
+    here = [row for row in rows if kind_of(row) == kept.machine]
     parts = [
         "# Evidence\n\nWhat averaging and noise buy when a small pretrained encoder is fine-tuned, wins and losses "
         "alike. This page is drawn by `make evidence` from the rows in "
@@ -79,10 +81,10 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         _absolute(kept),
         _cost(kept),
         _false_alarms(kept),
-        beyond.collapse(rows),
-        beyond.flatness(rows),
-        _tuning(rows),
-        _method(),
+        beyond.collapse(here),
+        beyond.flatness(here),
+        _tuning(here),
+        _method(kept),
         _not_run(rows, kept),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -221,7 +223,7 @@ def _tuning(rows: Sequence[Row]) -> str:
     return "\n\n".join(["## Rates tried", told, *parts])
 
 
-def _method() -> str:
+def _method(kept: Kept) -> str:
     budgets = "; ".join(
         f"{settings.rows:,} training rows at most, {settings.epochs} epochs in batches of {settings.batch} "
         f"(banking77 {TASKS['banking77'].length} times the epochs)"
@@ -229,6 +231,7 @@ def _method() -> str:
     )
     return (
         "## How it was measured\n\n"
+        f"Machine: {kept.machine or 'none yet'}. "
         "Model: all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters), all weights trained, with the pooler and a "
         "new head. AdamW, weight decay 0.01, gradients clipped at 1, warm-up over 6 % of the steps, passes in bf16 "
         f"over fp32 weights. Regimes: {budgets}. A seed draws the training rows, their order, the head and the "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from benchmarks.study.pack import model_folder
 from benchmarks.study.tasks import Rows, evaluation_batches
 
 GROUP = 64
@@ -19,13 +20,21 @@ def pretrained(num_labels: int, seed: int, device: torch.device) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    from swaft.demo import demo_model_path
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=num_labels)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_folder(),
+        num_labels=num_labels,
+        dtype=torch.float32,
+        attn_implementation=attention_on(device.type),
+    )
     return model.to(device)
+
+
+def attention_on(device: str) -> str:
+    """How attention is computed: on a card by single operations, for only these have a backward of fixed bits."""
+    return "eager" if device == "cuda" else "sdpa"
 
 
 def logits_of(model: nn.Module, rows: Rows) -> Tensor:

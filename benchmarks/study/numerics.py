@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.study.loop import train
+from benchmarks.study.model import attention_on
 from benchmarks.study.readouts import rules_for
 from benchmarks.study.rivals import TEACHER
 from benchmarks.study.trainings import TRAININGS
@@ -38,7 +40,7 @@ def fingerprint(training: str, device: str, precision: str) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=LENGTH, num_labels=CLASSES,
+        max_position_embeddings=LENGTH, num_labels=CLASSES, attn_implementation=attention_on(device),
     )  # fmt: skip
     model = BertForSequenceClassification(config).to(device)
     batches: list[dict[str, torch.Tensor]] = [
@@ -62,6 +64,12 @@ def fingerprint(training: str, device: str, precision: str) -> str:
         found.update(trained.averager.shard(name).numpy().tobytes())
     trained.averager.close()
     return found.hexdigest()[:12]
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """The kind of machine that a row comes from: only rows of one kind are paired."""
+    found = row["machine"]
+    return ", ".join(str(found[part]) for part in ("card", "processor", "torch") if found.get(part))
 
 
 @cache

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Row = dict[str, Any]
 
@@ -63,10 +63,9 @@ def append(folder: Path, name: str, rows: list[Row]) -> None:
     lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
     with (folder / f"{name}.jsonl").open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        content = file.read()
-        if not content.endswith(b"\n"):  # the line of a writer that was stopped
-            file.truncate(content.rfind(b"\n") + 1)
+        if file.seek(0, os.SEEK_END) and not _ends_a_line(file):  # a writer was stopped in the middle
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         file.write(lines)
         file.flush()
         os.fsync(file.fileno())
@@ -87,6 +86,11 @@ def claim(folder: Path, cell: str) -> Iterator[bool]:
             yield False
         else:
             yield True  # closing the file frees the lock
+
+
+def _ends_a_line(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def _whole_lines(path: Path) -> Iterator[Row]:

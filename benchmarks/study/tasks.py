@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.study.pack import model_folder, packed, read_packed
+
 MAX_LENGTH = 64
 """Tokens of a text, or of a pair, after which it is cut off."""
 VALIDATION_ROWS = 300
@@ -113,13 +115,13 @@ def load(name: str, *, rows: int, seed: int) -> Splits:
         FileNotFoundError: the task's folder is not there.
     """
     task = TASKS[name]
-    pool, test = _read(name, "train"), _read(name, task.test)
+    pool, test = read(name, "train"), read(name, task.test)
     num_labels = int(pool.labels.max()) + 1
     if task.test == "validation":
         order = np.random.default_rng(0).permutation(len(pool))
         validation, pool = pool.take(order[:VALIDATION_ROWS]), pool.take(order[VALIDATION_ROWS:])
     else:
-        validation = _first(_read(name, "validation"), VALIDATION_ROWS)
+        validation = _first(read(name, "validation"), VALIDATION_ROWS)
     drawn = np.random.default_rng(seed).permutation(len(pool))[:rows]
     return Splits(pool.take(drawn), validation, _first(test, TEST_ROWS), num_labels)
 
@@ -161,7 +163,15 @@ def _first(rows: Rows, count: int) -> Rows:
 
 
 @lru_cache(maxsize=6)
-def _read(name: str, split: str) -> Rows:
+def read(name: str, split: str) -> Rows:
+    """Every row of a split, from the pack where there is one.
+
+    Raises:
+        FileNotFoundError: the task's folder is not there.
+    """
+    if packed() is not None:
+        ids, segments, labels = read_packed(name, split)
+        return Rows(tuple(ids), tuple(segments), torch.tensor(labels))
     import pyarrow.parquet as parquet
 
     task, path = TASKS[name], data_folder() / name / f"{split}.parquet"
@@ -181,6 +191,4 @@ def _read(name: str, split: str) -> Rows:
 def _tokenizer():
     from transformers import AutoTokenizer
 
-    from swaft.demo import demo_model_path
-
-    return AutoTokenizer.from_pretrained(demo_model_path())
+    return AutoTokenizer.from_pretrained(model_folder())

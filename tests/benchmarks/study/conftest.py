@@ -28,9 +28,9 @@ def tiny_task(tmp_path, monkeypatch):
     monkeypatch.setenv("SWAFT_STUDY", str(tmp_path / "results"))
     monkeypatch.setitem(fitting.REGIMES, "main", fitting.Regime(rows=16, epochs=3, batch=4))
     monkeypatch.setattr(encoder, "pretrained", _tiny_encoder)
-    tasks._read.cache_clear()
+    tasks.read.cache_clear()
     yield tmp_path
-    tasks._read.cache_clear()
+    tasks.read.cache_clear()
 
 
 def _tiny_encoder(num_labels, seed, device):

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import model as encoder
+from benchmarks.study import pack, tasks
 from benchmarks.study.cell import parse_cell, run_cell
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.store import finished, read_rows
@@ -49,7 +50,7 @@ def test_a_missing_task_is_recorded_by_name_and_others_are_made(tiny_task, monke
     monkeypatch.setattr(
         command, "all_cells", lambda rows: map(parse_cell, ["trec/decayed/main/0.0002/1/tuning", CR])
     )
-    command.run_grid(jobs=1, limit=None)
+    command.main(["run"])
     rows = read_rows(tiny_task / "results")
     assert [row.get("failed", "")[:17] for row in rows if row["task"] == "trec"] == ["FileNotFoundError"]
     assert sum(row["task"] == "cr" for row in rows) == 1
@@ -64,12 +65,12 @@ def test_a_failed_cell_is_made_again_when_asked_and_only_then(tiny_task, monkeyp
     monkeypatch.setattr(command, "all_cells", lambda rows: map(parse_cell, [CR]))
     whole = command.run_cell
     monkeypatch.setattr(command, "run_cell", lambda cell: 1 / 0)
-    command.run_grid(jobs=1, limit=None)
-    command.run_grid(jobs=1, limit=None, retry=True)  # fails again, once
+    command.main(["run"])
+    command.main(["run", "--retry"])  # fails again, once
     monkeypatch.setattr(command, "run_cell", whole)
-    command.run_grid(jobs=1, limit=None)
+    command.main(["run"])
     assert [row["readout"] for row in read_rows(tiny_task / "results")] == ["failed"]
-    command.run_grid(jobs=1, limit=None, retry=True)
+    command.main(["run", "--retry"])
     assert [row["readout"] for row in read_rows(tiny_task / "results")] == ["last"]
 
 
@@ -80,6 +81,35 @@ def test_a_device_out_of_memory_is_recorded_by_name(tiny_task, monkeypatch):
     monkeypatch.setattr(encoder, "pretrained", exhausted)
     (row,) = command.make(parse_cell(CR))
     assert row["failed"].startswith("OutOfMemoryError: tried to allocate")
+
+
+def test_a_pack_holds_the_same_rows_and_an_encoder_to_begin_with(tiny_task, monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", {"cr": tasks.TASKS["cr"]})
+    before = tasks.load("cr", rows=24, seed=1)
+    source = tiny_task / "encoder"
+    encoder.pretrained(2, 0, torch.device("cpu")).save_pretrained(source)
+    monkeypatch.setattr(pack, "model_folder", lambda: str(source))
+    assert command.main(["pack", str(tiny_task / "pack")]) == 0
+    monkeypatch.undo()
+    monkeypatch.setenv("SWAFT_STUDY_PACK", str(tiny_task / "pack"))
+    tasks.read.cache_clear()
+    after = tasks.load("cr", rows=24, seed=1)
+    for part in ("train", "validation", "test"):
+        ours, theirs = getattr(before, part), getattr(after, part)
+        assert (ours.ids, ours.segments) == (theirs.ids, theirs.segments)
+        assert torch.equal(ours.labels, theirs.labels)
+    model = encoder.pretrained(3, 0, torch.device("cpu"))
+    assert encoder.logits_of(model, after.test).shape == (20, 3)
+    assert next(model.parameters()).dtype == torch.float32
+    tasks.read.cache_clear()
+
+
+def test_rows_go_to_one_file_when_asked_and_what_is_there_is_not_made_again(tiny_task, monkeypatch):
+    monkeypatch.setattr(command, "all_cells", lambda rows: map(parse_cell, [CR]))
+    assert command.main(["run", "--seconds", "100", "--file", "all"]) == 0
+    assert command.main(["run", "--file", "all"]) == 0
+    (only,) = (tiny_task / "results").glob("*.jsonl")
+    assert (only.name, len(only.read_text().splitlines())) == ("all.jsonl", 1)
 
 
 def test_a_name_that_is_no_cell_is_refused_with_what_is_expected():

@@ -24,7 +24,8 @@ def row(arm: str, task: str, seed: int, nll: float, accuracy: float, **fields) -
     numbers = {"nll": nll, "accuracy": accuracy, "ece": 0.1, "mcc": accuracy, "f1": accuracy}
     return {
         "cell": cell.name, "task": task, "arm": arm, "training": training, "readout": readout, "regime": "main",
-        "rate": 1e-4, "seed": seed, "split": "test", "fingerprint": training, "machine": {"processor": "p"},
+        "rate": 1e-4, "seed": seed, "split": "test", "fingerprint": training,
+        "machine": {"processor": "p", "torch": "t"},
         "of": 1, "outcomes": numbers, "cost": {"cpu_seconds": 1.0, "peak_bytes": 1e9}, **fields,
     }  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_a_baseline_rarely_differs_from_itself_and_its_seeds_are_not_paired_with
 def test_pairs_come_from_one_machine_and_one_arithmetic_and_others_are_named():
     rows = made_up()
     rows += [row("decayed:last", "trec", 9, 9.0, 0.1, fingerprint="other")]
-    rows += [row("constant:swa-0.5", "trec", 1, 9.0, 0.1, machine={"processor": "another"})]
+    rows += [row("constant:swa-0.5", "trec", 1, 9.0, 0.1, machine={"processor": "another", "torch": "t"})]
     kept = arms.keep(rows)
     assert (len(kept.rows), len(kept.others)) == (len(rows) - 2, 2)
     found = kept.comparison("main", "constant:swa-0.5", "decayed:last", "loss")
