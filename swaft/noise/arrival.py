@@ -52,7 +52,7 @@ class ArrivalFigures(NamedTuple):
     at_layer: float
     """Noise-to-signal of the first layer's input."""
     smallest_sigma: float
-    """The sigma at which half of the entries would change, as the settings count sigma."""
+    """The sigma at which half of the entries would change, absolute or as a share as the settings count sigma."""
 
 
 def measure_arrival(
@@ -92,13 +92,14 @@ def judge_arrival(
     Raises:
         NoiseError: when the noise is lost in rounding, or never enters the network.
     """
+    smallest = figures.smallest_sigma / (site.scale if settings.before_scale else 1.0)
     if figures.changed == 0 or figures.at_layer == 0:
         first_layer = f"first layer of {type(site.encoder).__name__}"
         place = "embedding output" if figures.changed == 0 else first_layer
         raise NoiseError(
             f"Noise of sigma {settings.sigma:g} changes nothing in the {place} ({dtype}): it is lost in "
             "rounding, or the encoder ignores its embedding output. Expected a change. Half of the entries "
-            f"change from about noise.sigma={figures.smallest_sigma:.1e} on: set noise.sigma, use a wider type, or "
+            f"change from about noise.sigma={smallest:.1e} on: set noise.sigma, use a wider type, or "
             "set noise.kind=none."
         )
     if current_rank() == 0:
@@ -106,7 +107,7 @@ def judge_arrival(
             "%s noise, sigma %g: noise-to-signal %.2e at the embedding (%.1f%% of entries changed, handed "
             "on in %s), %.2e at the first encoder layer; the smallest sigma that survives is about %.1e",
             *(settings.noise, settings.sigma, figures.at_embedding, 100 * figures.changed, dtype),
-            *(figures.at_layer, figures.smallest_sigma),
+            *(figures.at_layer, smallest),
         )
 
 

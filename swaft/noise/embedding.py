@@ -31,7 +31,7 @@ class EmbeddingSite:
     """Whether a decoder may run the same embedding, so that only what runs inside the encoder is noised."""
     padding_id: int | None
     """The token that an encoder may pad its input with by itself; None: it cannot."""
-    scale: float | Tensor = 1.0
+    scale: float = 1.0
     """Factor that the embedding applies to its rows by itself (mBART, M2M100, Gemma 3: the root of d); other models
     that scale do it behind the embedding (Pegasus, Marian)."""
 
@@ -91,7 +91,8 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         takes_fp32=getattr(config, "model_type", None) in _FP32_BODIES,
         has_decoder=encoder is not network,
         padding_id=getattr(config, "pad_token_id", None),
-        scale=getattr(embedding, "embed_scale", 1.0),
+        # Gemma's embed_scale is a buffer, which to read would make the host wait.
+        scale=getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)),
     )
 
 

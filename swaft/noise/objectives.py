@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
@@ -222,8 +222,11 @@ class R3F(Resumable):
         if model.training:
             self._check_masks(model, settings)
 
+        factor = site.scale if site is not None and settings.before_scale else 1.0
+        arriving = replace(settings, sigma=factor * settings.sigma)
+
         def disturb(embedding: Tensor) -> Tensor:
-            return self._disturb(embedding, settings, site)
+            return self._disturb(embedding, arriving)
 
         if model not in self._proved:
             self._check(model)
@@ -255,12 +258,10 @@ class R3F(Resumable):
     def _head(self, model: nn.Module, settings: NoiseSettings) -> LanguageModelHead | None:
         return find_head(model) if settings.fused and generates(model) else None
 
-    def _disturb(self, embedding: Tensor, settings: NoiseSettings, site: EmbeddingSite | None) -> Tensor:
+    def _disturb(self, embedding: Tensor, settings: NoiseSettings) -> Tensor:
         sigma: float | Tensor = settings.sigma
         if settings.relative:
             sigma = sigma * root_mean_square(embedding.detach()).float()
-        elif settings.before_scale and site is not None:
-            sigma = sigma * site.scale
         return add_noise(
             embedding, noise=settings.noise, sigma=sigma, seed=self.seed, rank=current_rank(), step=self.step
         )

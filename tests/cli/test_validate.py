@@ -130,6 +130,7 @@ def test_the_batches_of_an_epoch_are_as_many_as_accelerate_makes(num_rows, world
         ("classification", "averaging.decay=0.9", "averaging.rule=swa does not use"),
         ("classification", "noise.layers=all", "noise.layers is all, which noise.kind=r3f does not use"),
         ("seq2seq", "noise.kind=r4f", "has no classification head with weights of its own"),
+        ("classification", "noise.sigma=0", "noise.sigma=0 with noise.masks=shared: nothing differs"),
         ("classification", "train.warmup_steps=9999", "so the rate never reaches train.learning_rate"),
         ("classification", "train.mixed_precision=fp16", "the launcher's mixed_precision is bf16"),
         ("seq2seq", "eval.metric=accuracy", "accuracy does not fit a generation task"),
@@ -151,6 +152,12 @@ def test_the_batches_of_an_epoch_are_as_many_as_accelerate_makes(num_rows, world
 def test_what_is_wrong_is_found_without_starting_anything(told, recipe, override, expected):
     [problem] = [problem for problem in told(recipe, override) if expected in problem]
     assert problem
+
+
+def test_rdrop_on_a_model_without_dropout_is_a_problem(told):
+    [problem] = told("seq2seq", "noise.kind=rdrop", "model.config={model_type: t5, dropout_rate: 0.0}")
+    assert "T5ForConditionalGeneration has no dropout (dropout_rate=0.0" in problem
+    assert "noise.kind=none" in problem
 
 
 def test_everything_that_is_wrong_is_told_at_once_each_thing_once(validate, tmp_path):

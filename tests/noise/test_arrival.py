@@ -64,6 +64,15 @@ def test_a_relative_sigma_is_named_as_a_share_too():
     assert 1e-3 < float(found[1]) < 1e-1
 
 
+def test_the_smallest_sigma_of_a_scaled_embedding_is_named_before_its_factor():
+    model = bart(scale_embedding=True).bfloat16()
+    with pytest.raises(NoiseError, match="changes nothing in the") as caught:
+        R3F(preset="fairseq", sigma=1e-9)(model, generation_batch())
+    found = re.search(r"noise\.sigma=(\S+) on", str(caught.value))
+    assert found is not None
+    assert 0.2 < float(R3F(preset="fairseq", sigma=float(found[1]))(model, generation_batch()).changed) < 0.7
+
+
 @pytest.mark.parametrize("noise", ["uniform", "normal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_smallest_surviving_sigma_changes_about_half_of_the_entries(noise, dtype):

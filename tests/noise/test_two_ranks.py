@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from tiny_models import bert, causal_batch, classification_batch, generation_batch, gpt2, roberta, t5
 from torch.nn.parallel import DistributedDataParallel
 
-from swaft.noise import R3F, R4F, RDrop
+from swaft.noise import R3F, R4F
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +20,7 @@ CASES = {
     "r3f": (lambda: R3F(sigma=0.1), bert, classification_batch),
     "one-sided": (lambda: R3F(sigma=0.1, detach="noised"), bert, classification_batch),
     "fairseq": (lambda: R3F(preset="fairseq", sigma=0.1), bert, classification_batch),
-    "rdrop": (RDrop, bert, classification_batch),
+    "rdrop": (lambda: R3F(preset="rdrop", sigma=0.1), bert, classification_batch),
     "fused": (lambda: R3F(sigma=0.1), t5, generation_batch),
     "fused, unused": (lambda: R3F(sigma=0.1), t5, generation_batch),
     "causal": (lambda: R3F(sigma=0.1), gpt2, causal_batch),
