@@ -29,6 +29,7 @@ class SmoothedTaskLoss(Resumable):
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
+        # Of what the proof reads: no noise, and no masks that passes would have to share.
         self._settings = resolve_settings("rdrop", generates=True, label_smoothing=label_smoothing)
         self._proved: WeakSet[nn.Module] = WeakSet()
 

@@ -16,7 +16,7 @@ import torch
 from launching import launch
 from pairwise import Row, pairwise
 from safetensors.torch import load_file
-from tiny_texts import save_encoder_decoder
+from tiny_texts import NEW_MODEL, save_encoder_decoder
 
 pytestmark = pytest.mark.recipe
 
@@ -55,6 +55,8 @@ def arguments(row: Row, inputs: Path, pretrained: str, output: Path) -> list[str
     lora = ["model.use_peft=true", "model.lora_r=4"] if row["lora"] else []
     if lora and row["recipe"] == "seq2seq":  # adapters change a pretrained model; the inputs name a new one
         lora += ["model.config=null", "model.vocab_size=null", f"model.model_name_or_path={pretrained}"]
+    elif (row["recipe"], row["noise"]) == ("seq2seq", "rdrop"):  # the inputs' new model has no dropout
+        lora = [f"model.config={NEW_MODEL.replace('dropout_rate: 0.0', 'dropout_rate: 0.1')}"]
     return [
         *("--config", str(inputs / "run.yaml")),
         f"train.output_dir={output}",
