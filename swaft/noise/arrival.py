@@ -146,8 +146,8 @@ class FirstBatches:
         self._looks.clear()
         if current_rank() == 0:
             logger.warning(
-                "%s is not felt: after %d batches weight x divergence is %.1e beside a task loss of %.2g%s, and "
-                "below one thousandth of it training is that without noise, at twice the cost. Set %s",
+                "%s is not felt: after %d batches weight x divergence is %.1e beside a task loss of %.2g%s. Below "
+                "one thousandth of it training is that without noise, at twice the cost. Set %s",
                 *(objective, look, added, task, "; the two passes are the same" if added == 0 else ""),
                 _felt_settings(settings),
             )
