@@ -1,8 +1,8 @@
 """Model and tasks in one small folder, for a machine that has neither: token ids, and weights in fp16.
 
 `python -m benchmarks.study pack FOLDER` writes it; where `$SWAFT_STUDY_PACK` names it, nothing else is read.
-Rounded to fp16 the encoder is not bit for bit what others begin with, so each row names what it began with, and rows of a
-pack are compared with each other.
+Rounded to fp16 the encoder is not bit for bit what others begin with, so each row names what it began with, and
+rows of a pack are compared with each other.
 """
 
 from __future__ import annotations
