@@ -89,3 +89,64 @@ def test_the_public_names_are_there_and_no_others():
     assert all(hasattr(swaft, name) for name in swaft.__all__)
     with pytest.raises(AttributeError, match="'swaft' has no attribute 'SWAG'"):
         swaft.SWAG  # noqa: B018
+
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in "accelerate datasets deepspeed omegaconf peft transformers".split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+ALONE = f"""{BLOCKED}
+import tempfile
+import torch
+import swaft
+
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=4)
+members = []
+for step in range(4):
+    model(torch.randn(3, 4)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    averager.step()
+    members += [model.weight.detach().double()] if step >= 1 else []
+with averager.swapped_in():
+    averaged = model.weight.detach().clone()
+torch.testing.assert_close(averaged.double(), sum(members) / 3, rtol=0, atol=1e-7)
+state = tempfile.mkdtemp() + "/state"
+averager.save_state(state)
+averager.load_state(state)
+with averager.swapped_in():
+    assert torch.equal(model.weight, averaged)
+import swaft.soup
+[getattr(swaft, name) for name in swaft.__all__]
+"""
+
+
+def test_the_library_trains_averages_swaps_and_saves_without_what_recipes_need():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_a_command_that_needs_the_recipes_says_how_to_install_them(command):
+    script = f"{BLOCKED}\nfrom swaft.cli.main import main\nsys.exit(main([{command!r}, 'recipe.py']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: swaft {command} needs ")
+    assert "pip install 'swaft[recipes]'" in done.stderr
+
+
+def test_a_recipe_says_how_to_install_what_it_needs():
+    recipe = Path(__file__).parents[1] / "recipes" / "classification.py"
+    script = f"{BLOCKED}\nimport runpy\nrunpy.run_path({str(recipe)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'swaft[recipes]'" in done.stderr.splitlines()[-1]

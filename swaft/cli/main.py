@@ -25,6 +25,9 @@ COMMANDS = {
     "env": "versions and machine, for a bug report",
 }
 
+OF_RECIPES = ("accelerate", "datasets", "omegaconf", "tqdm", "transformers")
+"""Packages of the extra ``recipes``; ``average`` and ``export`` do without."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command with its words (default: the command line's) and return its exit code.
@@ -56,15 +59,20 @@ def _run(words: list[str]) -> int:
         unknown = f"swaft has no command '{name}'.{suggestion(name, tuple(COMMANDS))}"
         _report(SwaftError(f"{unknown}\n{usage()}"), as_json="--json" in rest)
         return 2
-    command = import_module(f"swaft.cli.{name}")
-    if rest and rest[0] in ("-h", "--help"):
-        print(inspect.cleandoc(command.__doc__ or name))
-        return 0
     try:
+        command = import_module(f"swaft.cli.{name}")
+        if rest and rest[0] in ("-h", "--help"):
+            print(inspect.cleandoc(command.__doc__ or name))
+            return 0
         return command.run(rest)
     except SwaftError as error:
         _report(error, as_json="--json" in rest)
-        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in OF_RECIPES:
+            raise
+        needed = f"swaft {name} needs {error.name}, which is not installed; pip install 'swaft[recipes]'"
+        _report(SwaftError(needed), as_json="--json" in rest)
+    return 1
 
 
 def _report(error: SwaftError, *, as_json: bool) -> None:

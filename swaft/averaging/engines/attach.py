@@ -32,9 +32,7 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
             optimizer group.
         AveragingError: nothing to average.
     """
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    if isinstance(optimizer, AcceleratedOptimizer):
+    if _is_a(optimizer, "AcceleratedOptimizer"):
         optimizer = optimizer.optimizer
     engine = _attach_deepspeed(model) if _is_a(model, "DeepSpeedEngine") else _attach_torch(model, optimizer)
     if not engine.ranks.sum([engine.numel])[0]:
