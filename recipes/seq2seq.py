@@ -59,7 +59,7 @@ from swaft.training.refusals import (
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
-from swaft.training.special_tokens import follow_tokenizer
+from swaft.training.special_tokens import follow_tokenizer, one_length
 from swaft.training.start import start_of
 
 Config = Seq2SeqConfig
@@ -217,6 +217,7 @@ def run(config: Seq2SeqConfig) -> None:
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
     ready.objective.prepare_model(model)
+    length = one_length(model_config, config.data.max_source_length, generates=True)
 
     def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
         return evaluate_texts(
@@ -236,7 +237,7 @@ def run(config: Seq2SeqConfig) -> None:
         objective=ready.objective,
         rule=ready.rule,
         datasets=datasets,
-        collate=Seq2SeqCollator(tokenizer),
+        collate=Seq2SeqCollator(tokenizer, length),
         evaluate=score,
         target=ready.target,
         write_outputs=lambda found: write_samples(folder, found, pairs, config.eval.num_samples),

@@ -109,34 +109,26 @@ class Seq2SeqCollator:
 
     Args:
         tokenizer: the model's tokenizer.
-        prepare_decoder_input_ids: makes decoder inputs from padded labels, a model's own
-            `prepare_decoder_input_ids_from_labels`; None: the batch has none, and the model makes them.
+        length: tokens that every source is padded to; None: to the longest of the batch.
 
     Raises:
         DataError: the tokenizer has no padding token.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prepare_decoder_input_ids: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self._pad = padding(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
+        self._pad = padding(tokenizer, length)
         self._inputs = frozenset(tokenizer.model_input_names) | {"idx"}
-        self._prepare_decoder_input_ids = prepare_decoder_input_ids
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch, all int64.
 
-        Token columns are (B, S), padded on the tokenizer's side; `labels` and, where they are made,
-        `decoder_input_ids` (B, T), padded on the right, the labels with -100; `idx` (B,).
+        Token columns are (B, S), padded on the tokenizer's side; `labels` (B, T), padded on the right with -100;
+        `idx` (B,).
         """
         inputs = [{name: value for name, value in row.items() if name in self._inputs} for row in rows]
         batch: dict[str, Tensor] = dict(self._pad(inputs))
         labels = [torch.as_tensor(row["labels"], dtype=torch.int64) for row in rows]
         batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        if self._prepare_decoder_input_ids is not None:
-            batch["decoder_input_ids"] = self._prepare_decoder_input_ids(batch["labels"])
         return batch
 
 

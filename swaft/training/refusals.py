@@ -25,6 +25,7 @@ NOT_FROM_TEXT = {
     "fsmt": "makes its decoder's input of the source instead of the target",
     "layoutlmv2": "reads pictures of pages beside their text",
     "lxmert": "answers questions about pictures",
+    "prophetnet": "shows its decoder tokens that it has still to write, by a fault of transformers",
 }
 """Types of models that rows of text alone do not train, and why."""
 START_WITH_THE_END = frozenset({"mbart", "plbart"})

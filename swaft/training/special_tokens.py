@@ -16,6 +16,7 @@ COUNT_FROM_PADDING = frozenset(
     {
         *("camembert", "data2vec-text", "esm", "fsmt", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
         *("m2m_100", "markuplm", "mpnet", "nllb-moe", "prophetnet", "roberta", "roberta-prelayernorm"),
+        *("seamless_m4t", "seamless_m4t_v2"),
         *("xlm-roberta", "xlm-roberta-xl", "xmod"),
     }
 )
@@ -106,12 +107,13 @@ def require_end_token(model_config: Any, tokenizer: Any) -> None:
     )
 
 
-def one_length(model_config: Any, max_length: int) -> int | None:
+def one_length(model_config: Any, max_length: int, *, generates: bool = False) -> int | None:
     """Return the length that every row has to be padded to, so that its logits do not depend on its batch.
 
     Args:
         model_config: transformers configuration.
         max_length: tokens that rows are cut to.
+        generates: whether the model writes texts, and rows are its sources.
 
     Returns:
         That many tokens; None: a batch may be as long as its longest row.
@@ -139,7 +141,8 @@ def one_length(model_config: Any, max_length: int) -> int | None:
     sparse = entries["attention_type"] == "block_sparse" and (
         max_length > (5 + 2 * entries["num_random_blocks"]) * entries["block_size"]
     )
-    return max_length if sparse or model_config.model_type in MIX_PADDING_IN else None
+    mixes = model_config.model_type in MIX_PADDING_IN and not generates
+    return max_length if sparse or mixes else None
 
 
 def generate_as_trained(model: Any, tokenizer: Any) -> None:
@@ -151,14 +154,16 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
         tokenizer: the model's.
     """
     config, generation = model.config, model.generation_config
-    for kind in ("pad", "bos", "eos"):
-        found = getattr(tokenizer, f"{kind}_token_id")
+    labels = tokenizer(text_target="a").input_ids
+    end = tokenizer.eos_token_id
+    if end is None and labels[-1] in tokenizer.all_special_ids:
+        end = labels[-1]  # BERT's separator, which a decoder made of a BERT learns to end with
+    for kind, found in (("pad", tokenizer.pad_token_id), ("bos", tokenizer.bos_token_id), ("eos", end)):
         if found is not None:
             name = f"{kind}_token_id"
             setattr(generation, name, _put_first(found, getattr(generation, name)))
-    labels = tokenizer(text_target="a").input_ids
     if generation.forced_eos_token_id is not None:
-        generation.forced_eos_token_id = tokenizer.eos_token_id
+        generation.forced_eos_token_id = end
     if generation.forced_bos_token_id != labels[0]:
         generation.forced_bos_token_id = None
     starts = (getattr(holder, "decoder_start_token_id", None) for holder in (config, generation))

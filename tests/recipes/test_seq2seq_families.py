@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_texts import language_tokenizer
+from tiny_texts import language_tokenizer, save_two_berts
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
@@ -19,10 +19,13 @@ BART_SIZES = (
 )
 FAMILIES = {
     "t5": T5_SIZES,
-    "mt5": T5_SIZES,
+    "umt5": T5_SIZES,
+    "longt5": T5_SIZES,
     "bart": BART_SIZES,
     "pegasus": BART_SIZES,
     "marian": BART_SIZES,
+    "blenderbot": BART_SIZES,
+    "bigbird_pegasus": f"{BART_SIZES}, block_size: 2, num_random_blocks: 1",  # sparse from 15 tokens on
 }
 # Tokenizer, type of the model, and the codes of the two languages.
 MANY_LANGUAGES = {
@@ -80,6 +83,25 @@ def test_a_family_trains_generates_and_is_evaluated(train, family):
     ids = model.generate(**inputs, num_beams=2, max_new_tokens=12)
     written = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     assert written == [row["last"] for row in rows]
+
+
+def test_two_berts_train_and_learn_where_to_end(train, tmp_path):
+    folder = save_two_berts(tmp_path / "berts", decoder_start_token_id=2)
+    new = ("model.config=null", "model.vocab_size=null")
+    output = train(
+        *new, f"model.model_name_or_path={folder}", "train.max_steps=40", "train.learning_rate=1e-2"
+    )
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["num_averaged"] == 21
+    scores = summary["scores"]["test"]
+    assert (
+        max(scores[weights]["gen_len"] for weights in ("last", "averaged")) < 8
+    )  # of the 12 that are allowed
+    for weights in ("final", "final-averaged"):
+        model = AutoModelForSeq2SeqLM.from_pretrained(output / weights)
+        ends = (model.generation_config.eos_token_id, model.generation_config.decoder_start_token_id)
+        assert ends == (3, 2)
+        assert model.config.pad_token_id == model.config.decoder.pad_token_id == 0
 
 
 @pytest.mark.parametrize("kind", MANY_LANGUAGES)

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BertConfig,
+    BertTokenizer,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     MBart50Tokenizer,
     MBartTokenizer,
     NllbTokenizer,
@@ -70,6 +74,19 @@ def save_encoder_decoder(
         decoder_start_token_id=decoder_start_token_id,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_two_berts(folder: Path, **entries: Any) -> str:
+    """An encoder-decoder made of two BERTs, whose tokenizer ends texts with a separator and knows no other end."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", *WORDS])}
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"vocab_size": len(vocabulary), "max_position_embeddings": 32}
+    decoder = BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), decoder, **entries)
+    EncoderDecoderModel(config).save_pretrained(folder)
     return str(folder)
 
 

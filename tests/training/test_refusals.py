@@ -159,7 +159,7 @@ def test_decoders_with_a_start_of_their_own_need_none():
         require_decoder_start(*new(decoder_start_token_id=None), None)
 
 
-@pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt"])
+@pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet"])
 def test_a_model_that_text_alone_does_not_train_is_refused(kind):
     with pytest.raises(ConfigError, match=f"a {kind} .*so rows of text alone do not train it"):
         require_text(PRETRAINED, AutoConfig.for_model(kind))
