@@ -16,8 +16,16 @@ from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trainings import TRAININGS
 
-OUTCOMES = {"loss": "test loss, %", "score": "score, points", "ece": "calibration error, points"}
-"""What is compared. Loss: 100 times the difference of the logarithms, so per cent. Score: the task's own."""
+OUTCOMES = {
+    "loss": "test loss, %",
+    "scaled": "loss after temperature scaling, %",
+    "score": "score, points",
+    "ece": "calibration error, points",
+}
+"""What is compared. Loss: 100 times the difference of the logarithms, so per cent. Scaled: likewise, the logits
+divided by what fits the validation rows best, so that what is left is no matter of confidence. Score: the task's
+own."""
+LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
 """The arm that an arm of so many units is held against: of equal cost, or the dearest there is."""
 FEWEST_SEEDS = 2
@@ -50,7 +58,7 @@ class Kept:
         for row in self.rows:
             if row["regime"] == regime and row["arm"] == arm:
                 numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
-                if numbers is not None:
+                if numbers is not None and LOSSES.get(outcome, "nll") in numbers:
                     found[row["task"], row["seed"]] = value_of(numbers, row["task"], outcome)
         return found
 
@@ -78,8 +86,8 @@ def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
     """An outcome on the scale on which it is compared; "nll" is the loss itself, in nats."""
     if outcome == "nll":
         return numbers["nll"]
-    if outcome == "loss":
-        return 100 * math.log(max(numbers["nll"], 1e-12))
+    if outcome in LOSSES:
+        return 100 * math.log(max(numbers[LOSSES[outcome]], 1e-12))
     return 100 * numbers[TASKS[task].score if outcome == "score" else outcome]
 
 

@@ -97,8 +97,9 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
         return "\n\n".join([*lines, "No pair of arms has been measured on two seeds yet."])
     lines.append(
         "Paired differences to the decayed baseline of equal cost (its last weights; trained twice as long where "
-        "an arm takes two passes), mean over tasks and 95 % interval. Below 0 is better for the loss, above 0 for "
-        "the score. Bold: the interval leaves out 0."
+        "an arm takes two passes), mean over tasks and 95 % interval. Below 0 is better for the losses, above 0 "
+        "for the score. After temperature scaling, by one number from the validation rows, no difference in loss "
+        "is one of confidence alone. Bold: the interval leaves out 0."
     )
     lines.append(shown)
     lines += [f"![paired differences of the main arms](evidence/{name}.svg)" for name in drawn]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.study.loop import Trained
 from benchmarks.study.model import ROUNDINGS, changed, logits_of
-from benchmarks.study.outcomes import outcomes
+from benchmarks.study.outcomes import outcomes, temperature
 from benchmarks.study.readouts import Readout, readouts_for, searched
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import Rows, Splits
@@ -36,9 +36,15 @@ def score_test(
     validation = {}
     for readout in readouts_for(training):
         with in_place(model, trained.averager, readout):
-            row: Row = {"outcomes": outcomes_of(model, splits.test, score)}
+            logits, chosen_on = logits_of(model, splits.test), logits_of(model, splits.validation)
+            scale = temperature(chosen_on, splits.validation.labels)
+            scaled = outcomes(logits / scale, splits.test.labels, score)
+            row: Row = {
+                "outcomes": outcomes(logits, splits.test.labels, score) | {"nll_scaled": scaled["nll"]},
+                "temperature": scale,
+            }
             if readout.name in searched(training):
-                validation[readout.name] = outcomes_of(model, splits.validation, score)["nll"]
+                validation[readout.name] = outcomes(chosen_on, splits.validation.labels, score)["nll"]
             if readout.rounded:
                 row["rounded"] = {}
                 for name, rounding in ROUNDINGS.items():

@@ -84,8 +84,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def told_overall(comparison: Comparison | None) -> str:
-    """The mean over tasks and its interval; nothing where there is none."""
-    return "" if comparison is None or comparison.overall is None else told(comparison.overall)
+    """The mean over tasks and its interval; of one task its own, by name."""
+    if comparison is None:
+        return ""
+    if comparison.overall is None:
+        ((task, found),) = comparison.by_task.items()
+        return f"{told(found)} ({task})"
+    return told(comparison.overall)
 
 
 def told(found: Interval) -> str:

@@ -25,6 +25,7 @@ def test_a_cell_made_twice_has_the_same_bits(tiny_task, training):
     assert [row["readout"] for row in first] == expected
     assert {row["of"] for row in first} == {len(expected)}
     assert first[0]["rounded"].keys() == {"bf16", "int8", "int4"}
+    assert all(row["temperature"] > 0 < row["outcomes"]["nll_scaled"] for row in first[:-1])
     losses = [row["outcomes"]["nll"] for row in first[:-1]]
     assert len(set(losses)) == len(losses)  # every readout is other weights
 

@@ -14,7 +14,7 @@ from benchmarks.study import grid
 from benchmarks.study.cell import Cell, parse_cell
 from benchmarks.study.loop import rate_at
 from benchmarks.study.model import GROUP, changed, to_int4, to_int8
-from benchmarks.study.outcomes import BINS, calibration_error, outcomes
+from benchmarks.study.outcomes import BINS, calibration_error, outcomes, temperature
 from benchmarks.study.tasks import Rows, epoch_batches, evaluation_batches
 
 pytestmark = pytest.mark.unit
@@ -38,6 +38,14 @@ def test_outcomes_are_those_of_scikit_learn_and_of_the_definition():
         if inside.any():
             expected += float(inside.double().mean() * (hits[inside].mean() - top[inside].mean()).abs())
     assert calibration_error(top, hits) == pytest.approx(expected)
+
+
+def test_the_temperature_undoes_what_logits_were_multiplied_by():
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 3)
+    labels = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    assert temperature(logits * 3, labels) == pytest.approx(3, rel=0.1)
+    assert temperature(logits / 2, labels) == pytest.approx(0.5, rel=0.1)
 
 
 def test_int8_keeps_each_weight_within_half_a_step_and_int4_has_16_levels_a_group():
