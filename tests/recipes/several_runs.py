@@ -2,7 +2,9 @@
 
     accelerate launch ... several_runs.py runs.json
 
-The file holds a list of [recipe, mixed precision, arguments]. A run that fails ends the ranks with its message.
+The file holds a list of [recipe, launched, arguments], in which `launched` is a number format, or the environment
+that a launch file of its own would make (ACCELERATE_..., FSDP_...). A run that fails ends the ranks with its
+message.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ from swaft.training.launch.failure import leave
 Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
 
 
-def main(runs: list[tuple[str, str, list[str]]]) -> int:
-    for recipe, precision, arguments in runs:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+def main(runs: list[tuple[str, str | dict[str, str], list[str]]]) -> int:
+    for recipe, launched, arguments in runs:
+        if isinstance(launched, str):
+            os.environ["ACCELERATE_MIXED_PRECISION"] = launched
+        else:
+            for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+                del os.environ[name]
+            os.environ |= launched
         if code := load_recipe(recipe).main(arguments):
-            sys.stderr.write(f"{recipe} {precision} {' '.join(arguments)} failed\n")
+            sys.stderr.write(f"{recipe} {launched} {' '.join(arguments)} failed\n")
             return code
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -235,9 +235,29 @@ def test_all_problems_are_reported_at_once():
     assert len(filled(config).problems) == 3
 
 
-def test_an_auto_that_nothing_fills_is_a_problem():
-    (problem,) = filled({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}).problems
-    assert "zero_optimization.stage3_max_live_parameters" in problem
+def test_an_auto_that_nothing_fills_is_a_problem_where_deepspeed_has_no_default_for_it():
+    config = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}
+    result = filled(config | {"communication_data_type": "auto"})
+    (problem,) = result.problems
+    assert "communication_data_type" in problem
+    assert result.config["zero_optimization"] == {"stage": 3}
+    left = ("zero_optimization.stage3_max_live_parameters", "left out", "auto -> DeepSpeed's default")
+    assert left in result.rows
+
+
+def test_a_name_without_stage3_before_it_is_filled_like_the_one_with_it():
+    short = {
+        "prefetch_bucket_size": "auto",
+        "gather_16bit_weights_on_model_save": True,
+        "max_live_parameters": 0,
+    }
+    zero = filled({"zero_optimization": {"stage": 3, **short}}).config["zero_optimization"]
+    assert zero == {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": int(0.9 * 64 * 64),
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_max_live_parameters": 0,
+    }
 
 
 def test_without_a_hidden_size_the_bucket_sizes_stay_for_accelerate():

@@ -23,6 +23,18 @@ SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 """DeepSpeed's schedulers that are a warm-up and what follows; others are nothing that a recipe trains with."""
 OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 """Names that DeepSpeed still takes and accelerate does not know."""
+SHORT_NAMES = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+)
+"""Names in ``zero_optimization`` that DeepSpeed takes with and without ``stage3_`` before them."""
 SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")
 """Entries of a file that are looked into."""
 
@@ -153,10 +165,14 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     """
     filled = copy.deepcopy(dict(config))
     rows: list[tuple[str, Any, str]] = []
+    zero = filled["zero_optimization"]
     for old, new in OLD_OFFLOADS.items():
-        if filled["zero_optimization"].pop(old, False):
-            filled["zero_optimization"].setdefault(new, {"device": "cpu"})
+        if zero.pop(old, False):
+            zero.setdefault(new, {"device": "cpu"})
             rows.append((f"zero_optimization.{new}", {"device": "cpu"}, f"by its old name, {old}"))
+    for name in SHORT_NAMES:
+        if name in zero:
+            zero.setdefault(f"stage3_{name}", zero.pop(name))
     problems = [*_optimizer_problems(filled, recipe, source), *_scheduler_problems(filled, recipe, source)]
     for key, (value, setting) in _recipe_keys(recipe).items():
         problems += _fill(filled, key, value, setting, rows=rows, recipe=recipe, source=source)
@@ -184,8 +200,12 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     if "scheduler" in filled:
         kind = filled.pop("scheduler").get("type", SCHEDULERS[0])
         rows.append(
-            ("scheduler", "set aside", f"{kind}; train.lr_scheduler_type and train.warmup_steps set the rate")
+            ("scheduler", "set aside", f"{kind}: train.lr_scheduler_type and train.warmup_steps set the rate")
         )
+    for name in [name for name, value in zero.items() if value == AUTO]:
+        if f"zero_optimization.{name}" not in _size_keys(1):
+            del zero[name]
+            rows.append((f"zero_optimization.{name}", "left out", "auto -> DeepSpeed's default"))
     known = () if recipe.hidden_size is not None else tuple(_size_keys(1))
     problems += [
         f'{source}: {key} is "auto", and nothing fills that key; write a number there'
