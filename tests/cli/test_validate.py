@@ -115,51 +115,6 @@ def test_the_batches_of_an_epoch_are_as_many_as_accelerate_makes(num_rows, world
     assert count_micro_batches(num_rows=num_rows, batch_size=4, world_size=world_size) == len(shard)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "override", "expected"),
-    [
-        ("classification", "train.learning_rte=1", "train.learning_rte: no such setting"),
-        ("classification", "train.learning_rate=fast", "train.learning_rate: expected"),
-        ("classification", "data.train_file=/nowhere.csv", "there is no file /nowhere.csv"),
-        ("classification", "data.text_column=txet", "there is no column 'txet'"),
-        ("classification", "eval.metric=pearson_spearman", "does not fit a classification"),
-        ("classification", "data.max_seq_length=512", "the model reads at most 32 tokens"),
-        ("classification", "model.model_name_or_path=/nowhere", "/nowhere cannot be loaded"),
-        ("classification", "model.tokenizer_name=/nowhere", "cannot be loaded"),
-        ("classification", "averaging.start=99999", "0 weights would be averaged"),
-        ("classification", "averaging.decay=0.9", "averaging.rule=swa does not use"),
-        ("classification", "noise.layers=all", "noise.layers is all, which noise.kind=r3f does not use"),
-        ("seq2seq", "noise.kind=r4f", "has no classification head with weights of its own"),
-        ("classification", "noise.sigma=0", "noise.sigma=0 with noise.masks=shared: nothing differs"),
-        ("classification", "train.warmup_steps=9999", "so the rate never reaches train.learning_rate"),
-        ("classification", "train.mixed_precision=fp16", "the launcher's mixed_precision is bf16"),
-        ("seq2seq", "eval.metric=accuracy", "accuracy does not fit a generation task"),
-        ("seq2seq", "model.config={model_type: t5, num_layer: 1}", "Did you mean 'num_layers'?"),
-        (
-            "seq2seq",
-            "model.config={model_type: bart, max_position_embeddings: 16}",
-            "data.max_source_length is 32, but the model reads at most 16 tokens",
-        ),
-        ("seq2seq", "data.source_lang=en", "data.target_lang: is not set"),
-        ("question_answering", "eval.metric=rouge", "rouge does not fit"),
-        ("question_answering", "data.doc_stride=14", "expected more than data.doc_stride=14"),
-        ("classification", "data.delimiter=ab", "data.delimiter: 'ab' is not one character"),
-        ("question_answering", "data.delimiter=tab", "data.delimiter: is about csv and tsv files"),
-        ("seq2seq", "data.validation_fraction=1.5", "data.validation_fraction: 1.5 is outside (0, 1)"),
-        ("seq2seq", "data.validation_fraction=0.5", "data.validation_file names the validation rows already"),
-    ],
-)
-def test_what_is_wrong_is_found_without_starting_anything(told, recipe, override, expected):
-    [problem] = [problem for problem in told(recipe, override) if expected in problem]
-    assert problem
-
-
-def test_rdrop_on_a_model_without_dropout_is_a_problem(told):
-    [problem] = told("seq2seq", "noise.kind=rdrop", "model.config={model_type: t5, dropout_rate: 0.0}")
-    assert "T5ForConditionalGeneration has no dropout (dropout_rate=0.0" in problem
-    assert "noise.kind=none" in problem
-
-
 def test_everything_that_is_wrong_is_told_at_once_each_thing_once(validate, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.json").touch()

@@ -1,0 +1,251 @@
+"""What `swaft validate` refuses, a launch refuses before it starts anything, in the same words, and vice versa."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from launching import load_recipe
+from tiny_inputs import save_rows
+
+from swaft.config import load_config
+from swaft.errors import ConfigError, SwaftError
+from swaft.planning.preflight import check_run
+from swaft.training import start
+from swaft.training.launch import deepspeed_extension
+from swaft.training.launch.launcher import read_launch
+from swaft.training.problems import Problems
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ("classification", "seq2seq", "question_answering")
+ON_PAPER = {"_empty_model", "_fit_objective", "_fit_blocks"}
+"""Rules that a launch asks of the model itself once it has been loaded: validate asks them on paper."""
+BY_LAUNCHER = {"read_launch", "read_script", "require_python", "load_recipe"}
+"""What accelerate and Python refuse of the line and the script themselves."""
+PARTS = ("launch", "batch", "model", "step", "averaging", "noise", "deepspeed", "data")
+FACTS = {"count_parameters", *(f"_{part}_facts" for part in PARTS)}
+"""What validate only tells."""
+
+
+@pytest.fixture
+def launched(monkeypatch, configs) -> Callable[..., list[str]]:
+    """Start a recipe as one rank of a launch line would; returns what it refuses before it starts an engine."""
+
+    def call(recipe: str, words: list[str], *, starts: bool = False) -> list[str]:
+        for name, value in read_launch(words).environ.items():
+            monkeypatch.setenv(name, value)
+        module = load_recipe(recipe)
+        if starts:
+            monkeypatch.delenv("WORLD_SIZE")
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+        else:
+            monkeypatch.setattr(module, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
+        try:
+            module.run(load_config(module.Config, words[words.index(f"recipes/{recipe}.py") + 1 :]))
+        except SwaftError as error:
+            return error.problems if isinstance(error, ConfigError) else [str(error)]
+        return []
+
+    return call
+
+
+@pytest.fixture
+def line(configs) -> Callable[..., list[str]]:
+    """The words of a launch line of a recipe."""
+
+    def words(
+        recipe: str, *overrides: str, launch: str = "zero3", options: tuple[str, ...] = ()
+    ) -> list[str]:
+        file = ("--config_file", str(ROOT / "launch" / "accelerate" / f"{launch}.yaml"))
+        return [*file, *options, f"recipes/{recipe}.py", "--config", str(configs[recipe]), *overrides]
+
+    return words
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_validate_and_a_launch_ask_the_same_rules(recipe, line, launched, monkeypatch):
+    words = line(recipe, "train.max_steps=4")
+    ask = Problems.of
+
+    def refuse(problems: Problems, rule, /, *arguments, **named):
+        """Ask the rule, and let it refuse all the same."""
+        problems.add([rule.__name__])
+        return ask(problems, rule, *arguments, **named)
+
+    monkeypatch.setattr(Problems, "of", refuse)
+    told = {*check_run(words).problems} - ON_PAPER - BY_LAUNCHER - FACTS
+    assert told == {*launched(recipe, words)}
+    assert told >= {check.__name__ for check in start.CHECKS.values()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "expected"),
+    [
+        ("classification", "train.learning_rte=1", "train.learning_rte: no such setting"),
+        ("classification", "train.learning_rate=fast", "train.learning_rate: expected"),
+        ("classification", "data.train_file=/nowhere.csv", "there is no file /nowhere.csv"),
+        ("classification", "data.text_column=txet", "there is no column 'txet'"),
+        ("classification", "eval.metric=pearson_spearman", "does not fit a classification"),
+        ("classification", "data.max_seq_length=512", "the model reads at most 32 tokens"),
+        ("classification", "model.model_name_or_path=/nowhere", "/nowhere cannot be loaded"),
+        ("classification", "model.tokenizer_name=/nowhere", "cannot be loaded"),
+        ("classification", "averaging.start=99999", "0 weights would be averaged"),
+        ("classification", "averaging.decay=0.9", "averaging.rule=swa does not use"),
+        ("classification", "noise.layers=all", "noise.layers is all, which noise.kind=r3f does not use"),
+        ("classification", "noise.sigma=0", "noise.sigma=0 with noise.masks=shared: nothing differs"),
+        ("classification", "train.warmup_steps=9999", "so the rate never reaches train.learning_rate"),
+        ("classification", "train.mixed_precision=fp16", "the launcher's mixed_precision is bf16"),
+        ("seq2seq", "eval.metric=accuracy", "accuracy does not fit a generation task"),
+        ("seq2seq", "model.config={model_type: t5, num_layer: 1}", "Did you mean 'num_layers'?"),
+        (
+            "seq2seq",
+            "model.config={model_type: bart, max_position_embeddings: 16}",
+            "data.max_source_length is 32, but the model reads at most 16 tokens",
+        ),
+        ("seq2seq", "data.source_lang=en", "data.target_lang: is not set"),
+        ("question_answering", "eval.metric=rouge", "rouge does not fit"),
+        ("question_answering", "data.doc_stride=14", "expected more than data.doc_stride=14"),
+        ("classification", "data.delimiter=ab", "data.delimiter: 'ab' is not one character"),
+        ("question_answering", "data.delimiter=tab", "data.delimiter: is about csv and tsv files"),
+        ("seq2seq", "data.validation_fraction=1.5", "data.validation_fraction: 1.5 is outside (0, 1)"),
+        ("seq2seq", "data.validation_fraction=0.5", "data.validation_file names the validation rows already"),
+        ("classification", "track.report_to=aim", "track.report_to is aim, which is not installed"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_refused_alike(recipe, override, expected, line, launched):
+    words = line(recipe, override)
+    problems = check_run(words).problems
+    [problem] = [problem for problem in problems if expected in problem]
+    assert problem
+    assert launched(recipe, words) == problems
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "expected"),
+    [
+        ("seq2seq", ["noise.kind=r4f"], "has no classification head with weights of its own"),
+        (
+            "seq2seq",
+            ["noise.kind=rdrop", "model.config={model_type: t5, dropout_rate: 0.0}"],
+            "T5ForConditionalGeneration has no dropout (dropout_rate=0.0",
+        ),
+        ("classification", ["data.do_regression=true"], "R3F needs at least two classes"),
+        ("classification", ["model.use_peft=true", "model.lora_target_modules=none_such"], "none_such"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_alike(recipe, overrides, expected, line, launched, tmp_path):
+    words = line(recipe, *overrides, f"train.output_dir={tmp_path / 'run'}", launch="single")
+    [problem] = check_run(words).problems
+    assert expected in problem
+    assert launched(recipe, words, starts=True) == [problem]
+
+
+BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "Did you mean 'overlap_comm'?"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size > 1"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}},
+            "offload_param.device=nvme",
+        ),
+        ({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}, "autotp_size > 1"),
+        ({"zero_optimization": {"stage": 1}, "gradient_cliping": 1.0}, "Did you mean 'gradient_clipping'?"),
+        ({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.3}, "says gradient_clipping = 0.3"),
+        (
+            {"zero_optimization": {"stage": 1}, "scheduler": {"type": "OneCycle"}},
+            "has a scheduler (OneCycle)",
+        ),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lamb"}}, "asks for the optimizer Lamb"),
+    ],
+)
+def test_a_deepspeed_file_is_refused_alike(content, expected, line, launched, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(dict.fromkeys(BATCH, "auto") | content))
+    # Also where nothing is averaged: then the way out that is named may not be to average nothing.
+    words = line("classification", "averaging.rule=none", options=("--deepspeed_config_file", str(file)))
+    [problem] = check_run(words).problems
+    assert expected in problem
+    assert "without averaging" not in problem
+    assert "averaging.rule" not in problem
+    assert launched("classification", words) == [problem]
+
+
+FSDP = "distributed_type: FSDP\nnum_processes: 2\nmixed_precision: bf16\nfsdp_config: "
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (FSDP + "{fsdp_version: 1}", "the launcher asks for FSDP version 1"),
+        (
+            FSDP + "{fsdp_version: 2}\nparallelism_config: {parallelism_config_cp_size: 2}",
+            "the launcher asks for parallelism_config",
+        ),
+        (
+            "distributed_type: 'NO'\nnum_processes: 1\ndynamo_config: {dynamo_backend: INDUCTOR}",
+            "the launcher asks for dynamo_backend INDUCTOR",
+        ),
+        (
+            "distributed_type: DEEPSPEED\nnum_processes: 2\n"
+            "deepspeed_config: {zero_stage: 2, gradient_clipping: 0.3}",
+            "says gradient_clipping = 0.3",
+        ),
+    ],
+)
+def test_a_launch_file_is_refused_alike(content, expected, line, launched, tmp_path):
+    file = tmp_path / "launch.yaml"
+    file.write_text(content)
+    words = line("classification", options=("--config_file", str(file)))
+    [problem] = check_run(words).problems
+    assert expected in problem
+    assert launched("classification", words) == [problem]
+
+
+def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
+    (tmp_path / "summary.json").touch()
+    words = line("classification", f"train.output_dir={tmp_path}")
+    [problem] = check_run(words).problems
+    assert "holds a run that has come to its end" in problem
+    assert launched("classification", words) == [problem]
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_a_lock_that_deepspeed_would_wait_for_is_refused_alike(
+    offloads, line, launched, tmp_path, monkeypatch
+):
+    lock = tmp_path / "lock"
+    lock.touch()
+    os.utime(lock, (time.time() - 3600, time.time() - 3600))
+    held = "cpu_adam" if offloads else deepspeed_extension.EXTENSION
+
+    def folder(extension: str = deepspeed_extension.EXTENSION) -> Path:
+        return tmp_path if extension == held else tmp_path / "other"
+
+    monkeypatch.setattr(deepspeed_extension, "build_folder", folder)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file = ROOT / "ds_configs" / ("zero2_offload.json" if offloads else "zero2.json")
+    words = line("classification", launch="zero2", options=("--deepspeed_config_file", str(file)))
+    [problem] = check_run(words).problems
+    assert str(lock) in problem
+    assert launched("classification", words) == [problem]
+
+
+def test_a_first_column_of_scores_is_a_regression(line, launched, tmp_path):
+    save_rows(tmp_path / "rows.csv", 40, seed=1, label=lambda positive: 0.5 + positive)
+    rows = (f"data.train_file={tmp_path / 'rows.csv'}", f"data.validation_file={tmp_path / 'rows.csv'}")
+    words = line("classification", *rows, f"train.output_dir={tmp_path / 'run'}", launch="single")
+    [problem] = check_run(words).problems
+    assert "the model has one output (regression)" in problem
+    assert launched("classification", words, starts=True) == [problem]
