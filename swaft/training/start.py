@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.tracking import get_available_trackers
@@ -24,7 +25,15 @@ from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
 from swaft.training.refusals import refuse_compilation, refuse_parallelism
+from swaft.training.run.checkpoints import AVERAGE, checkpoint_on_paper
 from swaft.training.run.folder import refuse_used
+from swaft.training.run.record import (
+    RunRecord,
+    batches_read,
+    require_averages,
+    require_same_engine,
+    require_same_run,
+)
 from swaft.training.schedule import Schedule, build_schedule, planned_steps
 
 Ready = TypeVar("Ready")
@@ -120,6 +129,38 @@ def check_folder(train: TrainConfig, config_yaml: str) -> None:
     refuse_used(train.output_dir, resume=train.resume_from_checkpoint, config_yaml=config_yaml)
 
 
+def check_checkpoint(
+    train: TrainConfig,
+    environ: Mapping[str, str],
+    deepspeed: FilledConfig | None,
+    rule: Rule | None,
+    cuts_rows: bool,
+    total_steps: int | None = None,
+) -> None:
+    """Refuse a checkpoint that this run cannot go on from, as far as its manifest and the settings tell."""
+    found = checkpoint_on_paper(train.resume_from_checkpoint, Path(train.output_dir))
+    if found is None:
+        return
+    path, manifest = found
+    before, ranks = RunRecord.read(manifest.content, path), int(environ.get("WORLD_SIZE", "1"))
+    batch = train.per_device_train_batch_size * ranks
+    now = replace(
+        before.setup,  # what is not known yet is taken to be the same
+        stage=None if deepspeed is None else deepspeed.config["zero_optimization"].get("stage", 0),
+        world_size=ranks,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        rows_per_step=batch * train.gradient_accumulation_steps,
+        grouped_by=batch if train.group_by_length else None,
+        seed=train.seed,
+    )
+    if total_steps is not None and not _may_be_longer(train, cuts_rows):
+        now = replace(now, total_steps=total_steps)
+    require_same_run(before, now, path)
+    require_same_engine(before, now, path, average=path / AVERAGE)
+    require_averages(before, path, there=AVERAGE in manifest.sealed, wanted=rule is not None)
+    batches_read(before, now)
+
+
 def count_steps(
     train: TrainConfig, environ: Mapping[str, str], rows: Mapping[str, Sized] | None = None
 ) -> int:
@@ -150,9 +191,14 @@ def _unless_longer(train: TrainConfig, cuts_rows: bool, check: Callable[[], Any]
     try:
         return check()
     except ConfigError:
-        if cuts_rows and train.max_steps <= 0:
+        if _may_be_longer(train, cuts_rows):
             return MISSING
         raise
+
+
+def _may_be_longer(train: TrainConfig, cuts_rows: bool) -> bool:
+    """Whether long rows are cut into more than were counted."""
+    return cuts_rows and train.max_steps <= 0
 
 
 CHECKS: dict[str, Callable[..., Any]] = {
@@ -168,6 +214,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "tracker": check_tracker,
     "folder": check_folder,
     "total_steps": count_steps,
+    "checkpoint": check_checkpoint,
     "schedule": check_schedule,
     "plan": check_plan,
 }

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from tiny_inputs import save_rows
 from swaft.config import load_config
 from swaft.errors import ConfigError, SwaftError
 from swaft.planning.preflight import check_run
+from swaft.storage import Manifest, seal
 from swaft.training import start
 from swaft.training.launch import deepspeed_extension
 from swaft.training.launch.launcher import read_launch
 from swaft.training.problems import Problems
+from swaft.training.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
 
@@ -218,6 +221,52 @@ def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
     words = line("classification", f"train.output_dir={tmp_path}")
     [problem] = check_run(words).problems
     assert "holds a run that has come to its end" in problem
+    assert launched("classification", words) == [problem]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A checkpoint of a run of four steps under DDP on two ranks."""
+    setup = {"stage": None, "world_size": 2, "per_device_train_batch_size": 4, "rows_per_step": 16}
+    digests = dict.fromkeys(("rows_sha256", "architecture_sha256", "frozen_sha256"), "a" * 64)
+    setup |= {"grouped_by": None, "total_steps": 4, "rows": 70, "seed": 42, **digests}
+    content = dict.fromkeys((field.name for field in fields(RunRecord)), None)
+    content |= {"setup": setup, "position": {"batches": 2}, "settings": {"averaging.rule": "none"}}
+    path = tmp_path / "run" / "checkpoint-1"
+    path.mkdir(parents=True)
+    seal(path, Manifest(kind="run", files={}, content=content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launch", "expected"),
+    [
+        ([], "ddp", None),
+        (["averaging.rule=swa"], "ddp", "is of a run that averaged nothing (averaging.rule=none)"),
+        (["train.seed=7"], "ddp", "is of a run with seed = 42, this one has 7"),
+        (["train.max_steps=5"], "ddp", "is of a run with total_steps = 4, this one has 5"),
+        ([], "zero2", "was written under torch alone by 2 ranks, and this run is DeepSpeed stage 2"),
+        (["train.group_by_length=true"], "ddp", "grouped by None, and this run groups them by 8"),
+        (["train.resume_from_checkpoint=/nowhere/checkpoint-3"], "ddp", "/nowhere/checkpoint-3 is no folder"),
+    ],
+)
+def test_a_checkpoint_that_a_run_cannot_go_on_from_is_refused_alike(
+    overrides, launch, expected, checkpoint, line, launched
+):
+    same = (
+        "train.max_steps=4",
+        "train.seed=42",
+        f"train.output_dir={checkpoint.parent}",
+        "train.warmup_steps=0",
+        "averaging.rule=none",
+    )
+    words = line("classification", *same, *overrides, launch=launch)
+    problems = check_run(words).problems
+    if expected is None:
+        assert problems == []
+        return
+    [problem] = problems
+    assert expected in problem
     assert launched("classification", words) == [problem]
 
 

@@ -95,3 +95,4 @@ def test_shipped_deepspeed_file_is_filled_and_deepspeed_takes_it(path, precision
     assert path.stem.startswith(f"zero{int(zero.stage)}")
     assert (zero.offload_optimizer is not None) == ("offload" in path.stem)
     assert (zero.offload_param is not None) == path.stem.endswith("offload_param")
+    assert zero.gather_16bit_weights_on_model_save == (zero.stage == 3)  # else get_state_dict fails

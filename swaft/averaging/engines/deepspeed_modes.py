@@ -35,9 +35,9 @@ def refused_settings(config: Any) -> list[str]:
             config.bfloat16_config.bf16_master_weights_and_grads
             or config.float16_config.fp16_master_weights_and_grads
         ),
-        "zero_optimization.offload_optimizer.device=nvme": optimizer is not None
+        "zero_optimization.offload_optimizer.device=nvme (use cpu)": optimizer is not None
         and optimizer.device == "nvme",
-        "zero_optimization.offload_param.device=nvme": param is not None and param.device == "nvme",
+        "zero_optimization.offload_param.device=nvme (use cpu)": param is not None and param.device == "nvme",
         "zero_optimization.zero_hpz_partition_size > 1": zero.zero_hpz_partition_size > 1,
         "zero_optimization.zero_quantized_weights (an evaluation would see other weights than are exported)": (
             zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights

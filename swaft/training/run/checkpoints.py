@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
-from swaft.storage import Manifest, is_complete, remove_sealed
+from swaft.storage import Manifest, is_complete, read_manifest, remove_sealed
 from swaft.storage.files import explained
 from swaft.storage.together import Write, open_together, sealed_in, write_together
 
@@ -118,6 +119,29 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | N
             f"no checkpoint in {folder} can be gone on from, the newest because: {damaged[0][1]}. Nothing was "
             "changed. Begin anew in a new train.output_dir, or name a sound one as train.resume_from_checkpoint"
         )
+    return None
+
+
+def checkpoint_on_paper(wanted: str, folder: Path) -> tuple[Path, Manifest] | None:
+    """The checkpoint that a run would go on from, told without other ranks and without its bytes being checked.
+
+    Args:
+        wanted: as of :func:`choose_checkpoint`.
+        folder: of the run.
+
+    Returns:
+        Its path and what it holds; None: the run begins anew, or decides itself between what is damaged.
+
+    Raises:
+        StateError: the one that was named is incomplete or damaged.
+        ConfigError: the folder that was named is no checkpoint, or the run folder holds later ones.
+    """
+    if wanted not in ("none", "auto"):
+        _refuse_later(Path(wanted), folder)
+        return Path(wanted), read_manifest(wanted, kind=KIND)
+    for path in find_checkpoints(folder) if wanted == "auto" else []:
+        with suppress(StateError):
+            return path, read_manifest(path, kind=KIND)
     return None
 
 

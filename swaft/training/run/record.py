@@ -143,6 +143,27 @@ def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, aver
         )
 
 
+def require_averages(before: RunRecord, checkpoint: Path, *, there: bool, wanted: bool) -> None:
+    """Refuse averages that would be lost, and to average a run whose beginning nobody has averaged.
+
+    Args:
+        before: of the checkpoint.
+        checkpoint: its folder.
+        there: whether it holds averages.
+        wanted: whether this run averages.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if there != wanted:
+        what = "averaged nothing" if wanted else "averages, and would lose what it has"
+        raise ConfigError(
+            f"averaging.rule: {checkpoint} is of a run that {what} "
+            f"(averaging.rule={before.settings.get('averaging.rule')}); set that, or begin a new run in a new "
+            "train.output_dir"
+        )
+
+
 def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any]) -> list[str]:
     """What was set otherwise, in words; where a run is written to and how it goes on apart.
 

@@ -15,7 +15,7 @@ from torch import nn
 from swaft.averaging import Engine, WeightAverager
 from swaft.averaging.persist import weights_now
 from swaft.distributed import shared_ranks
-from swaft.errors import ConfigError, StateError
+from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
 from swaft.training.best import BestWeights
 from swaft.training.meter import Meter
@@ -29,6 +29,7 @@ from swaft.training.run.record import (
     Setup,
     batches_read,
     changed_settings,
+    require_averages,
     require_same_engine,
     require_same_run,
 )
@@ -114,13 +115,8 @@ class RunState:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
         """
         checkpoint = chosen.path
-        if (self.averager is not None) != (AVERAGE in chosen.manifest.sealed):
-            what = "averaged nothing" if self.averager is not None else "averages, and would lose what it has"
-            raise ConfigError(
-                f"averaging.rule: {checkpoint} is of a run that {what} "
-                f"(averaging.rule={record.settings.get('averaging.rule')}); set that, or begin a new run in a new "
-                "train.output_dir"
-            )
+        averages = AVERAGE in chosen.manifest.sealed
+        require_averages(record, checkpoint, there=averages, wanted=self.averager is not None)
         self.engine.continue_from(record.applied_steps)
         if weights_now(self.engine) != record.weights:
             raise StateError(
