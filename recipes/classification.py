@@ -27,6 +27,7 @@ from swaft.data import (
     language_groups,
     load_splits,
     read_as_text,
+    refuse_rows_without_tokens,
     report_special_tokens,
     require_length,
     tokenize,
@@ -97,6 +98,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     head = problems.of(fit_head, task, config.model, model_config)
     problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
+    problems.of(refuse_rows_without_tokens, task, tokenizer)
     problems.of(follow_tokenizer, model_config, tokenizer)
     problems.of(require_end_token, model_config, tokenizer)
     length = problems.of(one_length, model_config, config.data.max_seq_length)

@@ -79,7 +79,8 @@ def _check_delimiter(data: RowsConfig) -> list[str]:
     if len(character) != 1 or character in '"\r\n':
         return [f"data.delimiter: {data.delimiter!r} is not one character; expected one such as ; or tab"]
     files = (data.train_file, data.validation_file, data.test_file)
-    if not any((file or "").lower().endswith((".csv", ".tsv")) for file in files):
+    is_table = any((file or "").lower().endswith((".csv", ".tsv")) for file in files)
+    if not is_table and data.dataset_name is None:  # of which it is seen when it is read
         return ["data.delimiter: is about csv and tsv files, and data.train_file names none; remove it"]
     return []
 

@@ -52,7 +52,8 @@ class RowsConfig:
     """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
     train.parquet and so on, else a GLUE task of the hub; `python_docstrings` is built on this machine."""
     dataset_name: str | None = None
-    """Hub id of a dataset, or a folder laid out as one (train/, validation/, test/ with parquet files)."""
+    """Hub id of a dataset, or a folder laid out as one (train/, validation/, test/ with parquet, csv, tsv
+    or json files)."""
     dataset_config_name: str | None = None
     """Configuration of `dataset_name`, where the dataset has several."""
     train_file: str | None = None

@@ -2,7 +2,13 @@
 
 from swaft.data.answers import Answers, Candidate, find_answers
 from swaft.data.checks import require_length
-from swaft.data.classification import Collator, Task, describe_task, tokenize
+from swaft.data.classification import (
+    Collator,
+    Task,
+    describe_task,
+    refuse_rows_without_tokens,
+    tokenize,
+)
 from swaft.data.order import length_grouped, shuffled
 from swaft.data.question_answering import (
     WindowCollator,
@@ -44,6 +50,7 @@ __all__ = [
     "read_as_text",
     "read_pairs",
     "refuse_long_questions",
+    "refuse_rows_without_tokens",
     "report_special_tokens",
     "require_length",
     "require_offsets",

@@ -15,11 +15,13 @@ from swaft.data.checks import (
     Fault,
     existing,
     good_rows,
+    is_blank,
     padding,
     refuse_repeated_ids,
     require_column,
     require_length,
     text_faults,
+    values,
 )
 from swaft.data.labels import Labels, label_faults, read_labels
 from swaft.data.texts import encode as encode_texts
@@ -74,7 +76,7 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
                 )
 
     def faults(split: Dataset) -> Iterator[Fault]:
-        for column in text_columns:  # a blank text can be classified, so it is refused nowhere
+        for column in text_columns:  # most tokenizers make something of a blank text, which can be classified
             yield from text_faults(split, column, blank=data.skip_bad_rows)
         yield from label_faults(split, label_column)
 
@@ -89,6 +91,27 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         rows=rows,
         **vars(labels),
     )
+
+
+def refuse_rows_without_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse blank texts where the tokenizer adds nothing to them (GPT-2, Qwen): a model cannot read no tokens.
+
+    Args:
+        task: what `describe_task` found.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        DataError: names the row.
+    """
+    for name, split in task.rows.items():
+        for row, texts in enumerate(
+            zip(*(values(split, column) for column in task.text_columns), strict=True)
+        ):
+            if all(map(is_blank, texts)) and not tokenizer(*texts).input_ids:
+                raise DataError(
+                    f"row {row} of {name} has an empty text, of which {type(tokenizer).__name__} makes no token. "
+                    "Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
+                )
 
 
 def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:

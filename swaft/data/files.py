@@ -14,7 +14,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from datasets import Dataset, Features, Value
+import pandas
+from datasets import Dataset
 
 from swaft.errors import DataError
 
@@ -56,20 +57,28 @@ def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
     """Read a csv or tsv file."""
     quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
     expected = _count_rows(path, delimiter, has_quoting=has_quoting)
-    # A text may well be "NA" or "null"; only an empty cell is a missing one.
+    if not expected:
+        raise DataError(" has no rows")
+    # A text may well be "NA" or "null"; only an empty cell is a missing one. The type of a column is that of all
+    # its cells: read in pieces, as `Dataset.from_csv` does, a piece of numbers alone would turn 007 into 7.
     read = partial(
-        Dataset.from_csv, path, sep=delimiter, quoting=quoting, keep_default_na=False, na_values=[""]
+        pandas.read_csv,
+        path,
+        sep=delimiter,
+        quoting=quoting,
+        keep_default_na=False,
+        na_values=[""],
+        low_memory=False,
     )
-    rows = read()
-    if len(rows) != expected:
-        raise DataError(f": {len(rows)} rows were read, and it has {expected}; save it as jsonl or parquet")
+    cells = read()
+    if len(cells) != expected:
+        raise DataError(f": {len(cells)} rows were read, and it has {expected}; save it as jsonl or parquet")
     # pandas makes fractions of whole numbers where a cell is empty; a class id stays one.
-    for name, feature in rows.features.items():
-        if feature == Value("float64") and rows.data.column(name).null_count:
-            texts = read(features=Features({**rows.features, name: Value("string")}))[name]
-            if all(text is None or text.strip().lstrip("+-").isdigit() for text in texts):
-                rows = rows.cast_column(name, Value("int64"))
-    return rows
+    for name in cells.columns[(cells.dtypes == "float64") & cells.isna().any()]:
+        texts = read(usecols=[name], dtype=str)[name].dropna()
+        if all(text.strip().lstrip("+-").isdigit() for text in texts):
+            cells[name] = cells[name].astype("Int64")
+    return Dataset.from_pandas(cells, preserve_index=False)
 
 
 def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
+TRUTH = ["False", "True"]
+"""Names of the classes of truth values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,10 @@ class Labels:
 def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
     """Read the labels of a task, and check every row of every split.
 
-    Fractional numbers are scores. Text is a class, its id the place in the sorted texts of the training
-    rows. A whole number is a class id; how many there are is what the column's type says, else the
-    largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names like texts.
-    Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is logged.
+    Fractional numbers are scores; written as texts they are asked about. Text is a class, its id the place in the
+    sorted texts of the training rows. A whole number is a class id; how many there are is what the column's type
+    says, else the largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names
+    like texts. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is logged.
 
     Args:
         splits: rows by split, `train` among them, without those that `label_faults` yields.
@@ -58,8 +61,13 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
                 f"column '{column}' holds {_said(kinds['train'])} in train but {_said(kind)} in {name}; "
                 "expected the same kind in every split"
             )
-    if kinds["train"] is str:
+    if kinds["train"] is str and not do_regression:
+        if do_regression is None:
+            _refuse_written_scores(labels["train"], column)
         return _read_names(labels, column)
+    if kinds["train"] is str:
+        _require_written_scores(labels, column)
+        return Labels(num_labels=1, label_names=None, is_regression=True, label_ids={})
     if kinds["train"] is float and do_regression is None and _are_whole(labels["train"]):
         raise DataError(
             f"column '{column}' holds whole numbers stored as fractional ones ({labels['train'][0]}, ...): class "
@@ -77,17 +85,50 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
 
 
 def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
-    """Yield the rows without a label: nothing, a blank, NaN, or -1 where the column's type names the classes."""
+    """Yield the rows without a label: nothing, a blank, NaN or infinity, or -1 where the column's type names the
+    classes.
+    """
     is_named = isinstance(split.features[column], ClassLabel)
     for row, value in enumerate(values(split, column)):
-        if value is None or value != value or (isinstance(value, str) and not value.strip()):
-            yield row, f"has no {column} ({value!r})"  # NaN alone differs from itself
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        if value is None or not is_number or (isinstance(value, str) and not value.strip()):
+            yield row, f"has no {column} ({value!r})"
         elif is_named and value == -1:
             yield row, f"has {column}=-1, which marks a row without its answer"
 
 
 def _are_whole(rows: list[Any]) -> bool:
     return bool((np.asarray(rows, dtype=np.float64) % 1 == 0).all())
+
+
+def _written_score(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _refuse_written_scores(labels: list[str], column: str) -> None:
+    """Refuse texts that are all numbers, some of them fractional: 1.5, "1,5", nan."""
+    texts = dict.fromkeys(labels)
+    scores = [_written_score(text.replace(",", ".", 1)) for text in texts]
+    fraction = next((text for text, score in zip(texts, scores, strict=True) if score and score % 1), None)
+    if fraction is not None and None not in scores:
+        raise DataError(
+            f"column '{column}' holds numbers written as texts ({fraction!r}, ...): classes or scores? Set "
+            "data.do_regression=false for classes, data.do_regression=true for scores (with a decimal point)"
+        )
+
+
+def _require_written_scores(labels: Mapping[str, list[str]], column: str) -> None:
+    for split, rows in labels.items():
+        for row, text in enumerate(rows):
+            score = _written_score(text)
+            if score is None or not math.isfinite(score):
+                raise DataError(
+                    f"row {row} of {split} has {column}={text!r}, which is no score; expected a number with a "
+                    "decimal point, or leave out data.do_regression=true"
+                )
 
 
 def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
@@ -101,6 +142,13 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
                     f"row {row} of {split} has {column}={value!r}, which no training row has; expected "
                     f"one of {shortened(names)} (data.max_train_samples may cut labels off)"
                 )
+    alike: dict[str, str] = {}
+    for name in names:
+        other = alike.setdefault(name.strip().casefold(), name)
+        if other != name:
+            logger.warning(
+                "%s: %r and %r are two classes; write them alike if they are one", column, other, name
+            )
     return Labels(
         num_labels=_several(len(names), column), label_names=names, is_regression=False, label_ids=ids
     )
@@ -109,7 +157,7 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
 def _read_ids(splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str) -> Labels:
     names = _class_names(splits, column)
     found = set(labels["train"])
-    if names is None and 0 not in found:
+    if (names is None and 0 not in found) or (names is TRUTH and len(found) == 1):
         read = _read_names(labels, column)
         logger.info(
             "%s: whole numbers without 0 are names of %d classes: %s",
@@ -158,6 +206,8 @@ def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None
                 f"column '{column}' names its classes {shortened(names)} in {name} but "
                 f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
             )
+    if not named and all(set(map(type, split[column][:])) == {bool} for split in splits.values()):
+        return TRUTH
     return named.get("train")
 
 

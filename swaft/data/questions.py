@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from swaft.data.checks import Fault, existing, good_rows, refuse_repeated_ids, text_faults, values
 from swaft.errors import ConfigError, DataError
@@ -39,8 +39,8 @@ def check_questions(
 ) -> QuestionReport:
     """Check every question of every split.
 
-    Rows have `id`, `question`, `context` and `answers`: `{"text": [...], "answer_start": [...]}`, starts in
-    characters of the context, empty lists where there is no answer.
+    Rows have `id` (whole numbers become texts), `question`, `context` and `answers`: `{"text": [...],
+    "answer_start": [...]}`, starts in characters of the context, empty lists where there is no answer.
 
     Args:
         splits: rows by split.
@@ -61,6 +61,11 @@ def check_questions(
                     f"the {name} split has no column '{column}'; {existing(split)}; expected SQuAD's: "
                     f"{', '.join(COLUMNS)}"
                 )
+    # Predictions are files of json, whose keys are texts.
+    splits = {
+        name: split.cast_column("id", Value("string")) if _has_whole_ids(split) else split
+        for name, split in splits.items()
+    }
     good = good_rows(splits, _faults, skip=skip_bad_rows)
     for name, split in good.items():
         refuse_repeated_ids(split, name)
@@ -131,6 +136,10 @@ def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | N
 
 def _stands(text: str, start: int, context: str) -> bool:
     return start >= 0 and context.startswith(text, start)
+
+
+def _has_whole_ids(split: Dataset) -> bool:
+    return str(getattr(split.features["id"], "dtype", "")).startswith(("int", "uint"))
 
 
 def _faults(split: Dataset) -> Iterator[Fault]:

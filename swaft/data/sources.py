@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder
 
 from swaft.config.schema import DataConfig, RowsConfig
 from swaft.config.values import DELIMITERS, split_names
@@ -117,7 +119,7 @@ def _find(data: RowsConfig) -> Splits:
     if data.task_name is not None:
         return _load_task(data.task_name)
     if data.dataset_name is not None:
-        return _load_hub(data.dataset_name, data.dataset_config_name)
+        return _load_hub(data.dataset_name, data.dataset_config_name, data.delimiter)
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     return {
         split: _load_file(path, f"data.{split}_file", data.delimiter)
@@ -129,7 +131,11 @@ def _find(data: RowsConfig) -> Splits:
 def _find_languages(data: DataConfig) -> Splits:
     splits = {}
     for language in split_names(data.eval_languages) if data.eval_languages else []:
-        found = _load_hub(data.dataset_name, language) if data.dataset_name else _load_beside(data, language)
+        found = (
+            _load_hub(data.dataset_name, language, data.delimiter)
+            if data.dataset_name
+            else _load_beside(data, language)
+        )
         kept = {f"{name}_{language}": rows for name, rows in found.items() if name in EVALUATED}
         if not kept:
             raise DataError(
@@ -150,7 +156,9 @@ def _load_beside(data: DataConfig, language: str) -> Splits:
     named = {split: Path(path) for split, path in files.items() if path is not None}
     paths = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
     return {
-        split: _load_file(str(path), "data.eval_languages") for split, path in paths.items() if path.is_file()
+        split: _load_file(str(path), "data.eval_languages", data.delimiter)
+        for split, path in paths.items()
+        if path.is_file()
     }
 
 
@@ -201,9 +209,19 @@ def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset
         raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {cause(error)}") from error
 
 
-def _load_hub(name: str, config_name: str | None) -> Splits:
+def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) -> Splits:
     try:
-        found = load_dataset(name, config_name)
+        builder = load_dataset_builder(name, config_name)
+        if builder.name == "csv":
+            found = _load_tables(builder.config, delimiter) or load_dataset(
+                name, config_name, **_as_written(builder.config.sep, delimiter)
+            )
+        elif delimiter is not None:
+            raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")
+        else:
+            found = load_dataset(name, config_name)
+    except DataError:
+        raise
     except Exception as error:  # hub, network and cache each have types of their own
         which = f"{name} ({config_name})" if config_name else name
         reason = cause(error)
@@ -215,6 +233,33 @@ def _load_hub(name: str, config_name: str | None) -> Splits:
     withheld = name in (GLUE, "glue")
     kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
     return {split: rows for split, rows in kept.items() if not (withheld and split == "test")}
+
+
+def _load_tables(config: Any, delimiter: str | None) -> DatasetDict | None:
+    """Read the csv and tsv files of a folder as those that are named one by one; None: they are not all here."""
+    files = {split: list(map(str, paths)) for split, paths in config.data_files.items()}
+    if not all(
+        Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())
+    ):
+        return None
+    return DatasetDict(
+        {
+            str(split): concatenate_datasets(
+                [_load_file(path, "data.dataset_name", delimiter) for path in paths]
+            )
+            for split, paths in files.items()
+        }
+    )
+
+
+def _as_written(separator: str, delimiter: str | None) -> dict[str, Any]:
+    """Return the options with which tables of the hub lose no row of a tsv and no text such as NA."""
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+    if separator == "\t":
+        options["quoting"] = csv.QUOTE_NONE
+    if delimiter is not None:
+        options["sep"] = DELIMITERS.get(delimiter, delimiter)
+    return options
 
 
 def _with_validation(splits: Splits, fraction: float) -> Splits:

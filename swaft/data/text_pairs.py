@@ -149,6 +149,10 @@ def _find(
     if source_column is not None and target_column is not None:
         if {source_column, target_column} <= set(languages):
             return PairColumns(TRANSLATION, TRANSLATION, source_column, target_column)
+        if source_column == target_column:
+            raise DataError(
+                f"data.source_column and data.target_column are both {source_column}; {existing(train)}; name two"
+            )
         require_column(train, source_column, "data.source_column")
         require_column(train, target_column, "data.target_column")
         return PairColumns(source_column, target_column)
@@ -166,7 +170,10 @@ def _find(
 
 
 def _languages(train: Dataset) -> list[str]:
-    return list(train[0][TRANSLATION]) if TRANSLATION in train.column_names else []
+    if TRANSLATION not in train.column_names:
+        return []
+    # A column of this name may hold plain texts, too.
+    return list(next((texts for texts in values(train, TRANSLATION) if isinstance(texts, Mapping)), ()))
 
 
 def _language(languages: list[str], code: str | None) -> str | None:

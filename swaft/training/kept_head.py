@@ -13,6 +13,7 @@ import torch
 from swaft.config import ModelConfig
 from swaft.data import Task
 from swaft.data.checks import shortened
+from swaft.data.labels import TRUTH
 from swaft.errors import ConfigError
 from swaft.training.lora import new_heads
 
@@ -38,7 +39,8 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     """Bring the classes of a task into the order of the model's own head, where that is kept.
 
     A kept head knows each class by its place. Names say which is which, whatever their case, spaces, hyphens and
-    underscores; class ids without names are taken to be the model's. Which order is used is logged.
+    underscores, and so do numbers (3, LABEL_3). Ids without names, where the model has names, are taken to be the
+    model's. Which order is used is logged.
 
     Args:
         task: what the rows hold.
@@ -48,8 +50,9 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     Raises:
         ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
     """
-    names = _named([str(name) for _, name in sorted((model_config.id2label or {}).items())])
-    own, architectures = _named(task.label_names or []), model_config.architectures or []
+    held = [str(name) for _, name in sorted((model_config.id2label or {}).items())]
+    rows = task.label_names or [str(number) for number in range(task.num_labels)]
+    names, own, architectures = _named(held), _named(rows), model_config.architectures or []
     # A configuration that names classes and no architecture is a classifier's of old.
     if not any("ForSequenceClassification" in name for name in architectures) and (
         architectures or not names
@@ -59,22 +62,29 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     if model_config.num_labels == task.num_labels:
         if task.is_regression:
             return FittedHead(task, is_new=False)
-        if names is None or own is None:
+        numbers = _numbers(rows), _numbers(held)
+        if numbers[0] is not None and numbers[1] is not None:
+            places = _places_of_numbers(numbers[0], numbers[1])
+            by_id = places == list(range(len(rows)))
+        else:
+            places = _places(rows, held)
+            by_id = places is None and (names is None or own is None)
+        if by_id:
             names = names or task.label_names
             logger.info("the model keeps its head; class ids are taken as they are%s", _listed(names))
             return FittedHead(replace(task, label_names=names), is_new=False)
-        places = _places(own, names)
     if places is not None:
-        logger.info("the model keeps its head; classes are in its order%s", _listed(names))
         ids = {label: places[number] for label, number in task.label_ids.items()}
         order = tuple(sorted(range(len(places)), key=places.__getitem__))
+        names = names or [rows[number] for number in order]
+        logger.info("the model keeps its head; classes are in its order%s", _listed(names))
         return FittedHead(replace(task, label_names=names, label_ids=ids), is_new=False, order=order)
     if model.ignore_mismatched_sizes:
         return FittedHead(task, is_new=True)
-    rows = "scores" if task.is_regression else f"{task.num_labels} classes{_listed(task.label_names)}"
+    found = "scores" if task.is_regression else f"{task.num_labels} classes{_listed(rows)}"
     raise ConfigError(
         f"model.model_name_or_path: {model.model_name_or_path} has a head for {model_config.num_labels} classes"
-        f"{_listed(names)}, and the rows have {rows}; give the labels of the rows the names that the head has, or "
+        f"{_listed(names)}, and the rows have {found}; give the labels of the rows the names that the head has, or "
         "put a new head on the model with model.ignore_mismatched_sizes=true"
     )
 
@@ -102,8 +112,23 @@ def renew_head(model: Any) -> None:
 
 def _named(names: list[str]) -> list[str] | None:
     """Return the names of classes in order of their ids; None where they say nothing but the ids."""
-    says_ids = all(name in (f"LABEL_{number}", str(number)) for number, name in enumerate(names))
-    return None if says_ids else names
+    return None if _numbers(names) == list(range(len(names))) or names == TRUTH else names
+
+
+def _numbers(names: list[str]) -> list[int] | None:
+    """Return the numbers that classes are called by (3, LABEL_3); None where one has none, or two the same."""
+    found = [re.fullmatch(r"(?:label_)?([+-]?[0-9]+)", name.strip(), re.IGNORECASE) for name in names]
+    numbers = [int(match[1]) for match in found if match]
+    return numbers if len(set(numbers)) == len(names) else None
+
+
+def _places_of_numbers(rows: list[int], held: list[int]) -> list[int] | None:
+    """Return the place of each number of the rows in a head of numbered classes; None where it has other numbers.
+
+    A head that only counts its classes from 0 has them in the order of their numbers, wherever those begin.
+    """
+    order = sorted(rows) if held == list(range(len(held))) else held
+    return [order.index(number) for number in rows] if sorted(rows) == sorted(order) else None
 
 
 def _places(names: list[str], order: list[str]) -> list[int] | None:

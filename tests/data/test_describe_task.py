@@ -211,3 +211,25 @@ def test_a_single_class_is_refused():
     for labels in ([0, 0], ["a", "a"]):
         with pytest.raises(DataError, match="nothing to classify"):
             describe(labels)
+
+
+def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
+    for texts in (["1.5", "2", "nan"], ["1,5", "2"]):
+        with pytest.raises(DataError, match=r"numbers written as texts \('1.5', .*data\.do_regression=true"):
+            describe(texts)
+        assert describe(texts, do_regression=False).num_labels == len(texts)
+    task = describe(["1.5", "2"], do_regression=True)
+    assert (task.is_regression, task.num_labels) == (True, 1)
+    for text in ("1,5", "nan", "good"):
+        with pytest.raises(DataError, match=f"row 1 of train has label='{text}', which is no score"):
+            describe(["1.5", text], do_regression=True)
+
+
+def test_truth_values_are_classes_of_that_name():
+    assert describe([True, False]).label_names == ["False", "True"]
+    assert describe([True, False], [True]).label_ids[True] == 1
+
+
+def test_classes_that_differ_in_space_or_case_alone_are_said(caplog):
+    assert describe(["pos", " Pos", "neg"]).num_labels == 3
+    assert "label: ' Pos' and 'pos' are two classes" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -116,6 +117,7 @@ def test_a_language_that_the_hub_does_not_have_is_named(monkeypatch):
             raise ValueError("BuilderConfig 'zz' not found")
         return DatasetDict({"train": rows("en")})
 
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda *_: SimpleNamespace(name="parquet"))
     monkeypatch.setattr(sources, "load_dataset", load)
     with pytest.raises(DataError, match=r"some/xnli \(zz\) cannot be loaded .* 'zz' not found"):
         load_splits(DataConfig(dataset_name="some/xnli", dataset_config_name="en", eval_languages="zz"))
@@ -147,3 +149,17 @@ def test_a_new_source_of_rows_drops_the_languages_of_the_old_one():
     xnli = Path(__file__).parents[2] / "recipes/configs/classification/xnli.yaml"
     config = load_config(ClassificationConfig, ["--config", str(xnli), "data.task_name=mrpc"])
     assert config.data.eval_languages is None
+
+
+def test_files_of_a_language_have_the_delimiter_of_the_others(tmp_path):
+    for name in ("train", "test", "test.de"):
+        (tmp_path / f"{name}.csv").write_text(f"text;label\n{name};0\nb;1\n")
+    splits = load_splits(
+        DataConfig(
+            train_file=str(tmp_path / "train.csv"),
+            test_file=str(tmp_path / "test.csv"),
+            delimiter=";",
+            eval_languages="de",
+        )
+    )
+    assert splits["test_de"]["text"][0] == "test.de"

@@ -164,3 +164,10 @@ def test_rows_in_an_object_are_read_and_a_column_of_that_name_is_none(read):
         {"text": "b", "label": 1},
     ]
     assert read("b.json", '{"data": ["x"]}\n{"data": ["y"]}\n') == [{"data": ["x"]}, {"data": ["y"]}]
+
+
+def test_a_column_has_one_type_however_many_rows_there_are(read):
+    texts = [f"w{i}" for i in range(10_000)] + ["007", "1.50"]
+    assert [row["text"] for row in read("rows.csv", table(",", texts))] == texts
+    scores = read("scores.csv", "text,label\n" + "a,1\n" * 10_000 + "a,0.5\n")
+    assert [row["label"] for row in scores[-2:]] == [1.0, 0.5]

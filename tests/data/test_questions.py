@@ -88,3 +88,7 @@ def test_the_setting_decides_whether_none_is_an_answer_else_the_questions_do():
     assert may_have_no_answer(first, False) is False
     with pytest.raises(ConfigError, match=r"version_2_with_negative is false, .* no answer \(1 of train\)"):
         may_have_no_answer(second, False)
+
+
+def test_whole_numbers_as_ids_become_texts():
+    assert right_answers(check(row(id=7)).rows["train"]) == [("7", ["b c", "c"])]

@@ -6,6 +6,7 @@ import csv
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -186,6 +187,12 @@ def test_shared_folder_beside_the_working_directory_is_the_default(tmp_path, mon
     assert data_folder() == tmp_path / "shared/data"
 
 
+def load_with(monkeypatch, load) -> None:
+    """Have rows of parquet files come from a function instead of the hub."""
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda *_: SimpleNamespace(name="parquet"))
+    monkeypatch.setattr(sources, "load_dataset", load)
+
+
 def fake_hub(monkeypatch, splits: dict[str, list[dict]]) -> list[tuple]:
     calls = []
 
@@ -193,7 +200,7 @@ def fake_hub(monkeypatch, splits: dict[str, list[dict]]) -> list[tuple]:
         calls.append((name, config_name, options))
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
 
-    monkeypatch.setattr(sources, "load_dataset", load)
+    load_with(monkeypatch, load)
     return calls
 
 
@@ -228,7 +235,7 @@ def test_unreachable_hub_says_what_to_set(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(sources, "load_dataset", fail)
+    load_with(monkeypatch, fail)
     with pytest.raises(DataError, match=r"some/thing.*no route.*data\.train_file, or SWAFT_DATA"):
         load_splits(DataConfig(dataset_name="some/thing"))
 
@@ -237,7 +244,7 @@ def test_a_dataset_that_is_a_script_says_where_its_rows_are(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Dataset scripts are no longer supported, but found thing.py")
 
-    monkeypatch.setattr(sources, "load_dataset", fail)
+    load_with(monkeypatch, fail)
     with pytest.raises(DataError, match=r"found thing\.py; .* --revision refs/convert/parquet"):
         load_splits(DataConfig(dataset_name="some/thing"))
 
@@ -254,3 +261,38 @@ def test_a_text_that_looks_like_a_missing_value_stays_a_text(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nNA,0\nnull,1\nnone of it,0\n")
     splits = load_splits(DataConfig(train_file=str(tmp_path / "train.csv")))
     assert splits["train"]["text"][:] == ["NA", "null", "none of it"]
+
+
+def test_a_folder_of_tables_is_read_as_its_files_are_one_by_one(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.tsv").write_text('text\tlabel\n"a\t0\nb"\t1\n')
+    (tmp_path / "train" / "1.tsv").write_text("text\tlabel\nNA\t1\n")
+    splits = load_splits(DataConfig(dataset_name=str(tmp_path)))
+    assert splits["train"].to_list() == [
+        {"text": text, "label": label} for text, label in (('"a', 0), ('b"', 1), ("NA", 1))
+    ]
+    (tmp_path / "train" / "1.tsv").write_text("text;label\nNA;1\n")
+    with pytest.raises(DataError, match=r"data\.dataset_name: .*1\.tsv: .* set data\.delimiter=';'"):
+        load_splits(DataConfig(dataset_name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("separator", "delimiter", "options"),
+    [("\t", None, {"quoting": csv.QUOTE_NONE}), (",", None, {}), (",", ";", {"sep": ";"})],
+)
+def test_tables_of_the_hub_are_read_without_quoting_and_without_missing_values(
+    monkeypatch, separator, delimiter, options
+):
+    calls = fake_hub(monkeypatch, {"train": ROWS})
+    config = SimpleNamespace(sep=separator, data_files={"train": ["hf://datasets/some/thing/train.tsv"]})
+    monkeypatch.setattr(
+        sources, "load_dataset_builder", lambda *_: SimpleNamespace(name="csv", config=config)
+    )
+    load_splits(DataConfig(dataset_name="some/thing", delimiter=delimiter))
+    assert calls == [("some/thing", None, {"keep_default_na": False, "na_values": [""], **options})]
+
+
+def test_a_delimiter_for_rows_without_tables_is_refused(monkeypatch):
+    fake_hub(monkeypatch, {"train": ROWS})
+    with pytest.raises(DataError, match=r"data\.delimiter: .* some/thing has none"):
+        load_splits(DataConfig(dataset_name="some/thing", delimiter=";"))

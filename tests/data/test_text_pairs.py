@@ -177,3 +177,17 @@ def test_translation_without_a_text_is_named():
     split = rows(translation=[{"en": "Go.", "fr": "Va !"}, {"en": "Go.", "fr": None}])
     with pytest.raises(DataError, match="row 1 of train has None as its text in 'fr'"):
         find(split, source_lang="en", target_lang="fr")
+
+
+def test_the_languages_of_a_column_are_those_of_its_first_row_that_has_any():
+    train = rows(translation=[None, {"en": "Go.", "fr": "Va !"}])
+    found = find(train, source_lang="en", target_lang="fr", skip_bad_rows=True)
+    assert (found.source_lang, len(found.rows["train"])) == ("en", 1)
+    texts = rows(translation=["Va !"], text=["Go."])
+    with pytest.raises(DataError, match=r"the columns are translation, text; set data\.source_column"):
+        find(texts, source_lang="en", target_lang="fr")
+
+
+def test_one_column_is_not_both_source_and_target():
+    with pytest.raises(DataError, match=r"data\.source_column and data\.target_column are both text"):
+        find(rows(text=["a"], summary=["b"]), source_column="text", target_column="text")

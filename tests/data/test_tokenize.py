@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny_tokenizer import tiny_tokenizer
 
 from swaft.config import DataConfig
-from swaft.data import Collator, describe_task, tokenize
+from swaft.data import Collator, describe_task, refuse_rows_without_tokens, tokenize
 from swaft.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -70,3 +70,13 @@ def test_scores_are_fp32():
 def test_tokenizer_without_padding_token_is_refused():
     with pytest.raises(DataError, match="no padding token"):
         Collator(tiny_tokenizer(pad_token=None))
+
+
+def test_an_empty_text_is_refused_where_the_tokenizer_makes_no_token_of_it():
+    rows = Dataset.from_dict({"text": ["a", " "], "label": [0, 1]})
+    task = describe_task({"train": rows}, DataConfig())
+    refuse_rows_without_tokens(task, tiny_tokenizer())
+    bare = tiny_tokenizer()
+    bare.backend_tokenizer.post_processor = None
+    with pytest.raises(DataError, match=r"row 1 of train has an empty text.*data\.skip_bad_rows=true"):
+        refuse_rows_without_tokens(task, bare)

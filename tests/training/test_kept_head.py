@@ -122,6 +122,30 @@ def test_names_that_say_the_id_are_none(saved, names):
     assert (head.task.label_names, head.order) == (["no", "yes"], None)
 
 
+@pytest.mark.parametrize("spelt", ["{}", "LABEL_{}", "label_{}"])
+def test_numbered_classes_are_taken_by_their_numbers(saved, spelt):
+    task = task_of([spelt.format(number) for number in range(12)])
+    head, model = load(saved(12), task)
+    assert head.task.label_ids == {spelt.format(number): number for number in range(12)}
+    assert model.config.id2label[10] == spelt.format(10)
+    head, _ = load(saved(["2", "0", "1"]), task_of([0, 1, 2]))
+    assert (head.task.label_ids, head.order) == ({0: 1, 1: 2, 2: 0}, (2, 0, 1))
+    head, _ = load(saved(12), task_of([str(number) for number in range(1, 13)]))
+    assert head.task.label_ids["12"] == 11
+
+
+def test_numbers_that_the_head_does_not_have_are_refused(saved):
+    with pytest.raises(ConfigError, match=r"2 classes \(1, 2\), and the rows have 2 classes \(0, 1\)"):
+        load(saved(["1", "2"]), task_of([0, 1]))
+
+
+def test_truth_values_are_taken_by_name_and_else_by_their_ids(saved):
+    head, _ = load(saved(["true", "false"]), task_of([True, False]))
+    assert head.task.label_ids == {0: 1, 1: 0}
+    head, _ = load(saved(["no", "yes"]), task_of([True, False]))
+    assert (head.task.label_ids, head.task.label_names) == ({0: 0, 1: 1}, ["no", "yes"])
+
+
 def test_names_that_differ_only_in_spelling_are_told_apart_exactly(saved):
     head, _ = load(saved(["a_b", "ab"]), task_of(["ab", "a_b"]))
     assert head.task.label_ids == {"ab": 1, "a_b": 0}
