@@ -211,7 +211,7 @@ def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset
 
 def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) -> Splits:
     try:
-        builder = load_dataset_builder(name, config_name)
+        builder: Any = load_dataset_builder(name, config_name)
         if builder.name == "csv":
             found = _load_tables(builder.config, delimiter) or load_dataset(
                 name, config_name, **_as_written(builder.config.sep, delimiter)

@@ -14,6 +14,8 @@ from swaft.storage.strict_json import shown
 
 STRUCTURE = ("architectures", "model_type")
 """Fields of a configuration that say which model it is."""
+CLASSES = "id2label"
+"""Field that says which output is which class."""
 PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Fields that say nothing about what the weights mean."""
 
@@ -60,7 +62,7 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
     """What differs between the `config.json` of two folders, in words; nothing where one has none.
 
     Raises:
-        StateError: they are of different architectures.
+        StateError: they are of different architectures, or have the same classes in another order.
     """
     if first is None or other is None or not all((path / CONFIG).exists() for path in (first, other)):
         return []
@@ -71,6 +73,12 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
                 f"{other} is another model than {first}: {CONFIG}: {key} is {shown(two.get(key))}, expected "
                 f"{shown(one.get(key))}"
             )
+    ours, theirs = ({str(k): str(v) for k, v in (each.get(CLASSES) or {}).items()} for each in (one, two))
+    if ours != theirs and sorted(ours.values()) == sorted(theirs.values()):
+        raise StateError(
+            f"{other} has the classes of {first} in another order: {CONFIG}: {CLASSES} is {_told(two, CLASSES)}, "
+            f"expected {_told(one, CLASSES)}; an average would mix them. Train both from one head"
+        )
     return [
         f"{CONFIG} of {other} differs from the first: {key} is {_told(two, key)}, there {_told(one, key)}"
         for key in sorted({*one, *two} - {*STRUCTURE, *PASSING})

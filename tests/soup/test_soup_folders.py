@@ -259,6 +259,17 @@ def test_other_settings_that_differ_are_noted(tmp_path):
     assert soup.notes == [f"config.json of {paths[1]} differs from the first: dropout is 0.1, there not set"]
 
 
+def test_heads_with_their_classes_in_another_order_are_refused(tmp_path):
+    paths = [
+        folder_of(tmp_path / name, random_tensors(2), config=CONFIG | {"id2label": {"0": name, "1": other}})
+        for name, other in (("no", "yes"), ("yes", "no"))
+    ]
+    with pytest.raises(
+        StateError, match=r"yes has the classes of .*no in another order: config\.json: id2label"
+    ):
+        average(paths, tmp_path / "out")
+
+
 BAD_INDEXES = {
     "no map": ({}, "weight_map: found None"),
     "a path": (
