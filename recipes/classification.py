@@ -53,6 +53,7 @@ from swaft.training.refusals import (
     require_decoder_start,
     require_embeddings,
     require_text,
+    require_token_types,
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
@@ -95,6 +96,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     problems.of(require_weights, config.model, model_config)
     problems.of(require_text, config.model, model_config)
     problems.of(require_embeddings, config.model, model_config, tokenizer)
+    problems.of(require_token_types, config.model, model_config, tokenizer, task.text_columns)
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     head = problems.of(fit_head, task, config.model, model_config)
     problems.of(read_as_text, tokenizer, config.data.split_special_tokens)

@@ -60,6 +60,7 @@ from swaft.training.refusals import (
     require_decoder_start,
     require_embeddings,
     require_text,
+    require_token_types,
     require_weights,
 )
 from swaft.training.run.folder import RunFolder
@@ -109,6 +110,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(follow_tokenizer, model_config, tokenizer)
     length = problems.of(one_length, model_config, config.data.max_seq_length)
     problems.of(require_embeddings, config.model, model_config, tokenizer)
+    problems.of(require_token_types, config.model, model_config, tokenizer, ("question", "context"))
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)

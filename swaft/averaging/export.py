@@ -261,6 +261,10 @@ def write_model(
     if (folder / "config.json").exists():
         # transformers writes the dtype the model trains in, and would load these weights rounded to it.
         edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+        # It leaves out the two labels that most types begin with, and BART begins with three.
+        config: Any = module.config
+        if getattr(type(config).from_pretrained(folder), "id2label", None) != config.id2label:
+            edit_json(folder / "config.json", id2label=config.id2label, label2id=config.label2id)
 
 
 def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch) -> dict[str, Tensor]:

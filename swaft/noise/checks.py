@@ -12,9 +12,6 @@ from swaft.errors import NoiseError
 from swaft.noise.outputs import task_logits
 from swaft.noise.wrappers import unwrap
 
-_OTHER_LOSSES = {"prophetnet": "of several tokens ahead"}
-"""Types of models that generate whose loss is another one than the mean cross entropy, and of what it is."""
-
 _ROUTER_LOSSES = ("aux_loss", "z_loss")
 """How the names of a mixture of experts' own losses end in a Hugging Face model's output."""
 
@@ -37,18 +34,12 @@ def check_model(model: nn.Module, objective: str) -> None:
         objective: the objective's name, for the message.
 
     Raises:
-        NoiseError: for regression, a loss known to be another one, and reentrant gradient checkpointing.
+        NoiseError: for regression, losses of routers, and reentrant gradient checkpointing.
     """
     network = unwrap(model)
     name = type(network).__name__
     if not _can_generate(network) and _config(network, "num_labels", 2) == 1:
         raise _one_class(objective)
-    other = _OTHER_LOSSES.get(_config(network, "model_type", ""))
-    if _can_generate(network) and other is not None:
-        raise NoiseError(
-            f"{name} computes a loss {other}, and {objective} the mean cross entropy, which would replace it. "
-            "Set noise.kind=none."
-        )
     if _can_generate(network) and _config(network, "output_router_logits", False):
         raise _router_terms("losses", objective)
     if any(_is_reentrant(module) for module in network.modules()):
@@ -108,6 +99,23 @@ def _dropout_rates(model: nn.Module) -> Iterator[tuple[str, float]]:
 
 def _is_rate(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def check_seeds(model: nn.Module, *, reseeded: bool = False) -> None:
+    """Refuse shared dropout masks in a model that seeds torch's random state in its forward pass.
+
+    Args:
+        model: the model, wrapped or not.
+        reseeded: whether it was seen to do so; else a type that is known to is refused.
+
+    Raises:
+        NoiseError: as said.
+    """
+    if reseeded or _config(unwrap(model), "model_type", "") == "reformer":
+        raise NoiseError(
+            "The model seeds torch's random state anew in its forward pass (Reformer does), so two passes cannot "
+            "share their dropout masks. Set noise.masks=independent."
+        )
 
 
 def check_output(output: Any, objective: str) -> None:

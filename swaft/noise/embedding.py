@@ -77,20 +77,21 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         embedding = encoder.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embedding = None
+    is_module = isinstance(embedding, nn.Module)  # Perceiver names a tensor
     # Adapters wrap the table.
-    if embedding is None or not any(isinstance(module, nn.Embedding) for module in embedding.modules()):
-        found = "no token embedding" if embedding is None else f"a {type(embedding).__name__}"
+    if not is_module or not any(isinstance(module, nn.Embedding) for module in embedding.modules()):
+        found = f"a {type(embedding).__name__}" if is_module else "no token embedding"
         raise NoiseError(
             f"{type(network).__name__} names {found} to add noise to; expected a Hugging Face text model whose "
             "get_input_embeddings() gives a torch.nn.Embedding. Set noise.kind=rdrop, which needs none, or none."
         )
-    config = getattr(network, "config", None)
+    model_type = getattr(getattr(network, "config", None), "model_type", None)
     return EmbeddingSite(
         encoder,
         embedding,
-        takes_fp32=getattr(config, "model_type", None) in _FP32_BODIES,
+        takes_fp32=model_type in _FP32_BODIES,
         has_decoder=encoder is not network,
-        padding_id=getattr(config, "pad_token_id", None),
+        padding_id=getattr(getattr(encoder, "config", None), "pad_token_id", None),
         # Gemma's embed_scale is a buffer, which to read would make the host wait.
         scale=getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)),
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swaft.errors import ConfigError, NoiseError, StateError
 from swaft.noise.arrival import FirstBatches
-from swaft.noise.checks import check_model, check_one_mask, check_two_masks, generates
+from swaft.noise.checks import check_model, check_one_mask, check_seeds, check_two_masks, generates
 from swaft.noise.embedding import EmbeddingSite, find_site, measure, root_mean_square
 from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
@@ -243,8 +243,10 @@ class R3F(Resumable):
         return out
 
     def _check_masks(self, model: nn.Module, settings: NoiseSettings) -> None:
-        if settings.passes == "doubled" and settings.masks == "shared":
-            check_one_mask(model)
+        if settings.masks == "shared":
+            check_seeds(model)
+            if settings.passes == "doubled":
+                check_one_mask(model)
         if settings.sigma == 0:
             check_two_masks(model, type(self).__name__)
 

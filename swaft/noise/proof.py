@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swaft.errors import NoiseError
 from swaft.noise.arrival import ArrivalFigures, judge_arrival, layer_inputs, measure_arrival
-from swaft.noise.checks import check_output, check_rows, generates
+from swaft.noise.checks import check_output, check_rows, check_seeds, generates
 from swaft.noise.dropout import RngState
 from swaft.noise.embedding import EmbeddingSite, embedding_hook
 from swaft.noise.head import LanguageModelHead, placeholder
@@ -67,11 +67,8 @@ def prove(
     with torch.no_grad(), _buffers_restored(model):
         with layer_inputs(site) if site else nullcontext([]) as clean:
             loss_figures = _clean_pass(model, rows, site, head, objective)
-        if settings.masks == "shared" and torch.initial_seed() != seed:
-            raise NoiseError(
-                "The model seeds torch's random state anew in its forward pass (Reformer does), so two passes "
-                "cannot share their dropout masks. Set noise.masks=independent."
-            )
+        if settings.masks == "shared":
+            check_seeds(model, reseeded=torch.initial_seed() != seed)
         rng.restore()
         arrival, handed_on = torch.zeros(4, device=loss_figures.device), torch.float32
         if site is not None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
@@ -197,6 +197,11 @@ def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]
             setattr(model_config, name, value)
     if hasattr(model_config, "decoder_vocab_size") and "decoder_vocab_size" not in said:  # Marian has two
         model_config.decoder_vocab_size = model_config.vocab_size
+    for name, part in vars(model_config).items():
+        if isinstance(part, PreTrainedConfig):
+            _fit_to_tokenizer(part, tokenizer, said=said.get(name, {}))
+            if part.bos_token_id is None:
+                part.bos_token_id = tokenizer.pad_token_id  # what T5Gemma's decoder starts with
 
 
 def _nearest(name: str, known: Any) -> str:

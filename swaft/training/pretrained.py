@@ -21,7 +21,7 @@ from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
 from swaft.training.kept_head import renew_head
 from swaft.training.lora import with_adapters
-from swaft.training.special_tokens import write_token
+from swaft.training.special_tokens import COUNT_FROM_PADDING, write_token
 
 if TYPE_CHECKING:
     from swaft.data import Task
@@ -31,16 +31,8 @@ AnyModel = ModelConfig | Seq2SeqModelConfig
 
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions reads: as many as memory allows."""
-COUNT_FROM_PADDING = frozenset(
-    {
-        *("camembert", "data2vec-text", "esm", "fsmt", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
-        *("m2m_100", "markuplm", "mpnet", "nllb-moe", "prophetnet", "roberta", "roberta-prelayernorm"),
-        *("xlm-roberta", "xlm-roberta-xl", "xmod"),
-    }
-)
-"""Types of models whose positions begin after the id of padding."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe"})
-"""Those of them that compute as many positions as they are asked for."""
+"""Types that count positions from padding, and compute as many as they are asked for."""
 
 
 def model_path(model: AnyModel) -> str:
@@ -79,8 +71,9 @@ def load_tokenizer(model: AnyModel) -> Any:
     One without a padding token pads with its end-of-text token; the attention mask hides it either way.
 
     Raises:
-        ConfigError: where there is none, or it knows no word: transformers makes such a one for a folder without
-            files of a tokenizer, and every text would be a row of unknown words.
+        ConfigError: where there is none, it reads no plain text (LayoutLMv3's wants boxes), or it knows no word:
+            transformers makes such a one for a folder without files of a tokenizer, and every text would be a row
+            of unknown words.
     """
     with told_as_settings(model, "tokenizer_name" if model.tokenizer_name else None):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -93,6 +86,13 @@ def load_tokenizer(model: AnyModel) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    try:
+        tokenizer("a", "a")
+    except Exception as error:  # of any kind: each such tokenizer checks in its own way
+        raise ConfigError(
+            f"model.tokenizer_name: {type(tokenizer).__name__} does not read plain text ({_reason(error)[:200]}); "
+            "use a model and a tokenizer of text alone, not of pages or tables"
+        ) from error
     return tokenizer
 
 
@@ -110,7 +110,7 @@ def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -
         decoder: count those of what an encoder-decoder writes; else of what it reads.
     """
     names = (f"max_{'decoder' if decoder else 'encoder'}_position_embeddings", "max_position_embeddings")
-    part = _half(model_config, decoder=decoder)
+    part = half(model_config, decoder=decoder)
     said = (getattr(part, name, None) for name in (*names, "max_seq_len"))
     found = next((number for number in said if isinstance(number, int) and number > 0), None)
     # DeBERTa's positions are relative where none are added to its input.
@@ -122,12 +122,11 @@ def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -
     if part.model_type not in COUNT_FROM_PADDING - GROWING:
         return found
     padding = 1 if part.model_type == "mpnet" else (part.pad_token_id or 0)
-    looks_ahead = part.model_type == "prophetnet" and decoder
-    return found - padding - (2 if looks_ahead else 1)
+    return found - padding - 1
 
 
-def _half(model_config: Any, *, decoder: bool) -> Any:
-    """The configuration of what reads, or of what writes; of models of one piece the whole."""
+def half(model_config: Any, *, decoder: bool) -> Any:
+    """Return the configuration of what reads, or of what writes; of a model of one piece the whole."""
     if decoder:
         return model_config.get_text_config(decoder=True)
     encoder = getattr(model_config, "encoder", None)
@@ -247,7 +246,7 @@ def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[No
         yield
     # The last is a value of the wrong type in the model's configuration.
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        reason = _reason(error)
         if "trust_remote_code" in reason and not model.trust_remote_code:
             raise ConfigError(
                 f"model.model_name_or_path: {model.model_name_or_path} brings Python code of its own, which "
@@ -261,3 +260,7 @@ def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[No
         raise ConfigError(
             f"model.{setting}: {getattr(model, setting)} cannot be loaded: {reason[:500]}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
 from swaft.training.encoder_decoder import VOCAB_SIZE
 from swaft.training.languages import knows_languages
-from swaft.training.pretrained import AnyModel, model_path, model_setting
+from swaft.training.pretrained import AnyModel, half, model_path, model_setting
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """The files of which a model's folder has one."""
@@ -26,6 +26,7 @@ NOT_FROM_TEXT = {
     "layoutlmv2": "reads pictures of pages beside their text",
     "lxmert": "answers questions about pictures",
     "prophetnet": "shows its decoder tokens that it has still to write, by a fault of transformers",
+    "tapas": "answers questions about tables",
 }
 """Types of models that rows of text alone do not train, and why."""
 START_WITH_THE_END = frozenset({"mbart", "plbart"})
@@ -117,10 +118,14 @@ def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> No
     Raises:
         ConfigError: with both numbers.
     """
-    is_new = isinstance(model, Seq2SeqModelConfig) and model.config is not None
-    known = (getattr(config, "vocab_size", None) for config in (model_config, model_config.get_text_config()))
-    rows = next((number for number in known if isinstance(number, int)), None)
-    if rows is None or (is_new and "vocab_size" not in (model.config or {})):
+    if isinstance(model, Seq2SeqModelConfig) and model.config is not None:
+        tables = (model.config, *(part for part in model.config.values() if isinstance(part, dict)))
+        known = [table.get(name) for table in tables for name in ("vocab_size", "decoder_vocab_size")]
+    else:
+        parts = (model_config, half(model_config, decoder=False), half(model_config, decoder=True))
+        known = [getattr(part, "vocab_size", None) for part in parts]
+    rows = min((number for number in known if isinstance(number, int)), default=None)
+    if rows is None:
         return  # one that hashes characters; one that is made as large as its tokenizer
     if tokenizer is None:
         most = getattr(model, "vocab_size", None) or VOCAB_SIZE
@@ -143,6 +148,28 @@ def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> No
             f"{model_setting(model)}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} "
             f"tokens ({without[min(without)]!r} is the first without one); expected as many at least. Use the "
             "model's own tokenizer, or call resize_token_embeddings and save both"
+        )
+
+
+def require_token_types(model: AnyModel, model_config: Any, tokenizer: Any, columns: Sequence[str]) -> None:
+    """Refuse a tokenizer that tells the texts of a row apart by more types than the model has embeddings for.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+        tokenizer: the one that is used.
+        columns: with the texts of a row, one or two.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    rows = getattr(model_config.get_text_config(), "type_vocab_size", None) or 0
+    types = max(tokenizer(*("a" for _ in columns)).get("token_type_ids", [0])) + 1
+    if 0 < rows < types:
+        raise ConfigError(
+            f"{model_setting(model)}: the model has {rows} embeddings for types of tokens, but the tokenizer tells "
+            f"{types} apart; use the model's own tokenizer, or leave token_type_ids out of "
+            "model_input_names in tokenizer_config.json"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,9 +120,10 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
         That many tokens; None: a batch may be as long as its longest row.
 
     Raises:
-        ConfigError: for a Nyströmformer with landmarks, which reads rows of one length only, and another length.
+        ConfigError: for a model that reads rows of one length (a Nyströmformer with landmarks, a Reformer), and
+            another length.
     """
-    entries = {
+    entries: dict[str, Any] = {
         name: getattr(model_config, name, None)
         for name in (
             "attention_type",
@@ -132,10 +134,13 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
         )
     }
     segment = entries["segment_means_seq_len"]
-    if segment != entries["num_landmarks"] and segment != max_length:
+    only = max_length if segment == entries["num_landmarks"] else segment
+    if model_config.model_type == "reformer":
+        only = _reformer_length(model_config, max_length)
+    if only != max_length:
         raise ConfigError(
-            f"data.max_seq_length: this {model_config.model_type} reads rows of {segment} tokens and no others; "
-            f"expected data.max_seq_length={segment}"
+            f"data.max_seq_length: this {model_config.model_type} reads rows of {only} tokens and no others; "
+            f"expected data.max_seq_length={only}"
         )
     # BigBird attends to all of a short batch, and ever after one: its blocks have to be the same for all rows.
     sparse = entries["attention_type"] == "block_sparse" and (
@@ -173,6 +178,16 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
         config.decoder_start_token_id = start  # what the model's own shift looks at
         start = start if shift is None else shift(torch.tensor([labels]))[0, 0].item()
     config.decoder_start_token_id = generation.decoder_start_token_id = start
+
+
+def _reformer_length(model_config: Any, max_length: int) -> int:
+    """The length that a Reformer trains on: as long as its axes are, or the next that its chunks divide."""
+    if model_config.axial_pos_embds:
+        return math.prod(model_config.axial_pos_shape)
+    chunk = math.lcm(
+        *(getattr(model_config, f"{kind}_attn_chunk_length") for kind in set(model_config.attn_layers))
+    )
+    return math.ceil(max_length / chunk) * chunk
 
 
 def _parts(model_config: Any) -> Iterator[Any]:

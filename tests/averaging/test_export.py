@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -52,6 +54,21 @@ def test_a_parametrization_is_evaluated_for_the_folder_without_the_hooks_of_an_e
     assert passes == []
     model(torch.randn(2, 3))
     assert passes  # the model's own hooks are as they were
+
+
+def test_a_head_of_two_nameless_labels_is_read_back_where_its_type_begins_with_three(tmp_path):
+    sizes = {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+    }
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    model = BartForSequenceClassification(BartConfig(vocab_size=8, num_labels=2, **sizes, **heads))
+    save_pretrained(engine_of(model), tmp_path / "out")
+    read = BartForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(read.classification_head.out_proj.weight, model.classification_head.out_proj.weight)
 
 
 def test_a_plain_module_leaves_its_weights_tied_ones_under_both_names(tmp_path):

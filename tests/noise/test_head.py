@@ -11,8 +11,6 @@ from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, ge
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartForCausalLM,
-    ProphetNetConfig,
-    ProphetNetForConditionalGeneration,
     T5ForConditionalGeneration,
 )
 
@@ -386,15 +384,6 @@ def test_a_model_that_trains_another_loss_is_refused(fused):
 def test_labels_that_are_not_shifted_as_in_barts_decoder_are_another_loss():
     with pytest.raises(NoiseError, match=r"of other rows.*noise\.kind=none"):
         R3F(sigma=0.1)(tiny.bart(BartForCausalLM), causal_batch())
-
-
-def test_a_type_that_is_known_to_train_another_loss_is_refused_before_it_does():
-    sizes = {"hidden_size": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 60}
-    layers = dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 1)
-    heads = dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 2)
-    model = ProphetNetForConditionalGeneration(ProphetNetConfig(**sizes, **layers, **heads))
-    with pytest.raises(NoiseError, match=r"a loss of several tokens ahead.*noise\.kind=none"):
-        R3F(sigma=0.1).prepare_model(model)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3Tokenizer
 
 from swaft.config import ModelConfig
 from swaft.data import Task
@@ -113,3 +113,12 @@ def test_a_head_for_another_number_of_classes_is_replaced_only_when_asked(tmp_pa
 def test_a_folder_without_a_tokenizer_is_refused_rather_than_read_as_unknown_words(model):
     with pytest.raises(ConfigError, match=r"model.tokenizer_name: .*model has no vocabulary"):
         load_tokenizer(model)
+
+
+def test_a_tokenizer_of_pages_is_refused(tmp_path):
+    vocabulary = {word: index for index, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a"])}
+    LayoutLMv3Tokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"model\.tokenizer_name: LayoutLMv3Tokenizer does not read plain text"
+    ):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))

@@ -21,7 +21,6 @@ from transformers import (
     MPNetConfig,
     MptConfig,
     PreTrainedTokenizerFast,
-    ProphetNetConfig,
     RobertaConfig,
     T5Config,
     T5GemmaConfig,
@@ -31,7 +30,12 @@ from transformers import (
 from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
 from swaft.training.pretrained import UNLIMITED, longest_input, longest_text
-from swaft.training.refusals import require_decoder_start, require_embeddings, require_text
+from swaft.training.refusals import (
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_token_types,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -71,7 +75,6 @@ def tokenizer(words: int = 8, length: int = 16) -> PreTrainedTokenizerFast:
         (LongT5Config(), UNLIMITED, UNLIMITED),
         (BartConfig(max_position_embeddings=64), 64, 64),
         (LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32), 64, 32),
-        (ProphetNetConfig(max_position_embeddings=64, pad_token_id=0), 63, 62),
         (MptConfig(max_seq_len=64), 64, 64),
         (Gemma3Config(text_config={"max_position_embeddings": 64}), 64, 64),
         (XLNetConfig(), 16, 16),
@@ -117,6 +120,24 @@ def test_a_padding_token_without_an_embedding_is_refused_and_one_that_nothing_us
         require_embeddings(PRETRAINED, config, made)
 
 
+@pytest.mark.parametrize("columns", [["text"], ["question", "context"]])
+def test_texts_of_more_types_than_a_model_has_embeddings_for_are_refused(columns):
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", 1)]
+    )
+    made.model_input_names = [*made.model_input_names, "token_type_ids"]
+    require_token_types(PRETRAINED, RobertaConfig(type_vocab_size=2), made, columns)
+    require_token_types(PRETRAINED, T5Config(), made, columns)
+    if len(columns) == 1:
+        require_token_types(PRETRAINED, RobertaConfig(type_vocab_size=1), made, columns)
+        return
+    with pytest.raises(
+        ConfigError, match="has 1 embeddings for types of tokens, but the tokenizer tells 2 apart"
+    ):
+        require_token_types(PRETRAINED, RobertaConfig(type_vocab_size=1), made, columns)
+
+
 def new(**entries: Any) -> tuple[Seq2SeqModelConfig, Any]:
     section = Seq2SeqModelConfig(config={"model_type": "t5", **entries}, vocab_size=300)
     return section, AutoConfig.for_model("t5", **entries)
@@ -159,7 +180,7 @@ def test_decoders_with_a_start_of_their_own_need_none():
         require_decoder_start(*new(decoder_start_token_id=None), None)
 
 
-@pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet"])
+@pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet", "tapas"])
 def test_a_model_that_text_alone_does_not_train_is_refused(kind):
     with pytest.raises(ConfigError, match=f"a {kind} .*so rows of text alone do not train it"):
         require_text(PRETRAINED, AutoConfig.for_model(kind))

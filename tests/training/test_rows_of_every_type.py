@@ -205,3 +205,15 @@ def test_the_logits_of_a_text_to_write_do_not_depend_on_its_batch(name):
     with torch.no_grad():
         one, two = (each(input_ids=source, decoder_input_ids=target).logits for each in (model, other))
     assert ((one - two).abs().max() > 1e-5) == (name in MOVED_WITH_PADDING)
+
+
+@pytest.mark.parametrize(
+    ("entries", "length"),
+    [({"axial_pos_shape": (8, 16)}, 128), ({"axial_pos_embds": False, "attn_layers": ["local", "lsh"]}, 56)],
+)
+def test_a_reformer_names_the_one_length_it_trains_on(entries, length):
+    chunks = {"local_attn_chunk_length": 8, "lsh_attn_chunk_length": 14}
+    settings = config("reformer", **chunks, **entries)
+    assert one_length(settings, length) == length
+    with pytest.raises(ConfigError, match=rf"expected data\.max_seq_length={length}"):
+        one_length(settings, 50)
