@@ -14,9 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-from torch.utils.data import DataLoader
-
+import swaft
 from swaft.averaging.rules import Rule
 from swaft.config import ClassificationConfig, load_config
 from swaft.config.rule import build_rule
@@ -33,12 +31,10 @@ from swaft.data import (
     tokenize,
 )
 from swaft.metrics import Metric, get_metric, metric_for_task
-from swaft.training.best import choose_target
-from swaft.training.build import build_objective
+from swaft.training.best import Target, choose_target
+from swaft.training.build import build_objective, build_optimizer
 from swaft.training.evaluate import Evaluation, evaluate
-from swaft.training.fine_tune import Job, Target, fine_tune
 from swaft.training.kept_head import fit_head
-from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
     describe_labels,
@@ -56,7 +52,8 @@ from swaft.training.refusals import (
     require_token_types,
     require_weights,
 )
-from swaft.training.run.folder import RunFolder
+from swaft.training.run.run import Run
+from swaft.training.schedule import build_schedule, set_learning_rate
 from swaft.training.special_tokens import follow_tokenizer, one_length, require_end_token
 from swaft.training.start import start_of
 
@@ -79,7 +76,7 @@ class Prepared:
     objective: Any
     rule: Rule | None
     target: Target
-    """What decides between weights, unless the settings name another score."""
+    """What decides between weights."""
     cuts_rows: ClassVar[bool] = False
 
     @property
@@ -109,7 +106,6 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     problems.of(describe_labels, model_config, head.task, pad_token_id=tokenizer.pad_token_id)
     metric = problems.of(choose_metric, config.eval.metric, config.data.task_name, task)
     target = problems.of(main_score, metric)
-    problems.of(choose_target, config.eval, target, task.rows)
     return Prepared(
         rows=task.rows,
         task=head.task,
@@ -120,7 +116,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
         has_new_head=head.is_new,
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=target,
+        target=problems.of(choose_target, config.eval, target, task.rows),
     )
 
 
@@ -141,59 +137,114 @@ def main_score(metric: Metric) -> Target:
     return Target(score=metric.primary, names=metric.names)
 
 
-def run(config: ClassificationConfig) -> None:
+def train(config: ClassificationConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
     ready, start = start_of(config, prepare)
-    task, tokenizer = ready.task, ready.tokenizer
-    accelerator = build_accelerator(config, start.engine)
-    folder = RunFolder.of(config, accelerator)
+    task, tokenizer, objective = ready.task, ready.tokenizer, ready.objective
 
-    # Data: every split that is there, as token ids.
-    report_special_tokens(ready.rows, task.text_columns, tokenizer)
-    datasets = {
-        name: tokenize(split, task, tokenizer, config.data.max_seq_length)
-        for name, split in ready.rows.items()
-    }
+    with Run.start(config, start.engine) as run:
+        # Data: every split that is there, as token ids.
+        report_special_tokens(ready.rows, task.text_columns, tokenizer)
+        datasets = {
+            name: tokenize(split, task, tokenizer, config.data.max_seq_length)
+            for name, split in ready.rows.items()
+        }
 
-    # Model: the pretrained body with a new head, the same on every rank.
-    with whole_model_loading(accelerator):
-        model = load_classifier(
-            config.model,
-            ready.model_config,
-            seed=config.train.seed,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-            has_new_head=ready.has_new_head,
+        # Model: the pretrained body with a new head, the same on every rank.
+        with run.loading():
+            model = load_classifier(
+                config.model,
+                ready.model_config,
+                seed=config.train.seed,
+                gradient_checkpointing=config.train.gradient_checkpointing,
+                has_new_head=ready.has_new_head,
+            )
+        objective.prepare_model(model)
+
+        # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
+        model, optimizer, loader = run.prepare(
+            model,
+            lambda model: build_optimizer(model, config.train),
+            datasets["train"],
+            ready.collate,
+            objective=objective,
         )
-    ready.objective.prepare_model(model)
-
-    def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
-        num_rows, is_regression = len(datasets[split]), task.is_regression
-        scores = evaluate(
-            model, loader, ready.metric, accelerator, num_rows=num_rows, is_regression=is_regression
+        averager = None
+        if ready.rule is not None:
+            averager = swaft.WeightAverager(
+                model,
+                optimizer,
+                rule=ready.rule,
+                total_steps=run.total_steps,
+                first_step=run.resumed_at,
+                precision=config.averaging.precision,
+                threads=config.averaging.threads,
+                spill_dir=config.averaging.spill_dir,
+            )
+        schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
+        run.begin(
+            task=ready.description,
+            schedule=schedule,
+            target=ready.target,
+            tokenizer=tokenizer,
+            splits=datasets,
+            averager=averager,
+            objective=objective,
         )
-        return Evaluation(scores=scores)
 
-    job = Job(
-        task=ready.description,
-        model=model,
-        tokenizer=tokenizer,
-        objective=ready.objective,
-        rule=ready.rule,
-        datasets=datasets,
-        collate=ready.collate,
-        evaluate=score,
-        target=ready.target,
-        means=language_groups(ready.rows, config.data),
-    )
-    fine_tune(config, accelerator, folder, job)
+        # Evaluation: the last weights, then the averaged ones in their place.
+        loaders = {
+            name: run.evaluation_loader(rows, ready.collate)
+            for name, rows in datasets.items()
+            if name != "train"
+        }
+
+        def score(split: str) -> Evaluation:
+            return Evaluation(
+                scores=evaluate(
+                    model,
+                    loaders[split],
+                    ready.metric,
+                    run.accelerator,
+                    num_rows=len(datasets[split]),
+                    is_regression=task.is_regression,
+                )
+            )
+
+        def score_both(split: str, **selection: Any) -> dict[str, Evaluation]:
+            found = {"last": score(split)}
+            if averager and averager.num_averaged:
+                with averager.swapped_in(**selection):
+                    found["averaged"] = score(split)
+            return found
+
+        # Training.
+        for step in run.steps(loader, score_both):
+            set_learning_rate(optimizer, schedule(run.applied_steps))
+            for batch, share in step.micro_batches():
+                out = objective(model, batch)
+                step.log(**out.logged)
+                step.backward(out.loss * share)
+            step.clip_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averager:
+                averager.step()
+
+        run.finish(
+            score_both,
+            list(loaders),
+            window=run.best_window(score),
+            means=language_groups(ready.rows, config.data),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
     setup_logging()
     return run_and_report(
-        lambda: run(load_config(ClassificationConfig, sys.argv[1:] if argv is None else argv))
+        lambda: train(load_config(ClassificationConfig, sys.argv[1:] if argv is None else argv))
     )
 
 

@@ -15,9 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-from torch.utils.data import DataLoader
-
+import swaft
 from swaft.averaging.rules import Rule
 from swaft.config import QuestionAnsweringConfig, load_config
 from swaft.config.rule import build_rule
@@ -40,12 +38,10 @@ from swaft.training.answering import (
     report_windows,
     write_predictions,
 )
-from swaft.training.best import choose_target
-from swaft.training.build import build_objective
+from swaft.training.best import Target, choose_target
+from swaft.training.build import build_objective, build_optimizer
 from swaft.training.evaluate import Evaluation
-from swaft.training.fine_tune import Evaluations, Job, Target, fine_tune
 from swaft.training.generation import write_samples
-from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import (
     load_model_config,
@@ -63,7 +59,8 @@ from swaft.training.refusals import (
     require_token_types,
     require_weights,
 )
-from swaft.training.run.folder import RunFolder
+from swaft.training.run.run import Evaluations, Run
+from swaft.training.schedule import build_schedule, set_learning_rate
 from swaft.training.special_tokens import follow_tokenizer, one_length
 from swaft.training.start import start_of
 
@@ -85,7 +82,7 @@ class Prepared:
     objective: Any
     rule: Rule | None
     target: Target
-    """What decides between weights, unless the settings name another score."""
+    """What decides between weights."""
     cuts_rows: ClassVar[bool] = True
 
     @property
@@ -123,7 +120,6 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     )
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
     target = problems.of(main_score, metric)
-    problems.of(choose_target, config.eval, target, report.rows)
     return Prepared(
         rows=report.rows,
         has_unanswerable=has_unanswerable,
@@ -133,7 +129,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         collate=problems.of(WindowCollator, tokenizer, length),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=target,
+        target=problems.of(choose_target, config.eval, target, report.rows),
     )
 
 
@@ -142,76 +138,119 @@ def main_score(metric: QuestionMetric) -> Target:
     return Target(score=metric.primary, names=metric.names)
 
 
-def run(config: QuestionAnsweringConfig) -> None:
+def train(config: QuestionAnsweringConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
     ready, start = start_of(config, prepare)
-    tokenizer = ready.tokenizer
-    accelerator = build_accelerator(config, start.engine)
-    folder = RunFolder.of(config, accelerator)
+    tokenizer, objective = ready.tokenizer, ready.objective
 
-    # Data: every split that is there, as overlapping windows of token ids.
-    report_special_tokens(ready.rows, ("question", "context"), tokenizer)
-    windows = {
-        name: tokenize_questions(
-            split,
-            tokenizer,
-            max_seq_length=config.data.max_seq_length,
-            doc_stride=config.data.doc_stride,
-            training=name == "train",
-        )
-        for name, split in ready.rows.items()
-    }
-    report_windows(ready.rows, windows)
+    with Run.start(config, start.engine) as run:
+        # Data: every split that is there, as overlapping windows of token ids.
+        report_special_tokens(ready.rows, ("question", "context"), tokenizer)
+        windows = {
+            name: tokenize_questions(
+                split,
+                tokenizer,
+                max_seq_length=config.data.max_seq_length,
+                doc_stride=config.data.doc_stride,
+                training=name == "train",
+            )
+            for name, split in ready.rows.items()
+        }
+        report_windows(ready.rows, windows)
 
-    # Model: the pretrained body with a new head, the same on every rank.
-    with whole_model_loading(accelerator):
-        model = load_question_answerer(
-            config.model,
-            ready.model_config,
-            seed=config.train.seed,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        )
-    ready.objective.prepare_model(model)
+        # Model: the pretrained body with a new head, the same on every rank.
+        with run.loading():
+            model = load_question_answerer(
+                config.model,
+                ready.model_config,
+                seed=config.train.seed,
+                gradient_checkpointing=config.train.gradient_checkpointing,
+            )
+        objective.prepare_model(model)
 
-    def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
-        return evaluate_answers(
+        # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
+        model, optimizer, loader = run.prepare(
             model,
-            loader,
-            accelerator,
-            questions=ready.rows[split],
-            windows=windows[split],
-            padding_side=tokenizer.padding_side,
-            metric=ready.metric,
-            has_unanswerable=ready.has_unanswerable,
-            settings=config.eval,
+            lambda model: build_optimizer(model, config.train),
+            windows["train"],
+            ready.collate,
+            objective=objective,
+        )
+        averager = None
+        if ready.rule is not None:
+            averager = swaft.WeightAverager(
+                model,
+                optimizer,
+                rule=ready.rule,
+                total_steps=run.total_steps,
+                first_step=run.resumed_at,
+                precision=config.averaging.precision,
+                threads=config.averaging.threads,
+                spill_dir=config.averaging.spill_dir,
+            )
+        schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
+        run.begin(
+            task=ready.description,
+            schedule=schedule,
+            target=ready.target,
+            tokenizer=tokenizer,
+            splits=windows,
+            averager=averager,
+            objective=objective,
         )
 
-    def write_outputs(found: Evaluations) -> None:
-        write_predictions(folder, found, ready.rows)
-        columns = ("id", "question", "answers")
-        write_samples(folder, found, ready.rows, config.eval.num_samples, columns=columns)
+        # Evaluation: the last weights, then the averaged ones in their place.
+        loaders = {
+            name: run.evaluation_loader(windows[name], ready.collate) for name in windows if name != "train"
+        }
 
-    job = Job(
-        task=ready.description,
-        model=model,
-        tokenizer=tokenizer,
-        objective=ready.objective,
-        rule=ready.rule,
-        datasets=windows,
-        collate=ready.collate,
-        evaluate=score,
-        target=ready.target,
-        write_outputs=write_outputs,
-    )
-    fine_tune(config, accelerator, folder, job)
+        def score(split: str) -> Evaluation:
+            return evaluate_answers(
+                model,
+                loaders[split],
+                run.accelerator,
+                questions=ready.rows[split],
+                windows=windows[split],
+                padding_side=tokenizer.padding_side,
+                metric=ready.metric,
+                has_unanswerable=ready.has_unanswerable,
+                settings=config.eval,
+            )
+
+        def score_both(split: str, **selection: Any) -> dict[str, Evaluation]:
+            found = {"last": score(split)}
+            if averager and averager.num_averaged:
+                with averager.swapped_in(**selection):
+                    found["averaged"] = score(split)
+            return found
+
+        # Training.
+        for step in run.steps(loader, score_both):
+            set_learning_rate(optimizer, schedule(run.applied_steps))
+            for batch, share in step.micro_batches():
+                out = objective(model, batch)
+                step.log(**out.logged)
+                step.backward(out.loss * share)
+            step.clip_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averager:
+                averager.step()
+
+        def write_outputs(found: dict[str, Evaluations]) -> None:
+            write_predictions(run.folder, found, ready.rows)
+            columns = ("id", "question", "answers")
+            write_samples(run.folder, found, ready.rows, config.eval.num_samples, columns=columns)
+
+        run.finish(score_both, list(loaders), window=run.best_window(score), write_outputs=write_outputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
     setup_logging()
     return run_and_report(
-        lambda: run(load_config(QuestionAnsweringConfig, sys.argv[1:] if argv is None else argv))
+        lambda: train(load_config(QuestionAnsweringConfig, sys.argv[1:] if argv is None else argv))
     )
 
 

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
-from torch import nn
-from torch.utils.data import DataLoader
-
+import swaft
 from swaft.averaging.rules import Rule
 from swaft.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
 from swaft.config.rule import build_rule
@@ -34,8 +32,8 @@ from swaft.data import (
     tokenize_pairs,
 )
 from swaft.metrics import GenerationMetric, get_generation_metric
-from swaft.training.best import choose_target
-from swaft.training.build import build_objective
+from swaft.training.best import Target, choose_target
+from swaft.training.build import build_objective, build_optimizer
 from swaft.training.encoder_decoder import (
     brings_tokenizer,
     encoder_decoder_config,
@@ -44,10 +42,8 @@ from swaft.training.encoder_decoder import (
     refuse_other_tokens,
 )
 from swaft.training.evaluate import Evaluation
-from swaft.training.fine_tune import Job, Target, fine_tune
 from swaft.training.generation import evaluate_texts, generation_arguments, report_lengths, write_samples
 from swaft.training.languages import set_languages
-from swaft.training.launch.accelerator import build_accelerator, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.pretrained import load_tokenizer, longest_input
 from swaft.training.problems import Problems
@@ -58,7 +54,8 @@ from swaft.training.refusals import (
     require_text,
     require_weights,
 )
-from swaft.training.run.folder import RunFolder
+from swaft.training.run.run import Run
+from swaft.training.schedule import build_schedule, set_learning_rate
 from swaft.training.special_tokens import follow_tokenizer, one_length
 from swaft.training.start import start_of
 
@@ -79,7 +76,7 @@ class Prepared:
     objective: Any
     rule: Rule | None
     target: Target
-    """What decides between weights, unless the settings name another score."""
+    """What decides between weights."""
     cuts_rows: ClassVar[bool] = False
 
     @property
@@ -103,7 +100,6 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
             translates=problems.of(translates, config.data, columns, model_type=str(model_config.model_type)),
         )
     target = problems.of(main_score, metric)
-    problems.of(choose_target, config.eval, target, rows)
     if config.model.config is None:
         problems.of(require_weights, config.model, model_config)
     problems.of(require_text, config.model, model_config)
@@ -131,7 +127,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
             label_smoothing=config.train.label_smoothing_factor,
         ),
         rule=problems.of(build_rule, config.averaging),
-        target=target,
+        target=problems.of(choose_target, config.eval, target, rows),
     )
 
 
@@ -176,79 +172,128 @@ def translates(data: Seq2SeqDataConfig, columns: PairColumns, *, model_type: str
     )
 
 
-def run(config: Seq2SeqConfig) -> None:
+def train(config: Seq2SeqConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
     ready, start = start_of(config, prepare)
-    pairs, metric, model_config = ready.rows, ready.metric, ready.model_config
-    accelerator = build_accelerator(config, start.engine)
-    folder = RunFolder.of(config, accelerator)
+    pairs, model_config, objective = ready.rows, ready.model_config, ready.objective
 
-    # Data: every split that is there, as token ids.
-    tokenizer = ready.tokenizer
-    if tokenizer is None:
-        tokenizer = new_tokenizer(
-            config.model,
-            accelerator,
-            texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
-        )
-    read_as_text(tokenizer, config.data.split_special_tokens)
-    report_special_tokens(pairs, ("source", "target"), tokenizer)
-    datasets = {
-        name: tokenize_pairs(
-            rows,
-            tokenizer,
-            max_source_length=config.data.max_source_length,
-            max_target_length=config.data.max_target_length,
-            source_prefix=config.data.source_prefix,
-            model_max_length=longest_input(model_config, tokenizer),
-        )
-        for name, rows in pairs.items()
-    }
-    report_lengths(datasets["train"], config.data)
+    with Run.start(config, start.engine) as run:
+        # Data: every split that is there, as token ids.
+        tokenizer = ready.tokenizer
+        if tokenizer is None:
+            tokenizer = new_tokenizer(
+                config.model,
+                run.accelerator,
+                texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
+            )
+        read_as_text(tokenizer, config.data.split_special_tokens)
+        report_special_tokens(pairs, ("source", "target"), tokenizer)
+        datasets = {
+            name: tokenize_pairs(
+                rows,
+                tokenizer,
+                max_source_length=config.data.max_source_length,
+                max_target_length=config.data.max_target_length,
+                source_prefix=config.data.source_prefix,
+                model_max_length=longest_input(model_config, tokenizer),
+            )
+            for name, rows in pairs.items()
+        }
+        report_lengths(datasets["train"], config.data)
 
-    # Model: the pretrained one, or a new one of random weights, the same on every rank.
-    with whole_model_loading(accelerator):
-        model = load_encoder_decoder(
-            config.model,
-            model_config,
-            tokenizer,
-            seed=config.train.seed,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        )
-    ready.objective.prepare_model(model)
-    length = one_length(model_config, config.data.max_source_length, generates=True)
+        # Model: the pretrained one, or a new one of random weights, the same on every rank.
+        with run.loading():
+            model = load_encoder_decoder(
+                config.model,
+                model_config,
+                tokenizer,
+                seed=config.train.seed,
+                gradient_checkpointing=config.train.gradient_checkpointing,
+            )
+        objective.prepare_model(model)
+        length = one_length(model_config, config.data.max_source_length, generates=True)
+        collate = Seq2SeqCollator(tokenizer, length)
 
-    def score(model: nn.Module, loader: DataLoader[Any], split: str) -> Evaluation:
-        return evaluate_texts(
+        # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
+        model, optimizer, loader = run.prepare(
             model,
-            loader,
-            accelerator,
-            references=pairs[split]["references"],
+            lambda model: build_optimizer(model, config.train),
+            datasets["train"],
+            collate,
+            objective=objective,
+        )
+        averager = None
+        if ready.rule is not None:
+            averager = swaft.WeightAverager(
+                model,
+                optimizer,
+                rule=ready.rule,
+                total_steps=run.total_steps,
+                first_step=run.resumed_at,
+                precision=config.averaging.precision,
+                threads=config.averaging.threads,
+                spill_dir=config.averaging.spill_dir,
+            )
+        schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
+        run.begin(
+            task=ready.description,
+            schedule=schedule,
+            target=ready.target,
             tokenizer=tokenizer,
-            metric=metric,
-            generation=generation_arguments(config.eval, config.data),
+            splits=datasets,
+            averager=averager,
+            objective=objective,
         )
 
-    job = Job(
-        task=ready.description,
-        model=model,
-        tokenizer=tokenizer,
-        objective=ready.objective,
-        rule=ready.rule,
-        datasets=datasets,
-        collate=Seq2SeqCollator(tokenizer, length),
-        evaluate=score,
-        target=ready.target,
-        write_outputs=lambda found: write_samples(folder, found, pairs, config.eval.num_samples),
-    )
-    fine_tune(config, accelerator, folder, job)
+        # Evaluation: the last weights, then the averaged ones in their place.
+        loaders = {
+            name: run.evaluation_loader(datasets[name], collate) for name in datasets if name != "train"
+        }
+
+        def score(split: str) -> Evaluation:
+            return evaluate_texts(
+                model,
+                loaders[split],
+                run.accelerator,
+                references=pairs[split]["references"],
+                tokenizer=tokenizer,
+                metric=ready.metric,
+                generation=generation_arguments(config.eval, config.data),
+            )
+
+        def score_both(split: str, **selection: Any) -> dict[str, Evaluation]:
+            found = {"last": score(split)}
+            if averager and averager.num_averaged:
+                with averager.swapped_in(**selection):
+                    found["averaged"] = score(split)
+            return found
+
+        # Training.
+        for step in run.steps(loader, score_both):
+            set_learning_rate(optimizer, schedule(run.applied_steps))
+            for batch, share in step.micro_batches():
+                out = objective(model, batch)
+                step.log(**out.logged)
+                step.backward(out.loss * share)
+            step.clip_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averager:
+                averager.step()
+
+        run.finish(
+            score_both,
+            list(loaders),
+            window=run.best_window(score),
+            write_outputs=lambda found: write_samples(run.folder, found, pairs, config.eval.num_samples),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
     setup_logging()
-    return run_and_report(lambda: run(load_config(Seq2SeqConfig, sys.argv[1:] if argv is None else argv)))
+    return run_and_report(lambda: train(load_config(Seq2SeqConfig, sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

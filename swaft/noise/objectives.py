@@ -66,6 +66,12 @@ class ObjectiveOutput:
             logits=None if logits is None else logits.detach(),
         )
 
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """The numbers that belong in a log, by name."""
+        names = ("loss", "task_loss", "divergence", "noise_to_signal", "changed")
+        return {name: getattr(self, name) for name in names}
+
 
 class Resumable:
     """What a run that resumes needs of an objective, as ``accelerator.register_for_checkpointing`` takes it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -19,25 +20,27 @@ from swaft.training.evaluate import Scores
 
 logger = logging.getLogger(__name__)
 
-BEST = "best"
-"""Folder of the best weights, in that of the run and in a checkpoint."""
+STATE = "state.json"
+"""What was found so far, beside the best weights in a checkpoint."""
 LOWER_IS_BETTER = ("loss", "mse")
 """The scores of which less is better; of all others more is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What decides between weights: one of the scores of an evaluation."""
+    """What a recipe judges weights by."""
 
     score: str
-    """Its name."""
+    """Name of the main score, which the summary names."""
     names: Sequence[str] = ()
-    """All scores that there are to choose from, ``loss`` apart, which there always is."""
+    """All scores that there are to choose by, ``loss`` apart, which there always is."""
+    chosen: str = ""
+    """Name of the score that decides between weights, from `choose_target`."""
 
     @property
     def better(self) -> Callable[..., Any]:
         """The built-in ``min`` or ``max``."""
-        return min if self.score in LOWER_IS_BETTER else max
+        return min if self.chosen in LOWER_IS_BETTER else max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ def watches_weights(evaluation: EvalConfig) -> bool:
 
 
 def choose_target(evaluation: EvalConfig, main: Target, splits: Collection[str]) -> Target:
-    """Return what decides between the weights of a run, before it starts.
+    """Return the recipe's target with the score that decides between weights, before the run starts.
 
     Args:
         evaluation: section ``eval``.
@@ -90,7 +93,7 @@ def choose_target(evaluation: EvalConfig, main: Target, splits: Collection[str])
         ]
     if problems:
         raise ConfigError(problems)
-    return replace(main, score=wanted)
+    return replace(main, chosen=wanted)
 
 
 class BestWeights:
@@ -144,7 +147,7 @@ class BestWeights:
         Raises:
             StateError, AveragingError: the weights could not be written; on every rank.
         """
-        seen = {kind: scores[kind][self._target.score] for kind in self._watched if kind in scores}
+        seen = {kind: scores[kind][self._target.chosen] for kind in self._watched if kind in scores}
         # All ranks follow the first: machines of different make may round a score apart.
         seen = self._engine.ranks.gather(seen)[0]
         seen = {kind: score for kind, score in seen.items() if not math.isnan(score)}
@@ -153,60 +156,60 @@ class BestWeights:
             kind = self._target.better(seen, key=seen.__getitem__)
             gain = self._gain(seen[kind])
             if gain > 0:
-                self.found = Best(step=step, weights=kind, metric=self._target.score, score=seen[kind])
+                self.found = Best(step=step, weights=kind, metric=self._target.chosen, score=seen[kind])
                 if self._keeps:
                     self._write(kind, **selection)
         waits_for_average = self._averager is not None and "averaged" not in scores
         self._in_vain = 0 if waits_for_average or gain > self._threshold else self._in_vain + 1
         return self._patience is not None and self._in_vain >= self._patience
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint has to keep."""
-        return {"found": None if self.found is None else asdict(self.found), "in_vain": self._in_vain}
-
-    def save(self, checkpoint: Path) -> None:
-        """Keep the best weights in a checkpoint too; to be called by one process.
+    def save_state(self, path: Path) -> None:
+        """Keep in a checkpoint what was found so far, and the best weights too (collective).
 
         They are copied: files that several checkpoints shared would be damaged in all of them at once.
         """
-        if self.found and self._keeps:
-            shutil.copytree(self._folder, checkpoint / BEST)
+        ranks = self._engine.ranks
+        with ranks.together(f"{path} could not be written"):
+            if ranks.is_main:
+                kept = bool(self.found and self._keeps)
+                if kept:
+                    shutil.copytree(self._folder, path)
+                path.mkdir(parents=True, exist_ok=True)
+                names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+                state = {"found": self.found and asdict(self.found), "in_vain": self._in_vain, "files": names}
+                (path / STATE).write_text(json.dumps(state), encoding="utf-8")
 
-    def restore(self, state: Mapping[str, Any], checkpoint: Path, files: Collection[str]) -> None:
-        """Go on from what :meth:`state` gave and :meth:`save` wrote, whatever the folder holds by now.
+    def load_state(self, path: Path) -> None:
+        """Continue from what :meth:`save_state` wrote, whatever the folder holds by now (collective).
 
         Where section ``eval`` has changed so that what was found cannot be compared with what will be, choosing
         begins anew.
-
-        Args:
-            state: of the run that goes on.
-            checkpoint: its folder.
-            files: what is in it, by relative path; others mean nothing.
         """
-        kept = [name for name in files if Path(name).parts[0] == BEST]
-        found = None if state["found"] is None else Best(**state["found"])
-        if found is not None and (problem := self._incomparable(found, kept=bool(kept))):
-            logger.warning("%s; the best weights are chosen anew from here", problem)
-            return
-        self.found, self._in_vain = found, state["in_vain"]
-        if not self._engine.ranks.is_main:
-            return
-        if kept:
-            new = beside(self._folder, "new")
-            shutil.rmtree(new, ignore_errors=True)
-            for name in kept:
-                target = new / Path(name).relative_to(BEST)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(checkpoint / name, target)
-            sync_tree(new)
-            replace_folder(new, self._folder)
-        elif self._folder.exists():  # from steps that will be taken again
-            shutil.rmtree(self._folder)
+        ranks = self._engine.ranks
+        with ranks.together(f"{self._folder} could not be restored"):
+            if not (path / STATE).exists():  # of a run that did not choose
+                return
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            found = None if state["found"] is None else Best(**state["found"])
+            if found is not None and (problem := self._incomparable(found, kept=bool(state["files"]))):
+                logger.warning("%s; the best weights are chosen anew from here", problem)
+                return
+            self.found, self._in_vain = found, state["in_vain"]
+            if ranks.is_main and state["files"]:
+                new = beside(self._folder, "new")
+                shutil.rmtree(new, ignore_errors=True)
+                for name in state["files"]:
+                    (new / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path / name, new / name)
+                sync_tree(new)
+                replace_folder(new, self._folder)
+            elif ranks.is_main and self._folder.exists():  # of steps that will be taken again
+                shutil.rmtree(self._folder)
 
     def _incomparable(self, found: Best, *, kept: bool) -> str | None:
         """Why the best weights of a checkpoint cannot be gone on with, in words."""
-        if found.metric != self._target.score:
-            return f"eval.metric_for_best_model is {self._target.score}, and was {found.metric}"
+        if found.metric != self._target.chosen:
+            return f"eval.metric_for_best_model is {self._target.chosen}, and was {found.metric}"
         if found.weights not in self._watched:
             return f"eval.keep_best looks at {self._watched[0]} weights, and the best were {found.weights}"
         if self._keeps and not kept:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 ROW_ID = "idx"
 
 Scores = dict[str, float]
-
-
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +88,6 @@ def evaluate(
     scores = dict(metric(_predictions(logits, is_regression=is_regression), labels.numpy()))
     scores["loss"] = _mean_loss(logits, labels, is_regression=is_regression)
     return scores
-
-
-def evaluate_last_and_averaged(
-    evaluate_once: Callable[[], ResultT], averager: WeightAverager | None, **selection: Any
-) -> dict[str, ResultT]:
-    """Return what the ``last`` weights score and, with members, the ``averaged`` (collective).
-
-    Args:
-        evaluate_once: scores the weights that are in the model.
-        averager: None without averaging.
-        selection: which average, where the rule leaves a choice.
-    """
-    found = {"last": evaluate_once()}
-    if averager is not None and averager.num_averaged > 0:
-        with averager.swapped_in(**selection):
-            found["averaged"] = evaluate_once()
-    return found
 
 
 def mean_evaluations(

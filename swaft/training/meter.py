@@ -11,19 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from swaft.noise import ObjectiveOutput
 from swaft.noise.inputs import IGNORE_INDEX
 
 
 class Meter:
     """Sums what is logged, on the device and without waiting for it, and times the training steps."""
 
-    NAMES = ("loss", "task_loss", "divergence", "noise_to_signal", "changed")
-
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self.sums = self._zeros()
-        """Of what is logged, since the last line of the log: (values,), float64, on the device; this rank's."""
+        self.names: tuple[str, ...] = ()
+        """Of the values that are logged, the same at every micro-batch."""
+        self.sums = self._zeros(0)
+        """Since the last line of the log: values times rows, rows, tokens; float64, on the device, this rank's."""
         self._bad_losses = torch.zeros((), device=accelerator.device)
         self._started = time.monotonic()
         self.logged_at_s = 0.0
@@ -34,18 +33,22 @@ class Meter:
         """Seconds since training began, pauses excluded."""
         return time.monotonic() - self._started
 
-    def add(self, out: ObjectiveOutput, batch: Mapping[str, Any], count: Tensor) -> None:
+    def add(self, values: Mapping[str, Tensor], *, count: Tensor, tokens: Tensor) -> None:
         """Add one micro-batch.
 
         Args:
-            out: of the objective, means over rows.
-            batch: what it was given.
-            count: how many rows, 0-dim; where it is 0, no token counts either.
+            values: means over its rows by name, 0-dim.
+            count: its rows, 0-dim; where it is 0, no token counts either.
+            tokens: its tokens, 0-dim.
         """
-        means = torch.stack([getattr(out, name).detach().double() for name in self.NAMES])
-        tokens = count_tokens(batch) * (count > 0)
-        self.sums += torch.cat([means * count, torch.stack([count, tokens])])
-        self._bad_losses += ~torch.isfinite(out.loss.detach())
+        if tuple(values) != self.names:  # the first micro-batch, or a resumed recipe that logs something else
+            self.names, self.sums = tuple(values), self._zeros(len(values))
+        means = [value.detach().double() * count for value in values.values()]
+        self.sums += torch.stack([*means, count.double(), (tokens * (count > 0)).double()])
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember a loss that is not finite."""
+        self._bad_losses += ~torch.isfinite(loss.detach())
 
     def found_bad_loss(self) -> bool:
         """Whether any rank had a loss that is not finite since the last optimizer step (collective).
@@ -62,16 +65,22 @@ class Meter:
         *sums, count, tokens = total.tolist()
         seconds = self.seconds - self.logged_at_s
         self.logged_at_s += seconds
-        self.sums = self._zeros()
+        self.sums = self._zeros(len(self.names))
         means: dict[str, float | None] = {
-            name: value / count for name, value in zip(self.NAMES, sums, strict=True)
+            name: value / count for name, value in zip(self.names, sums, strict=True)
         }
         return means | {"tokens_per_second": tokens / seconds, "seconds": self.logged_at_s}
 
-    def restore(self, *, seconds: float, logged_at_s: float) -> None:
-        """Go on where a training had taken ``seconds`` so far, ``logged_at_s`` of them up to its last log line."""
-        self._started = time.monotonic() - seconds
-        self.logged_at_s = logged_at_s
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times and the names, without this rank's sums."""
+        return {"names": list(self.names), "seconds": self.seconds, "logged_at_s": self.logged_at_s}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count time on from :meth:`state_dict`; the sums are zero."""
+        self.names = tuple(state["names"])
+        self.sums = self._zeros(len(self.names))
+        self._started = time.monotonic() - state["seconds"]
+        self.logged_at_s = state["logged_at_s"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -82,8 +91,8 @@ class Meter:
         finally:
             self._started += time.monotonic() - began
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(len(self.NAMES) + 2, dtype=torch.float64, device=self._accelerator.device)
+    def _zeros(self, values: int) -> Tensor:
+        return torch.zeros(values + 2, dtype=torch.float64, device=self._accelerator.device)
 
 
 def count_tokens(batch: Mapping[str, Any]) -> Tensor:

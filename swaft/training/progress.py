@@ -105,9 +105,9 @@ class ProgressLog:
             logger.info("step %d | %s, %s weights | %s", step, split, weights, _joined(values))
             self._record(f"{split}/{weights}", step, values)
 
-    def goes_on(self, checkpoint: Path, step: int) -> None:
-        """Say what the run goes on from."""
-        logger.info("going on from %s, after step %d of %d", checkpoint, step, self._total_steps)
+    def resumes(self, checkpoint: Path, step: int) -> None:
+        """Say where the run resumes."""
+        logger.info("resuming from %s, after step %d of %d", checkpoint, step, self._total_steps)
 
     def stopped_early(self, step: int) -> None:
         """Say that an evaluation ended the run before its last step."""

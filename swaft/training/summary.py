@@ -14,7 +14,6 @@ from swaft.training.best import Best
 from swaft.training.build import ParameterCount
 from swaft.training.evaluate import Evaluation
 from swaft.training.launch.accelerator import engine_name
-from swaft.training.loop import TrainingResult
 from swaft.training.schedule import Schedule
 
 
@@ -67,8 +66,11 @@ def run_facts(
 
 def summary(
     evaluations: Mapping[str, Mapping[str, Evaluation]],
-    result: TrainingResult,
     *,
+    steps: int,
+    applied_steps: int,
+    seconds: float,
+    stopped_early: bool,
     metric_name: str,
     averager: WeightAverager | None,
     window: WindowSearch | None = None,
@@ -78,7 +80,10 @@ def summary(
 
     Args:
         evaluations: by split and kind of weights (``last``, ``averaged``).
-        result: what training took.
+        steps: optimizer steps of the run, skipped ones included.
+        applied_steps: those that changed the weights.
+        seconds: time in training steps, evaluation and saving excluded.
+        stopped_early: whether an evaluation ended the run before its last step.
         metric_name: the score that counts.
         averager: None without averaging.
         window: what was averaged, where that was chosen after training.
@@ -87,13 +92,13 @@ def summary(
     content: dict[str, Any] = {
         "metric": metric_name,
         "scores": _each(evaluations, lambda evaluation: evaluation.scores),
-        "steps": result.steps,
-        "applied_steps": result.applied_steps,
+        "steps": steps,
+        "applied_steps": applied_steps,
         "num_averaged": 0 if averager is None else averager.num_averaged,
-        "train_seconds": round(result.seconds, 3),
+        "train_seconds": round(seconds, 3),
     }
-    if result.stopped_early:
-        content["stopped_early_at"] = result.steps
+    if stopped_early:
+        content["stopped_early_at"] = steps
     if best is not None:
         content["best"] = asdict(best)
     if any(evaluation.details for kinds in evaluations.values() for evaluation in kinds.values()):

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from swaft.noise import generator, objectives
-from swaft.training import fine_tune, loop
+from swaft.training.run import run as the_run
 from swaft.training.run import state as run_state
 
 EXPORTED = (torch.float32, torch.bfloat16)
@@ -95,21 +95,24 @@ class Spy:
 
     def install(self) -> None:
         """Put itself around what is to be seen; to be called once, in a process that has nothing else to do."""
-        fine_tune.train = self.watched(fine_tune.train)
-        fine_tune.load_engine_state = after(self.before_weights, fine_tune.load_engine_state)
+        the_run.Run.steps = self.watched(the_run.Run.steps)
+        the_run.load_engine_state = after(self.before_weights, the_run.load_engine_state)
         run_state.RunState.restore = after(self.before_average, run_state.RunState.restore)
         run_state.RunState.restore_random = after(self.before_random, run_state.RunState.restore_random)
-        loop.step_batches = self.noted_rows(loop.step_batches)
+        the_run.step_batches = self.noted_rows(the_run.step_batches)
         objectives.prove = self.unseen(objectives.prove)
         generator.standard_noise = self.noted_noise(generator.standard_noise)
         torch.nn.functional.dropout = self.noted_mask(torch.nn.functional.dropout)
         register_optimizer_step_pre_hook(self.note_rates)
 
-    def watched(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        def watching(**given: Any) -> Any:
-            model, averager, position, check = (given[k] for k in ("model", "averager", "position", "check"))
+    def watched(self, steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def watching(run: Any, *given: Any) -> Iterator[Any]:
+            model, averager, position = run.model, run._averager, run.position
+            check = run._interruption.check
 
-            def write_and_check() -> None:
+            def write_and_check(*failure: Any) -> None:
+                if not failure:  # between the batches of an evaluation
+                    return check()
                 line = {"step": position.step, **self.step, **left(model, averager)}
                 line["masks"] = line["masks"].hexdigest()
                 with (self.folder / f"rank-{self.rank}.jsonl").open("a") as file:
@@ -118,7 +121,7 @@ class Spy:
                     meet()
                     if self.ends is not None:
                         os.kill(os.getpid(), self.ends)
-                check()
+                return check(*failure)
 
             began = {"step": position.step, "before": self.before, "began": left(model, averager)}
             (self.folder / f"rank-{self.rank}-began.json").write_text(json.dumps(began))
@@ -127,7 +130,8 @@ class Spy:
                 for dtype in EXPORTED:
                     averager.save_pretrained(self.folder / str(dtype), dtype=dtype)
             self.seeing = True
-            return train(**given | {"check": write_and_check})
+            run._interruption.check = write_and_check
+            yield from steps(run, *given)
 
         return watching
 
@@ -135,7 +139,7 @@ class Spy:
         self.before["weights"] = digest(local_parts(model))
 
     def before_average(self, state: Any, *_: Any) -> None:
-        self.before |= left_of_average(state.averager)
+        self.before |= left_of_average(state.parts.get("average"))
 
     def before_random(self, *_: Any) -> None:
         self.before["random"] = generators()

@@ -113,5 +113,5 @@ def test_a_run_whose_newest_checkpoint_is_damaged_comes_to_the_same_end(
     assert set(started.run(ENGINES[engine], folder, run_inputs)["codes"]) == {0}
     said = folder.with_suffix(".log").read_text()
     assert f"{file} has" in said
-    assert f"going on from {before}" in said
+    assert f"resuming from {before}" in said
     assert not differences(ending(folder), unbroken(engine)[0])

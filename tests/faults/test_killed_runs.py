@@ -10,7 +10,7 @@ from faults import ENGINES, Zygote, broken_run, differences, ending
 
 pytestmark = pytest.mark.recipe
 
-TRAINING = "going on from"
+TRAINING = "resuming from"
 
 
 def check_killed(started: Zygote, run_inputs: Path, unbroken, folder: Path, engine: str, seed: int) -> None:

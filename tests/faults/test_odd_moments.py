@@ -40,7 +40,7 @@ class Runs:
         if not (self.folder / "summary.json").exists():
             codes = self.run(engine)
             assert set(codes) == {0}, self.log.read_text()[-4000:]
-            assert "going on from" in self.log.read_text()
+            assert "resuming from" in self.log.read_text()
         assert not differences(ending(self.folder), self._unbroken(engine)[0])
 
     def steps(self) -> list[int]:
@@ -139,4 +139,4 @@ def test_clocks_and_times_of_files_decide_nothing(runs, engine):
         for path in (*checkpoint.rglob("*"), checkpoint):
             os.utime(path, (moment, moment))
     runs.comes_to_the_same_end(engine)
-    assert f"going on from {newest}" in runs.log.read_text()
+    assert f"resuming from {newest}" in runs.log.read_text()

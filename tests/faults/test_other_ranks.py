@@ -181,7 +181,7 @@ def change(request, run, ended, tmp_path_factory) -> Change:
 
 def test_a_run_goes_on_at_its_step_under_another_engine_or_number_of_ranks(change):
     checkpoint = change.folder / f"checkpoint-{ENDED_AT}"
-    assert f"going on from {checkpoint}, after step {ENDED_AT} of {STEPS}" in change.log
+    assert f"resuming from {checkpoint}, after step {ENDED_AT} of {STEPS}" in change.log
     ranks = read_steps(change.spy)
     assert [list(rank) for rank in ranks] == [list(range(ENDED_AT + 1, STEPS + 1))] * change.now.engine.ranks
     other_number = change.now.engine.ranks != change.before.engine.ranks

@@ -31,7 +31,7 @@ def case_of(engine: EngineCase, models=tuple(MODELS), objectives=tuple(OBJECTIVE
                 )
                 loader = accelerator.prepare_data_loader(loader_of(kind, batch_size=batch_size))
                 model.train()
-                logged = train_prepared(accelerator, model, optimizer, loader, objective).records
+                logged = train_prepared(accelerator, model, optimizer, loader, objective)
                 expected, expected_log = torch.load(reference_file(Path(sys.argv[1]).parent, kind, objective))
                 found = full_masters(engine, model, optimizer)
                 apart = distance(found, {name: expected[name] for name in found})

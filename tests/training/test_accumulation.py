@@ -21,8 +21,8 @@ def trained(make_accelerator, kind, objective, *, batch_size, accumulation):
     accelerator = make_accelerator(accumulation)
     model = MODELS[kind](dropout=0.0)
     model, optimizer, loader = accelerator.prepare(model, sgd(model), loader_of(kind, batch_size=batch_size))
-    recorder = train_prepared(accelerator, model, optimizer, loader, objective)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}, recorder.records
+    logged = train_prepared(accelerator, model, optimizer, loader, objective)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, logged
 
 
 @pytest.mark.unit

@@ -48,7 +48,7 @@ class Run:
         nn.init.zeros_(self.model.weight)
         self.best = BestWeights(
             EvalConfig(eval_steps=1, **settings),
-            target=Target(score=metric),
+            target=Target(score=metric, chosen=metric),
             folder=folder,
             tokenizer=self.tokenizer,
             engine=self.averager.engine,
@@ -69,10 +69,6 @@ class Run:
     @property
     def kept(self) -> float:
         return load_file(self.folder / "model.safetensors")["weight"].item()
-
-
-def files_of(checkpoint) -> list[str]:
-    return [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
 
 
 def test_the_last_weights_are_kept_when_they_are_better_and_only_then(tmp_path):
@@ -186,15 +182,14 @@ def test_rank_0_decides_for_all_where_machines_round_apart(tmp_path):
 def test_the_best_of_a_checkpoint_comes_back_whatever_came_after_it(tmp_path):
     run = Run(tmp_path / "best", keep_best="last")
     run.after_a_step(0.5)
-    run.best.save(tmp_path / "checkpoint-1")
-    state = run.best.state()
+    run.best.save_state(tmp_path / "checkpoint-1" / "best")
     run.after_a_step(0.7)
     assert run.kept == 2.0
     again = Run(tmp_path / "best", keep_best="last")
-    again.best.restore(state, tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
+    again.best.load_state(tmp_path / "checkpoint-1" / "best")
     assert (again.kept, again.best.found.step) == (1.0, 1)
     elsewhere = Run(tmp_path / "other" / "best", keep_best="last")
-    elsewhere.best.restore(state, tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
+    elsewhere.best.load_state(tmp_path / "checkpoint-1" / "best")
     assert elsewhere.kept == 1.0
     assert {path.name for path in (tmp_path / "other" / "best").iterdir()} == {
         path.name for path in run.folder.iterdir()
@@ -204,11 +199,10 @@ def test_the_best_of_a_checkpoint_comes_back_whatever_came_after_it(tmp_path):
 def test_where_a_checkpoint_has_no_best_what_came_after_it_goes(tmp_path):
     run = Run(tmp_path / "best", keep_best="averaged")
     run.after_a_step(0.5)
-    run.best.save(tmp_path / "checkpoint-1")
-    state = run.best.state()
+    run.best.save_state(tmp_path / "checkpoint-1" / "best")
     run.after_a_step(0.5, 0.6)
     assert run.folder.exists()
-    run.best.restore(state, tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
+    run.best.load_state(tmp_path / "checkpoint-1" / "best")
     assert run.best.found is None
     assert not run.folder.exists()
 
@@ -217,9 +211,9 @@ def test_a_checkpoint_has_files_of_its_own_of_the_best(tmp_path):
     run = Run(tmp_path / "best", keep_best="last")
     run.after_a_step(0.5)
     kept = tmp_path / "checkpoint-1" / "best"
-    run.best.save(tmp_path / "checkpoint-1")
-    for path in kept.iterdir():
-        assert not path.samefile(run.folder / path.name), "damage to one would be damage to both"
+    run.best.save_state(tmp_path / "checkpoint-1" / "best")
+    for path in run.folder.iterdir():
+        assert not path.samefile(kept / path.name), "damage to one would be damage to both"
     run.after_a_step(0.7)
     assert load_file(kept / "model.safetensors")["weight"].item() == 1.0
     assert run.kept == 2.0
@@ -228,10 +222,9 @@ def test_a_checkpoint_has_files_of_its_own_of_the_best(tmp_path):
 def test_a_file_that_is_no_part_of_a_checkpoint_does_not_come_back(tmp_path):
     run = Run(tmp_path / "best", keep_best="last")
     run.after_a_step(0.5)
-    run.best.save(tmp_path / "checkpoint-1")
-    files = files_of(tmp_path / "checkpoint-1")
+    run.best.save_state(tmp_path / "checkpoint-1" / "best")
     (tmp_path / "checkpoint-1" / "best" / "pytorch_model.bin").write_bytes(b"stray")
-    run.best.restore(run.best.state(), tmp_path / "checkpoint-1", files)
+    run.best.load_state(tmp_path / "checkpoint-1" / "best")
     assert not (run.folder / "pytorch_model.bin").exists()
 
 
@@ -256,9 +249,9 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
 ):
     run = Run(tmp_path / "best", **before)
     run.after_a_step(0.5)
-    run.best.save(tmp_path / "checkpoint-1")
+    run.best.save_state(tmp_path / "checkpoint-1" / "best")
     again = Run(tmp_path / "best", **now)
-    again.best.restore(run.best.state(), tmp_path / "checkpoint-1", files_of(tmp_path / "checkpoint-1"))
+    again.best.load_state(tmp_path / "checkpoint-1" / "best")
     assert again.best.found is None
     assert message in caplog.text
 
@@ -266,10 +259,10 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
 def test_a_score_that_there_is_not_is_refused_before_training():
     main = Target(score="accuracy", names=("accuracy", "f1"))
     chosen = choose_target(EvalConfig(metric_for_best_model="f1"), main, ["train"])
-    assert (chosen.score, chosen.better) == ("f1", max)
+    assert (chosen.chosen, chosen.better) == ("f1", max)
     chosen = choose_target(EvalConfig(metric_for_best_model="loss"), main, ["train"])
-    assert (chosen.score, chosen.better) == ("loss", min)
-    assert choose_target(EvalConfig(), main, ["train"]) == main
+    assert (chosen.chosen, chosen.better) == ("loss", min)
+    assert choose_target(EvalConfig(), main, ["train"]).chosen == "accuracy"
     with pytest.raises(ConfigError, match="no score 'rouge1'; expected one of accuracy, f1, loss"):
         choose_target(EvalConfig(metric_for_best_model="rouge1"), main, ["train"])
 

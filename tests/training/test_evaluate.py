@@ -8,7 +8,7 @@ import torch
 from tiny_training import make_classifier, make_loader, make_rows
 
 from swaft.errors import TrainingError
-from swaft.training.evaluate import each_row_once, evaluate, evaluate_last_and_averaged, without_row_id
+from swaft.training.evaluate import each_row_once, evaluate, without_row_id
 
 pytestmark = pytest.mark.unit
 
@@ -93,11 +93,3 @@ class StandInAverager:
         self.swapped = True
         yield
         self.swapped = False
-
-
-def test_averaged_weights_are_scored_only_once_there_are_members():
-    empty, filled = StandInAverager(0), StandInAverager(2)
-    assert evaluate_last_and_averaged(lambda: {"loss": 1.0}, None) == {"last": {"loss": 1.0}}
-    assert evaluate_last_and_averaged(lambda: {"loss": 1.0}, empty) == {"last": {"loss": 1.0}}  # type: ignore[arg-type]
-    scores = evaluate_last_and_averaged(lambda: {"loss": float(filled.swapped)}, filled)  # type: ignore[arg-type]
-    assert scores == {"last": {"loss": 0.0}, "averaged": {"loss": 1.0}}

@@ -5,15 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swaft.noise.objectives import ObjectiveOutput
 from swaft.training.meter import Meter, count_tokens
 
 pytestmark = pytest.mark.unit
 
 
-def output(value: float) -> ObjectiveOutput:
-    number = torch.tensor(value)
-    return ObjectiveOutput(number, number, number, number, number, number, None)
+def add(meter: Meter, loss: float, *, rows: int, tokens: int = 6) -> None:
+    meter.add(
+        {"loss": torch.tensor(loss), "f1": torch.tensor(loss / 2)},
+        count=torch.tensor(rows),
+        tokens=torch.tensor(tokens),
+    )
 
 
 def test_tokens_are_those_read_and_those_to_write_without_padding():
@@ -26,19 +28,18 @@ def test_tokens_are_those_read_and_those_to_write_without_padding():
 
 def test_means_are_over_rows_not_over_micro_batches(make_accelerator):
     meter = Meter(make_accelerator())
-    batch = {"input_ids": torch.ones(2, 3), "labels": torch.tensor([1, 0])}
-    meter.add(output(1.0), batch, torch.tensor(30))
-    meter.add(output(5.0), batch, torch.tensor(10))
+    add(meter, 1.0, rows=30)
+    add(meter, 5.0, rows=10)
     record = meter.read()
-    assert record["loss"] == record["divergence"] == 2.0
-    meter.add(output(3.0), batch, torch.tensor(7))
+    assert (record["loss"], record["f1"]) == (2.0, 1.0)
+    add(meter, 3.0, rows=7)
     assert meter.read()["loss"] == 3.0  # what was read is over
 
 
-def test_tokens_a_second_are_over_the_time_since_the_last_line_also_where_a_run_goes_on(make_accelerator):
+def test_tokens_a_second_are_over_the_time_since_the_last_line_also_in_a_resumed_run(make_accelerator):
     meter = Meter(make_accelerator())
-    meter.restore(seconds=500.0, logged_at_s=400.0)
-    meter.add(output(1.0), {"input_ids": torch.ones(20, 100)}, torch.tensor(20))
+    meter.load_state_dict({"names": ["loss", "f1"], "seconds": 500.0, "logged_at_s": 400.0})
+    add(meter, 1.0, rows=20, tokens=2000)
     record = meter.read()
     assert record["tokens_per_second"] == pytest.approx(2000 / 100, rel=0.05)
     assert record["seconds"] == pytest.approx(500, rel=0.01)
@@ -46,10 +47,17 @@ def test_tokens_a_second_are_over_the_time_since_the_last_line_also_where_a_run_
 
 def test_a_micro_batch_without_a_row_that_counts_has_no_part_in_the_means(make_accelerator):
     meter = Meter(make_accelerator())
-    batch = {"input_ids": torch.ones(2, 3)}
-    meter.add(output(1.0), batch, torch.tensor(4))
-    meter.add(output(9.0), batch, torch.tensor(0))
+    add(meter, 1.0, rows=4)
+    add(meter, 9.0, rows=0)
     assert meter.read()["loss"] == 1.0
+
+
+def test_a_resumed_recipe_that_logs_something_else_begins_its_sums_anew(make_accelerator):
+    meter = Meter(make_accelerator())
+    meter.load_state_dict({"names": ["loss"], "seconds": 5.0, "logged_at_s": 4.0})
+    meter.sums += 100.0
+    add(meter, 3.0, rows=2)
+    assert (meter.read()["loss"], meter.names) == (3.0, ("loss", "f1"))
 
 
 def test_training_rows_of_like_length_come_together_in_every_recipe(make_accelerator):

@@ -37,14 +37,13 @@ SETUP = Setup(
 RECORD = RunRecord(
     setup=SETUP,
     settings={"train.learning_rate": 1e-3, "train.output_dir": "run"},
-    position={"step": 7, "epoch": 0, "batches": 6, "evaluated": True, "stopped": False},
     applied_steps=7,
     weights="1",
-    objective={"step": 14},
-    best=None,
-    scaler=None,
-    seconds=1.5,
-    logged_at_s=1.25,
+    parts={
+        "position": {"step": 7, "epoch": 0, "batches": 6, "evaluated": True, "stopped": False},
+        "objective": {"step": 14},
+        "meter": {"names": ["loss"], "seconds": 1.5, "logged_at_s": 1.25},
+    },
     versions={"torch": "2.13.0"},
 )
 
@@ -153,5 +152,6 @@ def test_half_a_batch_is_refused():
 def test_rows_grouped_by_length_cannot_be_grouped_otherwise_within_a_pass():
     with pytest.raises(ConfigError, match="grouped by None, and this run groups them by 16"):
         batches_read(RECORD, replace(SETUP, grouped_by=16))
-    between = replace(RECORD, position={**RECORD.position, "batches": 0})
+    position = {**RECORD.parts["position"], "batches": 0}
+    between = replace(RECORD, parts={**RECORD.parts, "position": position})
     assert batches_read(between, replace(SETUP, grouped_by=16)) == 0

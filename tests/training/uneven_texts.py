@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,13 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 import swaft
-from swaft.averaging import attach_engine
 from swaft.config import TrainConfig
 from swaft.noise import TaskLoss
-from swaft.training.loop import train
+from swaft.training.accumulation import step_batches
 from swaft.training.meter import Meter
-from swaft.training.run.position import Position
-from swaft.training.schedule import Schedule
+from swaft.training.run.step import Step
 
 STEPS, LEARNING_RATE = 6, 0.3
 ROWS = 21
@@ -34,19 +33,6 @@ class Stretched(swaft.R3F):
 
 
 OBJECTIVES = {"plain": TaskLoss, "r3f": lambda: Stretched(weight=5.0)}
-
-
-class Recorder:
-    """Stands in for the progress log."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, float]] = []
-
-    def advance(self) -> None:
-        pass
-
-    def training(self, step: int, record: Any) -> None:
-        self.records.append(dict(record))
 
 
 def texts(count: int) -> list[dict[str, Tensor]]:
@@ -90,27 +76,30 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
 
-def train_prepared(accelerator: Any, model: Any, optimizer: Any, loader: Any, objective: str) -> Recorder:
-    """Train what an accelerator has prepared, with the loop of the recipes."""
-    recorder = Recorder()
-    train(
+def train_prepared(accelerator: Any, model: Any, optimizer: Any, loader: Any, objective: str) -> list[dict]:
+    """Train what an accelerator has prepared, as the recipes do; returns what is logged after each step."""
+    loss, logged = OBJECTIVES[objective](), []
+    meter, train = Meter(accelerator), TrainConfig(output_dir="unused")
+    run: Any = SimpleNamespace(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        loader=loader,
-        objective=OBJECTIVES[objective](),
-        engine=attach_engine(model, optimizer),
-        schedule=Schedule(kind="constant", peak=LEARNING_RATE, warmup_steps=0, total_steps=STEPS),
-        settings=TrainConfig(
-            output_dir="unused",
-            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
-            logging_steps=1,
-        ),
-        progress=recorder,  # type: ignore[arg-type]
-        meter=Meter(accelerator),
-        position=Position(),
+        meter=meter,
+        config=SimpleNamespace(train=train),
     )
-    return recorder
+    model.train()
+    steps = step_batches(loader, accelerator.gradient_accumulation_steps)
+    for number, (_, _, batches) in zip(range(1, STEPS + 1), steps, strict=False):
+        step = Step(run, number, batches)
+        for batch, share in step.micro_batches():
+            out = loss(model, batch)
+            step.log(**out.logged)
+            step.backward(out.loss * share)
+        step.clip_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        logged.append(meter.read() | {"grad_norm": step.measured_grad_norm()})
+    return logged
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

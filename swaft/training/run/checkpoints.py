@@ -244,7 +244,7 @@ def _refuse_link(path: Path) -> None:
 def _put_aside(path: Path, fault: StateError, chosen: Path) -> None:
     """Take a damaged checkpoint out of the way of the one that will have its name again."""
     aside = path.with_name(f"{path.name}.damaged")
-    logger.warning("%s\n  so %s is damaged, and now called %s; going on from %s", fault, path, aside, chosen)
+    logger.warning("%s\n  so %s is damaged, and now called %s; resuming from %s", fault, path, aside, chosen)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)

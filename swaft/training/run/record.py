@@ -51,22 +51,12 @@ class RunRecord:
     """What does not change."""
     settings: Mapping[str, Any]
     """Every setting by its full name."""
-    position: Mapping[str, Any]
-    """How far the run has come."""
     applied_steps: int
     """Optimizer steps that were not skipped."""
     weights: str
     """Sum of the bits of the trained weights."""
-    objective: Mapping[str, Any]
-    """State of the objective: the micro-batches that it has seen."""
-    best: Mapping[str, Any] | None
-    """The best weights so far; None where none are chosen."""
-    scaler: Mapping[str, Any] | None
-    """Of the loss; None without one."""
-    seconds: float
-    """That training has taken."""
-    logged_at_s: float
-    """The same, at the last line of the log."""
+    parts: Mapping[str, Any]
+    """States of the parts of the run, by name, ``position`` and ``meter`` among them."""
     versions: Mapping[str, str]
     """Of packages."""
 
@@ -191,7 +181,7 @@ def batches_read(before: RunRecord, now: Setup) -> int:
     Raises:
         ConfigError: rows of half a batch have been read.
     """
-    was, batches = before.setup, before.position["batches"]
+    was, batches = before.setup, before.parts["position"]["batches"]
     if batches and was.grouped_by != now.grouped_by:
         raise ConfigError(
             f"the checkpoint stands within a pass over rows of like length, grouped by {was.grouped_by}, and "

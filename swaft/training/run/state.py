@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from swaft.averaging import Engine, WeightAverager
+from swaft.averaging import Engine
 from swaft.averaging.persist import weights_now
 from swaft.distributed import shared_ranks
 from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
-from swaft.training.best import BestWeights
 from swaft.training.meter import Meter
 from swaft.training.run.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
 from swaft.training.run.engine_state import TAG, load_engine, save_engine
 from swaft.training.run.folder import RunFolder, package_versions
-from swaft.training.run.position import Position
 from swaft.training.run.random_state import capture_random, restore_random
 from swaft.training.run.record import (
     RunRecord,
@@ -33,17 +31,46 @@ from swaft.training.run.record import (
     require_same_engine,
     require_same_run,
 )
+from swaft.training.run.step import Position
 
 logger = logging.getLogger(__name__)
 
 SUMS = "meter.sums"
 HYPERPARAMETERS = ("weight_decay", "betas", "eps")
-"""Of AdamW, beside the rate, which the schedule sets at every step."""
+"""Of AdamW, beside the rate, which the recipe sets at every step."""
+
+
+class PlainPart(Protocol):
+    """A part of a run whose state is plain JSON values, the same on every rank: an objective, a loss scaler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Continue from a state."""
+        ...
+
+
+class FilePart(Protocol):
+    """A part of a run whose state is files in a folder of its own, written and read by all ranks together."""
+
+    def save_state(self, path: Any) -> None:
+        """Write a folder, or nothing where there is nothing to keep (collective)."""
+        ...
+
+    def load_state(self, path: Any) -> None:
+        """Continue from a folder, or without one (collective)."""
+        ...
+
+
+Part = PlainPart | FilePart
+"""What has state in a run; files count where it offers both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The parts of a run that a checkpoint is made of."""
+    """All that a checkpoint is made of."""
 
     accelerator: Accelerator
     """Knows device, ranks and loss scaler."""
@@ -51,16 +78,12 @@ class RunState:
     """As prepared."""
     engine: Engine
     """Of the model."""
-    averager: WeightAverager | None
-    """None without averaging."""
-    objective: Any
-    """Whose noise depends on how many micro-batches it has seen."""
     meter: Meter
     """What has been summed since the last line of the log."""
-    best: BestWeights | None
-    """None where no weights are chosen while training."""
     position: Position
-    """Where the run stands; the training loop moves it."""
+    """Where the run stands; the loop moves it."""
+    parts: Mapping[str, Any]
+    """What else has state, by name: each a `Part`."""
     folder: RunFolder
     """Of the run."""
     setup: Setup
@@ -76,19 +99,15 @@ class RunState:
         Raises:
             StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
         """
-        ranks, scaler = self.engine.ranks, self.accelerator.scaler
-        seconds, logged_at_s = ranks.gather((self.meter.seconds, self.meter.logged_at_s))[0]
+        ranks = self.engine.ranks
+        parts = {"position": self.position, "meter": self.meter, **self.parts}
+        plain = {name: part.state_dict() for name, part in parts.items() if not _has_files(part)}
         record = RunRecord(
             setup=self.setup,
             settings=self.settings,
-            position=asdict(self.position),
             applied_steps=self.engine.applied_steps(),
             weights=weights_now(self.engine),
-            objective=self.objective.state_dict(),
-            best=None if self.best is None else self.best.state(),
-            scaler=None if scaler is None else scaler.state_dict(),
-            seconds=seconds,
-            logged_at_s=logged_at_s,
+            parts=ranks.gather(plain)[0],  # times differ from rank to rank
             versions=package_versions(),
         )
         written = save_checkpoint(
@@ -97,7 +116,7 @@ class RunState:
             self.position.step,
             write=self._write,
             content=record.as_dict(),
-            averaged=self.averager is not None,
+            averaged=AVERAGE in self.parts,
         )
         if ranks.is_main:
             delete_old(self.folder.path, self.save_total_limit)
@@ -105,7 +124,7 @@ class RunState:
             logger.info("checkpoint-%d saved in %s", self.position.step, self.folder.path)
 
     def restore(self, chosen: Checkpoint, record: RunRecord) -> None:
-        """Go on from a checkpoint, whose engine state has been loaded by :func:`load_engine_state` (collective).
+        """Continue from a checkpoint, whose engine state has been loaded by :func:`load_engine_state` (collective).
 
         Args:
             chosen: the checkpoint.
@@ -114,29 +133,26 @@ class RunState:
         Raises:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
         """
-        checkpoint = chosen.path
+        checkpoint, ranks = chosen.path, self.engine.ranks
         averages = AVERAGE in chosen.manifest.sealed
-        require_averages(record, checkpoint, there=averages, wanted=self.averager is not None)
+        require_averages(record, checkpoint, there=averages, wanted=AVERAGE in self.parts)
         self.engine.continue_from(record.applied_steps)
         if weights_now(self.engine) != record.weights:
             raise StateError(
                 f"{checkpoint}: after loading, the trained weights are not those that were saved; versions of "
                 f"packages that have changed since: {_changes(record.versions, package_versions())}"
             )
-        batches = batches_read(record, self.setup)
-        if self.averager is not None:
-            self.averager.load_state(checkpoint / AVERAGE)
-        self.objective.load_state_dict(dict(record.objective))
-        if self.best is not None and record.best is not None:
-            with self.engine.ranks.together(f"{self.folder.best} could not be restored"):
-                self.best.restore(record.best, checkpoint, chosen.manifest.files.keys())
-        if self.accelerator.scaler is not None and record.scaler is not None:
-            self.accelerator.scaler.load_state_dict(dict(record.scaler))
-        with self.engine.ranks.together(f"{self.folder.path} could not be written"):
+        position = {**record.parts["position"], "batches": batches_read(record, self.setup)}
+        with ranks.together(f"{self.folder.path} could not be written"):
             self.folder.restore_metrics(checkpoint)
-        for name, value in {**record.position, "batches": batches}.items():
-            setattr(self.position, name, value)
-        self.meter.restore(seconds=record.seconds, logged_at_s=record.logged_at_s)
+        for name, part in self.parts.items():
+            if _has_files(part):
+                part.load_state(checkpoint / name)
+            elif name in record.parts:
+                with ranks.together(f"{checkpoint}: the state of '{name}' does not fit"):
+                    part.load_state_dict(record.parts[name])
+        self.position.load_state_dict(position)
+        self.meter.load_state_dict(record.parts["meter"])
         if changed := changed_settings(record, self.setup, self.settings):
             logger.warning("%s was written with other settings:\n  %s", checkpoint, "\n  ".join(changed))
 
@@ -148,7 +164,7 @@ class RunState:
         ranks, world_size = self.engine.ranks, record.setup.world_size
         if world_size != ranks.world_size:
             logger.warning(
-                "%s was written by %d ranks and is read by %d: the order of the rows goes on, dropout begins anew",
+                "%s was written by %d ranks and is read by %d: the order of rows continues, dropout begins anew",
                 *(checkpoint, world_size, ranks.world_size),
             )
             with ranks.together():
@@ -173,16 +189,15 @@ class RunState:
                 folder,
                 stepped=engine.applied_steps() > 0,
             )
-        if self.averager is not None:
-            self.averager.save_state(folder / AVERAGE)
+        for name, part in self.parts.items():
+            if _has_files(part):
+                part.save_state(folder / name)
         files: list[str] = []
         records: dict[str, FileRecord] = {}
         with ranks.together(f"{folder} could not be written"):
             records |= self._write_rank(folder)
             if ranks.is_main:
                 self.folder.save_metrics(folder)
-                if self.best is not None:
-                    self.best.save(folder)
                 files = _files(folder)
         files = ranks.gather(files)[0]
         with ranks.together(f"{folder} could not be read back"):
@@ -240,6 +255,10 @@ def load_engine_state(
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)
     return record
+
+
+def _has_files(part: Part) -> bool:
+    return hasattr(part, "save_state")
 
 
 def _rank_file(rank: int) -> str:

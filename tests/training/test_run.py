@@ -1,0 +1,264 @@
+"""The loop of the recipes, on a model that can be followed by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_training import make_classifier, make_rows
+from torch import nn
+from torch.utils.data import default_collate
+
+import swaft
+from swaft.config import (
+    AveragingConfig,
+    ClassificationConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    NoiseConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from swaft.data import shuffled
+from swaft.errors import TrainingError
+from swaft.noise import TaskLoss
+from swaft.training.best import Target
+from swaft.training.evaluate import Evaluation
+from swaft.training.run.folder import RunFolder
+from swaft.training.run.run import Run
+from swaft.training.schedule import build_schedule, set_learning_rate
+
+pytestmark = pytest.mark.unit
+
+
+class Tokenizer:
+    """Stands in for a tokenizer."""
+
+    def save_pretrained(self, folder) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def run(make_accelerator, tmp_path):
+    """Train a model on rows; returns the records of the log, where the run stands, and the averager."""
+
+    def train(model, rows, *, objective=None, rule=None, evaluate=None, evaluation=None, **changes):
+        settings = TrainConfig(
+            output_dir=str(tmp_path / str(len(list(tmp_path.iterdir())))),
+            **({"logging_steps": 1, "learning_rate": 0.1, "per_device_train_batch_size": 2} | changes),
+        )
+        config = ClassificationConfig(
+            model=ModelConfig(model_name_or_path="-"),
+            data=DataConfig(),
+            train=settings,
+            averaging=AveragingConfig(),
+            noise=NoiseConfig(),
+            eval=evaluation or EvalConfig(),
+            track=TrackConfig(),
+        )
+        accelerator = make_accelerator(settings.gradient_accumulation_steps)
+        objective = objective or TaskLoss()
+        with Run(config, accelerator, RunFolder.of(config, accelerator)) as run:
+            model, optimizer, loader = run.prepare(
+                model,
+                lambda model: torch.optim.SGD(model.parameters(), lr=settings.learning_rate),
+                Dataset.from_list(rows).with_format("torch"),
+                default_collate,
+                objective=objective,
+            )
+            averager = rule and swaft.WeightAverager(model, optimizer, rule=rule, total_steps=run.total_steps)
+            schedule = build_schedule(settings, total_steps=run.total_steps, averaging=rule is not None)
+            run.begin(
+                task="-",
+                schedule=schedule,
+                target=Target(score="accuracy", chosen="accuracy"),
+                tokenizer=Tokenizer(),
+                splits={"validation"} if evaluate else (),
+                averager=averager,
+            )
+            for step in run.steps(loader, evaluate):
+                set_learning_rate(optimizer, schedule(run.applied_steps))
+                for batch, share in step.micro_batches():
+                    out = objective(model, batch)
+                    step.log(loss=out.loss)
+                    step.backward(out.loss * share)
+                step.clip_gradients()
+                optimizer.step()
+                optimizer.zero_grad()
+                if averager:
+                    averager.step()
+            lines = (run.folder.path / "metrics.jsonl").read_text().splitlines()
+            run.folder.release()
+        records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+        return SimpleNamespace(
+            records=records, position=run.position, steps=run.applied_steps, averager=averager
+        )
+
+    return train
+
+
+def batches_of(rows: list[dict[str, Any]], *, epoch: int, batch_size: int = 2) -> list[dict[str, Any]]:
+    """The batches of a pass, in the order that a run takes them."""
+    order = shuffled(len(rows), seed=42)
+    order.set_epoch(epoch)
+    chosen = [rows[i] for i in order]
+    return [default_collate(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+
+
+def by_hand(model, rows, *, accumulation, rates, batch_size=2, max_grad_norm=1.0):
+    """The same training in plain torch: the mean over each step's micro-batches, clipped."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    a_pass = -(-len(rows) // (batch_size * accumulation))
+    for number, rate in enumerate(rates):
+        batches = batches_of(rows, epoch=number // a_pass, batch_size=batch_size)
+        first = number % a_pass * accumulation
+        group = batches[first : first + accumulation]
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        for batch in group:
+            loss = model(batch["input_ids"], batch["attention_mask"], batch["labels"]).loss
+            (loss / len(group)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_training_equals_plain_torch_also_where_an_epoch_ends_on_fewer_micro_batches(run, accumulation):
+    model, rows = make_classifier(), make_rows(10)  # 5 micro-batches: 2 + 2 + 1, or 4 + 1
+    expected = copy.deepcopy(model)
+    done = run(model, rows, gradient_accumulation_steps=accumulation, num_train_epochs=2.0)
+    rates = [record["learning_rate"] for record in done.records]
+    assert done.position.step == done.steps == len(rates) == 2 * -(-5 // accumulation)
+    by_hand(expected, rows, accumulation=accumulation, rates=rates)
+    for trained, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(trained, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_each_step_uses_the_rate_of_the_schedule_once(run):
+    done = run(
+        make_classifier(),
+        make_rows(8),
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        learning_rate=1.0,
+    )
+    assert [record["learning_rate"] for record in done.records] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_max_steps_ends_the_run_inside_an_epoch(run):
+    done = run(make_classifier(), make_rows(10), max_steps=3)
+    assert done.position.step == len(done.records) == 3
+
+
+def test_gradients_are_clipped_and_their_norm_before_clipping_is_logged(run):
+    model, rows = make_classifier(), make_rows(4)
+    before = copy.deepcopy(model)
+    done = run(model, rows, max_steps=1, max_grad_norm=1e-3, learning_rate=1.0, warmup_steps=0)
+    moved = torch.cat(
+        [(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    )
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+    assert done.records[0]["grad_norm"] > 1e-2
+
+
+def test_a_limit_of_zero_clips_nothing(run):
+    model, rows = make_classifier(), make_rows(4)
+    expected = by_hand(copy.deepcopy(model), rows, accumulation=1, rates=[1.0], max_grad_norm=float("inf"))
+    run(model, rows, max_steps=1, max_grad_norm=0.0, learning_rate=1.0, warmup_steps=0)
+    torch.testing.assert_close(model.head.weight, expected.head.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_training_before_the_step_is_taken(run):
+    model = make_classifier()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def poisoned(model, batch):
+        out = TaskLoss()(model, batch)
+        seen.append(copy.deepcopy(model.state_dict()))
+        if len(seen) == 3:  # the first micro-batch of step 2; noticed before that step's only update
+            out = SimpleNamespace(**{**vars(out), "loss": out.loss * float("nan")})
+        return out
+
+    with pytest.raises(
+        TrainingError, match=r"step 2 is not finite \(learning rate 0\.1, mixed precision no\)"
+    ):
+        run(
+            model,
+            make_rows(8),
+            objective=poisoned,
+            gradient_accumulation_steps=2,
+            warmup_steps=0,
+            lr_scheduler_type="constant",
+        )
+    assert len(seen) == 4
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, seen[2][name])
+
+
+def test_the_averager_sees_every_optimizer_step_and_no_micro_batch(run):
+    done = run(
+        make_classifier(),
+        make_rows(8),
+        gradient_accumulation_steps=2,
+        num_train_epochs=2.0,
+        rule=swaft.SWA(start=1, every=1),
+    )
+    assert done.averager.applied_steps == done.position.step == 4
+    assert done.averager.num_averaged == 4
+
+
+def test_evaluation_in_between_changes_nothing_in_training(run):
+    rows = make_rows(8)
+    plain, watched = make_classifier(dropout=True), make_classifier(dropout=True)
+    run(plain, rows, rule=swaft.SWA(start=1))
+    evaluated = []
+
+    def evaluate(split: str) -> dict[str, Evaluation]:
+        evaluated.append(split)
+        watched.eval()
+        watched(**{name: value for name, value in default_collate(rows).items() if name != "idx"})
+        watched.train()
+        return {"last": Evaluation(scores={"accuracy": 0.5})}
+
+    done = run(watched, rows, rule=swaft.SWA(start=1), evaluate=evaluate, evaluation=EvalConfig(eval_steps=5))
+    assert evaluated == ["validation"] * 2  # not after the last of 12 steps, when the run is evaluated anyway
+    assert not done.position.stopped
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name])
+
+
+def test_logged_losses_are_means_over_the_micro_batches_since_the_last_line(run):
+    frozen = {
+        "learning_rate": 1e-30,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1.0,
+    }
+    each = run(make_classifier(), make_rows(8), **frozen).records
+    both = run(make_classifier(), make_rows(8), **frozen, logging_steps=2).records
+    losses = [record["loss"] for record in each]
+    assert [record["step"] for record in both] == [2, 4]
+    assert both[1]["loss"] == pytest.approx((losses[2] + losses[3]) / 2, rel=1e-12)
+
+
+def test_an_evaluation_that_says_so_ends_the_run(run):
+    done = run(
+        make_classifier(),
+        make_rows(8),
+        rule=swaft.SWA(start=1),
+        evaluate=lambda split: {kind: Evaluation(scores={"accuracy": 0.5}) for kind in ("last", "averaged")},
+        evaluation=EvalConfig(eval_steps=2, early_stopping_patience=1),
+        num_train_epochs=3.0,
+    )
+    assert (done.position.step, done.steps) == (4, 4)  # the second evaluation is no better than the first
+    assert done.position.stopped
+    assert done.averager.num_averaged == 4
