@@ -42,7 +42,8 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
     """Return the transformers configuration of the pretrained model, or of the new one.
 
     Raises:
-        ConfigError: where it is no encoder-decoder, or an entry is none of its type's.
+        ConfigError: where it is no encoder-decoder, is made of a decoder that is none, or an entry is none of its
+            type's.
     """
     found = load_model_config(model) if model.config is None else _new_config(model)
     if not found.is_encoder_decoder:
@@ -50,6 +51,16 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
             f"{model_setting(model)}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
             "Pegasus or Marian"
         )
+    if found.model_type == "encoder-decoder":
+        decoder = found.decoder
+        if model.config is not None:
+            decoder.is_decoder = decoder.add_cross_attention = True
+        if not (getattr(decoder, "is_decoder", True) and getattr(decoder, "add_cross_attention", False)):
+            raise ConfigError(
+                f"{model_setting(model)}: its decoder, a {decoder.model_type}, would see the whole text that it is "
+                "to write, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
+                "the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained has it"
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from swaft.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
 
@@ -146,8 +149,12 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
     sparse = entries["attention_type"] == "block_sparse" and (
         max_length > (5 + 2 * entries["num_random_blocks"]) * entries["block_size"]
     )
-    mixes = model_config.model_type in MIX_PADDING_IN and not generates
-    return max_length if sparse or mixes else None
+    kind = model_config.model_type
+    mixes = kind in MIX_PADDING_IN and not generates
+    if not (sparse or mixes):
+        return None
+    logger.info("every row is padded to %d tokens: padding changes what a %s answers", max_length, kind)
+    return max_length
 
 
 def generate_as_trained(model: Any, tokenizer: Any) -> None:

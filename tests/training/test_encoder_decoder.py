@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import EncoderDecoderConfig
 
 from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
@@ -9,6 +10,7 @@ from swaft.training.encoder_decoder import (
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,
+    refuse_other_tokens,
     train_tokenizer,
 )
 
@@ -75,3 +77,25 @@ def test_the_seed_decides_on_the_weights(make_accelerator):
     one, same, other = (new_model(accelerator, seed)[0].shared.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_a_decoder_that_is_none_is_made_one_where_it_is_new_and_refused_where_it_is_trained(tmp_path):
+    parts = {name: {"model_type": "bert", "num_hidden_layers": 1} for name in ("encoder", "decoder")}
+    new = encoder_decoder_config(Seq2SeqModelConfig(config={"model_type": "encoder-decoder"} | parts))
+    assert new.decoder.is_decoder
+    assert new.decoder.add_cross_attention
+    EncoderDecoderConfig(**parts).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a bert, would see the whole text that it is to write"):
+        encoder_decoder_config(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)))
+    new.save_pretrained(tmp_path)
+    encoder_decoder_config(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("entry", ["pad_token_id", "eos_token_id", "bos_token_id"])
+def test_a_new_model_with_other_special_tokens_than_its_tokenizer_is_refused(entry, make_accelerator):
+    _, tokenizer = new_model(make_accelerator())
+    section = Seq2SeqModelConfig(config=TINY | {entry: 7})
+    for known in (tokenizer, None):
+        with pytest.raises(ConfigError, match=f"model.config: {entry} is 7, but the tokenizer's is"):
+            refuse_other_tokens(section, known)
+    refuse_other_tokens(Seq2SeqModelConfig(config=TINY | {"pad_token_id": 0, "eos_token_id": 1}), None)
