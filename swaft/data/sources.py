@@ -213,8 +213,9 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     try:
         builder: Any = load_dataset_builder(name, config_name)
         if builder.name == "csv":
-            found = _load_tables(builder.config, delimiter) or load_dataset(
-                name, config_name, **_as_written(builder.config.sep, delimiter)
+            told: Any = builder.config
+            found = _load_tables(told, delimiter) or load_dataset(
+                name, config_name, **_as_written(told.sep, delimiter)
             )
         elif delimiter is not None:
             raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")

@@ -50,7 +50,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
     encoded = tokenizer(
         *texts, split_special_tokens=_can_split(tokenizer), return_special_tokens_mask=True, **options
     )
-    unknown = tokenizer.unk_token_id
+    unknown: Any = tokenizer.unk_token_id
     special = frozenset(tokenizer.all_special_ids) - {unknown}
     for ids, added in zip(encoded["input_ids"], encoded.pop("special_tokens_mask"), strict=True):
         if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to see
@@ -92,7 +92,7 @@ def report_special_tokens(
             )
 
 
-def _can_split(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _can_split(tokenizer: Any) -> bool:
     # Slow tokenizers lose words that were added to them, too; to ESM's, all words were.
     return tokenizer.is_fast or (
         set(map(str, tokenizer.added_tokens_decoder.values())) <= set(tokenizer.all_special_tokens)

@@ -119,7 +119,8 @@ def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> No
         ConfigError: with both numbers.
     """
     if isinstance(model, Seq2SeqModelConfig) and model.config is not None:
-        tables = (model.config, *(part for part in model.config.values() if isinstance(part, dict)))
+        described = model.config
+        tables = (described, *(part for part in described.values() if isinstance(part, dict)))
         known = [table.get(name) for table in tables for name in ("vocab_size", "decoder_vocab_size")]
     else:
         parts = (model_config, half(model_config, decoder=False), half(model_config, decoder=True))
