@@ -61,7 +61,7 @@ from swaft.training.refusals import (
 )
 from swaft.training.run.run import Evaluations, Run
 from swaft.training.schedule import build_schedule, set_learning_rate
-from swaft.training.special_tokens import follow_tokenizer, one_length
+from swaft.training.special_tokens import follow_tokenizer, one_length, whole_windows
 from swaft.training.start import start_of
 
 Config = QuestionAnsweringConfig
@@ -126,7 +126,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         metric=metric,
         model_config=model_config,
         tokenizer=tokenizer,
-        collate=problems.of(WindowCollator, tokenizer, length),
+        collate=problems.of(WindowCollator, tokenizer, length, problems.of(whole_windows, model_config)),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
         target=problems.of(choose_target, config.eval, target, report.rows),

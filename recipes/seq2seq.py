@@ -56,7 +56,7 @@ from swaft.training.refusals import (
 )
 from swaft.training.run.run import Run
 from swaft.training.schedule import build_schedule, set_learning_rate
-from swaft.training.special_tokens import follow_tokenizer, one_length
+from swaft.training.special_tokens import follow_tokenizer, one_length, whole_windows
 from swaft.training.start import start_of
 
 Config = Seq2SeqConfig
@@ -213,7 +213,7 @@ def train(config: Seq2SeqConfig) -> None:
             )
         objective.prepare_model(model)
         length = one_length(model_config, config.data.max_source_length, generates=True)
-        collate = Seq2SeqCollator(tokenizer, length)
+        collate = Seq2SeqCollator(tokenizer, length, whole_windows(model_config))
 
         # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
         model, optimizer, loader = run.prepare(

@@ -122,12 +122,15 @@ def refuse_repeated_ids(split: Dataset, name: str, column: str = "id") -> None:
         )
 
 
-def padding(tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> DataCollatorWithPadding:
+def padding(
+    tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
+) -> DataCollatorWithPadding:
     """Return what pads rows of token ids and stacks them.
 
     Args:
         tokenizer: the model's, which says with what and on which side.
         length: tokens that every row is padded to; None: to the longest of the batch.
+        multiple: number that divides the length of every batch.
 
     Raises:
         DataError: the tokenizer has no padding token.
@@ -138,7 +141,8 @@ def padding(tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> Da
             "a batch; set model.tokenizer_name to a tokenizer that has one"
         )
     strategy = "longest" if length is None else "max_length"
-    return DataCollatorWithPadding(tokenizer, padding=strategy, max_length=length, return_tensors="pt")
+    lengths: dict[str, Any] = {"max_length": length, "pad_to_multiple_of": multiple}
+    return DataCollatorWithPadding(tokenizer, padding=strategy, return_tensors="pt", **lengths)
 
 
 def require_length(setting: str, length: int, most: int) -> None:

@@ -118,13 +118,16 @@ class WindowCollator:
     Args:
         tokenizer: the model's tokenizer.
         length: tokens that every window is padded to; None: to the longest of the batch.
+        multiple: number that divides the length of every batch.
 
     Raises:
         DataError: the tokenizer has no padding token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
-        self._pad = padding(tokenizer, length)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
+    ):
+        self._pad = padding(tokenizer, length, multiple)
         self._names = frozenset(tokenizer.model_input_names) | {*POSITIONS, "idx"}
         self._pads_left = tokenizer.padding_side == "left"
 

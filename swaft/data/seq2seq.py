@@ -110,13 +110,16 @@ class Seq2SeqCollator:
     Args:
         tokenizer: the model's tokenizer.
         length: tokens that every source is padded to; None: to the longest of the batch.
+        multiple: number that divides the length of every batch of sources.
 
     Raises:
         DataError: the tokenizer has no padding token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
-        self._pad = padding(tokenizer, length)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
+    ):
+        self._pad = padding(tokenizer, length, multiple)
         self._inputs = frozenset(tokenizer.model_input_names) | {"idx"}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

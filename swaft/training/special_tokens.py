@@ -187,6 +187,21 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
     config.decoder_start_token_id = generation.decoder_start_token_id = start
 
 
+def whole_windows(model_config: Any) -> int | None:
+    """Return the number that has to divide the length of every batch; None: any length will do.
+
+    LED pads to whole windows by itself, and embeds the padding in a call of its own. Ranks that each hold a shard
+    of the table have to make that call together, and their batches are not of one length.
+
+    Args:
+        model_config: transformers configuration.
+    """
+    if model_config.model_type != "led":
+        return None
+    window = model_config.attention_window
+    return max(window) if isinstance(window, list | tuple) else window
+
+
 def _reformer_length(model_config: Any, max_length: int) -> int:
     """The length that a Reformer trains on: as long as its axes are, or the next that its chunks divide."""
     if model_config.axial_pos_embds:

@@ -15,6 +15,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     BertConfig,
     EncoderDecoderConfig,
+    LEDConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -27,6 +28,7 @@ from swaft.training.special_tokens import (
     follow_tokenizer,
     one_length,
     require_end_token,
+    whole_windows,
 )
 
 pytestmark = pytest.mark.unit
@@ -217,3 +219,13 @@ def test_a_reformer_names_the_one_length_it_trains_on(entries, length):
     assert one_length(settings, length) == length
     with pytest.raises(ConfigError, match=rf"expected data\.max_seq_length={length}"):
         one_length(settings, 50)
+
+
+def test_batches_for_a_led_are_of_whole_windows():
+    settings, made = tiny_config(LEDConfig, attention_window=[8, 16]), tokenizer()
+    assert whole_windows(settings) == 16
+    assert whole_windows(config("longformer")) is None
+    rows = [{**made("w1 " * length), "labels": [5], "idx": 0} for length in (3, 15)]
+    batch = Seq2SeqCollator(made, None, whole_windows(settings))(rows)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 32)
+    assert batch["attention_mask"].sum(1).tolist() == [5, 17]
