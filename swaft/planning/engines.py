@@ -22,7 +22,7 @@ from swaft.planning.memory import (
     zero12,
 )
 from swaft.planning.step import FP32, Casting
-from swaft.training.launch.accelerator import EngineSettings
+from swaft.training.launch.accelerator import EngineSettings, partitions_at_load
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch
 
@@ -62,8 +62,7 @@ class Engine:
     @property
     def loads_whole(self) -> bool:
         """Whether every rank loads the whole model into host memory before the engine has it."""
-        partitions = self.launch.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
-        return not (partitions and self.launch.stage == 3)
+        return self.launch.stage is None or not partitions_at_load(self.launch.environ, self._config)
 
     def blocks(self, model: nn.Module) -> list[int]:
         """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""

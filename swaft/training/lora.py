@@ -27,12 +27,12 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
     the adapter's folder.
 
     Args:
-        model: a transformers model, with torch seeded alike on every rank.
+        model: a transformers model, whole, with torch seeded alike on every rank.
         settings: section ``model``.
         task: one of `TASK_TYPES`.
 
     Raises:
-        ConfigError: peft is not installed, finds none of the layers, or meets a model that ZeRO-3 has cut already.
+        ConfigError: peft is not installed, or finds none of the layers.
     """
     if not settings.use_peft:
         return model
@@ -40,11 +40,6 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(f"model.use_peft: needs peft: pip install 'swaft[peft]' ({error})") from error
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ConfigError(
-            "model.use_peft: ZeRO-3 has partitioned the model while it was loaded, and adapters are put on a whole "
-            "one; set zero3_init_flag: false in the accelerate configuration"
-        )
     heads = new_heads(model) if task != "sequence to sequence" else []
     names = settings.lora_target_modules
     wanted = LoraConfig(

@@ -16,9 +16,14 @@ from typing import Any, TypeVar
 from accelerate.tracking import get_available_trackers
 
 from swaft.averaging.rules import Plan, Rule
-from swaft.config import TrackConfig, TrainConfig, to_yaml
+from swaft.config import AdapterConfig, NoiseConfig, TrackConfig, TrainConfig, to_yaml
 from swaft.errors import ConfigError
-from swaft.training.launch.accelerator import EngineSettings, resolve_deepspeed, resolve_precision
+from swaft.training.launch.accelerator import (
+    EngineSettings,
+    partitions_at_load,
+    resolve_deepspeed,
+    resolve_precision,
+)
 from swaft.training.launch.deepspeed_config import FilledConfig, offloads_optimizer
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2
@@ -89,6 +94,8 @@ def check_start(config: Any, ready: Any, environ: Mapping[str, str], problems: P
         "environ": environ,
         "train": sections["train"],
         "track": sections["track"],
+        "model": sections["model"],
+        "noise": sections["noise"],
         "config_yaml": MISSING
         if any(section is MISSING for section in sections.values())
         else to_yaml(config),
@@ -113,6 +120,19 @@ def check_locks(environ: Mapping[str, str], deepspeed: FilledConfig | None) -> N
     """Refuse locks that DeepSpeed would wait for."""
     if deepspeed is not None:
         refuse_left_locks(offloads_optimizer=offloads_optimizer(deepspeed.config))
+
+
+def check_loading(
+    model: AdapterConfig, noise: NoiseConfig, environ: Mapping[str, str], deepspeed: FilledConfig | None
+) -> None:
+    """Refuse to load a model in parts where something is done to it that needs the whole."""
+    settings = {"model.use_peft=true": model.use_peft, "noise.kind=r4f": noise.kind == "r4f"}
+    asked = [setting for setting, is_on in settings.items() if is_on]
+    if asked and deepspeed is not None and partitions_at_load(environ, deepspeed.config):
+        raise ConfigError(
+            f"{' and '.join(asked)}: needs whole weights, and with zero3_init_flag: true ZeRO-3 partitions the model "
+            "while it loads; set zero3_init_flag: false in the accelerate configuration"
+        )
 
 
 def check_tracker(track: TrackConfig) -> None:
@@ -211,6 +231,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "fsdp2": resolve_fsdp2,
     "engine": EngineSettings,
     "locks": check_locks,
+    "loading": check_loading,
     "tracker": check_tracker,
     "folder": check_folder,
     "total_steps": count_steps,

@@ -216,6 +216,15 @@ def test_a_launch_file_is_refused_alike(content, expected, line, launched, tmp_p
     assert launched("classification", words) == [problem]
 
 
+@pytest.mark.parametrize("override", ["noise.kind=r4f", "model.use_peft=true"])
+def test_what_needs_a_whole_model_is_refused_alike_where_zero3_loads_it_in_parts(override, line, launched):
+    words = line("classification", override, options=("--zero3_init_flag", "true"))
+    [problem] = check_run(words).problems
+    assert override in problem
+    assert "set zero3_init_flag: false" in problem
+    assert launched("classification", words) == [problem]
+
+
 def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
     (tmp_path / "summary.json").touch()
     words = line("classification", f"train.output_dir={tmp_path}")

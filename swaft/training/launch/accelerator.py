@@ -321,9 +321,18 @@ def _plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     # accelerate would partition the model while it loads unless told otherwise; loading it whole on each rank
     # is the default here, so that every way of changing a model before training works the same under every
     # engine.
-    wanted = os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
-    partition_at_load = wanted and config["zero_optimization"].get("stage") == 3
-    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=partition_at_load)
+    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=partitions_at_load(os.environ, config))
+
+
+def partitions_at_load(environ: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """Whether every rank loads its part of the model only.
+
+    Args:
+        environ: what the launcher left.
+        config: the filled DeepSpeed configuration.
+    """
+    wanted = environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
+    return wanted and config["zero_optimization"].get("stage") == 3
 
 
 def _project(config: RunConfig) -> ProjectConfiguration:
