@@ -130,7 +130,7 @@ def check_loading(
     asked = [setting for setting, is_on in settings.items() if is_on]
     if asked and deepspeed is not None and partitions_at_load(environ, deepspeed.config):
         raise ConfigError(
-            f"{' and '.join(asked)}: needs whole weights, and with zero3_init_flag: true ZeRO-3 partitions the model "
+            f"{' and '.join(asked)}: needs whole weights, and with zero3_init_flag: true ZeRO-3 cuts the model "
             "while it loads; set zero3_init_flag: false in the accelerate configuration"
         )
 
