@@ -22,6 +22,7 @@ from swaft.training import start
 from swaft.training.launch import deepspeed_extension
 from swaft.training.launch.launcher import read_launch
 from swaft.training.problems import Problems
+from swaft.training.run import run
 from swaft.training.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
@@ -50,9 +51,9 @@ def launched(monkeypatch, configs) -> Callable[..., list[str]]:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
         else:
-            monkeypatch.setattr(module, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
+            monkeypatch.setattr(run, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
         try:
-            module.run(load_config(module.Config, words[words.index(f"recipes/{recipe}.py") + 1 :]))
+            module.train(load_config(module.Config, words[words.index(f"recipes/{recipe}.py") + 1 :]))
         except SwaftError as error:
             return error.problems if isinstance(error, ConfigError) else [str(error)]
         return []
@@ -240,7 +241,7 @@ def checkpoint(tmp_path) -> Path:
     digests = dict.fromkeys(("rows_sha256", "architecture_sha256", "frozen_sha256"), "a" * 64)
     setup |= {"grouped_by": None, "total_steps": 4, "rows": 70, "seed": 42, **digests}
     content = dict.fromkeys((field.name for field in fields(RunRecord)), None)
-    content |= {"setup": setup, "position": {"batches": 2}, "settings": {"averaging.rule": "none"}}
+    content |= {"setup": setup, "parts": {"position": {"batches": 2}}, "settings": {"averaging.rule": "none"}}
     path = tmp_path / "run" / "checkpoint-1"
     path.mkdir(parents=True)
     seal(path, Manifest(kind="run", files={}, content=content))
