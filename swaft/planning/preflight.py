@@ -1,7 +1,8 @@
 """Checks a run before it starts: what its ranks would do, as far as no device and no other rank is needed.
 
-Every rule is the one that the run itself follows, called here without a process group. Whether this machine could
-do what is asked is not judged: the launch may be meant for another one.
+Every rule is the one that the run itself follows, called here without a process group. Whether the devices of this
+machine could do what is asked is not judged: the launch may be meant for another one. What has to be installed for
+it (a tracker, a compiler for an optimizer on the host) is looked for here.
 """
 
 from __future__ import annotations

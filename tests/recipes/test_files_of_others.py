@@ -14,6 +14,7 @@ import pytest
 from launching import launch
 
 from swaft.planning.preflight import Preflight, check_run
+from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
 
 pytestmark = pytest.mark.recipe
@@ -152,3 +153,13 @@ def test_some_files_that_are_passed_start_on_cpu_ranks(inputs, tmp_path):
 @pytest.mark.slow
 def test_every_file_that_is_passed_starts_on_cpu_ranks(inputs, tmp_path):
     start([name for name in STARTS if name not in SAMPLE], inputs, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch_file", ["zero2_cpu", "zero3_cpu"])
+def test_a_script_of_ones_own_starts_under_a_launch_file_as_its_first_line_says(launch_file, tmp_path):
+    use_environment()  # as `source .venv/bin/activate` does
+    arguments = ("--mixed_precision", "no", str(HERE / "own_script.py"), str(tmp_path / "found.json"))
+    finished = launch(f"{launch_file}.yaml", *arguments)
+    assert finished.code == 0, finished.err[-4000:]
+    assert json.loads((tmp_path / "found.json").read_text()) == {"ranks": 2, "whole": True}
