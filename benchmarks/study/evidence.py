@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,15 +164,17 @@ def _cost(kept: Kept) -> str:
         if row["regime"] == "main":
             key = (row["task"], row["seed"])
             cost = row["cost"]
-            measured.setdefault(row["training"], {})[key] = (cost["cpu_seconds"], cost["peak_bytes"] / 1e9)
+            measured.setdefault(row["training"], {})[key] = (
+                cost["cpu_seconds"],
+                cost.get("peak_bytes", math.nan) / 1e9,
+            )
     for training, cells in sorted(measured.items(), key=lambda item: list(TRAININGS).index(item[0])):
         shared = [key for key in cells if key in measured.get("decayed", {})]
         if shared:
             ratio = statistics.median(cells[key][0] / measured["decayed"][key][0] for key in shared)
-            peak = statistics.median(cells[key][1] for key in shared)
-            lines.append(
-                line([f"`{training}`", str(TRAININGS[training].units), f"{ratio:.2f}", f"{peak:.1f}"])
-            )
+            peaks = [cells[key][1] for key in shared if not math.isnan(cells[key][1])]
+            peak = f"{statistics.median(peaks):.1f}" if peaks else "not measured"
+            lines.append(line([f"`{training}`", str(TRAININGS[training].units), f"{ratio:.2f}", peak]))
     if len(lines) == 2:
         return ""
     return (
