@@ -28,7 +28,7 @@ own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
 """The arm that an arm of so many units is held against: of equal cost, or the dearest there is."""
-FEWEST_SEEDS = 2
+FEWEST_SEEDS = 3
 ORDER = [
     (name, readout)
     for name, training in TRAININGS.items()

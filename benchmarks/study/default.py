@@ -50,7 +50,7 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
     ]
     if not any(map(_covers, compared)):
         return (
-            f"**Recommended {kind}: open.** The choosing tasks have not all been measured on two seeds yet."
+            f"**Recommended {kind}: open.** The choosing tasks have not all been measured on three seeds yet."
         )
     arm = best_arm(kept, units)
     if arm is None:

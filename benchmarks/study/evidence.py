@@ -95,7 +95,7 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
     lines = ["## The answer so far", *choose_default(kept)]
     shown = table(kept, "main", [arm for arm in HEADLINES if arm in kept.arms("main")])
     if shown is None:
-        return "\n\n".join([*lines, "No pair of arms has been measured on two seeds yet."])
+        return "\n\n".join([*lines, "No pair of arms has been measured on three seeds yet."])
     lines.append(
         "Paired differences to the decayed baseline of equal cost (its last weights; trained twice as long where "
         "an arm takes two passes), mean over tasks and 95 % interval. Below 0 is better for the losses, above 0 "
