@@ -94,7 +94,6 @@ def report_special_tokens(
 
 def _can_split(tokenizer: Any) -> bool:
     # Slow tokenizers lose words that were added to them, too; to ESM's, all words were.
-    return tokenizer.is_fast or (
-        set(map(str, tokenizer.added_tokens_decoder.values())) <= set(tokenizer.all_special_tokens)
-        and not hasattr(tokenizer, "unique_no_split_tokens")
-    )
+    added = set(map(str, tokenizer.added_tokens_decoder.values()))
+    only_special = added <= set(tokenizer.all_special_tokens)
+    return bool(tokenizer.is_fast) or (only_special and not hasattr(tokenizer, "unique_no_split_tokens"))
