@@ -1,4 +1,4 @@
-"""A row's logits do not depend on its batch, for every type of classifier and encoder-decoder of transformers."""
+"""A row's logits do not depend on its batch, for every type of model of transformers that the recipes train."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from every_type import tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     BertConfig,
@@ -20,7 +21,9 @@ from transformers import (
 )
 
 from swaft.data import Collator, Seq2SeqCollator
+from swaft.data.checks import padding
 from swaft.errors import ConfigError
+from swaft.noise.outputs import task_logits
 from swaft.training.special_tokens import (
     COUNT_FROM_PADDING,
     MIX_PADDING_IN,
@@ -144,6 +147,35 @@ def test_a_nystromformer_with_landmarks_names_the_one_length_it_reads():
     assert one_length(settings, 64) == 64
     with pytest.raises(ConfigError, match=r"expected data\.max_seq_length=64"):
         one_length(settings, 100)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=kind.model_type, marks=() if kind.model_type == "xlnet" else pytest.mark.slow)
+        for kind in MODEL_FOR_QUESTION_ANSWERING_MAPPING
+        if kind.model_type not in NOT_BUILT | {"lxmert"}  # answers about pictures
+    ],
+)
+def test_the_logits_of_the_tokens_to_point_at_do_not_depend_on_the_batch(kind):
+    made = tokenizer()
+    settings = tiny_config(kind, pad_token_id=0, bos_token_id=1, eos_token_id=2, sep_token_id=2)
+    follow_tokenizer(settings, made)
+    model = build(settings, MODEL_FOR_QUESTION_ANSWERING_MAPPING)
+    pad = padding(made, one_length(settings, MAX_LENGTH))
+    rows = [{"input_ids": [1, 7, 2, 2, *((9 * i + n) % 50 + 8 for i in range(n)), 2]} for n in LENGTHS]
+
+    def pointed(rows: list[Any]) -> list[torch.Tensor]:
+        batch = pad(rows)
+        with torch.no_grad():
+            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        kept = batch["attention_mask"].bool()
+        return [row[:, mask] for row, mask in zip(task_logits(out), kept, strict=True)]
+
+    alone = [pointed([row])[0] for row in rows]
+    for count in (2, 3, 4):
+        for together, logits in zip(pointed(rows[:count]), alone, strict=False):
+            assert (together - logits).abs().max() < 1e-4 * logits.std().clamp(min=1e-2)
 
 
 WRITERS = {
