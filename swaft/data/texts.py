@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from swaft.data.checks import values
 from swaft.errors import DataError
@@ -93,7 +93,10 @@ def report_special_tokens(
 
 
 def _can_split(tokenizer: Any) -> bool:
+    if not isinstance(tokenizer, PreTrainedTokenizer):
+        return isinstance(
+            tokenizer, PreTrainedTokenizerFast
+        )  # mistral-common's reads no such token from a text
     # Slow tokenizers lose words that were added to them, too; to ESM's, all words were.
     added = set(map(str, tokenizer.added_tokens_decoder.values()))
-    only_special = added <= set(tokenizer.all_special_tokens)
-    return bool(tokenizer.is_fast) or (only_special and not hasattr(tokenizer, "unique_no_split_tokens"))
+    return added <= set(tokenizer.all_special_tokens) and not hasattr(tokenizer, "unique_no_split_tokens")
