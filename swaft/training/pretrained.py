@@ -31,7 +31,7 @@ AnyModel = ModelConfig | Seq2SeqModelConfig
 
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions reads: as many as memory allows."""
-GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe"})
+GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
 """Types that count positions from padding, and compute as many as they are asked for."""
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from swaft.config import Seq2SeqModelConfig
@@ -15,6 +16,8 @@ from swaft.errors import ConfigError
 from swaft.training.encoder_decoder import VOCAB_SIZE
 from swaft.training.languages import knows_languages
 from swaft.training.pretrained import AnyModel, half, model_path, model_setting
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """The files of which a model's folder has one."""
@@ -29,6 +32,8 @@ NOT_FROM_TEXT = {
     "tapas": "answers questions about tables",
 }
 """Types of models that rows of text alone do not train, and why."""
+ROUTE_AMONG_MODULES = frozenset({"nllb-moe", "switch_transformers"})
+"""Types of mixtures of experts that run a module for each expert that some token chose, and no other."""
 START_WITH_THE_END = frozenset({"mbart", "plbart"})
 """Types whose decoder starts with the last token of the text that it is to write, a language say."""
 START_WITH_BOS = frozenset({"t5gemma", "t5gemma2"})
@@ -67,6 +72,46 @@ def refuse_parallelism(environ: Mapping[str, str]) -> None:
             "the launcher asks for parallelism_config, and in the recipes every rank trains on rows of its own, "
             "with weights sharded over all ranks or none; remove it from the accelerate configuration"
         )
+
+
+def refuse_routing(environ: Mapping[str, str], model_config: Any) -> None:
+    """Refuse a mixture of experts that are modules of their own on several ranks: each would run others of them.
+
+    Args:
+        environ: what the launcher left, or would leave.
+        model_config: transformers configuration.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if _is_one_of_several(environ) and model_config.model_type in ROUTE_AMONG_MODULES:
+        raise ConfigError(
+            f"the launcher starts {environ['WORLD_SIZE']} ranks, and the experts of a {model_config.model_type} "
+            "are modules of which each rank runs those that its tokens choose, so the ranks would wait for each "
+            "other; set num_processes: 1, or use a model that keeps its experts in one tensor (Mixtral, Qwen, ...)"
+        )
+
+
+def keep_all_layers(environ: Mapping[str, str], model_config: Any) -> None:
+    """On several ranks leave out no layers, and log it: each would leave out others, and wait for their gradients.
+
+    Args:
+        environ: what the launcher left, or would leave.
+        model_config: transformers configuration, whose rates become 0 (M2M100 has 0.05).
+    """
+    if not _is_one_of_several(environ):
+        return
+    for part in (model_config, *vars(model_config).values()):
+        rates = vars(part).items() if isinstance(part, PreTrainedConfig) else ()
+        for name in [name for name, rate in rates if name.endswith("layerdrop") and rate]:
+            logger.info(
+                "%s=%g is set to 0: ranks would leave out different layers", name, getattr(part, name)
+            )
+            setattr(part, name, 0.0)
+
+
+def _is_one_of_several(environ: Mapping[str, str]) -> bool:
+    return int(environ.get("WORLD_SIZE", "1")) > 1
 
 
 def require_weights(model: AnyModel, model_config: object) -> None:

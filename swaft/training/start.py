@@ -29,7 +29,12 @@ from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2
 from swaft.training.pretrained import hidden_size
 from swaft.training.problems import MISSING, Problems
-from swaft.training.refusals import refuse_compilation, refuse_parallelism
+from swaft.training.refusals import (
+    keep_all_layers,
+    refuse_compilation,
+    refuse_parallelism,
+    refuse_routing,
+)
 from swaft.training.run.checkpoints import AVERAGE, checkpoint_on_paper
 from swaft.training.run.folder import refuse_used
 from swaft.training.run.record import (
@@ -224,6 +229,8 @@ def _may_be_longer(train: TrainConfig, cuts_rows: bool) -> bool:
 CHECKS: dict[str, Callable[..., Any]] = {
     "compilation": refuse_compilation,
     "parallelism": refuse_parallelism,
+    "routing": refuse_routing,
+    "layers": keep_all_layers,
     "obeyed": obey_fsdp2,
     "precision": resolve_precision,
     "hidden_size": hidden_size,

@@ -55,8 +55,10 @@ LONGEST = {
 }
 OF_TYPE = {
     "fsmt": {"src_vocab_size": 64, "tgt_vocab_size": 64},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
     "reformer": {"axial_pos_shape": (6, 8), "axial_pos_embds_dim": (16, 16), "max_position_embeddings": 48},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
 }
 REFUSED_WITH_NOISE = {
     "canine",
@@ -136,7 +138,10 @@ def texts(tmp_path_factory) -> Path:
 
 def tiny(recipe: str, name: str) -> Any:
     """The configuration of a model of a few thousand weights."""
-    return tiny_config(TYPES[recipe, name][0], **IDS | OF_TYPE.get(name, {}))
+    config = tiny_config(TYPES[recipe, name][0], **IDS | OF_TYPE.get(name, {}))
+    if name == "encoder-decoder":
+        config.decoder.is_decoder = config.decoder.add_cross_attention = True
+    return config
 
 
 def save_model(recipe: str, name: str, folder: Path) -> None:

@@ -17,11 +17,15 @@ from transformers import (
     GenerationConfig,
     LEDConfig,
     LongT5Config,
+    M2M100Config,
     MBartConfig,
+    MixtralConfig,
     MPNetConfig,
     MptConfig,
+    NllbMoeConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    SwitchTransformersConfig,
     T5Config,
     T5GemmaConfig,
     XLNetConfig,
@@ -31,6 +35,8 @@ from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
 from swaft.training.pretrained import UNLIMITED, longest_input, longest_text
 from swaft.training.refusals import (
+    keep_all_layers,
+    refuse_routing,
     require_decoder_start,
     require_embeddings,
     require_text,
@@ -178,6 +184,24 @@ def test_decoders_with_a_start_of_their_own_need_none():
     require_decoder_start(*new(), None)  # starts with its tokenizer's padding
     with pytest.raises(ConfigError, match=r"model\.config: the model has no decoder_start_token_id"):
         require_decoder_start(*new(decoder_start_token_id=None), None)
+
+
+@pytest.mark.parametrize("config", [SwitchTransformersConfig(), NllbMoeConfig()])
+def test_experts_that_are_modules_are_refused_on_several_ranks(config):
+    refuse_routing({"WORLD_SIZE": "1"}, config)
+    refuse_routing({"WORLD_SIZE": "2"}, MixtralConfig())
+    with pytest.raises(ConfigError, match=f"starts 2 ranks, and the experts of a {config.model_type}"):
+        refuse_routing({"WORLD_SIZE": "2"}, config)
+
+
+def test_several_ranks_leave_out_no_layers_and_one_does(caplog):
+    config = M2M100Config()
+    keep_all_layers({}, config)
+    assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.05, 0.05)
+    with caplog.at_level("INFO", logger="swaft"):
+        keep_all_layers({"WORLD_SIZE": "2"}, config)
+    assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.0, 0.0)
+    assert "encoder_layerdrop=0.05 is set to 0: ranks would leave out different layers" in caplog.messages
 
 
 @pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet", "tapas"])
