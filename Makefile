@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := recipes,deepspeed,peft,metrics,demo,test,dev
+EXTRAS := recipes,deepspeed,peft,metrics,report,demo,test,dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 SHELL := /bin/bash

@@ -37,6 +37,9 @@ def test_ranks_that_would_wait_for_a_killed_build_end_and_name_its_lock_and_what
     assert finished.code != 0
     told = [line for line in finished.err.splitlines() if line.startswith("error")]
     assert len(told) == 1
-    assert re.search(rf"{re.escape(str(lock))} is 6\d minutes old", told[0])
-    assert "Delete that file, then run `python -m swaft.training.launch.deepspeed_extension` once" in told[0]
+    assert re.search(rf"{re.escape(str(lock))} is 6\d minutes old", finished.err)
+    assert (
+        "Delete that file, then run `python -m swaft.training.launch.deepspeed_extension` once"
+        in finished.err
+    )
     assert not (tmp_path / "run").exists()

@@ -220,7 +220,7 @@ def test_a_state_that_does_not_say_its_step_is_counted_from_0_with_a_warning_unl
     caplog.clear()
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=16, first_step=12)
     assert averager.applied_steps == 12
-    assert not caplog.text
+    assert "does not say" not in caplog.text
     plain, sgd = trained_by()
     sgd.step()
     swaft.WeightAverager(plain, sgd, rule=swaft.SWA(), total_steps=16)
