@@ -14,6 +14,19 @@ from swaft.storage.strict_json import shown
 
 STRUCTURE = ("architectures", "model_type")
 """Fields of a configuration that say which model it is."""
+COMPUTED = (
+    *(
+        "hidden_act",
+        "activation_function",
+        "hidden_activation",
+        "feed_forward_proj",
+        "position_embedding_type",
+    ),
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "head_dim"),
+    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+)
+"""Fields that change what a model computes of the same weights, whatever their shapes."""
 CLASSES = "id2label"
 """Field that says which output is which class."""
 PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -62,12 +75,14 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
     """What differs between the `config.json` of two folders, in words; nothing where one has none.
 
     Raises:
-        StateError: they are of different architectures, or have the same classes in another order.
+        StateError: they are of different architectures, compute another function of their weights, or have the same
+            classes in another order.
     """
     if first is None or other is None or not all((path / CONFIG).exists() for path in (first, other)):
         return []
     one, two = read_json(first / CONFIG), read_json(other / CONFIG)
-    for key in STRUCTURE:
+    both = tuple(key for key in COMPUTED if key in one and key in two)
+    for key in (*STRUCTURE, *both):
         if one.get(key) != two.get(key):
             raise StateError(
                 f"{other} is another model than {first}: {CONFIG}: {key} is {shown(two.get(key))}, expected "

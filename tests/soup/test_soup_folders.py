@@ -250,6 +250,18 @@ def test_another_architecture_is_refused_and_named(tmp_path, key):
         average(paths, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("key", "one", "two"), [("hidden_act", "gelu", "relu"), ("num_attention_heads", 2, 4)]
+)
+def test_weights_of_which_another_function_is_computed_are_refused(tmp_path, key, one, two):
+    paths = [
+        folder_of(tmp_path / name, random_tensors(2), config=CONFIG | {key: value})
+        for name, value in (("a", one), ("b", two))
+    ]
+    with pytest.raises(StateError, match=f"b is another model than .*a: config.json: {key} is '?{two}"):
+        average(paths, tmp_path / "out")
+
+
 def test_other_settings_that_differ_are_noted(tmp_path):
     paths = folders(tmp_path, 1)
     paths.append(
