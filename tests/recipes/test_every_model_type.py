@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +27,8 @@ from swaft.config import load_config
 from swaft.errors import ConfigError, SwaftError
 from swaft.planning.preflight import check_run
 from swaft.training.pretrained import GROWING, longest_input
-from swaft.training.refusals import NOT_FROM_TEXT
+from swaft.training.refusals import NOT_FROM_TEXT, ROUTE_AMONG_MODULES, keep_all_layers
+from swaft.training.run.ddp_buckets import allow_unused_weights
 from swaft.training.special_tokens import COUNT_FROM_PADDING
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
@@ -240,16 +241,35 @@ def test_a_type_takes_as_many_tokens_as_it_is_said_to_take_and_no_more_from_padd
         pytest.skip("is refused for its type")
     config = tiny(recipe, name)
     model = TYPES[recipe, name][1](config).eval()
-
-    def run(source: int, target: int) -> None:
-        batch = {"input_ids": torch.full((1, source), 7), "attention_mask": torch.ones(1, source).long()}
-        batch["input_ids"][0, 2:5] = config.sep_token_id  # Longformer wants three of them, and BART an end
-        labels = {"labels": torch.full((1, target), 7)} if recipe == "seq2seq" else {}
-        with torch.no_grad():
-            model(**batch, **labels)
-
     source, target = (min(longest_input(config, None, decoder=decoder), 200) for decoder in (False, True))
-    run(source, target)
-    if name in COUNT_FROM_PADDING - GROWING:
-        with pytest.raises((IndexError, RuntimeError)):
-            run(source + 1, target)
+    with torch.no_grad():
+        model(**batch(recipe, config, source, target))
+        if name in COUNT_FROM_PADDING - GROWING:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(**batch(recipe, config, source + 1, target))
+
+
+@every_type
+def test_a_type_with_weights_that_text_leaves_unused_is_known_to_ddp(recipe, name):
+    if is_refused(recipe, name) or name in ROUTE_AMONG_MODULES:
+        pytest.skip("is refused for its type, on several ranks at least")
+    config = tiny(recipe, name)
+    keep_all_layers({"WORLD_SIZE": "2"}, config)
+    model = TYPES[recipe, name][1](config).train()
+    model(**batch(recipe, config, 48, 8)).loss.backward()
+    unused = [key for key, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    accelerator = SimpleNamespace(ddp_handler=None)
+    allow_unused_weights(accelerator, model)  # type: ignore[arg-type]
+    assert accelerator.ddp_handler is not None or not unused
+
+
+def batch(recipe: str, config: Any, source: int, target: int) -> dict[str, torch.Tensor]:
+    """Two rows without padding, of so many tokens."""
+    ids = torch.full((2, source), 7)
+    ids[:, 2:5] = config.sep_token_id  # Longformer wants three of them, and BART an end
+    labels = {
+        "classification": {"labels": torch.tensor([0, 1])},
+        "question_answering": dict.fromkeys(("start_positions", "end_positions"), torch.tensor([0, 9])),
+        "seq2seq": {"labels": torch.full((2, target), 7)},
+    }
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **labels[recipe]}

@@ -1,4 +1,4 @@
-"""Models of which ranks would run different modules train on several ranks: what one rank leaves out, all do."""
+"""Models of which ranks would run different modules, or not all of them, train on several ranks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ DROPPED = {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}
     ("config_file", "config", "kind", "entries"),
     [
         ("zero3_cpu.yaml", LEDConfig, LEDForConditionalGeneration, {}),
+        ("ddp_cpu.yaml", LEDConfig, LEDForConditionalGeneration, {}),
         ("ddp_cpu.yaml", M2M100Config, M2M100ForConditionalGeneration, DROPPED),
     ],
-    ids=["a LED pads some batches", "a M2M100 drops layers"],
+    ids=["a LED pads some batches", "a LED leaves weights unused", "a M2M100 drops layers"],
 )
 def test_ranks_run_the_same_modules(config_file, config, kind, entries, tmp_path: Path):
     save_encoder_decoder(tmp_path / "tokens")

@@ -1,15 +1,39 @@
-"""The buckets in which DDP sums gradients, settled before a run goes on."""
+"""What DDP has to be told of a model, and the buckets in which it sums gradients, settled before a run goes on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swaft.training.evaluate import without_row_id
+
+LEAVE_WEIGHTS_UNUSED = frozenset(
+    {
+        *("axk2", "big_bird", "canine", "encoder-decoder", "esm", "fnet", "layoutlmv3", "led", "lilt"),
+        *("luke", "markuplm", "mra", "squeezebert", "t5gemma2", "xlnet"),
+    }
+)
+"""Types with trained weights that rows of text give no gradient in some task: poolers, attention that is global."""
+OTHER_PARTS = ("vision_config", "audio_config", "auto_map")
+"""Entries of a configuration with a part that text does not go through, or with code that may have one."""
+
+
+def allow_unused_weights(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have DDP look for weights without a gradient, which it would wait for, where a model's type has some.
+
+    Args:
+        accelerator: nothing prepared yet; other engines than DDP take such weights as they are.
+        model: a transformers model, or adapters on one.
+    """
+    config: Any = getattr(model, "config", None)
+    unused = getattr(config, "model_type", None) in LEAVE_WEIGHTS_UNUSED
+    if unused or any(getattr(config, name, None) for name in OTHER_PARTS):
+        handler: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator.ddp_handler = handler
 
 
 def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, batch: dict[str, Any]) -> None:

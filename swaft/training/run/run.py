@@ -37,7 +37,7 @@ from swaft.training.loaders import evaluation_loader, training_loader
 from swaft.training.meter import Meter
 from swaft.training.progress import ProgressLog, scores_table, start_trackers
 from swaft.training.run.checkpoints import AVERAGE
-from swaft.training.run.ddp_buckets import settle_buckets
+from swaft.training.run.ddp_buckets import allow_unused_weights, settle_buckets
 from swaft.training.run.engine_state import zero_stage
 from swaft.training.run.fingerprint import fingerprint_architecture, fingerprint_frozen, fingerprint_rows
 from swaft.training.run.folder import RunFolder
@@ -154,6 +154,7 @@ class Run:
         self._parameters: ParameterCount = count_parameters(model)
         architecture, frozen = fingerprint_architecture(model), fingerprint_frozen(model)
         # From here on the weights may live in shards.
+        allow_unused_weights(accelerator, model)
         self.model, self.optimizer, loader = prepare(
             accelerator,
             model,
