@@ -234,10 +234,3 @@ def test_layers_that_there_are_not_are_refused_with_those_that_there_are():
         with_adapters(bert(), wrong, task=CLASSIFY)
     with pytest.raises(ConfigError, match=r"null fits no layer of DistilBertFor.*q_lin"):
         with_adapters(distilbert(), settings(), task=CLASSIFY)
-
-
-def test_a_model_that_zero3_has_cut_already_is_refused():
-    model = bert()
-    model.classifier.weight.ds_id = 3
-    with pytest.raises(ConfigError, match="zero3_init_flag: false"):
-        with_adapters(model, settings(), task=CLASSIFY)
