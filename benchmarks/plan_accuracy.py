@@ -24,13 +24,13 @@ import swaft
 from benchmarks import command
 from benchmarks.plan_accuracy_cases import LINES, MODELS, WARM_UP, Model
 from benchmarks.ranks import ROOT
-from swaft.config import AveragingConfig, NoiseConfig
-from swaft.planning.engines import Engine
-from swaft.planning.plan import RunPlan, Target, plan_run
-from swaft.training.build import build_objective
+from swaft.training.config import AveragingConfig, NoiseConfig
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
-from swaft.training.pretrained import hidden_size
+from swaft.training.models.build import build_objective
+from swaft.training.models.pretrained import hidden_size
+from swaft.training.planning.engines import Engine
+from swaft.training.planning.plan import RunPlan, Target, plan_run
 
 WORKER = "benchmarks/plan_accuracy_worker.py"
 ALLOCATOR = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from swaft.config import TrainConfig
+from swaft.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 
 import swaft
 from benchmarks.plan_accuracy_cases import MODELS, WARM_UP, Model
-from swaft.config import NoiseConfig, TrackConfig
-from swaft.training.build import build_objective, build_optimizer
+from swaft.training.config import NoiseConfig, TrackConfig
 from swaft.training.launch.accelerator import build_accelerator, resolve_engine, whole_model_loading
 from swaft.training.launch.fsdp2 import prepare
-from swaft.training.pretrained import hidden_size, with_checkpointing
+from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.pretrained import hidden_size, with_checkpointing
 
 STEPS = 3
 """Two in which ZeRO-3 learns the order of the modules, and one in which it knows it."""

@@ -16,9 +16,18 @@ from typing import Any, ClassVar
 
 import swaft
 from swaft.averaging.rules import Rule
-from swaft.config import ClassificationConfig, load_config
-from swaft.config.rule import build_rule
-from swaft.data import (
+from swaft.training.checks.problems import Problems
+from swaft.training.checks.refusals import (
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_token_types,
+    require_weights,
+)
+from swaft.training.checks.start import start_of
+from swaft.training.config import ClassificationConfig, load_config
+from swaft.training.config.rule import build_rule
+from swaft.training.data import (
     Collator,
     Task,
     describe_task,
@@ -30,32 +39,23 @@ from swaft.data import (
     require_length,
     tokenize,
 )
-from swaft.metrics import Metric, get_metric, metric_for_task
-from swaft.training.best import Target, choose_target
-from swaft.training.build import build_objective, build_optimizer
-from swaft.training.evaluate import Evaluation, evaluate
-from swaft.training.kept_head import fit_head
+from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.evaluate import Evaluation, evaluate
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.pretrained import (
+from swaft.training.metrics import Metric, get_metric, metric_for_task
+from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.kept_head import fit_head
+from swaft.training.models.pretrained import (
     describe_labels,
     load_classifier,
     load_model_config,
     load_tokenizer,
     longest_text,
 )
-from swaft.training.problems import Problems
-from swaft.training.progress import setup_logging
-from swaft.training.refusals import (
-    require_decoder_start,
-    require_embeddings,
-    require_text,
-    require_token_types,
-    require_weights,
-)
+from swaft.training.models.special_tokens import follow_tokenizer, one_length, require_end_token
+from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Run
-from swaft.training.schedule import build_schedule, set_learning_rate
-from swaft.training.special_tokens import follow_tokenizer, one_length, require_end_token
-from swaft.training.start import start_of
+from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = ClassificationConfig
 

@@ -17,9 +17,18 @@ from typing import Any, ClassVar
 
 import swaft
 from swaft.averaging.rules import Rule
-from swaft.config import QuestionAnsweringConfig, load_config
-from swaft.config.rule import build_rule
-from swaft.data import (
+from swaft.training.checks.problems import Problems
+from swaft.training.checks.refusals import (
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_token_types,
+    require_weights,
+)
+from swaft.training.checks.start import start_of
+from swaft.training.config import QuestionAnsweringConfig, load_config
+from swaft.training.config.rule import build_rule
+from swaft.training.data import (
     WindowCollator,
     check_questions,
     load_splits,
@@ -31,38 +40,29 @@ from swaft.data import (
     require_offsets,
     tokenize_questions,
 )
-from swaft.metrics import QuestionMetric, get_question_metric
-from swaft.training.answering import (
+from swaft.training.evaluation.answering import (
     evaluate_answers,
     refuse_unused_threshold,
     report_windows,
     write_predictions,
 )
-from swaft.training.best import Target, choose_target
-from swaft.training.build import build_objective, build_optimizer
-from swaft.training.evaluate import Evaluation
-from swaft.training.generation import write_samples
+from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.evaluate import Evaluation
+from swaft.training.evaluation.generation import write_samples
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.pretrained import (
+from swaft.training.metrics import QuestionMetric, get_question_metric
+from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.pretrained import (
     load_model_config,
     load_question_answerer,
     load_tokenizer,
     longest_text,
     require_question_answering,
 )
-from swaft.training.problems import Problems
-from swaft.training.progress import setup_logging
-from swaft.training.refusals import (
-    require_decoder_start,
-    require_embeddings,
-    require_text,
-    require_token_types,
-    require_weights,
-)
+from swaft.training.models.special_tokens import follow_tokenizer, one_length, whole_windows
+from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Evaluations, Run
-from swaft.training.schedule import build_schedule, set_learning_rate
-from swaft.training.special_tokens import follow_tokenizer, one_length, whole_windows
-from swaft.training.start import start_of
+from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = QuestionAnsweringConfig
 

@@ -18,9 +18,17 @@ from typing import Any, ClassVar
 
 import swaft
 from swaft.averaging.rules import Rule
-from swaft.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
-from swaft.config.rule import build_rule
-from swaft.data import (
+from swaft.training.checks.problems import Problems
+from swaft.training.checks.refusals import (
+    require_decoder_start,
+    require_embeddings,
+    require_text,
+    require_weights,
+)
+from swaft.training.checks.start import start_of
+from swaft.training.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
+from swaft.training.config.rule import build_rule
+from swaft.training.data import (
     PairColumns,
     Seq2SeqCollator,
     find_pairs,
@@ -31,33 +39,30 @@ from swaft.data import (
     require_length,
     tokenize_pairs,
 )
-from swaft.metrics import GenerationMetric, get_generation_metric
-from swaft.training.best import Target, choose_target
-from swaft.training.build import build_objective, build_optimizer
-from swaft.training.encoder_decoder import (
+from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.evaluate import Evaluation
+from swaft.training.evaluation.generation import (
+    evaluate_texts,
+    generation_arguments,
+    report_lengths,
+    write_samples,
+)
+from swaft.training.launch.failure import leave, run_and_report
+from swaft.training.metrics import GenerationMetric, get_generation_metric
+from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.encoder_decoder import (
     brings_tokenizer,
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,
     refuse_other_tokens,
 )
-from swaft.training.evaluate import Evaluation
-from swaft.training.generation import evaluate_texts, generation_arguments, report_lengths, write_samples
-from swaft.training.languages import set_languages
-from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.pretrained import load_tokenizer, longest_input
-from swaft.training.problems import Problems
-from swaft.training.progress import setup_logging
-from swaft.training.refusals import (
-    require_decoder_start,
-    require_embeddings,
-    require_text,
-    require_weights,
-)
+from swaft.training.models.languages import set_languages
+from swaft.training.models.pretrained import load_tokenizer, longest_input
+from swaft.training.models.special_tokens import follow_tokenizer, one_length, whole_windows
+from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Run
-from swaft.training.schedule import build_schedule, set_learning_rate
-from swaft.training.special_tokens import follow_tokenizer, one_length, whole_windows
-from swaft.training.start import start_of
+from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = Seq2SeqConfig
 

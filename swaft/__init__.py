@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from swaft import averaging, config, errors, functional, noise, soup
+    from swaft import averaging, errors, functional, noise, soup
     from swaft.averaging import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, WeightAverager, Windows, search_windows
     from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
@@ -30,7 +30,6 @@ __all__ = [
     "WeightAverager",
     "Windows",
     "averaging",
-    "config",
     "errors",
     "functional",
     "noise",
@@ -38,7 +37,7 @@ __all__ = [
     "soup",
 ]
 
-_MODULES = ("averaging", "config", "errors", "functional", "noise", "soup")
+_MODULES = ("averaging", "errors", "functional", "noise", "soup")
 _OF_NOISE = ("R3F", "R4F", "RDrop", "TaskLoss")
 
 

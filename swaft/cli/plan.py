@@ -28,11 +28,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from swaft.errors import ConfigError
-from swaft.planning import sized
+from swaft.training.planning import sized
 
 if TYPE_CHECKING:
-    from swaft.planning.memory import Phase
-    from swaft.planning.plan import RunPlan, Target
+    from swaft.training.planning.memory import Phase
+    from swaft.training.planning.plan import RunPlan, Target
 
 GIB = 2**30
 
@@ -41,8 +41,10 @@ def run(words: Sequence[str]) -> int:
     """Plan the run that these words would launch, print the plan, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
 
-    from swaft.planning.plan import Target  # only here: --help and a wrong option wait for no library
-    from swaft.planning.recipe import plan_recipe
+    from swaft.training.planning.plan import (
+        Target,  # only here: --help and a wrong option wait for no library
+    )
+    from swaft.training.planning.recipe import plan_recipe
 
     target = Target(
         on_cpu=options.on_cpu,

@@ -20,14 +20,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swaft.planning.preflight import Preflight
+    from swaft.training.planning.preflight import Preflight
 
 
 def run(words: Sequence[str]) -> int:
     """Check the run that these words would launch, print what was found, and return the exit code."""
     import datasets  # only here: --help waits for no library
 
-    from swaft.planning.preflight import check_run
+    from swaft.training.planning.preflight import check_run
 
     as_json = "--json" in words
     datasets.disable_progress_bars()  # rows are read fast, and the table is what there is to see

@@ -14,14 +14,14 @@ from accelerate.state import AcceleratorState, GradientState
 from launching import load_recipe
 from tiny_inputs import save_rows
 
-from swaft.config import load_config
 from swaft.errors import ConfigError, SwaftError
-from swaft.planning.preflight import check_run
 from swaft.storage import Manifest, seal
-from swaft.training import start
+from swaft.training.checks import start
+from swaft.training.checks.problems import Problems
+from swaft.training.config import load_config
 from swaft.training.launch import deepspeed_extension
 from swaft.training.launch.launcher import read_launch
-from swaft.training.problems import Problems
+from swaft.training.planning.preflight import check_run
 from swaft.training.run import run
 from swaft.training.run.record import RunRecord
 

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from swaft.cli.main import main
 from swaft.training.launch import deepspeed_extension
-from swaft.training.schedule import count_micro_batches
+from swaft.training.run.schedule import count_micro_batches
 
 pytestmark = pytest.mark.unit
 
@@ -225,7 +225,7 @@ def test_a_launch_file_says_in_its_first_line_what_a_script_of_ones_own_needs(ca
 def test_a_recipe_that_is_not_python_is_a_problem_with_its_line(command, capsys, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(
-        "from swaft.config import ClassificationConfig as Config\n\ndef prepare(config, problems:\n"
+        "from swaft.training.config import ClassificationConfig as Config\n\ndef prepare(config, problems:\n"
     )
     assert main([command, "--config_file", str(FILES["zero2"]), str(script)]) == 1
     said = capsys.readouterr()

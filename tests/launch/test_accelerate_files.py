@@ -11,7 +11,7 @@ import torch.distributed.run
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from swaft.config import TrainConfig
+from swaft.training.config import TrainConfig
 from swaft.training.launch.accelerator import resolve_deepspeed, resolve_precision
 from swaft.training.launch.fsdp2 import resolve_fsdp2
 

@@ -10,8 +10,8 @@ from tiny_inputs import save_model, save_rows
 from transformers import AutoConfig, BertForSequenceClassification
 
 from swaft.cli.main import main
-from swaft.config import load_config
-from swaft.training.problems import Problems
+from swaft.training.checks.problems import Problems
+from swaft.training.config import load_config
 
 ROOT = Path(__file__).parents[2]
 

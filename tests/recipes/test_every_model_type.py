@@ -23,13 +23,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swaft.config import load_config
 from swaft.errors import ConfigError, SwaftError
-from swaft.planning.preflight import check_run
-from swaft.training.pretrained import GROWING, longest_input
-from swaft.training.refusals import NOT_FROM_TEXT, ROUTE_AMONG_MODULES, keep_all_layers
+from swaft.training.checks.refusals import NOT_FROM_TEXT, ROUTE_AMONG_MODULES, keep_all_layers
+from swaft.training.config import load_config
+from swaft.training.models.pretrained import GROWING, longest_input
+from swaft.training.models.special_tokens import COUNT_FROM_PADDING
+from swaft.training.planning.preflight import check_run
 from swaft.training.run.ddp_buckets import allow_unused_weights
-from swaft.training.special_tokens import COUNT_FROM_PADDING
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-from swaft.planning.preflight import Preflight, check_run
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
+from swaft.training.planning.preflight import Preflight, check_run
 
 pytestmark = pytest.mark.recipe
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from swaft.config import QuestionAnsweringConfig, load_config
-from swaft.config.rule import build_rule
-from swaft.metrics import get_question_metric
-from swaft.training.build import build_objective
+from swaft.training.config import QuestionAnsweringConfig, load_config
+from swaft.training.config.rule import build_rule
+from swaft.training.metrics import get_question_metric
+from swaft.training.models.build import build_objective
 
 pytestmark = pytest.mark.unit
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny_questions import make_questions, save_questions
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from swaft.config import QuestionAnsweringConfig, load_config
-from swaft.metrics import score_squad, score_squad_v2
+from swaft.training.config import QuestionAnsweringConfig, load_config
+from swaft.training.metrics import score_squad, score_squad_v2
 
 pytestmark = pytest.mark.recipe
 

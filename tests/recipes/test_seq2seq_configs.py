@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from swaft.config import Seq2SeqConfig, load_config
-from swaft.config.rule import build_rule
-from swaft.metrics import get_generation_metric
-from swaft.training.build import build_objective
-from swaft.training.encoder_decoder import encoder_decoder_config
+from swaft.training.config import Seq2SeqConfig, load_config
+from swaft.training.config.rule import build_rule
+from swaft.training.metrics import get_generation_metric
+from swaft.training.models.build import build_objective
+from swaft.training.models.encoder_decoder import encoder_decoder_config
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ from launching import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from swaft.config import Seq2SeqConfig, load_config
+from swaft.training.config import Seq2SeqConfig, load_config
 
 pytestmark = pytest.mark.recipe
 

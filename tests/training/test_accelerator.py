@@ -8,8 +8,8 @@ import torch
 import yaml
 from accelerate.utils import DistributedType
 
-from swaft.config import TrainConfig
 from swaft.errors import ConfigError, TrainingError
+from swaft.training.config import TrainConfig
 from swaft.training.launch.accelerator import (
     check_engine,
     refuse_fp16_on_cpu,

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
 
-from swaft.config import QuestionAnsweringEvalConfig
-from swaft.data import WindowCollator, tokenize_questions
 from swaft.errors import ConfigError, TrainingError
-from swaft.metrics import get_question_metric, score_squad, score_squad_v2
-from swaft.training.answering import evaluate_answers, refuse_unused_threshold, write_predictions
-from swaft.training.evaluate import Evaluation
+from swaft.training.config import QuestionAnsweringEvalConfig
+from swaft.training.data import WindowCollator, tokenize_questions
+from swaft.training.evaluation.answering import evaluate_answers, refuse_unused_threshold, write_predictions
+from swaft.training.evaluation.evaluate import Evaluation
+from swaft.training.metrics import get_question_metric, score_squad, score_squad_v2
 from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit

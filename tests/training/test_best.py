@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import swaft
-from swaft.config import EvalConfig
 from swaft.errors import ConfigError, StateError
-from swaft.metrics import classification, generation, question_answering
-from swaft.training.best import BestWeights, Target, choose_target
+from swaft.training.config import EvalConfig
+from swaft.training.evaluation.best import BestWeights, Target, choose_target
+from swaft.training.metrics import classification, generation, question_answering
 
 pytestmark = pytest.mark.unit
 

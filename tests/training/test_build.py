@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_training import make_classifier
 
-from swaft.config import NoiseConfig, TrainConfig
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
-from swaft.training.build import build_objective, build_optimizer, count_parameters
+from swaft.training.config import NoiseConfig, TrainConfig
+from swaft.training.models.build import build_objective, build_optimizer, count_parameters
 
 pytestmark = pytest.mark.unit
 

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from swaft.config import TrainConfig
 from swaft.distributed import _gloo_group
+from swaft.training.config import TrainConfig
 from swaft.training.launch.accelerator import process_group
 
 pytestmark = pytest.mark.unit

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import EncoderDecoderConfig
 
-from swaft.config import Seq2SeqModelConfig
 from swaft.errors import ConfigError
-from swaft.training.encoder_decoder import (
+from swaft.training.config import Seq2SeqModelConfig
+from swaft.training.models.encoder_decoder import (
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,

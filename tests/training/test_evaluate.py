@@ -8,7 +8,7 @@ import torch
 from tiny_training import make_classifier, make_loader, make_rows
 
 from swaft.errors import TrainingError
-from swaft.training.evaluate import each_row_once, evaluate, without_row_id
+from swaft.training.evaluation.evaluate import each_row_once, evaluate, without_row_id
 
 pytestmark = pytest.mark.unit
 

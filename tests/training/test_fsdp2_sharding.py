@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from swaft.config import TrainConfig
 from swaft.errors import ConfigError
+from swaft.training.config import TrainConfig
 from swaft.training.launch.fsdp2 import blocks_of, find_blocks, obey_fsdp2, resolve_fsdp2
 
 pytestmark = pytest.mark.unit

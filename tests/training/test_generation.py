@@ -9,23 +9,23 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from swaft.config import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
-from swaft.data import Seq2SeqCollator, tokenize_pairs
 from swaft.errors import TrainingError
-from swaft.metrics import get_generation_metric
-from swaft.training.encoder_decoder import (
-    encoder_decoder_config,
-    load_encoder_decoder,
-    new_tokenizer,
-)
-from swaft.training.evaluate import Evaluation
-from swaft.training.generation import (
+from swaft.training.config import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
+from swaft.training.data import Seq2SeqCollator, tokenize_pairs
+from swaft.training.evaluation.evaluate import Evaluation
+from swaft.training.evaluation.generation import (
     evaluate_texts,
     generation_arguments,
     generation_is_collective,
     write_samples,
 )
-from swaft.training.pretrained import UNLIMITED
+from swaft.training.metrics import get_generation_metric
+from swaft.training.models.encoder_decoder import (
+    encoder_decoder_config,
+    load_encoder_decoder,
+    new_tokenizer,
+)
+from swaft.training.models.pretrained import UNLIMITED
 from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit

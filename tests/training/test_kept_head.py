@@ -18,12 +18,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from swaft.config import DataConfig, ModelConfig
-from swaft.data import Task, describe_task
 from swaft.errors import ConfigError
-from swaft.metrics import get_metric
-from swaft.training.kept_head import FittedHead, fit_head
-from swaft.training.pretrained import describe_labels, load_classifier, load_model_config
+from swaft.training.config import DataConfig, ModelConfig
+from swaft.training.data import Task, describe_task
+from swaft.training.metrics import get_metric
+from swaft.training.models.kept_head import FittedHead, fit_head
+from swaft.training.models.pretrained import describe_labels, load_classifier, load_model_config
 
 pytestmark = pytest.mark.unit
 

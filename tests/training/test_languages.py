@@ -9,10 +9,10 @@ import pytest
 from datasets import Dataset
 from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer, PreTrainedTokenizerFast
 
-from swaft.config import Seq2SeqDataConfig
-from swaft.data import PairColumns, tokenize_pairs
 from swaft.errors import ConfigError
-from swaft.training.languages import language_codes, set_languages, write_target_language
+from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.data import PairColumns, tokenize_pairs
+from swaft.training.models.languages import language_codes, set_languages, write_target_language
 
 pytestmark = pytest.mark.unit
 

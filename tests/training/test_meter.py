@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swaft.training.meter import Meter, count_tokens
+from swaft.training.run.meter import Meter, count_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -63,8 +63,8 @@ def test_a_resumed_recipe_that_logs_something_else_begins_its_sums_anew(make_acc
 def test_training_rows_of_like_length_come_together_in_every_recipe(make_accelerator):
     from datasets import Dataset
 
-    from swaft.config import TrainConfig
-    from swaft.training.loaders import training_loader
+    from swaft.training.config import TrainConfig
+    from swaft.training.run.loaders import training_loader
 
     lengths = [1 + 37 * row % 61 for row in range(240)]
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths], "idx": range(240)})

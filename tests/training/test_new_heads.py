@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForQuestionAnswering
 
-from swaft.config import ModelConfig
-from swaft.training.lora import new_heads, with_adapters
+from swaft.training.config import ModelConfig
+from swaft.training.models.lora import new_heads, with_adapters
 
 pytestmark = pytest.mark.unit
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3Tokenizer
 
-from swaft.config import ModelConfig
-from swaft.data import Task
 from swaft.errors import ConfigError
-from swaft.training.pretrained import (
+from swaft.training.config import ModelConfig
+from swaft.training.data import Task
+from swaft.training.models.pretrained import (
     describe_labels,
     hidden_size,
     load_classifier,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from swaft.config import ClassificationConfig
 from swaft.errors import ConfigError, DataError
-from swaft.training.problems import MISSING, Problems
-from swaft.training.recipe import is_recipe, load_recipe
+from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.recipe import is_recipe, load_recipe
+from swaft.training.config import ClassificationConfig
 
 pytestmark = pytest.mark.unit
 
@@ -77,7 +77,7 @@ def test_another_script_is_no_recipe_and_is_not_run(text, tmp_path):
 
 
 RECIPE = """
-from swaft.config import ClassificationConfig
+from swaft.training.config import ClassificationConfig
 from sections import EXTRA
 Config = ClassificationConfig
 def prepare(config, problems): ...

@@ -5,9 +5,9 @@ import logging
 
 import pytest
 
-from swaft.config import ClassificationConfig, ModelConfig, TrackConfig, TrainConfig
-from swaft.training.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
+from swaft.training.config import ClassificationConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.run.folder import RunFolder
+from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
 
 pytestmark = pytest.mark.unit
 

@@ -31,10 +31,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from swaft.config import ModelConfig, Seq2SeqModelConfig
 from swaft.errors import ConfigError
-from swaft.training.pretrained import UNLIMITED, longest_input, longest_text
-from swaft.training.refusals import (
+from swaft.training.checks.refusals import (
     keep_all_layers,
     refuse_routing,
     require_decoder_start,
@@ -42,6 +40,8 @@ from swaft.training.refusals import (
     require_text,
     require_token_types,
 )
+from swaft.training.config import ModelConfig, Seq2SeqModelConfig
+from swaft.training.models.pretrained import UNLIMITED, longest_input, longest_text
 
 pytestmark = pytest.mark.unit
 

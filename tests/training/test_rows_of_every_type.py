@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swaft.data import Collator, Seq2SeqCollator
-from swaft.data.checks import padding
 from swaft.errors import ConfigError
 from swaft.noise.outputs import task_logits
-from swaft.training.special_tokens import (
+from swaft.training.data import Collator, Seq2SeqCollator
+from swaft.training.data.checks import padding
+from swaft.training.models.special_tokens import (
     COUNT_FROM_PADDING,
     MIX_PADDING_IN,
     READ_THEIR_END,

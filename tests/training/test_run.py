@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import swaft
-from swaft.config import (
+from swaft.errors import TrainingError
+from swaft.noise import TaskLoss
+from swaft.training.config import (
     AveragingConfig,
     ClassificationConfig,
     DataConfig,
@@ -25,14 +27,12 @@ from swaft.config import (
     TrackConfig,
     TrainConfig,
 )
-from swaft.data import shuffled
-from swaft.errors import TrainingError
-from swaft.noise import TaskLoss
-from swaft.training.best import Target
-from swaft.training.evaluate import Evaluation
+from swaft.training.data import shuffled
+from swaft.training.evaluation.best import Target
+from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.run import Run
-from swaft.training.schedule import build_schedule, set_learning_rate
+from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 pytestmark = pytest.mark.unit
 

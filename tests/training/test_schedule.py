@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from swaft.config import TrainConfig
 from swaft.errors import ConfigError
-from swaft.training.schedule import (
+from swaft.training.config import TrainConfig
+from swaft.training.run.schedule import (
     build_schedule,
     count_optimizer_steps,
     set_learning_rate,

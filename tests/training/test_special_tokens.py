@@ -19,7 +19,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from swaft.training.special_tokens import follow_tokenizer, generate_as_trained
+from swaft.training.models.special_tokens import follow_tokenizer, generate_as_trained
 
 pytestmark = pytest.mark.unit
 

@@ -24,11 +24,11 @@ from transformers import (
 
 import swaft
 from swaft.averaging import attach_engine, save_pretrained
-from swaft.config import ModelConfig
 from swaft.errors import ConfigError
 from swaft.noise import TaskLoss
-from swaft.training.build import count_parameters
-from swaft.training.lora import with_adapters
+from swaft.training.config import ModelConfig
+from swaft.training.models.build import count_parameters
+from swaft.training.models.lora import with_adapters
 
 pytestmark = pytest.mark.unit
 

@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 import swaft
-from swaft.config import TrainConfig
 from swaft.noise import TaskLoss
-from swaft.training.accumulation import step_batches
-from swaft.training.meter import Meter
+from swaft.training.config import TrainConfig
+from swaft.training.run.accumulation import step_batches
+from swaft.training.run.meter import Meter
 from swaft.training.run.step import Step
 
 STEPS, LEARNING_RATE = 6, 0.3

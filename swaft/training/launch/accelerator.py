@@ -29,8 +29,8 @@ from accelerate.utils import (
 )
 from torch.distributed import distributed_c10d
 
-from swaft.config import TrackConfig, TrainConfig
 from swaft.errors import ConfigError, TrainingError
+from swaft.training.config import TrackConfig, TrainConfig
 from swaft.training.launch.deepspeed_config import (
     FilledConfig,
     RecipeValues,
@@ -70,7 +70,7 @@ class EngineSettings:
 def resolve_engine(
     train: TrainConfig, environ: Mapping[str, str], *, hidden_size: int | None
 ) -> EngineSettings:
-    """Return what accelerate is started with, for a run that no recipe checks (`swaft.training.start` does).
+    """Return what accelerate is started with, for a run that no recipe checks (`swaft.training.checks.start` does).
 
     Raises:
         ConfigError: where launcher, DeepSpeed file and recipe contradict one another.

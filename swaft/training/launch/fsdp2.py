@@ -29,8 +29,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from swaft.config import TrainConfig
 from swaft.errors import ConfigError, TrainingError
+from swaft.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

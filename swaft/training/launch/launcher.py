@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from swaft.config.values import not_allowed, suggestion
 from swaft.errors import ConfigError
+from swaft.training.config.values import not_allowed, suggestion
 from swaft.training.launch.deepspeed_config import launcher_config
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")

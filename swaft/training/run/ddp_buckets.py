@@ -9,7 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swaft.training.evaluate import without_row_id
+from swaft.training.evaluation.evaluate import without_row_id
 
 LEAVE_WEIGHTS_UNUSED = frozenset(
     {

@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 
 from swaft import __version__
-from swaft.config import to_yaml
 from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
+from swaft.training.config import to_yaml
 from swaft.training.launch.accelerator import RunConfig
 from swaft.training.launch.started_by import launch_command
 from swaft.training.run.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints

@@ -19,12 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from swaft.averaging import Engine, WeightAverager, WindowSearch, attach_engine, save_pretrained
-from swaft.config import AveragingConfig, EvalConfig, flatten, to_yaml
 from swaft.storage import sync_tree
-from swaft.training.accumulation import step_batches
-from swaft.training.best import BestWeights, Target, watches_weights
-from swaft.training.build import ParameterCount, count_parameters
-from swaft.training.evaluate import Evaluation, best_window, mean_evaluations
+from swaft.training.config import AveragingConfig, EvalConfig, flatten, to_yaml
+from swaft.training.evaluation.best import BestWeights, Target, watches_weights
+from swaft.training.evaluation.evaluate import Evaluation, best_window, mean_evaluations
 from swaft.training.launch.accelerator import (
     EngineSettings,
     RunConfig,
@@ -33,19 +31,21 @@ from swaft.training.launch.accelerator import (
 )
 from swaft.training.launch.fsdp2 import prepare
 from swaft.training.launch.interruption import Interrupted, Interruption
-from swaft.training.loaders import evaluation_loader, training_loader
-from swaft.training.meter import Meter
-from swaft.training.progress import ProgressLog, scores_table, start_trackers
+from swaft.training.models.build import ParameterCount, count_parameters
+from swaft.training.run.accumulation import step_batches
 from swaft.training.run.checkpoints import AVERAGE
 from swaft.training.run.ddp_buckets import allow_unused_weights, settle_buckets
 from swaft.training.run.engine_state import zero_stage
 from swaft.training.run.fingerprint import fingerprint_architecture, fingerprint_frozen, fingerprint_rows
 from swaft.training.run.folder import RunFolder
+from swaft.training.run.loaders import evaluation_loader, training_loader
+from swaft.training.run.meter import Meter
+from swaft.training.run.progress import ProgressLog, scores_table, start_trackers
 from swaft.training.run.record import RunRecord, Setup
+from swaft.training.run.schedule import Schedule, count_optimizer_steps
 from swaft.training.run.state import Part, RunState, load_engine_state
 from swaft.training.run.step import Position, Step
-from swaft.training.schedule import Schedule, count_optimizer_steps
-from swaft.training.summary import run_facts, summary
+from swaft.training.run.summary import run_facts, summary
 
 Evaluations = dict[str, Evaluation]
 """By kind of weights, ``last`` and ``averaged``."""
@@ -97,7 +97,7 @@ class Run:
 
         Args:
             config: of the recipe.
-            engine: what accelerate is started with, from `swaft.training.start.start_of`.
+            engine: what accelerate is started with, from `swaft.training.checks.start.start_of`.
 
         Raises:
             ConfigError: the folder holds something else than this run.

@@ -17,10 +17,10 @@ from swaft.averaging.persist import weights_now
 from swaft.distributed import shared_ranks
 from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
-from swaft.training.meter import Meter
 from swaft.training.run.checkpoints import AVERAGE, Checkpoint, delete_old, save_checkpoint
 from swaft.training.run.engine_state import TAG, load_engine, save_engine
 from swaft.training.run.folder import RunFolder, package_versions
+from swaft.training.run.meter import Meter
 from swaft.training.run.random_state import capture_random, restore_random
 from swaft.training.run.record import (
     RunRecord,

@@ -11,9 +11,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from swaft.errors import TrainingError
-from swaft.training.accumulation import MicroBatch, loss_factors
-from swaft.training.evaluate import without_row_id
-from swaft.training.meter import count_tokens
+from swaft.training.evaluation.evaluate import without_row_id
+from swaft.training.run.accumulation import MicroBatch, loss_factors
+from swaft.training.run.meter import count_tokens
 
 if TYPE_CHECKING:
     from swaft.training.run.run import Run

@@ -1,0 +1,64 @@
+"""Typed settings of a run, filled from defaults, YAML files and the command line."""
+
+try:
+    import omegaconf  # noqa: F401  (recipes import these settings first)
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "swaft's recipes need accelerate, transformers, datasets and omegaconf: pip install 'swaft[recipes]'",
+        name=error.name,
+    ) from error
+
+from swaft.training.config.check import check_averaging, check_config
+from swaft.training.config.load import load_config, read_config
+from swaft.training.config.question_answering import (
+    QuestionAnsweringConfig,
+    QuestionAnsweringDataConfig,
+    QuestionAnsweringEvalConfig,
+)
+from swaft.training.config.render import flatten, to_yaml
+from swaft.training.config.schema import (
+    AdapterConfig,
+    AveragingConfig,
+    ClassificationConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    NoiseConfig,
+    RowsConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from swaft.training.config.seq2seq import (
+    Seq2SeqConfig,
+    Seq2SeqDataConfig,
+    Seq2SeqEvalConfig,
+    Seq2SeqModelConfig,
+    Seq2SeqTrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "AveragingConfig",
+    "ClassificationConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "QuestionAnsweringConfig",
+    "QuestionAnsweringDataConfig",
+    "QuestionAnsweringEvalConfig",
+    "RowsConfig",
+    "Seq2SeqConfig",
+    "Seq2SeqDataConfig",
+    "Seq2SeqEvalConfig",
+    "Seq2SeqModelConfig",
+    "Seq2SeqTrainConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "check_averaging",
+    "check_config",
+    "flatten",
+    "load_config",
+    "read_config",
+    "to_yaml",
+]

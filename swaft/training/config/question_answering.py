@@ -1,0 +1,64 @@
+"""Settings that only models which find answers in a text have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from swaft.training.config.schema import (
+    AveragingConfig,
+    EvalConfig,
+    ModelConfig,
+    NoiseConfig,
+    RowsConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+
+@dataclass(kw_only=True)
+class QuestionAnsweringDataConfig(RowsConfig):
+    """Which questions to train and evaluate on, and how their contexts are cut into windows.
+
+    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
+    override that names one of the three replaces the whole source, its other splits included. They have
+    SQuAD's columns: id, question, context, and answers (text, answer_start).
+    """
+
+    max_seq_length: int = 384
+    """Tokens of a window: the question, and as much of the context as fits beside it. 384 is what BERT was
+    fine-tuned with."""
+    doc_stride: int = 128
+    """Tokens of context that a window shares with the next one, so that no answer is cut by both."""
+    version_2_with_negative: bool | None = None
+    """Whether a question may have no answer (SQuAD 2.0); null: it may where some question has none. false with
+    such a question is an error."""
+
+
+@dataclass(kw_only=True)
+class QuestionAnsweringEvalConfig(EvalConfig):
+    """When and how to evaluate."""
+
+    metric: str = "auto"
+    """What to measure: squad (exact_match and f1) or squad_v2 (the same, and apart for questions with and without
+    an answer); auto: squad_v2 where questions may have no answer."""
+    n_best_size: int = 20
+    """Spans of each window, and candidates of each question, that the answer is chosen from."""
+    max_answer_length: int = 30
+    """Tokens of an answer at most."""
+    null_score_diff_threshold: float = 0.0
+    """How much "no answer" has to score above the best answer to be given; used where questions may have none."""
+    num_samples: int = 20
+    """Questions of each split whose answers are kept in the run folder, last beside averaged weights, to read."""
+
+
+@dataclass(kw_only=True)
+class QuestionAnsweringConfig:
+    """Everything `recipes/question_answering.py` needs."""
+
+    model: ModelConfig
+    data: QuestionAnsweringDataConfig = field(default_factory=QuestionAnsweringDataConfig)
+    train: TrainConfig
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    eval: QuestionAnsweringEvalConfig = field(default_factory=QuestionAnsweringEvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)

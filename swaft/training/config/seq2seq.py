@@ -1,0 +1,101 @@
+"""Settings that only models which read one text and write another have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from swaft.training.config.schema import (
+    AdapterConfig,
+    AveragingConfig,
+    EvalConfig,
+    NoiseConfig,
+    RowsConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+
+@dataclass(kw_only=True)
+class Seq2SeqModelConfig(AdapterConfig):
+    """Which encoder-decoder to fine-tune, or what a new one looks like."""
+
+    model_name_or_path: str | None = None
+    """Hub id or folder of the pretrained encoder-decoder (T5, BART, mBART, Pegasus, Marian, NLLB); null with
+    `config`."""
+    config: dict[str, Any] | None = None
+    """A new model to train from random weights, in place of a pretrained one: entries of its transformers
+    configuration, `model_type` (t5, bart, ...) among them; the others keep the defaults of that type."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer that is trained on the training rows for a new model without
+    `tokenizer_name`; null: 4096."""
+    tokenizer_name: str | None = None
+    """Hub id or folder of the tokenizer; null: the model's own, or a new one for a new model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+
+
+@dataclass(kw_only=True)
+class Seq2SeqDataConfig(RowsConfig):
+    """Which rows to train and evaluate on, and which columns of them.
+
+    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
+    override that names one of the three replaces the whole source, its other splits included.
+    """
+
+    source_column: str | None = None
+    """Column with the text to read; null: both columns are found by their usual names (document and summary,
+    article and highlights, ...). A language of the column `translation` will do too."""
+    target_column: str | None = None
+    """Column with the text to write; set it with `source_column` or not at all."""
+    source_lang: str | None = None
+    """Language to read: a key of the column `translation`, and for a model of many languages its code (en_XX,
+    eng_Latn). A code finds the key before its `_`; for other keys name `source_column` as well."""
+    target_lang: str | None = None
+    """Language to write."""
+    source_prefix: str = ""
+    """Put before every source. T5 was told its task so: "summarize: ", "translate English to French: "."""
+    max_source_length: int = 512
+    """Longest source in tokens, longer texts are cut. 512 is what T5 was pretrained with."""
+    max_target_length: int = 128
+    """Longest target in tokens, longer texts are cut. 128 holds nearly every summary of news."""
+
+
+@dataclass(kw_only=True)
+class Seq2SeqTrainConfig(TrainConfig):
+    """How to optimise, and where the results go."""
+
+    label_smoothing_factor: float = 0.0
+    """Share of each target token spread over the whole vocabulary, in training only; the evaluation loss is
+    always the plain one. 0: off. 0.1 is usual for training translation from scratch."""
+
+
+@dataclass(kw_only=True)
+class Seq2SeqEvalConfig(EvalConfig):
+    """When and how to evaluate."""
+
+    metric: str = "auto"
+    """What to measure on generated texts: rouge, rougeL_coco, bleu, chrf, bleu_chrf or bleu_rouge; auto: the
+    usual one of the task, else bleu_chrf for translations and rouge for the rest."""
+    predict_with_generate: bool = True
+    """Generate a text for every row and score it. false: measure the loss alone, which is much faster."""
+    num_beams: int | None = None
+    """Width of the beam search, 1: the likeliest token each time; null: as the model's generation settings say
+    (1 for most)."""
+    max_new_tokens: int | None = None
+    """Longest text to generate, in tokens; null: `data.max_target_length`."""
+    num_samples: int = 20
+    """Rows of each split whose generated texts are kept in the run folder, last beside averaged weights."""
+
+
+@dataclass(kw_only=True)
+class Seq2SeqConfig:
+    """Everything `recipes/seq2seq.py` needs."""
+
+    model: Seq2SeqModelConfig = field(default_factory=Seq2SeqModelConfig)
+    data: Seq2SeqDataConfig = field(default_factory=Seq2SeqDataConfig)
+    train: Seq2SeqTrainConfig
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    eval: Seq2SeqEvalConfig = field(default_factory=Seq2SeqEvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)

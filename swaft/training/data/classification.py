@@ -1,0 +1,188 @@
+"""Turns rows of text and label into batches for a sequence classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from swaft.errors import DataError
+from swaft.training.config.schema import DataConfig
+from swaft.training.data.checks import (
+    Fault,
+    existing,
+    good_rows,
+    is_blank,
+    padding,
+    refuse_repeated_ids,
+    require_column,
+    require_length,
+    text_faults,
+    values,
+)
+from swaft.training.data.labels import Labels, label_faults, read_labels
+from swaft.training.data.texts import encode as encode_texts
+
+# How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
+USUAL_TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("sentence",),
+    ("text",),
+)
+USUAL_LABEL_COLUMNS = ("label", "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Labels):
+    """What a classification or regression task reads and predicts."""
+
+    text_columns: tuple[str, ...]
+    """One text column, or two for a pair."""
+    label_column: str
+    """Column with the answer."""
+    rows: Mapping[str, Dataset] = field(repr=False)
+    """Rows by split, without those that were left out."""
+
+
+def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
+    """Find the columns of a task and what its labels are, and check them in every row of every split.
+
+    Bad rows are left out where `data.skip_bad_rows` asks for it: without a label, or with a text that is none or
+    blank.
+
+    Args:
+        splits: rows by split, `train` among them.
+        data: the section of the configuration; names columns where they are not the usual ones.
+
+    Raises:
+        DataError: a column that does not exist, a text that is none, a label that does not fit, or an id (column
+            `id`) that several rows of a split have.
+    """
+    text_columns = _text_columns(splits["train"], data)
+    label_column = _label_column(splits["train"], data)
+    for name, split in splits.items():
+        for column in (*text_columns, label_column):
+            if column not in split.column_names:
+                raise DataError(
+                    f"the {name} split has no column '{column}', but train has; {existing(split)}"
+                )
+
+    def faults(split: Dataset) -> Iterator[Fault]:
+        for column in text_columns:  # most tokenizers make something of a blank text, which can be classified
+            yield from text_faults(split, column, blank=data.skip_bad_rows)
+        yield from label_faults(split, label_column)
+
+    rows = good_rows(splits, faults, skip=data.skip_bad_rows)
+    for name, split in rows.items():
+        if "id" in split.column_names:
+            refuse_repeated_ids(split, name)
+    labels = read_labels(rows, label_column, do_regression=data.do_regression)
+    return Task(
+        text_columns=text_columns,
+        label_column=label_column,
+        rows=rows,
+        **vars(labels),
+    )
+
+
+def refuse_rows_without_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse blank texts where the tokenizer adds nothing to them (GPT-2, Qwen): a model cannot read no tokens.
+
+    Args:
+        task: what `describe_task` found.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        DataError: names the row.
+    """
+    for name, split in task.rows.items():
+        for row, texts in enumerate(
+            zip(*(values(split, column) for column in task.text_columns), strict=True)
+        ):
+            if all(map(is_blank, texts)) and not tokenizer(*texts).input_ids:
+                raise DataError(
+                    f"row {row} of {name} has an empty text, of which {type(tokenizer).__name__} makes no token. "
+                    "Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
+                )
+
+
+def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Turn rows into what the model reads, unpadded.
+
+    Args:
+        split: rows of the task.
+        task: what `describe_task` found.
+        tokenizer: the model's tokenizer.
+        max_seq_length: tokens a row is cut to, special tokens included; of a pair the longer text is cut.
+
+    Returns:
+        A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (class ids, or floats for
+        a regression) and `idx`, the row number in `split`.
+
+    Raises:
+        DataError: the model does not read that many tokens.
+    """
+    require_length("data.max_seq_length", max_seq_length, tokenizer.model_max_length)
+
+    def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        texts = [rows[column] for column in task.text_columns]
+        encoded = dict(encode_texts(tokenizer, *texts, truncation=True, max_length=max_seq_length))
+        labels = rows[task.label_column]
+        if task.is_regression:
+            encoded["labels"] = [float(label) for label in labels]
+        else:
+            encoded["labels"] = [task.label_ids[label] for label in labels]
+        encoded["idx"] = indices
+        return encoded
+
+    return split.map(encode, batched=True, with_indices=True, remove_columns=split.column_names)
+
+
+class Collator:
+    """Pads rows and stacks them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        length: tokens that every row is padded to; None: to the longest of the batch.
+
+    Raises:
+        DataError: the tokenizer has no padding token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
+        self._pad = padding(tokenizer, length)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the batch: token columns (B, L) int64, `labels` (B,) int64 or fp32, `idx` (B,) int64."""
+        return dict(self._pad(list(rows)))
+
+
+def _text_columns(train: Dataset, data: DataConfig) -> tuple[str, ...]:
+    if data.text_column is not None:
+        require_column(train, data.text_column, "data.text_column")
+        if data.text_pair_column is None:
+            return (data.text_column,)
+        require_column(train, data.text_pair_column, "data.text_pair_column")
+        return data.text_column, data.text_pair_column
+    for columns in USUAL_TEXT_COLUMNS:
+        if set(columns) <= set(train.column_names):
+            return columns
+    raise DataError(f"no column with a usual name for text; {existing(train)}; set data.text_column")
+
+
+def _label_column(train: Dataset, data: DataConfig) -> str:
+    if data.label_column is not None:
+        require_column(train, data.label_column, "data.label_column")
+        return data.label_column
+    for column in USUAL_LABEL_COLUMNS:
+        if column in train.column_names:
+            return column
+    raise DataError(f"no column named label or labels; {existing(train)}; set data.label_column")

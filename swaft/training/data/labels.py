@@ -1,0 +1,235 @@
+"""Reads the answers of a task: what kind they are, which classes there are, and that every row has one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from swaft.errors import DataError
+from swaft.training.data.checks import Fault, shortened, values
+
+logger = logging.getLogger(__name__)
+
+MOST_UNNAMED_CLASSES = 1000
+"""Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
+TRUTH = ["False", "True"]
+"""Names of the classes of truth values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the label column of a task holds."""
+
+    num_labels: int
+    """Number of classes; 1 for a regression."""
+    label_names: list[str] | None
+    """Names of the classes in order of their ids, where the data names them."""
+    is_regression: bool
+    """Whether the answer is a score rather than a class."""
+    label_ids: Mapping[Any, int]
+    """Id of the class by what stands in the column; empty for a regression."""
+
+
+def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
+    """Read the labels of a task, and check every row of every split.
+
+    Fractional numbers are scores; written as texts they are asked about. Text is a class, its id the place in the
+    sorted texts of the training rows. A whole number is a class id; how many there are is what the column's type
+    says, else the largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names
+    like texts. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is logged.
+
+    Args:
+        splits: rows by split, `train` among them, without those that `label_faults` yields.
+        column: the label column, present in every split.
+        do_regression: whether numbers are scores (True) or class ids (False); None: as above.
+
+    Raises:
+        DataError: labels that may be either, or a row with one that no training row has; names split and row.
+    """
+    labels = {name: split[column][:] for name, split in splits.items()}
+    kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
+    for name, kind in kinds.items():
+        # Whole numbers among scores are scores: a small split may hold no fraction.
+        if kind is not kinds["train"] and not (kinds["train"] is float and kind is int):
+            raise DataError(
+                f"column '{column}' holds {_said(kinds['train'])} in train but {_said(kind)} in {name}; "
+                "expected the same kind in every split"
+            )
+    if kinds["train"] is str and not do_regression:
+        if do_regression is None:
+            _refuse_written_scores(labels["train"], column)
+        return _read_names(labels, column)
+    if kinds["train"] is str:
+        _require_written_scores(labels, column)
+        return Labels(num_labels=1, label_names=None, is_regression=True, label_ids={})
+    if kinds["train"] is float and do_regression is None and _are_whole(labels["train"]):
+        raise DataError(
+            f"column '{column}' holds whole numbers stored as fractional ones ({labels['train'][0]}, ...): class "
+            "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
+        )
+    if do_regression or (do_regression is None and kinds["train"] is float):
+        return Labels(num_labels=1, label_names=None, is_regression=True, label_ids={})
+    for name, rows in labels.items():
+        if not _are_whole(rows):
+            raise DataError(
+                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
+                "set data.do_regression=true"
+            )
+    return _read_ids(splits, labels, column)
+
+
+def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
+    """Yield the rows without a label: nothing, a blank, NaN or infinity, or -1 where the column's type names the
+    classes.
+    """
+    is_named = isinstance(split.features[column], ClassLabel)
+    for row, value in enumerate(values(split, column)):
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        if value is None or not is_number or (isinstance(value, str) and not value.strip()):
+            yield row, f"has no {column} ({value!r})"
+        elif is_named and value == -1:
+            yield row, f"has {column}=-1, which marks a row without its answer"
+
+
+def _are_whole(rows: list[Any]) -> bool:
+    return bool((np.asarray(rows, dtype=np.float64) % 1 == 0).all())
+
+
+def _written_score(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _refuse_written_scores(labels: list[str], column: str) -> None:
+    """Refuse texts that are all numbers, some of them fractional: 1.5, "1,5", nan."""
+    texts = dict.fromkeys(labels)
+    scores = [_written_score(text.replace(",", ".", 1)) for text in texts]
+    fraction = next((text for text, score in zip(texts, scores, strict=True) if score and score % 1), None)
+    if fraction is not None and None not in scores:
+        raise DataError(
+            f"column '{column}' holds numbers written as texts ({fraction!r}, ...): classes or scores? Set "
+            "data.do_regression=false for classes, data.do_regression=true for scores (with a decimal point)"
+        )
+
+
+def _require_written_scores(labels: Mapping[str, list[str]], column: str) -> None:
+    for split, rows in labels.items():
+        for row, text in enumerate(rows):
+            score = _written_score(text)
+            if score is None or not math.isfinite(score):
+                raise DataError(
+                    f"row {row} of {split} has {column}={text!r}, which is no score; expected a number with a "
+                    "decimal point, or leave out data.do_regression=true"
+                )
+
+
+def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
+    known = sorted(set(labels["train"]))
+    names = [label if isinstance(label, str) else str(int(label)) for label in known]
+    ids = {label: number for number, label in enumerate(known)}
+    for split, rows in labels.items():
+        for row, value in enumerate(rows):
+            if value not in ids:
+                raise DataError(
+                    f"row {row} of {split} has {column}={value!r}, which no training row has; expected "
+                    f"one of {shortened(names)} (data.max_train_samples may cut labels off)"
+                )
+    alike: dict[str, str] = {}
+    for name in names:
+        other = alike.setdefault(name.strip().casefold(), name)
+        if other != name:
+            logger.warning(
+                "%s: %r and %r are two classes; write them alike if they are one", column, other, name
+            )
+    return Labels(
+        num_labels=_several(len(names), column), label_names=names, is_regression=False, label_ids=ids
+    )
+
+
+def _read_ids(splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str) -> Labels:
+    names = _class_names(splits, column)
+    found = set(labels["train"])
+    if (names is None and 0 not in found) or (names is TRUTH and len(found) == 1):
+        read = _read_names(labels, column)
+        logger.info(
+            "%s: whole numbers without 0 are names of %d classes: %s",
+            column,
+            read.num_labels,
+            shortened(read.label_names or []),
+        )
+        return read
+    num_labels = len(names) if names is not None else int(max(found)) + 1
+    if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(labels["train"])):
+        row = int(np.argmax(labels["train"]))
+        raise DataError(
+            f"row {row} of train has {column}={num_labels - 1}, which would make {num_labels} classes of "
+            f"{len(labels['train'])} rows; expected class ids counted from 0. Name another column with "
+            "data.label_column"
+        )
+    for split, rows in labels.items():
+        ids = np.asarray(rows, dtype=np.int64)
+        outside = np.flatnonzero((ids < 0) | (ids >= num_labels))
+        if len(outside):
+            row, source = outside[0], "training rows" if names is None else "column type"
+            raise DataError(
+                f"row {row} of {split} has {column}={ids[row]}; expected 0 to {num_labels - 1}, the labels "
+                f"of the {source} (-1 usually marks a row without its answer: leave such rows out; where it is a "
+                "class, write the labels as texts)"
+            )
+    unseen = [str(number) for number in range(num_labels) if number not in found]
+    if unseen and names is None:
+        logger.info(
+            "%s: class ids 0 to %d; no training row has %s", column, num_labels - 1, shortened(unseen)
+        )
+    return Labels(
+        num_labels=_several(num_labels, column),
+        label_names=names,
+        is_regression=False,
+        label_ids={number: number for number in range(num_labels)},
+    )
+
+
+def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None:
+    features = {name: split.features[column] for name, split in splits.items()}
+    named = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    for name, names in named.items():
+        if names != named.get("train"):
+            raise DataError(
+                f"column '{column}' names its classes {shortened(names)} in {name} but "
+                f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
+            )
+    if not named and all(set(map(type, split[column][:])) == {bool} for split in splits.values()):
+        return TRUTH
+    return named.get("train")
+
+
+def _kind(rows: list[Any], split: str, column: str) -> type:
+    for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
+        if all(isinstance(value, members) for value in rows):
+            return kind
+    odd = next(type(value).__name__ for value in rows)
+    raise DataError(
+        f"column '{column}' of {split} holds {odd} values; expected class ids, texts or scores. Name another "
+        "column with data.label_column"
+    )
+
+
+def _several(num_labels: int, column: str) -> int:
+    if num_labels < 2:
+        raise DataError(
+            f"every training row has the same {column}: there is nothing to classify. Name another column "
+            "with data.label_column, or raise data.max_train_samples"
+        )
+    return num_labels
+
+
+def _said(kind: type) -> str:
+    return {int: "whole numbers", float: "fractional numbers", str: "texts"}[kind]

@@ -1,0 +1,295 @@
+"""Finds the rows that `config.data` names: a task folder, a local file, the hub, or the built-in demo."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder
+
+from swaft.errors import DataError
+from swaft.fraction import share_of
+from swaft.training.config.schema import DataConfig, RowsConfig
+from swaft.training.config.values import DELIMITERS, split_names
+from swaft.training.data.files import FILE_READERS, TABLES, cause, require_utf8
+
+logger = logging.getLogger(__name__)
+
+Splits = dict[str, Dataset]
+
+DEMO_TASK = "python_docstrings"
+GLUE = "nyu-mll/glue"
+GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+
+# Name of a split where rows come from -> its name here. MNLI has two validation sets.
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "validation_matched": "validation",
+    "dev": "validation",
+    "validation_mismatched": "validation_mismatched",
+    "test": "test",
+}
+
+EVALUATED = ("validation", "test")
+"""Splits that a language to evaluate on may have."""
+
+OFFLINE = "without a network set data.train_file, or SWAFT_DATA to a folder of task folders"
+SCRIPT = (
+    "the hub keeps its rows as parquet too: hf download NAME --repo-type dataset --revision refs/convert/parquet "
+    "--local-dir DIR, then data.dataset_name=DIR/CONFIGURATION"
+)
+"""What to do without a network, and about a dataset that is a Python script, which none runs any more."""
+
+
+def load_splits(data: RowsConfig) -> Splits:
+    """Return the rows by split.
+
+    `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them, and
+    `validation_de`, `test_de` and so on for the languages to evaluate on.
+    The columns are as they came. `validation_fraction` takes rows of train for validation; `max_train_samples` and
+    its like keep the first rows of a split.
+
+    Args:
+        data: the section of the configuration; one of `task_name`, `dataset_name`, `train_file` is set.
+
+    Raises:
+        DataError: the rows cannot be found or read, or a split is empty or missing, or there is one already that
+            was to be taken from train.
+    """
+    splits = _find(data)
+    if "train" not in splits:
+        raise DataError(f"found the splits {_listed(splits)} but no train split; set data.train_file")
+    if data.validation_fraction is not None:
+        splits = _with_validation(splits, data.validation_fraction)
+    if isinstance(data, DataConfig):
+        splits |= _find_languages(data)
+    limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
+    for name, split in splits.items():
+        if not len(split):
+            raise DataError(f"the {name} split has no rows; give it some, or leave the split out")
+        splits[name] = _first(split, limits.get(name.split("_")[0], data.max_eval_samples))
+    return splits
+
+
+def language_groups(splits: Mapping[str, Any], data: DataConfig) -> dict[str, list[str]]:
+    """Return which splits differ in language alone, by the name of their mean: `test_mean` of `test`, `test_de`.
+
+    Args:
+        splits: rows by split.
+        data: the section of the configuration; without `eval_languages` there are none.
+    """
+    languages = split_names(data.eval_languages) if data.eval_languages else []
+    groups = {}
+    for name in EVALUATED:
+        same = [
+            split for split in (name, *(f"{name}_{language}" for language in languages)) if split in splits
+        ]
+        if len(same) > 1:
+            groups[f"{name}_mean"] = same
+    return groups
+
+
+def data_folder() -> Path | None:
+    """Find the folder of task folders: `$SWAFT_DATA`, else ../shared/data beside here or the package.
+
+    Raises:
+        DataError: `SWAFT_DATA` names a folder that does not exist.
+    """
+    named = os.environ.get("SWAFT_DATA")
+    if named:
+        if not Path(named).is_dir():
+            raise DataError(
+                f"SWAFT_DATA is {named}, which is not a folder; set it to the folder of task folders"
+            )
+        return Path(named)
+    package_root = Path(__file__).resolve().parents[3]
+    candidates = (root.parent / "shared" / "data" for root in (Path.cwd(), package_root))
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _find(data: RowsConfig) -> Splits:
+    if data.task_name is not None:
+        return _load_task(data.task_name)
+    if data.dataset_name is not None:
+        return _load_hub(data.dataset_name, data.dataset_config_name, data.delimiter)
+    files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+    return {
+        split: _load_file(path, f"data.{split}_file", data.delimiter)
+        for split, path in files.items()
+        if path is not None
+    }
+
+
+def _find_languages(data: DataConfig) -> Splits:
+    splits = {}
+    for language in split_names(data.eval_languages) if data.eval_languages else []:
+        found = (
+            _load_hub(data.dataset_name, language, data.delimiter)
+            if data.dataset_name
+            else _load_beside(data, language)
+        )
+        kept = {f"{name}_{language}": rows for name, rows in found.items() if name in EVALUATED}
+        if not kept:
+            raise DataError(
+                f"data.eval_languages: for '{language}' there are neither validation nor test rows; expected them "
+                "in a configuration of data.dataset_name of that name, or in a file beside those of the training "
+                f"language (test.csv, test.{language}.csv)"
+            )
+        splits |= kept
+    return splits
+
+
+def _load_beside(data: DataConfig, language: str) -> Splits:
+    """Read the files of a language beside those of the validation and test rows: test.csv, test.de.csv."""
+    files = {"validation": data.validation_file, "test": data.test_file}
+    folder = _task_folder(data.task_name) if data.task_name is not None else None
+    if folder is not None:
+        files = {split: str(folder / f"{split}.parquet") for split in EVALUATED}
+    named = {split: Path(path) for split, path in files.items() if path is not None}
+    paths = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
+    return {
+        split: _load_file(str(path), "data.eval_languages", data.delimiter)
+        for split, path in paths.items()
+        if path.is_file()
+    }
+
+
+def _task_folder(task_name: str) -> Path | None:
+    root = data_folder()
+    folder = root / task_name if root else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _load_task(task_name: str) -> Splits:
+    folder = _task_folder(task_name)
+    if folder is not None:
+        files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
+        return {
+            split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
+        }
+    if task_name == DEMO_TASK:
+        from swaft.training.demo import docstring_splits  # only here: reads the whole standard library
+
+        return docstring_splits()
+    if task_name in GLUE_TASKS:
+        return _load_hub(GLUE, task_name)
+    root = data_folder()
+    local = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
+    known = sorted({DEMO_TASK, *GLUE_TASKS, *local})
+    near = get_close_matches(task_name, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise DataError(
+        f"data.task_name: '{task_name}' is neither a folder of {root or 'SWAFT_DATA (not set)'} nor one of "
+        f"{', '.join(known)}.{hint} For rows of your own set data.train_file"
+    )
+
+
+def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FILE_READERS:
+        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
+    if not Path(path).is_file():
+        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
+    options = {"delimiter": DELIMITERS.get(delimiter, delimiter)} if delimiter and suffix in TABLES else {}
+    try:
+        if suffix != ".parquet":
+            require_utf8(path)
+        return FILE_READERS[suffix](path, **options)
+    except DataError as error:
+        raise DataError(f"{setting}: {path}{error}") from error
+    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
+        raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {cause(error)}") from error
+
+
+def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) -> Splits:
+    try:
+        builder: Any = load_dataset_builder(name, config_name)
+        if builder.name == "csv":
+            told: Any = builder.config
+            found = _load_tables(told, delimiter) or load_dataset(
+                name, config_name, **_as_written(told.sep, delimiter)
+            )
+        elif delimiter is not None:
+            raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")
+        else:
+            found = load_dataset(name, config_name)
+    except DataError:
+        raise
+    except Exception as error:  # hub, network and cache each have types of their own
+        which = f"{name} ({config_name})" if config_name else name
+        reason = cause(error)
+        mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
+        raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
+    if not isinstance(found, DatasetDict):
+        raise DataError(f"data.dataset_name: {name} has no splits; set data.train_file instead")
+    # The labels of GLUE's test splits are withheld (-1): there is nothing to score.
+    withheld = name in (GLUE, "glue")
+    kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
+    return {split: rows for split, rows in kept.items() if not (withheld and split == "test")}
+
+
+def _load_tables(config: Any, delimiter: str | None) -> DatasetDict | None:
+    """Read the csv and tsv files of a folder as those that are named one by one; None: they are not all here."""
+    files = {split: list(map(str, paths)) for split, paths in config.data_files.items()}
+    if not all(
+        Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())
+    ):
+        return None
+    return DatasetDict(
+        {
+            str(split): concatenate_datasets(
+                [_load_file(path, "data.dataset_name", delimiter) for path in paths]
+            )
+            for split, paths in files.items()
+        }
+    )
+
+
+def _as_written(separator: str, delimiter: str | None) -> dict[str, Any]:
+    """Return the options with which tables of the hub lose no row of a tsv and no text such as NA."""
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+    if separator == "\t":
+        options["quoting"] = csv.QUOTE_NONE
+    if delimiter is not None:
+        options["sep"] = DELIMITERS.get(delimiter, delimiter)
+    return options
+
+
+def _with_validation(splits: Splits, fraction: float) -> Splits:
+    """Take so large a share of the training rows, drawn at random, for validation; both keep their order.
+
+    The draw is always the same, so that runs of several seeds can be compared, and their weights averaged.
+    """
+    if "validation" in splits:
+        raise DataError(
+            "data.validation_fraction: the rows have a validation split of their own; remove the setting"
+        )
+    train = splits["train"]
+    count = int(share_of(len(train), fraction))
+    if count == 0:
+        raise DataError(
+            f"data.validation_fraction: {fraction} of {len(train)} rows is no row; set a larger one"
+        )
+    drawn = np.random.default_rng(0).permutation(len(train))
+    logger.info("validation rows: %d of %d, taken from train at random", count, len(train))
+    return {
+        "train": train.select(np.sort(drawn[count:])),
+        "validation": train.select(np.sort(drawn[:count])),
+        **{name: rows for name, rows in splits.items() if name != "train"},
+    }
+
+
+def _first(split: Dataset, limit: int | None) -> Dataset:
+    return split if limit is None else split.select(range(min(limit, len(split))))
+
+
+def _listed(splits: Mapping[str, Dataset]) -> str:
+    return ", ".join(splits) or "(none)"

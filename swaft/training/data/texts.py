@@ -1,0 +1,102 @@
+"""Texts to token ids in which only what the tokenizer adds is special, whatever a text spells."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from swaft.errors import DataError
+from swaft.training.data.checks import values
+
+logger = logging.getLogger(__name__)
+
+
+def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
+    """Set whether a special token that a text spells is text; a saved tokenizer remembers it.
+
+    Args:
+        tokenizer: the model's, for `encode`.
+        split_special_tokens: False: such a token has its special meaning, a separator say.
+    """
+    tokenizer.split_special_tokens = split_special_tokens
+    if _can_split(tokenizer):
+        tokenizer.init_kwargs["split_special_tokens"] = split_special_tokens
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> BatchEncoding:
+    """Tokenize a batch of texts, or of pairs.
+
+    Where special tokens are read as text (see `read_as_text`), those that the tokenizer cannot split become unknown
+    words: words of its vocabulary, as in T5's, and all of a slow tokenizer to which words were added.
+
+    Args:
+        tokenizer: the model's.
+        texts: one list of texts, or two of pairs.
+        options: of the tokenizer's call.
+
+    Returns:
+        What the tokenizer returns, lists of `input_ids` among it.
+
+    Raises:
+        DataError: for such a word where the tokenizer has no token for unknown words.
+    """
+    if not tokenizer.split_special_tokens:
+        return tokenizer(*texts, **options)
+    encoded = tokenizer(
+        *texts, split_special_tokens=_can_split(tokenizer), return_special_tokens_mask=True, **options
+    )
+    unknown: Any = tokenizer.unk_token_id
+    special = frozenset(tokenizer.all_special_ids) - {unknown}
+    for ids, added in zip(encoded["input_ids"], encoded.pop("special_tokens_mask"), strict=True):
+        if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to see
+            continue
+        added = added[-len(ids) :]  # ByT5 adds no end to a text that spells one there
+        for position, (token, was_added) in enumerate(zip(ids, added, strict=True)):
+            if token in special and not was_added:
+                if unknown is None:
+                    raise DataError(
+                        f"a text spells {tokenizer.convert_ids_to_tokens(token)}, which is a word of "
+                        f"{type(tokenizer).__name__}, and there is no token for unknown words to put in its place; "
+                        "remove it from the texts, or set data.split_special_tokens=false"
+                    )
+                ids[position] = unknown
+    return encoded
+
+
+def report_special_tokens(
+    splits: Mapping[str, Dataset], columns: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Say in how many rows a text spells a special token, and what becomes of it."""
+    columns = tuple(columns)
+    spelled = re.compile(
+        "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
+    )
+    read = "are text" if tokenizer.split_special_tokens else "have their special meaning"
+    other = str(not tokenizer.split_special_tokens).lower()
+    for name, split in splits.items():
+        found = [
+            (row, match.group())
+            for row, texts in enumerate(zip(*(values(split, column) for column in columns), strict=True))
+            if (match := next(filter(None, map(spelled.search, texts)), None))
+        ]
+        if found:
+            logger.warning(
+                "%d rows of %s spell special tokens (row %d: %s), which %s; "
+                "set data.split_special_tokens=%s to change that",
+                *(len(found), name, *found[0], read, other),
+            )
+
+
+def _can_split(tokenizer: Any) -> bool:
+    if not isinstance(tokenizer, PreTrainedTokenizer):
+        return isinstance(
+            tokenizer, PreTrainedTokenizerFast
+        )  # mistral-common's reads no such token from a text
+    # Slow tokenizers lose words that were added to them, too; to ESM's, all words were.
+    added = set(map(str, tokenizer.added_tokens_decoder.values()))
+    return added <= set(tokenizer.all_special_tokens) and not hasattr(tokenizer, "unique_no_split_tokens")

@@ -1,0 +1,238 @@
+"""Keeps the weights that score best on validation rows, and says when training on no longer helps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swaft.averaging import Engine, WeightAverager, save_pretrained
+from swaft.errors import ConfigError
+from swaft.storage import sync_tree
+from swaft.storage.files import beside, replace_folder
+from swaft.training.config import EvalConfig
+from swaft.training.evaluation.evaluate import Scores
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+"""What was found so far, beside the best weights in a checkpoint."""
+LOWER_IS_BETTER = ("loss", "mse")
+"""The scores of which less is better; of all others more is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a recipe judges weights by."""
+
+    score: str
+    """Name of the main score, which the summary names."""
+    names: Sequence[str] = ()
+    """All scores that there are to choose by, ``loss`` apart, which there always is."""
+    chosen: str = ""
+    """Name of the score that decides between weights, from `choose_target`."""
+
+    @property
+    def better(self) -> Callable[..., Any]:
+        """The built-in ``min`` or ``max``."""
+        return min if self.chosen in LOWER_IS_BETTER else max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The weights that scored best so far."""
+
+    step: int
+    """Optimizer steps that they took."""
+    weights: str
+    """``last`` or ``averaged``."""
+    metric: str
+    """Name of the score."""
+    score: float
+    """Their score on validation rows."""
+
+
+def watches_weights(evaluation: EvalConfig) -> bool:
+    """Whether a run's weights are judged while it trains, to keep the best or to stop early."""
+    return evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
+
+
+def choose_target(evaluation: EvalConfig, main: Target, splits: Collection[str]) -> Target:
+    """Return the recipe's target with the score that decides between weights, before the run starts.
+
+    Args:
+        evaluation: section ``eval``.
+        main: the recipe's main score, and what others there are.
+        splits: names of the splits that there are rows of.
+
+    Raises:
+        ConfigError: there is no such score, or there are no validation rows to choose by.
+    """
+    problems = []
+    wanted = evaluation.metric_for_best_model or main.score
+    known = [*dict.fromkeys((main.score, *main.names, "loss"))]
+    if wanted not in known:
+        problems.append(
+            f"eval.metric_for_best_model: this run has no score '{wanted}'; expected one of {', '.join(known)}"
+        )
+    if "validation" not in splits:
+        asked = {
+            "keep_best": evaluation.keep_best != "none",
+            "early_stopping_patience": evaluation.early_stopping_patience is not None,
+        }
+        problems += [
+            f"eval.{name}: weights are judged on validation rows, and there are none; name some "
+            "(data.validation_file), or remove it"
+            for name, is_asked in asked.items()
+            if is_asked
+        ]
+    if problems:
+        raise ConfigError(problems)
+    return replace(main, chosen=wanted)
+
+
+class BestWeights:
+    """Follows the validation score of a run's weights; keeps the best of them in a folder, where that is asked for.
+
+    Args:
+        evaluation: section ``eval``.
+        target: which score counts, from `choose_target`.
+        folder: Hugging Face folder of the best weights. It is always a whole one, or not there.
+        tokenizer: saved beside the weights.
+        engine: whose last weights may be kept.
+        averager: whose averaged weights may be kept; None without averaging.
+    """
+
+    def __init__(
+        self,
+        evaluation: EvalConfig,
+        *,
+        target: Target,
+        folder: Path,
+        tokenizer: Any,
+        engine: Engine,
+        averager: WeightAverager | None,
+    ):
+        self.found: Best | None = None
+        """The best weights so far; None before the first score that is a number."""
+        self._keeps = evaluation.keep_best != "none"
+        self._watched = (
+            (evaluation.keep_best,)
+            if evaluation.keep_best in ("last", "averaged")
+            else ("averaged", "last")  # of equal scores the first counts
+        )
+        self._patience = evaluation.early_stopping_patience
+        self._threshold = evaluation.early_stopping_threshold
+        self._target, self._folder, self._tokenizer = target, folder, tokenizer
+        self._engine, self._averager = engine, averager
+        self._in_vain = 0
+
+    def observe(self, step: int, scores: Mapping[str, Scores], **selection: Any) -> bool:
+        """Take in an evaluation on validation rows, and keep the weights if they are the best so far (collective).
+
+        Args:
+            step: optimizer steps that the weights took.
+            scores: by kind of weights, ``last`` and ``averaged``; of the weights as they are now.
+            selection: which average was evaluated, where the rule leaves a choice.
+
+        Returns:
+            Whether the run has had its patience's worth of evaluations without a better score; the same on every
+            rank.
+
+        Raises:
+            StateError, AveragingError: the weights could not be written; on every rank.
+        """
+        seen = {kind: scores[kind][self._target.chosen] for kind in self._watched if kind in scores}
+        # All ranks follow the first: machines of different make may round a score apart.
+        seen = self._engine.ranks.gather(seen)[0]
+        seen = {kind: score for kind, score in seen.items() if not math.isnan(score)}
+        gain = 0.0
+        if seen:
+            kind = self._target.better(seen, key=seen.__getitem__)
+            gain = self._gain(seen[kind])
+            if gain > 0:
+                self.found = Best(step=step, weights=kind, metric=self._target.chosen, score=seen[kind])
+                if self._keeps:
+                    self._write(kind, **selection)
+        waits_for_average = self._averager is not None and "averaged" not in scores
+        self._in_vain = 0 if waits_for_average or gain > self._threshold else self._in_vain + 1
+        return self._patience is not None and self._in_vain >= self._patience
+
+    def save_state(self, path: Path) -> None:
+        """Keep in a checkpoint what was found so far, and the best weights too (collective).
+
+        They are copied: files that several checkpoints shared would be damaged in all of them at once.
+        """
+        ranks = self._engine.ranks
+        with ranks.together(f"{path} could not be written"):
+            if ranks.is_main:
+                kept = bool(self.found and self._keeps)
+                if kept:
+                    shutil.copytree(self._folder, path)
+                path.mkdir(parents=True, exist_ok=True)
+                names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+                state = {"found": self.found and asdict(self.found), "in_vain": self._in_vain, "files": names}
+                (path / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load_state(self, path: Path) -> None:
+        """Continue from what :meth:`save_state` wrote, whatever the folder holds by now (collective).
+
+        Where section ``eval`` has changed so that what was found cannot be compared with what will be, choosing
+        begins anew.
+        """
+        ranks = self._engine.ranks
+        with ranks.together(f"{self._folder} could not be restored"):
+            if not (path / STATE).exists():  # of a run that did not choose
+                return
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            found = None if state["found"] is None else Best(**state["found"])
+            if found is not None and (problem := self._incomparable(found, kept=bool(state["files"]))):
+                logger.warning("%s; the best weights are chosen anew from here", problem)
+                return
+            self.found, self._in_vain = found, state["in_vain"]
+            if ranks.is_main and state["files"]:
+                new = beside(self._folder, "new")
+                shutil.rmtree(new, ignore_errors=True)
+                for name in state["files"]:
+                    (new / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path / name, new / name)
+                sync_tree(new)
+                replace_folder(new, self._folder)
+            elif ranks.is_main and self._folder.exists():  # of steps that will be taken again
+                shutil.rmtree(self._folder)
+
+    def _incomparable(self, found: Best, *, kept: bool) -> str | None:
+        """Why the best weights of a checkpoint cannot be gone on with, in words."""
+        if found.metric != self._target.chosen:
+            return f"eval.metric_for_best_model is {self._target.chosen}, and was {found.metric}"
+        if found.weights not in self._watched:
+            return f"eval.keep_best looks at {self._watched[0]} weights, and the best were {found.weights}"
+        if self._keeps and not kept:
+            return "eval.keep_best was none, and the best weights of so far were not kept"
+        return None
+
+    def _gain(self, score: float) -> float:
+        if self.found is None:
+            return math.inf
+        difference = score - self.found.score
+        return difference if self._target.better is max else -difference
+
+    def _write(self, kind: str, **selection: Any) -> None:
+        new = beside(self._folder, "new")
+        if self._engine.ranks.is_main:  # what a run left that was ended here
+            shutil.rmtree(new, ignore_errors=True)
+        if kind == "averaged":
+            assert self._averager is not None
+            self._averager.save_pretrained(new, **selection)
+        else:
+            save_pretrained(self._engine, new)
+        with self._engine.ranks.together(f"{self._folder} could not be written"):
+            if self._engine.ranks.is_main:
+                self._tokenizer.save_pretrained(new)
+                sync_tree(new)
+                replace_folder(new, self._folder)

@@ -1,0 +1,256 @@
+"""Scores answers to questions as the official SQuAD 1.1 and 2.0 scripts do: exact match and F1, from 0 to 100."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swaft.errors import ConfigError, DataError
+from swaft.training.metrics.names import refuse_unfit
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII alone, as in the official scripts
+
+Questions = Sequence[tuple[str, Sequence[str]]]
+"""(id, right answers) of each question; no answers: the question has none."""
+
+
+@dataclass(frozen=True)
+class QuestionScores:
+    """Numbers, and what they leave to doubt."""
+
+    scores: dict[str, float]
+    """By name, 0 to 100; thresholds (`..._thresh`) in units of the null odds."""
+    total: int
+    """Questions scored."""
+    missing: tuple[str, ...]
+    """Ids of the questions that were given no answer, not even an empty one; they score 0."""
+
+
+@dataclass(frozen=True)
+class QuestionMetric:
+    """A named measure of answers."""
+
+    name: str
+    """What the setting `eval.metric` calls it."""
+    primary: str
+    """The number among its results that leads; higher is better."""
+    compute: Callable[..., QuestionScores]
+    """`score_squad` or `score_squad_v2`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers that it returns, by name, without null odds."""
+        return tuple(self.compute({"id": "text"}, [("id", ["text"])]).scores)
+
+
+def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -> QuestionMetric:
+    """Return the metric of this name, if it fits the questions.
+
+    Args:
+        name: squad, squad_v2 or `auto`: squad_v2 where some questions have no answer.
+        has_unanswerable: whether some have none.
+
+    Raises:
+        ConfigError: an unknown name, or a metric for another kind of task.
+    """
+    if name == "auto":
+        name = "squad_v2" if has_unanswerable else "squad"
+    refuse_unfit(name, "question answering")
+    if name == "squad" and has_unanswerable:
+        raise ConfigError(
+            "eval.metric: squad cannot score questions that have no answer; use squad_v2 or auto"
+        )
+    return METRICS[name]
+
+
+def score_squad(answers: Mapping[str, str], questions: Questions) -> QuestionScores:
+    """Return `exact_match` and `f1`, the best over each question's right answers (SQuAD 1.1).
+
+    Args:
+        answers: text by id.
+        questions: ids and right answers.
+
+    Raises:
+        DataError: a question twice, one without a right answer, or an answer to a question that is not there.
+
+    Source: evaluate-v1.1.py (Rajpurkar et al. 2016), its corner kept: an answer of nothing but articles
+    and punctuation matches its like exactly, and yet has an F1 of 0.
+    """
+    _check(answers, questions)
+    unanswerable = [question for question, right in questions if not right]
+    if unanswerable:
+        raise DataError(
+            f"{len(unanswerable)} questions have no right answer ({unanswerable[0]}, ...), which eval.metric=squad "
+            "cannot score; use squad_v2"
+        )
+    given = [(answers[question], right) for question, right in questions if question in answers]
+    exact = sum(max(exact_match(answer, one) for one in right) for answer, right in given)
+    f1 = sum(max(token_f1(answer, one) for one in right) for answer, right in given)
+    return QuestionScores(
+        {"exact_match": 100 * exact / len(questions), "f1": 100 * f1 / len(questions)},
+        len(questions),
+        _missing(answers, questions),
+    )
+
+
+def score_squad_v2(
+    answers: Mapping[str, str],
+    questions: Questions,
+    null_odds: Mapping[str, float] | None = None,
+    *,
+    null_score_diff_threshold: float = 0.0,
+) -> QuestionScores:
+    """Return `exact` and `f1` over all questions and over those with (HasAns) and without (NoAns) an answer.
+
+    With null odds the answer of a question whose odds exceed the threshold counts as "none", and
+    `best_exact`, `best_f1` are the scores at the thresholds that suit these very questions best: a bound
+    on what a threshold can do, no result.
+
+    Args:
+        answers: text by id, empty for "none"; with null odds the best text even where "none" wins.
+        questions: ids and right answers.
+        null_odds: by id, how much "none" scores above the best text; higher is surer of "none". None: the
+            answers are final.
+        null_score_diff_threshold: as above.
+
+    Raises:
+        DataError: a question twice, an answer to a question that is not there, an answer without its null
+            odds, or odds that are not finite.
+
+    Source: evaluate-v2.0.py (Rajpurkar et al. 2018), but for three corners: a question without a given answer
+    scores 0 instead of being left out of one mean and ending the script in another; questions of equal null
+    odds go to the same side of a threshold; and an answer without words is "none" for the best threshold
+    too.
+    """
+    _check(answers, questions)
+    raw = {
+        question: _best_v2(answers[question], right) for question, right in questions if question in answers
+    }
+    answerable = {question: bool(right) for question, right in questions}
+    final = raw
+    if null_odds is not None:
+        _check_odds(answers, null_odds)
+        silent = (0.0, 0.0), (1.0, 1.0)  # "none" where there is an answer, and where there is none
+        final = {
+            question: pair
+            if null_odds[question] <= null_score_diff_threshold
+            else silent[not answerable[question]]
+            for question, pair in raw.items()
+        }
+    scores = _means(final, answerable)
+    for prefix, kind in (("HasAns", True), ("NoAns", False)):
+        chosen = {question: has for question, has in answerable.items() if has is kind}
+        if chosen:
+            scores |= {f"{prefix}_{name}": value for name, value in _means(final, chosen).items()}
+    if null_odds is not None:
+        for column, name in enumerate(("exact", "f1")):
+            gains = [
+                (null_odds[question], pair[column] - (not answerable[question]))
+                for question, pair in raw.items()
+            ]
+            silence = sum(not answerable[question] for question in raw)
+            best, threshold = _best_threshold(gains)
+            scores[f"best_{name}"] = 100 * (silence + best) / len(questions)
+            scores[f"best_{name}_thresh"] = threshold
+    return QuestionScores(scores, len(questions), _missing(answers, questions))
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case a text and drop ASCII punctuation, articles (a, an, the) and needless white space."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(WITHOUT_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, right: str) -> float:
+    """Return 1.0 where both texts are the same once normalised, else 0.0."""
+    return float(normalize_answer(answer) == normalize_answer(right))
+
+
+def token_f1(answer: str, right: str) -> float:
+    """Return the F1 of the words of both texts once normalised; 0.0 where one has none (SQuAD 1.1)."""
+    first, second = normalize_answer(answer).split(), normalize_answer(right).split()
+    common = sum((Counter(first) & Counter(second)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(first), common / len(second)
+    return 2 * precision * recall / (precision + recall)
+
+
+def token_f1_v2(answer: str, right: str) -> float:
+    """Return `token_f1`, but 1.0 where both texts have no words: both say "none" (SQuAD 2.0)."""
+    if not normalize_answer(answer) and not normalize_answer(right):
+        return 1.0
+    return token_f1(answer, right)
+
+
+def _best_v2(answer: str, right: Sequence[str]) -> tuple[float, float]:
+    # A right answer without words cannot be told from "none", so the official script drops it.
+    texts = [one for one in right if normalize_answer(one)] or [""]
+    return max(exact_match(answer, one) for one in texts), max(token_f1_v2(answer, one) for one in texts)
+
+
+def _means(pairs: Mapping[str, tuple[float, float]], questions: Iterable[str]) -> dict[str, float]:
+    rows = np.array([pairs.get(question, (0.0, 0.0)) for question in questions])
+    exact, f1 = 100 * rows.mean(axis=0)
+    return {"exact": float(exact), "f1": float(f1)}
+
+
+def _best_threshold(gains: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Return the largest sum of gains of the questions up to some odds, and those odds.
+
+    Args:
+        gains: (null odds, what answering the question adds to the sum of scores).
+    """
+    ordered = sorted(gains)
+    # Below the lowest odds: no question is answered.
+    best, threshold = 0.0, float(np.nextafter(ordered[0][0], -math.inf)) if ordered else 0.0
+    total = 0.0
+    for place, (odds, gain) in enumerate(ordered):
+        total += gain
+        is_last_of_equals = place + 1 == len(ordered) or ordered[place + 1][0] > odds
+        if is_last_of_equals and total > best:
+            best, threshold = total, float(odds)
+    return best, threshold
+
+
+def _check(answers: Mapping[str, str], questions: Questions) -> None:
+    if not questions:
+        raise ValueError("got no questions to score; expected one at least")
+    known = Counter(question for question, _ in questions)
+    repeated = [question for question, count in known.items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{len(repeated)} questions have an id that another question has too ({repeated[0]}, ...); expected "
+            "one id a question"
+        )
+    strange = [question for question in answers if question not in known]
+    if strange:
+        raise DataError(
+            f"{len(strange)} answers are to questions that are not there ({strange[0]}, ...); expected ids of the "
+            f"{len(questions)} questions"
+        )
+
+
+def _check_odds(answers: Mapping[str, str], null_odds: Mapping[str, float]) -> None:
+    for question in answers:
+        if not math.isfinite(null_odds.get(question, math.nan)):
+            raise DataError(
+                f"question {question} has an answer, but its null odds are {null_odds.get(question)}; expected a "
+                "finite number for each answer"
+            )
+
+
+def _missing(answers: Mapping[str, str], questions: Questions) -> tuple[str, ...]:
+    return tuple(question for question, _ in questions if question not in answers)
+
+
+METRICS = {
+    "squad": QuestionMetric("squad", "f1", score_squad),
+    "squad_v2": QuestionMetric("squad_v2", "f1", score_squad_v2),
+}

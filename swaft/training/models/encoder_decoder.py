@@ -1,0 +1,220 @@
+"""Loads encoder-decoders, or makes new ones with a tokenizer of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
+
+from swaft.errors import ConfigError
+from swaft.training.config import Seq2SeqModelConfig
+from swaft.training.models.languages import write_target_language
+from swaft.training.models.lora import with_adapters
+from swaft.training.models.pretrained import (
+    load_model_config,
+    model_path,
+    model_setting,
+    told_as_settings,
+    with_checkpointing,
+)
+from swaft.training.models.special_tokens import generate_as_trained
+
+VOCAB_SIZE = 4096
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+FITTED = (
+    "vocab_size",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "forced_eos_token_id",
+)
+"""Entries of a new model's configuration that its tokenizer decides on, where the settings do not."""
+
+
+def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
+    """Return the transformers configuration of the pretrained model, or of the new one.
+
+    Raises:
+        ConfigError: where it is no encoder-decoder, is made of a decoder that is none, or an entry is none of its
+            type's.
+    """
+    found = load_model_config(model) if model.config is None else _new_config(model)
+    if not found.is_encoder_decoder:
+        raise ConfigError(
+            f"{model_setting(model)}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
+            "Pegasus or Marian"
+        )
+    if found.model_type == "encoder-decoder":
+        decoder = found.decoder
+        if model.config is not None:
+            decoder.is_decoder = decoder.add_cross_attention = True
+        if not (getattr(decoder, "is_decoder", True) and getattr(decoder, "add_cross_attention", False)):
+            raise ConfigError(
+                f"{model_setting(model)}: its decoder, a {decoder.model_type}, would see the whole text that it is "
+                "to write, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
+                "the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained has it"
+            )
+    return found
+
+
+def brings_tokenizer(model: Seq2SeqModelConfig) -> bool:
+    """Whether the settings name a tokenizer; else a new one is trained for the new model."""
+    return model.config is None or model.tokenizer_name is not None
+
+
+def refuse_other_tokens(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
+    """Refuse settings of a new model that call other tokens special than its tokenizer does.
+
+    Args:
+        model: section ``model``.
+        tokenizer: the one that it names; None: one is trained.
+
+    Raises:
+        ConfigError: as said.
+    """
+    trained = {"pad_token_id": 0, "eos_token_id": 1}
+    problems = [
+        f"model.config: {name} is {said}, but the tokenizer's is {expected}; leave it out"
+        for name, said in (model.config or {}).items()
+        if name in ("pad_token_id", "bos_token_id", "eos_token_id")
+        and said != (expected := getattr(tokenizer, name, trained.get(name)))
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def new_tokenizer(
+    model: Seq2SeqModelConfig, accelerator: Accelerator, texts: Callable[[], Iterable[str]]
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer trained for a new model (collective).
+
+    Args:
+        model: section ``model``.
+        accelerator: whose main process trains it and tells it to the others.
+        texts: gives what it is trained on.
+    """
+    trained = [None]
+    if accelerator.is_main_process:
+        trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]
+    broadcast_object_list(trained)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(str(trained[0])),
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
+
+    It knows every character and ends each text with ``</s>``; padding has the id 0 and the end 1, as T5's have.
+
+    Args:
+        texts: the training rows, sources and targets.
+        vocab_size: tokens at most, 256 bytes and 3 special ones among them.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END, UNKNOWN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
+    )
+    return tokenizer
+
+
+def load_encoder_decoder(
+    model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any, *, seed: int, gradient_checkpointing: bool
+) -> Any:
+    """Return the pretrained model, or a new one of random weights, in fp32.
+
+    Args:
+        model: section ``model``.
+        model_config: from `encoder_decoder_config`; a new model's takes the tokenizer's size and special tokens,
+            where ``model.config`` says nothing else.
+        tokenizer: the model's, or from `new_tokenizer`; one of many languages after `set_languages`.
+        seed: of the random weights; given to torch right here, so that all ranks have the same.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: where the model cannot be loaded.
+    """
+    torch.manual_seed(seed)
+    with told_as_settings(model):
+        if model.config is None:
+            loaded = AutoModelForSeq2SeqLM.from_pretrained(
+                model_path(model),
+                config=model_config,
+                trust_remote_code=model.trust_remote_code,
+                dtype="float32",
+            )
+        else:
+            _fit_to_tokenizer(model_config, tokenizer, said=model.config)
+            loaded = AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.float32)
+    generate_as_trained(loaded, tokenizer)
+    write_target_language(loaded, tokenizer)
+    return with_adapters(
+        with_checkpointing(loaded, gradient_checkpointing), model, task="sequence to sequence"
+    )
+
+
+def _new_config(model: Seq2SeqModelConfig) -> Any:
+    said = dict(model.config or {})
+    kind = said.pop("model_type")
+    try:
+        known = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.config: there is no model_type '{kind}'; expected one of an encoder-decoder, t5 or bart say"
+        ) from error
+    # transformers takes any entry and uses those it knows.
+    problems = [
+        f"model.config: {kind} has no entry '{name}'.{_nearest(name, known)}"
+        for name in said
+        if name not in FITTED and not hasattr(known, name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    with told_as_settings(model):
+        return AutoConfig.for_model(kind, **said)
+
+
+def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]) -> None:
+    values = (
+        len(tokenizer),
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.pad_token_id,
+        None,
+    )
+    for name, value in zip(FITTED, values, strict=True):
+        if name not in said:
+            setattr(model_config, name, value)
+    if hasattr(model_config, "decoder_vocab_size") and "decoder_vocab_size" not in said:  # Marian has two
+        model_config.decoder_vocab_size = model_config.vocab_size
+    for name, part in vars(model_config).items():
+        if isinstance(part, PreTrainedConfig):
+            _fit_to_tokenizer(part, tokenizer, said=said.get(name, {}))
+            if part.bos_token_id is None:
+                part.bos_token_id = tokenizer.pad_token_id  # what T5Gemma's decoder starts with
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known.to_dict()), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

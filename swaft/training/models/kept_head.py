@@ -1,0 +1,149 @@
+"""The head that a classifier brings from an earlier training: whether it is kept, and the order of its classes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from swaft.errors import ConfigError
+from swaft.training.config import ModelConfig
+from swaft.training.data import Task
+from swaft.training.data.checks import shortened
+from swaft.training.data.labels import TRUTH
+from swaft.training.models.lora import new_heads
+
+logger = logging.getLogger(__name__)
+
+OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
+"""Ends of architectures whose head may have the name of a classifier's, and would be loaded as one."""
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A task and the head that is to learn it."""
+
+    task: Task
+    """With its classes in the order of the head."""
+    is_new: bool
+    """Whether the head that the model brings is of no use, if it brings one; a body alone gets a new one anyway."""
+    order: tuple[int, ...] | None = None
+    """The rows' own id of each class, where the head has its own order."""
+
+
+def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
+    """Bring the classes of a task into the order of the model's own head, where that is kept.
+
+    A kept head knows each class by its place. Names say which is which, whatever their case, spaces, hyphens and
+    underscores, and so do numbers (3, LABEL_3). Ids without names, where the model has names, are taken to be the
+    model's. Which order is used is logged.
+
+    Args:
+        task: what the rows hold.
+        model: section ``model``.
+        model_config: its transformers configuration, as the model brings it.
+
+    Raises:
+        ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
+    """
+    held = [str(name) for _, name in sorted((model_config.id2label or {}).items())]
+    rows = task.label_names or [str(number) for number in range(task.num_labels)]
+    names, own, architectures = _named(held), _named(rows), model_config.architectures or []
+    # A configuration that names classes and no architecture is a classifier's of old.
+    if not any("ForSequenceClassification" in name for name in architectures) and (
+        architectures or not names
+    ):
+        return FittedHead(task, is_new=any(name.endswith(OTHER_HEADS) for name in architectures))
+    places = None
+    if model_config.num_labels == task.num_labels:
+        if task.is_regression:
+            return FittedHead(task, is_new=False)
+        numbers = _numbers(rows), _numbers(held)
+        if numbers[0] is not None and numbers[1] is not None:
+            places = _places_of_numbers(numbers[0], numbers[1])
+            by_id = places == list(range(len(rows)))
+        else:
+            places = _places(rows, held)
+            by_id = places is None and (names is None or own is None)
+        if by_id:
+            names = names or task.label_names
+            logger.info("the model keeps its head; class ids are taken as they are%s", _listed(names))
+            return FittedHead(replace(task, label_names=names), is_new=False)
+    if places is not None:
+        ids = {label: places[number] for label, number in task.label_ids.items()}
+        order = tuple(sorted(range(len(places)), key=places.__getitem__))
+        names = names or [rows[number] for number in order]
+        logger.info("the model keeps its head; classes are in its order%s", _listed(names))
+        return FittedHead(replace(task, label_names=names, label_ids=ids), is_new=False, order=order)
+    if model.ignore_mismatched_sizes:
+        return FittedHead(task, is_new=True)
+    found = "scores" if task.is_regression else f"{task.num_labels} classes{_listed(rows)}"
+    raise ConfigError(
+        f"model.model_name_or_path: {model.model_name_or_path} has a head for {model_config.num_labels} classes"
+        f"{_listed(names)}, and the rows have {found}; give the labels of the rows the names that the head has, or "
+        "put a new head on the model with model.ignore_mismatched_sizes=true"
+    )
+
+
+@torch.no_grad()
+def renew_head(model: Any) -> None:
+    """Draw the weights of a model's head anew, as of a model that came without one.
+
+    Args:
+        model: a transformers classifier, with torch seeded alike on every rank; whole or partitioned by ZeRO-3.
+    """
+    heads = [model.get_submodule(name) for name in new_heads(model)]
+    weights = [weight for head in heads for weight in head.parameters()]
+    whole: Any = nullcontext()
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+    with whole:
+        for weight in weights:
+            weight._is_hf_initialized = False  # type: ignore[attr-defined]  # or transformers leaves it alone
+        for head in heads:
+            head.apply(model._init_weights)
+
+
+def _named(names: list[str]) -> list[str] | None:
+    """Return the names of classes in order of their ids; None where they say nothing but the ids."""
+    return None if _numbers(names) == list(range(len(names))) or names == TRUTH else names
+
+
+def _numbers(names: list[str]) -> list[int] | None:
+    """Return the numbers that classes are called by (3, LABEL_3); None where one has none, or two the same."""
+    found = [re.fullmatch(r"(?:label_)?([+-]?[0-9]+)", name.strip(), re.IGNORECASE) for name in names]
+    numbers = [int(match[1]) for match in found if match]
+    return numbers if len(set(numbers)) == len(names) else None
+
+
+def _places_of_numbers(rows: list[int], held: list[int]) -> list[int] | None:
+    """Return the place of each number of the rows in a head of numbered classes; None where it has other numbers.
+
+    A head that only counts its classes from 0 has them in the order of their numbers, wherever those begin.
+    """
+    order = sorted(rows) if held == list(range(len(held))) else held
+    return [order.index(number) for number in rows] if sorted(rows) == sorted(order) else None
+
+
+def _places(names: list[str], order: list[str]) -> list[int] | None:
+    """Return the place of each name in the order; None where they are not the same names."""
+    for spelt in (str, _plain):
+        place = {spelt(name): number for number, name in enumerate(order)}
+        found = [place[spelt(name)] for name in names if spelt(name) in place]
+        if sorted(found) == list(range(len(order))):
+            return found
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def _listed(names: list[str] | None) -> str:
+    return "" if not names else f" ({shortened(names)})"

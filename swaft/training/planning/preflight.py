@@ -1,0 +1,260 @@
+"""Checks a run before it starts: what its ranks would do, as far as no device and no other rank is needed.
+
+Every rule is the one that the run itself follows, called here without a process group. Whether the devices of this
+machine could do what is asked is not judged: the launch may be meant for another one. What has to be installed for
+it (a tracker, a compiler for an optimizer on the host) is looked for here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from swaft.averaging.host.memory import lane_bytes
+from swaft.averaging.rules import Plan
+from swaft.errors import ConfigError
+from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.recipe import Recipe, is_recipe, load_recipe, require_python
+from swaft.training.checks.start import check_start
+from swaft.training.config import AveragingConfig, NoiseConfig, TrainConfig, read_config
+from swaft.training.config.leaves import leaves
+from swaft.training.launch.deepspeed_config import FilledConfig
+from swaft.training.launch.deepspeed_extension import refuse_left_locks
+from swaft.training.launch.fsdp2 import find_blocks
+from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
+from swaft.training.models.build import ParameterCount, count_parameters
+from swaft.training.planning.model import planned_model
+from swaft.training.run.schedule import Schedule
+
+SILENCED = (
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
+    "zero3_save_16bit_model",
+    "mixed_precision",
+)
+"""Entries of a launch file that a bare ``Accelerator()`` refuses beside a DeepSpeed file."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found out about a run."""
+
+    facts: dict[str, Any]
+    """By part of the run (launch, batch, steps, averaging, noise, ds, data, rows, notes), plain values; a part that
+    could not be made out is left out, and its problem is listed."""
+    unchecked: list[str]
+    """What was not looked at, and why."""
+    problems: list[str]
+    """Everything that stands against the run."""
+
+
+def check_run(words: Sequence[str]) -> Preflight:
+    """Check the run that ``accelerate launch`` would start with these words.
+
+    Args:
+        words: the command line after ``accelerate launch``.
+    """
+    problems, facts, unchecked = Problems(), dict[str, Any](), list[str]()
+    launch = problems.of(read_launch, words)
+    script = problems.of(read_script, words)
+    if script is MISSING or not script.is_file:
+        unchecked.append("settings, data and model: there is no recipe to ask")
+    elif problems.of(require_python, Path(script.path)) is MISSING:
+        unchecked.append(f"settings, data and model: {script.path} cannot be asked for them")
+    elif is_recipe(Path(script.path)):
+        facts = _check_recipe(script, launch, problems)
+    else:
+        unchecked.append(
+            f"settings, data and model: {script.path} is not written as swaft's recipes are (it has no Config and "
+            "prepare); only the launch line, its file and the stage in the DeepSpeed file were looked at"
+        )
+        problems.of(_check_script, launch)
+    if "launch" not in facts:
+        facts["launch"] = problems.of(_launch_facts, launch, None)
+    known = {name: value for name, value in facts.items() if value is not MISSING and value is not None}
+    return Preflight(known, unchecked, problems.found)
+
+
+def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[str, Any]:
+    """Check what the recipe says; returns what there is to tell, by part."""
+    recipe = problems.of(load_recipe, Path(script.path))
+    if recipe is MISSING:
+        return {}
+    config, replaced = _read_settings(recipe, script, problems)
+    with _notes() as notes:
+        ready = recipe.prepare(config, problems)
+        start = check_start(config, ready, launch.environ, problems)
+    fake = FakeTensorMode()
+    model = problems.of(_empty_model, config, ready.model_config, fake)
+    size = problems.of(count_parameters, model)
+    problems.of(_fit_objective, ready.objective, model, fake)
+    problems.of(_fit_blocks, model, start.engine.fsdp2)
+    return {
+        "launch": problems.of(_launch_facts, launch, None if start.precision is MISSING else start.precision),
+        "batch": problems.of(_batch_facts, config.train, launch.world_size),
+        "model": problems.of(_model_facts, size),
+        "steps": problems.of(_step_facts, config.train, start.schedule, cuts_rows=ready.cuts_rows),
+        "averaging": problems.of(_averaging_facts, config.averaging, start.plan, size, launch.world_size),
+        "noise": problems.of(_noise_facts, config.noise, ready.objective, ready.model_config),
+        "ds": problems.of(_deepspeed_facts, start.engine.deepspeed),
+        "data": problems.of(_data_facts, ready.rows),
+        "rows": replaced or None,
+        "notes": notes or None,
+    }
+
+
+@contextmanager
+def _notes() -> Iterator[list[str]]:
+    """Context that collects what a run would log meanwhile: how rows and classes are taken."""
+    notes: list[str] = []
+    handler, root = logging.Handler(), logging.getLogger("swaft")
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    before = root.level, root.propagate
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    try:
+        yield notes
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        root.propagate = before[1]
+
+
+def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[Any, list[str]]:
+    """Read the recipe's configuration; a section with a faulty value in it is missing.
+
+    Returns:
+        The configuration, and which rows were put in the place of which.
+    """
+    read = read_config(recipe.config_class, script.arguments)
+    problems.add(read.problems)
+    known = leaves(recipe.config_class)
+    faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
+    return dataclasses.replace(read.config, **dict.fromkeys(faulty, MISSING)), read.replaced
+
+
+def _check_script(launch: Launch) -> None:
+    """Refuse what a bare ``Accelerator()`` refuses of the launch line.
+
+    Raises:
+        ConfigError: as accelerate would.
+    """
+    if launch.stage is None:
+        return
+    fields = launch.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    named = launch.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    silenced = [name for name in SILENCED if name in fields] if named != "none" else []
+    if silenced:
+        raise ConfigError(
+            f"the launch file says {', '.join(silenced)} beside deepspeed_config_file {named}, which accelerate "
+            "refuses in a script of your own (swaft's recipes take both): write it into that file; "
+            "mixed_precision may also be given on the line (--mixed_precision bf16)"
+        )
+    refuse_left_locks(offloads_optimizer=False)
+
+
+def _empty_model(config: Any, model_config: Any, fake: FakeTensorMode) -> nn.Module:
+    """Build the model on tensors without data; what is wrong with its adapters shows here."""
+    with fake:
+        return planned_model(config, copy.deepcopy(model_config)).build()
+
+
+def _fit_objective(objective: Any, model: nn.Module, fake: FakeTensorMode) -> None:
+    """Refuse an objective that cannot be had with the model."""
+    with fake:
+        objective.prepare_model(model)
+
+
+def _fit_blocks(model: nn.Module, plugin: Any) -> None:
+    """Refuse layers to shard that the model does not have."""
+    if plugin is not None:
+        find_blocks(model, plugin)
+
+
+def _launch_facts(launch: Launch, precision: str | None) -> dict[str, Any]:
+    return {
+        "engine": launch.engine,
+        "machines": launch.num_machines,
+        "ranks": launch.world_size,
+        "mixed_precision": precision,
+    }
+
+
+def _batch_facts(train: TrainConfig, world_size: int) -> dict[str, int]:
+    per_device, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    return {
+        "per_device": per_device,
+        "accumulation": accumulation,
+        "ranks": world_size,
+        "total": per_device * accumulation * world_size,
+    }
+
+
+def _step_facts(train: TrainConfig, schedule: Schedule, *, cuts_rows: bool) -> dict[str, Any]:
+    given = train.max_steps > 0
+    return {
+        "epochs": None if given else train.num_train_epochs,
+        "total": schedule.total_steps,
+        "is_least": cuts_rows and not given,
+        "warmup": schedule.warmup_steps,
+        "schedule": schedule.kind,
+        "learning_rate": schedule.peak,
+    }
+
+
+def _model_facts(size: ParameterCount) -> dict[str, int]:
+    return {"parameters": size.total, "trained": size.trainable}
+
+
+def _averaging_facts(
+    averaging: AveragingConfig, plan: Plan | None, size: ParameterCount, world_size: int
+) -> dict[str, Any]:
+    if plan is None:
+        return {"rule": "none"}
+    owned = math.ceil(size.trainable / world_size)
+    return {
+        "rule": averaging.rule,
+        "first_step": plan.first_step,
+        "last_step": plan.step_of(plan.num_members - 1),
+        "every": plan.every,
+        "members": plan.num_members,
+        "host_bytes_a_rank": lane_bytes(
+            plan,
+            owned,
+            compensated=averaging.precision == "compensated",
+            spilled=averaging.spill_dir is not None,
+        ),
+    }
+
+
+def _noise_facts(noise: NoiseConfig, objective: Any, model_config: Any) -> dict[str, Any]:
+    if noise.kind == "none":
+        return {"kind": "none"}
+    settings = objective.settings(generating=bool(model_config.is_encoder_decoder))
+    return {"kind": noise.kind, "weight": noise.weight} | dataclasses.asdict(settings)
+
+
+def _deepspeed_facts(filled: FilledConfig | None) -> list[dict[str, Any]] | None:
+    if filled is None:
+        return None
+    return [{"key": key, "value": value, "source": source} for key, value, source in filled.rows]
+
+
+def _data_facts(rows: Mapping[str, Sized]) -> dict[str, int]:
+    return {name: len(split) for name, split in rows.items()}

