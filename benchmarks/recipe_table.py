@@ -36,7 +36,7 @@ SHORTER = {
 TITLES = {
     "classification": "Classification",
     "question_answering": "Question answering",
-    "seq2seq": "Writing texts",
+    "seq2seq": "Text generation",
 }
 
 

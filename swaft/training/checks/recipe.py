@@ -1,7 +1,8 @@
 """What a recipe file offers besides training: its settings, and what can be told of a run beforehand.
 
 A recipe is a script that defines ``Config``, the class of its settings, made of the sections of
-`swaft.training.config`, and ``prepare(config, problems)``, which finds and checks everything that needs no device and no other rank.
+`swaft.training.config`, and ``prepare(config, problems)``, which finds and checks everything that needs no device
+and no other rank.
 """
 
 from __future__ import annotations
