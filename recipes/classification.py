@@ -27,22 +27,14 @@ from swaft.training.checks.refusals import (
 from swaft.training.checks.start import start_of
 from swaft.training.config import ClassificationConfig, load_config
 from swaft.training.config.rule import build_rule
-from swaft.training.data import (
-    Collator,
-    Task,
-    describe_task,
-    language_groups,
-    load_splits,
-    read_as_text,
-    refuse_rows_without_tokens,
-    report_special_tokens,
-    require_length,
-    tokenize,
-)
+from swaft.training.data.checks import require_length
+from swaft.training.data.classification import Collator, Task, describe_task, tokenize
+from swaft.training.data.sources import language_groups, load_splits
+from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
 from swaft.training.evaluation.best import Target, choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics import Metric, get_metric, metric_for_task
+from swaft.training.metrics.classification import Metric, get_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.kept_head import fit_head
 from swaft.training.models.pretrained import (
@@ -92,19 +84,19 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     model_config = problems.of(load_model_config, config.model)
     problems.of(require_weights, config.model, model_config)
     problems.of(require_text, config.model, model_config)
+    problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
     problems.of(require_embeddings, config.model, model_config, tokenizer)
     problems.of(require_token_types, config.model, model_config, tokenizer, task.text_columns)
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     head = problems.of(fit_head, task, config.model, model_config)
-    problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
-    problems.of(refuse_rows_without_tokens, task, tokenizer)
+    problems.of(refuse_rows_without_tokens, task.rows, task.text_columns, tokenizer)
     problems.of(follow_tokenizer, model_config, tokenizer)
     problems.of(require_end_token, model_config, tokenizer)
     length = problems.of(one_length, model_config, config.data.max_seq_length)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
     problems.of(describe_labels, model_config, head.task, pad_token_id=tokenizer.pad_token_id)
-    metric = problems.of(choose_metric, config.eval.metric, config.data.task_name, task)
+    metric = problems.of(choose_metric, config, task)
     target = problems.of(main_score, metric)
     return Prepared(
         rows=task.rows,
@@ -120,11 +112,16 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     )
 
 
-def choose_metric(name: str, task_name: str | None, task: Task) -> Metric:
-    """Return the metric of that name; ``auto``: the usual one of the task."""
-    if name == "auto":
-        name = metric_for_task(task_name, is_regression=task.is_regression)
-    return get_metric(name, is_regression=task.is_regression, num_labels=task.num_labels)
+def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
+    """Return the metric that the settings name, of the class that they call positive."""
+    return get_metric(
+        config.eval.metric,
+        task_name=config.data.task_name,
+        is_regression=task.is_regression,
+        num_labels=task.num_labels,
+        label_names=task.label_names,
+        positive_label=config.data.positive_label,
+    )
 
 
 def in_order(metric: Metric, order: Sequence[int] | None) -> Metric:

@@ -28,18 +28,17 @@ from swaft.training.checks.refusals import (
 from swaft.training.checks.start import start_of
 from swaft.training.config import QuestionAnsweringConfig, load_config
 from swaft.training.config.rule import build_rule
-from swaft.training.data import (
+from swaft.training.data.checks import require_length
+from swaft.training.data.question_answering import (
     WindowCollator,
     check_questions,
-    load_splits,
     may_have_no_answer,
-    read_as_text,
-    refuse_long_questions,
-    report_special_tokens,
-    require_length,
+    refuse_unusable_questions,
     require_offsets,
     tokenize_questions,
 )
+from swaft.training.data.sources import load_splits
+from swaft.training.data.texts import read_as_text, report_special_tokens
 from swaft.training.evaluation.answering import (
     evaluate_answers,
     refuse_unused_threshold,
@@ -50,7 +49,8 @@ from swaft.training.evaluation.best import Target, choose_target
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.evaluation.generation import write_samples
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics import QuestionMetric, get_question_metric
+from swaft.training.metrics.names import Measure
+from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.pretrained import (
     load_model_config,
@@ -75,7 +75,7 @@ class Prepared:
     """Dataset by split."""
     has_unanswerable: bool
     """Whether "none" is an answer."""
-    metric: QuestionMetric
+    metric: Measure
     model_config: Any
     tokenizer: Any
     collate: WindowCollator
@@ -112,7 +112,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
     problems.of(
-        refuse_long_questions,
+        refuse_unusable_questions,
         report.rows,
         tokenizer,
         max_seq_length=config.data.max_seq_length,
@@ -133,7 +133,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     )
 
 
-def main_score(metric: QuestionMetric) -> Target:
+def main_score(metric: Measure) -> Target:
     """Return what decides between weights: the metric's first score."""
     return Target(score=metric.primary, names=metric.names)
 

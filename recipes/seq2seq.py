@@ -28,17 +28,10 @@ from swaft.training.checks.refusals import (
 from swaft.training.checks.start import start_of
 from swaft.training.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
 from swaft.training.config.rule import build_rule
-from swaft.training.data import (
-    PairColumns,
-    Seq2SeqCollator,
-    find_pairs,
-    load_splits,
-    read_as_text,
-    read_pairs,
-    report_special_tokens,
-    require_length,
-    tokenize_pairs,
-)
+from swaft.training.data.checks import require_length
+from swaft.training.data.seq2seq import PairColumns, Seq2SeqCollator, find_pairs, read_pairs, tokenize_pairs
+from swaft.training.data.sources import load_splits
+from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
 from swaft.training.evaluation.best import Target, choose_target
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.evaluation.generation import (
@@ -48,7 +41,7 @@ from swaft.training.evaluation.generation import (
     write_samples,
 )
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics import GenerationMetric, get_generation_metric
+from swaft.training.metrics.generation import GenerationMetric, get_generation_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.encoder_decoder import (
     brings_tokenizer,
@@ -111,8 +104,11 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
     tokenizer = None
     if brings_tokenizer(config.model):
         tokenizer = problems.of(load_tokenizer, config.model)
+        problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
         problems.of(follow_tokenizer, model_config, tokenizer)
         problems.of(Seq2SeqCollator, tokenizer)
+        problems.of(refuse_rows_without_tokens, rows, ("source",), tokenizer)
+        problems.of(refuse_rows_without_tokens, rows, ("target",), tokenizer)
     problems.of(refuse_other_tokens, config.model, tokenizer)
     problems.of(set_languages, tokenizer, config.data, columns)
     problems.of(require_embeddings, config.model, model_config, tokenizer)

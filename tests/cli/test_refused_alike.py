@@ -98,6 +98,7 @@ def test_validate_and_a_launch_ask_the_same_rules(recipe, line, launched, monkey
         ("classification", "data.train_file=/nowhere.csv", "there is no file /nowhere.csv"),
         ("classification", "data.text_column=txet", "there is no column 'txet'"),
         ("classification", "eval.metric=pearson_spearman", "does not fit a classification"),
+        ("classification", "data.positive_label=1", "which eval.metric=accuracy does not use"),
         ("classification", "data.max_seq_length=512", "the model reads at most 32 tokens"),
         ("classification", "model.model_name_or_path=/nowhere", "/nowhere cannot be loaded"),
         ("classification", "model.tokenizer_name=/nowhere", "cannot be loaded"),

@@ -8,7 +8,7 @@ import pytest
 
 from swaft.training.config import QuestionAnsweringConfig, load_config
 from swaft.training.config.rule import build_rule
-from swaft.training.metrics import get_question_metric
+from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ from tiny_questions import make_questions, save_questions
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from swaft.training.config import QuestionAnsweringConfig, load_config
-from swaft.training.metrics import score_squad, score_squad_v2
+from swaft.training.metrics.question_answering import score_squad, score_squad_v2
 
 pytestmark = pytest.mark.recipe
 

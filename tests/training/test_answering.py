@@ -14,10 +14,10 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokeniz
 
 from swaft.errors import ConfigError, TrainingError
 from swaft.training.config import QuestionAnsweringEvalConfig
-from swaft.training.data import WindowCollator, tokenize_questions
+from swaft.training.data.question_answering import WindowCollator, tokenize_questions
 from swaft.training.evaluation.answering import evaluate_answers, refuse_unused_threshold, write_predictions
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.metrics import get_question_metric, score_squad, score_squad_v2
+from swaft.training.metrics.question_answering import get_question_metric, score_squad, score_squad_v2
 from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit

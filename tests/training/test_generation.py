@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from swaft.errors import TrainingError
 from swaft.training.config import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
-from swaft.training.data import Seq2SeqCollator, tokenize_pairs
+from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.evaluation.generation import (
     evaluate_texts,
@@ -19,7 +19,7 @@ from swaft.training.evaluation.generation import (
     generation_is_collective,
     write_samples,
 )
-from swaft.training.metrics import get_generation_metric
+from swaft.training.metrics.generation import get_generation_metric
 from swaft.training.models.encoder_decoder import (
     encoder_decoder_config,
     load_encoder_decoder,

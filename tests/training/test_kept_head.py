@@ -20,8 +20,8 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.training.config import DataConfig, ModelConfig
-from swaft.training.data import Task, describe_task
-from swaft.training.metrics import get_metric
+from swaft.training.data.classification import Task, describe_task
+from swaft.training.metrics.classification import get_metric
 from swaft.training.models.kept_head import FittedHead, fit_head
 from swaft.training.models.pretrained import describe_labels, load_classifier, load_model_config
 

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3To
 
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig
-from swaft.training.data import Task
+from swaft.training.data.classification import Task
 from swaft.training.models.pretrained import (
     describe_labels,
     hidden_size,

@@ -119,8 +119,13 @@ def test_tokens_of_texts_without_an_embedding_are_refused(section):
 
 def test_a_padding_token_without_an_embedding_is_refused_and_one_that_nothing_uses_is_not():
     config, made = Gemma3Config(text_config={"vocab_size": 10}), tokenizer()
+    made.split_special_tokens = True
     made.add_special_tokens({"additional_special_tokens": ["<picture>"]})
     require_embeddings(PRETRAINED, config, made)
+    made.split_special_tokens = False
+    with pytest.raises(ConfigError, match=r"'<picture>' is the first.*data\.split_special_tokens=false"):
+        require_embeddings(PRETRAINED, config, made)
+    made.split_special_tokens = True
     made.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(ConfigError, match=r"has 10 embeddings, but the tokenizer has 12 tokens \('\[PAD\]'"):
         require_embeddings(PRETRAINED, config, made)

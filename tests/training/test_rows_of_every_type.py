@@ -22,8 +22,9 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.noise.outputs import task_logits
-from swaft.training.data import Collator, Seq2SeqCollator
 from swaft.training.data.checks import padding
+from swaft.training.data.classification import Collator
+from swaft.training.data.seq2seq import Seq2SeqCollator
 from swaft.training.models.special_tokens import (
     COUNT_FROM_PADDING,
     MIX_PADDING_IN,

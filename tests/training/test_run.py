@@ -27,7 +27,7 @@ from swaft.training.config import (
     TrackConfig,
     TrainConfig,
 )
-from swaft.training.data import shuffled
+from swaft.training.data.order import shuffled
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.run.folder import RunFolder

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tiny_texts import language_tokenizer, save_two_berts
 from transformers import (
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    CanineConfig,
+    FunnelConfig,
     GemmaConfig,
     M2M100Config,
     RobertaConfig,
@@ -19,7 +23,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from swaft.training.models.special_tokens import follow_tokenizer, generate_as_trained
+from swaft.errors import ConfigError
+from swaft.training.models.special_tokens import follow_tokenizer, generate_as_trained, one_length
 
 pytestmark = pytest.mark.unit
 
@@ -59,6 +64,29 @@ def test_a_model_that_reads_the_last_token_of_all_is_padded_on_the_left():
     made = tokenizer(padding_side="right")
     follow_tokenizer(XLNetConfig(vocab_size=64), made)
     assert made.padding_side == "left"
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (CanineConfig(downsampling_rate=4), 4),
+        (FunnelConfig(block_sizes=[1, 1], vocab_size=64), 3),
+        (FunnelConfig(block_sizes=[1, 1, 1], vocab_size=64), 5),
+    ],
+)
+def test_a_model_that_shortens_its_rows_is_given_no_fewer_tokens_than_it_takes(config, least):
+    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "d_model": 8, "n_head": 2}
+    for name, size in {**small, "d_head": 4, "d_inner": 8, "num_hidden_layers": 1}.items():
+        if name in vars(config):
+            setattr(config, name, size)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    one_row = torch.ones(1, least, dtype=torch.int64)
+    assert model(one_row, one_row).logits.isfinite().all()
+    assert one_length(config, least) == least
+    with pytest.raises(RuntimeError):
+        model(one_row[:, 1:], one_row[:, 1:])
+    with pytest.raises(ConfigError, match=rf"max_seq_length is {least - 1}, .* expected .*={least} or more"):
+        one_length(config, least - 1)
 
 
 def test_a_model_generates_with_the_tokens_that_it_is_trained_with():

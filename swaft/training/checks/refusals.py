@@ -158,7 +158,8 @@ def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> No
     Args:
         model: section ``model``.
         model_config: its transformers configuration.
-        tokenizer: the one that is used. None: a new one is trained, with ``model.vocab_size`` tokens at most.
+        tokenizer: the one that is used, after `read_as_text`. None: a new one is trained, with ``model.vocab_size``
+            tokens at most.
 
     Raises:
         ConfigError: with both numbers.
@@ -182,7 +183,11 @@ def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> No
             )
         return
     # Special tokens that nothing puts into a text need no embedding (Gemma 3 has one for pictures).
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and tokenizer.split_special_tokens
+    }
     special -= {*tokenizer("a", "a").input_ids, *tokenizer(text_target="a").input_ids, tokenizer.pad_token_id}
     without = {
         token_id: token
@@ -194,6 +199,11 @@ def require_embeddings(model: AnyModel, model_config: Any, tokenizer: Any) -> No
             f"{model_setting(model)}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} "
             f"tokens ({without[min(without)]!r} is the first without one); expected as many at least. Use the "
             "model's own tokenizer, or call resize_token_embeddings and save both"
+            + (
+                ""
+                if tokenizer.split_special_tokens
+                else ". With data.split_special_tokens=false a text may have each special token"
+            )
         )
 
 

@@ -30,7 +30,7 @@ from swaft.training.config.seq2seq import (
     Seq2SeqTrainConfig,
 )
 from swaft.training.config.values import DELIMITERS, not_allowed, split_names
-from swaft.training.metrics import METRIC_NAMES
+from swaft.training.metrics.classification import METRIC_NAMES
 from swaft.training.metrics.names import refuse_unfit
 
 # What accelerate calls the trackers it can write to.

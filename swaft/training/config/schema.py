@@ -97,7 +97,11 @@ class DataConfig(RowsConfig):
     label_column: str | None = None
     """Column with the answer; null: `label` or `labels`."""
     do_regression: bool | None = None
-    """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids."""
+    """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids. false
+    lets -1 be a class, too."""
+    positive_label: str | None = None
+    """Name of the class, of two, whose F1 `eval.metric` measures; null: the second one (of texts, by the
+    alphabet), and the log says which."""
     eval_languages: str | None = None
     """Languages to evaluate on besides that of the training rows, with commas between them (de,fr,sw): each is
     evaluated at the end as a split of its own (test_de), and so is the mean over all languages. Of `dataset_name`

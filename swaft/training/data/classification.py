@@ -16,13 +16,11 @@ from swaft.training.data.checks import (
     Fault,
     existing,
     good_rows,
-    is_blank,
     padding,
     refuse_repeated_ids,
     require_column,
     require_length,
     text_faults,
-    values,
 )
 from swaft.training.data.labels import Labels, label_faults, read_labels
 from swaft.training.data.texts import encode as encode_texts
@@ -48,7 +46,7 @@ class Task(Labels):
     """One text column, or two for a pair."""
     label_column: str
     """Column with the answer."""
-    rows: Mapping[str, Dataset] = field(repr=False)
+    rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
     """Rows by split, without those that were left out."""
 
 
@@ -91,27 +89,6 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         rows=rows,
         **vars(labels),
     )
-
-
-def refuse_rows_without_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse blank texts where the tokenizer adds nothing to them (GPT-2, Qwen): a model cannot read no tokens.
-
-    Args:
-        task: what `describe_task` found.
-        tokenizer: the model's tokenizer.
-
-    Raises:
-        DataError: names the row.
-    """
-    for name, split in task.rows.items():
-        for row, texts in enumerate(
-            zip(*(values(split, column) for column in task.text_columns), strict=True)
-        ):
-            if all(map(is_blank, texts)) and not tokenizer(*texts).input_ids:
-                raise DataError(
-                    f"row {row} of {name} has an empty text, of which {type(tokenizer).__name__} makes no token. "
-                    "Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
-                )
 
 
 def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:

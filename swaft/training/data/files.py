@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -172,30 +173,31 @@ def _refuse_other_delimiter(header: list[str], delimiter: str) -> None:
 
 def _read_json(path: str) -> Dataset:
     """Read json lines, a list of rows, or an object whose `data` are rows: flat ones, or SQuAD's articles."""
+    rows = None
     with open(path, encoding="utf-8-sig") as file:
-        if not re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
-            return Dataset.from_json(path)
-        file.seek(0)
-        try:
-            rows = json.load(file)["data"]
-        except ValueError:  # lines, each with a column of this name
-            return Dataset.from_json(path)
-    if rows and all(isinstance(row, dict) and "paragraphs" in row for row in rows):
-        rows = list(_questions(rows))
-    columns = dict.fromkeys(chain.from_iterable(rows))
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+        if re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
+            file.seek(0)
+            with suppress(ValueError):  # lines, each with a column of this name
+                rows = json.load(file)["data"]
+    if rows is None:
+        read = Dataset.from_json(path)
+    else:
+        read = Dataset.from_dict(
+            {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+        )
+    return Dataset.from_list(list(_questions(read))) if "paragraphs" in read.column_names else read
 
 
-def _questions(articles: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _questions(articles: Dataset) -> Iterator[dict[str, Any]]:
     """Yield the questions of SQuAD's official files, 1.1 and 2.0, as the hub has them: one a row."""
-    for number, article in enumerate(articles):
+    for number, article in enumerate(articles.to_list()):
         try:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = question["answers"]
                     yield {
                         "id": question["id"],
-                        "title": article.get("title", ""),
+                        "title": article.get("title") or "",
                         "context": paragraph["context"],
                         "question": question["question"],
                         "answers": {
@@ -220,5 +222,5 @@ FILE_READERS: dict[str, Callable[..., Dataset]] = {
     ".parquet": Dataset.from_parquet,
     **TABLES,
     ".json": _read_json,
-    ".jsonl": Dataset.from_json,
+    ".jsonl": _read_json,
 }

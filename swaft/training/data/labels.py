@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Labels:
     """Names of the classes in order of their ids, where the data names them."""
     is_regression: bool
     """Whether the answer is a score rather than a class."""
-    label_ids: Mapping[Any, int]
+    label_ids: Mapping[Any, int] = field(default_factory=dict)
     """Id of the class by what stands in the column; empty for a regression."""
 
 
@@ -42,7 +42,9 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     Fractional numbers are scores; written as texts they are asked about. Text is a class, its id the place in the
     sorted texts of the training rows. A whole number is a class id; how many there are is what the column's type
     says, else the largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names
-    like texts. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is logged.
+    like texts; where 0 is among them, -1 and below are only if `do_regression` is False, else they are taken for
+    missing answers. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is
+    logged.
 
     Args:
         splits: rows by split, `train` among them, without those that `label_faults` yields.
@@ -67,21 +69,21 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
         return _read_names(labels, column)
     if kinds["train"] is str:
         _require_written_scores(labels, column)
-        return Labels(num_labels=1, label_names=None, is_regression=True, label_ids={})
+        return Labels(num_labels=1, label_names=None, is_regression=True)
     if kinds["train"] is float and do_regression is None and _are_whole(labels["train"]):
         raise DataError(
             f"column '{column}' holds whole numbers stored as fractional ones ({labels['train'][0]}, ...): class "
             "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
         )
     if do_regression or (do_regression is None and kinds["train"] is float):
-        return Labels(num_labels=1, label_names=None, is_regression=True, label_ids={})
+        return Labels(num_labels=1, label_names=None, is_regression=True)
     for name, rows in labels.items():
         if not _are_whole(rows):
             raise DataError(
                 f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
                 "set data.do_regression=true"
             )
-    return _read_ids(splits, labels, column)
+    return _read_ids(splits, labels, column, may_be_negative=do_regression is False)
 
 
 def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
@@ -154,14 +156,18 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
     )
 
 
-def _read_ids(splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str) -> Labels:
+def _read_ids(
+    splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str, *, may_be_negative: bool
+) -> Labels:
     names = _class_names(splits, column)
     found = set(labels["train"])
-    if (names is None and 0 not in found) or (names is TRUTH and len(found) == 1):
+    are_names = 0 not in found or (may_be_negative and min(found) < 0)
+    if (names is None and are_names) or (names is TRUTH and len(found) == 1):
         read = _read_names(labels, column)
         logger.info(
-            "%s: whole numbers without 0 are names of %d classes: %s",
+            "%s: whole numbers %s 0 are names of %d classes: %s",
             column,
+            "below" if 0 in found else "without",
             read.num_labels,
             shortened(read.label_names or []),
         )
@@ -182,7 +188,7 @@ def _read_ids(splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], co
             raise DataError(
                 f"row {row} of {split} has {column}={ids[row]}; expected 0 to {num_labels - 1}, the labels "
                 f"of the {source} (-1 usually marks a row without its answer: leave such rows out; where it is a "
-                "class, write the labels as texts)"
+                "class, set data.do_regression=false)"
             )
     unseen = [str(number) for number in range(num_labels) if number not in found]
     if unseen and names is None:

@@ -1,23 +1,188 @@
-"""Turns questions about passages into overlapping windows of tokens, and those into batches."""
+"""Checks questions about passages, in SQuAD's schema, and turns them into overlapping windows of tokens."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from swaft.errors import DataError
-from swaft.training.data.checks import ROWS_AT_ONCE, padding, require_length, values
-from swaft.training.data.questions import first_place
-from swaft.training.data.texts import encode
+from swaft.errors import ConfigError, DataError
+from swaft.training.data.checks import (
+    ROWS_AT_ONCE,
+    Fault,
+    existing,
+    good_rows,
+    padding,
+    refuse_repeated_ids,
+    require_length,
+    text_faults,
+    values,
+)
+from swaft.training.data.texts import encode, without_letters
 
 logger = logging.getLogger(__name__)
+
+
+COLUMNS = ("id", "question", "context", "answers")
+
+
+@dataclass(frozen=True)
+class QuestionReport:
+    """What is known of the questions before they are tokenized."""
+
+    unanswerable: dict[str, int]
+    """By split: questions that have no answer (SQuAD 2.0)."""
+    misplaced: dict[str, int]
+    """By split: answers that do not stand where `answer_start` says."""
+    rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
+    """Questions by split, without those that were left out."""
+
+    @property
+    def has_unanswerable(self) -> bool:
+        """Whether some question of some split has no answer."""
+        return any(self.unanswerable.values())
+
+
+def check_questions(
+    splits: Mapping[str, Dataset], *, most_misplaced: float = 0.01, skip_bad_rows: bool = False
+) -> QuestionReport:
+    """Check every question of every split.
+
+    Rows have `id` (whole numbers become texts), `question`, `context` and `answers`: `{"text": [...],
+    "answer_start": [...]}`, starts in characters of the context, empty lists where there is no answer.
+
+    Args:
+        splits: rows by split.
+        most_misplaced: share of a split's answers that may stand elsewhere than `answer_start` says. Such
+            answers are scored against, but not trained on; more of them mean that the starts count
+            something else (bytes, say).
+        skip_bad_rows: leave out questions with a text that is none or empty, or answers of another form.
+
+    Raises:
+        DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
+            another form, or too many that are misplaced.
+    """
+    misplaced, unanswerable = {}, {}
+    for name, split in splits.items():
+        for column in COLUMNS:
+            if column not in split.column_names:
+                raise DataError(
+                    f"the {name} split has no column '{column}'; {existing(split)}; expected SQuAD's: "
+                    f"{', '.join(COLUMNS)}"
+                )
+    # Predictions are files of json, whose keys are texts.
+    splits = {
+        name: split.cast_column("id", Value("string")) if _has_whole_ids(split) else split
+        for name, split in splits.items()
+    }
+    good = good_rows(splits, _faults, skip=skip_bad_rows)
+    for name, split in good.items():
+        refuse_repeated_ids(split, name)
+        total, odd = 0, []
+        unanswerable[name] = 0
+        for row, (context, answers) in enumerate(
+            zip(values(split, "context"), values(split, "answers"), strict=True)
+        ):
+            texts, starts = answers["text"], answers["answer_start"]
+            unanswerable[name] += not texts
+            total += len(texts)
+            odd += [
+                row for text, start in zip(texts, starts, strict=True) if not _stands(text, start, context)
+            ]
+        if len(odd) > most_misplaced * total:
+            raise DataError(
+                f"{len(odd)} of {total} answers of {name} do not stand in their context where answer_start says "
+                f"(row {odd[0]}, ...); expected at most {most_misplaced:.0%}. Count answer_start in "
+                "characters from 0"
+            )
+        if odd:
+            logger.warning(
+                "%d of %d answers of %s do not stand where answer_start says (row %d, ...)",
+                len(odd),
+                total,
+                name,
+                odd[0],
+            )
+        misplaced[name] = len(odd)
+    return QuestionReport(unanswerable, misplaced, good)
+
+
+def may_have_no_answer(report: QuestionReport, version_2_with_negative: bool | None) -> bool:
+    """Return whether "none" is an answer: what the setting says, else what the questions show.
+
+    Args:
+        report: from `check_questions`.
+        version_2_with_negative: the setting of this name; None: it says nothing.
+
+    Raises:
+        ConfigError: it says no, and there are questions without an answer.
+    """
+    if version_2_with_negative is False and report.has_unanswerable:
+        counts = ", ".join(f"{count} of {name}" for name, count in report.unanswerable.items() if count)
+        raise ConfigError(
+            f"data.version_2_with_negative is false, but questions have no answer ({counts}); remove the setting, "
+            "or the rows"
+        )
+    return report.has_unanswerable if version_2_with_negative is None else version_2_with_negative
+
+
+def right_answers(split: Dataset) -> list[tuple[str, list[str]]]:
+    """Return id and right answers of each question, as the metrics take them."""
+    return [
+        (question, list(answers["text"]))
+        for question, answers in zip(values(split, "id"), values(split, "answers"), strict=True)
+    ]
+
+
+def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the first and one past the last character of the first answer that stands where it says."""
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        if _stands(text, start, context):
+            start += len(text) - len(text.lstrip())
+            return start, start + len(text.strip())
+    return None
+
+
+def _stands(text: str, start: int, context: str) -> bool:
+    return start >= 0 and context.startswith(text, start)
+
+
+def _has_whole_ids(split: Dataset) -> bool:
+    return str(getattr(split.features["id"], "dtype", "")).startswith(("int", "uint"))
+
+
+def _faults(split: Dataset) -> Iterator[Fault]:
+    for column in ("id", "question", "context"):
+        yield from text_faults(split, column)
+    for row, answers in enumerate(values(split, "answers")):
+        fault = _answers_fault(answers)
+        if fault is not None:
+            yield row, fault
+
+
+def _answers_fault(answers: Any) -> str | None:
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    starts = answers.get("answer_start") if isinstance(answers, Mapping) else None
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return (
+            f"has {answers!r} in column 'answers'; expected {{'text': [...], 'answer_start': [...]}}, lists of the "
+            "same length"
+        )
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
+            return (
+                f"has the answer {text!r} at {start!r}; expected words, and the number of their first character in "
+                "the context (both lists empty where there is no answer)"
+            )
+    return None
+
 
 NO_ANSWER_HERE = -1
 """Offset of a token that no answer can begin or end with."""
@@ -90,10 +255,10 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def refuse_long_questions(
+def refuse_unusable_questions(
     splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, doc_stride: int
 ) -> None:
-    """Refuse a question that leaves no room for its context, before any context is tokenized.
+    """Refuse a question that leaves no room for its context, or whose context has no tokens.
 
     Args:
         splits: rows that `check_questions` checked.
@@ -102,14 +267,21 @@ def refuse_long_questions(
         doc_stride: likewise.
 
     Raises:
-        DataError: as said.
+        DataError: names the question.
     """
+    is_doubtful = without_letters(tokenizer)
     for split in splits.values():
-        rows = list(zip(values(split, "id"), values(split, "question"), strict=True))
+        columns = (values(split, name) for name in ("id", "question", "context"))
+        rows = list(zip(*columns, strict=True))
         for first in range(0, len(rows), ROWS_AT_ONCE):
-            ids, questions = zip(*rows[first : first + ROWS_AT_ONCE], strict=True)
+            ids, questions, contexts = zip(*rows[first : first + ROWS_AT_ONCE], strict=True)
             asked = [text.strip() for text in questions]
             _refuse_long_questions(list(ids), asked, tokenizer, max_seq_length, doc_stride)
+            for question, context in zip(ids, contexts, strict=True):
+                if is_doubtful(context):
+                    found = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+                    offsets = [_offsets(found["offset_mapping"], [0] * len(found["input_ids"]), 0, context)]
+                    _refuse_untokenized([question], [0], offsets)
 
 
 class WindowCollator:
@@ -200,7 +372,7 @@ def _offsets(
             for (start, end), sequence in zip(mapping, sequences, strict=True)
         ],
         dtype=np.int32,
-    )
+    ).reshape(-1, 2)
 
 
 def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> tuple[int, int]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from string import ascii_letters, digits
 from typing import Any
 
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.data.checks import values
+from swaft.training.data.checks import is_blank, values
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
     """Tokenize a batch of texts, or of pairs.
 
     Where special tokens are read as text (see `read_as_text`), those that the tokenizer cannot split become unknown
-    words: words of its vocabulary, as in T5's, and all of a slow tokenizer to which words were added.
+    words: words of its vocabulary, as in T5's, and all of a slow tokenizer to which words were added. A token that
+    is for padding alone stays what it is: some pad with a word ("!"), and the attention mask tells the two apart.
 
     Args:
         tokenizer: the model's.
@@ -51,7 +53,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
         *texts, split_special_tokens=_can_split(tokenizer), return_special_tokens_mask=True, **options
     )
     unknown: Any = tokenizer.unk_token_id
-    special = frozenset(tokenizer.all_special_ids) - {unknown}
+    names = set(tokenizer.special_tokens_map) - {"pad_token", "unk_token"}
+    meant = {getattr(tokenizer, f"{name}_id") for name in names}
+    special = frozenset(tokenizer.all_special_ids) - ({unknown, tokenizer.pad_token_id} - meant)
     for ids, added in zip(encoded["input_ids"], encoded.pop("special_tokens_mask"), strict=True):
         if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to see
             continue
@@ -66,6 +70,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
                     )
                 ids[position] = unknown
     return encoded
+
+
+def without_letters(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
+    """Return whether a text has no letter or digit that the tokenizer knows: of others it may make no token."""
+    known = {
+        letter
+        for letter in ascii_letters + digits
+        if tokenizer(letter, add_special_tokens=False)["input_ids"]
+    }
+    return known.isdisjoint
+
+
+def refuse_rows_without_tokens(
+    splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse texts that become no token at all, where the tokenizer adds none (GPT-2, Qwen): no model reads them.
+
+    Args:
+        splits: rows by split, with texts in these columns.
+        columns: of the texts that the tokenizer takes together, one or two.
+        tokenizer: the model's.
+
+    Raises:
+        DataError: names the row.
+    """
+    if tokenizer(*("" for _ in columns))["input_ids"]:
+        return
+    is_doubtful = without_letters(tokenizer)
+    for name, split in splits.items():
+        for row, texts in enumerate(zip(*(values(split, column) for column in columns), strict=True)):
+            if all(map(is_doubtful, texts)) and not tokenizer(*texts)["input_ids"]:
+                found = "an empty text" if all(map(is_blank, texts)) else f"the text {texts[0]!r}"
+                raise DataError(
+                    f"row {row} of {name} has {found}, of which {type(tokenizer).__name__} makes no token. "
+                    "Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
+                )
 
 
 def report_special_tokens(

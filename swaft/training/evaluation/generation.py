@@ -16,8 +16,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 from swaft.training.config import Seq2SeqDataConfig, Seq2SeqEvalConfig
-from swaft.training.data import length_statistics
-from swaft.training.data.seq2seq import IGNORED
+from swaft.training.data.seq2seq import IGNORED, length_statistics
 from swaft.training.evaluation.evaluate import (
     ROW_ID,
     Evaluation,
@@ -25,7 +24,7 @@ from swaft.training.evaluation.evaluate import (
     require_finite,
     without_row_id,
 )
-from swaft.training.metrics import GenerationMetric
+from swaft.training.metrics.generation import GenerationMetric
 from swaft.training.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)

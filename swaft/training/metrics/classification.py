@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from swaft.errors import ConfigError
-from swaft.training.metrics.names import NAMES, refuse_unfit
+from swaft.training.metrics.names import NAMES, Measure, library, refuse_unfit
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, float]
 
-# The metric GLUE reports, where it is not accuracy (Wang et al. 2019, table 1).
+METRIC_NAMES = NAMES["classification"] + NAMES["regression"]
 TASK_METRICS = {
     "cola": "matthews_correlation",
     "mrpc": "accuracy_f1",
     "qqp": "accuracy_f1",
     "stsb": "pearson_spearman",
 }
+"""The metric GLUE reports, where it is not accuracy (Wang et al. 2019, table 1)."""
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A named measure of predictions against references.
+class Metric(Measure):
+    """A measure of class ids, or of scores."""
 
-    Call it with two arrays of shape (rows,): class ids (integers) for classification, scores (floats) for
-    regression. It returns every number of the measure by name, as plain floats.
-    """
-
-    name: str
-    """What the setting `eval.metric` calls it."""
-    primary: str
-    """The number among its results that leads: the one to compare runs by, higher or lower as it goes."""
-    is_regression: bool
+    is_regression: bool = False
     """Whether it measures scores rather than class ids."""
-    compute: Callable[[np.ndarray, np.ndarray], Scores]
-    """The measure itself; expects arrays that were checked."""
 
     def __call__(self, predictions: np.ndarray, references: np.ndarray) -> Scores:
-        """Score the predictions.
+        """Return every number of the measure by name, as plain floats.
 
         Args:
-            predictions: class ids or scores, shape (rows,).
+            predictions: class ids (integers) or scores (floats), shape (rows,).
             references: the right answers, shape (rows,), rows in the same order.
 
         Raises:
             ValueError: no rows, shapes that differ, or class ids that are not whole numbers.
         """
         predictions, references = np.asarray(predictions), np.asarray(references)
-        self._check(predictions, references)
+        if predictions.ndim != 1 or predictions.shape != references.shape or not len(predictions):
+            raise ValueError(
+                f"{self.name} got predictions of shape {predictions.shape} and references of shape "
+                f"{references.shape}; expected one prediction a row and one reference a row"
+            )
+        if not self.is_regression and not {predictions.dtype.kind, references.dtype.kind} <= set("iub"):
+            raise ValueError(
+                f"{self.name} got {predictions.dtype} predictions and {references.dtype} references; "
+                "expected class ids (take the argmax of the logits first)"
+            )
         return {name: float(value) for name, value in self.compute(predictions, references).items()}
 
     def renumbered(self, order: Sequence[int]) -> Metric:
@@ -67,67 +66,74 @@ class Metric:
             self, compute=lambda predictions, references: self.compute(ids[predictions], ids[references])
         )
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The numbers that it returns, by name."""
-        rows = np.arange(2.0 if self.is_regression else 2)
-        return tuple(self(rows, rows))
 
-    def _check(self, predictions: np.ndarray, references: np.ndarray) -> None:
-        if predictions.ndim != 1 or predictions.shape != references.shape or not len(predictions):
-            raise ValueError(
-                f"{self.name} got predictions of shape {predictions.shape} and references of shape "
-                f"{references.shape}; expected one prediction a row and one reference a row"
-            )
-        kinds = {predictions.dtype.kind, references.dtype.kind}
-        if not self.is_regression and not kinds <= set("iub"):
-            raise ValueError(
-                f"{self.name} got {predictions.dtype} predictions and {references.dtype} references; "
-                "expected class ids (take the argmax of the logits first)"
-            )
-
-
-def get_metric(name: str = "auto", *, is_regression: bool = False, num_labels: int = 2) -> Metric:
+def get_metric(
+    name: str = "auto",
+    *,
+    task_name: str | None = None,
+    is_regression: bool = False,
+    num_labels: int = 2,
+    label_names: Sequence[str] | None = None,
+    positive_label: str | None = None,
+) -> Metric:
     """Return the metric of this name, if it fits the task.
 
     Args:
-        name: one of `METRIC_NAMES`, or `auto`: pearson_spearman for a regression, accuracy otherwise.
+        name: one of `METRIC_NAMES`, or `auto`: GLUE's for a GLUE task, else pearson_spearman for a regression and
+            accuracy for classes.
+        task_name: name of the task, for `auto`.
         is_regression: whether the task's labels are scores.
         num_labels: classes of the task; ignored for a regression.
+        label_names: names of the classes in order of their ids; None: the ids.
+        positive_label: name of the class whose F1 is measured, of two; None: the second one, which is logged.
 
     Raises:
-        ConfigError: an unknown name, or a metric for another kind of task.
+        ConfigError: an unknown name, a metric for another kind of task, or a class that there is not.
     """
     if name == "auto":
-        name = "pearson_spearman" if is_regression else "accuracy"
+        usual = TASK_METRICS.get((task_name or "").lower().replace("-", ""), "accuracy")
+        fits = METRICS[usual].is_regression == is_regression
+        name = usual if fits else "pearson_spearman" if is_regression else "accuracy"
     refuse_unfit(name, "regression" if is_regression else "classification")
     metric = METRICS[name]
-    if name in ("f1", "accuracy_f1") and num_labels != 2:
+    if "f1" not in metric.names:
+        if positive_label is not None:
+            raise ConfigError(
+                f"data.positive_label is {positive_label}, which eval.metric={name} does not use; remove it, or "
+                "set eval.metric=f1 or accuracy_f1"
+            )
+        return metric
+    if num_labels != 2:
         raise ConfigError(
-            f"eval.metric: {name} is the F1 of class 1 of two, and this task has {num_labels} classes; "
+            f"eval.metric: {name} is the F1 of one class of two, and this task has {num_labels} classes; "
             "use f1_macro or accuracy"
         )
-    return metric
-
-
-def metric_for_task(task_name: str | None, *, is_regression: bool = False) -> str:
-    """Name a task's usual metric: GLUE's for a GLUE task, by the kind of task otherwise."""
-    usual = TASK_METRICS.get((task_name or "").lower().replace("-", ""))
-    if usual is not None and METRICS[usual].is_regression == is_regression:
-        return usual
-    return "pearson_spearman" if is_regression else "accuracy"
+    classes = list(label_names or ("0", "1"))
+    if positive_label is None:
+        positive_label = classes[1]
+        logger.info(
+            "%s: the positive class is %s, the second of %s; data.positive_label names another",
+            *(name, positive_label, ", ".join(classes)),
+        )
+    if positive_label not in classes:
+        raise ConfigError(
+            f"data.positive_label: there is no class '{positive_label}'; expected one of {', '.join(classes)}"
+        )
+    return metric if positive_label == classes[1] else metric.renumbered((1, 0))
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    return {"accuracy": float(np.mean(predictions == references))}
+    return {"accuracy": np.mean(predictions == references).item()}
 
 
 def _f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    return {"f1": _sklearn().f1_score(references, predictions, pos_label=1, zero_division=0.0)}
+    f1_score = library("sklearn.metrics", "scikit-learn").f1_score
+    return {"f1": f1_score(references, predictions, pos_label=1, zero_division=0.0)}
 
 
 def _f1_macro(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    return {"f1_macro": _sklearn().f1_score(references, predictions, average="macro", zero_division=0.0)}
+    f1_score = library("sklearn.metrics", "scikit-learn").f1_score
+    return {"f1_macro": f1_score(references, predictions, average="macro", zero_division=0.0)}
 
 
 def _accuracy_f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
@@ -138,17 +144,16 @@ def _matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> Sc
     # One class only: the coefficient is 0/0, and 0, no better than chance, by convention.
     if len(np.unique(predictions)) == 1 or len(np.unique(references)) == 1:
         return {"matthews_correlation": 0.0}
-    return {"matthews_correlation": _sklearn().matthews_corrcoef(references, predictions)}
+    coefficient = library("sklearn.metrics", "scikit-learn").matthews_corrcoef
+    return {"matthews_correlation": coefficient(references, predictions)}
 
 
 def _pearson_spearman(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        logger.warning(
-            "correlation of constant %s is undefined and reported as 0",
-            "predictions" if np.ptp(predictions) == 0 else "references",
-        )
-        return {"pearson": 0.0, "spearman": 0.0}
-    stats = _scipy_stats()
+    for what, values in (("predictions", predictions), ("references", references)):
+        if np.ptp(values) == 0:
+            logger.warning("correlation of constant %s is undefined and reported as 0", what)
+            return {"pearson": 0.0, "spearman": 0.0}
+    stats = library("scipy.stats", "scipy")
     return {
         "pearson": stats.pearsonr(predictions, references)[0],
         "spearman": stats.spearmanr(predictions, references)[0],
@@ -156,41 +161,19 @@ def _pearson_spearman(predictions: np.ndarray, references: np.ndarray) -> Scores
 
 
 def _mse(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    return {"mse": float(np.mean((predictions.astype(np.float64) - references.astype(np.float64)) ** 2))}
-
-
-def _sklearn() -> Any:
-    try:
-        import sklearn.metrics
-    except ImportError as error:
-        raise ConfigError(
-            f"eval.metric: needs scikit-learn: pip install 'swaft[metrics]' ({error})"
-        ) from error
-    return sklearn.metrics
-
-
-def _scipy_stats() -> Any:
-    try:
-        import scipy.stats
-    except ImportError as error:
-        raise ConfigError(f"eval.metric: needs scipy: pip install 'swaft[metrics]' ({error})") from error
-    return scipy.stats
-
-
-def _names(is_regression: bool) -> list[str]:
-    return [name for name, metric in METRICS.items() if metric.is_regression == is_regression]
+    difference = predictions.astype(np.float64) - references.astype(np.float64)
+    return {"mse": np.mean(difference**2).item()}
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", "accuracy", False, _accuracy),
-        Metric("f1", "f1", False, _f1),
-        Metric("f1_macro", "f1_macro", False, _f1_macro),
-        Metric("accuracy_f1", "accuracy", False, _accuracy_f1),
-        Metric("matthews_correlation", "matthews_correlation", False, _matthews_correlation),
-        Metric("pearson_spearman", "pearson", True, _pearson_spearman),
-        Metric("mse", "mse", True, _mse),
+        Metric("accuracy", ("accuracy",), _accuracy),
+        Metric("f1", ("f1",), _f1),
+        Metric("f1_macro", ("f1_macro",), _f1_macro),
+        Metric("accuracy_f1", ("accuracy", "f1"), _accuracy_f1),
+        Metric("matthews_correlation", ("matthews_correlation",), _matthews_correlation),
+        Metric("pearson_spearman", ("pearson", "spearman"), _pearson_spearman, is_regression=True),
+        Metric("mse", ("mse",), _mse, is_regression=True),
     )
 }
-METRIC_NAMES = NAMES["classification"] + NAMES["regression"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.metrics.names import refuse_unfit
+from swaft.training.metrics.names import Measure, library, refuse_unfit
 from swaft.training.metrics.rouge import (
     ROUGE_TYPES,
     coco_signature,
@@ -57,19 +57,9 @@ class GenerationScores:
     """How each number was computed; numbers of different signatures cannot be compared."""
 
 
-Compute = Callable[[Sequence[str], Sequence[Sequence[str]], GenerationOptions], GenerationScores]
-
-
 @dataclass(frozen=True)
-class GenerationMetric:
-    """A named measure of generated texts."""
-
-    name: str
-    """What the setting `eval.metric` calls it."""
-    primary: str
-    """The number among its results that leads; higher is better for all."""
-    parts: tuple[Compute, ...]
-    """The measures it joins; they expect texts that were checked."""
+class GenerationMetric(Measure):
+    """A measure of generated texts; higher is better for all of its numbers."""
 
     def __call__(
         self,
@@ -90,19 +80,7 @@ class GenerationMetric:
             ConfigError: an option that sacrebleu cannot follow here, or a library that is missing.
         """
         _check(self.name, predictions, references)
-        options = options or GenerationOptions()
-        found = [part(predictions, references, options) for part in self.parts]
-        joined = GenerationScores({}, {}, {})
-        for one in found:
-            joined.scores.update(one.scores)
-            joined.intervals.update(one.intervals)
-            joined.signatures.update(one.signatures)
-        return joined
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The numbers that it returns, by name."""
-        return tuple(self(["a text"], [["a text"]]).scores)
+        return self.compute(predictions, references, options or GenerationOptions())
 
 
 def get_generation_metric(
@@ -174,14 +152,16 @@ def _bleu(
             f"bleu_tokenize is '{options.bleu_tokenize}'; expected one of {', '.join(BLEU_TOKENIZERS)}, the "
             "tokenizers of sacrebleu that need no download"
         )
-    metric = _sacrebleu().BLEU(tokenize=options.bleu_tokenize, lowercase=options.lowercase)
+    metric = library("sacrebleu", "sacrebleu").BLEU(
+        tokenize=options.bleu_tokenize, lowercase=options.lowercase
+    )
     return _of_corpus("bleu", metric, predictions, references)
 
 
 def _chrf(
     predictions: Sequence[str], references: Sequence[Sequence[str]], options: GenerationOptions
 ) -> GenerationScores:
-    metric = _sacrebleu().CHRF(lowercase=options.lowercase)
+    metric = library("sacrebleu", "sacrebleu").CHRF(lowercase=options.lowercase)
     return _of_corpus("chrf", metric, predictions, references)
 
 
@@ -220,23 +200,36 @@ def _check(name: str, predictions: Sequence[str], references: Sequence[Sequence[
             raise DataError(f"row {row} has {found}, so it cannot be scored; remove the row or fill it in")
 
 
-def _sacrebleu() -> Any:
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise ConfigError(f"eval.metric: needs sacrebleu: pip install 'swaft[metrics]' ({error})") from error
-    return sacrebleu
+def _joined(*parts: Callable[..., GenerationScores]) -> Callable[..., GenerationScores]:
+    """Return a measure of all the numbers of these."""
+
+    def compute(
+        predictions: Sequence[str], references: Sequence[Sequence[str]], options: GenerationOptions
+    ) -> GenerationScores:
+        joined = GenerationScores({}, {}, {})
+        for part in parts:
+            found = part(predictions, references, options)
+            joined.scores.update(found.scores)
+            joined.intervals.update(found.intervals)
+            joined.signatures.update(found.signatures)
+        return joined
+
+    return compute
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        GenerationMetric("rouge", "rougeL", (_rouge,)),
-        GenerationMetric("bleu", "bleu", (_bleu,)),
-        GenerationMetric("chrf", "chrf", (_chrf,)),
-        GenerationMetric("rougeL_coco", "rougeL_coco", (_rouge_l_coco,)),
-        GenerationMetric("bleu_chrf", "bleu", (_bleu, _chrf)),
+        GenerationMetric("rouge", ("rougeL", "rouge1", "rouge2", "rougeLsum"), _rouge),
+        GenerationMetric("bleu", ("bleu",), _bleu),
+        GenerationMetric("chrf", ("chrf",), _chrf),
+        GenerationMetric("rougeL_coco", ("rougeL_coco",), _rouge_l_coco),
+        GenerationMetric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf)),
         # The numbers of the E2E challenge, and ROUGE-L beside its namesake.
-        GenerationMetric("bleu_rouge", "bleu", (_bleu, _rouge_l_coco, partial(_rouge, names=("rougeL",)))),
+        GenerationMetric(
+            "bleu_rouge",
+            ("bleu", "rougeL_coco", "rougeL"),
+            _joined(_bleu, _rouge_l_coco, partial(_rouge, names=("rougeL",))),
+        ),
     )
 }

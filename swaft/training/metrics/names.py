@@ -1,8 +1,12 @@
-"""Which metrics there are for which kind of task, and what is said of one that does not fit."""
+"""Which metrics there are for which kind of task, and what they have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 from swaft.errors import ConfigError
 
@@ -15,15 +19,32 @@ NAMES = {
 """What the setting `eval.metric` may say, by kind of task; `auto` besides."""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A named measure of predictions against references."""
+
+    name: str
+    """What the setting `eval.metric` calls it."""
+    names: tuple[str, ...]
+    """The numbers that it returns."""
+    compute: Callable[..., Any]
+    """The measure itself; expects what was checked."""
+
+    @property
+    def primary(self) -> str:
+        """The number that leads: the one to compare runs by."""
+        return self.names[0]
+
+
 def refuse_unfit(name: str, task: str) -> None:
-    """Refuse a metric that there is not, or that is for another kind of task.
+    """Refuse a metric that does not exist, or is for another kind of task.
 
     Args:
         name: what `eval.metric` says; `auto` has been resolved.
         task: one of the kinds in `NAMES`.
 
     Raises:
-        ConfigError: as said above.
+        ConfigError: names the metrics that fit.
     """
     fitting = NAMES[task]
     if name in fitting:
@@ -33,3 +54,15 @@ def refuse_unfit(name: str, task: str) -> None:
     near = get_close_matches(name, fitting, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise ConfigError(f"eval.metric: '{name}' is not one of auto, {', '.join(fitting)}.{hint}")
+
+
+def library(module: str, package: str) -> Any:
+    """Import a module that only some metrics need.
+
+    Raises:
+        ConfigError: the package is not installed; names the extra that brings it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"eval.metric: needs {package}: pip install 'swaft[metrics]' ({error})") from error

@@ -6,13 +6,13 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.metrics.names import refuse_unfit
+from swaft.training.metrics.names import Measure, refuse_unfit
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII alone, as in the official scripts
@@ -33,24 +33,7 @@ class QuestionScores:
     """Ids of the questions that were given no answer, not even an empty one; they score 0."""
 
 
-@dataclass(frozen=True)
-class QuestionMetric:
-    """A named measure of answers."""
-
-    name: str
-    """What the setting `eval.metric` calls it."""
-    primary: str
-    """The number among its results that leads; higher is better."""
-    compute: Callable[..., QuestionScores]
-    """`score_squad` or `score_squad_v2`."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The numbers that it returns, by name, without null odds."""
-        return tuple(self.compute({"id": "text"}, [("id", ["text"])]).scores)
-
-
-def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -> QuestionMetric:
+def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -> Measure:
     """Return the metric of this name, if it fits the questions.
 
     Args:
@@ -251,6 +234,6 @@ def _missing(answers: Mapping[str, str], questions: Questions) -> tuple[str, ...
 
 
 METRICS = {
-    "squad": QuestionMetric("squad", "f1", score_squad),
-    "squad_v2": QuestionMetric("squad_v2", "f1", score_squad_v2),
+    "squad": Measure("squad", ("f1", "exact_match"), score_squad),
+    "squad_v2": Measure("squad_v2", ("f1", "exact", "HasAns_exact", "HasAns_f1"), score_squad_v2),
 }

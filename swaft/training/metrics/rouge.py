@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
 
-from swaft.errors import ConfigError
+from swaft.training.metrics.names import library
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -43,11 +42,10 @@ def rouge_scorer(names: Sequence[str] = ROUGE_TYPES, *, use_stemmer: bool = True
     Raises:
         ConfigError: rouge-score is not installed.
     """
-    scorer_module, tokenizers = _rouge_score()
-    tokenizer = tokenizers.DefaultTokenizer(use_stemmer)
+    tokenizer = library("rouge_score.tokenizers", "rouge-score").DefaultTokenizer(use_stemmer)
     # A text is compared with several others, and stemming takes longer than comparing.
     tokenizer.tokenize = lru_cache(maxsize=10_000)(tokenizer.tokenize)
-    scorer = scorer_module.RougeScorer(list(names), tokenizer=tokenizer)
+    scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(list(names), tokenizer=tokenizer)
 
     def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
         lines = ["\n".join(split_sentences(text)) for text in references]
@@ -121,14 +119,3 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
             row[column] = diagonal + 1 if token == other else max(above, row[column - 1])
             diagonal = above
     return row[-1]
-
-
-def _rouge_score() -> tuple[Any, Any]:
-    try:
-        from rouge_score import rouge_scorer as scorer
-        from rouge_score import tokenizers
-    except ImportError as error:
-        raise ConfigError(
-            f"eval.metric: needs rouge-score: pip install 'swaft[metrics]' ({error})"
-        ) from error
-    return scorer, tokenizers

@@ -12,8 +12,8 @@ import torch
 
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig
-from swaft.training.data import Task
 from swaft.training.data.checks import shortened
+from swaft.training.data.classification import Task
 from swaft.training.data.labels import TRUTH
 from swaft.training.models.lora import new_heads
 

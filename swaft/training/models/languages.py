@@ -9,7 +9,7 @@ import torch
 
 from swaft.errors import ConfigError
 from swaft.training.config import Seq2SeqDataConfig
-from swaft.training.data import PairColumns
+from swaft.training.data.seq2seq import PairColumns
 
 
 def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns) -> None:

@@ -24,7 +24,7 @@ from swaft.training.models.lora import with_adapters
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING, write_token
 
 if TYPE_CHECKING:
-    from swaft.training.data import Task
+    from swaft.training.data.classification import Task
 
 
 AnyModel = ModelConfig | Seq2SeqModelConfig

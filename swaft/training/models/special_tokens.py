@@ -124,8 +124,9 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
 
     Raises:
         ConfigError: for a model that reads rows of one length (a Nyströmformer with landmarks, a Reformer), and
-            another length.
+            another length; for one that shortens its rows inside (CANINE, Funnel), and too short a length.
     """
+    kind = model_config.model_type
     entries: dict[str, Any] = {
         name: getattr(model_config, name, None)
         for name in (
@@ -138,18 +139,27 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
     }
     segment = entries["segment_means_seq_len"]
     only = max_length if segment == entries["num_landmarks"] else segment
-    if model_config.model_type == "reformer":
+    if kind == "reformer":
         only = _reformer_length(model_config, max_length)
     if only != max_length:
         raise ConfigError(
-            f"data.max_seq_length: this {model_config.model_type} reads rows of {only} tokens and no others; "
+            f"data.max_seq_length: this {kind} reads rows of {only} tokens and no others; "
             f"expected data.max_seq_length={only}"
+        )
+    least = 1
+    if kind == "canine":
+        least = model_config.downsampling_rate
+    if kind == "funnel":  # each block but the first halves its row, and has to find two tokens
+        least = 2 ** (len(model_config.block_sizes) - 1) + 1
+    if max_length < least:
+        raise ConfigError(
+            f"data.max_seq_length is {max_length}, and this {kind} shortens its rows inside, which takes {least} "
+            f"tokens at least; expected data.max_seq_length={least} or more"
         )
     # BigBird attends to all of a short batch, and ever after one: its blocks have to be the same for all rows.
     sparse = entries["attention_type"] == "block_sparse" and (
         max_length > (5 + 2 * entries["num_random_blocks"]) * entries["block_size"]
     )
-    kind = model_config.model_type
     mixes = kind in MIX_PADDING_IN and not generates
     if not (sparse or mixes):
         return None

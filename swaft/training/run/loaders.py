@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from swaft.training.config import TrainConfig
-from swaft.training.data import length_grouped, shuffled
+from swaft.training.data.order import length_grouped, shuffled
 from swaft.training.launch.interruption import InterruptibleLoader, Interruption, leave_signals_to_the_rank
 
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError, TrainingError
-from swaft.training.data import find_answers, tokenize_questions
+from swaft.training.data.question_answering import tokenize_questions
+from swaft.training.evaluation.answering import find_answers
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from swaft.errors import DataError
 from swaft.training.config import DataConfig
-from swaft.training.data import Task, describe_task
+from swaft.training.data.classification import Task, describe_task
 
 pytestmark = pytest.mark.unit
 
@@ -190,8 +190,15 @@ def test_label_out_of_range_names_split_row_and_value(value, row):
 
 
 def test_negative_training_label_is_refused():
-    with pytest.raises(DataError, match="row 1 of train has label=-1"):
+    with pytest.raises(DataError, match=r"row 1 of train has label=-1.*data\.do_regression=false"):
         describe([0, -1, 1])
+
+
+def test_negative_class_ids_are_names_where_the_settings_say_that_numbers_are_classes(caplog):
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        task = describe([0, -1, 1], [1], do_regression=False)
+    assert (task.label_names, task.label_ids) == (["-1", "0", "1"], {-1: 0, 0: 1, 1: 2})
+    assert "label: whole numbers below 0 are names of 3 classes: -1, 0, 1" in caplog.text
 
 
 @pytest.mark.parametrize("labels", [[0.5, math.nan], [1, None], ["a", None]])

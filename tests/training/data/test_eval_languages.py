@@ -10,7 +10,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from swaft.errors import ConfigError, DataError
 from swaft.training.config import ClassificationConfig, DataConfig, load_config
-from swaft.training.data import language_groups, load_splits, sources
+from swaft.training.data import sources
+from swaft.training.data.sources import language_groups, load_splits
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import pytest
 
 from swaft.errors import DataError
 from swaft.training.config import DataConfig
-from swaft.training.data import load_splits
+from swaft.training.data.sources import load_splits
 
 pytestmark = pytest.mark.unit
 
@@ -156,6 +156,15 @@ def test_the_official_files_of_squad_are_read_as_the_hub_has_them(read):
         DataError, match=r"article 0 of its data is not as in SQuAD's files \(KeyError: 'question'\)"
     ):
         read("a.json", squad({"id": "1", "answers": []}))
+
+
+def test_articles_of_squad_are_read_as_a_bare_list_and_as_lines_too(read):
+    question = {"id": "1", "question": "q?", "answers": [{"text": "b", "answer_start": 2}]}
+    official = squad(question, question | {"id": "2", "answers": []})
+    articles = json.loads(official)["data"] * 2
+    expected = read("a.json", official) * 2
+    assert read("b.json", json.dumps(articles)) == expected
+    assert read("c.jsonl", "\n".join(map(json.dumps, articles))) == expected
 
 
 def test_rows_in_an_object_are_read_and_a_column_of_that_name_is_none(read):

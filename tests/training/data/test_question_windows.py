@@ -11,7 +11,11 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import processors
 
 from swaft.errors import DataError
-from swaft.training.data import WindowCollator, tokenize_questions
+from swaft.training.data.question_answering import (
+    WindowCollator,
+    refuse_unusable_questions,
+    tokenize_questions,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -175,10 +179,12 @@ def test_question_that_leaves_no_room_is_named():
 def test_context_without_tokens_is_named():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = tokenizers_strip()
+    rows, lengths = questions(context="\x00"), {"max_seq_length": 16, "doc_stride": 2}
     with pytest.raises(DataError, match="the context of question q1 has no tokens"):
-        tokenize_questions(
-            questions(context="\x00"), tokenizer, max_seq_length=16, doc_stride=2, training=False
-        )
+        tokenize_questions(rows, tokenizer, **lengths, training=False)
+    with pytest.raises(DataError, match="the context of question q1 has no tokens"):
+        refuse_unusable_questions({"test": rows}, tokenizer, **lengths)
+    refuse_unusable_questions({"test": questions(context="a \x00")}, tokenizer, **lengths)
 
 
 def tokenizers_strip():

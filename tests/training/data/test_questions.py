@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.data import check_questions, may_have_no_answer, right_answers
+from swaft.training.data.question_answering import check_questions, may_have_no_answer, right_answers
 
 pytestmark = pytest.mark.unit
 

@@ -8,19 +8,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from swaft.training.config import DataConfig
-from swaft.training.data import (
-    check_questions,
-    data_folder,
-    find_answers,
-    find_pairs,
-    length_statistics,
-    load_splits,
-    read_pairs,
-    right_answers,
-    tokenize_pairs,
-    tokenize_questions,
-)
-from swaft.training.metrics import get_generation_metric, score_squad
+from swaft.training.data.question_answering import check_questions, right_answers, tokenize_questions
+from swaft.training.data.seq2seq import find_pairs, length_statistics, read_pairs, tokenize_pairs
+from swaft.training.data.sources import data_folder, load_splits
+from swaft.training.evaluation.answering import find_answers
+from swaft.training.metrics.generation import get_generation_metric
+from swaft.training.metrics.question_answering import score_squad
 
 pytestmark = pytest.mark.realdata
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from swaft.training.config import DataConfig
-from swaft.training.data import data_folder, describe_task, load_splits
+from swaft.training.data.classification import describe_task
+from swaft.training.data.sources import data_folder, load_splits
 
 pytestmark = pytest.mark.realdata
 

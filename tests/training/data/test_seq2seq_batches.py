@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.data import Seq2SeqCollator, length_statistics, tokenize_pairs
+from swaft.training.data.seq2seq import Seq2SeqCollator, length_statistics, tokenize_pairs
 
 pytestmark = pytest.mark.unit
 

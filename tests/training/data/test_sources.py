@@ -13,7 +13,8 @@ from datasets import Dataset, DatasetDict
 
 from swaft.errors import DataError
 from swaft.training.config import DataConfig
-from swaft.training.data import data_folder, load_splits, sources
+from swaft.training.data import sources
+from swaft.training.data.sources import data_folder, load_splits
 
 pytestmark = pytest.mark.unit
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from swaft.errors import DataError
-from swaft.training.data import Seq2SeqCollator, tokenize_pairs, tokenize_questions
+from swaft.training.data.question_answering import tokenize_questions
+from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
 from swaft.training.data.texts import encode, read_as_text, report_special_tokens
 
 pytestmark = pytest.mark.unit
@@ -90,6 +91,18 @@ def test_what_was_set_is_saved_with_the_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     ids = AutoTokenizer.from_pretrained(tmp_path)("a [SEP] b").input_ids
     assert ids == encode(tokenizer, ["a [SEP] b"])["input_ids"][0]
+
+
+def test_a_word_to_pad_with_is_trained_as_the_word_that_a_saved_tokenizer_reads(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "b"
+    read_as_text(tokenizer, True)
+    assert tokens(tokenizer, "a b b") == ["[CLS]", "a", "b", "b", "[SEP]"]
+    tokenizer.save_pretrained(tmp_path)
+    ids = AutoTokenizer.from_pretrained(tmp_path)("a b b").input_ids
+    assert ids == encode(tokenizer, ["a b b"])["input_ids"][0]
+    tokenizer.eos_token = "b"
+    assert tokens(tokenizer, "a b b") == ["[CLS]", "a", "[UNK]", "[UNK]", "[SEP]"]
 
 
 def test_a_word_that_is_a_special_token_needs_one_for_unknown_words():

@@ -6,10 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import normalizers
 
 from swaft.errors import DataError
 from swaft.training.config import DataConfig
-from swaft.training.data import Collator, describe_task, refuse_rows_without_tokens, tokenize
+from swaft.training.data.classification import Collator, describe_task, tokenize
+from swaft.training.data.texts import refuse_rows_without_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -75,8 +77,12 @@ def test_tokenizer_without_padding_token_is_refused():
 def test_an_empty_text_is_refused_where_the_tokenizer_makes_no_token_of_it():
     rows = Dataset.from_dict({"text": ["a", " "], "label": [0, 1]})
     task = describe_task({"train": rows}, DataConfig())
-    refuse_rows_without_tokens(task, tiny_tokenizer())
+    refuse_rows_without_tokens(task.rows, task.text_columns, tiny_tokenizer())
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = None
     with pytest.raises(DataError, match=r"row 1 of train has an empty text.*data\.skip_bad_rows=true"):
-        refuse_rows_without_tokens(task, bare)
+        refuse_rows_without_tokens(task.rows, task.text_columns, bare)
+    bare.backend_tokenizer.normalizer = normalizers.Replace("é", "")  # one that knows no such letter
+    strange = Dataset.from_dict({"one": ["a", "é", "é"], "two": ["é", "a", "éé"]})
+    with pytest.raises(DataError, match=r"row 2 of test has the text 'é', of which .* makes no token"):
+        refuse_rows_without_tokens({"test": strange}, ("one", "two"), bare)

@@ -9,7 +9,8 @@ import pytest
 
 from swaft.errors import DataError
 from swaft.training.config import DataConfig
-from swaft.training.data import describe_task, load_splits
+from swaft.training.data.classification import describe_task
+from swaft.training.data.sources import load_splits
 from swaft.training.demo import docstring_splits
 from swaft.training.demo.areas import AREAS
 from swaft.training.demo.docstrings import MASK, MAX_ROWS_PER_AREA, MAX_WORDS, MIN_ROWS_PER_AREA, MIN_WORDS

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import logging
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaft.errors import ConfigError
-from swaft.training.metrics import METRIC_NAMES, METRICS, get_metric, metric_for_task
+from swaft.training.metrics.classification import METRIC_NAMES, METRICS, get_metric
 
 pytestmark = pytest.mark.unit
 
@@ -66,6 +66,33 @@ def test_correlation_of_a_constant_is_zero_with_a_warning(which, caplog):
     assert f"constant {which}" in caplog.text
 
 
+def test_f1_is_of_the_second_class_which_is_logged_or_of_the_one_that_is_named(caplog):
+    names = ["no", "yes"]
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        of_yes = get_metric("f1", label_names=names)(PREDICTIONS, REFERENCES)
+        get_metric("accuracy_f1")
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "f1: the positive class is yes, the second of no, yes",
+        "accuracy_f1: the positive class is 1, the second of 0, 1",
+    ]
+    of_no = get_metric("f1", label_names=names, positive_label="no")(PREDICTIONS, REFERENCES)
+    assert of_yes == get_metric("f1", label_names=names, positive_label="yes")(PREDICTIONS, REFERENCES)
+    # Of "no": 2 true positives, 2 false positives, 1 false negative.
+    assert (of_yes, of_no) == ({"f1": pytest.approx(2 / 3)}, {"f1": pytest.approx(4 / 7)})
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "said"),
+    [
+        ("f1", "maybe", "there is no class 'maybe'; expected one of no, yes"),
+        ("accuracy", "no", "positive_label is no, which eval.metric=accuracy does not use"),
+    ],
+)
+def test_a_positive_class_that_does_not_fit_is_refused(name, label, said):
+    with pytest.raises(ConfigError, match=said):
+        get_metric(name, label_names=["no", "yes"], positive_label=label)
+
+
 def test_f1_without_any_positive_is_zero():
     zeros = np.zeros(3, dtype=np.int64)
     assert get_metric("f1")(zeros, zeros) == {"f1": 0.0}
@@ -77,6 +104,7 @@ def test_primary_is_among_the_numbers_and_all_are_plain_floats(name):
     dtype = np.float32 if metric.is_regression else np.int64
     scores = metric(np.array([0, 1, 1], dtype=dtype), np.array([1, 1, 0], dtype=dtype))
     assert metric.primary in scores
+    assert set(metric.names) == set(scores)
     assert all(type(value) is float for value in scores.values())
 
 
@@ -128,25 +156,20 @@ def test_metric_for_another_kind_of_task_is_refused():
     ],
 )
 def test_auto_follows_glue(task, name):
-    assert metric_for_task(task) == name
+    assert get_metric(task_name=task).name == name
 
 
 def test_auto_of_a_regression_is_correlation():
-    assert metric_for_task("stsb", is_regression=True) == "pearson_spearman"
-    assert metric_for_task("mine", is_regression=True) == "pearson_spearman"
-    assert get_metric("auto", is_regression=True).primary == "pearson"
+    for task in ("stsb", "mine", None, "cola"):
+        metric = get_metric(task_name=task, is_regression=True)
+        assert (metric.name, metric.primary) == ("pearson_spearman", "pearson")
+    assert get_metric(task_name="stsb").name == "accuracy"
     assert get_metric("auto").name == "accuracy"
 
 
 def test_missing_library_names_the_extra(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith(("sklearn", "scipy")):
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    for name in ("sklearn.metrics", "scipy.stats"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
         get_metric("f1")(PREDICTIONS, REFERENCES)
     with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):

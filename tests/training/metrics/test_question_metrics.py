@@ -9,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.metrics import get_question_metric, score_squad, score_squad_v2
-from swaft.training.metrics.question_answering import exact_match, normalize_answer, token_f1, token_f1_v2
+from swaft.training.metrics.question_answering import (
+    exact_match,
+    get_question_metric,
+    normalize_answer,
+    score_squad,
+    score_squad_v2,
+    token_f1,
+    token_f1_v2,
+)
 
 pytestmark = pytest.mark.unit
 
