@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import swaft
-from swaft.averaging.rules import Rule
+from swaft.averaging.rules import Readout, Rule
 from swaft.training.checks.problems import Problems
 from swaft.training.checks.refusals import (
     require_decoder_start,
@@ -218,10 +218,10 @@ def train(config: QuestionAnsweringConfig) -> None:
                 settings=config.eval,
             )
 
-        def score_both(split: str, **selection: Any) -> dict[str, Evaluation]:
+        def score_both(split: str, readout: Readout | None = None) -> dict[str, Evaluation]:
             found = {"last": score(split)}
             if averager and averager.num_averaged:
-                with averager.swapped_in(**selection):
+                with averager.swapped_in(readout):
                     found["averaged"] = score(split)
             return found
 

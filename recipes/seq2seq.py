@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import swaft
-from swaft.averaging.rules import Rule
+from swaft.averaging.rules import Readout, Rule
 from swaft.training.checks.problems import Problems
 from swaft.training.checks.refusals import (
     require_decoder_start,
@@ -263,10 +263,10 @@ def train(config: Seq2SeqConfig) -> None:
                 generation=generation_arguments(config.eval, config.data),
             )
 
-        def score_both(split: str, **selection: Any) -> dict[str, Evaluation]:
+        def score_both(split: str, readout: Readout | None = None) -> dict[str, Evaluation]:
             found = {"last": score(split)}
             if averager and averager.num_averaged:
-                with averager.swapped_in(**selection):
+                with averager.swapped_in(readout):
                     found["averaged"] = score(split)
             return found
 

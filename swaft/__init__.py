@@ -13,7 +13,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from swaft import averaging, errors, functional, noise, soup
-    from swaft.averaging import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, WeightAverager, Windows, search_windows
+    from swaft.averaging import (
+        BEMA,
+        EMA,
+        LAWA,
+        SWA,
+        Merge,
+        PowerEMA,
+        Readout,
+        WeightAverager,
+        Windows,
+        search_windows,
+    )
     from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
 __all__ = [
@@ -26,6 +37,7 @@ __all__ = [
     "Merge",
     "PowerEMA",
     "RDrop",
+    "Readout",
     "TaskLoss",
     "WeightAverager",
     "Windows",

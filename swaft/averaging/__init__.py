@@ -6,7 +6,7 @@ from swaft.averaging import lora
 from swaft.averaging.averager import WeightAverager
 from swaft.averaging.engines import Engine, attach_engine
 from swaft.averaging.export import save_pretrained
-from swaft.averaging.rules import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, Rule, Windows
+from swaft.averaging.rules import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, Readout, Rule, Windows
 from swaft.averaging.search import Window, WindowSearch, search_windows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Engine",
     "Merge",
     "PowerEMA",
+    "Readout",
     "Rule",
     "WeightAverager",
     "Window",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
 from swaft.averaging.members import Members
 from swaft.averaging.persist import Keeper
-from swaft.averaging.rules import Plan, Rule, plan_all
+from swaft.averaging.rules import Plan, Readout, Rule, plan_all
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
@@ -170,7 +171,7 @@ class WeightAverager:
         self._members.finish()
 
     @contextmanager
-    def swapped_in(self, name: str | None = None, **selection: Any) -> Iterator[None]:
+    def swapped_in(self, readout: str | Readout | None = None) -> Iterator[None]:
         """The averaged weights in the model, for evaluation (collective; every rank enters and leaves).
 
         Training continues afterwards as if it had not happened, bit for bit, also when the body raises. Inside,
@@ -179,39 +180,40 @@ class WeightAverager:
         step) is refused. `copy.deepcopy(model)` is a model that keeps the average.
 
         Args:
-            name: which rule's average; None: the first.
-            selection: what the rule lets one choose: ``start`` and ``end`` of a window, say.
+            readout: which average: of the rule of this name, or as a `Readout` says: a window of it, for instance.
+                None: that of the first rule.
 
         Raises:
             AveragingError: nothing is averaged yet, a swap is active, or the average never moved; on the way out,
                 weights were changed inside.
         """
-        shard = self._shard_together(name, **selection)
-        with swapped_in(self.engine, shard, self._statistics.of(*self._average(name, selection))):
+        chosen = self.chosen(readout)
+        shard = self._shard_together(chosen)
+        with swapped_in(self.engine, shard, self._statistics.of(chosen, self.count(chosen.rule))):
             yield
 
-    def shard(self, name: str | None = None, **selection: Any) -> Tensor:
+    def shard(self, readout: str | Readout | None = None) -> Tensor:
         """This rank's elements of an average: (engine.numel,), fp32, host. Not to be changed; valid until the next
         :meth:`step`.
 
         Raises:
-            AveragingError: nothing is averaged yet, or a selection the rule does not know.
+            AveragingError: nothing is averaged yet, or a choice that the rule does not offer.
         """
-        return self._members.ready(self._named(name)).shard(**selection)
+        chosen = self.chosen(readout)
+        return self._members.ready(self._named(chosen.rule)).shard(chosen)
 
-    def lane_shards(self, name: str | None = None, **selection: Any) -> list[tuple[float, Tensor]]:
+    def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
         """What an average is the sum of: (coefficient, this rank's elements) pairs, the tensors as in `shard`.
 
         For rules that keep members whole (LAWA), the tensors are those members.
         """
-        return [
-            (coefficient, lane.mean)
-            for coefficient, lane in self._members.ready(self._named(name)).readout(**selection)
-        ]
+        chosen = self.chosen(readout)
+        lanes = self._members.ready(self._named(chosen.rule))
+        return [(coefficient, lane.mean) for coefficient, lane in lanes.readout(chosen)]
 
     def drift(self, name: str | None = None) -> float:
         """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
-        total, position, shard = 0.0, 0, self._shard_together(name)
+        total, position, shard = 0.0, 0, self._shard_together(self.chosen(name))
         for live in self.engine.live():
             averaged = shard[position : position + len(live)]
             total += float((averaged.double() - live.double()).square().sum())
@@ -221,10 +223,9 @@ class WeightAverager:
     def update_bn(
         self,
         batches: Iterable[Any],
-        name: str | None = None,
+        readout: str | Readout | None = None,
         *,
         forward: Callable[[Any], Any] | None = None,
-        **selection: Any,
     ) -> None:
         """Compute the running statistics (BatchNorm's) that go with an average, from training rows (collective).
 
@@ -236,53 +237,53 @@ class WeightAverager:
 
         Args:
             batches: of this rank, as many as on every other.
-            name: which rule's average; None: the first.
+            readout: as of :meth:`swapped_in`.
             forward: called with each batch, to pass it through the model. None: a mapping is passed as keyword
                 arguments; of a list or tuple the first is passed.
-            selection: as of :meth:`swapped_in`.
 
         Raises:
             AveragingError: as of :meth:`swapped_in`; or the ranks have no batches, or not equally many.
         """
-        with self.swapped_in(name, **selection):
+        chosen = self.chosen(readout)
+        with self.swapped_in(chosen):
             found = recompute_statistics(
                 self.engine, batches, forward or (lambda batch: pass_batch(self.engine, batch))
             )
-        self._statistics.keep(*self._average(name, selection), found)
+        self._statistics.keep(chosen, self.count(chosen.rule), found)
 
     def save_pretrained(
         self,
         path: str | PathLike[str],
-        name: str | None = None,
+        readout: str | Readout | None = None,
         *,
         dtype: str | torch.dtype = torch.float32,
         max_shard_size: str | int = export.SHARD_SIZE,
-        **selection: Any,
     ) -> None:
         """Write an average as a Hugging Face folder (collective; rank 0 writes).
 
         Args:
             path: folder to write.
-            name: which rule's average; None: the first.
+            readout: as of :meth:`swapped_in`.
             dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
                 torch's. Of any but fp32, what rounding takes away is logged.
             max_shard_size: of one file, such as ``"5GB"``.
-            selection: as of :meth:`swapped_in`.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
             ConfigError: for another dtype.
         """
-        shard = self._shard_together(name, **selection)
-        rule, chosen = self._rules[self._named(name)], f" with {selection}" if selection else ""
+        chosen = self.chosen(readout)
+        shard = self._shard_together(chosen)
+        rule, choices = self._rules[self._named(chosen.rule)], chosen.choices
         export.save_pretrained(
             self.engine,
             path,
             shard=shard,
-            statistics=self._statistics.of(*self._average(name, selection)),
+            statistics=self._statistics.of(chosen, self.count(chosen.rule)),
             dtype=dtype,
             max_shard_size=max_shard_size,
-            told=f"the mean of {self.count(name):,} members of a training run by `{rule!r}`{chosen}",
+            told=f"the mean of {self.count(chosen.rule):,} members of a training run by `{rule!r}`"
+            + (f" with {choices}" if choices else ""),
         )
 
     def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -366,9 +367,10 @@ class WeightAverager:
                     "a state was loaded while averaged weights are swapped in; leave the swap first"
                 )
 
-    def _average(self, name: str | None, selection: Mapping[str, Any]) -> tuple[Hashable, int]:
-        """What names an average, and the members in it."""
-        return (self._named(name), tuple(sorted(selection.items()))), self.count(name)
+    def chosen(self, readout: str | Readout | None) -> Readout:
+        """What is asked for, its rule by name."""
+        chosen = readout if isinstance(readout, Readout) else Readout(readout)
+        return replace(chosen, rule=self._named(chosen.rule))
 
     def _named(self, name: str | None) -> str:
         if name is None:
@@ -377,11 +379,11 @@ class WeightAverager:
             raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
         return name
 
-    def _shard_together(self, name: str | None, **selection: Any) -> Tensor:
+    def _shard_together(self, chosen: Readout) -> Tensor:
         """:meth:`shard`, once every rank has its own and the weights have been seen to change (collective)."""
         error, shard = None, None
         try:
-            shard = self.shard(name, **selection)
+            shard = self.shard(chosen)
             self.engine.check_trainable()
         except AveragingError as found:
             error = found

@@ -30,7 +30,7 @@ from swaft.averaging.adapters import PREFIX, LoraLayer, Members
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.gather import gather_trained, scatter_trained
-from swaft.averaging.rules.base import Plan
+from swaft.averaging.rules import Plan, Readout
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class ProductMean:
 
 
 def product_mean(
-    averager: WeightAverager, name: str | None = None, *, rank: int | None = None, **selection: Any
+    averager: WeightAverager, readout: str | Readout | None = None, *, rank: int | None = None
 ) -> ProductMean:
     """The exact mean of the LoRA updates of the members that a rule keeps (collective).
 
@@ -177,9 +177,8 @@ def product_mean(
 
     Args:
         averager: of a `PeftModel` with LoRA; every adapter that is trained is averaged.
-        name: which rule; None: the first. It must keep members whole, as `LAWA` does.
+        readout: which average, as of `averager.swapped_in`. Its rule must keep members whole, as `LAWA` does.
         rank: of the new factors, at least 1; None: each layer's own. At k * r nothing is lost.
-        selection: as of `averager.swapped_in`.
 
     Raises:
         AveragingError: the rule keeps no members; the model has no LoRA; an update is not ``scaling * B @ A`` (DoRA
@@ -189,11 +188,11 @@ def product_mean(
         raise AveragingError(f"rank is {rank!r}, expected a whole number of at least 1, or None")
     engine = averager.engine
     layers = _find_layers(engine)
-    shards = averager.lane_shards(name, **selection)
-    plan = averager.plan(name)
-    _refuse_mixtures(plan, averager.count(name), selection)
+    shards = averager.lane_shards(readout)
+    chosen = averager.chosen(readout)
+    _refuse_mixtures(averager.plan(chosen.rule), averager.count(chosen.rule), chosen)
     members = _gather_members(engine, layers, ((c, gather_trained(engine, s)) for c, s in shards))
-    trained = gather_trained(engine, averager.shard(name, **selection))
+    trained = gather_trained(engine, averager.shard(readout))
     averaged, error = {}, None
     if engine.ranks.is_main:
         try:
@@ -221,7 +220,7 @@ def product_mean(
 
 
 def save_merged(
-    averager: WeightAverager, path: str | PathLike[str], name: str | None = None, **selection: Any
+    averager: WeightAverager, path: str | PathLike[str], readout: str | Readout | None = None
 ) -> None:
     """Write the base model with the mean of the factors in its weights, ``W + s mean(B) mean(A)`` (collective).
 
@@ -234,7 +233,7 @@ def save_merged(
     engine = averager.engine
     layers = _find_layers(engine)
     export.refuse_occupied(engine, path)
-    trained = gather_trained(engine, averager.shard(name, **selection))
+    trained = gather_trained(engine, averager.shard(readout))
     _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
 
 
@@ -243,14 +242,14 @@ def _find_layers(engine: Engine) -> list[LoraLayer]:
     return adapters.find_layers(engine)
 
 
-def _refuse_mixtures(plan: Plan, num_members: int, selection: dict[str, Any]) -> None:
+def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
     """Refuse an average that is made of lanes in which members are mixed already."""
     whole: set[int] = set()
     for n in range(num_members):
         for update in plan.updates(n):
             copies = update.weight == 1.0 and (update.source is None or update.source in whole)
             (whole.add if copies else whole.discard)(update.lane)
-    if not whole.issuperset(plan.readout(num_members, **selection)):
+    if not whole.issuperset(plan.readout(num_members, chosen)):
         raise AveragingError(
             f"the average of {type(plan).__name__} is made of running means, in which the members' products are "
             "lost; expected a rule that keeps members whole, such as LAWA(last=4). The mean of the factors is to "

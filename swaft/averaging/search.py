@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from swaft.averaging.rules import WindowsPlan
+from swaft.averaging.rules import Readout, WindowsPlan
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class WindowSearch:
     """What a search found."""
 
     best: Window
-    """The best window: ``averager.save_pretrained(path, start=best.start, end=best.end)``."""
+    """The best window."""
+    readout: Readout
+    """Its mean: ``averager.save_pretrained(path, found.readout)``."""
     score: float
     """Its score."""
     scores: Mapping[Window, float]
@@ -84,7 +86,7 @@ def search_windows(
     def score(candidates: Iterable[Window]) -> Window:
         for window in candidates:
             if window not in scores:
-                with averager.swapped_in(name, start=window.start, end=window.end):
+                with averager.swapped_in(Readout(name, start=window.start, end=window.end)):
                     value = _number(evaluate())
                 scores[window] = averager.engine.ranks.gather(value)[0]
         return _best(scores, better)
@@ -95,7 +97,8 @@ def search_windows(
         best = score([_window(plan, num_members, start, end) for _, end in boundaries if end >= start])
     else:
         best = score([_window(plan, num_members, start, end) for start, end in windows])
-    return WindowSearch(best=best, score=scores[best], scores=scores)
+    readout = Readout(name, start=best.start, end=best.end)
+    return WindowSearch(best=best, readout=readout, score=scores[best], scores=scores)
 
 
 def _window(

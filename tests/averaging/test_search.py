@@ -34,10 +34,10 @@ class Averager:
         return self.plan(name).members_until(self.applied_steps)
 
     @contextmanager
-    def swapped_in(self, name=None, **selection):
-        self.plan(name).readout(self.applied_steps + 1, **selection)
-        self.inside = (selection["start"], selection["end"])
-        self.swaps.append((name, self.inside))
+    def swapped_in(self, readout):
+        self.plan(readout.rule).readout(self.applied_steps + 1, readout)
+        self.inside = (readout.start, readout.end)
+        self.swaps.append((readout.rule, self.inside))
         yield
         self.inside = None
 

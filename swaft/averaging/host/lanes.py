@@ -16,7 +16,7 @@ from torch import Tensor
 from swaft.averaging import native
 from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.spill import moved_to_disk
-from swaft.averaging.rules import Plan, Update
+from swaft.averaging.rules import DEFAULT, Plan, Readout, Update
 from swaft.errors import AveragingError
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -95,19 +95,19 @@ class Lanes:
         for lane in self.plan.finished(self.count - 1):
             self._put_away(lane)
 
-    def readout(self, **selection: object) -> list[tuple[float, Lane]]:
+    def readout(self, chosen: Readout = DEFAULT) -> list[tuple[float, Lane]]:
         """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read.
 
         Raises:
             AveragingError: an update broke off half way.
         """
         self._refuse_torn()
-        coefficients = self.plan.readout(self.count, **selection)
+        coefficients = self.plan.readout(self.count, chosen)
         return [(coefficient, self._lane(i)) for i, coefficient in sorted(coefficients.items())]
 
-    def shard(self, **selection: object) -> Tensor:
+    def shard(self, chosen: Readout = DEFAULT) -> Tensor:
         """The average: (numel,), fp32. A single lane is returned itself, not copied."""
-        readout = self.readout(**selection)
+        readout = self.readout(chosen)
         if len(readout) == 1 and readout[0][0] == 1.0:
             return readout[0][1].mean
         result = _vector(self._numel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swaft.averaging.rules.base import Plan, Rule, Update, resolve_start
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Rule, Update, resolve_start
 from swaft.averaging.rules.bema import BEMA
 from swaft.averaging.rules.ema import EMA
 from swaft.averaging.rules.lawa import LAWA
@@ -25,6 +25,7 @@ RULES = {
 
 __all__ = [
     "BEMA",
+    "DEFAULT",
     "EMA",
     "LAWA",
     "RULES",
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "PowerEMA",
     "PowerEMAPlan",
+    "Readout",
     "Rule",
     "Update",
     "Windows",

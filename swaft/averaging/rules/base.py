@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +33,45 @@ class Update:
     """Share of the source, in (0, 1]; 1 copies it."""
     source: int | None = None
     """Lane that is taken in, as it is after the updates before this one; None: the member itself."""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Which weights are read out of a run: whose average, and what its rule leaves to be chosen afterwards."""
+
+    rule: str | None = None
+    """Name of the rule; None: the first."""
+    _: KW_ONLY
+    start: float | int | None = None
+    """First step of a window (`Windows`): a fraction of the run, or an int for a step; None: the first member."""
+    end: float | int | None = None
+    """Last step of a window, likewise; None: the latest member."""
+    sigma_rel: float | None = None
+    """Relative width of the profile (`PowerEMA`); None: the first tracked one."""
+
+    @property
+    def choices(self) -> dict[str, float | int]:
+        """What is chosen, by name."""
+        names = ("start", "end", "sigma_rel")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def refuse_all_but(self, *offered: str) -> None:
+        """Refuse a choice that a rule does not offer.
+
+        Raises:
+            AveragingError: naming it and what is offered.
+        """
+        for name in self.choices:
+            if name not in offered:
+                known = " or ".join(offered) or "no choice"
+                raise AveragingError(
+                    f"this rule's average was asked for by {name!r}; it offers {known} "
+                    "(Windows takes start and end, PowerEMA sigma_rel)"
+                )
+
+
+DEFAULT = Readout()
+"""The average of the first rule as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +116,11 @@ class Plan(ABC):
         """What member ``n`` does to the lanes, in order. A lane's first update copies (weight 1)."""
 
     @abstractmethod
-    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The average after ``num_members`` members (at least 1): lane to coefficient.
 
         Raises:
-            AveragingError: a selection that the rule does not know or cannot serve, naming what it can.
+            AveragingError: a choice that the rule does not offer or cannot serve, naming what it can.
         """
 
     def finished(self, n: int) -> tuple[int, ...]:
@@ -107,9 +146,9 @@ class RunningMeanPlan(Plan):
         weight = 1.0 if n == 0 else self.weight(n)
         return (Update(0, weight),) if weight > 0 else ()
 
-    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The mean itself."""
-        refuse_selection(selection)
+        chosen.refuse_all_but()
         return {0: 1.0}
 
 
@@ -195,18 +234,3 @@ def refuse_surplus(plan: Plan, n: int) -> None:
             f"the weights after step {plan.step_of(n)} are member {n + 1} of {plan.num_members}: training went "
             f"on past the {plan.total_steps} steps it was announced with; give `total_steps` the whole run"
         )
-
-
-def refuse_selection(selection: dict[str, Any], *known: str) -> None:
-    """Refuse a choice that a rule does not offer.
-
-    Raises:
-        AveragingError: naming it and what is offered.
-    """
-    for name in selection:
-        if name not in known:
-            offered = " or ".join(known) if known else "no choice"
-            raise AveragingError(
-                f"this rule's average was asked for by {name!r}; it offers {offered} (Windows takes start and end, "
-                "PowerEMA sigma_rel)"
-            )

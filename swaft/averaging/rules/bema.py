@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from swaft.averaging.rules.base import (
+    DEFAULT,
     Plan,
+    Readout,
     Update,
     checked,
-    refuse_selection,
     require_number,
     require_whole,
     resolve_start,
@@ -50,9 +50,9 @@ class BEMAPlan(Plan):
             return (Update(EMA_LANE, 1.0), Update(ANCHOR_LANE, 1.0), Update(LAST_LANE, 1.0))
         return (Update(EMA_LANE, self.beta(n)), Update(LAST_LANE, 1.0))
 
-    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """``mean + alpha * (latest - first)``."""
-        refuse_selection(selection)
+        chosen.refuse_all_but()
         alpha = self.alpha(num_members - 1)
         return {EMA_LANE: 1.0, LAST_LANE: alpha, ANCHOR_LANE: -alpha}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from swaft.averaging.rules.base import (
+    DEFAULT,
     Plan,
+    Readout,
     Update,
     checked,
-    refuse_selection,
     require_whole,
     resolve_start,
 )
@@ -32,9 +32,9 @@ class LAWAPlan(Plan):
         """The member is copied over the oldest."""
         return (Update(n % self.last, 1.0),)
 
-    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The mean of those places that are filled."""
-        refuse_selection(selection)
+        chosen.refuse_all_but()
         filled = min(num_members, self.last)
         return dict.fromkeys(range(filled), 1.0 / filled)
 

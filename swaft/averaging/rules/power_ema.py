@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any
 
 import numpy as np
 
 from swaft.averaging.rules.base import (
+    DEFAULT,
     Plan,
+    Readout,
     Update,
     checked,
-    refuse_selection,
     require_whole,
     resolve_start,
 )
@@ -70,7 +70,7 @@ class PowerEMAPlan(Plan):
         """The snapshots that member ``n`` made."""
         return self._snapshot_after(n)
 
-    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The average whose profile has the relative width ``sigma_rel``; without it, the first tracked one.
 
         A tracked profile is its running mean. Any other is the least-squares fit of its profile by those of all
@@ -80,9 +80,8 @@ class PowerEMAPlan(Plan):
         Raises:
             AveragingError: the width is out of range, or the fit is off by more than `MAX_PROFILE_ERROR`.
         """
-        refuse_selection(selection, "sigma_rel")
-        sigma = selection.get("sigma_rel")
-        sigma = self.sigma_rel[0] if sigma is None else sigma
+        chosen.refuse_all_but("sigma_rel")
+        sigma = self.sigma_rel[0] if chosen.sigma_rel is None else chosen.sigma_rel
         coefficients, error = self._fit(num_members, sigma)
         if error > MAX_PROFILE_ERROR:
             raise AveragingError(

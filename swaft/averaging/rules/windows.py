@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from swaft.averaging.rules.base import (
+    DEFAULT,
     Plan,
+    Readout,
     Update,
     checked,
-    refuse_selection,
     refuse_surplus,
     require_whole,
     resolve_start,
@@ -40,14 +40,14 @@ class WindowsPlan(Plan):
         block = self._block_of(n)
         return (block,) if n + 1 == self._first_of(block + 1) else ()
 
-    def readout(self, num_members: int, **selection: Any) -> dict[int, float]:
+    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The plain mean of the members with ``start <= step <= end``, see :meth:`window`.
 
         Raises:
             AveragingError: the window is empty, cuts a block, or reaches out of what the run keeps.
         """
-        refuse_selection(selection, "start", "end")
-        window = self.window(num_members, **selection)
+        chosen.refuse_all_but("start", "end")
+        window = self.window(num_members, chosen.start, chosen.end)
         held = {
             block: min(self._first_of(block + 1), window.stop) - self._first_of(block)
             for block in range(self._block_of(window.start), self._block_of(window.stop - 1) + 1)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from swaft.averaging import Engine, WeightAverager, save_pretrained
+from swaft.averaging import Engine, Readout, WeightAverager, save_pretrained
 from swaft.errors import ConfigError
 from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
@@ -132,13 +132,13 @@ class BestWeights:
         self._engine, self._averager = engine, averager
         self._in_vain = 0
 
-    def observe(self, step: int, scores: Mapping[str, Scores], **selection: Any) -> bool:
+    def observe(self, step: int, scores: Mapping[str, Scores], readout: Readout | None = None) -> bool:
         """Take in an evaluation on validation rows, and keep the weights if they are the best so far (collective).
 
         Args:
             step: optimizer steps that the weights took.
             scores: by kind of weights, ``last`` and ``averaged``; of the weights as they are now.
-            selection: which average was evaluated, where the rule leaves a choice.
+            readout: which average was evaluated, where the rule leaves a choice.
 
         Returns:
             Whether the run has had its patience's worth of evaluations without a better score; the same on every
@@ -158,7 +158,7 @@ class BestWeights:
             if gain > 0:
                 self.found = Best(step=step, weights=kind, metric=self._target.chosen, score=seen[kind])
                 if self._keeps:
-                    self._write(kind, **selection)
+                    self._write(kind, readout)
         waits_for_average = self._averager is not None and "averaged" not in scores
         self._in_vain = 0 if waits_for_average or gain > self._threshold else self._in_vain + 1
         return self._patience is not None and self._in_vain >= self._patience
@@ -222,13 +222,13 @@ class BestWeights:
         difference = score - self.found.score
         return difference if self._target.better is max else -difference
 
-    def _write(self, kind: str, **selection: Any) -> None:
+    def _write(self, kind: str, readout: Readout | None) -> None:
         new = beside(self._folder, "new")
         if self._engine.ranks.is_main:  # what a run left that was ended here
             shutil.rmtree(new, ignore_errors=True)
         if kind == "averaged":
             assert self._averager is not None
-            self._averager.save_pretrained(new, **selection)
+            self._averager.save_pretrained(new, readout)
         else:
             save_pretrained(self._engine, new)
         with self._engine.ranks.together(f"{self._folder} could not be written"):

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import Engine, WeightAverager, WindowSearch, attach_engine, save_pretrained
+from swaft.averaging import Engine, Readout, WeightAverager, WindowSearch, attach_engine, save_pretrained
 from swaft.storage import sync_tree
 from swaft.training.config import AveragingConfig, EvalConfig, flatten, to_yaml
 from swaft.training.evaluation.best import BestWeights, Target, watches_weights
@@ -366,8 +366,8 @@ class Run:
         """Evaluate the last and the averaged weights on every split, and save both (collective).
 
         Args:
-            evaluate: scores the weights on the rows of a split; keywords choose the average, where the rule leaves
-                a choice.
+            evaluate: scores the weights on the rows of a split; the second argument says which average, where the
+                rule leaves a choice.
             splits: names of all that are evaluated.
             window: what to average, where the rule leaves a choice.
             means: splits whose mean scores are reported as well, by the name of the mean.
@@ -380,17 +380,17 @@ class Run:
             log.stopped_early(self.position.step)
         if window:
             log.window(window)
-        selection: dict[str, Any] = {"start": window.best.start, "end": window.best.end} if window else {}
-        found = {split: evaluate(split, **selection) for split in splits}
+        readout = window and window.readout
+        found = {split: evaluate(split, readout) for split in splits}
         found |= mean_evaluations(found, means or {})
         scores = {
             split: {kind: each.scores for kind, each in kinds.items()} for split, kinds in found.items()
         }
         for split, kinds in scores.items():
             log.evaluation(self.position.step, split, kinds)
-        saved = self._save_weights(selection)
+        saved = self._save_weights(readout)
         if self._best is not None:
-            self._best.observe(self.position.step, scores["validation"], **selection)
+            self._best.observe(self.position.step, scores["validation"], readout)
         write_outputs(found)
         self._engine.ranks.raise_together(folder.failure)
         content = summary(
@@ -428,14 +428,14 @@ class Run:
                 self.position.stopped = self._best.observe(self.position.step, scores)
         self.position.evaluated = True
 
-    def _save_weights(self, selection: Mapping[str, Any]) -> dict[str, Any]:
+    def _save_weights(self, readout: Readout | None) -> dict[str, Any]:
         """Write both kinds of weights with the tokenizer; return where they are."""
         folder, ranks = self.folder, self._engine.ranks
         saved = {"last": folder.final}
         save_pretrained(self._engine, folder.final)
         if self._averager:
             saved["averaged"] = folder.final_averaged
-            self._averager.save_pretrained(folder.final_averaged, **selection)
+            self._averager.save_pretrained(folder.final_averaged, readout)
         with ranks.together(f"the tokenizer could not be written to {folder.path}"):
             if folder.is_main:
                 for path in saved.values():

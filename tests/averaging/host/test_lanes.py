@@ -13,7 +13,7 @@ from swaft.averaging.arithmetic import combine, reference_mean
 from swaft.averaging.host import HostAverages
 from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.layout import Fragment, merge
-from swaft.averaging.rules import EMA, LAWA, PowerEMA, Windows
+from swaft.averaging.rules import EMA, LAWA, PowerEMA, Readout, Windows
 from swaft.distributed import Ranks
 from swaft.errors import AveragingError
 
@@ -56,7 +56,8 @@ def test_blocks_on_disk_give_the_bits_of_blocks_in_memory(tmp_path, mapped_files
     assert kept.lanes["w"].nbytes == 6 * 6 * NUMEL
     for start, end in ((None, None), (7, 16), (17, None)):
         assert torch.equal(
-            spilled.lanes["w"].shard(start=start, end=end), kept.lanes["w"].shard(start=start, end=end)
+            spilled.lanes["w"].shard(Readout(start=start, end=end)),
+            kept.lanes["w"].shard(Readout(start=start, end=end)),
         )
 
 
@@ -66,14 +67,16 @@ def test_snapshots_on_disk_are_those_of_their_time(tmp_path, mapped_files):
     for averages in (kept, spilled):
         take(averages, members(41))
     assert mapped_files(tmp_path)
-    assert torch.equal(spilled.lanes["p"].shard(sigma_rel=0.12), kept.lanes["p"].shard(sigma_rel=0.12))
+    assert torch.equal(
+        spilled.lanes["p"].shard(Readout(sigma_rel=0.12)), kept.lanes["p"].shard(Readout(sigma_rel=0.12))
+    )
 
 
 def test_a_window_is_the_mean_of_its_members_to_the_last_digits():
     averages, taken = averages_of({"w": Windows(blocks=8).plan(99)}), members(100)
     take(averages, taken)
     inside = torch.stack(taken[25:75])
-    window = averages.lanes["w"].shard(start=25, end=74)
+    window = averages.lanes["w"].shard(Readout(start=25, end=74))
     error = (window.double() - inside.double().mean(0)).abs() / inside.abs().amax(0)
     assert error.max() <= 2**-24
 

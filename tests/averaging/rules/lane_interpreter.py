@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from swaft.averaging.rules import Plan
+from swaft.averaging.rules import Plan, Readout
 
 
 def steps_of(plan: Plan) -> list[int]:
@@ -34,9 +33,9 @@ def lanes_along(plan: Plan, members: np.ndarray) -> Iterator[dict[int, np.ndarra
         yield lanes
 
 
-def averages(plan: Plan, members: np.ndarray, **selection: Any) -> list[np.ndarray]:
+def averages(plan: Plan, members: np.ndarray, **choices: float) -> list[np.ndarray]:
     """The average after each member."""
     return [
-        sum(c * lanes[i] for i, c in plan.readout(count, **selection).items())
+        sum(c * lanes[i] for i, c in plan.readout(count, Readout(**choices)).items())
         for count, lanes in enumerate(lanes_along(plan, members), start=1)
     ]

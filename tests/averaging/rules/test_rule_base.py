@@ -11,7 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lane_interpreter import steps_of
 
-from swaft.averaging.rules import BEMA, EMA, LAWA, RULES, SWA, Merge, PowerEMA, Windows, resolve_start
+from swaft.averaging.rules import (
+    BEMA,
+    EMA,
+    LAWA,
+    RULES,
+    SWA,
+    Merge,
+    PowerEMA,
+    PowerEMAPlan,
+    Readout,
+    Windows,
+    WindowsPlan,
+    resolve_start,
+)
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
@@ -68,9 +81,13 @@ def test_lanes_begin_with_a_copy_and_no_finished_lane_moves_again(plan):
 
 
 @given(plan=plans())
-def test_a_choice_that_no_rule_offers_is_refused(plan):
-    with pytest.raises(AveragingError, match="'colour'"):
-        plan.readout(2, colour="red")
+def test_a_choice_that_a_rule_does_not_offer_is_refused(plan):
+    if not isinstance(plan, WindowsPlan):
+        with pytest.raises(AveragingError, match="'end'"):
+            plan.readout(2, Readout(end=1.0))
+    if not isinstance(plan, PowerEMAPlan):
+        with pytest.raises(AveragingError, match="'sigma_rel'"):
+            plan.readout(2, Readout(sigma_rel=0.1))
 
 
 @given(rule=rules)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lane_interpreter import averages, lanes_along, random_members
 
-from swaft.averaging.rules import PowerEMA
+from swaft.averaging.rules import PowerEMA, Readout
 from swaft.averaging.rules.power_ema import SIGMA_REL_LIMIT, gamma_of, profile
 from swaft.errors import AveragingError, ConfigError
 
@@ -42,7 +42,7 @@ def test_a_tracked_profile_is_its_recursion_all_along(total, every, index):
         mean = beta * mean + (1 - beta) * member
         expected.append(mean)
     np.testing.assert_allclose(averages(plan, members, sigma_rel=sigma), expected, rtol=1e-10)
-    assert plan.readout(total // every // 2, sigma_rel=sigma) == {index: 1.0}
+    assert plan.readout(total // every // 2, Readout(sigma_rel=sigma)) == {index: 1.0}
 
 
 def test_without_a_choice_the_first_tracked_average_is_read():
@@ -79,7 +79,7 @@ def test_a_reconstruction_is_the_best_fit_of_the_wanted_impulse_response(total, 
     # Members that are unit vectors make every lane its own impulse response.
     *_, lanes = lanes_along(plan, np.eye(plan.num_members)[:count])
     wanted = averages(PowerEMA(sigma_rel=(sigma,)).plan(total), np.eye(plan.num_members)[:count])[-1]
-    coefficients, error = plan.readout(count, sigma_rel=sigma), plan.profile_error(count, sigma)
+    coefficients, error = plan.readout(count, Readout(sigma_rel=sigma)), plan.profile_error(count, sigma)
     assert sum(coefficients.values()) == pytest.approx(1.0, abs=1e-12)
     fitted = sum(c * lanes[i] for i, c in coefficients.items())
     assert error == pytest.approx(np.linalg.norm(fitted - wanted) / np.linalg.norm(wanted), abs=1e-9)
@@ -94,7 +94,7 @@ def test_a_reconstruction_comes_within_its_profile_error_of_the_average_tracked_
     members = random_members(plan)
     direct = averages(PowerEMA(sigma_rel=(sigma,)).plan(400), members)[-1]
     *_, lanes = lanes_along(plan, members)
-    fitted = sum(c * lanes[i] for i, c in plan.readout(401, sigma_rel=sigma).items())
+    fitted = sum(c * lanes[i] for i, c in plan.readout(401, Readout(sigma_rel=sigma)).items())
     error = plan.profile_error(401, sigma)
     assert error < 0.04
     wanted = profile(401, gamma_of(sigma), 401)
@@ -106,7 +106,7 @@ def test_a_reconstruction_comes_within_its_profile_error_of_the_average_tracked_
 def test_the_longest_runs_are_fitted_in_time():
     plan = PowerEMA(snapshots=32).plan(100_000)
     begun = time.process_time()
-    coefficients = plan.readout(plan.num_members, sigma_rel=0.07)
+    coefficients = plan.readout(plan.num_members, Readout(sigma_rel=0.07))
     assert time.process_time() - begun < 2.0
     assert len(coefficients) == 66
     assert plan.profile_error(plan.num_members, 0.07) < 1e-3
@@ -115,16 +115,16 @@ def test_the_longest_runs_are_fitted_in_time():
 def test_what_cannot_be_fitted_is_refused_with_its_error():
     plan = PowerEMA().plan(1000)
     with pytest.raises(AveragingError, match=r"sigma_rel=0\.28 over 1001 members .* error of 0\.20"):
-        plan.readout(1001, sigma_rel=0.28)
+        plan.readout(1001, Readout(sigma_rel=0.28))
     with pytest.raises(AveragingError, match=r"averaging\.snapshots"):
-        plan.readout(100, sigma_rel=0.2)
-    assert plan.readout(1001, sigma_rel=0.2)
+        plan.readout(100, Readout(sigma_rel=0.2))
+    assert plan.readout(1001, Readout(sigma_rel=0.2))
 
 
 @pytest.mark.parametrize("sigma", [0.0, -0.1, 0.3, float("nan"), "short"])
 def test_a_width_that_no_profile_has_is_refused(sigma):
     with pytest.raises(AveragingError, match="sigma_rel is"):
-        PowerEMA().plan(100).readout(50, sigma_rel=sigma)
+        PowerEMA().plan(100).readout(50, Readout(sigma_rel=sigma))
 
 
 @pytest.mark.parametrize("sigmas", [(), (0.05, 0.05), (0.0, 0.1), (0.3,), ("a",), 0.1])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lane_interpreter import averages, lanes_along, random_members, steps_of
 
-from swaft.averaging.rules import SWA, Windows
+from swaft.averaging.rules import SWA, Readout, Windows
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
@@ -38,7 +38,7 @@ def test_every_window_of_whole_blocks_is_the_plain_mean_of_its_members_all_along
             inside = (steps[:count] >= start) & (steps[:count] <= end)
             expected = members[:count][inside].mean(axis=0)
             np.testing.assert_allclose(
-                mean_of(lanes, plan.readout(count, start=start, end=end)), expected, rtol=1e-11
+                mean_of(lanes, plan.readout(count, Readout(start=start, end=end))), expected, rtol=1e-11
             )
 
 
@@ -54,10 +54,10 @@ def test_the_boundaries_are_the_only_ones_and_blocks_are_equal_to_within_a_membe
     for step in steps_of(plan):
         for which, known in (("start", begins), ("end", ends)):
             if step in known:
-                assert plan.readout(count, **{which: step})
+                assert plan.readout(count, Readout(**{which: step}))
             else:
                 with pytest.raises(AveragingError, match=r"cuts a block.*plan\.boundaries"):
-                    plan.readout(count, **{which: step})
+                    plan.readout(count, Readout(**{which: step}))
 
 
 @given(plan=runs)
@@ -72,14 +72,14 @@ def test_a_window_to_the_end_is_swa_from_its_start():
     members = random_members(windows)
     *_, lanes = lanes_along(windows, members)
     expected = averages(swa, members[32:])[-1]
-    np.testing.assert_allclose(mean_of(lanes, windows.readout(65, start=0.5)), expected, rtol=1e-12)
+    np.testing.assert_allclose(mean_of(lanes, windows.readout(65, Readout(start=0.5))), expected, rtol=1e-12)
 
 
 def test_both_ends_of_a_window_are_in_it():
     plan = Windows(blocks=4).plan(15)
     assert plan.boundaries(16) == [(0, 3), (4, 7), (8, 11), (12, 15)]
     assert plan.window(16, 4, 11) == range(4, 12)
-    assert plan.readout(16, start=4, end=11) == {1: 0.5, 2: 0.5}
+    assert plan.readout(16, Readout(start=4, end=11)) == {1: 0.5, 2: 0.5}
 
 
 def test_steps_between_two_members_name_the_boundary_they_lie_at():
@@ -92,8 +92,12 @@ def test_steps_between_two_members_name_the_boundary_they_lie_at():
 def test_a_block_that_is_being_filled_counts_with_the_members_it_has():
     plan = Windows(blocks=4).plan(15)
     assert plan.boundaries(10) == [(0, 3), (4, 7), (8, 9)]
-    assert plan.readout(10, start=4) == {1: 4 / 6, 2: 2 / 6}
-    assert plan.readout(10, start=4, end=9) == plan.readout(10, start=4, end=1.0) == plan.readout(10, start=4)
+    assert plan.readout(10, Readout(start=4)) == {1: 4 / 6, 2: 2 / 6}
+    assert (
+        plan.readout(10, Readout(start=4, end=9))
+        == plan.readout(10, Readout(start=4, end=1.0))
+        == plan.readout(10, Readout(start=4))
+    )
 
 
 def test_a_block_is_finished_with_its_last_member():
@@ -107,7 +111,7 @@ def test_fewer_members_than_blocks_are_kept_whole():
 
 
 @pytest.mark.parametrize(
-    ("selection", "said"),
+    ("choices", "said"),
     [
         ({"start": 5}, "begins at step 5 cuts .* step 4 or 8"),
         ({"start": 13}, "begins at step 13 cuts .* step 12 "),
@@ -122,16 +126,16 @@ def test_fewer_members_than_blocks_are_kept_whole():
         ({"end": "late"}, "the window's end is 'late'"),
     ],
 )
-def test_a_window_that_cannot_be_had_is_refused_with_the_nearest_boundaries(selection, said):
+def test_a_window_that_cannot_be_had_is_refused_with_the_nearest_boundaries(choices, said):
     with pytest.raises(AveragingError, match=said):
-        Windows(blocks=4).plan(15).readout(16, **selection)
+        Windows(blocks=4).plan(15).readout(16, Readout(**choices))
 
 
 def test_a_window_from_before_the_first_member_is_refused():
     with pytest.raises(
         AveragingError, match=r"start=0\.25 is step 5, .* from step 10 on \(averaging\.start\)"
     ):
-        Windows(blocks=2, start=10).plan(20).readout(11, start=0.25)
+        Windows(blocks=2, start=10).plan(20).readout(11, Readout(start=0.25))
 
 
 def test_a_run_longer_than_announced_is_refused():
