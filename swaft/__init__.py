@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         Windows,
         search_windows,
     )
+    from swaft.integrations.accelerate import register_averager
+    from swaft.integrations.transformers import NoiseCallback, WeightAveragingCallback, averaged_weights
     from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
 __all__ = [
@@ -35,22 +37,33 @@ __all__ = [
     "R4F",
     "SWA",
     "Merge",
+    "NoiseCallback",
     "PowerEMA",
     "RDrop",
     "Readout",
     "TaskLoss",
     "WeightAverager",
+    "WeightAveragingCallback",
     "Windows",
+    "averaged_weights",
     "averaging",
     "errors",
     "functional",
     "noise",
+    "register_averager",
     "search_windows",
     "soup",
 ]
 
 _MODULES = ("averaging", "errors", "functional", "noise", "soup")
-_OF_NOISE = ("R3F", "R4F", "RDrop", "TaskLoss")
+_ELSEWHERE = {
+    **dict.fromkeys(("R3F", "R4F", "RDrop", "TaskLoss"), "noise"),
+    **dict.fromkeys(
+        ("NoiseCallback", "WeightAveragingCallback", "averaged_weights"), "integrations.transformers"
+    ),
+    "register_averager": "integrations.accelerate",
+}
+"""Where the names come from that are not of `swaft.averaging`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -58,7 +71,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'swaft' has no attribute {name!r}")
     if name in _MODULES:
         return import_module(f"swaft.{name}")
-    return getattr(import_module("swaft.noise" if name in _OF_NOISE else "swaft.averaging"), name)
+    return getattr(import_module(f"swaft.{_ELSEWHERE.get(name, 'averaging')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -114,10 +114,10 @@ def prepared(case: EngineCase, *, accumulation: int = 1, model=None, build_optim
         model = shard(model, case)
         return accelerator, model, accelerator.prepare_optimizer(build_optimizer(model))
     if case.stage is None and dist.get_world_size() == 1:
-        _tell(accelerator, DistributedType.NO)  # as without a launcher: no DDP of one rank
+        switch_on(accelerator, DistributedType.NO)  # as without a launcher: no DDP of one rank
     if by_accelerate:
-        # On a CPU accelerate forgets FSDP2 without a word, though its preparation runs there: it is told again.
-        _tell(accelerator, DistributedType.FSDP)
+        # On a CPU accelerate drops FSDP2 without a word, though its preparation runs there: switched on again.
+        switch_on(accelerator, DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -136,7 +136,7 @@ def prepared(case: EngineCase, *, accumulation: int = 1, model=None, build_optim
     return accelerator, model, optimizer
 
 
-def _tell(accelerator: Accelerator, kind: DistributedType) -> None:
+def switch_on(accelerator: Accelerator, kind: DistributedType) -> None:
     for state in (PartialState(), accelerator.state):  # the second takes over what is in the first
         state.distributed_type = kind
 

@@ -1,0 +1,59 @@
+"""Averages inside `accelerator.save_state` and `accelerator.load_state`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swaft.averaging import WeightAverager
+from swaft.errors import StateError
+
+
+def register_averager(accelerator: Any, averager: WeightAverager) -> None:
+    """Have an accelerator's checkpoints carry the averages, every rank its own elements.
+
+        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=n)
+        register_averager(accelerator, averager)
+        ...
+        accelerator.save_state("step-500")   # the averages are in its folder "averages"
+        accelerator.load_state("step-500")   # and are resumed with model and optimizer
+
+    Args:
+        accelerator: an `accelerate.Accelerator`, its model and optimizer prepared.
+        averager: of that model.
+
+    Raises:
+        StateError: from `load_state`: the folder has no averages, or those of other rules or weights.
+    """
+    carried = _Carried(averager, f"averages-{len(accelerator._custom_objects)}")
+    accelerator.register_save_state_pre_hook(carried.save)
+    accelerator.register_load_state_pre_hook(carried.remember)
+    accelerator.register_for_checkpointing(carried)
+
+
+class _Carried:
+    """An averager among the objects of a checkpoint.
+
+    accelerate calls hooks on every rank, but before it has loaded anything; it loads registered objects on every
+    rank, after model and optimizer, but saves those of rank 0 alone. So a hook saves, and an object loads.
+    """
+
+    def __init__(self, averager: WeightAverager, folder: str):
+        self.averager, self.folder = averager, folder
+
+    def save(self, models: Any, weights: Any, output_dir: str) -> None:
+        self.averager.save_state(Path(output_dir) / self.folder, overwrite=True)
+
+    def remember(self, models: Any, input_dir: str) -> None:
+        self._from = Path(input_dir) / self.folder
+
+    def state_dict(self) -> dict[str, str]:
+        return {"averages": self.folder}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        if state.get("averages") != self.folder:
+            raise StateError(
+                f"{self._from.parent} holds no averages where they are expected ({state}); register the averager "
+                "and other objects in the order in which they were when the checkpoint was written"
+            )
+        self.averager.load_state(self._from)

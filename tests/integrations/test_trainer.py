@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_trainer import numbers_tokenizer, rows, trainer
+from transformers import EarlyStoppingCallback, Trainer
+
+import swaft
+from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
+from swaft.integrations.transformers import NoiseCallback, WeightAveragingCallback, averaged_weights
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def averaging() -> WeightAveragingCallback:
+    return WeightAveragingCallback(swaft.SWA(start=0.5))
+
+
+def exported(run: Trainer) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.args.output_dir) / "final-averaged" / "model.safetensors")
+
+
+def averaged(callback: WeightAveragingCallback, run: Trainer) -> dict[str, torch.Tensor]:
+    with averaged_weights(run):
+        return {name: value.clone() for name, value in run.model.named_parameters()}
+
+
+def test_the_end_of_training_leaves_the_averaged_model_with_its_tokenizer(tmp_path, averaging):
+    run = trainer(tmp_path, averaging)
+    run.processing_class = numbers_tokenizer(60)
+    run.train()
+    assert (tmp_path / "final-averaged" / "tokenizer.json").is_file()
+    mean, written = averaged(averaging, run), exported(run)
+    assert all(torch.equal(mean[name], written[name]) for name in mean)
+
+
+def test_the_names_are_at_the_top_level_too():
+    assert swaft.WeightAveragingCallback is WeightAveragingCallback
+    assert swaft.averaged_weights is averaged_weights
+    assert swaft.NoiseCallback is NoiseCallback
+
+
+def test_the_best_checkpoint_is_chosen_by_the_averaged_score_and_its_average_is_exported(tmp_path, averaging):
+    run = trainer(
+        tmp_path,
+        averaging,
+        max_steps=12,
+        save_steps=2,
+        eval_delay=7,
+        learning_rate=0.1,
+        load_best_model_at_end=True,
+        metric_for_best_model="averaged_loss",
+        greater_is_better=True,  # the largest loss of this run is not its last
+    )
+    run.train()
+    scores = {e["step"]: e["eval_averaged_loss"] for e in run.state.log_history if "eval_averaged_loss" in e}
+    best = max(scores, key=lambda step: scores[step])
+    assert best < 12, scores  # else nothing is shown
+    assert run.state.best_metric == scores[best]
+    assert Path(run.state.best_model_checkpoint) == tmp_path / f"checkpoint-{best}"
+    with averaged_weights(run):
+        assert run.evaluate()["eval_loss"] == pytest.approx(scores[best])
+    mean, written = averaged(averaging, run), exported(run)
+    assert all(torch.equal(mean[name], written[name]) for name in mean)
+
+
+def test_early_stopping_goes_by_the_averaged_score_wherever_it_stands_in_the_list(
+    tmp_path, averaging, caplog
+):
+    stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
+    run = trainer(
+        tmp_path,
+        stopping,
+        averaging,
+        eval_delay=4,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="averaged_loss",
+        greater_is_better=False,
+    )
+    run.train()
+    assert "did not find eval_averaged_loss" not in caplog.text
+    assert run.state.global_step == 6  # the second score is not ten better than the first
+
+
+def test_each_of_several_evaluation_sets_is_scored_with_both_weights_once(tmp_path, averaging):
+    run = trainer(tmp_path, averaging)
+    run.eval_dataset = {"near": rows(16, 1), "far": rows(16, 2)}
+    run.train()
+    names = [name for entry in run.state.log_history[-5:] for name in entry if name.endswith("_loss")]
+    assert sorted(names) == [
+        "eval_averaged_far_loss",
+        "eval_averaged_near_loss",
+        "eval_far_loss",
+        "eval_near_loss",
+        "train_loss",
+    ]
+
+
+def test_an_evaluation_before_anything_is_averaged_is_as_always(tmp_path, averaging):
+    run = trainer(tmp_path, averaging)
+    assert "eval_averaged_loss" not in run.evaluate()
+    with pytest.raises(AveragingError, match=r"call trainer\.train\(\) first"), averaged_weights(run):
+        pass
+    with (
+        pytest.raises(AveragingError, match="no WeightAveragingCallback"),
+        averaged_weights(trainer(tmp_path)),
+    ):
+        pass
+
+
+def test_two_callbacks_are_refused_before_training(tmp_path, averaging):
+    with pytest.raises(ConfigError, match="twice"):
+        trainer(tmp_path, averaging, WeightAveragingCallback(swaft.EMA())).train()
+
+
+def test_choosing_by_the_average_before_there_is_one_is_refused_before_training(tmp_path, averaging):
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "averaged_loss", "save_steps": 2}
+    with pytest.raises(ConfigError, match="eval_delay=4"):
+        trainer(tmp_path, averaging, **settings).train()
+
+
+def test_an_export_that_is_there_already_is_not_overwritten(tmp_path, averaging):
+    (tmp_path / "final-averaged").mkdir()
+    with pytest.raises(ConfigError, match="move it away"):
+        trainer(tmp_path, averaging).train()
+
+
+def test_resuming_without_averages_names_the_latest_checkpoint_that_has_some(tmp_path, averaging):
+    trainer(tmp_path, averaging, save_steps=2).train()
+    shutil.rmtree(tmp_path / "final-averaged")
+    shutil.rmtree(tmp_path / "checkpoint-8" / "averages")  # killed between the Trainer's save and ours
+    with pytest.raises(StateError, match=r"has no averages.*resume from .*checkpoint-6, the latest"):
+        trainer(tmp_path, WeightAveragingCallback(swaft.SWA(start=0.5)), max_steps=10).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_resuming_with_another_rule_is_refused(tmp_path, averaging):
+    trainer(tmp_path, averaging).train()
+    shutil.rmtree(tmp_path / "final-averaged")
+    with pytest.raises(StateError, match="EMA"):
+        trainer(tmp_path, WeightAveragingCallback(swaft.EMA())).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+
+
+def test_the_step_of_the_noise_is_resumed(tmp_path):
+    whole = trainer(tmp_path / "a", NoiseCallback(swaft.R3F(preset="relative", sigma=1.0)))
+    whole.train()
+    resumed = trainer(tmp_path / "b", NoiseCallback(swaft.R3F(preset="relative", sigma=1.0)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    after = dict(resumed.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in whole.model.named_parameters())
+
+
+def test_the_log_says_what_the_noise_does(tmp_path):
+    run = trainer(tmp_path, NoiseCallback(swaft.R3F(preset="relative", sigma=1.0)))
+    run.train()
+    first = run.state.log_history[0]
+    assert first["loss"] == pytest.approx(first["task_loss"] + first["divergence"], rel=1e-5)
+    assert first["noise_to_signal"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "give the objective label_smoothing=0.1"),
+        ({"kind": type("Own", (Trainer,), {"compute_loss": lambda *_: None})}, "a loss of its own"),
+    ],
+)
+def test_a_loss_that_the_objective_would_replace_is_refused(tmp_path, settings, message):
+    with pytest.raises(NoiseError, match=message):
+        trainer(tmp_path, NoiseCallback(swaft.R3F()), **settings).train()
+
+
+def test_a_checkpoint_without_the_objectives_step_is_refused(tmp_path):
+    trainer(tmp_path).train()
+    with pytest.raises(StateError, match=r"noise\.json"):
+        trainer(tmp_path, NoiseCallback(swaft.R3F())).train(resume_from_checkpoint=True)
