@@ -137,7 +137,5 @@ def load_recipe(path: Path) -> Recipe:
     finally:
         sys.path.remove(str(path.parent.resolve()))
     if not (isinstance(module.Config, type) and is_dataclass(module.Config)):
-        raise ConfigError(
-            f"{path}: Config is no dataclass of sections such as swaft.training.config.TrainConfig"
-        )
+        raise ConfigError(f"{path}: Config is no dataclass of sections such as TrainConfig")
     return Recipe(config_class=module.Config, prepare=module.prepare)

@@ -1,13 +1,5 @@
 """Typed settings of a run, filled from defaults, YAML files and the command line."""
 
-try:
-    import omegaconf  # noqa: F401  (recipes import these settings first)
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "swaft's recipes need accelerate, transformers, datasets and omegaconf: pip install 'swaft[recipes]'",
-        name=error.name,
-    ) from error
-
 from swaft.training.config.check import check_averaging, check_config
 from swaft.training.config.load import load_config, read_config
 from swaft.training.config.question_answering import (
