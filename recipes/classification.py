@@ -28,11 +28,16 @@ from swaft.training.checks.start import start_of
 from swaft.training.config import ClassificationConfig, load_config
 from swaft.training.config.rule import build_rule
 from swaft.training.data.checks import require_length
-from swaft.training.data.classification import Collator, Task, describe_task, tokenize
+from swaft.training.data.classification import Task, describe_task, tokenize
 from swaft.training.data.sources import language_groups, load_splits
-from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
+from swaft.training.data.texts import (
+    Collator,
+    read_as_text,
+    refuse_rows_without_tokens,
+    report_special_tokens,
+)
 from swaft.training.evaluation.best import Target, choose_target
-from swaft.training.evaluation.evaluate import Evaluation, evaluate
+from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.metrics.classification import Metric, get_metric
 from swaft.training.models.build import build_objective, build_optimizer
@@ -198,15 +203,8 @@ def train(config: ClassificationConfig) -> None:
         }
 
         def score(split: str) -> Evaluation:
-            return Evaluation(
-                scores=evaluate(
-                    model,
-                    loaders[split],
-                    ready.metric,
-                    run.accelerator,
-                    num_rows=len(datasets[split]),
-                    is_regression=task.is_regression,
-                )
+            return evaluate_classes(
+                model, loaders[split], run.accelerator, metric=ready.metric, num_rows=len(datasets[split])
             )
 
         def score_both(split: str, readout: Readout | None = None) -> dict[str, Evaluation]:

@@ -40,6 +40,7 @@ from swaft.training.data.question_answering import (
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens
 from swaft.training.evaluation.answering import (
+    AnswerSearch,
     evaluate_answers,
     refuse_unused_threshold,
     report_windows,
@@ -205,6 +206,13 @@ def train(config: QuestionAnsweringConfig) -> None:
             name: run.evaluation_loader(windows[name], ready.collate) for name in windows if name != "train"
         }
 
+        search = AnswerSearch(
+            has_unanswerable=ready.has_unanswerable,
+            max_answer_length=config.eval.max_answer_length,
+            null_score_diff_threshold=config.eval.null_score_diff_threshold,
+            padding_side=tokenizer.padding_side,
+        )
+
         def score(split: str) -> Evaluation:
             return evaluate_answers(
                 model,
@@ -212,10 +220,8 @@ def train(config: QuestionAnsweringConfig) -> None:
                 run.accelerator,
                 questions=ready.rows[split],
                 windows=windows[split],
-                padding_side=tokenizer.padding_side,
                 metric=ready.metric,
-                has_unanswerable=ready.has_unanswerable,
-                settings=config.eval,
+                search=search,
             )
 
         def score_both(split: str, readout: Readout | None = None) -> dict[str, Evaluation]:

@@ -29,7 +29,14 @@ from swaft.training.checks.start import start_of
 from swaft.training.config import Seq2SeqConfig, Seq2SeqDataConfig, load_config
 from swaft.training.config.rule import build_rule
 from swaft.training.data.checks import require_length
-from swaft.training.data.seq2seq import PairColumns, Seq2SeqCollator, find_pairs, read_pairs, tokenize_pairs
+from swaft.training.data.seq2seq import (
+    PairColumns,
+    Seq2SeqCollator,
+    find_pairs,
+    read_pairs,
+    report_lengths,
+    tokenize_pairs,
+)
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
 from swaft.training.evaluation.best import Target, choose_target
@@ -37,7 +44,6 @@ from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.evaluation.generation import (
     evaluate_texts,
     generation_arguments,
-    report_lengths,
     write_samples,
 )
 from swaft.training.launch.failure import leave, run_and_report
@@ -80,13 +86,13 @@ class Prepared:
     @property
     def description(self) -> str:
         """What is learnt, in words."""
-        return "writing texts" if self.metric is None else f"writing texts, scored by {self.metric.name}"
+        return "text generation" if self.metric is None else f"text generation, scored by {self.metric.name}"
 
 
 def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
     splits = problems.of(load_splits, config.data)
-    columns = problems.of(find_columns, splits, config.data)
+    columns = problems.of(find_pairs, splits, config.data)
     rows = problems.of(read_all_pairs, columns)
     model_config = problems.of(encoder_decoder_config, config.model)
     metric = None
@@ -144,18 +150,6 @@ def longest_texts(config: Seq2SeqConfig) -> list[tuple[str, int, bool]]:
 def main_score(metric: GenerationMetric | None) -> Target:
     """Return what decides between weights: the metric's first score, the loss where no texts are generated."""
     return Target(score="loss") if metric is None else Target(score=metric.primary, names=metric.names)
-
-
-def find_columns(splits: dict[str, Any], data: Seq2SeqDataConfig) -> PairColumns:
-    """Find and check the columns with the texts."""
-    return find_pairs(
-        splits,
-        source_column=data.source_column,
-        target_column=data.target_column,
-        source_lang=data.source_lang,
-        target_lang=data.target_lang,
-        skip_bad_rows=data.skip_bad_rows,
-    )
 
 
 def read_all_pairs(columns: PairColumns) -> dict[str, Any]:

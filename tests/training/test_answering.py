@@ -15,7 +15,12 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokeniz
 from swaft.errors import ConfigError, TrainingError
 from swaft.training.config import QuestionAnsweringEvalConfig
 from swaft.training.data.question_answering import WindowCollator, tokenize_questions
-from swaft.training.evaluation.answering import evaluate_answers, refuse_unused_threshold, write_predictions
+from swaft.training.evaluation.answering import (
+    AnswerSearch,
+    evaluate_answers,
+    refuse_unused_threshold,
+    write_predictions,
+)
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.metrics.question_answering import get_question_metric, score_squad, score_squad_v2
 from swaft.training.run.folder import RunFolder
@@ -82,10 +87,12 @@ def evaluate(
         accelerator,
         questions=questions,
         windows=windows,
-        padding_side=tokenizer.padding_side,  # type: ignore[arg-type]
         metric=get_question_metric(has_unanswerable=has_unanswerable),
-        has_unanswerable=has_unanswerable,
-        settings=QuestionAnsweringEvalConfig(**settings),
+        search=AnswerSearch(
+            has_unanswerable=has_unanswerable,
+            padding_side=tokenizer.padding_side,  # type: ignore[arg-type]
+            **settings,
+        ),
     )
 
 
@@ -157,10 +164,8 @@ def test_the_second_metric_scores_the_questions_of_the_first(make_accelerator):
         accelerator,
         questions=questions,
         windows=windows,
-        padding_side="right",
         metric=get_question_metric("squad_v2"),
-        has_unanswerable=False,
-        settings=QuestionAnsweringEvalConfig(),
+        search=AnswerSearch(has_unanswerable=False),
     )
     assert second.outputs == first.outputs
     assert second.scores["exact"] == second.scores["HasAns_exact"] == first.scores["exact_match"]

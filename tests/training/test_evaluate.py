@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 from tiny_training import make_classifier, make_loader, make_rows
 
 from swaft.errors import TrainingError
-from swaft.training.evaluation.evaluate import each_row_once, evaluate, without_row_id
+from swaft.training.evaluation.evaluate import each_row_once, evaluate_classes, without_row_id
+from swaft.training.metrics.classification import Metric
 
 pytestmark = pytest.mark.unit
 
@@ -19,7 +18,8 @@ def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float
 
 def scored(accelerator, model, rows, batch_size):
     loader = accelerator.prepare_data_loader(make_loader(rows, batch_size))
-    return evaluate(model, loader, accuracy, accelerator, num_rows=len(rows))
+    metric = Metric("accuracy", ("accuracy", "rows"), accuracy)
+    return evaluate_classes(model, loader, accelerator, metric=metric, num_rows=len(rows)).scores
 
 
 def test_scores_do_not_depend_on_the_batch_size(make_accelerator):
@@ -81,15 +81,3 @@ def test_a_missing_row_is_an_error(ids):
 
 def test_row_numbers_do_not_reach_the_model():
     assert without_row_id({"input_ids": 1, "idx": 2}) == {"input_ids": 1}
-
-
-class StandInAverager:
-    def __init__(self, num_averaged: int):
-        self.num_averaged = num_averaged
-        self.swapped = False
-
-    @contextmanager
-    def swapped_in(self):
-        self.swapped = True
-        yield
-        self.swapped = False

@@ -22,9 +22,8 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.noise.outputs import task_logits
-from swaft.training.data.checks import padding
-from swaft.training.data.classification import Collator
 from swaft.training.data.seq2seq import Seq2SeqCollator
+from swaft.training.data.texts import Collator
 from swaft.training.models.special_tokens import (
     COUNT_FROM_PADDING,
     MIX_PADDING_IN,
@@ -163,7 +162,7 @@ def test_the_logits_of_the_tokens_to_point_at_do_not_depend_on_the_batch(kind):
     settings = tiny_config(kind, pad_token_id=0, bos_token_id=1, eos_token_id=2, sep_token_id=2)
     follow_tokenizer(settings, made)
     model = build(settings, MODEL_FOR_QUESTION_ANSWERING_MAPPING)
-    pad = padding(made, one_length(settings, MAX_LENGTH))
+    pad = Collator(made, one_length(settings, MAX_LENGTH))
     rows = [{"input_ids": [1, 7, 2, 2, *((9 * i + n) % 50 + 8 for i in range(n)), 2]} for n in LENGTHS]
 
     def pointed(rows: list[Any]) -> list[torch.Tensor]:

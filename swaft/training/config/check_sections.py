@@ -329,8 +329,7 @@ def _check_questions(data: QuestionAnsweringDataConfig) -> list[str]:
 
 def _check_answers(evaluation: QuestionAnsweringEvalConfig) -> list[str]:
     problems = _check_batches(evaluation)
-    for name in ("n_best_size", "max_answer_length"):
-        problems += _at_least(f"eval.{name}", getattr(evaluation, name), 1)
+    problems += _at_least("eval.max_answer_length", evaluation.max_answer_length, 1)
     problems += _at_least("eval.num_samples", evaluation.num_samples, 0)
     threshold = evaluation.null_score_diff_threshold
     if not math.isfinite(threshold):

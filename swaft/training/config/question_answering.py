@@ -41,8 +41,6 @@ class QuestionAnsweringEvalConfig(EvalConfig):
     metric: str = "auto"
     """What to measure: squad (exact_match and f1) or squad_v2 (the same, and apart for questions with and without
     an answer); auto: squad_v2 where questions may have no answer."""
-    n_best_size: int = 20
-    """Spans of each window, and candidates of each question, that the answer is chosen from."""
     max_answer_length: int = 30
     """Tokens of an answer at most."""
     null_score_diff_threshold: float = 0.0

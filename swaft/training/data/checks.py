@@ -1,16 +1,15 @@
-"""What every kind of task checks of its columns and of the tokenizer."""
+"""What every kind of task checks of its rows."""
 
 from __future__ import annotations
 
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from swaft.errors import DataError
 
@@ -18,31 +17,30 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1_000
 """Rows read in one go: much faster than one by one, and still little memory."""
+SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Categories of Unicode: spaces and breaks, and characters that control or format."""
+
+Fault = tuple[int, str]
+"""Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
 
 
-def values(split: Dataset, column: str) -> Iterator[Any]:
-    """Yield the values of a column, row by row."""
+def values(split: Dataset, *columns: str) -> Iterator[Any]:
+    """Yield the values of a column, or tuples of those of several, row by row."""
     for first in range(0, len(split), ROWS_AT_ONCE):
-        yield from split[column][first : first + ROWS_AT_ONCE]
+        read = [split[column][first : first + ROWS_AT_ONCE] for column in columns]
+        yield from read[0] if len(columns) == 1 else zip(*read, strict=True)
 
 
 def require_column(split: Dataset, column: str, setting: str) -> None:
-    """Refuse a column that was named by a setting and does not exist.
+    """Refuse a column that a setting names and that does not exist.
 
     Raises:
-        DataError: as said; lists the columns and names the nearest.
+        DataError: lists the columns and names the nearest.
     """
-    if column in split.column_names:
-        return
-    near = get_close_matches(column, split.column_names, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
-
-
-SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
-"""Categories of Unicode: spaces and breaks, and characters that control or format."""
-Fault = tuple[int, str]
-"""Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
+    if column not in split.column_names:
+        near = get_close_matches(column, split.column_names, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
 
 
 def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[Fault]:
@@ -67,82 +65,59 @@ def is_blank(text: str) -> bool:
 
 
 def good_rows(
-    splits: Mapping[str, Dataset], find_faults: Callable[[Dataset], Iterator[Fault]], *, skip: bool
+    splits: Mapping[str, Dataset],
+    columns: Sequence[str],
+    find_faults: Callable[[Dataset], Iterator[Fault]],
+    *,
+    skip: bool,
 ) -> dict[str, Dataset]:
     """Return the rows without a fault; what is left out is logged.
 
     Args:
-        splits: rows by split.
+        splits: rows by split, `train` among them.
+        columns: that every split has to have.
         find_faults: yields the faults of a split.
         skip: leave rows out (`data.skip_bad_rows`), and a split that has no other ones but train; False: refuse.
 
     Raises:
-        DataError: names the first row with a fault, where none is left out; or no training row is left.
+        DataError: a missing column; the first row with a fault, where none is left out; no training row that is
+            left; or an id (column `id`) that several rows of a split have.
     """
+    for name, split in splits.items():
+        for column in columns:
+            if column not in split.column_names:
+                but = ", but train has" if column in splits["train"].column_names else ""
+                raise DataError(
+                    f"the {name} split has no column '{column}'{but}; {existing(split)}; expected "
+                    f"{', '.join(dict.fromkeys(columns))}"
+                )
     kept = {}
     for name, split in splits.items():
-        if not skip:
-            for row, fault in find_faults(split):
+        faults: dict[int, str] = {}
+        for row, fault in find_faults(split):
+            if not skip:
                 raise DataError(
                     f"row {row} of {name} {fault}. Remove the row or fill it in, or leave such rows out with "
                     "data.skip_bad_rows=true"
                 )
-        faults = dict(find_faults(split)) if skip else {}
-        if faults and len(faults) == len(split) and name == "train":
-            raise DataError(f"no row of train is left: each is a bad one (row 0 {faults[0]})")
+            faults.setdefault(row, fault)
+        if faults:
+            first = min(faults)
+            if len(faults) == len(split) and name == "train":
+                raise DataError(f"no row of train is left: each is a bad one (row {first} {faults[first]})")
+            left_out = shortened([str(number) for number in sorted(faults)])
+            logger.info(
+                "%d of %d rows of %s are left out: %s (row %d %s)",
+                *(len(faults), len(split), name, left_out, first, faults[first]),
+            )
         if not faults:
             kept[name] = split
-            continue
-        if len(faults) < len(split):
+        elif len(faults) < len(split):
             kept[name] = split.select([row for row in range(len(split)) if row not in faults])
-        row = min(faults)
-        logger.info(
-            "%d of %d rows of %s are left out: %s (row %d %s)",
-            len(faults),
-            len(split),
-            name,
-            shortened([str(number) for number in sorted(faults)]),
-            row,
-            faults[row],
-        )
+    for name, split in kept.items():
+        if "id" in split.column_names:
+            _refuse_repeated_ids(split, name)
     return kept
-
-
-def refuse_repeated_ids(split: Dataset, name: str, column: str = "id") -> None:
-    """Refuse rows that share an id.
-
-    Raises:
-        DataError: says how many, and names one.
-    """
-    repeated = [row_id for row_id, count in Counter(values(split, column)).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{len(repeated)} values of column '{column}' stand in several rows of {name} ({repeated[0]!r}, ...); "
-            "expected one row an id. Remove the repeated rows, or rename the column if it is no id"
-        )
-
-
-def padding(
-    tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
-) -> DataCollatorWithPadding:
-    """Return what pads rows of token ids and stacks them.
-
-    Args:
-        tokenizer: the model's, which says with what and on which side.
-        length: tokens that every row is padded to; None: to the longest of the batch.
-        multiple: number that divides the length of every batch.
-
-    Raises:
-        DataError: the tokenizer has no padding token.
-    """
-    if tokenizer.pad_token_id is None:
-        raise DataError(
-            f"{type(tokenizer).__name__} has no padding token, so rows of different length cannot share "
-            "a batch; set model.tokenizer_name to a tokenizer that has one"
-        )
-    strategy = "longest" if length is None else "max_length"
-    lengths: dict[str, Any] = {"max_length": length, "pad_to_multiple_of": multiple}
-    return DataCollatorWithPadding(tokenizer, padding=strategy, return_tensors="pt", **lengths)
 
 
 def require_length(setting: str, length: int, most: int) -> None:
@@ -168,3 +143,12 @@ def shortened(names: list[str]) -> str:
 def existing(split: Dataset) -> str:
     """Say which columns there are."""
     return f"the columns are {', '.join(split.column_names)}"
+
+
+def _refuse_repeated_ids(split: Dataset, name: str) -> None:
+    repeated = [row_id for row_id, count in Counter(values(split, "id")).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{len(repeated)} values of column 'id' stand in several rows of {name} ({repeated[0]!r}, ...); "
+            "expected one row an id. Remove the repeated rows, or rename the column if it is no id"
+        )

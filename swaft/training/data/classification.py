@@ -1,12 +1,11 @@
-"""Turns rows of text and label into batches for a sequence classifier."""
+"""Turns rows of text and label into what a sequence classifier reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -16,8 +15,6 @@ from swaft.training.data.checks import (
     Fault,
     existing,
     good_rows,
-    padding,
-    refuse_repeated_ids,
     require_column,
     require_length,
     text_faults,
@@ -64,31 +61,18 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         DataError: a column that does not exist, a text that is none, a label that does not fit, or an id (column
             `id`) that several rows of a split have.
     """
-    text_columns = _text_columns(splits["train"], data)
-    label_column = _label_column(splits["train"], data)
-    for name, split in splits.items():
-        for column in (*text_columns, label_column):
-            if column not in split.column_names:
-                raise DataError(
-                    f"the {name} split has no column '{column}', but train has; {existing(split)}"
-                )
+    train = splits["train"]
+    text_columns = _named(train, data, "text_column", "text_pair_column") or _usual_texts(train)
+    [label_column] = _named(train, data, "label_column") or [_usual_label(train)]
 
     def faults(split: Dataset) -> Iterator[Fault]:
         for column in text_columns:  # most tokenizers make something of a blank text, which can be classified
             yield from text_faults(split, column, blank=data.skip_bad_rows)
         yield from label_faults(split, label_column)
 
-    rows = good_rows(splits, faults, skip=data.skip_bad_rows)
-    for name, split in rows.items():
-        if "id" in split.column_names:
-            refuse_repeated_ids(split, name)
+    rows = good_rows(splits, (*text_columns, label_column), faults, skip=data.skip_bad_rows)
     labels = read_labels(rows, label_column, do_regression=data.do_regression)
-    return Task(
-        text_columns=text_columns,
-        label_column=label_column,
-        rows=rows,
-        **vars(labels),
-    )
+    return Task(text_columns=text_columns, label_column=label_column, rows=rows, **vars(labels))
 
 
 def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
@@ -112,53 +96,32 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [rows[column] for column in task.text_columns]
         encoded = dict(encode_texts(tokenizer, *texts, truncation=True, max_length=max_seq_length))
-        labels = rows[task.label_column]
-        if task.is_regression:
-            encoded["labels"] = [float(label) for label in labels]
-        else:
-            encoded["labels"] = [task.label_ids[label] for label in labels]
-        encoded["idx"] = indices
-        return encoded
+        label_of = float if task.is_regression else task.label_ids.__getitem__
+        return encoded | {"labels": list(map(label_of, rows[task.label_column])), "idx": indices}
 
     return split.map(encode, batched=True, with_indices=True, remove_columns=split.column_names)
 
 
-class Collator:
-    """Pads rows and stacks them.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        length: tokens that every row is padded to; None: to the longest of the batch.
-
-    Raises:
-        DataError: the tokenizer has no padding token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
-        self._pad = padding(tokenizer, length)
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return the batch: token columns (B, L) int64, `labels` (B,) int64 or fp32, `idx` (B,) int64."""
-        return dict(self._pad(list(rows)))
+def _named(train: Dataset, data: DataConfig, *settings: str) -> tuple[str, ...]:
+    """Return the columns that these settings name, up to the first that names none."""
+    named: tuple[str, ...] = ()
+    for setting in settings:
+        column = getattr(data, setting)
+        if column is None:
+            break
+        require_column(train, column, f"data.{setting}")
+        named += (column,)
+    return named
 
 
-def _text_columns(train: Dataset, data: DataConfig) -> tuple[str, ...]:
-    if data.text_column is not None:
-        require_column(train, data.text_column, "data.text_column")
-        if data.text_pair_column is None:
-            return (data.text_column,)
-        require_column(train, data.text_pair_column, "data.text_pair_column")
-        return data.text_column, data.text_pair_column
+def _usual_texts(train: Dataset) -> tuple[str, ...]:
     for columns in USUAL_TEXT_COLUMNS:
         if set(columns) <= set(train.column_names):
             return columns
     raise DataError(f"no column with a usual name for text; {existing(train)}; set data.text_column")
 
 
-def _label_column(train: Dataset, data: DataConfig) -> str:
-    if data.label_column is not None:
-        require_column(train, data.label_column, "data.label_column")
-        return data.label_column
+def _usual_label(train: Dataset) -> str:
     for column in USUAL_LABEL_COLUMNS:
         if column in train.column_names:
             return column

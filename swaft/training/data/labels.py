@@ -20,6 +20,8 @@ MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
 TRUTH = ["False", "True"]
 """Names of the classes of truth values."""
+KINDS = {int: "whole numbers", float: "fractional numbers", str: "texts"}
+"""What labels may be, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,34 +58,30 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     """
     labels = {name: split[column][:] for name, split in splits.items()}
     kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
-    for name, kind in kinds.items():
+    kind = kinds["train"]
+    for name, other in kinds.items():
         # Whole numbers among scores are scores: a small split may hold no fraction.
-        if kind is not kinds["train"] and not (kinds["train"] is float and kind is int):
+        if other is not kind and not (kind is float and other is int):
             raise DataError(
-                f"column '{column}' holds {_said(kinds['train'])} in train but {_said(kind)} in {name}; "
+                f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "
                 "expected the same kind in every split"
             )
-    if kinds["train"] is str and not do_regression:
-        if do_regression is None:
-            _refuse_written_scores(labels["train"], column)
-        return _read_names(labels, column)
-    if kinds["train"] is str:
-        _require_written_scores(labels, column)
+    if do_regression is None:
+        _refuse_doubtful(labels["train"], kind, column)
+    if do_regression or (do_regression is None and kind is float):
+        if kind is str:
+            _require_written_scores(labels, column)
         return Labels(num_labels=1, label_names=None, is_regression=True)
-    if kinds["train"] is float and do_regression is None and _are_whole(labels["train"]):
+    if kind is str:
+        found = _read_names(labels, column)
+    else:
+        found = _read_ids(splits, labels, column, may_be_negative=do_regression is False)
+    if found.num_labels < 2:
         raise DataError(
-            f"column '{column}' holds whole numbers stored as fractional ones ({labels['train'][0]}, ...): class "
-            "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
+            f"every training row has the same {column}: there is nothing to classify. Name another column "
+            "with data.label_column, or raise data.max_train_samples"
         )
-    if do_regression or (do_regression is None and kinds["train"] is float):
-        return Labels(num_labels=1, label_names=None, is_regression=True)
-    for name, rows in labels.items():
-        if not _are_whole(rows):
-            raise DataError(
-                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
-                "set data.do_regression=true"
-            )
-    return _read_ids(splits, labels, column, may_be_negative=do_regression is False)
+    return found
 
 
 def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
@@ -99,6 +97,16 @@ def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
             yield row, f"has {column}=-1, which marks a row without its answer"
 
 
+def _kind(rows: list[Any], split: str, column: str) -> type:
+    for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
+        if all(isinstance(value, members) for value in rows):
+            return kind
+    raise DataError(
+        f"column '{column}' of {split} holds {type(rows[0]).__name__} values; expected class ids, texts or scores. "
+        "Name another column with data.label_column"
+    )
+
+
 def _are_whole(rows: list[Any]) -> bool:
     return bool((np.asarray(rows, dtype=np.float64) % 1 == 0).all())
 
@@ -110,16 +118,21 @@ def _written_score(text: str) -> float | None:
         return None
 
 
-def _refuse_written_scores(labels: list[str], column: str) -> None:
-    """Refuse texts that are all numbers, some of them fractional: 1.5, "1,5", nan."""
-    texts = dict.fromkeys(labels)
-    scores = [_written_score(text.replace(",", ".", 1)) for text in texts]
-    fraction = next((text for text, score in zip(texts, scores, strict=True) if score and score % 1), None)
-    if fraction is not None and None not in scores:
+def _refuse_doubtful(labels: list[Any], kind: type, column: str) -> None:
+    """Refuse what may be either classes or scores: 1.0 and 2.0; texts that are all numbers (1.5, "1,5", nan)."""
+    if kind is float and _are_whole(labels):
         raise DataError(
-            f"column '{column}' holds numbers written as texts ({fraction!r}, ...): classes or scores? Set "
-            "data.do_regression=false for classes, data.do_regression=true for scores (with a decimal point)"
+            f"column '{column}' holds whole numbers stored as fractional ones ({labels[0]}, ...): class "
+            "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
         )
+    if kind is str:
+        scores = {text: _written_score(text.replace(",", ".", 1)) for text in labels}
+        fraction = next((text for text, score in scores.items() if score and score % 1), None)
+        if fraction is not None and None not in scores.values():
+            raise DataError(
+                f"column '{column}' holds numbers written as texts ({fraction!r}, ...): classes or scores? Set "
+                "data.do_regression=false for classes, data.do_regression=true for scores (with a decimal point)"
+            )
 
 
 def _require_written_scores(labels: Mapping[str, list[str]], column: str) -> None:
@@ -151,25 +164,30 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
             logger.warning(
                 "%s: %r and %r are two classes; write them alike if they are one", column, other, name
             )
-    return Labels(
-        num_labels=_several(len(names), column), label_names=names, is_regression=False, label_ids=ids
-    )
+    return Labels(num_labels=len(names), label_names=names, is_regression=False, label_ids=ids)
 
 
 def _read_ids(
     splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str, *, may_be_negative: bool
 ) -> Labels:
-    names = _class_names(splits, column)
-    found = set(labels["train"])
+    for name, rows in labels.items():
+        if not _are_whole(rows):
+            raise DataError(
+                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
+                "set data.do_regression=true"
+            )
+    names, found = _class_names(splits, column), set(labels["train"])
     are_names = 0 not in found or (may_be_negative and min(found) < 0)
     if (names is None and are_names) or (names is TRUTH and len(found) == 1):
         read = _read_names(labels, column)
         logger.info(
             "%s: whole numbers %s 0 are names of %d classes: %s",
-            column,
-            "below" if 0 in found else "without",
-            read.num_labels,
-            shortened(read.label_names or []),
+            *(
+                column,
+                "below" if 0 in found else "without",
+                read.num_labels,
+                shortened(read.label_names or []),
+            ),
         )
         return read
     num_labels = len(names) if names is not None else int(max(found)) + 1
@@ -195,12 +213,8 @@ def _read_ids(
         logger.info(
             "%s: class ids 0 to %d; no training row has %s", column, num_labels - 1, shortened(unseen)
         )
-    return Labels(
-        num_labels=_several(num_labels, column),
-        label_names=names,
-        is_regression=False,
-        label_ids={number: number for number in range(num_labels)},
-    )
+    label_ids = {number: number for number in range(num_labels)}
+    return Labels(num_labels=num_labels, label_names=names, is_regression=False, label_ids=label_ids)
 
 
 def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None:
@@ -215,27 +229,3 @@ def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None
     if not named and all(set(map(type, split[column][:])) == {bool} for split in splits.values()):
         return TRUTH
     return named.get("train")
-
-
-def _kind(rows: list[Any], split: str, column: str) -> type:
-    for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
-        if all(isinstance(value, members) for value in rows):
-            return kind
-    odd = next(type(value).__name__ for value in rows)
-    raise DataError(
-        f"column '{column}' of {split} holds {odd} values; expected class ids, texts or scores. Name another "
-        "column with data.label_column"
-    )
-
-
-def _several(num_labels: int, column: str) -> int:
-    if num_labels < 2:
-        raise DataError(
-            f"every training row has the same {column}: there is nothing to classify. Name another column "
-            "with data.label_column, or raise data.max_train_samples"
-        )
-    return num_labels
-
-
-def _said(kind: type) -> str:
-    return {int: "whole numbers", float: "fractional numbers", str: "texts"}[kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,22 @@ from swaft.errors import ConfigError, DataError
 from swaft.training.data.checks import (
     ROWS_AT_ONCE,
     Fault,
-    existing,
     good_rows,
-    padding,
-    refuse_repeated_ids,
     require_length,
     text_faults,
     values,
 )
-from swaft.training.data.texts import encode, without_letters
+from swaft.training.data.texts import Collator, encode, without_letters
 
 logger = logging.getLogger(__name__)
 
-
 COLUMNS = ("id", "question", "context", "answers")
+MOST_MISPLACED = 0.01
+"""Share of a split's answers that may stand elsewhere than `answer_start` says. Such answers are scored
+against, and not trained on; more of them mean that the starts count something else (bytes, say)."""
+NO_ANSWER_HERE = -1
+"""Offset of a token that no answer can begin or end with."""
+POSITIONS = ("start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,7 @@ class QuestionReport:
 
     unanswerable: dict[str, int]
     """By split: questions that have no answer (SQuAD 2.0)."""
-    misplaced: dict[str, int]
-    """By split: answers that do not stand where `answer_start` says."""
-    rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
+    rows: Mapping[str, Dataset]
     """Questions by split, without those that were left out."""
 
     @property
@@ -50,9 +50,7 @@ class QuestionReport:
         return any(self.unanswerable.values())
 
 
-def check_questions(
-    splits: Mapping[str, Dataset], *, most_misplaced: float = 0.01, skip_bad_rows: bool = False
-) -> QuestionReport:
+def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = False) -> QuestionReport:
     """Check every question of every split.
 
     Rows have `id` (whole numbers become texts), `question`, `context` and `answers`: `{"text": [...],
@@ -60,58 +58,24 @@ def check_questions(
 
     Args:
         splits: rows by split.
-        most_misplaced: share of a split's answers that may stand elsewhere than `answer_start` says. Such
-            answers are scored against, but not trained on; more of them mean that the starts count
-            something else (bytes, say).
         skip_bad_rows: leave out questions with a text that is none or empty, or answers of another form.
 
     Raises:
         DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
-            another form, or too many that are misplaced.
+            another form, or more than `MOST_MISPLACED` that do not stand where they say.
     """
-    misplaced, unanswerable = {}, {}
-    for name, split in splits.items():
-        for column in COLUMNS:
-            if column not in split.column_names:
-                raise DataError(
-                    f"the {name} split has no column '{column}'; {existing(split)}; expected SQuAD's: "
-                    f"{', '.join(COLUMNS)}"
-                )
     # Predictions are files of json, whose keys are texts.
     splits = {
         name: split.cast_column("id", Value("string")) if _has_whole_ids(split) else split
         for name, split in splits.items()
     }
-    good = good_rows(splits, _faults, skip=skip_bad_rows)
+    good = good_rows(splits, COLUMNS, _faults, skip=skip_bad_rows)
     for name, split in good.items():
-        refuse_repeated_ids(split, name)
-        total, odd = 0, []
-        unanswerable[name] = 0
-        for row, (context, answers) in enumerate(
-            zip(values(split, "context"), values(split, "answers"), strict=True)
-        ):
-            texts, starts = answers["text"], answers["answer_start"]
-            unanswerable[name] += not texts
-            total += len(texts)
-            odd += [
-                row for text, start in zip(texts, starts, strict=True) if not _stands(text, start, context)
-            ]
-        if len(odd) > most_misplaced * total:
-            raise DataError(
-                f"{len(odd)} of {total} answers of {name} do not stand in their context where answer_start says "
-                f"(row {odd[0]}, ...); expected at most {most_misplaced:.0%}. Count answer_start in "
-                "characters from 0"
-            )
-        if odd:
-            logger.warning(
-                "%d of %d answers of %s do not stand where answer_start says (row %d, ...)",
-                len(odd),
-                total,
-                name,
-                odd[0],
-            )
-        misplaced[name] = len(odd)
-    return QuestionReport(unanswerable, misplaced, good)
+        _judge_places(split, name)
+    unanswerable = {
+        name: sum(not answers["text"] for answers in values(split, "answers")) for name, split in good.items()
+    }
+    return QuestionReport(unanswerable, good)
 
 
 def may_have_no_answer(report: QuestionReport, version_2_with_negative: bool | None) -> bool:
@@ -135,10 +99,7 @@ def may_have_no_answer(report: QuestionReport, version_2_with_negative: bool | N
 
 def right_answers(split: Dataset) -> list[tuple[str, list[str]]]:
     """Return id and right answers of each question, as the metrics take them."""
-    return [
-        (question, list(answers["text"]))
-        for question, answers in zip(values(split, "id"), values(split, "answers"), strict=True)
-    ]
+    return [(question, list(answers["text"])) for question, answers in values(split, "id", "answers")]
 
 
 def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -148,45 +109,6 @@ def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | N
             start += len(text) - len(text.lstrip())
             return start, start + len(text.strip())
     return None
-
-
-def _stands(text: str, start: int, context: str) -> bool:
-    return start >= 0 and context.startswith(text, start)
-
-
-def _has_whole_ids(split: Dataset) -> bool:
-    return str(getattr(split.features["id"], "dtype", "")).startswith(("int", "uint"))
-
-
-def _faults(split: Dataset) -> Iterator[Fault]:
-    for column in ("id", "question", "context"):
-        yield from text_faults(split, column)
-    for row, answers in enumerate(values(split, "answers")):
-        fault = _answers_fault(answers)
-        if fault is not None:
-            yield row, fault
-
-
-def _answers_fault(answers: Any) -> str | None:
-    texts = answers.get("text") if isinstance(answers, Mapping) else None
-    starts = answers.get("answer_start") if isinstance(answers, Mapping) else None
-    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        return (
-            f"has {answers!r} in column 'answers'; expected {{'text': [...], 'answer_start': [...]}}, lists of the "
-            "same length"
-        )
-    for text, start in zip(texts, starts, strict=True):
-        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
-            return (
-                f"has the answer {text!r} at {start!r}; expected words, and the number of their first character in "
-                "the context (both lists empty where there is no answer)"
-            )
-    return None
-
-
-NO_ANSWER_HERE = -1
-"""Offset of a token that no answer can begin or end with."""
-POSITIONS = ("start_positions", "end_positions")
 
 
 def tokenize_questions(
@@ -207,8 +129,8 @@ def tokenize_questions(
         max_seq_length: tokens of a window, question and special tokens included.
         doc_stride: tokens that a window of the context shares with the next one; Hugging Face's sense of the
             word, not that of the first BERT code, where it was the step from one to the next.
-        training: leave out the questions whose answers are all misplaced; False: keep all, and what
-            `find_answers` needs.
+        training: leave out the questions whose answers are all misplaced; False: keep all, and what finding answers
+            needs.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `start_positions` and `end_positions`
@@ -227,18 +149,19 @@ def tokenize_questions(
     if training:
         kept = [
             row
-            for row, (context, answers) in enumerate(
-                zip(values(split, "context"), values(split, "answers"), strict=True)
-            )
+            for row, (context, answers) in enumerate(values(split, "context", "answers"))
             if not answers["text"] or first_place(context, answers) is not None
         ]
         if len(kept) < len(split):
             logger.warning("%d training questions left out: no answer where it says", len(split) - len(kept))
             split = split.select(kept)
-    encode = partial(
-        _encode, tokenizer=tokenizer, max_seq_length=max_seq_length, doc_stride=doc_stride, training=training
+    lengths = {"max_seq_length": max_seq_length, "doc_stride": doc_stride}
+    windows = split.map(
+        partial(_encode, tokenizer=tokenizer, **lengths, training=training),
+        batched=True,
+        with_indices=True,
+        remove_columns=split.column_names,
     )
-    windows = split.map(encode, batched=True, with_indices=True, remove_columns=split.column_names)
     return windows.add_column("idx", np.arange(len(windows)))
 
 
@@ -246,7 +169,7 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that does not know which characters a token stands for.
 
     Raises:
-        DataError: as said.
+        DataError: for a slow one.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -271,43 +194,25 @@ def refuse_unusable_questions(
     """
     is_doubtful = without_letters(tokenizer)
     for split in splits.values():
-        columns = (values(split, name) for name in ("id", "question", "context"))
-        rows = list(zip(*columns, strict=True))
+        rows = list(values(split, "id", "question", "context"))
         for first in range(0, len(rows), ROWS_AT_ONCE):
             ids, questions, contexts = zip(*rows[first : first + ROWS_AT_ONCE], strict=True)
             asked = [text.strip() for text in questions]
-            _refuse_long_questions(list(ids), asked, tokenizer, max_seq_length, doc_stride)
+            _refuse_long_questions(ids, asked, tokenizer, max_seq_length, doc_stride)
             for question, context in zip(ids, contexts, strict=True):
                 if is_doubtful(context):
-                    found = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
-                    offsets = [_offsets(found["offset_mapping"], [0] * len(found["input_ids"]), 0, context)]
-                    _refuse_untokenized([question], [0], offsets)
+                    found = tokenizer([context], add_special_tokens=False, return_offsets_mapping=True)
+                    _refuse_untokenized([question], [0], [_offsets(found, 0, 0, context)])
 
 
-class WindowCollator:
-    """Pads windows and stacks them.
+class WindowCollator(Collator):
+    """Pads windows and stacks them: token columns (B, L), positions and `idx` (B,), all int64."""
 
-    Args:
-        tokenizer: the model's tokenizer.
-        length: tokens that every window is padded to; None: to the longest of the batch.
-        multiple: number that divides the length of every batch.
-
-    Raises:
-        DataError: the tokenizer has no padding token.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
-    ):
-        self._pad = padding(tokenizer, length, multiple)
-        self._names = frozenset(tokenizer.model_input_names) | {*POSITIONS, "idx"}
-        self._pads_left = tokenizer.padding_side == "left"
+    columns = (*POSITIONS, "idx")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch, all int64: token columns (B, L), positions and `idx` (B,)."""
-        batch: dict[str, Tensor] = dict(
-            self._pad([{name: row[name] for name in row if name in self._names} for row in rows])
-        )
+        """Return the batch."""
+        batch = super().__call__(rows)
         if self._pads_left:  # the tokens have moved
             lengths = batch["idx"].new_tensor([len(row["input_ids"]) for row in rows])
             for name in POSITIONS:
@@ -336,20 +241,19 @@ def _encode(
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    columns: dict[str, list[Any]] = {
-        name: encoded[name] for name in tokenizer.model_input_names if name in encoded
-    }
+    columns = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
     samples: list[int] = encoded["overflow_to_sample_mapping"]
     offsets = [
-        _offsets(mapping, encoded.sequence_ids(window), int(question_first), contexts[samples[window]])
-        for window, mapping in enumerate(encoded["offset_mapping"])
+        _offsets(encoded, window, int(question_first), contexts[sample])
+        for window, sample in enumerate(samples)
     ]
     _refuse_untokenized(rows["id"], samples, offsets)
-    places = [
-        first_place(context, answers) for context, answers in zip(contexts, rows["answers"], strict=True)
-    ]
+    places = list(map(first_place, contexts, rows["answers"]))
     cls = [
-        _cls_position(ids, tokenizer.cls_token_id, window)
+        # Models without such a token are taught to point at the first one that no answer can begin with instead.
+        ids.index(tokenizer.cls_token_id)
+        if tokenizer.cls_token_id in ids
+        else int(np.argmax(window[:, 0] == NO_ANSWER_HERE))
         for ids, window in zip(encoded["input_ids"], offsets, strict=True)
     ]
     spans = [
@@ -362,17 +266,15 @@ def _encode(
     return columns
 
 
-def _offsets(
-    mapping: list[tuple[int, int]], sequences: list[int | None], context_id: int, context: str
-) -> np.ndarray:
+def _offsets(encoded: Any, window: int, context_id: int, context: str) -> np.ndarray:
+    """Return the characters of each token of a window, (L, 2), `NO_ANSWER_HERE` outside of the context."""
     # White space can be a token of its own, but is no part of an answer.
-    return np.array(
-        [
-            (start, end) if sequence == context_id and context[start:end].strip() else (NO_ANSWER_HERE,) * 2
-            for (start, end), sequence in zip(mapping, sequences, strict=True)
-        ],
-        dtype=np.int32,
-    ).reshape(-1, 2)
+    tokens = zip(encoded["offset_mapping"][window], encoded.sequence_ids(window), strict=True)
+    listed = [
+        (start, end) if sequence == context_id and context[start:end].strip() else (NO_ANSWER_HERE,) * 2
+        for (start, end), sequence in tokens
+    ]
+    return np.array(listed, dtype=np.int32).reshape(-1, 2)
 
 
 def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> tuple[int, int]:
@@ -388,22 +290,15 @@ def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> 
     return (int(tokens[first]), int(tokens[last])) if first <= last else (fallback, fallback)
 
 
-def _cls_position(ids: list[int], cls_token_id: Any, offsets: np.ndarray) -> int:
-    # Models without such a token are taught to point at the first one that no answer can begin with instead.
-    return ids.index(cls_token_id) if cls_token_id in ids else int(np.argmax(offsets[:, 0] == NO_ANSWER_HERE))
-
-
 def _refuse_long_questions(
-    ids: list[str],
+    ids: Sequence[str],
     questions: list[str],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_length: int,
     doc_stride: int,
 ) -> None:
-    lengths = [
-        len(tokens)
-        for tokens in encode(tokenizer, questions, [""] * len(questions), verbose=False)["input_ids"]
-    ]
+    encoded = encode(tokenizer, questions, [""] * len(questions), verbose=False)
+    lengths = list(map(len, encoded["input_ids"]))
     longest = int(np.argmax(lengths))
     room = max_seq_length - lengths[longest]
     if room <= doc_stride:
@@ -414,14 +309,67 @@ def _refuse_long_questions(
         )
 
 
-def _refuse_untokenized(ids: list[str], samples: list[int], offsets: list[np.ndarray]) -> None:
-    with_tokens = {
-        sample
-        for sample, window in zip(samples, offsets, strict=True)
-        if (window[:, 0] != NO_ANSWER_HERE).any()
-    }
+def _refuse_untokenized(ids: Sequence[str], samples: list[int], offsets: list[np.ndarray]) -> None:
+    windows = zip(samples, offsets, strict=True)
+    with_tokens = {sample for sample, window in windows if (window[:, 0] != NO_ANSWER_HERE).any()}
     for sample, question in enumerate(ids):
         if sample not in with_tokens:
             raise DataError(
                 f"the context of question {question} has no tokens (control characters alone?); remove the row"
             )
+
+
+def _stands(text: str, start: int, context: str) -> bool:
+    return start >= 0 and context.startswith(text, start)
+
+
+def _has_whole_ids(split: Dataset) -> bool:
+    return "id" in split.column_names and str(getattr(split.features["id"], "dtype", "")).startswith(
+        ("int", "uint")
+    )
+
+
+def _judge_places(split: Dataset, name: str) -> None:
+    """Refuse a split of which too many answers do not stand where they say, and warn of fewer."""
+    total, odd = 0, []
+    for row, (context, answers) in enumerate(values(split, "context", "answers")):
+        total += len(answers["text"])
+        pairs = zip(answers["text"], answers["answer_start"], strict=True)
+        odd += [row for text, start in pairs if not _stands(text, start, context)]
+    if len(odd) > MOST_MISPLACED * total:
+        raise DataError(
+            f"{len(odd)} of {total} answers of {name} do not stand in their context where answer_start says "
+            f"(row {odd[0]}, ...); expected at most {MOST_MISPLACED:.0%}. Count answer_start in "
+            "characters from 0"
+        )
+    if odd:
+        logger.warning(
+            "%d of %d answers of %s do not stand where answer_start says (row %d, ...)",
+            *(len(odd), total, name, odd[0]),
+        )
+
+
+def _faults(split: Dataset) -> Iterator[Fault]:
+    for column in ("id", "question", "context"):
+        yield from text_faults(split, column)
+    for row, answers in enumerate(values(split, "answers")):
+        fault = _answers_fault(answers)
+        if fault is not None:
+            yield row, fault
+
+
+def _answers_fault(answers: Any) -> str | None:
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    starts = answers.get("answer_start") if isinstance(answers, Mapping) else None
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return (
+            f"has {answers!r} in column 'answers'; expected {{'text': [...], 'answer_start': [...]}}, lists of the "
+            "same length"
+        )
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
+            return (
+                f"has the answer {text!r} at {start!r}; expected words, and the number of their first character in "
+                "the context (both lists empty where there is no answer)"
+            )
+    return None

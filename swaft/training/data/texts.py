@@ -1,20 +1,64 @@
-"""Texts to token ids in which only what the tokenizer adds is special, whatever a text spells."""
+"""Texts to token ids in which only what the tokenizer adds is special, whatever a text spells; ids to batches."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_letters, digits
 from typing import Any
 
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    BatchEncoding,
+    DataCollatorWithPadding,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from swaft.errors import DataError
 from swaft.training.data.checks import is_blank, values
 
 logger = logging.getLogger(__name__)
+
+
+class Collator:
+    """Pads rows and stacks them.
+
+    Args:
+        tokenizer: the model's, which says with what and on which side.
+        length: tokens that every row is padded to; None: to the longest of the batch.
+        multiple: number that divides the length of every batch.
+
+    Raises:
+        DataError: the tokenizer has no padding token.
+    """
+
+    columns: tuple[str, ...] = ("labels", "idx")
+    """What a batch has besides what models read."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
+    ):
+        if tokenizer.pad_token_id is None:
+            raise DataError(
+                f"{type(tokenizer).__name__} has no padding token, so rows of different length cannot share "
+                "a batch; set model.tokenizer_name to a tokenizer that has one"
+            )
+        self._names = frozenset((*tokenizer.model_input_names, *self.columns))
+        self._pads_left = tokenizer.padding_side == "left"
+        self._pad = DataCollatorWithPadding(
+            tokenizer,
+            padding="longest" if length is None else "max_length",
+            max_length=length,
+            pad_to_multiple_of=multiple,
+        )
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch: token columns (B, L) int64, others (B,) int64, or fp32 for fractions."""
+        return dict(self._pad([{name: row[name] for name in row if name in self._names} for row in rows]))
 
 
 def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
@@ -109,10 +153,9 @@ def refuse_rows_without_tokens(
 
 
 def report_special_tokens(
-    splits: Mapping[str, Dataset], columns: Iterable[str], tokenizer: PreTrainedTokenizerBase
+    splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Say in how many rows a text spells a special token, and what becomes of it."""
-    columns = tuple(columns)
+    """Log in how many rows a text spells a special token, and what becomes of it."""
     spelled = re.compile(
         "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
     )

@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader
 from swaft.averaging import WeightAverager, WindowSearch, search_windows
 from swaft.averaging.rules import WindowsPlan
 from swaft.errors import TrainingError
+from swaft.training.metrics.classification import Metric, Scores
 
 logger = logging.getLogger(__name__)
 
 ROW_ID = "idx"
-
-Scores = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,12 @@ class Evaluation:
     """What the model wrote for each row, in the order of the rows; empty where it writes nothing."""
 
 
-Metric = Callable[[np.ndarray, np.ndarray], Scores]
-"""A score of predictions (rows,) against references (rows,)."""
+@dataclass(frozen=True)
+class Ragged:
+    """How the last measured column is padded, where its last dimension differs from batch to batch."""
+
+    value: int = 0
+    on_the_left: bool = False
 
 
 def without_row_id(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,86 +49,92 @@ def without_row_id(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != ROW_ID}
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: DataLoader[Any],
-    metric: Metric,
-    accelerator: Accelerator,
-    *,
-    num_rows: int,
-    is_regression: bool = False,
-) -> Scores:
+def evaluate_classes(
+    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, metric: Metric, num_rows: int
+) -> Evaluation:
     """Return the metric's scores and the mean ``loss`` over a data set (collective).
 
-    accelerate gives every rank the same number of batches by repeating rows, so each row's number travels
-    with its logits and repeated rows are dropped. The loss is the mean over rows of cross-entropy (squared
-    error for regression) in float64: unlike the mean of batch means it does not depend on batch size or
-    ranks.
+    The loss is the mean over rows of cross-entropy (squared error for regression) in float64: unlike the mean of
+    batch means it does not depend on batch size or ranks.
 
     Args:
-        model: as prepared; left in the mode it was found in. The generators of training are not drawn from,
-            given a loader with a generator of its own.
-        loader: prepared loader of batches with ``labels`` (B,) and ``idx`` (B,), row numbers 0 to
-            ``num_rows`` - 1.
-        metric: from `swaft.training.metrics.get_metric`.
+        model: as prepared; left in the mode it was found in.
+        loader: prepared loader of batches with ``labels`` (B,) and ``idx`` (B,), row numbers from 0.
         accelerator: that prepared both.
+        metric: scores predictions: the class of the largest logit, or the one logit of a regression.
         num_rows: rows of the data set.
-        is_regression: whether the logits (B, 1) are the prediction, rather than scores of classes (B, C).
 
     Raises:
         TrainingError: where rows are missing, or the loss is not finite; on every rank.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        gathered = [_gather(model, batch, accelerator) for batch in loader]
-    finally:
-        model.train(was_training)
-    logits, labels = each_row_once(
-        *(torch.cat(parts) for parts in zip(*gathered, strict=True)), num_rows=num_rows
-    )
-    scores = dict(metric(_predictions(logits, is_regression=is_regression), labels.numpy()))
-    scores["loss"] = _mean_loss(logits, labels, is_regression=is_regression)
-    return scores
+
+    def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch["labels"], model(**without_row_id(batch)).logits.float()
+
+    labels, logits = measured_once(model, loader, accelerator, measure, num_rows=num_rows)
+    logits = logits.double()
+    if metric.is_regression:
+        predictions = logits.squeeze(-1)
+        loss = nn.functional.mse_loss(predictions, labels.double())
+    else:
+        predictions = logits.argmax(dim=-1)
+        loss = nn.functional.cross_entropy(logits, labels)
+    scores = metric(predictions.numpy(), labels.numpy())
+    return Evaluation(scores={**scores, "loss": require_finite(loss.item())})
 
 
-def mean_evaluations(
-    found: Mapping[str, Mapping[str, Evaluation]], means: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Evaluation]]:
-    """Return the plain mean of the scores of several splits, for each kind of weights.
+@torch.no_grad()
+def measured_once(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    accelerator: Accelerator,
+    measure: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+    *,
+    num_rows: int,
+    ragged: Ragged | None = None,
+) -> tuple[Tensor, ...]:
+    """Measure every batch on the ranks that have it, in eval mode, and return each row once (collective).
+
+    accelerate gives every rank the same number of batches by repeating rows, so each row's number travels with what
+    was measured, and repeated rows are dropped.
 
     Args:
-        found: evaluations by split and kind of weights (``last``, ``averaged``).
-        means: by the name of the mean, the splits whose scores it is of; they have the same scores.
+        model: as prepared; left in the mode it was found in. The generators of training are not drawn from, given a
+            loader with a generator of its own.
+        loader: prepared loader of batches with ``idx`` (B,), row numbers from 0.
+        accelerator: that prepared both.
+        measure: returns columns of a batch, (B, ...) each.
+        num_rows: rows of the data set.
+        ragged: how the last column is padded; None: its shape is always the same.
+
+    Returns:
+        The columns in the order of the rows, (``num_rows``, ...) each, on the host.
+
+    Raises:
+        TrainingError: where rows are missing; on every rank.
     """
-    meant: dict[str, dict[str, Evaluation]] = {}
-    for name, splits in means.items():
-        meant[name] = {}
-        for kind, first in found[splits[0]].items():
-            columns = {
-                score: [found[split][kind].scores[score] for split in splits] for score in first.scores
-            }
-            scores = {score: float(np.mean(column)) for score, column in columns.items()}
-            meant[name][kind] = Evaluation(scores=scores)
-    return meant
-
-
-def best_window(
-    averager: WeightAverager | None,
-    evaluate_once: Callable[[], Evaluation] | None,
-    metric: str,
-    *,
-    better: Callable[..., float] = max,
-) -> WindowSearch | None:
-    """Return the window of averaged weights that scores best on validation data (collective).
-
-    None where there is nothing to choose: no averaging, another rule than ``windows``, no validation data.
-    """
-    if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
-        return None
-    logger.info("choosing the window of averaged weights on validation data: an evaluation for each")
-    return search_windows(averager, lambda: evaluate_once().scores[metric], better=better)
+    was_training = model.training
+    model.eval()
+    batches = []
+    try:
+        for batch in loader:
+            *columns, last = measure(batch)
+            if ragged is not None:
+                last = accelerator.pad_across_processes(
+                    last, dim=last.ndim - 1, pad_index=ragged.value, pad_first=ragged.on_the_left
+                )
+            batches.append([part.cpu() for part in accelerator.gather((batch[ROW_ID], *columns, last))])
+    finally:
+        model.train(was_training)
+    *columns, lasts = zip(*batches, strict=True)
+    if ragged is not None:
+        longest = max(part.shape[-1] for part in lasts)
+        sizes = [longest - part.shape[-1] for part in lasts]
+        sides = [(size, 0) if ragged.on_the_left else (0, size) for size in sizes]
+        lasts = [
+            nn.functional.pad(part, side, value=ragged.value) for part, side in zip(lasts, sides, strict=True)
+        ]
+    return each_row_once(*map(torch.cat, (*columns, lasts)), num_rows=num_rows)
 
 
 def each_row_once(ids: Tensor, *columns: Tensor, num_rows: int) -> tuple[Tensor, ...]:
@@ -163,21 +172,37 @@ def require_finite(loss: float) -> float:
     return loss
 
 
-def _gather(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Accelerator) -> tuple[Tensor, ...]:
-    """Row numbers, logits (float64) and labels of this batch from all ranks, on the host."""
-    logits = model(**without_row_id(batch)).logits.float()
-    gathered = accelerator.gather((batch[ROW_ID], logits, batch["labels"]))
-    ids, logits, labels = (tensor.cpu() for tensor in gathered)
-    return ids, logits.double(), labels
+def mean_evaluations(
+    found: Mapping[str, Mapping[str, Evaluation]], means: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Evaluation]]:
+    """Return the plain mean of the scores of several splits, for each kind of weights.
+
+    Args:
+        found: evaluations by split and kind of weights (``last``, ``averaged``).
+        means: by the name of the mean, the splits whose scores it is of; they have the same scores.
+    """
+
+    def mean(splits: Sequence[str], kind: str) -> Evaluation:
+        each = [found[split][kind].scores for split in splits]
+        return Evaluation(
+            scores={name: float(np.mean([scores[name] for scores in each])) for name in each[0]}
+        )
+
+    return {name: {kind: mean(splits, kind) for kind in found[splits[0]]} for name, splits in means.items()}
 
 
-def _predictions(logits: Tensor, *, is_regression: bool) -> np.ndarray:
-    return (logits.squeeze(-1) if is_regression else logits.argmax(dim=-1)).numpy()
+def best_window(
+    averager: WeightAverager | None,
+    evaluate_once: Callable[[], Evaluation] | None,
+    metric: str,
+    *,
+    better: Callable[..., float] = max,
+) -> WindowSearch | None:
+    """Return the window of averaged weights that scores best on validation data (collective).
 
-
-def _mean_loss(logits: Tensor, labels: Tensor, *, is_regression: bool) -> float:
-    if is_regression:
-        loss = nn.functional.mse_loss(logits.squeeze(-1), labels.double())
-    else:
-        loss = nn.functional.cross_entropy(logits, labels)
-    return require_finite(loss.item())
+    None where there is nothing to choose: no averaging, another rule than ``windows``, no validation data.
+    """
+    if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
+        return None
+    logger.info("choosing the window of averaged weights on validation data: an evaluation for each")
+    return search_windows(averager, lambda: evaluate_once().scores[metric], better=better)

@@ -1,9 +1,8 @@
-"""Evaluates what an encoder-decoder writes, on every row exactly once, however many ranks share the work."""
+"""Evaluates the texts that an encoder-decoder generates."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,21 +15,19 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 from swaft.training.config import Seq2SeqDataConfig, Seq2SeqEvalConfig
-from swaft.training.data.seq2seq import IGNORED, length_statistics
+from swaft.training.data.seq2seq import IGNORED
 from swaft.training.evaluation.evaluate import (
     ROW_ID,
     Evaluation,
-    each_row_once,
+    Ragged,
+    measured_once,
     require_finite,
     without_row_id,
 )
 from swaft.training.metrics.generation import GenerationMetric
 from swaft.training.run.folder import RunFolder
 
-logger = logging.getLogger(__name__)
 
-
-@torch.no_grad()
 def evaluate_texts(
     model: nn.Module,
     loader: DataLoader[Any],
@@ -59,26 +56,30 @@ def evaluate_texts(
     Raises:
         TrainingError: where rows are missing, or the loss is not finite; on every rank.
     """
-    was_training, padding = model.training, tokenizer.pad_token_id
-    model.eval()
-    try:
-        # What is generated is padded with the token that is taken for padding below, whatever the model calls so.
-        arguments = {"pad_token_id": padding, **generation}
-        write = batch_generator(model, accelerator, arguments) if metric else None
-        measured = [_gather(_measure(model, batch, write), accelerator, padding) for batch in loader]
-    finally:
-        model.train(was_training)
-    ids, sums, counts, tokens = (list(column) for column in zip(*measured, strict=True))
-    loss_sums, token_counts, generated = each_row_once(
-        torch.cat(ids), torch.cat(sums), torch.cat(counts), _stack(tokens, padding), num_rows=len(references)
+    padding = tokenizer.pad_token_id
+    # What is generated is padded with the token that is taken for padding below, whatever the model calls so.
+    write = batch_generator(model, accelerator, {"pad_token_id": padding, **generation}) if metric else None
+
+    def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        labels = batch["labels"]
+        logits = model(**without_row_id(batch)).logits
+        losses = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        sums, counts = losses.sum(dim=1, dtype=torch.float64), (labels != IGNORED).sum(dim=1)
+        del logits, losses  # as wide as the vocabulary; generating needs the memory
+        return sums, counts, labels.new_zeros((len(labels), 1)) if write is None else write(batch)
+
+    sums, counts, tokens = measured_once(
+        model, loader, accelerator, measure, num_rows=len(references), ragged=Ragged(padding)
     )
-    loss = require_finite((loss_sums.sum() / token_counts.sum()).item())
+    loss = require_finite((sums.sum() / counts.sum()).item())
     if metric is None:
         return Evaluation(scores={"loss": loss})
-    texts = [text.strip() for text in tokenizer.batch_decode(generated, skip_special_tokens=True)]
+    texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     # Every rank scores, so that every rank has the score, or the error, without a word to the others.
     scored = metric(texts, references)
-    length = (generated != padding).sum(dim=1).double().mean().item()
+    length = (tokens != padding).sum(dim=1).double().mean().item()
     return Evaluation(
         scores={**scored.scores, "loss": loss, "gen_len": length},
         details={"intervals": scored.intervals, "signatures": scored.signatures, "generation": generation},
@@ -90,45 +91,6 @@ def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig)
     """Return what the settings say about generating, as arguments of the model's ``generate``."""
     arguments = {"max_new_tokens": evaluation.max_new_tokens or data.max_target_length}
     return arguments if evaluation.num_beams is None else arguments | {"num_beams": evaluation.num_beams}
-
-
-def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
-    """Say how long the training texts are, and how many of them are cut."""
-    for kind in ("source", "target"):
-        lengths = length_statistics(train[f"{kind}_length"], getattr(data, f"max_{kind}_length"))
-        logger.info(
-            "%ss: %.0f tokens on average, 95 %% up to %.0f, longest %d; %.1f %% are cut to %d",
-            *(kind, lengths.mean, lengths.p95, lengths.longest, 100 * lengths.share_cut, lengths.limit),
-        )
-
-
-def write_samples(
-    folder: RunFolder,
-    evaluations: Mapping[str, Mapping[str, Evaluation]],
-    rows: Mapping[str, Dataset],
-    num_samples: int,
-    *,
-    columns: Sequence[str] = ("source", "references"),
-) -> None:
-    """Write the first rows of each split with what the last and the averaged weights wrote for them.
-
-    Args:
-        folder: gets a file ``samples-<split>.jsonl``, one row a line, for every split with generated texts.
-        evaluations: by split and kind of weights.
-        rows: that were written for, by split.
-        num_samples: rows of each split.
-        columns: what is written of each row.
-    """
-    for split, kinds in evaluations.items():
-        first = rows[split][:num_samples]
-        written = {
-            kind: evaluation.outputs[:num_samples] for kind, evaluation in kinds.items() if evaluation.outputs
-        }
-        shown = {name: first[name] for name in columns} | written
-        if written and num_samples:
-            lines = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            folder.write_text(f"samples-{split}.jsonl", text)
 
 
 def generation_is_collective(accelerator: Accelerator) -> bool:
@@ -148,7 +110,7 @@ def batch_generator(
     word.
 
     Args:
-        model: as prepared, in eval mode.
+        model: as prepared, in eval mode when it is called.
         accelerator: that prepared it.
         generation: arguments of the model's ``generate``.
     """
@@ -170,32 +132,28 @@ def batch_generator(
     return write
 
 
-def _measure(
-    model: nn.Module, batch: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row numbers (B,), loss sums (B,), token counts (B,) and generated ids (B, T) of a batch."""
-    ids, labels = batch[ROW_ID], batch["labels"]
-    logits = model(**without_row_id(batch)).logits
-    losses = nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-    )
-    sums, counts = losses.sum(dim=1, dtype=torch.float64), (labels != IGNORED).sum(dim=1)
-    del logits, losses  # as wide as the vocabulary; generating needs the memory
-    return ids, sums, counts, ids.new_zeros((len(ids), 1)) if write is None else write(batch)
+def write_samples(
+    folder: RunFolder,
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
+    rows: Mapping[str, Dataset],
+    num_samples: int,
+    *,
+    columns: Sequence[str] = ("source", "references"),
+) -> None:
+    """Write the first rows of each split with what the last and the averaged weights wrote for them.
 
-
-def _gather(
-    measured: tuple[Tensor, Tensor, Tensor, Tensor], accelerator: Accelerator, padding: int
-) -> tuple[Tensor, ...]:
-    """Put together what all ranks measured in a batch, on the host."""
-    ids, sums, counts, tokens = measured
-    tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=padding)
-    return tuple(tensor.cpu() for tensor in accelerator.gather((ids, sums, counts, tokens)))
-
-
-def _stack(tokens: Sequence[Tensor], padding: int) -> Tensor:
-    """Stack rows of token ids, padded on the right to the longest of all."""
-    longest = max(rows.shape[1] for rows in tokens)
-    return torch.cat(
-        [nn.functional.pad(rows, (0, longest - rows.shape[1]), value=padding) for rows in tokens]
-    )
+    Args:
+        folder: gets a file ``samples-<split>.jsonl``, one row a line, for every split with outputs.
+        evaluations: by split and kind of weights.
+        rows: that were written for, by split.
+        num_samples: rows of each split.
+        columns: what is written of each row.
+    """
+    for split, kinds in evaluations.items():
+        written = {kind: found.outputs[:num_samples] for kind, found in kinds.items() if found.outputs}
+        if written and num_samples:
+            first = rows[split][:num_samples]
+            shown = {name: first[name] for name in columns} | written
+            lines = [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            folder.write_text(f"samples-{split}.jsonl", text)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError, TrainingError
 from swaft.training.data.question_answering import tokenize_questions
-from swaft.training.evaluation.answering import find_answers
+from swaft.training.evaluation.answering import AnswerSearch, find_answers
 
 pytestmark = pytest.mark.unit
 
@@ -45,7 +45,8 @@ def logits(*marks: tuple[int, int, float], padded: int = 0) -> list[np.ndarray]:
 
 
 def answers(start: list[np.ndarray], end: list[np.ndarray], *, has_unanswerable: bool = False, **options):
-    return find_answers(SPLIT, WINDOWS, start, end, has_unanswerable=has_unanswerable, **options)
+    search = AnswerSearch(has_unanswerable=has_unanswerable, **options)
+    return find_answers(SPLIT, WINDOWS, list(map(np.stack, zip(start, end, strict=True))), search)
 
 
 def test_windows_are_as_these_tests_count_them():
@@ -58,25 +59,22 @@ def test_best_span_over_all_windows_is_the_answer_as_the_context_writes_it():
         logits((0, 6, 2.0), (1, 4, 3.0), (3, 5, 1.0)), logits((0, 7, 2.0), (1, 5, 2.0), (3, 5, 1.0))
     )
     assert found.texts == {"q1": "e  a", "q2": "c"}
-    best = found.n_best["q1"][0]
-    assert (best.text, best.score, best.start, best.end) == ("e  a", 5.0, 4, 8)
+    assert found.best_texts == found.texts
     assert found.null_odds == {}
 
 
-def test_span_of_several_windows_counts_once_by_its_best_score():
-    found = answers(logits((0, 6, 2.0), (1, 4, 3.0)), logits((0, 6, 2.0), (1, 4, 3.0)))
-    places = [(candidate.start, candidate.end) for candidate in found.n_best["q1"]]
-    assert len(set(places)) == len(places)
-    assert next(candidate.score for candidate in found.n_best["q1"] if candidate.text == "e") == 6.0
+def test_span_of_several_windows_has_its_best_score():
+    # The "e" that two windows share; "none" scores 0.
+    found = answers(logits((0, 6, 2.0), (1, 4, 3.0)), logits((0, 6, 2.0), (1, 4, 3.0)), has_unanswerable=True)
+    assert (found.texts["q1"], found.null_odds["q1"]) == ("e", -6.0)
 
 
 def test_no_answer_ends_before_it_begins_or_lies_outside_the_context():
     start, end = logits((0, 7, 9.0), (0, 1, 9.0), (0, 0, 9.0)), logits((0, 4, 9.0), (0, 2, 9.0), (0, 8, 9.0))
-    found = answers(start, end)
+    found = answers(start, end, has_unanswerable=True)
     # The last word alone, with its start; the first alone has the end: the one that begins first wins.
-    assert found.n_best["q1"][0].text == "c"
-    assert found.n_best["q1"][0].score == 9.0
-    assert all(0 <= candidate.start < candidate.end for candidate in found.n_best["q1"])
+    assert found.best_texts["q1"] == "c"
+    assert found.null_odds["q1"] == 0.0 - 9.0
 
 
 def test_answers_are_no_longer_than_allowed():
@@ -87,17 +85,10 @@ def test_answers_are_no_longer_than_allowed():
 
 
 def test_equal_scores_go_to_the_first_and_shortest():
-    found = answers(logits(), logits(), n_best_size=4)
-    assert [candidate.text for candidate in found.n_best["q1"]] == ["c", "c d", "c d e", "c d e  a"]
-    assert [candidate.text for candidate in found.n_best["q2"]] == ["b", "b c", "c"]
-
-
-def test_probabilities_are_a_softmax_over_the_candidates():
-    found = answers(logits((3, 5, 2.0)), logits(), has_unanswerable=True)
-    weights = np.exp([2.0, 0.0, 0.0, 0.0])
-    assert [candidate.text for candidate in found.n_best["q2"]] == ["c", "b", "b c", ""]
-    got = [candidate.probability for candidate in found.n_best["q2"]]
-    assert got == pytest.approx((weights / weights.sum()).tolist())
+    assert answers(logits(), logits()).texts == {"q1": "c", "q2": "b"}
+    # A later window, and a longer span, score no more.
+    found = answers(logits((0, 5, 1.0), (1, 5, 1.0)), logits((0, 6, 1.0), (0, 7, 1.0), (1, 6, 1.0)))
+    assert found.texts["q1"] == "d e"
 
 
 def test_none_wins_above_the_threshold():
@@ -110,11 +101,6 @@ def test_none_wins_above_the_threshold():
     assert found.null_odds == {"q1": 1.5, "q2": 0.0}
     assert found.texts == {"q1": "", "q2": "b"}
     assert found.best_texts == {"q1": "c", "q2": "b"}
-    assert (found.n_best["q1"][0].text, found.n_best["q1"][0].score, found.n_best["q1"][0].start) == (
-        "",
-        2.5,
-        -1,
-    )
     assert answers(start, end, has_unanswerable=True, null_score_diff_threshold=1.5).texts["q1"] == "c"
     assert answers(start, end, has_unanswerable=True, null_score_diff_threshold=-0.1).texts["q2"] == ""
     assert answers(start, end).texts["q1"] == "c"  # where every question has an answer, "none" is no choice
@@ -139,27 +125,28 @@ def test_half_precision_and_lists_of_scores_serve_too():
 
 def test_answers_can_be_written_as_json():
     found = answers(logits(), logits(), has_unanswerable=True)
-    assert json.loads(json.dumps([vars(candidate) for candidate in found.n_best["q1"]]))
-    assert json.loads(json.dumps([found.texts, found.null_odds]))
+    assert json.loads(json.dumps(vars(found)))
 
 
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31))
-def test_answers_are_those_of_trying_every_span(n_best_size, max_answer_length, seed):
+@given(st.integers(1, 5), st.integers(0, 2**31))
+def test_answers_are_those_of_trying_every_span(max_answer_length, seed):
     generator = np.random.default_rng(seed)
     start, end = ([generator.integers(-3, 4, size=len(row)) for row in logits()] for _ in range(2))
-    found = answers(start, end, n_best_size=n_best_size, max_answer_length=max_answer_length)
-    for row, question in enumerate(SPLIT["id"]):
+    found = answers(start, end, max_answer_length=max_answer_length, has_unanswerable=True)
+    for row, (question, context) in enumerate(zip(SPLIT["id"], SPLIT["context"], strict=True)):
+        null = math.inf
         scores: dict[tuple[int, int], float] = {}
         for window in np.flatnonzero(np.array(WINDOWS["row"]) == row):
             offsets = WINDOWS["offsets"][int(window)]
+            null = min(null, start[window][0] + end[window][0])
             for first, last in itertools.combinations_with_replacement(range(len(offsets)), 2):
                 if offsets[first][0] >= 0 and offsets[last][0] >= 0 and last - first < max_answer_length:
                     place = offsets[first][0], offsets[last][1]
                     score = start[window][first] + end[window][last]
                     scores[place] = max(score, scores.get(place, -math.inf))
-        expected = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:n_best_size]
-        got = [((candidate.start, candidate.end), candidate.score) for candidate in found.n_best[question]]
-        assert got == expected
+        (first, last), score = min(scores.items(), key=lambda item: (-item[1], item[0]))
+        assert found.best_texts[question] == context[first:last]
+        assert found.null_odds[question] == null - score
 
 
 def byte_level_tokenizer(context: str, padding_side: str) -> PreTrainedTokenizerFast:
@@ -198,15 +185,16 @@ def test_answers_come_back_where_a_character_takes_several_tokens_and_a_token_be
          zip(windows["input_ids"], windows[column], windows["cls_position"], strict=True)]
         for column in ("start_positions", "end_positions")
     ]  # fmt: skip
-    found = find_answers(split, windows, *perfect, has_unanswerable=False)
+    both = list(map(np.stack, zip(*perfect, strict=True)))
+    found = find_answers(split, windows, both, AnswerSearch(has_unanswerable=False))
     assert found.texts == {text: text for text in texts}
 
 
 def test_logits_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="got 3 rows of start logits and 4 of end logits; expected 4"):
-        answers(logits()[:3], logits())
+    with pytest.raises(ValueError, match="got logits of 3 windows; expected 4"):
+        answers(logits()[:3], logits()[:3])
     with pytest.raises(ValueError, match="window 0 has logits of shape"):
-        answers([row[:5] for row in logits()], logits())
+        answers([row[:5] for row in logits()], [row[:5] for row in logits()])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -217,5 +205,6 @@ def test_logits_that_are_not_finite_are_refused(value):
 
 def test_question_without_a_window_is_named():
     some = WINDOWS.select([0, 1, 2])
+    both = list(map(np.stack, zip(logits()[:3], logits()[:3], strict=True)))
     with pytest.raises(DataError, match="question q2 has no window"):
-        find_answers(SPLIT, some, logits()[:3], logits()[:3], has_unanswerable=False)
+        find_answers(SPLIT, some, both, AnswerSearch(has_unanswerable=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.data.seq2seq import Seq2SeqCollator, length_statistics, tokenize_pairs
+from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.data.seq2seq import Seq2SeqCollator, report_lengths, tokenize_pairs
 
 pytestmark = pytest.mark.unit
 
@@ -85,11 +88,15 @@ def test_more_tokens_than_the_model_reads_are_refused():
     assert len(tokenized(17, model_max_length=20)) == 3
 
 
-def test_statistics_of_lengths():
-    found = length_statistics([10] * 19 + [30], limit=20)
-    assert (found.mean, found.longest, found.limit, found.share_cut) == (11, 30, 20, 0.05)
-    assert found.p95 == pytest.approx(np.percentile([10] * 19 + [30], 95))
-    assert length_statistics([20], limit=20).share_cut == 0
+def test_lengths_and_the_share_of_texts_that_are_cut_are_logged(caplog):
+    train = Dataset.from_dict({"source_length": [10] * 19 + [30], "target_length": [20] * 20})
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        report_lengths(train, Seq2SeqDataConfig(max_source_length=20, max_target_length=20))
+    assert caplog.messages == [
+        f"sources: 11 tokens on average, 95 % up to {np.percentile([10] * 19 + [30], 95):.0f}, longest 30; "
+        "5.0 % are cut to 20",
+        "targets: 20 tokens on average, 95 % up to 20, longest 20; 0.0 % are cut to 20",
+    ]
 
 
 def test_batch_is_padded_and_labels_are_with_minus_100():

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from swaft.errors import DataError
+from swaft.training.config import Seq2SeqDataConfig
 from swaft.training.data.seq2seq import PairColumns, find_pairs, read_pairs
 
 pytestmark = pytest.mark.unit
@@ -20,7 +21,7 @@ def rows(**columns: list) -> Dataset:
 
 def find(train: Dataset, validation: Dataset | None = None, **settings: Any) -> PairColumns:
     splits = {"train": train} | ({} if validation is None else {"validation": validation})
-    return find_pairs(splits, **settings)
+    return find_pairs(splits, Seq2SeqDataConfig(**settings))
 
 
 E2E = rows(
@@ -105,9 +106,8 @@ def test_rows_outside_train_that_share_a_source_become_one_with_all_references(c
     assert "4 rows of validation share 2 sources" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "group"), [("train", True), ("test", False)])
-def test_training_rows_stay_single_and_others_can(name, group):
-    found = read_pairs(E2E, name, find(E2E), group_references=group)
+def test_training_rows_stay_single():
+    found = read_pairs(E2E, "train", find(E2E))
     assert found["target"][:] == E2E["human_reference"][:]
     assert found["references"][:] == [[target] for target in E2E["human_reference"]]
 

@@ -10,8 +10,8 @@ from tokenizers import normalizers
 
 from swaft.errors import DataError
 from swaft.training.config import DataConfig
-from swaft.training.data.classification import Collator, describe_task, tokenize
-from swaft.training.data.texts import refuse_rows_without_tokens
+from swaft.training.data.classification import describe_task, tokenize
+from swaft.training.data.texts import Collator, refuse_rows_without_tokens
 
 pytestmark = pytest.mark.unit
 
