@@ -22,6 +22,8 @@ COMMANDS = {
     "plan": "predict memory and time of a run on every rank, for any number of them",
     "average": "average finished checkpoints to one Hugging Face folder, in bounded memory",
     "export": "write the averages that a run has saved as a Hugging Face folder",
+    "sweep": "run a recipe with several seeds and settings, and compare the runs",
+    "report": "write one HTML page about a run, or about several side by side",
     "env": "versions and machine, for a bug report",
 }
 

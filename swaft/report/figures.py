@@ -1,0 +1,187 @@
+"""Figures of a run as SVG that follows the page: its text and axes take the page's colour, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from swaft.report.compare import Difference
+from swaft.report.runs import Curve
+
+POINTS = 600
+"""Points of a curve that are drawn; of more, the least and the greatest of every stretch."""
+INK = "#010203"
+"""Stands for the page's text colour until the figure is in the page."""
+STYLES = {"last": ("#0b6fb8", "-", "o"), "averaged": ("#d1600a", "--", "s"), "": ("#0b6fb8", "-", "")}
+"""Colour, line and marker of the kinds of weights: told apart without colour too."""
+FONT = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.hashsalt": "swaft",
+}
+
+
+def curves(title: str, lines: Mapping[str, Curve], *, log: bool = False) -> str:
+    """Draw curves over optimizer steps.
+
+    Args:
+        title: of the figure.
+        lines: by kind of weights (``last``, ``averaged``), or "" for the only one.
+        log: whether values span decades.
+    """
+    with matplotlib.rc_context(FONT):
+        figure, axes = _axes(title)
+        for name, points in lines.items():
+            colour, line, marker = STYLES.get(name, STYLES[""])
+            steps, values = thinned(points)
+            few = len(steps) <= 40
+            axes.plot(
+                steps,
+                values,
+                line,
+                color=colour,
+                marker=marker if few else "",
+                markersize=4,
+                label=name or None,
+            )
+        axes.set_xlabel("optimizer step")
+        if log and all(value > 0 for points in lines.values() for _, value in points):
+            axes.set_yscale("log")
+        if any(lines):
+            axes.legend(frameon=False)
+        return _svg(figure, title)
+
+
+def heat_map(title: str, rows: Sequence[Mapping[str, float]], across: str, down: str) -> str:
+    """Draw scores over two choices as a heat map, the numbers written in it where there is room.
+
+    Args:
+        title: of the figure.
+        rows: ``score`` and the two choices each.
+        across: name of the choice that runs to the right.
+        down: name of the one that runs up.
+    """
+    columns, lines = (sorted({row[name] for row in rows}) for name in (across, down))
+    table = np.full((len(lines), len(columns)), np.nan)
+    for row in rows:
+        table[lines.index(row[down]), columns.index(row[across])] = row["score"]
+    with matplotlib.rc_context(FONT):
+        figure, axes = _axes(title)
+        axes.grid(False)
+        image = axes.imshow(table, aspect="auto", cmap="viridis", origin="lower")
+        figure.colorbar(image, ax=axes, label="score")
+        for set_ticks, values in ((axes.set_xticks, columns), (axes.set_yticks, lines)):
+            every = max(1, len(values) // 8)
+            set_ticks(range(0, len(values), every), [f"{value:g}" for value in values[::every]])
+        axes.set_xlabel(across)
+        axes.set_ylabel(down)
+        if table.size <= 64:
+            middle = np.nanmean(table)
+            for (i, j), value in np.ndenumerate(table):
+                if not np.isnan(value):
+                    shade = "black" if value > middle else "white"
+                    axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=shade, fontsize=8)
+        return _svg(figure, title)
+
+
+def line_through(title: str, surface: Mapping[str, Any]) -> str:
+    """Draw the loss along the line from the last weights (0) through the averaged ones (1) and beyond."""
+    with matplotlib.rc_context(FONT):
+        figure, axes = _axes(title)
+        axes.plot(
+            surface["line"]["position"],
+            surface["line"]["loss"],
+            color=STYLES["last"][0],
+            marker="o",
+            markersize=3,
+        )
+        for place, name in ((0, "last"), (1, "averaged")):
+            axes.axvline(place, color=INK, linewidth=0.8, linestyle=STYLES[name][1])
+            axes.annotate(
+                name,
+                (place, 0.96),
+                xytext=(4, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="top",
+            )
+        axes.set_xlabel("position: 0 last, 1 averaged")
+        axes.set_ylabel("loss")
+        return _svg(figure, title)
+
+
+def plane(title: str, surface: Mapping[str, Any]) -> str:
+    """Draw the loss over the plane of both weights and a random direction of the same length, as contours."""
+    grid = surface["plane"]
+    with matplotlib.rc_context(FONT):
+        figure, axes = _axes(title)
+        axes.grid(False)
+        drawn = axes.contourf(grid["across"], grid["up"], grid["loss"], levels=16, cmap="viridis")
+        figure.colorbar(drawn, ax=axes, label="loss")
+        for place, name in ((0, "last"), (1, "averaged")):
+            axes.plot(place, 0, STYLES[name][2], color="white", markeredgecolor="black")
+            axes.annotate(name, (place, 0), xytext=(4, 6), textcoords="offset points", color="white")
+        axes.set_xlabel("towards the average: 0 last, 1 averaged")
+        axes.set_ylabel("random direction")
+        return _svg(figure, title)
+
+
+def differences(title: str, found: Sequence[Difference]) -> str:
+    """Draw paired differences: every pair a point, the mean a bar, the interval a line."""
+    with matplotlib.rc_context(FONT):
+        figure, axes = _axes(title, height=0.9 + 0.5 * len(found))
+        for place, each in enumerate(reversed(found)):
+            axes.plot(
+                each.values, [place] * len(each.values), "o", color=STYLES["last"][0], markersize=4, alpha=0.6
+            )
+            axes.plot(each.mean, place, "|", color=INK, markersize=16)
+            if each.interval:
+                axes.plot(each.interval, (place, place), "-", color=INK)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(found)), [each.what for each in reversed(found)])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("difference of the pairs")
+        return _svg(figure, title)
+
+
+def thinned(points: Curve) -> tuple[list[float], list[float]]:
+    """Return the steps and values to draw: all of a short curve, else the extremes of every stretch in order."""
+    if len(points) > POINTS:
+        stretches = np.array_split(np.arange(len(points)), POINTS // 2)
+        values = np.array([value for _, value in points])
+        extremes = ((part[values[part].argmin()], part[values[part].argmax()]) for part in stretches)
+        points = [points[i] for pair in extremes for i in sorted(set(pair))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _axes(title: str, height: float = 3.0) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """Return the figure for a page: without XML's header, in the page's colour, with its title as its label."""
+    file = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)  # the white ground of the figure
+    svg = re.sub(r'<g id="patch_2">.*?</g>', "", svg, count=1, flags=re.S)  # and of its axes
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{title}"', svg, count=1)
+    return svg

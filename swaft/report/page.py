@@ -1,0 +1,219 @@
+"""The page: one HTML file without links to anything outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from swaft import __version__
+from swaft.report import figures
+from swaft.report.compare import arms_of, compare
+from swaft.report.runs import RunLog
+
+TRAINING = {
+    "loss": "Training loss",
+    "task_loss": "Task loss",
+    "divergence": "Divergence",
+    "noise_to_signal": "Noise to signal",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "drift": "Distance of the average from the weights",
+}
+"""Numbers of the training log that have a figure, in this order."""
+LOGARITHMIC = ("divergence", "grad_norm", "drift")
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #ffffff; --ink: #1d2125; --line: #d5d9de; --faint: #5a6169 }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15181b; --ink: #e3e6e9; --line: #3a4047; --faint: #9aa3ac }
+}
+body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
+  max-width: 72rem; padding: 1rem }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+figure { margin: 0; overflow-x: auto } svg { height: auto; max-width: 100% }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
+.note { color: var(--faint) } code { overflow-wrap: anywhere }
+"""
+
+
+def render(runs: Sequence[RunLog]) -> str:
+    """Return the page about these runs, each in a section of its own behind their comparison.
+
+    Args:
+        runs: one or more.
+    """
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    parts = [_comparison(runs)] if len(runs) > 1 else []
+    parts += [_run(run, alone=len(runs) == 1) for run in runs]
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
+        f'<body><h1>{escape(title)}</h1>\n{body}\n<p class="note">swaft {__version__}</p></body></html>\n'
+    )
+
+
+def _run(run: RunLog, *, alone: bool) -> str:
+    heading = "" if alone else f"<h2>{escape(run.name)}</h2>"
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
+    parts = [heading, notes, _scores(run), _training(run), _evaluations(run), _surface(run), _windows(run)]
+    parts += [_samples(run), _facts(run), _settings(run)]
+    return "\n".join(filter(None, parts))
+
+
+def _scores(run: RunLog) -> str:
+    rows = [
+        (split, name, kinds["last"].get(name), kinds.get("averaged", {}).get(name))
+        for split, kinds in run.final.items()
+        if "last" in kinds
+        for name in kinds["last"]
+    ]
+    cells = [
+        (
+            split,
+            f"{name} *" if name == run.metric else name,
+            _number(last),
+            _number(averaged),
+            _gain(last, averaged),
+        )
+        for split, name, last, averaged in rows
+    ]
+    head = ("split", "score", "last", "averaged", "averaged − last")
+    return _section("Scores", _table(head, cells)) if cells else ""
+
+
+def _training(run: RunLog) -> str:
+    drawn = [
+        figures.curves(title, {"": run.training[name]}, log=name in LOGARITHMIC)
+        for name, title in TRAINING.items()
+        if len(run.training.get(name, ())) > 1
+    ]
+    return _figures("Training", drawn)
+
+
+def _evaluations(run: RunLog) -> str:
+    drawn = [
+        figures.curves(f"{split}: {score}", kinds)
+        for split, scores in run.evaluations.items()
+        for score, kinds in scores.items()
+        if max(map(len, kinds.values())) > 1
+    ]
+    return _figures("Last against averaged, at every evaluation", drawn)
+
+
+def _surface(run: RunLog) -> str:
+    if run.surface is None:
+        return ""
+    drawn = [
+        figures.line_through("Loss from the last weights through the average", run.surface),
+        figures.plane("Loss around both", run.surface),
+    ]
+    return _figures("Flatness", drawn)
+
+
+def _windows(run: RunLog) -> str:
+    if not run.windows:
+        return ""
+    drawn = [figures.heat_map("Score of every window tried", run.windows, "start", "end")]
+    if len({row["blend"] for row in run.windows if "blend" in row}) > 1:
+        drawn.append(figures.heat_map("Score of every blend tried", run.windows, "blend", "start"))
+    return _figures("Chosen after training", drawn)
+
+
+def _samples(run: RunLog) -> str:
+    parts = []
+    for split, rows in run.samples.items():
+        if rows:
+            head = tuple(rows[0])
+            cells = [tuple(_text(row.get(name)) for name in head) for row in rows]
+            parts.append(_section(f"Samples: {split}", _table(head, cells)))
+    return "\n".join(parts)
+
+
+def _facts(run: RunLog) -> str:
+    return _section("Run", _table(("", ""), [(name, _text(value)) for name, value in run.facts.items()]))
+
+
+def _settings(run: RunLog) -> str:
+    cells = [(name, _text(value), origin) for name, (value, origin) in run.settings.items()]
+    return _section("Settings", _table(("setting", "value", "from"), cells)) if cells else ""
+
+
+def _comparison(runs: Sequence[RunLog]) -> str:
+    arms = arms_of(runs)
+    parts = []
+    for split, score in _shared_scores(runs):
+        found = compare(arms, split, score)
+        if not found:
+            continue
+        cells = [
+            (each.what, len(each.values), f"{each.mean:+.4g}", _interval(each.interval)) for each in found
+        ]
+        head = ("difference", "pairs", "mean", "95 % interval")
+        title = f"{split}: {score}"
+        parts.append(f"<figure>{figures.differences(title, found)}</figure>{_table(head, cells)}")
+    rows = [
+        (
+            run.name,
+            arm,
+            split,
+            score,
+            *(_number(run.final.get(split, {}).get(kind, {}).get(score)) for kind in KINDS),
+        )
+        for arm, members in arms.items()
+        for run in members
+        for split, score in _shared_scores(runs)
+    ]
+    parts.append(_table(("run", "arm", "split", "score", *KINDS), rows))
+    return _section("Comparison", "\n".join(parts))
+
+
+KINDS = ("last", "averaged")
+
+
+def _shared_scores(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
+    """Name the (split, score) pairs of the first run that every run has."""
+    return [
+        (split, score)
+        for split, kinds in runs[0].final.items()
+        for score in kinds.get("last", {})
+        if all(score in run.final.get(split, {}).get("last", {}) for run in runs)
+    ]
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}</section>"
+
+
+def _figures(title: str, drawn: Sequence[str]) -> str:
+    body = "".join(f"<figure>{svg}</figure>" for svg in drawn)
+    return _section(title, f'<div class="figures">{body}</div>') if drawn else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>\n" for row in rows)
+    return f'<div class="wide"><table><tr>{top}</tr>\n{lines}</table></div>'
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _gain(last: float | None, averaged: float | None) -> str:
+    return "" if last is None or averaged is None else f"{averaged - last:+.4g}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "fewer than three pairs" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " | ".join(map(_text, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_text(each)}" for name, each in value.items())
+    return _number(value) if isinstance(value, float) else "" if value is None else str(value)

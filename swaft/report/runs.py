@@ -1,0 +1,211 @@
+"""What a run has written about itself: a recipe's run folder, or the state of transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from swaft.errors import ConfigError
+
+Curve = list[tuple[float, float]]
+"""(optimizer step, value) pairs in the order of the steps."""
+
+NOT_A_SCORE = re.compile(r"(runtime|per_second|epoch|model_preparation_time|num_tokens)$")
+"""Numbers that the Trainer logs among the scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLog:
+    """One run, as far as its files say."""
+
+    path: Path
+    training: dict[str, Curve] = field(default_factory=dict)
+    """Curves of the training log, by the name of the number."""
+    evaluations: dict[str, dict[str, dict[str, Curve]]] = field(default_factory=dict)
+    """Curves of scores: by split (``validation``), name of the score, and weights (``last``, ``averaged``)."""
+    final: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Scores at the end: by split, weights, and name of the score."""
+    metric: str | None = None
+    """The score that counts."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the run says of itself, by name."""
+    settings: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """Every setting's value and where it came from, by full name (``train.seed``)."""
+    windows: list[dict[str, float]] = field(default_factory=list)
+    """Averages tried after training: ``start`` and ``end`` (steps), ``score``, and ``blend`` where it was tried."""
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Generated texts by split, a row each: what was given, and what each kind of weights wrote."""
+    surface: dict[str, Any] | None = None
+    """What ``swaft report --surface`` has computed."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader has to know: the run has not ended, a line was cut off."""
+
+    @property
+    def name(self) -> str:
+        """What the page calls it."""
+        return self.path.resolve().name
+
+
+def read_run(path: Path) -> RunLog:
+    """Read a recipe's run folder, or an output folder or checkpoint of the Trainer.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ConfigError: there is no run, or its files cannot be read.
+    """
+    if (path / "metrics.jsonl").is_file():
+        return _read_recipe_run(path)
+    states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+    states = sorted(filter(Path.is_file, states), key=lambda each: each.stat().st_mtime)
+    if states:
+        return _read_trainer_run(path, states[-1])
+    found = "no folder" if not path.is_dir() else "a folder that holds neither"
+    raise ConfigError(
+        f"{path} is {found}; expected a run: a folder with metrics.jsonl (a recipe's), or with trainer_state.json "
+        "or checkpoint-*/trainer_state.json (the Trainer's)"
+    )
+
+
+def _read_recipe_run(path: Path) -> RunLog:
+    notes: list[str] = []
+    training, evaluations = {}, {}
+    for record in _json_lines(path / "metrics.jsonl", notes):
+        kind, step = record.pop("kind", ""), record.pop("step", None)
+        if kind == "train":
+            _add(training, step, record)
+        elif "/" in kind:
+            split, weights = kind.split("/", 1)
+            for score, value in record.items():
+                _add(evaluations.setdefault(split, {}).setdefault(score, {}), step, {weights: value})
+    summary = _json_object(path / "summary.json")
+    if summary is None:
+        notes.append("The run has not ended: there is no summary.json.")
+        summary = {}
+    surface = _json_object(path / "surface.json")
+    return RunLog(
+        path=path,
+        training=training,
+        evaluations=evaluations,
+        final=summary.get("scores", {}),
+        metric=summary.get("metric"),
+        facts={k: v for k, v in summary.items() if k not in ("scores", "details", "windows_tried", "metric")},
+        settings=_settings(path),
+        windows=summary.get("windows_tried", []),
+        samples={
+            each.stem.removeprefix("samples-"): list(_json_lines(each, notes))
+            for each in sorted(path.glob("samples-*.jsonl"))
+        },
+        surface=surface,
+        notes=notes,
+    )
+
+
+def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
+    state = _json_object(state_file) or {}
+    if "log_history" not in state:
+        raise ConfigError(f"{state_file} has no log_history; expected the state of transformers' Trainer")
+    training, evaluations = {}, {}
+    final: dict[str, dict[str, float]] = {}
+    for entry in state["log_history"]:
+        step = entry.get("step")
+        scores = {name: value for name, value in entry.items() if not NOT_A_SCORE.search(name)}
+        if "loss" in entry:
+            _add(training, step, {name: value for name, value in scores.items() if name != "step"})
+        for name, value in scores.items():
+            if name.startswith("eval_"):
+                short = name.removeprefix("eval_")
+                weights = "averaged" if short.startswith("averaged_") else "last"
+                score = short.removeprefix("averaged_")
+                _add(evaluations.setdefault(score, {}), step, {weights: value})
+                final.setdefault(weights, {})[score] = value
+    return RunLog(
+        path=path,
+        training=training,
+        evaluations={"validation": evaluations} if evaluations else {},
+        final={"validation": final} if final else {},
+        metric="loss" if final else None,
+        facts={
+            name: state.get(name)
+            for name in ("global_step", "max_steps", "best_metric", "best_model_checkpoint")
+        },
+        notes=[f"Read from {state_file.relative_to(path)}, at step {state.get('global_step')}."],
+    )
+
+
+def _add(curves: dict[str, Curve], step: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(step, int | float) and isinstance(value, int | float) and not isinstance(value, bool):
+            curves.setdefault(name, []).append((step, float(value)))
+
+
+def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file; a last line that was cut off is left out, which is noted."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number < len(lines):
+                raise ConfigError(
+                    f"{path}: line {number} is not JSON ({error}); mend or remove it"
+                ) from error
+            notes.append(f"The last line of {path.name} is cut off, and left out.")
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); expected what the run wrote") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a {type(found).__name__}; expected an object")
+    return found
+
+
+def _settings(path: Path) -> dict[str, tuple[Any, str]]:
+    """Read config.yaml, and find where each value came from: command.txt names those of the command line."""
+    file, command = path / "config.yaml", path / "command.txt"
+    if not file.is_file():
+        return {}
+    import yaml
+
+    words = command.read_text(encoding="utf-8") if command.is_file() else ""
+    given = set(re.findall(r"(?:^|[\s'\"])([a-z_]+\.[a-z_0-9]+)=", words))
+    sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    values = {
+        f"{section}.{name}": value
+        for section, settings in sections.items()
+        if isinstance(settings, dict)
+        for name, value in settings.items()
+    }
+    defaults = _defaults(values)
+
+    def origin(name: str, value: Any) -> str:
+        if name in given:
+            return "command line"
+        return "default" if name in defaults and defaults[name] == value else "config file"
+
+    return {name: (value, origin(name, value)) for name, value in values.items()}
+
+
+def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the recipe whose settings these are, by full name; empty where none has them."""
+    from swaft.training.config import ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig
+
+    for recipe in (ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig):
+        known = {
+            f"{section}.{each.name}": each.default
+            for section, kind in get_type_hints(recipe).items()
+            for each in fields(kind)
+        }
+        if known.keys() == values.keys():
+            return known
+    return {}

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from swaft.cli.main import main
+from swaft.errors import ConfigError
+from swaft.report.compare import compare, difference
+from swaft.report.figures import thinned
+from swaft.report.page import render
+from swaft.report.runs import RunLog, read_run
+
+pytestmark = pytest.mark.unit
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def recipe_run(folder: Path, *, steps: int = 40, seed: int = 1, gain: float = 0.02) -> Path:
+    """A run folder as a recipe writes it, with windows and samples."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": 1 / step + 0.01 * (step % 7),
+                "task_loss": 1 / step,
+                "divergence": 1e-3 / step,
+                "learning_rate": 1e-4,
+                "grad_norm": 1.0 + step % 3,
+                "drift": 0.1 * step,
+            }
+        )
+        if step % (steps // 4) == 0:
+            for kind in ("last", "averaged"):
+                score = 0.8 + gain * (kind == "averaged") + 0.01 * seed
+                lines.append(
+                    {"kind": f"validation/{kind}", "step": step, "accuracy": score, "loss": 1 - score}
+                )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = {
+        kind: {k: v for k, v in lines[-2 + place].items() if k not in ("kind", "step")}
+        for place, kind in enumerate(("last", "averaged"))
+    }
+    tried = [
+        {"start": start, "end": end, "members": end - start, "score": 0.8 + start / 1000}
+        for start in (10, 20, 30)
+        for end in (30, 40)
+    ]
+    summary = {"metric": "accuracy", "scores": {"validation": scores}, "steps": steps, "windows_tried": tried}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(f"train:\n  seed: {seed}\n  learning_rate: 0.0001\n")
+    (folder / "command.txt").write_text(f"accelerate launch recipe.py train.seed={seed}\n")
+    (folder / "samples-test.jsonl").write_text(
+        json.dumps({"source": "<b>", "last": "one", "averaged": "two"}) + "\n"
+    )
+    return folder
+
+
+def trainer_run(folder: Path) -> Path:
+    history = [{"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": 0.5, "step": 2}]
+    for step in (2, 4):
+        history += [
+            {"eval_averaged_loss": 0.5 / step, "eval_averaged_runtime": 1.0, "epoch": 0.5, "step": step},
+            {"eval_loss": 0.6 / step, "eval_runtime": 1.0, "eval_samples_per_second": 9.0, "step": step},
+        ]
+    (folder / "checkpoint-4").mkdir(parents=True)
+    state = {"global_step": 4, "max_steps": 4, "log_history": history}
+    (folder / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+class Page(HTMLParser):
+    """Counts tags, and collects whatever would be fetched."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_of_a_recipes_run_has_every_figure_and_fetches_nothing(tmp_path):
+    page = render([read_run(recipe_run(tmp_path / "run"))])
+    found = Page(page)
+    assert found.tags.count("svg") == 6 + 2 + 1  # training, evaluations, windows
+    assert all(link.startswith(("#", "data:image/png")) for link in found.fetched)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert "&lt;b&gt;" in page
+    assert "<td>train.seed</td><td>1</td><td>command line</td>" in page
+    assert "<td>accuracy *</td><td>0.81</td><td>0.83</td><td>+0.02</td>" in page
+
+
+def test_the_page_of_a_trainers_run_sets_averaged_scores_beside_the_last(tmp_path):
+    run = read_run(trainer_run(tmp_path / "out"))
+    assert run.evaluations == {
+        "validation": {"loss": {"averaged": [(2, 0.25), (4, 0.125)], "last": [(2, 0.3), (4, 0.15)]}}
+    }
+    assert run.final == {"validation": {"averaged": {"loss": 0.125}, "last": {"loss": 0.15}}}
+    assert Page(render([run])).tags.count("svg") == 1
+
+
+def test_seeds_are_compared_as_pairs_and_arms_by_the_setting_that_sets_them_apart(tmp_path):
+    runs = [read_run(recipe_run(tmp_path / f"a{seed}", seed=seed)) for seed in range(4)]
+    other = [recipe_run(tmp_path / f"b{seed}", seed=seed, gain=0.05) for seed in range(4)]
+    for folder in other:
+        file = folder / "config.yaml"
+        file.write_text(file.read_text().replace("0.0001", "0.001"))
+    page = render([*runs, *map(read_run, other)])
+    assert "train.learning_rate=0.001 − train.learning_rate=0.0001" in page
+    assert "<td>4</td><td>+0.03</td><td>+0.03 to +0.03</td>" in page
+
+
+def test_a_paired_difference_ignores_what_seeds_share():
+    pairs = [(seed + 0.1, seed) for seed in (1.0, 5.0, 9.0)]
+    found = difference("a − b", pairs)
+    assert found.mean == pytest.approx(0.1)
+    assert found.interval == pytest.approx((0.1, 0.1))
+    assert difference("a − b", pairs[:2]).interval is None
+
+
+def test_an_arm_without_averages_is_compared_by_its_last_weights():
+    def run(arm: str, **scores: float) -> RunLog:
+        final = {"test": {kind: {"loss": value} for kind, value in scores.items()}}
+        return RunLog(path=Path(arm), final=final, settings={"train.seed": (1, ""), "arm": (arm, "")})
+
+    found = compare({"a": [run("a", last=2.0)], "b": [run("b", last=3.0, averaged=1.0)]}, "test", "loss")
+    assert {each.what: each.mean for each in found} == {"averaged − last (b)": -2.0, "b − a": -1.0}
+
+
+def test_a_long_curve_keeps_its_extremes_and_its_order():
+    points = [(float(step), 0.0) for step in range(10_000)]
+    points[4321] = (4321.0, 9.0)
+    steps, values = thinned(points)
+    assert len(steps) <= 600
+    assert max(values) == 9.0
+    assert steps == sorted(steps)
+
+
+def test_a_run_that_was_killed_is_read_and_says_so(tmp_path):
+    folder = recipe_run(tmp_path / "run")
+    (folder / "summary.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    page = render([read_run(folder)])
+    assert "The run has not ended" in page
+    assert "The last line of metrics.jsonl is cut off" in page
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no folder; expected a run"),
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "holds neither; expected a run"),
+        (lambda folder: (folder / "summary.json").write_text("[1]"), "holds a list; expected an object"),
+        (lambda folder: (folder / "metrics.jsonl").write_text("x\n{}\n"), "line 1 is not JSON"),
+    ],
+)
+def test_what_is_no_run_is_refused_by_name(tmp_path, damage, message):
+    folder = recipe_run(tmp_path / "run")
+    damage(folder)
+    with pytest.raises(ConfigError, match=message):
+        read_run(folder)
+
+
+def test_the_command_writes_the_page_beside_the_run_and_prints_where(tmp_path, capsys):
+    folder = recipe_run(tmp_path / "run")
+    assert main(["report", str(folder)]) == 0
+    assert Path(capsys.readouterr().out.strip()) == folder / "report.html"
+    assert main(["report", str(tmp_path / "none")]) == 1
+    assert "expected a run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+@pytest.mark.parametrize(
+    ("size", "dark"), [((1200, 2000), False), ((400, 2000), True)], ids=["desk", "dark phone"]
+)
+def test_a_browser_draws_a_run_of_ten_thousand_steps_within_a_second(tmp_path, size, dark):
+    page = tmp_path / "report.html"
+    page.write_text(render([read_run(recipe_run(tmp_path / "run", steps=10_000))]))
+    assert page.stat().st_size < 3_000_000
+    script = tmp_path / "measured.html"
+    # What the page needs until it is laid out, and what is wider than it, as the browser itself says.
+    script.write_text(
+        page.read_text()
+        + "<script>addEventListener('load', () => { const [nav] = performance.getEntriesByType('navigation');"
+        "document.title = JSON.stringify({ms: nav.domComplete, figures: document.querySelectorAll('svg').length,"
+        "drawn: [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width > 50).length,"
+        "wide: document.documentElement.scrollWidth - innerWidth}) })</script>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size[0]},{size[1]}"]
+    options += ["--enable-features=WebContentsForceDark"] if dark else []
+    done = subprocess.run(
+        [str(CHROMIUM), *options, "--enable-logging=stderr", "--dump-dom", script.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert title, done.stdout[:500]
+    found = json.loads(title[1])
+    assert found["figures"] == found["drawn"] == 9
+    assert found["ms"] < 1000
+    assert found["wide"] <= 0
