@@ -8,6 +8,7 @@ page holds the curves of training, last against averaged weights at every evalua
 training, generated samples, and the settings. Runs that differ in nothing but the seed are compared as pairs.
 
   --output FILE   where to write; default: report.html in the run's folder, or here for several. It is replaced
+  --json          print where it is as JSON
 
 Exit code: 0; 1 where nothing was written.
 """
@@ -15,6 +16,7 @@ Exit code: 0; 1 where nothing was written.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -40,7 +42,7 @@ def run(words: Sequence[str]) -> int:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error}") from error
-    print(output)
+    print(json.dumps({"report": str(output)}) if options.json else output)
     return 0
 
 
@@ -53,4 +55,5 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="swaft report", add_help=False)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", action="store_true")
     return parser

@@ -2,7 +2,7 @@ r"""Runs a recipe with several seeds, and several values of settings, one run af
 
     swaft sweep recipes/classification.py --config recipes/configs/classification/mrpc.yaml \
         train.output_dir=runs/mrpc --seeds 5 --set averaging.rule=swa,none
-    swaft sweep --config_file launch/accelerate/zero2.yaml recipes/classification.py ... --seeds 5 --slurm job.sbatch
+    swaft sweep --config_file launch/accelerate/zero2.yaml recipes/seq2seq.py ... --seeds 5 --slurm job.sbatch
 
 The line is that of `accelerate launch`, with `train.output_dir` naming the folder of all runs. Each run gets a
 folder inside, `averaging.rule=swa/seed-1` say. A run that has ended is left alone; one that was interrupted
@@ -11,6 +11,7 @@ resumes. At the end there is a table, and a page of all runs, report.html (swaft
   --seeds N | A,B,...     how many seeds, from 1 on, or which
   --set NAME=V,V,...      values of a setting, each with every seed; of several settings all combinations
   --slurm FILE            run nothing: write an array job of all runs that have not ended, to be submitted by sbatch
+  --json                  print the result as JSON, and what the runs print on stderr
 
 Exit code: 0; 1 where a run failed (the others are run all the same), or nothing was run.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import shlex
 import subprocess
 import sys
@@ -57,14 +59,23 @@ def run(words: Sequence[str]) -> int:
         options.slurm.write_text(array_job(waiting), encoding="utf-8")
         print(f"{options.slurm}: {len(waiting)} of {len(runs)} runs; sbatch {options.slurm}")
         return 0
+    out = sys.stderr if options.json else sys.stdout  # of what the runs say
     failed = []
     for number, each in enumerate(waiting, start=1):
-        print(f"[{number} of {len(waiting)}] {each.folder}", flush=True)
-        if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *each.words]).returncode:
-            failed.append(each.folder)
-    compare_runs(base, [each.folder for each in runs if each.has_ended])
-    for folder in failed:
-        print(f"failed: {folder}")
+        print(f"[{number} of {len(waiting)}] {each.folder}", file=out, flush=True)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *each.words]
+        if subprocess.run(launch, stdout=out).returncode:
+            failed.append(str(each.folder))
+    ended = [each.folder for each in runs if each.has_ended]
+    compared = compare_runs(base, ended) if ended else ["no run has ended"]
+    if options.json:
+        print(
+            json.dumps(
+                {"ended": [str(each) for each in ended], "failed": failed, "compared": compared}, indent=2
+            )
+        )
+    else:
+        print("\n".join([*compared, *(f"failed: {each}" for each in failed)]))
     return 1 if failed else 0
 
 
@@ -112,37 +123,33 @@ def array_job(runs: Sequence[SweepRun]) -> str:
     )
 
 
-def compare_runs(base: Path, folders: Sequence[Path]) -> None:
-    """Print the table of runs that have ended, and write their page where matplotlib is there."""
+def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
+    """Return the table of runs that have ended, a line a score, and write their page where matplotlib is there."""
     from swaft.report.compare import arms_of, compare
     from swaft.report.runs import read_run
 
     runs = [read_run(folder) for folder in folders]
-    if not runs:
-        print("no run has ended")
-        return
     arms = arms_of(runs)
+    lines = []
     for split, score in [(split, score) for split, kinds in runs[0].final.items() for score in kinds["last"]]:
-        for arm, members in arms.items():
-            for kind in ("last", "averaged"):
-                values = [
-                    each.final[split][kind][score] for each in members if kind in each.final.get(split, {})
-                ]
-                if values:
-                    spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
-                    print(
-                        f"{split} {score:<12} {arm}, {kind}: {mean(values):.4g}{spread} ({len(values)} seeds)"
-                    )
+        for arm, kind in itertools.product(arms, ("last", "averaged")):
+            scores = [each.final.get(split, {}).get(kind, {}) for each in arms[arm]]
+            values = [each[score] for each in scores if score in each]
+            if values:
+                spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+                lines.append(
+                    f"{split} {score:<12} {arm}, {kind}: {mean(values):.4g}{spread} ({len(values)} seeds)"
+                )
         for each in compare(arms, split, score):
             interval = f" (95 %: {each.interval[0]:+.3g} to {each.interval[1]:+.3g})" if each.interval else ""
-            print(f"{split} {score:<12} {each.what}: {each.mean:+.4g}{interval}")
+            lines.append(f"{split} {score:<12} {each.what}: {each.mean:+.4g}{interval}")
     try:
         from swaft.report.page import render
     except ModuleNotFoundError as error:
-        print(f"no page: {error.name} is not installed; pip install 'swaft[report]'")
-        return
-    (base / "report.html").write_text(render(runs), encoding="utf-8")
-    print(base / "report.html")
+        return [*lines, f"no page: {error.name} is not installed; pip install 'swaft[report]'"]
+    page = base / "report.html"
+    page.write_text(render(runs), encoding="utf-8")
+    return [*lines, str(page)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,4 +167,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_seeds, required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--slurm", type=Path)
+    parser.add_argument("--json", action="store_true")
     return parser

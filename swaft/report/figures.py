@@ -22,7 +22,7 @@ INK = "#010203"
 """Stands for the page's text colour until the figure is in the page."""
 STYLES = {"last": ("#0b6fb8", "-", "o"), "averaged": ("#d1600a", "--", "s"), "": ("#0b6fb8", "-", "")}
 """Colour, line and marker of the kinds of weights: told apart without colour too."""
-FONT = {
+FONT: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,

@@ -20,6 +20,8 @@ WRONG = {
     "plan": ["--device_memory", "-1", "no/such/recipe.py"],
     "average": ["no/such/folder", "--output", "out"],
     "export": ["no/such/folder", "--output", "out"],
+    "report": ["no/such/run"],
+    "sweep": ["recipe.py", "--seeds", "2"],
     "env": ["--yaml"],
 }
 """Words that each command refuses."""

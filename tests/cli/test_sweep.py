@@ -19,7 +19,7 @@ def launched(monkeypatch):
     """The lines that were launched; each run leaves scores, but those that are made to fail."""
     lines: list[list[str]] = []
 
-    def launch(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    def launch(command: list[str], stdout: object) -> subprocess.CompletedProcess[bytes]:
         assert command[1:3] == ["-m", "accelerate.commands.launch"]
         words = command[3:]
         lines.append(words)
