@@ -25,12 +25,14 @@ from benchmarks import command
 from benchmarks.plan_accuracy_cases import LINES, MODELS, WARM_UP, Model
 from benchmarks.ranks import ROOT
 from swaft.training.config import AveragingConfig, NoiseConfig
+from swaft.training.launch.accelerator import resolve_engine
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
 from swaft.training.models.build import build_objective
 from swaft.training.models.pretrained import hidden_size
-from swaft.training.planning.engines import Engine
-from swaft.training.planning.plan import RunPlan, Target, plan_run
+from swaft.training.planning.engines import PlannedEngine
+from swaft.training.planning.model import PlannedModel
+from swaft.training.planning.plan import RunPlan, plan_run
 
 WORKER = "benchmarks/plan_accuracy_worker.py"
 ALLOCATOR = {
@@ -92,18 +94,17 @@ def measure_line(line: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     return {name: max(rank[name] for rank in ranks) for name in names}
 
 
-def plan_of(line: Sequence[str], model: Model) -> RunPlan:
+def plan_of(line: Sequence[str], model: Model, *, on_cpu: bool = True) -> RunPlan:
     """Plan what the worker does under a launch line."""
     train = model.train()
     launch = read_launch([*line, str(ROOT / WORKER)])
+    settings = resolve_engine(train, launch.environ, hidden_size=hidden_size(model.configuration()))
     return plan_run(
-        Engine(launch, train, hidden_size=hidden_size(model.configuration())),
+        PlannedEngine(launch, settings, on_cpu=on_cpu),
         SimpleNamespace(train=train, averaging=AveragingConfig()),
-        build_model=model.build,
-        make_batch=model.batch,
-        objective=build_objective(NoiseConfig(), seed=0),
-        rule_plan=swaft.SWA(start=1).plan(total_steps=3),
-        target=Target(on_cpu=True),
+        PlannedModel(model.build, model.batch),
+        build_objective(NoiseConfig(), seed=0),
+        swaft.SWA(start=1).plan(total_steps=3),
     )
 
 

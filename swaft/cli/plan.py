@@ -32,7 +32,8 @@ from swaft.training.planning import sized
 
 if TYPE_CHECKING:
     from swaft.training.planning.memory import Phase
-    from swaft.training.planning.plan import RunPlan, Target
+    from swaft.training.planning.plan import RunPlan
+    from swaft.training.planning.shortages import Hardware
 
 GIB = 2**30
 
@@ -41,19 +42,17 @@ def run(words: Sequence[str]) -> int:
     """Plan the run that these words would launch, print the plan, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
 
-    from swaft.training.planning.plan import (
-        Target,  # only here: --help and a wrong option wait for no library
-    )
-    from swaft.training.planning.recipe import plan_recipe
+    from swaft.training.planning.plan import plan_recipe  # only here: --help waits for no library
+    from swaft.training.planning.shortages import Hardware
 
-    target = Target(
+    hardware = Hardware(
         on_cpu=options.on_cpu,
         device_bytes=_bytes(options.device_memory),
         host_bytes=_bytes(options.host_memory),
         step_seconds=options.step_seconds,
     )
-    found = plan_recipe(line, target)
-    print(json.dumps(as_dict(found), indent=2) if options.json else table(found, target))
+    found = plan_recipe(line, hardware)
+    print(json.dumps(as_dict(found), indent=2) if options.json else table(found, hardware))
     return 1 if found.shortages else 0
 
 
@@ -69,7 +68,7 @@ def as_dict(found: RunPlan) -> dict[str, Any]:
     return asdict(found) | totals
 
 
-def table(found: RunPlan, target: Target) -> str:
+def table(found: RunPlan, hardware: Hardware) -> str:
     """Return the plan as lines, each led by the part of the run that it is about."""
     machines = f"{found.machines:,} machines x {found.ranks_a_machine} = " if found.machines > 1 else ""
     where = "CPU" if found.on_cpu else "GPU"
@@ -82,11 +81,11 @@ def table(found: RunPlan, target: Target) -> str:
         rows += [("memory", line) for line in _phase_lines(phase, on_cpu=found.on_cpu)]
     rows += [("averaging", line) for line in _averaging_lines(found)]
     if not found.on_cpu:
-        rows.append(("device", f"{sized(found.device_bytes)} a rank{_of(target.device_bytes)}"))
+        rows.append(("device", f"{sized(found.device_bytes)} a rank{_of(hardware.device_bytes)}"))
     rows.append(
         (
             "host",
-            f"{sized(found.host_bytes)} a rank, {sized(found.machine_bytes)} a machine{_of(target.host_bytes)}",
+            f"{sized(found.host_bytes)} a rank, {sized(found.machine_bytes)} a machine{_of(hardware.host_bytes)}",
         )
     )
     sentences = (("note", found.notes), ("refused", found.refused), ("problem", found.shortages))

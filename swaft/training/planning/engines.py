@@ -12,49 +12,35 @@ from swaft.errors import ConfigError
 from swaft.training.launch.accelerator import EngineSettings, partitions_at_load
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch
-from swaft.training.planning.memory import (
-    REST,
-    EngineMemory,
-    Phase,
-    Run,
-    fsdp2,
-    numel,
-    offloads,
-    replicated,
-    zero3,
-    zero12,
-)
-from swaft.training.planning.step import FP32, Casting
+from swaft.training.planning import memory
+from swaft.training.planning.memory import EngineMemory, Phase, Run
+from swaft.training.planning.step import FP32, TracedStep
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_KNOWN = (
-    "whose memory swaft plan does not know; leave it out, or train a few steps and read what they took"
-)
 
 
-class Engine:
+class PlannedEngine:
     """What a launch line and a recipe's settings say of the engine.
 
     Args:
         launch: the launch line.
         settings: what that line, its files and the recipe come to.
+        on_cpu: whether the ranks compute on the host; else on a GPU each.
 
     Raises:
         ConfigError: they ask for what cannot be planned.
     """
 
-    def __init__(self, launch: Launch, settings: EngineSettings):
-        self.launch = launch
-        self.precision = settings.precision
-        self.dtype = DTYPES[self.precision]
-        self._fsdp2 = settings.fsdp2
+    def __init__(self, launch: Launch, settings: EngineSettings, *, on_cpu: bool):
+        self.launch, self.on_cpu, self._fsdp2 = launch, on_cpu, settings.fsdp2
+        self.precision, self.dtype = settings.precision, DTYPES[settings.precision]
         self._config: Mapping[str, Any] = settings.deepspeed.config if settings.deepspeed else {}
         self.zero: Mapping[str, Any] = self._config.get("zero_optimization", {})
         self._refuse_unknown()
 
     @property
-    def casting(self) -> Casting:
-        """How the engine computes in 16 bits."""
+    def casting(self) -> Literal["none", "autocast", "weights"]:
+        """How 16 bits are computed in: not at all, by autocast over fp32 weights, by weights cast beforehand."""
         if self.precision == "no":
             return "none"
         return "weights" if self.launch.stage is not None or self.launch.engine == "FSDP2" else "autocast"
@@ -68,42 +54,42 @@ class Engine:
         """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""
         numbers: dict[int, int] = {}
         if self._fsdp2 is not None:
-            for number, block in enumerate(find_blocks(model, self._fsdp2), start=REST + 1):
+            for number, block in enumerate(find_blocks(model, self._fsdp2), start=memory.REST + 1):
                 numbers |= {id(parameter): number for parameter in block.parameters()}
-        return [numbers.get(id(parameter), REST) for parameter in model.parameters()]
+        return [numbers.get(id(parameter), memory.REST) for parameter in model.parameters()]
 
     def offloads(self, part: Literal["optimizer", "param"]) -> bool:
         """Whether the fp32 masters (``optimizer``) or the slices of the weights (``param``) are in host memory."""
-        return offloads(self.zero, part)
+        return memory.offloads(self.zero, part)
 
-    def memory(self, run: Run) -> EngineMemory:
+    def memory(self, step: TracedStep, *, accumulates: bool) -> EngineMemory:
         """Return what the rank that holds most holds, phase by phase, the start among them."""
-        if self.launch.stage in (1, 2):
-            found = zero12(run, {"stage": self.launch.stage, **self.zero})
-        elif self.launch.stage == 3:
-            found = zero3(run, self.zero)
+        stage = self.launch.stage
+        run = Run(step=step, world_size=self.launch.world_size, on_cpu=self.on_cpu, accumulates=accumulates)
+        if stage in (1, 2):
+            found = memory.zero12(run, {"stage": stage, **self.zero})
+        elif stage == 3:
+            found = memory.zero3(run, self.zero)
         elif self._fsdp2 is not None:
-            found = fsdp2(run, reshards=self._fsdp2.reshard_after_forward is not False)
+            found = memory.fsdp2(run, reshards=self._fsdp2.reshard_after_forward is not False)
         else:
-            found = replicated(run, deepspeed=self.launch.stage == 0)
-        loaded = {"model as loaded, fp32": FP32 * numel(run.step.weights)} if self.loads_whole else {}
+            found = memory.replicated(run, deepspeed=stage == 0)
+        loaded = {"model as loaded, fp32": FP32 * memory.numel(step.weights)} if self.loads_whole else {}
         return EngineMemory([Phase("start", {}, loaded), *found.phases], owned=found.owned)
 
     def _refuse_unknown(self) -> None:
-        problems = []
-        if self.zero.get("zero_quantized_gradients"):
-            problems.append(
-                f"the DeepSpeed configuration sets zero_optimization.zero_quantized_gradients, {NOT_KNOWN}"
-            )
-        accumulates_in = (self._config.get("data_types") or {}).get("grad_accum_dtype")
         own = {"no": "fp32"}.get(self.precision, self.precision)
-        if accumulates_in not in (None, own):
-            problems.append(
-                f"the DeepSpeed configuration sets data_types.grad_accum_dtype = {accumulates_in}, {NOT_KNOWN}"
-            )
-        if self.zero.get("contiguous_gradients", True) is not True:
-            problems.append(
-                f"the DeepSpeed configuration sets zero_optimization.contiguous_gradients = false, {NOT_KNOWN}"
-            )
+        sums_in = (self._config.get("data_types") or {}).get("grad_accum_dtype") or own
+        unknown = {
+            "zero_optimization.zero_quantized_gradients": self.zero.get("zero_quantized_gradients", False),
+            f"data_types.grad_accum_dtype = {sums_in}": sums_in != own,
+            "zero_optimization.contiguous_gradients = false": not self.zero.get("contiguous_gradients", True),
+        }
+        problems = [
+            f"the DeepSpeed configuration sets {name}, whose memory swaft plan does not know; leave it out, or "
+            "train a few steps and read what they took"
+            for name, is_set in unknown.items()
+            if is_set
+        ]
         if problems:
             raise ConfigError(problems)

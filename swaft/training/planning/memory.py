@@ -20,7 +20,7 @@ what it scatters; NCCL does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -39,17 +39,22 @@ DEFAULTS = {
     "stage3_max_reuse_distance": 1_000_000_000,
 }
 """DeepSpeed's own, in elements."""
+FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward", "optimizer step"
+"""Names of phases."""
+
+Rows = dict[str, int]
+"""Bytes by name."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory of one rank at the fullest moment of a part of the run, by name."""
+    """Memory of one rank at the fullest moment of a part of the run."""
 
     name: str
     device: Mapping[str, int]
-    """Bytes on the rank's device; on a CPU that is the host."""
+    """Bytes on the rank's device, by name; on a CPU that is the host."""
     host: Mapping[str, int] = field(default_factory=dict)
-    """Bytes in host memory."""
+    """Bytes in host memory, by name."""
 
     @property
     def device_bytes(self) -> int:
@@ -110,7 +115,7 @@ class Run:
         gradients: Callable[[int], int],
         passing: Callable[[Weight], int] = lambda weight: 0,
         gathered: Callable[[int], int] = lambda done: 0,
-    ) -> dict[str, int]:
+    ) -> Rows:
         """Return the rows of the fullest moment of forward and backward.
 
         Args:
@@ -118,26 +123,37 @@ class Run:
             passing: bytes that a gradient takes beside that while it is handed over.
             gathered: bytes of weights gathered once this many elements have their gradients.
         """
-        fullest: dict[str, int] = {}
 
-        def look(activations: int, extra: int, weights: int, handed_over: int) -> None:
-            nonlocal fullest
-            rows = {
-                "activations": activations,
-                "gathered weights": weights,
-                "gradients": extra,
-                "gradients handed over": handed_over,
-            }
-            fullest = max(fullest, rows, key=lambda each: sum(each.values()))
+        def moments() -> Iterator[Rows]:
+            done = 0
+            for moment in self.step.moments:
+                held = {"gathered weights": gathered(done), "gradients": gradients(done)}
+                yield {"activations": moment.peak_bytes, **held}
+                if moment.parameter is not None:
+                    weight = self.step.weights[moment.parameter]
+                    done += weight.numel
+                    held = {"gathered weights": gathered(done), "gradients": gradients(done)}
+                    yield {
+                        "activations": moment.live_bytes,
+                        **held,
+                        "gradients handed over": passing(weight),
+                    }
 
-        done = 0
-        for moment in self.step.moments:
-            look(moment.peak_bytes, gradients(done), gathered(done), 0)
-            if moment.parameter is not None:
-                weight = self.step.weights[moment.parameter]
-                done += weight.numel
-                look(moment.live_bytes, gradients(done), gathered(done), passing(weight))
-        return fullest
+        return max(moments(), key=lambda rows: sum(rows.values()))
+
+    @property
+    def kept(self) -> Rows:
+        """What a micro-batch leaves until the next one: its logits, for the most part."""
+        return {"kept of the last micro-batch": self.step.moments[-1].live_bytes if self.step.moments else 0}
+
+    def written(self, size: int) -> int:
+        """Elements of a bucket that take memory: a host gives none for pages that nobody writes to."""
+        return min(size, numel(self.trained)) if self.on_cpu else size
+
+    def step_phase(self, held: Rows, groups: Sequence[Sequence[int]], host: Rows | None = None) -> Phase:
+        """Return the optimizer step: what is held meanwhile, and AdamW on tensors of these sizes."""
+        temporaries = {"AdamW's temporaries": adam_temporaries(groups, on_cpu=self.on_cpu)}
+        return Phase(OPTIMIZER_STEP, held | self.kept | temporaries, host or {})
 
 
 def replicated(run: Run, *, deepspeed: bool) -> EngineMemory:
@@ -149,76 +165,56 @@ def replicated(run: Run, *, deepspeed: bool) -> EngineMemory:
     if not deepspeed and run.world_size > 1:
         held["DDP's buckets"] = FP32 * trained
     backward = run.fullest(gradients=lambda done: w * (trained if run.accumulates else done))
-    step = held | {"gradients": w * trained, "kept of the last micro-batch": run.step.kept_bytes}
+    step = {"gradients": w * trained}
     if "fp32 masters" in held:
         step["gradients, fp32"] = FP32 * trained
     groups = run.by_group(weight.numel for weight in run.trained)
-    phases = [
-        Phase("forward and backward", held | backward),
-        Phase("optimizer step", step | {"AdamW's temporaries": adam_temporaries(groups, on_cpu=run.on_cpu)}),
-    ]
+    phases = [Phase(FORWARD_BACKWARD, held | backward), run.step_phase(held | step, groups)]
     if deepspeed and run.world_size > 1:
         copy = w * min(trained, ALLREDUCE_NUMEL)
-        phases.insert(1, Phase("sum of gradients", step | {"flat copy for the sum": copy}))
+        phases.insert(1, Phase("sum of gradients", held | step | run.kept | {"flat copy for the sum": copy}))
     return EngineMemory(phases, owned=-(-trained // run.world_size))
 
 
 def zero12(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
     """Memory under ZeRO-1 or ZeRO-2, from the filled section ``zero_optimization``."""
-    w, trained = run.itemsize, numel(run.trained)
-    unit = 2 * run.world_size  # partitions are aligned to two elements
-    partitions = [
-        -(-sum(sizes) // unit) * 2 for sizes in run.by_group(weight.numel for weight in run.trained)
-    ]
-    owned, touched = sum(partitions), _touched(run, partitions)
-    offloaded = offloads(zero, "optimizer")
-    optimizer = {"fp32 masters": FP32 * owned, "AdamW's moments": 2 * FP32 * owned}
+    w, trained, unit = run.itemsize, numel(run.trained), 2 * run.world_size
+    groups = run.by_group(weight.numel for weight in run.trained)
+    partitions = [-(-sum(sizes) // unit) * 2 for sizes in groups]  # aligned to two elements
+    owned, touched = sum(partitions), w * _touched(run.world_size, groups, partitions)
     frozen = nbytes(run.step.weights) - nbytes(run.trained)
-    device, host = {"weights": frozen + w * owned * run.world_size}, dict[str, int]()
+    device, host = {"weights": frozen + w * owned * run.world_size}, Rows()
+    optimizer = {"fp32 masters": FP32 * owned, "AdamW's moments": 2 * FP32 * owned}
+    offloaded = offloads(zero, "optimizer")
     if offloaded:
-        largest = max(weight.nbytes for weight in run.trained)
-        device["offload buffer"] = largest
-        host = optimizer | {
-            "fp32 gradients": FP32 * owned,
-            "staging of the weights": w * owned,
-            "offload buffer": largest,
-        }
+        buffer = {"offload buffer": max(weight.nbytes for weight in run.trained)}
+        host = optimizer | buffer | {"fp32 gradients": FP32 * owned, "staging of the weights": w * owned}
+        device |= buffer
     else:
         device |= optimizer
 
-    overlaps = bool(zero.get("overlap_comm"))
-    size = setting(zero, "reduce_bucket_size")
-    bucket = (
-        w * (1 + overlaps) * (min(size, trained) if run.on_cpu else size)
-    )  # a host has no untouched pages
-    kept = 0 if offloaded else w * touched
+    overlaps, size = bool(zero.get("overlap_comm")), setting(zero, "reduce_bucket_size")
+    bucket = w * (1 + overlaps) * run.written(size)
+    kept = 0 if offloaded else touched
     carried = kept if run.accumulates else 0
-    if (
-        zero.get("stage") == 1 and not overlaps
-    ):  # all gradients wait for the last micro-batch, then are summed
+    if zero.get("stage") == 1 and not overlaps:  # all gradients wait for the last micro-batch to be summed
         backward = run.fullest(gradients=lambda done: carried + w * done)
         summed = {"gradients": w * trained + kept + carried, "reduce bucket": bucket}
         backward = max(backward, summed, key=lambda rows: sum(rows.values()))
     else:
+        copied = run.world_size > 1
         backward = run.fullest(
             gradients=lambda done: carried + (kept + bucket if done else 0),
-            passing=lambda weight: (
-                w * weight.numel * (2 if weight.numel > size and run.world_size > 1 else 1)
-            ),
+            passing=lambda weight: w * weight.numel * (1 + (copied and weight.numel > size)),
         )
-    last = device | {"kept of the last micro-batch": run.step.kept_bytes}
-    phases = [Phase("forward and backward", device | backward, host)]
+    phases = [Phase(FORWARD_BACKWARD, device | backward, host)]
+    largest = max(partitions)
     if not offloaded:
-        largest = max(partitions)
-        step = {
-            "gradients of the partition": w * touched,
-            "flat fp32 gradient": FP32 * largest,
-            "AdamW's temporaries": adam_temporaries([[largest]], on_cpu=run.on_cpu),
-        }
-        phases.append(Phase("optimizer step", last | step, host))
+        step = {"gradients of the partition": touched, "flat fp32 gradient": FP32 * largest}
+        phases.append(run.step_phase(device | step, [[largest]], host))
     if run.copies:
-        copy = {"gloo's copy of gathered weights": w * run.world_size * max(partitions)}
-        phases.append(Phase("gather of the weights", last | copy, host))
+        copy = {"gloo's copy of gathered weights": w * run.world_size * largest}
+        phases.append(Phase("gather of the weights", device | run.kept | copy, host))
     return EngineMemory(phases, owned=owned)
 
 
@@ -233,40 +229,30 @@ def zero3(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
     owned = sum(slices)
     frozen = sum(-(-weight.nbytes // run.world_size) for weight in weights if weight.group is None)
     small = [w for w in weights if w.numel <= setting(zero, "stage3_param_persistence_threshold")]
-    bucket_size = setting(zero, "reduce_bucket_size")
-    device = {
-        "small weights, whole": nbytes(small),
-        "reduce bucket": w * (min(bucket_size, numel(run.trained)) if run.on_cpu else bucket_size),
-    }
-    host: dict[str, int] = {}
+    device, host = {"small weights, whole": nbytes(small)}, Rows()
+    device["reduce bucket"] = w * run.written(setting(zero, "reduce_bucket_size"))
     # In fp32 as well: DeepSpeed's test for slices that could serve compares a torch.device with a string.
     optimizer = {"fp32 masters": FP32 * owned, "AdamW's moments": 2 * FP32 * owned}
-    gradient_slices = {"gradient slices": w * owned}
-    (host if offloads(zero, "param") else device).update({"slices of the weights": w * owned + frozen})
+    optimizer["gradient slices"] = w * owned
+    (host if offloads(zero, "param") else device)["slices of the weights"] = w * owned + frozen
     if offloads(zero, "optimizer"):
-        host |= optimizer | gradient_slices | {"fp32 gradients": FP32 * owned}
+        host |= optimizer | {"fp32 gradients": FP32 * owned}
     else:
-        device |= optimizer | gradient_slices
+        device |= optimizer
 
-    large = numel(weights) - numel(small)
-    biggest = max((weight.numel for weight in weights), default=0)
-    near = setting(zero, "stage3_max_reuse_distance") // 2 + biggest
-    near = min(large, max(near, setting(zero, "stage3_prefetch_bucket_size") + biggest))
+    large, biggest = numel(weights) - numel(small), max((weight.numel for weight in weights), default=0)
+    ahead = setting(zero, "stage3_prefetch_bucket_size")
+    near = min(large, max(setting(zero, "stage3_max_reuse_distance") // 2, ahead) + biggest)
     backward = run.fullest(
         gradients=lambda done: 0,
         passing=lambda weight: w * weight.numel * (1 + run.copies),
         gathered=lambda done: w * min(near, max(large - done, 0)),
     )
-    phases = [Phase("forward and backward", device | backward, host)]
+    phases = [Phase(FORWARD_BACKWARD, device | backward, host)]
     if not offloads(zero, "optimizer"):
-        groups = [sub_groups(sizes, setting(zero, "sub_group_size")) for sizes in run.by_group(slices)]
-        largest = max(sum(sub_group) for group in groups for sub_group in group)
-        step = {
-            "kept of the last micro-batch": run.step.kept_bytes,
-            "flat fp32 gradient": FP32 * largest,
-            "AdamW's temporaries": adam_temporaries([[largest]], on_cpu=run.on_cpu),
-        }
-        phases.append(Phase("optimizer step", device | step, host))
+        most = setting(zero, "sub_group_size") + max(slices)  # a sub-group ends once it holds that many
+        largest = min(most, max(map(sum, run.by_group(slices))))
+        phases.append(run.step_phase(device | {"flat fp32 gradient": FP32 * largest}, [[largest]], host))
     return EngineMemory(phases, owned=owned)
 
 
@@ -275,7 +261,7 @@ def fsdp2(run: Run, *, reshards: bool) -> EngineMemory:
 
     ``reshards``: a block's gathered weights are freed after its forward.
     """
-    weights, blocks = run.step.weights, run.step.blocks
+    weights, blocks, w = run.step.weights, run.step.blocks, run.itemsize
     slices = [-(-weight.rows // run.world_size) * (weight.numel // max(weight.rows, 1)) for weight in weights]
     own = [size for size, weight in zip(slices, weights, strict=True) if weight.group is not None]
     held = {"slices of the weights": FP32 * sum(slices), "AdamW's moments": 2 * FP32 * sum(own)}
@@ -283,28 +269,21 @@ def fsdp2(run: Run, *, reshards: bool) -> EngineMemory:
     for block, weight in zip(blocks, weights, strict=True):
         gathered[block] += weight.nbytes
         trained[block] += weight.numel if weight.group is not None else 0
-    rest, inner = gathered.pop(REST), max(gathered.values(), default=0)
-    whole = sum(gathered.values())
-    rest_numel, block_numel = trained.pop(REST), max(trained.values(), default=0)
-    w, every = run.itemsize, numel(run.trained)
-    buffer = inner * (1 + run.copies)  # a block end to end, copied out of it
-    summed = w * block_numel + FP32 * block_numel * (1 + run.copies)
-    at_end = w * rest_numel + FP32 * rest_numel * (1 + run.copies)
-    share = FP32 * sum(own)
+    every, share = numel(run.trained), FP32 * sum(own)
+    rest, largest = gathered.pop(REST), max(gathered.values(), default=0)
+    buffer = largest * (1 + run.copies)  # a block end to end, copied out of it
+    each = w + FP32 * (1 + run.copies)  # bytes of a gradient's element while it is summed
+    at_end, summed = each * trained.pop(REST), each * max(trained.values(), default=0)
+    blockwise = buffer + (largest if reshards else sum(gathered.values()))
     backward = run.fullest(
         gradients=lambda done: (
             (share if run.accumulates else share * done // max(every, 1))
             + (0 if not done else at_end if done == every else summed)
         ),
-        gathered=lambda done: rest + (buffer + (inner if reshards else whole) if done < every else 0),
+        gathered=lambda done: rest + (blockwise if done < every else 0),
     )
-    step = {
-        "gradients": share,
-        "kept of the last micro-batch": run.step.kept_bytes,
-        "AdamW's temporaries": adam_temporaries(run.by_group(own), on_cpu=run.on_cpu),
-    }
-    phases = [Phase("forward and backward", held | backward), Phase("optimizer step", held | step)]
-    return EngineMemory(phases, owned=sum(own))
+    step = run.step_phase(held | {"gradients": share}, run.by_group(own))
+    return EngineMemory([Phase(FORWARD_BACKWARD, held | backward), step], owned=sum(own))
 
 
 def numel(weights: Iterable[Weight]) -> int:
@@ -331,16 +310,6 @@ def adam_temporaries(groups: Sequence[Sequence[int]], *, on_cpu: bool) -> int:
     return FP32 * max(each, default=0)
 
 
-def sub_groups(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Cut slices into the sub-groups that ZeRO-3 steps one after another; each ends once it holds ``most``."""
-    found: list[list[int]] = [[]]
-    for size in sizes:
-        if sum(found[-1]) >= most:
-            found.append([])
-        found[-1].append(size)
-    return found
-
-
 def setting(zero: Mapping[str, Any], name: str) -> int:
     """Return an entry of ``zero_optimization``, or its default; stage 3's are known with and without prefix."""
     return int(zero.get(name, zero.get(name.removeprefix("stage3_"), DEFAULTS[name])))
@@ -351,10 +320,9 @@ def offloads(zero: Mapping[str, Any], part: str) -> bool:
     return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
 
 
-def _touched(run: Run, partitions: Sequence[int]) -> int:
+def _touched(world_size: int, groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:
     """Most elements of the parameters that a rank's partitions touch; ZeRO-1 and 2 keep their gradients whole."""
-    change = [0] * (run.world_size + 1)
-    groups = run.by_group(weight.numel for weight in run.trained)
+    change = [0] * (world_size + 1)
     for sizes, partition in zip(groups, partitions, strict=True):
         for size, end in zip(sizes, accumulate(sizes), strict=True):
             if size:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,17 @@ from swaft.training.models.lora import with_adapters
 from swaft.training.models.pretrained import told_as_settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planned:
+@dataclass(frozen=True)
+class PlannedModel:
     """What one micro-batch is made of."""
 
     build: Callable[[], Any]
     """Makes the model, fp32, with whatever weights."""
     batch: Callable[[], dict[str, Tensor]]
     """Makes a batch in which every row is as long as the settings allow."""
-    rows: int
-    """Of the batch."""
-    lengths: tuple[int, ...]
-    """Tokens of a row; of a source and a target where the model writes."""
 
 
-def planned_model(config: Any, model_config: Any) -> Planned:
+def planned_model(config: Any, model_config: Any) -> PlannedModel:
     """Return how to make a recipe's model and its longest batch.
 
     Args:
@@ -48,11 +44,10 @@ def planned_model(config: Any, model_config: Any) -> Planned:
     if isinstance(config, Seq2SeqConfig):
         if config.model.config is not None:
             _stand_in_for_tokenizer(model_config, config)
-        lengths = (config.data.max_source_length, config.data.max_target_length)
-        kind, task = AutoModelForSeq2SeqLM, "sequence to sequence"
-        labels = {"labels": (rows, lengths[1])}
+        length, kind, task = config.data.max_source_length, AutoModelForSeq2SeqLM, "sequence to sequence"
+        labels = {"labels": (rows, config.data.max_target_length)}
     else:
-        lengths = (config.data.max_seq_length,)
+        length = config.data.max_seq_length
         if isinstance(config, QuestionAnsweringConfig):
             kind, task = AutoModelForQuestionAnswering, "question answering"
             labels = {"start_positions": (rows,), "end_positions": (rows,)}
@@ -69,42 +64,26 @@ def planned_model(config: Any, model_config: Any) -> Planned:
                 model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
             )
         model.tie_weights()  # which belongs to what was left out
-        with _on_paper():
+        # Without data no adapter can be moved to its layer, and a copied head would bring a copy of the mode.
+        with (
+            patch.object(nn.Module, "to", lambda module, *_, **__: module),
+            patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True),
+        ):
             return with_adapters(model, config.model, task=task)
 
     def batch() -> dict[str, Tensor]:
-        shapes = {"input_ids": (rows, lengths[0]), "attention_mask": (rows, lengths[0])} | labels
+        shapes = {"input_ids": (rows, length), "attention_mask": (rows, length)} | labels
         return {name: torch.ones(shape, dtype=torch.int64) for name, shape in shapes.items()}
 
-    return Planned(build=build, batch=batch, rows=rows, lengths=lengths)
-
-
-@contextmanager
-def _on_paper() -> Iterator[None]:
-    """Context in which peft can put adapters on tensors without data.
-
-    It moves each adapter to its layer, which such tensors cannot be; and the copy that it makes of a head would get
-    a copy of the mode that its tensors belong to.
-    """
-    to = nn.Module.to
-    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign]
-    FakeTensorMode.__deepcopy__ = lambda mode, _: mode  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        nn.Module.to = to
-        del FakeTensorMode.__deepcopy__  # type: ignore[attr-defined]
+    return PlannedModel(build, batch)
 
 
 def _stand_in_for_tokenizer(model_config: Any, config: Seq2SeqConfig) -> None:
     """Give a new model the special tokens, and the most tokens, that its tokenizer will have."""
-    said = config.model.config or {}
     fitted = {
         "vocab_size": config.model.vocab_size or VOCAB_SIZE,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
-    for name, value in fitted.items():
-        if name not in said:
-            setattr(model_config, name, value)
+    model_config.update({name: value for name, value in fitted.items() if name not in config.model.config})

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from swaft.averaging.host.averages import STAGING_BYTES, seconds_an_element
 from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
-from swaft.training.config import AveragingConfig, TrainConfig
-from swaft.training.planning import sized
-from swaft.training.planning.engines import Engine
-from swaft.training.planning.memory import Phase, Run, numel
+from swaft.errors import ConfigError
+from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.recipe import is_recipe, load_recipe, require_python
+from swaft.training.checks.start import check_start
+from swaft.training.config import AveragingConfig, load_config
+from swaft.training.launch.launcher import Launch, read_launch, read_script
+from swaft.training.planning.engines import PlannedEngine
+from swaft.training.planning.memory import Phase, numel
+from swaft.training.planning.model import PlannedModel, planned_model
+from swaft.training.planning.shortages import Hardware, find_shortages
 from swaft.training.planning.step import FP32, trace_training_step
 
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What the run is planned for."""
-
-    on_cpu: bool = False
-    """The ranks compute on the host; else on a GPU each."""
-    device_bytes: int | None = None
-    """Memory of one device, to compare with."""
-    host_bytes: int | None = None
-    """Memory of one machine, to compare with."""
-    step_seconds: float | None = None
-    """Time of a training step, measured, to relate averaging to."""
+RANKS_OF_A_MACHINE = 8
+"""Devices that machines have at most, as a rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,59 +117,88 @@ class RunPlan:
         return own if phase.name == "start" else own + self.averaging_bytes  # no averages while it loads
 
 
+def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
+    """Plan the run that ``accelerate launch`` would start with these words.
+
+    Args:
+        words: the command line after ``accelerate launch``.
+        hardware: what the run is planned for.
+
+    Returns:
+        The plan; what the run would refuse and a plan can do without is on it.
+
+    Raises:
+        ConfigError: the line, a file or the settings are wrong, or the run cannot be planned.
+    """
+    launch, script = read_launch(words), read_script(words)
+    if script.is_file:
+        require_python(Path(script.path))
+    if not script.is_file or not is_recipe(Path(script.path)):
+        raise ConfigError(
+            f"{script.path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
+            "script with Config and prepare); name one of recipes/, with the settings of your run"
+        )
+    recipe = load_recipe(Path(script.path))
+    config: Any = load_config(recipe.config_class, script.arguments)
+    problems = Problems()
+    ready: Any = recipe.prepare(config, problems)
+    start = check_start(config, ready, launch.environ, problems)
+    if start.total_steps is MISSING and ready.rule is not None:
+        problems.add(
+            ["the length of the run depends on the training rows; set train.max_steps to plan without them"]
+        )
+    plan = None if ready.rule is None else start.plan
+    if any(needed is MISSING for needed in (ready.model_config, ready.objective, start.engine, plan)):
+        raise ConfigError(problems.found)
+    engine = PlannedEngine(launch, start.engine, on_cpu=hardware.on_cpu)
+    model = planned_model(config, ready.model_config)
+    found = plan_run(engine, config, model, ready.objective, plan, step_seconds=hardware.step_seconds)
+    return replace(
+        found,
+        shortages=find_shortages(found, hardware, engine, config.train, config.averaging),
+        refused=problems.found,
+        notes=machine_notes(launch),
+    )
+
+
 def plan_run(
-    engine: Engine,
+    engine: PlannedEngine,
     config: Any,
-    *,
-    build_model: Callable[[], Any],
-    make_batch: Callable[[], Mapping[str, Tensor]],
+    model: PlannedModel,
     objective: Any,
     rule_plan: Plan | None,
-    target: Target,
+    *,
+    step_seconds: float | None = None,
 ) -> RunPlan:
     """Return what a run takes.
 
     Args:
         engine: what the launch line and the settings say of it.
         config: sections ``train`` and ``averaging``.
-        build_model: makes the model, fp32.
-        make_batch: makes a batch of full length.
+        model: how it and a full batch of it are made.
         objective: from `swaft.training.models.build.build_objective`.
         rule_plan: the averaging rule's numbers for the run; None: nothing is averaged.
-        target: what the run is planned for.
+        step_seconds: time of a training step, measured, to relate averaging to; None: not known.
     """
     launch, train = engine.launch, config.train
-    step = trace_training_step(
-        build_model,
-        make_batch,
-        objective,
-        train,
-        casting=engine.casting,
-        dtype=engine.dtype,
-        on_cpu=target.on_cpu,
-        find_blocks=engine.blocks,
-    )
-    run = Run(
-        step=step,
-        world_size=launch.world_size,
-        on_cpu=target.on_cpu,
-        accumulates=train.gradient_accumulation_steps > 1,
-    )
-    memory = engine.memory(run)
-    copies = not target.on_cpu and not engine.offloads("optimizer")
+    step = trace_training_step(model.build, model.batch, objective, train, engine)
+    memory = engine.memory(step, accumulates=train.gradient_accumulation_steps > 1)
+    averaging = None
+    if rule_plan is not None:
+        copies = not engine.on_cpu and not engine.offloads("optimizer")
+        averaging = plan_averaging(
+            rule_plan, config.averaging, memory.owned, copies=copies, step_seconds=step_seconds
+        )
     return RunPlan(
         engine=launch.engine,
         precision=engine.precision,
         world_size=launch.world_size,
         machines=launch.num_machines,
-        on_cpu=target.on_cpu,
+        on_cpu=engine.on_cpu,
         parameters=numel(step.weights),
-        trainable=numel(run.trained),
+        trainable=numel(weight for weight in step.weights if weight.group is not None),
         phases=list(memory.phases),
-        averaging=rule_plan
-        and plan_averaging(
-            rule_plan, config.averaging, memory.owned, copies=copies, step_seconds=target.step_seconds
-        ),
+        averaging=averaging,
     )
 
 
@@ -208,67 +231,18 @@ def plan_averaging(
     )
 
 
-def find_shortages(
-    found: RunPlan, target: Target, engine: Engine, train: TrainConfig, averaging: AveragingConfig
-) -> list[str]:
-    """Return what does not fit, each sentence with the remedies that apply to this run."""
-    shortages = []
-    if target.device_bytes is not None and found.device_bytes > target.device_bytes:
-        fullest = max(found.phases, key=lambda phase: phase.device_bytes)
-        remedies = [*_smaller_step(fullest, train), *_sharding(engine, target), *_offloading(engine)]
-        there = f"--device_memory is {sized(target.device_bytes)}"
-        shortages.append(f"a device would take {sized(found.device_bytes)}, and {there}; {_advice(remedies)}")
-    if target.host_bytes is not None and found.machine_bytes > target.host_bytes:
-        fullest = found.fullest_on_host
-        starts = fullest.name == "start"
-        remedies = []
-        if starts and engine.launch.stage == 3 and engine.loads_whole:
-            remedies.append("zero3_init_flag: true in the launch file")
-        if found.on_cpu:
-            remedies += [*_smaller_step(fullest, train), *_sharding(engine, target)]
-        if not starts and found.averaging_bytes and averaging.precision == "compensated":
-            remedies.append("averaging.precision=plain (4 bytes an element in place of 6)")
-        if found.ranks_a_machine > 1:
-            remedies.append("fewer ranks on each machine")
-        ranks = f"the {found.ranks_a_machine} ranks of a machine would take {sized(found.machine_bytes)}"
-        remedies = remedies or ["more than that in --host_memory, or a smaller model"]
-        shortages.append(f"{ranks}, and --host_memory is {sized(target.host_bytes)}; {_advice(remedies)}")
-    return shortages
+def machine_notes(launch: Launch) -> list[str]:
+    """Return a sentence where more ranks are planned for one machine than one is likely to have, or none.
 
-
-def _smaller_step(fullest: Phase, train: TrainConfig) -> list[str]:
-    """What makes activations smaller, where they are what does not fit."""
-    if fullest.name != "forward and backward":
+    It names the launch file for several machines.
+    """
+    if launch.num_machines > 1 or launch.world_size <= RANKS_OF_A_MACHINE:
         return []
-    rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    fewer = (
-        f"train.per_device_train_batch_size below {rows} with train.gradient_accumulation_steps above {steps}"
-    )
-    return [fewer] * (rows > 1) + ["train.gradient_checkpointing=true"] * (not train.gradient_checkpointing)
-
-
-def _sharding(engine: Engine, target: Target) -> list[str]:
-    """What spreads more of the state over the ranks."""
-    launch = engine.launch
-    if launch.stage == 3 or launch.engine == "FSDP2":
-        return ["more ranks"]
-    kind = "_cpu" if target.on_cpu else "_multinode" if launch.num_machines > 1 else ""
-    what = "a higher ZeRO stage" if launch.world_size > 1 else "more ranks at a high ZeRO stage"
-    return [f"{what} (launch/accelerate/zero3{kind}.yaml)"]
-
-
-def _offloading(engine: Engine) -> list[str]:
-    """What moves state from the device to the host."""
-    stage = engine.launch.stage
-    if stage in (1, 2, 3) and not engine.offloads("optimizer"):
-        file = "zero3_offload" if stage == 3 else "zero2_offload"
-    elif stage == 3 and not engine.offloads("param"):
-        file = "zero3_offload_param"
-    else:
-        return []
-    return [f"offloading (--deepspeed_config_file ds_configs/{file}.json)"]
-
-
-def _advice(remedies: list[str]) -> str:
-    *others, last = remedies
-    return f"what helps: {', '.join(others)} or {last}" if others else f"what helps: {last}"
+    file = {"DDP": "ddp", "FSDP2": "fsdp2"}.get(launch.engine, "zero3" if launch.stage == 3 else "zero2")
+    named = f"launch/accelerate/{file}_multinode.yaml"
+    if launch.stage in (0, 1):
+        named += f" with --deepspeed_config_file ds_configs/zero{launch.stage}.json"
+    return [
+        f"all {launch.world_size:,} ranks are taken to be on one machine, as the launch file says (num_machines "
+        f"1); for several machines take {named} and --num_machines"
+    ]

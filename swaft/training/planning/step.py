@@ -7,23 +7,18 @@ and no memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
-from torch.overrides import TorchFunctionMode
+from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,13 +27,19 @@ from swaft.training.config import TrainConfig
 from swaft.training.models.build import build_optimizer
 from swaft.training.models.pretrained import with_checkpointing
 
+if TYPE_CHECKING:
+    from swaft.training.planning.engines import PlannedEngine
+
 FP32 = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
 
-Casting = Literal["none", "autocast", "weights"]
-"""How a 16-bit format is computed in: not at all; by autocast, weights staying fp32; by weights cast beforehand."""
-
-PROMOTED = (F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, torch.softmax)
+PROMOTED = (
+    *(
+        (F, name)
+        for name in ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss")
+    ),
+    (torch, "softmax"),
+)
 """What autocast computes in fp32 on CUDA, and in 16 bits on a CPU."""
 
 
@@ -60,17 +61,16 @@ class Weight:
         return self.numel * self.itemsize
 
 
-@dataclass(frozen=True)
-class Moment:
-    """The end of forward or backward, or a gradient that is complete.
+class Moment(NamedTuple):
+    """The end of forward or backward, or a gradient that is complete: bytes of all but what the engine holds.
 
-    Parameters, buffers and finished gradients are not counted: where those go is the engine's affair.
+    Parameters, buffers and finished gradients are not counted.
     """
 
     peak_bytes: int
-    """Most bytes in use since the moment before."""
+    """Most in use since the moment before."""
     live_bytes: int
-    """Bytes in use now."""
+    """In use now."""
     parameter: int | None = None
     """Whose gradient is complete, by its position in ``model.parameters()``."""
 
@@ -83,13 +83,8 @@ class TracedStep:
     """In the order of ``model.parameters()``."""
     moments: Sequence[Moment]
     """Of any micro-batch but the first."""
-    blocks: Sequence[int] = ()
+    blocks: Sequence[int]
     """The block each parameter is gathered with, under an engine that gathers blocks."""
-
-    @property
-    def kept_bytes(self) -> int:
-        """What a micro-batch leaves until the next one: its logits, for the most part."""
-        return self.moments[-1].live_bytes if self.moments else 0
 
 
 def trace_training_step(
@@ -97,11 +92,7 @@ def trace_training_step(
     make_batch: Callable[[], Mapping[str, Tensor]],
     objective: Any,
     train: TrainConfig,
-    *,
-    casting: Casting,
-    dtype: torch.dtype,
-    on_cpu: bool,
-    find_blocks: Callable[[nn.Module], list[int]],
+    engine: PlannedEngine,
 ) -> TracedStep:
     """Build the model and run one micro-batch, all on fake tensors.
 
@@ -113,30 +104,25 @@ def trace_training_step(
         make_batch: makes the keyword arguments of its forward, of full length.
         objective: from `swaft.training.models.build.build_objective`.
         train: section ``train``, for the optimizer's groups and gradient checkpointing.
-        casting: how ``dtype`` is computed in.
-        dtype: of the working weights, or of autocast.
-        on_cpu: whether CPU ranks train; else attention is a fused kernel, as on a GPU.
-        find_blocks: gives the block of each parameter.
+        engine: how and in which format it computes, and which blocks it gathers.
 
     Raises:
         ConfigError: the step depends on values that fake tensors do not have; names the operation.
     """
     try:
-        with FakeTensorMode(), _Supposed(), _Kernels(on_cpu=on_cpu):
-            model = with_checkpointing(build_model(), train.gradient_checkpointing)
-            model.train()
+        with fake_tensor.FakeTensorMode(), _SupposedValues(), _device_kernels(on_cpu=engine.on_cpu):
+            model = with_checkpointing(build_model(), train.gradient_checkpointing).train()
             objective.prepare_model(model)
-            proved = getattr(objective, "_proved", None)
-            if proved is not None:  # the proof on the first batch compares values
-                proved.add(model)
+            if (proved := getattr(objective, "_proved", None)) is not None:
+                proved.add(model)  # the proof on the first batch compares values
             groups = build_optimizer(model, train).param_groups
             numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
-            blocks = find_blocks(model)
-            if casting == "weights":
+            blocks = engine.blocks(model)
+            if engine.casting == "weights":
                 for parameter in model.parameters():  # not the buffers, as DeepSpeed and FSDP2 do
-                    parameter.data = parameter.data.to(dtype)
-            elif casting == "autocast":
-                model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
+                    parameter.data = parameter.data.to(engine.dtype)
+            elif engine.casting == "autocast":
+                model.forward = convert_outputs_to_fp32(torch.autocast("cpu", engine.dtype)(model.forward))
             weights = [
                 Weight(
                     numel=p.numel(),
@@ -147,13 +133,16 @@ def trace_training_step(
                 for p in model.parameters()
             ]
             batch = dict(make_batch())
-            moments = trace_step(model, lambda: objective(model, batch))
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            return TracedStep(weights, trace_step(model, lambda: objective(model, batch)), blocks)
+    except (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+    ) as error:
         raise ConfigError(
             f"the model's step cannot be planned: {error.func} depends on the data, or has no form without data "
             f"({type(error).__name__}); train a few steps and read the memory that they took"
         ) from error
-    return TracedStep(weights, moments, blocks)
 
 
 def trace_step(model: nn.Module, compute: Callable[[], Any]) -> list[Moment]:
@@ -197,19 +186,17 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, ignored: Iterable[Tensor] = ()):
         super().__init__()
         self.live = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        for tensor in ignored:
-            self._seen[tensor.untyped_storage()] = 0
+        self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count what it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._seen:
-                size = self._seen[storage] = storage.nbytes()
-                self.live += size
+                self._seen.add(storage)
+                self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, size).atexit = False
+                weakref.finalize(storage, self._freed, storage.nbytes()).atexit = False
         return result
 
     def restart_peak(self) -> int:
@@ -221,33 +208,47 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-class _Supposed(TorchDispatchMode):
+class _SupposedValues(TorchDispatchMode):
     """Answers what is asked of a fake tensor's value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        asked = func is torch.ops.aten._local_scalar_dense.default
+        if asked and isinstance(args[0], fake_tensor.FakeTensor):
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         return func(*args, **(kwargs or {}))
 
 
-class _Kernels(TorchFunctionMode):
-    """Runs what runs on a device where the CPU's own choice would take other memory.
+@contextmanager
+def _device_kernels(*, on_cpu: bool) -> Iterator[None]:
+    """Context in which a step meant for a GPU runs what runs there, where a CPU's choice takes other memory.
 
     With dropout, attention on a CPU keeps its weights, (rows, heads, queries, keys); on a GPU it is one kernel that
-    keeps none, as the CPU's is without dropout.
+    keeps none, as the CPU's is without dropout. Functions are replaced by hand: no mode of torch's stays on while
+    checkpointing runs forward again in backward.
     """
+    attention = F.scaled_dot_product_attention
 
-    def __init__(self, *, on_cpu: bool):
-        super().__init__()
-        self._on_cpu = on_cpu
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *more: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        return attention(query, key, value, attn_mask, 0.0, *more, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if self._on_cpu:
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-        if func in PROMOTED and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return func(args[0].float(), *args[1:], **kwargs)
-        return func(*args, **kwargs)
+    def promoted(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(args[0].float(), *args[1:], **kwargs)
+
+    with ExitStack() as replaced:
+        if not on_cpu:
+            replaced.enter_context(patch.object(F, "scaled_dot_product_attention", fused))
+            for module, name in PROMOTED:
+                ours = partial(promoted, getattr(module, name))
+                replaced.enter_context(patch.object(module, name, ours))
+        yield

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swaft.training.launch.launcher import read_launch
-from swaft.training.planning.recipe import machine_notes
+from swaft.training.planning.plan import machine_notes
 
 pytestmark = pytest.mark.unit
 

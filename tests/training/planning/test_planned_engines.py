@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from plain_runs import BIAS, MATRIX, phase_of, plain_run
 
-from swaft.training.planning.memory import adam_temporaries, fsdp2, replicated, sub_groups, zero3, zero12
+from swaft.training.planning.memory import adam_temporaries, fsdp2, replicated, zero3, zero12
 from swaft.training.planning.step import Moment, Weight
 
 BACKWARD, STEP = "forward and backward", "optimizer step"
@@ -125,9 +125,13 @@ def test_zero_3_gathers_what_is_used_again_soon_and_what_comes_next(reuse, prefe
     assert phase_of(zero3(run, zero), BACKWARD)["gathered weights"] == held
 
 
-def test_sub_groups_end_as_soon_as_they_are_full():
-    assert sub_groups([3, 3, 3, 3], 5) == [[3, 3], [3, 3]]
-    assert sub_groups([3, 3], 100) == [[3, 3]]
+def test_a_sub_group_of_zero_3_ends_once_it_is_full():
+    def flat(most):
+        zero = zero3(plain_run(*LAYERS, world_size=2), {"sub_group_size": most})
+        return phase_of(zero, STEP)["flat fp32 gradient"]
+
+    assert flat(10**9) == 4 * 200  # all of a rank's slices
+    assert flat(60) == 4 * (60 + 50)  # at most one slice more than it asks for
 
 
 def test_fsdp2_cuts_by_rows_so_more_ranks_than_rows_help_no_further():

@@ -9,7 +9,8 @@ import pytest
 
 from swaft.training.config import AveragingConfig, TrainConfig
 from swaft.training.planning.memory import Phase
-from swaft.training.planning.plan import RunPlan, Target, find_shortages
+from swaft.training.planning.plan import RunPlan
+from swaft.training.planning.shortages import Hardware, find_shortages
 
 pytestmark = pytest.mark.unit
 
@@ -32,10 +33,10 @@ def told(
     )  # fmt: skip
     launch = SimpleNamespace(stage=stage, engine="-", world_size=ranks, num_machines=1)
     offloaded = dict(zip(("optimizer", "param"), offloads, strict=True))
-    engine: Any = SimpleNamespace(launch=launch, offloads=offloaded.get, loads_whole=True)
-    target = Target(host_bytes=2 * GIB) if host else Target(device_bytes=2 * GIB)
+    engine: Any = SimpleNamespace(launch=launch, offloads=offloaded.get, loads_whole=True, on_cpu=False)
+    hardware = Hardware(host_bytes=2 * GIB) if host else Hardware(device_bytes=2 * GIB)
     [sentence] = find_shortages(
-        found, target, engine, TrainConfig(output_dir="-", **train), AveragingConfig()
+        found, hardware, engine, TrainConfig(output_dir="-", **train), AveragingConfig()
     )
     return sentence
 

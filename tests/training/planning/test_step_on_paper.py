@@ -23,6 +23,9 @@ T5 = {
     "model_type": "t5", "vocab_size": 60, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2,
     "decoder_start_token_id": 0,
 }  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def build(settings):
@@ -39,14 +42,15 @@ def batch(settings, rows=2, length=12):
     return {"input_ids": mask + 1, "attention_mask": mask, "labels": labels}
 
 
-def on_paper(settings, objective, **changed):
+def engine(**changed):
+    how = {"casting": "none", "dtype": torch.float32, "on_cpu": True} | changed
+    return SimpleNamespace(**how, blocks=lambda model: [0] * len(list(model.parameters())))
+
+
+def on_paper(settings, objective, *, gradient_checkpointing=False, **changed):
+    train = TrainConfig(output_dir="none", gradient_checkpointing=gradient_checkpointing)
     return trace_training_step(
-        lambda: build(settings),
-        lambda: batch(settings),
-        objective,
-        TrainConfig(output_dir="none", gradient_checkpointing=changed.pop("gradient_checkpointing", False)),
-        **{"casting": "none", "dtype": torch.float32, "on_cpu": True} | changed,
-        find_blocks=lambda model: [0] * len(list(model.parameters())),
+        lambda: build(settings), lambda: batch(settings), objective, train, engine(**changed)
     )
 
 
@@ -85,6 +89,13 @@ def test_attention_on_a_gpu_keeps_no_matrix_of_weights():
     assert max(m.peak_bytes for m in on_gpu) < max(m.peak_bytes for m in on_cpu)
 
 
+def test_a_checkpointed_forward_that_runs_again_takes_the_same_kernels_on_a_gpu():
+    how = {"casting": "weights", "dtype": torch.bfloat16, "on_cpu": False}
+    again = on_paper(GPT2, TaskLoss(), gradient_checkpointing=True, **how).moments
+    kept = on_paper(GPT2, TaskLoss(), **how).moments
+    assert max(m.peak_bytes for m in again) < max(m.peak_bytes for m in kept)
+
+
 def test_a_model_whose_shapes_depend_on_the_data_is_refused_with_the_operation():
     class Picky(torch.nn.Module):
         def __init__(self):
@@ -96,16 +107,7 @@ def test_a_model_whose_shapes_depend_on_the_data_is_refused_with_the_operation()
             return SimpleNamespace(loss=seen.sum(), logits=seen)
 
     with pytest.raises(ConfigError, match=r"aten\.(nonzero|index)"):
-        trace_training_step(
-            Picky,
-            lambda: batch(BERT),
-            TaskLoss(),
-            TrainConfig(output_dir="none"),
-            casting="none",
-            dtype=torch.float32,
-            on_cpu=True,
-            find_blocks=lambda model: [0, 0],
-        )
+        trace_training_step(Picky, lambda: batch(BERT), TaskLoss(), TrainConfig(output_dir="none"), engine())
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
