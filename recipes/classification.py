@@ -44,9 +44,9 @@ from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.kept_head import fit_head
 from swaft.training.models.pretrained import (
     describe_labels,
-    load_classifier,
     load_model_config,
     load_tokenizer,
+    load_with_head,
     longest_text,
 )
 from swaft.training.models.special_tokens import follow_tokenizer, one_length, require_end_token
@@ -155,7 +155,8 @@ def train(config: ClassificationConfig) -> None:
 
         # Model: the pretrained body with a new head, the same on every rank.
         with run.loading():
-            model = load_classifier(
+            model = load_with_head(
+                "sequence classification",
                 config.model,
                 ready.model_config,
                 seed=config.train.seed,

@@ -55,8 +55,8 @@ from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.pretrained import (
     load_model_config,
-    load_question_answerer,
     load_tokenizer,
+    load_with_head,
     longest_text,
     require_question_answering,
 )
@@ -162,7 +162,8 @@ def train(config: QuestionAnsweringConfig) -> None:
 
         # Model: the pretrained body with a new head, the same on every rank.
         with run.loading():
-            model = load_question_answerer(
+            model = load_with_head(
+                "question answering",
                 config.model,
                 ready.model_config,
                 seed=config.train.seed,

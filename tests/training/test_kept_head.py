@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from swaft.training.config import DataConfig, ModelConfig
 from swaft.training.data.classification import Task, describe_task
 from swaft.training.metrics.classification import get_metric
 from swaft.training.models.kept_head import FittedHead, fit_head
-from swaft.training.models.pretrained import describe_labels, load_classifier, load_model_config
+from swaft.training.models.pretrained import describe_labels, load_model_config, load_with_head
 
 pytestmark = pytest.mark.unit
+
+load_classifier = partial(load_with_head, "sequence classification")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 20,
@@ -70,8 +73,13 @@ def load(model: ModelConfig, task: Task) -> tuple[FittedHead, Any]:
     config = load_model_config(model)
     head = fit_head(task, model, config)
     describe_labels(config, head.task, pad_token_id=0)
-    return head, load_classifier(
-        model, config, seed=0, gradient_checkpointing=False, has_new_head=head.is_new
+    return head, load_with_head(
+        "sequence classification",
+        model,
+        config,
+        seed=0,
+        gradient_checkpointing=False,
+        has_new_head=head.is_new,
     )
 
 

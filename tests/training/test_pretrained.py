@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,14 @@ from swaft.training.data.classification import Task
 from swaft.training.models.pretrained import (
     describe_labels,
     hidden_size,
-    load_classifier,
     load_model_config,
     load_tokenizer,
+    load_with_head,
 )
 
 pytestmark = pytest.mark.unit
+
+load_classifier = partial(load_with_head, "sequence classification")
 
 
 def tiny_config() -> BertConfig:
@@ -102,10 +105,20 @@ def test_a_head_for_another_number_of_classes_is_replaced_only_when_asked(tmp_pa
     settings = {"num_labels": 2}
     model = ModelConfig(model_name_or_path=str(tmp_path / "fine-tuned"))
     with pytest.raises(ConfigError, match=r"head of another size.*model\.ignore_mismatched_sizes=true"):
-        load_classifier(model, load_model_config(model, **settings), seed=0, gradient_checkpointing=False)
+        load_with_head(
+            "sequence classification",
+            model,
+            load_model_config(model, **settings),
+            seed=0,
+            gradient_checkpointing=False,
+        )
     model.ignore_mismatched_sizes = True
-    loaded = load_classifier(
-        model, load_model_config(model, **settings), seed=0, gradient_checkpointing=False
+    loaded = load_with_head(
+        "sequence classification",
+        model,
+        load_model_config(model, **settings),
+        seed=0,
+        gradient_checkpointing=False,
     )
     assert loaded.classifier.out_features == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ from swaft.training.models.special_tokens import generate_as_trained
 
 VOCAB_SIZE = 4096
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-FITTED = (
-    "vocab_size",
-    "pad_token_id",
-    "eos_token_id",
-    "bos_token_id",
-    "decoder_start_token_id",
-    "forced_eos_token_id",
-)
+FITTED: dict[str, Callable[[Any], int | None]] = {
+    "vocab_size": len,
+    "pad_token_id": attrgetter("pad_token_id"),
+    "eos_token_id": attrgetter("eos_token_id"),
+    "bos_token_id": attrgetter("bos_token_id"),
+    "decoder_start_token_id": attrgetter("pad_token_id"),
+    "forced_eos_token_id": lambda _: None,
+}
 """Entries of a new model's configuration that its tokenizer decides on, where the settings do not."""
 
 
@@ -77,14 +78,13 @@ def refuse_other_tokens(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
         tokenizer: the one that it names; None: one is trained.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: names the tokens.
     """
-    trained = {"pad_token_id": 0, "eos_token_id": 1}
+    trained = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     problems = [
         f"model.config: {name} is {said}, but the tokenizer's is {expected}; leave it out"
         for name, said in (model.config or {}).items()
-        if name in ("pad_token_id", "bos_token_id", "eos_token_id")
-        and said != (expected := getattr(tokenizer, name, trained.get(name)))
+        if name in trained and said != (expected := getattr(tokenizer, name, trained[name]))
     ]
     if problems:
         raise ConfigError(problems)
@@ -184,7 +184,8 @@ def _new_config(model: Seq2SeqModelConfig) -> Any:
         ) from error
     # transformers takes any entry and uses those it knows.
     problems = [
-        f"model.config: {kind} has no entry '{name}'.{_nearest(name, known)}"
+        f"model.config: {kind} has no entry '{name}'."
+        + "".join(f" Did you mean '{near}'?" for near in get_close_matches(name, list(known.to_dict()), n=1))
         for name in said
         if name not in FITTED and not hasattr(known, name)
     ]
@@ -195,17 +196,9 @@ def _new_config(model: Seq2SeqModelConfig) -> Any:
 
 
 def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]) -> None:
-    values = (
-        len(tokenizer),
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.bos_token_id,
-        tokenizer.pad_token_id,
-        None,
-    )
-    for name, value in zip(FITTED, values, strict=True):
+    for name, value_of in FITTED.items():
         if name not in said:
-            setattr(model_config, name, value)
+            setattr(model_config, name, value_of(tokenizer))
     if hasattr(model_config, "decoder_vocab_size") and "decoder_vocab_size" not in said:  # Marian has two
         model_config.decoder_vocab_size = model_config.vocab_size
     for name, part in vars(model_config).items():
@@ -213,8 +206,3 @@ def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]
             _fit_to_tokenizer(part, tokenizer, said=said.get(name, {}))
             if part.bos_token_id is None:
                 part.bos_token_id = tokenizer.pad_token_id  # what T5Gemma's decoder starts with
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = get_close_matches(name, list(known.to_dict()), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,4 +1,4 @@
-"""Loads pretrained configurations, tokenizers and models, with failures told in terms of the settings."""
+"""Loads pretrained configurations, tokenizers and models; failures name the settings."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ from swaft.training.models.special_tokens import COUNT_FROM_PADDING, write_token
 if TYPE_CHECKING:
     from swaft.training.data.classification import Task
 
-
 AnyModel = ModelConfig | Seq2SeqModelConfig
 
+HEADS = {
+    "sequence classification": AutoModelForSequenceClassification,
+    "question answering": AutoModelForQuestionAnswering,
+}
+"""What makes a pretrained model one for a task."""
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions reads: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -109,10 +113,10 @@ def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -
         tokenizer: the model's; None: a new one.
         decoder: count those of what an encoder-decoder writes; else of what it reads.
     """
-    names = (f"max_{'decoder' if decoder else 'encoder'}_position_embeddings", "max_position_embeddings")
     part = half(model_config, decoder=decoder)
-    said = (getattr(part, name, None) for name in (*names, "max_seq_len"))
-    found = next((number for number in said if isinstance(number, int) and number > 0), None)
+    own = f"max_{'decoder' if decoder else 'encoder'}_position_embeddings"
+    entries = (getattr(part, name, None) for name in (own, "max_position_embeddings", "max_seq_len"))
+    found = next((number for number in entries if isinstance(number, int) and number > 0), None)
     # DeBERTa's positions are relative where none are added to its input.
     by_distance = getattr(part, "relative_attention", False) and not part.position_biased_input
     if by_distance or (found is None and getattr(part, "relative_attention_num_buckets", None)):
@@ -133,7 +137,22 @@ def half(model_config: Any, *, decoder: bool) -> Any:
     return (encoder if isinstance(encoder, PreTrainedConfig) else model_config).get_text_config()
 
 
-def load_classifier(
+def require_question_answering(model: ModelConfig, model_config: Any) -> None:
+    """Refuse a kind of model that cannot be asked for the first and the last token of an answer.
+
+    Raises:
+        ConfigError: names the kind.
+    """
+    brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
+    if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
+        raise ConfigError(
+            f"model.model_name_or_path: {model.model_name_or_path} is a {model_config.model_type}, of which "
+            "transformers has no question-answering form; use an encoder (bert, roberta, distilbert, deberta, ...)"
+        )
+
+
+def load_with_head(
+    task: str,
     model: ModelConfig,
     model_config: Any,
     *,
@@ -144,8 +163,9 @@ def load_classifier(
     """Return the model, with a new head where it has none, in fp32; with adapters where the settings ask for them.
 
     Args:
+        task: ``sequence classification``, or ``question answering``: a head that points at first and last tokens.
         model: section ``model``.
-        model_config: transformers configuration with the task's labels (see `describe_labels`).
+        model_config: transformers configuration with the task's labels (see `describe_labels`; two for questions).
         seed: of the new head; given to torch right here, because under ZeRO-3 nothing makes the ranks' heads
             equal afterwards.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -153,7 +173,7 @@ def load_classifier(
     """
     torch.manual_seed(seed)
     with told_as_settings(model):
-        loaded = AutoModelForSequenceClassification.from_pretrained(
+        loaded = HEADS[task].from_pretrained(
             model_path(model),
             config=model_config,
             trust_remote_code=model.trust_remote_code,
@@ -162,50 +182,7 @@ def load_classifier(
         )
     if has_new_head:
         renew_head(loaded)
-    return with_adapters(
-        with_checkpointing(loaded, gradient_checkpointing), model, task="sequence classification"
-    )
-
-
-def require_question_answering(model: ModelConfig, model_config: Any) -> None:
-    """Refuse a kind of model that cannot be asked for the first and the last token of an answer.
-
-    Args:
-        model: section ``model``.
-        model_config: its transformers configuration.
-
-    Raises:
-        ConfigError: as said.
-    """
-    brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
-    if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
-        raise ConfigError(
-            f"model.model_name_or_path: {model.model_name_or_path} is a {model_config.model_type}, of which "
-            "transformers has no question-answering form; use an encoder (bert, roberta, distilbert, deberta, ...)"
-        )
-
-
-def load_question_answerer(
-    model: ModelConfig, model_config: Any, *, seed: int, gradient_checkpointing: bool
-) -> Any:
-    """Return the model with a head that points at first and last tokens, in fp32; with adapters where asked for.
-
-    Args:
-        model: section ``model``.
-        model_config: transformers configuration with two labels.
-        seed: of the head, where the model brings none (see `load_classifier`).
-        gradient_checkpointing: recompute activations in the backward pass.
-    """
-    torch.manual_seed(seed)
-    with told_as_settings(model):
-        loaded = AutoModelForQuestionAnswering.from_pretrained(
-            model_path(model),
-            config=model_config,
-            trust_remote_code=model.trust_remote_code,
-            ignore_mismatched_sizes=model.ignore_mismatched_sizes,
-            dtype="float32",
-        )
-    return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task="question answering")
+    return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task=task)
 
 
 def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
@@ -263,4 +240,5 @@ def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[No
 
 
 def _reason(error: Exception) -> str:
+    """Return the message of an error in one line."""
     return " ".join(str(error).split())

@@ -20,8 +20,7 @@ COUNT_FROM_PADDING = frozenset(
     {
         *("camembert", "data2vec-text", "esm", "fsmt", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
         *("m2m_100", "markuplm", "mpnet", "nllb-moe", "prophetnet", "roberta", "roberta-prelayernorm"),
-        *("seamless_m4t", "seamless_m4t_v2"),
-        *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+        *("seamless_m4t", "seamless_m4t_v2", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     }
 )
 """Types of models whose positions begin after the id of padding: with another id they would read other positions
@@ -30,18 +29,8 @@ READ_THEIR_END = frozenset({"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "p
 """Types whose classifiers answer at the last end-of-text token, of which they want as many in every row."""
 MIX_PADDING_IN = frozenset(
     {
-        *(
-            "canine",
-            "convbert",
-            "fnet",
-            "funnel",
-            "mobilebert",
-            "mra",
-            "nystromformer",
-            "reformer",
-            "t5gemma",
-        ),
-        *("t5gemma2", "yoso"),
+        *("canine", "convbert", "fnet", "funnel", "mobilebert", "mra", "nystromformer", "reformer"),
+        *("t5gemma", "t5gemma2", "yoso"),
     }
 )
 """Types that compute other logits for a row the more of it is padding, whatever the attention mask says: they
@@ -127,18 +116,9 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
             another length; for one that shortens its rows inside (CANINE, Funnel), and too short a length.
     """
     kind = model_config.model_type
-    entries: dict[str, Any] = {
-        name: getattr(model_config, name, None)
-        for name in (
-            "attention_type",
-            "block_size",
-            "num_random_blocks",
-            "num_landmarks",
-            "segment_means_seq_len",
-        )
-    }
-    segment = entries["segment_means_seq_len"]
-    only = max_length if segment == entries["num_landmarks"] else segment
+    only = max_length
+    if kind == "nystromformer" and model_config.segment_means_seq_len != model_config.num_landmarks:
+        only = model_config.segment_means_seq_len
     if kind == "reformer":
         only = _reformer_length(model_config, max_length)
     if only != max_length:
@@ -157,11 +137,10 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
             f"tokens at least; expected data.max_seq_length={least} or more"
         )
     # BigBird attends to all of a short batch, and ever after one: its blocks have to be the same for all rows.
-    sparse = entries["attention_type"] == "block_sparse" and (
-        max_length > (5 + 2 * entries["num_random_blocks"]) * entries["block_size"]
+    sparse = getattr(model_config, "attention_type", None) == "block_sparse" and (
+        max_length > (5 + 2 * model_config.num_random_blocks) * model_config.block_size
     )
-    mixes = kind in MIX_PADDING_IN and not generates
-    if not (sparse or mixes):
+    if not sparse and (generates or kind not in MIX_PADDING_IN):
         return None
     logger.info("every row is padded to %d tokens: padding changes what a %s answers", max_length, kind)
     return max_length
