@@ -114,8 +114,8 @@ def evaluate_answers(
             null_score_diff_threshold=search.null_score_diff_threshold,
         )
     return Evaluation(
-        scores={**scored.scores, "loss": loss},
-        details={"metric": metric.name, "questions": scored.total, "windows": len(windows)},
+        scores={**scored, "loss": loss},
+        details={"metric": metric.name, "questions": len(questions), "windows": len(windows)},
         outputs=[found.texts[question] for question in questions["id"]],
     )
 

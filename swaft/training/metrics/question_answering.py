@@ -7,7 +7,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,18 +18,6 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII alone, 
 
 Questions = Sequence[tuple[str, Sequence[str]]]
 """(id, right answers) of each question; no answers: the question has none."""
-
-
-@dataclass(frozen=True)
-class QuestionScores:
-    """Numbers, and what they leave to doubt."""
-
-    scores: dict[str, float]
-    """By name, 0 to 100; thresholds (`..._thresh`) in units of the null odds."""
-    total: int
-    """Questions scored."""
-    missing: tuple[str, ...]
-    """Ids of the questions that were given no answer, not even an empty one; they score 0."""
 
 
 def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -> Measure:
@@ -53,11 +40,11 @@ def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -
     return METRICS[name]
 
 
-def score_squad(answers: Mapping[str, str], questions: Questions) -> QuestionScores:
+def score_squad(answers: Mapping[str, str], questions: Questions) -> dict[str, float]:
     """Return `exact_match` and `f1`, the best over each question's right answers (SQuAD 1.1).
 
     Args:
-        answers: text by id.
+        answers: text by id; a question without one scores 0.
         questions: ids and right answers.
 
     Raises:
@@ -76,11 +63,7 @@ def score_squad(answers: Mapping[str, str], questions: Questions) -> QuestionSco
     given = [(answers[question], right) for question, right in questions if question in answers]
     exact = sum(max(exact_match(answer, one) for one in right) for answer, right in given)
     f1 = sum(max(token_f1(answer, one) for one in right) for answer, right in given)
-    return QuestionScores(
-        {"exact_match": 100 * exact / len(questions), "f1": 100 * f1 / len(questions)},
-        len(questions),
-        _missing(answers, questions),
-    )
+    return {"exact_match": 100 * exact / len(questions), "f1": 100 * f1 / len(questions)}
 
 
 def score_squad_v2(
@@ -89,12 +72,12 @@ def score_squad_v2(
     null_odds: Mapping[str, float] | None = None,
     *,
     null_score_diff_threshold: float = 0.0,
-) -> QuestionScores:
+) -> dict[str, float]:
     """Return `exact` and `f1` over all questions and over those with (HasAns) and without (NoAns) an answer.
 
     With null odds the answer of a question whose odds exceed the threshold counts as "none", and
-    `best_exact`, `best_f1` are the scores at the thresholds that suit these very questions best: a bound
-    on what a threshold can do, no result.
+    `best_exact`, `best_f1` are the scores at the thresholds that suit these very questions best (`..._thresh`, in
+    units of the odds): a bound on what a threshold can do, no result.
 
     Args:
         answers: text by id, empty for "none"; with null odds the best text even where "none" wins.
@@ -116,33 +99,26 @@ def score_squad_v2(
     raw = {
         question: _best_v2(answers[question], right) for question, right in questions if question in answers
     }
-    answerable = {question: bool(right) for question, right in questions}
-    final = raw
+    has_answer = {question: bool(right) for question, right in questions}
+    final = dict(raw)
     if null_odds is not None:
         _check_odds(answers, null_odds)
-        silent = (0.0, 0.0), (1.0, 1.0)  # "none" where there is an answer, and where there is none
-        final = {
-            question: pair
-            if null_odds[question] <= null_score_diff_threshold
-            else silent[not answerable[question]]
-            for question, pair in raw.items()
-        }
-    scores = _means(final, answerable)
+        for question in raw:
+            if null_odds[question] > null_score_diff_threshold:
+                final[question] = (0.0, 0.0) if has_answer[question] else (1.0, 1.0)
+    scores = _means(final, has_answer)
     for prefix, kind in (("HasAns", True), ("NoAns", False)):
-        chosen = {question: has for question, has in answerable.items() if has is kind}
+        chosen = [question for question, has in has_answer.items() if has is kind]
         if chosen:
             scores |= {f"{prefix}_{name}": value for name, value in _means(final, chosen).items()}
     if null_odds is not None:
+        silence = sum(not has_answer[question] for question in raw)
         for column, name in enumerate(("exact", "f1")):
-            gains = [
-                (null_odds[question], pair[column] - (not answerable[question]))
-                for question, pair in raw.items()
-            ]
-            silence = sum(not answerable[question] for question in raw)
+            gains = [(null_odds[each], pair[column] - (not has_answer[each])) for each, pair in raw.items()]
             best, threshold = _best_threshold(gains)
             scores[f"best_{name}"] = 100 * (silence + best) / len(questions)
             scores[f"best_{name}_thresh"] = threshold
-    return QuestionScores(scores, len(questions), _missing(answers, questions))
+    return scores
 
 
 def normalize_answer(text: str) -> str:
@@ -190,14 +166,15 @@ def _best_threshold(gains: Iterable[tuple[float, float]]) -> tuple[float, float]
     Args:
         gains: (null odds, what answering the question adds to the sum of scores).
     """
-    ordered = sorted(gains)
-    # Below the lowest odds: no question is answered.
-    best, threshold = 0.0, float(np.nextafter(ordered[0][0], -math.inf)) if ordered else 0.0
     total = 0.0
-    for place, (odds, gain) in enumerate(ordered):
+    up_to: dict[float, float] = {}  # questions of equal odds go together
+    for odds, gain in sorted(gains):
         total += gain
-        is_last_of_equals = place + 1 == len(ordered) or ordered[place + 1][0] > odds
-        if is_last_of_equals and total > best:
+        up_to[odds] = total
+    # Below the lowest odds: no question is answered.
+    best, threshold = 0.0, float(np.nextafter(min(up_to), -math.inf)) if up_to else 0.0
+    for odds, total in up_to.items():
+        if total > best:
             best, threshold = total, float(odds)
     return best, threshold
 
@@ -227,10 +204,6 @@ def _check_odds(answers: Mapping[str, str], null_odds: Mapping[str, float]) -> N
                 f"question {question} has an answer, but its null odds are {null_odds.get(question)}; expected a "
                 "finite number for each answer"
             )
-
-
-def _missing(answers: Mapping[str, str], questions: Questions) -> tuple[str, ...]:
-    return tuple(question for question, _ in questions if question not in answers)
 
 
 METRICS = {

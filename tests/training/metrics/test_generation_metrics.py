@@ -12,7 +12,6 @@ from swaft.errors import ConfigError, DataError
 from swaft.training.metrics.classification import get_metric
 from swaft.training.metrics.generation import (
     METRICS,
-    GenerationOptions,
     bootstrap_intervals,
     get_generation_metric,
 )
@@ -60,20 +59,6 @@ def test_bleu_counts_over_the_whole_set_and_over_all_references():
     assert "nrefs:var" in result.signatures["bleu"]
 
 
-def test_bleu_follows_its_options():
-    metric = get_generation_metric("bleu")
-    assert metric(["A B C D"], [["a b c d"]]).scores["bleu"] == 0
-    lowered = metric(["A B C D"], [["a b c d"]], GenerationOptions(lowercase=True))
-    assert lowered.scores["bleu"] == pytest.approx(100)
-    assert "case:lc" in lowered.signatures["bleu"]
-    assert "tok:char" in metric(["ab"], [["ab"]], GenerationOptions(bleu_tokenize="char")).signatures["bleu"]
-
-
-def test_bleu_tokenizer_that_would_download_is_refused():
-    with pytest.raises(ConfigError, match=r"'flores200'; expected one of 13a.*no download"):
-        METRICS["bleu"](["a"], [["a"]], GenerationOptions(bleu_tokenize="flores200"))
-
-
 def test_chrf_of_one_wrong_letter():
     result = get_generation_metric("chrf")(["abc"], [["abd"]])
     assert result.scores == {"chrf": pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)}
@@ -100,19 +85,18 @@ def test_the_two_kinds_of_rouge_l_stand_side_by_side_under_names_of_their_own():
     assert "stem:porter" in result.signatures["rougeL"]
 
 
-def test_intervals_hold_the_mean_and_come_again_with_the_seed():
+def test_intervals_hold_the_mean_and_come_again():
     predictions = [f"p q {i}" for i in range(40)]
     references = [["p q r" if i % 3 else f"p q {i}"] for i in range(40)]
     metric = get_generation_metric("rouge")
-    first = metric(predictions, references, GenerationOptions(seed=3))
-    again = metric(predictions, references, GenerationOptions(seed=3))
-    other = metric(predictions, references, GenerationOptions(seed=4))
-    assert first == again
-    assert first.scores == other.scores
-    assert first.intervals != other.intervals
+    first = metric(predictions, references)
+    assert first == metric(predictions, references)
     low, high = first.intervals["rouge1"]
     assert low < first.scores["rouge1"] < high
-    assert metric(predictions, references, GenerationOptions(bootstrap_samples=0)).intervals == {}
+    values = np.arange(40.0)[:, None]
+    one, again, other = (bootstrap_intervals(values, samples=9, seed=seed) for seed in (3, 3, 4))
+    assert (one == again).all()
+    assert (one != other).any()
 
 
 def test_bootstrap_interval_has_the_width_of_the_normal_one():
