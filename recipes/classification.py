@@ -102,7 +102,6 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
     problems.of(describe_labels, model_config, head.task, pad_token_id=tokenizer.pad_token_id)
     metric = problems.of(choose_metric, config, task)
-    target = problems.of(main_score, metric)
     return Prepared(
         rows=task.rows,
         task=head.task,
@@ -113,7 +112,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
         has_new_head=head.is_new,
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, target, task.rows),
+        target=problems.of(choose_target, config.eval, metric, task.rows),
     )
 
 
@@ -132,11 +131,6 @@ def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
 def in_order(metric: Metric, order: Sequence[int] | None) -> Metric:
     """Return the metric for class ids of this order, which a head that is kept has of its own."""
     return metric if order is None else metric.renumbered(order)
-
-
-def main_score(metric: Metric) -> Target:
-    """Return what decides between weights: the metric's first score."""
-    return Target(score=metric.primary, names=metric.names)
 
 
 def train(config: ClassificationConfig) -> None:

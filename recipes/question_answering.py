@@ -120,7 +120,6 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         doc_stride=config.data.doc_stride,
     )
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
-    target = problems.of(main_score, metric)
     return Prepared(
         rows=report.rows,
         has_unanswerable=has_unanswerable,
@@ -130,13 +129,8 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         collate=problems.of(WindowCollator, tokenizer, length, problems.of(whole_windows, model_config)),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, target, report.rows),
+        target=problems.of(choose_target, config.eval, metric, report.rows),
     )
-
-
-def main_score(metric: Measure) -> Target:
-    """Return what decides between weights: the metric's first score."""
-    return Target(score=metric.primary, names=metric.names)
 
 
 def train(config: QuestionAnsweringConfig) -> None:

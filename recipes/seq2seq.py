@@ -103,7 +103,6 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
             task_name=config.data.task_name,
             translates=problems.of(translates, config.data, columns, model_type=str(model_config.model_type)),
         )
-    target = problems.of(main_score, metric)
     if config.model.config is None:
         problems.of(require_weights, config.model, model_config)
     problems.of(require_text, config.model, model_config)
@@ -134,7 +133,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
             label_smoothing=config.train.label_smoothing_factor,
         ),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, target, rows),
+        target=problems.of(choose_target, config.eval, metric, rows),
     )
 
 
@@ -145,11 +144,6 @@ def longest_texts(config: Seq2SeqConfig) -> list[tuple[str, int, bool]]:
         ("data.max_target_length", config.data.max_target_length, True),
         ("eval.max_new_tokens", config.eval.max_new_tokens or 0, True),
     ]
-
-
-def main_score(metric: GenerationMetric | None) -> Target:
-    """Return what decides between weights: the metric's first score, the loss where no texts are generated."""
-    return Target(score="loss") if metric is None else Target(score=metric.primary, names=metric.names)
 
 
 def read_all_pairs(columns: PairColumns) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.training.config import EvalConfig
 from swaft.training.evaluation.best import BestWeights, Target, choose_target
 from swaft.training.metrics import classification, generation, question_answering
+from swaft.training.metrics.names import Measure
 
 pytestmark = pytest.mark.unit
 
@@ -257,7 +258,7 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
 
 
 def test_a_score_that_there_is_not_is_refused_before_training():
-    main = Target(score="accuracy", names=("accuracy", "f1"))
+    main = Measure("accuracy_f1", ("accuracy", "f1"), max)
     chosen = choose_target(EvalConfig(metric_for_best_model="f1"), main, ["train"])
     assert (chosen.chosen, chosen.better) == ("f1", max)
     chosen = choose_target(EvalConfig(metric_for_best_model="loss"), main, ["train"])
@@ -269,7 +270,7 @@ def test_a_score_that_there_is_not_is_refused_before_training():
 
 @pytest.mark.parametrize("asked", [{"keep_best": "last"}, {"early_stopping_patience": 1}])
 def test_weights_cannot_be_judged_without_validation_rows(asked):
-    main = Target(score="accuracy")
+    main = Measure("accuracy", ("accuracy",), max)
     with pytest.raises(ConfigError, match=f"eval.{next(iter(asked))}: .* there are none"):
         choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "test"])
     choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])
@@ -278,6 +279,4 @@ def test_weights_cannot_be_judged_without_validation_rows(asked):
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_every_metric_knows_the_names_of_its_scores(metric):
     assert metric.primary in metric.names
-    assert choose_target(EvalConfig(), Target(score=metric.primary, names=metric.names), []).better is (
-        min if metric.name == "mse" else max
-    )
+    assert choose_target(EvalConfig(), metric, []).better is (min if metric.name == "mse" else max)

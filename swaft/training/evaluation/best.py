@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
 from swaft.training.config import EvalConfig
 from swaft.training.evaluation.evaluate import Scores
+from swaft.training.metrics.names import Measure
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,8 @@ class Target:
 
     score: str
     """Name of the main score, which the summary names."""
-    names: Sequence[str] = ()
-    """All scores that there are to choose by, ``loss`` apart, which there always is."""
-    chosen: str = ""
-    """Name of the score that decides between weights, from `choose_target`."""
+    chosen: str
+    """Name of the score that decides between weights."""
 
     @property
     def better(self) -> Callable[..., Any]:
@@ -62,38 +61,37 @@ def watches_weights(evaluation: EvalConfig) -> bool:
     return evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
 
 
-def choose_target(evaluation: EvalConfig, main: Target, splits: Collection[str]) -> Target:
-    """Return the recipe's target with the score that decides between weights, before the run starts.
+def choose_target(evaluation: EvalConfig, metric: Measure | None, splits: Collection[str]) -> Target:
+    """Return what decides between weights, before the run starts.
 
     Args:
         evaluation: section ``eval``.
-        main: the recipe's main score, and what others there are.
+        metric: the recipe's; None: there is no score but the loss.
         splits: names of the splits that there are rows of.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.
     """
+    known = [*(metric.names if metric else ()), "loss"]
+    chosen = evaluation.metric_for_best_model or known[0]
     problems = []
-    wanted = evaluation.metric_for_best_model or main.score
-    known = [*dict.fromkeys((main.score, *main.names, "loss"))]
-    if wanted not in known:
+    if chosen not in known:
         problems.append(
-            f"eval.metric_for_best_model: this run has no score '{wanted}'; expected one of {', '.join(known)}"
+            f"eval.metric_for_best_model: this run has no score '{chosen}'; expected one of {', '.join(known)}"
         )
-    if "validation" not in splits:
-        asked = {
-            "keep_best": evaluation.keep_best != "none",
-            "early_stopping_patience": evaluation.early_stopping_patience is not None,
-        }
-        problems += [
-            f"eval.{name}: weights are judged on validation rows, and there are none; name some "
-            "(data.validation_file), or remove it"
-            for name, is_asked in asked.items()
-            if is_asked
-        ]
+    asked = {
+        "keep_best": evaluation.keep_best != "none",
+        "early_stopping_patience": evaluation.early_stopping_patience is not None,
+    }
+    problems += [
+        f"eval.{name}: weights are judged on validation rows, and there are none; name some "
+        "(data.validation_file), or remove it"
+        for name, is_asked in asked.items()
+        if is_asked and "validation" not in splits
+    ]
     if problems:
         raise ConfigError(problems)
-    return replace(main, chosen=wanted)
+    return Target(score=known[0], chosen=chosen)
 
 
 class BestWeights:
@@ -121,11 +119,9 @@ class BestWeights:
         self.found: Best | None = None
         """The best weights so far; None before the first score that is a number."""
         self._keeps = evaluation.keep_best != "none"
-        self._watched = (
-            (evaluation.keep_best,)
-            if evaluation.keep_best in ("last", "averaged")
-            else ("averaged", "last")  # of equal scores the first counts
-        )
+        kind = evaluation.keep_best
+        # Of equal scores the first counts.
+        self._watched = (kind,) if kind in ("last", "averaged") else ("averaged", "last")
         self._patience = evaluation.early_stopping_patience
         self._threshold = evaluation.early_stopping_threshold
         self._target, self._folder, self._tokenizer = target, folder, tokenizer
@@ -154,7 +150,7 @@ class BestWeights:
         gain = 0.0
         if seen:
             kind = self._target.better(seen, key=seen.__getitem__)
-            gain = self._gain(seen[kind])
+            gain = self._gain_of(seen[kind])
             if gain > 0:
                 self.found = Best(step=step, weights=kind, metric=self._target.chosen, score=seen[kind])
                 if self._keeps:
@@ -196,18 +192,16 @@ class BestWeights:
                 return
             self.found, self._in_vain = found, state["in_vain"]
             if ranks.is_main and state["files"]:
-                new = beside(self._folder, "new")
-                shutil.rmtree(new, ignore_errors=True)
+                new = self._emptied()
                 for name in state["files"]:
                     (new / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path / name, new / name)
-                sync_tree(new)
-                replace_folder(new, self._folder)
+                self._put_in_place(new)
             elif ranks.is_main and self._folder.exists():  # of steps that will be taken again
                 shutil.rmtree(self._folder)
 
     def _incomparable(self, found: Best, *, kept: bool) -> str | None:
-        """Why the best weights of a checkpoint cannot be gone on with, in words."""
+        """Return why the best weights of a checkpoint cannot be compared with those to come; None: they can."""
         if found.metric != self._target.chosen:
             return f"eval.metric_for_best_model is {self._target.chosen}, and was {found.metric}"
         if found.weights not in self._watched:
@@ -216,23 +210,30 @@ class BestWeights:
             return "eval.keep_best was none, and the best weights of so far were not kept"
         return None
 
-    def _gain(self, score: float) -> float:
-        if self.found is None:
-            return math.inf
-        difference = score - self.found.score
-        return difference if self._target.better is max else -difference
+    def _gain_of(self, score: float) -> float:
+        gain = math.inf if self.found is None else score - self.found.score
+        return gain if self._target.better is max or self.found is None else -gain
 
     def _write(self, kind: str, readout: Readout | None) -> None:
-        new = beside(self._folder, "new")
-        if self._engine.ranks.is_main:  # what a run left that was ended here
-            shutil.rmtree(new, ignore_errors=True)
+        ranks = self._engine.ranks
+        new = self._emptied()
         if kind == "averaged":
             assert self._averager is not None
             self._averager.save_pretrained(new, readout)
         else:
             save_pretrained(self._engine, new)
-        with self._engine.ranks.together(f"{self._folder} could not be written"):
-            if self._engine.ranks.is_main:
+        with ranks.together(f"{self._folder} could not be written"):
+            if ranks.is_main:
                 self._tokenizer.save_pretrained(new)
-                sync_tree(new)
-                replace_folder(new, self._folder)
+                self._put_in_place(new)
+
+    def _emptied(self) -> Path:
+        """Return the folder for new best weights, without what a run left there that was ended."""
+        new = beside(self._folder, "new")
+        if self._engine.ranks.is_main:
+            shutil.rmtree(new, ignore_errors=True)
+        return new
+
+    def _put_in_place(self, new: Path) -> None:
+        sync_tree(new)
+        replace_folder(new, self._folder)
