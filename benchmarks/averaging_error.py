@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
-from swaft.averaging.rounding import Mean, native_mean, simulate
+from swaft.averaging.forecast import Mean, native_mean, simulate
 from swaft.averaging.rules import EMA, SWA
 
 LEARNING_RATES = (1e-5, 1e-6)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,14 +20,16 @@ from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
-from swaft.averaging.members import Members
+from swaft.averaging.gather import beside_live
 from swaft.averaging.persist import Keeper
 from swaft.averaging.rules import Plan, Readout, Rule, plan_all
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
+    from swaft.averaging.host.lanes import Lanes
     from swaft.averaging.host.pipeline import Waits
+    from swaft.averaging.state import AverageState
 
 
 class WeightAverager:
@@ -86,15 +89,15 @@ class WeightAverager:
         self._plans = plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
         _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))
-        step = begin(self.engine, first_step, total_steps)
-        self._compensated = precision == "compensated"
-        self._rules = rules
+        self.applied_steps = begin(self.engine, first_step, total_steps)
+        """Optimizer steps that changed the weights, as of the last :meth:`step`."""
+        self._rules, self._precision = rules, precision
         self._averages = HostAverages(
             self.engine.spans,
             self._plans,
             ranks=self.engine.ranks,
             device=self.engine.device,
-            compensated=self._compensated,
+            compensated=precision == "compensated",
             threads=threads,
             spill_dir=None if spill_dir is None else Path(spill_dir),
             lent=self.engine.lends_storage,
@@ -107,12 +110,11 @@ class WeightAverager:
         hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, self._averages.release_masters)
         hook_weakly(self.engine.swap.before_write, self._averages.release_masters)
         self.close = finalize(self, self._averages.close)
-        self._members = Members(self.engine, self._averages, self._plans, step)
-
-    @property
-    def applied_steps(self) -> int:
-        """Optimizer steps that changed the weights, as of the last :meth:`step`."""
-        return self._members.applied_steps
+        self._counts = dict.fromkeys(self._plans, 0)
+        self._begun: set[str] = set()
+        self._proved = False
+        if any(plan.first_step == self.applied_steps for plan in self._plans.values()):
+            self._take_in(self.applied_steps)
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -130,23 +132,17 @@ class WeightAverager:
 
     def count(self, name: str | None = None) -> int:
         """Members in the average of a rule so far, those on their way included."""
-        return self._members.counts[self._named(name)]
+        return self._counts[self._named(name)]
 
     @property
     def waits(self) -> Waits:
-        """How often training has stood still for averaging, and for how many seconds in all."""
+        """How often averaging has blocked training, and for how many seconds in all."""
         return self._averages.waits
 
     def forecast(self) -> Forecast:
         """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
-        groups = self.engine.inner_optimizer.param_groups
-        rates = [group.get("initial_lr", group.get("lr", 0.0)) for group in groups]
         return forecast(
-            self._averages,
-            self._plans,
-            elements=self.engine.numel,
-            learning_rate=float(max(rates)),
-            compensated=self._compensated,
+            self.engine, self._averages, self._plans, compensated=self._precision == "compensated"
         )
 
     def step(self) -> None:
@@ -154,13 +150,43 @@ class WeightAverager:
 
         Safe on every micro-batch: it counts steps that changed the weights, not calls. What is wrong with a member
         is raised, on every rank, by the call after the next optimizer step, which takes that step in all the same:
-        whoever catches the error may go on.
+        whoever catches the error may continue.
 
         Raises:
             AveragingError: calls were missed while members were due, the step count went back, averaged weights are
                 swapped in, a member is one more than the rule planned, or the member before was refused.
         """
-        self._members.step()
+        applied, before = self.engine.applied_steps(), self.applied_steps
+        if applied == before:
+            return
+        if self.engine.swap.active:
+            raise AveragingError(
+                "`averager.step()` was called while averaged weights are swapped in, which would be averaged as if "
+                "they were trained; call it before `swapped_in()`, right after the optimizer step"
+            )
+        if applied < before:
+            raise AveragingError(
+                f"the engine's step count went back from {before} to {applied}: a checkpoint was loaded after the "
+                "averager was attached; attach a new averager after loading"
+            )
+        between = range(before + 1, applied)
+        missed = [step for step in between if any(plan.takes(step) for plan in self._plans.values())]
+        if missed:
+            raise AveragingError(
+                f"the optimizer took {applied - before} steps since the last `averager.step()`, and step "
+                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
+                "averager that is attached after a checkpoint was loaded, not before"
+            )
+        refusal = None
+        try:
+            self._averages.raise_if_refused()
+        except AveragingError as found:  # the same on every rank
+            refusal = found
+            self._recount()
+        self.applied_steps = applied
+        self._take_in(applied)
+        if refusal is not None:
+            raise refusal
 
     def wait(self) -> None:
         """Return once every member is in the average: from then on weights may be changed by hand.
@@ -168,7 +194,11 @@ class WeightAverager:
         Raises:
             AveragingError: the latest member was refused, or averaging failed on this rank.
         """
-        self._members.finish()
+        try:
+            self._averages.finish()
+        except AveragingError:
+            self._recount()
+            raise
 
     @contextmanager
     def swapped_in(self, readout: str | Readout | None = None) -> Iterator[None]:
@@ -192,6 +222,15 @@ class WeightAverager:
         with swapped_in(self.engine, shard, self._statistics.of(chosen, self.count(chosen.rule))):
             yield
 
+    def chosen(self, readout: str | Readout | None) -> Readout:
+        """What is asked for, its rule by name.
+
+        Raises:
+            AveragingError: no rule has that name.
+        """
+        chosen = readout if isinstance(readout, Readout) else Readout(readout)
+        return replace(chosen, rule=self._named(chosen.rule))
+
     def shard(self, readout: str | Readout | None = None) -> Tensor:
         """This rank's elements of an average: (engine.numel,), fp32, host. Not to be changed; valid until the next
         :meth:`step`.
@@ -200,7 +239,7 @@ class WeightAverager:
             AveragingError: nothing is averaged yet, or a choice that the rule does not offer.
         """
         chosen = self.chosen(readout)
-        return self._members.ready(self._named(chosen.rule)).shard(chosen)
+        return self._ready(chosen).shard(chosen)
 
     def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
         """What an average is the sum of: (coefficient, this rank's elements) pairs, the tensors as in `shard`.
@@ -208,16 +247,12 @@ class WeightAverager:
         For rules that keep members whole (LAWA), the tensors are those members.
         """
         chosen = self.chosen(readout)
-        lanes = self._members.ready(self._named(chosen.rule))
-        return [(coefficient, lane.mean) for coefficient, lane in lanes.readout(chosen)]
+        return [(coefficient, lane.mean) for coefficient, lane in self._ready(chosen).readout(chosen)]
 
     def drift(self, name: str | None = None) -> float:
         """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
-        total, position, shard = 0.0, 0, self._shard_together(self.chosen(name))
-        for live in self.engine.live():
-            averaged = shard[position : position + len(live)]
-            total += float((averaged.double() - live.double()).square().sum())
-            position += len(live)
+        pairs = beside_live(self.engine, self._shard_together(self.chosen(name)))
+        total = sum(float((averaged.double() - live.double()).square().sum()) for live, averaged in pairs)
         return math.sqrt(self.engine.ranks.sum([total])[0])
 
     def update_bn(
@@ -246,9 +281,7 @@ class WeightAverager:
         """
         chosen = self.chosen(readout)
         with self.swapped_in(chosen):
-            found = recompute_statistics(
-                self.engine, batches, forward or (lambda batch: pass_batch(self.engine, batch))
-            )
+            found = recompute_statistics(self.engine, batches, forward or partial(pass_batch, self.engine))
         self._statistics.keep(chosen, self.count(chosen.rule), found)
 
     def save_pretrained(
@@ -273,21 +306,20 @@ class WeightAverager:
             ConfigError: for another dtype.
         """
         chosen = self.chosen(readout)
-        shard = self._shard_together(chosen)
-        rule, choices = self._rules[self._named(chosen.rule)], chosen.choices
+        shard, count = self._shard_together(chosen), self.count(chosen.rule)
+        means = f"{count:,} members of a training run by `{self._rules[self._named(chosen.rule)]!r}`"
         export.save_pretrained(
             self.engine,
             path,
             shard=shard,
-            statistics=self._statistics.of(chosen, self.count(chosen.rule)),
+            statistics=self._statistics.of(chosen, count),
             dtype=dtype,
             max_shard_size=max_shard_size,
-            told=f"the mean of {self.count(chosen.rule):,} members of a training run by `{rule!r}`"
-            + (f" with {choices}" if choices else ""),
+            description=f"the mean of {means}" + (f" with {chosen.choices}" if chosen.choices else ""),
         )
 
     def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the averages so that a later run can go on with them, under any engine and world size (collective).
+        """Write the averages for a later run to resume from, under any engine and world size (collective).
 
         Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder is one of
         tensors and text alone, complete once it holds a file ``COMPLETE``.
@@ -302,28 +334,27 @@ class WeightAverager:
             AveragingError: the latest member was refused, or averaging failed on a rank.
         """
         with self.engine.ranks.together():
-            self._members.finish()
+            self.wait()
             self.engine.check_trainable()
         self._keeper.save(path, self.applied_steps, overwrite=overwrite)
 
     def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
-        """Go on with averages that :meth:`save_state` wrote, in whatever layout (collective).
+        """Resume from averages that :meth:`save_state` wrote, in whatever layout (collective).
 
-        To be called after model and optimizer were loaded, and before the first step. The step count goes on from
+        To be called after model and optimizer were loaded, and before the first step. The step count continues from
         that of the state.
 
         Args:
             path: the folder.
             same_weights: refuse averages that were saved beside other weights than the model has now; False
-                where it is meant to go on from others.
+                where it is meant to resume from others.
 
         Raises:
             StateError: the folder is incomplete or damaged, of another model, or of a run with other rules; on
                 every rank, and the averages are as they were unless a file was damaged after it had been checked.
             AveragingError: averaging failed on a rank, or averaged weights are swapped in.
         """
-        self._prepare_to_load()
-        self._members.resume(self._keeper.load(path, same_weights=same_weights).applied_steps)
+        self._resume(lambda: self._keeper.load(path, same_weights=same_weights))
 
     @property
     def state_dict(self) -> Callable[[], dict[str, Any]]:
@@ -345,51 +376,84 @@ class WeightAverager:
         return self._state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` gave, as :meth:`load_state`, once model and optimizer were loaded.
+        """Resume from what `state_dict` gave, as :meth:`load_state`, once model and optimizer were loaded.
 
         Raises:
             StateError: it is of another model, of a run with other rules, or beside other weights.
             AveragingError: averaged weights are swapped in.
         """
-        self._prepare_to_load()
-        self._members.resume(self._keeper.unpack(state_dict).applied_steps)
+        self._resume(lambda: self._keeper.unpack(state_dict))
 
     def _state_dict(self) -> dict[str, Any]:
-        self._members.finish()
+        self.wait()
         self.engine.check_trainable()
         return self._keeper.pack(self.applied_steps)
 
-    def _prepare_to_load(self) -> None:
+    def _resume(self, load: Callable[[], AverageState]) -> None:
         with self.engine.ranks.together():
-            self._members.finish()
+            self.wait()
             if self.engine.swap.active:
                 raise AveragingError(
                     "a state was loaded while averaged weights are swapped in; leave the swap first"
                 )
-
-    def chosen(self, readout: str | Readout | None) -> Readout:
-        """What is asked for, its rule by name."""
-        chosen = readout if isinstance(readout, Readout) else Readout(readout)
-        return replace(chosen, rule=self._named(chosen.rule))
+        self.applied_steps, self._proved = load().applied_steps, False
+        self.engine.continue_from(self.applied_steps)
+        self._recount()
+        self._begun = {name for name, count in self._counts.items() if count}
 
     def _named(self, name: str | None) -> str:
         if name is None:
-            return next(iter(self._plans))
+            return self.rules[0]
         if name not in self._plans:
             raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
         return name
 
+    def _take_in(self, step: int) -> None:
+        taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
+        if not taking:
+            return
+        for name in taking:
+            first = self._plans[name].first_step
+            self._plans[name].updates(self._counts[name])  # raises for more members than were planned
+            if name not in self._begun and step != first:
+                raise AveragingError(
+                    f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
+                    f"attached after that step; attach it before step {first} of the run, load the averages that "
+                    "were saved then (averager.load_state), or choose a later averaging.start"
+                )
+        if not self._proved and step > 0:
+            self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
+            self._proved = True
+        self._averages.submit(self.engine.masters(), step=step, rules=taking)
+        self._begun |= set(taking)
+        for name in taking:
+            self._counts[name] += 1
+
+    def _recount(self) -> None:
+        self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+
+    def _ready(self, chosen: Readout) -> Lanes:
+        """The vectors of a rule, once every member is in them."""
+        self.wait()
+        lanes = self._averages.lanes[self._named(chosen.rule)]
+        if lanes.count == 0:
+            raise AveragingError(
+                f"nothing is averaged yet at step {self.applied_steps}; the first member is the weights after step "
+                f"{lanes.plan.first_step}: wait until then, or lower averaging.start"
+            )
+        return lanes
+
     def _shard_together(self, chosen: Readout) -> Tensor:
         """:meth:`shard`, once every rank has its own and the weights have been seen to change (collective)."""
-        error, shard = None, None
-        try:
+        with self.engine.ranks.together():
             shard = self.shard(chosen)
             self.engine.check_trainable()
-        except AveragingError as found:
-            error = found
-        self.engine.ranks.raise_together(error)
-        self._members.require_motion()
-        assert shard is not None
+        motion = self._averages.motion
+        if not self.engine.ranks.sum([motion.seen])[0] and motion.members > 2:
+            raise AveragingError(
+                f"{motion.members} members were averaged and all were the same bit for bit: either training does "
+                "not change the weights (is the learning rate 0?) or the average does not see it"
+            )
         return shard
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from swaft.averaging.adapters import AdapterFolder, is_peft
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
-from swaft.averaging.gather import Scratch, gather_trained
-from swaft.averaging.readback import check_written
+from swaft.averaging.engines.base import PIECE
+from swaft.averaging.gather import Scratch, beside_live, gather_trained
 from swaft.errors import AveragingError
-from swaft.storage import sync_tree
+from swaft.storage import TensorFile, sync_tree
 from swaft.storage.dtypes import dtype_of_weights
 from swaft.storage.files import place_beside
 from swaft.storage.model_card import write_card
@@ -44,7 +44,7 @@ def save_pretrained(
     statistics: Mapping[str, Tensor] | None = None,
     dtype: str | torch.dtype = torch.float32,
     max_shard_size: str | int = SHARD_SIZE,
-    told: str = "the last weights of a training run",
+    description: str = "the last weights of a training run",
 ) -> None:
     """Write a model folder that `AutoModel.from_pretrained` opens (collective; rank 0 writes).
 
@@ -66,7 +66,7 @@ def save_pretrained(
         dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
             torch's. Of any but fp32, what rounding takes away is logged.
         max_shard_size: of one file, such as ``"5GB"``; the index of several is transformers' own.
-        told: what the weights are, for the model card.
+        description: what the weights are, for the model card.
 
     Raises:
         AveragingError: the folder holds files already or could not be written, or the model is of a peft method
@@ -75,80 +75,39 @@ def save_pretrained(
     """
     dtype = dtype_of_weights(dtype)
     refuse_occupied(engine, path)
-    live = shard is None
+    derive = shard is not None
     shard = engine.live_shard() if shard is None else shard
     if dtype != torch.float32:
-        logger.info("%s: %s", path, rounded_away(engine, shard, dtype, live=live))
+        logger.info("%s: %s", path, rounded_away(engine, shard, dtype))
     room = scratch_for(engine, path, dtype)
     trained = gather_trained(engine, shard, scratch=room)
-    save_trained(
-        engine,
-        path,
-        trained,
-        scratch=room,
-        derive=not live,
-        statistics=statistics,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        told=told,
-    )
-
-
-def save_trained(
-    engine: Engine,
-    path: str | PathLike[str],
-    trained: dict[str, Tensor],
-    *,
-    finish: Callable[[Path], None] | None = None,
-    scratch: Scratch | None = None,
-    derive: bool = True,
-    statistics: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str | int = SHARD_SIZE,
-    told: str = "weights averaged along a training run",
-) -> None:
-    """As :func:`save_pretrained`, from trained tensors that are whole on rank 0 already (collective).
-
-    Args:
-        engine: whose model.
-        path: folder to write; :func:`refuse_occupied` has been asked.
-        trained: as :func:`gather_trained` gives them.
-        finish: called on rank 0 with the written folder, before it gets its name.
-        scratch: where whole tensors are; None: in memory.
-        derive: whether what parametrizations derive from weights is derived anew from these.
-        statistics: as of :func:`save_pretrained`.
-        dtype: as of :func:`save_pretrained`, and so the others.
-        max_shard_size: likewise.
-        told: likewise.
-    """
-    room = scratch or Scratch(None, 0)
-    adapters, names = _adapter_folder(engine) if is_peft(engine.module) else (None, None)
+    adapters, names = adapter_folder(engine) if is_peft(engine.module) else (None, None)
     state_dict = add_frozen(engine, trained, names=names, scratch=room, statistics=statistics)
 
     def write(folder: Path) -> None:
-        folded = fold_parametrizations(engine.module, state_dict, derive=derive)
-        folded = _cast(folded, dtype, room)
-        if adapters is None:
+        folded = _cast(fold_parametrizations(engine.module, state_dict, derive=derive), dtype, room)
+        if adapters is not None:
+            adapters.write(folder, folded)
+        else:
             write_model(engine.module, folder, folded, dtype=dtype, max_shard_size=max_shard_size)
             if not getattr(engine.module, "_hf_peft_config_loaded", False):  # which saves its adapters alone
                 left_out = getattr(engine.module, "_keys_to_ignore_on_save", None) or ()
-                check_written(
-                    folder, {name: tensor for name, tensor in folded.items() if name not in left_out}
-                )
-        else:
-            adapters.write(folder, folded)
-        stored = str(dtype).removeprefix("torch.")
-        write_card(  # also over peft's, which is a form to be filled in
-            folder,
-            title=folder.name,
-            body=[f"This folder holds {told}, in {stored}, written by swaft."],
-            library="transformers" if adapters is None else "peft",
-            base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
-        )
-        if finish is not None:
-            finish(folder)
+                check_written(folder, {name: each for name, each in folded.items() if name not in left_out})
+        describe(engine, folder, description, dtype)
 
     write_folder(engine, path, write)
+
+
+def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder's model card: also over peft's, which is a form to be filled in."""
+    stored = str(dtype).removeprefix("torch.")
+    write_card(
+        folder,
+        title=folder.name,
+        body=[f"This folder holds {description}, in {stored}, written by swaft."],
+        library="peft" if is_peft(engine.module) else "transformers",
+        base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
+    )
 
 
 def scratch_for(
@@ -163,24 +122,13 @@ def scratch_for(
     return Scratch(parent, elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize))
 
 
-def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype, *, live: bool) -> str:
-    """What rounding weights to a narrower type takes away from them, in words (collective).
-
-    Args:
-        engine: whose weights.
-        shard: (engine.numel,), fp32, host: this rank's elements.
-        dtype: to round to.
-        live: whether they are the last weights, which have no distance from themselves.
-    """
+def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype) -> str:
+    """What rounding this rank's elements (engine.numel,) to a narrower type takes away, in words (collective)."""
     lost = distance = size = 0.0
-    position = 0
-    for last in engine.live():
-        piece = shard[position : position + len(last)]
-        position += len(last)
-        lost += float((piece - piece.to(dtype).float()).double().square().sum())
-        size += float(piece.double().square().sum())
-        if not live:
-            distance += float((piece.double() - last.double()).square().sum())
+    for last, piece in beside_live(engine, shard):
+        lost += _squares(piece - piece.to(dtype).float())
+        size += _squares(piece)
+        distance += float((piece.double() - last.double()).square().sum())
     lost, distance, size = engine.ranks.sum([lost, distance, size])
     name, share = str(dtype).removeprefix("torch."), math.sqrt(lost / size) if size else 0.0
     words = f"rounding to {name} takes away {share:.2g} of the weights"
@@ -196,7 +144,8 @@ def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
         AveragingError: it is a file, or a folder that is not empty; on every rank.
     """
     destination, error = Path(path), None
-    if engine.ranks.is_main and destination.exists() and not _is_empty_folder(destination):
+    empty = destination.is_dir() and not any(destination.iterdir())
+    if engine.ranks.is_main and destination.exists() and not empty:
         error = AveragingError(f"{destination} holds files already; expected a new folder: name another path")
     engine.ranks.raise_together(error)
 
@@ -213,14 +162,8 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
     Raises:
         AveragingError: it could not be written; on every rank.
     """
-    destination, error = Path(path), None
-    if engine.ranks.is_main:
-        try:
-            with engine.swap.lifted():  # transformers and peft ask the model for names
-                _write_beside(destination, write)
-        except Exception as cause:  # whatever it is, the other ranks wait to hear of it
-            error = AveragingError(f"{destination} could not be written: {type(cause).__name__}: {cause}")
-    engine.ranks.raise_together(error)
+    destination = Path(path)
+    _on_main(engine, lambda: _write_beside(destination, write), f"{destination} could not be written")
 
 
 def _write_beside(destination: Path, write: Callable[[Path], None]) -> None:
@@ -232,6 +175,19 @@ def _write_beside(destination: Path, write: Callable[[Path], None]) -> None:
         if destination.exists():
             destination.rmdir()
         os.replace(unfinished, destination)
+
+
+def _on_main(engine: Engine, action: Callable[[], Any], fault: str) -> Any:
+    """What an action returns on rank 0, None elsewhere; its error, in the words of the fault, is every rank's."""
+    result = error = None
+    if engine.ranks.is_main:
+        try:
+            with engine.swap.lifted():  # transformers and peft ask the model for names
+                result = action()
+        except Exception as cause:  # whatever it is, the other ranks wait to hear of it
+            error = AveragingError(f"{fault}: {type(cause).__name__}: {cause}")
+    engine.ranks.raise_together(error)
+    return result
 
 
 def write_model(
@@ -267,14 +223,63 @@ def write_model(
             edit_json(folder / "config.json", id2label=config.id2label, label2id=config.label2id)
 
 
-def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch) -> dict[str, Tensor]:
+def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Read a folder's tensors back and compare them with what was to be written.
+
+    Where transformers writes tensors in another form than a model holds them (experts one by one, say), those are
+    held to their elements and sum of squares, all together.
+
+    Args:
+        folder: with files of safetensors.
+        state_dict: every tensor that was to be written; tied ones may be left out but for one of their names.
+
+    Raises:
+        AveragingError: a tensor is missing, or has another shape, type, bit or norm.
+    """
+    unseen = {tensor.data_ptr(): tensor for tensor in state_dict.values() if tensor.numel()}
+    other_numel, other_squares = 0, 0.0
+    for path in sorted(folder.glob("*.safetensors")):
+        with TensorFile(path) as file:
+            for name in file.names:
+                numel = file.numel(name)
+                cuts = [(first, min(first + PIECE, numel)) for first in range(0, numel, PIECE)]
+                pieces = (file.read(name, first, last) for first, last in cuts)
+                wanted = state_dict.get(name)
+                if wanted is None:
+                    other_numel, other_squares = (
+                        other_numel + numel,
+                        other_squares + sum(map(_squares, pieces)),
+                    )
+                    continue
+                form, right = (file.dtype(name), list(file.shape(name))), (wanted.dtype, list(wanted.shape))
+                if form != right:
+                    raise AveragingError(f"{path}: {name!r} was read back as {form}, expected {right}")
+                flat = wanted.reshape(-1)
+                for (first, last), piece in zip(cuts, pieces, strict=True):
+                    if not torch.equal(piece.view(torch.uint8), flat[first:last].view(torch.uint8)):
+                        raise AveragingError(f"{path}: {name!r} was not read back as it was written")
+                unseen.pop(wanted.data_ptr(), None)
+    numel, squares = sum(each.numel() for each in unseen.values()), sum(map(_squares, unseen.values()))
+    if numel != other_numel or not math.isclose(squares, other_squares, rel_tol=1e-9):
+        names = [name for name, tensor in state_dict.items() if tensor.data_ptr() in unseen]
+        raise AveragingError(
+            f"{folder} lacks {', '.join(names[:3]) or 'nothing'}{', ...' if len(names) > 3 else ''}, and holds "
+            f"{other_numel:,} elements under other names with a sum of squares of {other_squares:.9g}; expected "
+            f"{numel:,} with {squares:.9g}"
+        )
+
+
+def _squares(tensor: Tensor) -> float:
+    return sum(float(piece.double().square().sum()) for piece in tensor.reshape(-1).split(PIECE))
+
+
+def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch | None) -> dict[str, Tensor]:
     """The floating-point tensors in another type; those that share their elements go on to."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     for tensor in state_dict.values():
-        if tensor.is_floating_point() and tensor.dtype != dtype:
-            place = (tensor.data_ptr(), tensor.shape)
-            if place not in cast:
-                cast[place] = room.empty(tensor.shape, dtype).copy_(tensor)
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.is_floating_point() and tensor.dtype != dtype and place not in cast:
+            cast[place] = (room or Scratch(None, 0)).empty(tensor.shape, dtype).copy_(tensor)
     return {name: cast.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state_dict.items()}
 
 
@@ -282,11 +287,6 @@ def edit_json(file: Path, **values: Any) -> None:
     """Set keys of a JSON object in a file."""
     content = json.loads(file.read_text()) | values
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def gather_state_dict(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
-    """The whole model on rank 0's host, trained parameters from shards, in fp32 (collective; {} elsewhere)."""
-    return add_frozen(engine, gather_trained(engine, shard))
 
 
 def add_frozen(
@@ -314,44 +314,30 @@ def add_frozen(
     aliases = {name: canonical[id(parameter)] for name, parameter in engine.named_parameters(aliases=True)}
     buffers = engine.live_buffers() | dict(statistics or {})
     wanted = [name for name in engine.state_names if names is None or name in names]
-    sources = {aliases[name] for name in wanted if name in aliases}
-    weights: dict[str, Tensor] = {}
+    sources = {aliases[name] for name in wanted if name in aliases} - engine.trainable.keys()
+    room, weights = scratch or Scratch(None, 0), {}
     for name, parameter in engine.named_parameters():
-        if name in sources and name not in engine.trainable:
+        if name in sources:
             whole = engine.gather_working(parameter)
             if engine.ranks.is_main:
-                weights[name] = _host(whole, scratch)
+                weights[name] = _host(whole, room)
     if not engine.ranks.is_main:
         return {}
     weights |= trained
     return {
-        name: weights[aliases[name]] if name in aliases else _host(buffers[name])
+        name: weights[aliases[name]] if name in aliases else _host(buffers[name], Scratch(None, 0))
         for name in wanted
         if name in aliases or name in buffers
     }
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _host(tensor: Tensor, scratch: Scratch | None = None) -> Tensor:
+def _host(tensor: Tensor, room: Scratch) -> Tensor:
     tensor = tensor.detach()
-    if not tensor.is_floating_point():
-        return tensor.cpu()
-    return (scratch or Scratch(None, 0)).empty(tensor.shape).copy_(tensor)
+    return room.empty(tensor.shape).copy_(tensor) if tensor.is_floating_point() else tensor.cpu()
 
 
-def _adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
+def adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
     """The folder that peft would write, on rank 0, and on every rank the tensors that go into it (collective)."""
-    folder, error = None, None
-    if engine.ranks.is_main:  # it alone asks: peft may look on the hub whether the vocabulary was resized
-        try:
-            with engine.swap.lifted():
-                folder = AdapterFolder(engine.module)
-        except AveragingError as refusal:
-            error = refusal
-        except Exception as cause:  # whatever it is, the other ranks wait to hear of it
-            error = AveragingError(f"peft cannot tell what it would save: {type(cause).__name__}: {cause}")
-    engine.ranks.raise_together(error)
+    # Rank 0 alone asks: peft may look on the hub whether the vocabulary was resized.
+    folder = _on_main(engine, lambda: AdapterFolder(engine.module), "no adapter folder can be written")
     return folder, engine.ranks.gather(folder and folder.names)[0]

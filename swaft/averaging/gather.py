@@ -7,6 +7,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
-from swaft.averaging.layout import Fragment
+from swaft.averaging.layout import Chunk, Fragment, Span, cut
 
 IN_MEMORY_BYTES = 1 << 30
 """What whole weights may take of rank 0's memory; larger ones lie in a file that only this process sees."""
@@ -49,6 +51,14 @@ class Scratch:
         return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
+def beside_live(engine: Engine, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's last weights and the same elements of a shard, in pieces of at most `PIECE`."""
+    position = 0
+    for last in engine.live():
+        yield last, shard[position : position + len(last)]
+        position += len(last)
+
+
 def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch | None = None) -> dict[str, Tensor]:
     """Every trained parameter whole on rank 0's host, from shards (collective; {} elsewhere).
 
@@ -60,26 +70,27 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch | None = N
     Returns:
         name to (parameter shape), fp32.
     """
-    ranks = engine.ranks
-    everyone = engine.fragments_by_rank()
+    ranks, everyone = engine.ranks, engine.fragments_by_rank()
     weights: dict[str, Tensor] = {}
     with ranks.together("there is no room for the whole weights on rank 0"):
         if ranks.is_main:
             room = scratch or Scratch(None, 0)
             weights = {name: room.empty(engine.full_shape(each)) for name, each in engine.trainable.items()}
     if not ranks.is_main:
-        for piece in shard.split(PIECE):
+        for piece in shard.split(PIECE) if len(shard) else ():
             ranks.send(piece, to=0)
         return {}
     flat = {name: weight.view(-1) for name, weight in weights.items()}
-    message = torch.empty(min(PIECE, _most(everyone[1:])), dtype=torch.float32, device="cpu")
-    for rank, fragments in enumerate(everyone):
-        for first, last in _pieces(fragments):
-            piece = shard[first:last] if rank == 0 else message[: last - first]
-            if rank:
-                ranks.receive(piece, source=rank)
-            for fragment, start, end, offset in _overlaps(fragments, first, last):
-                flat[fragment.name][start:end] = piece[offset : offset + end - start]
+    largest = max((piece.numel for rank, piece in _pieces(everyone) if rank), default=0)
+    message = torch.empty(largest, dtype=torch.float32, device="cpu")
+    for rank, piece in _pieces(everyone):
+        if rank == 0:
+            values = shard.narrow(0, piece.shard_offset, piece.numel)
+        else:
+            values = message[: piece.numel]
+            ranks.receive(values, source=rank)
+        for run, place in _runs(everyone[rank], piece, values):
+            flat[place.name][place.start : place.end] = run
     return weights
 
 
@@ -93,50 +104,35 @@ def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
     Returns:
         (engine.numel,), fp32, host.
     """
-    ranks = engine.ranks
-    everyone = engine.fragments_by_rank()
+    ranks, everyone = engine.ranks, engine.fragments_by_rank()
     mine = torch.empty(engine.numel, dtype=torch.float32, device="cpu")
     if not ranks.is_main:
-        for piece in mine.split(PIECE):
+        for piece in mine.split(PIECE) if len(mine) else ():
             ranks.receive(piece, source=0)
         return mine
-    for rank, fragments in enumerate(everyone):
-        for first, last in _pieces(fragments):
-            piece = (
-                mine[first:last]
-                if rank == 0
-                else torch.empty(last - first, dtype=torch.float32, device="cpu")
-            )
-            for fragment, start, end, offset in _overlaps(fragments, first, last):
-                piece[offset : offset + end - start] = weights[fragment.name].reshape(-1)[start:end]
-            if rank:
-                ranks.send(piece, to=rank)
+    for rank, piece in _pieces(everyone):
+        values = torch.empty(piece.numel, dtype=torch.float32, device="cpu")
+        for run, place in _runs(everyone[rank], piece, values):
+            run.copy_(weights[place.name].reshape(-1)[place.start : place.end])
+        if rank:
+            ranks.send(values, to=rank)
+        else:
+            mine[piece.shard_offset : piece.shard_offset + piece.numel] = values
     return mine
 
 
-def _numel(fragments: Sequence[Fragment]) -> int:
-    return sum(fragment.numel for fragment in fragments)
+def _pieces(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, Chunk]]:
+    """The messages of every rank's shard, as ``shard.split`` cuts it; a span's buffer is a fragment's number."""
+    for rank, fragments in enumerate(everyone):
+        ends = accumulate(each.numel for each in fragments)
+        held = enumerate(zip(fragments, ends, strict=True))
+        spans = [Span(i, 0, end - each.numel, each.numel) for i, (each, end) in held]
+        yield from ((rank, piece) for piece in cut(spans, PIECE))
 
 
-def _most(everyone: Sequence[Sequence[Fragment]]) -> int:
-    return max(map(_numel, everyone), default=0)
-
-
-def _pieces(fragments: Sequence[Fragment]) -> Iterator[tuple[int, int]]:
-    """The messages of a shard: first element, and one past the last. As ``shard.split`` cuts, an empty one too."""
-    numel = _numel(fragments)
-    for first in range(0, max(numel, 1), PIECE):
-        yield first, min(first + PIECE, numel)
-
-
-def _overlaps(
-    fragments: Sequence[Fragment], first: int, last: int
-) -> Iterator[tuple[Fragment, int, int, int]]:
-    """What a piece holds of each fragment: its elements [start, end), and where they lie in the piece."""
-    position = 0
-    for fragment in fragments:
-        begin, end = max(first, position), min(last, position + fragment.numel)
-        if begin < end:
-            start = fragment.start + begin - position
-            yield fragment, start, start + end - begin, begin - first
-        position += fragment.numel
+def _runs(fragments: Sequence[Fragment], piece: Chunk, values: Tensor) -> Iterator[tuple[Tensor, Fragment]]:
+    """The values of a message, parameter by parameter, and which elements they are."""
+    parts = values.split([span.numel for span in piece.spans])
+    for part, span in zip(parts, piece.spans, strict=True):
+        first = fragments[span.buffer].start + span.offset
+        yield part, replace(fragments[span.buffer], start=first, end=first + span.numel)

@@ -95,12 +95,18 @@ class ProductMean:
         for adapter in resized:
             adapters.refuse_changed_base(adapter, self._config(adapter).init_lora_weights)
 
-        def finish(folder: Path) -> None:
+        export.refuse_occupied(self._engine, path)
+        adapter_folder, names = export.adapter_folder(self._engine)
+        state_dict = export.add_frozen(self._engine, self._with_factors(), names=names)
+
+        def write(folder: Path) -> None:
+            assert adapter_folder is not None  # rank 0 alone writes
+            adapter_folder.write(folder, fold_parametrizations(self._engine.module, state_dict, derive=True))
+            export.describe(self._engine, folder, "weights averaged along a training run")
             for adapter, config in resized.items():
                 export.edit_json(adapters.folder_of(adapter, folder) / "adapter_config.json", **config)
 
-        export.refuse_occupied(self._engine, path)
-        export.save_trained(self._engine, path, self._with_factors(), finish=finish)
+        export.write_folder(self._engine, path, write)
 
     def save_merged(self, path: str | PathLike[str]) -> None:
         """Write the base model with the exact mean update in its weights, fp32.

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from engines import ENGINES, EngineCase, full_masters
+from engines import ENGINES, EngineCase, full_masters, gather_state_dict
 from harness import worker_main
 from models import MODELS, ModelCase
 from run_on_ranks import (
@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
-from swaft.averaging.export import gather_state_dict
 from swaft.errors import AveragingError, LayoutError
 
 __all__ = ["load_plainly", "logits", "shared_folder"]

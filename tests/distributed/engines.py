@@ -14,10 +14,24 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessG
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from models import MICRO_BATCH, adamw, batch, tiny_bert
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["CPU", "ENGINES", "EngineCase", "adamw", "batch", "full_masters", "prepared", "tiny_bert"]
+from swaft.averaging import Engine
+from swaft.averaging.export import add_frozen
+from swaft.averaging.gather import gather_trained
+
+__all__ = [
+    "CPU",
+    "ENGINES",
+    "EngineCase",
+    "adamw",
+    "batch",
+    "full_masters",
+    "gather_state_dict",
+    "prepared",
+    "tiny_bert",
+]
 
 
 @dataclass(frozen=True)
@@ -195,3 +209,8 @@ def full_masters(case: EngineCase, model, optimizer) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in names.items()}
+
+
+def gather_state_dict(engine: Engine, shard: Tensor) -> dict[str, Tensor]:
+    """The whole model on rank 0's host, trained parameters from shards, in fp32 (collective; {} elsewhere)."""
+    return add_frozen(engine, gather_trained(engine, shard))

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from engines import ENGINES, full_masters, prepared, unwrapped
+from engines import ENGINES, full_masters, gather_state_dict, prepared, unwrapped
 from harness import worker_main
 from models import MODELS, Uneven, tiny_gpt2, uneven
 from run_on_ranks import logits, mean_in_one_process, raised_on_every_rank, same_bits, shared_folder
@@ -20,7 +20,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
 from swaft.averaging import attach_engine
-from swaft.averaging.export import gather_state_dict
 from swaft.errors import AveragingError, LayoutError
 from swaft.noise.spectral import SpectralNorm
 

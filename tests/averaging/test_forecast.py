@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swaft.averaging.rounding import native_mean, simulate
+from swaft.averaging.forecast import native_mean, simulate
 from swaft.averaging.rules import SWA
 
 pytestmark = pytest.mark.unit
