@@ -41,6 +41,11 @@ class Fragment:
         """Elements in the fragment."""
         return self.end - self.start
 
+    @property
+    def range(self) -> Range:
+        """Which elements they are, wherever they lie."""
+        return self.name, self.start, self.end
+
 
 @dataclass(frozen=True)
 class Span:
@@ -129,11 +134,6 @@ def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
     if pending:
         close()
     return chunks
-
-
-def fragment_at(fragments: Iterable[Fragment], shard_offset: int) -> tuple[str, int]:
-    """The parameter name and element index that a position in the shard belongs to."""
-    return range_at(((each.name, each.start, each.end) for each in fragments), shard_offset)
 
 
 def range_at(ranges: Iterable[Range], position: int) -> tuple[str, int]:

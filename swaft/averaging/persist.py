@@ -18,9 +18,6 @@ from swaft.averaging.state import (
     RuleState,
     lane_name,
     read_elements,
-    require_run,
-    require_shapes,
-    require_weights,
     sum_of_bits,
     write_rank,
 )
@@ -102,7 +99,7 @@ class Keeper:
         # Where nothing has changed, a rank's own file holds all it needs.
         own = self._engine.ranks.rank % len(files)
         files = files[own:] + files[:own]
-        wanted = self._ranges()
+        wanted = [fragment.range for fragment in self._engine.fragments]
         return self._take_in(
             manifest.content,
             lambda vectors: read_elements(folder, files, wanted, vectors),
@@ -114,7 +111,7 @@ class Keeper:
         """The averages of a run of one rank: what :meth:`save` writes, its vectors being those of the lanes."""
         return {
             "state": self._state(applied_steps, held=True).to_json(),
-            "fragments": self._ranges(),
+            "fragments": [fragment.range for fragment in self._engine.fragments],
             "vectors": self._vectors(),
         }
 
@@ -125,7 +122,7 @@ class Keeper:
             StateError: it is of another run, or of one whose optimizer held the parameters in another order.
         """
         where = Path("the state dict of a WeightAverager")
-        if list(map(tuple, packed["fragments"])) != self._ranges():
+        if list(map(tuple, packed["fragments"])) != [each.range for each in self._engine.fragments]:
             raise StateError(
                 f"{where} holds the parameters in another order than this run's optimizer; expected the same model "
                 "and optimizer groups, or a folder that averager.save_state wrote"
@@ -147,29 +144,34 @@ class Keeper:
     ) -> AverageState:
         """Fill the lanes, once the description of a state fits this run (collective)."""
         found, expected = AverageState.from_json(content, where=where / MANIFEST), self._state(0, held=False)
-        require_run(found, expected, where=where)
-        require_shapes(found, expected.parameters, where=where)
-        if same_weights:
-            require_weights(found, expected.weights, where=where)
+        found.refuse_other_run(expected, where=where)
+        if same_weights and found.weights != expected.weights:
+            raise StateError(
+                f"{where} was saved beside other weights, after {found.applied_steps} optimizer steps, than the "
+                "model has; load the checkpoint it belongs to first (model and optimizer), or say load_state(..., "
+                "same_weights=False) where the model is meant to be another"
+            )
         lanes = self._averages.lanes
+        for rule in found.rules:
+            plan = lanes[rule.name].plan
+            moved = sorted({str(update.lane) for n in range(rule.count) for update in plan.updates(n)})
+            if sorted(rule.lanes) != moved:
+                raise StateError(
+                    f"{where}/manifest.json: after {rule.count} members {rule.name!r} has the lanes "
+                    f"{sorted(rule.lanes)}, expected {moved}"
+                )
 
-        def filled(number: int, each: Lanes, held: Mapping[str, bool]) -> Iterator[tuple[int, Lane]]:
-            for index in held:
-                lane = each.empty_lane(int(index))
+        def filled(number: int, rule: RuleState) -> Iterator[tuple[int, Lane]]:
+            for index in rule.lanes:
+                lane = lanes[rule.name].empty_lane(int(index))
                 read(_vectors(lane_name(number, index), lane))
                 yield int(index), lane
 
-        for rule in found.rules:
-            _require_lanes(rule, lanes[rule.name], where=where)
         with self._engine.ranks.together():
             for number, rule in enumerate(found.rules):
-                each = lanes[rule.name]
-                each.restore(rule.count, filled(number, each, rule.lanes))
+                lanes[rule.name].restore(rule.count, filled(number, rule))
         self._averages.motion.restart(moved=found.moved)
         return found
-
-    def _ranges(self) -> list[tuple[str, int, int]]:
-        return [(fragment.name, fragment.start, fragment.end) for fragment in self._engine.fragments]
 
     def _vectors(self) -> dict[str, Tensor]:
         """This rank's vectors of every lane, by name; nothing moves them meanwhile."""
@@ -187,16 +189,7 @@ class Keeper:
         names = {name: canonical.get(id(p), name) for name, p in engine.named_parameters(aliases=True)}
         return AverageState(
             rules=[
-                RuleState(
-                    name=name,
-                    rule=repr(self._rules[name]),
-                    count=each.count,
-                    readout=_default_readout(each) if held else {},
-                    lanes={
-                        str(i): lane.compensation is not None
-                        for i, lane in (each.held() if held else {}).items()
-                    },
-                )
+                _rule_state(name, repr(self._rules[name]), each, held=held)
                 for name, each in self._averages.lanes.items()
             ],
             total_steps=self._total_steps,
@@ -214,20 +207,16 @@ def weights_now(engine: Engine) -> str:
     return str(sum(engine.ranks.gather(sum_of_bits(engine.live()))) % (1 << 64))
 
 
-def _default_readout(lanes: Lanes) -> dict[str, float]:
-    if lanes.count == 0:
-        return {}
-    return {str(index): float(share) for index, share in sorted(lanes.plan.readout(lanes.count).items())}
-
-
-def _require_lanes(rule: RuleState, lanes: Lanes, *, where: Path) -> None:
-    moved = {update.lane for n in range(rule.count) for update in lanes.plan.updates(n)}
-    expected = sorted(map(str, moved))
-    if sorted(rule.lanes) != expected:
-        raise StateError(
-            f"{where}/manifest.json: after {rule.count} members {rule.name!r} has the lanes {sorted(rule.lanes)}, "
-            f"expected {expected}"
-        )
+def _rule_state(name: str, rule: str, lanes: Lanes, *, held: bool) -> RuleState:
+    there = lanes.held() if held else {}
+    shares = lanes.plan.readout(lanes.count) if held and lanes.count else {}
+    return RuleState(
+        name=name,
+        rule=rule,
+        count=lanes.count,
+        readout={str(index): float(share) for index, share in sorted(shares.items())},
+        lanes={str(index): lane.compensation is not None for index, lane in there.items()},
+    )
 
 
 def _vectors(name: str, lane: Lane) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -81,27 +80,61 @@ class AverageState:
             StateError: a field is missing, unknown or of the wrong type, naming it.
         """
         fields = _fields(cls, content, where=where)
-        rules = fields["rules"]
-        if not isinstance(rules, list) or not rules:
-            raise StateError(f"{where}: rules is {rules!r}, expected a list of the run's rules")
-        fields["rules"] = [RuleState(**_fields(RuleState, rule, where=where)) for rule in rules]
-        if len({rule.name for rule in fields["rules"]}) != len(rules):
+        if not fields["rules"]:
+            raise StateError(f"{where}: rules is {fields['rules']!r}, expected a list of the run's rules")
+        rules = [RuleState(**_fields(RuleState, rule, where=where)) for rule in fields["rules"]]
+        state = cls(**fields | {"rules": rules})
+        if len({rule.name for rule in rules}) != len(rules):
             raise StateError(f"{where}: rules holds one name twice, expected each once")
-        for rule in fields["rules"]:
+        for rule in rules:
             shares = rule.readout.values()
             if not set(rule.readout) <= set(rule.lanes) or not all(type(share) is float for share in shares):
                 raise StateError(
                     f"{where}: readout of {rule.name!r} is {rule.readout!r:.80}, expected lane to share"
                 )
-        for name, number in [("applied_steps", fields["applied_steps"])] + [
-            ("count", r.count) for r in fields["rules"]
+        for name, number in [
+            ("applied_steps", state.applied_steps),
+            *(("count", rule.count) for rule in rules),
         ]:
             if not 0 <= number <= MOST_STEPS:
                 raise StateError(f"{where}: {name} is {number}, expected 0 to {MOST_STEPS:,}")
-        for name, shape in fields["parameters"].items():
+        for name, shape in state.parameters.items():
             if not (isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)):
                 raise StateError(f"{where}: the shape of {name!r} is {shape!r}, expected a list of sizes")
-        return cls(**fields)
+        return state
+
+    def refuse_other_run(self, expected: AverageState, *, where: Path) -> None:
+        """Refuse the state of a run with other rules, another precision or length, or of another model.
+
+        Raises:
+            StateError: naming what differs.
+        """
+        found, wanted = ({rule.name: rule.rule for rule in state.rules} for state in (self, expected))
+        if found != wanted:
+            found, wanted = (", ".join(f"{k}: {v}" for k, v in rules.items()) for rules in (found, wanted))
+            raise StateError(
+                f"{where} holds the rules {found}; this run averages by {wanted}. Set section averaging as it was, "
+                "or begin a new run"
+            )
+        for field, setting in (("total_steps", "train.max_steps"), ("precision", "averaging.precision")):
+            if getattr(self, field) != getattr(expected, field):
+                raise StateError(
+                    f"{where}: {field} is {getattr(self, field)!r} there and {getattr(expected, field)!r} in this "
+                    f"run; set {setting} as it was, or begin a new run"
+                )
+        here = expected.parameters
+        problems = [f"{name!r} is not in it" for name in here if name not in self.parameters]
+        problems += [
+            f"it has {name!r}, which is not trained here" for name in self.parameters if name not in here
+        ]
+        problems += [
+            f"{name!r} has shape {self.parameters[name]} in it and {shape} here"
+            for name, shape in here.items()
+            if self.parameters.get(name, shape) != shape
+        ]
+        if problems:
+            more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
+            raise StateError(f"{where} is the average of another model: {'; '.join(problems[:3])}{more}")
 
 
 def lane_name(rule: int, lane: int | str) -> str:
@@ -129,7 +162,7 @@ def write_rank(
     name = f"rank-{rank:05d}.safetensors"
     # safetensors wants every tensor at a multiple of its elements' size.
     ordered = dict(sorted(vectors.items(), key=lambda item: -item[1].element_size()))
-    ranges = [(fragment.name, fragment.start, fragment.end) for fragment in fragments]
+    ranges = [fragment.range for fragment in fragments]
     writer = TensorFileWriter(
         folder / name,
         {key: (vector.dtype, vector.shape) for key, vector in ordered.items()},
@@ -187,93 +220,15 @@ def sum_of_bits(runs: Iterable[Tensor]) -> int:
     return sum(int(sum_of_words(piece.cpu().numpy())) for piece in pieces) % (1 << 64)
 
 
-def require_shapes(state: AverageState, shapes: Mapping[str, Sequence[int]], *, where: Path) -> None:
-    """Refuse a state of another model, naming what differs.
-
-    Args:
-        state: that was read.
-        shapes: of the parameters that this run averages.
-        where: the folder.
-
-    Raises:
-        StateError: names or shapes differ.
-    """
-    problems = [f"{name!r} is not in it" for name in shapes if name not in state.parameters]
-    problems += [
-        f"it has {name!r}, which is not trained here" for name in state.parameters if name not in shapes
-    ]
-    problems += [
-        f"{name!r} has shape {state.parameters[name]} in it and {list(shape)} here"
-        for name, shape in shapes.items()
-        if name in state.parameters and state.parameters[name] != list(shape)
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
-        raise StateError(f"{where} is the average of another model: {'; '.join(problems[:3])}{more}")
-
-
-def require_run(state: AverageState, expected: AverageState, *, where: Path) -> None:
-    """Refuse the state of a run with other rules, another precision or another length.
-
-    Raises:
-        StateError: naming what differs.
-    """
-    found = {rule.name: rule.rule for rule in state.rules}
-    wanted = {rule.name: rule.rule for rule in expected.rules}
-    if found != wanted:
-        raise StateError(
-            f"{where} holds the rules {_told(found)}; this run averages by {_told(wanted)}. Set section averaging "
-            "as it was, or begin a new run"
-        )
-    for field, setting in (("total_steps", "train.max_steps"), ("precision", "averaging.precision")):
-        if getattr(state, field) != getattr(expected, field):
-            raise StateError(
-                f"{where}: {field} is {getattr(state, field)!r} there and {getattr(expected, field)!r} in this "
-                f"run; set {setting} as it was, or begin a new run"
-            )
-
-
-def require_weights(state: AverageState, weights: str, *, where: str | PathLike[str]) -> None:
-    """Refuse a state that was saved beside other weights than the model has.
-
-    Raises:
-        StateError: saying what to load first.
-    """
-    if state.weights != weights:
-        raise StateError(
-            f"{where} was saved beside other weights, after {state.applied_steps} optimizer steps, than the model "
-            "has; load the checkpoint it belongs to first (model and optimizer), or say load_state(..., "
-            "same_weights=False) where the model is meant to be another"
-        )
-
-
-def _told(rules: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}: {rule}" for name, rule in rules.items())
-
-
 def _fields(cls: type, found: Any, *, where: Path) -> dict[str, Any]:
-    types = {
-        "rules": list,
-        "name": str,
-        "rule": str,
-        "count": int,
-        "lanes": dict,
-        "readout": dict,
-        "total_steps": int,
-        "precision": str,
-        "applied_steps": int,
-        "moved": bool,
-        "weights": str,
-        "parameters": dict,
-        "aliases": dict,
-    }
-    expected = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    if not isinstance(found, Mapping) or sorted(found) != sorted(expected):
+    """The fields of a data class that JSON holds, each of its type at the outermost."""
+    types = {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
+    if not isinstance(found, Mapping) or sorted(found) != sorted(types):
         names = sorted(found) if isinstance(found, Mapping) else repr(found)
-        raise StateError(f"{where}: expected the fields {', '.join(expected)} of an average; found {names}")
-    for name in expected:
-        if type(found[name]) is not types[name]:
-            raise StateError(f"{where}: {name} is {found[name]!r}, expected {types[name].__name__}")
+        raise StateError(f"{where}: expected the fields {', '.join(types)} of an average; found {names}")
+    for name, expected in types.items():
+        if type(found[name]) is not expected:
+            raise StateError(f"{where}: {name} is {found[name]!r}, expected {expected.__name__}")
     return dict(found)
 
 

@@ -8,8 +8,8 @@ from swaft.averaging.layout import (
     Fragment,
     check_coverage,
     cut,
-    fragment_at,
     merge,
+    range_at,
     replicated_fragments,
 )
 from swaft.errors import LayoutError
@@ -50,8 +50,8 @@ def test_merging_and_cutting_keep_every_element_in_order(numels, max_numel, padd
 
 def test_a_position_in_the_shard_is_named_by_parameter_and_element():
     fragments = [Fragment("a", 3, 5, 0, 0), Fragment("b", 0, 4, 0, 2)]
-    assert fragment_at(fragments, 1) == ("a", 4)
-    assert fragment_at(fragments, 2) == ("b", 0)
+    assert range_at((each.range for each in fragments), 1) == ("a", 4)
+    assert range_at((each.range for each in fragments), 2) == ("b", 0)
 
 
 @pytest.mark.parametrize(

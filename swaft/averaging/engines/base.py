@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.engines.swaps import Swap, swap_of
-from swaft.averaging.layout import Fragment, Span, check_coverage, fragment_at, merge
+from swaft.averaging.layout import Fragment, Span, check_coverage, merge, range_at
 from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, LayoutError
 
@@ -269,7 +269,7 @@ class Engine(ABC):
                 different = _bits(expected) != _bits(working)
                 if bool(different.any()):
                     first = shard_offset + int(different.nonzero()[0])
-                    name, element = fragment_at(self.fragments, first)
+                    name, element = range_at((each.range for each in self.fragments), first)
                     return LayoutError(
                         f"element {element} of {name!r} under {self.name}: the working weight is not the cast of "
                         f"the master where the adapter expects it ({working.dtype} from {master.dtype}); swaft "
