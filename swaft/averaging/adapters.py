@@ -80,6 +80,7 @@ def find_layers(engine: Engine) -> list[LoraLayer]:
     Raises:
         AveragingError: none is trained, or one is no plain product.
     """
+    engine.check_trainable()
     if not is_peft(engine.module):
         raise AveragingError(
             f"the model is a {type(engine.module).__name__}, expected a PeftModel with LoRA: wrap it with "
@@ -96,14 +97,11 @@ def find_layers(engine: Engine) -> list[LoraLayer]:
         tuner: Any = module
         inside = clean_name(name)
         path = inside.removeprefix(PREFIX)
-        _refuse(path, _other_layer(tuner))
+        _refuse_other_layer(path, tuner)
         embedding = isinstance(tuner, Embedding)
         stem, tail = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
         for adapter in getattr(tuner, f"{stem}A"):
             up, down = (f"{inside}.{stem}{factor}.{adapter}{tail}" for factor in "BA")
-            trained, active = bool({up, down} & engine.trainable.keys()), adapter in tuner.active_adapters
-            if trained or active:
-                _refuse(path, _other_variant(tuner, adapter))
             layer = LoraLayer(
                 path=path,
                 adapter=adapter,
@@ -112,46 +110,43 @@ def find_layers(engine: Engine) -> list[LoraLayer]:
                 rank=tuner.r[adapter],
                 scaling=tuner.scaling[adapter],
                 transposed=embedding or getattr(tuner, "fan_in_fan_out", False),
-                trained=trained,
-                active=active,
+                trained=bool({up, down} & engine.trainable.keys()),
+                active=adapter in tuner.active_adapters,
             )
+            variant = type(tuner.lora_variant.get(adapter)).__name__
+            # MiCA freezes B and is plain LoRA otherwise.
+            plain = variant in ("NoneType", "MiCALinearVariant", "MiCAEmbeddingVariant")
+            if not plain and (layer.trained or layer.active):
+                raise _not_plain(path, f"is of the variant {variant}")
             layers.append(layer)
-    adapters = {layer.adapter for layer in layers if layer.trained}
-    if not adapters:
+    trained = {layer.adapter for layer in layers if layer.trained}
+    if not trained:
         raise AveragingError("no LoRA factor is trained; expected a PeftModel with a trainable LoRA adapter")
     return [
-        replace(layer, trained=layer.adapter in adapters)
+        replace(layer, trained=layer.adapter in trained)
         for layer in layers
-        if layer.active or layer.adapter in adapters
+        if layer.active or layer.adapter in trained
     ]
 
 
-def _other_layer(tuner: Any) -> str | None:
-    """What makes the updates of a layer something else than ``scaling * B @ A``, or untried."""
+def _refuse_other_layer(path: str, tuner: Any) -> None:
+    """Refuse a layer whose updates are something else than ``scaling * B @ A``, or untried."""
     from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear
 
     if type(tuner) not in (Linear, Embedding, Conv1d, Conv2d, Conv3d):
-        return f"is peft's {type(tuner).__module__}.{type(tuner).__name__}"
-    if getattr(tuner.get_base_layer(), "groups", 1) > 1:
-        return f"is a convolution in {tuner.get_base_layer().groups} groups"
+        raise _not_plain(path, f"is peft's {type(tuner).__module__}.{type(tuner).__name__}")
+    if (groups := getattr(tuner.get_base_layer(), "groups", 1)) > 1:
+        raise _not_plain(path, f"is a convolution in {groups} groups")
     if tuner.merged:
-        return f"has adapters merged into its weight ({', '.join(tuner.merged_adapters)}): unmerge them first"
-    return None
+        merged = ", ".join(tuner.merged_adapters)
+        raise _not_plain(path, f"has adapters merged into its weight ({merged}): unmerge them first")
 
 
-def _other_variant(tuner: Any, adapter: str) -> str | None:
-    variant = type(tuner.lora_variant.get(adapter)).__name__
-    # MiCA freezes B and is plain LoRA otherwise.
-    plain = variant in ("NoneType", "MiCALinearVariant", "MiCAEmbeddingVariant")
-    return None if plain else f"is of the variant {variant}"
-
-
-def _refuse(path: str, reason: str | None) -> None:
-    if reason is not None:
-        raise AveragingError(
-            f"the layer {path!r} {reason}; expected plain LoRA, whose update is scaling * B @ A, on linear, "
-            "embedding and convolution layers. The mean of the weights is to be had: averager.save_pretrained"
-        )
+def _not_plain(path: str, reason: str) -> AveragingError:
+    return AveragingError(
+        f"the layer {path!r} {reason}; expected plain LoRA, whose update is scaling * B @ A, on linear, embedding "
+        "and convolution layers. The mean of the weights is available: averager.save_pretrained"
+    )
 
 
 def refuse_changed_base(adapter: str, beginning: bool | str) -> None:

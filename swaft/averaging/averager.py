@@ -282,7 +282,7 @@ class WeightAverager:
         chosen = self.chosen(readout)
         with self.swapped_in(chosen):
             found = recompute_statistics(self.engine, batches, forward or partial(pass_batch, self.engine))
-        self._statistics.keep(chosen, self.count(chosen.rule), found)
+        self._statistics.kept[chosen] = (self.count(chosen.rule), found)
 
     def save_pretrained(
         self,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import clean_name
+from swaft.averaging.rules import Readout
 from swaft.errors import AveragingError
 
 logger = logging.getLogger(__name__)
@@ -71,14 +73,10 @@ def fold_parametrizations(
     """
     folded = dict(state_dict)
     for name, inside, steps in parametrized(module):
-        tensors = [folded[key] for key in sorted(folded) if key.startswith(f"{inside}original")]
-        if tensors:
-            for copied in _copies(steps, folded):
-                if derive:
-                    _settle(copied, tensors)
-                tensors = [copied.eval()(*tensors)]
+        if any(key.startswith(f"{inside}original") for key in folded):
+            *_, (_, value) = _evaluated(inside, steps, folded, derive=derive)
             folded = {key: tensor for key, tensor in folded.items() if not key.startswith(inside)}
-            folded[name] = tensors[0]
+            folded[name] = value
     return folded
 
 
@@ -88,31 +86,40 @@ def derive_buffers(engine: Engine) -> None:
     parameters = dict(engine.named_parameters(aliases=True))
     for _, inside, steps in parametrized(engine.module):
         live = {f"{prefix}{key}": b for prefix, step in steps for key, b in step.named_buffers()}
-        if not live:
-            continue
-        names = sorted(key for key in parameters if key.startswith(inside))
-        whole = {key: engine.gather_working(parameters[key]).cpu() for key in names}
-        tensors = [whole[key] for key in names if key.startswith(f"{inside}original")]
-        for (prefix, _), copied in zip(steps, _copies(steps, whole | live), strict=True):
-            _settle(copied, tensors)
-            tensors = [copied.eval()(*tensors)]
-            for key, derived in copied.named_buffers():
-                live[f"{prefix}{key}"].copy_(derived)
+        if live:
+            names = sorted(key for key in parameters if key.startswith(inside))
+            whole = {key: engine.gather_working(parameters[key]).cpu() for key in names}
+            evaluated = _evaluated(inside, steps, whole | live, derive=True)
+            for (prefix, _), (copied, _) in zip(steps, evaluated, strict=True):
+                for key, derived in copied.named_buffers():
+                    live[f"{prefix}{key}"].copy_(derived)
 
 
-def _copies(steps: Steps, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """Copies of parametrizations on the host, which hold the named tensors in the place of their own."""
+def _evaluated(
+    inside: str, steps: Steps, tensors: Mapping[str, Tensor], *, derive: bool
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Each parametrization of a tensor, as a copy on the host that holds the named tensors, and what it gives."""
+    values = [tensors[key] for key in sorted(tensors) if key.startswith(f"{inside}original")]
     for prefix, step in steps:
-        # What a copy is to hold is shown to `deepcopy` beforehand: an engine may keep nothing in the model's own.
-        memo: dict[int, Any] = {}
-        for key, held in (*step.named_parameters(), *step.named_buffers()):
-            mine = tensors.get(prefix + key, held).detach().cpu().clone()
-            memo[id(held)] = nn.Parameter(mine) if isinstance(held, nn.Parameter) else mine
-        copied = copy.deepcopy(step, memo)
-        for part in copied.modules():  # ZeRO-3's count the passes of all ranks, and here one makes some alone
-            part._forward_pre_hooks.clear()
-            part._forward_hooks.clear()
-        yield copied.eval()
+        copied = copy_with(step, prefix, tensors)
+        if derive:
+            _settle(copied, values)
+        values = [copied(*values)]
+        yield copied, values[0]
+
+
+def copy_with(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a part of the model on the host, in evaluation mode, with named tensors in the place of its own."""
+    # What a copy is to hold is shown to `deepcopy` beforehand: an engine may keep nothing in the model's own.
+    memo: dict[int, Any] = {}
+    for key, held in (*module.named_parameters(), *module.named_buffers()):
+        mine = tensors.get(prefix + key, held).detach().cpu().clone()
+        memo[id(held)] = nn.Parameter(mine) if isinstance(held, nn.Parameter) else mine
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():  # ZeRO-3's count the passes of all ranks, and here one makes some alone
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+    return copied.eval()
 
 
 def _settle(step: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -158,23 +165,19 @@ class Statistics:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._kept: dict[Hashable, tuple[int, dict[str, Tensor]]] = {}
+        self.kept: dict[Readout, tuple[int, dict[str, Tensor]]] = {}
+        """The buffers that go with an average, and how many members it had."""
         layers = running_statistics(engine.module)
         if layers and engine.ranks.is_main:
             logger.warning(
                 "%d layers keep running statistics (%s, ...), which belong to the last weights and not to an "
                 "average: give averager.update_bn(loader) training rows before an average is evaluated or exported",
-                len(layers),
-                next(iter(layers)),
+                *(len(layers), next(iter(layers))),
             )
         self._known = tuple(f"{name}." if name else name for name in layers)
         self._sums = self._sum()
 
-    def keep(self, average: Hashable, members: int, buffers: dict[str, Tensor]) -> None:
-        """Have buffers go with an average of so many members."""
-        self._kept[average] = (members, buffers)
-
-    def of(self, average: Hashable, members: int) -> dict[str, Tensor]:
+    def of(self, average: Readout, members: int) -> dict[str, Tensor]:
         """The buffers that go with an average; {} where those of training have to do."""
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
@@ -186,12 +189,12 @@ class Statistics:
             )
         if changed:
             self._sums = {}  # warned of once
-        counted, buffers = self._kept.get(average, (members, {}))
-        if counted != members:
+        had, buffers = self.kept.get(average, (members, {}))
+        if had != members:
             logger.warning(
                 "the running statistics are those of an average of %d members, which has %d now, so the last ones "
                 "are taken; call averager.update_bn(loader) again",
-                *(counted, members),
+                *(had, members),
             )
             return {}
         return buffers
@@ -247,13 +250,11 @@ def recompute_statistics(
                 layer.momentum = momentum
             for part, was_training in modes:
                 part.training = was_training
-    found = {}
+    found, world_size = {}, engine.ranks.world_size
     for name, layer in layers.items():
         for key in ("running_mean", "running_var"):
             buffer = getattr(layer, key)
-            mean = (
-                torch.tensor(engine.ranks.sum(buffer.double().flatten().tolist())) / engine.ranks.world_size
-            )
+            mean = torch.tensor(engine.ranks.sum(buffer.double().flatten().tolist())) / world_size
             buffer.copy_(mean.view(buffer.shape))
             found[f"{name}.{key}" if name else key] = buffer.cpu().clone()
     return found
@@ -269,20 +270,16 @@ def pass_batch(engine: Engine, batch: Any) -> None:
 
 def _together(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
     """This rank's batches, as long as every rank has one (collective): a rank alone would wait in a forward."""
-    remaining, count = iter(batches), 0
-    while True:
-        batch = next(remaining, _END)
-        having = int(engine.ranks.sum([batch is not _END])[0])
-        if having == 0 < count:
+    remaining = iter(batches)
+    for number in count(1):
+        held = list(islice(remaining, 1))
+        having = int(engine.ranks.sum([len(held)])[0])
+        if having == 0 and number > 1:
             return
         if having < engine.ranks.world_size:
             raise AveragingError(
-                f"{having} of {engine.ranks.world_size} ranks have a batch number {count + 1} for the running "
+                f"{having} of {engine.ranks.world_size} ranks have a batch number {number} for the running "
                 "statistics; expected the same number on every rank, at least 1: a loader as `accelerator.prepare` "
                 "returned it"
             )
-        yield batch
-        count += 1
-
-
-_END = object()
+        yield from held

@@ -114,26 +114,18 @@ def merge(fragments: Iterable[Fragment]) -> list[Span]:
 
 def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
     """Group spans into chunks of exactly ``max_numel`` elements (the last may be smaller), splitting as needed."""
-    chunks: list[Chunk] = []
-    pending: list[Span] = []
-
-    def close() -> None:
-        chunks.append(Chunk(tuple(pending), pending[0].shard_offset, sum(span.numel for span in pending)))
-        pending.clear()
-
-    room = max_numel
+    groups: list[list[Span]] = []
+    room = 0
     for span in spans:
         done = 0
         while done < span.numel:
-            take = min(room, span.numel - done)
-            pending.append(Span(span.buffer, span.offset + done, span.shard_offset + done, take))
-            done, room = done + take, room - take
             if room == 0:
-                close()
+                groups.append([])
                 room = max_numel
-    if pending:
-        close()
-    return chunks
+            take = min(room, span.numel - done)
+            groups[-1].append(Span(span.buffer, span.offset + done, span.shard_offset + done, take))
+            done, room = done + take, room - take
+    return [Chunk(tuple(group), group[0].shard_offset, sum(span.numel for span in group)) for group in groups]
 
 
 def range_at(ranges: Iterable[Range], position: int) -> tuple[str, int]:

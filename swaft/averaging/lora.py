@@ -93,7 +93,8 @@ class ProductMean:
         """
         resized = self._resized()
         for adapter in resized:
-            adapters.refuse_changed_base(adapter, self._config(adapter).init_lora_weights)
+            config = adapters.configs(self._engine.module)[adapter]
+            adapters.refuse_changed_base(adapter, config.init_lora_weights)
 
         export.refuse_occupied(self._engine, path)
         adapter_folder, names = export.adapter_folder(self._engine)
@@ -149,17 +150,11 @@ class ProductMean:
         resized = {layer.adapter for layer in self._layers if layer.trained and layer.rank != self.rank}
         return {adapter: self._config_at(self.rank, adapter) for adapter in sorted(resized)}
 
-    def _config(self, adapter: str) -> Any:
-        return adapters.configs(self._engine.module)[adapter]
-
     def _config_at(self, rank: int, adapter: str) -> dict[str, Any]:
-        config = self._config(adapter)
+        config = adapters.configs(self._engine.module)[adapter]
         divisor = math.sqrt(rank) if config.use_rslora else rank
-        alphas = {
-            f"^{re.escape(layer.path)}": layer.scaling * divisor
-            for layer in self._layers
-            if layer.adapter == adapter
-        }
+        layers = [layer for layer in self._layers if layer.adapter == adapter]
+        alphas = {f"^{re.escape(layer.path)}": layer.scaling * divisor for layer in layers}
         alpha = next(iter(alphas.values()))
         return {
             "r": rank,
@@ -193,23 +188,20 @@ def product_mean(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise AveragingError(f"rank is {rank!r}, expected a whole number of at least 1, or None")
     engine = averager.engine
-    layers = _find_layers(engine)
+    layers = adapters.find_layers(engine)
     shards = averager.lane_shards(readout)
     chosen = averager.chosen(readout)
     _refuse_mixtures(averager.plan(chosen.rule), averager.count(chosen.rule), chosen)
     members = _gather_members(engine, layers, ((c, gather_trained(engine, s)) for c, s in shards))
     trained = gather_trained(engine, averager.shard(readout))
-    averaged, error = {}, None
-    if engine.ranks.is_main:
-        try:
+    averaged: dict[str, tuple[tuple[Tensor, Tensor], Norms]] = {}
+    with engine.ranks.together("the mean of the LoRA updates cannot be computed"):
+        if engine.ranks.is_main:
             averaged = {
                 layer.name: _average(layer, members[layer.name], trained, rank)
                 for layer in layers
                 if layer.trained
             }
-        except RuntimeError as cause:  # out of memory, or a decomposition that does not converge
-            error = AveragingError(f"the mean of the LoRA updates cannot be computed: {cause}")
-    engine.ranks.raise_together(error)
     norms: dict[str, Norms] = engine.ranks.gather({each: norms for each, (_, norms) in averaged.items()})[0]
     scalings = {layer.name: layer.scaling for layer in layers}
     return ProductMean(
@@ -237,15 +229,10 @@ def save_merged(
         AveragingError: as :func:`product_mean` of the model, or the folder holds files already.
     """
     engine = averager.engine
-    layers = _find_layers(engine)
+    layers = adapters.find_layers(engine)
     export.refuse_occupied(engine, path)
     trained = gather_trained(engine, averager.shard(readout))
     _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
-
-
-def _find_layers(engine: Engine) -> list[LoraLayer]:
-    engine.check_trainable()
-    return adapters.find_layers(engine)
 
 
 def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
