@@ -1,0 +1,158 @@
+'''Options declared once, as fields of a dataclass: the type says what is allowed, the string below what it is for.
+
+    @dataclass(frozen=True)
+    class EMA:
+        decay: Annotated[float, Range(above=0, below=1)] | None = None
+        """Share of the old mean that each event keeps."""
+        every: Count = 1
+        """Optimizer steps between two members."""
+
+A type is int, float, bool, str, Literal, None, a collection, or a union of them; where int and float are both
+allowed, whole numbers have the range of int, others that of float. Python arguments are checked by this declaration
+(`require`), and the settings of the recipes, their checks and their help are made from it.
+'''
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import textwrap
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from itertools import pairwise
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from swaft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Finite numbers between bounds; ``low`` and ``high`` themselves are allowed, ``above`` and ``below`` not."""
+
+    low: float = -math.inf
+    above: float = -math.inf
+    high: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether a number is allowed; nan and the infinities never are."""
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """Say what is allowed, to follow "a number": ", at least 0 and below 1"."""
+        bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
+        told = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
+        return told and f", {told}"
+
+
+Count = Annotated[int, Range(low=1)]
+WholeNumber = Annotated[int, Range(low=0)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(low=0)]
+ShareBelowOne = Annotated[float, Range(low=0, below=1)]
+StepOrShare = Annotated[float, Range(low=0, high=1)] | WholeNumber
+"""A moment of a run: 0.5 is a share of it, 100 an optimizer step; so 1 is step 1, and 1.0 the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a field of a dataclass may be."""
+
+    kinds: dict[type, Range]
+    """The types a value may have, None apart, and the range of numbers."""
+    choices: tuple[str, ...] = ()
+    """The texts a value may be; empty: any, where str is among the types."""
+    optional: bool = False
+    """Whether None is allowed."""
+    default: Any = MISSING
+    """`dataclasses.MISSING` where a value has to be given."""
+
+    @classmethod
+    def of(cls, hint: Any, default: Any = MISSING) -> Option:
+        """Read a type, as `typing.get_type_hints` gives it with its extras."""
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        choices = tuple(text for m in members if get_origin(m) is Literal for text in get_args(m))
+        kinds: dict[type, Range] = {}
+        for member in members:
+            bounds = next(
+                (each for each in getattr(member, "__metadata__", ()) if isinstance(each, Range)), Range()
+            )
+            kind = get_args(member)[0] if get_origin(member) is Annotated else member
+            kinds[str if get_origin(kind) is Literal else get_origin(kind) or kind] = bounds
+        optional = kinds.pop(NoneType, None) is not None
+        return cls(kinds=kinds, choices=choices, optional=optional, default=default)
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value, to follow the option's name: "is 0, expected ..."; None: nothing."""
+        if self._allows(value):
+            return None
+        near = suggestion(value, self.choices) if isinstance(value, str) else ""
+        return f"is {value!r}, expected {self.expected}{near and '.'}{near}"
+
+    @property
+    def expected(self) -> str:
+        """What is allowed, in words, None apart."""
+        words = {int: "a whole number", float: "a fraction" if int in self.kinds else "a number"}
+        words |= {str: f"one of {', '.join(self.choices)}" if self.choices else "text", bool: "true or false"}
+        return " or ".join(f"{words.get(kind, kind.__name__)}{bounds}" for kind, bounds in self.kinds.items())
+
+    def _allows(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if isinstance(value, str):
+            return value in self.choices if self.choices else str in self.kinds
+        if isinstance(value, bool):
+            return bool in self.kinds
+        if isinstance(value, Integral) and int in self.kinds:
+            return value in self.kinds[int]
+        if isinstance(value, Real):
+            return float in self.kinds and value in self.kinds[float]
+        return isinstance(value, tuple(self.kinds))
+
+
+@cache
+def options_of(section: type) -> dict[str, Option]:
+    """The options of a dataclass, by name."""
+    hints = get_type_hints(section, include_extras=True)
+    return {each.name: Option.of(hints[each.name], each.default) for each in fields(section) if each.init}
+
+
+def check(options: Any) -> list[tuple[str, str]]:
+    """Every option of a dataclass instance whose value is not allowed: its name, and "is 0, expected ..."."""
+    declared = options_of(type(options)).items()
+    return [(name, fault) for name, option in declared if (fault := option.fault(getattr(options, name)))]
+
+
+def require(options: Any) -> None:
+    """Refuse a dataclass instance with values that are not allowed.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    if found := check(options):
+        raise ConfigError([f"{name} {fault}" for name, fault in found])
+
+
+def docs_of(section: type) -> dict[str, str]:
+    """What each option of a dataclass is for: the string that follows its field in the source, in one line."""
+    texts: dict[str, str] = {}
+    for kind in filter(is_dataclass, reversed(section.__mro__)):  # what a class adds or changes comes last
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field, doc in pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(doc, ast.Expr)
+                and isinstance(doc.value, ast.Constant)
+            ):
+                texts[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
+    return texts
+
+
+def suggestion(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """` Did you mean 'x'?` for the known word nearest to this one, or nothing."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
