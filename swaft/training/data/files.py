@@ -1,6 +1,6 @@
 """Readers of files: parquet, csv, tsv, json and jsonl; every row of a file, or an error that names the line.
 
-The message of an error goes on after the file's name.
+The message of an error continues after the file's name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -41,7 +41,7 @@ def require_utf8(path: str) -> None:
     """Refuse a text file of another encoding.
 
     Raises:
-        DataError: with the line; the message goes on after the file's name.
+        DataError: with the line.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -89,66 +89,56 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
         DataError: quotation marks that do not pair, or that swallow rows; a row of more cells than the header; a
             header that another delimiter would split.
     """
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines: list[str] = []  # of the row that is being read
-        quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
-        reader = csv.reader(_kept(file, lines), delimiter=delimiter, quoting=quoting, strict=True)
-        count, quoted, header = 0, 0, []
-        for number, cells in _numbered(reader, lines):
-            if not header:
-                header = cells
-                _refuse_other_delimiter(cells, delimiter)
-                continue
-            if len(cells) > len(header):
-                raise DataError(
-                    f", line {number}: has {len(cells)} cells where the header has {len(header)}; put a cell that "
-                    f"holds {delimiter!r} in quotation marks, or name another delimiter with data.delimiter"
-                )
-            if len(lines) > 1 and _are_rows(lines, delimiter, len(header)):
-                raise DataError(
-                    f", line {number}: a quotation mark opens a cell that runs over {len(lines)} lines, and each "
-                    f"looks like a row of its own; {MEND_QUOTES}"
-                )
-            count += 1
-            quoted += not has_quoting and any(map(_is_quoted, cells))
+    rows = _strict_rows(path, delimiter, csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE)
+    _, _, header = next(rows, (0, [], ["", ""]))
+    _refuse_other_delimiter(header, delimiter)
+    count, quoted = 0, 0
+    for number, lines, cells in rows:
+        if len(cells) > len(header):
+            raise DataError(
+                f", line {number}: has {len(cells)} cells where the header has {len(header)}; put a cell that "
+                f"holds {delimiter!r} in quotation marks, or name another delimiter with data.delimiter"
+            )
+        if len(lines) > 1 and _are_rows(lines, delimiter, len(header)):
+            raise DataError(
+                f", line {number}: a quotation mark opens a cell that runs over {len(lines)} lines, and each "
+                f"looks like a row of its own; {MEND_QUOTES}"
+            )
+        count += 1
+        quoted += not has_quoting and any(map(_is_quoted, cells))
     if quoted:
         logger.warning(
             "%s: %d rows have a cell in quotation marks, which are kept: a tsv has no quoting; for a file with "
             "quoting use the ending .csv and data.delimiter=tab",
-            path,
-            quoted,
+            *(path, quoted),
         )
     return count
 
 
-def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
-    for line in file:
-        lines.append(line)
-        yield line
-
-
-def _numbered(reader: Any, lines: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row that is no blank line, with the number of its first line; `lines` are its lines meanwhile."""
-    while True:
-        lines.clear()
-        first = reader.line_num + 1
+def _strict_rows(path: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield each row that is no blank line: the number of its first line, its lines, its cells."""
+    csv.field_size_limit(2**31 - 1)
+    lines: list[str] = []  # of the row that is being read
+    first = 1
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        kept = (lines.append(line) or line for line in file)
+        reader = csv.reader(kept, delimiter=delimiter, quoting=quoting, strict=True)
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
+            for cells in reader:
+                if any(line.strip() for line in lines):
+                    yield first, lines.copy(), cells
+                lines.clear()
+                first = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
                 f", line {first}: quotation marks do not pair ({error}); {MEND_QUOTES}"
             ) from error
-        if any(line.strip() for line in lines):
-            yield first, cells
 
 
 def _are_rows(lines: list[str], delimiter: str, cells: int) -> bool:
-    """Whether each line, split without regard to quotation marks, is a row.
+    """Whether each line, split without regard to quotation marks, is a row; the paragraphs of a text are none.
 
-    Of a text of several paragraphs that is not so: they have any number of commas, and white space after them.
+    Those have any number of commas, and white space after them.
     """
     split = [line.rstrip("\r\n").split(delimiter) for line in lines]
     return all(len(row) == cells and all(cell and not cell[0].isspace() for cell in row[1:]) for row in split)

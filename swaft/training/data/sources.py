@@ -66,7 +66,8 @@ def load_splits(data: RowsConfig) -> Splits:
     """
     splits = _find(data)
     if "train" not in splits:
-        raise DataError(f"found the splits {_listed(splits)} but no train split; set data.train_file")
+        found = ", ".join(splits) or "(none)"
+        raise DataError(f"found the splits {found} but no train split; set data.train_file")
     if data.validation_fraction is not None:
         splits = _with_validation(splits, data.validation_fraction)
     if isinstance(data, DataConfig):
@@ -75,7 +76,9 @@ def load_splits(data: RowsConfig) -> Splits:
     for name, split in splits.items():
         if not len(split):
             raise DataError(f"the {name} split has no rows; give it some, or leave the split out")
-        splits[name] = _first(split, limits.get(name.split("_")[0], data.max_eval_samples))
+        limit = limits.get(name.split("_")[0], data.max_eval_samples)
+        if limit is not None:
+            splits[name] = split.select(range(min(limit, len(split))))
     return splits
 
 
@@ -86,15 +89,11 @@ def language_groups(splits: Mapping[str, Any], data: DataConfig) -> dict[str, li
         splits: rows by split.
         data: the section of the configuration; without `eval_languages` there are none.
     """
-    languages = split_names(data.eval_languages) if data.eval_languages else []
     groups = {}
     for name in EVALUATED:
-        same = [
-            split for split in (name, *(f"{name}_{language}" for language in languages)) if split in splits
-        ]
-        if len(same) > 1:
-            groups[f"{name}_mean"] = same
-    return groups
+        same = [name, *(f"{name}_{language}" for language in _languages(data))]
+        groups[f"{name}_mean"] = [split for split in same if split in splits]
+    return {name: same for name, same in groups.items() if len(same) > 1}
 
 
 def data_folder() -> Path | None:
@@ -121,21 +120,17 @@ def _find(data: RowsConfig) -> Splits:
     if data.dataset_name is not None:
         return _load_hub(data.dataset_name, data.dataset_config_name, data.delimiter)
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    return {
-        split: _load_file(path, f"data.{split}_file", data.delimiter)
-        for split, path in files.items()
-        if path is not None
-    }
+    named = {split: path for split, path in files.items() if path is not None}
+    return {split: _load_file(path, f"data.{split}_file", data.delimiter) for split, path in named.items()}
 
 
 def _find_languages(data: DataConfig) -> Splits:
     splits = {}
-    for language in split_names(data.eval_languages) if data.eval_languages else []:
-        found = (
-            _load_hub(data.dataset_name, language, data.delimiter)
-            if data.dataset_name
-            else _load_beside(data, language)
-        )
+    for language in _languages(data):
+        if data.dataset_name:
+            found = _load_hub(data.dataset_name, language, data.delimiter)
+        else:
+            found = _load_beside(data, language)
         kept = {f"{name}_{language}": rows for name, rows in found.items() if name in EVALUATED}
         if not kept:
             raise DataError(
@@ -147,25 +142,27 @@ def _find_languages(data: DataConfig) -> Splits:
     return splits
 
 
+def _languages(data: DataConfig) -> list[str]:
+    return split_names(data.eval_languages) if data.eval_languages else []
+
+
 def _load_beside(data: DataConfig, language: str) -> Splits:
     """Read the files of a language beside those of the validation and test rows: test.csv, test.de.csv."""
     files = {"validation": data.validation_file, "test": data.test_file}
     folder = _task_folder(data.task_name) if data.task_name is not None else None
     if folder is not None:
         files = {split: str(folder / f"{split}.parquet") for split in EVALUATED}
-    named = {split: Path(path) for split, path in files.items() if path is not None}
-    paths = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
-    return {
-        split: _load_file(str(path), "data.eval_languages", data.delimiter)
-        for split, path in paths.items()
-        if path.is_file()
-    }
+    splits = {}
+    for split, named in files.items():
+        path = named and Path(named).with_suffix(f".{language}{Path(named).suffix}")
+        if path and path.is_file():
+            splits[split] = _load_file(str(path), "data.eval_languages", data.delimiter)
+    return splits
 
 
 def _task_folder(task_name: str) -> Path | None:
     root = data_folder()
-    folder = root / task_name if root else None
-    return folder if folder is not None and folder.is_dir() else None
+    return root / task_name if root and (root / task_name).is_dir() else None
 
 
 def _load_task(task_name: str) -> Splits:
@@ -176,7 +173,9 @@ def _load_task(task_name: str) -> Splits:
             split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
         }
     if task_name == DEMO_TASK:
-        from swaft.training.demo import docstring_splits  # only here: reads the whole standard library
+        from swaft.training.demo.docstrings import (
+            docstring_splits,  # only here: reads the whole standard library
+        )
 
         return docstring_splits()
     if task_name in GLUE_TASKS:
@@ -211,16 +210,7 @@ def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset
 
 def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) -> Splits:
     try:
-        builder: Any = load_dataset_builder(name, config_name)
-        if builder.name == "csv":
-            told: Any = builder.config
-            found = _load_tables(told, delimiter) or load_dataset(
-                name, config_name, **_as_written(told.sep, delimiter)
-            )
-        elif delimiter is not None:
-            raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")
-        else:
-            found = load_dataset(name, config_name)
+        found = _load_dataset(name, config_name, delimiter)
     except DataError:
         raise
     except Exception as error:  # hub, network and cache each have types of their own
@@ -230,37 +220,32 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
         raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
     if not isinstance(found, DatasetDict):
         raise DataError(f"data.dataset_name: {name} has no splits; set data.train_file instead")
-    # The labels of GLUE's test splits are withheld (-1): there is nothing to score.
-    withheld = name in (GLUE, "glue")
     kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
-    return {split: rows for split, rows in kept.items() if not (withheld and split == "test")}
+    if name in (GLUE, "glue"):  # the labels of its test splits are withheld (-1): there is nothing to score
+        kept.pop("test", None)
+    return kept
 
 
-def _load_tables(config: Any, delimiter: str | None) -> DatasetDict | None:
-    """Read the csv and tsv files of a folder as those that are named one by one; None: they are not all here."""
-    files = {split: list(map(str, paths)) for split, paths in config.data_files.items()}
-    if not all(
-        Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())
-    ):
-        return None
-    return DatasetDict(
-        {
-            str(split): concatenate_datasets(
-                [_load_file(path, "data.dataset_name", delimiter) for path in paths]
-            )
+def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
+    """Read a data set of the hub or of a folder; its tables so that none of their rows and texts is lost."""
+    builder: Any = load_dataset_builder(name, config_name)
+    if builder.name != "csv":
+        if delimiter is not None:
+            raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")
+        return load_dataset(name, config_name)
+    files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
+    if all(Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())):
+        tables = {
+            split: [_load_file(path, "data.dataset_name", delimiter) for path in paths]
             for split, paths in files.items()
         }
-    )
-
-
-def _as_written(separator: str, delimiter: str | None) -> dict[str, Any]:
-    """Return the options with which tables of the hub lose no row of a tsv and no text such as NA."""
+        return DatasetDict({split: concatenate_datasets(each) for split, each in tables.items()})
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-    if separator == "\t":
+    if builder.config.sep == "\t":
         options["quoting"] = csv.QUOTE_NONE
     if delimiter is not None:
         options["sep"] = DELIMITERS.get(delimiter, delimiter)
-    return options
+    return load_dataset(name, config_name, **options)
 
 
 def _with_validation(splits: Splits, fraction: float) -> Splits:
@@ -285,11 +270,3 @@ def _with_validation(splits: Splits, fraction: float) -> Splits:
         "validation": train.select(np.sort(drawn[:count])),
         **{name: rows for name, rows in splits.items() if name != "train"},
     }
-
-
-def _first(split: Dataset, limit: int | None) -> Dataset:
-    return split if limit is None else split.select(range(min(limit, len(split))))
-
-
-def _listed(splits: Mapping[str, Dataset]) -> str:
-    return ", ".join(splits) or "(none)"

@@ -42,7 +42,7 @@ GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4
 def model_path(model: AnyModel) -> str:
     """Return the hub id or folder to load; ``demo`` is the encoder of the extra ``swaft[demo]``."""
     if model.model_name_or_path == "demo":
-        from swaft.training.demo import demo_model_path
+        from swaft.training.demo.model import demo_model_path
 
         return demo_model_path()
     return model.model_name_or_path or ""

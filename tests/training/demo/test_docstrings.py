@@ -11,9 +11,15 @@ from swaft.errors import DataError
 from swaft.training.config import DataConfig
 from swaft.training.data.classification import describe_task
 from swaft.training.data.sources import load_splits
-from swaft.training.demo import docstring_splits
-from swaft.training.demo.areas import AREAS
-from swaft.training.demo.docstrings import MASK, MAX_ROWS_PER_AREA, MAX_WORDS, MIN_ROWS_PER_AREA, MIN_WORDS
+from swaft.training.demo.docstrings import (
+    AREAS,
+    MASK,
+    MAX_ROWS_PER_AREA,
+    MAX_WORDS,
+    MIN_ROWS_PER_AREA,
+    MIN_WORDS,
+    docstring_splits,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -70,7 +76,7 @@ def test_names_that_give_the_area_away_are_masked(splits):
     names = splits["train"].features["label"].names
     for split in splits.values():
         for row in split:
-            modules = "|".join(re.escape(name) for name in AREAS[names[row["label"]]])
+            modules = "|".join(re.escape(name) for name in AREAS[names[row["label"]]].split())
             assert not re.search(rf"\b({modules})\b", row["text"], re.IGNORECASE), row
             last = row["member"].split(".")[-1]
             assert not re.search(rf"(?<![\w.]){re.escape(last)}(?![\w.])", row["text"], re.IGNORECASE), row
