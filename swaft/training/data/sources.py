@@ -173,9 +173,7 @@ def _load_task(task_name: str) -> Splits:
             split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
         }
     if task_name == DEMO_TASK:
-        from swaft.training.demo.docstrings import (
-            docstring_splits,  # only here: reads the whole standard library
-        )
+        from swaft.training.demo.docstrings import docstring_splits  # only here: it takes a while
 
         return docstring_splits()
     if task_name in GLUE_TASKS:

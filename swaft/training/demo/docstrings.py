@@ -44,7 +44,7 @@ AREAS = {
     "web": "cgi ftplib http ipaddress socket socketserver ssl telnetlib urllib webbrowser wsgiref",
     "xml": "html plistlib xml xmlrpc",
 }
-"""Area to top-level modules, with spaces between them, packages whole. A module that this Python lacks is passed over."""
+"""Area to top-level modules, packages whole; one that this Python lacks is passed over."""
 
 # Shares of the members: 70 % train, 10 % validation, 20 % test.
 SPLIT_BOUNDS = (("train", 0.7), ("validation", 0.8), ("test", 1.0))
