@@ -7,7 +7,7 @@ from swaft.averaging.averager import WeightAverager
 from swaft.averaging.engines import Engine, attach_engine
 from swaft.averaging.export import save_pretrained
 from swaft.averaging.rules import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, Readout, Rule, Windows
-from swaft.averaging.search import Window, WindowSearch, search_windows
+from swaft.averaging.search import ReadoutSearch, Tried, search_windows
 
 __all__ = [
     "BEMA",
@@ -18,10 +18,10 @@ __all__ = [
     "Merge",
     "PowerEMA",
     "Readout",
+    "ReadoutSearch",
     "Rule",
+    "Tried",
     "WeightAverager",
-    "Window",
-    "WindowSearch",
     "Windows",
     "attach_engine",
     "lora",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swaft.averaging import export
+from swaft.averaging.blend import blended
 from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
@@ -201,7 +202,9 @@ class WeightAverager:
             raise
 
     @contextmanager
-    def swapped_in(self, readout: str | Readout | None = None) -> Iterator[None]:
+    def swapped_in(
+        self, readout: str | Readout | None = None, *, blend: float | None = None
+    ) -> Iterator[None]:
         """The averaged weights in the model, for evaluation (collective; every rank enters and leaves).
 
         Training continues afterwards as if it had not happened, bit for bit, also when the body raises. Inside,
@@ -212,24 +215,28 @@ class WeightAverager:
         Args:
             readout: which average: of the rule of this name, or as a `Readout` says: a window of it, for instance.
                 None: that of the first rule.
+            blend: puts ``last + blend * (average - last)`` in place, from -1 to 2: exactly the live weights at 0,
+                and the average at 1. None: as the readout says.
 
         Raises:
             AveragingError: nothing is averaged yet, a swap is active, or the average never moved; on the way out,
                 weights were changed inside.
         """
-        chosen = self.chosen(readout)
+        chosen = self.chosen(readout, blend)
         shard = self._shard_together(chosen)
-        with swapped_in(self.engine, shard, self._statistics.of(chosen, self.count(chosen.rule))):
+        statistics = self._statistics.of(chosen, self.count(chosen.rule))
+        with swapped_in(self.engine, shard, statistics, derive=chosen.blend != 0):
             yield
 
-    def chosen(self, readout: str | Readout | None) -> Readout:
+    def chosen(self, readout: str | Readout | None, blend: float | None = None) -> Readout:
         """What is asked for, its rule by name.
 
         Raises:
-            AveragingError: no rule has that name.
+            AveragingError: no rule has that name, or there is no such blend.
         """
         chosen = readout if isinstance(readout, Readout) else Readout(readout)
-        return replace(chosen, rule=self._named(chosen.rule))
+        blend = chosen.blend if blend is None else blend
+        return replace(chosen, rule=self._named(chosen.rule), blend=blend)
 
     def shard(self, readout: str | Readout | None = None) -> Tensor:
         """This rank's elements of an average: (engine.numel,), fp32, host. Not to be changed; valid until the next
@@ -239,15 +246,18 @@ class WeightAverager:
             AveragingError: nothing is averaged yet, or a choice that the rule does not offer.
         """
         chosen = self.chosen(readout)
-        return self._ready(chosen).shard(chosen)
+        return blended(self.engine, self._ready(chosen).shard(chosen), chosen)
 
     def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
         """What an average is the sum of: (coefficient, this rank's elements) pairs, the tensors as in `shard`.
 
-        For rules that keep members whole (LAWA), the tensors are those members.
+        For rules that keep members whole (LAWA), the tensors are those members; last come, in a blend, the last
+        weights.
         """
         chosen = self.chosen(readout)
-        return [(coefficient, lane.mean) for coefficient, lane in self._ready(chosen).readout(chosen)]
+        lanes = self._ready(chosen).readout(chosen)
+        shards = [(chosen.blend * coefficient, lane.mean) for coefficient, lane in lanes]
+        return shards if chosen.blend == 1 else [*shards, (1 - chosen.blend, self.engine.live_shard())]
 
     def drift(self, name: str | None = None) -> float:
         """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
@@ -289,6 +299,7 @@ class WeightAverager:
         path: str | PathLike[str],
         readout: str | Readout | None = None,
         *,
+        blend: float | None = None,
         dtype: str | torch.dtype = torch.float32,
         max_shard_size: str | int = export.SHARD_SIZE,
     ) -> None:
@@ -297,6 +308,7 @@ class WeightAverager:
         Args:
             path: folder to write.
             readout: as of :meth:`swapped_in`.
+            blend: likewise.
             dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
                 torch's. Of any but fp32, what rounding takes away is logged.
             max_shard_size: of one file, such as ``"5GB"``.
@@ -305,13 +317,13 @@ class WeightAverager:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
             ConfigError: for another dtype.
         """
-        chosen = self.chosen(readout)
+        chosen = self.chosen(readout, blend)
         shard, count = self._shard_together(chosen), self.count(chosen.rule)
         means = f"{count:,} members of a training run by `{self._rules[self._named(chosen.rule)]!r}`"
         export.save_pretrained(
             self.engine,
             path,
-            shard=shard,
+            shard=shard if chosen.blend else None,
             statistics=self._statistics.of(chosen, count),
             dtype=dtype,
             max_shard_size=max_shard_size,

@@ -179,6 +179,7 @@ def product_mean(
     Args:
         averager: of a `PeftModel` with LoRA; every adapter that is trained is averaged.
         readout: which average, as of `averager.swapped_in`. Its rule must keep members whole, as `LAWA` does.
+            A blend is exact, too: the last update is one more member, with the coefficient ``1 - blend``.
         rank: of the new factors, at least 1; None: each layer's own. At k * r nothing is lost.
 
     Raises:
@@ -189,8 +190,13 @@ def product_mean(
         raise AveragingError(f"rank is {rank!r}, expected a whole number of at least 1, or None")
     engine = averager.engine
     layers = adapters.find_layers(engine)
-    shards = averager.lane_shards(readout)
     chosen = averager.chosen(readout)
+    if chosen.scope != "all":
+        raise AveragingError(
+            f"the mean of LoRA updates was asked for with scope={chosen.scope!r}; expected 'all': the updates are "
+            "what is trained"
+        )
+    shards = averager.lane_shards(chosen)
     _refuse_mixtures(averager.plan(chosen.rule), averager.count(chosen.rule), chosen)
     members = _gather_members(engine, layers, ((c, gather_trained(engine, s)) for c, s in shards))
     trained = gather_trained(engine, averager.shard(readout))
@@ -205,7 +211,7 @@ def product_mean(
     norms: dict[str, Norms] = engine.ranks.gather({each: norms for each, (_, norms) in averaged.items()})[0]
     scalings = {layer.name: layer.scaling for layer in layers}
     return ProductMean(
-        num_members=len(shards),
+        num_members=len(shards) - (chosen.blend != 1),
         rank=rank,
         gap=_distance({each: (gap, whole) for each, (whole, gap, _) in norms.items()}, scalings),
         truncation=_distance({each: (lost, whole) for each, (whole, _, lost) in norms.items()}, scalings),

@@ -1,12 +1,13 @@
-"""Finds the window of a run whose averaged weights score best on validation data, without training again."""
+"""Finds the readout of a run that scores best on validation data, without training again: window, blend, scope."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from swaft.averaging.blend import outside
 from swaft.averaging.rules import Readout, WindowsPlan
 from swaft.errors import AveragingError
 
@@ -15,29 +16,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Window:
-    """The members with ``start <= step <= end``."""
+class Tried:
+    """A readout and its score."""
 
+    readout: Readout
+    """As `averager.swapped_in` and `averager.save_pretrained` take it."""
     start: int
-    """Step of the first member."""
+    """Step of the first member in it."""
     end: int
-    """Step of the last member."""
+    """Step of the last member in it."""
     members: int
     """How many there are."""
+    score: float
+    """What the evaluation returned; on every rank that of rank 0."""
+
+    def row(self) -> dict[str, Any]:
+        """The same as a row of a table: ``start``, ``end``, ``members``, ``blend``, ``scope`` and ``score``."""
+        window = {"start": self.start, "end": self.end, "members": self.members}
+        return window | {"blend": self.readout.blend, "scope": self.readout.scope, "score": self.score}
 
 
 @dataclass(frozen=True)
-class WindowSearch:
+class ReadoutSearch:
     """What a search found."""
 
-    best: Window
-    """The best window."""
-    readout: Readout
-    """Its mean: ``averager.save_pretrained(path, found.readout)``."""
-    score: float
-    """Its score."""
-    scores: Mapping[Window, float]
-    """Every window that was tried, in that order, and its score."""
+    best: Tried
+    """The best: ``averager.save_pretrained(path, found.best.readout)``."""
+    tried: tuple[Tried, ...]
+    """Every readout that was tried, in that order."""
 
 
 def search_windows(
@@ -47,76 +53,89 @@ def search_windows(
     name: str | None = None,
     better: Callable[..., float] = max,
     windows: Sequence[tuple[float | int | None, float | int | None]] | None = None,
-) -> WindowSearch:
-    """Score the means of several windows and return the best (collective).
+    blends: Sequence[float] = (),
+    scopes: Sequence[str] = (),
+) -> ReadoutSearch:
+    """Score several readouts of a run and return the best (collective).
 
-    By default the windows are, first, those from every boundary to the latest member, then those from the best of
-    these starts to every later boundary: fewer than twice as many evaluations as there are blocks. The search
+    One thing is chosen after the other, so that evaluations are few: the window (of the rule `Windows`), the blend
+    of its mean with the last weights, the weights which that is done to. By default the windows are, first, those
+    from every boundary to the latest member, then those from the best of these starts to every later boundary:
+    fewer than twice as many evaluations as there are blocks. Each blend and each scope is one more. The search
     chooses by the data it is shown, so report the result on other data.
 
     Args:
-        averager: with a rule `Windows`.
-        evaluate: called on every rank while a window's mean is in the model; returns its score. That of rank 0
+        averager: with the rule `Windows`, or any other where blends or scopes are given.
+        evaluate: called on every rank while the weights are in the model; returns their score. That of rank 0
             counts, on every rank.
         name: which rule; None: the first.
-        better: the built-in ``max`` or ``min``. Of equal scores the longer window wins, then the later one. A score
-            that is no number never wins.
+        better: the built-in ``max`` or ``min``. Of equal scores the longer window wins, then the later one, then
+            what was tried first. A score that is no number never wins.
         windows: (start, end) pairs to try instead, each as `WindowsPlan.window` takes it.
+        blends: to try, each as `Readout.blend`; 0 is the last weights.
+        scopes: to try, each as `Readout.scope`.
 
     Raises:
-        AveragingError: the rule keeps no windows, nothing is averaged yet, a window does not fall on boundaries, or
-            no score is a number.
+        AveragingError: there is nothing to choose, nothing is averaged yet, a window does not fall on boundaries, a
+            blend or a scope does not exist for the model, or no score is a number.
     """
-    plan = averager.plan(name)
-    if not isinstance(plan, WindowsPlan):
+    plan, count = averager.plan(name), averager.count(name)
+    if not isinstance(plan, WindowsPlan) and (windows or not (blends or scopes)):
         raise AveragingError(
-            f"windows were searched in a {type(plan).__name__}, which keeps none; expected the rule `Windows`"
+            f"windows were searched in a {type(plan).__name__}, which keeps none; expected the rule `Windows`, or "
+            "blends or scopes to try"
         )
     if better not in (max, min):
         raise AveragingError(f"better is {better!r}, expected the function max or min")
-    num_members = averager.count(name)
-    if num_members == 0:
+    if count == 0:
         raise AveragingError(
             f"nothing is averaged yet at step {averager.applied_steps}; the first member is the weights after "
             f"step {plan.first_step}"
         )
+    for blend in blends:
+        Readout(blend=blend)  # raises for one that does not exist
+    for scope in scopes:
+        outside(averager.engine, Readout(scope=scope).scope)
+    tried: dict[Readout, Tried] = {}
 
-    scores: dict[Window, float] = {}
+    def score(readouts: Iterable[Readout]) -> Tried:
+        for readout in readouts:
+            if readout not in tried:
+                with averager.swapped_in(readout):
+                    value = averager.engine.ranks.gather(_number(evaluate()))[0]
+                members = range(count)
+                if isinstance(plan, WindowsPlan):
+                    members = plan.window(count, readout.start, readout.end)
+                start, end = plan.step_of(members[0]), plan.step_of(members[-1])
+                tried[readout] = Tried(readout, start, end, len(members), value)
+        return _best(tried.values(), better)
 
-    def score(candidates: Iterable[Window]) -> Window:
-        for window in candidates:
-            if window not in scores:
-                with averager.swapped_in(Readout(name, start=window.start, end=window.end)):
-                    value = _number(evaluate())
-                scores[window] = averager.engine.ranks.gather(value)[0]
-        return _best(scores, better)
+    def window(start: float | int | None, end: float | int | None) -> Readout:
+        assert isinstance(plan, WindowsPlan)
+        members = plan.window(count, start, end)
+        return Readout(name, start=plan.step_of(members[0]), end=plan.step_of(members[-1]))
 
-    if windows is None:
-        boundaries = plan.boundaries(num_members)
-        start = score([_window(plan, num_members, begin, None) for begin, _ in boundaries]).start
-        best = score([_window(plan, num_members, start, end) for _, end in boundaries if end >= start])
+    if windows is not None:
+        best = score([window(*each) for each in windows])
+    elif isinstance(plan, WindowsPlan):
+        boundaries = plan.boundaries(count)
+        start = score([window(begin, None) for begin, _ in boundaries]).start
+        best = score([window(start, end) for _, end in boundaries if end >= start])
     else:
-        best = score([_window(plan, num_members, start, end) for start, end in windows])
-    readout = Readout(name, start=best.start, end=best.end)
-    return WindowSearch(best=best, readout=readout, score=scores[best], scores=scores)
+        best = score([Readout(name)])
+    best = score([replace(best.readout, blend=blend) for blend in blends])
+    best = score([replace(best.readout, scope=scope) for scope in scopes])
+    return ReadoutSearch(best, tuple(tried.values()))
 
 
-def _window(
-    plan: WindowsPlan, num_members: int, start: float | int | None, end: float | int | None
-) -> Window:
-    members = plan.window(num_members, start, end)
-    return Window(plan.step_of(members[0]), plan.step_of(members[-1]), len(members))
-
-
-def _best(scores: Mapping[Window, float], better: Callable[..., float]) -> Window:
-    numbers = {window: score for window, score in scores.items() if not math.isnan(score)}
+def _best(tried: Iterable[Tried], better: Callable[..., float]) -> Tried:
+    numbers = [each for each in tried if not math.isnan(each.score)]
     if not numbers:
-        raise AveragingError(f"none of the {len(scores)} windows that were tried has a number for a score")
-    top = better(numbers.values())
-    return max(
-        (window for window, score in numbers.items() if score == top),
-        key=lambda window: (window.members, window.end),
-    )
+        raise AveragingError(
+            f"none of the {len(list(tried))} windows that were tried has a number for a score"
+        )
+    top = better(each.score for each in numbers)
+    return max((each for each in numbers if each.score == top), key=lambda each: (each.members, each.end))
 
 
 def _number(score: Any) -> float:

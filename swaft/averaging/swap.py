@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def swapped_in(
-    engine: Engine, shard: Tensor, statistics: Mapping[str, Tensor] | None = None
+    engine: Engine,
+    shard: Tensor,
+    statistics: Mapping[str, Tensor] | None = None,
+    *,
+    derive: bool = True,
 ) -> Iterator[None]:
     """Put a shard in place of the working weights (collective on the way in and on the way out).
 
@@ -35,8 +39,8 @@ def swapped_in(
     Args:
         engine: whose working weights.
         shard: (engine.numel,), fp32, host: this rank's elements.
-        statistics: buffers that go with these weights, by clean name. Others stay as training has them, but for
-            what parametrizations derive from weights, which is derived anew.
+        statistics: buffers that go with these weights, by clean name. Others stay as training has them.
+        derive: whether what parametrizations derive from weights is derived anew from these.
 
     Raises:
         AveragingError: a swap is active already, LoRA adapters are merged into their base, or weights were changed
@@ -63,7 +67,8 @@ def swapped_in(
         engine.publish()
         for name, values in (statistics or {}).items():
             buffers[name].copy_(values)
-        derive_buffers(engine)
+        if derive:
+            derive_buffers(engine)
         written = engine.sum_of_working()
         engine.swap.guard(engine.module, engine.outer, engine.hands_out)
         yield

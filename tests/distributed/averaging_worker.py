@@ -187,6 +187,28 @@ def engine_case(case: EngineCase, model_case: ModelCase):
                 AveragingError, "holds files already", lambda: averager.save_pretrained(folder / "average")
             )
 
+    def a_blend_lies_on_the_line_through_the_last_weights_and_the_average():
+        last, average = engine.live_shard().double(), averager.shard().double()
+        shard = averager.shard(swaft.Readout(blend=0.3))
+        rounding = 2.0**-23 * (last.abs() + average.abs())
+        assert ((shard.double() - (last + 0.3 * (average - last))).abs() <= rounding).all()
+        whole = gather_state_dict(engine, shard)
+        before = logits(model, a_batch)
+        with averager.swapped_in():
+            averaged = logits(model, a_batch)
+        for blend, expected in ((0.0, before), (1.0, averaged)):
+            with averager.swapped_in(blend=blend):
+                assert torch.equal(logits(model, a_batch), expected)
+        with shared_folder() as folder:
+            with averager.swapped_in(blend=0.3):
+                assert not torch.equal(logits(model, a_batch), averaged)
+                averager.save_pretrained(folder / "blend", blend=0.3)
+            if dist.get_rank() == 0:
+                unset_hf_deepspeed_config()
+                loaded = model_case.load(folder / "blend")
+                assert all(same_bits(loaded[name], whole[name]) for name in live)
+        assert torch.equal(logits(model, a_batch), before)
+
     def an_averaging_event_is_one_message_and_an_ordinary_step_none():
         message = ["all_reduce"] if dist.get_world_size() > 1 else []
         for step, expected in ((STEPS + 1, []), (STEPS + 2, message)):
@@ -232,6 +254,7 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         what_hands_out_or_replaces_weights_is_refused_inside_a_swap,
         weights_written_on_one_rank_inside_a_swap_are_an_error_on_all,
         the_exported_average_loads_without_an_engine_bit_for_bit,
+        a_blend_lies_on_the_line_through_the_last_weights_and_the_average,
         publishing_takes_the_collectives_it_says,
         a_layout_that_misses_elements_is_refused_on_every_rank,
     ]

@@ -79,7 +79,7 @@ def findings(tmp_path_factory):
     ],
 )
 def test_every_promise_holds_under_this_engine(start, case, findings):
-    assert not faults(findings(start), case, checks=14)
+    assert not faults(findings(start), case, checks=15)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
@@ -35,9 +35,18 @@ class Update:
     """Lane that is taken in, as it is after the updates before this one; None: the member itself."""
 
 
+SCOPES = ("all", "no_embeddings", "no_head")
+"""Which weights an average may stand for; the others stay the last ones."""
+
+
 @dataclass(frozen=True)
 class Readout:
-    """Which weights are read out of a run: whose average, and what its rule leaves to be chosen afterwards."""
+    """Which weights are read out of a run: whose average, what its rule leaves to be chosen afterwards, and how far
+    to go from the last weights towards it.
+
+    Raises:
+        AveragingError: a blend out of range, or a scope that does not exist.
+    """
 
     rule: str | None = None
     """Name of the rule; None: the first."""
@@ -48,12 +57,26 @@ class Readout:
     """Last step of a window, likewise; None: the latest member."""
     sigma_rel: float | None = None
     """Relative width of the profile (`PowerEMA`); None: the first tracked one."""
+    blend: float = 1.0
+    """``last + blend * (average - last)``, from -1 to 2: 1 is the average, 0 the last weights, bit for bit."""
+    scope: str = "all"
+    """Which weights that is done to, one of `SCOPES`; the others stay the last ones."""
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.blend, Real) and not isinstance(self.blend, bool)
+        if not number or not -1 <= float(self.blend) <= 2:
+            raise AveragingError(f"blend is {self.blend!r}, expected a number from -1 to 2; 1 is the average")
+        if self.scope not in SCOPES:
+            raise AveragingError(f"scope is {self.scope!r}, expected one of {', '.join(SCOPES)}")
 
     @property
-    def choices(self) -> dict[str, float | int]:
-        """What is chosen, by name."""
-        names = ("start", "end", "sigma_rel")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def choices(self) -> dict[str, Any]:
+        """What is chosen besides the rule, by name."""
+        return {
+            each.name: value
+            for each in fields(self)[1:]
+            if (value := getattr(self, each.name)) != each.default
+        }
 
     def refuse_all_but(self, *offered: str) -> None:
         """Refuse a choice that a rule does not offer.
@@ -61,7 +84,7 @@ class Readout:
         Raises:
             AveragingError: naming it and what is offered.
         """
-        for name in self.choices:
+        for name in self.choices.keys() & {"start", "end", "sigma_rel"}:
             if name not in offered:
                 known = " or ".join(offered) or "no choice"
                 raise AveragingError(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import WeightAverager, WindowSearch, search_windows
+from swaft.averaging import ReadoutSearch, WeightAverager, search_windows
 from swaft.averaging.rules import WindowsPlan
 from swaft.errors import TrainingError
 from swaft.training.metrics.classification import Metric, Scores
@@ -197,7 +197,7 @@ def best_window(
     metric: str,
     *,
     better: Callable[..., float] = max,
-) -> WindowSearch | None:
+) -> ReadoutSearch | None:
     """Return the window of averaged weights that scores best on validation data (collective).
 
     None where there is nothing to choose: no averaging, another rule than ``windows``, no validation data.

@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from swaft.averaging import WindowSearch
+from swaft.averaging import ReadoutSearch
 from swaft.training.config import flatten
 from swaft.training.evaluation.evaluate import Scores
 from swaft.training.launch.accelerator import RunConfig
@@ -120,12 +120,12 @@ class ProgressLog:
         for line in aligned(rows):
             logger.info(line)
 
-    def window(self, found: WindowSearch) -> None:
+    def window(self, found: ReadoutSearch) -> None:
         """Say which weights were averaged, where that was chosen after training."""
         best = found.best
         logger.info(
             "averaged: the %d weights from step %d to %d, best of %d windows on validation data (%.4f)",
-            *(best.members, best.start, best.end, len(found.scores), found.score),
+            *(best.members, best.start, best.end, len(found.tried), best.score),
         )
 
     def saved(self, folders: Mapping[str, Path]) -> None:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import Engine, Readout, WeightAverager, WindowSearch, attach_engine, save_pretrained
+from swaft.averaging import Engine, Readout, ReadoutSearch, WeightAverager, attach_engine, save_pretrained
 from swaft.storage import sync_tree
 from swaft.training.config import AveragingConfig, EvalConfig, flatten, to_yaml
 from swaft.training.evaluation.best import BestWeights, Target, watches_weights
@@ -335,7 +335,7 @@ class Run:
                     self._state.save()
             self._interruption.check(self.folder.failure)
 
-    def best_window(self, score: Callable[[str], Evaluation]) -> WindowSearch | None:
+    def best_window(self, score: Callable[[str], Evaluation]) -> ReadoutSearch | None:
         """Choose the window of averaged weights that scores best on validation rows (collective).
 
         Args:
@@ -359,7 +359,7 @@ class Run:
         evaluate: Callable[..., Evaluations],
         splits: Sequence[str],
         *,
-        window: WindowSearch | None = None,
+        window: ReadoutSearch | None = None,
         means: Mapping[str, Sequence[str]] | None = None,
         write_outputs: Callable[[dict[str, Evaluations]], None] = lambda found: None,
     ) -> None:
@@ -380,7 +380,7 @@ class Run:
             log.stopped_early(self.position.step)
         if window:
             log.window(window)
-        readout = window and window.readout
+        readout = window and window.best.readout
         found = {split: evaluate(split, readout) for split in splits}
         found |= mean_evaluations(found, means or {})
         scores = {

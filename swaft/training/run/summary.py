@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from swaft.averaging import WeightAverager, WindowSearch
+from swaft.averaging import ReadoutSearch, WeightAverager
 from swaft.training.config import TrainConfig
 from swaft.training.evaluation.best import Best
 from swaft.training.evaluation.evaluate import Evaluation
@@ -73,7 +73,7 @@ def summary(
     stopped_early: bool,
     metric_name: str,
     averager: WeightAverager | None,
-    window: WindowSearch | None = None,
+    window: ReadoutSearch | None = None,
     best: Best | None = None,
 ) -> dict[str, Any]:
     """Return the content of summary.json.
@@ -108,8 +108,8 @@ def summary(
         content["averaging_waits"] = averager.waits.count
         content["averaging_wait_seconds"] = round(averager.waits.seconds, 3)
     if window is not None:
-        content["window"] = asdict(window.best)
-        content["windows_tried"] = [asdict(each) | {"score": score} for each, score in window.scores.items()]
+        content["window"] = window.best.row()
+        content["windows_tried"] = [each.row() for each in window.tried]
     return content
 
 

@@ -1,0 +1,150 @@
+"""Blends of the last weights and an average, and the weights they are limited to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_models import adapted, bert, logits, relative, train, updates
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import swaft
+from swaft import Readout
+from swaft.averaging import lora, save_pretrained
+from swaft.averaging.rules import LAWA
+from swaft.errors import AveragingError
+
+pytestmark = pytest.mark.unit
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def trained(model, rule=None, steps=6):
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    averager = swaft.WeightAverager(model, optimizer, rule=rule or swaft.SWA(start=1), total_steps=steps)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        averager.step()
+    return averager
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    return model, trained(model)
+
+
+@given(blend=st.floats(-1, 2))
+def test_a_blend_is_the_float64_one_to_the_rounding_of_its_terms(plain, blend):
+    model, averager = plain
+    last, average = flat(model), averager.shard().clone()
+    with averager.swapped_in(blend=blend):
+        found = flat(model)
+    exact = last.double() + blend * (average.double() - last.double())
+    assert ((found - exact).abs() <= 2.0**-23 * (last.abs() + 2 * (average - last).abs())).all()
+    assert torch.equal(flat(model), last)
+    assert torch.equal(averager.shard(), average)
+
+
+def test_at_0_and_1_every_bit_is_that_of_the_last_weights_and_of_the_average(tmp_path):
+    model = nn.Sequential(spectral_norm(nn.Linear(5, 7)), nn.BatchNorm1d(7))
+    averager = trained(model)
+    rows = torch.randn(4, 5)
+    model.eval()
+    last = model(rows)
+    with averager.swapped_in():
+        average = model(rows)
+    for blend, expected in ((0, last), (1, average)):
+        with averager.swapped_in(blend=blend):
+            assert torch.equal(model(rows), expected)
+    save_pretrained(averager.engine, tmp_path / "last")
+    averager.save_pretrained(tmp_path / "blend 0", blend=0.0)
+    averager.save_pretrained(tmp_path / "average")
+    averager.save_pretrained(tmp_path / "blend 1", blend=1.0)
+    for one, other in (("last", "blend 0"), ("average", "blend 1")):
+        one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in (one, other))
+        assert one == other
+
+
+@pytest.mark.parametrize("blend", [-1.01, 2.5, math.nan, math.inf, True, "0.3"])
+def test_a_blend_out_of_range_is_refused_before_anything_is_swapped(plain, blend):
+    _, averager = plain
+    with (
+        pytest.raises(AveragingError, match="expected a number from -1 to 2"),
+        averager.swapped_in(blend=blend),
+    ):
+        pass
+    assert not averager.engine.swap.active
+
+
+@pytest.mark.parametrize("blend", [1.0, 0.4])
+@pytest.mark.parametrize(
+    ("scope", "stays"),
+    [
+        ("no_embeddings", lambda name: "embeddings." in name and "Norm" not in name),
+        ("no_head", lambda name: "classifier" in name),
+    ],
+)
+def test_what_a_scope_leaves_out_stays_as_it_was_last(scope, stays, blend, tmp_path):
+    model = bert()
+    averager = trained(model)
+    last = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with averager.swapped_in(Readout(blend=blend)):
+        everywhere = {name: p.detach().clone() for name, p in model.named_parameters()}
+    averager.save_pretrained(tmp_path / "out", Readout(blend=blend, scope=scope))
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(map(stays, last)) > 1
+    for name, tensor in last.items():
+        assert torch.equal(saved[name], tensor if stays(name) else everywhere[name]), name
+
+
+def test_a_scope_that_the_model_has_no_parts_for_is_refused(plain):
+    _, averager = plain
+    for scope, message in (
+        ("no_head", "Sequential, which does not say what its head is"),
+        ("no_embeddings", "would leave 0 of the 4 trained parameters"),
+        ("encoder", "expected one of all, no_embeddings, no_head"),
+    ):
+        with pytest.raises(AveragingError, match=message):
+            averager.shard(Readout(scope=scope))
+
+
+@pytest.mark.parametrize("blend", [-0.5, 0.3, 1.5])
+def test_the_exact_mean_of_lora_updates_blends_exactly_with_the_last_update(blend):
+    model = adapted()
+    averager, recorded = train(model, rule=LAWA(last=3))
+    last, *members = (updates(model, weights) for weights in (recorded[-1], *recorded[-3:]))
+    expected = {
+        name: (1 - blend) * last[name] + blend * sum(each[name] for each in members) / 3 for name in last
+    }
+    product = lora.product_mean(averager, Readout(blend=blend), rank=8)
+    assert product.num_members == 3
+    found = {
+        layer.name: layer.scaling
+        * product.factors[layer.name][0].double()
+        @ product.factors[layer.name][1].double()
+        for layer in product._layers
+    }
+    assert max(relative(found, expected).values()) < 1e-6
+    with pytest.raises(AveragingError, match="scope='no_head'"):
+        lora.product_mean(averager, Readout(scope="no_head"))
+
+
+def test_weights_of_an_adapter_are_blended_as_weights():
+    model = adapted()
+    averager, _ = train(model, rule=swaft.SWA(start=0))
+    before = logits(model)
+    with averager.swapped_in(blend=0):
+        assert torch.equal(logits(model), before)
+    with averager.swapped_in(blend=0.5):
+        assert not torch.equal(logits(model), before)
