@@ -112,13 +112,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
-    problems.of(
-        refuse_unusable_questions,
-        report.rows,
-        tokenizer,
-        max_seq_length=config.data.max_seq_length,
-        doc_stride=config.data.doc_stride,
-    )
+    problems.of(refuse_unusable_questions, report.rows, tokenizer, config.data)
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
     return Prepared(
         rows=report.rows,
@@ -143,13 +137,7 @@ def train(config: QuestionAnsweringConfig) -> None:
         # Data: every split that is there, as overlapping windows of token ids.
         report_special_tokens(ready.rows, ("question", "context"), tokenizer)
         windows = {
-            name: tokenize_questions(
-                split,
-                tokenizer,
-                max_seq_length=config.data.max_seq_length,
-                doc_stride=config.data.doc_stride,
-                training=name == "train",
-            )
+            name: tokenize_questions(split, tokenizer, config.data, training=name == "train")
             for name, split in ready.rows.items()
         }
         report_windows(ready.rows, windows)

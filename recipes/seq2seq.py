@@ -178,17 +178,7 @@ def train(config: Seq2SeqConfig) -> None:
             )
         read_as_text(tokenizer, config.data.split_special_tokens)
         report_special_tokens(pairs, ("source", "target"), tokenizer)
-        datasets = {
-            name: tokenize_pairs(
-                rows,
-                tokenizer,
-                max_source_length=config.data.max_source_length,
-                max_target_length=config.data.max_target_length,
-                source_prefix=config.data.source_prefix,
-                model_max_length=longest_input(model_config, tokenizer),
-            )
-            for name, rows in pairs.items()
-        }
+        datasets = {name: tokenize_pairs(rows, tokenizer, config.data) for name, rows in pairs.items()}
         report_lengths(datasets["train"], config.data)
 
         # Model: the pretrained one, or a new one of random weights, the same on every rank.

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError, TrainingError
+from swaft.training.config import QuestionAnsweringDataConfig as Data
 from swaft.training.config import QuestionAnsweringEvalConfig
 from swaft.training.data.question_answering import WindowCollator, tokenize_questions
 from swaft.training.evaluation.answering import (
@@ -72,7 +73,7 @@ def evaluate(
     accelerator, model, batch_size, *, answers=ANSWERS, padding_side="right", **settings
 ) -> Evaluation:
     questions, tokenizer = make_questions(answers), make_tokenizer(padding_side)
-    windows = tokenize_questions(questions, tokenizer, max_seq_length=10, doc_stride=2, training=False)
+    windows = tokenize_questions(questions, tokenizer, Data(max_seq_length=10, doc_stride=2), training=False)
     assert len(windows) > len(questions)
     loader = DataLoader(
         windows,  # type: ignore[arg-type]
@@ -111,7 +112,12 @@ def test_the_loss_is_the_mean_over_windows_of_the_models_own(make_accelerator):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     model = BertForQuestionAnswering(BertConfig(vocab_size=len(WORDS), **sizes)).eval()
     tokenizer = make_tokenizer("right")
-    windows = tokenize_questions(make_questions(), tokenizer, max_seq_length=10, doc_stride=2, training=False)
+    windows = tokenize_questions(
+        make_questions(),
+        tokenizer,
+        Data(max_seq_length=10, doc_stride=2),
+        training=False,
+    )
     collate = WindowCollator(tokenizer)
     with torch.no_grad():
         losses = [
@@ -156,7 +162,7 @@ def test_the_second_metric_scores_the_questions_of_the_first(make_accelerator):
     accelerator, tokenizer, model = make_accelerator(), make_tokenizer("right"), Reader()
     first = evaluate(accelerator, model, 4)
     questions = make_questions()
-    windows = tokenize_questions(questions, tokenizer, max_seq_length=10, doc_stride=2, training=False)
+    windows = tokenize_questions(questions, tokenizer, Data(max_seq_length=10, doc_stride=2), training=False)
     loader = DataLoader(windows, batch_size=4, collate_fn=WindowCollator(tokenizer))  # type: ignore[arg-type]
     second = evaluate_answers(
         model,

@@ -25,7 +25,6 @@ from swaft.training.models.encoder_decoder import (
     load_encoder_decoder,
     new_tokenizer,
 )
-from swaft.training.models.pretrained import UNLIMITED
 from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit
@@ -51,9 +50,7 @@ def evaluated(make_accelerator):
     tokenizer = new_tokenizer(section, accelerator, lambda: TARGETS)
     config = encoder_decoder_config(section)
     model = load_encoder_decoder(section, config, tokenizer, seed=0, gradient_checkpointing=False)
-    rows = tokenize_pairs(
-        PAIRS, tokenizer, max_source_length=16, max_target_length=16, model_max_length=UNLIMITED
-    )
+    rows = tokenize_pairs(PAIRS, tokenizer, Seq2SeqDataConfig(max_source_length=16, max_target_length=16))
 
     def evaluate(batch_size: int, *, generates: bool = True, references=PAIRS["references"]) -> Evaluation:
         loader = accelerator.prepare_data_loader(

@@ -41,9 +41,8 @@ def m2m100(**entries) -> M2M100ForConditionalGeneration:
 def test_texts_carry_the_codes_of_their_languages_even_when_cut():
     tokenizer = told(nllb(), "eng_Latn", "fra_Latn")
     pairs = Dataset.from_dict({"source": ["a cat"] * 2, "target": ["chat", "un chat noir et blanc"]})
-    rows: Any = tokenize_pairs(
-        pairs, tokenizer, max_source_length=16, max_target_length=8, model_max_length=1024
-    )
+    data = Seq2SeqDataConfig(max_source_length=16, max_target_length=8)
+    rows: Any = tokenize_pairs(pairs, tokenizer, data)
     english, french = tokenizer.convert_tokens_to_ids(["eng_Latn", "fra_Latn"])
     assert {ids[0] for ids in rows["input_ids"]} == {english}
     assert [(ids[0], ids[-1]) for ids in rows["labels"]] == [(french, tokenizer.eos_token_id)] * 2

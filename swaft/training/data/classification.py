@@ -16,7 +16,6 @@ from swaft.training.data.checks import (
     existing,
     good_rows,
     require_column,
-    require_length,
     text_faults,
 )
 from swaft.training.data.labels import Labels, label_faults, read_labels
@@ -87,11 +86,7 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (class ids, or floats for
         a regression) and `idx`, the row number in `split`.
-
-    Raises:
-        DataError: the model does not read that many tokens.
     """
-    require_length("data.max_seq_length", max_seq_length, tokenizer.model_max_length)
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [rows[column] for column in task.text_columns]

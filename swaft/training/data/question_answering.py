@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import ConfigError, DataError
+from swaft.training.config import QuestionAnsweringDataConfig
 from swaft.training.data.checks import (
     ROWS_AT_ONCE,
     Fault,
     good_rows,
-    require_length,
     text_faults,
     values,
 )
@@ -112,12 +112,7 @@ def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | N
 
 
 def tokenize_questions(
-    split: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_seq_length: int,
-    doc_stride: int,
-    training: bool,
+    split: Dataset, tokenizer: PreTrainedTokenizerBase, data: QuestionAnsweringDataConfig, *, training: bool
 ) -> Dataset:
     """Turn questions into windows: the question, and as much of the context as fits beside it, unpadded.
 
@@ -126,9 +121,8 @@ def tokenize_questions(
     Args:
         split: rows that `check_questions` checked.
         tokenizer: the model's, a fast one.
-        max_seq_length: tokens of a window, question and special tokens included.
-        doc_stride: tokens that a window of the context shares with the next one; Hugging Face's sense of the
-            word, not that of the first BERT code, where it was the step from one to the next.
+        data: the section of the configuration, with the lengths. `doc_stride` is what windows share, as Hugging
+            Face has it, not the step from one to the next, as the first BERT code had it.
         training: leave out the questions whose answers are all misplaced; False: keep all, and what finding answers
             needs.
 
@@ -141,11 +135,8 @@ def tokenize_questions(
         -1 for tokens that no answer can begin or end with.
 
     Raises:
-        DataError: a slow tokenizer, windows longer than the model reads, a question that leaves no room for
-            the context, or a context without tokens.
+        DataError: a context without tokens.
     """
-    require_offsets(tokenizer)
-    require_length("data.max_seq_length", max_seq_length, tokenizer.model_max_length)
     if training:
         kept = [
             row
@@ -155,9 +146,8 @@ def tokenize_questions(
         if len(kept) < len(split):
             logger.warning("%d training questions left out: no answer where it says", len(split) - len(kept))
             split = split.select(kept)
-    lengths = {"max_seq_length": max_seq_length, "doc_stride": doc_stride}
     windows = split.map(
-        partial(_encode, tokenizer=tokenizer, **lengths, training=training),
+        partial(_encode, tokenizer=tokenizer, data=data, training=training),
         batched=True,
         with_indices=True,
         remove_columns=split.column_names,
@@ -166,11 +156,7 @@ def tokenize_questions(
 
 
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that does not know which characters a token stands for.
-
-    Raises:
-        DataError: for a slow one.
-    """
+    """Refuse a tokenizer that does not know which characters a token stands for: a slow one."""
     if not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for; set "
@@ -179,15 +165,14 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def refuse_unusable_questions(
-    splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, doc_stride: int
+    splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: QuestionAnsweringDataConfig
 ) -> None:
     """Refuse a question that leaves no room for its context, or whose context has no tokens.
 
     Args:
         splits: rows that `check_questions` checked.
         tokenizer: the model's.
-        max_seq_length: as of `tokenize_questions`.
-        doc_stride: likewise.
+        data: the section of the configuration, with the lengths.
 
     Raises:
         DataError: names the question.
@@ -198,7 +183,16 @@ def refuse_unusable_questions(
         for first in range(0, len(rows), ROWS_AT_ONCE):
             ids, questions, contexts = zip(*rows[first : first + ROWS_AT_ONCE], strict=True)
             asked = [text.strip() for text in questions]
-            _refuse_long_questions(ids, asked, tokenizer, max_seq_length, doc_stride)
+            encoded = encode(tokenizer, asked, [""] * len(asked), verbose=False)
+            lengths = list(map(len, encoded["input_ids"]))
+            longest = int(np.argmax(lengths))
+            room = data.max_seq_length - lengths[longest]
+            if room <= data.doc_stride:
+                raise DataError(
+                    f"question {ids[longest]} takes {lengths[longest]} tokens, which leaves {max(room, 0)} of "
+                    f"data.max_seq_length={data.max_seq_length} to the context; expected more than "
+                    f"data.doc_stride={data.doc_stride}. Raise the one, lower the other, or shorten the question"
+                )
             for question, context in zip(ids, contexts, strict=True):
                 if is_doubtful(context):
                     found = tokenizer([context], add_special_tokens=False, return_offsets_mapping=True)
@@ -225,19 +219,17 @@ def _encode(
     indices: list[int],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    doc_stride: int,
+    data: QuestionAnsweringDataConfig,
     training: bool,
 ) -> dict[str, list[Any]]:
     question_first = tokenizer.padding_side == "right"
     questions, contexts = [text.strip() for text in rows["question"]], rows["context"]
-    _refuse_long_questions(rows["id"], questions, tokenizer, max_seq_length, doc_stride)
     encoded = encode(
         tokenizer,
         *((questions, contexts) if question_first else (contexts, questions)),
         truncation="only_second" if question_first else "only_first",
-        max_length=max_seq_length,
-        stride=doc_stride,
+        max_length=data.max_seq_length,
+        stride=data.doc_stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
@@ -288,25 +280,6 @@ def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> 
     first = np.searchsorted(ends, place[0], side="right")
     last = np.searchsorted(starts, place[1], side="left") - 1
     return (int(tokens[first]), int(tokens[last])) if first <= last else (fallback, fallback)
-
-
-def _refuse_long_questions(
-    ids: Sequence[str],
-    questions: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    doc_stride: int,
-) -> None:
-    encoded = encode(tokenizer, questions, [""] * len(questions), verbose=False)
-    lengths = list(map(len, encoded["input_ids"]))
-    longest = int(np.argmax(lengths))
-    room = max_seq_length - lengths[longest]
-    if room <= doc_stride:
-        raise DataError(
-            f"question {ids[longest]} takes {lengths[longest]} tokens, which leaves {max(room, 0)} of "
-            f"data.max_seq_length={max_seq_length} to the context; expected more than "
-            f"data.doc_stride={doc_stride}. Raise the one, lower the other, or shorten the question"
-        )
 
 
 def _refuse_untokenized(ids: Sequence[str], samples: list[int], offsets: list[np.ndarray]) -> None:

@@ -23,7 +23,6 @@ from swaft.training.data.checks import (
     good_rows,
     is_blank,
     require_column,
-    require_length,
     text_faults,
     values,
 )
@@ -124,41 +123,23 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
     return Dataset.from_dict({"source": list(by_source), "target": first, "references": references})
 
 
-def tokenize_pairs(
-    pairs: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_source_length: int,
-    max_target_length: int,
-    source_prefix: str = "",
-    model_max_length: int | None = None,
-) -> Dataset:
+def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq2SeqDataConfig) -> Dataset:
     """Turn pairs of texts into what an encoder-decoder reads, unpadded.
 
     Args:
         pairs: rows with `source` and `target`, from `read_pairs`.
         tokenizer: the model's tokenizer; targets are tokenized as such (`text_target`).
-        max_source_length: tokens a source is cut to, prefix and special tokens included.
-        max_target_length: tokens a target is cut to.
-        source_prefix: put before every source; T5 is told its task so ("summarize: ").
-        model_max_length: tokens the model reads at most; None: what its tokenizer says. Models with relative
-            positions (T5) read more than that.
+        data: the section of the configuration, with what is put before every source, and how long texts may be.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row
         number in `pairs`, and `source_length`, `target_length`: tokens before the cut.
-
-    Raises:
-        DataError: the model does not read that many tokens.
     """
-    most = tokenizer.model_max_length if model_max_length is None else model_max_length
-    require_length("data.max_source_length", max_source_length, most)
-    require_length("data.max_target_length", max_target_length, most)
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        sources = [source_prefix + text for text in rows["source"]]
-        encoded, source_lengths = _cut(tokenizer, "text", sources, max_source_length)
-        targets, target_lengths = _cut(tokenizer, "text_target", rows["target"], max_target_length)
+        sources = [data.source_prefix + text for text in rows["source"]]
+        encoded, source_lengths = _cut(tokenizer, "text", sources, data.max_source_length)
+        targets, target_lengths = _cut(tokenizer, "text_target", rows["target"], data.max_target_length)
         return encoded | {
             "labels": targets["input_ids"],
             "idx": indices,

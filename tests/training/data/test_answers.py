@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError, TrainingError
+from swaft.training.config import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import tokenize_questions
 from swaft.training.evaluation.answering import AnswerSearch, find_answers
 
@@ -33,7 +34,7 @@ SPLIT = Dataset.from_list(
     ]
 )
 # q1 has windows of the words 0-3, 2-5 and 4-7, at places 4 to 7; q2 has one, at places 4 and 5.
-WINDOWS = tokenize_questions(SPLIT, tiny_tokenizer(), max_seq_length=9, doc_stride=2, training=False)
+WINDOWS = tokenize_questions(SPLIT, tiny_tokenizer(), Data(max_seq_length=9, doc_stride=2), training=False)
 
 
 def logits(*marks: tuple[int, int, float], padded: int = 0) -> list[np.ndarray]:
@@ -179,7 +180,7 @@ def test_answers_come_back_where_a_character_takes_several_tokens_and_a_token_be
     ]
     split = Dataset.from_list(rows)
     tokenizer = byte_level_tokenizer(context, side)
-    windows = tokenize_questions(split, tokenizer, max_seq_length=90, doc_stride=30, training=False)
+    windows = tokenize_questions(split, tokenizer, Data(max_seq_length=90, doc_stride=30), training=False)
     perfect = [
         [np.where(np.arange(len(ids)) == at, float(at != cls), 0.0) for ids, at, cls in
          zip(windows["input_ids"], windows[column], windows["cls_position"], strict=True)]

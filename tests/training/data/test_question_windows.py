@@ -11,9 +11,11 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import processors
 
 from swaft.errors import DataError
+from swaft.training.config import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import (
     WindowCollator,
     refuse_unusable_questions,
+    require_offsets,
     tokenize_questions,
 )
 
@@ -39,7 +41,10 @@ def questions(*answers: tuple[str, int], question: str = "a b", context: str = C
 
 def windows(split: Dataset, *, length=9, stride=2, training=False, **options) -> Dataset:
     return tokenize_questions(
-        split, tiny_tokenizer(**options), max_seq_length=length, doc_stride=stride, training=training
+        split,
+        tiny_tokenizer(**options),
+        Data(max_seq_length=length, doc_stride=stride),
+        training=training,
     )
 
 
@@ -118,7 +123,7 @@ def test_tokenizer_that_pads_on_the_left_takes_the_context_first():
 def test_cls_token_is_found_where_it_stands():
     tokenizer = tiny_tokenizer()
     tokenizer.cls_token = "[SEP]"  # the last token, as in XLNet, but for the first of the two
-    found = tokenize_questions(questions(), tokenizer, max_seq_length=16, doc_stride=2, training=False)
+    found = tokenize_questions(questions(), tokenizer, Data(max_seq_length=16, doc_stride=2), training=False)
     assert found["cls_position"][:] == found["start_positions"][:] == [3]
 
 
@@ -132,7 +137,7 @@ def test_model_without_a_cls_token_never_points_at_the_context_for_want_of_an_an
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="$A", pair="$A $B:1"
     )
-    found = tokenize_questions(questions(), tokenizer, max_seq_length=16, doc_stride=2, training=False)
+    found = tokenize_questions(questions(), tokenizer, Data(max_seq_length=16, doc_stride=2), training=False)
     assert found["input_ids"][0] == [6, 7, 8, 4, 5, 6, 7, 8, 4, 5]  # the context, and then a b
     assert found["cls_position"][:] == found["start_positions"][:] == found["end_positions"][:] == [8]
 
@@ -166,25 +171,31 @@ def test_positions_move_with_padding_on_the_left():
 
 
 def test_question_that_leaves_no_room_is_named():
-    long = questions(question="a " * 5)
-    assert len(windows(long, length=11, stride=2)) == 6
+    rows = {"test": questions(question="a " * 5)}
+
+    def judge(length: int) -> None:
+        data = Data(max_seq_length=length, doc_stride=2)
+        refuse_unusable_questions(rows, tiny_tokenizer(), data)
+
+    judge(11)
+    assert len(windows(rows["test"], length=11, stride=2)) == 6
     with pytest.raises(
         DataError, match=r"question q1 takes 8 tokens, which leaves 2 of data\.max_seq_length=10"
     ):
-        windows(long, length=10, stride=2)
+        judge(10)
     with pytest.raises(DataError, match=r"leaves 0 of data\.max_seq_length=7"):
-        windows(long, length=7, stride=2)
+        judge(7)
 
 
 def test_context_without_tokens_is_named():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = tokenizers_strip()
-    rows, lengths = questions(context="\x00"), {"max_seq_length": 16, "doc_stride": 2}
+    rows, data = questions(context="\x00"), Data(max_seq_length=16, doc_stride=2)
     with pytest.raises(DataError, match="the context of question q1 has no tokens"):
-        tokenize_questions(rows, tokenizer, **lengths, training=False)
+        tokenize_questions(rows, tokenizer, data, training=False)
     with pytest.raises(DataError, match="the context of question q1 has no tokens"):
-        refuse_unusable_questions({"test": rows}, tokenizer, **lengths)
-    refuse_unusable_questions({"test": questions(context="a \x00")}, tokenizer, **lengths)
+        refuse_unusable_questions({"test": rows}, tokenizer, data)
+    refuse_unusable_questions({"test": questions(context="a \x00")}, tokenizer, data)
 
 
 def tokenizers_strip():
@@ -193,17 +204,12 @@ def tokenizers_strip():
     return normalizers.Replace("\x00", "")
 
 
-def test_windows_longer_than_the_model_reads_are_refused():
-    with pytest.raises(DataError, match=r"data\.max_seq_length is 17, but the model reads at most 16"):
-        windows(questions(), length=17)
-
-
 def test_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
     with pytest.raises(DataError, match=r"Slow does not say which characters.*fast tokenizer"):
-        tokenize_questions(questions(), Slow(), max_seq_length=9, doc_stride=2, training=False)  # type: ignore[arg-type]
+        require_offsets(Slow())  # type: ignore[arg-type]
 
 
 def test_tokenizer_without_padding_token_is_refused():

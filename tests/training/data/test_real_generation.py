@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from swaft.training.config import DataConfig, Seq2SeqDataConfig
+from swaft.training.config import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import check_questions, right_answers, tokenize_questions
 from swaft.training.data.seq2seq import find_pairs, read_pairs, tokenize_pairs
 from swaft.training.data.sources import data_folder, load_splits
@@ -65,7 +66,7 @@ def test_references_score_best_against_themselves(name):
 def test_lengths_of_e2e(tokenizer):
     splits = splits_of("e2e")
     pairs = read_pairs(splits["validation"], "validation", find_pairs(splits, Seq2SeqDataConfig()))
-    found = tokenize_pairs(pairs, tokenizer, max_source_length=48, max_target_length=64)
+    found = tokenize_pairs(pairs, tokenizer, Seq2SeqDataConfig(max_source_length=48, max_target_length=64))
     assert 0 < np.mean(np.array(found["source_length"]) > 48) < 0.5
     assert max(map(len, found["input_ids"])) == 48
 
@@ -77,7 +78,12 @@ def test_perfect_logits_give_back_the_answers_of_squad(tokenizer, length, caplog
     assert not report.has_unanswerable
     assert "do not stand where" not in caplog.text
     questions = splits["validation"]
-    windows = tokenize_questions(questions, tokenizer, max_seq_length=length, doc_stride=48, training=False)
+    windows = tokenize_questions(
+        questions,
+        tokenizer,
+        Data(max_seq_length=length, doc_stride=48),
+        training=False,
+    )
     logits = []
     for column in ("start_positions", "end_positions"):
         rows = zip(windows["input_ids"], windows[column], windows["cls_position"], strict=True)

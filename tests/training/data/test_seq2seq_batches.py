@@ -28,13 +28,8 @@ PAIRS = Dataset.from_dict(
 
 
 def tokenized(max_source_length: int = 16, max_target_length: int = 16, **options) -> Dataset:
-    return tokenize_pairs(
-        PAIRS,
-        tiny_tokenizer(),
-        max_source_length=max_source_length,
-        max_target_length=max_target_length,
-        **options,
-    )
+    lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    return tokenize_pairs(PAIRS, tiny_tokenizer(), Seq2SeqDataConfig(**lengths, **options))
 
 
 def test_pairs_become_ids_labels_row_numbers_and_lengths():
@@ -75,17 +70,9 @@ class TwoSided(PreTrainedTokenizerFast):
 def test_targets_are_tokenized_as_targets():
     plain = tiny_tokenizer()
     tokenizer = TwoSided(tokenizer_object=plain._tokenizer, model_max_length=16, pad_token="[PAD]")
-    found = tokenize_pairs(PAIRS, tokenizer, max_source_length=16, max_target_length=4)
+    found = tokenize_pairs(PAIRS, tokenizer, Seq2SeqDataConfig(max_source_length=16, max_target_length=4))
     assert found["input_ids"][0] == [2, 4, 5, 6, 3]
     assert found["labels"][:] == [[3, 5, 3], [3, 6, 7, 3], [3, 4, 4, 3]]
-
-
-def test_more_tokens_than_the_model_reads_are_refused():
-    with pytest.raises(DataError, match=r"data\.max_source_length is 17, but the model reads at most 16"):
-        tokenized(17)
-    with pytest.raises(DataError, match=r"data\.max_target_length is 9, but the model reads at most 8"):
-        tokenized(8, 9, model_max_length=8)
-    assert len(tokenized(17, model_max_length=20)) == 3
 
 
 def test_lengths_and_the_share_of_texts_that_are_cut_are_logged(caplog):

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from swaft.errors import DataError
+from swaft.training.config import QuestionAnsweringDataConfig as Data
+from swaft.training.config import Seq2SeqDataConfig
 from swaft.training.data.question_answering import tokenize_questions
 from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
 from swaft.training.data.texts import encode, read_as_text, report_special_tokens
@@ -119,7 +121,7 @@ def test_an_answer_beside_a_spelled_token_keeps_its_characters():
     context = "a [SEP] b a"
     row = {"id": ["1"], "question": ["a [CLS] b"], "context": [context]}
     rows = Dataset.from_dict(row | {"answers": [{"text": ["[SEP] b"], "answer_start": [2]}]})
-    window = tokenize_questions(rows, tokenizer, max_seq_length=32, doc_stride=4, training=False)[0]
+    window = tokenize_questions(rows, tokenizer, Data(max_seq_length=32, doc_stride=4), training=False)[0]
     ids, first, last = window["input_ids"], window["start_positions"], window["end_positions"]
     assert tokenizer.convert_ids_to_tokens(ids[first : last + 1]) == ["[", "sep", "]", "b"]
     assert ids.count(tokenizer.sep_token_id) == 2
@@ -132,8 +134,8 @@ def test_sources_and_targets_are_text_too():
     tokenizer = unigram()
     read_as_text(tokenizer, True)
     rows = Dataset.from_dict({"source": ["w1 </s> w2"], "target": ["</s> w1"]})
-    lengths = {"max_source_length": 16, "max_target_length": 16}
-    batch = Seq2SeqCollator(tokenizer)([tokenize_pairs(rows, tokenizer, **lengths)[0]])
+    data = Seq2SeqDataConfig(max_source_length=16, max_target_length=16)
+    batch = Seq2SeqCollator(tokenizer)([tokenize_pairs(rows, tokenizer, data)[0]])
     assert (batch["input_ids"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1]
     assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1]
 

@@ -46,11 +46,6 @@ def test_selected_rows_are_numbered_from_zero():
     assert tokenized(SINGLE.select([1, 2]))["idx"][:] == [0, 1]
 
 
-def test_more_tokens_than_the_model_reads_are_refused():
-    with pytest.raises(DataError, match=r"data\.max_seq_length is 17, but the model reads at most 16"):
-        tokenized(SINGLE, 17)
-
-
 def test_batch_is_padded_to_its_longest_row():
     rows = tokenized(SINGLE)
     batch = Collator(tiny_tokenizer())([rows[1], rows[2]])
