@@ -1,4 +1,4 @@
-"""The digest of a file: a tree of depth one, so that many threads can work on it.
+"""The digest of a file, a tree of depth one: hashed in one piece, it would take longer than a fast disk to write.
 
 It is the SHA-256 of the SHA-256 digests, one after the other, of the file's blocks of 4 MiB (the last may be
 shorter):
@@ -17,24 +17,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from typing import Any
 
 from swaft.storage.files import FileRecord, explained, open_regular
 
 BLOCK_BYTES = 1 << 22
 """Bytes of a block; part of the format."""
 
-SMALL = 1 << 16
-"""Pieces below this many bytes are copied together: a block is of few pieces, whatever it comes in."""
-
-Pieces = list[memoryview | bytearray]
-
 
 class BlockHasher:
-    """Digests bytes as they come, in threads of its own (hashlib lets go of the interpreter lock).
+    """Digests bytes as they come: whole blocks in threads (hashlib lets go of the interpreter lock), parts at once.
 
     At most two blocks a thread are under way. What is given to :meth:`update` is not copied, so it must stay as it
     is until :meth:`drain` or :meth:`hexdigest` returns.
@@ -47,41 +41,38 @@ class BlockHasher:
         threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="swaft-hash")
         self._most = 2 * threads
-        self._under_way: deque[Future[bytes]] = deque()
-        self._outer = hashlib.sha256()
-        self._bytes = 0
-        self._start_block()
+        self._under_way: deque[Callable[[], bytes]] = deque()
+        self._outer, self._part, self._bytes = hashlib.sha256(), hashlib.sha256(), 0
+
+    @property
+    def room(self) -> int:
+        """Bytes until the end of the block that has begun."""
+        return BLOCK_BYTES - self._bytes % BLOCK_BYTES
 
     def update(self, buffer: bytes | bytearray | memoryview) -> None:
         """Take the next bytes, any number of them, of a contiguous buffer."""
         view = memoryview(buffer)
-        if not view.nbytes:
-            return
-        view = view.cast("B")
-        self._bytes += view.nbytes
+        view = view.cast("B") if view.nbytes else view
         while view.nbytes:
-            piece, view = view[: self._room], view[self._room :]
-            self._room -= piece.nbytes
-            if piece.nbytes >= SMALL:
-                self._pieces.append(piece)
-            elif self._pieces and isinstance(self._pieces[-1], bytearray):
-                self._pieces[-1] += piece
-            else:
-                self._pieces.append(bytearray(piece))
-            if not self._room:
-                self._close_block()
+            piece, view = view[: self.room], view[self.room :]
+            self._bytes += piece.nbytes
+            if piece.nbytes == BLOCK_BYTES:
+                self._end_block(self._pool.submit(_sha256, piece).result)
+                continue
+            self._part.update(piece)
+            if self.room == BLOCK_BYTES:
+                self._end_block(self._part.digest)
+                self._part = hashlib.sha256()
 
     def drain(self) -> None:
         """Wait until no buffer that was given is looked at any more."""
         while self._under_way:
-            self._outer.update(self._under_way.popleft().result())
-        _digest(self._block, self._pieces)
-        self._pieces = []
+            self._outer.update(self._under_way.popleft()())
 
     def hexdigest(self) -> str:
         """The tree digest of all bytes given; the last thing to ask for."""
-        if self._room < BLOCK_BYTES:
-            self._close_block()
+        if self.room < BLOCK_BYTES:
+            self._end_block(self._part.digest)
         self.drain()
         return self._outer.hexdigest()
 
@@ -99,14 +90,10 @@ class BlockHasher:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start_block(self) -> None:
-        self._block, self._pieces, self._room = hashlib.sha256(), Pieces(), BLOCK_BYTES
-
-    def _close_block(self) -> None:
+    def _end_block(self, digest: Callable[[], bytes]) -> None:
         if len(self._under_way) >= self._most:
-            self._outer.update(self._under_way.popleft().result())
-        self._under_way.append(self._pool.submit(_digest, self._block, self._pieces))
-        self._start_block()
+            self._outer.update(self._under_way.popleft()())
+        self._under_way.append(digest)
 
 
 def hash_file(path: str | PathLike[str], *, threads: int | None = None) -> FileRecord:
@@ -129,7 +116,5 @@ def hash_file(path: str | PathLike[str], *, threads: int | None = None) -> FileR
         os.close(descriptor)
 
 
-def _digest(block: Any, pieces: Iterable[memoryview | bytearray]) -> bytes:
-    for piece in pieces:
-        block.update(piece)
-    return block.digest()
+def _sha256(block: memoryview) -> bytes:
+    return hashlib.sha256(block).digest()

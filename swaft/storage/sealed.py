@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -148,7 +148,12 @@ def verify(
     chosen = {*manifest.files, *manifest.sealed} if names is None else set(names)
     for name in sorted(chosen):
         if name in manifest.files:
-            _check_hash(folder / name, manifest.files[name], threads)
+            expected, found = manifest.files[name], hash_file(folder / name, threads=threads)
+            if found != expected:
+                raise StateError(
+                    f"{folder / name} is damaged: {found.bytes:,} bytes of SHA-256 {found.sha256}; expected "
+                    f"{expected.bytes:,} of {expected.sha256} (the tree digest of swaft.storage.hashing)"
+                )
         elif name in manifest.sealed:
             inner, _ = _read_sealed(folder, name, manifest.sealed[name], nested=1)
             verify(folder / name, inner, threads=threads)
@@ -206,7 +211,9 @@ def _read_sealed(folder: Path, name: str, expected: str, *, nested: int) -> tupl
 
 def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
     """Hold what lies in a folder to its manifest, without reading a file."""
-    _refuse_links(folder, [*manifest.files, *manifest.sealed])
+    names = [*manifest.files, *manifest.sealed]
+    for parent in sorted({parent for name in names for parent in Path(name).parents if parent.parts}):
+        _require_folder(folder / parent)  # and no link, which could lead anywhere
     for name, record in manifest.files.items():
         size = require_regular(folder / name)
         if size != record.bytes:
@@ -215,82 +222,55 @@ def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
         _read_sealed(folder, name, digest, nested=nested + 1)
 
 
-def _refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuse paths that lead through anything but folders."""
-    for parent in sorted({parent for name in names for parent in Path(name).parents if parent.parts}):
-        _require_folder(folder / parent)
-
-
 def _require_folder(folder: Path) -> None:
     facts = status(folder)
-    if facts is None:
-        raise StateError(f"{folder} is missing; expected a folder")
-    if not stat.S_ISDIR(facts.st_mode):
-        raise StateError(f"{folder} is {kind_of(facts.st_mode)}; expected a folder")
-
-
-def _check_hash(path: Path, record: FileRecord, threads: int | None) -> None:
-    found = hash_file(path, threads=threads)
-    if found != record:
-        raise StateError(
-            f"{path} is damaged: {found.bytes:,} bytes of SHA-256 {found.sha256}; expected {record.bytes:,} of "
-            f"{record.sha256} (the tree digest of swaft.storage.hashing)"
-        )
+    if facts is None or not stat.S_ISDIR(facts.st_mode):
+        found = "missing" if facts is None else kind_of(facts.st_mode)
+        raise StateError(f"{folder} is {found}; expected a folder")
 
 
 def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:
     """Every field of a manifest, checked; pure."""
+
+    def require(holds: bool, where: str, found: Any, expected: str) -> None:
+        if not holds:
+            raise StateError(f"{path}: {where}: found {shown(found)}, expected {expected}")
+
+    def check_path(where: str, name: str) -> None:
+        """Refuse what leads out of the folder, or to the manifest itself."""
+        bad_parts = {"", ".", ".."} & set(name.split("/"))
+        bad = bad_parts or "\\" in name or not name.isprintable() or name in (MANIFEST, COMPLETE)
+        require(not bad, where, name, "a relative path inside the folder, without '..', backslashes or links")
+
+    def check_digest(where: str, digest: Any) -> None:
+        is_digest = isinstance(digest, str) and SHA256.fullmatch(digest) is not None
+        require(is_digest, where, digest, "64 lower-case hex digits")
+
     content = parse_object(raw, str(path))
-    if content.get("format") != FORMAT:
-        raise _wrong(path, "format", content.get("format"), repr(FORMAT))
-    version = content.get("version")
-    if type(version) is not int or version < 1:
-        raise _wrong(path, "version", version, f"{VERSION}")
+    version, found = content.get("version"), content.get("kind")
+    require(content.get("format") == FORMAT, "format", content.get("format"), repr(FORMAT))
+    require(type(version) is int and version >= 1, "version", version, f"{VERSION}")
     if version > VERSION:
         raise StateAccessError(
             f"{path}: version: {version}, written by a newer swaft; expected at most {VERSION}. Upgrade swaft"
         )
     if sorted(content) != sorted(FIELDS):
         raise StateError(f"{path}: found the fields {shown(sorted(content))}, expected {', '.join(FIELDS)}")
-    found = content["kind"]
-    if not isinstance(found, str) or (kind is not None and found != kind):
-        raise _wrong(path, "kind", found, repr(kind or "a text"))
+    require(isinstance(found, str) and kind in (None, found), "kind", found, repr(kind or "a text"))
     for name in ("files", "sealed", "content"):
-        if not isinstance(content[name], dict):
-            raise _wrong(path, name, content[name], "an object")
-    files = {name: _parse_record(path, name, record) for name, record in content["files"].items()}
+        require(isinstance(content[name], dict), name, content[name], "an object")
+    for name, record in content["files"].items():
+        where = f"files: {shown(name)}"
+        check_path("files", name)
+        is_record = isinstance(record, dict) and record.keys() == {"bytes", "sha256"}
+        require(is_record, where, record, "an object of bytes and sha256")
+        is_size = type(record["bytes"]) is int and 0 <= record["bytes"] < 1 << 63
+        require(is_size, f"{where}: bytes", record["bytes"], "a whole number from 0")
+        check_digest(f"{where}: sha256", record["sha256"])
     for name, digest in content["sealed"].items():
-        _check_path(path, "sealed", name)
-        _check_digest(path, f"sealed: {shown(name)}", digest)
-        if name in files:
+        check_path("sealed", name)
+        check_digest(f"sealed: {shown(name)}", digest)
+        if name in content["files"]:
             raise StateError(f"{path}: {shown(name)} is among both files and sealed folders")
+    files = {name: FileRecord(**record) for name, record in content["files"].items()}
     return Manifest(found, files, content["content"], content["sealed"], version)
-
-
-def _parse_record(path: Path, name: str, record: Any) -> FileRecord:
-    _check_path(path, "files", name)
-    where = f"files: {shown(name)}"
-    if not isinstance(record, dict) or record.keys() != {"bytes", "sha256"}:
-        raise _wrong(path, where, record, "an object of bytes and sha256")
-    if type(record["bytes"]) is not int or not 0 <= record["bytes"] < 1 << 63:
-        raise _wrong(path, f"{where}: bytes", record["bytes"], "a whole number from 0")
-    _check_digest(path, f"{where}: sha256", record["sha256"])
-    return FileRecord(record["bytes"], record["sha256"])
-
-
-def _check_path(path: Path, where: str, name: str) -> None:
-    """A relative path that cannot lead out of its folder, nor to the manifest itself."""
-    bad_parts = {"", ".", ".."} & set(name.split("/"))
-    if bad_parts or "\\" in name or not name.isprintable() or name in (MANIFEST, COMPLETE):
-        raise _wrong(
-            path, where, name, "a relative path inside the folder, without '..', backslashes or links"
-        )
-
-
-def _check_digest(path: Path, where: str, digest: Any) -> None:
-    if not isinstance(digest, str) or not SHA256.fullmatch(digest):
-        raise _wrong(path, where, digest, "64 lower-case hex digits")
-
-
-def _wrong(path: Path, where: str, found: Any, expected: str) -> StateError:
-    return StateError(f"{path}: {where}: found {shown(found)}, expected {expected}")

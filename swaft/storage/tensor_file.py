@@ -1,19 +1,25 @@
-"""Files of tensors in the safetensors format: written as a stream, read in slices, both in bounded memory.
+"""Files of tensors in the safetensors format, where the library's own calls fall short.
 
-Nothing as large as what a header claims is allocated before the header is believed.
+Its writer wants every tensor in memory at once, and its reader maps files: one that is cut short while it is read
+kills the process. So both stream here, in memory of a slice. The header is checked by the library.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from swaft.errors import StateError
@@ -26,8 +32,30 @@ from swaft.storage.files import (
     sync_folder,
     write_all,
 )
-from swaft.storage.hashing import BLOCK_BYTES, BlockHasher
-from swaft.storage.tensor_header import Entry, check_length, make_header, parse_header
+from swaft.storage.hashing import BlockHasher
+from swaft.storage.strict_json import parse_object, shown
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of dtypes."""
+METADATA = "__metadata__"
 
 
 class TensorFileWriter:
@@ -60,7 +88,7 @@ class TensorFileWriter:
         self.path = Path(path)
         self.record: FileRecord
         """What was written; there after :meth:`close`."""
-        header, self._announced = make_header(tensors, metadata)
+        header, self._announced = _make_header(tensors, metadata or {})
         _refuse_existing(self.path)
         self._descriptor, self._temporary = create_temporary(self.path)
         self._hasher = BlockHasher(threads)
@@ -83,12 +111,12 @@ class TensorFileWriter:
                 f"{self._announced:,} that the header announces"
             )
         with explained(self.path, "written"):
-            for start in range(0, view.nbytes, BLOCK_BYTES):
-                block = view[start : start + BLOCK_BYTES]
+            self._written += view.nbytes
+            while view.nbytes:
+                block, view = view[: self._hasher.room], view[self._hasher.room :]
                 self._hasher.update(block)
                 write_all(self._descriptor, block)
         self._hasher.drain()
-        self._written += view.nbytes
 
     def close(self) -> None:
         """Bring the file to the disk and give it its name; sets `record`."""
@@ -139,6 +167,20 @@ class TensorFileWriter:
             os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """First byte, in the file."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
 class TensorFile:
     """A file of tensors opened for reading in slices; a context manager.
 
@@ -151,13 +193,9 @@ class TensorFile:
 
     def __init__(self, path: str | PathLike[str]):
         self.path = Path(path)
-        self._descriptor, size = open_regular(path)
+        self._descriptor, _ = open_regular(path)
         try:
-            head = _read_exactly(self.path, self._descriptor, min(size, 8), 0)
-            length = check_length(head, size, str(self.path))
-            self._begin = 8 + length
-            raw = _read_exactly(self.path, self._descriptor, length, 8)
-            self._entries, self.metadata = parse_header(raw, size - self._begin, str(self.path))
+            self._entries, self.metadata = _read_header(self._descriptor, self.path)
         except BaseException:
             self.close()
             raise
@@ -208,7 +246,7 @@ class TensorFile:
                 f"out is {out.dtype} of shape {tuple(out.shape)}; expected {entry.dtype} of ({end - start},)"
             )
         view = _bytes_of(out)
-        position = self._begin + entry.start + start * entry.dtype.itemsize
+        position = entry.start + start * entry.dtype.itemsize
         with explained(self.path, "read"):
             while view.nbytes:
                 count = os.preadv(self._descriptor, [view], position)
@@ -229,22 +267,63 @@ class TensorFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise StateError(f"{self.path} has no tensor {name!r}")
         return self._entries[name]
 
 
-def _read_exactly(path: Path, descriptor: int, count: int, position: int) -> bytes:
-    parts = []
-    with explained(path, "read"):
-        while count:
-            part = os.pread(descriptor, count, position)
-            if not part:
-                raise StateError(f"{path} has become shorter while it was read")
-            parts.append(part)
-            count, position = count - len(part), position + len(part)
-    return b"".join(parts)
+def _make_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """The head of a file, its length included, and how many bytes of tensors must follow."""
+    content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    codes, position = {dtype: code for code, dtype in DTYPES.items()}, 0
+    for name, (dtype, shape) in tensors.items():
+        if name == METADATA:
+            raise ValueError(f"a tensor cannot be called {METADATA}")
+        if dtype not in codes:
+            raise ValueError(f"{name!r} is {dtype}, which a file of tensors cannot hold")
+        end = position + prod(shape) * dtype.itemsize
+        content[name] = {"dtype": codes[dtype], "shape": [*shape], "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, position
+
+
+def _read_header(descriptor: int, path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Tensors by name in the order in which they lie, and the metadata.
+
+    The library has held the header to itself and to the size of the file before any of it is believed; what it lets
+    pass is refused here: a key twice, fields that nobody knows.
+    """
+    try:
+        with explained(path, "read"), safe_open(f"/proc/self/fd/{descriptor}", "numpy"):
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise StateError(f"{path} is no whole file of tensors: {str(error)[:300]}") from error
+    with explained(path, "read"), open(descriptor, "rb", closefd=False) as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        raw = file.read(begin - 8)
+    content = parse_object(raw, f"{path}: header")
+    metadata, entries = content.pop(METADATA, {}), dict[str, _Entry]()
+    if metadata is None:
+        raise StateError(f"{path}: header: {METADATA}: expected an object of texts")
+    for name, found in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+        if found.keys() > {"dtype", "shape", "data_offsets"}:
+            raise StateError(
+                f"{path}: header: {shown(name)}: expected an object of dtype, shape and data_offsets"
+            )
+        if found["dtype"] not in DTYPES:
+            raise StateError(
+                f"{path}: header: {shown(name)}: dtype: found {shown(found['dtype'])}, expected one of "
+                f"{', '.join(DTYPES)}"
+            )
+        entries[name] = _Entry(
+            DTYPES[found["dtype"]], tuple(found["shape"]), begin + found["data_offsets"][0]
+        )
+    return entries, metadata
 
 
 def _refuse_existing(path: Path) -> None:

@@ -28,58 +28,59 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+ENTRY = json.dumps(entry()).encode()
+
 HOSTILE = {
-    "no object": (b"[]      ", "the header begins with"),
-    "no JSON": (b"{nonsense", "no valid JSON"),
-    "no UTF-8": (b'{"\xff": 1}', "no valid JSON"),
-    "text behind the object": (b"{} {}", "no valid JSON"),
-    "a key twice": (b'{"a": 1, "a": 2}', "key 'a' is there twice"),
-    "a field twice": (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "key 'dtype' is there twice"),
-    "nested without end": (b'{"a":' + b"[" * 100_000, "nested too deep"),
-    "NaN": (b'{"a": NaN}', "found NaN"),
-    "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON"),
-    "an entry that is no object": ({"a": 3}, "'a': expected an object of dtype, shape and data_offsets"),
-    "a field too many": ({"a": entry() | {"more": 1}}, "'a': expected an object"),
-    "a field too few": ({"a": {"dtype": "F32", "shape": [2]}}, "'a': expected an object"),
-    "an unknown dtype": ({"a": entry("F33")}, "'a': dtype: found 'F33'"),
-    "a dtype that is a list": ({"a": entry(["F32"])}, "'a': dtype: found"),
-    "another dtype": ({"a": entry("F16")}, "8 bytes, expected the 4 of F16"),
-    "a negative size": ({"a": entry(shape=[-2])}, "'a': shape: found"),
-    "a true size": ({"a": entry(shape=[True, 2])}, "'a': shape: found"),
-    "a broken size": ({"a": entry(shape=[2.0])}, "'a': shape: found"),
-    "a size above 64 bits": ({"a": entry(shape=[1 << 70])}, "'a': shape: found"),
-    "a product above 64 bits": ({"a": entry(shape=[1 << 40, 1 << 40])}, "'a': data_offsets"),
+    "no object": (b"[]      ", "invalid type: sequence"),
+    "no JSON": (b"{nonsense", "invalid JSON"),
+    "no UTF-8": (b'{"\xff": 1}', "invalid UTF-8"),
+    "text behind the object": (b"{} {}", "trailing characters"),
+    "a key twice": (b'{"a": %s, "a": %s}' % (ENTRY, ENTRY), "key 'a' is there twice"),
+    "a field twice": (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "duplicate field `dtype`"),
+    "nested without end": (b'{"a":' + b"[" * 100_000, "recursion limit exceeded"),
+    "NaN": (b'{"a": NaN}', "invalid JSON"),
+    "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "number out of range"),
+    "an entry that is no object": ({"a": 3}, "invalid type: integer `3`"),
+    "a field too many": (
+        {"a": entry() | {"more": 1}},
+        "'a': expected an object of dtype, shape and data_offsets",
+    ),
+    "a field too few": ({"a": {"dtype": "F32", "shape": [2]}}, "missing field `data_offsets`"),
+    "an unknown dtype": ({"a": entry("F33")}, "unknown variant `F33`"),
+    "a dtype that torch lacks": (
+        {"a": entry("F4", [16])},
+        "'a': dtype: found 'F4', expected one",
+    ),
+    "a dtype that is a list": ({"a": entry(["F32"])}, "invalid JSON"),
+    "another dtype": ({"a": entry("F16")}, "invalid shape, data type, or offset for tensor"),
+    "a negative size": ({"a": entry(shape=[-2])}, "integer `-2`, expected usize"),
+    "a true size": ({"a": entry(shape=[True, 2])}, "boolean `true`, expected usize"),
+    "a broken size": ({"a": entry(shape=[2.0])}, "floating point `2.0`, expected usize"),
+    "a size above 64 bits": ({"a": entry(shape=[1 << 70])}, "expected usize"),
+    "a product above 64 bits": ({"a": entry(shape=[1 << 40, 1 << 40])}, "overflow computing buffer size"),
     "a product above 64 bits, then none": (
         {"a": entry(shape=[1 << 62, 4, 0], offsets=[0, 0])},
-        "'a': data_off",
+        "overflow computing buffer size",
     ),
-    "huge sizes by the thousand": ({"a": entry(shape=[(1 << 63) - 1] * 10_000)}, "'a': data_offsets"),
-    "offsets backwards": ({"a": entry(offsets=[8, 0])}, "'a': data_offsets: -8 bytes"),
-    "a negative offset": ({"a": entry(offsets=[-8, 0])}, "'a': data_offsets: found"),
-    "three offsets": ({"a": entry(offsets=[0, 8, 8])}, "'a': data_offsets: found"),
-    "10 GB claimed": (
-        {"a": entry("U8", [10**10], [0, 10**10])},
-        "end at byte 10,000,000,000 of a buffer of 8",
-    ),
+    "huge sizes by the thousand": ({"a": entry(shape=[(1 << 63) - 1] * 10_000)}, "overflow computing"),
+    "offsets backwards": ({"a": entry(offsets=[8, 0])}, "invalid offset for tensor `a`"),
+    "a negative offset": ({"a": entry(offsets=[-8, 0])}, "integer `-8`, expected usize"),
+    "three offsets": ({"a": entry(offsets=[0, 8, 8])}, "invalid JSON"),
+    "10 GB claimed": ({"a": entry("U8", [10**10], [0, 10**10])}, "file not fully covered"),
     "a hole": (
         {"a": entry("U8", [4], [0, 4]), "b": entry("U8", [3], [5, 8])},
-        "'b'.*begins at byte 5, expected 4",
+        "invalid offset for tensor `b`",
     ),
     "an overlap": (
         {"a": entry("U8", [5], [0, 5]), "b": entry("U8", [4], [4, 8])},
-        "'b'.*begins at byte 4, exp",
+        "invalid offset for tensor `b`",
     ),
-    "bytes left over": ({"a": entry("U8", [4], [0, 4])}, "end at byte 4 of a buffer of 8"),
-    "metadata that is no text": (
-        {"__metadata__": {"a": 1}, "a": entry()},
-        "__metadata__: expected an object of",
-    ),
-    "metadata that is a list": (
-        {"__metadata__": [], "a": entry()},
-        "__metadata__: expected an object of texts",
-    ),
+    "bytes left over": ({"a": entry("U8", [4], [0, 4])}, "file not fully covered"),
+    "metadata that is no text": ({"__metadata__": {"a": 1}, "a": entry()}, "expected a string"),
+    "metadata that is a list": ({"__metadata__": [], "a": entry()}, "expected a map"),
     "metadata that is nothing": ({"__metadata__": None, "a": entry()}, "__metadata__: expected an object"),
 }
+"""Header, and what is said of it: most by the safetensors library, in a message of ours that names the file."""
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -96,7 +97,7 @@ def test_a_made_up_header_is_refused_and_the_field_named(tmp_path, name):
 def test_a_header_longer_than_the_file_is_refused_before_it_is_allocated(tmp_path, length):
     (tmp_path / "x").write_bytes(length.to_bytes(8, "little") + b"{}      ")
     tracemalloc.start()
-    with pytest.raises(StateError, match="header length: found"):
+    with pytest.raises(StateError, match=r"no whole file of tensors: .*header"):
         TensorFile(tmp_path / "x")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
@@ -107,7 +108,7 @@ def test_a_header_larger_than_the_format_allows_is_refused_in_a_file_that_could_
     os.truncate(path, 10 * 10**9)
     with path.open("r+b") as file:
         file.write((10**9).to_bytes(8, "little"))
-    with pytest.raises(StateError, match="header length: found 1,000,000,000, expected at most 100,000,000"):
+    with pytest.raises(StateError, match="header too large"):
         TensorFile(path)
 
 
@@ -121,7 +122,7 @@ def test_a_slice_of_a_huge_tensor_takes_the_memory_of_the_slice(tmp_path):
 @pytest.mark.parametrize("size", [0, 1, 7, 8])
 def test_a_file_too_short_for_a_header_is_refused(tmp_path, size):
     (tmp_path / "x").write_bytes(bytes(size))
-    with pytest.raises(StateError, match=r"cut short|the header begins with"):
+    with pytest.raises(StateError, match="no whole file of tensors"):
         TensorFile(tmp_path / "x")
 
 

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from swaft.errors import StateError
 from swaft.storage.hashing import hash_file
-from swaft.storage.tensor_file import TensorFile, TensorFileWriter
-from swaft.storage.tensor_header import DTYPES
+from swaft.storage.tensor_file import DTYPES, TensorFile, TensorFileWriter
 
 pytestmark = pytest.mark.unit
 
