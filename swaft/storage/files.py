@@ -64,13 +64,10 @@ def open_regular(path: str | PathLike[str]) -> tuple[int, int]:
     with explained(path, "opened"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise StateError(f"{path} is {kind_of(facts.st_mode)}; expected a regular file")
+        return descriptor, _regular_size(path, os.fstat(descriptor))
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, facts.st_size
 
 
 def require_regular(path: str | PathLike[str]) -> int:
@@ -79,11 +76,13 @@ def require_regular(path: str | PathLike[str]) -> int:
     Raises:
         StateError: it is missing, or anything else.
     """
-    facts = status(path)
-    if facts is None:
-        raise StateError(f"{path} is missing; expected a regular file")
-    if not stat.S_ISREG(facts.st_mode):
-        raise StateError(f"{path} is {kind_of(facts.st_mode)}; expected a regular file")
+    return _regular_size(path, status(path))
+
+
+def _regular_size(path: str | PathLike[str], facts: os.stat_result | None) -> int:
+    if facts is None or not stat.S_ISREG(facts.st_mode):
+        found = "missing" if facts is None else kind_of(facts.st_mode)
+        raise StateError(f"{path} is {found}; expected a regular file")
     return facts.st_size
 
 
@@ -121,17 +120,10 @@ def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
         StateError: it is no regular file, larger than the limit, or could not be read.
     """
     descriptor, size = open_regular(path)
-    try:
+    with open(descriptor, "rb") as file, explained(path, "read"):
         if size > limit:
             raise StateError(f"{path} has {size:,} bytes; expected at most {limit:,}")
-        parts = []
-        with explained(path, "read"):
-            while size and (part := os.read(descriptor, size)):
-                parts.append(part)
-                size -= len(part)
-        return b"".join(parts)
-    finally:
-        os.close(descriptor)
+        return file.read(size)
 
 
 @contextmanager
@@ -237,11 +229,8 @@ def write_durably(path: str | PathLike[str], data: bytes) -> None:
 def sync_file(path: str | PathLike[str]) -> None:
     """Wait until a file's content is on the disk."""
     descriptor, _ = open_regular(path)
-    try:
-        with explained(path, "synced"):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(descriptor, "rb"), explained(path, "synced"):
+        os.fsync(descriptor)
 
 
 def sync_tree(folder: str | PathLike[str]) -> None:

@@ -247,7 +247,8 @@ def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:
         require(is_digest, where, digest, "64 lower-case hex digits")
 
     content = parse_object(raw, str(path))
-    version, found = content.get("version"), content.get("kind")
+    version: Any = content.get("version")
+    found: Any = content.get("kind")
     require(content.get("format") == FORMAT, "format", content.get("format"), repr(FORMAT))
     require(type(version) is int and version >= 1, "version", version, f"{VERSION}")
     if version > VERSION:

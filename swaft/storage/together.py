@@ -58,7 +58,12 @@ def write_together(
             if overwrites is not None:
                 _refuse_foreign(final, overwrites)
                 shutil.rmtree(folder, ignore_errors=True)  # what was ended while it was written
-            _make(folder)
+            with explained(folder, "made"):
+                folder.mkdir(parents=True, exist_ok=True)
+                if any(folder.iterdir()):
+                    raise StateError(
+                        f"{folder} holds files already; expected a new folder: name another path"
+                    )
     try:
         records: Mapping[str, FileRecord] = {}
         with ranks.together(f"{final} could not be written"):
@@ -92,14 +97,14 @@ def open_together(ranks: Ranks, path: str | PathLike[str], *, kind: str) -> Mani
     Raises:
         StateError: the folder is incomplete or damaged; on every rank, naming file and field.
     """
-    folder, manifests = Path(path), []
+    folder = Path(path)
     with ranks.together():
-        manifests.append(read_manifest(folder, kind=kind))
-        files = list(_files(folder, manifests[0]))
-        for place, manifest, name in files[ranks.rank :: ranks.world_size]:
-            verify(place, manifest, names=[name])
-    manifest = manifests[0]
-    if any(digest != _digest(manifest) for digest in ranks.gather(_digest(manifest))):
+        manifest = read_manifest(folder, kind=kind)
+        files = list(_files(folder, manifest))
+        for place, held, name in files[ranks.rank :: ranks.world_size]:
+            verify(place, held, names=[name])
+    digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
+    if any(each != digest for each in ranks.gather(digest)):
         raise StateError(
             f"{folder} is not the same folder on every rank; name one on a file system that all machines share"
         )
@@ -119,10 +124,6 @@ def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, s
         yield from _files(folder / name, read_manifest(folder / name, kind=None))
 
 
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(repr(manifest).encode()).hexdigest()
-
-
 def _refuse_foreign(folder: Path, known: re.Pattern[str]) -> None:
     """Refuse to replace what somebody else has put there."""
     facts = status(folder)
@@ -135,10 +136,3 @@ def _refuse_foreign(folder: Path, known: re.Pattern[str]) -> None:
             f"{folder} holds {shown(others[0])}, which nothing of this kind has written, so it is not overwritten; "
             "name another path"
         )
-
-
-def _make(folder: Path) -> None:
-    with explained(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise StateError(f"{folder} holds files already; expected a new folder: name another path")

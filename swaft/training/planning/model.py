@@ -80,10 +80,11 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
 
 def _stand_in_for_tokenizer(model_config: Any, config: Seq2SeqConfig) -> None:
     """Give a new model the special tokens, and the most tokens, that its tokenizer will have."""
+    said = config.model.config or {}
     fitted = {
         "vocab_size": config.model.vocab_size or VOCAB_SIZE,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
-    model_config.update({name: value for name, value in fitted.items() if name not in config.model.config})
+    model_config.update({name: value for name, value in fitted.items() if name not in said})
