@@ -52,11 +52,16 @@ test-full: venv  ## everything that runs without a GPU
 soak: venv  ## kill 200 runs and hold each to the bits of an unbroken one; a broken-off soak goes on (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
 
-gpu: venv  ## what needs a GPU: its tests, then its benchmarks
-	$(BIN)/python -m pytest -m gpu
+# Where PYTHON is given (make gpu PYTHON=python3), that environment is used as it is: nothing is installed, and what is
+# missing is listed. Else .venv is built, with what the loss is compared with.
+ifeq ($(origin PYTHON),file)
+gpu: venv  ## what needs a GPU, within 8 minutes: tests, probes, benchmarks; results in runs/gpu
 	$(PIP) --editable '.[bench]' || echo 'liger-kernel is missing; the benchmark will say so'
-	$(BIN)/python -m benchmarks.averaging
-	$(BIN)/python -m benchmarks.fused_loss
+	$(BIN)/python -m benchmarks.gpu
+else
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+endif
 
 bench: venv  ## benchmarks, side by side in one run; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.averaging

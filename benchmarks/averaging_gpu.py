@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from benchmarks.averaging_training import (
     timm_average,
     torch_average,
 )
+from benchmarks.deadline import seconds_left, within
 from benchmarks.measuring import spread
 from swaft.averaging import Engine
 from swaft.averaging.host.averages import STAGING_BYTES
@@ -45,8 +47,8 @@ MICRO_BATCH = (32, 512)
 ACCUMULATED = (1, 4)
 """Micro-batches of a step: 16k and 64k tokens."""
 BARS = {"16384": 1.01, "65536": 1.005}
-PAIRED_S = 25.0
-"""Seconds for the paired steps of one configuration."""
+PAIRED_S, LEAST_PAIRED_S = 25.0, 9.0
+"""Seconds for the paired steps of one configuration: as many as there are, and under a time limit."""
 BLOCK_S = 0.7
 """Seconds of one block."""
 
@@ -59,7 +61,13 @@ def measure(*, quick: bool, device: str) -> dict[str, object]:
         for accumulated in ACCUMULATED:
             tokens = micro_batch[0] * micro_batch[1] * accumulated
             try:
-                found = _configuration(sizes, micro_batch, accumulated, quick=quick)
+                found = within(
+                    f"{name}, {tokens} tokens",
+                    2 * paired_s(),
+                    lambda sizes=sizes, accumulated=accumulated: _configuration(
+                        sizes, micro_batch, accumulated, quick=quick
+                    ),
+                )
             except torch.cuda.OutOfMemoryError as error:
                 found = {"skipped": f"does not fit on this card: {error}"}
             configurations[f"{name}, {tokens} tokens"] = found
@@ -75,6 +83,11 @@ def measure(*, quick: bool, device: str) -> dict[str, object]:
         ),
         "by configuration": configurations,
     }
+
+
+def paired_s() -> float:
+    """Seconds for the paired steps of one configuration."""
+    return PAIRED_S if math.isinf(seconds_left()) else LEAST_PAIRED_S
 
 
 def rows(result: dict) -> list[Sequence[object]]:
@@ -147,7 +160,7 @@ def _configuration(
     seconds = event_rounds(training, others, rounds=2 if quick else 7, together=lambda: None)
     step_s = statistics.median(seconds[STEP])
     steps = 2 if quick else min(20, max(2, round(BLOCK_S / step_s)))
-    pairs = 2 if quick else min(24, max(4, int(PAIRED_S / (2 * (steps + 1) * step_s))))
+    pairs = 2 if quick else min(24, max(4, int(paired_s() / (2 * (steps + 1) * step_s))))
     blocks = paired_blocks(training, pairs=pairs, steps=steps)
     averages: dict[str, object] = {
         SWAFT: times_of(seconds[SWAFT], step_s=step_s, blocking=blocks.blocking)

@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from swaft.training.run.folder import package_versions
+import swaft
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "safetensors",
+    "triton",
+)
+"""Whose versions a figure depends on."""
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of those that are installed, swaft's own first."""
+    found = {"swaft": swaft.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def environment() -> dict[str, object]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.deadline import within
 from benchmarks.fused_loss_clock import release, short
 from benchmarks.fused_loss_rivals import (
     COMPILED,
@@ -128,7 +129,10 @@ def _in_process_of_its_own(name: str, shape: Shape) -> dict[str, object]:
 
 
 def _on_gpu(shape: Shape, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
-    return {name: _one_on_gpu(name, shape) for name in names}
+    return {
+        name: within(f"memory {shape.name}, {name}", 5.0, lambda name=name: _one_on_gpu(name, shape))
+        for name in names
+    }
 
 
 def _one_on_gpu(name: str, shape: Shape) -> dict[str, object]:
