@@ -112,7 +112,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
         has_new_head=head.is_new,
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, task.rows),
+        target=problems.of(choose_target, config.eval, metric, task.rows, config.averaging),
     )
 
 

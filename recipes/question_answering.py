@@ -123,7 +123,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         collate=problems.of(WindowCollator, tokenizer, length, problems.of(whole_windows, model_config)),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, report.rows),
+        target=problems.of(choose_target, config.eval, metric, report.rows, config.averaging),
     )
 
 

@@ -133,7 +133,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
             label_smoothing=config.train.label_smoothing_factor,
         ),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, rows),
+        target=problems.of(choose_target, config.eval, metric, rows, config.averaging),
     )
 
 

@@ -72,17 +72,21 @@ def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_window_is_chosen_after_training_by_the_validation_score(inputs, tmp_path):
+def test_the_window_and_the_blend_are_chosen_after_training_by_the_validation_score(inputs, tmp_path):
     output = tmp_path / "run"
     finished = run(
-        inputs, "single.yaml", output, "averaging.rule=windows", "averaging.start=0", "averaging.blocks=5"
+        inputs,
+        "single.yaml",
+        output,
+        *("averaging.rule=windows", "averaging.start=0", "averaging.blocks=5", "averaging.search_blend=true"),
     )
     assert finished.code == 0, finished.err
     summary = json.loads((output / "summary.json").read_text())
     tried = summary["windows_tried"]
     assert len(tried) >= 5
     assert {window["start"] for window in tried} == {0, 11, 22, 33, 44}
-    assert f"best of {len(tried)} windows on validation data" in finished.err + finished.out
+    assert {window["blend"] for window in tried} == {0.0, 0.3, 0.6, 1.0, 1.5}
+    assert f"best of {len(tried)} windows and blends on validation data" in finished.err + finished.out
     best = max(window["score"] for window in tried)
     assert summary["scores"]["validation"]["averaged"]["accuracy"] == best
     assert summary["window"]["members"] == summary["window"]["end"] - summary["window"]["start"] + 1

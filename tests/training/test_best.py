@@ -10,7 +10,7 @@ from torch import nn
 
 import swaft
 from swaft.errors import ConfigError, StateError
-from swaft.training.config import EvalConfig
+from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation.best import BestWeights, Target, choose_target
 from swaft.training.metrics import classification, generation, question_answering
 from swaft.training.metrics.names import Measure
@@ -274,6 +274,13 @@ def test_weights_cannot_be_judged_without_validation_rows(asked):
     with pytest.raises(ConfigError, match=f"eval.{next(iter(asked))}: .* there are none"):
         choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "test"])
     choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])
+
+
+def test_a_blend_is_searched_on_validation_rows():
+    searched, main = AveragingConfig(rule="swa", search_blend=True), Measure("accuracy", ("accuracy",), max)
+    with pytest.raises(ConfigError, match=r"averaging\.search_blend: .* there are none"):
+        choose_target(EvalConfig(), main, ["train", "test"], searched)
+    choose_target(EvalConfig(), main, ["train", "validation"], searched)
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)

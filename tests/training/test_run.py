@@ -222,15 +222,17 @@ def test_evaluation_in_between_changes_nothing_in_training(run):
     run(plain, rows, rule=swaft.SWA(start=1))
     evaluated = []
 
-    def evaluate(split: str) -> dict[str, Evaluation]:
-        evaluated.append(split)
+    def evaluate(split: str, readout: object) -> dict[str, Evaluation]:
+        evaluated.append((split, readout))
         watched.eval()
         watched(**{name: value for name, value in default_collate(rows).items() if name != "idx"})
         watched.train()
         return {"last": Evaluation(scores={"accuracy": 0.5})}
 
     done = run(watched, rows, rule=swaft.SWA(start=1), evaluate=evaluate, evaluation=EvalConfig(eval_steps=5))
-    assert evaluated == ["validation"] * 2  # not after the last of 12 steps, when the run is evaluated anyway
+    assert (
+        evaluated == [("validation", swaft.Readout())] * 2
+    )  # not after the last of 12 steps, when the run is evaluated anyway
     assert not done.position.stopped
     for name, value in plain.state_dict().items():
         assert torch.equal(value, watched.state_dict()[name])
@@ -255,7 +257,9 @@ def test_an_evaluation_that_says_so_ends_the_run(run):
         make_classifier(),
         make_rows(8),
         rule=swaft.SWA(start=1),
-        evaluate=lambda split: {kind: Evaluation(scores={"accuracy": 0.5}) for kind in ("last", "averaged")},
+        evaluate=lambda split, readout: {
+            kind: Evaluation(scores={"accuracy": 0.5}) for kind in ("last", "averaged")
+        },
         evaluation=EvalConfig(eval_steps=2, early_stopping_patience=1),
         num_train_epochs=3.0,
     )

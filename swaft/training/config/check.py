@@ -70,7 +70,9 @@ def _check_choosing(config: Any) -> list[str]:
             "end, which has to be known; use another rule (swa, ema), or train to the end"
         )
     chooses = evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
-    if evaluation.metric_for_best_model is not None and not chooses and averaging.rule != "windows":
+    if evaluation.metric_for_best_model is not None and not (
+        chooses or averaging.rule == "windows" or averaging.search_blend
+    ):
         problems.append(
             f"eval.metric_for_best_model: {evaluation.metric_for_best_model} decides between weights, and nothing "
             "chooses any; set eval.keep_best or eval.early_stopping_patience, or remove it"

@@ -182,6 +182,20 @@ def _check_averaging_section(averaging: AveragingConfig) -> list[str]:
         problems += _at_least(f"averaging.{name}", getattr(averaging, name), 1)
     for name in ("last", "blocks"):
         problems += _at_least(f"averaging.{name}", getattr(averaging, name), 2)
+    if not -1 <= averaging.blend <= 2:
+        problems.append(f"averaging.blend: {averaging.blend} is outside [-1, 2]; 1 is the average")
+    elif averaging.rule == "none" and (averaging.blend != 1 or averaging.search_blend):
+        name = "search_blend" if averaging.search_blend else "blend"
+        problems.append(
+            f"averaging.{name}: there is no average to blend with; set averaging.rule, or remove it"
+        )
+    elif averaging.blend != 1 and averaging.search_blend:
+        problems.append("averaging.blend: is chosen by averaging.search_blend; remove one of the two")
+    elif averaging.blend != 1 and averaging.rule == "windows":
+        problems.append(
+            "averaging.blend: with averaging.rule=windows a window is chosen by the score of its mean; set "
+            "averaging.search_blend=true to choose the blend after it, or remove it"
+        )
     return problems
 
 

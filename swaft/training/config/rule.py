@@ -8,7 +8,7 @@ from swaft.averaging.rules import RULES, Rule
 from swaft.errors import ConfigError
 from swaft.training.config.schema import AveragingConfig
 
-AVERAGING_COMMON = ("rule", "start", "every", "precision", "threads", "spill_dir")
+AVERAGING_COMMON = ("rule", "start", "every", "precision", "threads", "spill_dir", "blend", "search_blend")
 """Options of section ``averaging`` that every rule uses, or the averager itself."""
 
 

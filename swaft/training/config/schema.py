@@ -222,6 +222,11 @@ class AveragingConfig:
     """Folder, on a disk of each node, that finished blocks and snapshots move to; null keeps them in memory."""
     threads: int | None = None
     """Threads that do the averaging beside training; null: half of this rank's cores, at most 8."""
+    blend: float = 1.0
+    """How far the averaged weights go from the last ones to the average, from -1 to 2: 1 is the average, 0 the last
+    weights."""
+    search_blend: bool = False
+    """Choose the blend after training among 0, 0.3, 0.6, 1 and 1.5, on validation rows, an evaluation for each."""
 
 
 @dataclass(kw_only=True)

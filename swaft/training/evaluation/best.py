@@ -15,7 +15,7 @@ from swaft.averaging import Engine, Readout, WeightAverager, save_pretrained
 from swaft.errors import ConfigError
 from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
-from swaft.training.config import EvalConfig
+from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation.evaluate import Scores
 from swaft.training.metrics.names import Measure
 
@@ -61,13 +61,19 @@ def watches_weights(evaluation: EvalConfig) -> bool:
     return evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
 
 
-def choose_target(evaluation: EvalConfig, metric: Measure | None, splits: Collection[str]) -> Target:
+def choose_target(
+    evaluation: EvalConfig,
+    metric: Measure | None,
+    splits: Collection[str],
+    averaging: AveragingConfig | None = None,
+) -> Target:
     """Return what decides between weights, before the run starts.
 
     Args:
         evaluation: section ``eval``.
         metric: the recipe's; None: there is no score but the loss.
         splits: names of the splits that there are rows of.
+        averaging: section ``averaging``.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.
@@ -80,11 +86,12 @@ def choose_target(evaluation: EvalConfig, metric: Measure | None, splits: Collec
             f"eval.metric_for_best_model: this run has no score '{chosen}'; expected one of {', '.join(known)}"
         )
     asked = {
-        "keep_best": evaluation.keep_best != "none",
-        "early_stopping_patience": evaluation.early_stopping_patience is not None,
+        "eval.keep_best": evaluation.keep_best != "none",
+        "eval.early_stopping_patience": evaluation.early_stopping_patience is not None,
+        "averaging.search_blend": averaging is not None and averaging.search_blend,
     }
     problems += [
-        f"eval.{name}: weights are judged on validation rows, and there are none; name some "
+        f"{name}: weights are judged on validation rows, and there are none; name some "
         "(data.validation_file), or remove it"
         for name, is_asked in asked.items()
         if is_asked and "validation" not in splits

@@ -197,12 +197,17 @@ def best_window(
     metric: str,
     *,
     better: Callable[..., float] = max,
+    blends: Sequence[float] = (),
 ) -> ReadoutSearch | None:
-    """Return the window of averaged weights that scores best on validation data (collective).
+    """Return the window and the blend of averaged weights that score best on validation data (collective).
 
-    None where there is nothing to choose: no averaging, another rule than ``windows``, no validation data.
+    None where there is nothing to choose: no averaging, no blends and another rule than ``windows``, no validation
+    data.
     """
-    if averager is None or evaluate_once is None or not isinstance(averager.plan(), WindowsPlan):
+    chooses = averager is not None and (blends or isinstance(averager.plan(), WindowsPlan))
+    if averager is None or evaluate_once is None or not chooses:
         return None
-    logger.info("choosing the window of averaged weights on validation data: an evaluation for each")
-    return search_windows(averager, lambda: evaluate_once().scores[metric], better=better)
+    logger.info(
+        "choosing among windows and blends of averaged weights on validation data: an evaluation for each"
+    )
+    return search_windows(averager, lambda: evaluate_once().scores[metric], better=better, blends=blends)

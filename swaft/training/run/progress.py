@@ -123,9 +123,12 @@ class ProgressLog:
     def window(self, found: ReadoutSearch) -> None:
         """Say which weights were averaged, where that was chosen after training."""
         best = found.best
+        blended = len({each.readout.blend for each in found.tried}) > 1
         logger.info(
-            "averaged: the %d weights from step %d to %d, best of %d windows on validation data (%.4f)",
-            *(best.members, best.start, best.end, len(found.tried), best.score),
+            "averaged: the %d weights from step %d to %d%s, best of %d %s on validation data (%.4f)",
+            *(best.members, best.start, best.end),
+            f", {best.readout.blend:g} of the way from the last ones" if blended else "",
+            *(len(found.tried), "windows and blends" if blended else "windows", best.score),
         )
 
     def saved(self, folders: Mapping[str, Path]) -> None:

@@ -48,6 +48,8 @@ from swaft.training.run.step import Position, Step
 from swaft.training.run.summary import run_facts, summary
 
 Evaluations = dict[str, Evaluation]
+BLENDS = (0.0, 0.3, 0.6, 1.5)
+"""What ``averaging.search_blend`` tries besides the average itself."""
 """By kind of weights, ``last`` and ``averaged``."""
 
 
@@ -219,6 +221,7 @@ class Run:
         config, train, folder = self.config, self.config.train, self.folder
         self._averager, self._tokenizer, self._target = averager, tokenizer, target
         self._validates = "validation" in splits
+        self._readout = Readout(blend=config.averaging.blend)
         self.meter = Meter(self.accelerator)
         self._engine = averager.engine if averager else attach_engine(self.model, self.optimizer)
         if watches_weights(config.eval):
@@ -293,14 +296,14 @@ class Run:
             num_workers=self.config.train.dataloader_num_workers,
         )
 
-    def steps(self, loader: DataLoader[Any], evaluate: Callable[[str], Evaluations]) -> Iterator[Step]:
+    def steps(self, loader: DataLoader[Any], evaluate: Callable[..., Evaluations]) -> Iterator[Step]:
         """Yield the optimizer steps from where the run stands to its end (collective).
 
         Between two steps the log, the evaluation and the checkpoint that are due are made.
 
         Args:
             loader: of training batches, as prepared; one pass over it is an epoch.
-            evaluate: scores the weights on the rows of a split, ``validation``.
+            evaluate: as of :meth:`finish`; called for ``validation``.
 
         Raises:
             Interrupted: the run was asked to end; on every rank, between two steps.
@@ -336,13 +339,14 @@ class Run:
             self._interruption.check(self.folder.failure)
 
     def best_window(self, score: Callable[[str], Evaluation]) -> ReadoutSearch | None:
-        """Choose the window of averaged weights that scores best on validation rows (collective).
+        """Choose the window and the blend of averaged weights that score best on validation rows (collective).
 
         Args:
             score: scores the weights that are in the model on the rows of a split.
 
         Returns:
-            None where there is nothing to choose: another rule than ``windows``, or no validation rows.
+            None where there is nothing to choose: another rule than ``windows`` and no blend to search, or no
+            validation rows.
         """
         if not self._validates:
             return None
@@ -352,6 +356,7 @@ class Run:
                 lambda: score("validation"),
                 self._target.chosen,
                 better=self._target.better,
+                blends=BLENDS if self.config.averaging.search_blend else (),
             )
 
     def finish(
@@ -366,8 +371,7 @@ class Run:
         """Evaluate the last and the averaged weights on every split, and save both (collective).
 
         Args:
-            evaluate: scores the weights on the rows of a split; the second argument says which average, where the
-                rule leaves a choice.
+            evaluate: scores the weights on the rows of a split; the second argument says which average.
             splits: names of all that are evaluated.
             window: what to average, where the rule leaves a choice.
             means: splits whose mean scores are reported as well, by the name of the mean.
@@ -380,7 +384,7 @@ class Run:
             log.stopped_early(self.position.step)
         if window:
             log.window(window)
-        readout = window and window.best.readout
+        readout = window.best.readout if window else self._readout
         found = {split: evaluate(split, readout) for split in splits}
         found |= mean_evaluations(found, means or {})
         scores = {
@@ -418,14 +422,15 @@ class Run:
     def _is_over(self) -> bool:
         return self.position.stopped or self.position.step == self.total_steps
 
-    def _evaluate_where_due(self, evaluate: Callable[[str], Evaluations]) -> None:
+    def _evaluate_where_due(self, evaluate: Callable[..., Evaluations]) -> None:
         if self.position.evaluated:
             return
         with self.meter.paused():
-            scores = {kind: each.scores for kind, each in evaluate("validation").items()}
+            found = evaluate("validation", self._readout)
+            scores = {kind: each.scores for kind, each in found.items()}
             self._log.evaluation(self.position.step, "validation", scores)
             if self._best is not None:
-                self.position.stopped = self._best.observe(self.position.step, scores)
+                self.position.stopped = self._best.observe(self.position.step, scores, self._readout)
         self.position.evaluated = True
 
     def _save_weights(self, readout: Readout | None) -> dict[str, Any]:

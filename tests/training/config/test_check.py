@@ -84,6 +84,8 @@ def test_defaults_have_no_problem():
         ("averaging__blocks", 1),
         ("averaging__precision", "half"),
         ("averaging__threads", 0),
+        ("averaging__blend", 2.5),
+        ("averaging__blend", math.nan),
         ("noise__sigma", -1e-5),
         ("noise__sigma", math.nan),
         ("noise__weight", -1.0),
@@ -341,6 +343,16 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
         ({"eval__keep_best": "averaged", "eval__eval_steps": 5}, "eval.keep_best: averaged needs averaged"),
         ({"eval__keep_best": "either", "eval__eval_steps": 5}, "eval.keep_best: either needs averaged"),
         ({"eval__metric_for_best_model": "loss"}, "eval.metric_for_best_model: loss decides between"),
+        ({"averaging__blend": 0.3}, "averaging.blend: there is no average to blend with"),
+        ({"averaging__search_blend": True}, "averaging.search_blend: there is no average"),
+        (
+            {**AVERAGED, "averaging__blend": 0.3, "averaging__search_blend": True},
+            "averaging.blend: is chosen",
+        ),
+        (
+            {"averaging__rule": "windows", "averaging__blend": 0.3},
+            "averaging.blend: with averaging.rule=windows",
+        ),
         (
             {**STOP, "averaging__rule": "merge", "averaging__weights": "cosine"},
             "eval.early_stopping_patience: averaging.rule=merge weighs",
@@ -359,6 +371,8 @@ def test_choosing_between_weights_that_cannot_be_is_one_problem(changes, expecte
         {**AVERAGED, "eval__keep_best": "either", "eval__metric_for_best_model": "loss"},
         {**STOP, "eval__early_stopping_threshold": 0.01, "eval__metric_for_best_model": "f1"},
         {"averaging__rule": "windows", "eval__metric_for_best_model": "f1"},
+        {**AVERAGED, "averaging__search_blend": True, "eval__metric_for_best_model": "f1"},
+        {**AVERAGED, "averaging__blend": -0.3},
         {"model__use_peft": True, "model__lora_r": 8, "model__lora_target_modules": "query, value"},
     ],
 )

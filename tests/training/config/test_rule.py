@@ -43,7 +43,7 @@ def test_every_argument_of_a_rule_is_a_setting_and_every_setting_is_of_a_rule():
     arguments = {argument.name for rule in rules.RULES.values() for argument in fields(rule)}
     settings = {setting.name for setting in fields(AveragingConfig)}
     assert arguments - settings == {"sigma_rel"}, "a list, which settings cannot be"
-    assert settings - arguments == {"rule", "precision", "spill_dir", "threads"}
+    assert settings - arguments == {"rule", "precision", "spill_dir", "threads", "blend", "search_blend"}
 
 
 def test_an_option_of_another_rule_is_an_error():
