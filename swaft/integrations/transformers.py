@@ -29,6 +29,8 @@ from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallb
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import Rule
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
+from swaft.noise import R4F
+from swaft.noise.inputs import count_items, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -181,35 +183,38 @@ class WeightAveragingCallback(TrainerCallback):
 class NoiseCallback(TrainerCallback):
     """Trains a noise objective in place of the Trainer's loss; evaluations keep the Trainer's own.
 
-    The objective's loss is weighed as the Trainer weighs its own under gradient accumulation: by the labels that
-    count, over all micro-batches of a step. Log lines gain the means of ``task_loss``, ``divergence`` and
+    The loss of a step is the mean over the rows that count in it (texts, ends of answers, target tokens), on all
+    ranks and however many micro-batches it has. Log lines gain the means of ``task_loss``, ``divergence`` and
     ``noise_to_signal`` on rank 0. The step that sets the noise is in every checkpoint, and is resumed from there.
 
     Args:
         objective: such as ``swaft.R3F(preset="relative", sigma=0.5)``.
 
     Raises:
-        NoiseError: when training begins: a trainer with another loss than the mean cross entropy of the labels
-            (DPO, a subclass with a `compute_loss` of its own), `compute_loss_func`, `label_smoothing_factor`
-            (give it to the objective), or several devices in one process.
+        NoiseError: when training begins: R4F, whose head the Trainer cannot save; a trainer with another loss than
+            the mean cross entropy of the labels (DPO, a subclass with a `compute_loss` of its own),
+            `compute_loss_func`, `label_smoothing_factor` (give it to the objective), or several devices in one
+            process.
         StateError: when training resumes: the checkpoint holds no state of an objective.
     """
 
     def __init__(self, objective: Any):
         self.objective = objective
         self._seen: list[Any] = []
+        self._counted = torch.ones(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the objective in place of the loss, and resume its step."""
         self._trainer, resumed_from = _calling_trainer()
-        _require_plain_loss(self._trainer)
+        _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             folder = resumed_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.objective.load_state_dict(_read_objective_state(folder))
-        self.objective.prepare_model(self._trainer.accelerator.unwrap_model(self._trainer.model_wrapped))
         if "compute_loss" not in vars(self._trainer):
             self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
+            self._trainer.get_batch_samples = self._counting(self._trainer.get_batch_samples)
             self._trainer.log = self._logging(self._trainer.log)
+            self._trainer.loss_is_scaled_for_ga = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the objective's step into the checkpoint that the Trainer has just written."""
@@ -226,14 +231,30 @@ class NoiseCallback(TrainerCallback):
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
             self._seen.append(out.logged)
-            loss = out.loss
-            if num_items_in_batch is not None:  # None: the Trainer divides by the accumulation itself
-                loss = loss * out.num_items / num_items_in_batch
-                if self._trainer.args.average_tokens_across_devices:
-                    loss = loss * self._trainer.accelerator.num_processes
+            # The engine takes the mean over ranks.
+            loss = out.loss * (out.num_items * self._trainer.accelerator.num_processes / self._counted)
             return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
 
         return noisy
+
+    def _counting(self, get_batch_samples: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the reading of a step's micro-batches: count the rows that its loss is the mean of, on all ranks.
+
+        The Trainer's own count is of ``labels`` alone, and of all of them where a model shifts them by itself.
+        """
+
+        @functools.wraps(get_batch_samples)
+        def counted(iterator: Any, number: int, device: torch.device) -> tuple[list[Any], Any]:
+            batches, num_items = get_batch_samples(iterator, number, device)
+            items = sum(self._rows(batch) for batch in batches)
+            self._counted = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
+            return batches, num_items
+
+        return counted
+
+    def _rows(self, batch: dict[str, Any]) -> int | torch.Tensor:
+        targets = find_targets(self._trainer.model, batch)
+        return len(next(iter(batch.values()))) if targets is None else count_items(targets)
 
     def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(log)
@@ -339,12 +360,18 @@ def _read_objective_state(checkpoint: Path) -> dict[str, int]:
         ) from error
 
 
-def _require_plain_loss(trainer: Trainer) -> None:
-    """Refuse a trainer whose loss is not the mean cross entropy that a noise objective computes.
+def _require_plain_loss(trainer: Trainer, objective: Any) -> None:
+    """Refuse a trainer whose loss is not the mean cross entropy that a noise objective computes, and R4F.
 
     Raises:
         NoiseError: naming what is in the way.
     """
+    if isinstance(objective, R4F):
+        raise NoiseError(
+            "R4F normalises the head by a parametrization, under whose names the Trainer would save weights that "
+            "from_pretrained does not find; expected R3F or RDrop. Train R4F with swaft's recipes, or call it in a "
+            "loop of your own"
+        )
     own = type(trainer).compute_loss
     plain = own in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
     if not plain and own.__qualname__.split(".")[0] not in OWN_LOSSES:

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_trainer import numbers_tokenizer, rows, trainer
-from transformers import EarlyStoppingCallback, Trainer
+from tiny_trainer import model, numbers_tokenizer, rows, trainer
+from transformers import (
+    BertForQuestionAnswering,
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    set_seed,
+)
 
 import swaft
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
@@ -183,3 +191,61 @@ def test_a_checkpoint_without_the_objectives_step_is_refused(tmp_path):
     trainer(tmp_path).train()
     with pytest.raises(StateError, match=r"noise\.json"):
         trainer(tmp_path, NoiseCallback(swaft.R3F())).train(resume_from_checkpoint=True)
+
+
+def test_r4f_is_refused_because_the_trainer_could_not_save_its_head(tmp_path):
+    with pytest.raises(NoiseError, match="parametrization"):
+        trainer(tmp_path, NoiseCallback(swaft.R4F())).train()
+
+
+def answers_model() -> BertForQuestionAnswering:
+    config = model(0.0).config
+    config.num_labels = 2
+    return BertForQuestionAnswering(config)
+
+
+FAMILIES = {
+    "GPT-2, which shifts its labels": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=8, **dict.fromkeys(DROPOUTS, 0.0)
+        )
+    ),
+    "answers, which have no labels": answers_model,
+    "classes": lambda: model(0.0),
+}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(tmp_path, family):
+    # 12 rows at once, and in micro-batches of 5, 5 and 2.
+    ids = torch.randint(3, 60, (12, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.4] = -100
+    row = {"input_ids": ids.tolist()}
+    row |= {"labels": labels.tolist()} if "GPT" in family else {"labels": (ids[:, 0] % 3).tolist()}
+    if "answers" in family:
+        row = {"input_ids": ids.tolist(), "start_positions": [1] * 12, "end_positions": [2] * 12}
+    after = []
+    for size, accumulation in ((12, 1), (5, 3)):
+        run = trainer(
+            tmp_path / str(size),
+            NoiseCallback(swaft.R3F(weight=0.0, sigma=0.01)),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            eval_strategy="no",
+            train_sampling_strategy="sequential",
+        )
+        set_seed(0)
+        run.model = run.model_wrapped = FAMILIES[family]()
+        run.train_dataset = Dataset.from_dict(row)
+        start = {name: value.clone() for name, value in run.model.named_parameters()}
+        run.train()
+        after.append({name: value - start[name] for name, value in run.model.named_parameters()})
+    moved = sum(value.square().sum() for value in after[0].values()).sqrt()
+    apart = sum((after[0][name] - after[1][name]).square().sum() for name in after[0]).sqrt()
+    assert moved > 0
+    assert apart < 1e-5 * moved
