@@ -54,7 +54,7 @@ class WeightAveragingCallback(TrainerCallback):
       continues them by itself.
     * At the end the average is written to ``output_dir/final-averaged`` as a Hugging Face folder. With
       ``load_best_model_at_end`` it is the average of the best checkpoint, as the model then has that checkpoint's
-      weights.
+      weights; of the whole run where that checkpoint is older than the first average.
 
     The live weights have the same bits as without the callback: an evaluation of averaged weights moves no random
     state.
@@ -65,8 +65,8 @@ class WeightAveragingCallback(TrainerCallback):
         options: keyword arguments of `swaft.WeightAverager`: ``precision``, ``threads``, ``spill_dir``.
 
     Raises:
-        ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, or the
-            best model is chosen by the averaged score before anything is averaged.
+        ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, the best
+            model is chosen by the averaged score before anything is averaged, or its averages would not be saved.
         StateError: when training resumes: the checkpoint has no averages (the message names the latest that has),
             or those of other rules.
     """
@@ -89,6 +89,11 @@ class WeightAveragingCallback(TrainerCallback):
             raise ConfigError(
                 "hyperparameter_search starts many runs in one Trainer, each in a folder of its own; expected "
                 "train(). Leave WeightAveragingCallback out of the search, and train with it afterwards"
+            )
+        if args.load_best_model_at_end and args.save_only_model:
+            raise ConfigError(
+                "load_best_model_at_end with save_only_model: checkpoints hold no averages, so that of the best "
+                "one would be lost; set save_only_model=False, or load_best_model_at_end=False"
             )
         self._export = Path(args.output_dir) / EXPORT
         if self._export.exists():
@@ -135,14 +140,13 @@ class WeightAveragingCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the averaged model, beside its tokenizer."""
-        averager, best = self._attached, state.best_model_checkpoint
+        averager = self._attached
         averager.wait()
-        if args.load_best_model_at_end and best is not None and (Path(best) / STATE).is_dir():
-            averager.load_state(Path(best) / STATE)
-            logger.info("%s holds the average of %s, the best checkpoint", self._export, best)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)
         if not averager.num_averaged:
             logger.warning(
-                "nothing was averaged: training ended at step %d, before the rule begins", state.global_step
+                "nothing was averaged: training ended at step %d, before the rule's", state.global_step
             )
             return
         averager.save_pretrained(self._export)
@@ -150,6 +154,18 @@ class WeightAveragingCallback(TrainerCallback):
         with averager.engine.ranks.together(f"the tokenizer could not be written to {self._export}"):
             if tokenizer is not None and averager.engine.ranks.rank == 0:
                 tokenizer.save_pretrained(self._export)
+
+    def _follow_best(self, checkpoint: Path, step: int) -> None:
+        """Load the averages of the best checkpoint, where there were some by then."""
+        first = self._attached.plan().first_step
+        if step < first:
+            logger.warning(
+                "the best checkpoint is of step %d, before averaging began at step %d: %s holds the average of the "
+                "whole run", step, first, self._export,
+            )  # fmt: skip
+        else:
+            self._attached.load_state(_require_state(checkpoint))
+            logger.info("%s holds the average of %s, the best checkpoint", self._export, checkpoint)
 
     @property
     def _attached(self) -> WeightAverager:
@@ -247,7 +263,8 @@ class NoiseCallback(TrainerCallback):
         def counted(iterator: Any, number: int, device: torch.device) -> tuple[list[Any], Any]:
             batches, num_items = get_batch_samples(iterator, number, device)
             items = sum(self._rows(batch) for batch in batches)
-            self._counted = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
+            total = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
+            self._counted = total.clamp(min=1)  # nothing to learn from a step in which nothing counts
             return batches, num_items
 
         return counted

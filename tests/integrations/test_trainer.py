@@ -249,3 +249,28 @@ def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(tmp_path, family)
     apart = sum((after[0][name] - after[1][name]).square().sum() for name in after[0]).sqrt()
     assert moved > 0
     assert apart < 1e-5 * moved
+
+
+def test_a_step_in_which_nothing_counts_leaves_the_weights_finite(tmp_path):
+    run = trainer(tmp_path, NoiseCallback(swaft.R3F(sigma=0.01)), max_steps=1, eval_strategy="no")
+    run.train_dataset = rows(4, 0).map(lambda row: {"labels": -100})
+    run.train()
+    assert all(value.isfinite().all() for value in run.model.parameters())
+
+
+def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole_run(
+    tmp_path, averaging, caplog
+):
+    settings = {"load_best_model_at_end": True, "save_steps": 2, "metric_for_best_model": "loss"}
+    run = trainer(tmp_path, averaging, learning_rate=0.3, **settings)
+    run.train()
+    assert run.state.best_global_step < 6, run.state.log_history  # else nothing is shown
+    assert averaging.averager is not None
+    assert averaging.averager.num_averaged == 3
+    assert (tmp_path / "final-averaged").is_dir()
+    assert "before averaging began at step 6" in caplog.text
+
+
+def test_checkpoints_without_averages_are_refused_where_the_best_one_is_loaded(tmp_path, averaging):
+    with pytest.raises(ConfigError, match="save_only_model=False"):
+        trainer(tmp_path, averaging, load_best_model_at_end=True, save_only_model=True, save_steps=2).train()
