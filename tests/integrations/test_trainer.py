@@ -258,9 +258,8 @@ def test_a_step_in_which_nothing_counts_leaves_the_weights_finite(tmp_path):
     assert all(value.isfinite().all() for value in run.model.parameters())
 
 
-def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole_run(
-    tmp_path, averaging, caplog
-):
+def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole_run(tmp_path, caplog):
+    averaging = WeightAveragingCallback(swaft.SWA(start=0.75))
     settings = {"load_best_model_at_end": True, "save_steps": 2, "metric_for_best_model": "loss"}
     run = trainer(tmp_path, averaging, learning_rate=0.3, **settings)
     run.train()
