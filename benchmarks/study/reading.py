@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.study.loop import Trained
 from benchmarks.study.model import ROUNDINGS, changed, logits_of
@@ -72,13 +72,5 @@ def in_place(model: nn.Module, averager: Any, readout: Readout) -> Iterator[None
     if readout.rule is None:
         yield
         return
-    swapped = averager.swapped_in(readout.rule)
-    if readout.blend == 1.0:
-        with swapped:
-            yield
-        return
-    average: dict[str, Tensor] = {}
-    with swapped:
-        average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with changed(model, lambda name, last: last + readout.blend * (average[name] - last)):
+    with averager.swapped_in(readout.rule, blend=readout.blend):
         yield
