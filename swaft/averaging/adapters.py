@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from swaft.averaging.buffers import copy_with
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import clean_name
 from swaft.errors import AveragingError
 
+PROMPT = "prompt_embeddings"
+"""What stands for a prompt among the names of tensors."""
 PREFIX = "base_model.model."
 """What a name in a `PeftModel` has before the name in its base model."""
 
@@ -231,28 +237,33 @@ class AdapterFolder:
     """The adapter folder that peft would write, with tensors from elsewhere.
 
     Peft picks what it saves from a state dict, by name, so it is shown one of empty marks. What it picks is known
-    by identity, and what is no mark it would have taken from the live model.
+    by identity, and what is no mark it would have taken from the live model. What it computes of a prompt encoder
+    (prompt tuning, prefix tuning and their relatives) is computed by a copy of that encoder instead.
 
     Args:
         module: the `PeftModel`.
 
     Raises:
-        AveragingError: peft takes some of the tensors from the live model (prompt tuning and its relatives).
+        AveragingError: peft takes some of the tensors from the live model.
     """
 
     def __init__(self, module: nn.Module):
         from peft import get_peft_model_state_dict
 
+        self._module: Any = module
         tensors = [
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
         ]
-        self._module = module
         self._marks = {name: torch.empty(0) for name, _ in tensors}
-        names = {id(mark): clean_name(name) for name, mark in self._marks.items()}
+        self._prompt = torch.empty(0)
+        names = {id(mark): clean_name(name) for name, mark in self._marks.items()} | {
+            id(self._prompt): PROMPT
+        }
         self._picked: dict[str, dict[str, str]] = {}
         for adapter, config in configs(module).items():
-            picked = get_peft_model_state_dict(module, state_dict=self._marks, adapter_name=adapter)
+            with self._marked_prompts():
+                picked = get_peft_model_state_dict(module, state_dict=self._marks, adapter_name=adapter)
             for key, value in picked.items():
                 if id(value) not in names:
                     raise AveragingError(
@@ -264,8 +275,10 @@ class AdapterFolder:
 
     @property
     def names(self) -> set[str]:
-        """Clean names of the tensors that go into the folder."""
-        return {name for picked in self._picked.values() for name in picked.values()}
+        """Clean names of the tensors that go into the folder, or that what goes into it is computed from."""
+        picked = {name for names in self._picked.values() for name in names.values()}
+        encoders = tuple(f"prompt_encoder.{adapter}." for adapter in self._picked)
+        return picked - {PROMPT} | {clean_name(name) for name in self._marks if name.startswith(encoders)}
 
     def write(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
         """Write configuration, a model card of peft's and tensors of every adapter.
@@ -274,12 +287,38 @@ class AdapterFolder:
             folder: folder to write; every adapter but `default` gets a folder inside it.
             state_dict: whole tensors by clean name, parametrizations folded; at least :attr:`names`.
         """
-        self._module.save_pretrained(folder, state_dict=self._marks)  # type: ignore[operator]
+        with self._marked_prompts():
+            self._module.save_pretrained(folder, state_dict=self._marks)
         for adapter, picked in self._picked.items():
-            tensors = {_plain(key): state_dict[_plain(name)].clone() for key, name in picked.items()}
+            tensors = {
+                _plain(key): self._prompt_of(adapter, state_dict)
+                if name == PROMPT
+                else state_dict[_plain(name)].clone()
+                for key, name in picked.items()
+            }
             save_file(
                 tensors, folder_of(adapter, folder) / "adapter_model.safetensors", metadata={"format": "pt"}
             )
+
+    @contextmanager
+    def _marked_prompts(self) -> Iterator[None]:
+        """Inside, peft gets a mark for a prompt, and no encoder runs: one in shards would wait for other ranks."""
+        self._module.get_prompt_embedding_to_save = lambda adapter: self._prompt
+        try:
+            yield
+        finally:
+            del self._module.get_prompt_embedding_to_save
+
+    @torch.no_grad()
+    def _prompt_of(self, adapter: str, state_dict: dict[str, Tensor]) -> Tensor:
+        """What peft would save of a prompt encoder that holds the tensors."""
+        encoder = self._module.prompt_encoder[adapter]
+        holder = SimpleNamespace(
+            prompt_encoder={adapter: copy_with(encoder, f"prompt_encoder.{adapter}.", state_dict)},
+            prompt_tokens=self._module.prompt_tokens,
+            peft_config=configs(self._module),
+        )
+        return type(self._module).get_prompt_embedding_to_save(holder, adapter).clone()
 
 
 def _plain(name: str) -> str:

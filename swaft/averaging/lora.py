@@ -174,7 +174,8 @@ def product_mean(
     Members are gathered to rank 0 one at a time, and of each its factors are kept. The mean of k updates of rank r
     has rank k * r at most; new factors are the best of their rank (Eckart and Young 1936), balanced: with
     ``mean(B A) = U S V^T``, ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``. At its own rank, a layer that trains one
-    of its factors alone keeps both as they are averaged: that is exact.
+    of its factors alone keeps both as they are averaged, and one whose members are all the same keeps theirs: both
+    are exact.
 
     Args:
         averager: of a `PeftModel` with LoRA; every adapter that is trained is averaged.
@@ -284,9 +285,12 @@ def _average(
     """New factors of a layer, and the norms."""
     new_rank = rank or layer.rank
     up, down, (whole, gap, lost) = refactor(members, new_rank)
-    if new_rank == layer.rank and not {layer.up, layer.down} <= trained.keys():
-        _, up, down = members[0]  # the frozen one is the same in every member
-        return (trained.get(layer.up, up), trained.get(layer.down, down)), (whole, gap, 0.0)
+    _, first_up, first_down = members[0]
+    if new_rank == layer.rank:
+        if all(torch.equal(b, first_up) and torch.equal(a, first_down) for _, b, a in members):
+            return (first_up, first_down), (whole, gap, 0.0)
+        if not {layer.up, layer.down} <= trained.keys():  # the frozen one is the same in every member
+            return (trained.get(layer.up, first_up), trained.get(layer.down, first_down)), (whole, gap, 0.0)
     return (up, down), (whole, gap, lost)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -345,8 +345,9 @@ def test_a_model_with_an_adapter_of_transformers_own_leaves_one_too(tmp_path):
 
 
 def test_weights_that_peft_takes_from_the_live_model_are_refused(tmp_path):
-    averager = averaged(get_peft_model(bert(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)))
-    with pytest.raises(AveragingError, match=r"prompt_embeddings.*PromptTuningConfig.*from the live model"):
+    config = MultitaskPromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, num_tasks=2)
+    averager = averaged(get_peft_model(bert(), config))
+    with pytest.raises(AveragingError, match=r"prefix_task_cols.*MultitaskPrompt.*from the live model"):
         averager.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -138,6 +138,14 @@ def lora_bert(seed: int = 0) -> nn.Module:
     return get_peft_model(tiny_bert(seed), config)  # type: ignore[arg-type]
 
 
+def prompted_bert(seed: int = 0) -> nn.Module:
+    """A prompt in front of a frozen BERT: what is saved of it is what its encoder gives."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    return get_peft_model(tiny_bert(seed), config)  # type: ignore[arg-type]
+
+
 class Gain(nn.Module):
     """One element."""
 
@@ -225,5 +233,6 @@ MODELS = {
         tiny_gpt2, language_batch, lambda path: AutoModelForCausalLM.from_pretrained(path).state_dict()
     ),
     "lora": ModelCase(lora_bert, batch, _from_adapters, all_in_folder=False),
+    "prompt": ModelCase(prompted_bert, batch, _from_adapters, all_in_folder=False),
     "uneven": ModelCase(uneven, batch, lambda path: load_file(path / "model.safetensors")),
 }

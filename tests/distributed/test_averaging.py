@@ -39,7 +39,7 @@ ZERO_012 = [
 ZERO_3 = [
     *("zero3 fp32 / uneven", "zero3 bf16 / bert", "zero3 bf16 / lora", "zero3 bf16, some resident / bert"),
     *("zero3 bf16, nothing resident, small sub-groups / bert", "zero3 bf16, optimizer offload / tied"),
-    "zero3 bf16, optimizer and parameter offload / bert",
+    *("zero3 bf16, optimizer and parameter offload / bert", "zero3 bf16 / prompt"),
 ]
 THREE_RANKS = [
     *("ddp fp32 / uneven", "zero0 bf16, fused / uneven", "zero1 bf16 / uneven", "zero2 bf16 / uneven"),
