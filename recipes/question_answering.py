@@ -95,8 +95,8 @@ class Prepared:
 def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
     splits = problems.of(load_splits, config.data)
-    report = problems.of(check_questions, splits, skip_bad_rows=config.data.skip_bad_rows)
-    has_unanswerable = problems.of(may_have_no_answer, report, config.data.version_2_with_negative)
+    rows = problems.of(check_questions, splits, skip_bad_rows=config.data.skip_bad_rows)
+    has_unanswerable = problems.of(may_have_no_answer, rows, config.data.version_2_with_negative)
     problems.of(refuse_unused_threshold, config.eval, has_unanswerable=has_unanswerable)
     model_config = problems.of(load_model_config, config.model, num_labels=2)  # the first token and the last
     problems.of(require_question_answering, config.model, model_config)
@@ -112,10 +112,10 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
     problems.of(require_decoder_start, config.model, model_config, tokenizer)
     most = problems.of(longest_text, model_config, tokenizer)
     problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
-    problems.of(refuse_unusable_questions, report.rows, tokenizer, config.data)
+    problems.of(refuse_unusable_questions, rows, tokenizer, config.data)
     metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
     return Prepared(
-        rows=report.rows,
+        rows=rows,
         has_unanswerable=has_unanswerable,
         metric=metric,
         model_config=model_config,
@@ -123,7 +123,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
         collate=problems.of(WindowCollator, tokenizer, length, problems.of(whole_windows, model_config)),
         objective=problems.of(build_objective, config.noise, seed=config.train.seed),
         rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, report.rows, config.averaging),
+        target=problems.of(choose_target, config.eval, metric, rows, config.averaging),
     )
 
 

@@ -6,12 +6,12 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from datasets import Dataset
 
 from swaft.errors import DataError
+from swaft.options import suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ def require_column(split: Dataset, column: str, setting: str) -> None:
         DataError: lists the columns and names the nearest.
     """
     if column not in split.column_names:
-        near = get_close_matches(column, split.column_names, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = suggestion(column, split.column_names)
         raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
 
 

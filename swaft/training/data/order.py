@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class PassSampler(Sampler[int]):
     Args:
         order: draws the rows of one pass.
         num_rows: of a pass.
-        seed: of all passes.
+        seed: of all passes; every rank needs the same.
     """
 
     def __init__(self, order: Order, num_rows: int, *, seed: int):
@@ -46,19 +47,14 @@ class PassSampler(Sampler[int]):
 
 
 def shuffled(num_rows: int, *, seed: int) -> PassSampler:
-    """All rows, shuffled.
-
-    Args:
-        num_rows: how many there are.
-        seed: of the orders; every rank needs the same.
-    """
+    """Return a sampler of all rows, shuffled."""
     return PassSampler(
         lambda generator: torch.randperm(num_rows, generator=generator).tolist(), num_rows, seed=seed
     )
 
 
 def length_grouped(lengths: Sequence[int], *, batch_size: int, seed: int) -> PassSampler:
-    """All rows, so that a batch holds inputs of like length and little of it is padding.
+    """Return a sampler of all rows, so that a batch holds inputs of like length and little of it is padding.
 
     Each pass is shuffled, then sorted by length within stretches of 50 batches (or a quarter of the rows, if that
     is less); the longest row comes first, so a batch that does not fit the memory fails at once.
@@ -66,11 +62,8 @@ def length_grouped(lengths: Sequence[int], *, batch_size: int, seed: int) -> Pas
     Args:
         lengths: tokens of each input.
         batch_size: rows of a micro-batch over all devices.
-        seed: of the orders; every rank needs the same.
+        seed: of the orders.
     """
     each = list(lengths)
-    return PassSampler(
-        lambda generator: get_length_grouped_indices(each, batch_size, generator=generator),
-        len(each),
-        seed=seed,
-    )
+    draw = partial(get_length_grouped_indices, each, batch_size)
+    return PassSampler(lambda generator: draw(generator=generator), len(each), seed=seed)

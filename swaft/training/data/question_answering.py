@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,23 +34,8 @@ NO_ANSWER_HERE = -1
 POSITIONS = ("start_positions", "end_positions")
 
 
-@dataclass(frozen=True)
-class QuestionReport:
-    """What is known of the questions before they are tokenized."""
-
-    unanswerable: dict[str, int]
-    """By split: questions that have no answer (SQuAD 2.0)."""
-    rows: Mapping[str, Dataset]
-    """Questions by split, without those that were left out."""
-
-    @property
-    def has_unanswerable(self) -> bool:
-        """Whether some question of some split has no answer."""
-        return any(self.unanswerable.values())
-
-
-def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = False) -> QuestionReport:
-    """Check every question of every split.
+def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = False) -> dict[str, Dataset]:
+    """Check every question of every split, and return those that can be used.
 
     Rows have `id` (whole numbers become texts), `question`, `context` and `answers`: `{"text": [...],
     "answer_start": [...]}`, starts in characters of the context, empty lists where there is no answer.
@@ -72,29 +56,30 @@ def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = Fals
     good = good_rows(splits, COLUMNS, _faults, skip=skip_bad_rows)
     for name, split in good.items():
         _judge_places(split, name)
-    unanswerable = {
-        name: sum(not answers["text"] for answers in values(split, "answers")) for name, split in good.items()
-    }
-    return QuestionReport(unanswerable, good)
+    return good
 
 
-def may_have_no_answer(report: QuestionReport, version_2_with_negative: bool | None) -> bool:
+def may_have_no_answer(splits: Mapping[str, Dataset], version_2_with_negative: bool | None) -> bool:
     """Return whether "none" is an answer: what the setting says, else what the questions show.
 
     Args:
-        report: from `check_questions`.
+        splits: questions by split, from `check_questions`.
         version_2_with_negative: the setting of this name; None: it says nothing.
 
     Raises:
         ConfigError: it says no, and there are questions without an answer.
     """
-    if version_2_with_negative is False and report.has_unanswerable:
-        counts = ", ".join(f"{count} of {name}" for name, count in report.unanswerable.items() if count)
+    counts = {
+        name: sum(not answers["text"] for answers in values(split, "answers"))
+        for name, split in splits.items()
+    }
+    if version_2_with_negative is False and any(counts.values()):
+        found = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
         raise ConfigError(
-            f"data.version_2_with_negative is false, but questions have no answer ({counts}); remove the setting, "
+            f"data.version_2_with_negative is false, but questions have no answer ({found}); remove the setting, "
             "or the rows"
         )
-    return report.has_unanswerable if version_2_with_negative is None else version_2_with_negative
+    return any(counts.values()) if version_2_with_negative is None else version_2_with_negative
 
 
 def right_answers(split: Dataset) -> list[tuple[str, list[str]]]:

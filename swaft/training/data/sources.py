@@ -6,7 +6,6 @@ import csv
 import logging
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 
 from swaft.errors import DataError
 from swaft.fraction import share_of
+from swaft.options import suggestion
 from swaft.training.config.schema import DataConfig, RowsConfig
 from swaft.training.config.values import DELIMITERS, split_names
 from swaft.training.data.files import FILE_READERS, TABLES, cause, require_utf8
@@ -181,11 +181,9 @@ def _load_task(task_name: str) -> Splits:
     root = data_folder()
     local = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
     known = sorted({DEMO_TASK, *GLUE_TASKS, *local})
-    near = get_close_matches(task_name, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
     raise DataError(
         f"data.task_name: '{task_name}' is neither a folder of {root or 'SWAFT_DATA (not set)'} nor one of "
-        f"{', '.join(known)}.{hint} For rows of your own set data.train_file"
+        f"{', '.join(known)}.{suggestion(task_name, known)} For rows of your own set data.train_file"
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from swaft.errors import ConfigError
+from swaft.options import suggestion
 
 NAMES = {
     "classification": ("accuracy", "f1", "f1_macro", "accuracy_f1", "matthews_correlation"),
@@ -51,9 +51,9 @@ def refuse_unfit(name: str, task: str) -> None:
         return
     if any(name in names for names in NAMES.values()):
         raise ConfigError(f"eval.metric: {name} does not fit a {task} task; use auto, {' or '.join(fitting)}")
-    near = get_close_matches(name, fitting, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ConfigError(f"eval.metric: '{name}' is not one of auto, {', '.join(fitting)}.{hint}")
+    raise ConfigError(
+        f"eval.metric: '{name}' is not one of auto, {', '.join(fitting)}.{suggestion(name, fitting)}"
+    )
 
 
 def library(module: str, package: str) -> Any:

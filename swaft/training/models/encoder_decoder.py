@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError
+from swaft.options import suggestion
 from swaft.training.config import Seq2SeqModelConfig
 from swaft.training.models.languages import write_target_language
 from swaft.training.models.lora import with_adapters
@@ -183,9 +183,9 @@ def _new_config(model: Seq2SeqModelConfig) -> Any:
             f"model.config: there is no model_type '{kind}'; expected one of an encoder-decoder, t5 or bart say"
         ) from error
     # transformers takes any entry and uses those it knows.
+    entries = list(known.to_dict())
     problems = [
-        f"model.config: {kind} has no entry '{name}'."
-        + "".join(f" Did you mean '{near}'?" for near in get_close_matches(name, list(known.to_dict()), n=1))
+        f"model.config: {kind} has no entry '{name}'.{suggestion(name, entries)}"
         for name in said
         if name not in FITTED and not hasattr(known, name)
     ]

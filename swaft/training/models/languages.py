@@ -9,6 +9,7 @@ import torch
 
 from swaft.errors import ConfigError
 from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.data.checks import shortened
 from swaft.training.data.seq2seq import PairColumns
 
 
@@ -24,7 +25,6 @@ def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns)
         ConfigError: for a tokenizer of many languages, a language that is not named or not known to it; for
             another, languages that nothing uses.
     """
-    named = {"data.source_lang": data.source_lang, "data.target_lang": data.target_lang}
     if not knows_languages(tokenizer):
         if data.source_lang is not None and (data.source_column is not None or columns.source_lang is None):
             raise ConfigError(
@@ -33,17 +33,22 @@ def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns)
                 "data.source_lang and data.target_lang out"
             )
         return
-    codes = language_codes(tokenizer)
-    problems = [
-        f"{setting}: {type(tokenizer).__name__} has no language {code!r}; {_nearest(code, list(codes))}"
-        for setting, code in named.items()
-        if code not in codes
-    ]
+    codes = list(language_codes(tokenizer))
+    problems = []
+    for setting, code in (("data.source_lang", data.source_lang), ("data.target_lang", data.target_lang)):
+        if code not in codes:
+            begin_so = [known for known in codes if code and known.startswith(code)]
+            near = begin_so[:3] or get_close_matches(code or "", codes, n=3)
+            hint = f"did you mean {' or '.join(near)}? It has" if near else "expected one of"
+            problems.append(
+                f"{setting}: {type(tokenizer).__name__} has no language {code!r}; {hint} {shortened(codes)}"
+            )
     if problems:
         raise ConfigError(problems)
-    tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
-    # What a saved tokenizer is made of again.
-    tokenizer.init_kwargs.update(src_lang=data.source_lang, tgt_lang=data.target_lang)
+    named = {"src_lang": data.source_lang, "tgt_lang": data.target_lang}
+    for name, code in named.items():
+        setattr(tokenizer, name, code)
+    tokenizer.init_kwargs.update(named)  # what a saved tokenizer is made of again
 
 
 def knows_languages(tokenizer: Any) -> bool:
@@ -87,10 +92,3 @@ def write_target_language(model: Any, tokenizer: Any) -> None:
         )
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
     model.generation_config.forced_bos_token_id = None if code == start else code
-
-
-def _nearest(code: str | None, codes: list[str]) -> str:
-    begin_so = [known for known in codes if code and known.startswith(code)]
-    near = begin_so[:3] or get_close_matches(code or "", codes, n=3)
-    hint = f"did you mean {' or '.join(near)}? It has" if near else "expected one of"
-    return f"{hint} {', '.join(codes[:8])}" + (f", ... ({len(codes)} in all)" if len(codes) > 8 else "")
