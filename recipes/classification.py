@@ -39,7 +39,8 @@ from swaft.training.data.texts import (
 from swaft.training.evaluation.best import Target, choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics.classification import Metric, get_metric
+from swaft.training.metrics.classification import get_metric, renumbered
+from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.kept_head import fit_head
 from swaft.training.models.pretrained import (
@@ -130,7 +131,7 @@ def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
 
 def in_order(metric: Metric, order: Sequence[int] | None) -> Metric:
     """Return the metric for class ids of this order, which a head that is kept has of its own."""
-    return metric if order is None else metric.renumbered(order)
+    return metric if order is None else renumbered(metric, order)
 
 
 def train(config: ClassificationConfig) -> None:

@@ -50,7 +50,7 @@ from swaft.training.evaluation.best import Target, choose_target
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.evaluation.generation import write_samples
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics.names import Measure
+from swaft.training.metrics.names import Metric
 from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.pretrained import (
@@ -76,7 +76,7 @@ class Prepared:
     """Dataset by split."""
     has_unanswerable: bool
     """Whether "none" is an answer."""
-    metric: Measure
+    metric: Metric
     model_config: Any
     tokenizer: Any
     collate: WindowCollator

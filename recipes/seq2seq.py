@@ -47,7 +47,8 @@ from swaft.training.evaluation.generation import (
     write_samples,
 )
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics.generation import GenerationMetric, get_generation_metric
+from swaft.training.metrics.generation import get_generation_metric
+from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.encoder_decoder import (
     brings_tokenizer,
@@ -72,7 +73,7 @@ class Prepared:
 
     rows: dict[str, Any]
     """Dataset of pairs of texts, with all their references, by split."""
-    metric: GenerationMetric | None
+    metric: Metric | None
     """None: no texts are generated."""
     model_config: Any
     tokenizer: Any

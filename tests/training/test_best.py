@@ -13,7 +13,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation.best import BestWeights, Target, choose_target
 from swaft.training.metrics import classification, generation, question_answering
-from swaft.training.metrics.names import Measure
+from swaft.training.metrics.names import Metric
 
 pytestmark = pytest.mark.unit
 
@@ -258,7 +258,7 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
 
 
 def test_a_score_that_there_is_not_is_refused_before_training():
-    main = Measure("accuracy_f1", ("accuracy", "f1"), max)
+    main = Metric("accuracy_f1", ("accuracy", "f1"), max)
     chosen = choose_target(EvalConfig(metric_for_best_model="f1"), main, ["train"])
     assert (chosen.chosen, chosen.better) == ("f1", max)
     chosen = choose_target(EvalConfig(metric_for_best_model="loss"), main, ["train"])
@@ -270,7 +270,7 @@ def test_a_score_that_there_is_not_is_refused_before_training():
 
 @pytest.mark.parametrize("asked", [{"keep_best": "last"}, {"early_stopping_patience": 1}])
 def test_weights_cannot_be_judged_without_validation_rows(asked):
-    main = Measure("accuracy", ("accuracy",), max)
+    main = Metric("accuracy", ("accuracy",), max)
     with pytest.raises(ConfigError, match=f"eval.{next(iter(asked))}: .* there are none"):
         choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "test"])
     choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])

@@ -22,7 +22,7 @@ from transformers import (
 from swaft.errors import ConfigError
 from swaft.training.config import DataConfig, ModelConfig
 from swaft.training.data.classification import Task, describe_task
-from swaft.training.metrics.classification import get_metric
+from swaft.training.metrics.classification import get_metric, renumbered
 from swaft.training.models.kept_head import FittedHead, fit_head
 from swaft.training.models.pretrained import describe_labels, load_model_config, load_with_head
 
@@ -117,9 +117,9 @@ def test_classes_of_the_same_names_are_taken_in_the_order_of_the_head(saved, tas
 
 def test_the_f1_stays_that_of_the_class_which_the_rows_call_1(saved):
     head, _ = load(saved(["yes", "no"]), task_of([0, 1], ["no", "yes"]))
-    metric = get_metric("f1").renumbered(head.order or ())
+    metric = renumbered(get_metric("f1"), head.order or ())
     said, right = np.array([1, 0, 1, 1]), np.array([0, 0, 1, 1])  # as the head has it: 0 is yes
-    assert metric(said, right) == get_metric("f1")(1 - said, 1 - right) == {"f1": 2 / 3}
+    assert metric.compute(said, right) == get_metric("f1").compute(1 - said, 1 - right) == {"f1": 2 / 3}
 
 
 @pytest.mark.parametrize("names", [["0", "1"], ["LABEL_0", "LABEL_1"]])

@@ -22,7 +22,7 @@ from swaft.training.config import QuestionAnsweringEvalConfig
 from swaft.training.data.checks import values
 from swaft.training.data.question_answering import NO_ANSWER_HERE, POSITIONS, right_answers
 from swaft.training.evaluation.evaluate import ROW_ID, Evaluation, Ragged, measured_once, require_finite
-from swaft.training.metrics.names import Measure
+from swaft.training.metrics.names import Metric
 from swaft.training.metrics.question_answering import score_squad, score_squad_v2
 from swaft.training.run.folder import RunFolder
 
@@ -62,7 +62,7 @@ def evaluate_answers(
     *,
     questions: Dataset,
     windows: Dataset,
-    metric: Measure,
+    metric: Metric,
     search: AnswerSearch,
 ) -> Evaluation:
     """Return the loss a window and the scores of the answers to a set of questions (collective).

@@ -17,7 +17,7 @@ from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
 from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation.evaluate import Scores
-from swaft.training.metrics.names import Measure
+from swaft.training.metrics.names import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def watches_weights(evaluation: EvalConfig) -> bool:
 
 def choose_target(
     evaluation: EvalConfig,
-    metric: Measure | None,
+    metric: Metric | None,
     splits: Collection[str],
     averaging: AveragingConfig | None = None,
 ) -> Target:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from swaft.averaging import ReadoutSearch, WeightAverager, search_windows
 from swaft.averaging.rules import WindowsPlan
 from swaft.errors import TrainingError
-from swaft.training.metrics.classification import Metric, Scores
+from swaft.training.metrics.classification import Scores
+from swaft.training.metrics.names import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def evaluate_classes(
     else:
         predictions = logits.argmax(dim=-1)
         loss = nn.functional.cross_entropy(logits, labels)
-    scores = metric(predictions.numpy(), labels.numpy())
+    scores = metric.compute(predictions.numpy(), labels.numpy())
     return Evaluation(scores={**scores, "loss": require_finite(loss.item())})
 
 

@@ -24,7 +24,7 @@ from swaft.training.evaluation.evaluate import (
     require_finite,
     without_row_id,
 )
-from swaft.training.metrics.generation import GenerationMetric
+from swaft.training.metrics.names import Metric
 from swaft.training.run.folder import RunFolder
 
 
@@ -35,7 +35,7 @@ def evaluate_texts(
     *,
     references: Sequence[Sequence[str]],
     tokenizer: Any,
-    metric: GenerationMetric | None,
+    metric: Metric | None,
     generation: Mapping[str, Any],
 ) -> Evaluation:
     """Return the loss a token and the scores of generated texts over a data set (collective).
@@ -78,7 +78,7 @@ def evaluate_texts(
         return Evaluation(scores={"loss": loss})
     texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     # Every rank scores, so that every rank has the score, or the error, without a word to the others.
-    scored = metric(texts, references)
+    scored = metric.compute(texts, references)
     length = (tokens != padding).sum(dim=1).double().mean().item()
     return Evaluation(
         scores={**scored.scores, "loss": loss, "gen_len": length},

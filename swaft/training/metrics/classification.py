@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from swaft.errors import ConfigError
-from swaft.training.metrics.names import NAMES, Measure, library, refuse_unfit
+from swaft.training.metrics.names import NAMES, Metric, library, refuse_unfit
 
 logger = logging.getLogger(__name__)
 
@@ -25,48 +25,6 @@ TASK_METRICS = {
 """The metric GLUE reports, where it is not accuracy (Wang et al. 2019, table 1)."""
 
 
-@dataclass(frozen=True)
-class Metric(Measure):
-    """A measure of class ids, or of scores."""
-
-    is_regression: bool = False
-    """Whether it measures scores rather than class ids."""
-
-    def __call__(self, predictions: np.ndarray, references: np.ndarray) -> Scores:
-        """Return every number of the measure by name, as plain floats.
-
-        Args:
-            predictions: class ids (integers) or scores (floats), shape (rows,).
-            references: the right answers, shape (rows,), rows in the same order.
-
-        Raises:
-            ValueError: no rows, shapes that differ, or class ids that are not whole numbers.
-        """
-        predictions, references = np.asarray(predictions), np.asarray(references)
-        if predictions.ndim != 1 or predictions.shape != references.shape or not len(predictions):
-            raise ValueError(
-                f"{self.name} got predictions of shape {predictions.shape} and references of shape "
-                f"{references.shape}; expected one prediction a row and one reference a row"
-            )
-        if not self.is_regression and not {predictions.dtype.kind, references.dtype.kind} <= set("iub"):
-            raise ValueError(
-                f"{self.name} got {predictions.dtype} predictions and {references.dtype} references; "
-                "expected class ids (take the argmax of the logits first)"
-            )
-        return {name: float(value) for name, value in self.compute(predictions, references).items()}
-
-    def renumbered(self, order: Sequence[int]) -> Metric:
-        """Return the same measure for class ids of another order: F1 stays that of the same class.
-
-        Args:
-            order: this measure's id of each class, shape (classes,).
-        """
-        ids = np.asarray(order)
-        return replace(
-            self, compute=lambda predictions, references: self.compute(ids[predictions], ids[references])
-        )
-
-
 def get_metric(
     name: str = "auto",
     *,
@@ -77,6 +35,8 @@ def get_metric(
     positive_label: str | None = None,
 ) -> Metric:
     """Return the metric of this name, if it fits the task.
+
+    It compares two arrays of class ids, or of scores, shape (rows,), and returns every number by name.
 
     Args:
         name: one of `METRIC_NAMES`, or `auto`: GLUE's for a GLUE task, else pearson_spearman for a regression and
@@ -119,7 +79,20 @@ def get_metric(
         raise ConfigError(
             f"data.positive_label: there is no class '{positive_label}'; expected one of {', '.join(classes)}"
         )
-    return metric if positive_label == classes[1] else metric.renumbered((1, 0))
+    return metric if positive_label == classes[1] else renumbered(metric, (1, 0))
+
+
+def renumbered(metric: Metric, order: Sequence[int]) -> Metric:
+    """Return the same measure for class ids of another order: F1 stays that of the same class.
+
+    Args:
+        metric: of class ids.
+        order: its id of each class, shape (classes,).
+    """
+    ids = np.asarray(order)
+    return replace(
+        metric, compute=lambda predictions, references: metric.compute(ids[predictions], ids[references])
+    )
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> Scores:
@@ -128,12 +101,12 @@ def _accuracy(predictions: np.ndarray, references: np.ndarray) -> Scores:
 
 def _f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
     f1_score = library("sklearn.metrics", "scikit-learn").f1_score
-    return {"f1": f1_score(references, predictions, pos_label=1, zero_division=0.0)}
+    return {"f1": float(f1_score(references, predictions, pos_label=1, zero_division=0.0))}
 
 
 def _f1_macro(predictions: np.ndarray, references: np.ndarray) -> Scores:
     f1_score = library("sklearn.metrics", "scikit-learn").f1_score
-    return {"f1_macro": f1_score(references, predictions, average="macro", zero_division=0.0)}
+    return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
 
 
 def _accuracy_f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
@@ -145,7 +118,7 @@ def _matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> Sc
     if len(np.unique(predictions)) == 1 or len(np.unique(references)) == 1:
         return {"matthews_correlation": 0.0}
     coefficient = library("sklearn.metrics", "scikit-learn").matthews_corrcoef
-    return {"matthews_correlation": coefficient(references, predictions)}
+    return {"matthews_correlation": float(coefficient(references, predictions))}
 
 
 def _pearson_spearman(predictions: np.ndarray, references: np.ndarray) -> Scores:
@@ -155,8 +128,8 @@ def _pearson_spearman(predictions: np.ndarray, references: np.ndarray) -> Scores
             return {"pearson": 0.0, "spearman": 0.0}
     stats = library("scipy.stats", "scipy")
     return {
-        "pearson": stats.pearsonr(predictions, references)[0],
-        "spearman": stats.spearmanr(predictions, references)[0],
+        "pearson": float(stats.pearsonr(predictions, references)[0]),
+        "spearman": float(stats.spearmanr(predictions, references)[0]),
     }
 
 

@@ -11,8 +11,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from swaft.errors import DataError
-from swaft.training.metrics.names import Measure, library, refuse_unfit
+from swaft.training.metrics.names import Metric, library, refuse_unfit
 
 logger = logging.getLogger(__name__)
 
@@ -48,44 +47,10 @@ class GenerationScores:
     """How each number was computed; numbers of different signatures cannot be compared."""
 
 
-@dataclass(frozen=True)
-class GenerationMetric(Measure):
-    """A measure of generated texts; higher is better for all of its numbers."""
-
-    def __call__(self, predictions: Sequence[str], references: References) -> GenerationScores:
-        """Score the predictions.
-
-        Args:
-            predictions: one text a row; an empty one counts, and scores nothing.
-            references: the right texts of each row, one or more, rows in the same order.
-
-        Raises:
-            ValueError: no rows, counts that differ, or references that are no lists.
-            DataError: a row without a reference, or with an empty one.
-            ConfigError: a library is missing.
-        """
-        if not len(predictions) or len(predictions) != len(references):
-            raise ValueError(
-                f"{self.name} got {len(predictions)} predictions and references for {len(references)} rows; "
-                "expected one prediction a row, and one row at least"
-            )
-        for row, texts in enumerate(references):
-            if isinstance(texts, str):
-                raise ValueError(
-                    f"{self.name} got a text as the references of row {row}; expected a list of texts"
-                )
-            if not len(texts) or not all(text.strip() for text in texts):
-                found = "an empty reference" if len(texts) else "no reference"
-                raise DataError(
-                    f"row {row} has {found}, so it cannot be scored; remove the row or fill it in"
-                )
-        return self.compute(predictions, references)
-
-
 def get_generation_metric(
     name: str = "auto", *, task_name: str | None = None, translates: bool = False
-) -> GenerationMetric:
-    """Return the metric of this name.
+) -> Metric:
+    """Return the metric of this name: of generated texts and the right ones of each, to `GenerationScores`.
 
     Args:
         name: one of `NAMES["generation"]`, or `auto`: the usual one of the task, bleu_chrf for other translations,
@@ -257,13 +222,13 @@ def _joined(*parts: Callable[..., GenerationScores]) -> Callable[..., Generation
 METRICS = {
     metric.name: metric
     for metric in (
-        GenerationMetric("rouge", ("rougeL", "rouge1", "rouge2", "rougeLsum"), _rouge),
-        GenerationMetric("bleu", ("bleu",), _bleu),
-        GenerationMetric("chrf", ("chrf",), _chrf),
-        GenerationMetric("rougeL_coco", ("rougeL_coco",), _rouge_l_coco),
-        GenerationMetric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf)),
+        Metric("rouge", ("rougeL", "rouge1", "rouge2", "rougeLsum"), _rouge),
+        Metric("bleu", ("bleu",), _bleu),
+        Metric("chrf", ("chrf",), _chrf),
+        Metric("rougeL_coco", ("rougeL_coco",), _rouge_l_coco),
+        Metric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf)),
         # The numbers of the E2E challenge, and ROUGE-L beside its namesake.
-        GenerationMetric(
+        Metric(
             "bleu_rouge",
             ("bleu", "rougeL_coco", "rougeL"),
             _joined(_bleu, _rouge_l_coco, partial(_rouge, names=("rougeL",))),

@@ -20,19 +20,21 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """A named measure of predictions against references."""
 
     name: str
     """What the setting `eval.metric` calls it."""
     names: tuple[str, ...]
-    """The numbers that it returns."""
+    """The numbers that it returns; the first leads, and is the one to compare runs by."""
     compute: Callable[..., Any]
-    """The measure itself; expects what was checked."""
+    """The measure itself, of predictions and references in the same order."""
+    is_regression: bool = False
+    """Whether it measures scores rather than classes, texts or answers."""
 
     @property
     def primary(self) -> str:
-        """The number that leads: the one to compare runs by."""
+        """The number that leads."""
         return self.names[0]
 
 

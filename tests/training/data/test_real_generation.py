@@ -64,7 +64,7 @@ def test_references_score_best_against_themselves(name):
     )
     some = pairs.select(range(100))
     metric = get_generation_metric(task_name=name)
-    result = metric(some["target"][:], some["references"][:])
+    result = metric.compute(some["target"][:], some["references"][:])
     assert result.scores == dict.fromkeys(result.scores, pytest.approx(100))
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from swaft.errors import ConfigError, DataError
+from swaft.errors import ConfigError
 from swaft.training.metrics.classification import get_metric
 from swaft.training.metrics.generation import (
     METRICS,
@@ -30,7 +30,7 @@ def test_the_table_holds_what_the_names_promise():
 
 @pytest.mark.parametrize("name", NAMES["generation"])
 def test_a_perfect_text_scores_100_and_every_number_says_how_it_was_made(name):
-    result = METRICS[name](["We love this old pub."], [["We love this old pub."]])
+    result = METRICS[name].compute(["We love this old pub."], [["We love this old pub."]])
     assert result.scores == dict.fromkeys(result.scores, pytest.approx(100))
     assert set(METRICS[name].names) == set(result.scores)
     assert set(result.signatures) == set(result.scores)
@@ -39,20 +39,22 @@ def test_a_perfect_text_scores_100_and_every_number_says_how_it_was_made(name):
 
 @pytest.mark.parametrize("name", NAMES["generation"])
 def test_empty_predictions_count_and_score_nothing(name):
-    one = METRICS[name](["We love this old pub."], [["We love this old pub."]])
-    half = METRICS[name](["We love this old pub.", ""], [["We love this old pub."], ["Some other words."]])
+    one = METRICS[name].compute(["We love this old pub."], [["We love this old pub."]])
+    half = METRICS[name].compute(
+        ["We love this old pub.", ""], [["We love this old pub."], ["Some other words."]]
+    )
     assert all(half.scores[number] < one.scores[number] for number in one.scores)
 
 
 def test_bleu_of_one_wrong_word():
-    result = get_generation_metric("bleu")([PREDICTION], [[REFERENCE]])
+    result = get_generation_metric("bleu").compute([PREDICTION], [[REFERENCE]])
     assert result.scores == {"bleu": pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)}
     assert result.signatures == {"bleu": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"}
     assert result.intervals == {}
 
 
 def test_bleu_counts_over_the_whole_set_and_over_all_references():
-    result = get_generation_metric("bleu")(CHALLENGE, REFERENCES)
+    result = get_generation_metric("bleu").compute(CHALLENGE, REFERENCES)
     # Words 5 + 5 of 11, pairs 4 + 4 of 9, triples 3 + 3 of 7, fours 2 + 1 of 5; no text is too short.
     expected = 100 * (10 / 11 * 8 / 9 * 6 / 7 * 3 / 5) ** 0.25
     assert result.scores["bleu"] == pytest.approx(expected)
@@ -60,25 +62,25 @@ def test_bleu_counts_over_the_whole_set_and_over_all_references():
 
 
 def test_chrf_of_one_wrong_letter():
-    result = get_generation_metric("chrf")(["abc"], [["abd"]])
+    result = get_generation_metric("chrf").compute(["abc"], [["abd"]])
     assert result.scores == {"chrf": pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)}
     assert result.signatures == {"chrf": "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0"}
 
 
 def test_chrf_takes_the_best_reference():
     chrf = get_generation_metric("chrf")
-    assert chrf(["abc", "xyz"], [["q", "abc"], ["xyz"]]).scores["chrf"] == pytest.approx(100)
+    assert chrf.compute(["abc", "xyz"], [["q", "abc"], ["xyz"]]).scores["chrf"] == pytest.approx(100)
 
 
 def test_rouge_is_the_plain_mean_over_rows():
-    result = get_generation_metric("rouge")([PREDICTION, "p q"], [[REFERENCE], ["x y"]])
+    result = get_generation_metric("rouge").compute([PREDICTION, "p q"], [[REFERENCE], ["x y"]])
     assert result.scores["rouge1"] == pytest.approx(100 * (5 / 6 + 0) / 2)
     assert "stem:porter" in result.signatures["rouge1"]
     assert set(result.scores) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
 
 
 def test_the_two_kinds_of_rouge_l_stand_side_by_side_under_names_of_their_own():
-    result = get_generation_metric("bleu_rouge")(["p q r s"], [["p q", "p q r x y z"]])
+    result = get_generation_metric("bleu_rouge").compute(["p q r s"], [["p q", "p q r x y z"]])
     assert set(result.scores) == {"bleu", "rougeL_coco", "rougeL"}
     assert result.scores["rougeL"] < result.scores["rougeL_coco"]
     assert "beta:1.2" in result.signatures["rougeL_coco"]
@@ -89,8 +91,8 @@ def test_intervals_hold_the_mean_and_come_again():
     predictions = [f"p q {i}" for i in range(40)]
     references = [["p q r" if i % 3 else f"p q {i}"] for i in range(40)]
     metric = get_generation_metric("rouge")
-    first = metric(predictions, references)
-    assert first == metric(predictions, references)
+    first = metric.compute(predictions, references)
+    assert first == metric.compute(predictions, references)
     low, high = first.intervals["rouge1"]
     assert low < first.scores["rouge1"] < high
     values = np.arange(40.0)[:, None]
@@ -110,27 +112,10 @@ def test_bootstrap_interval_has_the_width_of_the_normal_one():
 
 def test_texts_in_another_script_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING, logger="swaft"):
-        scores = METRICS["rouge"](["你好", "yes"], [["你好"], ["yes"]]).scores
+        scores = METRICS["rouge"].compute(["你好", "yes"], [["你好"], ["yes"]]).scores
     assert scores["rouge1"] == 50
     assert "1 of 2 rows" in caplog.text
     assert "chrf" in caplog.text
-
-
-@pytest.mark.parametrize("name", NAMES["generation"])
-@pytest.mark.parametrize(
-    ("predictions", "references"), [([], []), (["a"], []), (["a"], [["a"], ["b"]]), (["a"], ["a"])]
-)
-def test_counts_that_differ_are_refused(name, predictions, references):
-    with pytest.raises(ValueError, match=name):
-        METRICS[name](predictions, references)
-
-
-@pytest.mark.parametrize(
-    ("row", "said"), [([], "no reference"), (["a", " "], "an empty reference"), ([""], "an empty reference")]
-)
-def test_row_without_a_reference_is_named(row, said):
-    with pytest.raises(DataError, match=f"row 1 has {said}"):
-        METRICS["chrf"](["a", "b"], [["a"], row])
 
 
 @pytest.mark.parametrize(
@@ -159,4 +144,4 @@ def test_metric_of_another_kind_of_task_is_refused():
 def test_missing_library_names_the_extra(monkeypatch, library, name):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
-        METRICS[name](["a"], [["a"]])
+        METRICS[name].compute(["a"], [["a"]])
