@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from swaft.errors import ConfigError, DataError, TrainingError
+from swaft.errors import ConfigError, TrainingError
 from swaft.noise.outputs import task_logits
 from swaft.training.config import QuestionAnsweringEvalConfig
 from swaft.training.data.checks import values
@@ -137,28 +137,26 @@ def find_answers(
         search: how to find them.
 
     Raises:
-        ValueError: logits that do not fit the windows.
         TrainingError: logits that are not finite.
-        DataError: a question without a window.
     """
-    if len(windows) != len(logits):
-        raise ValueError(f"got logits of {len(logits)} windows; expected {len(windows)}")
     # The score of each question's best span, negated, and its characters in the context.
     best = [(math.inf, 0, 0)] * len(questions)
     null_scores = [math.inf] * len(questions)
-    columns = (values(windows, name) for name in ("row", "cls_position", "offsets"))
-    for window, (row, cls, listed) in enumerate(zip(*columns, strict=True)):
+    columns = zip(values(windows, "row", "cls_position", "offsets"), logits, strict=True)
+    for window, ((row, cls, listed), scores) in enumerate(columns):
         offsets = np.asarray(listed)
-        start, end = _own(logits[window], len(offsets), search.padding_side, window)
+        begin = 0 if search.padding_side == "right" else len(scores[0]) - len(offsets)
+        start, end = np.asarray(scores, dtype=np.float64)[:, begin : begin + len(offsets)]
+        if not np.isfinite(start + end).all():
+            raise TrainingError(
+                f"the logits of window {window} are not finite; lower train.learning_rate, or train with "
+                "train.mixed_precision=bf16 rather than fp16"
+            )
         null_scores[row] = min(null_scores[row], float(start[cls] + end[cls]))
         best[row] = min(best[row], _best_span(start, end, offsets, search.max_answer_length))
     answers = Answers({}, {}, {})
-    rows = zip(values(questions, "id"), values(questions, "context"), best, null_scores, strict=True)
-    for question, context, (cost, first, last), null_score in rows:
-        if math.isinf(cost):
-            raise DataError(
-                f"question {question} has no window with tokens of its context; tokenize this split"
-            )
+    rows = zip(values(questions, "id", "context"), best, null_scores, strict=True)
+    for (question, context), (cost, first, last), null_score in rows:
         text = context[first:last].strip()
         answers.best_texts[question] = answers.texts[question] = text
         if search.has_unanswerable:
@@ -219,19 +217,3 @@ def _best_span(
     spans = np.argwhere(scores == scores.max())
     first, last = min((int(offsets[i, 0]), int(offsets[i + k, 1])) for i, k in spans)
     return -float(scores.max()), first, last
-
-
-def _own(logits: np.ndarray, length: int, padding_side: str, window: int) -> np.ndarray:
-    """Return the scores of the window's own tokens in float64, (2, length)."""
-    if np.ndim(logits) != 2 or np.shape(logits)[1] < length:
-        raise ValueError(
-            f"window {window} has logits of shape {np.shape(logits)}; expected two for each of {length} tokens"
-        )
-    own = np.asarray(logits, dtype=np.float64)
-    own = own[:, :length] if padding_side == "right" else own[:, own.shape[1] - length :]
-    if not np.isfinite(own).all():
-        raise TrainingError(
-            f"the logits of window {window} are not finite; lower train.learning_rate, or train with "
-            "train.mixed_precision=bf16 rather than fp16"
-        )
-    return own

@@ -15,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from swaft.errors import DataError, TrainingError
+from swaft.errors import TrainingError
 from swaft.training.config import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import tokenize_questions
 from swaft.training.evaluation.answering import AnswerSearch, find_answers
@@ -191,21 +191,7 @@ def test_answers_come_back_where_a_character_takes_several_tokens_and_a_token_be
     assert found.texts == {text: text for text in texts}
 
 
-def test_logits_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="got logits of 3 windows; expected 4"):
-        answers(logits()[:3], logits()[:3])
-    with pytest.raises(ValueError, match="window 0 has logits of shape"):
-        answers([row[:5] for row in logits()], [row[:5] for row in logits()])
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_refused(value):
     with pytest.raises(TrainingError, match="the logits of window 1 are not finite"):
         answers(logits((1, 4, value)), logits())
-
-
-def test_question_without_a_window_is_named():
-    some = WINDOWS.select([0, 1, 2])
-    both = list(map(np.stack, zip(logits()[:3], logits()[:3], strict=True)))
-    with pytest.raises(DataError, match="question q2 has no window"):
-        find_answers(SPLIT, some, both, AnswerSearch(has_unanswerable=False))
