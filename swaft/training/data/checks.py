@@ -43,13 +43,7 @@ def require_column(split: Dataset, column: str, setting: str) -> None:
 
 
 def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[Fault]:
-    """Yield the rows that have anything but text in a column, and those with nothing but white space.
-
-    Args:
-        split: the rows.
-        column: one of its columns.
-        blank: whether white space alone is a fault.
-    """
+    """Yield the rows that have anything but text in a column, and (``blank``) those with white space alone."""
     for row, value in enumerate(values(split, column)):
         if not isinstance(value, str):
             found = "nothing" if value is None else f"{value!r}"
@@ -120,16 +114,7 @@ def good_rows(
 
 
 def require_length(setting: str, length: int, most: int) -> None:
-    """Refuse texts that are cut to more tokens than the model reads.
-
-    Args:
-        setting: what says the length.
-        length: tokens that texts are cut to.
-        most: tokens that the model reads.
-
-    Raises:
-        DataError: with both numbers.
-    """
+    """Refuse a length in tokens that is more than the model reads at most."""
     if length > most:
         raise DataError(f"{setting} is {length}, but the model reads at most {most} tokens; lower it")
 

@@ -38,11 +38,7 @@ def cause(error: BaseException) -> str:
 
 
 def require_utf8(path: str) -> None:
-    """Refuse a text file of another encoding.
-
-    Raises:
-        DataError: with the line.
-    """
+    """Refuse a text file of another encoding; names the line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -40,9 +40,7 @@ def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = Fals
     Rows have `id` (whole numbers become texts), `question`, `context` and `answers`: `{"text": [...],
     "answer_start": [...]}`, starts in characters of the context, empty lists where there is no answer.
 
-    Args:
-        splits: rows by split.
-        skip_bad_rows: leave out questions with a text that is none or empty, or answers of another form.
+    Questions with a text that is none or empty, or answers of another form, are left out where that is asked for.
 
     Raises:
         DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
@@ -61,10 +59,6 @@ def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = Fals
 
 def may_have_no_answer(splits: Mapping[str, Dataset], version_2_with_negative: bool | None) -> bool:
     """Return whether "none" is an answer: what the setting says, else what the questions show.
-
-    Args:
-        splits: questions by split, from `check_questions`.
-        version_2_with_negative: the setting of this name; None: it says nothing.
 
     Raises:
         ConfigError: it says no, and there are questions without an answer.
@@ -153,11 +147,6 @@ def refuse_unusable_questions(
     splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: QuestionAnsweringDataConfig
 ) -> None:
     """Refuse a question that leaves no room for its context, or whose context has no tokens.
-
-    Args:
-        splits: rows that `check_questions` checked.
-        tokenizer: the model's.
-        data: the section of the configuration, with the lengths.
 
     Raises:
         DataError: names the question.

@@ -90,11 +90,6 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
     references, in order of first appearance: to score a text against each of them alone would punish it
     for what the others say. The target, which labels are made of, is then the first of them. Translations
     keep their rows, as published scores do.
-
-    Args:
-        split: rows that `find_pairs` checked.
-        name: what the split is called; `train` keeps its rows.
-        columns: what `find_pairs` found.
     """
     has_lists = REFERENCES in split.column_names
 
@@ -124,12 +119,9 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq2SeqDataConfig) -> Dataset:
-    """Turn pairs of texts into what an encoder-decoder reads, unpadded.
+    """Turn pairs of texts, from `read_pairs`, into what an encoder-decoder reads, unpadded.
 
-    Args:
-        pairs: rows with `source` and `target`, from `read_pairs`.
-        tokenizer: the model's tokenizer; targets are tokenized as such (`text_target`).
-        data: the section of the configuration, with what is put before every source, and how long texts may be.
+    Targets are tokenized as such (`text_target`).
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row

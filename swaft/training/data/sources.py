@@ -57,9 +57,6 @@ def load_splits(data: RowsConfig) -> Splits:
     The columns are as they came. `validation_fraction` takes rows of train for validation; `max_train_samples` and
     its like keep the first rows of a split.
 
-    Args:
-        data: the section of the configuration; one of `task_name`, `dataset_name`, `train_file` is set.
-
     Raises:
         DataError: the rows cannot be found or read, or a split is empty or missing, or there is one already that
             was to be taken from train.
@@ -83,12 +80,7 @@ def load_splits(data: RowsConfig) -> Splits:
 
 
 def language_groups(splits: Mapping[str, Any], data: DataConfig) -> dict[str, list[str]]:
-    """Return which splits differ in language alone, by the name of their mean: `test_mean` of `test`, `test_de`.
-
-    Args:
-        splits: rows by split.
-        data: the section of the configuration; without `eval_languages` there are none.
-    """
+    """Return which splits differ in language alone, by the name of their mean: `test_mean` of `test`, `test_de`."""
     groups = {}
     for name in EVALUATED:
         same = [name, *(f"{name}_{language}" for language in _languages(data))]

@@ -62,12 +62,7 @@ class Collator:
 
 
 def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
-    """Set whether a special token that a text spells is text; a saved tokenizer remembers it.
-
-    Args:
-        tokenizer: the model's, for `encode`.
-        split_special_tokens: False: such a token has its special meaning, a separator say.
-    """
+    """Set whether a special token that a text spells is text, or has its meaning; a saved tokenizer knows it."""
     tokenizer.split_special_tokens = split_special_tokens
     if _can_split(tokenizer):
         tokenizer.init_kwargs["split_special_tokens"] = split_special_tokens
@@ -131,10 +126,7 @@ def refuse_rows_without_tokens(
 ) -> None:
     """Refuse texts that become no token at all, where the tokenizer adds none (GPT-2, Qwen): no model reads them.
 
-    Args:
-        splits: rows by split, with texts in these columns.
-        columns: of the texts that the tokenizer takes together, one or two.
-        tokenizer: the model's.
+    The tokenizer takes the texts of these columns, one or two, together.
 
     Raises:
         DataError: names the row.

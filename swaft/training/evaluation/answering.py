@@ -166,11 +166,7 @@ def find_answers(
 
 
 def refuse_unused_threshold(settings: QuestionAnsweringEvalConfig, *, has_unanswerable: bool) -> None:
-    """Refuse a null score threshold where every question has an answer.
-
-    Raises:
-        ConfigError: names the settings that make it of use.
-    """
+    """Refuse a null score threshold where every question has an answer."""
     threshold = settings.null_score_diff_threshold
     if threshold and not has_unanswerable:
         raise ConfigError(
@@ -190,11 +186,8 @@ def write_predictions(
 ) -> None:
     """Write the answers to all questions as the official SQuAD scripts read them: text by id.
 
-    Args:
-        folder: gets ``predictions-<split>.json`` of the last and ``predictions-<split>-averaged.json`` of the
-            averaged weights.
-        evaluations: by split and kind of weights.
-        splits: questions by split.
+    The files are ``predictions-<split>.json`` of the last and ``predictions-<split>-averaged.json`` of the averaged
+    weights.
     """
     for split, kinds in evaluations.items():
         for kind, evaluation in kinds.items():

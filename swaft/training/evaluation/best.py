@@ -67,13 +67,7 @@ def choose_target(
     splits: Collection[str],
     averaging: AveragingConfig | None = None,
 ) -> Target:
-    """Return what decides between weights, before the run starts.
-
-    Args:
-        evaluation: section ``eval``.
-        metric: the recipe's; None: there is no score but the loss.
-        splits: names of the splits that there are rows of.
-        averaging: section ``averaging``.
+    """Return what decides between weights: a score of the metric, if there is one, or the loss.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.

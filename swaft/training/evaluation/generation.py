@@ -107,12 +107,7 @@ def batch_generator(
     """Return what writes for a batch: token ids, one row a text, padded (every call is collective).
 
     The token that the decoder starts with is left out: it is no part of the text, and a tokenizer may take it for a
-    word.
-
-    Args:
-        model: as prepared, in eval mode when it is called.
-        accelerator: that prepared it.
-        generation: arguments of the model's ``generate``.
+    word. ``generation`` are arguments of the model's ``generate``; the model is in eval mode when this is called.
     """
     network: Any = accelerator.unwrap_model(model)
     # FSDP2 gathers the weights of a whole model for its forward alone; generate calls the encoder by itself.
@@ -140,14 +135,9 @@ def write_samples(
     *,
     columns: Sequence[str] = ("source", "references"),
 ) -> None:
-    """Write the first rows of each split with what the last and the averaged weights wrote for them.
+    """Write the first rows of each split with what the last and the averaged weights gave for them.
 
-    Args:
-        folder: gets a file ``samples-<split>.jsonl``, one row a line, for every split with outputs.
-        evaluations: by split and kind of weights.
-        rows: that were written for, by split.
-        num_samples: rows of each split.
-        columns: what is written of each row.
+    Every split with outputs gets a file ``samples-<split>.jsonl``, one row a line, with these columns.
     """
     for split, kinds in evaluations.items():
         written = {kind: found.outputs[:num_samples] for kind, found in kinds.items() if found.outputs}

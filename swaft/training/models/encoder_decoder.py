@@ -59,7 +59,7 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
         if not (getattr(decoder, "is_decoder", True) and getattr(decoder, "add_cross_attention", False)):
             raise ConfigError(
                 f"{model_setting(model)}: its decoder, a {decoder.model_type}, would see the whole text that it is "
-                "to write, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
+                "to generate, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
                 "the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained has it"
             )
     return found
@@ -71,11 +71,7 @@ def brings_tokenizer(model: Seq2SeqModelConfig) -> bool:
 
 
 def refuse_other_tokens(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
-    """Refuse settings of a new model that call other tokens special than its tokenizer does.
-
-    Args:
-        model: section ``model``.
-        tokenizer: the one that it names; None: one is trained.
+    """Refuse settings of a new model that call other tokens special than its tokenizer does; None: one is trained.
 
     Raises:
         ConfigError: names the tokens.
@@ -93,13 +89,7 @@ def refuse_other_tokens(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
 def new_tokenizer(
     model: Seq2SeqModelConfig, accelerator: Accelerator, texts: Callable[[], Iterable[str]]
 ) -> PreTrainedTokenizerFast:
-    """Return a tokenizer trained for a new model (collective).
-
-    Args:
-        model: section ``model``.
-        accelerator: whose main process trains it and tells it to the others.
-        texts: gives what it is trained on.
-    """
+    """Return a tokenizer for a new model, trained on these texts by the main process (collective)."""
     trained = [None]
     if accelerator.is_main_process:
         trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]

@@ -40,12 +40,7 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
 
     A kept head knows each class by its place. Names say which is which, whatever their case, spaces, hyphens and
     underscores, and so do numbers (3, LABEL_3). Ids without names, where the model has names, are taken to be the
-    model's. Which order is used is logged.
-
-    Args:
-        task: what the rows hold.
-        model: section ``model``.
-        model_config: its transformers configuration, as the model brings it.
+    model's. Which order is used is logged. The configuration is as the model brings it.
 
     Raises:
         ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
@@ -91,11 +86,7 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
 
 @torch.no_grad()
 def renew_head(model: Any) -> None:
-    """Draw the weights of a model's head anew, as of a model that came without one.
-
-    Args:
-        model: a transformers classifier, with torch seeded alike on every rank; whole or partitioned by ZeRO-3.
-    """
+    """Draw the weights of a classifier's head anew, whole or partitioned; torch is seeded alike on every rank."""
     heads = [model.get_submodule(name) for name in new_heads(model)]
     weights = [weight for head in heads for weight in head.parameters()]
     whole: Any = nullcontext()

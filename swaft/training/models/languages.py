@@ -69,11 +69,8 @@ def write_target_language(model: Any, tokenizer: Any) -> None:
     """Have a model of many languages begin its texts as the labels it learns from begin.
 
     mBART's decoder starts with the code of the language. That of mBART-50, M2M100 and NLLB starts with another
-    token, and the code is the first token of the text, which generation is made to begin with.
-
-    Args:
-        model: whose configuration and generation settings are changed; they are saved with it.
-        tokenizer: after `set_languages`; one without languages changes nothing.
+    token, and the code is the first token of the text, which generation is made to begin with. Changed are the
+    model's configuration and generation settings, which are saved with it.
 
     Raises:
         ConfigError: where labels and decoder begin with no code, so that the model cannot know the language.

@@ -24,12 +24,7 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
     """Return the model with LoRA adapters, where the settings ask for them, or as it is.
 
     Nothing of the pretrained model is trained then. A head that the task has added to it is, whole, and goes into
-    the adapter's folder.
-
-    Args:
-        model: a transformers model, whole, with torch seeded alike on every rank.
-        settings: section ``model``.
-        task: one of `TASK_TYPES`.
+    the adapter's folder. The model is whole, and torch is seeded alike on every rank.
 
     Raises:
         ConfigError: peft is not installed, or finds none of the layers.

@@ -54,11 +54,7 @@ def model_setting(model: AnyModel) -> str:
 
 
 def load_model_config(model: AnyModel, **settings: Any) -> Any:
-    """Return the model's transformers configuration.
-
-    Args:
-        model: section ``model``.
-        settings: entries to change, such as ``num_labels``.
+    """Return the model's transformers configuration, with entries changed as the settings say (``num_labels``).
 
     Raises:
         ConfigError: where there is no such model, or it brings code that was not allowed to run.
@@ -111,7 +107,7 @@ def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -
     Args:
         model_config: transformers configuration.
         tokenizer: the model's; None: a new one.
-        decoder: count those of what an encoder-decoder writes; else of what it reads.
+        decoder: count those of what an encoder-decoder generates; else of what it reads.
     """
     part = half(model_config, decoder=decoder)
     own = f"max_{'decoder' if decoder else 'encoder'}_position_embeddings"
@@ -212,12 +208,7 @@ def hidden_size(model_config: Any) -> int | None:
 
 @contextmanager
 def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[None]:
-    """Context in which what transformers raises becomes a problem with the model's settings.
-
-    Args:
-        model: section ``model``.
-        setting: the one of it that says what is loaded; None: the one that says which model.
-    """
+    """Context in which what transformers raises becomes a problem with a setting; None: the model's name."""
     setting = setting or model_setting(model).removeprefix("model.")
     try:
         yield

@@ -56,12 +56,8 @@ def follow_tokenizer(model_config: Any, tokenizer: Any) -> None:
 def write_token(model_config: Any, kind: str, token_id: int | None) -> None:
     """Write the id of a special token into a configuration and its parts, where they know such a token.
 
-    Every configuration knows padding. One that counts its positions from padding keeps the id that it has.
-
-    Args:
-        model_config: transformers configuration.
-        kind: one of `KINDS`.
-        token_id: None changes nothing.
+    Every configuration knows padding. One that counts its positions from padding keeps the id that it has. The kind
+    is one of `KINDS`; no id changes nothing.
     """
     name = f"{kind}_token_id"
     for config in _parts(model_config):
@@ -73,11 +69,7 @@ def write_token(model_config: Any, kind: str, token_id: int | None) -> None:
 
 
 def require_end_token(model_config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose rows a classifier would look in vain for its end token in.
-
-    Args:
-        model_config: transformers configuration, after `follow_tokenizer`.
-        tokenizer: the model's.
+    """Refuse a tokenizer whose rows a classifier would look in vain for its end token in, after `follow_tokenizer`.
 
     Raises:
         ConfigError: for a model that answers at the end token, where texts do not end with one, are padded with it,
@@ -106,7 +98,7 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
     Args:
         model_config: transformers configuration.
         max_length: tokens that rows are cut to.
-        generates: whether the model writes texts, and rows are its sources.
+        generates: whether the model generates texts, and rows are its sources.
 
     Returns:
         That many tokens; None: a batch may be as long as its longest row.
@@ -149,10 +141,7 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
 def generate_as_trained(model: Any, tokenizer: Any) -> None:
     """Have a model generate with the tokens that it is trained with: where it starts, what it ends and pads with.
 
-    Args:
-        model: an encoder-decoder whose configuration follows the tokenizer; its generation settings are changed,
-            and are saved with it.
-        tokenizer: the model's.
+    It is an encoder-decoder whose configuration follows the tokenizer; its generation settings are saved with it.
     """
     config, generation = model.config, model.generation_config
     labels = tokenizer(text_target="a").input_ids
@@ -181,9 +170,6 @@ def whole_windows(model_config: Any) -> int | None:
 
     LED pads to whole windows by itself, and embeds the padding in a call of its own. Ranks that each hold a shard
     of the table have to make that call together, and their batches are not of one length.
-
-    Args:
-        model_config: transformers configuration.
     """
     if model_config.model_type != "led":
         return None
