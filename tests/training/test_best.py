@@ -277,7 +277,7 @@ def test_weights_cannot_be_judged_without_validation_rows(asked):
 
 
 def test_a_blend_is_searched_on_validation_rows():
-    searched, main = AveragingConfig(rule="swa", search_blend=True), Measure("accuracy", ("accuracy",), max)
+    searched, main = AveragingConfig(rule="swa", search_blend=True), Metric("accuracy", ("accuracy",), max)
     with pytest.raises(ConfigError, match=r"averaging\.search_blend: .* there are none"):
         choose_target(EvalConfig(), main, ["train", "test"], searched)
     choose_target(EvalConfig(), main, ["train", "validation"], searched)
