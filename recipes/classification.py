@@ -25,8 +25,7 @@ from swaft.training.checks.refusals import (
     require_weights,
 )
 from swaft.training.checks.start import start_of
-from swaft.training.config import ClassificationConfig, load_config
-from swaft.training.config.rule import build_rule
+from swaft.training.config import ClassificationConfig, build_rule, load_config
 from swaft.training.data.checks import require_length
 from swaft.training.data.classification import Task, describe_task, tokenize
 from swaft.training.data.sources import language_groups, load_splits

@@ -26,8 +26,7 @@ from swaft.training.checks.refusals import (
     require_weights,
 )
 from swaft.training.checks.start import start_of
-from swaft.training.config import QuestionAnsweringConfig, load_config
-from swaft.training.config.rule import build_rule
+from swaft.training.config import QuestionAnsweringConfig, build_rule, load_config
 from swaft.training.data.checks import require_length
 from swaft.training.data.question_answering import (
     WindowCollator,

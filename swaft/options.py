@@ -18,6 +18,7 @@ import ast
 import inspect
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -71,11 +72,17 @@ class Option:
     default: Any = MISSING
     """`dataclasses.MISSING` where a value has to be given."""
 
+    @property
+    def required(self) -> bool:
+        """Whether a value has to be given."""
+        return self.default is MISSING
+
     @classmethod
     def of(cls, hint: Any, default: Any = MISSING) -> Option:
         """Read a type, as `typing.get_type_hints` gives it with its extras."""
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        choices = tuple(text for m in members if get_origin(m) is Literal for text in get_args(m))
+        literals = (text for member in members if get_origin(member) is Literal for text in get_args(member))
+        choices = tuple(dict.fromkeys(literals))
         kinds: dict[type, Range] = {}
         for member in members:
             bounds = next(
@@ -137,6 +144,22 @@ def require(options: Any) -> None:
         raise ConfigError([f"{name} {fault}" for name, fault in found])
 
 
+def value_faults(name: str, value: Any, hint: Any) -> list[str]:
+    """What is wrong with a single value of a type such as `Count`: nothing, or one message led by its name."""
+    fault = Option.of(hint).fault(value)
+    return [] if fault is None else [f"{name} {fault}"]
+
+
+def require_value(name: str, value: Any, hint: Any) -> None:
+    """Refuse a single value that its type does not allow.
+
+    Raises:
+        ConfigError: led by its name.
+    """
+    if faults := value_faults(name, value, hint):
+        raise ConfigError(faults)
+
+
 def docs_of(section: type) -> dict[str, str]:
     """What each option of a dataclass is for: the string that follows its field in the source, in one line."""
     texts: dict[str, str] = {}
@@ -149,10 +172,11 @@ def docs_of(section: type) -> dict[str, str]:
                 and isinstance(doc.value, ast.Constant)
             ):
                 texts[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
+        texts |= vars(kind).get("borrowed_docs", {})
     return texts
 
 
-def suggestion(word: str, known: list[str] | tuple[str, ...]) -> str:
+def suggestion(word: str, known: Sequence[str]) -> str:
     """` Did you mean 'x'?` for the known word nearest to this one, or nothing."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -56,7 +56,7 @@ def _run(words: list[str]) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        from swaft.training.config.values import suggestion
+        from swaft.options import suggestion
 
         unknown = f"swaft has no command '{name}'.{suggestion(name, tuple(COMMANDS))}"
         _report(SwaftError(f"{unknown}\n{usage()}"), as_json="--json" in rest)

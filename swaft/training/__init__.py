@@ -1,9 +1,9 @@
 """The recipe kit: settings, data, metrics, models, launching, the run around a recipe's loop, planning."""
 
-try:
-    import omegaconf  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "swaft's recipes need accelerate, transformers, datasets and omegaconf: pip install 'swaft[recipes]'",
-        name=error.name,
-    ) from error
+from importlib.util import find_spec
+
+if find_spec("omegaconf") is None:  # looked for, not imported: the help of a command waits for no library
+    needed = (
+        "swaft's recipes need accelerate, transformers, datasets and omegaconf: pip install 'swaft[recipes]'"
+    )
+    raise ModuleNotFoundError(needed, name="omegaconf")

@@ -28,8 +28,8 @@ def refuse(refusal, classification, inputs):
     ("override", "expected"),
     [
         ("data.text_column=txet", "there is no column 'txet'"),
-        ("eval.metric=bleu", "eval.metric: 'bleu' is not one of"),
-        ("eval.metric=squad", "eval.metric: 'squad' is not one of"),
+        ("eval.metric=bleu", "eval.metric: bleu does not fit a classification"),
+        ("eval.metric=squad", "eval.metric: squad does not fit a classification"),
         ("eval.metric=pearson_spearman", "pearson_spearman does not fit a classification"),
         ("averaging.start=500", "averaging.start"),
         ("train.learning_rate=-1", "train.learning_rate"),

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swaft.training.config import QuestionAnsweringConfig, load_config
-from swaft.training.config.rule import build_rule
+from swaft.training.config import QuestionAnsweringConfig, build_rule, load_config
 from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective
 

@@ -28,7 +28,7 @@ def refuse(refusal, question_answering, question_inputs):
         (("eval.metric=sqaud",), "Did you mean 'squad'?"),
         (("data.version_2_with_negative=true", "eval.metric=squad"), "use squad_v2 or auto"),
         (("eval.null_score_diff_threshold=1",), "eval.null_score_diff_threshold is 1.0, but every question"),
-        (("eval.max_answer_length=0",), "eval.max_answer_length: 0"),
+        (("eval.max_answer_length=0",), "eval.max_answer_length: is 0"),
         (("train.max_answer_length=10",), "Did you mean 'eval.max_answer_length'?"),
         (("model.model_name_or_path=/nowhere/at/all",), "/nowhere/at/all cannot be loaded"),
         (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma is 0.1, which noise.kind=none does not use"),

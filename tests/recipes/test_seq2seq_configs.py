@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swaft.training.config import Seq2SeqConfig, load_config
-from swaft.training.config.rule import build_rule
+from swaft.training.config import Seq2SeqConfig, build_rule, load_config
 from swaft.training.metrics.generation import get_generation_metric
 from swaft.training.models.build import build_objective
 from swaft.training.models.encoder_decoder import encoder_decoder_config

@@ -36,7 +36,7 @@ def pretrained(folder: str | Path) -> tuple[str, ...]:
         (("eval.metric=accuracy",), "accuracy does not fit a generation task"),
         (("eval.metric=squad",), "squad does not fit a generation task"),
         (("data.source_lang=en",), "data.target_lang: is not set"),
-        (("data.max_target_length=0",), "data.max_target_length: 0"),
+        (("data.max_target_length=0",), "data.max_target_length: is 0"),
         (("eval.metric=chfr",), "Did you mean 'chrf'?"),
         (("eval.predict_with_generate=false",), "eval.num_beams: 2 is about generated texts"),
         (("train.label_smoothing_factor=1.0",), "train.label_smoothing_factor"),

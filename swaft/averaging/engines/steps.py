@@ -14,8 +14,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from swaft.averaging.rules.base import require_whole
 from swaft.errors import AveragingError
+from swaft.options import WholeNumber, require_value
 
 if TYPE_CHECKING:
     from swaft.averaging.engines.base import Engine
@@ -81,7 +81,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
     """
     level, source = logging.INFO, "first_step says"
     if first_step is not None:
-        require_whole("first_step", first_step, at_least=0)
+        require_value("first_step", first_step, WholeNumber)
         engine.continue_from(int(first_step))
     else:
         engine.continue_from(max(engine.ranks.gather(engine.applied_steps())))

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from swaft.averaging.rules.base import require_whole
+from swaft.options import Count, require_value
 
 MAX_THREADS = 8
 """Threads a rank takes by itself: more seldom help, since memory is shared by all ranks of a node."""
@@ -35,8 +35,7 @@ class Crew:
     """
 
     def __init__(self, threads: int | None = None, *, device: torch.device | None = None):
-        if threads is not None:
-            require_whole("threads", threads, at_least=1)
+        require_value("threads", threads, Count | None)
         self.threads = default_threads() if threads is None else threads
         cores = cores_near(device)
         self._pool = ThreadPoolExecutor(

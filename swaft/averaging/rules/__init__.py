@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Rule, Update, resolve_start
+from swaft.averaging.rules.base import (
+    DEFAULT,
+    Blend,
+    Plan,
+    Precision,
+    Readout,
+    Rule,
+    Update,
+    plan_all,
+    resolve_start,
+)
 from swaft.averaging.rules.bema import BEMA
 from swaft.averaging.rules.ema import EMA
 from swaft.averaging.rules.lawa import LAWA
 from swaft.averaging.rules.merge import Merge
 from swaft.averaging.rules.power_ema import PowerEMA, PowerEMAPlan
 from swaft.averaging.rules.swa import SWA
-from swaft.averaging.rules.together import plan_all
 from swaft.averaging.rules.windows import Windows, WindowsPlan
 
 RULES = {
@@ -30,10 +39,12 @@ __all__ = [
     "LAWA",
     "RULES",
     "SWA",
+    "Blend",
     "Merge",
     "Plan",
     "PowerEMA",
     "PowerEMAPlan",
+    "Precision",
     "Readout",
     "Rule",
     "Update",

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
-from numbers import Integral, Real
-from typing import Any, Protocol, TypeVar
+from numbers import Integral
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 from swaft.errors import AveragingError, ConfigError
 from swaft.fraction import share_of
+from swaft.options import Count, Range, StepOrShare, require, require_value, value_faults
 
-PlanT = TypeVar("PlanT", bound="Plan")
+Precision = Literal["compensated", "plain"]
+"""Of running means: 6 bytes an element, exact to the last digits of fp32 in runs of any length; or 4 bytes, which
+loses digits in long runs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Update:
     """Lane that is taken in, as it is after the updates before this one; None: the member itself."""
 
 
-SCOPES = ("all", "no_embeddings", "no_head")
+Blend = Annotated[float, Range(low=-1, high=2)]
+Scope = Literal["all", "no_embeddings", "no_head"]
+SCOPES = get_args(Scope)
 """Which weights an average may stand for; the others stay the last ones."""
 
 
@@ -57,17 +63,14 @@ class Readout:
     """Last step of a window, likewise; None: the latest member."""
     sigma_rel: float | None = None
     """Relative width of the profile (`PowerEMA`); None: the first tracked one."""
-    blend: float = 1.0
+    blend: Blend = 1.0
     """``last + blend * (average - last)``, from -1 to 2: 1 is the average, 0 the last weights, bit for bit."""
-    scope: str = "all"
+    scope: Scope = "all"
     """Which weights that is done to, one of `SCOPES`; the others stay the last ones."""
 
     def __post_init__(self) -> None:
-        number = isinstance(self.blend, Real) and not isinstance(self.blend, bool)
-        if not number or not -1 <= float(self.blend) <= 2:
-            raise AveragingError(f"blend is {self.blend!r}, expected a number from -1 to 2; 1 is the average")
-        if self.scope not in SCOPES:
-            raise AveragingError(f"scope is {self.scope!r}, expected one of {', '.join(SCOPES)}")
+        if faults := value_faults("blend", self.blend, Blend) + value_faults("scope", self.scope, Scope):
+            raise AveragingError("; ".join(faults))
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -179,11 +182,16 @@ class Rule(Protocol):
     """Anything that can plan the averaging events of a run. Its ``repr`` says all that it is."""
 
     def plan(self, total_steps: int) -> Plan:
-        """The events of a run of ``total_steps`` optimizer steps."""
+        """The events of a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            ConfigError: an option is out of range or does not fit the run, or fewer than two weights would be
+                averaged.
+        """
         ...
 
 
-def resolve_start(start: float | int, total_steps: int, *, name: str = "averaging.start") -> int:
+def resolve_start(start: float | int, total_steps: int, *, name: str = "start") -> int:
     """The step a start means: a float is ``floor(start * total_steps)``, exact for the decimal number that was
     written; an int is the step itself.
 
@@ -195,55 +203,31 @@ def resolve_start(start: float | int, total_steps: int, *, name: str = "averagin
     Raises:
         ConfigError: a fraction outside [0, 1], or a negative step.
     """
-    if not isinstance(start, Real) or isinstance(start, bool):
-        raise ConfigError(f"{name} is {start!r}, expected a fraction (0.5) or a step (100)")
-    if not isinstance(start, Integral):
-        if not 0.0 <= start <= 1.0:
-            raise ConfigError(
-                f"{name} is the fraction {start}, expected one between 0.0 and 1.0; "
-                "write an integer to name a step"
-            )
-        return math.floor(share_of(total_steps, start))
-    if start < 0:
-        raise ConfigError(f"{name} is step {start}, expected 0 (the weights before training) or later")
-    return int(start)
+    require_value(name, start, StepOrShare)
+    return int(start) if isinstance(start, Integral) else math.floor(share_of(total_steps, start))
 
 
-def checked(plan: PlanT, *, start: float | int) -> PlanT:
-    """The plan, once its interval and its number of members make sense.
+def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, int]:
+    """The arguments of a plan whose members are ``rule.every`` steps apart, from ``rule.start`` on.
+
+    Args:
+        rule: a dataclass, all of whose options are checked.
+        total_steps: optimizer steps of the whole run.
+        skipped: members left out at the beginning.
 
     Raises:
-        ConfigError: otherwise.
+        ConfigError: an option is out of range, or fewer than two weights would be averaged.
     """
-    require_whole("every", plan.every, at_least=1)
-    if plan.num_members < 2:
+    require(rule)
+    first = resolve_start(rule.start, total_steps) + skipped * rule.every
+    members = max(0, (total_steps - first) // rule.every + 1)
+    if members < 2:
         raise ConfigError(
-            f"averaging.start={start} with averaging.every={plan.every} puts the first member at step "
-            f"{plan.first_step} of {plan.total_steps}, so {plan.num_members} weights would be averaged; "
-            "expected at least 2: start earlier (averaging.start), average more often (averaging.every) or "
-            "train longer (train.max_steps, train.num_train_epochs)"
+            f"start={rule.start} with every={rule.every} puts the first member at step {first} of {total_steps}, "
+            f"so {members} weights would be averaged; expected at least 2: start earlier (start), average more "
+            "often (every) or train longer (total_steps)"
         )
-    return plan
-
-
-def require_whole(name: str, value: Any, *, at_least: int) -> None:
-    """Refuse an option that is not a whole number of ``at_least`` or more.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"averaging.{name} is {value!r}, expected a whole number, at least {at_least}")
-
-
-def require_number(name: str, value: Any, *, at_least: float) -> None:
-    """Refuse an option that is not a finite number of ``at_least`` or more.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if not isinstance(value, Real) or isinstance(value, bool) or not at_least <= float(value) < math.inf:
-        raise ConfigError(f"averaging.{name} is {value!r}, expected a finite number, at least {at_least}")
+    return {"first_step": first, "every": rule.every, "total_steps": total_steps}
 
 
 def refuse_surplus(plan: Plan, n: int) -> None:
@@ -257,3 +241,38 @@ def refuse_surplus(plan: Plan, n: int) -> None:
             f"the weights after step {plan.step_of(n)} are member {n + 1} of {plan.num_members}: training went "
             f"on past the {plan.total_steps} steps it was announced with; give `total_steps` the whole run"
         )
+
+
+def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:
+    """The events of every rule in a run of ``total_steps`` optimizer steps.
+
+    Args:
+        rules: by name.
+        total_steps: of the whole run.
+        precision: of running means.
+
+    Raises:
+        ConfigError: with every rule, name or number that does not fit.
+    """
+    problems = value_faults("total_steps", total_steps, Count)
+    problems += [
+        f"rule: {name!r} is no name of a rule, expected text that is not empty"
+        for name in rules
+        if not isinstance(name, str) or not name
+    ]
+    problems += [
+        f"rule: {rule!r} is no rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
+        for rule in rules.values()
+        if not hasattr(rule, "plan")
+    ]
+    if problems or not rules:
+        raise ConfigError(problems or "rule={} names no rule, expected at least one")
+    problems, plans = value_faults("precision", precision, Precision), dict[str, Plan]()
+    for name, rule in rules.items():
+        try:
+            plans[name] = rule.plan(total_steps)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return plans

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swaft.averaging.rules.base import (
-    DEFAULT,
-    Plan,
-    Readout,
-    Update,
-    checked,
-    require_number,
-    require_whole,
-    resolve_start,
-)
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update, spaced
+from swaft.options import Count, NotNegative, StepOrShare
 
 EMA_LANE, ANCHOR_LANE, LAST_LANE = 0, 1, 2
 
@@ -75,38 +67,27 @@ class BEMA:
     one step more where ``tau = 0``, and a floor of 1e-4 under ``beta``, reached after a hundred million steps.
     """
 
-    ema_power: float = 0.5
-    """``kappa``; 0 makes the mean the latest weights."""
-    bias_power: float = 0.2
-    """``eta``. 0 keeps the correction whole for good; the larger, the sooner it is gone."""
-    lag: int = 10
-    """``rho``, at least 1: how many steps old the run counts as when it begins."""
-    multiplier: float = 1.0
-    """``gamma``: what a step adds to that age."""
-    start: float | int = 0
+    ema_power: NotNegative = 0.5
+    """How fast the average slows down, ``kappa`` of the paper; 0 makes the mean the latest weights."""
+    bias_power: NotNegative = 0.2
+    """How fast the correction fades, ``eta``: 0 keeps it whole for good; the larger, the sooner it is gone."""
+    lag: Count = 10
+    """How many steps old the run counts as when it begins, ``rho``."""
+    multiplier: NotNegative = 1.0
+    """What a step adds to the age of the run, ``gamma``."""
+    start: StepOrShare = 0
     """First member, ``theta_0`` (``tau``). A float is a fraction of the run, an int a step; 0 is the weights before
     training."""
-    every: int = 400
+    every: Count = 400
     """Optimizer steps between two members (``phi``). The mean remembers some ``sqrt(t)`` members, so this
     decides how far back it reaches."""
 
     def plan(self, total_steps: int) -> BEMAPlan:
-        """The events of a run of ``total_steps`` optimizer steps.
-
-        Raises:
-            ConfigError: an option is out of range, or fewer than two weights would be averaged.
-        """
-        require_number("ema_power", self.ema_power, at_least=0)
-        require_number("bias_power", self.bias_power, at_least=0)
-        require_whole("lag", self.lag, at_least=1)
-        require_number("multiplier", self.multiplier, at_least=0)
-        plan = BEMAPlan(
-            first_step=resolve_start(self.start, total_steps),
-            every=self.every,
-            total_steps=total_steps,
+        """The events of a run, see `Rule.plan`."""
+        return BEMAPlan(
+            **spaced(self, total_steps),
             ema_power=self.ema_power,
             bias_power=self.bias_power,
             lag=self.lag,
             multiplier=self.multiplier,
         )
-        return checked(plan, start=self.start)

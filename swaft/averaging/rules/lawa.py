@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from swaft.averaging.rules.base import (
-    DEFAULT,
-    Plan,
-    Readout,
-    Update,
-    checked,
-    require_whole,
-    resolve_start,
-)
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update, spaced
 from swaft.errors import ConfigError
+from swaft.options import Count, Range, StepOrShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +41,19 @@ class LAWA:
     language models, with 5 checkpoints far apart and a high learning rate.
     """
 
-    last: int = 10
-    """Members in the mean, at least 2. Each is kept whole."""
-    start: float | int = 0
+    last: Annotated[int, Range(low=2)] = 10
+    """Members in the mean, each kept whole at 4 bytes an element."""
+    start: StepOrShare = 0
     """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
-    every: int = 1
+    every: Count = 1
     """Optimizer steps between two members."""
 
     def plan(self, total_steps: int) -> LAWAPlan:
-        """The events of a run of ``total_steps`` optimizer steps.
-
-        Raises:
-            ConfigError: an option is out of range, or the run has fewer members than are to be averaged.
-        """
-        require_whole("last", self.last, at_least=2)
-        first = resolve_start(self.start, total_steps)
-        plan = LAWAPlan(first_step=first, every=self.every, total_steps=total_steps, last=self.last)
-        members = checked(plan, start=self.start).num_members
-        if members < self.last:
+        """The events of a run, see `Rule.plan`; it has to have at least `last` members."""
+        plan = LAWAPlan(**spaced(self, total_steps), last=self.last)
+        if plan.num_members < self.last:
             raise ConfigError(
-                f"averaging.last is {self.last}, but averaging.start={self.start} with averaging.every="
-                f"{self.every} makes {members} members in {total_steps} steps; lower one of the three"
+                f"last is {self.last}, but start={self.start} with every={self.every} makes {plan.num_members} "
+                f"members in {total_steps} steps; lower one of the three"
             )
         return plan

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from swaft.averaging.rules.base import RunningMeanPlan, checked, refuse_surplus, resolve_start
+from swaft.averaging.rules.base import RunningMeanPlan, refuse_surplus, spaced
 from swaft.errors import ConfigError
+from swaft.options import Count, StepOrShare
 
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
@@ -47,13 +48,13 @@ class Merge:
     """
 
     weights: Sequence[float] | Decay
-    """``c_i``: one non-negative number a member; or the decay to imitate, with ``w_j = D(j / members)`` and
-    ``D(x)`` one of ``linear`` (``1 - x``, which is the plain mean), ``cosine`` (``(1 + cos(pi x)) / 2``) and
-    ``1-sqrt`` (``1 - sqrt(x)``)."""
-    start: float | int = 0.5
+    """The decay of the learning rate to imitate, with ``w_j = D(j / members)`` and ``D(x)`` one of ``linear``
+    (``1 - x``, which is the plain mean), ``cosine`` (``(1 + cos(pi x)) / 2``) and ``1-sqrt`` (``1 - sqrt(x)``). In
+    Python also the ``c_i`` themselves, one non-negative number a member."""
+    start: StepOrShare = 0.5
     """First member, where the imitated decay begins; it ends with the run. A float is a fraction of the run, an
     int a step."""
-    every: int = 1
+    every: Count = 1
     """Optimizer steps between two members."""
 
     def __post_init__(self) -> None:
@@ -61,41 +62,27 @@ class Merge:
             object.__setattr__(self, "weights", tuple(np.atleast_1d(self.weights).tolist()))
 
     def plan(self, total_steps: int) -> MergePlan:
-        """The events of a run of ``total_steps`` optimizer steps.
-
-        Raises:
-            ConfigError: an option is out of range, the weights do not fit the run, or fewer than two weights
-                would be averaged.
-        """
+        """The events of a run, see `Rule.plan`; numbers have to be as many as members."""
         # The number of members has to be known before there can be weights.
-        first = resolve_start(self.start, total_steps)
-        plan = MergePlan(first_step=first, every=self.every, total_steps=total_steps, weights=())
-        members = checked(plan, start=self.start).num_members
-        weights = self._checked_weights(members)
-        return MergePlan(first_step=first, every=self.every, total_steps=total_steps, weights=weights)
+        plan = MergePlan(**spaced(self, total_steps), weights=())
+        return replace(plan, weights=self._weights(plan.num_members))
 
-    def _checked_weights(self, members: int) -> tuple[float, ...]:
+    def _weights(self, members: int) -> tuple[float, ...]:
         weights = self.weights
         if isinstance(weights, str):
-            if weights not in get_args(Decay):
-                raise ConfigError(
-                    f"averaging.weights is {weights!r}, expected one of {', '.join(get_args(Decay))}, or numbers"
-                )
             return decay_weights(weights, members)
         if len(weights) != members:
             raise ConfigError(
-                f"averaging.weights are {len(weights)} numbers for {members} members; expected one a member "
-                "(averaging.start and averaging.every say how many there are)"
+                f"weights are {len(weights)} numbers for {members} members; expected one a member (start and every "
+                "say how many there are)"
             )
         for i, weight in enumerate(weights):
             if not isinstance(weight, Real) or not 0.0 <= weight < math.inf:
                 raise ConfigError(
-                    f"averaging.weights has {weight!r} for member {i}, expected a finite number of 0 or more"
+                    f"weights has {weight!r} for member {i}, expected a finite number of 0 or more"
                 )
         if not 0.0 < math.fsum(weights) < math.inf:
-            raise ConfigError(
-                f"averaging.weights sum to {math.fsum(weights)}, expected a finite number above 0"
-            )
+            raise ConfigError(f"weights sum to {math.fsum(weights)}, expected a finite number above 0")
         return tuple(float(weight) for weight in weights)
 
 

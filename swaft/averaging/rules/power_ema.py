@@ -10,16 +10,9 @@ from numbers import Real
 
 import numpy as np
 
-from swaft.averaging.rules.base import (
-    DEFAULT,
-    Plan,
-    Readout,
-    Update,
-    checked,
-    require_whole,
-    resolve_start,
-)
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update, spaced
 from swaft.errors import AveragingError, ConfigError
+from swaft.options import Count, StepOrShare
 
 SIGMA_REL_LIMIT = 12**-0.5
 """Relative width of the uniform profile, which no power-function profile reaches."""
@@ -88,7 +81,7 @@ class PowerEMAPlan(Plan):
                 f"the average of sigma_rel={sigma} over {num_members} members can be put together from these "
                 f"snapshots only with a relative error of {error:.2f}, expected at most {MAX_PROFILE_ERROR}; "
                 f"ask for one nearer to {' or '.join(map(str, self.sigma_rel))}, wait for more snapshots, or "
-                "take more of them (averaging.snapshots)"
+                "take more of them (snapshots)"
             )
         return coefficients
 
@@ -139,38 +132,24 @@ class PowerEMA:
     sigma_rel: Sequence[float] = (0.05, 0.10)
     """Relative widths of the profiles that are tracked, each above 0 and below 0.2887. Two, as in the paper, let
     all others be put together."""
-    start: float | int = 0
+    start: StepOrShare = 0
     """First member; the profiles stretch from it to the latest. A float is a fraction of the run, an int a step;
     0 is the weights before training."""
-    every: int = 1
+    every: Count = 1
     """Optimizer steps between two members."""
-    snapshots: int = 16
-    """Copies of each tracked average along the run, evenly spaced."""
+    snapshots: Count = 16
+    """Copies of each tracked average along the run, evenly spaced, at 4 bytes an element each."""
 
     def plan(self, total_steps: int) -> PowerEMAPlan:
-        """The events of a run of ``total_steps`` optimizer steps.
-
-        Raises:
-            ConfigError: an option is out of range, or fewer than two weights would be averaged.
-        """
-        sigmas = self.sigma_rel
-        in_range = isinstance(sigmas, Sequence) and all(
-            isinstance(sigma, Real) and 0.0 < sigma < SIGMA_REL_LIMIT for sigma in sigmas
-        )
+        """The events of a run, see `Rule.plan`."""
+        steps, sigmas = spaced(self, total_steps), self.sigma_rel
+        in_range = all(isinstance(sigma, Real) and 0.0 < sigma < SIGMA_REL_LIMIT for sigma in sigmas)
         if not in_range or not sigmas or len(set(sigmas)) < len(sigmas):
             raise ConfigError(
-                f"averaging.sigma_rel is {sigmas!r}, expected different numbers above 0 and below "
-                f"{SIGMA_REL_LIMIT:.4f}, such as (0.05, 0.1)"
+                f"sigma_rel is {sigmas!r}, expected different numbers above 0 and below {SIGMA_REL_LIMIT:.4f}, "
+                "such as (0.05, 0.1)"
             )
-        require_whole("snapshots", self.snapshots, at_least=1)
-        plan = PowerEMAPlan(
-            first_step=resolve_start(self.start, total_steps),
-            every=self.every,
-            total_steps=total_steps,
-            sigma_rel=tuple(float(sigma) for sigma in sigmas),
-            snapshots=self.snapshots,
-        )
-        return checked(plan, start=self.start)
+        return PowerEMAPlan(**steps, sigma_rel=tuple(map(float, sigmas)), snapshots=self.snapshots)
 
 
 def gamma_of(sigma_rel: float) -> float:

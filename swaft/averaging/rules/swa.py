@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swaft.averaging.rules.base import RunningMeanPlan, checked, resolve_start
+from swaft.averaging.rules.base import RunningMeanPlan, spaced
+from swaft.options import Count, StepOrShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +26,14 @@ class SWA:
     ``floor(N / K) + 1`` weights, those at switch-on included.
     """
 
-    start: float | int = 0.5
+    start: StepOrShare = 0.5
     """Switch-on. A float is a fraction of the run, ``floor(start * total_steps)``; an int is a step."""
-    every: int = 1
+    every: Count = 1
     """Optimizer steps between two members (``K``)."""
     include_start: bool = True
     """Whether the switch-on weights are a member. False is the convention of ``torch.optim.swa_utils``:
     the first member is the weights ``every`` steps later."""
 
     def plan(self, total_steps: int) -> SWAPlan:
-        """The events of a run of ``total_steps`` optimizer steps.
-
-        Raises:
-            ConfigError: the start or interval is out of range, or fewer than two weights would be averaged.
-        """
-        first = resolve_start(self.start, total_steps) + (0 if self.include_start else self.every)
-        plan = SWAPlan(first_step=first, every=self.every, total_steps=total_steps)
-        return checked(plan, start=self.start)
+        """The events of a run, see `Rule.plan`."""
+        return SWAPlan(**spaced(self, total_steps, skipped=not self.include_start))

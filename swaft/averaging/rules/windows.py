@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-from swaft.averaging.rules.base import (
-    DEFAULT,
-    Plan,
-    Readout,
-    Update,
-    checked,
-    refuse_surplus,
-    require_whole,
-    resolve_start,
-)
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update, refuse_surplus, resolve_start, spaced
 from swaft.errors import AveragingError, ConfigError
+from swaft.options import Count, Range, StepOrShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,23 +136,15 @@ class Windows:
     for the best one on validation data. A window to the end of the run is what `SWA` gives for that start.
     """
 
-    blocks: int = 32
-    """Blocks of the run, as equal in members as can be; fewer where there are fewer members."""
-    start: float | int = 0
+    blocks: Annotated[int, Range(low=2)] = 32
+    """Blocks of the run whose means are kept, at 6 bytes an element each, as equal in members as can be; fewer
+    where there are fewer members."""
+    start: StepOrShare = 0
     """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
-    every: int = 1
+    every: Count = 1
     """Optimizer steps between two members."""
 
     def plan(self, total_steps: int) -> WindowsPlan:
-        """The events of a run of ``total_steps`` optimizer steps.
-
-        Raises:
-            ConfigError: an option is out of range, or fewer than two weights would be averaged.
-        """
-        require_whole("blocks", self.blocks, at_least=2)
-        first = resolve_start(self.start, total_steps)
-        plan = WindowsPlan(first_step=first, every=self.every, total_steps=total_steps, blocks=self.blocks)
-        members = checked(plan, start=self.start).num_members
-        if members >= self.blocks:
-            return plan
-        return WindowsPlan(first_step=first, every=self.every, total_steps=total_steps, blocks=members)
+        """The events of a run, see `Rule.plan`."""
+        plan = WindowsPlan(**spaced(self, total_steps), blocks=self.blocks)
+        return replace(plan, blocks=min(self.blocks, plan.num_members))

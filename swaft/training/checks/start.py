@@ -24,7 +24,7 @@ from swaft.training.checks.refusals import (
     refuse_parallelism,
     refuse_routing,
 )
-from swaft.training.config import AdapterConfig, NoiseConfig, TrackConfig, TrainConfig, to_yaml
+from swaft.training.config import AdapterConfig, NoiseConfig, TrackConfig, TrainConfig, plan_rule, to_yaml
 from swaft.training.launch.accelerator import (
     EngineSettings,
     partitions_at_load,
@@ -208,7 +208,7 @@ def check_schedule(
 
 def check_plan(train: TrainConfig, total_steps: int, rule: Rule | None, cuts_rows: bool) -> Plan | None:
     """Return what is averaged when; missing where it does not fit the fewest steps that there can be."""
-    return _unless_longer(train, cuts_rows, lambda: None if rule is None else rule.plan(total_steps))
+    return _unless_longer(train, cuts_rows, lambda: plan_rule(rule, total_steps))
 
 
 def _unless_longer(train: TrainConfig, cuts_rows: bool, check: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
 """Typed settings of a run, filled from defaults, YAML files and the command line."""
 
-from swaft.training.config.check import check_averaging, check_config
+from swaft.training.config.check import build_rule, check_averaging, check_config, plan_rule
 from swaft.training.config.load import load_config, read_config
 from swaft.training.config.question_answering import (
     QuestionAnsweringConfig,
@@ -17,6 +17,7 @@ from swaft.training.config.schema import (
     ModelConfig,
     NoiseConfig,
     RowsConfig,
+    Section,
     TrackConfig,
     TrainConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "QuestionAnsweringDataConfig",
     "QuestionAnsweringEvalConfig",
     "RowsConfig",
+    "Section",
     "Seq2SeqConfig",
     "Seq2SeqDataConfig",
     "Seq2SeqEvalConfig",
@@ -47,10 +49,12 @@ __all__ = [
     "Seq2SeqTrainConfig",
     "TrackConfig",
     "TrainConfig",
+    "build_rule",
     "check_averaging",
     "check_config",
     "flatten",
     "load_config",
+    "plan_rule",
     "read_config",
     "to_yaml",
 ]

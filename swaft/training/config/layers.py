@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from swaft.training.config.leaves import Leaf
+from swaft.options import Option
 
 COMMAND_LINE = "command line"
 
@@ -117,14 +117,14 @@ def read_file(path: str, problems: list[str]) -> Layer:
     return Layer(path, values)
 
 
-def fill_in(values: dict[str, Any], known: Mapping[str, Leaf], problems: list[str]) -> dict[str, Any]:
+def fill_in(values: dict[str, Any], known: Mapping[str, Option], problems: list[str]) -> dict[str, Any]:
     """Fill in `${train.seed}` and `${oc.env:HOME}` by OmegaConf's rules."""
-    defaults = {name: leaf.default for name, leaf in known.items() if not leaf.required}
+    defaults = {name: option.default for name, option in known.items() if not option.required}
     tree: dict[str, dict[str, Any]] = {}
     for name, value in {**defaults, **values}.items():
         if name in known:
-            section, leaf = name.split(".")
-            tree.setdefault(section, {})[leaf] = value
+            section, setting = name.split(".")
+            tree.setdefault(section, {})[setting] = value
     container = OmegaConf.create(tree)
     resolved = dict(values)
     for name, value in values.items():

@@ -11,11 +11,11 @@ from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
 
 from swaft.errors import ConfigError
+from swaft.options import Option
 from swaft.training.config.check import check_config
 from swaft.training.config.layers import COMMAND_LINE, Layer, fill_in, merge, parse_arguments, read_file
-from swaft.training.config.leaves import Leaf, leaves, sections
 from swaft.training.config.render import help_text, to_yaml
-from swaft.training.config.values import coerce
+from swaft.training.config.values import coerce, sections, settings
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
         config_class: a dataclass of section dataclasses.
         argv: config files and overrides, as for `load_config`.
     """
-    known = leaves(config_class)
+    known = settings(config_class)
     paths, overrides, problems = parse_arguments(argv)
     layers = [read_file(path, problems) for path in paths]
     values, origins, replaced = merge([*layers, Layer(COMMAND_LINE, overrides)])
@@ -101,7 +101,7 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
 
 
 def _typed(
-    values: Mapping[str, Any], origins: Mapping[str, str], known: Mapping[str, Leaf], problems: list[str]
+    values: Mapping[str, Any], origins: Mapping[str, str], known: Mapping[str, Option], problems: list[str]
 ) -> dict[str, Any]:
     """Bring values into their settings' types; what does not fit or is missing is added to the problems."""
     typed = {}
@@ -115,7 +115,7 @@ def _typed(
             typed[name] = coerce(value, known[name])
         except ValueError as error:
             problems.append(f"{name}: {error} ({origins[name]})")
-    missing = {name for name, leaf in known.items() if leaf.required} - typed.keys() - _leaders(problems)
+    missing = {name for name, option in known.items() if option.required} - typed.keys() - _leaders(problems)
     problems += [
         f"{name}: has to be given; set it in a config, or as {name}=... on the command line"
         for name in known
@@ -129,18 +129,21 @@ def _leaders(problems: Sequence[str]) -> set[str]:
     return {problem.split(":")[0] for problem in problems}
 
 
-def _instantiate(config_class: type[ConfigT], known: Mapping[str, Leaf], typed: Mapping[str, Any]) -> ConfigT:
-    settings: dict[str, dict[str, Any]] = {section: {} for section in sections(config_class)}
-    for name, leaf in known.items():
-        section, short = name.split(".")
-        # A required setting that is missing has its problem on the list and gets a stand-in here.
-        settings[section][short] = typed.get(name, "" if leaf.required else leaf.default)
+def _instantiate(
+    config_class: type[ConfigT], known: Mapping[str, Option], typed: Mapping[str, Any]
+) -> ConfigT:
+    # A required setting that is missing has its problem on the list and gets a stand-in here.
+    stand_ins = {name: "" for name, option in known.items() if option.required}
+    given: dict[str, dict[str, Any]] = {section: {} for section in sections(config_class)}
+    for name, value in {**stand_ins, **typed}.items():
+        section, setting = name.split(".")
+        given[section][setting] = value
     return config_class(
-        **{section: kind(**settings[section]) for section, kind in sections(config_class).items()}
+        **{section: kind(**given[section]) for section, kind in sections(config_class).items()}
     )
 
 
-def _nearest_setting(name: str, known: Mapping[str, Leaf]) -> str:
+def _nearest_setting(name: str, known: Mapping[str, Option]) -> str:
     """Hint at the setting that was probably meant: by the leaf's name first, then by its spelling."""
     if _is_section(name, known):
         return f" '{name}' is a section: put its settings under it, or write {name}.setting=value."
@@ -154,7 +157,7 @@ def _nearest_setting(name: str, known: Mapping[str, Leaf]) -> str:
     return f" Did you mean '{by_leaf[near]}'?" if near else " --help lists every setting."
 
 
-def _is_section(name: str, known: Mapping[str, Leaf]) -> bool:
+def _is_section(name: str, known: Mapping[str, Option]) -> bool:
     return any(path.startswith(f"{name}.") for path in known)
 
 

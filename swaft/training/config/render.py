@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from swaft.training.config.leaves import docs, leaves, sections
+from swaft.options import docs_of, options_of
+from swaft.training.config.values import sections, type_name, written
 
 HELP_WIDTH = 100
 
@@ -53,27 +54,15 @@ def flatten(config: Any) -> dict[str, str | int | float | bool]:
 
 def help_text(config_class: type) -> str:
     """Write the help page: every setting with type, default and doc, section by section."""
-    known = leaves(config_class)
     blocks = [USAGE]
-    for section, section_class in sections(config_class).items():
-        summary = (section_class.__doc__ or "").splitlines()[0]
-        blocks.append(f"\n{section}: {summary}\n")
-        texts = docs(section_class)
-        for name, leaf in known.items():
-            owner, short = name.split(".")
-            if owner == section:
-                default = "required" if leaf.required else f"default {_shown(leaf.default)}"
-                body = textwrap.fill(
-                    texts[short], HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
-                )
-                blocks.append(f"  {name}  <{leaf.type_name}>  [{default}]\n{body}\n")
+    for section, kind in sections(config_class).items():
+        blocks.append(f"\n{section}: {(kind.__doc__ or '').splitlines()[0]}\n")
+        docs, indent = docs_of(kind), " " * 6
+        for name, option in options_of(kind).items():
+            default = "required" if option.required else f"default {written(option.default)}"
+            body = textwrap.fill(docs[name], HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+            blocks.append(f"  {section}.{name}  <{type_name(option)}>  [{default}]\n{body}\n")
     return "".join(blocks)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _yaml_line(name: str, value: Any) -> str:

@@ -1,31 +1,69 @@
 """The settings of a run as typed dataclasses, one a section, with Hugging Face's names for the leaves.
 
 The docstring under a field is its help text: what it is, its unit, and why the default is what it is.
-`load_config` fills these classes; nothing here checks values (see `swaft.training.config.check`).
+Its type says what values it may have (`swaft.options`); what does not go together, a section's `conflicts` say.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Literal
+
+from swaft.averaging.rules import RULES, Blend, Precision
+from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, StepOrShare, WholeNumber
+from swaft.training.config.borrowed import borrows
+from swaft.training.config.values import DELIMITERS, not_allowed, split_names
+from swaft.training.metrics.names import NAMES
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""What accelerate calls the trackers it can write to."""
+Fault = tuple[str, str]
+"""Name of a setting in its section, and what is wrong with it."""
+
+LONGEST_TIMEOUT = 365 * 24 * 3600
+"""Seconds. torch counts a timeout in nanoseconds, of which 64 bits hold no more than three centuries."""
+
+
+class Section:
+    """A section of settings."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """What is wrong with settings together, each of which is allowed."""
+        yield from ()
 
 
 @dataclass(kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Section):
     """Whether to train low-rank adapters in place of the weights themselves."""
 
     use_peft: bool = False
     """Train LoRA adapters and the new head, and keep the pretrained weights as they are; `final/` and
     `final-averaged/` are adapter folders then. LoRA wants a higher `train.learning_rate`, 1e-4 to 5e-4."""
-    lora_r: int = 16
+    lora_r: Count = 16
     """Rank of the adapters."""
-    lora_alpha: int = 32
+    lora_alpha: Count = 32
     """The update is scaled by this number over the rank."""
-    lora_dropout: float = 0.05
+    lora_dropout: ShareBelowOne = 0.05
     """Dropout before the adapters."""
     lora_target_modules: str | None = None
     """Layers that get adapters: names with commas between them (query,value), or all-linear; null: those that
     peft chooses for the architecture, mostly the attention's queries and values."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Options of adapters that are not trained."""
+        names = self.lora_target_modules
+        if names is not None and not all(split_names(names)):
+            message = (
+                f"'{names}' holds an empty name; write names with commas between them (query,value), or "
+            )
+            yield "lora_target_modules", message + "all-linear"
+        for each in () if self.use_peft else fields(AdapterConfig):
+            if (value := getattr(self, each.name)) != each.default:
+                message = (
+                    f"{value} is about LoRA, and model.use_peft=false; set model.use_peft=true, or remove it"
+                )
+                yield each.name, message
 
 
 @dataclass(kw_only=True)
@@ -45,7 +83,7 @@ class ModelConfig(AdapterConfig):
 
 
 @dataclass(kw_only=True)
-class RowsConfig:
+class RowsConfig(Section):
     """Where rows come from, and how many of them to take."""
 
     task_name: str | None = None
@@ -65,21 +103,45 @@ class RowsConfig:
     delimiter: str | None = None
     """Character between the cells of a csv or tsv file (`;`, `tab`); null: a comma, and a tab in a tsv file, which
     has no quoting."""
-    validation_fraction: float | None = None
+    validation_fraction: Annotated[float, Range(above=0, below=1)] | None = None
     """Share of the training rows that are validation rows instead, drawn at random and the same whatever
     `train.seed` is (0.1 is a tenth); where the rows have a validation split of their own it is refused."""
     skip_bad_rows: bool = False
     """Leave out rows with a blank text, without a label, or whose answers cannot be read, and say which; false:
     the first such row is an error."""
-    max_train_samples: int | None = None
+    max_train_samples: Count | None = None
     """Use only the first so many training rows; null: all."""
-    max_eval_samples: int | None = None
+    max_eval_samples: Count | None = None
     """Use only the first so many validation rows; null: all."""
-    max_predict_samples: int | None = None
+    max_predict_samples: Count | None = None
     """Use only the first so many test rows; null: all."""
     split_special_tokens: bool = True
     """Read a special token that a text spells (`</s>`, `[SEP]`) as the text it is; false: it has its special
     meaning, for texts that have such tokens on purpose."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Rows from none or from several places, and what has no meaning for them."""
+        sources = {name: getattr(self, name) for name in ("task_name", "dataset_name", "train_file")}
+        named = [f"data.{name}={value}" for name, value in sources.items() if value is not None]
+        if not named:
+            yield "task_name", "no rows named; set data.task_name, data.dataset_name or data.train_file"
+        if len(named) > 1:
+            yield "task_name", f"{' and '.join(named)} each name the rows; keep one"
+        for name in ("validation_file", "test_file"):
+            if getattr(self, name) is not None and self.train_file is None:
+                yield name, "is used beside data.train_file, which is not set"
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            yield "dataset_config_name", "is a configuration of data.dataset_name, which is not set"
+        if self.validation_fraction is not None and self.validation_file is not None:
+            yield "validation_fraction", "data.validation_file names the validation rows already; keep one"
+        if self.delimiter is not None:
+            character = DELIMITERS.get(self.delimiter, self.delimiter)
+            files = (self.train_file, self.validation_file, self.test_file)
+            is_table = any((file or "").lower().endswith((".csv", ".tsv")) for file in files)
+            if len(character) != 1 or character in '"\r\n':
+                yield "delimiter", f"{self.delimiter!r} is not one character; expected one such as ; or tab"
+            elif not is_table and self.dataset_name is None:  # of a dataset it is seen when it is read
+                yield "delimiter", "is about csv and tsv files, and data.train_file names none; remove it"
 
 
 @dataclass(kw_only=True)
@@ -107,72 +169,97 @@ class DataConfig(RowsConfig):
     evaluated at the end as a split of its own (test_de), and so is the mean over all languages. Of `dataset_name`
     they are configurations; else they are files beside those of the validation and test rows, with the language
     before the ending (test.csv, test.de.csv)."""
-    max_seq_length: int = 128
+    max_seq_length: Count = 128
     """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Besides: columns and languages."""
+        yield from super().conflicts()
+        if self.text_pair_column is not None and self.text_column is None:
+            yield "text_pair_column", "is set without data.text_column; set both"
+        languages = [] if self.eval_languages is None else split_names(self.eval_languages)
+        if not all(languages) or len(set(languages)) < len(languages):
+            message = (
+                f"'{self.eval_languages}' holds an empty or a repeated name; write each language once, with "
+            )
+            yield "eval_languages", message + "commas between them (de,fr)"
+        elif self.dataset_config_name in languages:
+            message = (
+                f"{self.dataset_config_name} is data.dataset_config_name, whose validation and test rows are "
+            )
+            yield "eval_languages", message + "evaluated anyway; remove it from the languages"
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """How to optimise, and where the results go."""
 
     output_dir: str
     """Run folder: configuration, metrics, and the trained weights."""
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: Count = 16
     """Rows per device and micro-batch. The total batch is this times accumulation times devices."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: Positive = 3.0
     """Passes over the training rows, a fraction allowed; `max_steps` wins where it is set."""
     max_steps: int = -1
     """Optimizer steps in all; -1: as many as `num_train_epochs` takes."""
-    learning_rate: float = 2e-5
+    learning_rate: Positive = 2e-5
     """Peak rate of AdamW. 2e-5 is BERT's usual; small models take 5e-5 to 1e-4."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay, applied neither to biases nor to normalisation weights."""
-    adam_beta1: float = 0.9
+    adam_beta1: ShareBelowOne = 0.9
     """Decay of AdamW's running mean of gradients."""
-    adam_beta2: float = 0.999
+    adam_beta2: ShareBelowOne = 0.999
     """Decay of AdamW's running mean of squared gradients."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Positive = 1e-8
     """Added to AdamW's denominator."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this L2 norm; 0 turns clipping off."""
     lr_scheduler_type: Literal["auto", "linear", "cosine", "constant_with_warmup", "constant"] = "auto"
     """Learning rate over the run. auto: constant after warm-up when averaging is on, because a rate that
     decays to zero leaves averaging nothing to average; linear decay otherwise."""
-    warmup_steps: int | float = 0.06
+    warmup_steps: ShareBelowOne | WholeNumber = 0.06
     """Length of the warm-up: a fraction below 1 is a share of the run, a whole number is steps.
     0.06 is the share RoBERTa was fine-tuned with."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Number format of the forward and backward pass. auto: whatever `accelerate launch` was told."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    seed: int = 42
+    seed: WholeNumber = 42
     """Seed of everything random: initial head, order of rows, dropout, noise."""
-    logging_steps: int = 10
+    logging_steps: Count = 10
     """Optimizer steps between two progress lines."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: WholeNumber = 0
     """Processes that load batches, per device; 0: the training process does it, enough for short texts."""
     group_by_length: bool = False
     """Make batches of inputs of like length, so that little of them is padding. Off, because batches are less
     random then."""
-    save_steps: int | None = 500
+    save_steps: Count | None = 500
     """Optimizer steps between two checkpoints, from which a run that was killed goes on; null: none but on SIGTERM
     and SIGUSR1. One takes three times the weights in fp32, the averages apart."""
-    save_total_limit: int | None = 2
+    save_total_limit: Count | None = 2
     """Checkpoints that are kept, the newest ones; null: all."""
     resume_from_checkpoint: str = "auto"
     """auto: go on from the newest complete checkpoint in `output_dir`, where there is one; none: expect an empty
     folder; or the path of a checkpoint."""
     disable_tqdm: bool | None = None
     """Show no progress bar; null: a bar only on a terminal, where it does not fill a log file."""
-    ddp_timeout: int = 1800
+    ddp_timeout: Annotated[int, Range(low=1, high=LONGEST_TIMEOUT)] = 1800
     """Seconds that a process waits for the others before the run is given up, under every engine. Longer than the
     longest any of them may take alone, to load or to save a large model."""
 
+    def conflicts(self) -> Iterator[Fault]:
+        """What is neither a folder nor a number of steps."""
+        if not self.output_dir:
+            yield "output_dir", "is empty; name the folder of the run"
+        if self.max_steps != -1 and self.max_steps < 1:
+            yield "max_steps", f"{self.max_steps} is neither a number of steps nor -1 (as epochs say)"
+
 
 @dataclass(kw_only=True)
-class AveragingConfig:
+@borrows(RULES, after="every")
+class AveragingConfig(Section):
     """Which weights to average along the run. A null leaves the choice to the rule."""
 
     rule: Literal["none", "swa", "ema", "lawa", "merge", "bema", "power_ema", "windows"] = "none"
@@ -180,57 +267,40 @@ class AveragingConfig:
     few; merge: weights that imitate a decay of the learning rate; bema: an ema with its lag corrected;
     power_ema: averages whose memory grows with the run; windows: the mean of every stretch of the run, to
     choose among afterwards; none: no averaging."""
-    start: int | float = 0.5
+    start: StepOrShare = 0.5
     """First weights in the average: a fraction (0.5) is a share of the run, a whole number (100) is the
     optimizer step; so 1 is step 1 and 1.0 the end. Half the run, as the paper does: before that the
     weights still move too fast."""
-    every: int = 1
+    every: Count = 1
     """Optimizer steps between two averaged weights. 1, because averaging costs the step nothing; bema was
     published with 400, lawa with checkpoints far apart."""
-    include_start: bool | None = None
-    """Whether the weights at `start` themselves are the first of the average (swa only); null: true."""
-    decay: float | None = None
-    """Share of the old average kept at each averaging (ema only); null: as `half_life` says, without it 0.999,
-    a memory of about 1,000 averaged weights."""
-    half_life: int | float | None = None
-    """Time after which weights count half as much, in place of `decay` (ema only): a fraction (0.1) is a share
-    of the run, a whole number (100) is optimizer steps."""
-    warmup: Literal["none", "ramp", "debias"] | None = None
-    """How a young average forgets its first weights (ema only): ramp raises the decay slowly, debias counts
-    as if the sum had begun at zero; null: none."""
-    last: int | None = None
-    """Weights in the mean, each kept whole at 4 bytes an element (lawa only); null: 10."""
-    weights: Literal["linear", "cosine", "1-sqrt"] | None = None
-    """Decay of the learning rate, from `start` to the end, that the average imitates (merge only, and has to be
-    given there); linear is the uniform mean."""
-    ema_power: float | None = None
-    """How fast the average slows down, kappa of the paper (bema only); null: 0.5."""
-    bias_power: float | None = None
-    """How fast the correction fades, eta of the paper (bema only); null: 0.2."""
-    lag: int | None = None
-    """Age in steps that the run begins with, rho of the paper (bema only); null: 10."""
-    multiplier: float | None = None
-    """Age that a step adds, gamma of the paper (bema only); null: 1.0."""
-    snapshots: int | None = None
-    """Copies of the two averages along the run, 8 bytes an element each time (power_ema only); null: 16."""
-    blocks: int | None = None
-    """Stretches of the run whose means are kept, at 6 bytes an element (windows only); null: 32."""
-    precision: Literal["compensated", "plain"] = "compensated"
+    precision: Precision = "compensated"
     """Of running means. compensated: 6 bytes an element, exact to the last digits of fp32 in runs of any length;
     plain: 4 bytes, loses digits in long runs."""
     spill_dir: str | None = None
     """Folder, on a disk of each node, that finished blocks and snapshots move to; null keeps them in memory."""
-    threads: int | None = None
+    threads: Count | None = None
     """Threads that do the averaging beside training; null: half of this rank's cores, at most 8."""
-    blend: float = 1.0
+    blend: Blend = 1.0
     """How far the averaged weights go from the last ones to the average, from -1 to 2: 1 is the average, 0 the last
     weights."""
     search_blend: bool = False
     """Choose the blend after training among 0, 0.3, 0.6, 1 and 1.5, on validation rows, an evaluation for each."""
 
+    def conflicts(self) -> Iterator[Fault]:
+        """Blends of no average, or chosen twice."""
+        if self.rule == "none" and (self.blend != 1 or self.search_blend):
+            message = "there is no average to blend with; set averaging.rule, or remove it"
+            yield "search_blend" if self.search_blend else "blend", message
+        elif self.blend != 1 and self.search_blend:
+            yield "blend", "is chosen by averaging.search_blend; remove one of the two"
+        elif self.blend != 1 and self.rule == "windows":
+            message = "with averaging.rule=windows a window is chosen by the score of its mean; set "
+            yield "blend", message + "averaging.search_blend=true to choose the blend after it, or remove it"
+
 
 @dataclass(kw_only=True)
-class NoiseConfig:
+class NoiseConfig(Section):
     """The noise-stability objective. A null leaves the choice to the preset."""
 
     kind: Literal["none", "r3f", "r4f", "rdrop"] = "none"
@@ -239,12 +309,12 @@ class NoiseConfig:
     preset: Literal["paper", "relative", "fairseq", "rdrop", "rdrop_paper"] | None = None
     """Published form of the objective to follow; null: paper (for rdrop: rdrop, the cross entropies of both passes
     averaged as in its released code; rdrop_paper sums them, as equation 4 does)."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Factor on the divergence in the loss; for rdrop the alpha of its preset. 1.0 is the middle of the papers'
     range."""
     noise: Literal["uniform", "normal"] | None = None
     """Distribution of the noise added to the input embeddings."""
-    sigma: float | None = None
+    sigma: NotNegative | None = None
     """Size of the noise: bound of the uniform, standard deviation of the normal; in units of the
     embeddings, or as a share of their RMS under the preset relative."""
     masks: Literal["shared", "independent"] | None = None
@@ -265,12 +335,12 @@ class NoiseConfig:
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class EvalConfig(Section):
     """When and how to evaluate."""
 
-    per_device_eval_batch_size: int = 32
+    per_device_eval_batch_size: Count = 32
     """Rows per device and evaluation batch. Changes speed and memory, not the result."""
-    eval_steps: int | None = None
+    eval_steps: Count | None = None
     """Optimizer steps between two evaluations; null: once, at the end."""
     keep_best: Literal["none", "last", "averaged", "either"] = "none"
     """Which weights to keep in `best/` whenever they score best on validation rows: the last ones, the averaged
@@ -278,19 +348,41 @@ class EvalConfig:
     metric_for_best_model: str | None = None
     """Score that decides between weights, for `keep_best`, early stopping and the windows of averaging; of loss
     and mse less is better. null: the main score of `metric`."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: Count | None = None
     """End the run after so many evaluations in a row without a better score of the weights that `keep_best`
     watches (none: either). Where weights are averaged, evaluations count once there is an average. null: train
     to the end."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: NotNegative = 0.0
     """Least gain over the best score so far that counts as a better one."""
     metric: str = "auto"
     """What to measure: accuracy, f1, f1_macro, accuracy_f1, matthews_correlation, pearson_spearman or mse;
     auto: the usual one of the task."""
 
+    tasks: ClassVar = ("classification", "regression")
+    """Tasks whose metrics there are (`swaft.training.metrics.names`)."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Choices between weights without evaluations, and metrics of other tasks."""
+        if self.eval_steps is None:
+            message = "needs evaluations while training, and eval.eval_steps is null; set it"
+            if self.keep_best != "none":
+                yield "keep_best", message
+            if self.early_stopping_patience is not None:
+                yield "early_stopping_patience", message
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            message = (
+                f"{self.early_stopping_threshold} is used with eval.early_stopping_patience, which is null; "
+            )
+            yield "early_stopping_threshold", message + "set it, or remove the threshold"
+        names = ("auto", *(name for task in self.tasks for name in NAMES[task]))
+        if self.metric not in names:
+            others = any(self.metric in each for each in NAMES.values())
+            unfit = f"{self.metric} does not fit a {' or '.join(self.tasks)} task; use {' or '.join(names)}"
+            yield "metric", unfit if others else not_allowed(self.metric, names)
+
 
 @dataclass(kw_only=True)
-class TrackConfig:
+class TrackConfig(Section):
     """Where to send the numbers besides the run folder."""
 
     report_to: str = "none"
@@ -302,6 +394,11 @@ class TrackConfig:
     """Name of the run in the tracker; null: the last part of `train.output_dir`."""
     logging_dir: str | None = None
     """Folder for trackers that write files; null: inside `train.output_dir`."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """A tracker that there is not."""
+        if self.report_to not in ("none", "all", *TRACKERS):
+            yield "report_to", not_allowed(self.report_to, ("none", "all", *TRACKERS))
 
 
 @dataclass(kw_only=True)

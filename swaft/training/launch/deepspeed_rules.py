@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from swaft.averaging.engines.deepspeed_modes import refused_settings
-from swaft.training.config.values import suggestion
+from swaft.options import suggestion
 from swaft.training.launch.deepspeed_extension import reason_op_cannot_be_built
 
 BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import yaml
 
 from swaft.errors import ConfigError
-from swaft.training.config.values import not_allowed, suggestion
+from swaft.options import suggestion
+from swaft.training.config.values import not_allowed
 from swaft.training.launch.deepspeed_config import launcher_config
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")

@@ -27,7 +27,7 @@ from swaft.training.checks.problems import MISSING, Problems
 from swaft.training.checks.recipe import Recipe, is_recipe, load_recipe, require_python
 from swaft.training.checks.start import check_start
 from swaft.training.config import AveragingConfig, NoiseConfig, TrainConfig, read_config
-from swaft.training.config.leaves import leaves
+from swaft.training.config.values import settings
 from swaft.training.launch.deepspeed_config import FilledConfig
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import find_blocks
@@ -144,7 +144,7 @@ def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[
     """
     read = read_config(recipe.config_class, script.arguments)
     problems.add(read.problems)
-    known = leaves(recipe.config_class)
+    known = settings(recipe.config_class)
     faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
     return dataclasses.replace(read.config, **dict.fromkeys(faulty, MISSING)), read.replaced
 

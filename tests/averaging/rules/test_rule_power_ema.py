@@ -116,7 +116,7 @@ def test_what_cannot_be_fitted_is_refused_with_its_error():
     plan = PowerEMA().plan(1000)
     with pytest.raises(AveragingError, match=r"sigma_rel=0\.28 over 1001 members .* error of 0\.20"):
         plan.readout(1001, Readout(sigma_rel=0.28))
-    with pytest.raises(AveragingError, match=r"averaging\.snapshots"):
+    with pytest.raises(AveragingError, match=r"more of them \(snapshots\)"):
         plan.readout(100, Readout(sigma_rel=0.2))
     assert plan.readout(1001, Readout(sigma_rel=0.2))
 
@@ -129,10 +129,10 @@ def test_a_width_that_no_profile_has_is_refused(sigma):
 
 @pytest.mark.parametrize("sigmas", [(), (0.05, 0.05), (0.0, 0.1), (0.3,), ("a",), 0.1])
 def test_widths_that_cannot_be_tracked_are_refused(sigmas):
-    with pytest.raises(ConfigError, match=r"averaging\.sigma_rel"):
+    with pytest.raises(ConfigError, match="sigma_rel is"):
         PowerEMA(sigma_rel=sigmas).plan(100)
 
 
 def test_no_snapshots_are_refused():
-    with pytest.raises(ConfigError, match=r"averaging\.snapshots"):
+    with pytest.raises(ConfigError, match="snapshots is 0"):
         PowerEMA(snapshots=0).plan(100)

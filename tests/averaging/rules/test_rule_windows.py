@@ -121,8 +121,8 @@ def test_fewer_members_than_blocks_are_kept_whole():
         ({"start": 8, "end": 7}, "holds none"),
         ({"start": 16}, "holds none"),
         ({"end": 16}, "past the last step of the run, 15"),
-        ({"start": 1.5}, "the window's start is the fraction 1.5"),
-        ({"end": -1}, "the window's end is step -1"),
+        ({"start": 1.5}, "the window's start is 1.5"),
+        ({"end": -1}, "the window's end is -1"),
         ({"end": "late"}, "the window's end is 'late'"),
     ],
 )
@@ -145,5 +145,5 @@ def test_a_run_longer_than_announced_is_refused():
 
 @pytest.mark.parametrize("blocks", [1, 0, 2.5, True])
 def test_fewer_than_two_blocks_are_refused(blocks):
-    with pytest.raises(ConfigError, match=r"averaging\.blocks"):
+    with pytest.raises(ConfigError, match="blocks is"):
         Windows(blocks=blocks).plan(15)

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from swaft.noise.presets import PRESETS
+from swaft.options import docs_of
 from swaft.training.config import (
     AveragingConfig,
     ClassificationConfig,
@@ -22,7 +23,7 @@ from swaft.training.config import (
     check_averaging,
     check_config,
 )
-from swaft.training.config.leaves import docs, leaves, sections
+from swaft.training.config.values import sections, settings
 
 pytestmark = pytest.mark.unit
 
@@ -116,23 +117,23 @@ def test_misspelt_choice_gets_a_suggestion(name, value, meant):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("train__logging_steps", 0, "train.logging_steps: 0 is too small; expected 1 or more"),
-        ("train__weight_decay", -math.inf, "train.weight_decay: -inf is too small; expected 0 or more"),
+        ("train__logging_steps", 0, "train.logging_steps: is 0, expected a whole number, at least 1"),
+        ("train__weight_decay", -math.inf, "train.weight_decay: is -inf, expected a number, at least 0"),
         (
             "train__weight_decay",
             math.nan,
-            "train.weight_decay: nan is not a finite number; expected 0 or more",
+            "train.weight_decay: is nan, expected a number, at least 0",
         ),
         (
             "train__learning_rate",
             math.inf,
-            "train.learning_rate: inf is not a finite number; expected more than 0",
+            "train.learning_rate: is inf, expected a number, above 0",
         ),
-        ("train__learning_rate", 0.0, "train.learning_rate: 0.0 is too small; expected more than 0"),
+        ("train__learning_rate", 0.0, "train.learning_rate: is 0.0, expected a number, above 0"),
         (
             "train__ddp_timeout",
             10**15,
-            "train.ddp_timeout: 1000000000000000 seconds is over a year; expected 31536000",
+            "train.ddp_timeout: is 1000000000000000, expected a whole number, at least 1 and at most 31536000",
         ),
     ],
 )
@@ -191,8 +192,8 @@ def test_max_steps_tells_the_length_before_the_run():
 @pytest.mark.parametrize("recipe", [ClassificationConfig, Seq2SeqConfig, QuestionAnsweringConfig])
 def test_every_setting_has_a_doc(recipe):
     for section, section_class in sections(recipe).items():
-        texts = docs(section_class)
-        for name in leaves(recipe):
+        texts = docs_of(section_class)
+        for name in settings(recipe):
             owner, short = name.split(".")
             assert owner != section or len(texts[short].split()) >= 3, name
 
@@ -202,7 +203,7 @@ def test_choices_of_the_averaging_section_are_those_of_the_rules():
     from swaft.averaging.rules.ema import Warmup
     from swaft.averaging.rules.merge import Decay
 
-    known = leaves(ClassificationConfig)
+    known = settings(ClassificationConfig)
     assert known["averaging.rule"].choices == ("none", *RULES)
     assert known["averaging.warmup"].choices == get_args(Warmup)
     assert known["averaging.weights"].choices == get_args(Decay)
@@ -214,7 +215,7 @@ def test_choices_of_the_noise_section_are_those_of_the_objectives():
     from swaft.noise.presets import Masks, Passes, Reduction
     from swaft.noise.spectral import Layers
 
-    known = leaves(ClassificationConfig)
+    known = settings(ClassificationConfig)
     assert known["noise.preset"].choices == tuple(PRESETS)
     assert known["noise.noise"].choices == get_args(Noise)
     assert known["noise.masks"].choices == get_args(Masks)
@@ -300,10 +301,10 @@ def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():
     [
         ({"model__lora_r": 8}, "model.lora_r: 8 is about LoRA, and model.use_peft=false"),
         ({"model__lora_target_modules": "query"}, "model.lora_target_modules: query is about LoRA"),
-        ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: 0 is too small"),
-        ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: 0 is too small"),
-        ({"model__use_peft": True, "model__lora_dropout": 1.0}, "model.lora_dropout: 1.0 is outside"),
-        ({"model__use_peft": True, "model__lora_dropout": math.nan}, "model.lora_dropout: nan is outside"),
+        ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: is 0, expected"),
+        ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: is 0, expected"),
+        ({"model__use_peft": True, "model__lora_dropout": 1.0}, "model.lora_dropout: is 1.0, expected"),
+        ({"model__use_peft": True, "model__lora_dropout": math.nan}, "model.lora_dropout: is nan, expected"),
         (
             {"model__use_peft": True, "model__lora_target_modules": "a,,b"},
             "model.lora_target_modules: 'a,,b' holds",
@@ -334,10 +335,10 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
     [
         ({"eval__keep_best": "last"}, "eval.keep_best: needs evaluations while training"),
         ({"eval__early_stopping_patience": 2}, "eval.early_stopping_patience: needs evaluations"),
-        ({**STOP, "eval__early_stopping_patience": 0}, "eval.early_stopping_patience: 0 is too small"),
+        ({**STOP, "eval__early_stopping_patience": 0}, "eval.early_stopping_patience: is 0, expected"),
         (
             {**STOP, "eval__early_stopping_threshold": -0.1},
-            "eval.early_stopping_threshold: -0.1 is too small",
+            "eval.early_stopping_threshold: is -0.1, expected",
         ),
         ({"eval__early_stopping_threshold": 0.1}, "eval.early_stopping_threshold: 0.1 is used with"),
         ({"eval__keep_best": "averaged", "eval__eval_steps": 5}, "eval.keep_best: averaged needs averaged"),

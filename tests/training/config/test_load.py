@@ -164,7 +164,7 @@ def test_bare_hugging_face_flag_names_the_setting():
         ("averaging.start=[1]", "expected int or float, got the list [1]"),
         (
             "averaging.rule=swaa",
-            "'swaa' is not one of none, swa, ema, lawa, merge,",
+            "is 'swaa', expected one of none, swa, ema, lawa, merge,",
         ),
         ("noise.detach=None", "Did you mean 'none'?"),
     ],

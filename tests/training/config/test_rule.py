@@ -6,8 +6,7 @@ import pytest
 
 from swaft.averaging import rules
 from swaft.errors import ConfigError
-from swaft.training.config import AveragingConfig
-from swaft.training.config.rule import build_rule
+from swaft.training.config import AveragingConfig, build_rule
 
 pytestmark = pytest.mark.unit
 
