@@ -41,7 +41,7 @@ from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.metrics.classification import get_metric, renumbered
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
-from swaft.training.models.kept_head import fit_head
+from swaft.training.models.heads import fit_head
 from swaft.training.models.pretrained import (
     describe_labels,
     load_model_config,

@@ -46,8 +46,7 @@ from swaft.training.evaluation.answering import (
     write_predictions,
 )
 from swaft.training.evaluation.best import Target, choose_target
-from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.evaluation.generation import write_samples
+from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.launch.failure import leave, run_and_report
 from swaft.training.metrics.names import Metric
 from swaft.training.metrics.question_answering import get_question_metric

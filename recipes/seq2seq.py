@@ -39,8 +39,8 @@ from swaft.training.data.seq2seq import (
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
 from swaft.training.evaluation.best import Target, choose_target
-from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.evaluation.generation import (
+from swaft.training.evaluation.evaluate import (
+    Evaluation,
     evaluate_texts,
     generation_arguments,
     write_samples,
@@ -56,9 +56,8 @@ from swaft.training.models.encoder_decoder import (
     new_tokenizer,
     refuse_other_tokens,
 )
-from swaft.training.models.languages import set_languages
 from swaft.training.models.pretrained import load_tokenizer, longest_input
-from swaft.training.models.special_tokens import follow_tokenizer, one_length, whole_windows
+from swaft.training.models.special_tokens import follow_tokenizer, one_length, set_languages, whole_windows
 from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Run
 from swaft.training.run.schedule import build_schedule, set_learning_rate

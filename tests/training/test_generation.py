@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from swaft.errors import TrainingError
 from swaft.training.config import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
 from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
-from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.evaluation.generation import (
+from swaft.training.evaluation.evaluate import (
+    Evaluation,
     evaluate_texts,
     generation_arguments,
     generation_is_collective,

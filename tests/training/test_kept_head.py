@@ -23,7 +23,7 @@ from swaft.errors import ConfigError
 from swaft.training.config import DataConfig, ModelConfig
 from swaft.training.data.classification import Task, describe_task
 from swaft.training.metrics.classification import get_metric, renumbered
-from swaft.training.models.kept_head import FittedHead, fit_head
+from swaft.training.models.heads import FittedHead, fit_head
 from swaft.training.models.pretrained import describe_labels, load_model_config, load_with_head
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbToken
 from swaft.errors import ConfigError
 from swaft.training.config import Seq2SeqDataConfig
 from swaft.training.data.seq2seq import PairColumns, tokenize_pairs
-from swaft.training.models.languages import language_codes, set_languages, write_target_language
+from swaft.training.models.special_tokens import language_codes, set_languages, write_target_language
 
 pytestmark = pytest.mark.unit
 

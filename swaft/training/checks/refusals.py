@@ -14,8 +14,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from swaft.errors import ConfigError
 from swaft.training.config import Seq2SeqModelConfig
 from swaft.training.models.encoder_decoder import VOCAB_SIZE
-from swaft.training.models.languages import knows_languages
 from swaft.training.models.pretrained import AnyModel, half, model_path, model_setting
+from swaft.training.models.special_tokens import knows_languages
 
 logger = logging.getLogger(__name__)
 

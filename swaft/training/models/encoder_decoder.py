@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, Pr
 from swaft.errors import ConfigError
 from swaft.options import suggestion
 from swaft.training.config import Seq2SeqModelConfig
-from swaft.training.models.languages import write_target_language
-from swaft.training.models.lora import with_adapters
+from swaft.training.models.heads import with_adapters
 from swaft.training.models.pretrained import (
     load_model_config,
     model_path,
@@ -24,7 +23,7 @@ from swaft.training.models.pretrained import (
     told_as_settings,
     with_checkpointing,
 )
-from swaft.training.models.special_tokens import generate_as_trained
+from swaft.training.models.special_tokens import generate_as_trained, write_target_language
 
 VOCAB_SIZE = 4096
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"

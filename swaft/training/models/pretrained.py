@@ -19,8 +19,7 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig, Seq2SeqModelConfig
-from swaft.training.models.kept_head import renew_head
-from swaft.training.models.lora import with_adapters
+from swaft.training.models.heads import renew_head, with_adapters
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING, write_token
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from swaft.training.config import QuestionAnsweringConfig, Seq2SeqConfig
 from swaft.training.models.encoder_decoder import VOCAB_SIZE
-from swaft.training.models.lora import with_adapters
+from swaft.training.models.heads import with_adapters
 from swaft.training.models.pretrained import told_as_settings
 
 
