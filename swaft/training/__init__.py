@@ -2,8 +2,11 @@
 
 from importlib.util import find_spec
 
-if find_spec("omegaconf") is None:  # looked for, not imported: the help of a command waits for no library
+try:  # looked for, not imported: the help of a command waits for no library
+    if find_spec("omegaconf") is None:
+        raise ModuleNotFoundError("No module named 'omegaconf'")
+except ModuleNotFoundError as error:
     needed = (
         "swaft's recipes need accelerate, transformers, datasets and omegaconf: pip install 'swaft[recipes]'"
     )
-    raise ModuleNotFoundError(needed, name="omegaconf")
+    raise ModuleNotFoundError(needed, name="omegaconf") from error

@@ -27,10 +27,7 @@ def check_config(config: Any) -> list[str]:
     problems = [
         f"{name}.{setting}: {fault}"
         for name, section in sections.items()
-        for setting, fault in [
-            *check(section),
-            *(section.conflicts() if isinstance(section, Section) else ()),
-        ]
+        for setting, fault in check(section) or (section.conflicts() if isinstance(section, Section) else ())
     ]
     averaging, evaluation, train = (sections.get(name) for name in ("averaging", "eval", "train"))
     if problems or not isinstance(averaging, AveragingConfig):
