@@ -1,7 +1,7 @@
 """Finished checkpoints averaged to one Hugging Face folder, tensor by tensor, in bounded memory."""
 
 from swaft.soup.greedy import GreedyChoice, choose_greedily, score_by_command
-from swaft.soup.opening import last_checkpoints, open_checkpoint
+from swaft.soup.kinds import last_checkpoints, open_checkpoint
 from swaft.soup.soup import Soup, average, average_greedily
 
 __all__ = [

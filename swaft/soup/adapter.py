@@ -19,7 +19,7 @@ from swaft.averaging.lora import Norms, refactor
 from swaft.errors import AveragingError, StateError
 from swaft.soup.checkpoint import Spec
 from swaft.soup.huggingface import ADAPTER_CONFIG, read_json
-from swaft.soup.mean import SLICE, Mean, Member
+from swaft.soup.mean import SLICE, Mean, Weighted
 from swaft.storage.strict_json import shown
 
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -54,7 +54,7 @@ class AdapterMean(Mean):
             set for them.
     """
 
-    def __init__(self, members: Sequence[Member], dtype: torch.dtype, *, rank: int | None = None):
+    def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, *, rank: int | None = None):
         super().__init__(members, dtype)
         self.config, self.notes = _agreed_config(members)
         self._resize(rank)
@@ -142,7 +142,7 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
                 yield name, down
 
 
-def _agreed_config(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
+def _agreed_config(members: Sequence[Weighted]) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the adapters, and what differs without making them different, in words."""
     configs = [read_json(checkpoint.path / ADAPTER_CONFIG) for _, checkpoint in members]
     first, where = configs[0], members[0][1].path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.soup.mean import AVERAGED
 from swaft.storage.strict_json import shown
@@ -33,7 +33,7 @@ PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use
 """Fields that say nothing about what the weights mean."""
 
 
-def require_same_model(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
     """Refuse checkpoints of different models.
 
     Args:
@@ -110,7 +110,7 @@ def _told(config: Mapping[str, Any], key: str) -> str:
     return shown(config[key]) if key in config else "not set"
 
 
-def _refuse(first: Checkpoint, other: Checkpoint, found: Iterator[str]) -> None:
+def _refuse(first: SavedWeights, other: SavedWeights, found: Iterator[str]) -> None:
     problems = list(found)
     if problems:
         more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""

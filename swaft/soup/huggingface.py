@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.storage import TensorFile
 from swaft.storage.files import explained, read_whole
 from swaft.storage.strict_json import parse_object, shown
@@ -29,7 +29,7 @@ NO_JSON = re.compile(rb"[:\[,]\s*(-?Infinity|NaN)\b")
 """Numbers that Python writes into JSON, and JSON lacks."""
 
 
-class HuggingFaceFolder(Checkpoint):
+class HuggingFaceFolder(SavedWeights):
     """A folder of safetensors files; one of them is open at a time.
 
     Files may be symbolic links, as they are in the hub's cache.
@@ -64,7 +64,7 @@ class HuggingFaceFolder(Checkpoint):
                 raise StateError(f"{path}: the index says that {name!r} is in {file_name}, which lacks it")
 
     def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`Checkpoint`."""
+        """As of :class:`SavedWeights`."""
         path = _real(self.path / self._file_of[name])
         if self._open is None or self._open.path != path:
             self.close()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 
 SLICE = 1 << 20
 """Elements handled at once: about 30 MiB in all, whatever the model and however many the checkpoints."""
@@ -18,7 +18,7 @@ SLICE = 1 << 20
 AVERAGED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types that are averaged. Others must be equal: counters, masks, and quantised weights."""
 
-Member = tuple[float, Checkpoint]
+Weighted = tuple[float, SavedWeights]
 """A checkpoint and its weight."""
 
 
@@ -57,7 +57,7 @@ class Mean:
         base: of which what the members lack is taken.
     """
 
-    def __init__(self, members: Sequence[Member], dtype: torch.dtype, base: Checkpoint | None = None):
+    def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, base: SavedWeights | None = None):
         members = [member for member in members if member[0] > 0]
         self._members, self._dtype, self._base = members, dtype, base
         self._specs = dict(members[0][1].specs)
@@ -89,7 +89,7 @@ class Mean:
             else:
                 yield _equal(name, members, span)
 
-    def members_of(self, name: str) -> Sequence[Member]:
+    def members_of(self, name: str) -> Sequence[Weighted]:
         """Those that hold a tensor."""
         if name in self._members[0][1].specs or self._base is None:
             return self._members
@@ -110,7 +110,7 @@ class Mean:
         self.rounding.add(name, exact, self._part[: len(exact)].copy_(rounded).sub_(exact))
         return written
 
-    def _mean(self, name: str, members: Sequence[Member], span: tuple[int, int]) -> Tensor:
+    def _mean(self, name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Tensor:
         """(n,), float64: sum of weight times value, in the order of the members, by the sum of the weights."""
         total, part = (each[: span[1] - span[0]] for each in (self._total, self._part))
         for number, (weight, checkpoint) in enumerate(members):
@@ -151,7 +151,7 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def _refuse_infinite(
-    name: str, members: Sequence[Member], span: tuple[int, int], total: Tensor, *, copied: bool
+    name: str, members: Sequence[Weighted], span: tuple[int, int], total: Tensor, *, copied: bool
 ) -> None:
     """Refuse elements that are not finite, but for those of a mask; each is judged by itself.
 
@@ -190,7 +190,7 @@ def _refuse_infinite(
         )
 
 
-def _equal(name: str, members: Sequence[Member], span: tuple[int, int]) -> Tensor:
+def _equal(name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Tensor:
     first = members[0][1].read(name, *span)
     for _, checkpoint in members[1:]:
         other = checkpoint.read(name, *span)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder written as a stream: shards, index, configuration; whole under its name, or not there."""
+"""A Hugging Face folder written as a stream, whole under its name or not there: weights, other files, a card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,37 @@ from torch import Tensor
 
 from swaft.errors import ConfigError, StateError
 from swaft.soup.checkpoint import Spec
-from swaft.soup.huggingface import CONFIG, read_json
-from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_folder, write_durably
+from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, read_json
+from swaft.storage import (
+    FileRecord,
+    TensorFile,
+    TensorFileWriter,
+    hash_file,
+    sync_file,
+    sync_folder,
+    write_durably,
+)
 from swaft.storage.files import explained, open_regular, place_beside
+from swaft.storage.model_card import CARD, in_one_line, write_card
 
 Shard = dict[str, Spec]
+
+
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".index.json",
+)
+"""How the names of weights end, and of the state of training. They are not copied."""
+LEFT_NAMES = ("trainer_state.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
+"""Other files that are not copied: they tell of the checkpoint, and not of what is made of it."""
 
 
 @contextmanager
@@ -145,6 +172,71 @@ def fingerprint(records: Mapping[str, FileRecord]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -> list[str]:
+    """Copy configuration, tokenizer and code of a Hugging Face folder: all but weights and what training keeps.
+
+    Folders inside are copied likewise, but for those that hold weights of their own, as the checkpoints of a run
+    do, and for links to folders. Links to files are followed, as in the hub's cache. What is copied is on the disk.
+
+    Args:
+        source: the Hugging Face folder.
+        folder: to copy to; it is there.
+        left: names of files that are not copied, in folders inside not meant.
+
+    Returns:
+        What was left out that may be missed, in words.
+
+    Raises:
+        StateError: a file could not be read or written.
+    """
+    notes = []
+    with explained(source, "copied"):
+        for path in sorted(source.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_file():
+                if path.name not in left and not _is_left(path.name):
+                    shutil.copyfile(path, folder / path.name)
+                    sync_file(folder / path.name)
+            elif path.is_dir() and not path.is_symlink():
+                if held := _first_weights(path):
+                    notes.append(f"{path} is not copied: it holds weights of its own ({held})")
+                    continue
+                (folder / path.name).mkdir()
+                notes += copy_files(path, folder / path.name, left=())
+                if not any((folder / path.name).iterdir()):
+                    (folder / path.name).rmdir()
+    sync_folder(folder)
+    return notes
+
+
+def describe(folder: Path, title: str, shares: Sequence[tuple[str, float]], dtype: str, sha256: str) -> None:
+    """Write a model card that says what was averaged.
+
+    Args:
+        folder: of the weights.
+        title: of the card.
+        shares: what was averaged, in words, and the part that each has in the mean.
+        dtype: of the weights.
+        sha256: their hash, as in `average.json`.
+
+    Raises:
+        StateError: it could not be written.
+    """
+    what = "the weighted mean of these checkpoints" if len(shares) > 1 else "the weights of this checkpoint"
+    body = [
+        f"This folder holds {what}, in {dtype}, written by swaft:",
+        "",
+        *(f"* {share:.6g} of `{in_one_line(name)}`" for name, share in shares),
+        "",
+        f"SHA-256 of the weights: `{sha256}` (`average.json` says more).",
+    ]
+    library, base_model = "transformers", None
+    if (folder / ADAPTER_CONFIG).exists():
+        library, base_model = "peft", read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    write_card(folder, title=title, body=body, library=library, base_model=base_model)
+
+
 def set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
     """Say in `config.json`, where there is one, of which type the weights are; in the parts of it likewise."""
     if (folder / CONFIG).exists():
@@ -164,12 +256,8 @@ def parse_size(text: str) -> int:
         ValueError: it is none.
     """
     units = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-    for unit, scale in units.items():
-        if text.upper().endswith(unit):
-            size = float(text[: -len(unit)]) * scale
-            break
-    else:
-        size = float(text)
+    unit = next((unit for unit in units if text.upper().endswith(unit)), "")
+    size = float(text[: len(text) - len(unit)]) * units.get(unit, 1)
     if not (math.isfinite(size) and size >= 1):
         raise ValueError(text)
     return int(size)
@@ -189,8 +277,18 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
 def _forget(path: Path) -> None:
     """Have the system drop its copy of a file that is on the disk, so that reading it asks the disk."""
     descriptor, _ = open_regular(path)
-    try:
-        with explained(path, "read"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    with open(descriptor, "rb"), explained(path, "read"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _is_left(name: str) -> bool:
+    return name.endswith((*WEIGHTS, ".tmp")) or name.startswith("events.out.tfevents")
+
+
+def _first_weights(folder: Path) -> str | None:
+    """The first file of weights anywhere in a folder."""
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            if name.endswith(WEIGHTS):
+                return str((Path(parent) / name).relative_to(folder))
+    return None

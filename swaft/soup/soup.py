@@ -16,9 +16,7 @@ import torch
 from swaft.errors import ConfigError, StateError
 from swaft.soup.adapter import AdapterMean
 from swaft.soup.agreement import compare_configs, require_same_model
-from swaft.soup.base import fit_to_base, without_tied
-from swaft.soup.checkpoint import NO_CONFIGURATION, Checkpoint
-from swaft.soup.companions import copy_files, describe
+from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
 from swaft.soup.greedy import GreedyChoice, choose_greedily
 from swaft.soup.huggingface import (
     ADAPTER,
@@ -29,10 +27,14 @@ from swaft.soup.huggingface import (
     holds_weights,
     read_json,
 )
+from swaft.soup.kinds import open_checkpoint
 from swaft.soup.mean import Mean
-from swaft.soup.opening import open_checkpoint
+from swaft.soup.names import fit_to_base, without_tied
 from swaft.soup.output import (
+    Shard,
     check_weights,
+    copy_files,
+    describe,
     fingerprint,
     new_folder,
     plan_shards,
@@ -109,14 +111,12 @@ def average(
             Then there is none.
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
-    weights = _checked_weights(weights, len(paths))
-    dtype = dtype_of_weights(dtype)
-    dtype_name = str(dtype).removeprefix("torch.")
+    weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
     if lora_rank is not None and lora_rank < 1:
         raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
     refuse_occupied(output)
     with ExitStack() as stack:
-        members = list[Checkpoint]()
+        members = list[SavedWeights]()
         for path in paths:
             has_base = base is not None or (bool(members) and members[0].files is not None)
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
@@ -137,21 +137,15 @@ def average(
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
         else:
             mean = Mean(weighted, dtype, whole)
-        shards = plan_shards(mean.specs, max_shard_bytes)
         with new_folder(output) as folder:
             notes += copy_files(files, folder)
-            if isinstance(mean, AdapterMean):
-                write_json(folder / ADAPTER_CONFIG, mean.config)
-            else:
-                set_config_dtype(folder, dtype)
-            records = write_weights(folder, stem, shards, mean.slices)
-            check_weights(folder, shards, records)
-            total = math.fsum(weights)
+            records = _write(mean, folder, stem, plan_shards(mean.specs, max_shard_bytes), dtype)
+            shares = [weight / math.fsum(weights) for weight in weights]
             soup = Soup(
                 output=output,
                 sha256=fingerprint(records),
-                shares=[(str(path), weight / total) for path, weight in zip(paths, weights, strict=True)],
-                dtype=dtype_name,
+                shares=list(zip(map(str, paths), shares, strict=True)),
+                dtype=str(dtype).removeprefix("torch."),
                 tensors=len(mean.specs),
                 elements=sum(spec.numel for spec in mean.specs.values()),
                 files=records,
@@ -161,15 +155,8 @@ def average(
                 notes=notes,
             )
             write_json(folder / "average.json", {k: v for k, v in soup.as_dict().items() if k != "output"})
-            describe(
-                folder,
-                title=output.name,
-                shares=[
-                    (member.told, share) for member, (_, share) in zip(members, soup.shares, strict=True)
-                ],
-                dtype=dtype_name,
-                sha256=soup.sha256,
-            )
+            labelled = [(member.label, share) for member, share in zip(members, shares, strict=True)]
+            describe(folder, output.name, labelled, soup.dtype, soup.sha256)
     return soup
 
 
@@ -211,6 +198,19 @@ def average_greedily(
     return average([paths[each] for each in choice.chosen], output, **how), choice
 
 
+def _write(
+    mean: Mean, folder: Path, stem: str, shards: list[Shard], dtype: torch.dtype
+) -> dict[str, FileRecord]:
+    """Write the weights and what the configuration says of them; read the weights back from the disk."""
+    if isinstance(mean, AdapterMean):
+        write_json(folder / ADAPTER_CONFIG, mean.config)
+    else:
+        set_config_dtype(folder, dtype)
+    records = write_weights(folder, stem, shards, mean.slices)
+    check_weights(folder, shards, records)
+    return records
+
+
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Weights times the power of two that brings the largest to [1, 2), so that no product or sum overflows."""
     if count == 0:
@@ -227,7 +227,7 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
     return [math.ldexp(weight, 1 - exponent) for weight in weights]  # changes no digit of theirs
 
 
-def _files(first: Checkpoint, base: Checkpoint | None) -> Path:
+def _files(first: SavedWeights, base: SavedWeights | None) -> Path:
     """Where configuration and tokenizer come from."""
     there = [each.files for each in (first, base) if each is not None and each.files is not None]
     configured = [path for path in there if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists()]

@@ -10,11 +10,11 @@ from torch import Tensor
 from swaft.averaging.layout import Range
 from swaft.averaging.state import KIND, AverageState, lane_name, read_elements
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.storage import read_manifest, verify
 
 
-class AverageFolder(Checkpoint):
+class AverageFolder(SavedWeights):
     """The average of one rule of a run: the parameters that were trained, and none but those.
 
     Args:
@@ -48,15 +48,15 @@ class AverageFolder(Checkpoint):
             (lane_name(number, lane), share, chosen.lanes[lane]) for lane, share in chosen.readout.items()
         ]
         self._names = sorted(manifest.files)
-        self._told = f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights"
+        self._label = f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights"
 
     @property
-    def told(self) -> str:
-        """As of :class:`Checkpoint`."""
-        return self._told
+    def label(self) -> str:
+        """As of :class:`SavedWeights`."""
+        return self._label
 
     def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`Checkpoint`."""
+        """As of :class:`SavedWeights`."""
         if [share for _, share, _ in self._lanes] == [1.0]:
             return self._vector(f"{self._lanes[0][0]}.mean", torch.float32, (name, start, end))
         total = torch.zeros(end - start, dtype=torch.float64, device="cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.storage.files import require_regular
 
 if TYPE_CHECKING:  # for it takes seconds and 46 MiB, which other checkpoints do without
@@ -33,7 +33,7 @@ OPTIMIZER = "optimizer.state."
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredRows:
     """Rows of a tensor, somewhere in a file."""
 
     raw: Tensor
@@ -61,7 +61,7 @@ class Chunk:
         return self.raw[places]
 
 
-class TorchEngineFolder(Checkpoint):
+class TorchEngineFolder(SavedWeights):
     """Folder `engine` in a checkpoint of a run under torch alone. Opening it unpickles one of its files.
 
     Tied weights are in it under each of their names, and it does not say which those are. The optimizer has one of
@@ -104,7 +104,7 @@ class TorchEngineFolder(Checkpoint):
         self.maybe_tied = self.specs.keys() - optimized
 
     def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`Checkpoint`."""
+        """As of :class:`SavedWeights`."""
         dtype, parts, begin = self.specs[name].dtype, [], 0
         for chunk in self._chunks[name]:
             first, last = max(start - begin, 0), min(end - begin, chunk.numel)
@@ -120,11 +120,11 @@ class TorchEngineFolder(Checkpoint):
         self._chunks.clear()
         self._mapped.clear()
 
-    def _chunks_of(self, metadata: Metadata, key: str, stored: TensorStorageMetadata) -> list[Chunk]:
+    def _chunks_of(self, metadata: Metadata, key: str, stored: TensorStorageMetadata) -> list[StoredRows]:
         """The chunks of a tensor in the order of its elements."""
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        found, row = list[Chunk](), 0
+        found, row = list[StoredRows](), 0
         for chunk in sorted(stored.chunks, key=lambda each: tuple(each.offsets)):
             if not math.prod(chunk.sizes):  # of a rank that has no row of it
                 continue
@@ -138,7 +138,7 @@ class TorchEngineFolder(Checkpoint):
             raise ValueError(f"{key!r} of shape {list(stored.size)} lacks rows")
         return found
 
-    def _locate(self, where: Any, shape: torch.Size) -> Chunk:
+    def _locate(self, where: Any, shape: torch.Size) -> StoredRows:
         """The chunk that was saved at a place of a file."""
         from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -155,7 +155,7 @@ class TorchEngineFolder(Checkpoint):
         # On the device `meta`, torch reads no numbers, and says where they begin in what it was given.
         begin = where.offset + storage._checkpoint_offset
         raw = mapped[begin : begin + storage.nbytes()].view(-1, saved.itemsize)
-        return Chunk(
+        return StoredRows(
             raw, tuple(saved.shape), saved.stride(), int(saved.storage_offset()), saved.is_contiguous()
         )
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.soup.huggingface import CONFIG
 from swaft.storage.files import read_whole
 
 OPTIMIZER_FILES = "*_optim_states.pt"
 
 
-class ZeroFolder(Checkpoint):
+class ZeroFolder(SavedWeights):
     """A folder that `save_checkpoint` wrote, or one tag of it. Opening it unpickles its files.
 
     Args:
@@ -63,7 +63,7 @@ class ZeroFolder(Checkpoint):
         self.specs = {name: spec for name, (spec, _) in self._pieces.items() if name not in self.aliases}
 
     def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`Checkpoint`."""
+        """As of :class:`SavedWeights`."""
         spec, pieces = self._pieces[name]
         return torch.cat([torch.empty(0, dtype=spec.dtype), *_window(pieces, start, end - start)])
 

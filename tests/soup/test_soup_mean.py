@@ -10,7 +10,7 @@ from soup_folders import bits, folder_of, folders, golden, loaded, random_tensor
 import swaft.soup.mean as mean_module
 from swaft.errors import ConfigError, StateError
 from swaft.soup import average
-from swaft.soup.checkpoint import Checkpoint, Spec
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.soup.mean import round_once
 
 pytestmark = pytest.mark.unit
@@ -196,7 +196,7 @@ def test_what_the_base_alone_holds_may_be_infinite(tmp_path):
     assert torch.equal(next(mean.slices("bounds")), extra["bounds"])
 
 
-class Weights(Checkpoint):
+class Weights(SavedWeights):
     """A checkpoint in memory."""
 
     files = None

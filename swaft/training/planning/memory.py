@@ -113,31 +113,30 @@ class Run:
         self,
         *,
         gradients: Callable[[int], int],
-        passing: Callable[[Weight], int] = lambda weight: 0,
-        gathered: Callable[[int], int] = lambda done: 0,
+        passing: Callable[[int], int] = lambda number: 0,
+        gathered: Callable[[int, int], int] = lambda done, number: 0,
     ) -> Rows:
         """Return the rows of the fullest moment of forward and backward.
 
         Args:
             gradients: bytes held of gradients once this many elements have theirs.
-            passing: bytes that a gradient takes beside that while it is handed over.
-            gathered: bytes of weights gathered once this many elements have their gradients.
+            passing: bytes that the gradient of the weight of this number takes beside that while it is handed over.
+            gathered: bytes of weights gathered once this many elements have their gradients, and the weight of this
+                number is the next to get its own (-1 after the last).
         """
 
         def moments() -> Iterator[Rows]:
             done = 0
-            for moment in self.step.moments:
-                held = {"gathered weights": gathered(done), "gradients": gradients(done)}
-                yield {"activations": moment.peak_bytes, **held}
+            order = [moment.parameter for moment in self.step.moments if moment.parameter is not None]
+            following = iter([order[0] if order else -1, *order, -1])
+            for moment, number in zip(self.step.moments, following, strict=True):
+                rows = {"activations": moment.peak_bytes, "gradients": gradients(done)}
+                yield rows | {"gathered weights": gathered(done, number)}
                 if moment.parameter is not None:
-                    weight = self.step.weights[moment.parameter]
-                    done += weight.numel
-                    held = {"gathered weights": gathered(done), "gradients": gradients(done)}
-                    yield {
-                        "activations": moment.live_bytes,
-                        **held,
-                        "gradients handed over": passing(weight),
-                    }
+                    done += self.step.weights[number].numel
+                    rows = {"activations": moment.live_bytes, "gradients": gradients(done)}
+                    rows["gradients handed over"] = passing(number)
+                    yield rows | {"gathered weights": gathered(done, number)}
 
         return max(moments(), key=lambda rows: sum(rows.values()))
 
@@ -202,10 +201,12 @@ def zero12(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
         summed = {"gradients": w * trained + kept + carried, "reduce bucket": bucket}
         backward = max(backward, summed, key=lambda rows: sum(rows.values()))
     else:
-        copied = run.world_size > 1
+        copied, weights = run.world_size > 1, run.step.weights
         backward = run.fullest(
             gradients=lambda done: carried + (kept + bucket if done else 0),
-            passing=lambda weight: w * weight.numel * (1 + (copied and weight.numel > size)),
+            passing=lambda number: (
+                w * weights[number].numel * (1 + (copied and weights[number].numel > size))
+            ),
         )
     phases = [Phase(FORWARD_BACKWARD, device | backward, host)]
     largest = max(partitions)
@@ -245,8 +246,8 @@ def zero3(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
     near = min(large, max(setting(zero, "stage3_max_reuse_distance") // 2, ahead) + biggest)
     backward = run.fullest(
         gradients=lambda done: 0,
-        passing=lambda weight: w * weight.numel * (1 + run.copies),
-        gathered=lambda done: w * min(near, max(large - done, 0)),
+        passing=lambda number: w * weights[number].numel * (1 + run.copies),
+        gathered=lambda done, _: w * min(near, max(large - done, 0)),
     )
     phases = [Phase(FORWARD_BACKWARD, device | backward, host)]
     if not offloads(zero, "optimizer"):
@@ -265,22 +266,34 @@ def fsdp2(run: Run, *, reshards: bool) -> EngineMemory:
     slices = [-(-weight.rows // run.world_size) * (weight.numel // max(weight.rows, 1)) for weight in weights]
     own = [size for size, weight in zip(slices, weights, strict=True) if weight.group is not None]
     held = {"slices of the weights": FP32 * sum(slices), "AdamW's moments": 2 * FP32 * sum(own)}
-    gathered, trained = dict.fromkeys([REST, *blocks], 0), dict.fromkeys([REST, *blocks], 0)
+    whole, trained = dict.fromkeys([REST, *blocks], 0), dict.fromkeys([REST, *blocks], 0)
     for block, weight in zip(blocks, weights, strict=True):
-        gathered[block] += weight.nbytes
+        whole[block] += weight.nbytes
         trained[block] += weight.numel if weight.group is not None else 0
+
+    # In backward, block by block: one is whole, the buffer of the next is being filled. What lies in none is whole.
+    order = [moment.parameter for moment in run.step.moments if moment.parameter is not None]
+    last = {blocks[number]: number for number in order}  # whose gradient completes those of the block
+    gathered, held_whole, buffer = {-1: whole[REST]}, 0, 0
+    for number in reversed(order):
+        if blocks[number] != REST and number == last[blocks[number]]:
+            buffer = held_whole * (1 + run.copies)
+            held_whole = whole[blocks[number]]
+        in_blocks = held_whole if reshards else sum(whole.values()) - whole[REST]
+        gathered[number] = whole[REST] + (in_blocks + buffer if held_whole else 0)
+    summed = max(w + FP32, FP32 * (1 + run.copies))  # bytes of a gradient's element, copied in, then summed
     every, share = numel(run.trained), FP32 * sum(own)
-    rest, largest = gathered.pop(REST), max(gathered.values(), default=0)
-    buffer = largest * (1 + run.copies)  # a block end to end, copied out of it
-    each = w + FP32 * (1 + run.copies)  # bytes of a gradient's element while it is summed
-    at_end, summed = each * trained.pop(REST), each * max(trained.values(), default=0)
-    blockwise = buffer + (largest if reshards else sum(gathered.values()))
+
+    def passing(number: int) -> int:
+        """A block is freed before its gradients are summed, all at once; what lies in none is not."""
+        block = blocks[number]
+        freed = 0 if block == REST else whole[block]
+        return max(summed * trained[block] - freed, 0) if number == last[block] else 0
+
     backward = run.fullest(
-        gradients=lambda done: (
-            (share if run.accumulates else share * done // max(every, 1))
-            + (0 if not done else at_end if done == every else summed)
-        ),
-        gathered=lambda done: rest + (blockwise if done < every else 0),
+        gradients=lambda done: share if run.accumulates else share * done // max(every, 1),
+        passing=passing,
+        gathered=lambda done, number: gathered[number],
     )
     step = run.step_phase(held | {"gradients": share}, run.by_group(own))
     return EngineMemory([Phase(FORWARD_BACKWARD, held | backward), step], owned=sum(own))

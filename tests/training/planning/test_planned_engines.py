@@ -149,6 +149,16 @@ def test_fsdp2_gathers_one_block_at_a_time():
     assert gathered([1, 2, 3, 4], reshards=False) == 1600 + 400
 
 
+def test_fsdp2_frees_a_block_before_its_gradients_are_summed():
+    embedding, layer = Weight(numel=1000, rows=10, itemsize=4, group=0), MATRIX
+    run = plain_run(embedding, layer, world_size=2, on_cpu=False, blocks=[1, 2])
+    rows = phase_of(fsdp2(run, reshards=True), BACKWARD)
+    # Once the embedding's gradient is there: 8 bytes an element to copy it in and sum it, in the place of the 4 of
+    # its weights. The buffer that these came in is long gone.
+    assert rows["gathered weights"] + rows["gradients handed over"] == 8000
+    assert rows["gradients"] == 4 * (500 + 50)
+
+
 def test_adam_takes_two_of_the_largest_on_a_cpu_and_one_of_all_on_a_device():
     assert adam_temporaries([[100, 10]], on_cpu=True) == 800
     assert adam_temporaries([[100, 10]], on_cpu=False) == 440

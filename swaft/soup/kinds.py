@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swaft.averaging.state import KIND as AVERAGE
 from swaft.errors import StateError
-from swaft.soup.checkpoint import NO_CONFIGURATION, Checkpoint
+from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
 from swaft.soup.huggingface import CONFIG, HuggingFaceFolder, holds_weights
 from swaft.soup.state import AverageFolder
 from swaft.soup.torch_engine import METADATA, TorchEngineFolder
@@ -35,7 +35,7 @@ NUMBERED = re.compile(r"(.*?)([0-9]{1,18})")
 
 def open_checkpoint(
     path: Path, *, trust_pickle: bool = False, rule: str | None = None, has_base: bool = True
-) -> Checkpoint:
+) -> SavedWeights:
     """Open a checkpoint of any kind that is known.
 
     Args:

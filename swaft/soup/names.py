@@ -1,4 +1,4 @@
-"""Trained weights that lie alone, and the base folder that gives what they lack: held to each other by name."""
+"""Names of trained weights: those of tied tensors, and those that the base folder has for the same weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Checkpoint
+from swaft.soup.checkpoint import Renamed, SavedWeights
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.soup.mean import SLICE
 
@@ -24,70 +23,9 @@ IN_THE_MODEL = (
 )
 
 
-class AsAdapter(Checkpoint):
-    """Weights of a `PeftModel`, under the names that they have in the folder of its adapter.
-
-    The names are those of peft for the adapter `default`.
-
-    Args:
-        inner: the weights, by their names in the model.
-    """
-
-    def __init__(self, inner: Checkpoint):
-        self.path, self.files, self._inner = inner.path, inner.files, inner
-        self._names = {_plain(name): name for name in inner.specs}
-        self.specs = {plain: inner.specs[name] for plain, name in self._names.items()}
-        self.aliases = {_plain(name): _plain(other) for name, other in inner.aliases.items()}
-        if len(self._names) < len(inner.specs):
-            raise StateError(
-                f"{inner.path}: two of its weights have one name in an adapter folder. {IN_THE_MODEL}"
-            )
-
-    @property
-    def told(self) -> str:
-        """As of :class:`Checkpoint`."""
-        return self._inner.told
-
-    def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`Checkpoint`."""
-        return self._inner.read(self._names[name], start, end)
-
-    def close(self) -> None:
-        """As of :class:`Checkpoint`."""
-        self._inner.close()
-
-
-class WithoutTied(Checkpoint):
-    """A checkpoint, but that other names of tied tensors are known as such.
-
-    Args:
-        inner: has the tensors under each of their names.
-        tied: name to the one that is kept.
-    """
-
-    def __init__(self, inner: Checkpoint, tied: Mapping[str, str]):
-        self.path, self.files, self._inner = inner.path, inner.files, inner
-        self.maybe_tied = inner.maybe_tied
-        self.specs = {name: spec for name, spec in inner.specs.items() if name not in tied}
-        self.aliases = {**inner.aliases, **tied}
-
-    @property
-    def told(self) -> str:
-        """As of :class:`Checkpoint`."""
-        return self._inner.told
-
-    def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`Checkpoint`."""
-        return self._inner.read(name, start, end)
-
-    def close(self) -> None:
-        """As of :class:`Checkpoint`."""
-        self._inner.close()
-
-
 def without_tied(
-    members: Sequence[Checkpoint], base: Checkpoint | None
-) -> tuple[list[Checkpoint], Checkpoint | None]:
+    members: Sequence[SavedWeights], base: SavedWeights | None
+) -> tuple[list[SavedWeights], SavedWeights | None]:
     """Checkpoints of one model, but that none stores a tied tensor under a name that others leave out.
 
     A name that some lack is believed to be another one of a tensor that all have where both have the same bits,
@@ -108,13 +46,13 @@ def without_tied(
     return [_without_tied(member, everywhere) for member in members], base
 
 
-def _unties(checkpoint: Checkpoint) -> bool:
+def _unties(checkpoint: SavedWeights) -> bool:
     """Whether a configuration says that the model ties nothing."""
     config = None if checkpoint.files is None else checkpoint.files / CONFIG
     return config is not None and config.exists() and read_json(config).get("tie_word_embeddings") is False
 
 
-def _without_tied(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint:
+def _without_tied(checkpoint: SavedWeights, known: Collection[str]) -> SavedWeights:
     """A checkpoint without those tensors that it has under a known name, too."""
     others = [name for name in checkpoint.specs if name not in known and name not in checkpoint.maybe_tied]
     if not others:
@@ -125,10 +63,16 @@ def _without_tied(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint:
         found = middles.get(_middle(checkpoint, name))
         if found is not None and _same_bits(checkpoint, name, found):
             tied[name] = found
-    return WithoutTied(checkpoint, tied) if tied else checkpoint
+    return _leave_out(checkpoint, tied) if tied else checkpoint
 
 
-def _middle(checkpoint: Checkpoint, name: str) -> object:
+def _leave_out(checkpoint: SavedWeights, tied: Mapping[str, str]) -> SavedWeights:
+    """A checkpoint in which some names are other ones of tensors that are kept."""
+    kept = {name: name for name in checkpoint.specs if name not in tied}
+    return Renamed(checkpoint, kept, {**checkpoint.aliases, **tied})
+
+
+def _middle(checkpoint: SavedWeights, name: str) -> object:
     """A few elements that identify a tensor; where they are all equal, its name alone does."""
     spec = checkpoint.specs[name]
     start = spec.numel // 2
@@ -136,7 +80,7 @@ def _middle(checkpoint: Checkpoint, name: str) -> object:
     return (spec, bytes(values.view(torch.uint8).numpy())) if bool((values != values[:1]).any()) else (name,)
 
 
-def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:
+def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
     """Hold checkpoints to the base that gives what they lack.
 
     Args:
@@ -159,7 +103,7 @@ def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]
     if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
         members = _as_adapters(members, base)
     if tied := _tied(members, base):
-        members = [WithoutTied(member, tied) for member in members]
+        members = [_leave_out(member, tied) for member in members]
     for name, spec in members[0].specs.items():
         found = base.specs.get(name)
         if found is None or found.shape != spec.shape:
@@ -171,7 +115,7 @@ def fit_to_base(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]
     return members
 
 
-def _tied(members: Sequence[Checkpoint], base: Checkpoint) -> dict[str, str]:
+def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]:
     """Names that the base lacks, of what it has under another name: a folder has tied tensors once.
 
     It is believed of what has the same bits under both names in every member.
@@ -191,7 +135,7 @@ def _tied(members: Sequence[Checkpoint], base: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _same_bits(checkpoint: Checkpoint, name: str, other: str) -> bool:
+def _same_bits(checkpoint: SavedWeights, name: str, other: str) -> bool:
     spec = checkpoint.specs[name]
     spans = [(start, min(start + SLICE, spec.numel)) for start in range(0, spec.numel, SLICE)]
     return checkpoint.specs[other] == spec and all(
@@ -200,7 +144,7 @@ def _same_bits(checkpoint: Checkpoint, name: str, other: str) -> bool:
     )
 
 
-def _as_adapters(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint]:
+def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
     if not base.is_adapter:
         raise StateError(
             f"{members[0].path} holds the weights of a LoRA adapter, and --base {base.path} is a whole model; name "
@@ -212,8 +156,15 @@ def _as_adapters(members: list[Checkpoint], base: Checkpoint) -> list[Checkpoint
             f"{members[0].path} holds the weights of a LoRA adapter; the mean of factors is not the mean of "
             "updates. Write each as an adapter folder with swaft export, then average those folders"
         )
-    return [AsAdapter(member) for member in members]
+    (member,) = members
+    names = {_plain(name): name for name in member.specs}
+    if len(names) < len(member.specs):
+        raise StateError(
+            f"{member.path}: two of its weights have one name in an adapter folder. {IN_THE_MODEL}"
+        )
+    return [Renamed(member, names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
 
 
 def _plain(name: str) -> str:
+    """The name that a weight of a `PeftModel` has in the folder of its adapter `default`."""
     return ADAPTER_PARTS.sub(lambda match: match[1] or "", name)
