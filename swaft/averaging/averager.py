@@ -22,15 +22,14 @@ from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
 from swaft.averaging.gather import beside_live
-from swaft.averaging.persist import Keeper
 from swaft.averaging.rules import Plan, Readout, Rule, plan_all
+from swaft.averaging.state import Keeper
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
     from swaft.averaging.host.lanes import Lanes
     from swaft.averaging.host.pipeline import Waits
-    from swaft.averaging.state import AverageState
 
 
 class WeightAverager:
@@ -103,9 +102,7 @@ class WeightAverager:
             spill_dir=None if spill_dir is None else Path(spill_dir),
             lent=self.engine.lends_storage,
         )
-        self._keeper = Keeper(
-            self.engine, self._averages, rules=rules, total_steps=total_steps, precision=precision
-        )
+        self._keeper = Keeper(self.engine, self._averages, rules, total_steps, precision)
         self._statistics = Statistics(self.engine)
         # All that writes to the masters waits until a member has been read.
         hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, self._averages.release_masters)
@@ -142,9 +139,7 @@ class WeightAverager:
 
     def forecast(self) -> Forecast:
         """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
-        return forecast(
-            self.engine, self._averages, self._plans, compensated=self._precision == "compensated"
-        )
+        return forecast(self.engine, self._averages, self._plans, self._precision)
 
     def step(self) -> None:
         """Take the weights in if an optimizer step happened since the last call and a rule wants it.
@@ -178,16 +173,14 @@ class WeightAverager:
                 f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
                 "averager that is attached after a checkpoint was loaded, not before"
             )
-        refusal = None
         try:
-            self._averages.raise_if_refused()
-        except AveragingError as found:  # the same on every rank
-            refusal = found
+            self._averages.raise_if_refused()  # the same on every rank
+        except AveragingError:
             self._recount()
-        self.applied_steps = applied
-        self._take_in(applied)
-        if refusal is not None:
-            raise refusal
+            raise
+        finally:
+            self.applied_steps = applied
+            self._take_in(applied)
 
     def wait(self) -> None:
         """Return once every member is in the average: from then on weights may be changed by hand.
@@ -366,52 +359,30 @@ class WeightAverager:
                 every rank, and the averages are as they were unless a file was damaged after it had been checked.
             AveragingError: averaging failed on a rank, or averaged weights are swapped in.
         """
-        self._resume(lambda: self._keeper.load(path, same_weights=same_weights))
-
-    @property
-    def state_dict(self) -> Callable[[], dict[str, Any]]:
-        """What `save_state` writes, as a dictionary, in a run of one rank; its tensors are those of the averager.
-
-        So `accelerator.register_for_checkpointing(averager)` keeps the averages there. It keeps what rank 0 has, so
-        on several ranks it is refused at once.
-
-        Raises:
-            AveragingError: as the attribute is looked up: there are several ranks; as it is called: as of
-                :meth:`save_state`.
-        """
-        if self.engine.ranks.world_size > 1:
-            raise AveragingError(
-                f"the averages are spread over {self.engine.ranks.world_size} ranks, of which a state dict (as "
-                "accelerator.register_for_checkpointing keeps it) would hold one's; expected "
-                "averager.save_state(path) and averager.load_state(path), which every rank calls"
-            )
-        return self._state_dict
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume from what `state_dict` gave, as :meth:`load_state`, once model and optimizer were loaded.
-
-        Raises:
-            StateError: it is of another model, of a run with other rules, or beside other weights.
-            AveragingError: averaged weights are swapped in.
-        """
-        self._resume(lambda: self._keeper.unpack(state_dict))
-
-    def _state_dict(self) -> dict[str, Any]:
-        self.wait()
-        self.engine.check_trainable()
-        return self._keeper.pack(self.applied_steps)
-
-    def _resume(self, load: Callable[[], AverageState]) -> None:
         with self.engine.ranks.together():
             self.wait()
             if self.engine.swap.active:
                 raise AveragingError(
                     "a state was loaded while averaged weights are swapped in; leave the swap first"
                 )
-        self.applied_steps, self._proved = load().applied_steps, False
+        self.applied_steps = self._keeper.load(path, same_weights=same_weights).applied_steps
         self.engine.continue_from(self.applied_steps)
         self._recount()
         self._begun = {name for name, count in self._counts.items() if count}
+        self._proved = False
+
+    @property
+    def state_dict(self) -> Any:
+        """There is none: `accelerator.register_for_checkpointing` would keep rank 0's alone, in silence.
+
+        Raises:
+            AveragingError: as the attribute is looked up, saying what keeps the averages.
+        """
+        raise AveragingError(
+            "the averages are spread over the ranks, and a state dict (as accelerator.register_for_checkpointing "
+            "keeps it) would hold those of rank 0; expected averager.save_state(path) and averager.load_state "
+            "by all of them, or register_averager(accelerator, averager) of swaft's integrations"
+        )
 
     def _named(self, name: str | None) -> str:
         if name is None:

@@ -72,16 +72,14 @@ class Forecast:
         return "\n".join(lines)
 
 
-def forecast(
-    engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], *, compensated: bool
-) -> Forecast:
+def forecast(engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], precision: str) -> Forecast:
     """What the averages of a run take on this rank.
 
     Args:
         engine: whose weights; the optimizer's peak rate decides the error of the plain form.
         averages: of this rank, before or during the run.
         plans: by name of the rule.
-        compensated: the form in use.
+        precision: of running means, ``compensated`` or ``plain``.
     """
     groups, elements = engine.inner_optimizer.param_groups, engine.numel
     rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
@@ -100,7 +98,7 @@ def forecast(
         plain_errors={
             name: simulate(plan, native_mean(compensated=False), learning_rate=rate)
             for name, plan in plans.items()
-            if isinstance(plan, RunningMeanPlan) and not compensated and rate > 0
+            if isinstance(plan, RunningMeanPlan) and precision == "plain" and rate > 0
         },
     )
 

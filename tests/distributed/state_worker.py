@@ -16,13 +16,12 @@ import torch.distributed as dist
 from engines import ENGINES, EngineCase, prepared
 from harness import worker_main
 from models import MODELS, ModelCase
-from run_on_ranks import raised_on_every_rank, same_bits
+from run_on_ranks import same_bits
 from safetensors.torch import load_file, save_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
 from swaft.averaging.gather import gather_trained
-from swaft.errors import AveragingError
 
 STATES = Path(os.environ["SWAFT_TEST_STATES"])
 RULES = {"swa": swaft.SWA(start=1), "lawa": swaft.LAWA(start=0, last=2), "ema": swaft.EMA(start=0, decay=0.7)}
@@ -78,19 +77,8 @@ def save_case(name: str, case: EngineCase):
         averager.save_state(folder, overwrite=True)
         assert sorted(path.name for path in STATES.iterdir() if path.name.startswith(".")) == []
 
-    def a_state_dict_of_one_rank_is_refused_where_there_are_more():
-        if dist.get_world_size() > 1:
-            raised_on_every_rank(
-                AveragingError,
-                "expected averager.save_state(path)",
-                lambda: accelerator.register_for_checkpointing(averager),
-            )
-        else:
-            accelerator.register_for_checkpointing(averager)
-
     yield "it is written whole", it_is_written_whole
     yield "it replaces an older one", it_replaces_an_older_one
-    yield "a state dict of one rank is refused", a_state_dict_of_one_rank_is_refused_where_there_are_more
     averager.close()
     unset_hf_deepspeed_config()
 

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from swaft.averaging import Engine
-from swaft.averaging.persist import weights_now
+from swaft.averaging.state import weights_now
 from swaft.distributed import shared_ranks
 from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
