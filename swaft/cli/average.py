@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 
 from swaft.errors import ConfigError
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
-from swaft.soup.greedy import GreedyChoice, require_folder
+from swaft.soup.greedy import GreedyChoice, command_words
 from swaft.soup.output import parse_size
 from swaft.storage.dtypes import DTYPES
 
@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
     if options.evaluate is None:
         soup, choice = average(paths, options.output, weights=options.weights, **how), None
     else:
-        require_folder(options.evaluate)
+        command_words(options.evaluate)
         soup, choice = average_greedily(
             paths,
             options.output,

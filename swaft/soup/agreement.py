@@ -53,7 +53,12 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
                 f"{adapter.path} is an adapter and {whole.path} a whole model; they have no average"
             )
         notes += compare_configs(first.files, other.files)
-        _refuse(first, other, differences(first.specs, other.specs))
+        if problems := list(differences(first.specs, other.specs)):
+            more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
+            raise StateError(
+                f"{other.path} (the second) is another model than {first.path} (the first): "
+                f"{'; '.join(problems[:3])}{more}"
+            )
     return notes
 
 
@@ -108,13 +113,3 @@ def _kind(spec: Spec) -> tuple[bool, bool]:
 
 def _told(config: Mapping[str, Any], key: str) -> str:
     return shown(config[key]) if key in config else "not set"
-
-
-def _refuse(first: SavedWeights, other: SavedWeights, found: Iterator[str]) -> None:
-    problems = list(found)
-    if problems:
-        more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
-        raise StateError(
-            f"{other.path} (the second) is another model than {first.path} (the first): "
-            f"{'; '.join(problems[:3])}{more}"
-        )

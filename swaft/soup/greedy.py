@@ -62,7 +62,7 @@ def score_by_command(command: str, folder: Path) -> float:
         ConfigError: the command does not say {folder}.
         StateError: it fails, or prints no number.
     """
-    words = [word.replace(FOLDER, str(folder)) for word in _words(command)]
+    words = [word.replace(FOLDER, str(folder)) for word in command_words(command)]
     try:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, errors="replace")
     except OSError as error:
@@ -82,16 +82,12 @@ def score_by_command(command: str, folder: Path) -> float:
     return value
 
 
-def require_folder(command: str) -> None:
-    """Refuse a command that does not say what it scores.
+def command_words(command: str) -> list[str]:
+    """Split a command into words, as a shell does.
 
     Raises:
-        ConfigError: {folder} is not in it, or its quotes do not close.
+        ConfigError: {folder} is not in it, so it does not say what it scores, or its quotes do not close.
     """
-    _words(command)
-
-
-def _words(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:

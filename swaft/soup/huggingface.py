@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +99,13 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{error}. Versions of transformers before 5 wrote that; write the configuration anew with "
             "AutoConfig.from_pretrained(...).save_pretrained(...) of this one"
         ) from error
-    _require_shallow(content, path)
-    return content
-
-
-def _require_shallow(content: Any, path: Path) -> None:
-    layer = [content]
+    layer: list[Any] = [content]
     for _ in range(MOST_NESTED):
-        layer = [inner for each in layer for inner in _inside(each) if isinstance(inner, dict | list)]
-        if not layer:
-            return
-    raise StateError(f"{path}: nested more than {MOST_NESTED} deep; expected a configuration")
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+        inside = [value for each in layer for value in (each.values() if isinstance(each, dict) else each)]
+        layer = [value for value in inside if isinstance(value, dict | list)]
+    if layer:
+        raise StateError(f"{path}: nested more than {MOST_NESTED} deep; expected a configuration")
+    return content
 
 
 def _weight_map(path: Path, stem: str) -> dict[str, str]:

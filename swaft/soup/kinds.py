@@ -59,13 +59,15 @@ def open_checkpoint(
         if manifest.kind == AVERAGE:
             _hold_to_run(path)
             return AverageFolder(path, rule=rule)
-        if manifest.kind == RUN and (found := _kind_of_engine(path / ENGINE)) is not None:
+        engine = path / ENGINE
+        is_zero = find_tag(engine) is not None
+        if manifest.kind == RUN and (is_zero or (engine / METADATA).exists()):
             # Before all of it is read, to be checked.
-            _require_options(path / ENGINE, found[0], trust_pickle=trust_pickle, has_base=has_base)
+            _require_options(engine, DEEPSPEED if is_zero else TORCH, trust_pickle, has_base)
             _verify_engine(path, manifest)
-            return found[1](path / ENGINE)
+            return ZeroFolder(engine) if is_zero else TorchEngineFolder(engine)
     if find_tag(path) is not None:
-        _require_options(path, DEEPSPEED, trust_pickle=trust_pickle, has_base=has_base)
+        _require_options(path, DEEPSPEED, trust_pickle, has_base)
         return ZeroFolder(path)
     if (path / METADATA).exists():
         raise StateError(
@@ -81,14 +83,7 @@ def open_checkpoint(
     )
 
 
-def _kind_of_engine(folder: Path) -> tuple[str, type[ZeroFolder | TorchEngineFolder]] | None:
-    """What an engine's folder in a checkpoint of a run is, in words, and its reader; None for no known engine's."""
-    if find_tag(folder) is not None:
-        return DEEPSPEED, ZeroFolder
-    return (TORCH, TorchEngineFolder) if (folder / METADATA).exists() else None
-
-
-def _require_options(path: Path, told: str, *, trust_pickle: bool, has_base: bool) -> None:
+def _require_options(path: Path, what: str, trust_pickle: bool, has_base: bool) -> None:
     """Name all at once that is lacking to open a checkpoint of pickle, before anything of it is opened."""
     lacking = []
     if not trust_pickle:
@@ -99,7 +94,7 @@ def _require_options(path: Path, told: str, *, trust_pickle: bool, has_base: boo
     if not has_base and not (path / CONFIG).exists():
         lacking.append(f"it {NO_CONFIGURATION}")
     if lacking:
-        raise StateError(f"{path} is {told}: {'. And '.join(lacking)}")
+        raise StateError(f"{path} is {what}: {'. And '.join(lacking)}")
 
 
 def _hold_to_run(path: Path) -> None:
@@ -109,17 +104,15 @@ def _hold_to_run(path: Path) -> None:
     by themselves, and those in a folder that is no run's, have nothing to be held to.
     """
     whole = path.absolute()
-    if whole.name != AVERAGES or not _is_of_run(whole.parent):
+    if whole.name != AVERAGES:
         return
+    with explained(whole.parent, "looked into"):  # for whatever is left of a run's checkpoint there
+        files = (status(whole.parent / MANIFEST), *whole.parent.glob(RANK_FILES))
+        if not is_complete(whole.parent) and not any(files):
+            return
     manifest = read_manifest(whole.parent, kind=None)  # and with it, that of every sealed folder inside
     if manifest.kind == RUN and AVERAGES not in manifest.sealed:
         raise StateError(f"{whole} is not among what {whole.parent} was written with; it is of another run")
-
-
-def _is_of_run(folder: Path) -> bool:
-    """Whether a run wrote its checkpoint there, whatever is left of that."""
-    with explained(folder, "looked into"):
-        return is_complete(folder) or status(folder / MANIFEST) is not None or any(folder.glob(RANK_FILES))
 
 
 def _verify_engine(path: Path, manifest: Manifest) -> None:

@@ -194,16 +194,12 @@ def _equal(name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Ten
     first = members[0][1].read(name, *span)
     for _, checkpoint in members[1:]:
         other = checkpoint.read(name, *span)
-        if first.dtype != other.dtype or not torch.equal(_bits(first), _bits(other)):
+        if first.dtype != other.dtype or not torch.equal(first.view(torch.uint8), other.view(torch.uint8)):
             raise StateError(
                 f"{name!r} is {first.dtype}, of which there is no mean, and differs between {members[0][1].path} "
                 f"and {checkpoint.path}; expected it to be equal. Quantised weights must be unpacked first"
             )
     return first
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(torch.uint8)
 
 
 def _ratio(lost: float, whole: float) -> float:

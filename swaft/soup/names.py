@@ -107,10 +107,10 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
     for name, spec in members[0].specs.items():
         found = base.specs.get(name)
         if found is None or found.shape != spec.shape:
-            told = f"of shape {list(found.shape)} there" if found else "missing there"
+            what = f"of shape {list(found.shape)} there" if found else "missing there"
             raise StateError(
                 f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
-                f"is {told}"
+                f"is {what}"
             )
     return members
 

@@ -7,7 +7,7 @@ from soup_folders import folder_of, folders, golden, loaded, random_tensors, sam
 
 from swaft.errors import ConfigError, StateError
 from swaft.soup import average, average_greedily, choose_greedily, score_by_command
-from swaft.soup.greedy import require_folder
+from swaft.soup.greedy import command_words
 
 pytestmark = pytest.mark.unit
 
@@ -90,7 +90,7 @@ def test_a_command_that_gives_no_score_is_an_error(tmp_path, command, message):
 @pytest.mark.parametrize("command", ["python score.py", "", "{folder}", "python 'x {folder}"])
 def test_a_command_that_does_not_say_what_it_scores_is_refused(command):
     with pytest.raises(ConfigError, match="--evaluate"):
-        require_folder(command)
+        command_words(command)
 
 
 def test_no_shell_sees_the_name_of_a_folder(tmp_path):
