@@ -5,8 +5,8 @@ r"""Runs a recipe with several seeds, and several values of settings, one run af
     swaft sweep --config_file launch/accelerate/zero2.yaml recipes/seq2seq.py ... --seeds 5 --slurm job.sbatch
 
 The line is that of `accelerate launch`, with `train.output_dir` naming the folder of all runs. Each run gets a
-folder inside, `averaging.rule=swa/seed-1` say. A run that has ended is left alone; one that was interrupted
-resumes. At the end there is a table, and a page of all runs, report.html (swaft report).
+folder inside, `averaging.rule=swa/seed-1` say. A run that has ended with the same line is left alone; one that
+was interrupted resumes. At the end there is a table, and a page of all runs, report.html (swaft report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which
   --set NAME=V,V,...      values of a setting, each with every seed; of several settings all combinations
@@ -33,6 +33,8 @@ from typing import NoReturn
 from swaft.errors import ConfigError
 
 OUTPUT = "train.output_dir="
+RECORD = "sweep.json"
+"""File of the lines that runs were started with, in the folder of all runs."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def run(words: Sequence[str]) -> int:
     """Run all runs that have not ended, print how they compare, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
     base, runs = plan_runs(line, options.seeds, options.set)
+    record_lines(base, runs)
     waiting = [each for each in runs if not each.has_ended]
     if options.slurm is not None:
         options.slurm.write_text(array_job(waiting), encoding="utf-8")
@@ -110,6 +113,27 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
             folder = base / ",".join(chosen) / f"seed-{seed}"
             runs.append(SweepRun(folder, [*rest, *chosen, f"train.seed={seed}", f"{OUTPUT}{folder}"]))
     return base, runs
+
+
+def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
+    """Write down the line of every run, and refuse folders of runs that have ended with another line.
+
+    Raises:
+        ConfigError: names the first such folder and both lines.
+    """
+    record = base / RECORD
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    for each in runs:
+        before = known.get(str(each.folder))
+        if each.has_ended and before != each.words:
+            ran = "another line, not of this sweep" if before is None else shlex.join(before)
+            raise ConfigError(
+                f"{each.folder} holds a run of {ran}; expected {shlex.join(each.words)}. Name another "
+                "train.output_dir, or remove that folder"
+            )
+    base.mkdir(parents=True, exist_ok=True)
+    lines = known | {str(each.folder): each.words for each in runs}
+    record.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
 
 def array_job(runs: Sequence[SweepRun]) -> str:

@@ -25,7 +25,8 @@ def register_averager(accelerator: Any, averager: WeightAverager) -> None:
     Raises:
         StateError: from `load_state`: the folder has no averages, or those of other rules or weights.
     """
-    carried = _Carried(averager, f"averages-{len(accelerator._custom_objects)}")
+    others = sum(isinstance(each, _Carried) for each in accelerator._custom_objects)
+    carried = _Carried(averager, f"averages-{others}" if others else "averages")
     accelerator.register_save_state_pre_hook(carried.save)
     accelerator.register_load_state_pre_hook(carried.remember)
     accelerator.register_for_checkpointing(carried)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -42,6 +43,12 @@ EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
 OWN_LOSSES = ("SFTTrainer",)
 """Trainers whose own loss is the one that a noise objective computes too: the mean cross entropy of the labels."""
+
+
+REPLACED = ("compute_loss", "get_batch_samples", "log")
+"""Methods of a Trainer that a noise objective stands in for while it trains."""
+TRAIN_NOISE: WeakSet[Trainer] = WeakSet()
+"""The Trainers in which one does."""
 
 
 class WeightAveragingCallback(TrainerCallback):
@@ -222,15 +229,28 @@ class NoiseCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the objective in place of the loss, and resume its step."""
         self._trainer, resumed_from = _calling_trainer()
+        if len([each for each in _callbacks(self._trainer) if isinstance(each, NoiseCallback)]) > 1:
+            raise NoiseError("the Trainer has NoiseCallback twice; expected one objective")
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             folder = resumed_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.objective.load_state_dict(_read_objective_state(folder))
-        if "compute_loss" not in vars(self._trainer):
-            self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
-            self._trainer.get_batch_samples = self._counting(self._trainer.get_batch_samples)
-            self._trainer.log = self._logging(self._trainer.log)
-            self._trainer.loss_is_scaled_for_ga = True
+        self._seen.clear()
+        self._put_back()  # what a training that failed has left
+        TRAIN_NOISE.add(self._trainer)
+        self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
+        self._trainer.get_batch_samples = self._counting(self._trainer.get_batch_samples)
+        self._trainer.log = self._logging(self._trainer.log)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the Trainer its own loss back."""
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._trainer in TRAIN_NOISE:
+            TRAIN_NOISE.discard(self._trainer)
+            for name in REPLACED:
+                vars(self._trainer).pop(name, None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the objective's step into the checkpoint that the Trainer has just written."""
@@ -243,12 +263,18 @@ class NoiseCallback(TrainerCallback):
         def noisy(
             model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            if not model.training:
+            if not model.training or self not in _callbacks(self._trainer):
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
             self._seen.append(out.logged)
-            # The engine takes the mean over ranks.
-            loss = out.loss * (out.num_items * self._trainer.accelerator.num_processes / self._counted)
+            # The engine takes the mean over ranks. The Trainer divides by the micro-batches, unless it believes that
+            # the loss was divided by the items of the step.
+            scaled = self._trainer.loss_is_scaled_for_ga
+            if scaled is None:
+                scaled = self._trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            means = self._trainer.accelerator.num_processes
+            means *= 1 if scaled else self._trainer.current_gradient_accumulation_steps
+            loss = out.loss * (out.num_items * means / self._counted)
             return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
 
         return noisy
@@ -395,6 +421,12 @@ def _require_plain_loss(trainer: Trainer, objective: Any) -> None:
         raise NoiseError(
             f"{own.__qualname__} is a loss of its own, which a noise objective would replace; expected Trainer, "
             "Seq2SeqTrainer or SFTTrainer. Leave NoiseCallback out, or call the objective in that method"
+        )
+    kind = getattr(trainer.args, "loss_type", "nll")
+    if kind != "nll":
+        raise NoiseError(
+            f"loss_type={kind} of SFTConfig is a loss of its own, which an objective would replace; set "
+            "loss_type='nll', or leave NoiseCallback out"
         )
     if trainer.compute_loss_func is not None:
         raise NoiseError(

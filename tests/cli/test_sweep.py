@@ -67,6 +67,14 @@ def test_a_run_that_has_ended_is_left_alone(tmp_path, launched):
     assert [line[1] for line in launched] == ["train.seed=1", "train.seed=2"]
 
 
+def test_a_folder_whose_run_ended_with_another_line_is_refused(tmp_path, launched):
+    words = ["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "1"]
+    sweep.run([*words, "train.learning_rate=1e-4"])
+    with pytest.raises(ConfigError, match=r"seed-1 holds a run of recipe.py train.learning_rate=1e-4 "):
+        sweep.run([*words, "train.learning_rate=1e-2"])
+    assert len(launched) == 1
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_run(tmp_path, launched, capsys):
     assert main(["sweep", "recipe.py", f"train.output_dir={tmp_path}", "--seeds", "3,4"]) == 1
     assert len(launched) == 2

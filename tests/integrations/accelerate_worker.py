@@ -82,7 +82,7 @@ def case(engine: str):
         def says_what_is_missing():
             accelerator, _ = trained(engine, range(0), state)
             if dist.get_rank() == 0:
-                next(state.glob("averages-*")).rename(state.with_name("elsewhere"))
+                (state / "averages").rename(state.with_name("elsewhere"))
             dist.barrier()
             raised_on_every_rank(StateError, "averages", lambda: accelerator.load_state(str(state)))
 

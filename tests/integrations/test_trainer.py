@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_trainer import model, numbers_tokenizer, rows, trainer
+from tiny_trainer import model, numbers_tokenizer, rows, sft_trainer, trainer
 from transformers import (
     BertForQuestionAnswering,
     EarlyStoppingCallback,
@@ -273,3 +273,31 @@ def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole
 def test_checkpoints_without_averages_are_refused_where_the_best_one_is_loaded(tmp_path, averaging):
     with pytest.raises(ConfigError, match="save_only_model=False"):
         trainer(tmp_path, averaging, load_best_model_at_end=True, save_only_model=True, save_steps=2).train()
+
+
+def test_another_loss_of_the_sft_trainer_is_refused(tmp_path):
+    with pytest.raises(NoiseError, match="loss_type='nll'"):
+        sft_trainer(tmp_path, NoiseCallback(swaft.R3F()), loss_type="dft").train()
+
+
+class Counting(swaft.R3F):
+    """An objective that knows how often it was asked."""
+
+    def __call__(self, model, batch):
+        self.asked = getattr(self, "asked", 0) + 1
+        return super().__call__(model, batch)
+
+
+def test_an_objective_trains_only_while_its_callback_is_there(tmp_path):
+    first, second = Counting(sigma=0.01), Counting(sigma=0.01)
+    run = trainer(tmp_path, NoiseCallback(first), max_steps=2, eval_strategy="no")
+    run.train()
+    run.remove_callback(NoiseCallback)
+    run.train()
+    assert first.asked == 2
+    run.add_callback(NoiseCallback(second))
+    run.train()
+    assert (first.asked, second.asked) == (2, 2)
+    run.add_callback(NoiseCallback(first))
+    with pytest.raises(NoiseError, match="twice"):
+        run.train()
