@@ -267,8 +267,8 @@ class NoiseCallback(TrainerCallback):
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
             self._seen.append(out.logged)
-            # The engine takes the mean over ranks. The Trainer divides by the micro-batches, unless it believes that
-            # the loss was divided by the items of the step.
+            # The engine takes the mean over ranks. The Trainer divides by the micro-batches, unless it believes
+            # that the loss was divided by the items of the step.
             scaled = self._trainer.loss_is_scaled_for_ga
             if scaled is None:
                 scaled = self._trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
