@@ -1,4 +1,4 @@
-"""What the ranks tell each other: small agreements over gloo, apart from the training's own collectives.
+"""What the ranks agree on: small messages over gloo, apart from the training's own collectives.
 
 The averages live in host memory, and a message about an error must get through while the accelerator's
 communicator is busy or broken. So swaft keeps one gloo group of its own and never mixes into NCCL's order.
@@ -66,16 +66,14 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum over ranks in float64, the same on every rank (collective, one message)."""
-        if self._group is None:
-            return list(values)
-        return _sum(values, self._group)
+        return Channel(self._group).sum(values)
 
     def channel(self) -> Channel:
         """A way of its own between the ranks, for a thread of its own (creating it is collective)."""
         return Channel(None if self._group is None else _gloo_group())
 
     def raise_together(self, error: SwaftError | None) -> None:
-        """Raise the first rank's error on every rank, so none goes on alone and none is left waiting.
+        """Raise the first rank's error on every rank, so none continues alone and none is left waiting.
 
         Collective. Ranks without an error of their own raise the same type with the same message, and the
         rank it was found on.
@@ -149,7 +147,11 @@ class Channel:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum over ranks in float64, the same on every rank (collective, one message)."""
-        return list(values) if self._group is None else _sum(values, self._group)
+        if self._group is None:
+            return list(values)
+        message = torch.tensor(values, dtype=torch.float64, device="cpu")
+        dist.all_reduce(message, group=self._group)
+        return message.tolist()
 
     def close(self) -> None:
         """Give the group's threads and sockets back."""
@@ -160,7 +162,7 @@ class Channel:
 
 def _gloo_group(*, at_most: timedelta = timedelta.max) -> Any:
     """A gloo group of all ranks, which wait in it as long as in the training's own (creating it is collective)."""
-    # torch gives a group that is not told a time limit 30 minutes, whatever that of the default group.
+    # Without a limit of its own torch gives a group 30 minutes, whatever that of the default group.
     world: Any = dist.group.WORLD
     limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
     return dist.new_group(backend="gloo", timeout=min(limit, at_most))
@@ -171,9 +173,3 @@ def _in_one_line(error: Exception) -> str:
         return error.strerror
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _sum(values: Sequence[float], group: Any) -> list[float]:
-    message = torch.tensor(values, dtype=torch.float64, device="cpu")
-    dist.all_reduce(message, group=group)
-    return message.tolist()

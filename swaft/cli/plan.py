@@ -89,7 +89,7 @@ def table(found: RunPlan, hardware: Hardware) -> str:
         )
     )
     sentences = (("note", found.notes), ("refused", found.refused), ("problem", found.shortages))
-    rows += [(part, sentence) for part, told in sentences for sentence in told]
+    rows += [(part, sentence) for part, lines in sentences for sentence in lines]
     return "\n".join(f"{part:<10} {line}" for part, line in rows)
 
 

@@ -131,7 +131,6 @@ def verify(
     manifest: Manifest,
     *,
     names: Collection[str] | None = None,
-    threads: int | None = None,
 ) -> None:
     """Hold every byte of a folder's files to its manifest.
 
@@ -139,7 +138,6 @@ def verify(
         folder: as of :func:`read_manifest`.
         manifest: what that returned.
         names: of the files and sealed folders to verify, by relative path; None: all.
-        threads: for hashing; None: a few.
 
     Raises:
         StateError: a file differs, or a name is not in the manifest.
@@ -148,7 +146,7 @@ def verify(
     chosen = {*manifest.files, *manifest.sealed} if names is None else set(names)
     for name in sorted(chosen):
         if name in manifest.files:
-            expected, found = manifest.files[name], hash_file(folder / name, threads=threads)
+            expected, found = manifest.files[name], hash_file(folder / name)
             if found != expected:
                 raise StateError(
                     f"{folder / name} is damaged: {found.bytes:,} bytes of SHA-256 {found.sha256}; expected "
@@ -156,7 +154,7 @@ def verify(
                 )
         elif name in manifest.sealed:
             inner, _ = _read_sealed(folder, name, manifest.sealed[name], nested=1)
-            verify(folder / name, inner, threads=threads)
+            verify(folder / name, inner)
         else:
             raise StateError(f"{folder / MANIFEST} lists no {name!r}")
 

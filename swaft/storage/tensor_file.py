@@ -69,7 +69,6 @@ class TensorFileWriter:
         tensors: name to (dtype, shape), in the order in which the values will come. By falling element size, as
             the safetensors library orders them, every tensor lies at a multiple of its elements' size.
         metadata: text to text, for the header.
-        threads: for hashing; None: a few.
 
     Raises:
         StateError: something has the name, or the file could not be written (disk full, read-only, quota); also by
@@ -83,7 +82,6 @@ class TensorFileWriter:
         tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
         *,
         metadata: Mapping[str, str] | None = None,
-        threads: int | None = None,
     ):
         self.path = Path(path)
         self.record: FileRecord
@@ -91,7 +89,7 @@ class TensorFileWriter:
         header, self._announced = _make_header(tensors, metadata or {})
         _refuse_existing(self.path)
         self._descriptor, self._temporary = create_temporary(self.path)
-        self._hasher = BlockHasher(threads)
+        self._hasher = BlockHasher()
         self._written = -len(header)
         try:
             self.write(memoryview(header))
@@ -105,13 +103,9 @@ class TensorFileWriter:
         On return the data has been hashed and handed to the system, and may change.
         """
         view = _bytes_of(data)
-        if self._written + view.nbytes > self._announced:
-            raise StateError(
-                f"{self.path}: {self._written + view.nbytes:,} bytes of tensors were written; expected the "
-                f"{self._announced:,} that the header announces"
-            )
+        self._written += view.nbytes
+        self._require(self._written <= self._announced)
         with explained(self.path, "written"):
-            self._written += view.nbytes
             while view.nbytes:
                 block, view = view[: self._hasher.room], view[self._hasher.room :]
                 self._hasher.update(block)
@@ -123,11 +117,7 @@ class TensorFileWriter:
         if self._descriptor < 0:
             return
         try:
-            if self._written != self._announced:
-                raise StateError(
-                    f"{self.path}: {self._written:,} bytes of tensors were written; expected the "
-                    f"{self._announced:,} that the header announces"
-                )
+            self._require(self._written == self._announced)
             record = self._hasher.record()
             with explained(self.path, "written"):
                 os.fsync(self._descriptor)
@@ -159,6 +149,13 @@ class TensorFileWriter:
             self.close()
         else:
             self.abandon()
+
+    def _require(self, announced: bool) -> None:
+        if not announced:
+            raise StateError(
+                f"{self.path}: {self._written:,} bytes of tensors were written; expected the {self._announced:,} "
+                "that the header announces"
+            )
 
     def _release(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 
 
 def check(folder, kind="test"):
-    verify(folder, read_manifest(folder, kind=kind), threads=1)
+    verify(folder, read_manifest(folder, kind=kind))
 
 
 def listed(folder):
