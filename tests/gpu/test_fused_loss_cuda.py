@@ -14,17 +14,17 @@ from pathlib import Path
 import kernel_checks
 import pytest
 import torch
-from float64_rows import Rows, expected
+from float64_rows import expected
 from kernel_checks import error, on_device, poisoned, some_rows
 from torch import Tensor
 
 import swaft
 from swaft.functional import linear_cross_entropy_symmetric_kl
 from swaft.noise.generator import add_noise, draw_noise
+from swaft.noise.loss import linear
 from swaft.noise.loss import rows as torch_rows
-from swaft.noise.loss.dispatch import row_kernel_replaced
 from swaft.noise.loss.options import LossOptions
-from swaft.noise.loss.rows import RowGradients
+from swaft.noise.loss.rows import RowGradients, RowInputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,22 +50,14 @@ def test_both_row_kernels_agree_on_many_rows(options, spread):
         assert error(ours, theirs.double().cpu()) < 1e-5, name
 
 
-def both_kernels(rows: Rows, options: LossOptions) -> tuple[dict[str, tuple[Tensor, Tensor]], ...]:
+def both_kernels(rows: RowInputs, options: LossOptions) -> tuple[dict[str, tuple[Tensor, Tensor]], ...]:
     from swaft.noise.loss import rows_triton
 
     outcomes = []
     for kernel in (rows_triton.rows, torch_rows.rows):
         buffers = poisoned(rows)
-        statistics = kernel(
-            rows.raw.clone(),
-            rows.raw_noise.clone(),
-            rows.labels,
-            rows.bias,
-            rows.ce_weight,
-            rows.kl_weight,
-            options,
-            buffers,
-        )
+        copies = rows._replace(raw=rows.raw.clone(), raw_noise=rows.raw_noise.clone())
+        statistics = kernel(copies, options, buffers)
         outcomes.append((statistics._asdict(), buffers._asdict()))
     (ours, our_gradients), (theirs, their_gradients) = outcomes
     return (
@@ -91,13 +83,11 @@ def test_a_row_past_two_to_the_31_elements_is_read_and_written_where_it_lies():
     labels = last.labels.expand(count).contiguous()
     clean = torch.full((count, classes), torch.nan, dtype=torch.bfloat16, device="cuda")
     noised = torch.full_like(clean, torch.nan)
-    many = rows_triton.rows(
-        raw, noise, labels, None, weights, weights, LossOptions(), RowGradients(clean, noised, None)
-    )
+    inputs = RowInputs(raw, noise, labels, None, weights, weights)
+    many = rows_triton.rows(inputs, LossOptions(), RowGradients(clean, noised, None))
     alone_gradients = RowGradients(torch.empty_like(clean[:1]), torch.empty_like(clean[:1]), None)
-    alone = rows_triton.rows(
-        last.raw, last.raw_noise, last.labels, None, weights[:1], weights[:1], LossOptions(), alone_gradients
-    )
+    one = last._replace(ce_weight=weights[:1], kl_weight=weights[:1])
+    alone = rows_triton.rows(one, LossOptions(), alone_gradients)
     assert all(error(a[-1], b[0].cpu().double()) < 1e-6 for a, b in zip(many, alone, strict=True))
     assert error(clean[-1], alone_gradients.clean[0].cpu().double()) < 1e-3
     assert error(noised[-1], alone_gradients.noised[0].cpu().double()) < 1e-3
@@ -107,10 +97,9 @@ def test_rows_come_out_the_same_every_time():
     from swaft.noise.loss import rows_triton
 
     rows = on_device(some_rows(spread=0.1, num_rows=300, num_classes=32_128))
-    arguments = (rows.raw, rows.raw_noise, rows.labels, None, rows.ce_weight, rows.kl_weight, LossOptions())
     first, second = poisoned(rows), poisoned(rows)
-    statistics = rows_triton.rows(*arguments, first)
-    again = rows_triton.rows(*arguments, second)
+    statistics = rows_triton.rows(rows, LossOptions(), first)
+    again = rows_triton.rows(rows, LossOptions(), second)
     assert all(torch.equal(a, b) for a, b in zip(statistics, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -167,7 +156,7 @@ def float64_divergence(head: Head, form: str = "difference") -> tuple[Tensor, li
     hidden, noised, weight = (leaf.detach().double() for leaf in head.leaves)
     change = -head.difference.double() if form == "difference" else noised - hidden
     zeros = torch.zeros(len(hidden), device="cuda")
-    rows = Rows(hidden @ weight.T, change @ weight.T, head.labels, None, zeros, zeros + 1)
+    rows = RowInputs(hidden @ weight.T, change @ weight.T, head.labels, None, zeros, zeros + 1)
     wanted = expected(rows, LossOptions())
     g = wanted.gradients
     weight_gradient = g["noised"].T @ change + g["total"].T @ hidden
@@ -205,9 +194,10 @@ def test_fp16_under_a_loss_scale_is_right(noise):
     assert_close(make_head(noise=noise, dtype=torch.float16), "difference", 1e-5, GRADIENT_BAR, scale=1024.0)
 
 
-def test_the_kernels_give_one_loss():
+def test_the_kernels_give_one_loss(monkeypatch):
     head = make_head(noise=1e-2)
-    with row_kernel_replaced(torch_rows.rows):
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "row_kernel", lambda *_: torch_rows.rows)
         by_torch = divergence_of(head)
     assert float(divergence_of(head)) == pytest.approx(float(by_torch), rel=1e-5)
 

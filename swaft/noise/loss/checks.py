@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swaft.errors import ConfigError
-from swaft.noise.loss.options import Form, number_problems
+from swaft.noise.loss.options import Form
 
 
 def check_logits(logits: Tensor, noised_logits: Tensor, labels: Tensor | None = None) -> None:
@@ -16,7 +16,7 @@ def check_logits(logits: Tensor, noised_logits: Tensor, labels: Tensor | None = 
         ConfigError: naming every problem.
     """
     problems = _not_floating(logits=logits, noised_logits=noised_logits)
-    problems += _elsewhere("logits", logits, noised_logits=noised_logits, labels=labels)
+    problems += elsewhere("logits", logits, noised_logits=noised_logits, labels=labels)
     if logits.dim() == 0 or logits.shape[-1] == 0 or noised_logits.shape != logits.shape:
         problems.append(
             f"logits {tuple(logits.shape)} and noised_logits {tuple(noised_logits.shape)} do not fit; "
@@ -29,29 +29,26 @@ def check_logits(logits: Tensor, noised_logits: Tensor, labels: Tensor | None = 
 
 
 def check_head(
-    hidden: Tensor,
-    noised_hidden: Tensor,
-    weight: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     labels: Tensor,
-    bias: Tensor | None,
-    hidden_difference: Tensor | None,
     form: Form,
-    num_counted: int | None,
-    chunk_bytes: int | None,
+    **counts: int | None,
 ) -> None:
     """Refuse operands of a head that do not fit, and numbers that are none.
+
+    Args:
+        operands: hidden states, noised ones, weight, bias and hidden difference.
+        labels: of the rows.
+        form: of the noised logits.
+        counts: "num_counted" and "chunk_bytes".
 
     Raises:
         ConfigError: naming every problem.
     """
-    others = {
-        "noised_hidden": noised_hidden,
-        "weight": weight,
-        "bias": bias,
-        "hidden_difference": hidden_difference,
-    }
-    problems = _not_floating(hidden=hidden, **others)
-    problems += _elsewhere("hidden", hidden, labels=labels, **others)
+    hidden, noised_hidden, weight, bias, hidden_difference = operands
+    names = ("hidden", "noised_hidden", "weight", "bias", "hidden_difference")
+    named = dict(zip(names, operands, strict=True))
+    problems = _not_floating(**named) + elsewhere("hidden", hidden, labels=labels, **named)
     width = hidden.shape[-1] if hidden.dim() else "d"
     if hidden.dim() == 0 or noised_hidden.shape != hidden.shape or labels.shape != hidden.shape[:-1]:
         problems.append(
@@ -73,10 +70,10 @@ def check_head(
                 f"hidden_difference has shape {tuple(hidden_difference.shape)}; expected that of hidden, "
                 f"{tuple(hidden.shape)}."
             )
-    if num_counted is not None and not (isinstance(num_counted, int) and num_counted >= 0):
-        problems.append(f"num_counted is {num_counted!r}; expected a number of rows, an int, or None.")
-    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
-        problems.append(f"chunk_bytes is {chunk_bytes!r}; expected a number of bytes, an int, or None.")
+    for name, least, kind in (("num_counted", 0, "rows"), ("chunk_bytes", 1, "bytes")):
+        count = counts[name]
+        if count is not None and not (isinstance(count, int) and count >= least):
+            problems.append(f"{name} is {count!r}; expected a number of {kind}, an int, or None.")
     if problems:
         raise ConfigError(problems)
 
@@ -106,41 +103,6 @@ def check_direction(hidden: Tensor, noised_hidden: Tensor, hidden_difference: Te
     return right
 
 
-def check_rows(
-    labels: Tensor, token_weight: Tensor | None, kl_mask: Tensor | None, kl_normalizer: float | Tensor | None
-) -> None:
-    """Refuse labels that are no class indices, and what does not fit them.
-
-    Raises:
-        ConfigError: naming every problem.
-    """
-    problems = []
-    if labels.dtype not in (torch.int64, torch.int32):
-        problems.append(f"labels is {labels.dtype}; expected torch.int64 or torch.int32.")
-    for name, tensor in (("token_weight", token_weight), ("kl_mask", kl_mask)):
-        if tensor is not None and tensor.shape != labels.shape:
-            problems.append(
-                f"{name} has shape {tuple(tensor.shape)}; expected that of the labels, {tuple(labels.shape)}."
-            )
-    problems += _elsewhere("the labels", labels, token_weight=token_weight, kl_mask=kl_mask)
-    if kl_mask is not None and kl_mask.dtype != torch.bool:
-        problems.append(f"kl_mask is {kl_mask.dtype}; expected torch.bool. Pass factors as token_weight.")
-    if isinstance(kl_normalizer, Tensor):
-        if kl_normalizer.dim() != 0:
-            problems.append(
-                f"kl_normalizer has shape {tuple(kl_normalizer.shape)}; expected a number or a 0-dim tensor."
-            )
-        if kl_normalizer.device.type != "cpu":  # a number that the host holds is at home everywhere
-            problems += _elsewhere("the labels", labels, kl_normalizer=kl_normalizer)
-    elif kl_normalizer is not None:
-        problems += number_problems("kl_normalizer", kl_normalizer, "0 or more", lambda n: n >= 0)
-    for name, factor in (("token_weight", token_weight), ("kl_normalizer", kl_normalizer)):
-        if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled():
-            problems.append(f"{name} requires a gradient; expected a constant, for it gets none. Detach it.")
-    if problems:
-        raise ConfigError(problems)
-
-
 def _not_floating(**tensors: Tensor | None) -> list[str]:
     return [
         f"{name} is {tensor.dtype}; expected a floating dtype."
@@ -149,7 +111,7 @@ def _not_floating(**tensors: Tensor | None) -> list[str]:
     ]
 
 
-def _elsewhere(leader: str, like: Tensor, **tensors: Tensor | None) -> list[str]:
+def elsewhere(leader: str, like: Tensor, **tensors: Tensor | None) -> list[str]:
     """Problems of the tensors that are not on the device of one."""
     return [
         f"{name} is on {tensor.device}; expected the device of {leader}, {like.device}."

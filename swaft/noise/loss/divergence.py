@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swaft.errors import NoiseError
 from swaft.noise.loss.checks import check_logits
-from swaft.noise.loss.options import Detach, check_detach
+from swaft.noise.loss.options import Detach, LossOptions
 
 _SMALL = 0.5
 """Where exp(x) - 1 passes from expm1 to the direct difference, which is the accurate one for large |x|."""
@@ -39,7 +39,7 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
         ConfigError: for an unknown ``detach``, or logits that do not fit each other.
         NoiseError: in a second derivative.
     """
-    check_detach(detach)
+    LossOptions(detach=detach)  # refuses an unknown one
     check_logits(logits, noised_logits)
     dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
     logits, noised_logits = logits.to(dtype), noised_logits.to(dtype)

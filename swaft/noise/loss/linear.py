@@ -13,22 +13,48 @@ nearly cancel; so the row kernel gives G + G' as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swaft.noise.loss import rows as torch_rows
-from swaft.noise.loss.dispatch import RowKernel, row_kernel
 from swaft.noise.loss.options import LossOptions
-from swaft.noise.loss.rows import RowGradients, RowStatistics, task_rows
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, task_rows
 
 _CPU_CHUNK_BYTES = 96 * 2**20
 """What a chunk may take on a CPU: 256 rows at 32k classes in fp32, where the products run at full speed."""
 _ACCELERATOR_CHUNK_BYTES = 1_800_000_000
 """What a chunk may take elsewhere: some 2048 rows at 50k classes, so that products are not launch-bound."""
 _ROWS_MULTIPLE = 128
+
+
+RowKernel = Callable[[RowInputs, LossOptions, RowGradients | None], RowStatistics]
+"""A function like ``swaft.noise.loss.rows.rows``."""
+
+
+def row_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel:
+    """Pick the kernel of a device: Triton's on CUDA in fp32, where Triton is installed; else torch's.
+
+    Args:
+        device: where the logits are.
+        dtype: of the logits; Triton's kernel has no float64.
+    """
+    if device.type == "cuda" and dtype == torch.float32 and has_triton():
+        from swaft.noise.loss.rows_triton import rows as triton_rows
+
+        return triton_rows
+    return torch_rows.rows
+
+
+@cache
+def has_triton() -> bool:
+    """Whether a GPU's kernels can be compiled here; without Triton the same comes of plain operations."""
+    return find_spec("triton") is not None
 
 
 class Needs(NamedTuple):
@@ -97,51 +123,9 @@ def linear_loss(
         num_counted: upper bound of the rows that count, if the host knows one. The loss is NaN when more do.
         chunk_bytes: what everything of size V in a chunk may take.
     """
-    arithmetic = _Arithmetic.of(inputs.hidden.device, operand_dtype)
     index, factor = _counted_rows(inputs, num_counted)
-    accumulated = _Accumulated(inputs, needs, arithmetic.wide)
-    _take_chunks(inputs, options, needs, arithmetic, chunk_bytes, index, factor, accumulated)
-    return accumulated.result(inputs, options, factor)  # casts, when the memory of the chunks is free again
-
-
-def _take_chunks(
-    inputs: LinearInputs,
-    options: LossOptions,
-    needs: Needs,
-    arithmetic: _Arithmetic,
-    chunk_bytes: int | None,
-    index: Tensor | None,
-    factor: Tensor,
-    accumulated: _Accumulated,
-) -> None:
-    count = inputs.hidden.shape[0] if index is None else index.numel()
-    buffers = _Buffers(inputs, options, needs, arithmetic, count, chunk_bytes)
-    weight = inputs.weight.to(arithmetic.given).to(arithmetic.operand)
-    bias = None if inputs.bias is None else inputs.bias.to(arithmetic.wide)
-    for start in range(0, count, buffers.rows):
-        part = slice(start, min(start + buffers.rows, count))
-        rows = part.stop - start
-        chosen = part if index is None else index[part]
-        operands, split_operands = _stacked_operands(inputs, chosen, options, arithmetic)
-        products = buffers.products(rows)
-        arithmetic.product(operands, weight.mT, out=products)
-        raw_noise, raw = products.split(rows)
-        gradients = buffers.gradients(rows)
-        statistics = arithmetic.rows(
-            raw,
-            raw_noise,
-            inputs.labels[chosen],
-            bias,
-            inputs.ce_weight[chosen],
-            inputs.kl_weight[chosen],
-            options,
-            gradients,
-        )
-        accumulated.take_statistics(chosen, statistics)
-        if gradients is not None:
-            slab = buffers.slab(rows)
-            arithmetic.round_(slab)
-            accumulated.take_gradients(chosen, slab, split_operands, weight, options, arithmetic, factor)
+    arithmetic = _Arithmetic.of(inputs.hidden.device, operand_dtype)
+    return _Chunks(inputs, options, needs, arithmetic, factor).take(index, chunk_bytes).result()
 
 
 @dataclass(frozen=True)
@@ -239,73 +223,110 @@ class _Buffers:
         return RowGradients(clean, *(others or (None, None)))
 
 
-class _Accumulated:
-    """What the chunks add up to."""
+class _Chunks:
+    """Chunks of rows, one after the other, and what they add up to."""
 
-    def __init__(self, inputs: LinearInputs, needs: Needs, wide: torch.dtype) -> None:
-        hidden, weight = inputs.hidden, inputs.weight
-        rows, width = hidden.shape
-        device = hidden.device
-
-        def hidden_gradient(like: Tensor, needed: bool) -> Tensor:
-            shape = (rows, width) if needed else (0,)
-            return torch.zeros(shape, dtype=stored_dtype(like.dtype), device=device)
-
-        self._needs = needs
-        self.statistics = RowStatistics(*(torch.zeros(rows, dtype=wide, device=device) for _ in range(4)))
-        self.hidden = hidden_gradient(hidden, needs.hidden)
-        self.noised_hidden = hidden_gradient(inputs.noised_hidden, needs.noised_hidden)
-        self.weight = torch.zeros(weight.shape if needs.weight else (0,), dtype=wide, device=device)
-        self.bias = torch.zeros(weight.shape[0] if needs.bias else 0, dtype=wide, device=device)
-
-    def take_statistics(self, chosen: slice | Tensor, statistics: RowStatistics) -> None:
-        for values, chunk in zip(self.statistics, statistics, strict=True):
-            values[chosen] = chunk
-
-    def take_gradients(
+    def __init__(
         self,
-        chosen: slice | Tensor,
-        slab: Tensor,
-        split_operands: Tensor,
-        weight: Tensor,
+        inputs: LinearInputs,
         options: LossOptions,
+        needs: Needs,
         arithmetic: _Arithmetic,
         factor: Tensor,
     ) -> None:
+        self.inputs, self.options, self.needs = inputs, options, needs
+        self.arithmetic, self.factor = arithmetic, factor
+        count, device, wide = inputs.hidden.shape[0], inputs.hidden.device, arithmetic.wide
+
+        def zeros(like: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(like.shape if needed else (0,), dtype=dtype, device=device)
+
+        self.statistics = RowStatistics(*(torch.zeros(count, dtype=wide, device=device) for _ in range(4)))
+        self.hidden, self.noised_hidden = (
+            zeros(like, needed, stored_dtype(like.dtype))
+            for like, needed in ((inputs.hidden, needs.hidden), (inputs.noised_hidden, needs.noised_hidden))
+        )
+        self.weight = zeros(inputs.weight, needs.weight, wide)
+        self.bias = zeros(inputs.weight[:, 0], needs.bias, wide)
+
+    def take(self, index: Tensor | None, chunk_bytes: int | None) -> _Chunks:
+        """Compute the rows of these numbers, or all; the memory of the chunks is free again afterwards."""
+        inputs, arithmetic = self.inputs, self.arithmetic
+        count = inputs.hidden.shape[0] if index is None else index.numel()
+        buffers = _Buffers(inputs, self.options, self.needs, arithmetic, count, chunk_bytes)
+        weight = inputs.weight.to(arithmetic.given).to(arithmetic.operand)
+        bias = None if inputs.bias is None else inputs.bias.to(arithmetic.wide)
+        for start in range(0, count, buffers.rows):
+            part = slice(start, min(start + buffers.rows, count))
+            rows = part.stop - start
+            chosen = part if index is None else index[part]
+            operands, split_operands = self._stacked_operands(chosen)
+            products, gradients = buffers.products(rows), buffers.gradients(rows)
+            arithmetic.product(operands, weight.mT, out=products)
+            raw_noise, raw = products.split(rows)
+            of_rows = (inputs.labels[chosen], bias, inputs.ce_weight[chosen], inputs.kl_weight[chosen])
+            statistics = arithmetic.rows(RowInputs(raw, raw_noise, *of_rows), self.options, gradients)
+            for values, chunk in zip(self.statistics, statistics, strict=True):
+                values[chosen] = chunk
+            if gradients is not None:
+                slab = buffers.slab(rows)
+                arithmetic.round_(slab)
+                self._multiply(slab, weight, chosen, split_operands)
+        return self
+
+    def _stacked_operands(self, chosen: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """What the weight is multiplied with, and [h' - h; h] for its gradient, (2R, d) both.
+
+        Everything is rounded once, the difference after it is taken; fp16 has no numbers as small as differences
+        can be, so there they are not.
+        """
+        inputs, arithmetic = self.inputs, self.arithmetic
+        hidden, noised_hidden = inputs.hidden[chosen], inputs.noised_hidden[chosen]
+        if inputs.hidden_difference is not None:
+            noise = inputs.hidden_difference[chosen].neg()
+        else:
+            wide = torch.promote_types(torch.promote_types(hidden.dtype, noised_hidden.dtype), torch.float32)
+            noise = noised_hidden.to(wide) - hidden.to(wide)
+        hidden = hidden.to(arithmetic.given).to(arithmetic.operand)
+        split = torch.cat((noise.to(arithmetic.rounding).to(arithmetic.operand), hidden))
+        if self.options.form == "difference":
+            return split, split
+        return torch.cat((noised_hidden.to(arithmetic.given).to(arithmetic.operand), hidden)), split
+
+    def _multiply(self, slab: Tensor, weight: Tensor, chosen: slice | Tensor, split_operands: Tensor) -> None:
         """Multiply a chunk's gradients into those of hidden states, weight and bias."""
-        rows = split_operands.shape[0] // 2
+        rows, arithmetic, noised_moves = (
+            split_operands.shape[0] // 2,
+            self.arithmetic,
+            self.options.noised_moves,
+        )
         wanted = (
-            (self.hidden, self._needs.hidden),
-            (self.noised_hidden, self._needs.noised_hidden and options.noised_moves),
+            (self.hidden, self.needs.hidden),
+            (self.noised_hidden, self.needs.noised_hidden and noised_moves),
         )
         first, last = (0 if wanted[0][1] else rows), (2 * rows if wanted[1][1] else rows)
         if first < last:
             products = torch.empty(last - first, weight.shape[1], dtype=arithmetic.wide, device=weight.device)
-            arithmetic.product(slab[first:last], weight, out=products).mul_(factor)
+            arithmetic.product(slab[first:last], weight, out=products).mul_(self.factor)
             pieces = iter(products.split(rows))
             for target, needed in wanted:
                 if needed:
                     target[chosen] = next(pieces).to(target.dtype)
-        if self._needs.weight:
-            split = slice(None) if options.noised_moves else slice(rows, None)
+        if self.needs.weight:
+            split = slice(None) if noised_moves else slice(rows, None)
             arithmetic.add_product_(self.weight, slab[-2 * rows :].mT, split_operands[split])
-        if self._needs.bias:
-            self.bias.add_(slab[-rows:].sum(0, dtype=arithmetic.wide), alpha=1 / options.logit_scale)
+        if self.needs.bias:
+            self.bias.add_(slab[-rows:].sum(0, dtype=arithmetic.wide), alpha=1 / self.options.logit_scale)
 
-    def result(self, inputs: LinearInputs, options: LossOptions, factor: Tensor) -> LinearLoss:
+    def result(self) -> LinearLoss:
         """The loss, and gradients with the common factor in the types they are kept in."""
-        task = inputs.ce_weight * task_rows(self.statistics, options)
-        loss = factor * (task + inputs.kl_weight * self.statistics.divergence).sum()
-        weight = self.weight.mul_(factor).to(stored_dtype(inputs.weight.dtype))
+        inputs, statistics = self.inputs, self.statistics
+        task = inputs.ce_weight * task_rows(statistics, self.options)
+        loss = self.factor * (task + inputs.kl_weight * statistics.divergence).sum()
+        weight = self.weight.mul_(self.factor).to(stored_dtype(inputs.weight.dtype))
         bias_dtype = self.bias.dtype if inputs.bias is None else stored_dtype(inputs.bias.dtype)
-        return LinearLoss(
-            loss,
-            self.statistics,
-            self.hidden,
-            self.noised_hidden,
-            weight,
-            self.bias.mul_(factor).to(bias_dtype),
-        )
+        bias = self.bias.mul_(self.factor).to(bias_dtype)
+        return LinearLoss(loss, statistics, self.hidden, self.noised_hidden, weight, bias)
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -340,27 +361,3 @@ def counted_first(counted: Tensor, num_counted: int | None) -> Tensor | None:
     if num_counted is None or num_counted >= counted.numel():
         return None
     return torch.argsort(~counted, stable=True)[:num_counted]
-
-
-def _stacked_operands(
-    inputs: LinearInputs,
-    chosen: slice | Tensor,
-    options: LossOptions,
-    arithmetic: _Arithmetic,
-) -> tuple[Tensor, Tensor]:
-    """What the weight is multiplied with, and [h' - h; h] for its gradient, (2R, d) both.
-
-    Everything is rounded once, the difference after it is taken; fp16 has no numbers as small as differences
-    can be, so there they are not.
-    """
-    hidden, noised_hidden = inputs.hidden[chosen], inputs.noised_hidden[chosen]
-    if inputs.hidden_difference is not None:
-        noise = inputs.hidden_difference[chosen].neg()
-    else:
-        wide = torch.promote_types(torch.promote_types(hidden.dtype, noised_hidden.dtype), torch.float32)
-        noise = noised_hidden.to(wide) - hidden.to(wide)
-    hidden = hidden.to(arithmetic.given).to(arithmetic.operand)
-    split = torch.cat((noise.to(arithmetic.rounding).to(arithmetic.operand), hidden))
-    if options.form == "difference":
-        return split, split
-    return torch.cat((noised_hidden.to(arithmetic.given).to(arithmetic.operand), hidden)), split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from swaft.noise.loss.rows import RowStatistics
 
 _Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """``LinearLoss`` without its nesting: an operator returns tensors."""
+
+
+_OPTIONS = tuple(field.name for field in fields(LossOptions) if field.name != "divergence_weight")
+"""Options that the operator takes; the weight of the divergence is in those of the rows."""
 
 
 def fused_linear_loss(
@@ -37,26 +42,12 @@ def fused_linear_loss(
     recording = torch.is_grad_enabled()
     needs = [recording and tensor is not None and tensor.requires_grad for tensor in differentiated]
     flat = _fused(
-        inputs.hidden,
-        inputs.noised_hidden,
-        inputs.hidden_difference,
-        inputs.weight,
-        inputs.bias,
-        inputs.labels,
-        inputs.ce_weight,
-        inputs.kl_weight,
-        inputs.factor,
-        options.label_smoothing,
-        options.z_loss,
-        options.detach,
-        options.ce_on_noised,
-        options.logit_scale,
-        options.softcap,
-        options.form,
-        num_counted,
-        chunk_bytes,
-        needs,
-        _operand_dtype(inputs),
+        *(getattr(inputs, field.name) for field in fields(inputs)),
+        **{name: getattr(options, name) for name in _OPTIONS},
+        num_counted=num_counted,
+        chunk_bytes=chunk_bytes,
+        needs=needs,
+        operand_dtype=_operand_dtype(inputs),
     )
     return flat[0], RowStatistics(*(values.detach() for values in flat[1:5]))
 
@@ -95,6 +86,7 @@ def _fused(
     ce_weight: Tensor,
     kl_weight: Tensor,
     factor: Tensor,
+    *,
     label_smoothing: float,
     z_loss: float,
     detach: str,
@@ -128,9 +120,17 @@ def _flat(result: LinearLoss) -> _Flat:
 
 
 @_fused.register_fake
-def _(*arguments: Any) -> _Flat:
-    hidden, noised_hidden, _, weight, bias = arguments[:5]
-    needs, operand_dtype = Needs(*arguments[18]), arguments[19]
+def _(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    _difference: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *_rows: Tensor,
+    operand_dtype: torch.dtype,
+    **options: Any,
+) -> _Flat:
+    needs = Needs(*options["needs"])
     wide = torch.promote_types(operand_dtype, torch.float32)
 
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
@@ -148,21 +148,23 @@ def _(*arguments: Any) -> _Flat:
     )  # type: ignore[return-value]
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: _Flat) -> None:
-    ctx.needs = Needs(*inputs[18])
-    differentiated = (inputs[0], inputs[1], inputs[3], inputs[4])
+def _keep_gradients(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Flat
+) -> None:
+    ctx.needs = Needs(*keyword_only_inputs["needs"])
+    hidden, noised_hidden, _, weight, bias, *_ = inputs
+    differentiated = (hidden, noised_hidden, weight, bias)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in differentiated]
     ctx.save_for_backward(*(gradient for gradient, n in zip(output[5:], ctx.needs, strict=True) if n))
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     scaled = iter(_times(list(ctx.saved_tensors), grad_loss))
-    gradients = [
+    hidden, noised_hidden, weight, bias = (
         next(scaled).to(dtype) if needed else None
         for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
-    ]
-    hidden, noised_hidden, weight, bias = gradients
-    return hidden, noised_hidden, None, weight, bias, *[None] * 15
+    )
+    return hidden, noised_hidden, None, weight, bias, None, None, None, None
 
 
 _fused.register_autograd(_backward, setup_context=_keep_gradients)

@@ -54,30 +54,33 @@ class RowStatistics(NamedTuple):
     """L of the noised pass."""
 
 
-def rows(
-    raw: Tensor,
-    raw_noise: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    options: LossOptions,
-    gradients: RowGradients | None,
-) -> RowStatistics:
+class RowInputs(NamedTuple):
+    """Some rows of two products of hidden states and weight, and how much they count."""
+
+    raw: Tensor
+    """Clean hidden states times the weight (R, V), fp32 or float64, without scale, bias and soft-cap."""
+    raw_noise: Tensor
+    """Noised minus clean product (form "difference"), or the noised one ("direct"), (R, V)."""
+    labels: Tensor
+    """Class indices (R,), int64; any number in rows whose ``ce_weight`` is 0."""
+    bias: Tensor | None
+    """(V,), of the head."""
+    ce_weight: Tensor
+    """Factor (R,) of each row's cross entropy and z term in the loss."""
+    kl_weight: Tensor
+    """Factor (R,) of each row's divergence in the loss."""
+
+
+def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None) -> RowStatistics:
     """Compute loss statistics of rows and, where asked for, the gradients of sum(ce CE + kl J).
 
     Args:
-        raw: clean hidden states times the weight (R, V), fp32 or float64, without scale, bias and soft-cap.
-            Overwritten.
-        raw_noise: noised minus clean product (form "difference"), or the noised one ("direct"). Overwritten.
-        labels: class indices (R,); any number in rows whose ``ce_weight`` is 0.
-        bias: (V,) or None.
-        ce_weight: factor (R,) of each row's cross entropy and z term in the loss.
-        kl_weight: factor (R,) of each row's divergence in the loss.
+        inputs: the rows; both products are overwritten.
         options: of the loss.
         gradients: where to write them, any dtype; ``total`` may lie in ``raw`` and ``noised`` in
             ``raw_noise``. None: statistics only.
     """
+    raw, raw_noise, labels, bias, ce_weight, kl_weight = inputs
     count, classes = raw.shape
     elements = _CPU_BLOCK_ELEMENTS if raw.device.type == "cpu" else _ACCELERATOR_BLOCK_ELEMENTS
     step = max(1, min(count, elements // classes))

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from swaft.noise.loss.elementary_triton import SMALL, exp, expm1_series, log1p, softcap
-from swaft.noise.loss.rows import RowGradients, RowStatistics
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics
 
 if TYPE_CHECKING:
     from swaft.noise.loss.options import LossOptions
@@ -298,58 +297,36 @@ def _rows_kernel(
                     tl.store(total_gradient + columns, sum_g, mask=mask)
 
 
-def rows(
-    raw: Tensor,
-    raw_noise: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    options: LossOptions,
-    gradients: RowGradients | None,
-) -> RowStatistics:
+def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None) -> RowStatistics:
     """Value of every row and, where buffers are given, its gradients; the torch kernel's twin in ``rows.py``.
 
     Args:
-        raw: hidden @ weight.T (R, V), fp32; rows contiguous, left alone.
-        raw_noise: (R, V), fp32; (noised - clean) @ weight.T, or the noised logits where options.form is "direct".
-        labels: (R,), int64; a class wherever ce_weight is not 0.
-        bias: (V,) or None.
-        ce_weight: factor of this row's cross entropy in the loss (R,), fp32.
-        kl_weight: factor of this row's divergence in the loss (R,), fp32.
+        inputs: the rows, fp32, contiguous each; the products are left alone.
         options: what is computed.
-        gradients: buffers (R, V) of any floating dtype, not ``raw`` or ``raw_noise``; None: statistics only.
+        gradients: buffers (R, V) of any floating dtype, not those of the products; None: statistics only.
 
     Returns:
         Statistics of the rows, (R,) each, fp32.
     """
+    raw, raw_noise = inputs.raw, inputs.raw_noise
     num_rows, num_classes = raw.shape
     statistics = torch.empty((4, num_rows), dtype=torch.float32, device=raw.device)
     if num_rows:
         clean, noised, total = gradients or (None, None, None)
+        matrices = (raw, raw_noise, clean, noised, total)
         with torch.cuda.device_of(raw):
             _rows_kernel[(num_rows,)](
-                raw,
-                raw_noise,
-                None if bias is None else bias.contiguous(),
-                labels.contiguous(),
-                ce_weight.contiguous(),
-                kl_weight.contiguous(),
-                clean,
-                noised,
-                total,
-                statistics,
-                num_rows,
-                num_classes,
-                *(
-                    0 if matrix is None else matrix.stride(0)
-                    for matrix in (raw, raw_noise, clean, noised, total)
-                ),
+                *(raw, raw_noise),
+                None if inputs.bias is None else inputs.bias.contiguous(),
+                *(each.contiguous() for each in (inputs.labels, inputs.ce_weight, inputs.kl_weight)),
+                *(clean, noised, total, statistics),
+                *(num_rows, num_classes),
+                *(0 if matrix is None else matrix.stride(0) for matrix in matrices),
                 float(options.logit_scale),
                 1.0 if options.softcap is None else float(options.softcap),
                 float(options.label_smoothing),
                 float(options.z_loss),
-                **variant(options, biased=bias is not None, gradients=gradients),
+                **variant(options, biased=inputs.bias is not None, gradients=gradients),
                 num_warps=WARPS,
                 maxnreg=REGISTERS,
             )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from swaft.errors import ConfigError, DataError
-from swaft.noise.loss.checks import check_rows
-from swaft.noise.loss.options import Reduction, check_reduction
+from swaft.noise.loss.checks import elsewhere
+from swaft.noise.loss.options import Reduction, number_problems, one_of
 
 
 class RowWeights(NamedTuple):
@@ -54,46 +55,92 @@ class RowWeights(NamedTuple):
         return task_loss, divergence
 
 
-def row_weights(
-    labels: Tensor,
-    *,
-    num_classes: int,
-    ignore_index: int,
-    token_weight: Tensor | None,
-    kl_mask: Tensor | None,
-    kl_normalizer: float | Tensor | None,
-    reduction: Reduction,
-    dtype: torch.dtype,
-) -> RowWeights:
+@dataclass(frozen=True)
+class Weighting:
+    """What decides how much each row counts.
+
+    Raises:
+        ConfigError: for an unknown reduction.
+    """
+
+    ignore_index: int = -100
+    """Label of the rows that do not count."""
+    token_weight: Tensor | None = None
+    """Factor of each row (...), 0 or more where it counts, None for 1. A negative one makes the loss NaN where the
+    host cannot tell, and so does a negative ``kl_normalizer``."""
+    kl_mask: Tensor | None = None
+    """Rows of the divergence (...), bool; None for those whose label counts."""
+    kl_normalizer: float | Tensor | None = None
+    """What the sum of the divergences is divided by; None for the sum of their weights (reduction "mean") or 1."""
+    reduction: Reduction = "mean"
+    """"mean" divides the cross entropy by the sum of its weights, "sum" by nothing."""
+
+    def __post_init__(self) -> None:
+        if problems := one_of("reduction", self.reduction, get_args(Reduction)):
+            raise ConfigError(problems)
+
+    def check(self, labels: Tensor) -> None:
+        """Refuse labels that are no class indices, and what does not fit them.
+
+        Raises:
+            ConfigError: naming every problem.
+        """
+        problems = []
+        if labels.dtype not in (torch.int64, torch.int32):
+            problems.append(f"labels is {labels.dtype}; expected torch.int64 or torch.int32.")
+        normalizer, rows = self.kl_normalizer, {"token_weight": self.token_weight, "kl_mask": self.kl_mask}
+        problems += [
+            f"{name} has shape {tuple(tensor.shape)}; expected that of the labels, {tuple(labels.shape)}."
+            for name, tensor in rows.items()
+            if tensor is not None and tensor.shape != labels.shape
+        ]
+        problems += elsewhere("the labels", labels, **rows)
+        if self.kl_mask is not None and self.kl_mask.dtype != torch.bool:
+            problems.append(
+                f"kl_mask is {self.kl_mask.dtype}; expected torch.bool. Pass factors as token_weight."
+            )
+        if isinstance(normalizer, Tensor):
+            if normalizer.dim() != 0:
+                problems.append(
+                    f"kl_normalizer has shape {tuple(normalizer.shape)}; expected a number or a 0-dim tensor."
+                )
+            if normalizer.device.type != "cpu":  # a number that the host holds is at home everywhere
+                problems += elsewhere("the labels", labels, kl_normalizer=normalizer)
+        elif normalizer is not None:
+            problems += number_problems("kl_normalizer", normalizer, "0 or more", lambda n: n >= 0)
+        problems += [
+            f"{name} requires a gradient; expected a constant, for it gets none. Detach it."
+            for name, factor in (("token_weight", self.token_weight), ("kl_normalizer", normalizer))
+            if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled()
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+def row_weights(labels: Tensor, weighting: Weighting, *, num_classes: int, dtype: torch.dtype) -> RowWeights:
     """Weigh the rows of a loss.
 
     Args:
         labels: class indices (...), int64 or int32.
+        weighting: what decides how much each row counts.
         num_classes: V. Labels out of range are not read; they make the loss NaN where the host cannot tell.
-        ignore_index: label of the rows that do not count.
-        token_weight: factor of each row (...), 0 or more where it counts, None for 1. A negative one makes the loss
-            NaN where the host cannot tell, and so does a negative ``kl_normalizer``.
-        kl_mask: rows of the divergence (...), bool; None for those whose label counts.
-        kl_normalizer: what the sum of the divergences is divided by; None for the sum of their weights
-            (reduction "mean") or 1 ("sum").
-        reduction: "mean" divides the cross entropy by the sum of its weights.
         dtype: of the weights.
 
     Raises:
-        ConfigError: for an unknown reduction, tensors that do not fit the labels, and, where the host can tell, for
-            factors that are negative or not finite.
+        ConfigError: for tensors that do not fit the labels, and, where the host can tell, for factors that are
+            negative or not finite.
         DataError: for a label out of range, where the host can tell.
     """
-    check_reduction(reduction)
-    check_rows(labels, token_weight, kl_mask, kl_normalizer)
+    weighting.check(labels)
+    ignore_index, kl_mask, kl_normalizer = weighting.ignore_index, weighting.kl_mask, weighting.kl_normalizer
     labels = labels.flatten().long()
     counted = labels != ignore_index
     in_range = (labels >= 0) & (labels < num_classes)
     _check_range(labels, counted & ~in_range, num_classes, ignore_index)
     of_divergence = counted if kl_mask is None else kl_mask.flatten()
     weight = torch.ones_like(counted, dtype=dtype)
-    if token_weight is not None:
-        given = torch.where(counted | of_divergence, token_weight.detach().flatten().to(dtype), 0.0)
+    if weighting.token_weight is not None:
+        given = torch.where(counted | of_divergence, weighting.token_weight.detach().flatten().to(dtype), 0.0)
         weight = _not_negative("token_weight", given)
     cross_entropy = torch.where(counted, torch.where(in_range, weight, torch.nan), 0.0)
     divergence = cross_entropy if kl_mask is None else torch.where(of_divergence, weight, 0.0)
@@ -103,12 +150,12 @@ def row_weights(
             kl_normalizer = _not_negative("kl_normalizer", kl_normalizer.detach().to(dtype))
         divergence_normalizer = one * kl_normalizer
     else:
-        divergence_normalizer = divergence.sum() if reduction == "mean" else one
+        divergence_normalizer = divergence.sum() if weighting.reduction == "mean" else one
     return RowWeights(
         labels=torch.where(counted & in_range, labels, 0),
         cross_entropy=cross_entropy,
         divergence=divergence,
-        task_normalizer=cross_entropy.sum() if reduction == "mean" else one,
+        task_normalizer=cross_entropy.sum() if weighting.reduction == "mean" else one,
         divergence_normalizer=divergence_normalizer,
     )
 

@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 
 from swaft.noise.loss.options import LossOptions
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Inputs of a row kernel."""
-
-    raw: Tensor
-    raw_noise: Tensor
-    labels: Tensor
-    bias: Tensor | None
-    ce_weight: Tensor
-    kl_weight: Tensor
+from swaft.noise.loss.rows import RowInputs
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Expected:
     gradients: dict[str, Tensor]
 
 
-def expected(rows: Rows, options: LossOptions) -> Expected:
+def expected(rows: RowInputs, options: LossOptions) -> Expected:
     counts = (rows.ce_weight != 0) | (rows.kl_weight != 0)
     raw = rows.raw.double().masked_fill(~counts[:, None], 0.0).requires_grad_()
     noise = rows.raw_noise.double().masked_fill(~counts[:, None], 0.0)

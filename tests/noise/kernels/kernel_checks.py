@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from float64_rows import Rows, expected
+from float64_rows import expected
 
 from swaft.noise import philox
 from swaft.noise.loss.options import LossOptions
-from swaft.noise.loss.rows import RowGradients, RowStatistics
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics
 
 EXACT = 5e-6
 """Relative error of fp32 sums of terms that do not cancel, norm-wise, with room for the worst row."""
@@ -50,14 +50,14 @@ def some_rows(
     peak: float = 10.0,
     peak_beside_label: bool = False,
     biased: bool = False,
-) -> Rows:
+) -> RowInputs:
     """Logits of standard deviation 2.5, one of them raised by ``peak``; differences of deviation ``spread``."""
     generator = torch.Generator().manual_seed(num_classes)
     raw = 2.5 * torch.randn(num_rows, num_classes, generator=generator)
     labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
     raw[torch.arange(num_rows), (labels + peak_beside_label) % num_classes] += peak
     noise = spread * (torch.randn(num_rows, num_classes, generator=generator) + offset)
-    return Rows(
+    return RowInputs(
         raw,
         raw + noise if form == "direct" else noise,
         labels,
@@ -67,44 +67,28 @@ def some_rows(
     )
 
 
-def run(rows: Rows, options: LossOptions, gradients: RowGradients | None):
+def run(rows: RowInputs, options: LossOptions, gradients: RowGradients | None):
     from swaft.noise.loss import rows_triton
 
     there = on_device(rows)
     before = there.raw.clone(), there.raw_noise.clone()
-    statistics = rows_triton.rows(
-        there.raw,
-        there.raw_noise,
-        there.labels,
-        there.bias,
-        there.ce_weight,
-        there.kl_weight,
-        options,
-        gradients,
-    )
+    statistics = rows_triton.rows(there, options, gradients)
     for given, kept in zip((there.raw, there.raw_noise), before, strict=True):
         assert torch.equal(given.nan_to_num(), kept.nan_to_num()), "the kernel wrote into its input"
     return RowStatistics(*(value.cpu() for value in statistics))
 
 
-def on_device(rows: Rows) -> Rows:
+def on_device(rows: RowInputs) -> RowInputs:
     """The rows where the kernels run, their strides kept."""
 
     def moved(matrix: torch.Tensor) -> torch.Tensor:
         there = torch.empty_strided(matrix.shape, matrix.stride(), dtype=matrix.dtype, device=DEVICE)
         return there.copy_(matrix)
 
-    return Rows(
-        moved(rows.raw),
-        moved(rows.raw_noise),
-        moved(rows.labels),
-        None if rows.bias is None else moved(rows.bias),
-        moved(rows.ce_weight),
-        moved(rows.kl_weight),
-    )
+    return RowInputs(*(None if each is None else moved(each) for each in rows))  # type: ignore[arg-type]
 
 
-def poisoned(rows: Rows, dtype: torch.dtype = torch.float32) -> RowGradients:
+def poisoned(rows: RowInputs, dtype: torch.dtype = torch.float32) -> RowGradients:
     """Buffers in which an element that nobody wrote is NaN."""
     return RowGradients(
         *(torch.full(rows.raw.shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(3))
@@ -120,7 +104,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return 0.0 if distance == 0 else distance / max(size, 1e-300)
 
 
-def agree(rows: Rows, options: LossOptions | None = None, bar: float = EXACT) -> None:
+def agree(rows: RowInputs, options: LossOptions | None = None, bar: float = EXACT) -> None:
     """Statistics and all three gradients are within ``bar`` of float64."""
     options = options or LossOptions()
     gradients = poisoned(rows)
@@ -131,9 +115,9 @@ def agree(rows: Rows, options: LossOptions | None = None, bar: float = EXACT) ->
     assert all(value <= bar for value in errors.values()), errors
 
 
-def divergence_alone(rows: Rows) -> Rows:
+def divergence_alone(rows: RowInputs) -> RowInputs:
     """Without the cross entropy, whose gradient is so much larger that it would hide the divergence's."""
-    return replace(rows, ce_weight=torch.zeros_like(rows.ce_weight))
+    return rows._replace(ce_weight=torch.zeros_like(rows.ce_weight))
 
 
 @check
@@ -300,7 +284,7 @@ def gradients_in_bf16_are_those_in_fp32_rounded():
 @check
 def rows_may_lie_apart_in_memory():
     rows = some_rows(spread=0.1)
-    wide = replace(rows, raw=torch.cat([rows.raw, rows.raw], 1)[:, : rows.raw.shape[1]])
+    wide = rows._replace(raw=torch.cat([rows.raw, rows.raw], 1)[:, : rows.raw.shape[1]])
     agree(wide)
 
 

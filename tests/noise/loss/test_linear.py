@@ -7,9 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swaft.errors import ConfigError
 from swaft.functional import cross_entropy_symmetric_kl, linear_cross_entropy_symmetric_kl
-from swaft.noise.loss import dispatch, linear
-from swaft.noise.loss.dispatch import row_kernel, row_kernel_replaced
-from swaft.noise.loss.linear import LinearInputs, Needs, linear_loss
+from swaft.noise.loss import linear
+from swaft.noise.loss.linear import LinearInputs, Needs, linear_loss, row_kernel
 from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import rows as torch_rows
 
@@ -317,7 +316,7 @@ def test_a_cpu_computes_rows_in_torch(dtype):
 
 
 def test_cuda_computes_rows_in_torch_where_triton_is_not_installed(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(linear, "has_triton", lambda: False)
     assert row_kernel(torch.device("cuda"), torch.float32) is torch_rows
 
 
@@ -325,15 +324,16 @@ def test_cuda_computes_float64_rows_in_torch():
     assert row_kernel(torch.device("cuda"), torch.float64) is torch_rows
 
 
-def test_a_kernel_with_gradients_in_buffers_of_its_own_gives_the_same():
+def test_a_kernel_with_gradients_in_buffers_of_its_own_gives_the_same(monkeypatch):
     inputs = head(noise=1e-2, rows=300, classes=33)
     expected = value_and_gradients(inputs, chunk_bytes=SMALLEST_CHUNK)
 
-    def kernel(raw, raw_noise, *others):
-        return torch_rows(raw.clone(), raw_noise.clone(), *others)
+    def kernel(rows, *others):
+        copies = rows._replace(raw=rows.raw.clone(), raw_noise=rows.raw_noise.clone())
+        return torch_rows(copies, *others)
 
-    with row_kernel_replaced(kernel):
-        computed = value_and_gradients(inputs, chunk_bytes=SMALLEST_CHUNK)
+    monkeypatch.setattr(linear, "row_kernel", lambda *_: kernel)
+    computed = value_and_gradients(inputs, chunk_bytes=SMALLEST_CHUNK)
     assert worst(computed, expected) < 1e-6
 
 

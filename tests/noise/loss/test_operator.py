@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from loss_oracle import head, relative_error
@@ -11,6 +13,7 @@ from swaft.errors import NoiseError
 from swaft.functional import linear_cross_entropy_symmetric_kl
 from swaft.noise.loss import linear, operator
 from swaft.noise.loss.linear import Needs
+from swaft.noise.loss.options import LossOptions
 
 pytestmark = pytest.mark.unit
 
@@ -251,7 +254,7 @@ def test_the_operator_keeps_what_torch_asks_of_one():
     states, labels = operands()
     ones, factor = torch.ones(10), torch.tensor(0.1)
     head_arguments = (*states[:2], None, *states[2:], labels, ones, ones, factor)
-    options = (0.1, 0.01, "none", False, 1.0, None, "difference", None, None, [True] * 4, torch.float32)
-    torch.library.opcheck(
-        torch.ops.swaft.linear_cross_entropy_symmetric_kl.default, (*head_arguments, *options)
-    )
+    options = asdict(LossOptions(label_smoothing=0.1, z_loss=0.01))
+    del options["divergence_weight"]
+    options |= {"num_counted": None, "chunk_bytes": None, "needs": [True] * 4, "operand_dtype": torch.float32}
+    torch.library.opcheck(torch.ops.swaft.linear_cross_entropy_symmetric_kl.default, head_arguments, options)

@@ -5,12 +5,39 @@ import torch
 from loss_oracle import head, naive_head_loss, relative_error
 
 from swaft.functional import linear_cross_entropy_symmetric_kl
+from swaft.noise.loss.losses import reference_rows
 from swaft.noise.loss.options import LossOptions
-from swaft.noise.loss.reference import reference_logits, reference_rows
 
 pytestmark = pytest.mark.unit
 
 BIAS = torch.linspace(-1, 1, 31, dtype=torch.float64)
+
+
+def reference_logits(
+    hidden: torch.Tensor,
+    noised_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    hidden_difference: torch.Tensor,
+    options: LossOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z, z' and d = z - z' of a language-model head.
+
+    raw = alpha h W^T + b,  z = kappa tanh(raw / kappa),  and with draw = alpha (h - h') W^T
+    d = kappa tanh(draw / kappa) (1 - tanh(raw / kappa) tanh((raw - draw) / kappa)),
+    which is the difference of the two soft-capped logits without a cancellation.
+    """
+    raw = options.logit_scale * hidden @ weight.mT
+    noised_raw = options.logit_scale * noised_hidden @ weight.mT
+    if bias is not None:
+        raw, noised_raw = raw + bias, noised_raw + bias
+    draw = options.logit_scale * hidden_difference.detach() @ weight.detach().mT
+    kappa = options.softcap
+    if kappa is None:
+        return raw, noised_raw, draw
+    squashed, noised_squashed = torch.tanh(raw / kappa), torch.tanh(noised_raw / kappa)
+    factor = 1 - squashed.detach() * torch.tanh((raw.detach() - draw) / kappa)
+    return kappa * squashed, kappa * noised_squashed, kappa * torch.tanh(draw / kappa) * factor
 
 
 def reference_loss(hidden, noised_hidden, weight, labels, difference, options: LossOptions) -> torch.Tensor:

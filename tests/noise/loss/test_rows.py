@@ -6,7 +6,7 @@ from loss_oracle import closed_form, cross_entropy, naive, relative_error
 
 from swaft.noise.loss import rows as row_module
 from swaft.noise.loss.options import LossOptions
-from swaft.noise.loss.rows import RowGradients, RowStatistics, rows, task_rows
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, rows, task_rows
 
 pytestmark = pytest.mark.unit
 
@@ -29,9 +29,8 @@ def run(
     z, noise, labels, *, ce=NONE_COUNT, kl=ALL_COUNT, bias=None, **options
 ) -> tuple[RowStatistics, RowGradients]:
     gradients = RowGradients(*(torch.full_like(z, torch.nan) for _ in range(3)))
-    statistics = rows(
-        z.clone(), noise.clone(), labels, bias, ce.to(z), kl.to(z), LossOptions(**options), gradients
-    )
+    inputs = RowInputs(z.clone(), noise.clone(), labels, bias, ce.to(z), kl.to(z))
+    statistics = rows(inputs, LossOptions(**options), gradients)
     return statistics, gradients
 
 
@@ -222,7 +221,8 @@ def test_gradients_written_over_the_logits_are_those_written_beside_them():
             z, noise, labels = logits(60, spread)
             _, beside = run(z, noise, labels, ce=ALL_COUNT, detach=detach)
             inside = RowGradients(torch.empty_like(z), noise, z)
-            rows(z, noise, labels, None, ALL_COUNT, ALL_COUNT, LossOptions(detach=detach), inside)
+            inputs = RowInputs(z, noise, labels, None, ALL_COUNT, ALL_COUNT)
+            rows(inputs, LossOptions(detach=detach), inside)
             for a, b in zip(inside, beside, strict=True):
                 assert torch.equal(a, b)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swaft.errors import ConfigError
-from swaft.noise.loss.weighting import row_weights
+from swaft.noise.loss.weighting import Weighting, row_weights
 
 pytestmark = pytest.mark.unit
 
@@ -12,16 +12,8 @@ LABELS = torch.tensor([[3, 0, -100], [1, -100, -100]])
 
 
 def weigh(labels=LABELS, **options):
-    defaults = {
-        "num_classes": 7,
-        "ignore_index": -100,
-        "token_weight": None,
-        "kl_mask": None,
-        "kl_normalizer": None,
-        "reduction": "mean",
-        "dtype": torch.float64,
-    }
-    return row_weights(labels, **(defaults | options))
+    dtype = options.pop("dtype", torch.float64)
+    return row_weights(labels, Weighting(**options), num_classes=7, dtype=dtype)
 
 
 def test_rows_count_where_the_label_is_not_ignored():

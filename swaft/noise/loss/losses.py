@@ -1,0 +1,274 @@
+"""The losses of logits and of hidden states. `swaft.functional` is where users find them.
+
+That of logits is plain tensor operations in the papers' letters, differentiated by autograd; the fused loss is held
+to it. Letters: z, z' clean and noised logits; p, q their softmaxes; d = z - z'; L = log sum exp z;
+J = KL(p||q) + KL(q||p).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swaft.noise.loss.checks import check_direction, check_head, check_logits
+from swaft.noise.loss.divergence import symmetric_kl_of_difference
+from swaft.noise.loss.linear import LinearInputs
+from swaft.noise.loss.operator import fused_linear_loss
+from swaft.noise.loss.options import Detach, Form, LossOptions, Reduction
+from swaft.noise.loss.rows import task_rows
+from swaft.noise.loss.weighting import Weighting, row_weights
+
+
+class NoiseStabilityLoss(NamedTuple):
+    """A noise-stability loss, the terms it is made of, and those of every row."""
+
+    loss: Tensor
+    """task_loss + divergence_weight * divergence, 0-dim; the only one that has a gradient."""
+    task_loss: Tensor
+    """The cross entropy and, where asked for, the z term, 0-dim."""
+    divergence: Tensor
+    """The symmetric KL divergence, before its weight, 0-dim."""
+    row_cross_entropy: Tensor
+    """Cross entropy of each row, without the z term, shaped like the labels; 0 where it counts for nothing."""
+    row_divergence: Tensor
+    """J of each row; 0 in rows that count for nothing."""
+    row_log_normalizer: Tensor
+    """L = log sum exp z of each row's clean logits; 0 in rows that count for nothing."""
+
+
+def cross_entropy_symmetric_kl(
+    logits: Tensor,
+    noised_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    kl_mask: Tensor | None = None,
+    kl_normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    detach: Detach = "none",
+    ce_on_noised: bool = False,
+) -> NoiseStabilityLoss:
+    """Cross entropy of the clean logits plus the weighted symmetric KL between clean and noised logits.
+
+    loss = CE(logits, labels) + divergence_weight * J  (R3F, Aghajanyan et al. 2021, eq. 3), both over the
+    rows whose label is not ``ignore_index``. Without such a row every term is 0, with zero gradients.
+
+    Args:
+        logits: clean logits (..., V); 16-bit ones are upcast to fp32.
+        noised_logits: noised logits, same shape.
+        labels: class indices (...), int64 or int32.
+        divergence_weight: the lambda of the paper.
+        label_smoothing: share of the target spread over all V classes, cross entropy only.
+        ignore_index: label of the rows that do not count.
+        z_loss: k of the term k L^2 added to each row's cross entropy, L the log of the softmax normalizer.
+        token_weight: factor of each row in both terms and in their means (...), 0 or more; constant.
+        kl_mask: rows of the divergence (...), bool, if not those whose label counts.
+        kl_normalizer: what the sum of the divergences is divided by, a number or a 0-dim tensor, if not the
+            sum of its rows' weights; 0 leaves the divergence out. fairseq's R3F: kl_mask all True, the number
+            of sentences; ParlAI's: kl_mask all True, the number of rows whose label counts.
+        reduction: "mean" by the sum of the token weights, or "sum".
+        detach: what the divergence holds constant, see :func:`symmetric_kl`.
+        ce_on_noised: average the cross entropies of both passes (R-Drop) instead of the clean one's.
+
+    Returns:
+        The loss and its terms.
+
+    Raises:
+        ConfigError: naming options out of range, tensors that do not fit, or factors that are negative.
+        DataError: for a label out of range. Labels and factors are looked at on a CPU; elsewhere, and compiled, a
+            wrong one makes the loss NaN.
+        NoiseError: in a second derivative.
+    """
+    options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, divergence_weight=divergence_weight)
+    weighting = Weighting(ignore_index, token_weight, kl_mask, kl_normalizer, reduction)
+    check_logits(logits, noised_logits, labels)
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
+    weights = row_weights(labels, weighting, num_classes=logits.shape[-1], dtype=dtype)
+    counts_for_task, counts = weights.cross_entropy != 0, weights.counts
+    z, noised_z = (
+        _rows(tensor).to(dtype).masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (logits, noised_logits)
+    )
+    rows = reference_rows(z, noised_z, (z - noised_z).detach(), weights.labels, options)
+    task_loss, divergence = weights.reduce(
+        torch.where(counts_for_task, rows.task, 0.0),
+        torch.where(weights.divergence != 0, rows.divergence, 0.0),
+    )
+
+    def of_rows(values: Tensor, counting: Tensor) -> Tensor:
+        return torch.where(counting, values.detach(), 0.0).reshape(labels.shape)
+
+    return NoiseStabilityLoss(
+        task_loss + divergence_weight * divergence,
+        task_loss.detach(),
+        divergence.detach(),
+        of_rows(rows.cross_entropy, counts_for_task),
+        of_rows(rows.divergence, counts),
+        of_rows(rows.log_normalizer, counts),
+    )
+
+
+def linear_cross_entropy_symmetric_kl(
+    hidden: Tensor,
+    noised_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hidden_difference: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    form: Form = "difference",
+    num_counted: int | None = None,
+    chunk_bytes: int | None = None,
+    divergence_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    kl_mask: Tensor | None = None,
+    kl_normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    detach: Detach = "none",
+    ce_on_noised: bool = False,
+) -> NoiseStabilityLoss:
+    """Cross entropy plus symmetric KL of a language-model head, without ever holding its logits.
+
+    z = softcap(logit_scale * hidden @ weight.T + bias), z' likewise of ``noised_hidden``, and then the loss of
+    :func:`cross_entropy_symmetric_kl`. Rows go through the head a chunk at a time, gradients are made in the
+    forward pass and kept for the backward, which can be had once: no second derivatives.
+
+    Sums are fp32 (float64 for float64). Under autocast the operands are cast inside, after the difference is
+    taken. Nothing makes the host wait for an accelerator.
+
+    Args:
+        hidden: clean hidden states h (..., d).
+        noised_hidden: noised hidden states h' (..., d).
+        weight: of the head W (V, d).
+        labels: class indices (...), int64 or int32.
+        bias: of the head (V,).
+        hidden_difference: h - h' (..., d), if known better than the hidden states show it; constant, its gradient
+            goes to ``noised_hidden``. The wrong sign is an error; on an accelerator, and compiled, a NaN loss.
+        logit_scale: alpha, more than 0; T5 with tied embeddings: d^-1/2.
+        softcap: kappa of z = kappa tanh(raw / kappa); None for none.
+        form: "difference" or "direct", see ``swaft.noise.loss.Form``.
+        num_counted: upper bound of the rows that count for either term, if the host knows one; others are left out
+            before any product (a CPU finds them itself). The loss is NaN if more rows count.
+        chunk_bytes: what a chunk's tensors of size V may take, None for a default; 128 rows fit at the least.
+        divergence_weight: as in :func:`cross_entropy_symmetric_kl`, like all that follow.
+        label_smoothing: as there.
+        ignore_index: as there.
+        z_loss: as there.
+        token_weight: as there.
+        kl_mask: as there.
+        kl_normalizer: as there.
+        reduction: as there.
+        detach: as there.
+        ce_on_noised: as there.
+
+    Raises:
+        ConfigError, DataError: as :func:`cross_entropy_symmetric_kl`.
+        NoiseError: in a second derivative, in forward mode, or under a transform of torch.func.
+    """
+    options = LossOptions(
+        label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form, divergence_weight
+    )
+    weighting = Weighting(ignore_index, token_weight, kl_mask, kl_normalizer, reduction)
+    operands = (hidden, noised_hidden, weight, bias, hidden_difference)
+    return _head_loss(operands, labels, options, weighting, num_counted=num_counted, chunk_bytes=chunk_bytes)
+
+
+def _head_loss(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    labels: Tensor,
+    options: LossOptions,
+    weighting: Weighting,
+    **counts: int | None,
+) -> NoiseStabilityLoss:
+    hidden, noised_hidden, weight, bias, hidden_difference = operands
+    check_head(operands, labels, options.form, **counts)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, noised_hidden.dtype), weight.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    weights = row_weights(labels, weighting, num_classes=weight.shape[0], dtype=dtype)
+    ce_weight, kl_weight, factor = weights.in_loss(options.divergence_weight)
+    if hidden_difference is not None:
+        right_sign = check_direction(hidden, noised_hidden, hidden_difference)
+        factor = torch.where(right_sign, factor, torch.nan)
+        hidden_difference = _rows(hidden_difference.detach())
+    inputs = LinearInputs(
+        *(_rows(hidden), _rows(noised_hidden), hidden_difference, weight, bias),
+        *(weights.labels, ce_weight, kl_weight, factor),
+    )
+    loss, rows = fused_linear_loss(inputs, options, **counts)
+    task_loss, divergence = weights.reduce(task_rows(rows, options), rows.divergence)
+    row_values = (values.reshape(labels.shape) for values in rows[:3])
+    return NoiseStabilityLoss(loss, task_loss, divergence, *row_values)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., n) to (N, n); (n,) is one row."""
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
+class LogitRows(NamedTuple):
+    """What each row contributes, (...), differentiable."""
+
+    task: Tensor
+    """CE + k L^2, averaged over both passes if asked for."""
+    cross_entropy: Tensor
+    """CE alone, averaged likewise."""
+    divergence: Tensor
+    """J."""
+    log_normalizer: Tensor
+    """L of the clean pass."""
+
+
+def reference_rows(
+    logits: Tensor, noised_logits: Tensor, difference: Tensor, labels: Tensor, options: LossOptions
+) -> LogitRows:
+    """Cross entropy and divergence of every row of logits.
+
+    Args:
+        logits: z (..., V), fp32 or float64.
+        noised_logits: z', same shape and dtype.
+        difference: z - z', as exact as it is known; no gradient goes through it.
+        labels: y (...), int64, each a valid index.
+        options: of the loss; scale, soft-cap and form are the head's.
+    """
+    log_normalizer, cross_entropy = _cross_entropy(logits, labels, options.label_smoothing)
+    task = cross_entropy + options.z_loss * log_normalizer.square()
+    if options.ce_on_noised:
+        noised_normalizer, noised_cross_entropy = _cross_entropy(
+            noised_logits, labels, options.label_smoothing
+        )
+        cross_entropy = (cross_entropy + noised_cross_entropy) / 2
+        task = (task + noised_cross_entropy + options.z_loss * noised_normalizer.square()) / 2
+    divergence = symmetric_kl_of_difference(logits, noised_logits, difference, detach=options.detach)
+    return LogitRows(task, cross_entropy, divergence, log_normalizer)
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """L and CE = (1 - s)(L - z_y) + s (L - mean z) = log(1 + R) + s (z_y - mean z).
+
+    R = sum_{i != y} exp(z_i - z_y) leaves the label out of the sum, since L - z_y loses all digits as p_y
+    comes close to 1, and so does p_y - 1 in its gradient.
+    """
+    target = z.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    others = z.scatter(-1, labels.unsqueeze(-1), -torch.inf)
+    cross_entropy = torch.logaddexp(_log_sum_exp(others) - target, torch.zeros_like(target))
+    if smoothing:
+        cross_entropy = cross_entropy + smoothing * (target - z.mean(-1))
+    return _log_sum_exp(z), cross_entropy
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """torch.logsumexp by pairwise sums, which keep 1e-7 in fp32 over a wide row; -inf for a row of -inf."""
+    maximum = z.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+    total = (z - maximum).exp().sum(-1)
+    empty = total == 0
+    return torch.where(empty, -torch.inf, total.masked_fill(empty, 1.0).log() + maximum.squeeze(-1))
