@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swaft import functional
 from swaft.noise.checks import check_rows
 from swaft.noise.counted import CountedRows
 from swaft.noise.dropout import RngState
 from swaft.noise.embedding import Embedded, EmbeddingSite, embedding_hook
 from swaft.noise.head import LanguageModelHead, placeholder
 from swaft.noise.inputs import IGNORE_INDEX, Inputs
+from swaft.noise.loss import losses
 from swaft.noise.loss.options import Form
 from swaft.noise.outputs import task_logits
 from swaft.noise.presets import NoiseSettings
@@ -33,7 +33,7 @@ Pair = Callable[[Tensor], tuple[Tensor, Tensor]]
 class StepResult(NamedTuple):
     """What the passes of one step gave."""
 
-    loss: functional.NoiseStabilityLoss
+    loss: losses.NoiseStabilityLoss
     """The loss, differentiable, and its parts."""
     logits: Tensor | None
     """Logits of the clean pass, detached; None where none were made."""
@@ -53,10 +53,10 @@ class LogitsForm:
         """Run the first of two passes; returns its logits."""
         return self._checked(task_logits(forward()))
 
-    def conclude(self, forward: Forward, pair: Pair) -> tuple[functional.NoiseStabilityLoss, Tensor]:
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[losses.NoiseStabilityLoss, Tensor]:
         """Run the last pass; returns the loss, and the clean logits, detached."""
         clean, noised = pair(task_logits(forward()))
-        loss = functional.cross_entropy_symmetric_kl(
+        loss = losses.cross_entropy_symmetric_kl(
             self._checked(clean), noised, self.inputs.targets, **self.options
         )
         return loss, clean.detach()
@@ -91,7 +91,7 @@ class FusedForm:
             forward()
         return seen[0]
 
-    def conclude(self, forward: Forward, pair: Pair) -> tuple[functional.NoiseStabilityLoss, None]:
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[losses.NoiseStabilityLoss, None]:
         """Run the last pass; returns the loss, and no logits."""
         slot, losses = LossSlot(), []
 
@@ -99,7 +99,7 @@ class FusedForm:
             clean, noised = pair(hidden)
             check_rows(clean, self.inputs.targets, self.objective)
             losses.append(
-                functional.linear_cross_entropy_symmetric_kl(
+                losses.linear_cross_entropy_symmetric_kl(
                     clean,
                     noised,
                     labels=self.inputs.targets,
@@ -185,7 +185,7 @@ def run_passes(
             embedded.append(record)
         return output
 
-    def two_passes() -> tuple[functional.NoiseStabilityLoss, Tensor | None]:
+    def two_passes() -> tuple[losses.NoiseStabilityLoss, Tensor | None]:
         arguments, noised_first = form.inputs.arguments, settings.one_sided
         rng = RngState.capture(model)
         with torch.no_grad() if noised_first else nullcontext():
@@ -198,7 +198,7 @@ def run_passes(
                 lambda last: (last, first) if noised_first else (first, last),
             )
 
-    def doubled_pass() -> tuple[functional.NoiseStabilityLoss, Tensor | None]:
+    def doubled_pass() -> tuple[losses.NoiseStabilityLoss, Tensor | None]:
         arguments = form.inputs.doubled()
         return form.conclude(
             lambda: forward(arguments, noised=True, half=True),

@@ -15,10 +15,10 @@ Detach = Literal["none", "clean", "noised", "target"]
 Form = Literal["difference", "direct"]
 """How the noised logits come about.
 
-With "difference" z - z' is not a subtraction of logits but a product of its own, h - h' times the weight, and has its
-digits at every size of noise, also with 16-bit operands; with bf16 operands it serves spreads of z - z' up to about 2.
-"direct" takes z' from the head of h' itself: right where the passes are far apart (R-Drop, independent dropout masks),
-with bf16 operands from a spread of about 0.05 on.
+With "difference" z - z' is not a subtraction of logits but a product of its own, h - h' times the weight, and has
+its digits at every size of noise, also with 16-bit operands; with bf16 operands it serves spreads of z - z' up to
+about 2. "direct" takes z' from the head of h' itself: right where the passes are far apart (R-Drop, independent
+dropout masks), with bf16 operands from a spread of about 0.05 on.
 """
 
 Reduction = Literal["mean", "sum"]

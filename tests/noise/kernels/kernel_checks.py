@@ -226,7 +226,7 @@ def a_row_may_count_for_the_divergence_alone_with_any_label():
 @check
 def a_row_may_count_for_the_cross_entropy_alone():
     rows = some_rows(spread=0.1)
-    agree(replace(rows, kl_weight=torch.zeros_like(rows.kl_weight)))
+    agree(rows._replace(kl_weight=torch.zeros_like(rows.kl_weight)))
 
 
 @check
