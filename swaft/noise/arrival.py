@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from swaft.errors import NoiseError
 from swaft.noise.embedding import (
+    Disturbance,
     Embedded,
     EmbeddingSite,
     measure,
@@ -55,43 +56,40 @@ class ArrivalFigures(NamedTuple):
     """The sigma at which half of the entries would change, absolute or as a share as the settings count sigma."""
 
 
-def measure_arrival(
-    noised: Embedded, clean: list[Tensor], noisy: list[Tensor], settings: NoiseSettings
-) -> Tensor:
+def measure_arrival(noised: Embedded, clean: list[Tensor], noisy: list[Tensor], noise: Disturbance) -> Tensor:
     """Compare what the first layers were given in a clean and a noised pass that share their dropout masks.
 
     Args:
         noised: record of the noised pass.
         clean: the first layers' inputs in the clean pass, from `layer_inputs`.
         noisy: the same in the noised pass.
-        settings: noise and sigma (greater than 0) of the objective.
+        noise: of the noised pass.
 
     Returns:
         The ArrivalFigures (4,), fp32, on the model's device.
     """
     realised = measure(noised)
-    smallest = smallest_surviving_sigma(noised, settings.noise)
-    if settings.relative:
-        smallest = smallest / root_mean_square(noised.clean)
+    smallest = smallest_surviving_sigma(noised, noise.settings.noise)
+    if noise.settings.relative:
+        smallest = smallest / root_mean_square(noised.clean, noise.real)
     arrived = torch.stack([noise_to_signal(*pair) for pair in zip(clean, noisy, strict=True)])
     first = arrived[(arrived > 0).int().argmax()]  # of the stacks that the noise gets to
     return torch.stack([realised.noise_to_signal, realised.changed, first, smallest.float()])
 
 
-def judge_arrival(
-    figures: ArrivalFigures, *, site: EmbeddingSite, dtype: torch.dtype, settings: NoiseSettings
-) -> None:
+def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtype) -> None:
     """Log what survives of the noise, at INFO, or refuse to train where nothing does.
 
     Args:
         figures: the largest of all ranks.
-        site: where the noise goes in.
+        noise: of the noised pass.
         dtype: type in which the embedding output is handed on.
-        settings: noise and sigma of the objective.
 
     Raises:
         NoiseError: when the noise is lost in rounding, or never enters the network.
     """
+    site, settings = noise.site, noise.settings
+    assert site is not None
     smallest = figures.smallest_sigma / (site.scale if settings.before_scale else 1.0)
     if figures.changed == 0 or figures.at_layer == 0:
         first_layer = f"first layer of {type(site.encoder).__name__}"

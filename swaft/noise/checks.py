@@ -9,11 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
-from swaft.noise.outputs import task_logits
 from swaft.noise.wrappers import unwrap
-
-_ROUTER_LOSSES = ("aux_loss", "z_loss")
-"""How the names of a mixture of experts' own losses end in a Hugging Face model's output."""
 
 
 def generates(model: nn.Module) -> bool:
@@ -41,7 +37,7 @@ def check_model(model: nn.Module, objective: str) -> None:
     if not _can_generate(network) and _config(network, "num_labels", 2) == 1:
         raise _one_class(objective)
     if _can_generate(network) and _config(network, "output_router_logits", False):
-        raise _router_terms("losses", objective)
+        raise router_terms("losses", objective)
     if any(_is_reentrant(module) for module in network.modules()):
         raise NoiseError(
             f"{name} checkpoints its activations reentrantly, which fails under DDP and ZeRO when a step has "
@@ -118,29 +114,6 @@ def check_seeds(model: nn.Module, *, reseeded: bool = False) -> None:
         )
 
 
-def check_output(output: Any, objective: str) -> None:
-    """Refuse an output without loss and logits, and one whose loss has terms of a mixture of experts.
-
-    Args:
-        output: what the model returned for a batch with labels.
-        objective: the objective's name, for the message.
-
-    Raises:
-        NoiseError: naming what was found.
-    """
-    if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
-        raise NoiseError(
-            f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
-            "expected a Hugging Face model that classifies, points at answers or generates. Set noise.kind=none."
-        )
-    # Such a term may be too small beside the cross entropy to show in the loss.
-    terms = [
-        name for name, value in vars(output).items() if name.endswith(_ROUTER_LOSSES) and value is not None
-    ]
-    if terms:
-        raise _router_terms(", ".join(terms), objective)
-
-
 def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
     """Refuse logits of one class, and labels that are not one a row.
 
@@ -169,7 +142,8 @@ def _one_class(objective: str) -> NoiseError:
     )
 
 
-def _router_terms(terms: str, objective: str) -> NoiseError:
+def router_terms(terms: str, objective: str) -> NoiseError:
+    """The refusal of a loss that has terms of a mixture of experts beside the cross entropy."""
     return NoiseError(
         f"The model adds {terms} of its routers to its loss, and {objective} computes the mean cross entropy "
         "alone. Expected a loss without them. Set the model's output_router_logits=False, or noise.kind=none."

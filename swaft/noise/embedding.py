@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
+from swaft.noise.generator import add_noise
+from swaft.noise.presets import NoiseSettings
 from swaft.noise.wrappers import unwrap
 
 _FP32_BODIES = frozenset({"t5", "mt5", "umt5", "longt5"})
@@ -95,6 +97,31 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         # Gemma's embed_scale is a buffer, which to read would make the host wait.
         scale=getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)),
     )
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """The noise of one step; called with an embedding output, it gives the sum of both, fp32 at the least."""
+
+    site: EmbeddingSite | None
+    """Where it goes in; None where there is none."""
+    settings: NoiseSettings
+    """Of the objective."""
+    objective: str
+    """Its name, for messages."""
+    draw: Callable[..., Tensor] = add_noise
+    """`add_noise` but for the embedding and sigma."""
+    real: Tensor | None = None
+    """Which tokens are no padding (B, T), bool; None where the batch does not say."""
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """Give the sum of an embedding output and noise, differentiable."""
+        assert self.site is not None
+        scale = self.site.scale if self.settings.before_scale else 1.0
+        sigma: float | Tensor = scale * self.settings.sigma
+        if self.settings.relative:
+            sigma = sigma * root_mean_square(embedding.detach(), self.real).float()
+        return self.draw(embedding, sigma=sigma)
 
 
 def _text_encoder(network: nn.Module) -> nn.Module | None:
@@ -191,9 +218,18 @@ def noise_to_signal(clean: Tensor, noised: Tensor) -> Tensor:
     return (difference / torch.linalg.vector_norm(wide).clamp(min=torch.finfo(wide.dtype).tiny)).float()
 
 
-def root_mean_square(tensor: Tensor) -> Tensor:
-    """sqrt(mean(x^2)) over all entries, a 0-dim tensor, fp32 at the least."""
-    return tensor.to(_widened(tensor.dtype)).square().mean().sqrt()
+def root_mean_square(embedded: Tensor, real: Tensor | None = None) -> Tensor:
+    """sqrt(mean(x^2)) of embedded tokens (B, T, d), a 0-dim tensor, fp32 at the least.
+
+    Args:
+        embedded: the output of a token embedding.
+        real: which tokens to take (B, T), bool; None, or of another shape (an encoder has padded by itself): all.
+    """
+    squares = embedded.to(_widened(embedded.dtype)).square()
+    if real is None or real.shape != squares.shape[:-1]:
+        return squares.mean().sqrt()
+    taken = real.sum().clamp(min=1) * squares.shape[-1]
+    return ((squares * real.unsqueeze(-1)).sum() / taken).sqrt()
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

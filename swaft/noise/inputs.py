@@ -1,4 +1,4 @@
-"""A batch as training passes take it: without labels, so that no model computes a loss of its own."""
+"""What passes of training are given and return: no labels, so that no model computes a loss of its own; logits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
     """Take the labels out of a batch, and put in what a model would have made of them.
 
     Raises:
-        NoiseError: for a batch without labels, and for an encoder-decoder that cannot make its decoder's inputs.
+        NoiseError: for a batch without labels or with such as are no class indices, for one that asks for the last
+            logits alone, and for an encoder-decoder that cannot make its decoder's inputs.
     """
     targets = find_targets(model, batch)
     if targets is None:
@@ -53,15 +54,30 @@ def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
             "The batch has no labels; expected a tensor of class indices under the key 'labels', or positions of "
             f"answers under {' and '.join(map(repr, POSITIONS))}."
         )
+    _check_batch(batch, targets)
     arguments = {name: value for name, value in batch.items() if name not in POSITIONS}
     labels = arguments.pop("labels", None)
     if labels is None or not generates(model):
         return Inputs(arguments, targets)
-    arguments["use_cache"] = False
+    arguments = without_cache(model, arguments)
     given = (arguments.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
     if not is_causal(model) and all(each is None for each in given):
         arguments["decoder_input_ids"] = _decoder_input_ids(model, labels)
     return Inputs(arguments, targets)
+
+
+def without_cache(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask a generating model for no cache, unless the batch says what it wants.
+
+    Beside the memory it takes, a cache makes transformers overlook that texts are packed (position_ids that begin
+    anew, no mask), and let them attend to each other; so the pass with labels and those without must agree on it.
+    """
+    if "use_cache" in arguments or not generates(model):
+        return arguments
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    if "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return arguments | {"use_cache": False}
+    return arguments
 
 
 def find_targets(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
@@ -82,6 +98,30 @@ def count_items(targets: Tensor) -> Tensor:
     return (targets != IGNORE_INDEX).sum()
 
 
+def real_tokens(arguments: dict[str, Any]) -> Tensor | None:
+    """Tell which tokens of the text that is noised are no padding (B, T), bool; None where nothing says so."""
+    mask = arguments.get("attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def task_logits(output: Any) -> Any:
+    """Give the logits of a pass: the model's own, or those of first and last tokens as two rows a text.
+
+    A row of the latter is a distribution over all tokens of the text as it was batched. Padding is among them,
+    because the question-answering heads of Hugging Face models do not mask it: their own loss has it, too.
+
+    Args:
+        output: what the model returned.
+
+    Returns:
+        (..., V), or (B, 2, L) of a model that points at answers; None where there are none.
+    """
+    starts, ends = (getattr(output, name, None) for name in ("start_logits", "end_logits"))
+    if isinstance(starts, Tensor) and isinstance(ends, Tensor):
+        return torch.stack([starts, ends], dim=1)
+    return getattr(output, "logits", None)
+
+
 def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict[str, Any]:
     """Cut a batch down to a few of its rows, such as have a label that counts where there are any."""
     labels = batch["labels"]
@@ -92,6 +132,23 @@ def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict
     return {
         name: value[rows] if _is_per_row(value, labels.shape[0]) else value for name, value in batch.items()
     }
+
+
+def _check_batch(batch: dict[str, Any], targets: Tensor) -> None:
+    # Floating labels of more dimensions are several a row, which the check of the logits' rows refuses.
+    if targets.dtype != torch.int64 and not (targets.is_floating_point() and targets.dim() > 1):
+        raise NoiseError(
+            f"The labels are {targets.dtype}; expected class indices, torch.int64. Convert them "
+            "(labels.long()), or use swaft.TaskLoss where they are numbers to predict."
+        )
+    for name in ("logits_to_keep", "num_logits_to_keep"):
+        kept = batch.get(name)
+        if isinstance(kept, Tensor) or kept:
+            raise NoiseError(
+                f"The batch has {name}, with which the model makes logits of some positions alone; expected "
+                "logits of every position that has a label. Leave it out of the batch, and set the labels of the positions "
+                f"that are not to count to {IGNORE_INDEX}."
+            )
 
 
 def _span_targets(starts: Tensor, ends: Tensor, arguments: dict[str, Any]) -> Tensor:

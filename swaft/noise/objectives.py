@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from swaft.errors import ConfigError, NoiseError, StateError
+from swaft.errors import NoiseError, StateError
 from swaft.noise.arrival import FirstBatches
 from swaft.noise.checks import check_model, check_one_mask, check_seeds, check_two_masks, generates
-from swaft.noise.embedding import EmbeddingSite, find_site, measure, root_mean_square
+from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site, measure
 from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
-from swaft.noise.inputs import count_items, find_targets, prepare_inputs
+from swaft.noise.inputs import (
+    IGNORE_INDEX,
+    count_items,
+    find_targets,
+    prepare_inputs,
+    real_tokens,
+    task_logits,
+    without_cache,
+)
 from swaft.noise.loss import Detach
-from swaft.noise.outputs import task_logits
 from swaft.noise.passes import StepResult, choose_form, run_passes
 from swaft.noise.presets import (
+    PRESETS,
     Masks,
     NoiseSettings,
     Passes,
+    Preset,
     Reduction,
-    is_finite_and_not_negative,
     resolve_settings,
 )
 from swaft.noise.proof import prove
 from swaft.noise.spectral import Layers, normalise_head, normalised_layers
 from swaft.noise.wrappers import current_rank
+from swaft.options import NotNegative, ShareBelowOne, require
 
 
 @dataclass(frozen=True)
@@ -95,11 +105,26 @@ class Resumable:
         self.step = step
 
 
+@dataclass(eq=False)
 class TaskLoss(Resumable):
-    """Plain fine-tuning: the model's own loss from one pass."""
+    """Plain fine-tuning: the model's own loss from one pass, or its smoothed twin.
+
+    With smoothing the loss is the mean cross entropy of the counted rows, computed here; a model that trains
+    another loss is refused on the first batch, which is passed once more without gradient.
+
+    Raises:
+        ConfigError: for a share out of range.
+    """
+
+    label_smoothing: ShareBelowOne = 0.0
+    """Share of the target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        require(self)
+        self._proved: WeakSet[nn.Module] = WeakSet()
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Nothing to prepare: every model that returns a loss will do."""
+        """Nothing to prepare: what the model's own loss is shows on the first batch."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run one pass.
@@ -107,8 +132,14 @@ class TaskLoss(Resumable):
         Args:
             model: the model as returned by ``accelerator.prepare``.
             batch: keyword arguments of its forward, labels included.
+
+        Raises:
+            NoiseError: for a batch without labels, or with smoothing for a model whose own loss is no mean cross
+                entropy.
         """
-        output, targets = model(**batch), find_targets(model, batch)
+        if self.label_smoothing:
+            return self._smoothed(model, batch)
+        output, targets = model(**without_cache(model, batch)), find_targets(model, batch)
         loss = getattr(output, "loss", None)
         if loss is None:
             raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
@@ -119,72 +150,59 @@ class TaskLoss(Resumable):
             num_items = count_items(targets)
         return ObjectiveOutput.of_task(loss, task_logits(output), num_items)
 
+    def _smoothed(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
+        inputs = prepare_inputs(model, batch)
+        if model not in self._proved:
+            of_proof = PRESETS["rdrop"][0]  # no noise, and no masks that passes would have to share
+            if prove(model, batch, Disturbance(None, of_proof, "label smoothing"), head=None):
+                self._proved.add(model)
+        logits = task_logits(model(**inputs.arguments))
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(),
+            inputs.targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=self.label_smoothing,
+        )
+        return ObjectiveOutput.of_task(loss, logits, count_items(inputs.targets))
 
-class R3F(Resumable):
-    """Noise stability: the task loss plus the symmetric KL between a clean and a noised pass.
 
-    loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
-    the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the
-    counted rows; a model that trains another loss is refused. A model that points at answers has two rows a
-    text, one for the first and one for the last token. One ``backward`` on the one loss.
-
-    Args:
-        weight: the lambda of the paper.
-        noise: distribution of the noise; the preset's (uniform) unless given.
-        sigma: size of the noise; the preset's (1e-5) unless given. With preset="relative" a share of the
-            embeddings' root mean square; with "fairseq" before the factor of embeddings that scale themselves.
-        preset: "paper" (default), "relative", "fairseq", "rdrop" or "rdrop_paper", see ``swaft.noise.PRESETS``.
-        masks: "shared" or "independent" dropout masks of the two passes.
-        reduction: "mean" over counted rows, or "batchmean": sum over all rows by the number of sentences.
-        detach: what the divergence holds constant: "none", "clean", "noised" or "target". With "noised" the
-            noised pass runs first, without gradient.
-        passes: "two", or "doubled": one pass over the batch twice, which is faster for small batches; its masks
-            are independent, so shared ones need a model without dropout.
-        fused: compute the loss of a generating model from its hidden states, chunk by chunk, so that its logits
-            are never made. False: from the logits of both passes, which takes more memory.
-        label_smoothing: share of the target of the task loss that is spread over all classes.
-        seed: seed of the noise.
+@dataclass(eq=False)
+class TwoPasses(Resumable):
+    """A task loss and a divergence between two passes of one batch: what R3F, R4F and R-Drop have in common.
 
     Where ``weight * divergence`` stays below one thousandth of the task loss, a warning among the first batches
-    says what to set: such noise costs a second pass and trains nothing.
+    says what to set: such a second pass costs its time and trains nothing.
 
     Raises:
         ConfigError: naming every invalid value.
     """
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        noise: Noise | None = None,
-        sigma: float | None = None,
-        *,
-        preset: str | None = None,
-        masks: Masks | None = None,
-        reduction: Reduction | None = None,
-        detach: Detach | None = None,
-        passes: Passes = "two",
-        fused: bool = True,
-        label_smoothing: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        if not is_finite_and_not_negative(weight):
-            raise ConfigError(f"noise.weight is {weight!r}; expected a finite number, 0 or more.")
-        if not isinstance(seed, int):
-            raise ConfigError(f"seed is {seed!r}; expected a whole number.")
-        explicit = {
-            "noise": noise,
-            "sigma": sigma,
-            "masks": masks,
-            "reduction": reduction,
-            "detach": detach,
-            "passes": passes,
-            "fused": fused,
-            "label_smoothing": label_smoothing,
-        }
-        self.weight = weight
-        self.seed = seed
-        self._classifying = resolve_settings(preset, generates=False, **explicit)
-        self._generating = resolve_settings(preset, generates=True, **explicit)
+    weight: NotNegative = 1.0
+    """Factor on the divergence: the lambda of R3F's paper, the alpha of R-Drop's."""
+    _: KW_ONLY
+    preset: Preset | None = None
+    """Published form to follow, see ``swaft.noise.PRESETS``; None: "paper", for R-Drop "rdrop"."""
+    passes: Passes = "two"
+    """"two": one after the other; "doubled": one pass over the batch twice, which is faster for small batches; its
+    masks are independent, so shared ones need a model without dropout."""
+    fused: bool = True
+    """Compute the loss of a generating model from its hidden states, chunk by chunk, so that its logits are never
+    made. False: from the logits of both passes, which takes more memory."""
+    label_smoothing: ShareBelowOne = 0.0
+    """Share of the target of the task loss that is spread over all classes."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    _OPTIONS: ClassVar = ("passes", "fused", "label_smoothing")
+    _PRESET: ClassVar[Preset] = "paper"
+
+    def __post_init__(self) -> None:
+        require(self)
+        options = {name: getattr(self, name) for name in self._OPTIONS}
+        self._classifying, self._generating = (
+            resolve_settings(self.preset or self._PRESET, generates=generates, **options)
+            for generates in (False, True)
+        )
         self._proved: WeakSet[nn.Module] = WeakSet()
         self._first_batches = FirstBatches()
 
@@ -227,20 +245,15 @@ class R3F(Resumable):
         site, head = self._site(model, settings), self._head(model, settings)
         if model.training:
             self._check_masks(model, settings)
-
-        factor = site.scale if site is not None and settings.before_scale else 1.0
-        arriving = replace(settings, sigma=factor * settings.sigma)
-
-        def disturb(embedding: Tensor) -> Tensor:
-            return self._disturb(embedding, arriving)
-
+        draw = partial(add_noise, noise=settings.noise, seed=self.seed, rank=current_rank(), step=self.step)
+        noise = Disturbance(site, settings, name, draw, real_tokens(inputs.arguments))
         if model not in self._proved:
             self._check(model)
-            if prove(model, batch, site=site, head=head, disturb=disturb, settings=settings, objective=name):
+            if prove(model, batch, noise, head=head):
                 self._proved.add(model)
 
         form = choose_form(inputs, settings, weight=self.weight, head=head, objective=name)
-        result = run_passes(model, form, settings, site=site, disturb=disturb)
+        result = run_passes(model, form, noise)
         out = _describe(result, settings, inputs.targets)
         if model.training and torch.is_grad_enabled():
             self.step += 1
@@ -266,68 +279,45 @@ class R3F(Resumable):
     def _head(self, model: nn.Module, settings: NoiseSettings) -> LanguageModelHead | None:
         return find_head(model) if settings.fused and generates(model) else None
 
-    def _disturb(self, embedding: Tensor, settings: NoiseSettings) -> Tensor:
-        sigma: float | Tensor = settings.sigma
-        if settings.relative:
-            sigma = sigma * root_mean_square(embedding.detach()).float()
-        return add_noise(
-            embedding, noise=settings.noise, sigma=sigma, seed=self.seed, rank=current_rank(), step=self.step
-        )
+
+@dataclass(eq=False)
+class R3F(TwoPasses):
+    """Noise stability: the task loss plus the symmetric KL between a clean and a noised pass.
+
+    loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
+    the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the
+    counted rows; a model that trains another loss is refused. A model that points at answers has two rows a
+    text, one for the first and one for the last token. One ``backward`` on the one loss.
+    """
+
+    noise: Noise | None = None
+    """Distribution of the noise; None: the preset's, uniform but for fairseq's where text is generated."""
+    sigma: NotNegative | None = None
+    """Half width or standard deviation of the noise; None: the preset's (1e-5). With preset="relative" a share of
+    the root mean square of the real tokens' embeddings; with "fairseq" before the factor of embeddings that scale
+    themselves."""
+    _: KW_ONLY
+    masks: Masks | None = None
+    """Dropout masks of the two passes."""
+    reduction: Reduction | None = None
+    """"mean": over the rows whose label counts; "batchmean": sum over all rows, padding too, by sentences."""
+    detach: Detach | None = None
+    """What the divergence holds constant in its gradient; with "noised" the noised pass runs first, without one."""
+
+    _OPTIONS: ClassVar = (*TwoPasses._OPTIONS, "noise", "sigma", "masks", "reduction", "detach")
 
 
+@dataclass(eq=False)
 class R4F(R3F):
     """R3F with a spectrally normalised classification head, whose layers' Lipschitz constants are 1.
 
-    Aghajanyan et al. 2021, eq. 5. ``prepare_model`` puts the normalisation on the model; the export of
-    `swaft.averaging` writes the plain weights it evaluates to.
-
-    Args:
-        weight: as in R3F, like every other argument but ``layers``.
-        noise: distribution of the noise.
-        sigma: size of the noise.
-        layers: "all" linear layers of the head (the paper), or the "last" (the released code).
-        preset: see R3F.
-        masks: see R3F.
-        reduction: see R3F.
-        detach: see R3F.
-        passes: see R3F.
-        fused: see R3F.
-        label_smoothing: see R3F.
-        seed: seed of the noise and of the power iterations' first vectors.
+    Aghajanyan et al. 2021, eq. 5. ``prepare_model`` puts the normalisation on the model, its first vectors drawn
+    from ``seed``; the export of `swaft.averaging` writes the plain weights it evaluates to.
     """
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        noise: Noise | None = None,
-        sigma: float | None = None,
-        *,
-        layers: Layers = "all",
-        preset: str | None = None,
-        masks: Masks | None = None,
-        reduction: Reduction | None = None,
-        detach: Detach | None = None,
-        passes: Passes = "two",
-        fused: bool = True,
-        label_smoothing: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            weight,
-            noise,
-            sigma,
-            preset=preset,
-            masks=masks,
-            reduction=reduction,
-            detach=detach,
-            passes=passes,
-            fused=fused,
-            label_smoothing=label_smoothing,
-            seed=seed,
-        )
-        if layers not in get_args(Layers):
-            raise ConfigError(f"noise.layers is {layers!r}; expected one of {', '.join(get_args(Layers))}.")
-        self.layers: Layers = layers
+    _: KW_ONLY
+    layers: Layers = "all"
+    """Which linear layers of the head: "all" (the paper), or the "last" (the released code)."""
 
     def prepare_model(self, model: nn.Module) -> None:
         """Check the model and normalise its head in place; call it before ``accelerator.prepare``.
@@ -348,7 +338,8 @@ class R4F(R3F):
             )
 
 
-class RDrop(R3F):
+@dataclass(eq=False)
+class RDrop(TwoPasses):
     """Two passes that differ in their dropout masks only, the cross entropy taken over both (Liang et al. 2021).
 
     ``divergence`` is (KL(p||q) + KL(q||p)) / 2, and ``weight`` is the alpha of whom ``preset`` names:
@@ -356,40 +347,15 @@ class RDrop(R3F):
     "rdrop", the authors' released text code:  loss = (L_1 + L_2) / 2 + weight * divergence
     "rdrop_paper", their equation 4:           loss =  L_1 + L_2      + weight * divergence
 
-    The same number weighs the divergence twice as much in the former: its 1 is the equation's 2.
-
-    Args:
-        weight: alpha.
-        preset: "rdrop" (default) or "rdrop_paper".
-        passes: see R3F; the paper's own code doubles the batch.
-        fused: see R3F.
-        label_smoothing: see R3F.
-        seed: taken for the sake of a common signature; nothing is drawn from it.
-
-    Raises:
-        ConfigError: naming every invalid value.
+    The same number weighs the divergence twice as much in the former: its 1 is the equation's 2. Nothing is drawn
+    from ``seed``. The paper's own code doubles the batch (``passes``).
     """
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        *,
-        preset: Literal["rdrop", "rdrop_paper"] | None = None,
-        passes: Passes = "two",
-        fused: bool = True,
-        label_smoothing: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        if preset not in (None, "rdrop", "rdrop_paper"):
-            raise ConfigError(f"noise.preset is {preset!r}; expected rdrop or rdrop_paper with R-Drop.")
-        super().__init__(
-            weight,
-            preset=preset or "rdrop",
-            passes=passes,
-            fused=fused,
-            label_smoothing=label_smoothing,
-            seed=seed,
-        )
+    _: KW_ONLY
+    preset: Literal["rdrop", "rdrop_paper"] | None = None
+    """Whose form; None: "rdrop"."""
+
+    _PRESET: ClassVar[Preset] = "rdrop"
 
 
 def _describe(result: StepResult, settings: NoiseSettings, targets: Tensor) -> ObjectiveOutput:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from swaft.noise.checks import check_rows
-from swaft.noise.counted import CountedRows
-from swaft.noise.dropout import RngState
-from swaft.noise.embedding import Embedded, EmbeddingSite, embedding_hook
+from swaft.noise.embedding import Disturbance, Embedded, embedding_hook
 from swaft.noise.head import LanguageModelHead, placeholder
-from swaft.noise.inputs import IGNORE_INDEX, Inputs
-from swaft.noise.loss import losses
+from swaft.noise.inputs import IGNORE_INDEX, Inputs, task_logits
+from swaft.noise.loss.losses import (
+    NoiseStabilityLoss,
+    cross_entropy_symmetric_kl,
+    linear_cross_entropy_symmetric_kl,
+)
 from swaft.noise.loss.options import Form
-from swaft.noise.outputs import task_logits
 from swaft.noise.presets import NoiseSettings
 from swaft.noise.slot import LossSlot
 from swaft.noise.spectral import power_iteration_paused
@@ -30,10 +31,66 @@ Pair = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Puts what the last pass gave together with what there was before: (clean, noised)."""
 
 
+@dataclass(frozen=True)
+class RngState:
+    """The state of torch's global generators, put back so that two passes draw the same dropout masks."""
+
+    cpu: Tensor
+    """The CPU generator's state, uint8."""
+    accelerators: dict[torch.device, Tensor]
+    """The state of each accelerator's generator, uint8."""
+
+    @classmethod
+    def capture(cls, model: nn.Module, batch: dict[str, Any]) -> RngState:
+        """Take the state as it is now, on the CPU and on the accelerators that hold the model or are given a batch.
+
+        FSDP2 with offloading keeps the parameters on the CPU and computes where the batch lies.
+        """
+        tensors = [*model.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
+        devices = {tensor.device for tensor in tensors}
+        return cls(
+            cpu=torch.get_rng_state(),
+            accelerators={
+                device: torch.get_device_module(device).get_rng_state(device)
+                for device in devices
+                if device.type not in ("cpu", "meta")
+            },
+        )
+
+    def restore(self) -> None:
+        """Put the state back: what is drawn next is what was drawn after ``capture``."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+class CountedRows:
+    """A number that leaves the device before the passes are queued, and is read when they are under way.
+
+    Args:
+        counted: which rows count, bool, any shape.
+    """
+
+    def __init__(self, counted: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._number = counted.sum()
+        if counted.is_cuda:
+            pinned = torch.empty((), dtype=self._number.dtype, pin_memory=True)
+            self._number = pinned.copy_(self._number, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> int:
+        """Wait for the number, that is for what was queued before it, and give it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._number)
+
+
 class StepResult(NamedTuple):
     """What the passes of one step gave."""
 
-    loss: losses.NoiseStabilityLoss
+    loss: NoiseStabilityLoss
     """The loss, differentiable, and its parts."""
     logits: Tensor | None
     """Logits of the clean pass, detached; None where none were made."""
@@ -53,12 +110,10 @@ class LogitsForm:
         """Run the first of two passes; returns its logits."""
         return self._checked(task_logits(forward()))
 
-    def conclude(self, forward: Forward, pair: Pair) -> tuple[losses.NoiseStabilityLoss, Tensor]:
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, Tensor]:
         """Run the last pass; returns the loss, and the clean logits, detached."""
         clean, noised = pair(task_logits(forward()))
-        loss = losses.cross_entropy_symmetric_kl(
-            self._checked(clean), noised, self.inputs.targets, **self.options
-        )
+        loss = cross_entropy_symmetric_kl(self._checked(clean), noised, self.inputs.targets, **self.options)
         return loss, clean.detach()
 
     def _checked(self, logits: Tensor) -> Tensor:
@@ -91,15 +146,15 @@ class FusedForm:
             forward()
         return seen[0]
 
-    def conclude(self, forward: Forward, pair: Pair) -> tuple[losses.NoiseStabilityLoss, None]:
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, None]:
         """Run the last pass; returns the loss, and no logits."""
-        slot, losses = LossSlot(), []
+        slot, results = LossSlot(), []
 
         def compute(hidden: Tensor) -> Tensor:
             clean, noised = pair(hidden)
             check_rows(clean, self.inputs.targets, self.objective)
-            losses.append(
-                losses.linear_cross_entropy_symmetric_kl(
+            results.append(
+                linear_cross_entropy_symmetric_kl(
                     clean,
                     noised,
                     labels=self.inputs.targets,
@@ -109,11 +164,11 @@ class FusedForm:
                     **self.options,
                 )
             )
-            return slot.leave(losses[0].loss)
+            return slot.leave(results[0].loss)
 
         with self.head.replaced(compute):
             output = forward()
-        return losses[0]._replace(loss=slot.arrive(output.logits)), None
+        return results[0]._replace(loss=slot.arrive(output.logits)), None
 
 
 def choose_form(
@@ -153,14 +208,7 @@ def choose_form(
     return FusedForm(inputs, options, objective, head, num_counted, form)
 
 
-def run_passes(
-    model: nn.Module,
-    form: LogitsForm | FusedForm,
-    settings: NoiseSettings,
-    *,
-    site: EmbeddingSite | None,
-    disturb: Callable[[Tensor], Tensor],
-) -> StepResult:
+def run_passes(model: nn.Module, form: LogitsForm | FusedForm, noise: Disturbance) -> StepResult:
     """Run the passes of one step.
 
     Two passes are a clean and a noised one; the noised one comes first where it needs no gradient, so that nothing
@@ -169,25 +217,24 @@ def run_passes(
     Args:
         model: the model as wrapped by the training engine.
         form: how the loss is computed.
-        settings: of the objective.
-        site: where the noise goes in; None where there is none.
-        disturb: gives the sum of an embedding output and noise.
+        noise: of the step.
     """
+    site, settings = noise.site, noise.settings
     embedded: list[Embedded] = []
 
     def forward(arguments: dict[str, Any], *, noised: bool, half: bool = False) -> Any:
         if site is None:
             return model(**arguments)
         detach = noised and settings.detach_embedding
-        with embedding_hook(site, disturb if noised else None, detach=detach, half=half) as record:
+        with embedding_hook(site, noise if noised else None, detach=detach, half=half) as record:
             output = model(**arguments)
         if noised:
             embedded.append(record)
         return output
 
-    def two_passes() -> tuple[losses.NoiseStabilityLoss, Tensor | None]:
+    def two_passes() -> tuple[NoiseStabilityLoss, Tensor | None]:
         arguments, noised_first = form.inputs.arguments, settings.one_sided
-        rng = RngState.capture(model)
+        rng = RngState.capture(model, arguments)
         with torch.no_grad() if noised_first else nullcontext():
             first = form.observe(lambda: forward(arguments, noised=noised_first))
         if settings.masks == "shared":
@@ -198,7 +245,7 @@ def run_passes(
                 lambda last: (last, first) if noised_first else (first, last),
             )
 
-    def doubled_pass() -> tuple[losses.NoiseStabilityLoss, Tensor | None]:
+    def doubled_pass() -> tuple[NoiseStabilityLoss, Tensor | None]:
         arguments = form.inputs.doubled()
         return form.conclude(
             lambda: forward(arguments, noised=True, half=True),

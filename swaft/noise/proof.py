@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,31 +14,32 @@ from torch import Tensor, nn
 
 from swaft.errors import NoiseError
 from swaft.noise.arrival import ArrivalFigures, judge_arrival, layer_inputs, measure_arrival
-from swaft.noise.checks import check_output, check_rows, check_seeds, generates
-from swaft.noise.dropout import RngState
-from swaft.noise.embedding import EmbeddingSite, embedding_hook
+from swaft.noise.checks import check_rows, check_seeds, generates, router_terms
+from swaft.noise.embedding import Disturbance, embedding_hook
 from swaft.noise.head import LanguageModelHead, placeholder
-from swaft.noise.inputs import IGNORE_INDEX, prepare_inputs, proof_rows
-from swaft.noise.outputs import task_logits
-from swaft.noise.presets import NoiseSettings
+from swaft.noise.inputs import (
+    IGNORE_INDEX,
+    prepare_inputs,
+    proof_rows,
+    real_tokens,
+    task_logits,
+    without_cache,
+)
+from swaft.noise.passes import RngState
 from swaft.noise.wrappers import is_distributed
 
 _ROWS = 2
 """Rows of a batch that a generating model's proof is made on: its logits are too large for all."""
+
+_ROUTER_LOSSES = ("aux_loss", "z_loss")
+"""How the names of a mixture of experts' own losses end in a Hugging Face model's output."""
 
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 2e-2
 """How far two computations of one number may be apart, relative; the second where the model rounds to 16 bits."""
 
 
 def prove(
-    model: nn.Module,
-    batch: dict[str, Any],
-    *,
-    site: EmbeddingSite | None,
-    head: LanguageModelHead | None,
-    disturb: Callable[[Tensor], Tensor],
-    settings: NoiseSettings,
-    objective: str,
+    model: nn.Module, batch: dict[str, Any], noise: Disturbance, *, head: LanguageModelHead | None
 ) -> bool:
     """Hold the model's own loss, its logits and its first layer to what the objective takes them for.
 
@@ -48,11 +50,8 @@ def prove(
     Args:
         model: the model as wrapped by the training engine.
         batch: keyword arguments of its forward, labels included.
-        site: where the noise goes in; None where there is none.
+        noise: of the step, and the objective's settings.
         head: the head that the fused loss computes with; None where the loss is computed from logits.
-        disturb: gives the sum of an embedding output and noise.
-        settings: the objective's.
-        objective: its name, for messages.
 
     Returns:
         Whether the loss could be compared: False where no rank's batch has rows of more than one class, in whose
@@ -63,23 +62,25 @@ def prove(
             head is taken to make, or when the noise does not arrive; on all ranks alike.
     """
     rows = proof_rows(model, batch, at_most=_ROWS) if generates(model) else batch
-    rng, seed = RngState.capture(model), torch.initial_seed()
+    inputs = prepare_inputs(model, rows)
+    noise = replace(noise, real=real_tokens(inputs.arguments))
+    site, settings, objective = noise.site, noise.settings, noise.objective
+    rng, seed = RngState.capture(model, batch), torch.initial_seed()
     with torch.no_grad(), _buffers_restored(model):
         with layer_inputs(site) if site else nullcontext([]) as clean:
-            loss_figures = _clean_pass(model, rows, site, head, objective)
+            loss_figures = _clean_pass(model, rows, noise, head)
         if settings.masks == "shared":
             check_seeds(model, reseeded=torch.initial_seed() != seed)
         rng.restore()
         arrival, handed_on = torch.zeros(4, device=loss_figures.device), torch.float32
         if site is not None:
-            inputs = prepare_inputs(model, rows)
             with (
                 layer_inputs(site) as noisy,
-                embedding_hook(site, disturb) as noised,
+                embedding_hook(site, noise) as noised,
                 head.replaced(placeholder) if head else nullcontext(),
             ):
                 model(**inputs.arguments)
-            arrival = measure_arrival(noised, clean, noisy, settings)
+            arrival = measure_arrival(noised, clean, noisy, noise)
             handed_on = noised.handed_on.dtype
             rng.restore()
         # Weights that autocast cast here carry no gradient and must not serve the training pass.
@@ -100,16 +101,12 @@ def prove(
             "Set noise.fused=false, which computes the loss from the logits of both passes."
         )
     if site is not None:
-        judge_arrival(ArrivalFigures(*arrived), site=site, dtype=handed_on, settings=settings)
+        judge_arrival(ArrivalFigures(*arrived), noise, handed_on)
     return compared > 0
 
 
 def _clean_pass(
-    model: nn.Module,
-    rows: dict[str, Any],
-    site: EmbeddingSite | None,
-    head: LanguageModelHead | None,
-    objective: str,
+    model: nn.Module, rows: dict[str, Any], noise: Disturbance, head: LanguageModelHead | None
 ) -> Tensor:
     """Run the model with labels, its own head and its own loss.
 
@@ -126,14 +123,14 @@ def _clean_pass(
         return outputs[-1]
 
     with (
-        embedding_hook(site) if site else nullcontext(),
+        embedding_hook(noise.site) if noise.site else nullcontext(),
         head.replaced(watched) if head else nullcontext(),
     ):
-        output = model(**rows)
-    check_output(output, objective)
+        output = model(**without_cache(model, rows))
+    _check_output(output, noise.objective)
     targets = prepare_inputs(model, rows).targets
     logits = task_logits(output)
-    check_rows(logits, targets, objective)
+    check_rows(logits, targets, noise.objective)
 
     dtypes = {parameter.dtype for parameter in model.parameters()} | {each.dtype for each in outputs}
     rounds = any(dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point)
@@ -151,6 +148,29 @@ def _clean_pass(
     # A loss or logits that are not numbers are for the training loop to find; no row that counts gives none.
     gaps = torch.stack([loss_gap, logits_gap]).nan_to_num(nan=0.0) / tolerance
     return torch.cat([compared.float().reshape(1), gaps.float()])
+
+
+def _check_output(output: Any, objective: str) -> None:
+    """Refuse an output without loss and logits, and one whose loss has terms of a mixture of experts.
+
+    Args:
+        output: what the model returned for a batch with labels.
+        objective: the objective's name, for the message.
+
+    Raises:
+        NoiseError: naming what was found.
+    """
+    if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
+        raise NoiseError(
+            f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
+            "expected a Hugging Face model that classifies, points at answers or generates. Set noise.kind=none."
+        )
+    # Such a term may be too small beside the cross entropy to show in the loss.
+    terms = [
+        name for name, value in vars(output).items() if name.endswith(_ROUTER_LOSSES) and value is not None
+    ]
+    if terms:
+        raise router_terms(", ".join(terms), objective)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swaft.noise.counted import CountedRows
+from swaft.noise.passes import CountedRows
 from swaft.noise.slot import LossSlot
 
 pytestmark = pytest.mark.unit

@@ -7,7 +7,6 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from swaft.errors import ConfigError, NoiseError
 from swaft.noise import R3F, TaskLoss
-from swaft.noise.smoothed import SmoothedTaskLoss
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +42,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def test_smoothing_is_over_the_whole_vocabulary_and_the_counted_tokens(model, batch):
     share = 0.1
-    out = SmoothedTaskLoss(share)(model, batch)
+    out = TaskLoss(share)(model, batch)
     log_p = model(**batch).logits.double().log_softmax(-1)
     counted = batch["labels"] != -100
     right = log_p.gather(-1, batch["labels"].clamp(min=0)[..., None]).squeeze(-1)
@@ -53,13 +52,13 @@ def test_smoothing_is_over_the_whole_vocabulary_and_the_counted_tokens(model, ba
 
 
 def test_a_share_near_zero_is_the_plain_loss(model, batch):
-    assert SmoothedTaskLoss(1e-9)(model, batch).loss.item() == pytest.approx(
+    assert TaskLoss(1e-9)(model, batch).loss.item() == pytest.approx(
         TaskLoss()(model, batch).loss.item(), rel=1e-6
     )
 
 
 def test_it_is_the_task_loss_of_a_noise_objective_with_the_same_smoothing(model, batch):
-    smoothed = SmoothedTaskLoss(0.2)(model, batch)
+    smoothed = TaskLoss(0.2)(model, batch)
     r3f = R3F(label_smoothing=0.2)(model, batch)
     assert smoothed.task_loss.item() == pytest.approx(r3f.task_loss.item(), rel=1e-6)
 
@@ -75,7 +74,7 @@ def test_a_model_that_trains_another_loss_is_refused(model, batch, monkeypatch):
 
     monkeypatch.setattr(model, "forward", doubled)
     with pytest.raises(NoiseError, match="label smoothing computes the mean cross entropy"):
-        SmoothedTaskLoss(0.1)(model, batch)
+        TaskLoss(0.1)(model, batch)
 
 
 def test_the_plain_loss_needs_no_logits(model, batch, monkeypatch):
@@ -87,4 +86,4 @@ def test_the_plain_loss_needs_no_logits(model, batch, monkeypatch):
 
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ConfigError, match="label_smoothing is 1"):
-        SmoothedTaskLoss(1.0)
+        TaskLoss(1.0)

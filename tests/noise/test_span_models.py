@@ -20,7 +20,6 @@ from swaft.errors import NoiseError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
 from swaft.noise.embedding import embedding_hook, find_site
 from swaft.noise.generator import add_noise
-from swaft.noise.smoothed import SmoothedTaskLoss
 from swaft.noise.spectral import normalised_layers
 
 pytestmark = pytest.mark.unit
@@ -185,7 +184,7 @@ def test_r4f_normalises_the_layer_that_points():
 
 def test_smoothed_labels_are_spread_over_the_tokens_of_the_text():
     model, rows = bert(dropout=0.0), batch()
-    out = SmoothedTaskLoss(0.2)(model, rows)
+    out = TaskLoss(0.2)(model, rows)
     clean = model(**rows)
     spread = -sum(log_softmax(clean[f"{end}_logits"], -1).mean() for end in ("start", "end")) / 2
     torch.testing.assert_close(out.loss, 0.8 * clean.loss + 0.2 * spread)

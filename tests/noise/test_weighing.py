@@ -9,11 +9,10 @@ from tiny_models import bart, bert, causal_batch, classification_batch, generati
 from transformers import Trainer, TrainingArguments
 
 from swaft.noise import R3F, RDrop, TaskLoss
-from swaft.noise.smoothed import SmoothedTaskLoss
 
 pytestmark = pytest.mark.unit
 
-OBJECTIVES = [TaskLoss(), SmoothedTaskLoss(0.1), R3F(sigma=0.1), R3F(sigma=0.1, passes="doubled"), RDrop()]
+OBJECTIVES = [TaskLoss(), TaskLoss(0.1), R3F(sigma=0.1), R3F(sigma=0.1, passes="doubled"), RDrop()]
 CASES = [(bert, classification_batch, 4), (t5, generation_batch, 16), (gpt2, causal_batch, 15)]
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.noise.outputs import task_logits
+from swaft.noise.inputs import task_logits
 from swaft.training.data.seq2seq import Seq2SeqCollator
 from swaft.training.data.texts import Collator
 from swaft.training.models.special_tokens import (

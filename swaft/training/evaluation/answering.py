@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from swaft.errors import ConfigError, TrainingError
-from swaft.noise.outputs import task_logits
+from swaft.noise.inputs import task_logits
 from swaft.training.config import QuestionAnsweringEvalConfig
 from swaft.training.data.checks import values
 from swaft.training.data.question_answering import NO_ANSWER_HERE, POSITIONS, right_answers

@@ -9,7 +9,6 @@ from torch import nn
 
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
-from swaft.noise.smoothed import SmoothedTaskLoss
 from swaft.training.config import NoiseConfig, TrainConfig
 
 PASS_OPTIONS = ("passes", "fused")
@@ -67,9 +66,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
-def build_objective(
-    noise: NoiseConfig, *, seed: int, label_smoothing: float = 0.0
-) -> R3F | RDrop | TaskLoss | SmoothedTaskLoss:
+def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0.0) -> R3F | RDrop | TaskLoss:
     """Return the training objective.
 
     Args:
@@ -90,6 +87,6 @@ def build_objective(
     if problems:
         raise ConfigError(problems)
     if noise.kind == "none":
-        return SmoothedTaskLoss(label_smoothing) if label_smoothing else TaskLoss()
+        return TaskLoss(label_smoothing)
     objectives = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}
     return objectives[noise.kind](weight=noise.weight, seed=seed, label_smoothing=label_smoothing, **options)
