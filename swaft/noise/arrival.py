@@ -97,8 +97,8 @@ def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtyp
         raise NoiseError(
             f"Noise of sigma {settings.sigma:g} changes nothing in the {place} ({dtype}): it is lost in "
             "rounding, or the encoder ignores its embedding output. Expected a change. Half of the entries "
-            f"change from about noise.sigma={smallest:.1e} on: set noise.sigma, use a wider type, or "
-            "set noise.kind=none."
+            f"change from about sigma={smallest:.1e} on: set that or more, use a wider type, or use "
+            "swaft.TaskLoss."
         )
     if current_rank() == 0:
         logger.info(
@@ -153,13 +153,13 @@ class FirstBatches:
 
 def _felt_settings(settings: NoiseSettings) -> str:
     if settings.masks == "shared":
-        ways = ["noise.masks=independent (dropout then differs between the passes)"]
+        ways = ["masks='independent' (dropout then differs between the passes)"]
     else:
         ways = ["more dropout in the model"]
     if settings.sigma > 0:
         sigma = 2 * settings.sigma if settings.relative and settings.sigma >= _FELT_SIGMA else _FELT_SIGMA
-        ways.append(f"noise.preset=relative with noise.sigma={sigma:g} or more")
-    return ", ".join([*ways, "or a larger noise.weight."])
+        ways.append(f"preset='relative' with sigma={sigma:g} or more")
+    return ", ".join([*ways, "or a larger weight."])
 
 
 def smallest_surviving_sigma(record: Embedded, noise: Noise) -> Tensor:
@@ -214,7 +214,7 @@ def layer_inputs(site: EmbeddingSite) -> Iterator[list[Tensor]]:
     if not inputs:
         raise NoiseError(
             f"No layer of {type(site.encoder).__name__} ran in a forward pass; expected a torch.nn.ModuleList of "
-            "layers, so that the noise can be followed there. Set noise.kind=rdrop or none."
+            "layers, so that the noise can be followed there. Use swaft.RDrop or swaft.TaskLoss."
         )
 
 

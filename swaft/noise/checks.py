@@ -54,9 +54,9 @@ def check_one_mask(model: nn.Module) -> None:
     """
     for name, rate in _dropout_rates(model):
         raise NoiseError(
-            f"noise.passes=doubled with noise.masks=shared: {name} is {rate:g}, and one pass over the batch twice "
+            f"passes='doubled' with masks='shared': {name} is {rate:g}, and one pass over the batch twice "
             "draws other masks for each half. Expected no dropout: set the model's dropout to 0, "
-            "noise.masks=independent, or noise.passes=two."
+            "masks='independent', or passes='two'."
         )
 
 
@@ -80,7 +80,7 @@ def check_two_masks(model: nn.Module, objective: str) -> None:
         f"{objective} without noise compares two passes that differ in their dropout masks alone, and "
         f"{type(unwrap(model)).__name__} has no dropout ({off or 'none in its configuration'}): both would be the "
         "same, the divergence 0, at twice the time. Set a dropout of its configuration, add noise "
-        "(noise.kind=r3f with noise.preset=relative and noise.sigma=0.5), or set noise.kind=none."
+        "(swaft.R3F with preset='relative' and sigma=0.5), or use swaft.TaskLoss."
     )
 
 
@@ -110,7 +110,7 @@ def check_seeds(model: nn.Module, *, reseeded: bool = False) -> None:
     if reseeded or _config(unwrap(model), "model_type", "") == "reformer":
         raise NoiseError(
             "The model seeds torch's random state anew in its forward pass (Reformer does), so two passes cannot "
-            "share their dropout masks. Set noise.masks=independent."
+            "share their dropout masks. Set masks='independent'."
         )
 
 
@@ -130,7 +130,7 @@ def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
     if targets.shape != rows.shape[:-1]:
         raise NoiseError(
             f"Labels of shape {tuple(targets.shape)} do not fit rows of shape {tuple(rows.shape)}; "
-            f"{objective} expects one class index a row. Set noise.kind=none for several labels a row, and for "
+            f"{objective} expects one class index a row. Use swaft.TaskLoss for several labels a row, and for "
             "rows without a label (the virtual tokens of prompt tuning)."
         )
 
@@ -138,7 +138,7 @@ def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
 def _one_class(objective: str) -> NoiseError:
     return NoiseError(
         f"{objective} needs at least two classes, and the model has one output (regression), over which "
-        "every softmax is 1 and the divergence 0. Set noise.kind=none."
+        "every softmax is 1 and the divergence 0. Use swaft.TaskLoss."
     )
 
 
@@ -146,7 +146,7 @@ def router_terms(terms: str, objective: str) -> NoiseError:
     """The refusal of a loss that has terms of a mixture of experts beside the cross entropy."""
     return NoiseError(
         f"The model adds {terms} of its routers to its loss, and {objective} computes the mean cross entropy "
-        "alone. Expected a loss without them. Set the model's output_router_logits=False, or noise.kind=none."
+        "alone. Expected a loss without them. Set the model's output_router_logits=False, or use swaft.TaskLoss."
     )
 
 

@@ -85,7 +85,8 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         found = f"a {type(embedding).__name__}" if is_module else "no token embedding"
         raise NoiseError(
             f"{type(network).__name__} names {found} to add noise to; expected a Hugging Face text model whose "
-            "get_input_embeddings() gives a torch.nn.Embedding. Set noise.kind=rdrop, which needs none, or none."
+            "get_input_embeddings() gives a torch.nn.Embedding. Use swaft.RDrop, which needs none, or "
+            "swaft.TaskLoss."
         )
     model_type = getattr(getattr(network, "config", None), "model_type", None)
     return EmbeddingSite(
@@ -110,7 +111,7 @@ class Disturbance:
     objective: str
     """Its name, for messages."""
     draw: Callable[..., Tensor] = add_noise
-    """`add_noise` but for the embedding and sigma."""
+    """`add_noise` of an embedding, noise and sigma, its place in the stream given."""
     real: Tensor | None = None
     """Which tokens are no padding (B, T), bool; None where the batch does not say."""
 
@@ -121,7 +122,7 @@ class Disturbance:
         sigma: float | Tensor = scale * self.settings.sigma
         if self.settings.relative:
             sigma = sigma * root_mean_square(embedding.detach(), self.real).float()
-        return self.draw(embedding, sigma=sigma)
+        return self.draw(embedding, noise=self.settings.noise, sigma=sigma)
 
 
 def _text_encoder(network: nn.Module) -> nn.Module | None:
@@ -200,7 +201,7 @@ def embedding_hook(
             f"The token embedding of {type(site.encoder).__name__} ran {record.calls} times in one forward "
             "pass; expected once. Pass input_ids (not inputs_embeds, which prompt tuning passes, too), leave out "
             "token_type_ids that share the embedding (GPT-2), and use a model that is not compiled; "
-            "noise.kind=rdrop or none does without the embedding."
+            "swaft.RDrop and swaft.TaskLoss do without the embedding."
         )
 
 

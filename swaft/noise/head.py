@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from swaft.errors import NoiseError
 from swaft.noise.wrappers import is_compiled, layers, unwrap
 
-_SLOW_TWIN = "Set noise.fused=false, which computes the loss from the logits of both passes."
+_SLOW_TWIN = "Set fused=False, which computes the loss from the logits of both passes."
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,8 @@ def _check_batch(batch: dict[str, Any], targets: Tensor) -> None:
         if isinstance(kept, Tensor) or kept:
             raise NoiseError(
                 f"The batch has {name}, with which the model makes logits of some positions alone; expected "
-                "logits of every position that has a label. Leave it out of the batch, and set the labels of the positions "
-                f"that are not to count to {IGNORE_INDEX}."
+                "logits of every position that has a label. Leave it out of the batch, and set the labels of the "
+                f"positions that are not to count to {IGNORE_INDEX}."
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
@@ -241,16 +240,15 @@ class TwoPasses(Resumable):
             NoiseError: when the noise does not reach the network, or the model does not fit the objective.
         """
         settings, name = self.settings_for(model), type(self).__name__
+        if model not in self._proved:
+            self._check(model)
         inputs = prepare_inputs(model, batch)
         site, head = self._site(model, settings), self._head(model, settings)
         if model.training:
             self._check_masks(model, settings)
-        draw = partial(add_noise, noise=settings.noise, seed=self.seed, rank=current_rank(), step=self.step)
-        noise = Disturbance(site, settings, name, draw, real_tokens(inputs.arguments))
-        if model not in self._proved:
-            self._check(model)
-            if prove(model, batch, noise, head=head):
-                self._proved.add(model)
+        noise = Disturbance(site, settings, name, self._draw, real_tokens(inputs.arguments))
+        if model not in self._proved and prove(model, batch, noise, head=head):
+            self._proved.add(model)
 
         form = choose_form(inputs, settings, weight=self.weight, head=head, objective=name)
         result = run_passes(model, form, noise)
@@ -260,6 +258,9 @@ class TwoPasses(Resumable):
             if self.weight > 0:
                 self._first_batches.add(out.task_loss, self.weight * out.divergence, settings, name)
         return out
+
+    def _draw(self, embedding: Tensor, **how: Any) -> Tensor:
+        return add_noise(embedding, **how, seed=self.seed, rank=current_rank(), step=self.step)
 
     def _check_masks(self, model: nn.Module, settings: NoiseSettings) -> None:
         if settings.masks == "shared":
@@ -352,7 +353,7 @@ class RDrop(TwoPasses):
     """
 
     _: KW_ONLY
-    preset: Literal["rdrop", "rdrop_paper"] | None = None
+    preset: Literal["rdrop", "rdrop_paper"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Whose form; None: "rdrop"."""
 
     _PRESET: ClassVar[Preset] = "rdrop"

@@ -92,13 +92,13 @@ def prove(
         raise NoiseError(
             f"{objective} computes the mean cross entropy of the counted rows, and the model's own loss is "
             "another one (weighted, smoothed, with more terms, or of other rows), which would be replaced. "
-            "Expected a model whose loss is the mean cross entropy. Set noise.kind=none."
+            "Expected a model whose loss is the mean cross entropy. Use swaft.TaskLoss."
         )
     if head is not None and logits_gap > 1:
         raise NoiseError(
             f"The model does more to its logits after the head than is known (logit scale {head.logit_scale:g}, "
             f"soft-cap {head.softcap}, {'no' if head.logits_bias is None else 'a'} bias); expected nothing more. "
-            "Set noise.fused=false, which computes the loss from the logits of both passes."
+            "Set fused=False, which computes the loss from the logits of both passes."
         )
     if site is not None:
         judge_arrival(ArrivalFigures(*arrived), noise, handed_on)
@@ -163,7 +163,7 @@ def _check_output(output: Any, objective: str) -> None:
     if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
-            "expected a Hugging Face model that classifies, points at answers or generates. Set noise.kind=none."
+            "expected a Hugging Face model that classifies, points at answers or generates. Use swaft.TaskLoss."
         )
     # Such a term may be too small beside the cross entropy to show in the loss.
     terms = [

@@ -101,5 +101,5 @@ def _refuse_cut_or_trained_path(logits: Tensor) -> None:
         found = f"applies a trainable weight of shape {leaves[0]} to" if leaves else "cuts the gradient of"
         raise NoiseError(
             f"The model {found} its logits, after its head; expected the head to be the last to train. "
-            "Set noise.fused=false, which computes the loss from the logits of both passes."
+            "Set fused=False, which computes the loss from the logits of both passes."
         )

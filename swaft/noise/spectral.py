@@ -91,7 +91,7 @@ def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -
             continue
         if linear.weight.numel() == 0:
             raise ConfigError(
-                f"noise.kind=r4f: ZeRO-3 has already partitioned {name}; expected the whole weight. "
+                f"R4F: ZeRO-3 has already partitioned {name}; expected the whole weight. "
                 "Set zero3_init_flag: false in the accelerate config."
             )
         parametrize.register_parametrization(
@@ -137,7 +137,7 @@ def _head(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     ]
     if generates or not head:
         raise ConfigError(
-            f"noise.kind=r4f: {type(network).__name__} has no classification head with weights of its own; "
-            "expected one to normalise. Set noise.kind=r3f."
+            f"R4F: {type(network).__name__} has no classification head with weights of its own; "
+            "expected one to normalise. Use swaft.R3F."
         )
     return head

@@ -38,7 +38,7 @@ def deaf_bert():
 def test_an_encoder_that_ignores_its_embedding_output_is_found_out():
     with pytest.raises(
         NoiseError,
-        match=r"changes nothing in the first layer of BertForSequenceClassification.*noise\.sigma=",
+        match=r"changes nothing in the first layer of BertForSequenceClassification.*sigma=",
     ):
         R3F(sigma=0.5)(deaf_bert(), classification_batch())
 
@@ -49,7 +49,7 @@ def test_noise_lost_in_rounding_is_an_error_that_names_a_sigma_which_survives(no
     with pytest.raises(NoiseError, match=r"changes nothing in the embedding output.*bfloat16") as caught:
         R3F(noise=noise, sigma=1e-9)(model, batch)
 
-    found = re.search(r"noise\.sigma=(\S+) on", str(caught.value))
+    found = re.search(r"sigma=(\S+) on", str(caught.value))
     assert found is not None
     out = R3F(noise=noise, sigma=float(found[1]))(model, batch)
     assert 0.3 < float(out.changed) < 0.6
@@ -59,7 +59,7 @@ def test_a_relative_sigma_is_named_as_a_share_too():
     model, batch = bert().bfloat16(), classification_batch()
     with pytest.raises(NoiseError) as caught:
         R3F(preset="relative", sigma=1e-8)(model, batch)
-    found = re.search(r"noise\.sigma=(\S+) on", str(caught.value))
+    found = re.search(r"sigma=(\S+) on", str(caught.value))
     assert found is not None
     assert 1e-3 < float(found[1]) < 1e-1
 
@@ -68,7 +68,7 @@ def test_the_smallest_sigma_of_a_scaled_embedding_is_named_before_its_factor():
     model = bart(scale_embedding=True).bfloat16()
     with pytest.raises(NoiseError, match="changes nothing in the") as caught:
         R3F(preset="fairseq", sigma=1e-9)(model, generation_batch())
-    found = re.search(r"noise\.sigma=(\S+) on", str(caught.value))
+    found = re.search(r"sigma=(\S+) on", str(caught.value))
     assert found is not None
     assert 0.2 < float(R3F(preset="fairseq", sigma=float(found[1]))(model, generation_batch()).changed) < 0.7
 
@@ -204,8 +204,8 @@ def test_noise_that_will_never_be_felt_is_said_once_after_a_few_batches(caplog):
     found = re.search(r"R3F is not felt: after 8 batches weight x divergence is (\S+) beside a task", warning)
     assert found is not None
     assert 0 < float(found[1]) < 1e-9
-    assert "Set noise.masks=independent" in warning
-    assert "noise.preset=relative with noise.sigma=0.5 or more" in warning
+    assert "Set masks='independent'" in warning
+    assert "preset='relative' with sigma=0.5 or more" in warning
 
 
 @pytest.mark.parametrize(("last", "said"), [(1e-3, 1), (3e-3, 0), (float("nan"), 0)])
@@ -221,9 +221,9 @@ def test_noise_that_grows_as_the_head_learns_is_judged_later(last, said, caplog)
 @pytest.mark.parametrize(
     ("objective", "advice"),
     [
-        (R3F(preset="relative", sigma=0.01), "noise.sigma=0.5 or more"),
-        (R3F(preset="relative", sigma=0.6, weight=1e-4), "noise.sigma=1.2 or more, or a larger noise.weight"),
-        (RDrop(weight=1e-4), "Set more dropout in the model, or a larger noise.weight"),
+        (R3F(preset="relative", sigma=0.01), "sigma=0.5 or more"),
+        (R3F(preset="relative", sigma=0.6, weight=1e-4), "sigma=1.2 or more, or a larger weight"),
+        (RDrop(weight=1e-4), "Set more dropout in the model, or a larger weight"),
     ],
 )
 def test_what_to_set_depends_on_what_is_set(objective, advice, caplog):

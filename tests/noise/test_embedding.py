@@ -244,7 +244,7 @@ def test_an_encoder_that_pads_its_input_by_itself_is_noised_over_its_text_alone(
 def test_a_quantised_embedding_is_refused_by_name():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = transformers.IBertForSequenceClassification(transformers.IBertConfig(vocab_size=60, **sizes))
-    with pytest.raises(NoiseError, match=r"names a QuantEmbedding.*noise\.kind=rdrop"):
+    with pytest.raises(NoiseError, match=r"names a QuantEmbedding.*swaft\.RDrop"):
         find_site(model)
 
 

@@ -193,7 +193,7 @@ def test_a_model_without_dropout_is_refused_where_nothing_else_tells_two_passes_
     batch = classification_batch() if build is bert else generation_batch()
     off = "dropout|hidden_dropout_prob|dropout_rate"
     for call in (objective.prepare_model, lambda model: objective(model, batch)):
-        with pytest.raises(NoiseError, match=rf"has no dropout \(.*({off})=0\.0.*noise\.kind=none"):
+        with pytest.raises(NoiseError, match=rf"has no dropout \(.*({off})=0\.0.*swaft\.TaskLoss"):
             call(build(dropout=0.0))
     objective.prepare_model(build(dropout=0.1))
     R3F(sigma=0.1).prepare_model(build(dropout=0.0))
@@ -334,7 +334,7 @@ def test_plain_fine_tuning_keeps_the_loss_of_regression():
 
 @pytest.mark.parametrize("objective", [R3F(), R4F(), RDrop()])
 def test_regression_is_refused_before_training(objective):
-    with pytest.raises(NoiseError, match=r"at least two classes.*noise\.kind=none"):
+    with pytest.raises(NoiseError, match=r"at least two classes.*swaft\.TaskLoss"):
         objective.prepare_model(bert(num_labels=1))
 
 
@@ -402,7 +402,7 @@ class Weighted(BertForSequenceClassification):
 def test_class_weights_that_cancel_in_a_batch_of_one_class_are_found_in_the_next():
     model, objective, batch = Weighted(bert().config), R3F(sigma=0.1), classification_batch()
     objective(model, {**batch, "labels": torch.ones_like(batch["labels"])})
-    with pytest.raises(NoiseError, match=r"own loss is another one.*noise\.kind=none"):
+    with pytest.raises(NoiseError, match=r"own loss is another one.*swaft\.TaskLoss"):
         objective(model, batch)
 
 

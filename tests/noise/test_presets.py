@@ -48,7 +48,7 @@ def test_explicit_values_override_the_preset_and_none_does_not():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_zero_can_override_every_preset_where_the_masks_differ(preset):
     assert resolve_settings(preset, generates=False, sigma=0, masks="independent").sigma == 0
-    with pytest.raises(ConfigError, match=r"noise\.sigma=0 with noise\.masks=shared: nothing differs"):
+    with pytest.raises(ConfigError, match="sigma=0 with masks='shared': nothing differs"):
         resolve_settings(preset, generates=False, sigma=0, masks="shared")
 
 
@@ -68,15 +68,15 @@ def test_every_invalid_value_is_named_at_once():
     text = str(caught.value)
     assert len(caught.value.problems) == 9
     for expected in (
-        "noise.noise is 'gamma'; expected one of uniform, normal",
-        "noise.masks is 'same'; expected one of shared, independent",
-        "noise.detach is 'all'; expected one of none, clean, noised, target",
-        "noise.reduction is 'max'; expected one of mean, batchmean",
-        "noise.preset is 'papr'; expected one of paper, relative, fairseq, rdrop",
-        "noise.sigma is -1.0",
-        "noise.passes is 'three'; expected one of two, doubled",
-        "label_smoothing is 1.0; expected a number from 0 to below 1",
-        "noise.fused is 'no'; expected one of False, True",
+        "noise is 'gamma', expected one of uniform, normal",
+        "masks is 'same', expected one of shared, independent",
+        "detach is 'all', expected one of none, clean, noised, target",
+        "reduction is 'max', expected one of mean, batchmean",
+        "preset is 'papr', expected one of paper, relative, fairseq, rdrop",
+        "sigma is -1.0, expected a number, at least 0",
+        "passes is 'three', expected one of two, doubled",
+        "label_smoothing is 1.0, expected a number, at least 0 and below 1",
+        "fused is 'no', expected true or false",
     ):
         assert expected in text
 
@@ -84,35 +84,35 @@ def test_every_invalid_value_is_named_at_once():
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "1"])
 @pytest.mark.parametrize("objective", [R3F, R4F, RDrop])
 def test_weight_must_be_a_finite_number_not_below_zero(objective, weight):
-    with pytest.raises(ConfigError, match=r"noise\.weight"):
+    with pytest.raises(ConfigError, match="weight is"):
         objective(weight)
 
 
 @pytest.mark.parametrize("sigma", [math.nan, math.inf, "1e-5"])
 def test_sigma_must_be_a_finite_number(sigma):
-    with pytest.raises(ConfigError, match=r"noise\.sigma"):
+    with pytest.raises(ConfigError, match="sigma is"):
         R3F(sigma=sigma)
 
 
 @pytest.mark.parametrize("objective", [R3F, R4F, RDrop])
 def test_a_seed_must_be_a_whole_number(objective):
-    with pytest.raises(ConfigError, match=r"seed is 1\.5; expected a whole number"):
+    with pytest.raises(ConfigError, match=r"seed is 1\.5, expected a whole number"):
         objective(seed=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", ["paper", "relative", "fairseq", "alpha"])
 def test_rdrop_takes_its_own_presets_alone(preset):
-    with pytest.raises(ConfigError, match=f"noise.preset is '{preset}'; expected rdrop or rdrop_paper"):
+    with pytest.raises(ConfigError, match=f"preset is '{preset}', expected one of rdrop, rdrop_paper"):
         RDrop(preset=preset)  # type: ignore[arg-type]
 
 
 def test_unknown_layers_are_refused():
-    with pytest.raises(ConfigError, match=r"noise\.layers is 'first'; expected one of all, last"):
+    with pytest.raises(ConfigError, match="layers is 'first', expected one of all, last"):
         R4F(layers="first")  # type: ignore[arg-type]
 
 
 def test_a_doubled_pass_cannot_be_one_sided():
-    with pytest.raises(ConfigError, match=r"noise\.passes=doubled with noise\.detach=noised"):
+    with pytest.raises(ConfigError, match="passes='doubled' with detach='noised'"):
         R3F(passes="doubled", detach="noised")
 
 

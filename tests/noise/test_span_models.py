@@ -201,7 +201,7 @@ class Weighted(BertForQuestionAnswering):
 
 
 def test_a_model_that_trains_another_loss_is_refused():
-    with pytest.raises(NoiseError, match=r"own loss is another one.*noise\.kind=none"):
+    with pytest.raises(NoiseError, match=r"own loss is another one.*swaft\.TaskLoss"):
         R3F(sigma=0.1)(bert(kind=Weighted), batch())
 
 

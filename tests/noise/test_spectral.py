@@ -39,7 +39,7 @@ def test_normalising_twice_is_normalising_once():
 
 @pytest.mark.parametrize("build", [bart, t5])
 def test_generation_models_have_no_head_to_normalise(build):
-    with pytest.raises(ConfigError, match=r"no classification head.*noise\.kind=r3f"):
+    with pytest.raises(ConfigError, match=r"no classification head.*swaft\.R3F"):
         R4F().prepare_model(build())
 
 
@@ -141,7 +141,7 @@ def test_r4f_trains_the_weight_under_the_norm():
 class Undisturbed(R4F):
     """R4F whose noise is nothing."""
 
-    def _disturb(self, embedding, settings):
+    def _draw(self, embedding, **_):
         return embedding.clone()
 
 

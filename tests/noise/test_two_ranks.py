@@ -65,8 +65,8 @@ def worker(rank: int, port: int, folder: str) -> None:
     found["r4f"] = [buffer.clone() for buffer in model.module.buffers()]
 
     class Silent(R3F):
-        def _disturb(self, embedding, settings):
-            return embedding if rank == 0 else super()._disturb(embedding, settings)
+        def _draw(self, embedding, **how):
+            return embedding if rank == 0 else super()._draw(embedding, **how)
 
     out = Silent(sigma=0.1)(DistributedDataParallel(bert()), batches[0])  # rank 0 alone must not raise
     found["silent"] = float(out.changed)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tiny_models import bart, bert, causal_batch, classification_batch, generation_batch, gpt2, t5
 from transformers import Trainer, TrainingArguments
 
-from swaft.noise import R3F, RDrop, TaskLoss
+from swaft.noise import R3F, RDrop, TaskLoss, objectives
 
 pytestmark = pytest.mark.unit
 
@@ -48,7 +48,7 @@ def test_micro_batches_weighed_by_their_rows_are_one_batch():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, batch = bart(dropout=0.0), generation_batch()
     objective = R3F(preset="relative", sigma=0.5, seed=1)
-    objective._disturb = lambda embedding, *_: 1.5 * embedding  # the same for a row wherever it lies
+    objective._draw = lambda embedding, **_: 1.5 * embedding  # the same for a row wherever it lies
     objective(model, batch).loss.backward()
     expected = gradients(model)
     model.zero_grad()
@@ -76,7 +76,8 @@ class NoiseTrainer(Trainer):
 
 
 @pytest.mark.parametrize(("build", "batch"), [(bart, generation_batch), *(case[:2] for case in CASES[::2])])
-def test_a_trainer_that_accumulates_takes_the_step_of_one_batch(build, batch, tmp_path):
+def test_a_trainer_that_accumulates_takes_the_step_of_one_batch(build, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "add_noise", lambda embedding, **_: 1.5 * embedding)
     rows = batch(rows=4)
     dataset = [{name: value[row] for name, value in rows.items()} for row in range(4)]
 
@@ -101,7 +102,6 @@ def test_a_trainer_that_accumulates_takes_the_step_of_one_batch(build, batch, tm
             train_dataset=dataset,
         )
         trainer.objective = R3F(preset="relative", sigma=0.5)
-        trainer.objective._disturb = lambda embedding, *_: 1.5 * embedding
         trainer.train()
         return list(model.parameters())
 

@@ -28,7 +28,7 @@ MODELS = {"bert": tiny_bert, "t5": tiny_t5}
 class Stretched(swaft.R3F):
     """R3F whose noise is a share of the embedding, and so the same wherever a row lies."""
 
-    def _disturb(self, embedding: Tensor, settings: Any) -> Tensor:
+    def _draw(self, embedding: Tensor, **_: Any) -> Tensor:
         return 1.5 * embedding
 
 

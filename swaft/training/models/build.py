@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
 from swaft.training.config import NoiseConfig, TrainConfig
+from swaft.training.config.words import in_settings
 
 PASS_OPTIONS = ("passes", "fused")
 R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach", *PASS_OPTIONS)
@@ -88,5 +90,10 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         raise ConfigError(problems)
     if noise.kind == "none":
         return TaskLoss(label_smoothing)
-    objectives = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}
-    return objectives[noise.kind](weight=noise.weight, seed=seed, label_smoothing=label_smoothing, **options)
+    objective = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}[noise.kind]
+    try:
+        return objective(weight=noise.weight, seed=seed, label_smoothing=label_smoothing, **options)
+    except ConfigError as error:
+        raise ConfigError(
+            [in_settings(re.sub(r"^(\w+) is ", r"noise.\1 is ", p)) for p in error.problems]
+        ) from error
