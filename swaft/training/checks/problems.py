@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 from swaft.errors import ConfigError, SwaftError
-from swaft.training.config.words import in_settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +51,7 @@ class Problems:
         try:
             return function(*args, **kwargs)
         except SwaftError as error:
-            self.add(map(in_settings, error.problems if isinstance(error, ConfigError) else [str(error)]))
+            self.add(error.problems if isinstance(error, ConfigError) else [str(error)])
             return MISSING
 
     def add(self, problems: Iterable[str]) -> None:

@@ -18,7 +18,6 @@ from typing import NoReturn
 from torch.distributed import DistNetworkError, DistStoreError
 
 from swaft.errors import SwaftError
-from swaft.training.config.words import in_settings
 from swaft.training.launch.interruption import EXIT_CODE, Interrupted
 from swaft.training.launch.roll_call import roll_call
 from swaft.training.launch.started_by import end_with_launcher
@@ -137,7 +136,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _words(error: SwaftError) -> str:
-    return in_settings(str(error)) + "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
+    return str(error) + "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
 
 
 def _tell(*messages: str) -> None:

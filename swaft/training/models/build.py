@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from swaft.errors import ConfigError
-from swaft.noise import R3F, R4F, RDrop, TaskLoss
+from swaft.errors import ConfigError, NoiseError
+from swaft.noise import R3F, R4F, ObjectiveOutput, RDrop, TaskLoss
+from swaft.options import options_of
 from swaft.training.config import NoiseConfig, TrainConfig
-from swaft.training.config.words import in_settings
 
-PASS_OPTIONS = ("passes", "fused")
-R3F_OPTIONS = ("preset", "noise", "sigma", "masks", "reduction", "detach", *PASS_OPTIONS)
-NOISE_OPTIONS = {
-    "none": (),
-    "rdrop": ("preset", *PASS_OPTIONS),
-    "r3f": R3F_OPTIONS,
-    "r4f": (*R3F_OPTIONS, "layers"),
-}
-"""Options of section ``noise`` that each kind uses, beside its weight."""
+_KINDS: dict[str, type] = {"none": TaskLoss, "rdrop": RDrop, "r3f": R3F, "r4f": R4F}
+_OF_RECIPES = {"weight", "seed", "label_smoothing"}
+"""What every objective is given; the other options of section ``noise`` are those of its kind's class."""
+_NAMES = "weight|preset|noise|sigma|masks|reduction|detach|passes|fused|layers"
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -79,21 +77,56 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
     Raises:
         ConfigError: where an option is set that the objective would not use.
     """
-    known = NOISE_OPTIONS["r4f"]
-    options = {name: value for name in known if (value := getattr(noise, name)) is not None}
+    known = set(options_of(R4F)) - _OF_RECIPES
+    options = {
+        field.name: value
+        for field in fields(noise)
+        if field.name in known and (value := getattr(noise, field.name)) is not None
+    }
+    kind = _KINDS[noise.kind]
     problems = [
         f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
         for name, value in options.items()
-        if name not in NOISE_OPTIONS[noise.kind]
+        if name not in options_of(kind)
     ]
     if problems:
         raise ConfigError(problems)
-    if noise.kind == "none":
-        return TaskLoss(label_smoothing)
-    objective = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}[noise.kind]
+    if kind is not TaskLoss:
+        options |= {"weight": noise.weight, "seed": seed}
+    with settings_named():
+        return type(kind.__name__, (_NamesSettings, kind), {})(label_smoothing=label_smoothing, **options)
+
+
+class _NamesSettings:
+    """Before an objective's class: its errors name the settings that its arguments come from."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        with settings_named():
+            super().prepare_model(model)  # type: ignore[misc]
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
+        with settings_named():
+            return super().__call__(model, batch)  # type: ignore[misc, no-any-return]
+
+
+@contextmanager
+def settings_named() -> Iterator[None]:
+    """Raise errors of `swaft.noise` in the words of section ``noise``."""
     try:
-        return objective(weight=noise.weight, seed=seed, label_smoothing=label_smoothing, **options)
+        yield
     except ConfigError as error:
-        raise ConfigError(
-            [in_settings(re.sub(r"^(\w+) is ", r"noise.\1 is ", p)) for p in error.problems]
-        ) from error
+        raise ConfigError([in_settings(problem) for problem in error.problems]) from error
+    except NoiseError as error:
+        raise NoiseError(in_settings(str(error))) from error
+
+
+def in_settings(message: str) -> str:
+    """Name the settings of section ``noise`` for the arguments and classes of `swaft.noise` in a message."""
+    for name, kind in _KINDS.items():
+        message = re.sub(rf"\bswaft\.{kind.__name__}\b", f"noise.kind={name}", message)
+    message = re.sub(rf"^({_NAMES}) is ", r"noise.\1 is ", message)
+    return re.sub(
+        rf"(?<![\w.])({_NAMES})=(?:'(\w+)'|(True|False)|)",
+        lambda m: f"noise.{m[1]}={m[2] or (m[3] or '').lower()}",
+        message,
+    )

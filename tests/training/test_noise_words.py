@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from swaft.training.config.words import in_settings
+from swaft.training.models.build import in_settings
 
 pytestmark = pytest.mark.unit
 
@@ -14,6 +14,8 @@ pytestmark = pytest.mark.unit
         ("Use swaft.RDrop or swaft.R3F.", "Use noise.kind=rdrop or noise.kind=r3f."),
         ("Set fused=False, which", "Set noise.fused=false, which"),
         ("sigma=0 with masks='shared': nothing", "noise.sigma=0 with noise.masks=shared: nothing"),
+        ("noise is 'gamma', expected", "noise.noise is 'gamma', expected"),
+        ("The head's weight is a DTensor", "The head's weight is a DTensor"),
         ("with sigma=0.5 or more", "with noise.sigma=0.5 or more"),
         ("train.weight=1, my_sigma=2, averaging.noise=3", "train.weight=1, my_sigma=2, averaging.noise=3"),
     ],
