@@ -42,7 +42,6 @@ class HuggingFaceFolder(SavedWeights):
 
     def __init__(self, path: Path):
         self.path = self.files = path
-        self.aliases = {}
         with explained(path, "looked at"):
             self.is_adapter = (path / ADAPTER_CONFIG).exists()
         self.specs = specs = dict[str, Spec]()

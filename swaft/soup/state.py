@@ -25,8 +25,6 @@ class AverageFolder(SavedWeights):
         StateError: the folder is incomplete or damaged, or nothing is averaged in it yet.
     """
 
-    files = None
-
     def __init__(self, path: Path, *, rule: str | None = None):
         self.path = path
         manifest = read_manifest(path, kind=KIND)

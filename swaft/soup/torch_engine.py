@@ -1,4 +1,6 @@
-"""What a run under torch alone leaves in its checkpoints: one process, DDP or FSDP2, on any number of ranks.
+"""Checkpoints of a run under torch alone, read in slices: torch's own loader puts the whole model into memory.
+
+They are of one process, DDP or FSDP2, on any number of ranks.
 
 The files are those of torch's distributed checkpoints. `.metadata` is Python pickle, whose opening runs whatever
 code is in it, and says of every tensor which rows of it lie where: a chunk each, which is a whole `torch.save`
@@ -74,13 +76,11 @@ class TorchEngineFolder(SavedWeights):
         StateError: they could not be read.
     """
 
-    files = None
-
     def __init__(self, path: Path):
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        self.path, self.aliases = path, {}
+        self.path = path
         try:
             metadata = FileSystemReader(path).read_metadata()
             self._mapped: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""DeepSpeed's checkpoints of ZeRO stages 1 to 3: the fp32 masters, read from the partitions where they lie.
+"""DeepSpeed's checkpoints of ZeRO 1 to 3, read in slices: its own reader puts the whole model into memory.
 
-Files and their fields are those that DeepSpeed's own `zero_to_fp32` reads, which puts the whole model together in
-memory. Here every tensor is a list of views into files that torch maps, so that only a slice is ever copied.
+What is read are the fp32 masters, from files and fields that DeepSpeed's `zero_to_fp32` knows. Every tensor is a
+list of views into files that torch maps, so that only a slice is ever copied.
 
 The files are Python pickle, whose opening runs whatever code is in them. So they are opened only on request.
 """

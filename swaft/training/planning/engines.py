@@ -13,7 +13,7 @@ from swaft.training.launch.accelerator import EngineSettings, partitions_at_load
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch
 from swaft.training.planning import memory
-from swaft.training.planning.memory import EngineMemory, Phase, Run
+from swaft.training.planning.memory import EngineMemory, Phase, PlannedRun
 from swaft.training.planning.step import FP32, TracedStep
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +65,9 @@ class PlannedEngine:
     def memory(self, step: TracedStep, *, accumulates: bool) -> EngineMemory:
         """Return what the rank that holds most holds, phase by phase, the start among them."""
         stage = self.launch.stage
-        run = Run(step=step, world_size=self.launch.world_size, on_cpu=self.on_cpu, accumulates=accumulates)
+        run = PlannedRun(
+            step=step, world_size=self.launch.world_size, on_cpu=self.on_cpu, accumulates=accumulates
+        )
         if stage in (1, 2):
             found = memory.zero12(run, {"stage": stage, **self.zero})
         elif stage == 3:

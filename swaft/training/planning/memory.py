@@ -77,7 +77,7 @@ class EngineMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class PlannedRun:
     """A traced step, and what else memory depends on."""
 
     step: TracedStep
@@ -155,7 +155,7 @@ class Run:
         return Phase(OPTIMIZER_STEP, held | self.kept | temporaries, host or {})
 
 
-def replicated(run: Run, *, deepspeed: bool) -> EngineMemory:
+def replicated(run: PlannedRun, *, deepspeed: bool) -> EngineMemory:
     """Memory under one process or DDP, or (``deepspeed``) at stage 0."""
     trained, w = numel(run.trained), run.itemsize
     held = {"weights": nbytes(run.step.weights), "AdamW's moments": 2 * FP32 * trained}
@@ -175,7 +175,7 @@ def replicated(run: Run, *, deepspeed: bool) -> EngineMemory:
     return EngineMemory(phases, owned=-(-trained // run.world_size))
 
 
-def zero12(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
+def zero12(run: PlannedRun, zero: Mapping[str, Any]) -> EngineMemory:
     """Memory under ZeRO-1 or ZeRO-2, from the filled section ``zero_optimization``."""
     w, trained, unit = run.itemsize, numel(run.trained), 2 * run.world_size
     groups = run.by_group(weight.numel for weight in run.trained)
@@ -219,7 +219,7 @@ def zero12(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
     return EngineMemory(phases, owned=owned)
 
 
-def zero3(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
+def zero3(run: PlannedRun, zero: Mapping[str, Any]) -> EngineMemory:
     """Memory under ZeRO-3, from the filled section ``zero_optimization``.
 
     A weight stays gathered from its forward to its backward where fewer than the reuse distance of elements lie
@@ -257,7 +257,7 @@ def zero3(run: Run, zero: Mapping[str, Any]) -> EngineMemory:
     return EngineMemory(phases, owned=owned)
 
 
-def fsdp2(run: Run, *, reshards: bool) -> EngineMemory:
+def fsdp2(run: PlannedRun, *, reshards: bool) -> EngineMemory:
     """Memory under FSDP2, of the first rank, whose slices are the largest: parameters are cut by rows.
 
     ``reshards``: a block's gathered weights are freed after its forward.
