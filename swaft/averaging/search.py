@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from swaft.averaging.blend import outside
 from swaft.averaging.rules import Readout, WindowsPlan
+from swaft.averaging.rules.base import Scope
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def search_windows(
     better: Callable[..., float] = max,
     windows: Sequence[tuple[float | int | None, float | int | None]] | None = None,
     blends: Sequence[float] = (),
-    scopes: Sequence[str] = (),
+    scopes: Sequence[Scope] = (),
 ) -> ReadoutSearch:
     """Score several readouts of a run and return the best (collective).
 

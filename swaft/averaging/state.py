@@ -95,7 +95,8 @@ class AverageState:
         if not fields["rules"]:
             raise StateError(f"{where}: rules is {fields['rules']!r}, expected a list of the run's rules")
         rules = [RuleState(**_fields(RuleState, rule, where=where)) for rule in fields["rules"]]
-        state = cls(**fields | {"rules": rules})
+        fields["rules"] = rules
+        state = cls(**fields)
         if len({rule.name for rule in rules}) != len(rules):
             raise StateError(f"{where}: rules holds one name twice, expected each once")
         for rule in rules:

@@ -80,7 +80,7 @@ def test_at_0_and_1_every_bit_is_that_of_the_last_weights_and_of_the_average(tmp
 def test_a_blend_out_of_range_is_refused_before_anything_is_swapped(plain, blend):
     _, averager = plain
     with (
-        pytest.raises(AveragingError, match="expected a number from -1 to 2"),
+        pytest.raises(AveragingError, match="expected a number, at least -1 and at most 2"),
         averager.swapped_in(blend=blend),
     ):
         pass
