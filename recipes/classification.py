@@ -10,20 +10,13 @@ last weights (final/), the averaged ones (final-averaged/), and the scores of bo
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import swaft
-from swaft.averaging.rules import Readout, Rule
+from swaft.averaging.rules import Readout
 from swaft.training.checks.problems import Problems
-from swaft.training.checks.refusals import (
-    require_decoder_start,
-    require_embeddings,
-    require_text,
-    require_token_types,
-    require_weights,
-)
+from swaft.training.checks.recipe import Prepared
+from swaft.training.checks.refusals import check_model, require_token_types
 from swaft.training.checks.start import start_of
 from swaft.training.config import ClassificationConfig, build_rule, load_config
 from swaft.training.data.checks import require_length
@@ -35,13 +28,13 @@ from swaft.training.data.texts import (
     refuse_rows_without_tokens,
     report_special_tokens,
 )
-from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics.classification import get_metric, renumbered
+from swaft.training.metrics.classification import get_metric
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
-from swaft.training.models.heads import fit_head
+from swaft.training.models.heads import FittedHead, fit_head
 from swaft.training.models.pretrained import (
     describe_labels,
     load_model_config,
@@ -49,7 +42,7 @@ from swaft.training.models.pretrained import (
     load_with_head,
     longest_text,
 )
-from swaft.training.models.special_tokens import follow_tokenizer, one_length, require_end_token
+from swaft.training.models.special_tokens import one_length, require_end_token
 from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Run
 from swaft.training.run.schedule import build_schedule, set_learning_rate
@@ -57,24 +50,14 @@ from swaft.training.run.schedule import build_schedule, set_learning_rate
 Config = ClassificationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedTask(Prepared):
     """What a run needs that neither a device nor other ranks have to do with."""
 
-    rows: Mapping[str, Any]
-    """Dataset by split."""
     task: Task
-    metric: Metric
-    model_config: Any
-    tokenizer: Any
+    """What is learnt of the rows."""
+    head: FittedHead
+    """The task in the order of the model's own head, where that is kept."""
     collate: Collator
-    has_new_head: bool
-    """Whether the head is a new one, whatever the model brings."""
-    objective: Any
-    rule: Rule | None
-    target: Target
-    """What decides between weights."""
-    cuts_rows: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -82,38 +65,46 @@ class Prepared:
         return "regression" if self.task.is_regression else f"{self.task.num_labels} classes"
 
 
-def prepare(config: ClassificationConfig, problems: Problems) -> Prepared:
+def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
-    task = problems.of(describe_task, problems.of(load_splits, config.data), config.data)
-    tokenizer = problems.of(load_tokenizer, config.model)
-    model_config = problems.of(load_model_config, config.model)
-    problems.of(require_weights, config.model, model_config)
-    problems.of(require_text, config.model, model_config)
-    problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
-    problems.of(require_embeddings, config.model, model_config, tokenizer)
-    problems.of(require_token_types, config.model, model_config, tokenizer, task.text_columns)
-    problems.of(require_decoder_start, config.model, model_config, tokenizer)
-    head = problems.of(fit_head, task, config.model, model_config)
-    problems.of(refuse_rows_without_tokens, task.rows, task.text_columns, tokenizer)
-    problems.of(follow_tokenizer, model_config, tokenizer)
-    problems.of(require_end_token, model_config, tokenizer)
-    length = problems.of(one_length, model_config, config.data.max_seq_length)
-    most = problems.of(longest_text, model_config, tokenizer)
-    problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
-    problems.of(describe_labels, model_config, head.task, pad_token_id=tokenizer.pad_token_id)
-    metric = problems.of(choose_metric, config, task)
-    return Prepared(
-        rows=task.rows,
-        task=head.task,
-        metric=problems.of(in_order, metric, head.order),
-        model_config=model_config,
-        tokenizer=tokenizer,
-        collate=problems.of(Collator, tokenizer, length),
-        has_new_head=head.is_new,
-        objective=problems.of(build_objective, config.noise, seed=config.train.seed),
-        rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, task.rows, config.averaging),
-    )
+    ready = PreparedTask()
+    with problems:  # what is wrong in a block ends it, and those that need something of it are left out
+        ready.task = describe_task(load_splits(config.data), config.data)
+        ready.rows = ready.task.rows
+    with problems:
+        ready.tokenizer = load_tokenizer(config.model)
+        read_as_text(ready.tokenizer, config.data.split_special_tokens)
+    with problems:
+        ready.model_config = load_model_config(config.model)
+    with problems:
+        ready.head = fit_head(ready.task, config.model, ready.model_config)
+    check_model(ready, config, problems)
+    with problems:
+        require_token_types(config.model, ready.model_config, ready.tokenizer, ready.task.text_columns)
+    with problems:
+        refuse_rows_without_tokens(ready.rows, ready.task.text_columns, ready.tokenizer)
+    with problems:
+        require_end_token(ready.model_config, ready.tokenizer)
+    with problems:
+        most = longest_text(ready.model_config, ready.tokenizer)
+        require_length("data.max_seq_length", config.data.max_seq_length, most)
+    with problems:
+        length = one_length(ready.model_config, config.data.max_seq_length)
+        ready.collate = Collator(ready.tokenizer, length)
+    with problems:
+        describe_labels(ready.model_config, ready.head.task, pad_token_id=ready.tokenizer.pad_token_id)
+    with problems:
+        ready.metric = choose_metric(config, ready.task)
+    with problems:
+        ready.objective = build_objective(config.noise, seed=config.train.seed)
+    with problems:
+        ready.rule = build_rule(config.averaging)
+    with problems:
+        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+    with problems:
+        if ready.head.order is not None:  # class ids as the kept head has them
+            ready.metric = ready.metric.renumbered(ready.head.order)
+    return ready
 
 
 def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
@@ -128,16 +119,11 @@ def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
     )
 
 
-def in_order(metric: Metric, order: Sequence[int] | None) -> Metric:
-    """Return the metric for class ids of this order, which a head that is kept has of its own."""
-    return metric if order is None else renumbered(metric, order)
-
-
 def train(config: ClassificationConfig) -> None:
     """Fine-tune, evaluate and save."""
     # What can be wrong without any process group is found, all of it, before there is one.
     ready, start = start_of(config, prepare)
-    task, tokenizer, objective = ready.task, ready.tokenizer, ready.objective
+    task, tokenizer, objective = ready.head.task, ready.tokenizer, ready.objective
 
     with Run.start(config, start.engine) as run:
         # Data: every split that is there, as token ids.
@@ -155,7 +141,7 @@ def train(config: ClassificationConfig) -> None:
                 ready.model_config,
                 seed=config.train.seed,
                 gradient_checkpointing=config.train.gradient_checkpointing,
-                has_new_head=ready.has_new_head,
+                has_new_head=ready.head.is_new,
             )
         objective.prepare_model(model)
 

@@ -11,20 +11,13 @@ official SQuAD scripts read them (predictions-*.json), and some of them to read 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import swaft
-from swaft.averaging.rules import Readout, Rule
+from swaft.averaging.rules import Readout
 from swaft.training.checks.problems import Problems
-from swaft.training.checks.refusals import (
-    require_decoder_start,
-    require_embeddings,
-    require_text,
-    require_token_types,
-    require_weights,
-)
+from swaft.training.checks.recipe import Prepared
+from swaft.training.checks.refusals import check_model, require_token_types
 from swaft.training.checks.start import start_of
 from swaft.training.config import QuestionAnsweringConfig, build_rule, load_config
 from swaft.training.data.checks import require_length
@@ -45,10 +38,9 @@ from swaft.training.evaluation.answering import (
     report_windows,
     write_predictions,
 )
-from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.launch.failure import leave, run_and_report
-from swaft.training.metrics.names import Metric
 from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.pretrained import (
@@ -58,7 +50,7 @@ from swaft.training.models.pretrained import (
     longest_text,
     require_question_answering,
 )
-from swaft.training.models.special_tokens import follow_tokenizer, one_length, whole_windows
+from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Evaluations, Run
 from swaft.training.run.schedule import build_schedule, set_learning_rate
@@ -66,23 +58,13 @@ from swaft.training.run.schedule import build_schedule, set_learning_rate
 Config = QuestionAnsweringConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedQuestions(Prepared):
     """What a run needs that neither a device nor other ranks have to do with."""
 
-    rows: Mapping[str, Any]
-    """Dataset by split."""
     has_unanswerable: bool
     """Whether "none" is an answer."""
-    metric: Metric
-    model_config: Any
-    tokenizer: Any
     collate: WindowCollator
-    objective: Any
-    rule: Rule | None
-    target: Target
-    """What decides between weights."""
-    cuts_rows: ClassVar[bool] = True
+    cuts_rows = True
 
     @property
     def description(self) -> str:
@@ -90,39 +72,42 @@ class Prepared:
         return f"finding answers, scored by {self.metric.name}"
 
 
-def prepare(config: QuestionAnsweringConfig, problems: Problems) -> Prepared:
+def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQuestions:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
-    splits = problems.of(load_splits, config.data)
-    rows = problems.of(check_questions, splits, skip_bad_rows=config.data.skip_bad_rows)
-    has_unanswerable = problems.of(may_have_no_answer, rows, config.data.version_2_with_negative)
-    problems.of(refuse_unused_threshold, config.eval, has_unanswerable=has_unanswerable)
-    model_config = problems.of(load_model_config, config.model, num_labels=2)  # the first token and the last
-    problems.of(require_question_answering, config.model, model_config)
-    problems.of(require_weights, config.model, model_config)
-    problems.of(require_text, config.model, model_config)
-    tokenizer = problems.of(load_tokenizer, config.model)
-    problems.of(require_offsets, tokenizer)
-    problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
-    problems.of(follow_tokenizer, model_config, tokenizer)
-    length = problems.of(one_length, model_config, config.data.max_seq_length)
-    problems.of(require_embeddings, config.model, model_config, tokenizer)
-    problems.of(require_token_types, config.model, model_config, tokenizer, ("question", "context"))
-    problems.of(require_decoder_start, config.model, model_config, tokenizer)
-    most = problems.of(longest_text, model_config, tokenizer)
-    problems.of(require_length, "data.max_seq_length", config.data.max_seq_length, most)
-    problems.of(refuse_unusable_questions, rows, tokenizer, config.data)
-    metric = problems.of(get_question_metric, config.eval.metric, has_unanswerable=has_unanswerable)
-    return Prepared(
-        rows=rows,
-        has_unanswerable=has_unanswerable,
-        metric=metric,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        collate=problems.of(WindowCollator, tokenizer, length, problems.of(whole_windows, model_config)),
-        objective=problems.of(build_objective, config.noise, seed=config.train.seed),
-        rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, rows, config.averaging),
-    )
+    ready = PreparedQuestions()
+    with problems:  # what is wrong in a block ends it, and those that need something of it are left out
+        ready.rows = check_questions(load_splits(config.data), skip_bad_rows=config.data.skip_bad_rows)
+    with problems:
+        ready.has_unanswerable = may_have_no_answer(ready.rows, config.data.version_2_with_negative)
+    with problems:
+        refuse_unused_threshold(config.eval, has_unanswerable=ready.has_unanswerable)
+    with problems:
+        ready.model_config = load_model_config(config.model, num_labels=2)  # the first token and the last
+        require_question_answering(config.model, ready.model_config)
+    with problems:
+        ready.tokenizer = load_tokenizer(config.model)
+        require_offsets(ready.tokenizer)
+        read_as_text(ready.tokenizer, config.data.split_special_tokens)
+    check_model(ready, config, problems)
+    with problems:
+        require_token_types(config.model, ready.model_config, ready.tokenizer, ("question", "context"))
+    with problems:
+        most = longest_text(ready.model_config, ready.tokenizer)
+        require_length("data.max_seq_length", config.data.max_seq_length, most)
+    with problems:
+        refuse_unusable_questions(ready.rows, ready.tokenizer, config.data)
+    with problems:
+        length = one_length(ready.model_config, config.data.max_seq_length)
+        ready.collate = WindowCollator(ready.tokenizer, length, whole_windows(ready.model_config))
+    with problems:
+        ready.metric = get_question_metric(config.eval.metric, has_unanswerable=ready.has_unanswerable)
+    with problems:
+        ready.objective = build_objective(config.noise, seed=config.train.seed)
+    with problems:
+        ready.rule = build_rule(config.averaging)
+    with problems:
+        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+    return ready
 
 
 def train(config: QuestionAnsweringConfig) -> None:

@@ -12,21 +12,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
 
 import swaft
-from swaft.averaging.rules import Readout, Rule
+from swaft.averaging.rules import Readout
 from swaft.training.checks.problems import Problems
-from swaft.training.checks.refusals import (
-    require_decoder_start,
-    require_embeddings,
-    require_text,
-    require_weights,
-)
+from swaft.training.checks.recipe import Prepared
+from swaft.training.checks.refusals import check_model
 from swaft.training.checks.start import start_of
-from swaft.training.config import Seq2SeqConfig, Seq2SeqDataConfig, build_rule, load_config
+from swaft.training.config import Seq2SeqConfig, build_rule, load_config
 from swaft.training.data.checks import require_length
 from swaft.training.data.seq2seq import (
     PairColumns,
@@ -38,7 +32,7 @@ from swaft.training.data.seq2seq import (
 )
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
-from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import (
     Evaluation,
     evaluate_texts,
@@ -57,7 +51,7 @@ from swaft.training.models.encoder_decoder import (
     refuse_other_tokens,
 )
 from swaft.training.models.pretrained import load_tokenizer, longest_input
-from swaft.training.models.special_tokens import follow_tokenizer, one_length, set_languages, whole_windows
+from swaft.training.models.special_tokens import one_length, set_languages, whole_windows
 from swaft.training.run.progress import setup_logging
 from swaft.training.run.run import Run
 from swaft.training.run.schedule import build_schedule, set_learning_rate
@@ -65,22 +59,11 @@ from swaft.training.run.schedule import build_schedule, set_learning_rate
 Config = Seq2SeqConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedPairs(Prepared):
     """What a run needs that neither a device nor other ranks have to do with."""
 
-    rows: dict[str, Any]
-    """Dataset of pairs of texts, with all their references, by split."""
-    metric: Metric | None
-    """None: no texts are generated."""
-    model_config: Any
-    tokenizer: Any
-    """None: a new one is to be trained."""
-    objective: Any
-    rule: Rule | None
-    target: Target
-    """What decides between weights."""
-    cuts_rows: ClassVar[bool] = False
+    columns: PairColumns
+    """Where sources and targets are."""
 
     @property
     def description(self) -> str:
@@ -88,76 +71,66 @@ class Prepared:
         return "text generation" if self.metric is None else f"text generation, scored by {self.metric.name}"
 
 
-def prepare(config: Seq2SeqConfig, problems: Problems) -> Prepared:
+def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
-    splits = problems.of(load_splits, config.data)
-    columns = problems.of(find_pairs, splits, config.data)
-    rows = problems.of(read_all_pairs, columns)
-    model_config = problems.of(encoder_decoder_config, config.model)
-    metric = None
-    if config.eval.predict_with_generate:
-        metric = problems.of(
-            get_generation_metric,
-            config.eval.metric,
-            task_name=config.data.task_name,
-            translates=problems.of(translates, config.data, columns, model_type=str(model_config.model_type)),
+    ready = PreparedPairs()
+    with problems:  # what is wrong in a block ends it, and those that need something of it are left out
+        ready.columns = find_pairs(load_splits(config.data), config.data)
+        ready.rows = {
+            name: read_pairs(split, name, ready.columns) for name, split in ready.columns.rows.items()
+        }
+    with problems:
+        ready.model_config = encoder_decoder_config(config.model)
+    with problems:
+        ready.metric = choose_metric(config, ready) if config.eval.predict_with_generate else None
+    with problems:
+        ready.tokenizer = load_tokenizer(config.model) if brings_tokenizer(config.model) else None
+    with problems:
+        if ready.tokenizer is not None:
+            read_as_text(ready.tokenizer, config.data.split_special_tokens)
+            Seq2SeqCollator(ready.tokenizer)
+    check_model(ready, config, problems)
+    for side in ("source", "target"):
+        with problems:
+            if ready.tokenizer is not None:
+                refuse_rows_without_tokens(ready.rows, (side,), ready.tokenizer)
+    with problems:
+        refuse_other_tokens(config.model, ready.tokenizer)
+    with problems:
+        set_languages(ready.tokenizer, config.data, ready.columns)
+    for section, name, decoder in LONGEST_TEXTS:
+        with problems:
+            most = longest_input(ready.model_config, ready.tokenizer, decoder=decoder)
+            require_length(f"{section}.{name}", getattr(getattr(config, section), name) or 0, most)
+    with problems:
+        ready.objective = build_objective(
+            config.noise, seed=config.train.seed, label_smoothing=config.train.label_smoothing_factor
         )
-    if config.model.config is None:
-        problems.of(require_weights, config.model, model_config)
-    problems.of(require_text, config.model, model_config)
-    tokenizer = None
-    if brings_tokenizer(config.model):
-        tokenizer = problems.of(load_tokenizer, config.model)
-        problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
-        problems.of(follow_tokenizer, model_config, tokenizer)
-        problems.of(Seq2SeqCollator, tokenizer)
-        problems.of(refuse_rows_without_tokens, rows, ("source",), tokenizer)
-        problems.of(refuse_rows_without_tokens, rows, ("target",), tokenizer)
-    problems.of(refuse_other_tokens, config.model, tokenizer)
-    problems.of(set_languages, tokenizer, config.data, columns)
-    problems.of(require_embeddings, config.model, model_config, tokenizer)
-    problems.of(require_decoder_start, config.model, model_config, tokenizer)
-    for setting, length, decoder in longest_texts(config):
-        most = problems.of(longest_input, model_config, tokenizer, decoder=decoder)
-        problems.of(require_length, setting, length, most)
-    return Prepared(
-        rows=rows,
-        metric=metric,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        objective=problems.of(
-            build_objective,
-            config.noise,
-            seed=config.train.seed,
-            label_smoothing=config.train.label_smoothing_factor,
-        ),
-        rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, metric, rows, config.averaging),
-    )
+    with problems:
+        ready.rule = build_rule(config.averaging)
+    with problems:
+        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+    return ready
 
 
-def longest_texts(config: Seq2SeqConfig) -> list[tuple[str, int, bool]]:
-    """Return the settings that say how long texts may be, what they say, and whether the decoder is meant."""
-    return [
-        ("data.max_source_length", config.data.max_source_length, False),
-        ("data.max_target_length", config.data.max_target_length, True),
-        ("eval.max_new_tokens", config.eval.max_new_tokens or 0, True),
-    ]
+LONGEST_TEXTS = (
+    ("data", "max_source_length", False),
+    ("data", "max_target_length", True),
+    ("eval", "max_new_tokens", True),
+)
+"""The settings that say how long texts may be, and whether the decoder reads them."""
 
 
-def read_all_pairs(columns: PairColumns) -> dict[str, Any]:
-    """Read every split as pairs of texts with all their references."""
-    return {name: read_pairs(split, name, columns) for name, split in columns.rows.items()}
-
-
-def translates(data: Seq2SeqDataConfig, columns: PairColumns, *, model_type: str) -> bool:
-    """Whether the task is a translation: by its column, by its languages, by what T5 is told, or by the model."""
-    return (
-        columns.source_lang is not None
+def choose_metric(config: Seq2SeqConfig, ready: PreparedPairs) -> Metric:
+    """Return the metric that the settings name, or that fits: T5 is told a translation, Marian translates."""
+    data = config.data
+    translates = (
+        ready.columns.source_lang is not None
         or data.source_lang != data.target_lang
         or data.source_prefix.lower().startswith("translate ")
-        or model_type == "marian"
+        or getattr(getattr(ready, "model_config", None), "model_type", "") == "marian"
     )
+    return get_generation_metric(config.eval.metric, task_name=data.task_name, translates=translates)
 
 
 def train(config: Seq2SeqConfig) -> None:

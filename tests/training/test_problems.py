@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.problems import Parts, Problems
 from swaft.training.checks.recipe import is_recipe, load_recipe
 from swaft.training.config import ClassificationConfig
 
@@ -15,42 +15,44 @@ pytestmark = pytest.mark.unit
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 
 
-def refuse(*problems: str) -> int:
-    raise ConfigError(list(problems))
-
-
-def test_what_works_is_returned_and_nothing_is_refused():
-    problems = Problems()
-    assert problems.of(int, "12", base=8) == 10
+def test_what_works_is_kept_and_nothing_is_refused():
+    problems, ready = Problems(), Parts()
+    with problems:
+        ready.number = int("12", base=8)
     problems.refuse()
+    assert ready.number == 10
 
 
 def test_every_problem_is_kept_once_in_the_order_of_finding():
-    def no_rows() -> None:
-        raise DataError("no rows")
-
     problems = Problems()
-    assert problems.of(refuse, "a", "b") is MISSING
-    assert problems.of(no_rows) is MISSING
-    assert problems.of(refuse, "b", "c") is MISSING
+    for error in (ConfigError(["a", "b"]), DataError("no rows"), ConfigError(["b", "c"])):
+        with problems:
+            raise error
     with pytest.raises(ConfigError) as caught:
         problems.refuse()
     assert caught.value.problems == ["a", "b", "no rows", "c"]
 
 
-def test_what_needs_something_missing_is_not_called_and_is_missing_too():
-    problems = Problems()
-    rows = problems.of(refuse, "a")
-    called = []
-    assert problems.of(called.append, rows) is MISSING
-    assert problems.of(sorted, [1], key=rows) is MISSING
-    assert rows.columns.first is MISSING
-    assert (called, problems.found) == ([], ["a"])
+def test_what_needs_something_missing_is_left_out_without_another_problem():
+    problems, ready, done = Problems(), Parts(), []
+    with problems:
+        raise ConfigError("a")
+    with problems:
+        ready.task = "a task"
+        ready.columns = ready.rows.columns
+        done.append("not reached")
+    with problems:
+        done.append(ready.columns)
+    with problems:
+        done.append(ready.task)
+    assert (done, problems.found) == (["a task"], ["a"])
+    assert not hasattr(ready, "columns")
 
 
-def test_an_error_that_is_not_swafts_passes_through():
-    with pytest.raises(ZeroDivisionError):
-        Problems().of(divmod, 1, 0)
+@pytest.mark.parametrize("error", [ZeroDivisionError, AttributeError])
+def test_an_error_that_is_not_swafts_passes_through(error):
+    with pytest.raises(error), Problems():
+        raise error
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -2,57 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Collection, Iterable
+from types import TracebackType
+from typing import Any, TypeVar
 
 from swaft.errors import ConfigError, SwaftError
 
-P = ParamSpec("P")
-T = TypeVar("T")
+WholeT = TypeVar("WholeT")
 
 
-class _Missing:
-    """Stands for what could not be made; all that could be read from it is missing as well."""
-
-    def __getattr__(self, name: str) -> _Missing:
-        if name.startswith("__"):  # a protocol of Python's that this does not follow
-            raise AttributeError(name)
-        return self
-
-    def __repr__(self) -> str:
-        return "MISSING"
+class MissingPart(AttributeError):
+    """A part that could not be made; its problem is on the list."""
 
 
-MISSING: Any = _Missing()
-"""What `Problems.of` returns where it has no result: its problem is on the list already."""
+class Parts:
+    """Attributes that are filled one after the other; who reads one that is missing is told so by `MissingPart`."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise MissingPart(name)
+
+
+def without(whole: WholeT, names: Collection[str]) -> WholeT:
+    """Return an object like another one, of its class, whose attributes of these names are missing parts."""
+    kind = type(whole)
+    some = object.__new__(type(kind.__name__, (Parts, kind), {}))
+    vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
+    return some
 
 
 class Problems:
     """The problems of one run, in the order in which they were found.
 
-    problems = Problems()
-    rows = problems.of(load_splits, config.data)
-    task = problems.of(describe_task, rows, config.data)   # not called where there are no rows
-    problems.refuse()
+        problems, ready = Problems(), Parts()
+        with problems:
+            ready.rows = load_splits(config.data)
+        with problems:
+            ready.task = describe_task(ready.rows, config.data)   # left out where there are no rows
+        problems.refuse()
+
+    An error of `swaft.errors` ends its block and is put on the list; so does a part that is missing, silently.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
-    def of(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call the function with these arguments.
+    def __enter__(self) -> None:
+        """Begin a part of the work."""
 
-        Returns:
-            Its result; `MISSING` where it raised an error of `swaft.errors`, which is on the list then, or was not
-            called because an argument is missing.
-        """
-        if any(value is MISSING for value in (*args, *kwargs.values())):
-            return MISSING
-        try:
-            return function(*args, **kwargs)
-        except SwaftError as error:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """End it, with its problem on the list if it has one."""
+        if isinstance(error, SwaftError):
             self.add(error.problems if isinstance(error, ConfigError) else [str(error)])
-            return MISSING
+        return isinstance(error, SwaftError | MissingPart)
 
     def add(self, problems: Iterable[str]) -> None:
         """Put problems on the list, each once."""

@@ -10,61 +10,39 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from swaft.averaging.rules import Rule
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Problems
+from swaft.training.checks.problems import Parts, Problems
 from swaft.training.evaluation.best import Target
+from swaft.training.metrics.names import Metric
 
 OFFERED = {"Config", "prepare"}
 
 
-class Prepared(Protocol):
-    """What `prepare` returns of every recipe; an attribute is `MISSING` where its problem is on the list."""
+class Prepared(Parts):
+    """What every recipe's `prepare` finds; a part is missing where its problem is on the list."""
 
-    @property
-    def rows(self) -> Mapping[str, Sized]:
-        """Rows by split, `train` among them."""
-        ...
-
-    @property
-    def cuts_rows(self) -> bool:
-        """Whether long rows are cut into several, so that there may be more to train on than rows."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """What is learnt, in words."""
-        ...
-
-    @property
-    def metric(self) -> Any:
-        """What scores predictions; None: nothing but the loss does."""
-        ...
-
-    @property
-    def target(self) -> Target:
-        """What decides between weights."""
-        ...
-
-    @property
-    def model_config(self) -> Any:
-        """Configuration of the model, as transformers has it."""
-        ...
-
-    @property
-    def objective(self) -> Any:
-        """Training objective, such as `swaft.R3F`."""
-        ...
-
-    @property
-    def rule(self) -> Rule | None:
-        """Averaging rule; None: nothing is averaged."""
-        ...
+    rows: Mapping[str, Any]
+    """Rows by split, `train` among them."""
+    metric: Metric | None
+    """What scores predictions; None: nothing but the loss does."""
+    model_config: Any
+    """Configuration of the model, as transformers has it."""
+    tokenizer: Any
+    """The one that reads the rows; None: a new one is to be trained."""
+    objective: Any
+    """Training objective, such as `swaft.R3F`."""
+    rule: Rule | None
+    """Averaging rule; None: nothing is averaged."""
+    target: Target
+    """What decides between weights."""
+    cuts_rows: bool = False
+    """Whether long rows are cut into several, so that there may be more to train on than rows."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from swaft.errors import ConfigError
+from swaft.training.checks.problems import Problems
+from swaft.training.checks.recipe import Prepared
 from swaft.training.config import Seq2SeqModelConfig
 from swaft.training.models.encoder_decoder import VOCAB_SIZE
 from swaft.training.models.pretrained import AnyModel, half, model_path, model_setting
-from swaft.training.models.special_tokens import knows_languages
+from swaft.training.models.special_tokens import follow_tokenizer, knows_languages
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +116,37 @@ def _is_one_of_several(environ: Mapping[str, str]) -> bool:
     return int(environ.get("WORLD_SIZE", "1")) > 1
 
 
-def require_weights(model: AnyModel, model_config: object) -> None:
-    """Refuse a folder without weights; whether the hub has some is seen when they are fetched.
+def check_model(ready: Prepared, config: Any, problems: Problems) -> None:
+    """Put on the list what no recipe trains with, of the model and of the tokenizer beside it.
 
     Args:
-        model: section ``model``, which names a pretrained one.
+        ready: with ``model_config``, which takes the tokenizer's word on special tokens, and ``tokenizer``.
+        config: the recipe's configuration.
+        problems: the list.
+    """
+    with problems:
+        if ready.tokenizer is not None:
+            follow_tokenizer(ready.model_config, ready.tokenizer)
+    for require in (require_weights, require_text):
+        with problems:
+            require(config.model, ready.model_config)
+    for require in (require_embeddings, require_decoder_start):
+        with problems:
+            require(config.model, ready.model_config, ready.tokenizer)
+
+
+def require_weights(model: AnyModel, model_config: object) -> None:
+    """Refuse a folder of a pretrained model without weights; of the hub it is seen when they are fetched.
+
+    Args:
+        model: section ``model``.
         model_config: its transformers configuration.
 
     Raises:
         ConfigError: as said.
     """
+    if isinstance(model, Seq2SeqModelConfig) and model.config is not None:
+        return
     folder = Path(model_path(model))
     named = getattr(model_config, "transformers_weights", None)
     expected = (*WEIGHTS, ADAPTER) if named is None else (named,)

@@ -6,25 +6,25 @@ one of these two places, and is known to all.
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.tracking import get_available_trackers
 
-from swaft.averaging.rules import Plan, Rule
+from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.problems import MissingPart, Parts, Problems
+from swaft.training.checks.recipe import Prepared
 from swaft.training.checks.refusals import (
     keep_all_layers,
     refuse_compilation,
     refuse_parallelism,
     refuse_routing,
 )
-from swaft.training.config import AdapterConfig, NoiseConfig, TrackConfig, TrainConfig, plan_rule, to_yaml
+from swaft.training.config import TrainConfig, plan_rule, to_yaml
 from swaft.training.launch.accelerator import (
     EngineSettings,
     partitions_at_load,
@@ -46,15 +46,26 @@ from swaft.training.run.record import (
 )
 from swaft.training.run.schedule import Schedule, build_schedule, planned_steps
 
-Ready = TypeVar("Ready")
+Ready = TypeVar("Ready", bound=Prepared)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What the checks found out; a field is `MISSING` where a problem stands in its way."""
+class Start(Parts):
+    """What the checks read, and what they found out; a part is missing where a problem stands in its way."""
 
+    config: Any
+    """The recipe's configuration; a section that could not be read is missing."""
+    ready: Prepared
+    """What the recipe's ``prepare`` found."""
+    environ: Mapping[str, str]
+    """What the launcher left, or would leave."""
     precision: str
     """``no``, ``bf16`` or ``fp16``."""
+    hidden_size: int
+    """Width of the model."""
+    deepspeed: FilledConfig | None
+    """Its filled file; None: another engine."""
+    fsdp2: Any
+    """accelerate's plugin; None: another engine."""
     engine: EngineSettings
     """What accelerate is started with."""
     total_steps: int
@@ -63,6 +74,21 @@ class Start:
     """Learning rate by step."""
     plan: Plan | None
     """What is averaged when; None: nothing is averaged."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Section ``train``."""
+        return self.config.train
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return int(self.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def may_be_longer(self) -> bool:
+        """Whether long rows are cut into more than were counted."""
+        return self.ready.cuts_rows and self.train.max_steps <= 0
 
 
 def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Ready, Start]:
@@ -85,158 +111,132 @@ def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Re
     return ready, start
 
 
-def check_start(config: Any, ready: Any, environ: Mapping[str, str], problems: Problems) -> Start:
+def check_start(config: Any, ready: Prepared, environ: Mapping[str, str] | None, problems: Problems) -> Start:
     """Run all checks of the table; what is wrong goes on the list.
 
     Args:
-        config: a recipe's configuration, with `MISSING` for a section that could not be read.
+        config: a recipe's configuration; a section that could not be read is missing.
         ready: what the recipe's ``prepare`` returned.
-        environ: what the launcher left, or would leave.
+        environ: what the launcher left, or would leave; None: not known, so what needs it is left out.
         problems: the list.
     """
-    sections = {section.name: getattr(config, section.name) for section in fields(config)}
-    known: dict[str, Any] = {
-        "environ": environ,
-        "train": sections["train"],
-        "track": sections["track"],
-        "model": sections["model"],
-        "noise": sections["noise"],
-        "config_yaml": MISSING
-        if any(section is MISSING for section in sections.values())
-        else to_yaml(config),
-        "model_config": ready.model_config,
-        "rows": ready.rows,
-        "cuts_rows": ready.cuts_rows,
-        "rule": ready.rule,
-    }
+    start = Start()
+    start.config, start.ready = config, ready
+    if environ is not None:
+        start.environ = environ
     for name, check in CHECKS.items():
-        wanted = inspect.signature(check).parameters.items()
-        arguments = {
-            key: known[key]
-            for key, parameter in wanted
-            # What has a default can be done without.
-            if known[key] is not MISSING or parameter.default is parameter.empty
-        }
-        known[name] = problems.of(check, **arguments)
-    return Start(**{field.name: known[field.name] for field in fields(Start)})
+        with problems:
+            setattr(start, name, check(start))
+    return start
 
 
-def check_locks(environ: Mapping[str, str], deepspeed: FilledConfig | None) -> None:
+def check_locks(start: Start) -> None:
     """Refuse locks that DeepSpeed would wait for."""
-    if deepspeed is not None:
-        refuse_left_locks(offloads_optimizer=offloads_optimizer(deepspeed.config))
+    if start.deepspeed is not None:
+        refuse_left_locks(offloads_optimizer=offloads_optimizer(start.deepspeed.config))
 
 
-def check_loading(
-    model: AdapterConfig, noise: NoiseConfig, environ: Mapping[str, str], deepspeed: FilledConfig | None
-) -> None:
+def check_loading(start: Start) -> None:
     """Refuse to load a model in parts where something is done to it that needs the whole."""
+    model, noise, deepspeed = start.config.model, start.config.noise, start.deepspeed
     settings = {"model.use_peft=true": model.use_peft, "noise.kind=r4f": noise.kind == "r4f"}
     asked = [setting for setting, is_on in settings.items() if is_on]
-    if asked and deepspeed is not None and partitions_at_load(environ, deepspeed.config):
+    if asked and deepspeed is not None and partitions_at_load(start.environ, deepspeed.config):
         raise ConfigError(
             f"{' and '.join(asked)}: needs whole weights, and with zero3_init_flag: true ZeRO-3 cuts the model "
             "while it loads; set zero3_init_flag: false in the accelerate configuration"
         )
 
 
-def check_tracker(track: TrackConfig) -> None:
+def check_tracker(start: Start) -> None:
     """Refuse a tracker that is not installed."""
-    available = ("none", "all", *map(str, get_available_trackers()))
-    if track.report_to not in available:
+    asked = start.config.track.report_to
+    if asked not in ("none", "all", *map(str, get_available_trackers())):
         raise ConfigError(
-            f"track.report_to is {track.report_to}, which is not installed; install it, or set track.report_to=none"
+            f"track.report_to is {asked}, which is not installed; install it, or set track.report_to=none"
         )
 
 
-def check_folder(train: TrainConfig, config_yaml: str) -> None:
+def check_folder(start: Start) -> None:
     """Refuse a folder that holds something else than this run."""
-    refuse_used(train.output_dir, resume=train.resume_from_checkpoint, config_yaml=config_yaml)
+    folder, resume = start.train.output_dir, start.train.resume_from_checkpoint
+    refuse_used(folder, resume=resume, config_yaml=to_yaml(start.config))
 
 
-def check_checkpoint(
-    train: TrainConfig,
-    environ: Mapping[str, str],
-    deepspeed: FilledConfig | None,
-    rule: Rule | None,
-    cuts_rows: bool,
-    total_steps: int | None = None,
-) -> None:
-    """Refuse a checkpoint that this run cannot go on from, as far as its manifest and the settings tell."""
+def check_checkpoint(start: Start) -> None:
+    """Refuse a checkpoint that this run cannot resume from, as far as its manifest and the settings tell."""
+    train, deepspeed, rule = start.train, start.deepspeed, start.ready.rule
     found = checkpoint_on_paper(train.resume_from_checkpoint, Path(train.output_dir))
     if found is None:
         return
     path, manifest = found
-    before, ranks = RunRecord.read(manifest.content, path), int(environ.get("WORLD_SIZE", "1"))
-    batch = train.per_device_train_batch_size * ranks
+    before = RunRecord.read(manifest.content, path)
+    batch = train.per_device_train_batch_size * start.world_size
     now = replace(
         before.setup,  # what is not known yet is taken to be the same
         stage=None if deepspeed is None else deepspeed.config["zero_optimization"].get("stage", 0),
-        world_size=ranks,
+        world_size=start.world_size,
         per_device_train_batch_size=train.per_device_train_batch_size,
         rows_per_step=batch * train.gradient_accumulation_steps,
         grouped_by=batch if train.group_by_length else None,
         seed=train.seed,
     )
-    if total_steps is not None and not _may_be_longer(train, cuts_rows):
-        now = replace(now, total_steps=total_steps)
+    if hasattr(start, "total_steps") and not start.may_be_longer:
+        now = replace(now, total_steps=start.total_steps)
     require_same_run(before, now, path)
     require_same_engine(before, now, path, average=path / AVERAGE)
     require_averages(before, path, there=AVERAGE in manifest.sealed, wanted=rule is not None)
     batches_read(before, now)
 
 
-def count_steps(
-    train: TrainConfig, environ: Mapping[str, str], rows: Mapping[str, Sized] | None = None
-) -> int:
+def count_steps(start: Start) -> int:
     """Return the steps of the run, told from its rows where the settings do not say; missing where neither does."""
-    if train.max_steps > 0:
-        return train.max_steps
-    if rows is None:
-        return MISSING
-    return planned_steps(train, num_rows=len(rows["train"]), world_size=int(environ.get("WORLD_SIZE", "1")))
+    if start.train.max_steps > 0:
+        return start.train.max_steps
+    return planned_steps(start.train, num_rows=len(start.ready.rows["train"]), world_size=start.world_size)
 
 
-def check_schedule(
-    train: TrainConfig, total_steps: int, cuts_rows: bool, rule: Rule | None = MISSING
-) -> Schedule:
+def check_schedule(start: Start) -> Schedule:
     """Return the schedule; missing where it does not fit the fewest steps that there can be."""
+    averages = getattr(start.ready, "rule", "not known") is not None
     return _unless_longer(
-        train, cuts_rows, lambda: build_schedule(train, total_steps=total_steps, averaging=rule is not None)
+        start, lambda: build_schedule(start.train, total_steps=start.total_steps, averaging=averages)
     )
 
 
-def check_plan(train: TrainConfig, total_steps: int, rule: Rule | None, cuts_rows: bool) -> Plan | None:
+def check_plan(start: Start) -> Plan | None:
     """Return what is averaged when; missing where it does not fit the fewest steps that there can be."""
-    return _unless_longer(train, cuts_rows, lambda: plan_rule(rule, total_steps))
+    return _unless_longer(start, lambda: plan_rule(start.ready.rule, start.total_steps))
 
 
-def _unless_longer(train: TrainConfig, cuts_rows: bool, check: Callable[[], Any]) -> Any:
+def _unless_longer(start: Start, check: Callable[[], Any]) -> Any:
     """Return what a check of the run's length does; missing where it refuses and the run may be longer."""
     try:
         return check()
-    except ConfigError:
-        if _may_be_longer(train, cuts_rows):
-            return MISSING
+    except ConfigError as error:
+        if start.may_be_longer:
+            raise MissingPart(str(error)) from error
         raise
 
 
-def _may_be_longer(train: TrainConfig, cuts_rows: bool) -> bool:
-    """Whether long rows are cut into more than were counted."""
-    return cuts_rows and train.max_steps <= 0
-
-
-CHECKS: dict[str, Callable[..., Any]] = {
-    "compilation": refuse_compilation,
-    "parallelism": refuse_parallelism,
-    "routing": refuse_routing,
-    "layers": keep_all_layers,
-    "obeyed": obey_fsdp2,
-    "precision": resolve_precision,
-    "hidden_size": hidden_size,
-    "deepspeed": resolve_deepspeed,
-    "fsdp2": resolve_fsdp2,
-    "engine": EngineSettings,
+CHECKS: dict[str, Callable[[Start], Any]] = {
+    "compilation": lambda start: refuse_compilation(start.environ),
+    "parallelism": lambda start: refuse_parallelism(start.environ),
+    "routing": lambda start: refuse_routing(start.environ, start.ready.model_config),
+    "layers": lambda start: keep_all_layers(start.environ, start.ready.model_config),
+    "obeyed": lambda start: obey_fsdp2(start.environ, start.train),
+    "precision": lambda start: resolve_precision(start.train, start.environ),
+    "hidden_size": lambda start: hidden_size(start.ready.model_config),
+    "deepspeed": lambda start: resolve_deepspeed(
+        start.train,
+        start.environ,
+        precision=start.precision,
+        hidden_size=getattr(start, "hidden_size", None),
+    ),
+    "fsdp2": lambda start: resolve_fsdp2(start.environ, precision=start.precision),
+    "engine": lambda start: EngineSettings(
+        precision=start.precision, deepspeed=start.deepspeed, fsdp2=start.fsdp2
+    ),
     "locks": check_locks,
     "loading": check_loading,
     "tracker": check_tracker,
@@ -246,4 +246,4 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "schedule": check_schedule,
     "plan": check_plan,
 }
-"""Every check by the name of what it finds. Its arguments are taken by their names from what is known by then."""
+"""Every check by the name of what it finds."""

@@ -13,7 +13,7 @@ from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.problems import Problems
 from swaft.training.checks.recipe import is_recipe, load_recipe, require_python
 from swaft.training.checks.start import check_start
 from swaft.training.config import AveragingConfig, load_config
@@ -141,17 +141,19 @@ def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
     recipe = load_recipe(Path(script.path))
     config: Any = load_config(recipe.config_class, script.arguments)
     problems = Problems()
-    ready: Any = recipe.prepare(config, problems)
+    ready = recipe.prepare(config, problems)
     start = check_start(config, ready, launch.environ, problems)
-    if start.total_steps is MISSING and ready.rule is not None:
+    averages = getattr(ready, "rule", None) is not None
+    if averages and not hasattr(start, "total_steps"):
         problems.add(
             ["the length of the run depends on the training rows; set train.max_steps to plan without them"]
         )
-    plan = None if ready.rule is None else start.plan
-    if any(needed is MISSING for needed in (ready.model_config, ready.objective, start.engine, plan)):
+    needed = ((ready, "model_config"), (ready, "objective"), (ready, "rule"), (start, "engine"))
+    if not all(hasattr(where, name) for where, name in needed) or (averages and not hasattr(start, "plan")):
         raise ConfigError(problems.found)
     engine = PlannedEngine(launch, start.engine, on_cpu=hardware.on_cpu)
     model = planned_model(config, ready.model_config)
+    plan = start.plan if averages else None
     found = plan_run(engine, config, model, ready.objective, plan, step_seconds=hardware.step_seconds)
     return replace(
         found,

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import MISSING, Problems
+from swaft.training.checks.problems import Parts, Problems, without
 from swaft.training.checks.recipe import Recipe, is_recipe, load_recipe, require_python
 from swaft.training.checks.start import check_start
 from swaft.training.config import AveragingConfig, NoiseConfig, TrainConfig, read_config
@@ -69,53 +69,72 @@ def check_run(words: Sequence[str]) -> Preflight:
     Args:
         words: the command line after ``accelerate launch``.
     """
-    problems, facts, unchecked = Problems(), dict[str, Any](), list[str]()
-    launch = problems.of(read_launch, words)
-    script = problems.of(read_script, words)
-    if script is MISSING or not script.is_file:
-        unchecked.append("settings, data and model: there is no recipe to ask")
-    elif problems.of(require_python, Path(script.path)) is MISSING:
-        unchecked.append(f"settings, data and model: {script.path} cannot be asked for them")
-    elif is_recipe(Path(script.path)):
-        facts = _check_recipe(script, launch, problems)
+    run, problems, unchecked = Parts(), Problems(), list[str]()
+    run.facts = {}
+    with problems:
+        run.launch = read_launch(words)
+    with problems:
+        run.script = read_script(words)
+    unasked = "settings, data and model: "
+    path = Path(run.script.path) if hasattr(run, "script") and run.script.is_file else None
+    with problems:
+        run.is_python = path is not None and require_python(path) is None
+    if path is None:
+        unchecked.append(f"{unasked}there is no recipe to ask")
+    elif not hasattr(run, "is_python"):
+        unchecked.append(f"{unasked}{path} cannot be asked for them")
+    elif is_recipe(path):
+        with problems:
+            _check_recipe(load_recipe(path), run, problems)
     else:
         unchecked.append(
-            f"settings, data and model: {script.path} is not written as swaft's recipes are (it has no Config and "
-            "prepare); only the launch line, its file and the stage in the DeepSpeed file were looked at"
+            f"{unasked}{path} is not written as swaft's recipes are (it has no Config and prepare); only the "
+            "launch line, its file and the stage in the DeepSpeed file were looked at"
         )
-        problems.of(_check_script, launch)
-    if "launch" not in facts:
-        facts["launch"] = problems.of(_launch_facts, launch, None)
-    known = {name: value for name, value in facts.items() if value is not MISSING and value is not None}
+        with problems:
+            _check_script(run.launch)
+    if "launch" not in run.facts:
+        with problems:
+            run.facts["launch"] = _launch_facts(run.launch, None)
+    known = {name: value for name, value in run.facts.items() if value is not None}
     return Preflight(known, unchecked, problems.found)
 
 
-def _check_recipe(script: Script, launch: Launch, problems: Problems) -> dict[str, Any]:
-    """Check what the recipe says; returns what there is to tell, by part."""
-    recipe = problems.of(load_recipe, Path(script.path))
-    if recipe is MISSING:
-        return {}
-    config, replaced = _read_settings(recipe, script, problems)
+def _check_recipe(recipe: Recipe, run: Parts, problems: Problems) -> None:
+    """Check what the recipe says, and put what there is to tell into ``run.facts``, by part.
+
+    Args:
+        recipe: the recipe.
+        run: with `launch` and `script`.
+        problems: the list.
+    """
+    config, replaced = _read_settings(recipe, run.script, problems)
     with _notes() as notes:
         ready = recipe.prepare(config, problems)
-        start = check_start(config, ready, launch.environ, problems)
+        start = check_start(config, ready, run.launch.environ if hasattr(run, "launch") else None, problems)
     fake = FakeTensorMode()
-    model = problems.of(_empty_model, config, ready.model_config, fake)
-    size = problems.of(count_parameters, model)
-    problems.of(_fit_objective, ready.objective, model, fake)
-    problems.of(_fit_blocks, model, start.engine.fsdp2)
-    return {
-        "launch": problems.of(_launch_facts, launch, None if start.precision is MISSING else start.precision),
-        "batch": problems.of(_batch_facts, config.train, launch.world_size),
-        "model": problems.of(_model_facts, size),
-        "steps": problems.of(_step_facts, config.train, start.schedule, cuts_rows=ready.cuts_rows),
-        "averaging": problems.of(_averaging_facts, config.averaging, start.plan, size, launch.world_size),
-        "noise": problems.of(_noise_facts, config.noise, ready.objective, ready.model_config),
-        "ds": problems.of(_deepspeed_facts, start.engine.deepspeed),
-        "data": problems.of(_data_facts, ready.rows),
-        "rows": replaced or None,
-        "notes": notes or None,
+    with problems:
+        run.model = _empty_model(config, ready.model_config, fake)
+        run.size = count_parameters(run.model)
+    with problems:
+        _fit_objective(ready.objective, run.model, fake)
+    with problems:
+        _fit_blocks(run.model, start.engine.fsdp2)
+    facts: dict[str, Callable[[], Any]] = {
+        "launch": lambda: _launch_facts(run.launch, getattr(start, "precision", None)),
+        "batch": lambda: _batch_facts(config.train, run.launch.world_size),
+        "model": lambda: _model_facts(run.size),
+        "steps": lambda: _step_facts(config.train, start.schedule, cuts_rows=ready.cuts_rows),
+        "averaging": lambda: _averaging_facts(config.averaging, start.plan, run.size, run.launch.world_size),
+        "noise": lambda: _noise_facts(config.noise, ready.objective, ready.model_config),
+        "ds": lambda: _deepspeed_facts(start.engine.deepspeed),
+        "data": lambda: _data_facts(ready.rows),
+        "rows": lambda: replaced or None,
+        "notes": lambda: notes or None,
     }
+    for part, tell in facts.items():
+        with problems:
+            run.facts[part] = tell()
 
 
 @contextmanager
@@ -146,7 +165,7 @@ def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[
     problems.add(read.problems)
     known = settings(recipe.config_class)
     faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
-    return dataclasses.replace(read.config, **dict.fromkeys(faulty, MISSING)), read.replaced
+    return without(read.config, faulty), read.replaced
 
 
 def _check_script(launch: Launch) -> None:
