@@ -25,7 +25,7 @@ class Parts:
 def without(whole: WholeT, names: Collection[str]) -> WholeT:
     """Return an object like another one, of its class, whose attributes of these names are missing parts."""
     kind = type(whole)
-    some = object.__new__(type(kind.__name__, (Parts, kind), {}))
+    some: Any = object.__new__(type(kind.__name__, (Parts, kind), {}))
     vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
     return some
 

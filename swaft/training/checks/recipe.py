@@ -19,7 +19,6 @@ from swaft.averaging.rules import Rule
 from swaft.errors import ConfigError
 from swaft.training.checks.problems import Parts, Problems
 from swaft.training.evaluation.best import Target
-from swaft.training.metrics.names import Metric
 
 OFFERED = {"Config", "prepare"}
 
@@ -29,7 +28,7 @@ class Prepared(Parts):
 
     rows: Mapping[str, Any]
     """Rows by split, `train` among them."""
-    metric: Metric | None
+    metric: Any
     """What scores predictions; None: nothing but the loss does."""
     model_config: Any
     """Configuration of the model, as transformers has it."""

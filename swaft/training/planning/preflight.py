@@ -63,13 +63,26 @@ class Preflight:
     """Everything that stands against the run."""
 
 
+class Looked(Parts):
+    """What was found out of a launch line so far."""
+
+    launch: Launch
+    script: Script
+    is_python: bool
+    model: nn.Module
+    """On tensors without data."""
+    size: ParameterCount
+    facts: dict[str, Any]
+    """By part of the run."""
+
+
 def check_run(words: Sequence[str]) -> Preflight:
     """Check the run that ``accelerate launch`` would start with these words.
 
     Args:
         words: the command line after ``accelerate launch``.
     """
-    run, problems, unchecked = Parts(), Problems(), list[str]()
+    run, problems, unchecked = Looked(), Problems(), list[str]()
     run.facts = {}
     with problems:
         run.launch = read_launch(words)
@@ -100,7 +113,7 @@ def check_run(words: Sequence[str]) -> Preflight:
     return Preflight(known, unchecked, problems.found)
 
 
-def _check_recipe(recipe: Recipe, run: Parts, problems: Problems) -> None:
+def _check_recipe(recipe: Recipe, run: Looked, problems: Problems) -> None:
     """Check what the recipe says, and put what there is to tell into ``run.facts``, by part.
 
     Args:
