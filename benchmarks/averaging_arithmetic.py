@@ -18,9 +18,9 @@ import torch
 from numba import types
 
 from benchmarks.measuring import spread
-from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.lanes import Lanes
 from swaft.averaging.host.source import HostSource
+from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Span
 from swaft.averaging.rules import SWA
 
@@ -72,8 +72,8 @@ def rows(result: dict) -> list[Sequence[object]]:
 
 
 def _at(threads: int, numel: int, rounds: int) -> dict[str, object]:
-    crew = Crew(threads)
-    forms = _forms(crew, numel)
+    workers = Workers(threads)
+    forms = _forms(workers, numel)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for form in forms.values():
         form()
@@ -84,7 +84,7 @@ def _at(threads: int, numel: int, rounds: int) -> dict[str, object]:
             forms[name]()
             seconds[name].append(time.perf_counter() - begun)
             time.sleep(SETTLE_S)
-    crew.close()
+    workers.close()
     rates = {name: [BYTES[name] * numel / each / 1e9 for each in values] for name, values in seconds.items()}
     mark = max(MARKS, key=lambda name: statistics.median(rates[name]))
     ratios = [ours / theirs for ours, theirs in zip(rates[COMPENSATED], rates[mark], strict=True)]
@@ -95,11 +95,11 @@ def _at(threads: int, numel: int, rounds: int) -> dict[str, object]:
     }
 
 
-def _forms(crew: Crew, numel: int) -> dict[str, Callable[[], Any]]:
+def _forms(workers: Workers, numel: int) -> dict[str, Callable[[], Any]]:
     """Every form as a call, on the same two vectors; the updates go the way that training's go."""
     member = torch.randn(numel, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    compensated, plain = (Lanes(MANY_MEMBERS, numel, crew, compensated=each) for each in (True, False))
-    source = HostSource([Span(0, 0, 0, numel)], crew)
+    compensated, plain = (Lanes(MANY_MEMBERS, numel, workers, compensated=each) for each in (True, False))
+    source = HostSource([Span(0, 0, 0, numel)], workers)
     source.open([member], None, lambda: None)
     tables = next(source.tables())
 
@@ -114,17 +114,17 @@ def _forms(crew: Crew, numel: int) -> dict[str, Callable[[], Any]]:
 
     updates = {COMPENSATED: take_into(compensated), PLAIN: take_into(plain)}
     mean = compensated.shard()
-    size = -(-numel // crew.threads)
+    size = -(-numel // workers.threads)
     parts = [
         (mean.numpy()[first : first + size], member.numpy()[first : first + size])
         for first in range(0, numel, size)
     ]
     return updates | {
-        MARKS[0]: lambda: crew.run(_add, parts),
-        MARKS[1]: _with_threads(crew.threads, lambda: mean.add_(member)),
-        "lerp_ (torch)": _with_threads(crew.threads, lambda: mean.lerp_(member, WEIGHT)),
+        MARKS[0]: lambda: workers.run(_add, parts),
+        MARKS[1]: _with_threads(workers.threads, lambda: mean.add_(member)),
+        "lerp_ (torch)": _with_threads(workers.threads, lambda: mean.lerp_(member, WEIGHT)),
         "mul_, add_ (torch)": _with_threads(
-            crew.threads, lambda: mean.mul_(1 - WEIGHT).add_(member, alpha=WEIGHT)
+            workers.threads, lambda: mean.mul_(1 - WEIGHT).add_(member, alpha=WEIGHT)
         ),
     }
 

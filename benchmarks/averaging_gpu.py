@@ -31,8 +31,8 @@ from benchmarks.deadline import seconds_left, within
 from benchmarks.measuring import spread
 from swaft.averaging import Engine
 from swaft.averaging.host.averages import STAGING_BYTES
-from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.source import StagedSource
+from swaft.averaging.host.threads import Workers
 
 MODELS = {
     "BERT-base, 110M": {},
@@ -197,9 +197,9 @@ def _configuration(
 def _copy_rates(engine: Engine, *, rounds: int) -> dict[str, object]:
     """The rate of the staged copy, its check for infinities included, beside one plain copy to pinned memory."""
     masters, numel = engine.masters(), engine.numel
-    crew = Crew(device=engine.device)
+    workers = Workers(device=engine.device)
     source = StagedSource(
-        engine.spans, crew, device=engine.device, api=_TimedEvents(), limit_bytes=STAGING_BYTES
+        engine.spans, workers, device=engine.device, api=_TimedEvents(), limit_bytes=STAGING_BYTES
     )
     flat = torch.cat([master.detach().flatten() for master in masters])
     pinned = torch.empty(flat.numel(), pin_memory=True)
@@ -227,7 +227,7 @@ def _copy_rates(engine: Engine, *, rounds: int) -> dict[str, object]:
         for name in order.sample(list(arms), len(arms)):
             torch.cuda.synchronize()
             rates[name].append(4 * numel / arms[name]() / 1e6)
-    crew.close()
+    workers.close()
     staged_rates, plain_rates = (values[1:] for values in rates.values())
     return {
         "bytes": 4 * numel,

@@ -105,8 +105,10 @@ class WeightAverager:
         self._keeper = Keeper(self.engine, self._averages, rules, total_steps, precision)
         self._statistics = Statistics(self.engine)
         # All that writes to the masters waits until a member has been read.
-        hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, self._averages.release_masters)
-        hook_weakly(self.engine.swap.before_write, self._averages.release_masters)
+        hook_weakly(
+            self.engine.inner_optimizer.register_step_pre_hook, self._averages.pipeline.release_masters
+        )
+        hook_weakly(self.engine.swap.before_write, self._averages.pipeline.release_masters)
         self.close = finalize(self, self._averages.close)
         self._counts = dict.fromkeys(self._plans, 0)
         self._begun: set[str] = set()
@@ -135,7 +137,7 @@ class WeightAverager:
     @property
     def waits(self) -> Waits:
         """How often averaging has blocked training, and for how many seconds in all."""
-        return self._averages.waits
+        return self._averages.pipeline.waits
 
     def forecast(self) -> Forecast:
         """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
@@ -174,7 +176,7 @@ class WeightAverager:
                 "averager that is attached after a checkpoint was loaded, not before"
             )
         try:
-            self._averages.raise_if_refused()  # the same on every rank
+            self._averages.pipeline.raise_if_refused()  # the same on every rank
         except AveragingError:
             self._recount()
             raise
@@ -189,7 +191,7 @@ class WeightAverager:
             AveragingError: the latest member was refused, or averaging failed on this rank.
         """
         try:
-            self._averages.finish()
+            self._averages.pipeline.finish()
         except AveragingError:
             self._recount()
             raise
@@ -431,10 +433,10 @@ class WeightAverager:
         with self.engine.ranks.together():
             shard = self.shard(chosen)
             self.engine.check_trainable()
-        motion = self._averages.motion
-        if not self.engine.ranks.sum([motion.seen])[0] and motion.members > 2:
+        changes = self._averages.changes
+        if not self.engine.ranks.sum([changes.seen])[0] and changes.members > 2:
             raise AveragingError(
-                f"{motion.members} members were averaged and all were the same bit for bit: either training does "
+                f"{changes.members} members were averaged and all were the same bit for bit: either training does "
                 "not change the weights (is the learning rate 0?) or the average does not see it"
             )
         return shard

@@ -93,7 +93,7 @@ def forecast(engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], 
         host_bytes=averages.host_bytes,
         pinned_bytes=averages.pinned_bytes,
         copied_bytes=4 * elements if averages.pinned_bytes else 0,
-        threads=averages.crew.threads,
+        threads=averages.workers.threads,
         seconds=updates * elements * averages.seconds_an_element(),
         plain_errors={
             name: simulate(plan, native_mean(compensated=False), learning_rate=rate)

@@ -77,25 +77,26 @@ class Chunk:
     """Elements in the chunk."""
 
 
-def replicated_fragments(
-    sizes: Sequence[tuple[str, int, int, int]], *, rank: int, world_size: int
-) -> list[Fragment]:
-    """The slice that one of ``world_size`` ranks takes of weights that every rank holds whole.
+def slice_of(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[Fragment]:
+    """The slice that one of ``world_size`` ranks takes of elements that all of them hold.
 
     Args:
-        sizes: ``(name, numel, buffer, offset)`` of every parameter, in an order that all ranks share.
+        fragments: the elements, in an order that these ranks share.
         rank: which slice.
         world_size: number of slices; they differ by at most one element.
     """
-    total = sum(numel for _, numel, _, _ in sizes)
+    held = list(fragments)
+    total = sum(fragment.numel for fragment in held)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
-    fragments, position = [], 0
-    for name, numel, buffer, offset in sizes:
-        start, end = max(first - position, 0), min(last - position, numel)
+    taken, position = [], 0
+    for each in held:
+        start, end = max(first - position, 0), min(last - position, each.numel)
         if start < end:
-            fragments.append(Fragment(name, start, end, buffer, offset + start))
-        position += numel
-    return fragments
+            taken.append(
+                Fragment(each.name, each.start + start, each.start + end, each.buffer, each.offset + start)
+            )
+        position += each.numel
+    return taken
 
 
 def merge(fragments: Iterable[Fragment]) -> list[Span]:

@@ -377,7 +377,7 @@ class Keeper:
         with self._engine.ranks.together():
             for number, rule in enumerate(found.rules):
                 lanes[rule.name].restore(rule.count, filled(number, rule))
-        self._averages.motion.restart(moved=found.moved)
+        self._averages.changes.restart(moved=found.moved)
         return found
 
     def _vectors(self) -> dict[str, Tensor]:
@@ -402,7 +402,7 @@ class Keeper:
             total_steps=self._total_steps,
             precision=self._precision,
             applied_steps=applied_steps,
-            moved=engine.ranks.sum([self._averages.motion.seen])[0] > 0,
+            moved=engine.ranks.sum([self._averages.changes.seen])[0] > 0,
             weights=weights_now(engine),
             parameters={name: list(engine.full_shape(p)) for name, p in engine.trainable.items()},
             aliases={name: averaged for name, averaged in names.items() if averaged != name},

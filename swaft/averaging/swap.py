@@ -17,6 +17,7 @@ from torch import Tensor
 from swaft.averaging.adapters import merged_layers
 from swaft.averaging.buffers import changing_buffers, derive_buffers
 from swaft.averaging.engines import Engine
+from swaft.averaging.engines.base import rescales
 from swaft.errors import AveragingError, LayoutError
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,7 @@ def _changed_inside(engine: Engine, written: int) -> AveragingError | LayoutErro
         changed = engine.sum_of_working() != written
     except LayoutError as error:
         return error
-    # An embedding with a largest norm rescales its rows in any forward.
-    rescales = any(getattr(part, "max_norm", None) is not None for part in engine.module.modules())
-    if not changed or rescales:
+    if not changed or rescales(engine.module):
         return None
     return AveragingError(
         "the weights were written to while averaged ones were swapped in, and what was written is lost: the live "

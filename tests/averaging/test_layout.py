@@ -10,7 +10,7 @@ from swaft.averaging.layout import (
     cut,
     merge,
     range_at,
-    replicated_fragments,
+    slice_of,
 )
 from swaft.errors import LayoutError
 
@@ -19,17 +19,24 @@ pytestmark = pytest.mark.unit
 numels = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
 
-def sizes_of(numels):
-    return [(f"p{i}", numel, i, 0) for i, numel in enumerate(numels)]
+def wholes(numels):
+    return [Fragment(f"p{i}", 0, numel, i, 0) for i, numel in enumerate(numels)]
 
 
 @given(numels=numels, world_size=st.integers(1, 9))
 def test_slices_of_replicated_weights_cover_every_element_once(numels, world_size):
-    sizes = sizes_of(numels)
-    by_rank = [replicated_fragments(sizes, rank=r, world_size=world_size) for r in range(world_size)]
-    check_coverage(by_rank, {name: numel for name, numel, _, _ in sizes})
+    by_rank = [slice_of(wholes(numels), r, world_size) for r in range(world_size)]
+    check_coverage(by_rank, {f"p{i}": numel for i, numel in enumerate(numels)})
     shares = [sum(f.numel for f in fragments) for fragments in by_rank]
     assert max(shares) - min(shares) <= 1
+
+
+@given(numels=numels, shards=st.integers(1, 4), replicas=st.integers(1, 4))
+def test_slices_of_shards_cover_every_element_once(numels, shards, replicas):
+    """As under HSDP: every shard is held by several ranks, which share it out."""
+    held = [slice_of(wholes(numels), shard, shards) for shard in range(shards)]
+    by_rank = [slice_of(each, replica, replicas) for each in held for replica in range(replicas)]
+    check_coverage(by_rank, {f"p{i}": numel for i, numel in enumerate(numels)})
 
 
 @given(numels=numels, max_numel=st.integers(1, 40), padding=st.integers(0, 2))

@@ -126,7 +126,7 @@ def test_a_second_averagers_swap_waits_until_the_first_has_read_the_weights():
     optimizer.step()
     waits = one.waits.count  # a step may have waited for the first member, on a busy machine
     held = threading.Event()
-    one._averages._pipeline._sum = lambda values: held.wait(10) and values
+    one._averages.pipeline._sum = lambda values: held.wait(10) and values
     one.step()
     two.step()
     live = flat(model)
@@ -146,7 +146,7 @@ def test_a_checkpoint_loaded_into_the_model_waits_until_the_weights_are_read():
     optimizer.step()
     second = flat(model)
     held = threading.Event()
-    averager._averages._pipeline._sum = lambda values: held.wait(10) and values
+    averager._averages.pipeline._sum = lambda values: held.wait(10) and values
     averager.step()
     threading.Timer(0.1, held.set).start()
     model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
@@ -155,7 +155,7 @@ def test_a_checkpoint_loaded_into_the_model_waits_until_the_weights_are_read():
 
 def test_a_step_count_that_goes_back_is_an_error():
     *_, averager, _ = training(swaft.SWA(start=0))
-    averager.engine._applied_steps.count = 3
+    averager.engine._steps_seen.count = 3
     with pytest.raises(AveragingError, match="went back from 8 to 3"):
         averager.step()
 
@@ -165,7 +165,7 @@ def test_an_averager_attached_after_its_first_member_says_so():
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=9)
-    averager.engine._applied_steps.count = averager.applied_steps = 5  # as a resumed engine counts
+    averager.engine._steps_seen.count = averager.applied_steps = 5  # as a resumed engine counts
     one_step(model, optimizer)
     with pytest.raises(AveragingError, match="attached after that step"):
         averager.step()
@@ -222,7 +222,7 @@ def test_training_goes_on_after_a_refused_member_for_whoever_catches_the_error()
         except AveragingError as refusal:
             assert "after step 1 are not finite" in str(refusal)
         if step == 0:
-            averager._averages.release_masters()
+            averager._averages.pipeline.release_masters()
             with torch.no_grad():
                 model.weight.copy_(sound[:15].view(3, 5))
         else:

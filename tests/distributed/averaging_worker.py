@@ -221,7 +221,7 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         with counted_collectives() as seen:
             engine.release_gathered()
             engine.publish()
-        assert len(seen) == _collectives_of_publishing(engine.name, model), seen
+        assert len(seen) == _collectives_of_publishing(engine, model), seen
 
     def a_layout_that_misses_elements_is_refused_on_every_rank():
         intact = engine.fragments
@@ -279,9 +279,13 @@ def _everything(model, optimizer, engine) -> list[Tensor]:
     ]
 
 
-def _collectives_of_publishing(engine_name: str, model) -> int:
-    """One broadcast a rank, one gather a flat group or an always-resident parameter, none where forwards gather."""
-    if dist.get_world_size() == 1 or engine_name == "fsdp2":
+def _collectives_of_publishing(engine, model) -> int:
+    """One broadcast a replica, one gather a flat group or a resident parameter, none where forwards gather."""
+    engine_name = engine.name
+    if engine_name == "fsdp2":
+        mesh = next(iter(engine.trainable.values())).device_mesh
+        return mesh.size(0) if mesh.ndim == 2 and mesh.size(0) > 1 else 0
+    if dist.get_world_size() == 1:
         return 0
     if engine_name in ("ddp", "deepspeed-zero0"):
         return dist.get_world_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class EngineCase:
     fused: bool = False
     """Have DeepSpeed take torch's AdamW for its own fused Adam, and with it the wrapper made for that."""
     fsdp: dict[str, Any] | None = None
-    """Arguments of `fully_shard`; accelerate itself shards where they are `{"by": "accelerate"}`."""
+    """Arguments of `fully_shard`, and how many ranks hold the same shard (HSDP); accelerate itself shards where
+    they are `{"by": "accelerate"}`."""
 
     def deepspeed_config(self, accumulation: int) -> dict[str, Any]:
         return {
@@ -100,6 +102,8 @@ ENGINES = {
     "fsdp2 bf16, root resharded": EngineCase(None, "bf16", fsdp={"reshard_after_forward": True}),
     "fsdp2 fp32, nothing resharded": EngineCase(None, "fp32", fsdp={"reshard_after_forward": False}),
     "fsdp2 bf16, offload": EngineCase(None, "bf16", fsdp={"offload": True}),
+    "fsdp2 fp32, replicated": EngineCase(None, "fp32", fsdp={"replicas": 2}),
+    "fsdp2 bf16, replicated, offload": EngineCase(None, "bf16", fsdp={"replicas": 2, "offload": True}),
     "fsdp2 fp32, by accelerate": EngineCase(None, "fp32", fsdp={"by": "accelerate"}),
 }
 
@@ -161,9 +165,14 @@ def shard(model: nn.Module, case: EngineCase) -> nn.Module:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     options = dict(case.fsdp or {})
-    offload = options.pop("offload", False)
+    offload, ranks = options.pop("offload", False), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    if "replicas" in options:
+        replicas = math.gcd(options.pop("replicas"), ranks)
+        shape, names = (replicas, ranks // replicas), ("replicate", "shard")
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     options |= {
-        "mesh": init_device_mesh("cpu", (dist.get_world_size(),)),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if case.precision == "bf16" else None),
         "offload_policy": CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
     }

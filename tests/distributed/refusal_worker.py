@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from swaft.averaging import attach_engine
-from swaft.errors import UnsupportedEngineError
+from swaft.errors import LayoutError, UnsupportedEngineError
 
 Check = tuple[str, Callable[[], None]]
 
@@ -148,12 +148,24 @@ def torch_modes() -> Iterator[Check]:
             model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
         refused("fsdp_version=2", model, torch.optim.AdamW(model.parameters()))
 
-    def hybrid():
+    def replicas_that_differ():
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("replicate", "shard"))
+        model = uneven().requires_grad_(True)
+        with torch.no_grad():
+            next(model.parameters()).add_(dist.get_rank())
+        model = fully_shard(model, mesh=mesh)
+        raised_on_every_rank(
+            LayoutError, "both are replicas of one shard", lambda: attach_engine(model, adamw(model))
+        )
+
+    def a_part_of_the_ranks():
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("others", "shard"))["shard"]
         model = fully_shard(uneven().requires_grad_(True), mesh=mesh)
-        refused("dp_replicate_size=1", model, adamw(model))
+        refused("expected a mesh over all ranks", model, adamw(model))
 
     def tensor_parallel():
         from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -188,7 +200,17 @@ def torch_modes() -> Iterator[Check]:
         _, model, optimizer = prepared(case, model=uneven().bfloat16())
         refused("train.mixed_precision=bf16", model, optimizer)
 
-    for check in (bare, fsdp1, tensor_parallel, hybrid, half, by_columns, shards_of_16_bits, without_masters):
+    for check in (
+        bare,
+        fsdp1,
+        tensor_parallel,
+        a_part_of_the_ranks,
+        replicas_that_differ,
+        half,
+        by_columns,
+        shards_of_16_bits,
+        without_masters,
+    ):
         yield check.__name__, check
 
 

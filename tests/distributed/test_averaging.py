@@ -45,11 +45,13 @@ THREE_RANKS = [
     *("ddp fp32 / uneven", "zero0 bf16, fused / uneven", "zero1 bf16 / uneven", "zero2 bf16 / uneven"),
     *("zero3 bf16 / uneven", "fsdp2 fp32 / uneven", "fsdp2 bf16 / uneven"),
 ]
+FOUR_RANKS = ["fsdp2 fp32, replicated / uneven", "fsdp2 bf16, replicated, offload / bert"]
 STARTS = {
     "torch": (2, TORCH),
     "zero 0 1 2": (2, ZERO_012),
     "zero 3": (2, ZERO_3),
     "3 ranks": (3, THREE_RANKS),
+    "2 x 2 ranks": (4, FOUR_RANKS),
 }
 
 
@@ -110,7 +112,7 @@ def refusals(tmp_path_factory) -> dict[str, str]:
     return start_ranks(HERE / "refusal_worker.py", results)
 
 
-@pytest.mark.parametrize(("case", "checks"), [("torch", 8), ("stand-ins", 5), ("deepspeed", 10)])
+@pytest.mark.parametrize(("case", "checks"), [("torch", 9), ("stand-ins", 5), ("deepspeed", 10)])
 def test_doubtful_masters_are_refused_before_training(case, checks, refusals):
     assert not faults(refusals, case, checks=checks)
 

@@ -6,14 +6,15 @@ The choice looks at the objects, never at a configured stage number: stage 1 alo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import Engine, clean_name, unknown_parameter
-from swaft.averaging.engines.deepspeed_modes import DEEPSPEED_CALLS, refuse_modes
+from swaft.averaging.engines.base import Engine, clean_name, require_fp32, unknown_parameter
+from swaft.averaging.engines.deepspeed_modes import DEEPSPEED_CALLS, deepspeed_steps, refuse_modes
 from swaft.averaging.engines.replicated import ReplicatedEngine
 from swaft.averaging.engines.steps import StepCounter
 from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
@@ -35,6 +36,10 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
     if _is_a(optimizer, "AcceleratedOptimizer"):
         optimizer = optimizer.optimizer
     engine = _attach_deepspeed(model) if _is_a(model, "DeepSpeedEngine") else _attach_torch(model, optimizer)
+    # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
+    # decay has moved the masters, and the weights are no cast of them until the first real step.
+    if engine.name != "deepspeed-zero0" or engine.masters_are_working() or engine.applied_steps() > 0:
+        engine.prove_layout()
     if not engine.ranks.sum([engine.numel])[0]:
         raise AveragingError("the model has no trainable parameter; expected at least one to average")
     return engine
@@ -67,16 +72,13 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
         )
     parameters = _optimized(module, optimizer)
     _require_fp32(module, parameters)
-    engine = ReplicatedEngine(
+    return ReplicatedEngine(
         "ddp" if wrapped else "plain",
         module,
         optimizer,
         parameters=[[parameter] for parameter in parameters],
-        masters=None,
-        applied_steps=StepCounter(optimizer),
+        steps_seen=StepCounter(optimizer),
     )
-    engine.prove_layout()
-    return engine
 
 
 def _attach_fsdp2(module: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
@@ -87,9 +89,7 @@ def _attach_fsdp2(module: nn.Module, optimizer: torch.optim.Optimizer) -> Engine
     names = _names(module)
     for parameter in parameters:
         refuse_layout(names[id(parameter)], parameter)
-    engine = FSDP2Engine(module, optimizer, parameters=parameters, applied_steps=StepCounter(optimizer))
-    engine.prove_layout()
-    return engine
+    return FSDP2Engine(module, optimizer, parameters=parameters, steps_seen=StepCounter(optimizer))
 
 
 def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
@@ -99,42 +99,38 @@ def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from swaft.averaging.engines.zero3 import Zero3Engine
-    from swaft.averaging.engines.zero12 import BF16Engine, Zero12Engine
+    from swaft.averaging.engines.zero import Zero3Engine, Zero12Engine
 
     refuse_modes(deepspeed_engine)
     wrapper = deepspeed_engine.optimizer
     if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
-        engine: Engine = Zero3Engine(deepspeed_engine)
-    elif type(wrapper) is DeepSpeedZeroOptimizer:
-        engine = Zero12Engine(deepspeed_engine)
-    elif type(wrapper) is BF16_Optimizer:
-        engine = BF16Engine(deepspeed_engine)
-    elif type(wrapper) is FP16_Optimizer:
+        return Zero3Engine(deepspeed_engine)
+    if type(wrapper) is DeepSpeedZeroOptimizer:
+        return Zero12Engine(deepspeed_engine)
+    if type(wrapper) is BF16_Optimizer:
+        return Zero12Engine(deepspeed_engine, bf16_optimizer=True)
+    if type(wrapper) is FP16_Optimizer:
         return _stage0(
             deepspeed_engine,
             wrapper.optimizer,
             parameters=wrapper.fp16_groups,
             masters=wrapper.fp32_groups_flat,
         )
-    elif type(wrapper) is FP16_UnfusedOptimizer:
+    if type(wrapper) is FP16_UnfusedOptimizer:
         return _stage0(
             deepspeed_engine,
             wrapper.optimizer,
             parameters=[[p] for group in wrapper.fp16_groups for p in group],
             masters=[m for group in wrapper.fp32_groups for m in group],
         )
-    elif isinstance(wrapper, torch.optim.Optimizer):
+    if isinstance(wrapper, torch.optim.Optimizer):
         parameters = _optimized(deepspeed_engine.module, wrapper)
         _require_fp32(deepspeed_engine.module, parameters)
         return _stage0(deepspeed_engine, wrapper, parameters=[[p] for p in parameters], masters=None)
-    else:
-        raise UnsupportedEngineError(
-            f"DeepSpeed trains with {type(wrapper).__name__}, whose masters this version does not average; use a "
-            "torch optimizer (no `optimizer` block in the DeepSpeed config) or ZeRO stage 1, 2 or 3"
-        )
-    engine.prove_layout()
-    return engine
+    raise UnsupportedEngineError(
+        f"DeepSpeed trains with {type(wrapper).__name__}, whose masters this version does not average; use a "
+        "torch optimizer (no `optimizer` block in the DeepSpeed config) or ZeRO stage 1, 2 or 3"
+    )
 
 
 def _stage0(
@@ -150,13 +146,9 @@ def _stage0(
         optimizer,
         parameters=parameters,
         masters=masters,
-        applied_steps=lambda: deepspeed_engine.global_steps - deepspeed_engine.skipped_steps,
+        steps_seen=partial(deepspeed_steps, deepspeed_engine),
     )
     engine.outer, engine.hands_out = deepspeed_engine, DEEPSPEED_CALLS
-    # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
-    # decay has moved the masters, and the weights are no cast of them until the first real step.
-    if masters is None or engine.applied_steps() > 0:
-        engine.prove_layout()
     return engine
 
 
@@ -201,9 +193,8 @@ def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
 def _require_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     names = _names(module)
     for parameter in parameters:
-        if parameter.dtype != torch.float32:
-            raise UnsupportedEngineError(
-                f"{names[id(parameter)]!r} is trained in {parameter.dtype} with no fp32 master beside it, and an "
-                "average of such weights stands still; load the model in fp32 and let mixed precision cast it "
-                "(train.mixed_precision=bf16), or use DeepSpeed, which keeps fp32 masters"
-            )
+        require_fp32(
+            names[id(parameter)],
+            parameter.dtype,
+            "train.mixed_precision=bf16, or DeepSpeed, which keeps fp32 masters",
+        )

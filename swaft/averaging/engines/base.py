@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.engines.swaps import Swap, swap_of
-from swaft.averaging.layout import Fragment, Span, check_coverage, merge, range_at
+from swaft.averaging.layout import Fragment, Span, check_coverage, cut, merge, range_at
 from swaft.distributed import shared_ranks
-from swaft.errors import AveragingError, LayoutError
+from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
 
-PIECE = 1 << 24
-"""Elements that are sent or compared at a time: 64 MiB in fp32."""
+PIECE = 1 << 23
+"""Elements that are sent, copied or compared at a time: 32 MiB in fp32, so that no copy beside them takes 64."""
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 """What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
 
@@ -36,14 +36,14 @@ class Engine(ABC):
     """The master weights of one training engine, as seen from one rank.
 
     Creating one is collective: the ranks agree on their layout and prove it (:meth:`prove_layout`).
+
+    Args:
+        name: name of the engine, such as ``deepspeed-zero3``.
+        module: the unwrapped model.
+        inner_optimizer: the torch optimizer whose step writes the masters; ZeRO calls it once a buffer.
+        steps_seen: steps that DeepSpeed, or a counter on the optimizer, has seen change the weights.
     """
 
-    name: str
-    """Name of the engine, such as ``deepspeed-zero3``."""
-    module: nn.Module
-    """The unwrapped model."""
-    inner_optimizer: torch.optim.Optimizer
-    """The torch optimizer whose step writes the masters; ZeRO calls it once a buffer."""
     lends_storage: bool = False
     """Whether others may free the masters' storage between events, so that nobody may hold on to it."""
     fragments: list[Fragment]
@@ -57,18 +57,26 @@ class Engine(ABC):
     state_names: tuple[str, ...]
     """Clean names of the model's state dict, aliases of tied weights and persistent buffers included."""
 
-    def __init__(self, module: nn.Module, inner_optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        inner_optimizer: torch.optim.Optimizer,
+        steps_seen: Callable[[], int],
+    ):
+        self.name = name
         self.module = self.outer = module
         self.inner_optimizer = inner_optimizer
         self.ranks = shared_ranks()
-        self._steps_before = 0
+        self._steps_seen, self._steps_before = steps_seen, 0
+        self._attached_with: tuple[int, int] | None = None
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
                 "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
             )
         self.state_names = tuple(clean_name(name) for name in module.state_dict())
-        hook_weakly(inner_optimizer.register_step_pre_hook, self._refuse_step_while_swapped)
+        hook_weakly(inner_optimizer.register_step_pre_hook, self._before_step)
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
@@ -79,16 +87,12 @@ class Engine(ABC):
         """The working weights, flat, in the geometry of :meth:`masters`."""
 
     @abstractmethod
-    def counted_steps(self) -> int:
-        """Steps that the engine, or the counter on its optimizer, has seen change the weights."""
-
-    @abstractmethod
     def publish(self) -> None:
         """Make every rank's next forward see what the ranks wrote into :meth:`working` (collective)."""
 
     def applied_steps(self) -> int:
         """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
-        return self._steps_before + self.counted_steps()
+        return self._steps_before + self._steps_seen()
 
     @property
     def is_deepspeed(self) -> bool:
@@ -96,8 +100,13 @@ class Engine(ABC):
         return self.outer is not self.module
 
     def continue_from(self, step: int) -> None:
-        """Have the weights as they are now be those after ``step`` optimizer steps: a run goes on here."""
-        self._steps_before = step - self.counted_steps()
+        """Have the weights as they are now be those after ``step`` optimizer steps: a run resumes here."""
+        self._steps_before, self._attached_with = step - self._steps_seen(), None
+
+    def watch_weights(self) -> None:
+        """Have :meth:`check_trainable` notice weights that change from now on before a step has been seen."""
+        if not rescales(self.module):
+            self._attached_with = self._steps_seen(), self.sum_of_working()
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter, however little of it this rank holds."""
@@ -174,6 +183,7 @@ class Engine(ABC):
 
         Raises:
             LayoutError: naming a parameter that became trainable, was replaced, or is gone.
+            AveragingError: the weights have changed and no step was seen to change them.
         """
         held = dict(self.named_parameters())
         if gone := self.trainable.keys() - held.keys():
@@ -193,6 +203,15 @@ class Engine(ABC):
                     f"{name!r} became trainable after the averager was attached, so it is not in the average; "
                     "attach the averager after the last parameter is unfrozen"
                 )
+        if self._attached_with is None or self.swap.active:
+            return
+        steps, bits = self._attached_with
+        if steps == self._steps_seen() and bits != self.sum_of_working():
+            raise AveragingError(
+                "the weights have changed since the averager was attached, but no optimizer step was seen, so none "
+                "was averaged: steps inside a replayed CUDA graph cannot be seen. Call `optimizer.step()` outside "
+                "of the graph, and load weights before the averager is attached"
+            )
 
     def working_is_cast(self) -> bool:
         """Whether every owned working element is, bit for bit, its master cast to the working dtype."""
@@ -205,14 +224,15 @@ class Engine(ABC):
     @torch.no_grad()
     def write(self, shard: Tensor) -> None:
         """Copy a host shard into the owned working elements, cast to their dtype. Does not publish."""
-        for working, values in self.spanned(self.working(), shard):
+        self._let_copies_finish()
+        for working, values in self._beside(self.working(), shard):
             working.copy_(values)
 
     @torch.no_grad()
     def read(self, buffers: list[Tensor]) -> Tensor:
         """The owned elements of ``buffers`` (masters or working weights) as one fp32 host tensor."""
         shard = torch.empty(self.numel, dtype=torch.float32, device="cpu")
-        for source, destination in self.spanned(buffers, shard):
+        for source, destination in self._beside(buffers, shard):
             destination.copy_(source)
         return shard
 
@@ -221,8 +241,7 @@ class Engine(ABC):
         others are swapped in.
         """
         stash = self._stashed()
-        for run in self._owned(self.masters()) if stash is None else [stash]:
-            yield from (piece.cpu() for piece in run.split(PIECE))
+        yield from map(Tensor.cpu, self._owned(self.masters()) if stash is None else stash.split(PIECE))
 
     def live_shard(self) -> Tensor:
         """What :meth:`live` gives, as one tensor."""
@@ -236,54 +255,93 @@ class Engine(ABC):
 
     def sum_of_working(self) -> int:
         """A sum over the bits of the owned working weights: another one says that somebody wrote to them."""
-        sums = [part for run in self._owned(self.working()) for part in _sums(run)]
+        sums = [part for run in self._owned(self.working()) for part in sums_of_bits(run)]
         return int(torch.stack(sums).sum()) if sums else 0
 
     @torch.no_grad()
     def recast(self) -> None:
         """Write cast(master) into the owned working elements. Does not publish."""
-        for master, working in self._paired():
+        self._let_copies_finish()
+        for master, working in zip(self._owned(self.masters()), self._owned(self.working()), strict=True):
             working.copy_(master)
-
-    def spanned(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The owned elements of ``buffers`` beside those of a shard, run by run."""
-        for span in self.spans:
-            yield span.of(buffers), shard.narrow(0, span.shard_offset, span.numel)
 
     def _stashed(self) -> Tensor | None:
         """The owned live elements where a swap has put others in place of the masters themselves."""
         return self.swap.stash if self.swap.stash is not None and self.masters_are_working() else None
 
-    def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
-        return (span.of(buffers).detach() for span in self.spans)
+    @cached_property
+    def _pieces(self) -> list[Span]:
+        return [piece for chunk in cut(self.spans, PIECE) for piece in chunk.spans]
 
-    def _paired(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._owned(self.masters()), self._owned(self.working()), strict=True)
+    def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
+        return (piece.of(buffers).detach() for piece in self._pieces)
+
+    def _beside(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The owned elements of ``buffers`` beside those of a shard, piece by piece."""
+        for piece in self._pieces:
+            yield piece.of(buffers), shard.narrow(0, piece.shard_offset, piece.numel)
+
+    def _let_copies_finish(self) -> None:
+        """Wait for copies to the device from working weights in host memory, which offloading starts and leaves."""
+        if torch.cuda.is_initialized() and any(working.device.type == "cpu" for working in self.working()):
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def _misplaced(self) -> LayoutError | None:
-        shard_offset = 0
-        for master, working in self._paired():
-            expected = master.to(working.device, working.dtype)
-            if expected.data_ptr() != working.data_ptr():
-                different = _bits(expected) != _bits(working)
-                if bool(different.any()):
-                    first = shard_offset + int(different.nonzero()[0])
-                    name, element = range_at((each.range for each in self.fragments), first)
-                    return LayoutError(
-                        f"element {element} of {name!r} under {self.name}: the working weight is not the cast of "
-                        f"the master where the adapter expects it ({working.dtype} from {master.dtype}); swaft "
-                        "does not know this layout, so it does not average it"
-                    )
-            shard_offset += master.numel()
+        masters, buffers = self.masters(), self.working()
+        for piece in self._pieces:
+            working = piece.of(buffers).detach()
+            expected = piece.of(masters).detach().to(working.device, working.dtype)
+            if expected.data_ptr() == working.data_ptr():
+                continue
+            different = _bits(expected) != _bits(working)
+            if bool(different.any()):
+                first = piece.shard_offset + int(different.nonzero()[0])
+                name, element = range_at((each.range for each in self.fragments), first)
+                return LayoutError(
+                    f"element {element} of {name!r} under {self.name}: the working weight is not the cast of "
+                    f"the master where the adapter expects it ({working.dtype} from torch.float32); swaft "
+                    "does not know this layout, so it does not average it"
+                )
         return None
 
-    def _refuse_step_while_swapped(self, *_: object) -> None:
+    def _before_step(self, *_: object) -> None:
         if self.swap.active:
             raise AveragingError(
                 "an optimizer step was taken while the averaged weights are swapped in; expected evaluation "
                 "only inside `with averager.swapped_in():`"
             )
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise AveragingError(
+                "an optimizer step is captured in a CUDA graph, and steps of a replayed graph cannot be seen, so "
+                "none would be averaged; capture forward and backward only, and call `optimizer.step()` outside"
+            )
+
+
+def rescales(module: nn.Module) -> bool:
+    """Whether a forward alone changes weights: an embedding with a largest norm rescales its rows."""
+    return any(getattr(part, "max_norm", None) is not None for part in module.modules())
+
+
+def require_fp32(name: str, dtype: torch.dtype, setting: str) -> None:
+    """Refuse a parameter that is trained in another type than fp32 and is its own master.
+
+    Args:
+        name: of the parameter.
+        dtype: that it is trained in.
+        setting: what casts fp32 weights for the forward under this engine.
+
+    Raises:
+        UnsupportedEngineError: with that setting.
+    """
+    if dtype != torch.float32:
+        reason = (
+            "an average of such weights stops moving" if dtype.itemsize < 4 else "swaft averages fp32 alone"
+        )
+        raise UnsupportedEngineError(
+            f"{name!r} is trained in {dtype} with no fp32 master beside it, and {reason}; load the model in fp32 "
+            f"and let mixed precision cast it ({setting})"
+        )
 
 
 def unknown_parameter(shape: torch.Size) -> LayoutError:
@@ -295,10 +353,7 @@ def unknown_parameter(shape: torch.Size) -> LayoutError:
     )
 
 
-AppliedSteps = Callable[[], int]
-
-
-def _sums(run: Tensor) -> Iterator[Tensor]:
+def sums_of_bits(run: Tensor) -> Iterator[Tensor]:
     """Sums over the bits of a flat tensor, whose order does not matter: eight bytes at a time, then the edges."""
     ratio = 8 // run.element_size()
     first = min(-run.storage_offset() % ratio, len(run))

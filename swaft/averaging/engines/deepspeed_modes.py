@@ -16,6 +16,11 @@ DEEPSPEED_CALLS = (
 """Calls of a DeepSpeed engine that hand out weights or replace them."""
 
 
+def deepspeed_steps(deepspeed_engine: Any) -> int:
+    """Steps DeepSpeed took less those it skipped; `was_step_applied` is stale between boundaries."""
+    return deepspeed_engine.global_steps - deepspeed_engine.skipped_steps
+
+
 def refused_settings(config: Any) -> list[str]:
     """Return the settings of a DeepSpeed configuration whose masters cannot be averaged faithfully.
 
@@ -37,6 +42,11 @@ def refused_settings(config: Any) -> list[str]:
         ),
         "zero_optimization.offload_optimizer.device=nvme (use cpu)": optimizer is not None
         and optimizer.device == "nvme",
+        "zero_optimization.offload_optimizer.ratio < 1 (part of the masters stay on the device)": zero.stage
+        == 3
+        and optimizer is not None
+        and optimizer.device == "cpu"
+        and optimizer.ratio < 1,
         "zero_optimization.offload_param.device=nvme (use cpu)": param is not None and param.device == "nvme",
         "zero_optimization.zero_hpz_partition_size > 1": zero.zero_hpz_partition_size > 1,
         "zero_optimization.zero_quantized_weights (an evaluation would see other weights than are exported)": (

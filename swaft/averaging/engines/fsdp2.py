@@ -4,38 +4,39 @@ Read in torch 2.13 (`torch/distributed/fsdp/_fully_shard`). Every parameter is a
 ranks, unevenly where they do not divide; a forward gathers copies in the compute dtype and puts them into the
 module. The root's copies stay there after the forward, and a change of the shards is not seen until they are
 dropped. So everything is resharded before the module is looked at, and after the shards are written.
+
+Over a mesh of two dimensions (HSDP) the rows are cut over the second, and the ranks along the first hold the same
+rows: these average a slice each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from swaft.averaging.engines.base import AppliedSteps, Engine
-from swaft.averaging.engines.views import FlatViews
+from swaft.averaging.engines.base import require_fp32, sums_of_bits
+from swaft.averaging.engines.replicated import ReplicatedEngine
 from swaft.averaging.layout import Fragment
 from swaft.errors import LayoutError, UnsupportedEngineError
 
 
-class FSDP2Engine(Engine):
+class FSDP2Engine(ReplicatedEngine):
     """Parameters that `fully_shard` cut into rows, by hand or through accelerate.
 
     Args:
         module: the unwrapped model, resharded (:func:`reshard`).
         inner_optimizer: the torch optimizer that takes the steps.
         parameters: its parameters, which it holds sharded whatever the module holds at the moment.
-        applied_steps: counts the steps that were taken.
+        steps_seen: steps that were taken.
     """
-
-    name = "fsdp2"
 
     def __init__(
         self,
@@ -43,29 +44,31 @@ class FSDP2Engine(Engine):
         inner_optimizer: torch.optim.Optimizer,
         *,
         parameters: Sequence[nn.Parameter],
-        applied_steps: AppliedSteps,
+        steps_seen: Callable[[], int],
     ):
-        super().__init__(module, inner_optimizer)
-        self._applied_steps = applied_steps
-        # The local tensor of a DTensor is fetched the way FSDP2 itself does: `to_local()` is a call each.
-        self._shards = FlatViews(lambda: list(map(_LOCAL, parameters)))
-        self.fragments = [
-            fragment
-            for i, parameter in enumerate(parameters)
-            for fragment in _row_fragments(self.name_of(parameter), cast(DTensor, parameter), buffer=i)
-        ]
+        self._mesh = cast(DTensor, parameters[0]).device_mesh if parameters else None
+        each = [[parameter] for parameter in parameters]
+        super().__init__("fsdp2", module, inner_optimizer, parameters=each, steps_seen=steps_seen)
 
-    def masters(self) -> list[Tensor]:
-        """The rows of every parameter that this rank holds, flattened."""
-        return self._shards()
+    def prove_layout(self) -> None:
+        """As of every engine; and that the replicas of a shard hold the same (collective).
 
-    def working(self) -> list[Tensor]:
-        """The same: forwards gather from these rows."""
-        return self._shards()
-
-    def counted_steps(self) -> int:
-        """Optimizer steps that changed the weights."""
-        return self._applied_steps()
+        Raises:
+            LayoutError: on every rank.
+        """
+        super().prove_layout()
+        if self._num_replicas == 1:
+            return
+        sums = [part for held in self.working() for part in sums_of_bits(held)]
+        replicas = dist.get_process_group_ranks(self._replicas)
+        found = self.ranks.gather((replicas, int(torch.stack(sums).sum()) if sums else 0))
+        for rank, (others, bits) in enumerate(found):
+            if bits != found[others[0]][1]:
+                raise LayoutError(
+                    f"rank {rank} holds other weights than rank {others[0]}, and both are replicas of one shard "
+                    "(HSDP); expected the same model on all ranks before `fully_shard`: load it from the same "
+                    "files, or seed alike"
+                )
 
     def named_parameters(self, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter by its clean name, sharded whatever a forward has left in the module."""
@@ -73,7 +76,8 @@ class FSDP2Engine(Engine):
         yield from super().named_parameters(aliases=aliases)
 
     def publish(self) -> None:
-        """Have the next forward gather anew."""
+        """Have the next forward gather anew (collective where shards have replicas)."""
+        super().publish()
         self.release_gathered()
 
     def release_gathered(self) -> None:
@@ -84,9 +88,28 @@ class FSDP2Engine(Engine):
         """A parameter whole, as forwards see it, in host memory, on every rank (collective where it is sharded)."""
         if not isinstance(parameter, DTensor):
             return parameter.detach()
+        return cast(DTensor, self._on_the_wire(parameter.detach())).full_tensor().cpu()
+
+    @staticmethod
+    def _tensors(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        # The local tensor of a DTensor is fetched the way FSDP2 itself does: `to_local()` is a call each.
+        return list(map(_LOCAL, parameters))
+
+    def _held_fragments(self) -> list[Fragment]:
+        return [
+            fragment
+            for i, parameter in enumerate(self.parameters)
+            for fragment in _row_fragments(self.name_of(parameter), cast(DTensor, parameter), buffer=i)
+        ]
+
+    def _find_replicas(self) -> tuple[Any, int, int]:
+        if self._mesh is None or self._mesh.ndim == 1:
+            return None, 0, 1
+        return self._mesh.get_group(0), self._mesh.get_local_rank(0), self._mesh.size(0)
+
+    def _on_the_wire(self, packed: Tensor) -> Tensor:
         # An offloaded shard lies on the host, where the ranks' process group may have no backend.
-        rows = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
-        return rows.full_tensor().cpu()
+        return packed if self._mesh is None else packed.to(self._mesh.device_type)
 
 
 def reshard(module: nn.Module) -> None:
@@ -109,24 +132,21 @@ def refuse_layout(name: str, parameter: nn.Parameter) -> None:
             "`ignored_params` (accelerate: `ignored_modules`)"
         )
     mesh = parameter.device_mesh
-    if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
+    if mesh.size() != dist.get_world_size():
         raise UnsupportedEngineError(
             f"{name!r} is laid out over a mesh of shape {tuple(mesh.shape)} {mesh.mesh_dim_names or ''} with "
-            f"{dist.get_world_size()} ranks training: hybrid sharding (HSDP) or another parallelism beside FSDP2, "
-            "which this version does not average; expected one mesh dimension over all ranks: give `fully_shard` "
-            "a 1-D mesh (accelerate: dp_replicate_size=1 and no tp_size, cp_size or ep_size)"
+            f"{dist.get_world_size()} ranks training: another parallelism beside FSDP2, which this version does "
+            "not average; expected a mesh over all ranks, (shard) or (replicate, shard): accelerate without "
+            "tp_size, cp_size and ep_size"
         )
-    if parameter.placements != (Shard(0),):
+    if parameter.placements not in ((Shard(0),), (Replicate(), Shard(0))):
         raise UnsupportedEngineError(
-            f"{name!r} has the placement {parameter.placements}, expected (Shard(dim=0),), the default of "
-            "`fully_shard`; leave out its `shard_placement_fn`"
+            f"{name!r} has the placement {parameter.placements}, expected (Shard(dim=0),), or (Replicate(), "
+            "Shard(dim=0)) over a mesh of two dimensions, the defaults of `fully_shard`; leave out its "
+            "`shard_placement_fn`, and do not combine it with tensor parallelism"
         )
-    if parameter.dtype != torch.float32:
-        raise UnsupportedEngineError(
-            f"{name!r} is sharded in {parameter.dtype} with no fp32 master beside it, and an average of such "
-            "weights stands still; load the model in fp32 and let mixed precision cast it: "
-            "`mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)` (accelerate: mixed_precision=bf16)"
-        )
+    policy = "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16); accelerate: mixed_precision=bf16"
+    require_fp32(name, parameter.dtype, policy)
 
 
 _LOCAL = attrgetter("_local_tensor")

@@ -1,28 +1,27 @@
-"""Engines that hold the whole model on every rank: one process, DDP, and DeepSpeed stage 0.
+"""Engines whose ranks hold the same weights: one process, DDP, DeepSpeed stage 0, and replicas of FSDP2's shards.
 
-Each rank averages one slice of the concatenated parameters, 1/W of the memory and the work. Publishing sends
-each slice to the other ranks.
+Each of the ranks that hold the same averages one slice of it: 1/R of the memory and the work. Publishing sends
+each slice to the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import AppliedSteps, Engine
-from swaft.averaging.engines.views import FlatViews
-from swaft.averaging.layout import Chunk, Fragment, cut, merge, replicated_fragments
-
-PUBLISH_CHUNK = 1 << 24
-"""Elements sent in one broadcast: 64 MiB in fp32, which bounds the device memory that a swap takes."""
+from swaft.averaging.engines.base import PIECE, Engine
+from swaft.averaging.layout import Fragment, cut, merge, slice_of
+from swaft.errors import LayoutError
 
 
 class ReplicatedEngine(Engine):
-    """Whole weights on every rank; the masters are the parameters themselves or tensors beside them.
+    """Weights that several ranks hold; the masters are the parameters themselves or tensors beside them.
 
     Args:
         name: name of the engine.
@@ -31,7 +30,7 @@ class ReplicatedEngine(Engine):
         parameters: the optimizer's parameters by master tensor, in an order that all ranks share.
         masters: one fp32 tensor a list of parameters, which holds their elements end to end; ``None`` where the
             parameters are their own masters.
-        applied_steps: counts the steps that were taken.
+        steps_seen: steps that were taken.
     """
 
     def __init__(
@@ -41,51 +40,101 @@ class ReplicatedEngine(Engine):
         inner_optimizer: torch.optim.Optimizer,
         *,
         parameters: Sequence[Sequence[nn.Parameter]],
-        masters: Sequence[Tensor] | None,
-        applied_steps: AppliedSteps,
+        masters: Sequence[Tensor] | None = None,
+        steps_seen: Callable[[], int],
     ):
-        super().__init__(module, inner_optimizer)
-        self.name = name
-        self._applied_steps = applied_steps
-        each = list(chain.from_iterable(parameters))
-        self._working = FlatViews(lambda: each)
-        self._masters = self._working
+        super().__init__(name, module, inner_optimizer, steps_seen)
+        self.parameters = list(chain.from_iterable(parameters))
+        self._working = self._masters = FlatViews(partial(self._tensors, self.parameters))
         if masters is not None:
             numels = [[p.numel() for p in together] for together in parameters]
             self._masters = FlatViews(lambda: masters, numels=numels)
-        self._sizes = [(self.name_of(p), p.numel(), i, 0) for i, p in enumerate(each)]
-        self.fragments = self._slice_of(self.ranks.rank)
+        self._held = self._held_fragments()
+        self._replicas, self._replica, self._num_replicas = self._find_replicas()
+        self.fragments = slice_of(self._held, self._replica, self._num_replicas)
 
     def masters(self) -> list[Tensor]:
         """The masters, one flat tensor a parameter."""
         return self._masters()
 
     def working(self) -> list[Tensor]:
-        """The parameters, flattened."""
+        """The parameters, or what this rank holds of them, flattened."""
         return self._working()
-
-    def counted_steps(self) -> int:
-        """Optimizer steps that changed the weights."""
-        return self._applied_steps()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Send every rank's slice of the working weights to the others, in bounded pieces (collective)."""
-        if self.ranks.world_size == 1:
+        """Send every rank's slice of the working weights to its replicas, in bounded pieces (collective)."""
+        if self._num_replicas == 1:
             return
         working = self.working()
-        for rank in range(self.ranks.world_size):
-            for chunk in cut(merge(self._slice_of(rank)), PUBLISH_CHUNK):
-                packed = torch.cat(_views(chunk, working))
-                dist.broadcast(packed, src=rank)
-                if rank != self.ranks.rank:
-                    views = _views(chunk, working)
+        for rank in range(self._num_replicas):
+            for chunk in cut(merge(slice_of(self._held, rank, self._num_replicas)), PIECE):
+                views = [span.of(working) for span in chunk.spans]
+                packed = self._on_the_wire(torch.cat(views))
+                dist.broadcast(packed, group=self._replicas, group_src=rank)
+                if rank != self._replica:
                     for view, values in zip(views, packed.split([v.numel() for v in views]), strict=True):
                         view.copy_(values)
 
-    def _slice_of(self, rank: int) -> list[Fragment]:
-        return replicated_fragments(self._sizes, rank=rank, world_size=self.ranks.world_size)
+    @staticmethod
+    def _tensors(parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        """What this rank holds of the parameters, as it is now."""
+        return parameters
+
+    def _held_fragments(self) -> list[Fragment]:
+        """What this rank holds, in an order that its replicas share."""
+        return [Fragment(self.name_of(p), 0, p.numel(), i, 0) for i, p in enumerate(self.parameters)]
+
+    def _find_replicas(self) -> tuple[Any, int, int]:
+        """The group of ranks that hold the same as this one (None: all), its place among them, how many."""
+        return None, self.ranks.rank, self.ranks.world_size
+
+    def _on_the_wire(self, packed: Tensor) -> Tensor:
+        """A message where the group of the replicas can send it."""
+        return packed
 
 
-def _views(chunk: Chunk, buffers: list[Tensor]) -> list[Tensor]:
-    return [span.of(buffers) for span in chunk.spans]
+class FlatViews:
+    """Flat views of tensors, made anew where one of them has other storage than before.
+
+    `module.to`, `weight.data = weight.data.clamp(-1, 1)`, a loaded checkpoint and FSDP2's first forward replace
+    storage, and views of the old one would be averaged from then on. The views keep the old storage alive until
+    they are asked for again, so that no new one can be mistaken for it by its address.
+
+    Args:
+        tensors: gives the tensors as they are now; called every time, so without a loop in Python.
+        numels: elements of the views that each tensor is cut into; by default one view a tensor.
+    """
+
+    def __init__(
+        self, tensors: Callable[[], Sequence[Tensor]], *, numels: Sequence[Sequence[int]] | None = None
+    ):
+        self._tensors = tensors
+        self._numels = numels
+        self._addresses: list[object] | None = None
+        self._views: list[Tensor] = []
+
+    def __call__(self) -> list[Tensor]:
+        """Flat tensors without gradient; the same list object while no storage has moved.
+
+        Raises:
+            LayoutError: a tensor is not contiguous.
+        """
+        tensors = self._tensors()
+        addresses = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
+        if addresses != self._addresses:
+            self._views = [_flat(tensor) for tensor in tensors]
+            if self._numels is not None:
+                cut_up = zip(self._views, self._numels, strict=True)
+                self._views = [view for flat, numels in cut_up for view in flat.split(list(numels))]
+            self._addresses = addresses
+        return self._views
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    if not tensor.is_contiguous():
+        raise LayoutError(
+            f"a trainable tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}, expected a "
+            "contiguous one; call `.contiguous()` on it before the optimizer is built"
+        )
+    return tensor.detach().view(-1)

@@ -88,6 +88,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
         source = "DeepSpeed has counted"
         if not engine.is_deepspeed:  # the state may be left from a run before this one
             level, source = logging.WARNING, "the optimizer's state says"
+    engine.watch_weights()
     step = engine.applied_steps()
     if step > total_steps:
         raise AveragingError(

@@ -1,4 +1,4 @@
-"""All averages of one rank: their lanes, the threads that move them, and the way members take."""
+"""All averages of one rank: their lanes, the threads that move them, and the pipeline that members take."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaft.averaging.host.crew import Crew
-from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.lanes import Lanes, require_writable
 from swaft.averaging.host.memory import lane_bytes, require_host_memory
-from swaft.averaging.host.motion import Motion
-from swaft.averaging.host.pipeline import Pipeline, Waits
+from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes
-from swaft.averaging.host.spill import require_writable
+from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Span
 from swaft.averaging.rules import SWA, Plan
 from swaft.distributed import Ranks
@@ -70,48 +68,31 @@ class HostAverages:
         with ranks.together():
             if spill_dir is not None:
                 require_writable(spill_dir)
-        self.crew = Crew(threads, device=device)
-        self._host = HostSource(spans, self.crew)
+        self.workers = Workers(threads, device=device)
+        self._host = HostSource(spans, self.workers)
         self._staged: StagedSource | None = None
         self.lanes = {
-            name: Lanes(plan, numel, self.crew, compensated=compensated, spill=spill_dir)
+            name: Lanes(plan, numel, self.workers, compensated=compensated, spill=spill_dir)
             for name, plan in plans.items()
         }
-        self.motion = Motion(self.crew)
+        self.changes = ChangeCheck(self.workers)
         self._channel = ranks.channel()
-        self._pipeline = Pipeline(
-            self.lanes, self.motion, sum_over_ranks=self._channel.sum, world_size=ranks.world_size
+        self.pipeline = Pipeline(
+            self.lanes, self.changes, sum_over_ranks=self._channel.sum, world_size=ranks.world_size
         )
-
-    @property
-    def waits(self) -> Waits:
-        """How often training has stood still for averaging."""
-        return self._pipeline.waits
 
     def seconds_an_element(self) -> float:
         """Seconds that one update of a running mean takes for each element, measured on up to 4 million."""
-        return seconds_an_element(self.crew, sum(span.numel for span in self._spans))
+        return seconds_an_element(self.workers, sum(span.numel for span in self._spans))
 
     def submit(self, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
         """Take the masters in for some rules, in the background; see `Pipeline.submit`."""
-        self._pipeline.submit(self._source(masters), masters, step=step, rules=rules)
-
-    def release_masters(self, *_: object) -> None:
-        """Hook: return once the masters may be written to; see `Pipeline.release_masters`."""
-        self._pipeline.release_masters()
-
-    def raise_if_refused(self) -> None:
-        """Raise what is wrong with the latest member; see `Pipeline.raise_if_refused`."""
-        self._pipeline.raise_if_refused()
-
-    def finish(self) -> None:
-        """Return once every member is in; see `Pipeline.finish`."""
-        self._pipeline.finish()
+        self.pipeline.submit(self._source(masters), masters, step=step, rules=rules)
 
     def close(self) -> None:
         """Finish what is under way and let the threads end."""
-        self._pipeline.close()
-        self.crew.close()
+        self.pipeline.close()
+        self.workers.close()
         self._channel.close()
 
     def _source(self, masters: list[Tensor]) -> Source:
@@ -123,7 +104,7 @@ class HostAverages:
         if self._staged is None:
             self._staged = StagedSource(
                 self._spans,
-                self.crew,
+                self.workers,
                 device=device,
                 api=torch.get_device_module(device),
                 limit_bytes=STAGING_BYTES,
@@ -132,16 +113,16 @@ class HostAverages:
         return self._staged
 
 
-def seconds_an_element(crew: Crew, numel: int) -> float:
+def seconds_an_element(workers: Workers, numel: int) -> float:
     """Measure the seconds that one update of a running mean takes for each element.
 
     Args:
-        crew: does the arithmetic.
+        workers: do the arithmetic.
         numel: elements of a shard; up to `RATE_SAMPLE` of them are measured.
     """
     numel = min(RATE_SAMPLE, numel) or 1
-    lanes = Lanes(_ONE_MEAN, numel, crew, compensated=True)
-    source = HostSource([Span(0, 0, 0, numel)], crew)
+    lanes = Lanes(_ONE_MEAN, numel, workers, compensated=True)
+    source = HostSource([Span(0, 0, 0, numel)], workers)
     # Kept here: a source holds addresses, not tensors.
     masters = [torch.zeros(numel, dtype=torch.float32, device="cpu")]
     source.open(masters, None, lambda: None)

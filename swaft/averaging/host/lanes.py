@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swaft.averaging import native
-from swaft.averaging.host.crew import Crew
-from swaft.averaging.host.spill import moved_to_disk
+from swaft.averaging.host.threads import Workers
 from swaft.averaging.rules import DEFAULT, Plan, Readout, Update
 from swaft.errors import AveragingError
+from swaft.storage.files import write_all
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Runs of one member: addresses in bytes, first element in the shard, number of elements; int64 each."""
@@ -44,17 +45,19 @@ class Lanes:
     Args:
         plan: the rule's numbers.
         numel: elements of the shard.
-        crew: does the arithmetic.
+        workers: do the arithmetic.
         compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
         spill: folder that finished lanes move to; None keeps them in memory.
     """
 
-    def __init__(self, plan: Plan, numel: int, crew: Crew, *, compensated: bool, spill: Path | None = None):
+    def __init__(
+        self, plan: Plan, numel: int, workers: Workers, *, compensated: bool, spill: Path | None = None
+    ):
         self.plan = plan
         self.count = 0
         self._torn: str | None = None
         self._numel = numel
-        self._crew = crew
+        self._workers = workers
         self._compensated = compensated
         self._spill = spill
         self._lanes: dict[int, Lane] = {}
@@ -113,7 +116,7 @@ class Lanes:
         result = _vector(self._numel)
         block = 1 << 20  # bounds the float64 scratch
         parts = [(first, min(first + block, self._numel)) for first in range(0, self._numel, block)]
-        self._crew.run(lambda first, last: _combine(readout, result[first:last], first, last), parts)
+        self._workers.run(lambda first, last: _combine(readout, result[first:last], first, last), parts)
         return result
 
     def held(self) -> dict[int, Lane]:
@@ -130,7 +133,7 @@ class Lanes:
         return self._new_lane(self.plan.lanes[index])
 
     def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
-        """Go on from ``count`` members with these lanes, one at a time, in place of all there were."""
+        """Resume from ``count`` members with these lanes, one at a time, in place of all there were."""
         self._lanes, self._on_disk = {}, {}
         self._torn = "a state of this average was read only in part, because the rest is damaged"
         self.count = count
@@ -156,13 +159,13 @@ class Lanes:
     def _move(self, lane: Lane, tables: Sequence[Table], weight: float) -> None:
         mean, compensation = lane.mean.numpy(), lane.compensation
         if weight == 1.0:
-            self._crew.run(native.copy, [(*table, mean) for table in tables])
+            self._workers.run(native.copy, [(*table, mean) for table in tables])
         elif compensation is None:
             w = np.float32(weight)
-            self._crew.run(native.update_plain, [(*table, mean, w) for table in tables])
+            self._workers.run(native.update_plain, [(*table, mean, w) for table in tables])
         else:
             words, w = bits(compensation), np.float32(weight)
-            self._crew.run(native.update, [(*table, mean, words, w) for table in tables])
+            self._workers.run(native.update, [(*table, mean, words, w) for table in tables])
 
     @staticmethod
     def _copy(source: Lane, destination: Lane) -> None:
@@ -202,3 +205,37 @@ def _vector(numel: int) -> Tensor:
 def bits(tensor: Tensor) -> np.ndarray:
     """The words of a bf16 tensor, as uint16, in place."""
     return tensor.view(torch.uint16).numpy()
+
+
+def moved_to_disk(tensor: Tensor, folder: Path) -> Tensor:
+    """Return the same values mapped from a new file without a name, which ends with the process.
+
+    Args:
+        tensor: (numel,), fp32 or bf16, in host memory.
+        folder: for the file.
+
+    Raises:
+        AveragingError: the file could not be written.
+    """
+    if not tensor.numel():  # an empty file cannot be mapped
+        return tensor
+    try:
+        # Written, not copied into the map: a full disk then is an error, where a map would end the process.
+        with TemporaryFile(dir=folder, buffering=0) as file:
+            write_all(file.fileno(), tensor.view(torch.uint8).numpy().data)
+            return torch.from_numpy(np.memmap(file, np.uint8, mode="c")).view(tensor.dtype)
+    except OSError as error:
+        raise AveragingError(
+            f"averaging.spill_dir: {folder} could not take a finished part: {error}"
+        ) from error
+
+
+def require_writable(folder: Path) -> None:
+    """Raise an `AveragingError` unless files can be made in a folder, which is made where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise AveragingError(
+            f"averaging.spill_dir: {folder} cannot be written to ({error}); name another folder"
+        ) from error

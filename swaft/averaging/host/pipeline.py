@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -23,12 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swaft.averaging.host.lanes import Lanes
-from swaft.averaging.host.motion import Motion
+from swaft.averaging import native
+from swaft.averaging.host.lanes import Lanes, Table
 from swaft.averaging.host.source import Source
+from swaft.averaging.host.threads import Workers
 from swaft.errors import AveragingError
 
 VERSION = attrgetter("_version")
+WORD = 1 << 64
+POLL = 1e-3
+"""Seconds between two looks at whether the device still has work."""
 
 Sum = Callable[[list[float]], list[float]]
 """Elementwise sum over the ranks."""
@@ -36,12 +40,12 @@ Sum = Callable[[list[float]], list[float]]
 
 @dataclass
 class Waits:
-    """How often, and how long, training stood still for averaging."""
+    """How often averaging blocked training: the training thread waited and the device had nothing to do."""
 
     count: int = 0
-    """Times that the training thread had to wait."""
+    """Times that it did."""
     seconds: float = 0.0
-    """Seconds it waited, in all."""
+    """Seconds, in all."""
 
 
 @dataclass
@@ -70,24 +74,60 @@ class Member:
     """Why it may not enter the average; the same on every rank."""
 
 
+class ChangeCheck:
+    """Whether the weights change at all: compares the bits of the members with the first's, until one differs.
+
+    A silent no-op is the worst fault there is.
+
+    Args:
+        workers: do the sums.
+    """
+
+    def __init__(self, workers: Workers):
+        self.seen = False
+        self.members = 0
+        self._workers = workers
+        self._first: int | None = None
+        self._sum = 0
+
+    def take(self, tables: Sequence[Table]) -> None:
+        """Look at a piece of a member."""
+        if not self.seen:
+            self._sum += sum(int(part) for part in self._workers.run(native.checksum, tables))
+
+    def end(self) -> None:
+        """The member is complete."""
+        self.members += 1
+        if self._first is None:
+            self._first = self._sum % WORD
+        self.seen = self.seen or self._sum % WORD != self._first
+        self._sum = 0
+
+    def restart(self, *, moved: bool) -> None:
+        """Begin anew, as after members of which it is known whether they differed."""
+        self.seen, self.members, self._first = moved, 0, None
+
+
 class Pipeline:
     """One worker thread that takes members in, in the order of their submission.
 
     Args:
         lanes: by name of the rule.
-        motion: watches whether members differ.
+        changes: watches whether members differ.
         sum_over_ranks: called by the worker once a member, on every rank.
         world_size: number of ranks.
     """
 
-    def __init__(self, lanes: Mapping[str, Lanes], motion: Motion, *, sum_over_ranks: Sum, world_size: int):
+    def __init__(
+        self, lanes: Mapping[str, Lanes], changes: ChangeCheck, *, sum_over_ranks: Sum, world_size: int
+    ):
         self.waits = Waits()
-        self._lanes, self._motion = lanes, motion
+        self._lanes, self._changes = lanes, changes
         self._sum, self._world_size = sum_over_ranks, world_size
         self._queue: queue.SimpleQueue[Member | None] = queue.SimpleQueue()
         self._latest: Member | None = None
         self._failure: Exception | None = None
-        self._failure_told = False
+        self._failure_raised = False
         self._thread = threading.Thread(target=self._work, name="swaft-average", daemon=True)
         self._thread.start()
 
@@ -106,10 +146,10 @@ class Pipeline:
         self._latest = Member(source, masters, source.mark_ready(), step, rules, versions)
         self._queue.put(self._latest)
 
-    def release_masters(self) -> None:
-        """Return once the masters may be written to; to be called before anything does."""
+    def release_masters(self, *_: object) -> None:
+        """Hook: return once the masters may be written to; to be called before anything does."""
         if self._latest is not None:
-            self._until(self._latest.released)
+            self._until(self._latest.released, self._latest.source)
             self._latest.source.order_after_copies()
 
     def raise_if_refused(self) -> None:
@@ -121,7 +161,7 @@ class Pipeline:
             AveragingError: the member was not finite, the ranks are not at the same step, or a rank failed.
         """
         if self._latest is not None:
-            self._until(self._latest.judged)
+            self._until(self._latest.judged, self._latest.source)
             refusal, self._latest.refusal = self._latest.refusal, None
             if refusal is not None:
                 raise refusal
@@ -131,13 +171,13 @@ class Pipeline:
 
         Raises:
             AveragingError: the latest member was refused, or (once) averaging failed on this rank. The members
-                before are still to be had.
+                before are still there.
         """
         if self._latest is not None:
-            self._until(self._latest.done, counted=False)  # asked for, not imposed on training
+            self._until(self._latest.done)  # asked for, not imposed on training
             self.raise_if_refused()
-        if self._failure is not None and not self._failure_told:
-            self._failure_told = True
+        if self._failure is not None and not self._failure_raised:
+            self._failure_raised = True
             raise self._broken() from self._failure
 
     def close(self) -> None:
@@ -146,17 +186,21 @@ class Pipeline:
         if self._thread is not threading.current_thread():  # garbage is collected on any thread
             self._thread.join(timeout=5.0)
 
-    def _until(self, event: threading.Event, *, counted: bool = True) -> None:
+    def _until(self, event: threading.Event, source: Source | None = None) -> None:
+        """Wait for an event; with the source of a member, the wait counts as far as its device has no work left."""
         if event.is_set():
             return
-        begun = time.perf_counter()
-        while not event.wait(timeout=1.0):
+        queued = None if source is None else source.mark_ready()
+        idle_since = time.perf_counter() if queued is None else None
+        while not event.wait(timeout=1.0 if queued is None else POLL):
             # After `close`, or in a forked child, there is nobody left to set it.
             if not self._thread.is_alive() and not event.is_set():
                 raise _ended()
-        if counted:
+            if queued is not None and idle_since is None and queued.query():
+                idle_since = time.perf_counter()
+        if source is not None and idle_since is not None:
             self.waits.count += 1
-            self.waits.seconds += time.perf_counter() - begun
+            self.waits.seconds += time.perf_counter() - idle_since
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -165,8 +209,8 @@ class Pipeline:
                 self._judge(member)
                 if member.refusal is None:
                     self._take_in(member)
-            except Exception as error:  # whatever it is, training must neither hang nor go on unaware
-                self._failure = error  # which the next member's message tells the other ranks
+            except Exception as error:  # whatever it is, training must neither hang nor continue unaware
+                self._failure = error  # which the next member's message reports to the other ranks
                 if not member.judged.is_set():
                     member.refusal = self._broken()
             finally:
@@ -208,8 +252,8 @@ class Pipeline:
         for tables in member.source.tables():
             for lanes, each in zip(taking, updates, strict=True):
                 lanes.take(each, tables)
-            self._motion.take(tables)
-        self._motion.end()
+            self._changes.take(tables)
+        self._changes.end()
         for lanes, each in zip(taking, updates, strict=True):
             lanes.end(each)
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swaft.averaging import native
-from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.lanes import Table
+from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Chunk, Span, cut
 from swaft.errors import LayoutError
 
@@ -33,65 +33,37 @@ MIN_BLOCK_NUMEL = 1 << 16
 DTYPE = attrgetter("dtype")
 
 
-class Source(Protocol):
-    """Hands out the elements of one member."""
-
-    def mark_ready(self) -> Any:
-        """An event that says when the masters, as the calling thread has left them, are complete."""
-        ...
-
-    def order_after_copies(self) -> None:
-        """Make what the calling thread does next to the masters come after the copies issued so far."""
-        ...
-
-    def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
-        """Begin with a member.
-
-        Args:
-            masters: flat fp32 buffers, complete once ``ready`` (of `mark_ready`) has happened.
-            ready: see there.
-            released: called, once, when the masters may change, copies in flight apart (`order_after_copies`).
-        """
-        ...
-
-    def all_finite(self) -> bool:
-        """Whether every owned element of the member is finite, and below `LARGEST`."""
-        ...
-
-    def tables(self) -> Iterator[list[Table]]:
-        """The member in pieces, each a table a thread."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the masters' storage, which others may want to free."""
-        ...
-
-
 class HostSource:
     """Masters in host memory: the arithmetic reads them where they are.
 
     Args:
         spans: where the shard lies in the master buffers.
-        crew: whose threads share the work.
+        workers: whose threads share the work.
     """
 
-    def __init__(self, spans: Sequence[Span], crew: Crew):
-        self._crew = crew
+    def __init__(self, spans: Sequence[Span], workers: Workers):
+        self._workers = workers
         numel = sum(span.numel for span in spans)
-        self._parts = cut(spans, max(1, -(-numel // crew.threads)))
+        self._parts = cut(spans, max(1, -(-numel // workers.threads)))
         self._spans = spans
         self._described: object = None
         self._tables: list[Table] = []
 
     def mark_ready(self) -> Any:
-        """Nothing: what the calling thread did to host memory is done."""
+        """An event after which the masters, as the calling thread has left them, are complete; None on the host."""
         return None
 
     def order_after_copies(self) -> None:
-        """Nothing: released masters have been read."""
+        """Have what the calling thread does next to the masters come after the copies issued so far."""
 
     def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
-        """Take the addresses of the masters, anew where their storage has moved."""
+        """Begin with a member: take the addresses of the masters, anew where their storage has moved.
+
+        Args:
+            masters: flat fp32 buffers, complete once ``ready`` has happened.
+            ready: of :meth:`mark_ready`.
+            released: called once, when the masters may change, copies in flight apart (`order_after_copies`).
+        """
         self._released = released
         addresses = list(map(Tensor.data_ptr, masters))
         described = (addresses, list(map(Tensor.numel, masters)), list(map(DTYPE, masters)))
@@ -100,17 +72,17 @@ class HostSource:
             self._described, self._tables = described, [_table(part, addresses) for part in self._parts]
 
     def all_finite(self) -> bool:
-        """Whether every owned element is finite."""
-        return all(self._crew.run(native.all_finite, self._tables))
+        """Whether every owned element of the member is finite, and below `LARGEST`."""
+        return all(self._workers.run(native.all_finite, self._tables))
 
     def tables(self) -> Iterator[list[Table]]:
-        """One piece: all of it. The masters are in use until the end."""
+        """The member in pieces, each a table a thread; here one, and the masters are in use until its end."""
         if self._tables:
             yield self._tables
         self._released()
 
     def close(self) -> None:
-        """Nothing is held but addresses."""
+        """Let go of the masters' storage, which others may want to free; only addresses are held here."""
 
 
 class StagedSource:
@@ -118,7 +90,7 @@ class StagedSource:
 
     Args:
         spans: where the shard lies in the master buffers.
-        crew: whose threads share the work.
+        workers: whose threads share the work.
         device: where the masters are.
         api: `torch.cuda` or another device module with streams and events.
         limit_bytes: most memory the ring takes.
@@ -128,7 +100,7 @@ class StagedSource:
     def __init__(
         self,
         spans: Sequence[Span],
-        crew: Crew,
+        workers: Workers,
         *,
         device: torch.device,
         api: Any,
@@ -145,14 +117,14 @@ class StagedSource:
         ]
         self._stream = api.Stream(device=device)
         self._copied = [api.Event() for _ in range(blocks)]
-        self._parts = [_split(chunk, crew.threads) for chunk in self._chunks]
+        self._parts = [_split(chunk, workers.threads) for chunk in self._chunks]
         self._masters: list[Tensor] | None = None
         self._views: list[list[Tensor]] = []
         self._last_copy: Any = None
         self._verdict: Tensor | None = None
 
     def mark_ready(self) -> Any:
-        """An event on the calling thread's stream."""
+        """See `HostSource`: an event on the calling thread's stream."""
         ready = self._api.Event()
         ready.record(self._api.current_stream(self._device))
         return ready
@@ -164,6 +136,7 @@ class StagedSource:
 
     def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
         """Let the copy stream wait for the masters, and start as many copies as there are blocks."""
+        self._api.set_device(self._device)  # a thread begins on card 0, and would make a context there
         if masters is not self._masters:
             require_geometry(masters, self._spans)
             self._masters = masters
@@ -218,6 +191,9 @@ class StagedSource:
             return None
         norms = torch._foreach_norm(views, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
         return torch.stack(norms)
+
+
+Source = HostSource | StagedSource
 
 
 def require_geometry(masters: Sequence[Tensor], spans: Sequence[Span]) -> None:

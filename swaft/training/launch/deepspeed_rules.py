@@ -167,8 +167,6 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
         yield f"gradient_allreduce_op = {parsed.gradient_allreduce_op}, and the recipe takes the mean; remove it"
     if not parsed.managed_gradient_accumulation:
         yield "managed_gradient_accumulation = false, and accelerate accumulates; remove it"
-    if offload is not None and offload.ratio < 1.0 and not parsed.zero_force_ds_cpu_optimizer:
-        yield "zero_optimization.offload_optimizer.ratio, which needs zero_force_ds_cpu_optimizer = true"
     on_host = offload is not None and offload.device == "cpu" and parsed.zero_force_ds_cpu_optimizer
     if on_host and (reason := reason_op_cannot_be_built("cpu_adam")):
         yield (

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from swaft.averaging.host.averages import STAGING_BYTES, seconds_an_element
-from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.memory import lane_bytes
 from swaft.averaging.host.source import ring_bytes
+from swaft.averaging.host.threads import Workers
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
 from swaft.training.checks.problems import Problems
@@ -211,11 +211,11 @@ def plan_averaging(
 
     ``copies``: the masters are on a device, and are copied to the host.
     """
-    crew = Crew(settings.threads)
+    workers = Workers(settings.threads)
     try:
-        rate = seconds_an_element(crew, elements)
+        rate = seconds_an_element(workers, elements)
     finally:
-        crew.close()
+        workers.close()
     event_seconds = max(len(plan.updates(1)), 1) * elements * rate
     compensated, spilled = settings.precision == "compensated", settings.spill_dir is not None
     return AveragingPlan(
@@ -227,7 +227,7 @@ def plan_averaging(
         host_bytes=lane_bytes(plan, elements, compensated=compensated, spilled=spilled),
         pinned_bytes=ring_bytes(elements, STAGING_BYTES) if copies else 0,
         copied_bytes=FP32 * elements if copies else 0,
-        threads=crew.threads,
+        threads=workers.threads,
         event_seconds=event_seconds,
         share_of_step=None if step_seconds is None else event_seconds / (plan.every * step_seconds),
     )

@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import swaft
 from swaft.averaging import attach_engine
-from swaft.averaging.engines.base import _sums, clean_name
+from swaft.averaging.engines.base import clean_name, sums_of_bits
 from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
 
 pytestmark = pytest.mark.unit
@@ -99,6 +99,17 @@ def test_what_is_no_torch_optimizer_is_refused():
         attach_engine(two_layers(), object())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "reason"), [(torch.bfloat16, "stops moving"), (torch.float64, "averages fp32 alone")]
+)
+def test_weights_that_are_no_fp32_masters_are_refused_with_the_reason(dtype, reason):
+    model = two_layers().to(dtype)
+    with pytest.raises(
+        UnsupportedEngineError, match=rf"'0\.weight' is trained in {dtype}.*{reason}.*in fp32"
+    ):
+        attach_engine(model, sgd(model))
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     model = two_layers()
     optimizer = sgd(model)
@@ -118,10 +129,10 @@ def test_the_sum_over_working_weights_sees_a_change_of_any_element(dtype):
     flat = torch.randn(41).to(dtype)
     for first, last in [(0, 41), (1, 41), (3, 6), (2, 3), (5, 5)]:
         run = flat[first:last]
-        before = sum(int(part) for part in _sums(run))
+        before = sum(int(part) for part in sums_of_bits(run))
         for i in range(len(run)):
             held = run[i].clone()
             run[i] = held * (1 + torch.finfo(dtype).eps)
-            assert sum(int(part) for part in _sums(run)) != before
+            assert sum(int(part) for part in sums_of_bits(run)) != before
             run[i] = held
-        assert sum(int(part) for part in _sums(run)) == before
+        assert sum(int(part) for part in sums_of_bits(run)) == before

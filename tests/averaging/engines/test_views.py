@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swaft.averaging.engines.views import FlatViews
+from swaft.averaging.engines.replicated import FlatViews
 
 pytestmark = pytest.mark.unit
 

@@ -36,9 +36,9 @@ def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, com
 
 def take(averages, members) -> None:
     for step, member in enumerate(members):
-        averages.raise_if_refused()
+        averages.pipeline.raise_if_refused()
         averages.submit([member], step=step, rules=tuple(averages.lanes))
-    averages.finish()
+    averages.pipeline.finish()
 
 
 def members(count: int, numel: int = NUMEL) -> list[torch.Tensor]:
@@ -105,9 +105,9 @@ def test_no_more_memory_is_held_than_was_announced(plan, spilled, tmp_path):
     averages = averages_of({"rule": plan}, spill_dir=tmp_path if spilled else None)
     most = 0
     for step, member in enumerate(members(31)):
-        averages.raise_if_refused()
+        averages.pipeline.raise_if_refused()
         averages.submit([member], step=step, rules=("rule",))
-        averages.finish()
+        averages.pipeline.finish()
         most = max(most, averages.lanes["rule"].nbytes)
     assert most <= averages.host_bytes == lane_bytes(plan, NUMEL, compensated=True, spilled=spilled)
     assert most >= 0.5 * averages.host_bytes
@@ -155,7 +155,7 @@ def test_nothing_is_allocated_once_the_lanes_are_there():
     process = psutil.Process()
     before = process.memory_info().rss
     for step in range(2, 22):
-        averages.raise_if_refused()
+        averages.pipeline.raise_if_refused()
         averages.submit([taken[step % 2]], step=step, rules=("ema",))
-    averages.finish()
+    averages.pipeline.finish()
     assert process.memory_info().rss - before < 2 * 2**20

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from swaft.averaging.host import memory
-from swaft.averaging.host.crew import Crew, cores_near, default_threads, parse_cores
+from swaft.averaging.host.threads import Workers, cores_near, default_threads, parse_cores
 from swaft.averaging.rules import EMA, SWA
 from swaft.distributed import Ranks
 from swaft.errors import AveragingError, ConfigError
@@ -93,4 +93,4 @@ def test_threads_are_half_of_a_ranks_cores_and_at_least_one(monkeypatch):
 
 def test_a_crew_of_nobody_is_refused():
     with pytest.raises(ConfigError, match="threads is 0, expected a whole number"):
-        Crew(0)
+        Workers(0)

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from swaft.averaging.arithmetic import reference_mean
-from swaft.averaging.host.crew import Crew
 from swaft.averaging.host.lanes import Lanes
-from swaft.averaging.host.motion import Motion
-from swaft.averaging.host.pipeline import Pipeline
+from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, StagedSource, ring_of
+from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Fragment, merge
 from swaft.averaging.rules import EMA, SWA
 from swaft.errors import AveragingError, LayoutError
@@ -46,6 +45,7 @@ class LateDevice:
 
     def __init__(self):
         self.pending, self.done, self.lock = [], 0, threading.RLock()
+        self.busy = threading.Event()
         device = self
 
         class Event:
@@ -57,6 +57,9 @@ class LateDevice:
             def synchronize(self):
                 device.catch_up(self.position)
 
+            def query(self):
+                return not device.busy.is_set()
+
         class Stream:
             def __init__(self, device=None):
                 pass
@@ -65,12 +68,17 @@ class LateDevice:
                 device.catch_up(event.position)
 
         self.Event, self.Stream = Event, Stream
+        self.devices = []  # (thread, device) of every `set_device`
+
+    def set_device(self, device):
+        self.devices.append((threading.current_thread().name, device))
 
     def current_stream(self, device=None):
         return self.Stream()
 
     @contextmanager
     def stream(self, stream):
+        assert self.devices, "a thread begins on card 0, and the stream may be another's"
         yield
 
     def copy(self, targets, sources, non_blocking):
@@ -87,26 +95,26 @@ class LateDevice:
 @contextmanager
 def pipeline(kind: str, *, plans=None, sum_over_ranks=list, world_size=1, threads=2, limit_bytes=1 << 22):
     """A pipeline and its source, on the host or through the staging ring."""
-    crew = Crew(threads)
+    workers = Workers(threads)
     lanes = {
-        name: Lanes(plan, 1200, crew, compensated=True)
+        name: Lanes(plan, 1200, workers, compensated=True)
         for name, plan in (plans or {"swa": SWA(start=0).plan(99)}).items()
     }
     device = LateDevice()
     if kind == "host":
-        source = HostSource(SPANS, crew)
+        source = HostSource(SPANS, workers)
     else:
         with mock.patch("swaft.averaging.host.source.MIN_BLOCK_NUMEL", 64):
             source = StagedSource(
-                SPANS, crew, device=torch.device("cpu"), api=device, limit_bytes=limit_bytes
+                SPANS, workers, device=torch.device("cpu"), api=device, limit_bytes=limit_bytes
             )
-    line = Pipeline(lanes, Motion(crew), sum_over_ranks=sum_over_ranks, world_size=world_size)
+    line = Pipeline(lanes, ChangeCheck(workers), sum_over_ranks=sum_over_ranks, world_size=world_size)
     with mock.patch.object(torch, "_foreach_copy_", device.copy):
         try:
             yield line, source, lanes
         finally:
             line.close()
-            crew.close()
+            workers.close()
 
 
 KINDS = [("host", 0), ("ring holds the shard", 1 << 22), ("ring holds a fifth of the shard", 8 * 4 * 64)]
@@ -223,6 +231,27 @@ def test_the_training_thread_waits_only_when_it_must_and_the_wait_is_counted():
         assert line.waits.count == 1
 
 
+def test_a_wait_beside_a_busy_device_is_not_counted_and_one_beside_an_idle_device_is():
+    held = threading.Event()
+    with pipeline("staged", sum_over_ranks=lambda values: held.wait(10) and values) as (line, source, _):
+        for busy, expected in ((True, 0), (False, 1)):
+            (source._api.busy.set if busy else source._api.busy.clear)()
+            held.clear()
+            line.submit(source, masters(0), step=0, rules=("swa",))
+            threading.Timer(0.1, held.set).start()
+            line.raise_if_refused()
+            assert line.waits.count == expected
+            line.finish()
+        assert 0.03 < line.waits.seconds < 5
+
+
+def test_the_thread_that_copies_is_on_the_device_of_the_masters():
+    with pipeline("staged") as (line, source, _):
+        line.submit(source, masters(0), step=0, rules=("swa",))
+        line.finish()
+        assert set(source._api.devices) == {("swaft-average", torch.device("cpu"))}
+
+
 @pytest.mark.parametrize("kind", ["host", "staged"])
 def test_a_member_that_is_not_finite_is_refused_and_the_average_stays(kind):
     with pipeline(kind) as (line, source, lanes):
@@ -324,12 +353,12 @@ def test_masters_rebuilt_with_another_geometry_are_refused_and_never_read(buffer
 
 
 def test_a_rank_that_owns_nothing_takes_part_all_the_same():
-    crew = Crew(2)
-    lanes = {"swa": Lanes(SWA(start=0).plan(9), 0, crew, compensated=True)}
-    line = Pipeline(lanes, Motion(crew), sum_over_ranks=list, world_size=1)
+    workers = Workers(2)
+    lanes = {"swa": Lanes(SWA(start=0).plan(9), 0, workers, compensated=True)}
+    line = Pipeline(lanes, ChangeCheck(workers), sum_over_ranks=list, world_size=1)
     for source in (
-        HostSource([], crew),
-        StagedSource([], crew, device=torch.device("cpu"), api=LateDevice(), limit_bytes=1 << 22),
+        HostSource([], workers),
+        StagedSource([], workers, device=torch.device("cpu"), api=LateDevice(), limit_bytes=1 << 22),
     ):
         line.submit(source, [], step=0, rules=("swa",))
         line.release_masters()

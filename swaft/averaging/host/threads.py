@@ -23,7 +23,7 @@ MAX_THREADS = 8
 Result = TypeVar("Result")
 
 
-class Crew:
+class Workers:
     """A fixed number of threads, kept on cores near a device's memory.
 
     Args:
