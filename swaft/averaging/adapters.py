@@ -65,11 +65,6 @@ def is_peft(module: nn.Module) -> bool:
     return any(cls.__name__ == "PeftModel" for cls in type(module).__mro__)
 
 
-def configs(module: Any) -> dict[str, Any]:
-    """The configuration of every adapter of a `PeftModel`."""
-    return module.peft_config
-
-
 def folder_of(adapter: str, folder: Path) -> Path:
     """Where peft keeps an adapter inside a saved folder."""
     return folder if adapter == "default" else folder / adapter
@@ -261,7 +256,7 @@ class AdapterFolder:
             id(self._prompt): PROMPT
         }
         self._picked: dict[str, dict[str, str]] = {}
-        for adapter, config in configs(module).items():
+        for adapter, config in self._module.peft_config.items():
             with self._marked_prompts():
                 picked = get_peft_model_state_dict(module, state_dict=self._marks, adapter_name=adapter)
             for key, value in picked.items():
@@ -316,7 +311,7 @@ class AdapterFolder:
         holder = SimpleNamespace(
             prompt_encoder={adapter: copy_with(encoder, f"prompt_encoder.{adapter}.", state_dict)},
             prompt_tokens=self._module.prompt_tokens,
-            peft_config=configs(self._module),
+            peft_config=self._module.peft_config,
         )
         return type(self._module).get_prompt_embedding_to_save(holder, adapter).clone()
 

@@ -23,7 +23,7 @@ from swaft.averaging.adapters import AdapterFolder, is_peft
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
-from swaft.averaging.gather import Scratch, beside_live, gather_trained
+from swaft.averaging.gather import MEMORY, Scratch, beside_live, gather_trained
 from swaft.errors import AveragingError
 from swaft.storage import TensorFile, sync_tree
 from swaft.storage.dtypes import dtype_of_weights
@@ -79,7 +79,8 @@ def save_pretrained(
     shard = engine.live_shard() if shard is None else shard
     if dtype != torch.float32:
         logger.info("%s: %s", path, rounded_away(engine, shard, dtype))
-    room = scratch_for(engine, path, dtype)
+    unwritable = f"{path} could not be written"
+    room = _on_main(engine, lambda: _room_beside(engine, Path(path), dtype), unwritable) or MEMORY
     trained = gather_trained(engine, shard, scratch=room)
     adapters, names = adapter_folder(engine) if is_peft(engine.module) else (None, None)
     state_dict = add_frozen(engine, trained, names=names, scratch=room, statistics=statistics)
@@ -110,16 +111,11 @@ def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype 
     )
 
 
-def scratch_for(
-    engine: Engine, path: str | PathLike[str], dtype: torch.dtype = torch.float32
-) -> Scratch | None:
-    """Room for a whole model on rank 0, beside the folder that it is written to; None on other ranks."""
-    if not engine.ranks.is_main:
-        return None
+def _room_beside(engine: Engine, path: Path, dtype: torch.dtype) -> Scratch:
+    """Room for a whole model on rank 0, beside the folder that it is written to."""
     elements = sum(engine.full_shape(parameter).numel() for _, parameter in engine.named_parameters())
-    parent = Path(path).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return Scratch(parent, elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize))
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return Scratch(path.absolute().parent, elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize))
 
 
 def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype) -> str:
@@ -273,13 +269,13 @@ def _squares(tensor: Tensor) -> float:
     return sum(float(piece.double().square().sum()) for piece in tensor.reshape(-1).split(PIECE))
 
 
-def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch | None) -> dict[str, Tensor]:
-    """The floating-point tensors in another type; those that share their elements go on to."""
+def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch) -> dict[str, Tensor]:
+    """The floating-point tensors in another type; those that share their elements still do."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     for tensor in state_dict.values():
         place = (tensor.data_ptr(), tensor.shape)
         if tensor.is_floating_point() and tensor.dtype != dtype and place not in cast:
-            cast[place] = (room or Scratch(None, 0)).empty(tensor.shape, dtype).copy_(tensor)
+            cast[place] = room.empty(tensor.shape, dtype).copy_(tensor)
     return {name: cast.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state_dict.items()}
 
 
@@ -294,7 +290,7 @@ def add_frozen(
     trained: dict[str, Tensor],
     *,
     names: Collection[str] | None = None,
-    scratch: Scratch | None = None,
+    scratch: Scratch = MEMORY,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """A state dict on rank 0's host from whole trained tensors and the model's own (collective; {} elsewhere).
@@ -304,7 +300,7 @@ def add_frozen(
         trained: whole tensors by parameter name, on rank 0; what is frozen in the model but named here is taken
             from here.
         names: of the tensors wanted, as in `engine.state_names`; the same on every rank. Default: all.
-        scratch: where the copies are; None: in memory.
+        scratch: where the copies are.
         statistics: buffers in place of the model's, by clean name.
 
     Returns:
@@ -315,17 +311,17 @@ def add_frozen(
     buffers = engine.live_buffers() | dict(statistics or {})
     wanted = [name for name in engine.state_names if names is None or name in names]
     sources = {aliases[name] for name in wanted if name in aliases} - engine.trainable.keys()
-    room, weights = scratch or Scratch(None, 0), {}
+    weights = {}
     for name, parameter in engine.named_parameters():
         if name in sources:
             whole = engine.gather_working(parameter)
             if engine.ranks.is_main:
-                weights[name] = _host(whole, room)
+                weights[name] = _host(whole, scratch)
     if not engine.ranks.is_main:
         return {}
     weights |= trained
     return {
-        name: weights[aliases[name]] if name in aliases else _host(buffers[name], Scratch(None, 0))
+        name: weights[aliases[name]] if name in aliases else _host(buffers[name], MEMORY)
         for name in wanted
         if name in aliases or name in buffers
     }

@@ -51,6 +51,10 @@ class Scratch:
         return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
+MEMORY = Scratch(None, 0)
+"""Room in memory, however much."""
+
+
 def beside_live(engine: Engine, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's last weights and the same elements of a shard, in pieces of at most `PIECE`."""
     position = 0
@@ -59,13 +63,13 @@ def beside_live(engine: Engine, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]
         position += len(last)
 
 
-def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch | None = None) -> dict[str, Tensor]:
+def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) -> dict[str, Tensor]:
     """Every trained parameter whole on rank 0's host, from shards (collective; {} elsewhere).
 
     Args:
         engine: whose layout.
         shard: (engine.numel,), fp32, host: this rank's elements.
-        scratch: where the whole tensors are; None: in memory.
+        scratch: where the whole tensors are.
 
     Returns:
         name to (parameter shape), fp32.
@@ -74,8 +78,9 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch | None = N
     weights: dict[str, Tensor] = {}
     with ranks.together("there is no room for the whole weights on rank 0"):
         if ranks.is_main:
-            room = scratch or Scratch(None, 0)
-            weights = {name: room.empty(engine.full_shape(each)) for name, each in engine.trainable.items()}
+            weights = {
+                name: scratch.empty(engine.full_shape(each)) for name, each in engine.trainable.items()
+            }
     if not ranks.is_main:
         for piece in shard.split(PIECE) if len(shard) else ():
             ranks.send(piece, to=0)

@@ -93,9 +93,7 @@ class ProductMean:
         """
         resized = self._resized()
         for adapter in resized:
-            config = adapters.configs(self._engine.module)[adapter]
-            adapters.refuse_changed_base(adapter, config.init_lora_weights)
-
+            adapters.refuse_changed_base(adapter, self._configs[adapter].init_lora_weights)
         export.refuse_occupied(self._engine, path)
         adapter_folder, names = export.adapter_folder(self._engine)
         state_dict = export.add_frozen(self._engine, self._with_factors(), names=names)
@@ -143,6 +141,10 @@ class ProductMean:
                 trained[layer.up], trained[layer.down] = self.factors[layer.name]
         return trained
 
+    @property
+    def _configs(self) -> Any:
+        return self._engine.module.peft_config
+
     def _resized(self) -> dict[str, dict[str, Any]]:
         """Adapters with a layer of another rank than the new factors', and what their configuration must say."""
         if self.rank is None:
@@ -151,7 +153,7 @@ class ProductMean:
         return {adapter: self._config_at(self.rank, adapter) for adapter in sorted(resized)}
 
     def _config_at(self, rank: int, adapter: str) -> dict[str, Any]:
-        config = adapters.configs(self._engine.module)[adapter]
+        config = self._configs[adapter]
         divisor = math.sqrt(rank) if config.use_rslora else rank
         layers = [layer for layer in self._layers if layer.adapter == adapter]
         alphas = {f"^{re.escape(layer.path)}": layer.scaling * divisor for layer in layers}
@@ -252,8 +254,8 @@ def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
     if not whole.issuperset(plan.readout(num_members, chosen)):
         raise AveragingError(
             f"the average of {type(plan).__name__} is made of running means, in which the members' products are "
-            "lost; expected a rule that keeps members whole, such as LAWA(last=4). The mean of the factors is to "
-            "be had: averager.save_pretrained, swaft.averaging.lora.save_merged"
+            "lost; expected a rule that keeps members whole, such as LAWA(last=4). The mean of the factors is "
+            "available: averager.save_pretrained, swaft.averaging.lora.save_merged"
         )
 
 

@@ -182,6 +182,12 @@ def test_a_type_that_no_weights_are_written_in_is_refused(dtype, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_no_folder_can_be_made_in_is_an_error_of_every_rank(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AveragingError, match=r"out could not be written: \w+Error"):
+        save_pretrained(engine_of(bert()), tmp_path / "file" / "out")
+
+
 def test_what_is_not_read_back_as_it_was_written_gets_no_name(tmp_path, monkeypatch):
     write = export.write_model
 
