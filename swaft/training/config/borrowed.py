@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING
 from typing import Any, TypeVar, Union, get_args, get_type_hints
 
@@ -12,7 +12,9 @@ from swaft.training.config.values import TYPE_NAMES, written
 SectionT = TypeVar("SectionT", bound=type)
 
 
-def borrows(kinds: Mapping[str, type], *, after: str) -> Callable[[SectionT], SectionT]:
+def borrows(
+    kinds: Mapping[str, type], *, after: str, but: Collection[str] = ()
+) -> Callable[[SectionT], SectionT]:
     """Return a decorator that gives a section, not yet a dataclass, the options of other classes.
 
     They are null by default, which leaves the choice to the class. What the section declares itself is not taken
@@ -21,6 +23,7 @@ def borrows(kinds: Mapping[str, type], *, after: str) -> Callable[[SectionT], Se
     Args:
         kinds: the classes, by what the section calls them.
         after: the setting of the section behind which theirs come.
+        but: options that other sections set.
     """
 
     def decorate(section: SectionT) -> SectionT:
@@ -30,9 +33,9 @@ def borrows(kinds: Mapping[str, type], *, after: str) -> Callable[[SectionT], Se
         for name in dict.fromkeys(name for kind in kinds.values() for name in options_of(kind)):
             users = {called: kind for called, kind in kinds.items() if name in options_of(kind)}
             types = [each for kind in users.values() for each in _setting_types(kind, name)]
-            if types and name not in dict(own):
+            if types and name not in {*dict(own), *but}:
                 borrowed[name] = Union[(*types, None)]
-                section.borrowed_docs[name] = _doc(name, users)  # type: ignore[attr-defined]
+                section.borrowed_docs[name] = _doc(name, users, len(users) < len(kinds))  # type: ignore[attr-defined]
                 setattr(section, name, None)
         section.__annotations__ = dict([*own[:place], *borrowed.items(), *own[place:]])
         return section
@@ -47,15 +50,13 @@ def _setting_types(kind: type, name: str) -> list[Any]:
     return [each for each in members if {*Option.of(each).kinds} & {*TYPE_NAMES}]
 
 
-def _doc(name: str, users: Mapping[str, type]) -> str:
-    """Say what an option is for, who has it, and what null means."""
+def _doc(name: str, users: Mapping[str, type], is_special: bool) -> str:
+    """Say what an option is for, who has it if not all have, and what null means."""
     kind = next(iter(users.values()))
     default, doc = options_of(kind)[name].default, docs_of(kind)[name].replace("None", "null")
-    null = (
-        ""
-        if default is None
-        else "; has to be given"
-        if default is MISSING
-        else f"; null: {written(default)}"
-    )
-    return f"{doc} ({', '.join(users)} only{null})"
+    remarks = [f"{', '.join(users)} only"] * is_special
+    if default is MISSING:
+        remarks.append("has to be given")
+    elif default is not None:
+        remarks.append(f"null: {written(default)}")
+    return f"{doc} ({'; '.join(remarks)})" if remarks else doc

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from swaft.averaging.rules import RULES, Blend, Precision
+from swaft.noise import R3F, R4F, RDrop
 from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, StepOrShare, WholeNumber
 from swaft.training.config.borrowed import borrows
 from swaft.training.config.values import DELIMITERS, not_allowed, split_names
@@ -300,38 +301,16 @@ class AveragingConfig(Section):
 
 
 @dataclass(kw_only=True)
+@borrows({"r3f": R3F, "r4f": R4F, "rdrop": RDrop}, after="weight", but=("seed", "label_smoothing"))
 class NoiseConfig(Section):
     """The noise-stability objective. A null leaves the choice to the preset."""
 
     kind: Literal["none", "r3f", "r4f", "rdrop"] = "none"
     """r3f: clean and noised pass, and a symmetric KL between them; r4f: r3f with a spectral norm on the
     head; rdrop: two dropout masks instead of noise; none: the task's loss alone."""
-    preset: Literal["paper", "relative", "fairseq", "rdrop", "rdrop_paper"] | None = None
-    """Published form of the objective to follow; null: paper (for rdrop: rdrop, the cross entropies of both passes
-    averaged as in its released code; rdrop_paper sums them, as equation 4 does)."""
     weight: NotNegative = 1.0
     """Factor on the divergence in the loss; for rdrop the alpha of its preset. 1.0 is the middle of the papers'
     range."""
-    noise: Literal["uniform", "normal"] | None = None
-    """Distribution of the noise added to the input embeddings."""
-    sigma: NotNegative | None = None
-    """Size of the noise: bound of the uniform, standard deviation of the normal; in units of the
-    embeddings, or as a share of their RMS under the preset relative."""
-    masks: Literal["shared", "independent"] | None = None
-    """Whether both passes use the same dropout masks."""
-    reduction: Literal["mean", "batchmean"] | None = None
-    """mean: over the rows whose label counts; batchmean: the sum over all rows by the number of sentences,
-    which depends on how a step's rows are cut into micro-batches where sentences differ in length."""
-    detach: Literal["none", "clean", "noised", "target"] | None = None
-    """Which side of the divergence gets no gradient; with noised the noised pass takes none, and costs less."""
-    passes: Literal["two", "doubled"] | None = None
-    """two: the clean and the noised pass one after the other; doubled: one pass over the batch twice, faster for
-    small batches, with dropout masks of its own for each half; null: two."""
-    fused: bool | None = None
-    """Compute the loss of a model that generates from its hidden states, so that its logits are never made; false
-    makes them, and takes some twenty times the memory of one pass's logits; null: true."""
-    layers: Literal["all", "last"] | None = None
-    """Which linear layers of the head r4f normalises; null: all (the paper; the released code: last)."""
 
 
 @dataclass(kw_only=True)
