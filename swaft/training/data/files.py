@@ -111,7 +111,7 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
     return count
 
 
-def _strict_rows(path: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str], list[str]]]:
+def _strict_rows(path: str, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str], list[str]]]:
     """Yield each row that is no blank line: the number of its first line, its lines, its cells."""
     csv.field_size_limit(2**31 - 1)
     lines: list[str] = []  # of the row that is being read

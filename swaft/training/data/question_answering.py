@@ -14,13 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import ConfigError, DataError
 from swaft.training.config import QuestionAnsweringDataConfig
-from swaft.training.data.checks import (
-    ROWS_AT_ONCE,
-    Fault,
-    good_rows,
-    text_faults,
-    values,
-)
+from swaft.training.data.checks import ROWS_AT_ONCE, Fault, good_rows, text_faults, values
 from swaft.training.data.texts import Collator, encode, without_letters
 
 logger = logging.getLogger(__name__)

@@ -204,7 +204,7 @@ def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
     )
 
 
-def _chosen(languages: list[str], data: Seq2SeqDataConfig) -> list[str]:
+def _chosen(languages: list[str], data: Seq2SeqDataConfig) -> tuple[str, str]:
     """Return the language to read and the one to generate, of those that a column `translation` has."""
     there = f"the languages are {', '.join(languages)}"
     chosen = []
@@ -220,7 +220,7 @@ def _chosen(languages: list[str], data: Seq2SeqDataConfig) -> list[str]:
         chosen.append(found[0])
     if chosen[0] == chosen[1]:
         raise DataError(f"data.source_lang and data.target_lang are both {chosen[0]}; {there}; name two")
-    return chosen
+    return chosen[0], chosen[1]
 
 
 def _faults(split: Dataset, columns: PairColumns) -> Iterator[Fault]:

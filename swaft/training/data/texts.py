@@ -92,9 +92,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
         *texts, split_special_tokens=_can_split(tokenizer), return_special_tokens_mask=True, **options
     )
     unknown: Any = tokenizer.unk_token_id
+    padding: Any = tokenizer.pad_token_id
     names = set(tokenizer.special_tokens_map) - {"pad_token", "unk_token"}
     meant = {getattr(tokenizer, f"{name}_id") for name in names}
-    special = frozenset(tokenizer.all_special_ids) - ({unknown, tokenizer.pad_token_id} - meant)
+    special = frozenset(tokenizer.all_special_ids) - ({unknown, padding} - meant)
     for ids, added in zip(encoded["input_ids"], encoded.pop("special_tokens_mask"), strict=True):
         if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to see
             continue
@@ -121,9 +122,7 @@ def without_letters(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]
     return known.isdisjoint
 
 
-def refuse_rows_without_tokens(
-    splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: Any) -> None:
     """Refuse texts that become no token at all, where the tokenizer adds none (GPT-2, Qwen): no model reads them.
 
     The tokenizer takes the texts of these columns, one or two, together.
@@ -131,7 +130,7 @@ def refuse_rows_without_tokens(
     Raises:
         DataError: names the row.
     """
-    if tokenizer(*("" for _ in columns))["input_ids"]:
+    if tokenizer(*[""] * len(columns))["input_ids"]:
         return
     is_doubtful = without_letters(tokenizer)
     for name, split in splits.items():

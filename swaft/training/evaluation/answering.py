@@ -101,7 +101,7 @@ def evaluate_answers(
     )
     loss = require_finite(losses.mean().item())
     # Every rank scores, so that every rank has the score, or the error, without a word to the others.
-    found, right = find_answers(questions, windows, logits.numpy(), search), right_answers(questions)
+    found, right = find_answers(questions, windows, list(logits.numpy()), search), right_answers(questions)
     if metric.name == "squad":
         scored = score_squad(found.texts, right)
     elif not search.has_unanswerable:

@@ -94,10 +94,7 @@ def new_tokenizer(
         trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]
     broadcast_object_list(trained)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(str(trained[0])),
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
+        tokenizer_object=Tokenizer.from_str(str(trained[0])), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
     )
 
 
