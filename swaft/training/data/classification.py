@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -171,7 +172,7 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
                 )
     alike: dict[str, str] = {}
     for name in names:
-        other = alike.setdefault(name.strip().casefold(), name)
+        other = alike.setdefault(normalize("NFKC", name).strip().casefold(), name)
         if other != name:
             logger.warning(
                 "%s: %r and %r are two classes; write them alike if they are one", column, other, name

@@ -88,6 +88,9 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
     rows = _strict_rows(path, delimiter, csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE)
     _, _, header = next(rows, (0, [], ["", ""]))
     _refuse_other_delimiter(header, delimiter)
+    for name in header:
+        if name and header.count(name) > 1:
+            raise DataError(f": the header has two columns {name!r}; give each a name of its own")
     count, quoted = 0, 0
     for number, lines, cells in rows:
         if len(cells) > len(header):

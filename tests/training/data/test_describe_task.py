@@ -237,6 +237,12 @@ def test_truth_values_are_classes_of_that_name():
     assert describe([True, False], [True]).label_ids[True] == 1
 
 
+def test_one_class_in_two_unicode_forms_is_said(caplog):
+    with caplog.at_level(logging.WARNING, logger="swaft"):
+        describe(["caf\u00e9", "cafe\u0301", "tea"])
+    assert "are two classes; write them alike if they are one" in caplog.text
+
+
 def test_classes_that_differ_in_space_or_case_alone_are_said(caplog):
     assert describe(["pos", " Pos", "neg"]).num_labels == 3
     assert "label: ' Pos' and 'pos' are two classes" in caplog.text

@@ -128,6 +128,11 @@ def test_a_file_of_another_encoding_is_refused_with_its_line(read, name, text):
         read(name, text.encode("utf-16"))
 
 
+def test_two_columns_of_one_name_are_refused(read):
+    with pytest.raises(DataError, match=r"a\.csv: the header has two columns 'label'"):
+        read("a.csv", "text,label,label\na,1,0\n")
+
+
 def squad(*questions: dict) -> str:
     return json.dumps(
         {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": "a b", "qas": questions}]}]}
