@@ -219,7 +219,7 @@ class WeightAverager:
         """
         chosen = self.chosen(readout, blend)
         shard = self._shard_together(chosen)
-        statistics = self._statistics.of(chosen, self.count(chosen.rule))
+        statistics = self._statistics.of(chosen, self.plan(chosen.rule), self.count(chosen.rule))
         with swapped_in(self.engine, shard, statistics, derive=chosen.blend != 0):
             yield
 
@@ -287,7 +287,7 @@ class WeightAverager:
         chosen = self.chosen(readout)
         with self.swapped_in(chosen):
             found = recompute_statistics(self.engine, batches, forward or partial(pass_batch, self.engine))
-        self._statistics.kept[chosen] = (self.count(chosen.rule), found)
+        self._statistics.keep(chosen, self.plan(chosen.rule), self.count(chosen.rule), found)
 
     def save_pretrained(
         self,
@@ -319,7 +319,7 @@ class WeightAverager:
             self.engine,
             path,
             shard=shard if chosen.blend else None,
-            statistics=self._statistics.of(chosen, count),
+            statistics=self._statistics.of(chosen, self.plan(chosen.rule), count),
             dtype=dtype,
             max_shard_size=max_shard_size,
             description=f"the mean of {means}" + (f" with {chosen.choices}" if chosen.choices else ""),
@@ -364,9 +364,7 @@ class WeightAverager:
         with self.engine.ranks.together():
             self.wait()
             if self.engine.swap.active:
-                raise AveragingError(
-                    "a state was loaded while averaged weights are swapped in; leave the swap first"
-                )
+                raise AveragingError("a state was loaded while a swap is active; leave the swap first")
         self.applied_steps = self._keeper.load(path, same_weights=same_weights).applied_steps
         self.engine.continue_from(self.applied_steps)
         self._recount()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from dataclasses import replace
+from itertools import count as numbers_from
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import clean_name
-from swaft.averaging.rules import Readout
+from swaft.averaging.rules import Plan, PowerEMAPlan, Readout, WindowsPlan
 from swaft.errors import AveragingError
 
 logger = logging.getLogger(__name__)
@@ -165,8 +167,7 @@ class Statistics:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self.kept: dict[Readout, tuple[int, dict[str, Tensor]]] = {}
-        """The buffers that go with an average, and how many members it had."""
+        self._kept: dict[Readout, tuple[int, dict[str, Tensor]]] = {}
         layers = running_statistics(engine.module)
         if layers and engine.ranks.is_main:
             logger.warning(
@@ -177,8 +178,14 @@ class Statistics:
         self._known = tuple(f"{name}." if name else name for name in layers)
         self._sums = self._sum()
 
-    def of(self, average: Readout, members: int) -> dict[str, Tensor]:
-        """The buffers that go with an average; {} where those of training have to do."""
+    def keep(self, chosen: Readout, plan: Plan, count: int, buffers: dict[str, Tensor]) -> None:
+        """Have buffers go with an average of a rule that has so many members."""
+        average, members = _in_one_spelling(chosen, plan, count)
+        self._kept[average] = (members, buffers)
+
+    def of(self, chosen: Readout, plan: Plan, count: int) -> dict[str, Tensor]:
+        """The buffers that go with an average; {} where those of training have to do, which is logged."""
+        average, members = _in_one_spelling(chosen, plan, count)
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
         if changed and self._engine.ranks.is_main:
@@ -189,7 +196,8 @@ class Statistics:
             )
         if changed:
             self._sums = {}  # warned of once
-        had, buffers = self.kept.get(average, (members, {}))
+        had, buffers = self._kept.get(average, (members, {}))
+        others = [each for each in self._kept if each.rule == average.rule and each != average]
         if had != members:
             logger.warning(
                 "the running statistics are those of an average of %d members, which has %d now, so the last ones "
@@ -197,6 +205,12 @@ class Statistics:
                 *(had, members),
             )
             return {}
+        if others and average not in self._kept and average.blend != 0:
+            logger.warning(
+                "the running statistics are those of %s, and not of %s, so the last ones are taken; call "
+                "averager.update_bn(loader, readout) for this one too",
+                *(others[-1], average),
+            )
         return buffers
 
     def _sum(self) -> dict[str, str]:
@@ -208,6 +222,16 @@ class Statistics:
             and "parametrizations." not in name
             and not name.startswith(self._known or ("\0",))
         }
+
+
+def _in_one_spelling(chosen: Readout, plan: Plan, count: int) -> tuple[Readout, int]:
+    """The same average, by whatever it was asked for, and how many members are in it."""
+    if isinstance(plan, WindowsPlan):
+        members = plan.window(count, chosen.start, chosen.end)
+        return replace(chosen, start=plan.step_of(members[0]), end=plan.step_of(members[-1])), len(members)
+    if isinstance(plan, PowerEMAPlan) and chosen.sigma_rel is None:
+        return replace(chosen, sigma_rel=plan.sigma_rel[0]), count
+    return chosen, count
 
 
 @torch.no_grad()
@@ -271,7 +295,7 @@ def pass_batch(engine: Engine, batch: Any) -> None:
 def _together(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
     """This rank's batches, as long as every rank has one (collective): a rank alone would wait in a forward."""
     remaining = iter(batches)
-    for number in count(1):
+    for number in numbers_from(1):
         held = list(islice(remaining, 1))
         having = int(engine.ranks.sum([len(held)])[0])
         if having == 0 and number > 1:

@@ -153,6 +153,33 @@ def test_statistics_belong_to_one_average_with_its_members_and_are_not_used_for_
     assert "of 41 members, which has 42 now" in caplog.text
 
 
+def test_statistics_belong_to_an_average_however_it_is_asked_for_and_to_no_blend_of_it(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.Windows(blocks=4), total_steps=15)
+    for _ in range(15):
+        model(torch.randn(8, 3)).square().sum().backward()
+        optimizer.step()
+        averager.step()
+    live, rows = model[1].running_mean.clone(), [(torch.randn(8, 3),) for _ in range(3)]
+    averager.update_bn(rows, swaft.Readout(start=8))
+    caplog.clear()
+    for same in (swaft.Readout(start=8), swaft.Readout(start=0.54), swaft.Readout(start=8, end=15)):
+        with averager.swapped_in(same):
+            assert not torch.equal(model[1].running_mean, live)
+    assert not caplog.records
+    for other in (swaft.Readout(start=8, blend=0.5), swaft.Readout(start=4)):
+        caplog.clear()
+        with averager.swapped_in(other):
+            assert torch.equal(model[1].running_mean, live)
+        assert "so the last ones are taken; call averager.update_bn(loader, readout)" in caplog.text
+    caplog.clear()
+    with averager.swapped_in(swaft.Readout(start=8, blend=0)):
+        assert torch.equal(model[1].running_mean, live)
+    assert not caplog.records
+
+
 def test_statistics_without_a_batch_are_refused_and_the_live_model_is_back():
     model = with_norm()
     averager = averaged(model)
