@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ COMPUTED = (
     *("rope_theta", "rope_scaling", "rope_parameters"),
 )
 """Fields that change what a model computes of the same weights, whatever their shapes."""
+TOKENIZER = "tokenizer.json"
 CLASSES = "id2label"
 """Field that says which output is which class."""
 PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -53,6 +55,7 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
                 f"{adapter.path} is an adapter and {whole.path} a whole model; they have no average"
             )
         notes += compare_configs(first.files, other.files)
+        _require_same_tokens(first.files, other.files)
         if problems := list(differences(first.specs, other.specs)):
             more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
             raise StateError(
@@ -104,6 +107,31 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
         for key in sorted({*one, *two} - {*STRUCTURE, *PASSING})
         if one.get(key) != two.get(key)
     ]
+
+
+def _require_same_tokens(first: Path | None, other: Path | None) -> None:
+    """Refuse folders whose `tokenizer.json` gives an id to different tokens; each may have ids of its own."""
+    if first is None or other is None or not all((path / TOKENIZER).exists() for path in (first, other)):
+        return
+    if filecmp.cmp(first / TOKENIZER, other / TOKENIZER, shallow=False):
+        return
+    ours, theirs = _tokens(first / TOKENIZER), _tokens(other / TOKENIZER)
+    for number in sorted(ours.keys() & theirs.keys()):
+        if ours[number] != theirs[number]:
+            raise StateError(
+                f"{other} numbers the tokens of {first} in another way: {TOKENIZER}: {number} is "
+                f"{shown(theirs[number])}, expected {shown(ours[number])}; an average would mix their embeddings. "
+                "Train both with one tokenizer"
+            )
+
+
+def _tokens(path: Path) -> dict[int, str]:
+    """Token by id, as a `tokenizer.json` lists them, an object or a list of pairs."""
+    model = read_json(path).get("model")
+    found = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(found, list):
+        found = {each[0]: number for number, each in enumerate(found) if isinstance(each, list) and each}
+    return {number: token for token, number in found.items()} if isinstance(found, dict) else {}
 
 
 def _kind(spec: Spec) -> tuple[bool, bool]:

@@ -353,3 +353,15 @@ def test_sizes_are_read_as_the_hub_writes_them():
     for text in ("", "GB", "-1", "0", "nan", "inf", "5 parsecs"):
         with pytest.raises(ValueError):
             parse_size(text)
+
+
+def test_tokenizers_that_number_their_tokens_in_another_order_are_refused(tmp_path):
+    paths = folders(tmp_path, 2)
+    for path, words in zip(paths, (["a", "b", "c"], ["a", "c", "b"]), strict=True):
+        vocabulary = {word: number for number, word in enumerate(words)}
+        (path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
+    with pytest.raises(StateError, match=r"tokenizer.json: 1 is 'c', expected 'b'; an average would mix"):
+        average(paths, tmp_path / "out")
+    longer = {"a": 0, "b": 1, "c": 2, "d": 3}  # one more token at the end is no other order
+    (paths[1] / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": longer}}))
+    average(paths, tmp_path / "out")
