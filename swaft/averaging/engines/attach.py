@@ -70,13 +70,11 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
             "`accelerator.prepare` returns: attach after it"
         )
-    parameters = _optimized(module, optimizer)
-    _require_fp32(module, parameters)
     return ReplicatedEngine(
         "ddp" if wrapped else "plain",
         module,
         optimizer,
-        parameters=[[parameter] for parameter in parameters],
+        parameters=_optimized_fp32(module, optimizer),
         steps_seen=StepCounter(optimizer),
     )
 
@@ -86,10 +84,11 @@ def _attach_fsdp2(module: nn.Module, optimizer: torch.optim.Optimizer) -> Engine
 
     reshard(module)
     parameters = _optimized(module, optimizer)
-    names = _names(module)
-    for parameter in parameters:
-        refuse_layout(names[id(parameter)], parameter)
-    return FSDP2Engine(module, optimizer, parameters=parameters, steps_seen=StepCounter(optimizer))
+    for name, parameter in parameters.items():
+        refuse_layout(name, parameter)
+    return FSDP2Engine(
+        module, optimizer, parameters=list(parameters.values()), steps_seen=StepCounter(optimizer)
+    )
 
 
 def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
@@ -124,9 +123,8 @@ def _attach_deepspeed(deepspeed_engine: Any) -> Engine:
             masters=[m for group in wrapper.fp32_groups for m in group],
         )
     if isinstance(wrapper, torch.optim.Optimizer):
-        parameters = _optimized(deepspeed_engine.module, wrapper)
-        _require_fp32(deepspeed_engine.module, parameters)
-        return _stage0(deepspeed_engine, wrapper, parameters=[[p] for p in parameters], masters=None)
+        parameters = _optimized_fp32(deepspeed_engine.module, wrapper)
+        return _stage0(deepspeed_engine, wrapper, parameters=parameters, masters=None)
     raise UnsupportedEngineError(
         f"DeepSpeed trains with {type(wrapper).__name__}, whose masters this version does not average; use a "
         "torch optimizer (no `optimizer` block in the DeepSpeed config) or ZeRO stage 1, 2 or 3"
@@ -169,16 +167,12 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
             return model, wrapped
 
 
-def _names(module: nn.Module) -> dict[int, str]:
-    return {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
-
-
-def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The optimizer's trainable parameters, each once, and the proof that they are all the model trains."""
+def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's trainable parameters by name, each once, with the proof that the model trains no others."""
     held = {
         id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
     }
-    names = _names(module)
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
     for identity in held.keys() - names.keys():
         raise unknown_parameter(held[identity].shape)
     for parameter in module.parameters():
@@ -187,14 +181,14 @@ def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
                 f"{names[id(parameter)]!r} is trainable but in no optimizer group, so it would never change; give "
                 "it to the optimizer, or freeze it with requires_grad_(False)"
             )
-    return list(held.values())
+    return {names[identity]: parameter for identity, parameter in held.items()}
 
 
-def _require_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> None:
-    names = _names(module)
-    for parameter in parameters:
+def _optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The optimizer's parameters, one a list, where they are their own fp32 masters."""
+    parameters = _optimized(module, optimizer)
+    for name, parameter in parameters.items():
         require_fp32(
-            names[id(parameter)],
-            parameter.dtype,
-            "train.mixed_precision=bf16, or DeepSpeed, which keeps fp32 masters",
+            name, parameter.dtype, "train.mixed_precision=bf16, or DeepSpeed, which keeps fp32 masters"
         )
+    return [[parameter] for parameter in parameters.values()]
