@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from swaft.errors import NoiseError
 from swaft.noise.wrappers import unwrap
 
+_UNSHIFTED = frozenset({"xlnet", "xlm", "flaubert"})
+"""Types of models without an encoder whose own loss holds each position to the label at it."""
+
 
 def generates(model: nn.Module) -> bool:
     """Whether a model generates text: an encoder-decoder, or a causal language model."""
@@ -18,8 +21,13 @@ def generates(model: nn.Module) -> bool:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a model's logits at one position are held to the label of the next."""
+    """Whether a model generates text without an encoder."""
     return generates(model) and not _config(unwrap(model), "is_encoder_decoder", False)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's logits at one position are held to the label of the next."""
+    return is_causal(model) and _config(unwrap(model), "model_type", "") not in _UNSHIFTED
 
 
 def check_model(model: nn.Module, objective: str) -> None:
@@ -129,7 +137,7 @@ def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
         raise _one_class(objective)
     if targets.shape != rows.shape[:-1]:
         raise NoiseError(
-            f"Labels of shape {tuple(targets.shape)} do not fit rows of shape {tuple(rows.shape)}; "
+            f"Labels of shape {tuple(targets.shape)} do not fit the model's rows, {tuple(rows.shape[:-1])}; "
             f"{objective} expects one class index a row. Use swaft.TaskLoss for several labels a row, and for "
             "rows without a label (the virtual tokens of prompt tuning)."
         )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
-from swaft.noise.checks import generates, is_causal
+from swaft.noise.checks import generates, is_causal, shifts_labels
 from swaft.noise.wrappers import unwrap
 
 IGNORE_INDEX = -100
@@ -88,7 +88,7 @@ def find_targets(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         return None
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if is_causal(model) else labels
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if shifts_labels(model) else labels
 
 
 def count_items(targets: Tensor) -> Tensor:

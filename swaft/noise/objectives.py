@@ -147,6 +147,7 @@ class TaskLoss(Resumable):
             num_items = torch.full((), rows, dtype=torch.int64, device=loss.device)
         else:
             num_items = count_items(targets)
+            loss = loss.masked_fill(num_items == 0, 0.0)  # the mean of nothing is no number, and R3F's is 0
         return ObjectiveOutput.of_task(loss, task_logits(output), num_items)
 
     def _smoothed(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
@@ -162,7 +163,8 @@ class TaskLoss(Resumable):
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
         )
-        return ObjectiveOutput.of_task(loss, logits, count_items(inputs.targets))
+        num_items = count_items(inputs.targets)
+        return ObjectiveOutput.of_task(loss.masked_fill(num_items == 0, 0.0), logits, num_items)
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import bert, causal_batch, classification_batch, generation_batch, gpt2, llama, t5
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F, RDrop, TaskLoss
@@ -115,3 +116,27 @@ def test_masks_are_shared_on_the_device_of_the_batch_where_parameters_are_offloa
     offloaded = torch.nn.Linear(2, 2)
     RngState.capture(offloaded, {"input_ids": torch.zeros(2).as_subclass(OnDevice), "flag": True}).restore()
     assert restored == [("state of cuda:1", torch.device("cuda:1"))]
+
+
+@pytest.mark.parametrize(
+    "objective", [TaskLoss(), TaskLoss(0.1), R3F(sigma=0.1)], ids=["plain", "smoothed", "r3f"]
+)
+@pytest.mark.parametrize(("build", "make"), [(bert, classification_batch), (gpt2, causal_batch)])
+def test_a_batch_in_which_no_label_counts_has_loss_zero_and_no_gradient(build, make, objective):
+    model, batch = build(), make()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    out = objective(model, batch)
+    out.loss.backward()
+    assert (out.loss.item(), out.num_items.item()) == (0.0, 0)
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_model_that_does_not_shift_its_labels_counts_them_where_they_are():
+    config = XLNetConfig(vocab_size=100, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    model, batch = XLNetLMHeadModel(config).eval(), causal_batch()
+    out = TaskLoss()(model, batch)
+    logits = model(**batch).logits
+    counted = batch["labels"] != -100
+    expected = torch.nn.functional.cross_entropy(logits[counted], batch["labels"][counted])
+    assert out.num_items == counted.sum()
+    torch.testing.assert_close(out.loss, expected)

@@ -381,7 +381,7 @@ def test_several_labels_a_row_are_refused():
     model = bert()
     model.config.problem_type = "multi_label_classification"
     batch = {**classification_batch(), "labels": torch.ones(4, 3)}
-    with pytest.raises(NoiseError, match=r"Labels of shape \(4, 3\) do not fit rows of shape \(4, 3\)"):
+    with pytest.raises(NoiseError, match=r"Labels of shape \(4, 3\) do not fit the model's rows, \(4,\)"):
         R3F(sigma=0.1)(model, batch)
 
 

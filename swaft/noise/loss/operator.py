@@ -19,6 +19,8 @@ _Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 """``LinearLoss`` without its nesting: an operator returns tensors."""
 
 
+_PIECE = 2**24
+"""Elements of a gradient that are scaled at a time."""
 _OPTIONS = tuple(field.name for field in fields(LossOptions) if field.name != "divergence_weight")
 """Options that the operator takes; the weight of the divergence is in those of the rows."""
 
@@ -172,8 +174,17 @@ _fused.register_autograd(_backward, setup_context=_keep_gradients)
 
 @torch.library.custom_op("swaft::scale_saved_gradients", mutates_args=())
 def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Each gradient * factor, out of place: the saved ones serve again under retain_graph."""
-    return [(gradient * factor).to(gradient.dtype) for gradient in gradients]
+    """Each gradient * factor, out of place: the saved ones serve again under retain_graph.
+
+    A factor of no dimension would be rounded to the type of a 16-bit gradient before the product, which is therefore
+    taken in fp32, a piece at a time.
+    """
+    scaled = [torch.empty_like(gradient) for gradient in gradients]
+    for gradient, result in zip(gradients, scaled, strict=True):
+        rows = max(1, _PIECE // max(1, gradient[:1].numel()))
+        for piece, target in zip(gradient.split(rows), result.split(rows), strict=True):
+            target.copy_(piece.to(torch.promote_types(piece.dtype, torch.float32)) * factor)
+    return scaled
 
 
 @_times.register_fake

@@ -84,6 +84,7 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         if field.name in known and (value := getattr(noise, field.name)) is not None
     }
     kind = _KINDS[noise.kind]
+    named: Any = type(kind.__name__, (_NamesSettings, kind), {})
     problems = [
         f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
         for name, value in options.items()
@@ -94,7 +95,7 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
     if kind is not TaskLoss:
         options |= {"weight": noise.weight, "seed": seed}
     with settings_named():
-        return type(kind.__name__, (_NamesSettings, kind), {})(label_smoothing=label_smoothing, **options)
+        return named(label_smoothing=label_smoothing, **options)
 
 
 class _NamesSettings:
