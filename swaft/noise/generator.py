@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -68,37 +67,6 @@ def add_noise(
     return _AddNoise.apply(embedding, noise, sigma, stream)  # type: ignore[no-any-return]
 
 
-def draw_noise(
-    shape: Sequence[int],
-    *,
-    noise: Noise,
-    sigma: float | Tensor,
-    device: torch.device,
-    seed: int,
-    rank: int,
-    step: int,
-) -> Tensor:
-    """Draw the noise that ``add_noise`` adds, alone.
-
-    Args:
-        shape: shape of the noise.
-        noise: the distribution.
-        sigma: half width or standard deviation, a number or a 0-dim tensor on ``device``.
-        device: where the noise is drawn.
-        seed: seed of the run.
-        rank: rank of this process.
-        step: number of the micro-step.
-
-    Returns:
-        Noise (shape), fp32, on ``device``.
-
-    Raises:
-        ConfigError: for an unknown distribution, or a sigma that does not fit.
-    """
-    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    return _write(out, None, noise, sigma, stream_seed(seed, rank, step))
-
-
 class _AddNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
@@ -113,8 +81,8 @@ class _AddNoise(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _write(out: Tensor, embedding: Tensor | None, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
-    """Fill ``out`` with embedding + noise, or the noise alone."""
+def _write(out: Tensor, embedding: Tensor, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
+    """Fill ``out`` with embedding + noise."""
     if noise not in get_args(Noise):
         raise ConfigError(f"noise is {noise!r}; expected one of {', '.join(get_args(Noise))}.")
     if isinstance(sigma, Tensor) and (sigma.dim() != 0 or sigma.device != out.device):
@@ -132,4 +100,4 @@ def _write(out: Tensor, embedding: Tensor | None, noise: Noise, sigma: float | T
         return out
     drawn = standard_noise(out.numel(), noise=noise, stream=stream, device=out.device).view(out.shape)
     drawn.mul_(sigma)
-    return out.copy_(drawn) if embedding is None else torch.add(embedding, drawn, out=out)
+    return torch.add(embedding, drawn, out=out)

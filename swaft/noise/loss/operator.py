@@ -174,17 +174,20 @@ _fused.register_autograd(_backward, setup_context=_keep_gradients)
 
 @torch.library.custom_op("swaft::scale_saved_gradients", mutates_args=())
 def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Each gradient * factor, out of place: the saved ones serve again under retain_graph.
+    """Each gradient * factor, out of place: the saved ones serve again under retain_graph."""
+    return [times_in_fp32(gradient, factor) for gradient in gradients]
 
-    A factor of no dimension would be rounded to the type of a 16-bit gradient before the product, which is therefore
-    taken in fp32, a piece at a time.
+
+def times_in_fp32(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The product with a 0-dim factor, rounded once, in pieces.
+
+    On a GPU torch would round the factor to the type of a 16-bit gradient first: up to 0.2 % off, in every element.
     """
-    scaled = [torch.empty_like(gradient) for gradient in gradients]
-    for gradient, result in zip(gradients, scaled, strict=True):
-        rows = max(1, _PIECE // max(1, gradient[:1].numel()))
-        for piece, target in zip(gradient.split(rows), result.split(rows), strict=True):
-            target.copy_(piece.to(torch.promote_types(piece.dtype, torch.float32)) * factor)
-    return scaled
+    out = torch.empty_like(gradient)
+    rows = max(1, _PIECE // max(1, gradient[:1].numel()))
+    for piece, target in zip(gradient.split(rows), out.split(rows), strict=True):
+        target.copy_(piece.to(torch.promote_types(piece.dtype, torch.float32)) * factor)
+    return out
 
 
 @_times.register_fake

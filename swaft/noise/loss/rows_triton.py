@@ -85,11 +85,15 @@ def _label_loss(others, log_label):
 
 @triton.jit
 def _rows_kernel(
-    raw, raw_noise, bias, labels, ce_weights, kl_weights,
-    clean_gradient, noised_gradient, total_gradient, statistics,
-    num_rows, num_classes, raw_stride, noise_stride, clean_stride, noised_stride, total_stride,
-    scale, cap, smoothing, z_loss,
-    DIRECT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr,
+    raw, raw_noise,  # (R, V) fp32, rows raw_stride and noise_stride apart
+    bias,  # (V,) or None
+    labels, ce_weights, kl_weights,  # (R,): int64, fp32, fp32
+    clean_gradient, noised_gradient, total_gradient,  # (R, V) of any floating dtype, or None; strides below
+    statistics,  # (4, R) fp32: CE, J, L, L'
+    num_rows, num_classes,  # R, V
+    raw_stride, noise_stride, clean_stride, noised_stride, total_stride,  # in elements
+    scale, cap, smoothing, z_loss,  # numbers of LossOptions; cap is 1 without a soft-cap
+    DIRECT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr,  # see ``variant``
     SMOOTHED: tl.constexpr, CE_ON_NOISED: tl.constexpr, DETACH: tl.constexpr,
     GRADIENTS: tl.constexpr, NOISED: tl.constexpr, TOTAL: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,10 +1,16 @@
-"""The Triton kernels, compiled for A100 and H100 class GPUs: nothing spills, and enough programs fit."""
+"""The Triton kernels, compiled for A100 and H100 class GPUs: nothing spills, and enough programs fit.
+
+What each takes: ``PYTHONPATH=. python tests/noise/kernels/test_compiled.py``
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
-from compiling import compiled, why_not
+from compiling import Resources, compiled, why_not
 
 from swaft.noise.loss.options import LossOptions
 
@@ -33,9 +39,8 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ROW_KERNELS)
-def test_two_programs_of_the_row_kernel_fit_a_multiprocessor(name, capability, tmp_path):
+def row_kernel(name: str, capability: int, folder: Path) -> Resources:
+    """What a variant of the row kernel takes of a GPU of that generation."""
     from swaft.noise.loss import rows_triton
     from swaft.noise.loss.rows import RowGradients
 
@@ -53,15 +58,23 @@ def test_two_programs_of_the_row_kernel_fit_a_multiprocessor(name, capability, t
     types |= dict.fromkeys(("num_classes", "raw_stride", "noise_stride"), length) | {"num_rows": "i32"}
     types |= {f"{kind}_stride": length for kind in kinds}
     types |= dict.fromkeys(("scale", "cap", "smoothing", "z_loss"), "fp32")
-    taken = compiled(
+    return compiled(
         rows_triton._rows_kernel,
         types,
         rows_triton.variant(options, biased=biased, gradients=gradients),
         capability,
-        tmp_path,
+        folder,
         num_warps=rows_triton.WARPS,
         maxnreg=rows_triton.REGISTERS,
     )
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ROW_KERNELS)
+def test_two_programs_of_the_row_kernel_fit_a_multiprocessor(name, capability, tmp_path):
+    from swaft.noise.loss import rows_triton
+
+    taken = row_kernel(name, capability, tmp_path)
     threads = 32 * rows_triton.WARPS
     assert 2 * threads * taken.registers <= REGISTERS
     assert taken.spilled == 0
@@ -94,3 +107,11 @@ def test_the_noise_kernel_fuses_no_product_with_a_sum(noise, capability, tmp_pat
     assert "fma" not in taken.ptx
     assert "div.full" not in taken.ptx  # the approximate quotient
     assert ".f64" not in taken.ptx
+
+
+if __name__ == "__main__":
+    for name in ROW_KERNELS:
+        for capability in (80, 90):
+            with TemporaryDirectory() as folder:
+                taken = row_kernel(name, capability, Path(folder))
+            print(f"sm_{capability}  {taken.registers:4} registers  {taken.spilled:4} bytes spilled  {name}")
