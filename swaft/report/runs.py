@@ -198,9 +198,14 @@ def _settings(path: Path) -> dict[str, tuple[Any, str]]:
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of the recipe whose settings these are, by full name; empty where none has them."""
-    from swaft.training.config import ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig
+    from swaft.training.config import (
+        CausalConfig,
+        ClassificationConfig,
+        QuestionAnsweringConfig,
+        Seq2SeqConfig,
+    )
 
-    for recipe in (ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig):
+    for recipe in (CausalConfig, ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig):
         known = {
             f"{section}.{each.name}": each.default
             for section, kind in get_type_hints(recipe).items()

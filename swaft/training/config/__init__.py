@@ -1,5 +1,6 @@
 """Typed settings of a run, filled from defaults, YAML files and the command line."""
 
+from swaft.training.config.causal_lm import CausalConfig, CausalDataConfig
 from swaft.training.config.check import build_rule, check_averaging, check_config, plan_rule
 from swaft.training.config.load import load_config, read_config
 from swaft.training.config.question_answering import (
@@ -32,6 +33,8 @@ from swaft.training.config.seq2seq import (
 __all__ = [
     "AdapterConfig",
     "AveragingConfig",
+    "CausalConfig",
+    "CausalDataConfig",
     "ClassificationConfig",
     "DataConfig",
     "EvalConfig",

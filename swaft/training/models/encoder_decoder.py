@@ -1,4 +1,4 @@
-"""Loads encoder-decoders, or makes new ones with a tokenizer of their own."""
+"""Loads encoder-decoders and decoders, or makes new ones with a tokenizer of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from swaft.errors import ConfigError
 from swaft.options import suggestion
@@ -61,6 +68,22 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
                 "to generate, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
                 "the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained has it"
             )
+    return found
+
+
+def decoder_config(model: Seq2SeqModelConfig) -> Any:
+    """Return the transformers configuration of the pretrained decoder, or of the new one.
+
+    Raises:
+        ConfigError: where transformers has no form of it that continues a text, or an entry is none of its type's.
+    """
+    found = load_model_config(model) if model.config is None else _new_config(model)
+    brings_its_own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    if found.is_encoder_decoder or (type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_its_own):
+        raise ConfigError(
+            f"{model_setting(model)}: {found.model_type} is no decoder that continues a text; expected a model "
+            "such as Llama, Qwen, Gemma or GPT-2 (encoder-decoders: recipes/seq2seq.py)"
+        )
     return found
 
 
@@ -127,7 +150,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_encoder_decoder(
     model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any, *, seed: int, gradient_checkpointing: bool
 ) -> Any:
-    """Return the pretrained model, or a new one of random weights, in fp32.
+    """Return the pretrained encoder-decoder, or a new one of random weights, in fp32.
 
     Args:
         model: section ``model``.
@@ -140,23 +163,39 @@ def load_encoder_decoder(
     Raises:
         ConfigError: where the model cannot be loaded.
     """
-    torch.manual_seed(seed)
-    with told_as_settings(model):
-        if model.config is None:
-            loaded = AutoModelForSeq2SeqLM.from_pretrained(
-                model_path(model),
-                config=model_config,
-                trust_remote_code=model.trust_remote_code,
-                dtype="float32",
-            )
-        else:
-            _fit_to_tokenizer(model_config, tokenizer, said=model.config)
-            loaded = AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.float32)
+    loaded = _load(AutoModelForSeq2SeqLM, model, model_config, tokenizer, seed)
     generate_as_trained(loaded, tokenizer)
     write_target_language(loaded, tokenizer)
     return with_adapters(
         with_checkpointing(loaded, gradient_checkpointing), model, task="sequence to sequence"
     )
+
+
+def load_decoder(
+    model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any, *, seed: int, gradient_checkpointing: bool
+) -> Any:
+    """Return the pretrained decoder, or a new one of random weights, in fp32, as `load_encoder_decoder` does."""
+    loaded = _load(AutoModelForCausalLM, model, model_config, tokenizer, seed)
+    loaded.config.use_cache = (
+        False  # training reads no cache, and packed rows would see each other through one
+    )
+    return with_adapters(
+        with_checkpointing(loaded, gradient_checkpointing), model, task="causal language modelling"
+    )
+
+
+def _load(kind: Any, model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    with told_as_settings(model):
+        if model.config is None:
+            return kind.from_pretrained(
+                model_path(model),
+                config=model_config,
+                trust_remote_code=model.trust_remote_code,
+                dtype="float32",
+            )
+        _fit_to_tokenizer(model_config, tokenizer, said=model.config)
+        return kind.from_config(model_config, dtype=torch.float32)
 
 
 def _new_config(model: Seq2SeqModelConfig) -> Any:

@@ -147,6 +147,7 @@ TASK_TYPES = {
     "sequence classification": "SEQ_CLS",
     "question answering": "QUESTION_ANS",
     "sequence to sequence": "SEQ_2_SEQ_LM",
+    "causal language modelling": "CAUSAL_LM",
 }
 """What peft calls the tasks of the recipes."""
 
@@ -166,7 +167,7 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(f"model.use_peft: needs peft: pip install 'swaft[peft]' ({error})") from error
-    heads = new_heads(model) if task != "sequence to sequence" else []
+    heads = new_heads(model) if task in ("sequence classification", "question answering") else []
     names = settings.lora_target_modules
     wanted = LoraConfig(
         task_type=TASK_TYPES[task],

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
 from transformers.initialization import no_init_weights
 
-from swaft.training.config import QuestionAnsweringConfig, Seq2SeqConfig
+from swaft.training.config import CausalConfig, QuestionAnsweringConfig, Seq2SeqConfig
 from swaft.training.models.encoder_decoder import VOCAB_SIZE
 from swaft.training.models.heads import with_adapters
 from swaft.training.models.pretrained import told_as_settings
@@ -41,7 +42,13 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
         model_config: the model's, as transformers has it.
     """
     rows = config.train.per_device_train_batch_size
-    if isinstance(config, Seq2SeqConfig):
+    if isinstance(config, CausalConfig):
+        if config.model.config is not None:
+            _stand_in_for_tokenizer(model_config, config)
+        length, kind, task = config.data.max_length, AutoModelForCausalLM, "causal language modelling"
+        model_config.use_cache = False
+        labels = {"labels": (rows, length)}
+    elif isinstance(config, Seq2SeqConfig):
         if config.model.config is not None:
             _stand_in_for_tokenizer(model_config, config)
         length, kind, task = config.data.max_source_length, AutoModelForSeq2SeqLM, "sequence to sequence"
@@ -78,7 +85,7 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
     return PlannedModel(build, batch)
 
 
-def _stand_in_for_tokenizer(model_config: Any, config: Seq2SeqConfig) -> None:
+def _stand_in_for_tokenizer(model_config: Any, config: CausalConfig | Seq2SeqConfig) -> None:
     """Give a new model the special tokens, and the most tokens, that its tokenizer will have."""
     said = config.model.config or {}
     fitted = {

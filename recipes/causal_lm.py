@@ -1,0 +1,234 @@
+"""Fine-tunes a decoder (Llama, Qwen, Gemma, GPT-2) on prompts with answers, chats or texts; averages its weights.
+
+    accelerate launch --config_file launch/accelerate/zero3.yaml recipes/causal_lm.py \
+        --config recipes/configs/causal_lm/smol_chat.yaml averaging.rule=swa noise.kind=r3f
+
+The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. The loss is on the answers alone. It
+leaves a run folder with the last weights (final/), the averaged ones (final-averaged/), and the scores of both
+(summary.json).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import swaft
+from swaft.averaging.rules import Readout, Rule
+from swaft.errors import ConfigError
+from swaft.training.checks.problems import Problems
+from swaft.training.checks.refusals import require_embeddings, require_text, require_weights
+from swaft.training.checks.start import start_of
+from swaft.training.config import CausalConfig, build_rule, load_config
+from swaft.training.data.causal_lm import (
+    CausalCollator,
+    CausalColumns,
+    find_columns,
+    pack,
+    require_chat_template,
+    tokenize_rows,
+)
+from swaft.training.data.checks import require_length, values
+from swaft.training.data.sources import load_splits
+from swaft.training.data.texts import read_as_text, report_special_tokens
+from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.evaluate import Evaluation
+from swaft.training.evaluation.language_modelling import evaluate_answers_given
+from swaft.training.launch.failure import leave, run_and_report
+from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.encoder_decoder import (
+    brings_tokenizer,
+    decoder_config,
+    load_decoder,
+    new_tokenizer,
+    refuse_other_tokens,
+)
+from swaft.training.models.pretrained import load_tokenizer, longest_text
+from swaft.training.models.special_tokens import follow_tokenizer
+from swaft.training.run.progress import setup_logging
+from swaft.training.run.run import Run
+from swaft.training.run.schedule import build_schedule, set_learning_rate
+
+Config = CausalConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run needs that neither a device nor other ranks have to do with."""
+
+    columns: CausalColumns
+    model_config: Any
+    tokenizer: Any
+    """None: a new one is to be trained."""
+    objective: Any
+    rule: Rule | None
+    target: Target
+    """What decides between weights."""
+    metric: ClassVar[None] = None
+    cuts_rows: ClassVar[bool] = False
+
+    @property
+    def rows(self) -> Mapping[str, Any]:
+        """Dataset by split."""
+        return self.columns.rows
+
+    @property
+    def description(self) -> str:
+        """What is learnt, in words."""
+        return "answers to chats" if self.columns.messages else "continuing texts"
+
+
+def prepare(config: CausalConfig, problems: Problems) -> Prepared:
+    """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
+    problems.of(require_steps, config)
+    columns = problems.of(find_columns, problems.of(load_splits, config.data), config.data)
+    model_config = problems.of(decoder_config, config.model)
+    if config.model.config is None:
+        problems.of(require_weights, config.model, model_config)
+    problems.of(require_text, config.model, model_config)
+    tokenizer = None
+    if brings_tokenizer(config.model):
+        tokenizer = problems.of(load_tokenizer, config.model)
+        problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
+        problems.of(follow_tokenizer, model_config, tokenizer)
+        problems.of(CausalCollator, tokenizer)
+        problems.of(require_chat_template, tokenizer, columns)
+        most = problems.of(longest_text, model_config, tokenizer)
+        problems.of(require_length, "data.max_length", config.data.max_length, most)
+    problems.of(refuse_other_tokens, config.model, tokenizer)
+    problems.of(require_embeddings, config.model, model_config, tokenizer)
+    return Prepared(
+        columns=columns,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        objective=problems.of(
+            build_objective,
+            config.noise,
+            seed=config.train.seed,
+            label_smoothing=config.train.label_smoothing_factor,
+        ),
+        rule=problems.of(build_rule, config.averaging),
+        target=problems.of(choose_target, config.eval, None, columns.rows, config.averaging),
+    )
+
+
+def require_steps(config: CausalConfig) -> None:
+    """Refuse to pack without a number of steps: how many rows are left is known once they are packed."""
+    if config.data.packing and config.train.max_steps < 1:
+        raise ConfigError(
+            "data.packing: how many rows are left is known once they are packed; set train.max_steps"
+        )
+
+
+def texts_of(columns: CausalColumns) -> Iterator[str]:
+    """Yield every text of the training rows, for a new tokenizer."""
+    for name in columns.names:
+        yield from values(columns.rows["train"], name)
+
+
+def train(config: CausalConfig) -> None:
+    """Fine-tune, evaluate and save."""
+    # What can be wrong without any process group is found, all of it, before there is one.
+    ready, start = start_of(config, prepare)
+    columns, objective = ready.columns, ready.objective
+
+    with Run.start(config, start.engine) as run:
+        # Data: every split that is there, as token ids, of which the answers are learnt.
+        tokenizer = ready.tokenizer
+        if tokenizer is None:
+            tokenizer = new_tokenizer(config.model, run.accelerator, texts=lambda: texts_of(columns))
+        read_as_text(tokenizer, config.data.split_special_tokens)
+        if columns.messages is None:
+            report_special_tokens(columns.rows, columns.names, tokenizer)
+        datasets = {
+            name: tokenize_rows(rows, tokenizer, columns, config.data) for name, rows in columns.rows.items()
+        }
+        if config.data.packing:
+            datasets["train"] = pack(datasets["train"], config.data.max_length)
+
+        # Model: the pretrained one, or a new one of random weights, the same on every rank.
+        with run.loading():
+            model = load_decoder(
+                config.model,
+                ready.model_config,
+                tokenizer,
+                seed=config.train.seed,
+                gradient_checkpointing=config.train.gradient_checkpointing,
+            )
+        objective.prepare_model(model)
+        collate = CausalCollator(tokenizer)
+
+        # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
+        model, optimizer, loader = run.prepare(
+            model,
+            lambda model: build_optimizer(model, config.train),
+            datasets["train"],
+            collate,
+            objective=objective,
+        )
+        averager = None
+        if ready.rule is not None:
+            averager = swaft.WeightAverager(
+                model,
+                optimizer,
+                rule=ready.rule,
+                total_steps=run.total_steps,
+                first_step=run.resumed_at,
+                precision=config.averaging.precision,
+                threads=config.averaging.threads,
+                spill_dir=config.averaging.spill_dir,
+            )
+        schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
+        run.begin(
+            task=ready.description,
+            schedule=schedule,
+            target=ready.target,
+            tokenizer=tokenizer,
+            splits=datasets,
+            averager=averager,
+            objective=objective,
+        )
+
+        # Evaluation: the last weights, then the averaged ones in their place.
+        loaders = {
+            name: run.evaluation_loader(datasets[name], collate) for name in datasets if name != "train"
+        }
+
+        def score(split: str) -> Evaluation:
+            return evaluate_answers_given(
+                model, loaders[split], run.accelerator, num_rows=len(datasets[split])
+            )
+
+        def score_both(split: str, readout: Readout | None = None) -> dict[str, Evaluation]:
+            found = {"last": score(split)}
+            if averager and averager.num_averaged:
+                with averager.swapped_in(readout):
+                    found["averaged"] = score(split)
+            return found
+
+        # Training.
+        for step in run.steps(loader, score_both):
+            set_learning_rate(optimizer, schedule(run.applied_steps))
+            for batch, share in step.micro_batches():
+                out = objective(model, batch)
+                step.log(**out.logged)
+                step.backward(out.loss * share)
+            step.clip_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averager:
+                averager.step()
+
+        run.finish(score_both, list(loaders), window=run.best_window(score))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe with the given arguments (default: the command line's); return the exit code."""
+    setup_logging()
+    return run_and_report(lambda: train(load_config(CausalConfig, sys.argv[1:] if argv is None else argv)))
+
+
+if __name__ == "__main__":
+    leave(main())

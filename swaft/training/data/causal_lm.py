@@ -1,0 +1,291 @@
+"""Prompts with answers, chats and texts as rows for a decoder: which tokens are given, and which are learnt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from swaft.errors import DataError
+from swaft.training.config.causal_lm import CausalDataConfig
+from swaft.training.data.checks import Fault, existing, good_rows, require_column, text_faults, values
+from swaft.training.data.texts import Collator, encode
+
+logger = logging.getLogger(__name__)
+
+USUAL_COLUMNS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("source", "target"),
+)
+USUAL_MESSAGES = ("messages", "conversations", "conversation")
+USUAL_TEXTS = ("text", "content")
+IGNORED = -100
+"""Label of tokens that no loss counts."""
+
+
+@dataclass(frozen=True)
+class CausalColumns:
+    """Where the rows keep what is given and what is learnt."""
+
+    answer: str | None
+    """Column with the text to learn; None: the messages have it."""
+    prompt: str | None = None
+    """Column with the text before it; None: there is none."""
+    messages: str | None = None
+    """Column with chats."""
+    rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
+    """Rows by split, without those that were left out."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        return tuple(name for name in (self.messages, self.prompt, self.answer) if name is not None)
+
+
+def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> CausalColumns:
+    """Find the columns, and check them in every row of every split.
+
+    Args:
+        splits: rows by split, `train` among them.
+        data: section ``data``.
+
+    Raises:
+        DataError: a column that does not exist or has to be named; a text that is none or empty; a chat without
+            messages, or without one of the assistant.
+    """
+    found = _named(splits["train"], data)
+    if found.answer is not None:
+        splits = {name: _class_names_as_text(split, found.answer) for name, split in splits.items()}
+    rows = good_rows(splits, found.names, partial(_faults, columns=found), skip=data.skip_bad_rows)
+    return replace(found, rows=rows)
+
+
+def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
+    """Refuse chats where the tokenizer cannot write them, or writes earlier messages differently later on.
+
+    Raises:
+        DataError: naming the tokenizer.
+    """
+    if columns.messages is None:
+        return
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"data.messages_column={columns.messages}, and {type(tokenizer).__name__} has no chat template; use a "
+            "model trained on chats, or set tokenizer.chat_template and save it"
+        )
+    for chat in values(
+        columns.rows["train"].select(range(min(8, len(columns.rows["train"])))), columns.messages
+    ):
+        _chat_tokens(chat, tokenizer)
+
+
+def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: CausalDataConfig) -> Dataset:
+    """Turn rows into token ids, unpadded.
+
+    A prompt is tokenized as the tokenizer begins a text, an answer without special tokens; the end-of-text token
+    follows it and is learnt. The first token of a row is never learnt: nothing stands before it.
+
+    Args:
+        split: rows that `find_columns` checked.
+        tokenizer: the model's.
+        columns: what `find_columns` found.
+        data: section ``data``.
+
+    Returns:
+        A dataset with `input_ids`, `labels` (token ids, `IGNORED` where nothing is learnt) and `idx`, the row's
+        number.
+
+    Raises:
+        DataError: a row of which nothing is left to learn within `data.max_length` tokens.
+    """
+
+    def row_tokens(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        made = [
+            (ids[: data.max_length], labels[: data.max_length])
+            for ids, labels in _tokens(rows, tokenizer, columns, data)
+        ]
+        for row, (_, labels) in zip(indices, made, strict=True):
+            if all(label == IGNORED for label in labels):
+                raise DataError(
+                    f"row {row} has no token to learn within data.max_length={data.max_length}: the messages "
+                    "before its first answer are as long; raise data.max_length, or remove the row"
+                )
+        return {
+            "input_ids": [ids for ids, _ in made],
+            "labels": [labels for _, labels in made],
+            "idx": indices,
+        }
+
+    return split.map(row_tokens, batched=True, with_indices=True, remove_columns=split.column_names)
+
+
+def pack(rows: Dataset, max_length: int) -> Dataset:
+    """Put rows into few of `max_length` tokens, the longest first, each where it fits; the same every time.
+
+    Args:
+        rows: from `tokenize_rows`.
+        max_length: tokens of a packed row at most.
+
+    Returns:
+        A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every row that was packed) and `idx`.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(rows)), key=lambda row: (-lengths[row], row)):
+        place = next((i for i, left in enumerate(room) if left >= lengths[row]), None)
+        if place is None:
+            bins.append([])
+            room.append(max_length)
+            place = len(bins) - 1
+        bins[place].append(row)
+        room[place] -= lengths[row]
+    ids, labels = rows["input_ids"], rows["labels"]
+    packed = {
+        "input_ids": [[token for row in members for token in ids[row]] for members in bins],
+        "labels": [[label for row in members for label in labels[row]] for members in bins],
+        "position_ids": [[place for row in members for place in range(lengths[row])] for members in bins],
+        "idx": list(range(len(bins))),
+    }
+    logger.info("%d rows are packed into %d of %d tokens at most", len(rows), len(bins), max_length)
+    return Dataset.from_dict(packed)
+
+
+class CausalCollator(Collator):
+    """Pads rows on the right, labels with `IGNORED`; packed rows have positions in place of an attention mask."""
+
+    columns = ("idx",)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch, int64: `input_ids`, `labels`, `attention_mask` or `position_ids` (B, L), `idx` (B,)."""
+
+        def padded(name: str, value: int) -> Tensor:
+            columns = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
+            return pad_sequence(columns, batch_first=True, padding_value=value)
+
+        batch = {"input_ids": padded("input_ids", self.padding), "labels": padded("labels", IGNORED)}
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = padded("position_ids", 0)
+        else:
+            ones = [torch.ones(len(row["input_ids"]), dtype=torch.int64) for row in rows]
+            batch["attention_mask"] = pad_sequence(ones, batch_first=True)
+        return batch | {"idx": torch.tensor([row["idx"] for row in rows])}
+
+
+def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
+    there = train.column_names
+    for setting in ("messages_column", "prompt_column", "answer_column"):
+        if (column := getattr(data, setting)) is not None:
+            require_column(train, column, f"data.{setting}")
+    if data.messages_column is not None:
+        return CausalColumns(answer=None, messages=data.messages_column)
+    if data.answer_column is not None:
+        return CausalColumns(answer=data.answer_column, prompt=data.prompt_column)
+    for prompt, answer in USUAL_COLUMNS:
+        if {prompt, answer} <= set(there):
+            return CausalColumns(answer=answer, prompt=prompt)
+    for name in USUAL_MESSAGES:
+        if name in there:
+            return CausalColumns(answer=None, messages=name)
+    for name in USUAL_TEXTS:
+        if name in there:
+            return CausalColumns(answer=name)
+    raise DataError(
+        f"no columns with usual names for prompts and answers, chats or texts; {existing(train)}; set "
+        "data.prompt_column and data.answer_column, or data.messages_column"
+    )
+
+
+def _class_names_as_text(split: Dataset, column: str) -> Dataset:
+    """Return the split with the names of classes in place of their numbers, where the column has classes."""
+    kind = split.features.get(column)
+    if not isinstance(kind, ClassLabel):
+        return split
+    names = [kind.int2str(number) for number in values(split, column)]
+    return split.remove_columns(column).add_column(column, names)
+
+
+def _faults(split: Dataset, columns: CausalColumns) -> Iterator[Fault]:
+    for column in filter(None, (columns.prompt, columns.answer)):
+        yield from text_faults(split, column)
+    if columns.messages is None:
+        return
+    for row, chat in enumerate(values(split, columns.messages)):
+        messages = chat if isinstance(chat, list) else []
+        if not all(
+            isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in messages
+        ):
+            yield (
+                row,
+                f"has {chat!r:.80} in column '{columns.messages}'; expected messages with a role and a content",
+            )
+        elif not any(message["role"] == "assistant" for message in messages):
+            yield (
+                row,
+                f"has no message of the assistant in column '{columns.messages}'; expected one to learn",
+            )
+
+
+def _tokens(
+    rows: Mapping[str, list[Any]], tokenizer: Any, columns: CausalColumns, data: CausalDataConfig
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield ids and labels of each row."""
+    if columns.messages is not None:
+        yield from (_chat_tokens(chat, tokenizer) for chat in rows[columns.messages])
+        return
+    answers = rows[columns.answer]  # type: ignore[index]
+    prompts = rows[columns.prompt] if columns.prompt is not None else [""] * len(answers)
+    texts = [f"{data.prompt_prefix}{prompt}{data.prompt_suffix}" for prompt in prompts]
+    given = encode(tokenizer, texts)["input_ids"]
+    learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    for before, answer in zip(given, learnt, strict=True):
+        before = before[:-1] if before and before[-1] == end else before  # some end every text
+        after = [*answer] if end is None else [*answer, end]
+        # The answer may have half of a row, and what the prompt leaves; of a prompt its end is kept.
+        after = after[: max(data.max_length // 2, data.max_length - len(before))]
+        before = before[max(0, len(before) + len(after) - data.max_length) :]
+        ids = [*before, *after]
+        labels = [IGNORED] * len(before) + after
+        yield ids, [IGNORED, *labels[1:]]
+
+
+def _chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return ids and labels of a chat: what the template adds for a message of the assistant is learnt.
+
+    Raises:
+        DataError: the template writes the messages before an answer differently once the answer is there.
+    """
+
+    def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
+        return list(
+            tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=prompts, return_dict=False
+            )
+        )
+
+    ids: list[int] = []
+    labels: list[int] = []
+    for place, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        given, whole = ids_of(chat[:place], prompts=True), ids_of(chat[: place + 1])
+        if whole[: len(given)] != given or given[: len(ids)] != ids:
+            raise DataError(
+                f"the chat template of {type(tokenizer).__name__} writes the messages before an answer differently "
+                "once the answer is there, so what is learnt cannot be told from what is given; use another "
+                "template, or columns with prompts and answers"
+            )
+        labels += [IGNORED] * (len(given) - len(ids)) + whole[len(given) :]
+        ids = whole
+    return ids, [IGNORED, *labels[1:]]

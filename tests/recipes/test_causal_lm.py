@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import ROOT, launch
+
+from swaft.cli.main import main
+from swaft.training.config import CausalConfig, build_rule, load_config
+from swaft.training.models.build import build_objective
+
+CONFIGS = sorted((ROOT / "recipes/configs/causal_lm").glob("*.yaml"))
+SMOKE = ["recipes/causal_lm.py", "--config", "recipes/configs/causal_lm/smoke.yaml"]
+SHORT = [
+    "train.max_steps=4",
+    "data.max_train_samples=64",
+    "data.max_eval_samples=16",
+    "data.max_predict_samples=8",
+]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_loads(path):
+    config = load_config(CausalConfig, ["--config", str(path)])
+    assert build_rule(config.averaging) is not None
+    build_objective(config.noise, seed=0)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.packing=true", "set train.max_steps"),
+        ("model.config={model_type: t5}", "no decoder that continues a text"),
+        ("data.answer_column=none", "no column 'none'"),
+        ("eval.metric=f1", "eval.metric"),
+    ],
+)
+def test_validate_knows_what_a_launch_refuses(override, message, capsys, tmp_path):
+    assert main(["validate", *SMOKE, f"train.output_dir={tmp_path}/x", override]) == 1
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_the_recipe_is_planned(capsys, tmp_path):
+    assert main(["plan", "--on_cpu", "--num_processes", "1", *SMOKE, f"train.output_dir={tmp_path}/x"]) == 0
+    assert "activations" in capsys.readouterr().out
+
+
+@pytest.mark.recipe
+def test_packed_rows_train_on_two_ranks_under_zero2_with_noise_and_averaging(tmp_path):
+    run = tmp_path / "run"
+    done = launch("zero2_cpu.yaml", *SMOKE, *SHORT, "data.packing=true", f"train.output_dir={run}")
+    assert done.code == 0, done.err[-3000:]
+    scores = json.loads((run / "summary.json").read_text())["scores"]["test"]
+    assert set(scores["averaged"]) == {"loss", "perplexity", "token_accuracy"}
+    for kind in ("final", "final-averaged"):
+        assert (Path(run) / kind / "model.safetensors").is_file()

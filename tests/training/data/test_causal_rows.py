@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from swaft.errors import DataError
+from swaft.training.config import CausalDataConfig
+from swaft.training.data.causal_lm import (
+    CausalCollator,
+    find_columns,
+    pack,
+    require_chat_template,
+    tokenize_rows,
+)
+from swaft.training.evaluation.language_modelling import evaluate_answers_given
+
+pytestmark = pytest.mark.unit
+WORDS = ["<pad>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e", "f"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }}"
+    "{{ ' </s>' if m.role == 'assistant' else '' }} {% endfor %}{{ '<bot> ' if add_generation_prompt }}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def made(rows: list[dict], **settings: object) -> Dataset:
+    data = CausalDataConfig(**settings)
+    columns = find_columns({"train": Dataset.from_list(rows)}, data)
+    return tokenize_rows(columns.rows["train"], tokenizer(), columns, data)
+
+
+def ids(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+def test_the_answer_and_its_end_are_learnt_and_the_prompt_is_not():
+    row = made([{"prompt": "a b", "completion": "c"}], prompt_suffix=" d")[0]
+    assert row["input_ids"] == ids("a b d c </s>")
+    assert row["labels"] == [-100, -100, -100, *ids("c </s>")]
+
+
+def test_of_a_text_without_a_prompt_all_but_the_first_token_is_learnt():
+    assert made([{"text": "a b c"}])[0]["labels"] == [-100, *ids("b c </s>")]
+
+
+def test_of_a_chat_every_answer_of_the_assistant_is_learnt():
+    chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e")]
+    row = made([{"messages": [{"role": role, "content": text} for role, text in chat]}])[0]
+    assert row["input_ids"] == ids("<user> a <bot> b </s> <user> c <bot> d e </s>")
+    assert row["labels"] == [-100] * 3 + ids("b </s>") + [-100] * 3 + ids("d e </s>")
+
+
+def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_the_answer():
+    row = made([{"prompt": "a b c d e f", "completion": "a b"}], max_length=5)[0]
+    assert row["input_ids"] == ids("d e f a b")
+    assert row["labels"][-2:] == ids("a b")
+
+
+def test_classes_are_written_by_their_names():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["c", "d"])})
+    split = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    data = CausalDataConfig(prompt_column="text", answer_column="label")
+    assert find_columns({"train": split}, data).rows["train"]["label"][:] == ["d", "c"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"question": "a"}], {}, "set data.prompt_column"),
+        ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
+        ([{"text": "a", "x": "b"}], {"answer_column": "z"}, "no column 'z'"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], {}, "no message of the assistant"),
+        ([{"messages": [{"role": "user"}]}], {}, "expected messages with a role"),
+    ],
+)
+def test_rows_that_nothing_can_be_learnt_from_are_refused(rows, settings, message):
+    with pytest.raises(DataError, match=message):
+        made(rows, **settings)
+
+
+def test_a_chat_without_room_for_an_answer_is_refused():
+    chat = [{"role": "user", "content": "a b c d e f"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match=r"row 0 has no token to learn within data\.max_length=4"):
+        made([{"messages": chat}], max_length=4)
+
+
+def test_a_template_that_rewrites_what_went_before_is_refused():
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    columns = find_columns({"train": Dataset.from_list([{"messages": chat}])}, CausalDataConfig())
+    reader = tokenizer()
+    reader.chat_template = "{{ messages | length }} " + TEMPLATE
+    reader.add_tokens(["1", "2"])
+    with pytest.raises(DataError, match="writes the messages before an answer differently"):
+        require_chat_template(reader, columns)
+    reader.chat_template = None
+    with pytest.raises(DataError, match="has no chat template"):
+        require_chat_template(reader, columns)
+
+
+def test_packed_rows_have_the_loss_they_have_alone():
+    rows = made([{"prompt": p, "completion": c} for p, c in (("a b", "c d"), ("e", "f"), ("f a b", "c"))])
+    packed = pack(rows, 12)
+    assert [len(row) for row in packed["input_ids"]] == [10, 3]
+    assert packed["position_ids"][0] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, use_cache=False,
+        )
+    ).double().eval()  # fmt: skip
+    collate = CausalCollator(tokenizer())
+
+    def total(dataset: Dataset) -> float:
+        batch = collate([dataset[i] for i in range(len(dataset))])
+        batch.pop("idx")
+        count = (batch["labels"] != -100).sum()
+        return float(model(**batch).loss * count)
+
+    assert total(packed) == pytest.approx(total(rows), rel=1e-6)
+
+
+def test_the_evaluation_is_a_mean_over_tokens():
+    rows = made([{"text": "a b c"}, {"text": "d e"}])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).eval()
+    collate = CausalCollator(tokenizer())
+    alone = SimpleNamespace(gather=lambda parts: parts, pad_across_processes=lambda part, **_: part)
+    found = evaluate_answers_given(model, [collate([row]) for row in rows], alone, num_rows=2)
+    sums = []
+    for row in rows:
+        batch = collate([row])
+        batch.pop("idx")
+        sums.append(float(model(**batch).loss) * (len(row["labels"]) - 1))
+    assert found.scores["loss"] == pytest.approx(sum(sums) / 5, rel=1e-6)
