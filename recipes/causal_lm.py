@@ -10,18 +10,16 @@ leaves a run folder with the last weights (final/), the averaged ones (final-ave
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
 
 import swaft
-from swaft.averaging.rules import Readout, Rule
+from swaft.averaging.rules import Readout
 from swaft.errors import ConfigError
 from swaft.training.checks.problems import Problems
-from swaft.training.checks.refusals import require_embeddings, require_text, require_weights
+from swaft.training.checks.recipe import Prepared
+from swaft.training.checks.refusals import check_model
 from swaft.training.checks.start import start_of
-from swaft.training.config import CausalConfig, build_rule, load_config
+from swaft.training.config import CausalConfig, build_rule
 from swaft.training.data.causal_lm import (
     CausalCollator,
     CausalColumns,
@@ -33,10 +31,10 @@ from swaft.training.data.causal_lm import (
 from swaft.training.data.checks import require_length, values
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens
-from swaft.training.evaluation.best import Target, choose_target
+from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.evaluation.language_modelling import evaluate_answers_given
-from swaft.training.launch.failure import leave, run_and_report
+from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.encoder_decoder import (
     brings_tokenizer,
@@ -46,33 +44,17 @@ from swaft.training.models.encoder_decoder import (
     refuse_other_tokens,
 )
 from swaft.training.models.pretrained import load_tokenizer, longest_text
-from swaft.training.models.special_tokens import follow_tokenizer
-from swaft.training.run.progress import setup_logging
-from swaft.training.run.run import Run
+from swaft.training.run.run import Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = CausalConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedTexts(Prepared):
     """What a run needs that neither a device nor other ranks have to do with."""
 
     columns: CausalColumns
-    model_config: Any
-    tokenizer: Any
-    """None: a new one is to be trained."""
-    objective: Any
-    rule: Rule | None
-    target: Target
-    """What decides between weights."""
-    metric: ClassVar[None] = None
-    cuts_rows: ClassVar[bool] = False
-
-    @property
-    def rows(self) -> Mapping[str, Any]:
-        """Dataset by split."""
-        return self.columns.rows
+    metric: None = None
 
     @property
     def description(self) -> str:
@@ -80,38 +62,39 @@ class Prepared:
         return "answers to chats" if self.columns.messages else "continuing texts"
 
 
-def prepare(config: CausalConfig, problems: Problems) -> Prepared:
+def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
-    problems.of(require_steps, config)
-    columns = problems.of(find_columns, problems.of(load_splits, config.data), config.data)
-    model_config = problems.of(decoder_config, config.model)
-    if config.model.config is None:
-        problems.of(require_weights, config.model, model_config)
-    problems.of(require_text, config.model, model_config)
-    tokenizer = None
-    if brings_tokenizer(config.model):
-        tokenizer = problems.of(load_tokenizer, config.model)
-        problems.of(read_as_text, tokenizer, config.data.split_special_tokens)
-        problems.of(follow_tokenizer, model_config, tokenizer)
-        problems.of(CausalCollator, tokenizer)
-        problems.of(require_chat_template, tokenizer, columns)
-        most = problems.of(longest_text, model_config, tokenizer)
-        problems.of(require_length, "data.max_length", config.data.max_length, most)
-    problems.of(refuse_other_tokens, config.model, tokenizer)
-    problems.of(require_embeddings, config.model, model_config, tokenizer)
-    return Prepared(
-        columns=columns,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        objective=problems.of(
-            build_objective,
-            config.noise,
-            seed=config.train.seed,
-            label_smoothing=config.train.label_smoothing_factor,
-        ),
-        rule=problems.of(build_rule, config.averaging),
-        target=problems.of(choose_target, config.eval, None, columns.rows, config.averaging),
-    )
+    ready = PreparedTexts()
+    with problems:  # what is wrong in a block ends it, and those that need something of it are left out
+        require_steps(config)
+    with problems:
+        ready.columns = find_columns(load_splits(config.data), config.data)
+        ready.rows = ready.columns.rows
+    with problems:
+        ready.model_config = decoder_config(config.model)
+    with problems:
+        ready.tokenizer = load_tokenizer(config.model) if brings_tokenizer(config.model) else None
+    check_model(ready, config, problems)
+    with problems:
+        if ready.tokenizer is not None:
+            read_as_text(ready.tokenizer, config.data.split_special_tokens)
+            CausalCollator(ready.tokenizer)
+            require_chat_template(ready.tokenizer, ready.columns)
+    with problems:
+        if ready.tokenizer is not None:
+            most = longest_text(ready.model_config, ready.tokenizer)
+            require_length("data.max_length", config.data.max_length, most)
+    with problems:
+        refuse_other_tokens(config.model, ready.tokenizer)
+    with problems:
+        ready.objective = build_objective(
+            config.noise, seed=config.train.seed, label_smoothing=config.train.label_smoothing_factor
+        )
+    with problems:
+        ready.rule = build_rule(config.averaging)
+    with problems:
+        ready.target = choose_target(config.eval, None, ready.rows, config.averaging)
+    return ready
 
 
 def require_steps(config: CausalConfig) -> None:
@@ -171,14 +154,7 @@ def train(config: CausalConfig) -> None:
         averager = None
         if ready.rule is not None:
             averager = swaft.WeightAverager(
-                model,
-                optimizer,
-                rule=ready.rule,
-                total_steps=run.total_steps,
-                first_step=run.resumed_at,
-                precision=config.averaging.precision,
-                threads=config.averaging.threads,
-                spill_dir=config.averaging.spill_dir,
+                model, optimizer, rule=ready.rule, total_steps=run.total_steps, **run.averaging_options
             )
         schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
         run.begin(
@@ -192,9 +168,7 @@ def train(config: CausalConfig) -> None:
         )
 
         # Evaluation: the last weights, then the averaged ones in their place.
-        loaders = {
-            name: run.evaluation_loader(datasets[name], collate) for name in datasets if name != "train"
-        }
+        loaders = run.evaluation_loaders(datasets, collate)
 
         def score(split: str) -> Evaluation:
             return evaluate_answers_given(
@@ -221,13 +195,12 @@ def train(config: CausalConfig) -> None:
             if averager:
                 averager.step()
 
-        run.finish(score_both, list(loaders), window=run.best_window(score))
+        run.finish(score_both, loaders, window=run.best_window(score))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
-    setup_logging()
-    return run_and_report(lambda: train(load_config(CausalConfig, sys.argv[1:] if argv is None else argv)))
+    return run_recipe(train, Config, argv)
 
 
 if __name__ == "__main__":

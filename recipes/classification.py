@@ -9,7 +9,6 @@ last weights (final/), the averaged ones (final-averaged/), and the scores of bo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import swaft
@@ -18,7 +17,7 @@ from swaft.training.checks.problems import Problems
 from swaft.training.checks.recipe import Prepared
 from swaft.training.checks.refusals import check_model, require_token_types
 from swaft.training.checks.start import start_of
-from swaft.training.config import ClassificationConfig, build_rule, load_config
+from swaft.training.config import ClassificationConfig, build_rule
 from swaft.training.data.checks import require_length
 from swaft.training.data.classification import Task, describe_task, tokenize
 from swaft.training.data.sources import language_groups, load_splits
@@ -30,7 +29,7 @@ from swaft.training.data.texts import (
 )
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
-from swaft.training.launch.failure import leave, run_and_report
+from swaft.training.launch.failure import leave
 from swaft.training.metrics.classification import get_metric
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
@@ -43,8 +42,7 @@ from swaft.training.models.pretrained import (
     longest_text,
 )
 from swaft.training.models.special_tokens import one_length, require_end_token
-from swaft.training.run.progress import setup_logging
-from swaft.training.run.run import Run
+from swaft.training.run.run import Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = ClassificationConfig
@@ -156,14 +154,7 @@ def train(config: ClassificationConfig) -> None:
         averager = None
         if ready.rule is not None:
             averager = swaft.WeightAverager(
-                model,
-                optimizer,
-                rule=ready.rule,
-                total_steps=run.total_steps,
-                first_step=run.resumed_at,
-                precision=config.averaging.precision,
-                threads=config.averaging.threads,
-                spill_dir=config.averaging.spill_dir,
+                model, optimizer, rule=ready.rule, total_steps=run.total_steps, **run.averaging_options
             )
         schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
         run.begin(
@@ -177,11 +168,7 @@ def train(config: ClassificationConfig) -> None:
         )
 
         # Evaluation: the last weights, then the averaged ones in their place.
-        loaders = {
-            name: run.evaluation_loader(rows, ready.collate)
-            for name, rows in datasets.items()
-            if name != "train"
-        }
+        loaders = run.evaluation_loaders(datasets, ready.collate)
 
         def score(split: str) -> Evaluation:
             return evaluate_classes(
@@ -210,7 +197,7 @@ def train(config: ClassificationConfig) -> None:
 
         run.finish(
             score_both,
-            list(loaders),
+            loaders,
             window=run.best_window(score),
             means=language_groups(ready.rows, config.data),
         )
@@ -218,10 +205,7 @@ def train(config: ClassificationConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
-    setup_logging()
-    return run_and_report(
-        lambda: train(load_config(ClassificationConfig, sys.argv[1:] if argv is None else argv))
-    )
+    return run_recipe(train, Config, argv)
 
 
 if __name__ == "__main__":

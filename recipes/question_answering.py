@@ -10,7 +10,6 @@ official SQuAD scripts read them (predictions-*.json), and some of them to read 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import swaft
@@ -19,7 +18,7 @@ from swaft.training.checks.problems import Problems
 from swaft.training.checks.recipe import Prepared
 from swaft.training.checks.refusals import check_model, require_token_types
 from swaft.training.checks.start import start_of
-from swaft.training.config import QuestionAnsweringConfig, build_rule, load_config
+from swaft.training.config import QuestionAnsweringConfig, build_rule
 from swaft.training.data.checks import require_length
 from swaft.training.data.question_answering import (
     WindowCollator,
@@ -40,7 +39,7 @@ from swaft.training.evaluation.answering import (
 )
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
-from swaft.training.launch.failure import leave, run_and_report
+from swaft.training.launch.failure import leave
 from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.pretrained import (
@@ -51,8 +50,7 @@ from swaft.training.models.pretrained import (
     require_question_answering,
 )
 from swaft.training.models.special_tokens import one_length, whole_windows
-from swaft.training.run.progress import setup_logging
-from swaft.training.run.run import Evaluations, Run
+from swaft.training.run.run import Evaluations, Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = QuestionAnsweringConfig
@@ -147,14 +145,7 @@ def train(config: QuestionAnsweringConfig) -> None:
         averager = None
         if ready.rule is not None:
             averager = swaft.WeightAverager(
-                model,
-                optimizer,
-                rule=ready.rule,
-                total_steps=run.total_steps,
-                first_step=run.resumed_at,
-                precision=config.averaging.precision,
-                threads=config.averaging.threads,
-                spill_dir=config.averaging.spill_dir,
+                model, optimizer, rule=ready.rule, total_steps=run.total_steps, **run.averaging_options
             )
         schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
         run.begin(
@@ -168,10 +159,7 @@ def train(config: QuestionAnsweringConfig) -> None:
         )
 
         # Evaluation: the last weights, then the averaged ones in their place.
-        loaders = {
-            name: run.evaluation_loader(windows[name], ready.collate) for name in windows if name != "train"
-        }
-
+        loaders = run.evaluation_loaders(windows, ready.collate)
         search = AnswerSearch(
             has_unanswerable=ready.has_unanswerable,
             max_answer_length=config.eval.max_answer_length,
@@ -215,15 +203,12 @@ def train(config: QuestionAnsweringConfig) -> None:
             columns = ("id", "question", "answers")
             write_samples(run.folder, found, ready.rows, config.eval.num_samples, columns=columns)
 
-        run.finish(score_both, list(loaders), window=run.best_window(score), write_outputs=write_outputs)
+        run.finish(score_both, loaders, window=run.best_window(score), write_outputs=write_outputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
-    setup_logging()
-    return run_and_report(
-        lambda: train(load_config(QuestionAnsweringConfig, sys.argv[1:] if argv is None else argv))
-    )
+    return run_recipe(train, Config, argv)
 
 
 if __name__ == "__main__":

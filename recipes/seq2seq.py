@@ -10,7 +10,6 @@ wrote (samples-validation.jsonl, samples-test.jsonl).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import chain
 
@@ -20,7 +19,7 @@ from swaft.training.checks.problems import Problems
 from swaft.training.checks.recipe import Prepared
 from swaft.training.checks.refusals import check_model
 from swaft.training.checks.start import start_of
-from swaft.training.config import Seq2SeqConfig, build_rule, load_config
+from swaft.training.config import Seq2SeqConfig, build_rule
 from swaft.training.data.checks import require_length
 from swaft.training.data.seq2seq import (
     PairColumns,
@@ -39,7 +38,7 @@ from swaft.training.evaluation.evaluate import (
     generation_arguments,
     write_samples,
 )
-from swaft.training.launch.failure import leave, run_and_report
+from swaft.training.launch.failure import leave
 from swaft.training.metrics.generation import get_generation_metric
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
@@ -52,8 +51,7 @@ from swaft.training.models.encoder_decoder import (
 )
 from swaft.training.models.pretrained import load_tokenizer, longest_input
 from swaft.training.models.special_tokens import one_length, set_languages, whole_windows
-from swaft.training.run.progress import setup_logging
-from swaft.training.run.run import Run
+from swaft.training.run.run import Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = Seq2SeqConfig
@@ -177,14 +175,7 @@ def train(config: Seq2SeqConfig) -> None:
         averager = None
         if ready.rule is not None:
             averager = swaft.WeightAverager(
-                model,
-                optimizer,
-                rule=ready.rule,
-                total_steps=run.total_steps,
-                first_step=run.resumed_at,
-                precision=config.averaging.precision,
-                threads=config.averaging.threads,
-                spill_dir=config.averaging.spill_dir,
+                model, optimizer, rule=ready.rule, total_steps=run.total_steps, **run.averaging_options
             )
         schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
         run.begin(
@@ -198,9 +189,7 @@ def train(config: Seq2SeqConfig) -> None:
         )
 
         # Evaluation: the last weights, then the averaged ones in their place.
-        loaders = {
-            name: run.evaluation_loader(datasets[name], collate) for name in datasets if name != "train"
-        }
+        loaders = run.evaluation_loaders(datasets, collate)
 
         def score(split: str) -> Evaluation:
             return evaluate_texts(
@@ -235,7 +224,7 @@ def train(config: Seq2SeqConfig) -> None:
 
         run.finish(
             score_both,
-            list(loaders),
+            loaders,
             window=run.best_window(score),
             write_outputs=lambda found: write_samples(run.folder, found, pairs, config.eval.num_samples),
         )
@@ -243,8 +232,7 @@ def train(config: Seq2SeqConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe with the given arguments (default: the command line's); return the exit code."""
-    setup_logging()
-    return run_and_report(lambda: train(load_config(Seq2SeqConfig, sys.argv[1:] if argv is None else argv)))
+    return run_recipe(train, Config, argv)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ def rehearse(step: int, *, kind: str, results: str) -> None:
     save = RunState.save
 
     def rehearsed(state: RunState) -> None:
-        if state.position.step == step:
+        if state.run.position.step == step:
             tries = Rehearsal(state, partial(save, state), READING if kind == "looks" else WRITING)
             found = list(tries.full_disks() if kind == "space" else tries.failing_calls(kind))
-            if state.engine.ranks.is_main:
+            if state.run.engine.ranks.is_main:
                 Path(results).write_text(json.dumps(found))
         save(state)
 
@@ -83,8 +83,8 @@ class Rehearsal:
     """
 
     def __init__(self, state: RunState, save: Callable[[], None], names: Collection[str]):
-        self._ranks, self._save, self._folder = state.engine.ranks, save, state.folder.path
-        self._new = checkpoint_path(self._folder, state.position.step)
+        self._ranks, self._save, self._folder = state.run.engine.ranks, save, state.run.folder.path
+        self._new = checkpoint_path(self._folder, state.run.position.step)
         self._old = find_checkpoints(self._folder)
         self._kept = self._folder.parent / "kept"
         self._disk = FailingDisk(self._folder, names)

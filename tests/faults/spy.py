@@ -107,7 +107,7 @@ class Spy:
 
     def watched(self, steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def watching(run: Any, *given: Any) -> Iterator[Any]:
-            model, averager, position = run.model, run._averager, run.position
+            model, averager, position = run.model, run.averager, run.position
             check = run._interruption.check
 
             def write_and_check(*failure: Any) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from swaft.training.launch.roll_call import roll_call
+from swaft.training.launch.failure import roll_call
 
 rank, ranks, lost = map(int, sys.argv[1:4])
 store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)

@@ -64,7 +64,7 @@ def test_the_newest_is_the_one_with_the_largest_number(ranks, tmp_path):
     ]
     chosen = choose_checkpoint("auto", tmp_path, ranks)
     assert chosen
-    assert chosen.content == {"step": 100}
+    assert chosen.manifest.content == {"step": 100}
 
 
 def test_one_that_was_never_finished_does_not_count_which_is_said(ranks, tmp_path, caplog):
@@ -134,7 +134,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(ranks, tmp_path):
     for step in (5, 10):
         flip(tmp_path / f"checkpoint-{step}" / "file")
     with pytest.raises(
-        StateError, match=r"no checkpoint in .* can be gone on from, the newest because: .*checkpoint-10"
+        StateError, match=r"no checkpoint in .* can be resumed from, the newest because: .*checkpoint-10"
     ):
         choose_checkpoint("auto", tmp_path, ranks)
     assert len(find_checkpoints(tmp_path)) == 2  # which may be sound, and the disk not

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from swaft.errors import ConfigError
+from swaft.training.config import TrainConfig
 from swaft.training.launch.deepspeed_config import (
     RecipeValues,
     environment_problems,
@@ -17,19 +18,19 @@ from swaft.training.launch.deepspeed_config import (
 
 pytestmark = pytest.mark.unit
 
-RECIPE = RecipeValues(
-    micro_batch_size=8,
-    accumulation_steps=4,
-    world_size=2,
+TRAIN = TrainConfig(
+    output_dir="unused",
+    per_device_train_batch_size=8,
+    gradient_accumulation_steps=4,
     max_grad_norm=0.5,
     learning_rate=3e-5,
     weight_decay=0.1,
-    betas=(0.9, 0.98),
-    epsilon=1e-6,
-    mixed_precision="bf16",
-    hidden_size=64,
-    source="mrpc.yaml",
+    adam_beta1=0.9,
+    adam_beta2=0.98,
+    adam_epsilon=1e-6,
+    warmup_steps=0,
 )
+RECIPE = RecipeValues(train=TRAIN, precision="bf16", world_size=2, hidden_size=64, source="mrpc.yaml")
 
 TRAINER_STYLE = {
     "bf16": {"enabled": "auto"},
@@ -95,7 +96,7 @@ def test_missing_accumulation_takes_the_recipes_and_says_so():
 
 
 def test_clipping_that_is_off_in_the_recipe_is_off_and_not_1():
-    result = filled(TRAINER_STYLE, replace(RECIPE, max_grad_norm=0.0))
+    result = filled(TRAINER_STYLE, replace(RECIPE, train=replace(TRAIN, max_grad_norm=0.0)))
     assert result.config["gradient_clipping"] == 0.0
 
 
@@ -183,7 +184,8 @@ def test_an_optimizer_the_recipe_does_not_train_with_is_refused(optimizer):
 def test_a_scheduler_block_that_agrees_is_set_aside_with_one_line(kind, params):
     scheduler = {"type": kind, "params": params}
     result = filled(
-        {"zero_optimization": {"stage": 2}, "scheduler": scheduler}, replace(RECIPE, warmup_steps=100)
+        {"zero_optimization": {"stage": 2}, "scheduler": scheduler},
+        replace(RECIPE, train=replace(TRAIN, warmup_steps=100)),
     )
     assert result.problems == []
     assert "scheduler" not in result.config
@@ -295,7 +297,7 @@ def test_single_values_of_the_accelerate_file_that_would_be_dropped_are_reported
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     }
-    problems = environment_problems(environ, RECIPE, 3)
+    problems = environment_problems(environ, TRAIN, 3)
     assert len(problems) == 2
     assert "gradient_accumulation_steps = 1" in problems[0]
     assert "zero_stage = 2" in problems[1]

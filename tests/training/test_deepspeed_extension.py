@@ -64,7 +64,7 @@ def test_the_lock_of_a_running_build_is_not_deleted(tmp_path):
 
 def test_nothing_is_built_without_deepspeed(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(extension, "build", lambda: pytest.fail("built"))
+    monkeypatch.setattr(extension, "build_folder", lambda: pytest.fail("built"))
     with caplog.at_level("INFO"):
         assert extension.main() == 0
     assert "DeepSpeed is not installed" in caplog.text

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from swaft.training.run.fingerprint import (
+from swaft.training.run.record import (
     SAMPLED_ROWS,
     fingerprint_architecture,
     fingerprint_frozen,

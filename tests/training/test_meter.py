@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -64,7 +62,7 @@ def test_training_rows_of_like_length_come_together_in_every_recipe(make_acceler
     from datasets import Dataset
 
     from swaft.training.config import TrainConfig
-    from swaft.training.run.loaders import training_loader
+    from swaft.training.run.batches import training_loader
 
     lengths = [1 + 37 * row % 61 for row in range(240)]
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths], "idx": range(240)})
@@ -74,7 +72,7 @@ def test_training_rows_of_like_length_come_together_in_every_recipe(make_acceler
             output_dir="unused", per_device_train_batch_size=4, group_by_length=group_by_length
         )
         loader = training_loader(
-            rows, lambda batch: [len(row["input_ids"]) for row in batch], settings, SimpleNamespace(num_processes=1)
+            rows, lambda batch: [len(row["input_ids"]) for row in batch], settings, world_size=1
         )  # fmt: skip
         batches = list(loader)
         assert sorted(length for batch in batches for length in batch) == sorted(lengths)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from swaft.training.launch.roll_call import roll_call
+from swaft.training.launch.failure import roll_call
 
 WORKER = Path(__file__).with_name("roll_call_worker.py")
 

@@ -114,7 +114,7 @@ def test_checkpoints_of_another_run_that_were_never_finished_are_told(make_accel
     made(tmp_path, "config.yaml")
     (tmp_path / "checkpoint-40").mkdir()
     with pytest.raises(
-        ConfigError, match=r"No checkpoint there can be gone on from: checkpoint-40 never got"
+        ConfigError, match=r"No checkpoint there can be resumed from: checkpoint-40 never got"
     ):
         RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {seed: 1}\n")
 

@@ -87,13 +87,8 @@ def test_the_rate_reaches_every_parameter_group():
 def test_optimizer_steps_are_counted_as_the_trainer_counts_them(
     micro_batches, accumulation, epochs, max_steps, expected
 ):
-    counted = count_optimizer_steps(
-        micro_batches=micro_batches,
-        accumulation_steps=accumulation,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-    )
-    assert counted == expected
+    train = settings(gradient_accumulation_steps=accumulation, num_train_epochs=epochs, max_steps=max_steps)
+    assert count_optimizer_steps(train, micro_batches) == expected
 
 
 def test_a_run_that_would_be_all_warmup_is_refused():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import swaft
 from swaft.noise import TaskLoss
 from swaft.training.config import TrainConfig
-from swaft.training.run.accumulation import step_batches
+from swaft.training.run.batches import step_batches
 from swaft.training.run.meter import Meter
 from swaft.training.run.step import Step
 

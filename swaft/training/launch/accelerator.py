@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from accelerate.utils import (
 from torch.distributed import distributed_c10d
 
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.config import TrackConfig, TrainConfig
+from swaft.training.config import AveragingConfig, EvalConfig, TrackConfig, TrainConfig
 from swaft.training.launch.deepspeed_config import (
     FilledConfig,
     RecipeValues,
@@ -48,11 +49,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunConfig(Protocol):
-    """The sections of a recipe's configuration that decide how training is started and told of."""
+    """The sections that the configurations of all recipes have in common, but for the task's own."""
 
     @property
     def train(self) -> TrainConfig: ...  # noqa: D102
-
+    @property
+    def averaging(self) -> AveragingConfig: ...  # noqa: D102
+    @property
+    def eval(self) -> EvalConfig: ...  # noqa: D102
     @property
     def track(self) -> TrackConfig: ...  # noqa: D102
 
@@ -70,18 +74,12 @@ class EngineSettings:
 def resolve_engine(
     train: TrainConfig, environ: Mapping[str, str], *, hidden_size: int | None
 ) -> EngineSettings:
-    """Return what accelerate is started with, for a run that no recipe checks (`swaft.training.checks.start` does).
-
-    Raises:
-        ConfigError: where launcher, DeepSpeed file and recipe contradict one another.
-    """
+    """What accelerate is started with, for a run that no recipe checks; `swaft.training.checks.start` does."""
     obey_fsdp2(environ, train)
     precision = resolve_precision(train, environ)
-    return EngineSettings(
-        precision=precision,
-        deepspeed=resolve_deepspeed(train, environ, precision=precision, hidden_size=hidden_size),
-        fsdp2=resolve_fsdp2(environ, precision=precision),
-    )
+    deepspeed = resolve_deepspeed(train, environ, precision=precision, hidden_size=hidden_size)
+    fsdp2 = resolve_fsdp2(environ, precision=precision)
+    return EngineSettings(precision=precision, deepspeed=deepspeed, fsdp2=fsdp2)
 
 
 def build_accelerator(config: RunConfig, engine: EngineSettings) -> Accelerator:
@@ -95,38 +93,39 @@ def build_accelerator(config: RunConfig, engine: EngineSettings) -> Accelerator:
         ConfigError: for fp16 on a machine that cannot compute in it.
         TrainingError: where accelerate started something else than the launcher asked for.
     """
-    precision, deepspeed, fsdp2 = engine.precision, engine.deepspeed, engine.fsdp2
-    refuse_fp16_on_cpu(precision)
+    train, track, deepspeed, fsdp2 = config.train, config.track, engine.deepspeed, engine.fsdp2
+    refuse_fp16_on_cpu(engine.precision)
     on_cpu = not torch.cuda.is_available()
-    launched = "LOCAL_RANK" in os.environ
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if deepspeed:
-        prepare_deepspeed_start(on_cpu=on_cpu)
-    if fsdp2:
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
-            "false"  # transformers would leave ranks with empty weights
-        )
+        _set_environment_of_deepspeed(on_cpu=on_cpu)
+    if fsdp2:  # else transformers leaves ranks with empty weights
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(
-        mixed_precision=precision,
-        # Under DeepSpeed accelerate reads cpu=True as "no DeepSpeed"; without it, a CPU rank needs cpu=True
-        # for DDP.
+        mixed_precision=engine.precision,
+        # accelerate reads cpu=True as "no DeepSpeed"; without DeepSpeed a CPU rank needs cpu=True for DDP.
         cpu=on_cpu and deepspeed is None,
-        deepspeed_plugin=_plugin(deepspeed.config) if deepspeed else None,
-        fsdp_plugin=fsdp2,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.train.gradient_accumulation_steps
+        # accelerate would partition the model while it loads unless told otherwise.
+        deepspeed_plugin=deepspeed
+        and DeepSpeedPlugin(
+            hf_ds_config=deepspeed.config, zero3_init_flag=partitions_at_load(os.environ, deepspeed.config)
         ),
-        kwargs_handlers=[process_group(config.train, on_cpu=on_cpu)] if launched else None,
-        log_with=None if config.track.report_to == "none" else config.track.report_to,
-        project_config=_project(config),
+        fsdp_plugin=fsdp2,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps),
+        kwargs_handlers=[process_group(train, on_cpu=on_cpu)] if "LOCAL_RANK" in os.environ else None,
+        log_with=None if track.report_to == "none" else track.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=train.output_dir,
+            logging_dir=track.logging_dir or str(Path(train.output_dir) / "logs"),
+        ),
     )
     if fsdp2 and on_cpu:
         start_on_cpu(accelerator, fsdp2)
     check_engine(accelerator, os.environ)
     for key, value, origin in deepspeed.rows if deepspeed else ():
         logger.info("ds  %-58s %-12s (%s)", key, value, origin)
-    set_seed(config.train.seed)
+    set_seed(train.seed)
     return accelerator
 
 
@@ -139,7 +138,7 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
     Raises:
         ConfigError: where two places say different things.
     """
-    launcher = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher, wanted = environ.get("ACCELERATE_MIXED_PRECISION", "no"), train.mixed_precision
     stated = "mixed_precision" in environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
     if uses_deepspeed(environ) and launcher == "no" and not stated:
         launcher = declared_precision(launcher_config(environ)[0]) or launcher
@@ -147,9 +146,7 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
         raise ConfigError(
             f"the launcher asks for mixed_precision {launcher}; swaft trains in no, bf16 or fp16"
         )
-    wanted = train.mixed_precision
-    launched = "ACCELERATE_MIXED_PRECISION" in environ
-    if wanted != "auto" and launched and wanted != launcher:
+    if wanted not in ("auto", launcher) and "ACCELERATE_MIXED_PRECISION" in environ:
         raise ConfigError(
             f"train.mixed_precision is {wanted}, the launcher's mixed_precision is {launcher}; "
             f"make them equal, or set train.mixed_precision=auto to take the launcher's"
@@ -158,11 +155,7 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
 
 
 def refuse_fp16_on_cpu(precision: str) -> None:
-    """Refuse what this machine cannot train in. Apart from `resolve_precision`, which is asked on other machines.
-
-    Raises:
-        ConfigError: for fp16 without a CUDA device.
-    """
+    """Refuse what this machine cannot train in: `resolve_precision` is asked on other machines too."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("fp16 needs a CUDA device and there is none; use mixed precision bf16 or no")
 
@@ -172,11 +165,7 @@ def resolve_deepspeed(
 ) -> FilledConfig | None:
     """Return the filled DeepSpeed configuration, or None where the launcher did not ask for DeepSpeed.
 
-    Args:
-        train: section ``train``.
-        environ: what the launcher left.
-        precision: resolved.
-        hidden_size: width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
+    ``hidden_size`` is the width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
 
     Raises:
         ConfigError: with every contradiction between launcher, DeepSpeed file and recipe.
@@ -189,13 +178,19 @@ def resolve_deepspeed(
             "set use_cpu: false in the accelerate configuration (without a GPU the CPU is used anyway)"
         )
     config, source = launcher_config(environ)
-    recipe = recipe_values(train, environ, precision=precision, hidden_size=hidden_size)
+    recipe = RecipeValues(
+        train=train,
+        precision=precision,
+        world_size=int(environ.get("WORLD_SIZE", "1")),
+        hidden_size=hidden_size,
+        source=_recipe_files(sys.argv),
+    )
     filled = fill_auto(config, recipe, source=source)
     stage = filled.config["zero_optimization"].get("stage", 0)
     refused, ignored = deepspeed_problems(filled.config, source=source)
     problems = [
         *filled.problems,
-        *environment_problems(environ, recipe, stage),
+        *environment_problems(environ, train, stage),
         *offload_problems(environ, filled.config),
         *refused,
     ]
@@ -205,34 +200,12 @@ def resolve_deepspeed(
     return replace(filled, rows=[*filled.rows, *notes])
 
 
-def recipe_values(
-    train: TrainConfig, environ: Mapping[str, str], *, precision: str, hidden_size: int | None
-) -> RecipeValues:
-    """Return what the recipe has to say about a DeepSpeed configuration."""
-    return RecipeValues(
-        micro_batch_size=train.per_device_train_batch_size,
-        accumulation_steps=train.gradient_accumulation_steps,
-        world_size=int(environ.get("WORLD_SIZE", "1")),
-        max_grad_norm=train.max_grad_norm,
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        betas=(train.adam_beta1, train.adam_beta2),
-        epsilon=train.adam_epsilon,
-        mixed_precision=precision,
-        warmup_steps=train.warmup_steps,
-        max_steps=train.max_steps,
-        hidden_size=hidden_size,
-        source=_recipe_files(sys.argv),
-    )
-
-
 def uses_deepspeed(environ: Mapping[str, str]) -> bool:
     """Whether the launcher asked for DeepSpeed."""
     return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def prepare_deepspeed_start(*, on_cpu: bool) -> None:
-    """Set what DeepSpeed reads from the environment."""
+def _set_environment_of_deepspeed(*, on_cpu: bool) -> None:
     # accelerate refuses a launcher file that states a precision next to a DeepSpeed file. That precision, and
     # every other value the guard is about, has been compared with the DeepSpeed file by now.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -246,26 +219,30 @@ def prepare_deepspeed_start(*, on_cpu: bool) -> None:
 
 def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
     """Raise unless the engine and the number of ranks are those the launcher announced."""
-    world_size = int(environ.get("WORLD_SIZE", "1"))
-    if (accelerator.distributed_type == DistributedType.DEEPSPEED) != uses_deepspeed(environ):
-        raise TrainingError(
-            f"accelerate started {accelerator.distributed_type.value}, but the launcher asked "
-            f"{'for' if uses_deepspeed(environ) else 'not for'} DeepSpeed; check ACCELERATE_USE_CPU and how "
-            "the ranks start"
-        )
-    if (accelerator.distributed_type == DistributedType.FSDP) != uses_fsdp(environ):
-        raise TrainingError(
-            f"accelerate started {accelerator.distributed_type.value}, but the launcher asked "
-            f"{'for' if uses_fsdp(environ) else 'not for'} FSDP2; start the ranks with accelerate launch or "
-            "torchrun"
-        )
+    world_size, started = int(environ.get("WORLD_SIZE", "1")), accelerator.distributed_type
+    announced = {
+        DistributedType.DEEPSPEED: (
+            uses_deepspeed(environ),
+            "DeepSpeed; check ACCELERATE_USE_CPU and how the ranks start",
+        ),
+        DistributedType.FSDP: (
+            uses_fsdp(environ),
+            "FSDP2; start the ranks with accelerate launch or torchrun",
+        ),
+    }
+    for engine, (is_wanted, words) in announced.items():
+        if (started == engine) != is_wanted:
+            raise TrainingError(
+                f"accelerate started {started.value}, but the launcher asked "
+                f"{'for' if is_wanted else 'not for'} {words}"
+            )
     if accelerator.num_processes != world_size:
         raise TrainingError(
             f"{world_size} ranks were launched (WORLD_SIZE), but accelerate sees "
             f"{accelerator.num_processes}, so each would train alone; start the ranks with accelerate launch "
             "or torchrun"
         )
-    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+    if world_size > 1 and started == DistributedType.NO:
         raise TrainingError(
             f"accelerate started {world_size} ranks that would not exchange gradients; use "
             "launch/accelerate/ddp_cpu.yaml"
@@ -317,31 +294,14 @@ def engine_name(accelerator: Accelerator) -> str:
     return "DDP" if accelerator.num_processes > 1 else "one process"
 
 
-def _plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
-    # accelerate would partition the model while it loads unless told otherwise; loading it whole on each rank
-    # is the default here, so that every way of changing a model before training works the same under every
-    # engine.
-    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=partitions_at_load(os.environ, config))
-
-
 def partitions_at_load(environ: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    """Whether every rank loads its part of the model only.
-
-    Args:
-        environ: what the launcher left.
-        config: the filled DeepSpeed configuration.
-    """
+    """Whether every rank loads its part of the model only, under a filled DeepSpeed configuration."""
     wanted = environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
     return wanted and config["zero_optimization"].get("stage") == 3
 
 
-def _project(config: RunConfig) -> ProjectConfiguration:
-    folder = config.track.logging_dir or str(Path(config.train.output_dir) / "logs")
-    return ProjectConfiguration(project_dir=config.train.output_dir, logging_dir=folder)
-
-
 def _recipe_files(argv: Sequence[str]) -> str:
     """Names of the configuration files on a command line, for messages."""
-    files = [argv[index + 1] for index, word in enumerate(argv[:-1]) if word == "--config"]
+    files = [after for word, after in pairwise(argv) if word == "--config"]
     files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     return ", ".join(files) or "the recipe's configuration"

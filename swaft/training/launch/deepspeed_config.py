@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swaft.errors import ConfigError
+from swaft.training.config import TrainConfig
 
 AUTO = "auto"
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
@@ -43,32 +44,40 @@ SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")
 class RecipeValues:
     """What the recipe knows and a DeepSpeed file may ask for."""
 
-    micro_batch_size: int
-    """Rows per rank and micro-batch."""
-    accumulation_steps: int
-    """Micro-batches per optimizer step."""
+    train: TrainConfig
+    """Section ``train``."""
+    precision: str
+    """``no``, ``bf16`` or ``fp16``, resolved."""
     world_size: int
     """Ranks that train together."""
-    max_grad_norm: float
-    """L2 norm gradients are clipped to; 0 turns clipping off."""
-    learning_rate: float
-    """Peak rate."""
-    weight_decay: float
-    """Decoupled weight decay."""
-    betas: tuple[float, float]
-    """AdamW's two decay rates."""
-    epsilon: float
-    """AdamW's epsilon."""
-    mixed_precision: str
-    """``no``, ``bf16`` or ``fp16``, resolved."""
-    warmup_steps: int | float = 0
-    """Optimizer steps of the warm-up; below 1 a share of the run."""
-    max_steps: int = -1
-    """Optimizer steps of the run, where they are given; else 0 or less."""
     hidden_size: int | None = None
     """Width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate."""
     source: str = "the recipe's configuration"
     """Name of the file (or files) the recipe's values come from, for messages."""
+
+    @property
+    def optimizer(self) -> dict[str, tuple[Any, str]]:
+        """What AdamW is built with, by its name in a file, and the setting it comes from."""
+        train = self.train
+        return {
+            "lr": (train.learning_rate, "train.learning_rate"),
+            "weight_decay": (train.weight_decay, "train.weight_decay"),
+            "betas": ([train.adam_beta1, train.adam_beta2], "train.adam_beta1 and train.adam_beta2"),
+            "eps": (train.adam_epsilon, "train.adam_epsilon"),
+        }
+
+    @property
+    def always(self) -> dict[str, tuple[Any, str]]:
+        """Every key that is there once a file is filled, its value, and the setting it comes from."""
+        rows, accumulation = self.train.per_device_train_batch_size, self.train.gradient_accumulation_steps
+        return {
+            "train_micro_batch_size_per_gpu": (rows, "train.per_device_train_batch_size"),
+            "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps"),
+            "train_batch_size": (rows * accumulation * self.world_size, "batch x accumulation x ranks"),
+            "gradient_clipping": (self.train.max_grad_norm, "train.max_grad_norm"),
+            "bf16.enabled": (self.precision == "bf16", "mixed precision"),
+            "fp16.enabled": (self.precision == "fp16", "mixed precision"),
+        }
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,13 @@ def read_config(named: str) -> dict[str, Any]:
     Raises:
         ConfigError: where there is no such file, it is not JSON, or a section of it is none.
     """
-    is_file = _is_file(named)
     try:
-        config = json.loads(Path(named).read_text(encoding="utf-8") if is_file else _decoded(named))
+        is_file = Path(named).is_file()
+    except OSError:  # encoded text is too long for a file name
+        is_file = False
+    try:
+        raw = Path(named).read_bytes() if is_file else base64.urlsafe_b64decode(named)
+        config = json.loads(raw.decode("utf-8"))
     except ValueError as error:
         found = f"is not JSON ({error})" if is_file else "is no file, and no encoded JSON"
         raise ConfigError(
@@ -131,17 +144,6 @@ def read_config(named: str) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def _is_file(named: str) -> bool:
-    try:
-        return Path(named).is_file()
-    except OSError:  # encoded text is too long for a file name
-        return False
-
-
-def _decoded(named: str) -> str:
-    return base64.urlsafe_b64decode(named).decode("utf-8")
 
 
 def declared_precision(config: Mapping[str, Any]) -> str | None:
@@ -163,9 +165,8 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     Returns:
         The filled configuration, the table of what was filled, and the problems (empty where it can be used).
     """
-    filled = copy.deepcopy(dict(config))
-    rows: list[tuple[str, Any, str]] = []
-    zero = filled["zero_optimization"]
+    filling = _Filling(copy.deepcopy(dict(config)), recipe, source)
+    filled, rows, zero = filling.config, filling.rows, filling.config["zero_optimization"]
     for old, new in OLD_OFFLOADS.items():
         if zero.pop(old, False):
             zero.setdefault(new, {"device": "cpu"})
@@ -173,22 +174,26 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     for name in SHORT_NAMES:
         if name in zero:
             zero.setdefault(f"stage3_{name}", zero.pop(name))
-    problems = [*_optimizer_problems(filled, recipe, source), *_scheduler_problems(filled, recipe, source)]
-    for key, (value, setting) in _recipe_keys(recipe).items():
-        problems += _fill(filled, key, value, setting, rows=rows, recipe=recipe, source=source)
-    for key, value in _size_keys(recipe.hidden_size).items():
-        _fill_auto_only(filled, key, value, "the model's hidden size", rows)
-    _fill_auto_only(
-        filled,
-        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-        False,
-        "swaft exports without gathering the model",
-        rows,
-    )
+    filling.compare_optimizer()
+    filling.compare_scheduler()
+    for key, (value, setting) in recipe.always.items():
+        filling.fill(key, value, setting)
+    size = 1 if recipe.hidden_size is None else recipe.hidden_size
+    # As transformers and accelerate derive them from the width of the model.
+    sizes = {
+        "zero_optimization.reduce_bucket_size": size * size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * size * size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * size,
+    }
+    derived = {} if recipe.hidden_size is None else dict.fromkeys(sizes, "the model's hidden size")
+    gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    reasons = derived | {gathers: "swaft exports without gathering the model"}
+    for key, reason in reasons.items():
+        filling.fill_where_auto(key, sizes.get(key, False), reason)
     block = filled.pop("optimizer", None)
     rows += [
         (f"optimizer.params.{name}", value, f"auto -> {setting}")
-        for name, (value, setting) in _optimizer_keys(recipe).items()
+        for name, (value, setting) in recipe.optimizer.items()
         if block is not None and block.get("params", {}).get(name) == AUTO
     ]
     if offloads_optimizer(filled):
@@ -203,154 +208,96 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
             ("scheduler", "set aside", f"{kind}: train.lr_scheduler_type and train.warmup_steps set the rate")
         )
     for name in [name for name, value in zero.items() if value == AUTO]:
-        if f"zero_optimization.{name}" not in _size_keys(1):
+        if f"zero_optimization.{name}" not in sizes:
             del zero[name]
             rows.append((f"zero_optimization.{name}", "left out", "auto -> DeepSpeed's default"))
-    known = () if recipe.hidden_size is not None else tuple(_size_keys(1))
-    problems += [
+    filling.problems += [
         f'{source}: {key} is "auto", and nothing fills that key; write a number there'
         for key in _open_keys(filled)
-        if key not in known
+        if recipe.hidden_size is not None or key not in sizes
     ]
-    return FilledConfig(config=filled, rows=rows, problems=problems)
+    return FilledConfig(config=filled, rows=rows, problems=filling.problems)
 
 
-def _recipe_keys(recipe: RecipeValues) -> dict[str, tuple[Any, str]]:
-    """Return every key that is always present afterwards, with its value and the setting it comes from."""
-    total = recipe.micro_batch_size * recipe.accumulation_steps * recipe.world_size
-    return {
-        "train_micro_batch_size_per_gpu": (recipe.micro_batch_size, "train.per_device_train_batch_size"),
-        "gradient_accumulation_steps": (recipe.accumulation_steps, "train.gradient_accumulation_steps"),
-        "train_batch_size": (total, "batch x accumulation x ranks"),
-        "gradient_clipping": (recipe.max_grad_norm, "train.max_grad_norm"),
-        "bf16.enabled": (recipe.mixed_precision == "bf16", "mixed precision"),
-        "fp16.enabled": (recipe.mixed_precision == "fp16", "mixed precision"),
-    }
+class _Filling:
+    """A DeepSpeed configuration while it is filled: what was filled in, and what contradicts the recipe."""
 
+    def __init__(self, config: dict[str, Any], recipe: RecipeValues, source: str):
+        self.config, self._recipe, self._source = config, recipe, source
+        self.rows: list[tuple[str, Any, str]] = []
+        self.problems: list[str] = []
 
-def _size_keys(hidden_size: int | None) -> dict[str, int]:
-    """Return the bucket sizes that transformers and accelerate derive from the width of the model."""
-    if hidden_size is None:
-        return {}
-    return {
-        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
-    }
+    def fill(self, key: str, value: Any, setting: str) -> None:
+        """Write ``value`` where the key is open or missing; note a problem where it says something else."""
+        *sections, leaf = key.split(".")
+        node = self.config
+        for section in sections:
+            node = node.setdefault(section, {})
+        present = node.get(leaf, "missing")
+        if present in (AUTO, "missing"):
+            node[leaf] = value
+            if present == AUTO or value is not False:
+                self.rows.append((key, value, f"{present} -> {setting}"))
+        elif present != value:
+            self._contradicts(key, present, value, setting)
 
+    def fill_where_auto(self, key: str, value: Any, reason: str) -> None:
+        """Write ``value`` where the file says ``auto``; leave a missing key to DeepSpeed's default."""
+        section, leaf = key.split(".")
+        if self.config[section].get(leaf) == AUTO:
+            self.config[section][leaf] = value
+            self.rows.append((key, value, f"auto -> {reason}"))
 
-def _fill(
-    config: dict[str, Any],
-    key: str,
-    value: Any,
-    setting: str,
-    *,
-    rows: list[tuple[str, Any, str]],
-    recipe: RecipeValues,
-    source: str,
-) -> list[str]:
-    """Write ``value`` where the key is open or missing; return a problem where it says something else."""
-    *sections, leaf = key.split(".")
-    node = config
-    for section in sections:
-        node = node.setdefault(section, {})
-    present = node.get(leaf, "missing")
-    if present in (AUTO, "missing"):
-        node[leaf] = value
-        if present == AUTO or value is not False:
-            rows.append((key, value, f"{present} -> {setting}"))
-    elif present != value:
-        return [_contradiction(key, present, value, setting, recipe=recipe, source=source)]
-    return []
-
-
-def _contradiction(
-    key: str, present: Any, value: Any, setting: str, *, recipe: RecipeValues, source: str
-) -> str:
-    return (
-        f"{source} says {key} = {present}, {recipe.source} says {value} ({setting}); "
-        f'make them equal, or write "auto" in {source}'
-    )
-
-
-def _fill_auto_only(
-    config: dict[str, Any], key: str, value: Any, reason: str, rows: list[tuple[str, Any, str]]
-) -> None:
-    """Write ``value`` where the file says ``auto``; leave a missing key to DeepSpeed's default."""
-    *sections, leaf = key.split(".")
-    node: Any = config
-    for section in sections:
-        node = node.get(section, {})
-    if node.get(leaf) == AUTO:
-        node[leaf] = value
-        rows.append((key, value, f"auto -> {reason}"))
-
-
-def _optimizer_problems(config: Mapping[str, Any], recipe: RecipeValues, source: str) -> Iterator[str]:
-    """Yield what an optimizer block asks for that differs from the AdamW the recipe builds."""
-    block = config.get("optimizer", {})
-    kind = block.get("type", "AdamW")
-    if kind.lower() not in ("adamw", "adam"):
-        yield (
-            f"{source} asks for the optimizer {kind}, the recipe trains with AdamW; "
-            f'remove the "optimizer" section from {source}'
-        )
-        return
-    fixed = dict.fromkeys(("adam_w_mode", "bias_correction"), True) | {"amsgrad": False}
-    wanted = _optimizer_keys(recipe) | {name: (value, "the recipe's AdamW") for name, value in fixed.items()}
-    yield from _differing("optimizer", block, wanted, recipe, source)
-
-
-def _differing(
-    section: str,
-    block: Mapping[str, Any],
-    wanted: Mapping[str, tuple[Any, str]],
-    recipe: RecipeValues,
-    source: str,
-) -> Iterator[str]:
-    """Yield the parameters of a block that are written out and differ from the recipe's."""
-    for name, (value, setting) in wanted.items():
-        present = block.get("params", {}).get(name, AUTO)
-        if present not in (AUTO, value):
-            yield _contradiction(
-                f"{section}.params.{name}", present, value, setting, recipe=recipe, source=source
+    def compare_optimizer(self) -> None:
+        """Note what an optimizer block asks for that differs from the AdamW the recipe builds."""
+        kind = self.config.get("optimizer", {}).get("type", "AdamW")
+        if kind.lower() not in ("adamw", "adam"):
+            self.problems.append(
+                f"{self._source} asks for the optimizer {kind}, the recipe trains with AdamW; "
+                f'remove the "optimizer" section from {self._source}'
             )
+            return
+        fixed = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
+        built = {name: (value, "the recipe's AdamW") for name, value in fixed.items()}
+        self._compare("optimizer", self._recipe.optimizer | built)
 
+    def compare_scheduler(self) -> None:
+        """Note what a scheduler block asks for that differs from the recipe's rate; the block is not used."""
+        kind = self.config.get("scheduler", {}).get("type", SCHEDULERS[0])
+        if kind not in SCHEDULERS:
+            self.problems.append(
+                f"{self._source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
+                "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
+            )
+            return
+        train = self._recipe.train
+        wanted = {
+            "warmup_min_lr": (0, "where a warm-up begins"),
+            "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
+            "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
+            "warmup_type": ("linear", "the kind of warm-up"),
+            "total_num_steps": (train.max_steps, "train.max_steps"),
+        }
+        self._compare("scheduler", wanted)
 
-def _optimizer_keys(recipe: RecipeValues) -> dict[str, tuple[Any, str]]:
-    """Return what AdamW is built with, by its name in a file, and the setting it comes from."""
-    return {
-        "lr": (recipe.learning_rate, "train.learning_rate"),
-        "weight_decay": (recipe.weight_decay, "train.weight_decay"),
-        "betas": (list(recipe.betas), "train.adam_beta1 and train.adam_beta2"),
-        "eps": (recipe.epsilon, "train.adam_epsilon"),
-    }
+    def _compare(self, section: str, wanted: Mapping[str, tuple[Any, str]]) -> None:
+        """Note the parameters of a section that are written out and differ from what is wanted."""
+        params = self.config.get(section, {}).get("params", {})
+        for name, (value, setting) in wanted.items():
+            if params.get(name, AUTO) not in (AUTO, value):
+                self._contradicts(f"{section}.params.{name}", params[name], value, setting)
+
+    def _contradicts(self, key: str, present: Any, value: Any, setting: str) -> None:
+        self.problems.append(
+            f"{self._source} says {key} = {present}, {self._recipe.source} says {value} ({setting}); "
+            f'make them equal, or write "auto" in {self._source}'
+        )
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     """Whether accelerate swaps the recipe's optimizer for DeepSpeed's on the host, which it does not say."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
-
-
-def _scheduler_problems(config: Mapping[str, Any], recipe: RecipeValues, source: str) -> Iterator[str]:
-    """Yield what a scheduler block asks for that differs from the rate the recipe sets; the block is not used."""
-    block = config.get("scheduler", {})
-    kind = block.get("type", SCHEDULERS[0])
-    if kind not in SCHEDULERS:
-        yield (
-            f"{source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
-            "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
-        )
-        return
-    wanted = {
-        "warmup_min_lr": (0, "where a warm-up begins"),
-        "warmup_max_lr": (recipe.learning_rate, "train.learning_rate"),
-        "warmup_num_steps": (recipe.warmup_steps, "train.warmup_steps"),
-        "warmup_type": ("linear", "the kind of warm-up"),
-        "total_num_steps": (recipe.max_steps, "train.max_steps"),
-    }
-    yield from _differing("scheduler", block, wanted, recipe, source)
 
 
 def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -362,15 +309,18 @@ def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def environment_problems(environ: Mapping[str, str], recipe: RecipeValues, zero_stage: Any) -> list[str]:
+def environment_problems(environ: Mapping[str, str], train: TrainConfig, zero_stage: Any) -> list[str]:
     """Return the contradictions between single values in the accelerate configuration and everything else.
 
     accelerate drops these values in silence once a DeepSpeed file is named, and lets its accumulation win
     over the recipe's where none is.
     """
     wanted = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (recipe.accumulation_steps, "gradient_accumulation_steps"),
-        "ACCELERATE_GRADIENT_CLIPPING": (recipe.max_grad_norm, "gradient_clipping"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            train.gradient_accumulation_steps,
+            "gradient_accumulation_steps",
+        ),
+        "ACCELERATE_GRADIENT_CLIPPING": (train.max_grad_norm, "gradient_clipping"),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": (zero_stage, "zero_stage"),
     }
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -385,12 +335,7 @@ def environment_problems(environ: Mapping[str, str], recipe: RecipeValues, zero_
 
 
 def offload_problems(environ: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
-    """Return where the accelerate configuration offloads and the DeepSpeed file does not: accelerate drops that.
-
-    Args:
-        environ: what the launcher left.
-        config: the filled DeepSpeed configuration.
-    """
+    """Return where the accelerate configuration offloads and the filled one does not: accelerate drops that."""
     devices = {
         f"offload_{part}": environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
         for part in ("optimizer", "param")

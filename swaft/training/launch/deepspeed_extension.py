@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from swaft.errors import TrainingError
@@ -52,11 +53,7 @@ def build_folder(extension: str = EXTENSION) -> Path:
 
 
 def reason_op_cannot_be_built(op: str) -> str | None:
-    """Return why an op that DeepSpeed compiles at its first use cannot be had on this machine, or None.
-
-    Args:
-        op: name of the op, such as ``cpu_adam``.
-    """
+    """Return why an op such as ``cpu_adam``, which DeepSpeed compiles when used, is unavailable; or None."""
     from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
@@ -74,11 +71,9 @@ def is_held(lock: Path) -> bool:
     """Whether a running process of this machine holds ``lock``: torch keeps the file open while it builds."""
     target = os.path.realpath(lock)
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
-        try:
+        with suppress(OSError):  # the process has ended, or belongs to somebody else
             if any(os.path.realpath(descriptor) == target for descriptor in descriptors.iterdir()):
                 return True
-        except OSError:  # the process has ended, or belongs to somebody else
-            continue
     return False
 
 
@@ -107,13 +102,9 @@ def refuse_stale_lock(*, folder: Path | None = None, stale_after_s: float = STAL
 
 
 def refuse_left_locks(*, offloads_optimizer: bool) -> None:
-    """Raise where DeepSpeed would wait for a build that was killed, on this machine.
+    """Raise where DeepSpeed would wait on this machine for a build that was killed, naming the file to delete.
 
-    Args:
-        offloads_optimizer: whether DeepSpeed trains with its optimizer for the host, which it compiles too.
-
-    Raises:
-        TrainingError: naming the file to delete.
+    With ``offloads_optimizer`` it trains with its optimizer for the host, which it compiles too.
     """
     use_environment()
     if reason_not_to_build() is None:
@@ -143,8 +134,14 @@ def reason_not_to_build() -> str | None:
     return "CUDA is present, DeepSpeed communicates through NCCL" if torch.cuda.is_available() else None
 
 
-def build() -> None:
-    """Compile (or, where it exists already, load) the extension in this process alone."""
+def main() -> int:
+    """Build the extension, in this process alone, or say why there is nothing to build. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    reason = reason_not_to_build()
+    if reason:
+        logger.info("nothing to build: %s", reason)
+        return 0
+    use_environment()
     os.environ["DS_ACCELERATOR"] = "cpu"
     folder = build_folder()
     remove_left_behind_lock(folder)
@@ -153,17 +150,6 @@ def build() -> None:
     started = time.monotonic()
     ShareMemCommBuilder().load(verbose=False)
     logger.info("%s is ready in %s (%.0f s)", EXTENSION, folder, time.monotonic() - started)
-
-
-def main() -> int:
-    """Build the extension once, or say why there is nothing to build. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    reason = reason_not_to_build()
-    if reason:
-        logger.info("nothing to build: %s", reason)
-        return 0
-    use_environment()
-    build()
     return 0
 
 

@@ -36,21 +36,17 @@ def deepspeed_problems(config: Mapping[str, Any], *, source: str) -> tuple[list[
     """
     if importlib.util.find_spec("deepspeed") is None:
         return ["the launcher asks for DeepSpeed, which is not installed; install swaft[deepspeed]"], []
-    config = {
-        name: value for name, value in config.items() if name != "train_batch_size"
-    }  # asks for the ranks
     sound, found = dict[str, Any](BATCH), list[str]()
-    for name in sorted(config, key=lambda name: name != "zero_optimization"):  # others ask for its stage
+    names = [name for name in config if name != "train_batch_size"]  # which asks for the ranks
+    for name in sorted(names, key=lambda name: name != "zero_optimization"):  # others ask for its stage
         faults = list(_unparsed(sound | {name: config[name]}, name))
         found += faults
         sound |= {} if faults else {name: config[name]}
     parsed = _parse(sound)
     read: _Read = parsed._param_dict
     sections = [(f"{name}.", value) for name, value in read.items() if isinstance(value, _Read)]
-    found += [
-        f"sets {setting}, which swaft does not train with; turn it off"
-        for setting in refused_settings(parsed)
-    ]
+    refused = refused_settings(parsed)
+    found += [f"sets {setting}, which swaft does not train with; turn it off" for setting in refused]
     found += [f"sets {sentence}" for sentence in _refused_at_the_start(parsed)]
     found += [
         f"sets {prefix}{name}, which DeepSpeed does not have. Did you mean '{known}'?"
@@ -146,11 +142,8 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
     """Yield what DeepSpeed parses and then fails on, or what makes a step another than the recipe's."""
     from deepspeed.runtime.config import DtypeEnum
 
-    zero, stage, offload = (
-        parsed.zero_config,
-        parsed.zero_optimization_stage,
-        parsed.zero_config.offload_optimizer,
-    )
+    zero, stage = parsed.zero_config, parsed.zero_optimization_stage
+    offload = zero.offload_optimizer
     if zero.legacy_stage1:
         yield "zero_optimization.legacy_stage1, which DeepSpeed no longer has; remove it"
     if not zero.compute_grad_norm and parsed.gradient_clipping > 0:

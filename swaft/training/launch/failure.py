@@ -1,28 +1,52 @@
-"""Ends a recipe that failed on purpose: one clear message, a non-zero exit on every rank, no traceback."""
+"""How a recipe ends: with its launcher, and after an error with one message and an exit code on every rank.
+
+Without this a lost rank shows as gloo's addresses in as many tracebacks as there are ranks, none of which names it;
+and ranks whose launcher has ended train on alone and hold the GPUs.
+"""
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from torch.distributed import DistNetworkError, DistStoreError
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed import (
+    DistNetworkError,
+    DistStoreError,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+from torch.distributed.distributed_c10d import _world
 
 from swaft.errors import SwaftError
 from swaft.training.launch.interruption import EXIT_CODE, Interrupted
-from swaft.training.launch.roll_call import roll_call
-from swaft.training.launch.started_by import end_with_launcher
 
 GRACE_S = 5.0
+LAUNCHERS = {
+    *("accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"),
+    "deepspeed.launcher.launch",
+}
+"""Words by which the command line of a process that starts ranks is known; `accelerate launch` is another."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: which signal to get when the parent ends."""
+TAG = 7_305_881
+"""Of a message that nobody sends."""
 
 SILENT = re.compile(
     r"gloo/transport/[^\n]*timed? ?out[^\n]*|Application timeout caused pair closure", re.IGNORECASE
@@ -71,9 +95,10 @@ def run_and_report(run: Callable[[], None]) -> int:
         raise
     except (SwaftError, RuntimeError) as error:
         lost = lost_ranks(error)
-        message = lost or (_words(error) if isinstance(error, SwaftError) else None)
-        if message is None:
+        if lost is None and not isinstance(error, SwaftError):
             raise
+        notes = () if lost else getattr(error, "__notes__", ())
+        message = (lost or str(error)) + "".join(f"\n  ({note})" for note in notes)
         if os.environ.get("SWAFT_TRACEBACK") == "1":
             traceback.print_exception(error)
         is_first = os.environ.get("RANK", "0") == "0"
@@ -135,10 +160,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _words(error: SwaftError) -> str:
-    return str(error) + "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
-
-
 def _tell(*messages: str) -> None:
     """Say the last of some messages, and leave all where torchrun looks for what to print last of this rank."""
     rank = os.environ.get("RANK", "0")
@@ -150,3 +171,102 @@ def _tell(*messages: str) -> None:
         lines = [textwrap.fill(line, 100, subsequent_indent="  ") for line in every]
         told = {"message": "\n".join(lines), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": told}))
+
+
+def roll_call(wait_s: float) -> str:
+    """Say that this rank is there, wait for the others to do likewise, and tell which did not.
+
+    Every rank that notices a loss calls this, and lets go of its connections first, so that those that wait for it
+    notice too. Under NCCL they may not: a rank that is not named is there, one that is may be waiting. The meeting
+    place (MASTER_ADDR, MASTER_PORT) is asked over a connection of its own, since a thread that waits may be using
+    that of the process group, and in a thread of its own, since what has accepted a connection may never answer.
+
+    Args:
+        wait_s: seconds to wait for the others; it returns after about three times as many at most.
+    """
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(_ask_who_is_there(wait_s)), daemon=True)
+    asking.start()
+    asking.join(3 * wait_s)
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return found[0] if found else f"{place}, where the ranks met, does not answer"
+
+
+def _ask_who_is_there(wait_s: float) -> str:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A launcher that starts the ranks anew keeps its store, and what was said in it.
+    there = f"swaft/there/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
+    began = time.monotonic()
+    with suppress(Exception):  # whatever torch says of groups that are no more
+        _close_connections()
+    try:
+        store = TCPStore(host, port, timeout=timedelta(seconds=wait_s), wait_for_workers=False)
+        store.set(f"{there}{rank}", "")
+        time.sleep(max(0.0, began + wait_s - time.monotonic()))
+        absent = [str(other) for other in range(world_size) if not store.check([f"{there}{other}"])]
+    except RuntimeError:  # of torch: there is no connection, or it is gone
+        return f"{host}:{port}, where the ranks met, does not answer: look first at the machine of rank 0"
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        time.sleep(wait_s)  # the place is in this process, and others may still be asking
+    if not absent:
+        return f"all {world_size} ranks are there, so it is the network between them"
+    return f"of {world_size} ranks these said nothing for {wait_s:g} s: {', '.join(absent)}"
+
+
+def _close_connections() -> None:
+    """Close this rank's connections of gloo, so that ranks that wait for it wait no longer.
+
+    Gloo closes all connections of a group where a message does not come in time.
+    """
+    for group in list(_world.pg_map):
+        if "gloo" not in dist.get_backend(group):
+            continue
+        for peer in dist.get_process_group_ranks(group):
+            if peer == dist.get_rank():
+                continue
+            try:
+                message = dist.irecv(torch.empty(1), src=peer, group=group, tag=TAG)
+                if message is not None:
+                    message.wait(timedelta(milliseconds=1))
+            except RuntimeError as error:
+                if "timed out" in str(error).lower():
+                    break
+
+
+def launch_command() -> list[str]:
+    """The command that started this run: that of the launcher where one started the ranks, else this process's."""
+    started_by = [_command_line(parent) for parent in psutil.Process().parents()]
+    launchers = [words for words in started_by if _is_launcher(words)]
+    return launchers[-1] if launchers else sys.orig_argv
+
+
+def end_with_launcher() -> None:
+    """Have the system ask this process to end (SIGTERM) when the launcher that started it does.
+
+    A launcher ends at signals that it does not hand on: accelerate with one process at SIGTERM, torchrun at
+    SIGUSR1, all of them at SIGKILL. Its ranks would train on alone and hold the GPUs. Where no launcher is the
+    parent, as where a shell is, nothing is done: that a shell ends is no reason to.
+    """
+    parent = psutil.Process().parent()
+    if sys.platform != "linux" or parent is None or not _is_launcher(_command_line(parent)):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    if os.getppid() != parent.pid:  # it has ended before it could be known
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_launcher(words: list[str]) -> bool:
+    """Whether a command line is a launcher's: its name is among the first words, after Python and its options."""
+    names = [Path(word).name for word in words[:8]]
+    return bool(LAUNCHERS & {*names}) or any(
+        first in ("accelerate", "accelerate.commands.accelerate_cli") and second == "launch"
+        for first, second in pairwise(names)
+    )
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return []

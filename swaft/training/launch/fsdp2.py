@@ -54,11 +54,10 @@ def obey_fsdp2(environ: Mapping[str, str], train: TrainConfig) -> None:
         environ: what the launcher left.
         train: section ``train``; its ``gradient_checkpointing`` is switched on where the launcher wants that.
     """
-    asked = [name for name in OBEYED_OTHERWISE if uses_fsdp(environ) and _is_on(environ, name)]
-    for name in asked:
-        logger.info("%s", OBEYED_OTHERWISE[name])
-    if "FSDP_ACTIVATION_CHECKPOINTING" in asked:
-        train.gradient_checkpointing = True
+    for name, how in OBEYED_OTHERWISE.items() if uses_fsdp(environ) else ():
+        if _is_on(environ, name):
+            logger.info("%s", how)
+            train.gradient_checkpointing |= name == "FSDP_ACTIVATION_CHECKPOINTING"
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
@@ -117,16 +116,13 @@ def prepare(
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     loader: DataLoader[Any],
 ) -> tuple[nn.Module, Any, DataLoader[Any]]:
-    """Hand model, optimizer and loader over to the engine (collective).
+    """Hand model, optimizer and loader over to the engine, as ``accelerator.prepare`` returns them (collective).
 
     Args:
         accelerator: nothing prepared yet.
         model: on the host, the same on every rank.
         build_optimizer: makes the optimizer of a model's parameters.
         loader: training batches.
-
-    Returns:
-        The three as ``accelerator.prepare`` returns them.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(model, build_optimizer(model), loader)
@@ -171,11 +167,7 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
-    """Return the parts of a model that are gathered one by one, the outer ones first.
-
-    Args:
-        model: whole, or on paper.
-        plugin: from `resolve_fsdp2`.
+    """Return the parts of a model, whole or on paper, that are gathered one by one, the outer ones first.
 
     Raises:
         ConfigError: the launcher names a class of layers that the model does not have.
@@ -188,22 +180,20 @@ def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> lis
             f"fsdp_transformer_layer_cls_to_wrap of the accelerate configuration: {error} Expected some of "
             f"{', '.join(there)}; leave it out to take the model's own"
         ) from error
-    is_block = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
-    return blocks_of(model, is_block)
+    return blocks_of(model, fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False))
 
 
 def blocks_of(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> list[nn.Module]:
     """Return the parts of a model that are blocks and share no parameter with what is outside of them."""
-    uses = _uses(model)
+
+    def uses(module: nn.Module) -> Counter[nn.Parameter]:
+        return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+
+    everywhere = uses(model)
     return [
         part
         for part in model.modules()
         if part is not model
         and is_block(part)
-        and all(uses[parameter] == inside for parameter, inside in _uses(part).items())
+        and all(everywhere[parameter] == inside for parameter, inside in uses(part).items())
     ]
-
-
-def _uses(module: nn.Module) -> Counter[nn.Parameter]:
-    """How often each parameter occurs in a module, by all its names."""
-    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
-from typing import Any, Generic, TypeVar
+from types import FrameType
+from typing import Any
 
 from swaft.distributed import Ranks, shared_ranks
 from swaft.errors import SwaftError
@@ -19,9 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they end a job: torchrun hands on SIGTERM, and SLURM what it is told to send."""
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL: the run is not over; started again, it goes on."""
-
-BatchT = TypeVar("BatchT")
+"""EX_TEMPFAIL: the run is not over; started again, it resumes."""
 
 
 class Interrupted(Exception):
@@ -46,9 +44,7 @@ class Interruption:
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leave the signals to whoever had them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -82,7 +78,7 @@ def leave_signals_to_the_rank(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class InterruptibleLoader(Generic[BatchT]):
+class InterruptibleLoader:
     """A loader that asks before each batch whether the run is to end.
 
     Args:
@@ -97,12 +93,8 @@ class InterruptibleLoader(Generic[BatchT]):
         """Batches of a pass."""
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[BatchT]:
-        """Yield the loader's batches (collective).
-
-        Raises:
-            Interrupted: on every rank, before a batch.
-        """
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the loader's batches; raise `Interrupted` on every rank before one of them (collective)."""
         for batch in self._loader:
             self._interruption.check()
             yield batch

@@ -8,7 +8,7 @@ functions, so what is read here is what a launch would do. What those functions 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
 PRECISIONS = ("no", "bf16", "fp16", "fp8")
 COUNTS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
 STAGES = (0, 1, 2, 3)
+NUMBERS_OR_AUTO = ("gradient_accumulation_steps", "gradient_clipping")
 SECTION_PREFIXES = {"deepspeed_config": "", "fsdp_config": "fsdp_", "dynamo_config": "dynamo_"}
 """Sections of a launch file whose entries are options of the command line, and what their names begin with."""
 OLD_NAMES = ("fp16", "dynamo_backend")
@@ -54,12 +55,7 @@ class Launch:
 
 
 def read_launch(words: Sequence[str]) -> Launch:
-    """Return what ``accelerate launch`` would start with these words.
-
-    Nothing is started, and no device is looked at.
-
-    Args:
-        words: the command line after ``accelerate launch``.
+    """Return what ``accelerate launch`` would start with these words; nothing is started, no device is looked at.
 
     Raises:
         ConfigError: with every problem of the options and of the launch file, or, where those are right, of what
@@ -69,34 +65,28 @@ def read_launch(words: Sequence[str]) -> Launch:
     problems = [*_option_problems(args), *_file_problems(args)]
     if problems:
         raise ConfigError([*_script_problems(args), *problems])
-    start = _start(args)
-    stage, problems = _deepspeed_stage(start.environ)
-    problems = [*_script_problems(args), *_start_problems(args, start), *problems]
+    launcher, environ = _start(args)
+    asked, machines = int(args.num_processes), int(args.num_machines or 1)
+    world_size = 1 if launcher == "simple" else asked // machines * machines
+    stage, problems = _deepspeed_stage(environ)
+    problems = [*_script_problems(args), *_start_problems(args, launcher, world_size), *problems]
     if problems:
         raise ConfigError(problems)
+    if stage is not None:
+        engine = f"DeepSpeed ZeRO-{stage}"
+    elif environ.get("ACCELERATE_USE_FSDP") == "true":
+        engine = f"FSDP{environ['FSDP_VERSION']}"
+    else:
+        engine = "DDP" if world_size > 1 else "one process"
     return Launch(
-        engine=_engine(start, stage),
+        engine=engine,
         stage=stage,
-        num_machines=start.num_machines,
-        world_size=start.world_size,
-        environ=start.environ | {"WORLD_SIZE": str(start.world_size)},
+        num_machines=machines,
+        world_size=world_size,
+        environ=environ | {"WORLD_SIZE": str(world_size)},
         script=args.training_script,
         arguments=list(args.training_script_args),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """What accelerate makes of the options and the file."""
-
-    launcher: str
-    """``simple``, ``torchrun`` or ``deepspeed``: which of accelerate's launchers starts the ranks."""
-    num_machines: int
-    asked: int
-    """Processes that the line or the file asks for."""
-    world_size: int
-    """Processes that are started."""
-    environ: dict[str, str]
 
 
 def _parse(words: Sequence[str]) -> Namespace:
@@ -123,10 +113,7 @@ class Script:
 
 
 def read_script(words: Sequence[str]) -> Script:
-    """Return what a launch line starts, whether or not the line is right otherwise.
-
-    Args:
-        words: the command line after ``accelerate launch``.
+    """Return what the words after ``accelerate launch`` start, whether or not the line is right otherwise.
 
     Raises:
         ConfigError: where the launcher's options cannot be told from the script.
@@ -183,73 +170,61 @@ def _file_problems(args: Namespace) -> list[str]:
         return [f"--config_file {path}: is not YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [f"--config_file {path}: expected entries such as `distributed_type: MULTI_GPU`"]
-    problems = [*_unknown_entries(content, args), *_bad_values(content)]
-    return [f"{path}: {problem}" for problem in problems]
+    return [f"{path}: {problem}" for problem in (*_unknown_entries(content, args), *_bad_values(content))]
 
 
-def _unknown_entries(content: Mapping[Any, Any], args: Namespace) -> list[str]:
+def _unknown_entries(content: Mapping[Any, Any], args: Namespace) -> Iterator[str]:
     from accelerate.commands.config.config_args import ClusterConfig
 
     known = (*(field.name for field in fields(ClusterConfig)), *OLD_NAMES)
-    problems = [
-        f"there is no entry {name}.{suggestion(str(name), known)}" for name in content if name not in known
-    ]
-    options = tuple(vars(args))
+    for name in content:
+        if name not in known:
+            yield f"there is no entry {name}.{suggestion(str(name), known)}"
     for section, prefix in SECTION_PREFIXES.items():
         entries = content.get(section) or {}
         if not isinstance(entries, dict):
-            problems.append(f"{section}: expected entries below it, found {entries!r}")
+            yield f"{section}: expected entries below it, found {entries!r}"
             continue
-        own = tuple(name for name in options if name.startswith(prefix))
-        problems += [
-            f"{section}: there is no entry {name}.{suggestion(str(name), own)}"
-            for name in entries
-            if name not in own and f"{prefix}{name}" not in own
-        ]
-    return problems
+        own = tuple(name for name in vars(args) if name.startswith(prefix))
+        for name in entries:
+            if name not in own and f"{prefix}{name}" not in own:
+                yield f"{section}: there is no entry {name}.{suggestion(str(name), own)}"
 
 
-def _bad_values(content: Mapping[Any, Any]) -> list[str]:
-    problems = []
+def _bad_values(content: Mapping[Any, Any]) -> Iterator[str]:
     if content.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        problems.append(f"compute_environment: {content['compute_environment']}; expected LOCAL_MACHINE")
+        yield f"compute_environment: {content['compute_environment']}; expected LOCAL_MACHINE"
     if "distributed_type" not in content:
-        problems.append(f"distributed_type: is missing; expected one of {', '.join(ENGINES)}")
+        yield f"distributed_type: is missing; expected one of {', '.join(ENGINES)}"
     for name, choices in (("distributed_type", ENGINES), ("mixed_precision", PRECISIONS)):
         value = content.get(name)
         if value is False:  # YAML reads an unquoted no so
-            problems.append(f"{name}: an unquoted no is false in YAML; put it in quotes")
+            yield f"{name}: an unquoted no is false in YAML; put it in quotes"
         elif value is not None and value not in choices:
-            problems.append(f"{name}: {not_allowed(str(value), choices)}")
+            yield f"{name}: {not_allowed(str(value), choices)}"
     dynamo = content.get("dynamo_config")
     backends = ("dynamo_backend", "dynamo_config_dynamo_backend")
     if isinstance(dynamo, dict) and any(dynamo.get(name) is False for name in backends):
-        problems.append("dynamo_config: dynamo_backend: an unquoted no is false in YAML; put it in quotes")
+        yield "dynamo_config: dynamo_backend: an unquoted no is false in YAML; put it in quotes"
     for name in COUNTS:
         value = content.get(name)
         if type(value) is not int and (value is not None or (name == "num_processes" and name in content)):
-            problems.append(f"{name}: {value!r} is not a whole number")
+            yield f"{name}: {value!r} is not a whole number"
     deepspeed = content.get("deepspeed_config")
     if isinstance(deepspeed, dict):
-        wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "zero_stage": (lambda value: value in STAGES, "0, 1, 2 or 3"),
-            "gradient_accumulation_steps": (_is_number_or_auto, "a number or auto"),
-            "gradient_clipping": (_is_number_or_auto, "a number or auto"),
-        }
-        problems += [
-            f"deepspeed_config: {name} is {deepspeed[name]!r}; expected {expected}"
-            for name, (fits, expected) in wanted.items()
-            if deepspeed.get(name) is not None and not fits(deepspeed[name])
-        ]
-    return problems
+        for name, value in deepspeed.items():
+            if name == "zero_stage" and value is not None and value not in STAGES:
+                yield f"deepspeed_config: {name} is {value!r}; expected 0, 1, 2 or 3"
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name in NUMBERS_OR_AUTO and value not in (None, "auto") and not is_number:
+                yield f"deepspeed_config: {name} is {value!r}; expected a number or auto"
 
 
-def _is_number_or_auto(value: Any) -> bool:
-    return value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool))
+def _start(args: Namespace) -> tuple[str, dict[str, str]]:
+    """Let accelerate fill the options from the file; return which of its launchers starts, and its environment.
 
-
-def _start(args: Namespace) -> _Start:
-    """Let accelerate fill the options from the file and make the environment of the ranks."""
+    Launchers are called ``simple``, ``torchrun`` and ``deepspeed``.
+    """
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import (
         prepare_deepspeed_cmd_env,
@@ -259,54 +234,45 @@ def _start(args: Namespace) -> _Start:
 
     try:
         args, defaults, precision_from_file = _validate_launch_command(args)
-        asked, num_machines = int(args.num_processes), int(args.num_machines or 1)
         # Port 0 is any free one: whether the real one is free is a question about another machine.
         args.main_process_ip, args.main_process_port, args.machine_rank = "127.0.0.1", 0, 0
         if args.use_deepspeed and not args.cpu:
             stated = list(getattr(defaults, "deepspeed_config", None) or ())
             stated += ["mixed_precision"] * precision_from_file
             args.deepspeed_fields_from_accelerate_config = ",".join(stated)
-            launcher, environ = "deepspeed", prepare_deepspeed_cmd_env(args)[1]
-        elif (args.use_fsdp or args.multi_gpu) and not args.cpu:
-            launcher, environ = "torchrun", prepare_multi_gpu_env(args)
-        else:
-            launcher, environ = "simple", prepare_simple_launcher_cmd_env(args)[1]
+            return "deepspeed", prepare_deepspeed_cmd_env(args)[1]
+        if (args.use_fsdp or args.multi_gpu) and not args.cpu:
+            return "torchrun", prepare_multi_gpu_env(args)
+        return "simple", prepare_simple_launcher_cmd_env(args)[1]
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise ConfigError(f"accelerate launch: {' '.join(str(error).split())}") from error
-    started = 1 if launcher == "simple" else asked // num_machines * num_machines
-    return _Start(
-        launcher=launcher, num_machines=num_machines, asked=asked, world_size=started, environ=environ
-    )
 
 
-def _start_problems(args: Namespace, start: _Start) -> list[str]:
-    """What accelerate would start without a word, though it is not what was asked for."""
-    problems = []
-    if start.asked < 1 or start.num_machines < 1:
-        problems.append(
-            f"num_processes is {start.asked} on {start.num_machines} machines; expected 1 at least of each"
-        )
-    elif start.launcher == "simple" and (start.asked > 1 or start.num_machines > 1):
+def _start_problems(args: Namespace, launcher: str, world_size: int) -> Iterator[str]:
+    """Yield what accelerate would start without a word, though it is not what was asked for."""
+    asked, machines = int(args.num_processes), int(args.num_machines or 1)
+    if asked < 1 or machines < 1:
+        yield f"num_processes is {asked} on {machines} machines; expected 1 at least of each"
+    elif launcher == "simple" and (asked > 1 or machines > 1):
         reason = "--cpu" if args.cpu else "distributed_type NO (or MULTI_CPU)"
-        problems.append(
-            f"{start.asked} processes are asked for, but with {reason} accelerate starts 1 on each machine, which "
+        yield (
+            f"{asked} processes are asked for, but with {reason} accelerate starts 1 on each machine, which "
             "trains alone; use one of launch/accelerate/ (ddp_cpu.yaml without a GPU)"
         )
-    elif start.launcher == "simple" and (args.use_deepspeed or args.use_fsdp):
-        problems.append("--cpu makes accelerate drop DeepSpeed and FSDP without a word; leave it out")
-    elif start.world_size != start.asked:
-        problems.append(
-            f"num_processes is {start.asked}, the number on all machines together, but {start.num_machines} "
-            f"machines would start {start.world_size}; expected a multiple of {start.num_machines}"
+    elif launcher == "simple" and (args.use_deepspeed or args.use_fsdp):
+        yield "--cpu makes accelerate drop DeepSpeed and FSDP without a word; leave it out"
+    elif world_size != asked:
+        yield (
+            f"num_processes is {asked}, the number on all machines together, but {machines} "
+            f"machines would start {world_size}; expected a multiple of {machines}"
         )
     over_ssh = args.deepspeed_multinode_launcher != "standard" and args.deepspeed_hostfile is None
-    if start.launcher == "deepspeed" and start.num_machines > 1 and over_ssh:
-        problems.append(
+    if launcher == "deepspeed" and machines > 1 and over_ssh:
+        yield (
             f"deepspeed_multinode_launcher is {args.deepspeed_multinode_launcher}, which starts the other "
             "machines over ssh and needs deepspeed_hostfile; set it to standard, as "
             "launch/accelerate/zero3_multinode.yaml does"
         )
-    return problems
 
 
 def _deepspeed_stage(environ: Mapping[str, str]) -> tuple[int | None, list[str]]:
@@ -321,11 +287,3 @@ def _deepspeed_stage(environ: Mapping[str, str]) -> tuple[int | None, list[str]]
     if stage not in STAGES:
         return None, [f"{source}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"]
     return stage, []
-
-
-def _engine(start: _Start, stage: int | None) -> str:
-    if stage is not None:
-        return f"DeepSpeed ZeRO-{stage}"
-    if start.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return f"FSDP{start.environ['FSDP_VERSION']}"
-    return "DDP" if start.world_size > 1 else "one process"

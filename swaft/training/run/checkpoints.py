@@ -1,4 +1,7 @@
-"""The checkpoints of a run folder: which there are, which one a run goes on from, which are deleted."""
+"""The checkpoints of a run folder: which there are, which one a run resumes from, which are deleted.
+
+What a killed run left is told from a checkpoint by its mark, and a damaged one by the hash of every file.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
@@ -28,19 +30,13 @@ AVERAGE = "average"
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class RunCheckpoint(NamedTuple):
     """A checkpoint every byte of which has been checked."""
 
     path: Path
     """Its folder."""
     manifest: Manifest
-    """What it holds; the same on every rank."""
-
-    @property
-    def content(self) -> Mapping[str, Any]:
-        """What the run wrote about itself."""
-        return self.manifest.content
+    """What it holds, and what the run wrote about itself; the same on every rank."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -49,31 +45,25 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
-    """Checkpoints in a run folder, the newest first, by the number in their names.
+    """Complete checkpoints in a run folder, or the others, the newest first by the number in their names.
 
-    Args:
-        folder: of the run; one that is not there holds none.
-        complete: those that were written to the end; else the others, which a run left that was killed.
-
-    Raises:
-        StateError: the folder cannot be looked into.
+    A folder that is not there holds none; one that cannot be looked into is a `StateError`.
     """
     if not folder.is_dir():
         return []
     with explained(folder, "looked into"):
-        numbered = [(_number(path), path) for path in folder.iterdir()]
-    there = sorted(((number, path) for number, path in numbered if number is not None), reverse=True)
-    return [path for _, path in there if is_complete(path) == complete]
+        there = [path for path in folder.iterdir() if _step_of(path) >= 0]
+    return [path for path in sorted(there, key=_step_of, reverse=True) if is_complete(path) == complete]
 
 
-def _number(path: Path) -> int | None:
-    """The step in a checkpoint's name; None where it is no checkpoint's."""
+def _step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where it is no checkpoint's."""
     match = _NAME.fullmatch(path.name)
-    return None if match is None else int(match[1])
+    return -1 if match is None else int(match[1])
 
 
-def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint that a run goes on from, every byte of it checked; None: begin anew (collective).
+def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint | None:
+    """The checkpoint that a run resumes from, every byte of it checked; None: begin anew (collective).
 
     Args:
         wanted: ``none``; ``auto``: the newest complete one in the run folder, and where that is damaged the one
@@ -93,62 +83,55 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> Checkpoint | N
         with ranks.together():
             if ranks.is_main:
                 _refuse_later(Path(wanted), folder)
-        return Checkpoint(Path(wanted), open_together(ranks, wanted, kind=KIND))
+        return RunCheckpoint(Path(wanted), open_together(ranks, wanted, kind=KIND))
     damaged: list[tuple[Path, StateError]] = []
     with ranks.together():
         there = find_checkpoints(folder) if ranks.is_main else []
         for path in there:
-            _refuse_link(path)
+            if path.is_symlink():
+                raise StateAccessError(
+                    f"{path} is a symbolic link, and a checkpoint has to be a folder; put the folder itself there"
+                )
         if ranks.is_main:
-            _tell_unfinished(find_checkpoints(folder, complete=False), there)
+            _warn_of_unfinished(find_checkpoints(folder, complete=False), there)
     for path in ranks.gather(there)[0]:
         try:
-            chosen = Checkpoint(path, open_together(ranks, path, kind=KIND))
+            chosen = RunCheckpoint(path, open_together(ranks, path, kind=KIND))
         except StateAccessError:
             raise
         except StateError as found:
             damaged.append((path, found))
             continue
         with ranks.together():
-            if ranks.is_main:
-                for each, fault in damaged:
-                    _put_aside(each, fault, path)
+            for each, fault in damaged if ranks.is_main else ():
+                _put_aside(each, fault, path)
         return chosen
     if damaged:
         raise StateError(
-            f"no checkpoint in {folder} can be gone on from, the newest because: {damaged[0][1]}. Nothing was "
+            f"no checkpoint in {folder} can be resumed from, the newest because: {damaged[0][1]}. Nothing was "
             "changed. Begin anew in a new train.output_dir, or name a sound one as train.resume_from_checkpoint"
         )
     return None
 
 
-def checkpoint_on_paper(wanted: str, folder: Path) -> tuple[Path, Manifest] | None:
-    """The checkpoint that a run would go on from, told without other ranks and without its bytes being checked.
+def checkpoint_on_paper(wanted: str, folder: Path) -> RunCheckpoint | None:
+    """The checkpoint that :func:`choose_checkpoint` would choose, without other ranks and the check of its bytes.
 
-    Args:
-        wanted: as of :func:`choose_checkpoint`.
-        folder: of the run.
-
-    Returns:
-        Its path and what it holds; None: the run begins anew, or decides itself between what is damaged.
-
-    Raises:
-        StateError: the one that was named is incomplete or damaged.
-        ConfigError: the folder that was named is no checkpoint, or the run folder holds later ones.
+    None: the run begins anew, or decides itself between what is damaged.
     """
     if wanted not in ("none", "auto"):
         _refuse_later(Path(wanted), folder)
-        return Path(wanted), read_manifest(wanted, kind=KIND)
+        return RunCheckpoint(Path(wanted), read_manifest(wanted, kind=KIND))
     for path in find_checkpoints(folder) if wanted == "auto" else []:
         with suppress(StateError):
-            return path, read_manifest(path, kind=KIND)
+            return RunCheckpoint(path, read_manifest(path, kind=KIND))
     return None
 
 
 def save_checkpoint(
     ranks: Ranks, folder: Path, step: int, *, write: Write, content: Mapping[str, Any], averaged: bool
 ) -> bool:
-    """Write a checkpoint of a step, unless there is one already (collective).
+    """Write a checkpoint of a step, and return whether it was not there already (collective).
 
     Args:
         ranks: of the run.
@@ -157,9 +140,6 @@ def save_checkpoint(
         write: as of `write_together`.
         content: what the run says about itself, the same on every rank.
         averaged: whether `write` leaves averages in it.
-
-    Returns:
-        Whether it was written.
 
     Raises:
         StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
@@ -171,25 +151,18 @@ def save_checkpoint(
         return False
     if ranks.is_main:  # what a killed run left
         shutil.rmtree(path, ignore_errors=True)
-    write_together(
-        ranks,
-        path,
-        kind=KIND,
-        write=write,
-        content=content,
-        sealed=lambda written: sealed_in(written, AVERAGE) if averaged else {},
-    )
+
+    def sealed(written: Path) -> dict[str, str]:
+        return sealed_in(written, AVERAGE) if averaged else {}
+
+    write_together(ranks, path, kind=KIND, write=write, content=content, sealed=sealed)
     return True
 
 
 def delete_old(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest complete checkpoints, and what is left of those never finished.
+    """Delete all but the newest ``keep`` complete checkpoints, None: none of them, and what was never finished.
 
-    To be called by one process, when the newest is complete. What cannot be deleted stays, which is said.
-
-    Args:
-        folder: of the run.
-        keep: how many stay; None: all of them.
+    To be called by one process, when the newest is complete. What cannot be deleted stays, which is logged.
     """
     try:
         too_many = find_checkpoints(folder)[keep:] if keep is not None else ()
@@ -206,12 +179,10 @@ def delete_old(folder: Path, keep: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _tell_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
+def _warn_of_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
     """Say which checkpoints newer than all complete ones do not count."""
-    newest = _number(complete[0]) if complete else None
     for path in unfinished:
-        number = _number(path)
-        if newest is None or (number is not None and number > newest):
+        if not complete or _step_of(path) > _step_of(complete[0]):
             logger.warning(
                 "%s has no mark COMPLETE: writing it was never finished, and it does not count; %s",
                 path,
@@ -220,24 +191,16 @@ def _tell_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
 
 
 def _refuse_later(wanted: Path, folder: Path) -> None:
-    number = _number(wanted)
-    if number is None or not wanted.is_dir():
+    if _step_of(wanted) < 0 or not wanted.is_dir():
         raise ConfigError(
             f"train.resume_from_checkpoint: {wanted} is no folder called checkpoint-NUMBER; expected auto, none or "
             "the path of a checkpoint"
         )
     there = find_checkpoints(folder)
-    if there and (_number(there[0]) or 0) > number:
+    if there and _step_of(there[0]) > _step_of(wanted):
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {wanted.name} ({there[0].name}), which would "
-            "be written again; set train.resume_from_checkpoint=auto to go on from the last, or name a new folder"
-        )
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
-        raise StateAccessError(
-            f"{path} is a symbolic link, and a checkpoint has to be a folder; put the folder itself there"
+            "be written again; set train.resume_from_checkpoint=auto to resume from the last, or name a new folder"
         )
 
 

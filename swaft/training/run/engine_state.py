@@ -1,7 +1,8 @@
 """Weights and optimizer state of a training engine on disk: DeepSpeed's own files under it, torch's else.
 
-Plain, DDP and FSDP2 runs leave torch's distributed checkpoints, which any of the three opens, at any number of
-ranks. DeepSpeed's files belong to one stage and one number of ranks.
+A rank that cannot write would leave the others waiting inside DeepSpeed, which is guarded against here. Plain, DDP
+and FSDP2 runs leave torch's distributed checkpoints, which any of the three opens, at any number of ranks; files of
+DeepSpeed belong to one stage and one number of ranks.
 """
 
 from __future__ import annotations
@@ -32,23 +33,21 @@ TAG = "engine"
 
 def zero_stage(model: Any) -> int | None:
     """DeepSpeed's stage of ZeRO of a model as prepared; None under another engine."""
-    if hasattr(model, "load_checkpoint") and hasattr(model, "zero_optimization_stage"):
-        return model.zero_optimization_stage()
-    return None
+    stage = getattr(model, "zero_optimization_stage", None)
+    return stage() if stage is not None and hasattr(model, "load_checkpoint") else None
 
 
 def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path, *, stepped: bool) -> None:
     """Write weights and optimizer state into a folder that is there (collective).
 
-    Frozen weights are left out: a run that goes on has loaded them as it did the first time.
+    Frozen weights are left out: a resumed run has loaded them as it did the first time.
 
     Args:
         model: as prepared.
         module: the same, unwrapped.
         optimizer: torch's own, unwrapped.
         folder: of the checkpoint.
-        stepped: whether the optimizer has taken a step. Without one torch has no state to write, and would take a
-            step to make some.
+        stepped: whether the optimizer has taken a step. Without one torch has no state, and would make some.
 
     Raises:
         Exception: whatever torch or DeepSpeed raise where this rank, or under torch any, could not write.
@@ -61,14 +60,7 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path, *, 
 
 
 def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path, *, stepped: bool) -> None:
-    """Put the state that :func:`save_engine` wrote into model and optimizer (collective).
-
-    Args:
-        model: as prepared, and so on.
-        module: the same, unwrapped.
-        optimizer: torch's own, unwrapped.
-        folder: of the checkpoint; its files have been checked.
-        stepped: as it was saved.
+    """Put the state that :func:`save_engine` wrote, with the same arguments, into model and optimizer (collective).
 
     Raises:
         StateError: DeepSpeed found no state.
@@ -95,8 +87,7 @@ def _save_deepspeed(model: Any, folder: Path) -> None:
     `python -m deepspeed.utils.zero_to_fp32 ... --tag engine` has.
     """
     writer = model.checkpoint_engine
-    noting = _NotingWriter(writer)
-    model.checkpoint_engine = noting
+    noting = model.checkpoint_engine = _NotingWriter(writer)
     model._copy_recovery_script = lambda path: None
     try:
         model.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -117,13 +108,11 @@ class _NotingWriter:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
-        self._note(self._writer.makedirs, path, exist_ok=exist_ok)
+    def makedirs(self, *arguments: Any, **options: Any) -> None:
+        self._note(self._writer.makedirs, *arguments, **options)
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write a file."""
-        self._note(self._writer.save, state_dict, path)
+    def save(self, *arguments: Any, **options: Any) -> None:
+        self._note(self._writer.save, *arguments, **options)
 
     def _note(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:

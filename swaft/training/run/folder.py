@@ -1,4 +1,7 @@
-"""The folder of a run: what was run, with what, and what came out."""
+"""The folder of a run: what was run, with what, and what came out.
+
+Two runs that write into one folder leave a mixture of both that nobody can tell apart, so it is locked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -25,21 +29,10 @@ from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
 from swaft.training.config import to_yaml
 from swaft.training.launch.accelerator import RunConfig
-from swaft.training.launch.started_by import launch_command
-from swaft.training.run.checkpoints import Checkpoint, choose_checkpoint, find_checkpoints
+from swaft.training.launch.failure import launch_command
+from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, find_checkpoints
 
-PACKAGES = (
-    "swaft",
-    "torch",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "safetensors",
-    "peft",
-    "numpy",
-)
-
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "safetensors", "peft", "numpy")
 METRICS = "metrics.jsonl"
 OF_A_RUN = {"config.yaml", METRICS, "summary.json"}
 """Files by which a run folder is known."""
@@ -52,13 +45,17 @@ class RunFolder:
     """A folder that belongs to one run; only the main process writes to it.
 
     Use `RunFolder.create`; the attributes are plain paths, readable on every rank.
+
+    Args:
+        path: of the folder. ``final``, ``final_averaged`` and ``best`` in it are Hugging Face folders of the last
+            weights, the averaged ones, and those that scored best on validation rows.
+        is_main: whether this process writes.
+        checkpoint: what the run resumes from; None: it begins anew.
     """
 
-    def __init__(self, path: Path, *, is_main: bool, checkpoint: Checkpoint | None = None):
-        self.path = path
-        self.is_main = is_main
-        self.checkpoint = checkpoint
-        """What the run goes on from; None: it begins anew."""
+    def __init__(self, path: Path, *, is_main: bool, checkpoint: RunCheckpoint | None = None):
+        self.path, self.is_main, self.checkpoint = path, is_main, checkpoint
+        self.final, self.final_averaged, self.best = path / "final", path / "final-averaged", path / "best"
         self.failure: StateError | None = None
         """What the disk refused first. Only the main process writes, so it is raised where all ranks meet next."""
         self._lock: IO[bytes] | None = None
@@ -84,9 +81,9 @@ class RunFolder:
     ) -> RunFolder:
         """Claim ``path`` for this run, or for the rest of it (collective).
 
-        The main process alone looks and creates, and tells the others, so no rank sees what another just
-        made. With a `resume`, a folder may hold this run already, as long as it has not come to its end: with
-        checkpoints, or begun with the same configuration and ended before the first.
+        The main process alone looks and creates, so no rank sees what another just made. With a `resume`, a folder
+        may hold this run already, as long as it has not come to its end: with checkpoints, or begun with the same
+        configuration and ended before the first.
 
         Args:
             path: of the folder.
@@ -96,7 +93,7 @@ class RunFolder:
 
         Raises:
             ConfigError: on every rank, where the folder holds something else, or cannot be made.
-            StateError: on every rank, where no checkpoint that may be gone on from is sound.
+            StateError: on every rank, where no checkpoint that may be resumed from is sound.
         """
         path, ranks = Path(path), shared_ranks()
         folder = cls(path, is_main=accelerator.is_main_process)
@@ -106,24 +103,11 @@ class RunFolder:
         folder.checkpoint = choose_checkpoint(resume, path, ranks)
         return folder
 
-    @property
-    def final(self) -> Path:
-        """Hugging Face folder of the last weights."""
-        return self.path / "final"
-
-    @property
-    def final_averaged(self) -> Path:
-        """Hugging Face folder of the averaged weights."""
-        return self.path / "final-averaged"
-
-    @property
-    def best(self) -> Path:
-        """Hugging Face folder of the weights that scored best on validation rows, where they are kept."""
-        return self.path / "best"
-
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all; what the disk refuses is noted as `failure`."""
-        self._try(name, lambda: write_durably(self.path / name, text.encode()))
+        with self._noting_failure(name):
+            if self.is_main:
+                write_durably(self.path / name, text.encode())
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all; infinite numbers become text, as JSON has none."""
@@ -131,12 +115,10 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; what the disk refuses is noted as `failure`."""
-
-        def write() -> None:
-            with (self.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-
-        self._try(METRICS, write)
+        with self._noting_failure(METRICS):
+            if self.is_main:
+                with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
     def release(self) -> None:
         """Let go of the folder, at the end of a run: summary.json refuses it to whoever comes next."""
@@ -146,29 +128,22 @@ class RunFolder:
 
     def save_metrics(self, checkpoint: Path) -> None:
         """Keep metrics.jsonl as it is now in a checkpoint too; to be called by one process."""
-        (checkpoint / METRICS).write_bytes(self._metrics())
+        file = self.path / METRICS
+        (checkpoint / METRICS).write_bytes(file.read_bytes() if file.exists() else b"")
 
     def restore_metrics(self, checkpoint: Path) -> None:
-        """Have metrics.jsonl as :meth:`save_metrics` found it; what it was told after that will be told again."""
+        """Have metrics.jsonl as :meth:`save_metrics` found it; the steps after that will be logged again."""
         if self.is_main:
             write_durably(self.path / METRICS, (checkpoint / METRICS).read_bytes())
 
-    def _metrics(self) -> bytes:
-        file = self.path / METRICS
-        return file.read_bytes() if file.exists() else b""
-
-    def _try(self, name: str, write: Callable[[], None]) -> None:
-        if not self.is_main:
-            return
+    @contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
         try:
-            write()
-        except (OSError, StateError) as error:
-            words = (
-                error
-                if isinstance(error, StateError)
-                else f"{self.path / name} could not be written: {error}"
-            )
-            self.failure = self.failure or StateError(str(words))
+            yield
+        except StateError as error:
+            self.failure = self.failure or StateError(str(error))
+        except OSError as error:
+            self.failure = self.failure or StateError(f"{self.path / name} could not be written: {error}")
 
     def begin(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
         """Clear away what comes anew, and write what runs (collective).
@@ -178,8 +153,7 @@ class RunFolder:
 
         Args:
             config_yaml: the resolved configuration.
-            accelerator: after ``prepare``, when accelerate has filled the rest of the DeepSpeed
-                configuration.
+            accelerator: after ``prepare``, when accelerate has filled the rest of the DeepSpeed configuration.
             engine: name of the training engine.
 
         Raises:
@@ -226,7 +200,11 @@ def software() -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages a figure or a bug depends on, those that are installed."""
-    return {name: version for name in PACKAGES if (version := _version(name))}
+    versions = {"swaft": __version__}  # which may run from a source tree that is not installed
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> None:
@@ -241,9 +219,32 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
         ConfigError: where it holds something else, or is none.
     """
     path = Path(path)
-    problem = held_by_others(path, resume=resume, config_yaml=config_yaml) if path.exists() else None
-    if problem:
-        raise ConfigError(problem)
+    if not path.exists():
+        return
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError as error:
+        raise ConfigError(_no_folder(path, error)) from error
+    held = sorted(name for name in names if not name.startswith(".") and not name.endswith(TEMPORARY))
+    resumes = resume != "none"
+    if resumes and "summary.json" in held:
+        raise ConfigError(
+            f"train.output_dir: {path} holds a run that has come to its end; nothing was changed there. Name a new "
+            "folder for another"
+        )
+    if not held or (resumes and find_checkpoints(path)):
+        return
+    with suppress(OSError):  # a run of the same configuration may have begun there
+        if resumes and (path / "config.yaml").read_text(encoding="utf-8") == config_yaml:
+            return
+    what = "another run already" if OF_A_RUN & {*held} else "other files"
+    some = f"{', '.join(held[:3])}{', ...' if held[3:] else ''}"
+    problem = f"train.output_dir: {path} holds {what} ({some}); nothing was changed there. Name a new folder"
+    unfinished = [each.name for each in find_checkpoints(path, complete=False)] if resumes else ()
+    if unfinished:
+        some = ", ".join(unfinished)
+        problem += f". No checkpoint there can be resumed from: {some} never got the mark COMPLETE"
+    raise ConfigError(problem)
 
 
 def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
@@ -288,57 +289,6 @@ def _lock(path: Path) -> IO[bytes] | None:
 
 def _no_folder(path: Path, error: OSError) -> str:
     return f"train.output_dir: {path} cannot be made a folder ({error.strerror}); name another"
-
-
-def held_by_others(path: Path, *, resume: str, config_yaml: str) -> str | None:
-    """What is wrong with a folder that is there: that it holds something else than this run, or is none."""
-    try:
-        held = sorted(
-            entry.name
-            for entry in path.iterdir()
-            if not entry.name.startswith(".") and not entry.name.endswith(TEMPORARY)
-        )
-    except OSError as error:
-        return _no_folder(path, error)
-    if resume != "none" and "summary.json" in held:
-        return (
-            f"train.output_dir: {path} holds a run that has come to its end; nothing was changed there. Name a new "
-            "folder for another"
-        )
-    if resume != "none" and (find_checkpoints(path) or _began(path, config_yaml)):
-        return None
-    if held:
-        what = "another run already" if OF_A_RUN & {*held} else "other files"
-        unfinished = (
-            [each.name for each in find_checkpoints(path, complete=False)] if resume != "none" else ()
-        )
-        return (
-            f"train.output_dir: {path} holds {what} "
-            f"({', '.join(held[:3])}{', ...' if held[3:] else ''}); nothing was changed there. Name a new folder"
-            + (
-                f". No checkpoint there can be gone on from: {', '.join(unfinished)} never got the mark COMPLETE"
-                if unfinished
-                else ""
-            )
-        )
-    return None
-
-
-def _began(path: Path, config_yaml: str) -> bool:
-    """Whether a run of the same configuration began in a folder."""
-    try:
-        return (path / "config.yaml").read_text(encoding="utf-8") == config_yaml
-    except OSError:
-        return False
-
-
-def _version(package: str) -> str | None:
-    if package == "swaft":  # which may run from a source tree that is not installed
-        return __version__
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -1,4 +1,4 @@
-"""Sums of what the training loop logs, kept on the device so that no step waits for them."""
+"""Sums of what the training loop logs, kept on the device: accelerate's own gathering would block every step."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ class Meter:
         """Seconds since training began, pauses excluded."""
         return time.monotonic() - self._started
 
-    def add(self, values: Mapping[str, Tensor], *, count: Tensor, tokens: Tensor) -> None:
+    def add(self, values: Mapping[str, Tensor | float], *, count: Tensor, tokens: Tensor) -> None:
         """Add one micro-batch.
 
         Args:
-            values: means over its rows by name, 0-dim.
+            values: means over its rows by name, 0-dim tensors or plain numbers.
             count: its rows, 0-dim; where it is 0, no token counts either.
             tokens: its tokens, 0-dim.
         """
         if tuple(values) != self.names:  # the first micro-batch, or a resumed recipe that logs something else
             self.names, self.sums = tuple(values), self._zeros(len(values))
-        means = [value.detach().double() * count for value in values.values()]
+        device = self.sums.device
+        means = [torch.as_tensor(each, device=device).detach().double() * count for each in values.values()]
         self.sums += torch.stack([*means, count.double(), (tokens * (count > 0)).double()])
 
     def note_loss(self, loss: Tensor) -> None:

@@ -1,13 +1,14 @@
-"""What a run tells while it trains: a banner, one line per logging step, trackers, and a closing table."""
+"""What a run reports: a banner, a line per logging step, trackers, a closing table, and summary.json."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import transformers
@@ -16,11 +17,20 @@ from tqdm.auto import tqdm
 
 from swaft.averaging import ReadoutSearch
 from swaft.training.config import flatten
-from swaft.training.evaluation.evaluate import Scores
-from swaft.training.launch.accelerator import RunConfig
+from swaft.training.evaluation.evaluate import Evaluation, Scores
+from swaft.training.launch.accelerator import RunConfig, engine_name
 from swaft.training.run.folder import RunFolder
 
+if TYPE_CHECKING:
+    from swaft.training.run.run import Run
+
 logger = logging.getLogger(__name__)
+
+ON_THE_LINE = {
+    *("loss", "task_loss", "divergence", "grad_norm", "learning_rate", "tokens_per_second", "seconds"),
+    *("noise_to_signal", "changed", "num_averaged"),
+}
+"""Numbers that have a place of their own on a line of the log, or none; what a recipe logs beside them is added."""
 
 
 class BarSafeHandler(logging.Handler):
@@ -48,10 +58,10 @@ def setup_logging() -> None:
 
 
 class ProgressLog:
-    """Tells the progress of one run to the screen, to metrics.jsonl and to trackers.
+    """Reports the progress of one run on the screen, in metrics.jsonl and to trackers.
 
     Args:
-        accelerator: whose trackers are told too.
+        accelerator: that has the trackers.
         folder: whose metrics.jsonl is written, tracker or not.
         total_steps: optimizer steps of the run.
         averaging: name of the averaging rule, shown before the number of members.
@@ -69,25 +79,21 @@ class ProgressLog:
         disable_tqdm: bool | None = None,
         done: int = 0,
     ):
-        self._accelerator = accelerator
-        self._folder = folder
-        self._total_steps = total_steps
-        self._averaging = averaging
+        self._accelerator, self._folder = accelerator, folder
+        self._total_steps, self._averaging = total_steps, averaging
         hidden = not accelerator.is_local_main_process or bool(disable_tqdm)
         # tqdm reads disable=None as "unless this is a terminal"; a bar in a log file is only noise.
-        self._bar = tqdm(
-            total=total_steps,
-            initial=done,
-            unit="step",
-            disable=True if hidden else disable_tqdm,
-            leave=False,
-        )
+        disable = True if hidden else disable_tqdm
+        self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=disable, leave=False)
 
     def banner(self, facts: Mapping[str, Any]) -> None:
         """Print the facts of the run, one a line, before the first step."""
         logger.info("***** Running training *****")
         for name, value in facts.items():
             logger.info("  %s = %s", name, f"{value:,}" if isinstance(value, int) else value)
+        if self._folder.checkpoint is not None:
+            checkpoint, step = self._folder.checkpoint.path, self._bar.n
+            logger.info("resuming from %s, after step %d of %d", checkpoint, step, self._total_steps)
 
     def advance(self) -> None:
         """Move the bar one optimizer step on."""
@@ -102,23 +108,15 @@ class ProgressLog:
     def evaluation(self, step: int, split: str, scores: Mapping[str, Scores]) -> None:
         """Log scores by kind of weights (``last``, ``averaged``)."""
         for weights, values in scores.items():
-            logger.info("step %d | %s, %s weights | %s", step, split, weights, _joined(values))
+            found = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+            logger.info("step %d | %s, %s weights | %s", step, split, weights, found)
             self._record(f"{split}/{weights}", step, values)
-
-    def resumes(self, checkpoint: Path, step: int) -> None:
-        """Say where the run resumes."""
-        logger.info("resuming from %s, after step %d of %d", checkpoint, step, self._total_steps)
 
     def stopped_early(self, step: int) -> None:
         """Say that an evaluation ended the run before its last step."""
         logger.info(
             "stopped early, after step %d of %d: the validation score gets no better", step, self._total_steps
         )
-
-    def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """Print the closing table; the first row is its head."""
-        for line in aligned(rows):
-            logger.info(line)
 
     def window(self, found: ReadoutSearch) -> None:
         """Say which weights were averaged, where that was chosen after training."""
@@ -131,10 +129,14 @@ class ProgressLog:
             *(len(found.tried), "windows and blends" if blended else "windows", best.score),
         )
 
-    def saved(self, folders: Mapping[str, Path]) -> None:
-        """Say where the weights lie, by kind."""
-        for kind, folder in folders.items():
+    def end(
+        self, saved: Mapping[str, Path], scores: Mapping[str, Mapping[str, Scores]], *, seconds: float
+    ) -> None:
+        """Say where the weights lie, by kind, and print the closing table, where anything was scored."""
+        for kind, folder in saved.items():
             logger.info("%s weights saved in %s", kind, folder)
+        for line in aligned(scores_table(scores, seconds=seconds)) if scores else ():
+            logger.info(line)
 
     def close(self) -> None:
         """Take the bar away, end the trackers and leave the process group, all ranks together (collective)."""
@@ -149,7 +151,7 @@ class ProgressLog:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Tell the trackers of ``track.report_to``, where there are any, which run this is."""
+    """Start the trackers of ``track.report_to``, where there are any, with the settings of the run."""
     if config.track.report_to == "none":
         return
     run_name = config.track.run_name or Path(config.train.output_dir).name
@@ -166,9 +168,8 @@ def training_line(
     Args:
         step: optimizer steps so far.
         total_steps: optimizer steps of the run.
-        record: ``loss``, ``task_loss``, ``divergence``, ``grad_norm``, ``learning_rate``,
-            ``tokens_per_second``, ``noise_to_signal``, ``changed`` and ``num_averaged``; None or missing
-            where not measured.
+        record: numbers by name, None or missing where not measured: those of `ON_THE_LINE`, ``loss``,
+            ``learning_rate`` and ``tokens_per_second`` at least, and what else the recipe logs.
         averaging: name of the averaging rule.
     """
     loss = f"loss {record['loss']:.4g}"
@@ -177,21 +178,19 @@ def training_line(
     parts = [f"step {step}/{total_steps}", loss]
     if record.get("grad_norm") is not None:
         parts.append(f"gnorm {record['grad_norm']:.3g}")
-    parts += [f"lr {record['learning_rate']:.2g}", f"{_thousands(record['tokens_per_second'] or 0.0)} tok/s"]
+    speed = record["tokens_per_second"] or 0.0
+    shown = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
+    parts += [f"lr {record['learning_rate']:.2g}", f"{shown} tok/s"]
     if record.get("noise_to_signal"):
         parts.append(f"nsr {record['noise_to_signal']:.2g} changed {record['changed']:.0%}")
+    parts += [f"{name} {record[name]:.4g}" for name in record if name not in ON_THE_LINE]
     if record.get("num_averaged") is not None:
         parts.append(f"{averaging} {int(record['num_averaged'] or 0) or 'off'}")
     return " | ".join(parts)
 
 
 def scores_table(scores: Mapping[str, Mapping[str, Scores]], *, seconds: float) -> list[list[str]]:
-    """Return the closing table: one row a split and kind of weights, one column a score.
-
-    Args:
-        scores: split to kind of weights to scores.
-        seconds: time spent in training steps.
-    """
+    """Return the closing table of split to kind of weights to scores: a row for each kind, a column a score."""
     names = list(
         dict.fromkeys(name for kinds in scores.values() for values in kinds.values() for name in values)
     )
@@ -212,9 +211,77 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _joined(values: Scores) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+def run_facts(run: Run, *, task: str, schedule: Callable[[int], float]) -> dict[str, Any]:
+    """Return the facts of a prepared run for its banner, by the names people know from transformers' Trainer."""
+    train, accelerator, averager = run.config.train, run.accelerator, run.averager
+    per_step = (
+        train.per_device_train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
+    )
+    precision = "fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} over fp32"
+    facts = {
+        "Task": task,
+        "Num examples": run.num_rows,
+        "Num epochs": f"{run.total_steps * per_step / run.num_rows:.2f}",
+        "Instantaneous batch size per device": train.per_device_train_batch_size,
+        "Total train batch size (w. parallel, distributed & accumulation)": per_step,
+        "Gradient accumulation steps": train.gradient_accumulation_steps,
+        "Total optimization steps": run.total_steps,
+        "Number of trainable parameters": str(run.num_parameters),
+        "Learning rate": getattr(schedule, "__name__", str(schedule)),
+        "Engine": engine_name(accelerator),
+        "Ranks": f"{accelerator.num_processes} on {accelerator.device.type}",
+        "Precision": precision,
+        "Averaging": "none",
+    }
+    if averager is not None:
+        plan = averager.plan()
+        facts["Averaging"] = f"{plan.num_members:,} weights from step {plan.first_step:,} on"
+        facts["Averaging takes"] = "; ".join(str(averager.forecast()).splitlines())
+    return facts
 
 
-def _thousands(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+def summary(
+    run: Run,
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
+    *,
+    seconds: float,
+    window: ReadoutSearch | None = None,
+) -> dict[str, Any]:
+    """Return the content of summary.json.
+
+    Args:
+        run: at its end.
+        evaluations: by split and kind of weights (``last``, ``averaged``).
+        seconds: in training steps, evaluation and saving excluded.
+        window: what was averaged, where that was chosen after training.
+    """
+    averager, steps = run.averager, run.position.step
+
+    def each(part: Callable[[Evaluation], Any]) -> dict[str, dict[str, Any]]:
+        return {
+            split: {kind: part(evaluation) for kind, evaluation in kinds.items()}
+            for split, kinds in evaluations.items()
+        }
+
+    content: dict[str, Any] = {
+        "metric": run.target.score,
+        "scores": each(lambda evaluation: evaluation.scores),
+        "steps": steps,
+        "applied_steps": run.applied_steps,
+        "num_averaged": 0 if averager is None else averager.num_averaged,
+        "train_seconds": round(seconds, 3),
+    }
+    if run.position.stopped:
+        content["stopped_early_at"] = steps
+    if run.best is not None and run.best.found is not None:
+        content["best"] = asdict(run.best.found)
+    if any(evaluation.details for kinds in evaluations.values() for evaluation in kinds.values()):
+        content["details"] = each(lambda evaluation: evaluation.details)
+    if averager is not None:
+        # How often training was blocked by averaging, and how long in all.
+        content["averaging_waits"] = averager.waits.count
+        content["averaging_wait_seconds"] = round(averager.waits.seconds, 3)
+    if window is not None:
+        content["window"] = window.best.row()
+        content["windows_tried"] = [tried.row() for tried in window.tried]
+    return content

@@ -1,18 +1,30 @@
-"""What a checkpoint's manifest says about its run, and whether another process may go on with it; pure."""
+"""What a checkpoint's manifest says about its run, and whether another process may resume it; pure.
+
+Engines open a checkpoint of another model, other rows or another seed without a word, so digests are compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from torch import nn
+
+from swaft.averaging.state import sum_of_bits
 from swaft.errors import ConfigError, StateError
+
+SAMPLED_ROWS = 64
+"""Rows that stand for all of them: reading every row would take as long as a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What of a run does not change as it goes on."""
+    """What of a run does not change."""
 
     stage: int | None
     """DeepSpeed's stage of ZeRO; None under torch alone."""
@@ -29,11 +41,11 @@ class Setup:
     rows: int
     """Training rows."""
     rows_sha256: str
-    """Of a sample of them, from :func:`~swaft.training.run.fingerprint.fingerprint_rows`."""
+    """Of a sample of them, from `fingerprint_rows`."""
     architecture_sha256: str
-    """Of names and shapes of weights, from :func:`~swaft.training.run.fingerprint.fingerprint_architecture`."""
+    """Of names and shapes of weights, from `fingerprint_architecture`."""
     frozen_sha256: str
-    """Of the weights that are not trained, from :func:`~swaft.training.run.fingerprint.fingerprint_frozen`."""
+    """Of the weights that are not trained, from `fingerprint_frozen`."""
     seed: int
     """``train.seed``."""
 
@@ -43,9 +55,20 @@ class Setup:
         return "torch alone" if self.stage is None else f"DeepSpeed stage {self.stage}"
 
 
+SETTING_OF = {
+    "total_steps": "train.max_steps or num_train_epochs as it was",
+    "rows": "section data as it was",
+    "rows_sha256": "section data, or the tokenizer, as it was",
+    "architecture_sha256": "section model as it was",
+    "frozen_sha256": "section model as it was",
+    "seed": "train.seed as it was",
+}
+"""What has to be set for the fields of a `Setup` that may not differ."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run at one of its steps, but for what is in files."""
+    """What a checkpoint says of a run at one of its steps."""
 
     setup: Setup
     """What does not change."""
@@ -60,45 +83,41 @@ class RunRecord:
     versions: Mapping[str, str]
     """Of packages."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
     @classmethod
     def read(cls, content: Mapping[str, Any], checkpoint: Path) -> RunRecord:
-        """Understand what a checkpoint says.
-
-        Raises:
-            StateError: it says other things, as another version of swaft would write.
-        """
-        _require_fields(cls, content, checkpoint, "content")
-        _require_fields(Setup, content["setup"], checkpoint, "content: setup")
+        """Understand what a checkpoint says; raise `StateError` for what another version of swaft has written."""
+        for record, values, where in ((cls, content, ""), (Setup, content.get("setup"), ": setup")):
+            expected = sorted(each.name for each in fields(record))
+            found = sorted(values) if isinstance(values, Mapping) else values
+            if found != expected:
+                raise StateError(
+                    f"{checkpoint}/manifest.json: content{where}: found {found}, expected {expected}; it was "
+                    "written by another version of swaft, which is the one to resume it with"
+                )
         return cls(**{**content, "setup": Setup(**content["setup"])})
 
 
 def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
-    """Refuse to go on with a run of another length, other rows, another seed or another model.
-
-    Raises:
-        ConfigError: naming each setting that differs.
-    """
-    settings = {
-        "total_steps": "train.max_steps or num_train_epochs as it was",
-        "rows": "section data as it was",
-        "rows_sha256": "section data, or the tokenizer, as it was",
-        "architecture_sha256": "section model as it was",
-        "frozen_sha256": "section model as it was",
-        "seed": "train.seed as it was",
-    }
-    different = [name for name in settings if getattr(before.setup, name) != getattr(now, name)]
+    """Refuse to resume a run of another length, other rows, another seed or another model; name each setting."""
+    was, settings = before.setup, dict(SETTING_OF)
+    different = [name for name in settings if getattr(was, name) != getattr(now, name)]
     for known, more in (("rows", "rows_sha256"), ("architecture_sha256", "frozen_sha256")):
         if known in different and more in different:
             different.remove(more)  # says nothing more
-    if before.setup.rows_per_step != now.rows_per_step and before.setup.rows == now.rows:
-        settings["total_steps"] = _same_step(before.setup, now)
+    if was.rows_per_step != now.rows_per_step and was.rows == now.rows:
+        settings["total_steps"] = (
+            "train.per_device_train_batch_size or gradient_accumulation_steps so that their product with the "
+            f"ranks, {now.world_size} now and {was.world_size} before, is {was.rows_per_step} rows a step (it is "
+            f"{now.rows_per_step})"
+        )
+
+    def shown(setup: Setup, name: str) -> Any:
+        value = getattr(setup, name)
+        return f"{value[:12]}..." if isinstance(value, str) else value
+
     problems = [
-        f"{checkpoint} is of a run with {name} = {_short(getattr(before.setup, name))}, this one has "
-        f"{_short(getattr(now, name))}; set {settings[name]}, or begin a new run in a new train.output_dir"
+        f"{checkpoint} is of a run with {name} = {shown(was, name)}, this one has {shown(now, name)}; set "
+        f"{settings[name]}, or begin a new run in a new train.output_dir"
         for name in different
     ]
     if problems:
@@ -106,18 +125,10 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
 
 
 def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, average: Path) -> None:
-    """Refuse an optimizer state that the engine of this run cannot open.
+    """Refuse an optimizer state that the engine of this run cannot open, and say what opens it.
 
     Torch's own opens under torch alone, on any number of ranks; DeepSpeed's under its stage and number of ranks.
-
-    Args:
-        before: of the checkpoint.
-        now: of this run.
-        checkpoint: its folder.
-        average: folder of the averages in it, which open anywhere.
-
-    Raises:
-        StateError: saying what opens it.
+    The averages in the folder ``average`` open anywhere.
     """
     was = before.setup
     if was.stage != now.stage or (now.stage is not None and was.world_size != now.world_size):
@@ -128,23 +139,13 @@ def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, aver
         )
         raise StateError(
             f"{checkpoint} was written under {was.engine} by {was.world_size} ranks, and this run is {now.engine} "
-            f"on {now.world_size}. {fits}: start with those to go on. Its averages fit any engine: "
+            f"on {now.world_size}. {fits}: start with those to resume. Its averages fit any engine: "
             f"averager.load_state('{average}', same_weights=False)"
         )
 
 
 def require_averages(before: RunRecord, checkpoint: Path, *, there: bool, wanted: bool) -> None:
-    """Refuse averages that would be lost, and to average a run whose beginning nobody has averaged.
-
-    Args:
-        before: of the checkpoint.
-        checkpoint: its folder.
-        there: whether it holds averages.
-        wanted: whether this run averages.
-
-    Raises:
-        ConfigError: as said.
-    """
+    """Refuse averages that would be lost, and to average a run whose beginning nobody has averaged."""
     if there != wanted:
         what = "averaged nothing" if wanted else "averages, and would lose what it has"
         raise ConfigError(
@@ -154,33 +155,26 @@ def require_averages(before: RunRecord, checkpoint: Path, *, there: bool, wanted
         )
 
 
-def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any]) -> list[str]:
-    """What was set otherwise, in words; where a run is written to and how it goes on apart.
+def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield in words what was set otherwise, but for where a run is written and how it resumes.
 
     All of it is obeyed, but that trained weights are the checkpoint's, whatever model they began as. The rows of a
-    step are told too: they change with the number of ranks, which no setting says.
+    step are reported too: they change with the number of ranks, which no setting says.
     """
     kept = {"model.model_name_or_path": " (the trained weights are the checkpoint's)"}
-    names = sorted({*before.settings, *settings} - {"train.output_dir", "train.resume_from_checkpoint"})
-    changed = [
-        f"{name}: {before.settings.get(name)} before, {settings.get(name)} now{kept.get(name, '')}"
-        for name in names
-        if before.settings.get(name) != settings.get(name)
-    ]
+    for name in sorted({*before.settings, *settings} - {"train.output_dir", "train.resume_from_checkpoint"}):
+        was, is_now = before.settings.get(name), settings.get(name)
+        if was != is_now:
+            yield f"{name}: {was} before, {is_now} now{kept.get(name, '')}"
     if before.setup.rows_per_step != now.rows_per_step:
-        changed.append(
+        yield (
             f"rows of an optimizer step: {before.setup.rows_per_step} before, {now.rows_per_step} now; they are "
             "train.per_device_train_batch_size x gradient_accumulation_steps x ranks"
         )
-    return changed
 
 
 def batches_read(before: RunRecord, now: Setup) -> int:
-    """Micro-batches of the pass that a rank of this run has read, when so many rows have been.
-
-    Raises:
-        ConfigError: rows of half a batch have been read.
-    """
+    """Micro-batches of the pass that a rank of this run has read; raise `ConfigError` within a batch."""
     was, batches = before.setup, before.parts["position"]["batches"]
     if batches and was.grouped_by != now.grouped_by:
         raise ConfigError(
@@ -199,25 +193,34 @@ def batches_read(before: RunRecord, now: Setup) -> int:
     return rows // size
 
 
-def _same_step(before: Setup, now: Setup) -> str:
-    """The settings by which a step takes as many rows as it did, in words."""
-    return (
-        "train.per_device_train_batch_size or gradient_accumulation_steps so that their product with the ranks, "
-        f"{now.world_size} now and {before.world_size} before, is {before.rows_per_step} rows a step (it is "
-        f"{now.rows_per_step})"
-    )
+def fingerprint_frozen(model: nn.Module) -> str:
+    """Digest of the names, shapes and bits of the weights that are not trained, which no checkpoint holds.
 
-
-def _short(value: Any) -> Any:
-    """A value as it is told: of a digest its beginning."""
-    return f"{value[:12]}..." if isinstance(value, str) else value
-
-
-def _require_fields(record: type, content: Any, checkpoint: Path, where: str) -> None:
-    expected = sorted(each.name for each in fields(record))
-    found = sorted(content) if isinstance(content, Mapping) else content
-    if found != expected:
-        raise StateError(
-            f"{checkpoint}/manifest.json: {where}: found {found}, expected {expected}; it was written by another "
-            "version of swaft, which is the one to go on with"
+    The model is on the host and not sharded yet. 16-bit weights have the digest of the same numbers in fp32.
+    """
+    frozen = [
+        (
+            name,
+            list(parameter.shape),
+            sum_of_bits(piece.float() for piece in parameter.reshape(-1).split(1 << 24)),
         )
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+    return _digest(frozen)
+
+
+def fingerprint_architecture(model: nn.Module) -> str:
+    """Digest of the names and shapes of a model's weights, and which of them are trained, before it is sharded."""
+    return _digest([(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()])
+
+
+def fingerprint_rows(rows: Dataset) -> str:
+    """Digest of the columns and of `SAMPLED_ROWS` rows spread evenly, the first and the last among them."""
+    last, places = len(rows) - 1, max(1, min(SAMPLED_ROWS, len(rows)) - 1)
+    indices = sorted({place * last // places for place in range(places + 1)})
+    return _digest([rows.column_names, rows.select(indices).with_format(None).to_list()])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

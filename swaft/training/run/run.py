@@ -6,10 +6,10 @@ counts, the log, evaluation and checkpoints when they are due, signals, and the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,47 +20,53 @@ from torch.utils.data import DataLoader
 
 from swaft.averaging import Engine, Readout, ReadoutSearch, WeightAverager, attach_engine, save_pretrained
 from swaft.storage import sync_tree
-from swaft.training.config import AveragingConfig, EvalConfig, flatten, to_yaml
+from swaft.training.config import load_config, to_yaml
 from swaft.training.evaluation.best import BestWeights, Target, watches_weights
-from swaft.training.evaluation.evaluate import Evaluation, best_window, mean_evaluations
+from swaft.training.evaluation.evaluate import Evaluation, Scores, best_window, mean_evaluations
 from swaft.training.launch.accelerator import (
     EngineSettings,
     RunConfig,
     build_accelerator,
     whole_model_loading,
 )
+from swaft.training.launch.failure import run_and_report
 from swaft.training.launch.fsdp2 import prepare
-from swaft.training.launch.interruption import Interrupted, Interruption
-from swaft.training.models.build import ParameterCount, count_parameters
-from swaft.training.run.accumulation import step_batches
+from swaft.training.launch.interruption import Interrupted, InterruptibleLoader, Interruption
+from swaft.training.models.build import count_parameters
+from swaft.training.run.batches import Collate, loader_of, step_batches, training_loader
 from swaft.training.run.checkpoints import AVERAGE
 from swaft.training.run.ddp_buckets import allow_unused_weights, settle_buckets
 from swaft.training.run.engine_state import zero_stage
-from swaft.training.run.fingerprint import fingerprint_architecture, fingerprint_frozen, fingerprint_rows
 from swaft.training.run.folder import RunFolder
-from swaft.training.run.loaders import evaluation_loader, training_loader
 from swaft.training.run.meter import Meter
-from swaft.training.run.progress import ProgressLog, scores_table, start_trackers
-from swaft.training.run.record import RunRecord, Setup
-from swaft.training.run.schedule import Schedule, count_optimizer_steps
+from swaft.training.run.progress import ProgressLog, run_facts, setup_logging, start_trackers, summary
+from swaft.training.run.record import (
+    RunRecord,
+    Setup,
+    fingerprint_architecture,
+    fingerprint_frozen,
+    fingerprint_rows,
+)
+from swaft.training.run.schedule import count_optimizer_steps
 from swaft.training.run.state import Part, RunState, load_engine_state
 from swaft.training.run.step import Position, Step
-from swaft.training.run.summary import run_facts, summary
 
 Evaluations = dict[str, Evaluation]
+"""By kind of weights, ``last`` and ``averaged``."""
 BLENDS = (0.0, 0.3, 0.6, 1.5)
 """What ``averaging.search_blend`` tries besides the average itself."""
-"""By kind of weights, ``last`` and ``averaged``."""
 
 
-class RecipeConfig(RunConfig, Protocol):
-    """The sections that the configurations of all recipes have in common."""
+def run_recipe(train: Callable[[Any], None], config: type, argv: Sequence[str] | None = None) -> int:
+    """Read a recipe's settings, train, and return the exit code.
 
-    @property
-    def averaging(self) -> AveragingConfig: ...  # noqa: D102
-
-    @property
-    def eval(self) -> EvalConfig: ...  # noqa: D102
+    Args:
+        train: of the recipe.
+        config: class of its settings.
+        argv: arguments; None: the command line's.
+    """
+    setup_logging()
+    return run_and_report(lambda: train(load_config(config, sys.argv[1:] if argv is None else argv)))
 
 
 class Run:
@@ -74,27 +80,33 @@ class Run:
         folder: of this run.
     """
 
-    def __init__(self, config: RecipeConfig, accelerator: Accelerator, folder: RunFolder):
+    model: Any
+    """As prepared."""
+    optimizer: Any
+    """As prepared."""
+    meter: Meter
+    """Sums of the log, and the time in training steps; known once `begin` has been called."""
+    engine: Engine
+    """Of the model; known once `begin` has been called."""
+    averager: WeightAverager | None = None
+    """None without averaging, and until `begin`."""
+    best: BestWeights | None = None
+    """The weights that scored best, where they are followed."""
+    target: Target
+    """The main score, and the one that weights are chosen by."""
+    total_steps: int = 0
+    """Optimizer steps of the run; known once `prepare` has returned."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder):
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.position = Position()
-        self.total_steps = 0
-        """Optimizer steps of the run; known once `prepare` has returned."""
-        self._interruption = Interruption()
-        self._open = ExitStack()
+        self.readout = Readout(blend=config.averaging.blend)
+        self._interruption, self._open = Interruption(), ExitStack()
         self._record: RunRecord | None = None
-        self._averager: WeightAverager | None = None
-        self._best: BestWeights | None = None
-        self.model: Any = None
-        """As prepared."""
-        self.optimizer: Any = None
-        """As prepared."""
-        self.meter: Meter
-        self._engine: Engine
-        self._log: ProgressLog
         self._state: RunState | None = None
 
     @classmethod
-    def start(cls, config: RecipeConfig, engine: EngineSettings) -> Run:
+    def start(cls, config: RunConfig, engine: EngineSettings) -> Run:
         """Start the engine that the launcher asked for, and claim the run's folder (collective).
 
         Args:
@@ -111,15 +123,13 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save where the run was asked to end; leave the signals to whoever had them before."""
         try:
             if isinstance(error, Interrupted) and self._state is not None:
                 self._state.save()
-                if self._averager is not None:
-                    self._averager.close()  # which deletes what it has put on the node's disk
+                if self.averager is not None:
+                    self.averager.close()  # which deletes what it has put on the node's disk
         finally:
             self._open.close()
 
@@ -132,7 +142,7 @@ class Run:
         model: nn.Module,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         rows: Dataset,
-        collate: Callable[[list[Any]], dict[str, Any]],
+        collate: Collate,
         *,
         objective: Any,
     ) -> tuple[Any, Any, DataLoader[Any]]:
@@ -152,24 +162,15 @@ class Run:
             ConfigError, StateError: the checkpoint is of another run or engine.
         """
         self._open.enter_context(self._interruption)
-        train, accelerator = self.config.train, self.accelerator
-        self._parameters: ParameterCount = count_parameters(model)
+        train, accelerator, world_size = self.config.train, self.accelerator, self.accelerator.num_processes
+        self.num_parameters, self.num_rows = count_parameters(model), len(rows)
         architecture, frozen = fingerprint_architecture(model), fingerprint_frozen(model)
         # From here on the weights may live in shards.
         allow_unused_weights(accelerator, model)
-        self.model, self.optimizer, loader = prepare(
-            accelerator,
-            model,
-            optimizer,
-            training_loader(rows, collate, train, accelerator),
-        )
-        self.total_steps = count_optimizer_steps(
-            micro_batches=len(loader),
-            accumulation_steps=train.gradient_accumulation_steps,
-            num_train_epochs=train.num_train_epochs,
-            max_steps=train.max_steps,
-        )
-        world_size, batch_size = accelerator.num_processes, train.per_device_train_batch_size
+        loader = training_loader(rows, collate, train, world_size=world_size)
+        self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
+        self.total_steps = count_optimizer_steps(train, len(loader))
+        batch_size = train.per_device_train_batch_size
         self._setup = Setup(
             stage=zero_stage(self.model),
             world_size=world_size,
@@ -183,21 +184,18 @@ class Run:
             frozen_sha256=frozen,
             seed=train.seed,
         )
-        if (
-            self.folder.checkpoint is not None
-        ):  # before an averager is attached: it takes weights as it finds them
+        checkpoint = self.folder.checkpoint
+        if checkpoint is not None:  # before an averager is attached: it takes weights as it finds them
             first = [rows[i] for i in range(min(len(rows), batch_size))]
             settle_buckets(accelerator, self.model, objective, collate(first))
-            self._record = load_engine_state(
-                self.folder.checkpoint, accelerator, self.model, self.optimizer, self._setup
-            )
+            self._record = load_engine_state(checkpoint, accelerator, self.model, self.optimizer, self._setup)
         return self.model, self.optimizer, loader
 
     def begin(
         self,
         *,
         task: str,
-        schedule: Schedule,
+        schedule: Callable[[int], float],
         target: Target,
         tokenizer: Any,
         splits: Collection[str],
@@ -208,93 +206,87 @@ class Run:
 
         Args:
             task: what is learnt, in words.
-            schedule: the learning rate, for the log.
+            schedule: the learning rate; its name, or what `str` makes of it, is logged.
             target: the main score, and the one that weights are chosen by.
             tokenizer: saved beside weights.
             splits: names of those that there are rows of.
             averager: None without averaging.
-            parts: what else has state, by name; see `Part`.
+            parts: what else has state, by name; see `Part`. What has none may be passed too.
 
         Raises:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
         """
-        config, train, folder = self.config, self.config.train, self.folder
-        self._averager, self._tokenizer, self._target = averager, tokenizer, target
+        config, folder, accelerator = self.config, self.folder, self.accelerator
+        self.averager, self.target, self._tokenizer = averager, target, tokenizer
         self._validates = "validation" in splits
-        self._readout = Readout(blend=config.averaging.blend)
-        self.meter = Meter(self.accelerator)
-        self._engine = averager.engine if averager else attach_engine(self.model, self.optimizer)
+        self.meter = Meter(accelerator)
+        self.engine = averager.engine if averager else attach_engine(self.model, self.optimizer)
         if watches_weights(config.eval):
-            self._best = BestWeights(
+            self.best = BestWeights(
                 config.eval,
                 target=target,
                 folder=folder.best,
                 tokenizer=tokenizer,
-                engine=self._engine,
+                engine=self.engine,
                 averager=averager,
             )
-        named = {AVERAGE: averager, "best": self._best, "scaler": self.accelerator.scaler, **parts}
-        self._state = state = RunState(
-            accelerator=self.accelerator,
-            model=self.model,
-            engine=self._engine,
-            meter=self.meter,
-            position=self.position,
-            parts={name: part for name, part in named.items() if part is not None},
-            folder=folder,
-            setup=self._setup,
-            settings=flatten(config),
-            save_total_limit=train.save_total_limit,
-        )
-        if folder.checkpoint is not None and self._record is not None:
-            state.restore(folder.checkpoint, self._record)
-        folder.begin(to_yaml(config), self.accelerator, engine=self._engine.name)
-        start_trackers(self.accelerator, config)
-        set_seed(train.seed, device_specific=True)  # each rank drops out units of its own
-        if folder.checkpoint is not None and self._record is not None:
-            state.restore_random(folder.checkpoint.path, self._record)
+        named = {AVERAGE: averager, "best": self.best, "scaler": accelerator.scaler, **parts}
+        stateful = {
+            name: part
+            for name, part in named.items()
+            if hasattr(part, "save_state") or hasattr(part, "state_dict")
+        }
+        self._state = RunState(self, self._setup, stateful)
+        checkpoint, record = folder.checkpoint, self._record
+        if checkpoint is not None and record is not None:
+            self._state.restore(checkpoint, record)
+        folder.begin(to_yaml(config), accelerator, engine=self.engine.name)
+        start_trackers(accelerator, config)
+        set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
+        if checkpoint is not None and record is not None:
+            self._state.restore_random(checkpoint.path, record)
         self._log = ProgressLog(
-            self.accelerator,
+            accelerator,
             folder,
             total_steps=self.total_steps,
             averaging=config.averaging.rule,
-            disable_tqdm=train.disable_tqdm,
+            disable_tqdm=config.train.disable_tqdm,
             done=self.position.step,
         )
-        self._log.banner(
-            run_facts(
-                train,
-                self.accelerator,
-                task=task,
-                num_rows=self._setup.rows,
-                num_parameters=self._parameters,
-                schedule=schedule,
-                averager=averager,
-            )
-        )
-        if folder.checkpoint is not None:
-            self._log.resumes(folder.checkpoint.path, self.position.step)
+        self._log.banner(run_facts(self, task=task, schedule=schedule))
 
     @property
-    def resumed_at(self) -> int:
-        """Optimizer steps that had changed the weights when the checkpoint was written; 0 where there is none."""
-        return self._record.applied_steps if self._record else 0
+    def averaging_options(self) -> dict[str, Any]:
+        """What an averager has to know besides model and rule: where the run resumes, and how averages are kept."""
+        section = self.config.averaging
+        return {
+            "first_step": self._record.applied_steps if self._record else 0,
+            "precision": section.precision,
+            "threads": section.threads,
+            "spill_dir": section.spill_dir,
+        }
 
     @property
     def applied_steps(self) -> int:
         """Optimizer steps that changed the weights; those an overflow skipped do not count."""
-        return self._engine.applied_steps()
+        return self.engine.applied_steps()
 
-    def evaluation_loader(self, rows: Dataset, collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
-        """Return a loader over every row, which draws from no generator of training and obeys signals."""
-        return evaluation_loader(
-            rows,
-            collate,
-            self.accelerator,
-            self._interruption,
-            batch_size=self.config.eval.per_device_eval_batch_size,
-            num_workers=self.config.train.dataloader_num_workers,
-        )
+    def evaluation_loaders(self, splits: Mapping[str, Dataset], collate: Collate) -> dict[str, Any]:
+        """Return loaders over every row of each split but ``train``.
+
+        They draw from no generator of training, and obey signals between two batches.
+        """
+        batch_size = self.config.eval.per_device_eval_batch_size
+        workers = self.config.train.dataloader_num_workers
+        loaders = {
+            name: loader_of(rows, collate, batch_size=batch_size, num_workers=workers)
+            for name, rows in splits.items()
+            if name != "train"
+        }
+        return {
+            name: InterruptibleLoader(self.accelerator.prepare_data_loader(loader), self._interruption)
+            for name, loader in loaders.items()
+        }
 
     def steps(self, loader: DataLoader[Any], evaluate: Callable[..., Evaluations]) -> Iterator[Step]:
         """Yield the optimizer steps from where the run stands to its end (collective).
@@ -326,8 +318,8 @@ class Run:
                     "grad_norm": step.measured_grad_norm(),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
                 }
-                if self._averager is not None:
-                    record["num_averaged"] = self._averager.num_averaged
+                if self.averager is not None:
+                    record["num_averaged"] = self.averager.num_averaged
                 self._log.training(step.number, record)
             every = self.config.eval.eval_steps if self._validates else None
             position.evaluated = last or not every or step.number % every > 0
@@ -352,17 +344,17 @@ class Run:
             return None
         with self.meter.paused():
             return best_window(
-                self._averager,
+                self.averager,
                 lambda: score("validation"),
-                self._target.chosen,
-                better=self._target.better,
+                self.target.chosen,
+                better=self.target.better,
                 blends=BLENDS if self.config.averaging.search_blend else (),
             )
 
     def finish(
         self,
         evaluate: Callable[..., Evaluations],
-        splits: Sequence[str],
+        splits: Collection[str],
         *,
         window: ReadoutSearch | None = None,
         means: Mapping[str, Sequence[str]] | None = None,
@@ -378,45 +370,29 @@ class Run:
             write_outputs: writes into the folder what else comes of the evaluations; called before summary.json
                 says that the run has ended.
         """
-        folder, averager, log = self.folder, self._averager, self._log
-        seconds = self.meter.seconds
+        folder, step, seconds, ranks = self.folder, self.position.step, self.meter.seconds, self.engine.ranks
         if self.position.stopped:
-            log.stopped_early(self.position.step)
+            self._log.stopped_early(step)
         if window:
-            log.window(window)
-        readout = window.best.readout if window else self._readout
-        found = {split: evaluate(split, readout) for split in splits}
+            self._log.window(window)
+            self.readout = window.best.readout
+        found = {split: evaluate(split, self.readout) for split in splits}
         found |= mean_evaluations(found, means or {})
-        scores = {
-            split: {kind: each.scores for kind, each in kinds.items()} for split, kinds in found.items()
-        }
+        scores = {split: _scores(kinds) for split, kinds in found.items()}
         for split, kinds in scores.items():
-            log.evaluation(self.position.step, split, kinds)
-        saved = self._save_weights(readout)
-        if self._best is not None:
-            self._best.observe(self.position.step, scores["validation"], readout)
+            self._log.evaluation(step, split, kinds)
+        saved = self._save_weights()
+        if self.best is not None:
+            self.best.observe(step, scores["validation"], self.readout)
         write_outputs(found)
-        self._engine.ranks.raise_together(folder.failure)
-        content = summary(
-            found,
-            steps=self.position.step,
-            applied_steps=self.applied_steps,
-            seconds=seconds,
-            stopped_early=self.position.stopped,
-            metric_name=self._target.score,
-            averager=averager,
-            window=window,
-            best=self._best and self._best.found,
-        )
-        folder.write_json("summary.json", content)
-        self._engine.ranks.raise_together(folder.failure)
+        ranks.raise_together(folder.failure)
+        folder.write_json("summary.json", summary(self, found, seconds=seconds, window=window))
+        ranks.raise_together(folder.failure)
         if folder.best.exists():
             saved["best"] = folder.best
-        log.saved(saved)
-        if scores:
-            log.table(scores_table(scores, seconds=seconds))
+        self._log.end(saved, scores, seconds=seconds)
         folder.release()
-        log.close()
+        self._log.close()
 
     @property
     def _is_over(self) -> bool:
@@ -426,24 +402,25 @@ class Run:
         if self.position.evaluated:
             return
         with self.meter.paused():
-            found = evaluate("validation", self._readout)
-            scores = {kind: each.scores for kind, each in found.items()}
+            scores = _scores(evaluate("validation", self.readout))
             self._log.evaluation(self.position.step, "validation", scores)
-            if self._best is not None:
-                self.position.stopped = self._best.observe(self.position.step, scores, self._readout)
+            if self.best is not None:
+                self.position.stopped = self.best.observe(self.position.step, scores, self.readout)
         self.position.evaluated = True
 
-    def _save_weights(self, readout: Readout | None) -> dict[str, Any]:
+    def _save_weights(self) -> dict[str, Any]:
         """Write both kinds of weights with the tokenizer; return where they are."""
-        folder, ranks = self.folder, self._engine.ranks
-        saved = {"last": folder.final}
-        save_pretrained(self._engine, folder.final)
-        if self._averager:
+        folder, saved = self.folder, {"last": self.folder.final}
+        save_pretrained(self.engine, folder.final)
+        if self.averager:
             saved["averaged"] = folder.final_averaged
-            self._averager.save_pretrained(folder.final_averaged, readout)
-        with ranks.together(f"the tokenizer could not be written to {folder.path}"):
-            if folder.is_main:
-                for path in saved.values():
-                    self._tokenizer.save_pretrained(path)
-                    sync_tree(path)
+            self.averager.save_pretrained(folder.final_averaged, self.readout)
+        with self.engine.ranks.together(f"the tokenizer could not be written to {folder.path}"):
+            for path in saved.values() if folder.is_main else ():
+                self._tokenizer.save_pretrained(path)
+                sync_tree(path)
         return saved
+
+
+def _scores(kinds: Evaluations) -> dict[str, Scores]:
+    return {kind: each.scores for kind, each in kinds.items()}

@@ -9,31 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 
 from swaft.errors import ConfigError
 from swaft.fraction import share_of
-
-Kind = Literal["linear", "cosine", "constant_with_warmup", "constant"]
-
-
-class ScheduleSettings(Protocol):
-    """The settings of section ``train`` that decide the rate."""
-
-    learning_rate: float
-    lr_scheduler_type: Literal["auto", "linear", "cosine", "constant_with_warmup", "constant"]
-    warmup_steps: int | float
-
-
-class LengthSettings(Protocol):
-    """The settings of section ``train`` that decide how long a run is."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    num_train_epochs: float
-    max_steps: int
+from swaft.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +29,27 @@ class Schedule:
         (1 + cos(pi * (s - w) / (T - w))) / 2   for ``cosine``.
     """
 
-    kind: Kind
-    """Shape after the warm-up."""
+    kind: str
+    """Shape after the warm-up: ``linear``, ``cosine``, ``constant_with_warmup`` or ``constant``."""
     peak: float
     """Rate at the end of the warm-up."""
     warmup_steps: int
-    """Optimizer steps until ``peak`` is reached."""
+    """Optimizer steps until ``peak`` is reached; 0 for ``constant``."""
     total_steps: int
     """Optimizer steps of the run."""
 
     def __call__(self, applied_steps: int) -> float:
-        """Return the rate of the next step.
-
-        Args:
-            applied_steps: optimizer steps that have happened; overflow skips do not count.
-        """
+        """Return the rate of the step after so many applied ones; overflow skips do not count."""
         return self.peak * self._share(applied_steps)
 
+    def __str__(self) -> str:
+        """Write it for the banner of a run."""
+        return f"{self.peak:g} {self.kind}, {self.warmup_steps} warm-up steps"
+
     def _share(self, step: int) -> float:
-        if self.kind == "constant":
-            return 1.0
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        if self.kind == "constant_with_warmup":
+        if self.kind.startswith("constant"):
             return 1.0
         decay_steps = max(1, self.total_steps - self.warmup_steps)
         if self.kind == "linear":
@@ -78,7 +57,7 @@ class Schedule:
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - self.warmup_steps) / decay_steps))))
 
 
-def build_schedule(train: ScheduleSettings, *, total_steps: int, averaging: bool) -> Schedule:
+def build_schedule(train: TrainConfig, *, total_steps: int, averaging: bool) -> Schedule:
     """Return the schedule a run asks for.
 
     Args:
@@ -90,11 +69,9 @@ def build_schedule(train: ScheduleSettings, *, total_steps: int, averaging: bool
     Raises:
         ConfigError: the whole run would be warm-up.
     """
-    kind: Kind
-    if train.lr_scheduler_type == "auto":
+    kind = train.lr_scheduler_type
+    if kind == "auto":
         kind = "constant_with_warmup" if averaging else "linear"
-    else:
-        kind = train.lr_scheduler_type
     warmup_steps = 0 if kind == "constant" else warmup_length(train.warmup_steps, total_steps)
     if warmup_steps >= total_steps:
         raise ConfigError(
@@ -118,44 +95,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def count_micro_batches(*, num_rows: int, batch_size: int, world_size: int) -> int:
     """Return the micro-batches per rank and epoch: the length of a loader once accelerate has prepared it.
 
-    Args:
-        num_rows: training rows.
-        batch_size: rows per rank and micro-batch; the last one of an epoch may have fewer.
-        world_size: ranks, each of which gets equally many.
+    The last one of an epoch may have fewer rows than ``batch_size``; each rank gets equally many batches.
     """
     return math.ceil(math.ceil(num_rows / batch_size) / world_size)
 
 
-def count_optimizer_steps(
-    *, micro_batches: int, accumulation_steps: int, num_train_epochs: float, max_steps: int
-) -> int:
+def count_optimizer_steps(train: TrainConfig, micro_batches: int) -> int:
     """Return the optimizer steps of a run, counted as transformers' Trainer does, but for its rounding of floats.
 
     Args:
+        train: section ``train``; a positive ``max_steps`` wins. What accumulation leaves over at the end of an
+            epoch makes a step of its own.
         micro_batches: length of the prepared loader, that is per rank and epoch.
-        accumulation_steps: micro-batches per optimizer step; the rest at the end of an epoch makes a step of
-            its own.
-        num_train_epochs: passes over the rows; a fraction is allowed.
-        max_steps: wins where it is positive.
     """
-    if max_steps > 0:
-        return max_steps
-    steps_per_epoch = max(math.ceil(micro_batches / accumulation_steps), 1)
-    return math.ceil(share_of(steps_per_epoch, num_train_epochs))
+    if train.max_steps > 0:
+        return train.max_steps
+    steps_per_epoch = max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
+    return math.ceil(share_of(steps_per_epoch, train.num_train_epochs))
 
 
-def planned_steps(train: LengthSettings, *, num_rows: int, world_size: int) -> int:
-    """Return the optimizer steps that a run will take, told before it starts.
-
-    Args:
-        train: section ``train`` of the configuration.
-        num_rows: training rows.
-        world_size: ranks that share them.
-    """
+def planned_steps(train: TrainConfig, *, num_rows: int, world_size: int) -> int:
+    """Return the optimizer steps that a run on so many rows and ranks will take, known before it starts."""
     batch_size = train.per_device_train_batch_size
-    return count_optimizer_steps(
-        micro_batches=count_micro_batches(num_rows=num_rows, batch_size=batch_size, world_size=world_size),
-        accumulation_steps=train.gradient_accumulation_steps,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-    )
+    batches = count_micro_batches(num_rows=num_rows, batch_size=batch_size, world_size=world_size)
+    return count_optimizer_steps(train, batches)

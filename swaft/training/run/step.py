@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swaft.errors import TrainingError
 from swaft.training.evaluation.evaluate import without_row_id
-from swaft.training.run.accumulation import MicroBatch, loss_factors
+from swaft.training.run.batches import MicroBatch, loss_factors
 from swaft.training.run.meter import count_tokens
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ class Step:
             self._logged = {}
 
     def log(self, **values: Any) -> None:
-        """Note numbers of this micro-batch, 0-dim tensors; their means over rows are logged when it is due."""
+        """Note numbers of this micro-batch, 0-dim; their means over rows are logged when it is due.
+
+        Names are the same at every micro-batch and on every rank, ``loss`` among them.
+        """
         self._logged |= values
 
     def backward(self, loss: Tensor) -> None:

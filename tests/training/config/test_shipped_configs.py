@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swaft.training.config import ClassificationConfig, load_config
+from swaft.training.config import ClassificationConfig, TrainConfig, load_config
 from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
 
 pytestmark = pytest.mark.unit
@@ -70,18 +70,10 @@ def test_there_is_a_deepspeed_file_for_every_stage_and_offload():
 def test_shipped_deepspeed_file_is_filled_and_deepspeed_takes_it(path, precision, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     runtime = pytest.importorskip("deepspeed.runtime.config")
-    recipe = RecipeValues(
-        micro_batch_size=8,
-        accumulation_steps=4,
-        world_size=1,
-        max_grad_norm=0.5,
-        learning_rate=3e-5,
-        weight_decay=0.1,
-        betas=(0.9, 0.98),
-        epsilon=1e-6,
-        mixed_precision=precision,
-        hidden_size=64,
+    train = TrainConfig(
+        output_dir="-", per_device_train_batch_size=8, gradient_accumulation_steps=4, max_grad_norm=0.5
     )
+    recipe = RecipeValues(train=train, precision=precision, world_size=1, hidden_size=64)
     filled = fill_auto(json.loads(path.read_text()), recipe, source=path.name)
     assert filled.problems == []
     taken = runtime.DeepSpeedConfig(filled.config)

@@ -1,4 +1,4 @@
-"""Optimizer steps of several micro-batches on several ranks that equal one step on all their rows at once.
+"""Batches of rows, and optimizer steps of several of them on several ranks that equal one on all rows at once.
 
 A loss is a mean over the rows that count: target tokens of a model that writes, examples of one that classifies.
 Engines take the mean of such means over micro-batches and ranks, which weighs a token the more, the fewer its
@@ -8,7 +8,7 @@ accelerate repeats at the end of an epoch, so that all ranks have equally many f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,10 +16,45 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from swaft.noise.inputs import IGNORE_INDEX
+from swaft.training.config import TrainConfig
+from swaft.training.data.order import length_grouped, shuffled
+from swaft.training.launch.interruption import leave_signals_to_the_rank
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+"""Makes a batch of rows."""
+
+
+def loader_of(
+    rows: Dataset, collate: Collate, *, batch_size: int, num_workers: int, sampler: Sampler[int] | None = None
+) -> DataLoader[Any]:
+    """Return a loader that draws from no generator that training draws from, and whose workers outlive signals."""
+    return DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        sampler=sampler,
+        generator=torch.Generator(),  # from which workers' seeds are drawn
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_rank,
+    )
+
+
+def training_loader(
+    rows: Dataset, collate: Collate, train: TrainConfig, *, world_size: int
+) -> DataLoader[Any]:
+    """Return a loader over the training rows, in an order that is the same on every rank and can begin anywhere."""
+    batch_size, sampler = train.per_device_train_batch_size, shuffled(len(rows), seed=train.seed)
+    if train.group_by_length:
+        chunks = rows.select_columns("input_ids").iter(1000)
+        lengths = [len(ids) for chunk in chunks for ids in chunk["input_ids"]]  # type: ignore[index]
+        sampler = length_grouped(lengths, batch_size=batch_size * world_size, seed=train.seed)
+    workers = train.dataloader_num_workers
+    return loader_of(rows, collate, batch_size=batch_size, num_workers=workers, sampler=sampler)
 
 
 @dataclass(frozen=True)
@@ -54,21 +89,22 @@ def step_batches(
             loader.set_epoch(epoch)
         batches = iter(skip_first_batches(loader, skip) if skip else loader)
         while step := list(islice(batches, accumulation)):
-            own = [own_rows(loader, skip + number) for number in range(len(step))]
+            first = skip
             skip += len(step)
-            yield epoch, skip, [_without_repeats(*each) for each in zip(step, own, strict=True)]
+            yield (
+                epoch,
+                skip,
+                [_without_repeats(batch, own_rows(loader, first + n)) for n, batch in enumerate(step)],
+            )
         epoch, skip = epoch + 1, 0
 
 
 def own_rows(loader: DataLoader[Any], number: int) -> int | None:
-    """Return how many rows of a micro-batch are this rank's own, which come first; the rest are repeats.
+    """Return how many rows of a micro-batch, from 0, are this rank's own, which come first; the rest are repeats.
 
-    Args:
-        loader: as prepared; ranks take its batches in turn, and accelerate fills the last ones with the first rows.
-        number: of the micro-batch in the epoch, from 0.
-
-    Returns:
-        Rows, from 0; None where nothing is repeated, because the ranks do not share the loader.
+    Ranks take a prepared loader's batches in turn, and accelerate fills the last ones with the first rows. None:
+    nothing is repeated, because the ranks do not share the loader. ``number`` is that of the micro-batch in the
+    epoch, from 0.
     """
     shared = getattr(loader, "batch_sampler", None)
     if not isinstance(shared, BatchSamplerShard) or shared.batch_size is None:
