@@ -47,7 +47,7 @@ class Collator:
                 f"{type(tokenizer).__name__} has no padding token, so rows of different length cannot share "
                 "a batch; set model.tokenizer_name to a tokenizer that has one"
             )
-        self.padding = int(tokenizer.pad_token_id)
+        self.padding: Any = tokenizer.pad_token_id
         self._names = frozenset((*tokenizer.model_input_names, *self.columns))
         self._pads_left = tokenizer.padding_side == "left"
         self._pad = DataCollatorWithPadding(
