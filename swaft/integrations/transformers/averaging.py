@@ -1,54 +1,31 @@
-"""Weight averaging and noise stability inside transformers' `Trainer`, `Seq2SeqTrainer` and TRL's trainers.
-
-    trainer = Trainer(..., callbacks=[WeightAveragingCallback(swaft.SWA(start=0.5)), NoiseCallback(swaft.R3F(...))])
-    trainer.train()
-    with averaged_weights(trainer):
-        trainer.evaluate()
-
-Both callbacks need the trainer that calls them, which transformers does not pass (transformers#31338). They find it
-on the call stack, once, when training begins.
-"""
+"""Averages inside a Trainer: both weights evaluated, shards in its checkpoints, a folder at the end."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
-from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import Rule
-from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
-from swaft.noise import R4F
-from swaft.noise.inputs import count_items, find_targets
+from swaft.errors import AveragingError, ConfigError, StateError
+from swaft.integrations.transformers.calling import callbacks_of, calling_trainer
 
 logger = logging.getLogger(__name__)
 
 STATE = "averages"
 """Folder of the averages inside a checkpoint of the Trainer."""
-OBJECTIVE_STATE = "noise.json"
-"""File of an objective's state inside a checkpoint of the Trainer."""
 EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
-OWN_LOSSES = ("SFTTrainer",)
-"""Trainers whose own loss is the one that a noise objective computes too: the mean cross entropy of the labels."""
-
-
-REPLACED = ("compute_loss", "get_batch_samples", "log")
-"""Methods of a Trainer that a noise objective stands in for while it trains."""
-TRAIN_NOISE: WeakSet[Trainer] = WeakSet()
-"""The Trainers in which one does."""
 
 
 class WeightAveragingCallback(TrainerCallback):
@@ -86,8 +63,11 @@ class WeightAveragingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the prepared model, and resume from the checkpoint that the Trainer resumes from."""
-        self._trainer, resumed_from = _calling_trainer()
-        if len([each for each in _callbacks(self._trainer) if isinstance(each, WeightAveragingCallback)]) > 1:
+        self._trainer, resumed_from = calling_trainer()
+        if (
+            len([each for each in callbacks_of(self._trainer) if isinstance(each, WeightAveragingCallback)])
+            > 1
+        ):
             raise ConfigError(
                 "the Trainer has WeightAveragingCallback twice; expected one: give it several rules by name, "
                 'WeightAveragingCallback({"swa": swaft.SWA(), "ema": swaft.EMA()})'
@@ -125,7 +105,7 @@ class WeightAveragingCallback(TrainerCallback):
         if "evaluate" not in vars(self._trainer):
             self._trainer.evaluate = self._evaluating_both(self._trainer.evaluate)
         # Callbacks that read scores (early stopping) come after this one, which adds those of the average.
-        callbacks = _callbacks(self._trainer)
+        callbacks = callbacks_of(self._trainer)
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -203,114 +183,6 @@ class WeightAveragingCallback(TrainerCallback):
         return both
 
 
-class NoiseCallback(TrainerCallback):
-    """Trains a noise objective in place of the Trainer's loss; evaluations keep the Trainer's own.
-
-    The loss of a step is the mean over the rows that count in it (texts, ends of answers, target tokens), on all
-    ranks and however many micro-batches it has. Log lines gain the means of ``task_loss``, ``divergence`` and
-    ``noise_to_signal`` on rank 0. The step that sets the noise is in every checkpoint, and is resumed from there.
-
-    Args:
-        objective: such as ``swaft.R3F(preset="relative", sigma=0.5)``.
-
-    Raises:
-        NoiseError: when training begins: R4F, whose head the Trainer cannot save; a trainer with another loss than
-            the mean cross entropy of the labels (DPO, a subclass with a `compute_loss` of its own),
-            `compute_loss_func`, `label_smoothing_factor` (give it to the objective), or several devices in one
-            process.
-        StateError: when training resumes: the checkpoint holds no state of an objective.
-    """
-
-    def __init__(self, objective: Any):
-        self.objective = objective
-        self._seen: list[Any] = []
-        self._counted = torch.ones(())
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the objective in place of the loss, and resume its step."""
-        self._trainer, resumed_from = _calling_trainer()
-        if len([each for each in _callbacks(self._trainer) if isinstance(each, NoiseCallback)]) > 1:
-            raise NoiseError("the Trainer has NoiseCallback twice; expected one objective")
-        _require_plain_loss(self._trainer, self.objective)
-        if state.global_step:
-            folder = resumed_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.objective.load_state_dict(_read_objective_state(folder))
-        self._seen.clear()
-        self._put_back()  # what a training that failed has left
-        TRAIN_NOISE.add(self._trainer)
-        self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
-        self._trainer.get_batch_samples = self._counting(self._trainer.get_batch_samples)
-        self._trainer.log = self._logging(self._trainer.log)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the Trainer its own loss back."""
-        self._put_back()
-
-    def _put_back(self) -> None:
-        if self._trainer in TRAIN_NOISE:
-            TRAIN_NOISE.discard(self._trainer)
-            for name in REPLACED:
-                vars(self._trainer).pop(name, None)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the objective's step into the checkpoint that the Trainer has just written."""
-        if args.should_save and not args.save_only_model:
-            folder = Path(self._trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}"
-            (folder / OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
-
-    def _in_place_of(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(compute_loss)
-        def noisy(
-            model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            if not model.training or self not in _callbacks(self._trainer):
-                return compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            out = self.objective(model, inputs)
-            self._seen.append(out.logged)
-            # The engine takes the mean over ranks. The Trainer divides by the micro-batches, unless it believes
-            # that the loss was divided by the items of the step.
-            scaled = self._trainer.loss_is_scaled_for_ga
-            if scaled is None:
-                scaled = self._trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-            means = self._trainer.accelerator.num_processes
-            means *= 1 if scaled else self._trainer.current_gradient_accumulation_steps
-            loss = out.loss * (out.num_items * means / self._counted)
-            return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
-
-        return noisy
-
-    def _counting(self, get_batch_samples: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the reading of a step's micro-batches: count the rows that its loss is the mean of, on all ranks.
-
-        The Trainer's own count is of ``labels`` alone, and of all of them where a model shifts them by itself.
-        """
-
-        @functools.wraps(get_batch_samples)
-        def counted(iterator: Any, number: int, device: torch.device) -> tuple[list[Any], Any]:
-            batches, num_items = get_batch_samples(iterator, number, device)
-            items = sum(self._rows(batch) for batch in batches)
-            total = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
-            self._counted = total.clamp(min=1)  # nothing to learn from a step in which nothing counts
-            return batches, num_items
-
-        return counted
-
-    def _rows(self, batch: dict[str, Any]) -> int | torch.Tensor:
-        targets = find_targets(self._trainer.model, batch)
-        return len(next(iter(batch.values()))) if targets is None else count_items(targets)
-
-    def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(log)
-        def with_divergence(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self._seen:
-                for name in ("task_loss", "divergence", "noise_to_signal"):
-                    logs[name] = torch.stack([each[name].float() for each in self._seen]).mean().item()
-                self._seen.clear()
-            log(logs, *args, **kwargs)
-
-        return with_divergence
-
-
 @contextmanager
 def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None]:
     """Give a Trainer's model its averaged weights, for an evaluation or a prediction (collective).
@@ -322,7 +194,9 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
     Raises:
         AveragingError: the trainer has no such callback, has not begun to train, or nothing is averaged yet.
     """
-    callback = next((each for each in _callbacks(trainer) if isinstance(each, WeightAveragingCallback)), None)
+    callback = next(
+        (each for each in callbacks_of(trainer) if isinstance(each, WeightAveragingCallback)), None
+    )
     if callback is None:
         raise AveragingError(
             "the Trainer has no WeightAveragingCallback; expected Trainer(..., "
@@ -332,23 +206,6 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
         raise AveragingError("the Trainer has averaged nothing yet; call trainer.train() first")
     with callback.averager.swapped_in(name):
         yield
-
-
-def _calling_trainer() -> tuple[Any, Path | None]:
-    """Find the Trainer whose loop calls a callback, and the folder that the loop resumes from, where it does."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer) and "resume_from_checkpoint" in frame.f_locals:
-            folder = frame.f_locals["resume_from_checkpoint"]
-            return frame.f_locals["self"], None if folder is None else Path(folder)
-        frame = frame.f_back
-    raise ConfigError(
-        "a callback of swaft was called by no Trainer; pass it to Trainer(..., callbacks=[...])"
-    )
-
-
-def _callbacks(trainer: Trainer) -> list[Any]:
-    return trainer.callback_handler.callbacks
 
 
 def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAverager) -> None:
@@ -390,59 +247,6 @@ def _require_state(checkpoint: Path) -> Path:
         f"{checkpoint} has no averages: it was written without averaging, or the run was killed before they were "
         f"written; {advice}"
     )
-
-
-def _read_objective_state(checkpoint: Path) -> dict[str, int]:
-    path = checkpoint / OBJECTIVE_STATE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StateError(
-            f"{path} cannot be read ({error}): the checkpoint was written without a noise objective, or the run "
-            "was killed before its state was written; resume from an earlier checkpoint, or without NoiseCallback"
-        ) from error
-
-
-def _require_plain_loss(trainer: Trainer, objective: Any) -> None:
-    """Refuse a trainer whose loss is not the mean cross entropy that a noise objective computes, and R4F.
-
-    Raises:
-        NoiseError: naming what is in the way.
-    """
-    if isinstance(objective, R4F):
-        raise NoiseError(
-            "R4F normalises the head by a parametrization, under whose names the Trainer would save weights that "
-            "from_pretrained does not find; expected R3F or RDrop. Train R4F with swaft's recipes, or call it in a "
-            "loop of your own"
-        )
-    own = type(trainer).compute_loss
-    plain = own in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
-    if not plain and own.__qualname__.split(".")[0] not in OWN_LOSSES:
-        raise NoiseError(
-            f"{own.__qualname__} is a loss of its own, which a noise objective would replace; expected Trainer, "
-            "Seq2SeqTrainer or SFTTrainer. Leave NoiseCallback out, or call the objective in that method"
-        )
-    kind = getattr(trainer.args, "loss_type", "nll")
-    if kind != "nll":
-        raise NoiseError(
-            f"loss_type={kind} of SFTConfig is a loss of its own, which an objective would replace; set "
-            "loss_type='nll', or leave NoiseCallback out"
-        )
-    if trainer.compute_loss_func is not None:
-        raise NoiseError(
-            "compute_loss_func is a loss of its own, which a noise objective would replace; leave one out"
-        )
-    if trainer.label_smoother is not None:
-        factor = trainer.args.label_smoothing_factor
-        raise NoiseError(
-            f"label_smoothing_factor={factor:g} would be passed over by the objective; set it to 0 and give the "
-            f"objective label_smoothing={factor:g}"
-        )
-    if trainer.args.n_gpu > 1:
-        raise NoiseError(
-            f"{trainer.args.n_gpu} devices in one process (DataParallel); start one process a device: torchrun "
-            f"--nproc_per_node {trainer.args.n_gpu}"
-        )
 
 
 @contextmanager
