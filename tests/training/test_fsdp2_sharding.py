@@ -92,3 +92,12 @@ def test_a_block_that_shares_a_weight_with_what_is_outside_of_it_is_not_sharded_
     model[2].weight = tied[0].weight
     free[1].weight = free[0].weight  # tied, but within
     assert blocks_of(model, lambda module: isinstance(module, nn.Sequential)) == [free]
+
+
+def test_a_container_that_is_chosen_by_its_size_gives_its_members_as_blocks():
+    asked = {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "20"}
+    plugin = resolve_fsdp2(LAUNCHED | asked, precision="no")
+    assert plugin is not None
+    layers, one, other = (nn.ModuleList(nn.Linear(3, 3) for _ in range(count)) for count in (2, 1, 1))
+    model = nn.Sequential(nn.Linear(2, 2), layers, nn.ModuleDict({"one": one, "other": other}))
+    assert find_blocks(model, plugin) == [*layers, *one, *other]

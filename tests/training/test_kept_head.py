@@ -126,7 +126,7 @@ def test_the_f1_stays_that_of_the_class_which_the_rows_call_1(saved):
 def test_names_that_say_the_id_are_none(saved, names):
     head, _ = load(saved(["yes", "no"]), task_of([0, 1], names))
     assert (head.task.label_names, head.order) == (["yes", "no"], None)
-    head, _ = load(saved(names), task_of(["no", "yes"]))
+    head, _ = load(saved(names), task_of([0, 1], ["no", "yes"]))
     assert (head.task.label_names, head.order) == (["no", "yes"], None)
 
 
@@ -161,13 +161,29 @@ def test_names_that_differ_only_in_spelling_are_told_apart_exactly(saved):
 
 @pytest.mark.parametrize("names", [MNLI, 3])
 def test_classes_without_names_are_taken_by_their_ids(saved, names, caplog):
-    task = task_of([0, 1, 2]) if names is MNLI else task_of(["c", "a", "b"])
+    task = task_of([0, 1, 2]) if names is MNLI else task_of([0, 1, 2], ["c", "a", "b"])
     with caplog.at_level(logging.INFO, logger="swaft"):
         head, model = load(saved(names), task)
     assert is_kept(model)
-    assert list(model.config.id2label.values()) == (MNLI if names is MNLI else ["a", "b", "c"])
+    assert list(model.config.id2label.values()) == (MNLI if names is MNLI else ["c", "a", "b"])
     assert head.task.label_ids == task.label_ids
     assert "class ids are taken as they are (" in caplog.text
+
+
+@pytest.mark.parametrize("names", [3, ["0", "1", "2"]])
+def test_rows_with_texts_do_not_guess_what_a_head_without_names_has_learnt(saved, names):
+    section, task = saved(names), task_of(["entailment", "neutral", "contradiction"])
+    with pytest.raises(
+        ConfigError,
+        match=r"3 classes \((LABEL_)?0, .*3 classes \(contradiction, entailment, neutral\); nothing says which is "
+        r"which: .*id2label .*config.json, .*ids into the rows, or .*model\.ignore_mismatched_sizes=true",
+    ):
+        load(section, task)
+    section.ignore_mismatched_sizes = True
+    head, model = load(section, task)
+    assert head.is_new
+    assert not is_kept(model)
+    assert list(model.config.id2label.values()) == task.label_names
 
 
 @pytest.mark.parametrize(

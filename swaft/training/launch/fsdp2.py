@@ -184,16 +184,20 @@ def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> lis
 
 
 def blocks_of(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """Return the parts of a model that are blocks and share no parameter with what is outside of them."""
+    """Return the parts of a model that are blocks and share no parameter with what is outside of them.
+
+    A container that is never called (`nn.ModuleList`, `nn.ModuleDict`) cannot be a block; its members are instead.
+    """
 
     def uses(module: nn.Module) -> Counter[nn.Parameter]:
         return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
-    everywhere = uses(model)
-    return [
-        part
-        for part in model.modules()
-        if part is not model
-        and is_block(part)
-        and all(everywhere[parameter] == inside for parameter, inside in uses(part).items())
-    ]
+    everywhere, blocks, members = uses(model), [], set()
+    for part in model.modules():  # a container before its members
+        if part is model or not (part in members or is_block(part)):
+            continue
+        if type(part).forward is nn.Module.forward:
+            members.update(part.children())
+        elif all(everywhere[parameter] == inside for parameter, inside in uses(part).items()):
+            blocks.append(part)
+    return blocks

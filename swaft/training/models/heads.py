@@ -42,8 +42,9 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     """Bring the classes of a task into the order of the model's own head, where that is kept.
 
     A kept head knows each class by its place. Names say which is which, whatever their case, spaces, hyphens and
-    underscores, and so do numbers (3, LABEL_3). Ids without names, where the model has names, are taken to be the
-    model's. Which order is used is logged. The configuration is as the model brings it.
+    underscores, and so do numbers (3, LABEL_3). Ids are taken to be the model's where one side has no names; texts
+    are not, for nothing says which of them LABEL_0 is. Which order is used is logged. The configuration is as the
+    model brings it.
 
     Raises:
         ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
@@ -66,7 +67,8 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
             by_id = places == list(range(len(rows)))
         else:
             places = _places(rows, held)
-            by_id = places is None and (names is None or own is None)
+            has_texts = any(isinstance(label, str) for label in task.label_ids)
+            by_id = places is None and (own is None or (names is None and not has_texts))
         if by_id:
             names = names or task.label_names
             logger.info("the model keeps its head; class ids are taken as they are%s", _listed(names))
@@ -80,10 +82,17 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     if model.ignore_mismatched_sizes:
         return FittedHead(task, is_new=True)
     found = "scores" if task.is_regression else f"{task.num_labels} classes{_listed(rows)}"
+    mended = "give the labels of the rows the names that the head has"
+    if names is None and model_config.num_labels == task.num_labels:
+        names = held
+        mended = (
+            "nothing says which is which: name the classes of the head in id2label of the model's config.json, "
+            "put their ids into the rows"
+        )
     raise ConfigError(
         f"model.model_name_or_path: {model.model_name_or_path} has a head for {model_config.num_labels} classes"
-        f"{_listed(names)}, and the rows have {found}; give the labels of the rows the names that the head has, or "
-        "put a new head on the model with model.ignore_mismatched_sizes=true"
+        f"{_listed(names)}, and the rows have {found}; {mended}, or put a new head on the model with "
+        "model.ignore_mismatched_sizes=true"
     )
 
 
