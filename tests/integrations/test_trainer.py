@@ -16,6 +16,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from trl import DPOConfig, DPOTrainer
 
 import swaft
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
@@ -301,3 +302,30 @@ def test_an_objective_trains_only_while_its_callback_is_there(tmp_path):
     run.add_callback(NoiseCallback(first))
     with pytest.raises(NoiseError, match="twice"):
         run.train()
+
+
+def test_trls_preference_trainer_averages_and_refuses_noise(tmp_path, averaging):
+    def preferring(*callbacks):
+        base = sft_trainer(tmp_path / "unused")
+        pairs = [{"prompt": "5 6 ", "chosen": str(n), "rejected": str(n + 1)} for n in range(7, 39)]
+        return DPOTrainer(
+            model=base.model,
+            args=DPOConfig(
+                str(tmp_path / "dpo"),
+                max_steps=4,
+                learning_rate=1e-2,
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=base.processing_class,
+            callbacks=list(callbacks),
+        )
+
+    preferring(averaging).train()
+    assert averaging.averager is not None
+    assert averaging.averager.num_averaged == 3
+    assert (tmp_path / "dpo" / "final-averaged" / "adapter_model.safetensors").is_file()
+    with pytest.raises(NoiseError, match=r"DPOTrainer\.compute_loss is a loss of its own"):
+        preferring(NoiseCallback(swaft.R3F())).train()

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -117,6 +118,7 @@ def numbers_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of one token a number."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {str(number): number for number in range(3, size)}
     model = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swaft.cli.main import main
 from swaft.training.config import CausalConfig, build_rule, load_config
@@ -52,9 +53,21 @@ def test_the_recipe_is_planned(capsys, tmp_path):
 @pytest.mark.recipe
 def test_packed_rows_train_on_two_ranks_under_zero2_with_noise_and_averaging(tmp_path):
     run = tmp_path / "run"
-    done = launch("zero2_cpu.yaml", *SMOKE, *SHORT, "data.packing=true", f"train.output_dir={run}")
+    done = launch(
+        "zero2_cpu.yaml",
+        *SMOKE,
+        *SHORT,
+        "data.packing=true",
+        "track.report_to=tensorboard",
+        f"train.output_dir={run}",
+    )
     assert done.code == 0, done.err[-3000:]
     scores = json.loads((run / "summary.json").read_text())["scores"]["test"]
     assert set(scores["averaged"]) == {"loss", "perplexity", "token_accuracy"}
     for kind in ("final", "final-averaged"):
         assert (Path(run) / kind / "model.safetensors").is_file()
+    events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent)).Reload()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in logged if record["kind"] == "train"]
+    tag = next(tag for tag in events.Tags()["scalars"] if tag.endswith("train/loss"))
+    assert [event.value for event in events.Scalars(tag)] == pytest.approx(losses)

@@ -100,3 +100,9 @@ def test_trackers_get_flat_settings_and_the_folders_name(monkeypatch, make_accel
     assert told["init_kwargs"] == {"wandb": {"name": "mrpc-1"}}
     assert told["config"]["train.seed"] == 42
     assert all(isinstance(value, str | int | float | bool) for value in told["config"].values())
+
+
+def test_a_line_says_how_long_training_will_take_yet():
+    timed = RECORD | {"seconds": 100.0}
+    assert training_line(500, 2000, timed).endswith(" | 0:05:00 left")
+    assert "left" not in training_line(2000, 2000, timed)

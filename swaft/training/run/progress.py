@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,9 @@ def training_line(
     parts += [f"{name} {record[name]:.4g}" for name in record if name not in ON_THE_LINE]
     if record.get("num_averaged") is not None:
         parts.append(f"{averaging} {int(record['num_averaged'] or 0) or 'off'}")
+    if step < total_steps and (seconds := record.get("seconds")):
+        left = round(seconds / step * (total_steps - step))  # of training; evaluations come on top
+        parts.append(f"{timedelta(seconds=left)} left")
     return " | ".join(parts)
 
 
