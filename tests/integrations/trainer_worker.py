@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def started(
     GradientState._reset_state()
     PartialState._reset_state()
     unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the engine before
     stage = STAGES[engine]
     if stage is not None:
         settings["deepspeed"] = {
