@@ -85,7 +85,7 @@ def test_a_decoder_that_is_none_is_made_one_where_it_is_new_and_refused_where_it
     assert new.decoder.is_decoder
     assert new.decoder.add_cross_attention
     EncoderDecoderConfig(**parts).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="a bert, would see the whole text that it is to write"):
+    with pytest.raises(ConfigError, match="a bert, would see the whole text that it is to generate"):
         encoder_decoder_config(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)))
     new.save_pretrained(tmp_path)
     encoder_decoder_config(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)))
