@@ -189,7 +189,7 @@ def training_line(
         parts.append(f"{averaging} {int(record['num_averaged'] or 0) or 'off'}")
     if step < total_steps and (seconds := record.get("seconds")):
         left = round(seconds / step * (total_steps - step))  # of training; evaluations come on top
-        parts.append(f"{timedelta(seconds=left)} left")
+        parts += [f"{timedelta(seconds=left)} left"] if left else []
     return " | ".join(parts)
 
 
