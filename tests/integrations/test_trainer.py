@@ -329,3 +329,19 @@ def test_trls_preference_trainer_averages_and_refuses_noise(tmp_path, averaging)
     assert (tmp_path / "dpo" / "final-averaged" / "adapter_model.safetensors").is_file()
     with pytest.raises(NoiseError, match=r"DPOTrainer\.compute_loss is a loss of its own"):
         preferring(NoiseCallback(swaft.R3F())).train()
+
+
+def test_an_averaging_callback_that_was_exchanged_is_not_evaluated(tmp_path, averaging):
+    run = trainer(tmp_path / "a", averaging)
+    run.train()
+    run.remove_callback(WeightAveragingCallback)
+    assert "eval_averaged_loss" not in run.evaluate()
+    other = WeightAveragingCallback(swaft.SWA(start=0.75))
+    run.args.output_dir = str(tmp_path / "b")
+    run.add_callback(other)
+    run.train()
+    with averaged_weights(run):
+        expected = run.evaluate()["eval_loss"]
+    assert run.evaluate()["eval_averaged_loss"] == expected
+    assert other.averager is not None
+    assert other.averager.num_averaged == 3

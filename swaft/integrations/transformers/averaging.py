@@ -18,7 +18,12 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import Rule
 from swaft.errors import AveragingError, ConfigError, StateError
-from swaft.integrations.transformers.calling import callbacks_of, calling_trainer
+from swaft.integrations.transformers.calling import (
+    callbacks_of,
+    calling_trainer,
+    checkpoint_of,
+    those_of_kind,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +64,13 @@ class WeightAveragingCallback(TrainerCallback):
         self.rule, self.options = rule, options
         self.averager: WeightAverager | None = None
         """Of the run that trains, or trained last; None before the first."""
-        self._averaged_scores: dict[str, float] = {}
+        self.averaged_scores: dict[str, float] = {}
+        """Of the evaluation that is under way; empty between evaluations."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the prepared model, and resume from the checkpoint that the Trainer resumes from."""
         self._trainer, resumed_from = calling_trainer()
-        if (
-            len([each for each in callbacks_of(self._trainer) if isinstance(each, WeightAveragingCallback)])
-            > 1
-        ):
+        if len(those_of_kind(self._trainer, WeightAveragingCallback)) > 1:
             raise ConfigError(
                 "the Trainer has WeightAveragingCallback twice; expected one: give it several rules by name, "
                 'WeightAveragingCallback({"swa": swaft.SWA(), "ema": swaft.EMA()})'
@@ -99,11 +102,10 @@ class WeightAveragingCallback(TrainerCallback):
             **self.options,
         )
         if state.global_step:
-            folder = resumed_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.averager.load_state(_require_state(folder))
+            self.averager.load_state(_require_state(resumed_from or checkpoint_of(args, state)))
         _require_average_when_chosen_by(args, state, self.averager)
         if "evaluate" not in vars(self._trainer):
-            self._trainer.evaluate = self._evaluating_both(self._trainer.evaluate)
+            self._trainer.evaluate = _evaluating_both(self._trainer)
         # Callbacks that read scores (early stopping) come after this one, which adds those of the average.
         callbacks = callbacks_of(self._trainer)
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
@@ -117,13 +119,12 @@ class WeightAveragingCallback(TrainerCallback):
     ) -> None:
         """Add the scores of the averaged weights to those of the live ones."""
         if metrics is not None:
-            metrics.update(self._averaged_scores)
+            metrics.update(self.averaged_scores)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the averages into the checkpoint that the Trainer has just written."""
         if not args.save_only_model:
-            folder = Path(self._trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}"
-            self._attached.save_state(folder / STATE, overwrite=True)
+            self._attached.save_state(checkpoint_of(args, state) / STATE, overwrite=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the averaged model, beside its tokenizer."""
@@ -159,29 +160,6 @@ class WeightAveragingCallback(TrainerCallback):
         assert self.averager is not None
         return self.averager
 
-    def _evaluating_both(self, evaluate: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-        """Wrap a Trainer's `evaluate`: first the averaged weights, in silence, then the live ones as always."""
-
-        @functools.wraps(evaluate)
-        def both(*args: Any, **kwargs: Any) -> dict[str, float]:
-            averager = self._attached
-            inside = (
-                averager.engine.swap.active or self._averaged_scores
-            )  # a dictionary of datasets calls again for each
-            if inside or not averager.num_averaged:
-                return evaluate(*args, **kwargs)
-            named = dict(kwargs)
-            prefix = args[2] if len(args) > 2 else named.pop("metric_key_prefix", "eval")
-            with averager.swapped_in(), _kept_random_state(), _unheard(self._trainer, "on_evaluate"):
-                scores = evaluate(*args[:2], metric_key_prefix=f"{prefix}_averaged", **named)
-            self._averaged_scores = scores
-            try:
-                return evaluate(*args, **kwargs)
-            finally:
-                self._averaged_scores = {}
-
-        return both
-
 
 @contextmanager
 def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None]:
@@ -194,9 +172,7 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
     Raises:
         AveragingError: the trainer has no such callback, has not begun to train, or nothing is averaged yet.
     """
-    callback = next(
-        (each for each in callbacks_of(trainer) if isinstance(each, WeightAveragingCallback)), None
-    )
+    callback = next(iter(those_of_kind(trainer, WeightAveragingCallback)), None)
     if callback is None:
         raise AveragingError(
             "the Trainer has no WeightAveragingCallback; expected Trainer(..., "
@@ -206,6 +182,35 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
         raise AveragingError("the Trainer has averaged nothing yet; call trainer.train() first")
     with callback.averager.swapped_in(name):
         yield
+
+
+def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
+    """Wrap a Trainer's `evaluate`: first the averaged weights, in silence, then the live ones as always.
+
+    The callback is looked up at each call, so that one which was taken out or exchanged is not evaluated.
+    """
+    evaluate = trainer.evaluate
+
+    @functools.wraps(evaluate)
+    def both(*args: Any, **kwargs: Any) -> dict[str, float]:
+        callback = next(iter(those_of_kind(trainer, WeightAveragingCallback)), None)
+        averager = callback and callback.averager
+        if callback is None or averager is None or not averager.num_averaged:
+            return evaluate(*args, **kwargs)
+        # A dictionary of datasets calls this again for each.
+        if averager.engine.swap.active or callback.averaged_scores:
+            return evaluate(*args, **kwargs)
+        named = dict(kwargs)
+        prefix = args[2] if len(args) > 2 else named.pop("metric_key_prefix", "eval")
+        with averager.swapped_in(), _kept_random_state(), _unheard(trainer, "on_evaluate"):
+            scores = evaluate(*args[:2], metric_key_prefix=f"{prefix}_averaged", **named)
+        callback.averaged_scores = scores
+        try:
+            return evaluate(*args, **kwargs)
+        finally:
+            callback.averaged_scores = {}
+
+    return both
 
 
 def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAverager) -> None:

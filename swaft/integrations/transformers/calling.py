@@ -1,14 +1,16 @@
-"""The Trainer that calls a callback."""
+"""The Trainer that calls a callback: its callbacks, and the checkpoints that it writes and resumes from."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from swaft.errors import ConfigError
+
+CallbackT = TypeVar("CallbackT", bound=TrainerCallback)
 
 
 def calling_trainer() -> tuple[Any, Path | None]:
@@ -27,3 +29,13 @@ def calling_trainer() -> tuple[Any, Path | None]:
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return the callbacks of a Trainer, in the order in which they are called; a list that may be changed."""
     return trainer.callback_handler.callbacks
+
+
+def those_of_kind(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
+    """Return a Trainer's callbacks of one kind, in their order."""
+    return [each for each in callbacks_of(trainer) if isinstance(each, kind)]
+
+
+def checkpoint_of(args: Any, state: Any) -> Path:
+    """Return the folder in which a Trainer keeps the checkpoint of its present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -13,7 +13,12 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from swaft.errors import NoiseError, StateError
-from swaft.integrations.transformers.calling import callbacks_of, calling_trainer
+from swaft.integrations.transformers.calling import (
+    callbacks_of,
+    calling_trainer,
+    checkpoint_of,
+    those_of_kind,
+)
 from swaft.noise import R4F
 from swaft.noise.inputs import count_items, find_targets
 
@@ -53,12 +58,11 @@ class NoiseCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the objective in place of the loss, and resume its step."""
         self._trainer, resumed_from = calling_trainer()
-        if len([each for each in callbacks_of(self._trainer) if isinstance(each, NoiseCallback)]) > 1:
+        if len(those_of_kind(self._trainer, NoiseCallback)) > 1:
             raise NoiseError("the Trainer has NoiseCallback twice; expected one objective")
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
-            folder = resumed_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.objective.load_state_dict(_read_objective_state(folder))
+            self.objective.load_state_dict(_read_objective_state(resumed_from or checkpoint_of(args, state)))
         self._seen.clear()
         self._put_back()  # what a training that failed has left
         TRAIN_NOISE.add(self._trainer)
@@ -79,8 +83,7 @@ class NoiseCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the objective's step into the checkpoint that the Trainer has just written."""
         if args.should_save and not args.save_only_model:
-            folder = Path(self._trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}"
-            (folder / OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
+            (checkpoint_of(args, state) / OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
 
     def _in_place_of(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(compute_loss)
