@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained encoder-decoder to write texts (summaries, translations), and averages its weights.
+"""Fine-tunes a pretrained encoder-decoder to generate text (summaries, translations), and averages its weights.
 
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/seq2seq.py \
         --config recipes/configs/seq2seq/scitldr.yaml averaging.rule=swa noise.kind=r3f

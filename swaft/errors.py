@@ -45,7 +45,7 @@ class NoiseError(SwaftError):
 
 
 class TrainingError(SwaftError):
-    """Training that cannot go on: a loss that is not finite, say."""
+    """Training that cannot continue: a loss that is not finite, say."""
 
 
 class StateError(SwaftError):

@@ -211,7 +211,7 @@ class TwoPasses(Resumable):
         """Check the model before training; call it before ``accelerator.prepare``.
 
         Raises:
-            NoiseError: when the objective cannot be had with this model.
+            NoiseError: when this model cannot be trained with the objective.
         """
         settings = self.settings_for(model)
         check_model(model, type(self).__name__)
@@ -326,7 +326,7 @@ class R4F(R3F):
         """Check the model and normalise its head in place; call it before ``accelerator.prepare``.
 
         Raises:
-            NoiseError: when the objective cannot be had with this model.
+            NoiseError: when this model cannot be trained with the objective.
             ConfigError: when the model has no classification head of its own.
         """
         super().prepare_model(model)

@@ -185,7 +185,7 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _largest_over_ranks(figures: Tensor) -> Tensor:
-    """Agree on the figures, so that all ranks go on or none does."""
+    """Agree on the figures, so that all ranks continue or none does."""
     if is_distributed():
         dist.all_reduce(figures, op=dist.ReduceOp.MAX)
     return figures

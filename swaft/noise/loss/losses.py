@@ -141,7 +141,7 @@ def linear_cross_entropy_symmetric_kl(
 
     z = softcap(logit_scale * hidden @ weight.T + bias), z' likewise of ``noised_hidden``, and then the loss of
     :func:`cross_entropy_symmetric_kl`. Rows go through the head a chunk at a time, gradients are made in the
-    forward pass and kept for the backward, which can be had once: no second derivatives.
+    forward pass and kept for the backward, which can run once: no second derivatives.
 
     Sums are fp32 (float64 for float64). Under autocast the operands are cast inside, after the difference is
     taken. Nothing makes the host wait for an accelerator.

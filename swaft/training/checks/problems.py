@@ -16,7 +16,7 @@ class MissingPart(AttributeError):
 
 
 class Parts:
-    """Attributes that are filled one after the other; who reads one that is missing is told so by `MissingPart`."""
+    """Attributes that are filled one after the other; reading one that is missing raises `MissingPart`."""
 
     def __getattr__(self, name: str) -> Any:
         raise MissingPart(name)

@@ -81,7 +81,7 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
 
 
 def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[ConfigT]:
-    """Read and check a configuration, and go on where something is wrong with it.
+    """Read and check a configuration, and continue where something is wrong with it.
 
     Args:
         config_class: a dataclass of section dataclasses.

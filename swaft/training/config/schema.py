@@ -237,12 +237,12 @@ class TrainConfig(Section):
     """Make batches of inputs of like length, so that little of them is padding. Off, because batches are less
     random then."""
     save_steps: Count | None = 500
-    """Optimizer steps between two checkpoints, from which a run that was killed goes on; null: none but on SIGTERM
+    """Optimizer steps between two checkpoints, from which a run that was killed resumes; null: none but on SIGTERM
     and SIGUSR1. One takes three times the weights in fp32, the averages apart."""
     save_total_limit: Count | None = 2
     """Checkpoints that are kept, the newest ones; null: all."""
     resume_from_checkpoint: str = "auto"
-    """auto: go on from the newest complete checkpoint in `output_dir`, where there is one; none: expect an empty
+    """auto: resume from the newest complete checkpoint in `output_dir`, where there is one; none: expect an empty
     folder; or the path of a checkpoint."""
     disable_tqdm: bool | None = None
     """Show no progress bar; null: a bar only on a terminal, where it does not fill a log file."""

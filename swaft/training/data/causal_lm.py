@@ -139,18 +139,19 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
     Returns:
         A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every row that was packed) and `idx`.
     """
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    ids, labels = rows["input_ids"][:], rows["labels"][:]
+    lengths = [len(row) for row in ids]
+    min_length = min(lengths, default=0)
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # of the bins that the shortest row still fits into, in the order of the bins
     for row in sorted(range(len(rows)), key=lambda row: (-lengths[row], row)):
-        place = next((i for i, left in enumerate(room) if left >= lengths[row]), None)
-        if place is None:
+        place = next((place for place, left in room.items() if left >= lengths[row]), len(bins))
+        if place == len(bins):
             bins.append([])
-            room.append(max_length)
-            place = len(bins) - 1
         bins[place].append(row)
-        room[place] -= lengths[row]
-    ids, labels = rows["input_ids"], rows["labels"]
+        room[place] = room.get(place, max_length) - lengths[row]
+        if room[place] < min_length:
+            del room[place]
     packed = {
         "input_ids": [[token for row in members for token in ids[row]] for members in bins],
         "labels": [[label for row in members for label in labels[row]] for members in bins],

@@ -307,7 +307,7 @@ def batch_generator(
     # FSDP2 gathers the weights of a whole model for its forward alone; generate calls the encoder by itself.
     if accelerator.distributed_type == DistributedType.FSDP and "generate" not in vars(network):
         register_fsdp_forward_method(network, "generate")
-    # Ranks that finish their texts early go on with empty passes, because the others' need their shards.
+    # Ranks that finish their texts early continue with empty passes, because the others' need their shards.
     together = generation_is_collective(accelerator) and accelerator.num_processes > 1
 
     def write(batch: Mapping[str, Tensor]) -> Tensor:

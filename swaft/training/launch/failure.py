@@ -67,16 +67,16 @@ MEETING_GONE = re.compile(r"connection (?:closed|reset) by peer|broken pipe", re
 def run_and_report(run: Callable[[], None]) -> int:
     """Run a recipe and return its exit code, with errors of `swaft.errors` and lost ranks told in words.
 
-    An error that all ranks agree on is told by the main process only. Another rank waits a moment before it
+    An error that all ranks agree on is reported by the main process only. Another rank waits a moment before it
     tells its own: where the main process failed too, the launcher has ended this rank by then, and a rank
-    that failed alone is not silent. Of lost ranks it is told which (`roll_call`). With SWAFT_TRACEBACK=1 every
+    that failed alone is not silent. Of lost ranks it is reported which (`roll_call`). With SWAFT_TRACEBACK=1 every
     message comes with the way to it.
 
     Args:
         run: the recipe. Any other exception passes through with its traceback.
 
     Returns:
-        0, 1 after an error, or `EXIT_CODE` where the run was asked to end and can go on.
+        0, 1 after an error, or `EXIT_CODE` where the run was asked to end and can resume.
     """
     end_with_launcher()
     try:

@@ -1,4 +1,4 @@
-"""Ends a run that is told to end: the ranks agree on it between two batches, so that all of them can save.
+"""Ends a run that is asked to end: the ranks agree on it between two batches, so that all of them can save.
 
 A handler sets a flag and does nothing else. Whether any rank has it set is asked of all ranks at the same places:
 between optimizer steps, and between the batches of an evaluation.
@@ -16,7 +16,7 @@ from swaft.distributed import Ranks, shared_ranks
 from swaft.errors import SwaftError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they end a job: torchrun hands on SIGTERM, and SLURM what it is told to send."""
+"""What schedulers send before they end a job: torchrun hands on SIGTERM, and SLURM what `--signal` says."""
 
 EXIT_CODE = 75
 """EX_TEMPFAIL: the run is not over; started again, it resumes."""
@@ -50,10 +50,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def check(self, failure: SwaftError | None = None) -> None:
-        """Raise where any rank was asked to end, or cannot go on (collective, one message).
+        """Raise where any rank was asked to end, or cannot continue (collective, one message).
 
         Args:
-            failure: why this rank cannot go on.
+            failure: why this rank cannot continue.
 
         Raises:
             Interrupted: on every rank.

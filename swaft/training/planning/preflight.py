@@ -208,7 +208,7 @@ def _empty_model(config: Any, model_config: Any, fake: FakeTensorMode) -> nn.Mod
 
 
 def _fit_objective(objective: Any, model: nn.Module, fake: FakeTensorMode) -> None:
-    """Refuse an objective that cannot be had with the model."""
+    """Refuse an objective that the model cannot be trained with."""
     with fake:
         objective.prepare_model(model)
 

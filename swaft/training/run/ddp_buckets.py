@@ -1,4 +1,4 @@
-"""What DDP has to be told of a model, and the buckets in which it sums gradients, settled before a run goes on."""
+"""What DDP has to know of a model, and the buckets in which it sums gradients, settled before a run resumes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, b
 
     After its first backward pass DDP puts gradients into other buckets, by the order in which they arrived. Of
     three ranks and more, the rounding of a sum depends on where in its bucket an element lies; so a process that
-    goes on would take its first step with other last bits than the run it goes on with. Gradients are dropped
+    resumes would take its first step with other last bits than the run it continues. Gradients are dropped
     again; what else a pass moves (generators, buffers, the objective's count) has to be restored afterwards.
 
     Args:
