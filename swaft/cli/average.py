@@ -35,8 +35,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from swaft.cli import CommandParser
 from swaft.errors import ConfigError
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
 from swaft.soup.greedy import GreedyChoice, command_words
@@ -125,12 +126,8 @@ def _paths(options: argparse.Namespace) -> list[Path]:
     return last_checkpoints(Path(options.checkpoints[0]), options.last)
 
 
-def _parser() -> argparse.ArgumentParser:
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"swaft average: {message}; swaft average --help lists the options")
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
+def _parser() -> CommandParser:
+    parser = CommandParser("average")
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--output", required=True)
     parser.add_argument("--weights", type=lambda text: [float(word) for word in text.split(",")])

@@ -22,13 +22,12 @@ Exit code: 0; 1 where nothing was written.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from swaft.averaging.state import KIND, AverageState
+from swaft.cli import CommandParser
 from swaft.cli.average import table
 from swaft.errors import ConfigError
 from swaft.soup import average
@@ -47,14 +46,17 @@ FINAL_AVERAGED, SUMMARY = "final-averaged", "summary.json"
 
 def run(words: Sequence[str]) -> int:
     """Export the average that these words name, print what came of it, and return the exit code."""
-    options = _parser().parse_args(list(words))
+    parser = _parser()
+    options = parser.parse_args(list(words))
     named = Path(options.average)
     is_final = ended_with_average(named)
     source = named / FINAL_AVERAGED if is_final else saved_averages(named)
     if is_final and options.rule is not None:
-        _refuse(f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out")
+        parser.error(
+            f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out"
+        )
     if not is_final and options.base is None:
-        _refuse(
+        parser.error(
             f"--base is missing: {source} holds weights alone; name a Hugging Face folder of the same model, from "
             "which configuration, tokenizer and frozen weights come"
         )
@@ -110,9 +112,8 @@ def saved_averages(path: Path) -> Path:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign]
+def _parser() -> CommandParser:
+    parser = CommandParser("export")
     parser.add_argument("average")
     parser.add_argument("--base")
     parser.add_argument("--output", required=True)
@@ -121,7 +122,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"))
     parser.add_argument("--json", action="store_true")
     return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"swaft export: {message}; swaft export --help lists the options")

@@ -25,9 +25,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from swaft.errors import ConfigError
+from swaft.cli import CommandParser
 from swaft.training.planning import sized
 
 if TYPE_CHECKING:
@@ -133,12 +133,8 @@ def _bytes(gib: float | None) -> int | None:
     return None if gib is None else int(gib * GIB)
 
 
-def _parser() -> argparse.ArgumentParser:
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"swaft plan: {message}; swaft plan --help lists the options")
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
+def _parser() -> CommandParser:
+    parser = CommandParser("plan")
     for name in ("on_cpu", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     for name in ("device_memory", "host_memory", "step_seconds"):

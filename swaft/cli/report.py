@@ -15,12 +15,11 @@ Exit code: 0; 1 where nothing was written.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from swaft.cli import CommandParser
 from swaft.errors import ConfigError
 
 
@@ -46,13 +45,8 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; swaft report --help says more")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="swaft report", add_help=False)
+def _parser() -> CommandParser:
+    parser = CommandParser("report")
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", action="store_true")

@@ -18,7 +18,6 @@ Exit code: 0; 1 where a run failed (the others are run all the same), or nothing
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shlex
@@ -28,8 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NoReturn
 
+from swaft.cli import CommandParser
 from swaft.errors import ConfigError
 
 OUTPUT = "train.output_dir="
@@ -176,18 +175,13 @@ def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
     return [*lines, str(page)]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; swaft sweep --help says more")
-
-
 def _seeds(word: str) -> list[int]:
     numbers = [int(each) for each in word.split(",")]
     return numbers if "," in word else list(range(1, numbers[0] + 1))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="swaft sweep", add_help=False, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser("sweep")
     parser.add_argument("--seeds", type=_seeds, required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--slurm", type=Path)

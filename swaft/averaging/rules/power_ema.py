@@ -121,7 +121,7 @@ class PowerEMAPlan(Plan):
 
 @dataclass(frozen=True)
 class PowerEMA:
-    """Averages whose memory grows with the run; one of any length is put together afterwards, without more training.
+    """Averages whose memory grows with the run; one of any length is made afterwards, without training again.
 
     Karras et al. 2024, EDM2 (arXiv 2312.02696), section 3: at member ``t``, counted from 1,
     ``mean <- beta mean + (1 - beta) weights`` with ``beta = (1 - 1/t) ** (gamma + 1)``, so that a member counts
