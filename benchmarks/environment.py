@@ -25,15 +25,17 @@ PACKAGES = (
 """Whose versions a figure depends on."""
 
 
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def package_versions() -> dict[str, str]:
     """Versions of those that are installed, swaft's own first."""
-    found = {"swaft": swaft.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"swaft": swaft.__version__} | {name: found for name in PACKAGES if (found := version_of(name))}
 
 
 def environment() -> dict[str, object]:

@@ -12,7 +12,6 @@ fused_loss_<GPU>.json, and prints a table.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 
 from benchmarks import (
@@ -24,6 +23,7 @@ from benchmarks import (
     fused_loss_speed,
     fused_loss_training_step,
 )
+from benchmarks.environment import version_of
 
 SECTIONS: dict[str, command.Section] = {
     "speed": fused_loss_speed,
@@ -45,14 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def rival_versions() -> dict[str, str | None]:
     """Versions of the packages that are compared with; None: not installed."""
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in RIVALS}
+    return {name: version_of(name) for name in RIVALS}
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import os
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from benchmarks.environment import version_of
 from benchmarks.study.loop import train
 from benchmarks.study.model import attention_on
 from benchmarks.study.readouts import rules_for
@@ -80,15 +80,8 @@ def machine() -> dict[str, Any]:
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: version_of(name) for name in PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:
