@@ -40,10 +40,6 @@ class SwitchedPlan(RunningMeanPlan):
         """Whatever the step: what the switch says."""
         return self.switch.on
 
-    def weight(self, n: int) -> float:
-        """``1 / (n + 1)``."""
-        return 1.0 / (n + 1)
-
 
 @dataclass(frozen=True)
 class SwitchedSWA:
@@ -53,7 +49,9 @@ class SwitchedSWA:
 
     def plan(self, total_steps: int) -> SwitchedPlan:
         """The events of a run."""
-        return SwitchedPlan(first_step=0, every=1, total_steps=total_steps, switch=self.switch)
+        return SwitchedPlan(
+            first_step=0, every=1, total_steps=total_steps, weight=lambda n: 1.0 / (n + 1), switch=self.switch
+        )
 
 
 def bert(sizes: dict[str, Any]) -> Any:

@@ -253,7 +253,7 @@ def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
             (whole.add if copies else whole.discard)(update.lane)
     if not whole.issuperset(plan.readout(num_members, chosen)):
         raise AveragingError(
-            f"the average of {type(plan).__name__} is made of running means, in which the members' products are "
+            f"the average {chosen.rule!r} is made of running means, in which the members' products are "
             "lost; expected a rule that keeps members whole, such as LAWA(last=4). The mean of the factors is "
             "available: averager.save_pretrained, swaft.averaging.lora.save_merged"
         )

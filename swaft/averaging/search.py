@@ -83,8 +83,8 @@ def search_windows(
     plan, count = averager.plan(name), averager.count(name)
     if not isinstance(plan, WindowsPlan) and (windows or not (blends or scopes)):
         raise AveragingError(
-            f"windows were searched in a {type(plan).__name__}, which keeps none; expected the rule `Windows`, or "
-            "blends or scopes to try"
+            f"windows were searched in {name or 'an average'}, whose rule keeps none; expected the rule `Windows`, "
+            "or blends or scopes to try"
         )
     if better not in (max, min):
         raise AveragingError(f"better is {better!r}, expected the function max or min")

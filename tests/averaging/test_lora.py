@@ -174,7 +174,7 @@ def test_a_rule_is_chosen_by_its_name():
     model = adapted()
     averager, _ = train(model, rule={"swa": swaft.SWA(start=0), "lawa": LAWA(last=2)})
     assert lora.product_mean(averager, "lawa").num_members == 2
-    with pytest.raises(AveragingError, match=r"SWAPlan is made of running means.*LAWA"):
+    with pytest.raises(AveragingError, match=r"average 'swa' is made of running means.*LAWA"):
         lora.product_mean(averager, "swa")
 
 

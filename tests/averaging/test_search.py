@@ -129,7 +129,7 @@ def test_one_of_several_rules_is_searched_by_its_name():
     averager = Averager(rules=rules)
     search_windows(averager, score_of(averager, {}), name="windows")
     assert averager.swaps == [("windows", (0, 15)), ("windows", (8, 15)), ("windows", (0, 7))]
-    with pytest.raises(AveragingError, match=r"SWAPlan.*expected the rule `Windows`"):
+    with pytest.raises(AveragingError, match=r"whose rule keeps none; expected the rule `Windows`"):
         search_windows(averager, score_of(averager, {}))
 
 

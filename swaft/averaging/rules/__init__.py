@@ -1,4 +1,4 @@
-"""Which optimizer steps enter an average, and with what weight: one rule a file, all of them pure arithmetic."""
+"""Which optimizer steps enter an average, and with what weight. All of it is pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from swaft.averaging.rules.base import (
     plan_all,
     resolve_start,
 )
-from swaft.averaging.rules.bema import BEMA
-from swaft.averaging.rules.ema import EMA
-from swaft.averaging.rules.lawa import LAWA
-from swaft.averaging.rules.merge import Merge
+from swaft.averaging.rules.means import BEMA, EMA, LAWA, SWA, Merge
 from swaft.averaging.rules.power_ema import PowerEMA, PowerEMAPlan
-from swaft.averaging.rules.swa import SWA
 from swaft.averaging.rules.windows import Windows, WindowsPlan
 
 RULES = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral
 from typing import Annotated, Any, Literal, Protocol, get_args
@@ -153,14 +153,27 @@ class Plan(ABC):
         """Lanes that no later member changes, of those that member ``n`` changed: they may move to disk."""
         return ()
 
+    def refuse_surplus(self, n: int) -> None:
+        """Refuse member ``n`` where it comes after those that the plan was made for.
+
+        Raises:
+            AveragingError: naming the length the run was given.
+        """
+        if n >= self.num_members:
+            raise AveragingError(
+                f"the weights after step {self.step_of(n)} are member {n + 1} of {self.num_members}: training went "
+                f"on past the {self.total_steps} steps it was announced with; give `total_steps` the whole run"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunningMeanPlan(Plan):
     """One lane, a running mean whose members get the weights ``weight(0) = 1, weight(1), ...``."""
 
-    @abstractmethod
-    def weight(self, n: int) -> float:
-        """Weight of member ``n``."""
+    weight: Callable[[int], float]
+    """Weight of member ``n``; 0 leaves the mean alone."""
+    fixed_length: bool = False
+    """Whether the weights are made for `num_members` members, and no more."""
 
     @property
     def lanes(self) -> tuple[bool, ...]:
@@ -168,7 +181,9 @@ class RunningMeanPlan(Plan):
         return (True,)
 
     def updates(self, n: int) -> tuple[Update, ...]:
-        """Member ``n`` moves the mean by its weight; a weight of 0 leaves it alone."""
+        """Member ``n`` moves the mean by its weight."""
+        if self.fixed_length:
+            self.refuse_surplus(n)
         weight = 1.0 if n == 0 else self.weight(n)
         return (Update(0, weight),) if weight > 0 else ()
 
@@ -228,19 +243,6 @@ def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, int]:
             "often (every) or train longer (total_steps)"
         )
     return {"first_step": first, "every": rule.every, "total_steps": total_steps}
-
-
-def refuse_surplus(plan: Plan, n: int) -> None:
-    """Refuse a member that comes after those a plan was made for, where the plan depends on their number.
-
-    Raises:
-        AveragingError: naming the length the run was given.
-    """
-    if n >= plan.num_members:
-        raise AveragingError(
-            f"the weights after step {plan.step_of(n)} are member {n + 1} of {plan.num_members}: training went "
-            f"on past the {plan.total_steps} steps it was announced with; give `total_steps` the whole run"
-        )
 
 
 def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update, refuse_surplus, resolve_start, spaced
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update, resolve_start, spaced
 from swaft.errors import AveragingError, ConfigError
 from swaft.options import Count, Range, StepOrShare
 
@@ -24,7 +25,7 @@ class WindowsPlan(Plan):
 
     def updates(self, n: int) -> tuple[Update, ...]:
         """The member enters the plain mean of its block."""
-        refuse_surplus(self, n)
+        self.refuse_surplus(n)
         block = self._block_of(n)
         return (Update(block, 1.0 / (n + 1 - self._first_of(block))),)
 
@@ -74,45 +75,36 @@ class WindowsPlan(Plan):
             AveragingError: the window is empty, cuts a block, or reaches out of what the run keeps; the message
                 names the nearest boundaries.
         """
-        first, stop = 0, num_members
-        if start is not None:
-            step = self._resolve(start, "start")
-            if step < self.first_step:
-                raise AveragingError(
-                    f"the window's start={start} is step {step}, but this run keeps weights from step "
-                    f"{self.first_step} on (averaging.start)"
-                )
-            first = -((self.first_step - step) // self.every)  # rounded up
-        if end is not None:
-            step = self._resolve(end, "end")
-            if step > self.total_steps:
-                raise AveragingError(
-                    f"the window's end={end} is past the last step of the run, {self.total_steps}"
-                )
-            stop = min((step - self.first_step) // self.every + 1, num_members)
-        if first >= stop:
+        first_step = self.first_step if start is None else self._resolve(start, "start")
+        last_step = self.total_steps if end is None else self._resolve(end, "end")
+        if first_step < self.first_step:
+            raise AveragingError(
+                f"the window's start={start} is step {first_step}, but this run keeps weights from step "
+                f"{self.first_step} on (averaging.start)"
+            )
+        if last_step > self.total_steps:
+            raise AveragingError(
+                f"the window's end={end} is past the last step of the run, {self.total_steps}"
+            )
+        window = range(self.members_until(first_step - 1), min(self.members_until(last_step), num_members))
+        if not window:
             raise AveragingError(
                 f"the window from start={start} to end={end} holds none of the {num_members} weights of steps "
                 f"{self.first_step} to {self.step_of(num_members - 1)} (one every {self.every})"
             )
-        self._refuse_cuts(num_members, first, stop)
-        return range(first, stop)
-
-    def _refuse_cuts(self, num_members: int, first: int, stop: int) -> None:
         boundaries = self.boundaries(num_members)
-        block = self._block_of(first)
-        if first != self._first_of(block):
-            near = [begin for begin, _ in boundaries[block : block + 2]]
+        begins, ends = zip(*boundaries, strict=True)
+        block = self._block_of(window[0])
+        self._refuse_cut("begin", self.step_of(window[0]), begins[block : block + 2])
+        block = self._block_of(window[-1])
+        self._refuse_cut("end", self.step_of(window[-1]), ends[max(block - 1, 0) : block + 1])
+        return window
+
+    def _refuse_cut(self, verb: str, step: int, nearest: Sequence[int]) -> None:
+        if step not in nearest:
             raise AveragingError(
-                f"a window that begins at step {self.step_of(first)} cuts a block of averaged weights; the "
-                f"nearest that can begin do so at step {' or '.join(map(str, near))} (see `plan.boundaries`)"
-            )
-        block = self._block_of(stop - 1)
-        if stop != min(self._first_of(block + 1), num_members):
-            near = [end for _, end in boundaries[max(block - 1, 0) : block + 1]]
-            raise AveragingError(
-                f"a window that ends at step {self.step_of(stop - 1)} cuts a block of averaged weights; the "
-                f"nearest that can end do so at step {' or '.join(map(str, near))} (see `plan.boundaries`)"
+                f"a window that {verb}s at step {step} cuts a block of averaged weights; the nearest that can "
+                f"{verb} do so at step {' or '.join(map(str, nearest))} (see `plan.boundaries`)"
             )
 
     def _resolve(self, value: float | int, name: str) -> int:

@@ -113,7 +113,7 @@ def test_a_fraction_is_the_decimal_number_that_was_written(thousandths, total, k
 def test_fractions_of_exact_types_are_taken_as_they_are():
     assert resolve_start(Fraction(1, 3), 9) == 3
     assert resolve_start(0.29, 100) == 29
-    assert EMA(half_life=0.1).plan(30).decay == 0.5 ** (1 / 3)
+    assert EMA(half_life=0.1).decay_in(30) == 0.5 ** (1 / 3)
     plan = Windows(blocks=101).plan(100)
     assert plan.window(101, start=0.29, end=0.57) == range(29, 58)
 

@@ -57,13 +57,13 @@ def test_debias_near_a_decay_of_one_is_the_plain_mean():
 
 @given(half_life=st.integers(1, 200), every=st.integers(1, 5))
 def test_after_a_half_life_the_old_mean_counts_half(half_life, every):
-    plan = EMA(half_life=half_life, every=every).plan(1000)
-    assert plan.decay ** (half_life / every) == pytest.approx(0.5)
+    decay = EMA(half_life=half_life, every=every).decay_in(1000)
+    assert decay ** (half_life / every) == pytest.approx(0.5)
 
 
 def test_a_half_life_may_be_a_share_of_the_run():
-    assert EMA(half_life=0.1).plan(500).decay == EMA(half_life=50).plan(500).decay
-    assert EMA(half_life=0.1).plan(5000).decay == EMA(half_life=500).plan(5000).decay
+    assert EMA(half_life=0.1).decay_in(500) == EMA(half_life=50).decay_in(500)
+    assert EMA(half_life=0.1).decay_in(5000) == EMA(half_life=500).decay_in(5000)
 
 
 def test_neither_decay_nor_half_life_means_the_usual_decay_and_says_so():

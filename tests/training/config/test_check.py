@@ -200,8 +200,7 @@ def test_every_setting_has_a_doc(recipe):
 
 def test_choices_of_the_averaging_section_are_those_of_the_rules():
     from swaft.averaging.rules import RULES
-    from swaft.averaging.rules.ema import Warmup
-    from swaft.averaging.rules.merge import Decay
+    from swaft.averaging.rules.means import Decay, Warmup
 
     known = settings(ClassificationConfig)
     assert known["averaging.rule"].choices == ("none", *RULES)
