@@ -19,8 +19,8 @@ from numba import types
 
 from benchmarks.measuring import spread
 from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.machine import Workers
 from swaft.averaging.host.source import HostSource
-from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Span
 from swaft.averaging.rules import SWA
 

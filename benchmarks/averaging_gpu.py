@@ -31,8 +31,8 @@ from benchmarks.deadline import seconds_left, within
 from benchmarks.measuring import spread
 from swaft.averaging import Engine
 from swaft.averaging.host.averages import STAGING_BYTES
+from swaft.averaging.host.machine import Workers
 from swaft.averaging.host.source import StagedSource
-from swaft.averaging.host.threads import Workers
 
 MODELS = {
     "BERT-base, 110M": {},

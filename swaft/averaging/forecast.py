@@ -81,6 +81,8 @@ def forecast(engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], 
         plans: by name of the rule.
         precision: of running means, ``compensated`` or ``plain``.
     """
+    from swaft.averaging.host.averages import seconds_an_element  # compiled code, as below
+
     groups, elements = engine.inner_optimizer.param_groups, engine.numel
     rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
     events = {
@@ -94,7 +96,7 @@ def forecast(engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], 
         pinned_bytes=averages.pinned_bytes,
         copied_bytes=4 * elements if averages.pinned_bytes else 0,
         threads=averages.workers.threads,
-        seconds=updates * elements * averages.seconds_an_element(),
+        seconds=updates * elements * seconds_an_element(averages.workers, elements),
         plain_errors={
             name: simulate(plan, native_mean(compensated=False), learning_rate=rate)
             for name, plan in plans.items()

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from swaft.averaging.host.lanes import Lanes, require_writable
-from swaft.averaging.host.memory import lane_bytes, require_host_memory
+from swaft.averaging.host.machine import Workers, lane_bytes, require_host_memory
 from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes
-from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Span
 from swaft.averaging.rules import SWA, Plan
 from swaft.distributed import Ranks
@@ -80,10 +79,6 @@ class HostAverages:
         self.pipeline = Pipeline(
             self.lanes, self.changes, sum_over_ranks=self._channel.sum, world_size=ranks.world_size
         )
-
-    def seconds_an_element(self) -> float:
-        """Seconds that one update of a running mean takes for each element, measured on up to 4 million."""
-        return seconds_an_element(self.workers, sum(span.numel for span in self._spans))
 
     def submit(self, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
         """Take the masters in for some rules, in the background; see `Pipeline.submit`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swaft.averaging import native
-from swaft.averaging.host.threads import Workers
+from swaft.averaging.host.machine import Workers
 from swaft.averaging.rules import DEFAULT, Plan, Readout, Update
 from swaft.errors import AveragingError
 from swaft.storage.files import write_all
@@ -32,11 +32,8 @@ class Lane:
     """(numel,), fp32."""
     compensation: Tensor | None
     """(numel,), bf16; None for copies and in the plain form."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.mean.nbytes + (0 if self.compensation is None else self.compensation.nbytes)
+    on_disk: bool = False
+    """Whether both are mapped from files."""
 
 
 class Lanes:
@@ -61,12 +58,14 @@ class Lanes:
         self._compensated = compensated
         self._spill = spill
         self._lanes: dict[int, Lane] = {}
-        self._on_disk: dict[int, Lane] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory held now."""
-        return sum(lane.nbytes for lane in self._lanes.values())
+        held = [lane for lane in self._lanes.values() if not lane.on_disk]
+        return sum(
+            each.nbytes for lane in held for each in (lane.mean, lane.compensation) if each is not None
+        )
 
     def begin(self) -> tuple[Update, ...]:
         """The updates of the next member; its elements come by :meth:`take` and it is closed by :meth:`end`."""
@@ -76,7 +75,7 @@ class Lanes:
         )
         for update in updates:
             if update.lane not in self._lanes:
-                self._lanes[update.lane] = self._new_lane(self.plan.lanes[update.lane])
+                self._lanes[update.lane] = self.empty_lane(update.lane)
             compensation = self._lanes[update.lane].compensation
             if update.weight == 1.0 and compensation is not None:
                 compensation.zero_()
@@ -92,7 +91,7 @@ class Lanes:
         """Close the member: copies between lanes, and finished lanes to disk."""
         for update in updates:
             if update.source is not None:
-                self._copy(self._lanes[update.source], self._lanes[update.lane])
+                self._lanes[update.lane].mean.copy_(self._lanes[update.source].mean)
         self.count += 1
         self._torn = None
         for lane in self.plan.finished(self.count - 1):
@@ -106,7 +105,7 @@ class Lanes:
         """
         self._refuse_torn()
         coefficients = self.plan.readout(self.count, chosen)
-        return [(coefficient, self._lane(i)) for i, coefficient in sorted(coefficients.items())]
+        return [(coefficient, self._lanes[i]) for i, coefficient in sorted(coefficients.items())]
 
     def shard(self, chosen: Readout = DEFAULT) -> Tensor:
         """The average: (numel,), fp32. A single lane is returned itself, not copied."""
@@ -126,15 +125,18 @@ class Lanes:
             AveragingError: as of :meth:`readout`.
         """
         self._refuse_torn()
-        return {index: self._lane(index) for index in sorted({*self._lanes, *self._on_disk})}
+        return dict(sorted(self._lanes.items()))
 
     def empty_lane(self, index: int) -> Lane:
-        """Memory for a lane, to be filled and handed to :meth:`restore`."""
-        return self._new_lane(self.plan.lanes[index])
+        """Memory for a lane, to be filled."""
+        compensation = None
+        if self.plan.lanes[index] and self._compensated:
+            compensation = torch.from_numpy(np.empty(self._numel, np.uint16)).view(torch.bfloat16)
+        return Lane(_vector(self._numel), compensation)
 
     def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
         """Resume from ``count`` members with these lanes, one at a time, in place of all there were."""
-        self._lanes, self._on_disk = {}, {}
+        self._lanes = {}
         self._torn = "a state of this average was read only in part, because the rest is damaged"
         self.count = count
         finished = {lane for n in range(count) for lane in self.plan.finished(n)}
@@ -150,12 +152,6 @@ class Lanes:
                 f"{self._torn} (see the error before this one), so it is neither the old average nor the new one"
             )
 
-    def _new_lane(self, running: bool) -> Lane:
-        compensation = None
-        if running and self._compensated:
-            compensation = torch.from_numpy(np.empty(self._numel, np.uint16)).view(torch.bfloat16)
-        return Lane(_vector(self._numel), compensation)
-
     def _move(self, lane: Lane, tables: Sequence[Table], weight: float) -> None:
         mean, compensation = lane.mean.numpy(), lane.compensation
         if weight == 1.0:
@@ -167,23 +163,12 @@ class Lanes:
             words, w = bits(compensation), np.float32(weight)
             self._workers.run(native.update, [(*table, mean, words, w) for table in tables])
 
-    @staticmethod
-    def _copy(source: Lane, destination: Lane) -> None:
-        destination.mean.copy_(source.mean)
-        if source.compensation is not None and destination.compensation is not None:
-            destination.compensation.copy_(source.compensation)
-
     def _put_away(self, index: int) -> None:
         if self._spill is None:
             return
         lane = self._lanes[index]
-        mean = moved_to_disk(lane.mean, self._spill)
         compensation = None if lane.compensation is None else moved_to_disk(lane.compensation, self._spill)
-        self._on_disk[index] = Lane(mean, compensation)
-        del self._lanes[index]
-
-    def _lane(self, index: int) -> Lane:
-        return self._lanes[index] if index in self._lanes else self._on_disk[index]
+        self._lanes[index] = Lane(moved_to_disk(lane.mean, self._spill), compensation, on_disk=True)
 
 
 def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last: int) -> None:

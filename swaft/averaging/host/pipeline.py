@@ -25,8 +25,8 @@ from torch import Tensor
 
 from swaft.averaging import native
 from swaft.averaging.host.lanes import Lanes, Table
+from swaft.averaging.host.machine import Workers
 from swaft.averaging.host.source import Source
-from swaft.averaging.host.threads import Workers
 from swaft.errors import AveragingError
 
 VERSION = attrgetter("_version")

@@ -8,7 +8,6 @@ training stream waits for that event.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from swaft.averaging import native
 from swaft.averaging.host.lanes import Table
-from swaft.averaging.host.threads import Workers
+from swaft.averaging.host.machine import Workers
 from swaft.averaging.layout import Chunk, Span, cut
 from swaft.errors import LayoutError
 
@@ -43,9 +42,7 @@ class HostSource:
 
     def __init__(self, spans: Sequence[Span], workers: Workers):
         self._workers = workers
-        numel = sum(span.numel for span in spans)
-        self._parts = cut(spans, max(1, -(-numel // workers.threads)))
-        self._spans = spans
+        self._spans, self._parts = spans, _shares(spans, workers)
         self._described: object = None
         self._tables: list[Table] = []
 
@@ -117,7 +114,10 @@ class StagedSource:
         ]
         self._stream = api.Stream(device=device)
         self._copied = [api.Event() for _ in range(blocks)]
-        self._parts = [_split(chunk, workers.threads) for chunk in self._chunks]
+        self._parts = [
+            [_table(part, [0]) for part in _shares([Span(0, 0, chunk.shard_offset, chunk.numel)], workers)]
+            for chunk in self._chunks
+        ]
         self._masters: list[Tensor] | None = None
         self._views: list[list[Tensor]] = []
         self._last_copy: Any = None
@@ -143,7 +143,10 @@ class StagedSource:
             self._views = [[span.of(masters) for span in chunk.spans] for chunk in self._chunks]
         with self._api.stream(self._stream):
             self._stream.wait_event(ready)
-            self._verdict = self._enqueue_check()
+            views = [view for chunk in self._views for view in chunk]
+            if views:
+                norms = torch._foreach_norm(views, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+                self._verdict = torch.stack(norms)
         self._released = released
         for i in range(min(len(self._blocks), len(self._chunks))):
             self._copy(i)
@@ -183,14 +186,6 @@ class StagedSource:
             torch._foreach_copy_(targets, views, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
             self._copied[i % len(self._blocks)].record(self._stream)
         self._last_copy = self._copied[i % len(self._blocks)]
-
-    @torch.no_grad()
-    def _enqueue_check(self) -> Tensor | None:
-        views = [view for chunk in self._views for view in chunk]
-        if not views:
-            return None
-        norms = torch._foreach_norm(views, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
-        return torch.stack(norms)
 
 
 Source = HostSource | StagedSource
@@ -236,22 +231,13 @@ def ring_of(numel: int, limit_bytes: int) -> tuple[int, int]:
     return block_numel, max(1, min(MAX_BLOCKS, -(-numel // block_numel)))
 
 
+def _shares(spans: Sequence[Span], workers: Workers) -> list[Chunk]:
+    """Spans in equal parts, one a thread."""
+    return cut(spans, max(1, -(-sum(span.numel for span in spans) // workers.threads)))
+
+
 def _table(chunk: Chunk, addresses: Sequence[int]) -> Table:
-    """The runs of a chunk as addresses in the masters and positions in the shard."""
-    return (
-        np.array([addresses[s.buffer] + 4 * s.offset for s in chunk.spans], dtype=np.int64),
-        np.array([s.shard_offset for s in chunk.spans], dtype=np.int64),
-        np.array([s.numel for s in chunk.spans], dtype=np.int64),
-    )
-
-
-def _split(chunk: Chunk, threads: int) -> list[Table]:
-    """A staged chunk in equal parts, one a thread, as byte offsets in its block and positions in the shard."""
-    size = -(-chunk.numel // threads)
-    parts = []
-    for first in islice(range(0, chunk.numel, size), threads):
-        numel = min(size, chunk.numel - first)
-        parts.append(
-            tuple(np.array([each], np.int64) for each in (4 * first, chunk.shard_offset + first, numel))
-        )
-    return parts
+    """The runs of a chunk as addresses in buffers that begin at these, and positions in the shard."""
+    runs = [(addresses[s.buffer] + 4 * s.offset, s.shard_offset, s.numel) for s in chunk.spans]
+    where, offsets, numels = np.array(runs, dtype=np.int64).T.copy()
+    return where, offsets, numels

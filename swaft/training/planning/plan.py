@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from swaft.averaging.host.averages import STAGING_BYTES, seconds_an_element
-from swaft.averaging.host.memory import lane_bytes
+from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
-from swaft.averaging.host.threads import Workers
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
 from swaft.training.checks.problems import Problems

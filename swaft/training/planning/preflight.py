@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swaft.averaging.host.memory import lane_bytes
+from swaft.averaging.host.machine import lane_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
 from swaft.training.checks.problems import Parts, Problems, without

@@ -11,7 +11,7 @@ import torch
 
 from swaft.averaging.arithmetic import combine, reference_mean
 from swaft.averaging.host import HostAverages
-from swaft.averaging.host.memory import lane_bytes
+from swaft.averaging.host.machine import lane_bytes
 from swaft.averaging.layout import Fragment, merge
 from swaft.averaging.rules import EMA, LAWA, PowerEMA, Readout, Windows
 from swaft.distributed import Ranks

@@ -12,9 +12,9 @@ import torch
 
 from swaft.averaging.arithmetic import reference_mean
 from swaft.averaging.host.lanes import Lanes
+from swaft.averaging.host.machine import Workers
 from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, StagedSource, ring_of
-from swaft.averaging.host.threads import Workers
 from swaft.averaging.layout import Fragment, merge
 from swaft.averaging.rules import EMA, SWA
 from swaft.errors import AveragingError, LayoutError

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from swaft.averaging.host import memory
-from swaft.averaging.host.threads import Workers, cores_near, default_threads, parse_cores
+from swaft.averaging.host import machine
+from swaft.averaging.host.machine import Workers, cores_near, default_threads, parse_cores
 from swaft.averaging.rules import EMA, SWA
 from swaft.distributed import Ranks
 from swaft.errors import AveragingError, ConfigError
@@ -13,18 +13,18 @@ pytestmark = pytest.mark.unit
 
 def test_a_running_mean_takes_six_bytes_an_element_and_four_in_the_plain_form():
     plan = SWA(start=0).plan(100)
-    assert memory.lane_bytes(plan, 1000, compensated=True, spilled=False) == 6000
-    assert memory.lane_bytes(plan, 1000, compensated=False, spilled=False) == 4000
-    assert memory.lane_bytes(EMA().plan(100), 1000, compensated=True, spilled=True) == 6000
+    assert machine.lane_bytes(plan, 1000, compensated=True, spilled=False) == 6000
+    assert machine.lane_bytes(plan, 1000, compensated=False, spilled=False) == 4000
+    assert machine.lane_bytes(EMA().plan(100), 1000, compensated=True, spilled=True) == 6000
 
 
 def test_what_does_not_fit_is_refused_with_what_there_is(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 2**30)
-    memory.require_host_memory(Ranks(), 3 * 2**30)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 3 * 2**30)
+    machine.require_host_memory(Ranks(), 3 * 2**30)
     with pytest.raises(
         AveragingError, match=r"3\.1 GiB .* where 3\.0 GiB are left.*averaging\.precision=plain"
     ):
-        memory.require_host_memory(Ranks(), int(3.1 * 2**30))
+        machine.require_host_memory(Ranks(), int(3.1 * 2**30))
 
 
 def test_all_ranks_of_a_node_share_its_memory(monkeypatch):
@@ -38,7 +38,7 @@ def test_all_ranks_of_a_node_share_its_memory(monkeypatch):
             ]
 
     with pytest.raises(AveragingError, match=r"2\.0 GiB of host memory on left \(2 ranks\), where 1\.0 GiB"):
-        memory.require_host_memory(FourRanks(), 2**30)
+        machine.require_host_memory(FourRanks(), 2**30)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_the_tightest_control_group_counts_and_page_cache_does_not(
         (folder / "memory.stat").write_text(f"anon 600\n{cache_line}\n")
     proc = tmp_path / "cgroup"
     proc.write_text(f"{line}\n1:name=systemd:/elsewhere\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "OWN_GROUPS", proc)
-    assert memory.available_bytes() == 1000 - 700 + 100
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", proc)
+    assert machine.available_bytes() == 1000 - 700 + 100
 
 
 def test_a_machine_without_control_groups_has_what_it_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "absent")
-    assert memory.available_bytes() > 0
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "absent")
+    assert machine.available_bytes() > 0
 
 
 def test_the_kernels_list_of_cores_is_understood():

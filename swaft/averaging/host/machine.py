@@ -1,0 +1,179 @@
+"""What a machine gives to averaging: threads near the masters' memory, and host memory that its ranks share.
+
+The threads are Python threads that spend their time in compiled loops without the interpreter lock. torch's own
+are left alone: under torchrun there is one, and a count set in one thread leaks into those started after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from swaft.averaging.rules import Plan
+from swaft.distributed import Ranks
+from swaft.errors import AveragingError
+from swaft.options import Count, require_value
+
+MAX_THREADS = 8
+"""Threads a rank takes by itself: more seldom help, since memory is shared by all ranks of a node."""
+CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A fixed number of threads, kept on cores near a device's memory.
+
+    Args:
+        threads: how many; None: half of this rank's share of the cores it may use, at most `MAX_THREADS`.
+        device: whose host memory the work is in.
+
+    Raises:
+        ConfigError: fewer than one thread.
+    """
+
+    def __init__(self, threads: int | None = None, *, device: torch.device | None = None):
+        require_value("threads", threads, Count | None)
+        self.threads = default_threads() if threads is None else threads
+        cores = cores_near(device)
+        self._pool = ThreadPoolExecutor(
+            self.threads, thread_name_prefix="swaft-average", initializer=_stay_on, initargs=(cores,)
+        )
+
+    def run(self, function: Callable[..., Result], parts: Iterable[tuple]) -> list[Result]:
+        """Call ``function(*part)`` for every part, all at once; returns the results in order.
+
+        Nothing runs any more when this returns or raises: compiled loops read memory by its address.
+        """
+        futures: list[Future[Result]] = []
+        try:
+            for part in parts:
+                futures.append(self._pool.submit(function, *part))
+        finally:
+            wait(futures)
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def default_threads() -> int:
+    """Half of this rank's share of the cores the process may run on, between 1 and `MAX_THREADS`."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MAX_THREADS, len(_allowed_cores()) // ranks_here // 2))
+
+
+def cores_near(device: torch.device | None) -> set[int]:
+    """The cores this process may use that share a memory node with a device; all of them where that is unknown."""
+    allowed = _allowed_cores()
+    if device is None or device.type != "cuda":
+        return allowed
+    properties = torch.cuda.get_device_properties(device)
+    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    cores = Path(f"/sys/bus/pci/devices/{address}/local_cpulist")
+    try:
+        return parse_cores(cores.read_text()) & allowed or allowed
+    except (OSError, ValueError):
+        return allowed
+
+
+def parse_cores(text: str) -> set[int]:
+    """The cores of a kernel list such as ``0-3,8,10-11``."""
+    cores: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cores |= set(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def _allowed_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _stay_on(cores: set[int]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        # Of the calling thread, on Linux. Where it is forbidden, threads run wherever they are put.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
+
+
+def lane_bytes(plan: Plan, numel: int, *, compensated: bool, spilled: bool) -> int:
+    """Most bytes of host memory that a rule's lanes take during a run.
+
+    Args:
+        plan: the rule's numbers.
+        numel: elements of the shard.
+        compensated: running means take 6 bytes an element, not 4.
+        spilled: finished lanes move to disk.
+    """
+    size = {True: 6 if compensated else 4, False: 4}
+    if not spilled:
+        return numel * sum(size[running] for running in plan.lanes)
+    held, peak = set(), 0
+    for n in range(plan.num_members):
+        held |= {update.lane for update in plan.updates(n)}
+        peak = max(peak, sum(size[plan.lanes[lane]] for lane in held))
+        held -= set(plan.finished(n))
+    return numel * peak
+
+
+def available_bytes() -> int:
+    """Host memory this process may still take: the node's, or what its control groups leave of it."""
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def require_host_memory(ranks: Ranks, needed: int) -> None:
+    """Refuse, on every rank, what does not fit into the memory of a node (collective).
+
+    Args:
+        ranks: the ranks; those of one host share its memory.
+        needed: bytes this rank will take.
+
+    Raises:
+        AveragingError: naming the host, what is needed and what there is.
+    """
+    host = socket.gethostname()
+    everyone = ranks.gather((host, needed, available_bytes()))
+    for name in sorted({each for each, _, _ in everyone}):
+        here = [(need, room) for each, need, room in everyone if each == name]
+        total, room = sum(need for need, _ in here), min(room for _, room in here)
+        if total > room:
+            raise AveragingError(
+                f"averaging would take {total / 2**30:.1f} GiB of host memory on {name} ({len(here)} ranks), where "
+                f"{room / 2**30:.1f} GiB are left; use fewer rules or blocks, move finished blocks to disk "
+                "(spill_dir), choose averaging.precision=plain, or give the job more memory"
+            )
+
+
+def _cgroup_rooms() -> list[int]:
+    """What every control group above this process leaves: its limit less its use, page cache not counted."""
+    rooms = []
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, limit_name, use_name = CGROUP, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit_name, use_name = CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (each for each in (own, *own.parents) if each.is_relative_to(root)):
+            # Some groups are not to be seen, and "max" is no limit.
+            with contextlib.suppress(OSError, ValueError):
+                room = int((folder / limit_name).read_text()) - int((folder / use_name).read_text())
+                statistics = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+                rooms.append(max(0, room + cache))
+    return rooms
