@@ -58,7 +58,7 @@ class Kept:
         for row in self.rows:
             if row["regime"] == regime and row["arm"] == arm:
                 numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
-                if numbers is not None and LOSSES.get(outcome, "nll") in numbers:
+                if numbers is not None and _name_of(outcome, row["task"]) in numbers:
                     found[row["task"], row["seed"]] = value_of(numbers, row["task"], outcome)
         return found
 
@@ -84,11 +84,15 @@ class Kept:
 
 def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
     """An outcome on the scale on which it is compared; "nll" is the loss itself, in nats."""
+    found = numbers[_name_of(outcome, task)]
     if outcome == "nll":
-        return numbers["nll"]
-    if outcome in LOSSES:
-        return 100 * math.log(max(numbers[LOSSES[outcome]], 1e-12))
-    return 100 * numbers[TASKS[task].score if outcome == "score" else outcome]
+        return found
+    return 100 * (math.log(max(found, 1e-12)) if outcome in LOSSES else found)
+
+
+def _name_of(outcome: str, task: str) -> str:
+    """What rows of a task call an outcome."""
+    return TASKS[task].score if outcome == "score" else LOSSES.get(outcome, outcome)
 
 
 def keep(rows: Sequence[Row]) -> Kept:

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import collapse, flatness
-from benchmarks.study import model as encoder
 from benchmarks.study.fitting import PRECISION, REGIMES, device, fit, teach
 from benchmarks.study.numerics import fingerprint, machine
 from benchmarks.study.pack import model_name
 from benchmarks.study.reading import score_test, score_validation
 from benchmarks.study.store import Row
-from benchmarks.study.tasks import MAX_LENGTH, TASKS, load
+from benchmarks.study.tasks import TASKS, load, new_model
 from benchmarks.study.trainings import TRAININGS
 
 READINGS = {
@@ -97,7 +96,7 @@ def run_cell(cell: Cell) -> list[Row]:
         "all_cpu_seconds": round(time.process_time() - cpu_began, 2),
         "peak_bytes": _peak(),
     }
-    settings |= {"model": model_name(), "precision": PRECISION, "max_length": MAX_LENGTH}
+    settings |= {"model": model_name(), "precision": PRECISION}
     rows = []
     for name, row in found.items():
         own = row.pop("cost", {})
@@ -109,17 +108,18 @@ def run_cell(cell: Cell) -> list[Row]:
 
 def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
     """Train once, and read out; returns rows by readout, and settings."""
-    regime, training = REGIMES[cell.regime].times(TASKS[cell.task].length), TRAININGS[cell.training]
+    task, training = TASKS[cell.task], TRAININGS[cell.training]
+    regime = REGIMES[cell.regime].times(task.length)
     options = {"regime": regime, "rate": cell.rate, "seed": cell.seed}
-    splits = load(cell.task, rows=regime.rows, seed=cell.seed)
+    splits = load(cell.task, rows=regime.rows * task.rows, seed=cell.seed)
     began = time.process_time()
     teacher = teach(splits, training, **options)
     taught = time.process_time() - began
-    model = encoder.pretrained(splits.num_labels, cell.seed, device())
+    model = new_model(task, splits, cell.seed, device())
     averaged = None if cell.split in ("test", "flatness") else (training.principal,)
     trained = fit(model, splits, training, averaged=averaged, teacher=teacher, **options)
     try:
-        found = READINGS[cell.split](model, trained, training, splits, TASKS[cell.task].score)
+        found = READINGS[cell.split](model, trained, training, splits, task)
     finally:
         if trained.averager is not None:
             trained.averager.close()
@@ -133,6 +133,7 @@ def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
     return found, {
         "rows": len(splits.train), "epochs": regime.epochs * training.length, "steps": trained.steps,
         "batch": regime.batch, "scored": len(scored),
+        "longest": max(map(len, splits.train.ids)),
     }  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from benchmarks.study.fitting import Regime, device, fit
 from benchmarks.study.loop import Trained
 from benchmarks.study.outcomes import outcomes
 from benchmarks.study.reading import in_place, principal_readouts
+from benchmarks.study.rows import Rows, evaluation_batches
 from benchmarks.study.store import Row
-from benchmarks.study.tasks import TASKS, Rows, Splits, evaluation_batches, load
+from benchmarks.study.tasks import TASKS, Splits, Task, load
 from benchmarks.study.trainings import Training
 
 PROBED = ("trec", "cr", "cola", "subj", "mpqa", "mrpc")
@@ -30,7 +31,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1)
 
 
 def probe_others(
-    model: nn.Module, trained: Trained, training: Training, splits: Splits, score: str
+    model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
     """The first experiment: probes on other tasks after training on one, of the last weights and the principal."""
     found = {}

@@ -12,8 +12,9 @@ from benchmarks.study.loop import Trained
 from benchmarks.study.model import changed, logits_of
 from benchmarks.study.reading import in_place, principal_readouts
 from benchmarks.study.readouts import BLENDED, Readout
+from benchmarks.study.rows import Rows, evaluation_batches
 from benchmarks.study.store import Row
-from benchmarks.study.tasks import Rows, Splits, evaluation_batches
+from benchmarks.study.tasks import Splits, Task
 from benchmarks.study.trainings import Training
 
 RADII = (0.01, 0.02, 0.05, 0.1)
@@ -34,7 +35,7 @@ Vector = dict[str, Tensor]
 
 
 def measure(
-    model: nn.Module, trained: Trained, training: Training, splits: Splits, score: str
+    model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
     """A row for the last weights and one for the average, on training and test rows; and one for the line."""
     train = splits.train.take(torch.arange(min(len(splits.train), len(splits.test))).numpy())

@@ -28,6 +28,8 @@ from benchmarks.study.trainings import TRAININGS
 
 CHOOSING = ("sst2", "trec", "cr", "banking77")
 CONFIRMING = ("cola", "mpqa", "subj", "mrpc")
+GENERAL = ("squad", "e2e-new", "e2e-encoder", "tatoeba-new", "tatoeba-encoder")
+"""Beside the classification tasks: neither choose nor confirm, and show how far what is found reaches."""
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 FIRST_RATES = (1e-4, 2e-4)
 TUNING_SEED = 101
@@ -65,6 +67,7 @@ PHASES = (
     ),
     Phase(MAIN, "main", CHOOSING, SEEDS),
     Phase(MAIN, "main", CONFIRMING, SEEDS),
+    Phase(MAIN, "main", GENERAL, SEEDS[:5]),
     Phase(MAIN, "small", CHOOSING + CONFIRMING, SEEDS),
     Phase(REST, "main", CHOOSING, SEEDS[:5]),
     Phase(REST, "main", CONFIRMING, SEEDS[:5]),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.study.pack import model_folder
-from benchmarks.study.tasks import Rows, evaluation_batches
+from benchmarks.study.rows import Rows, evaluation_batches
 
 GROUP = 64
 """Weights of a row that share a scale and an offset in int4."""
@@ -18,16 +19,20 @@ GROUP = 64
 def pretrained(num_labels: int, seed: int, device: torch.device) -> nn.Module:
     """The embedded MiniLM with a classification head whose weights are drawn by the seed."""
     from transformers import AutoModelForSequenceClassification
+
+    return from_pack(AutoModelForSequenceClassification, seed, device, num_labels=num_labels)
+
+
+def from_pack(kind: Any, seed: int, device: torch.device, **options: Any) -> nn.Module:
+    """The encoder as one of transformers' ``Auto`` classes makes it, in fp32; what is new is drawn by the seed."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_folder(),
-        num_labels=num_labels,
-        dtype=torch.float32,
-        attn_implementation=attention_on(device.type),
+    attention = attention_on(device.type)
+    model = kind.from_pretrained(
+        model_folder(), dtype=torch.float32, attn_implementation=attention, **options
     )
     return model.to(device)
 
@@ -39,19 +44,26 @@ def attention_on(device: str) -> str:
 
 def logits_of(model: nn.Module, rows: Rows) -> Tensor:
     """Logits (N, C) of every row, fp32, on the host, without dropout."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     parts, order = [], []
-    with torch.inference_mode():
+    with evaluating(model) as device:
         for places in evaluation_batches(rows):
-            batch = {name: tensor.to(device) for name, tensor in rows.batch(places).items()}
-            del batch["labels"]
+            batch = {name: tensor.to(device) for name, tensor in rows.take(places).inputs().items()}
             parts.append(model(**batch).logits.float().cpu())
             order += places.tolist()
-    model.train(was_training)
     logits = torch.cat(parts)
     return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """The model without dropout and gradients for a while; yields its device."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

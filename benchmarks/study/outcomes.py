@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +12,24 @@ from torch import Tensor
 BINS = 15
 TEMPERATURES = torch.logspace(-1, 1, 401, dtype=torch.float64)
 """From which the best is taken, 1.2 % apart."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a readout makes of some rows: logits (N, C) of all that is to be predicted, and what is right."""
+
+    logits: Tensor
+    labels: Tensor
+    """(N,), int64."""
+    score: Callable[[], dict[str, float]]
+    """The task's own score, and others of its kind, from 0 to 1; computed when asked for."""
+    scales: bool = True
+    """Whether a temperature is fitted: with a vocabulary for classes it takes too long."""
+
+    def outcomes(self, *, scored: bool = True) -> dict[str, float]:
+        """Nll (nats), accuracy and ece of the predictions; with ``scored`` the task's score as well."""
+        found = outcomes(self.logits, self.labels, "accuracy")
+        return found | (self.score() if scored else {})
 
 
 def outcomes(logits: Tensor, labels: Tensor, score: str) -> dict[str, float]:

@@ -7,11 +7,13 @@ rows of a pack are compared with each other.
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
-from functools import cache
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 SPLITS = ("train", "validation", "test")
@@ -46,46 +48,58 @@ def write(folder: Path) -> None:
     """
     from transformers import AutoModel
 
-    from benchmarks.study.tasks import TASKS, read
+    from benchmarks.study.tasks import TASKS, read, vocabulary
 
     AutoModel.from_pretrained(model_folder(), dtype=torch.float16).save_pretrained(folder / "model")
-    arrays = {}
     for name, task in TASKS.items():
+        if task.generates:
+            vocabulary(name).save(str(folder / f"{name}.tokens.json"))
         for split in SPLITS:
             if split == "test" and task.test != "test":
                 continue
             rows = read(name, split)
-            arrays[f"{name}/{split}/ids"] = np.concatenate([np.array(row, np.uint16) for row in rows.ids])
-            arrays[f"{name}/{split}/segments"] = np.concatenate(
-                [np.array(row, bool) for row in rows.segments]
-            )
-            arrays[f"{name}/{split}/lengths"] = np.array([len(row) for row in rows.ids], np.uint8)
-            arrays[f"{name}/{split}/labels"] = rows.labels.numpy().astype(np.uint8)
-    np.savez_compressed(folder / "tasks.npz", **arrays)
+            entries = {field.name: getattr(rows, field.name) for field in fields(rows)}
+            entries["labels"] = rows.labels.tolist()
+            with gzip.open(folder / f"{name}-{split}.json.gz", "wt") as file:
+                json.dump(entries, file, separators=(",", ":"))
 
 
-def read_packed(name: str, split: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[int]]:
-    """Token ids, token type ids and classes of a split.
+def read_packed(name: str, split: str, kind: type) -> Any:
+    """Rows of a split.
+
+    Args:
+        name: of the task.
+        split: train, validation or test.
+        kind: the class of its rows.
 
     Raises:
         FileNotFoundError: the pack lacks it.
     """
-    arrays = _arrays()
-    key = f"{name}/{split}"
-    if f"{key}/lengths" not in arrays:
-        raise FileNotFoundError(f"{packed()} holds no {key}; write the pack anew where the task's folder is")
-    ends = np.cumsum(arrays[f"{key}/lengths"].astype(np.int64))[:-1]
-    ids, segments = (np.split(arrays[f"{key}/{part}"].astype(np.int64), ends) for part in ("ids", "segments"))
-    return (
-        [tuple(row.tolist()) for row in ids],
-        [tuple(row.tolist()) for row in segments],
-        (arrays[f"{key}/labels"].astype(np.int64).tolist()),
-    )
+    path = _file(f"{name}-{split}.json.gz")
+    with gzip.open(path, "rt") as file:
+        entries = {field: tuple(map(_frozen, values)) for field, values in json.load(file).items()}
+    return kind(**entries | {"labels": torch.tensor(entries["labels"], dtype=torch.long)})
 
 
-@cache
-def _arrays() -> dict[str, np.ndarray]:
+def read_vocabulary(name: str) -> Any:
+    """Tokenizer of what a task generates.
+
+    Raises:
+        FileNotFoundError: the pack lacks it.
+    """
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(_file(f"{name}.tokens.json")))
+
+
+def _file(name: str) -> Path:
     folder = packed()
     assert folder is not None
-    with np.load(folder / "tasks.npz") as file:
-        return {name: file[name] for name in file.files}
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} holds no {name}; write the pack anew where the task's folder is")
+    return folder / name
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

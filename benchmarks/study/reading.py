@@ -9,47 +9,48 @@ from typing import Any
 from torch import nn
 
 from benchmarks.study.loop import Trained
-from benchmarks.study.model import ROUNDINGS, changed, logits_of
+from benchmarks.study.model import ROUNDINGS, changed
 from benchmarks.study.outcomes import outcomes, temperature
 from benchmarks.study.readouts import Readout, readouts_for, searched
 from benchmarks.study.store import Row
-from benchmarks.study.tasks import Rows, Splits
+from benchmarks.study.tasks import Splits, Task, predict
 from benchmarks.study.trainings import Training
 
 
 def score_validation(
-    model: nn.Module, trained: Trained, training: Training, splits: Splits, score: str
+    model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
     """Outcomes on the validation rows, of the readouts by which a rate may be chosen."""
     found = {}
     for readout in principal_readouts(training):
         with in_place(model, trained.averager, readout):
-            found[readout.name] = {"outcomes": outcomes_of(model, splits.validation, score)}
+            scored = predict(task, model, splits.validation).outcomes(scored=not task.generates)
+            found[readout.name] = {"outcomes": scored}
     return found
 
 
 def score_test(
-    model: nn.Module, trained: Trained, training: Training, splits: Splits, score: str
+    model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
     """Outcomes on the test rows of every readout, and of that which the validation rows choose."""
     found: dict[str, Row] = {}
     validation = {}
     for readout in readouts_for(training):
         with in_place(model, trained.averager, readout):
-            logits, chosen_on = logits_of(model, splits.test), logits_of(model, splits.validation)
-            scale = temperature(chosen_on, splits.validation.labels)
-            scaled = outcomes(logits / scale, splits.test.labels, score)
-            row: Row = {
-                "outcomes": outcomes(logits, splits.test.labels, score) | {"nll_scaled": scaled["nll"]},
-                "temperature": scale,
-            }
+            tested, validated = (predict(task, model, rows) for rows in (splits.test, splits.validation))
+            row: Row = {"outcomes": tested.outcomes(scored=readout.rounded or not task.generates)}
+            if tested.scales:
+                row["temperature"] = temperature(validated.logits, validated.labels)
+                scaled = outcomes(tested.logits / row["temperature"], tested.labels, "accuracy")
+                row["outcomes"]["nll_scaled"] = scaled["nll"]
             if readout.name in searched(training):
-                validation[readout.name] = outcomes(chosen_on, splits.validation.labels, score)["nll"]
+                validation[readout.name] = validated.outcomes(scored=False)["nll"]
             if readout.rounded:
                 row["rounded"] = {}
                 for name, rounding in ROUNDINGS.items():
                     with changed(model, rounding):
-                        row["rounded"][name] = outcomes_of(model, splits.test, score)
+                        rounded = predict(task, model, splits.test)
+                        row["rounded"][name] = rounded.outcomes(scored=not task.generates)
         found[readout.name] = row
     best = min(validation, key=lambda name: validation[name])
     found["chosen"] = {"outcomes": found[best]["outcomes"], "chosen": best, "validation_nll": validation}
@@ -59,11 +60,6 @@ def score_test(
 def principal_readouts(training: Training) -> list[Readout]:
     """The last weights, and the readout by which a training is judged."""
     return [readout for readout in readouts_for(training) if readout.name in {"last", training.principal}]
-
-
-def outcomes_of(model: nn.Module, rows: Rows, score: str) -> dict[str, float]:
-    """Outcomes of the weights that are in place."""
-    return outcomes(logits_of(model, rows), rows.labels, score)
 
 
 @contextmanager

@@ -1,26 +1,30 @@
-"""Rows of the classification tasks, drawn by a seed, and batches of them."""
+"""The tasks: their rows, drawn by a seed, the model each begins with, and how it is scored."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
-from benchmarks.study.pack import model_folder, packed, read_packed
+from benchmarks.study import answers, texts
+from benchmarks.study import model as encoder
+from benchmarks.study.outcomes import Prediction, outcomes
+from benchmarks.study.pack import model_folder, packed, read_packed, read_vocabulary
+from benchmarks.study.rows import Rows, epoch_batches, evaluation_batches
+
+__all__ = ["Rows", "epoch_batches", "evaluation_batches"]
 
 MAX_LENGTH = 64
-"""Tokens of a text, or of a pair, after which it is cut off."""
+"""Tokens of a text to be classified, or of a pair, after which it is cut off."""
 VALIDATION_ROWS = 300
 TEST_ROWS = 700
-MEGABATCH = 8
-"""Batches of which the rows are sorted by length before they are cut into batches, so that little is padding."""
-EVALUATION_TOKENS = 2048
-"""Tokens of a batch without gradient, padding included."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,24 @@ class Task:
 
     name: str
     columns: tuple[str, ...]
-    """One column of texts, or two."""
+    """One column of texts, or two; of text generation, source and target."""
     score: str = "accuracy"
-    """The task's own score: accuracy, mcc or f1."""
+    """The task's own score: accuracy, mcc or f1 of classes, f1 of answers, bleu of generated texts."""
     test: str = "test"
     """The split whose rows are reported."""
     length: int = 1
     """Epochs, as a multiple of the regime's."""
+    rows: int = 1
+    """Training rows, likewise."""
+    kind: str = "classes"
+    """classes, answers, or texts from a `new` model or an `encoder`: texts-new, texts-encoder."""
+    folder: str = ""
+    """Where that is not its name."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether what it scores are generated texts."""
+        return self.kind.startswith("texts")
 
 
 TASKS = {
@@ -51,43 +66,25 @@ TASKS = {
         Task("subj", ("text",)),
         Task("mpqa", ("text",)),
         Task("mrpc", ("sentence1", "sentence2"), "f1"),
+        Task("squad", ("question", "context", "answers"), "f1", length=2, kind="answers"),
+        *(
+            Task(
+                f"{folder.split('_')[0]}-{begun}",
+                columns,
+                "bleu",
+                length=2,
+                rows=4,
+                kind=f"texts-{begun}",
+                folder=folder,
+            )
+            for folder, columns in (
+                ("e2e", ("meaning_representation", "human_reference")),
+                ("tatoeba_en_fr", ("en", "fr")),
+            )
+            for begun in ("new", "encoder")
+        ),
     )
 }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Token ids of texts, and their classes."""
-
-    ids: tuple[tuple[int, ...], ...]
-    segments: tuple[tuple[int, ...], ...]
-    """Token type ids."""
-    labels: Tensor
-    """(N,), int64."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, chosen: np.ndarray) -> Rows:
-        """The rows at these places, in this order."""
-        places = [int(place) for place in chosen]
-        return Rows(
-            tuple(self.ids[place] for place in places),
-            tuple(self.segments[place] for place in places),
-            self.labels[torch.tensor(places, dtype=torch.long)],
-        )
-
-    def batch(self, places: np.ndarray) -> dict[str, Tensor]:
-        """Keyword arguments of the model for the rows at these places, padded to the longest of them."""
-        rows = self.take(places)
-        longest = max(map(len, rows.ids))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask, segments = torch.zeros_like(ids), torch.zeros_like(ids)
-        for i, (row, segment) in enumerate(zip(rows.ids, rows.segments, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            segments[i, : len(row)] = torch.tensor(segment)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments, "labels": rows.labels}
 
 
 @dataclass(frozen=True)
@@ -126,31 +123,23 @@ def load(name: str, *, rows: int, seed: int) -> Splits:
     return Splits(pool.take(drawn), validation, _first(test, TEST_ROWS), num_labels)
 
 
-def epoch_batches(rows: Rows, *, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Places of the rows of each batch of an epoch: shuffled, with rows of like length together."""
-    generator = np.random.default_rng((seed, epoch))
-    lengths = np.array([len(row) for row in rows.ids])
-    order = generator.permutation(len(rows))
-    batches = []
-    for start in range(0, len(order), size * MEGABATCH):
-        mega = order[start : start + size * MEGABATCH]
-        mega = mega[np.argsort(lengths[mega], kind="stable")]
-        batches += [mega[i : i + size] for i in range(0, len(mega), size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+def new_model(task: Task, splits: Splits, seed: int, device: torch.device) -> nn.Module:
+    """The model that a task's training begins with; what is new in it is drawn by the seed."""
+    if task.kind == "classes":
+        return encoder.pretrained(splits.num_labels, seed, device)
+    if task.kind == "answers":
+        return answers.new_model(seed, device)
+    return texts.new_model(seed, device, pretrained=task.kind == "texts-encoder")
 
 
-def evaluation_batches(rows: Rows) -> list[np.ndarray]:
-    """Places of all rows, in batches of like length."""
-    lengths = np.array([len(row) for row in rows.ids])
-    order = np.argsort(lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and lengths[order[stop]] * (stop + 1 - start) <= EVALUATION_TOKENS:
-            stop += 1
-        batches.append(order[start:stop])
-        start = stop
-    return batches
+def predict(task: Task, model: nn.Module, rows: Any) -> Prediction:
+    """What the weights in place make of rows."""
+    if task.generates:
+        return texts.predict(model, rows, vocabulary(task.name))
+    if task.kind == "answers":
+        return answers.predict(model, rows)
+    logits = encoder.logits_of(model, rows)
+    return Prediction(logits, rows.labels, score=lambda: outcomes(logits, rows.labels, task.score))
 
 
 def data_folder() -> Path:
@@ -163,32 +152,62 @@ def _first(rows: Rows, count: int) -> Rows:
 
 
 @lru_cache(maxsize=6)
-def read(name: str, split: str) -> Rows:
+def read(name: str, split: str) -> Any:
     """Every row of a split, from the pack where there is one.
 
     Raises:
         FileNotFoundError: the task's folder is not there.
     """
+    task = TASKS[name]
     if packed() is not None:
-        ids, segments, labels = read_packed(name, split)
-        return Rows(tuple(ids), tuple(segments), torch.tensor(labels))
+        kind = {"classes": Rows, "answers": answers.Questions}.get(task.kind, texts.Pairs)
+        return read_packed(name, split, kind)
+    columns = _columns(task, split)
+    if task.generates:
+        target = vocabulary(name)
+        source = target if task.kind == "texts-new" else _tokenizer()._tokenizer
+        first, second = ((lambda text, by=by: by.encode(text).ids) for by in (source, target))
+        return texts.read(*columns, split=split, source=first, target=second)
+    if task.kind == "answers":
+        return answers.read(dict(zip(task.columns, columns, strict=True)), _tokenizer())
+    *texts_read, labels = columns
+    encoded = _tokenizer()(*texts_read, truncation=True, max_length=MAX_LENGTH)
+    segments = encoded["token_type_ids"]
+    return Rows(
+        tuple(map(tuple, encoded["input_ids"])),
+        tuple(map(tuple, segments)),
+        torch.tensor(labels, dtype=torch.long),
+    )
+
+
+@lru_cache(maxsize=4)
+def vocabulary(name: str) -> Any:
+    """Tokenizer of what a task generates, learnt from both sides of its training rows, or from the pack."""
+    if packed() is not None:
+        return read_vocabulary(name)
+    sources, targets = _columns(TASKS[name], "train")
+    return texts.new_vocabulary([*sources, *targets])
+
+
+def _columns(task: Task, split: str) -> Sequence[list[Any]]:
+    """The task's columns, and the classes where it has some."""
     import pyarrow.parquet as parquet
 
-    task, path = TASKS[name], data_folder() / name / f"{split}.parquet"
+    path = data_folder() / (task.folder or task.name) / f"{split}.parquet"
     if not path.is_file():
         raise FileNotFoundError(
-            f"task {name} has no file {path}; expected a folder of task folders: set SWAFT_DATA"
+            f"task {task.name} has no file {path}; expected a folder of task folders: set SWAFT_DATA"
         )
     table = parquet.read_table(path)
-    columns = [table.column(column).to_pylist() for column in task.columns]
-    encoded = _tokenizer()(*columns, truncation=True, max_length=MAX_LENGTH)
-    segments = encoded["token_type_ids"]
-    labels = torch.tensor(table.column("label").to_pylist(), dtype=torch.long)
-    return Rows(tuple(map(tuple, encoded["input_ids"])), tuple(map(tuple, segments)), labels)
+    if "translation" in table.column_names:
+        pairs = table.column("translation").to_pylist()
+        return [[pair[language] for pair in pairs] for language in task.columns]
+    names = (*task.columns, *(("label",) if task.kind == "classes" else ()))
+    return [table.column(name).to_pylist() for name in names]
 
 
 @lru_cache(maxsize=1)
-def _tokenizer():
+def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_folder())

@@ -1,0 +1,160 @@
+"""Text generation: an encoder-decoder, new or around the pretrained encoder, scored by loss a token and BLEU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study import model as encoder
+from benchmarks.study.outcomes import Prediction
+from benchmarks.study.rows import Rows, evaluation_batches, padded
+
+VOCABULARY = 2048
+PAD, END = 0, 1
+MAX_LENGTH = 64
+"""Tokens of a source, and of a target."""
+IGNORED = -100
+WIDTH, LAYERS, HEADS = 192, 3, 6
+"""Sizes of whatever is new: both halves of a new model, or the decoder beside the pretrained encoder."""
+
+
+@dataclass(frozen=True)
+class Pairs(Rows):
+    """Sources and targets. ``labels`` and ``segments`` hold nothing."""
+
+    targets: tuple[tuple[int, ...], ...]
+    """Token ids, of a vocabulary of their own, ``END`` last."""
+    references: tuple[tuple[str, ...], ...]
+    """Right texts."""
+
+    def batch(self, places: Any) -> dict[str, Tensor]:
+        """Keyword arguments of the model; ``labels`` (B, T), ``IGNORED`` beyond a target's end."""
+        rows = self.take(places)
+        return rows.inputs() | {"labels": padded(rows.targets, IGNORED)}
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Ids and mask (N, L); no token types, which a new model has none of."""
+        return {name: tensor for name, tensor in super().inputs().items() if name != "token_type_ids"}
+
+
+def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: Any, target: Any) -> Pairs:
+    """Tokenize pairs of texts. Of rows to be scored, those of one source become one row with all their references.
+
+    Args:
+        sources: the texts read.
+        targets: the texts to be generated.
+        split: train, validation or test.
+        source: from a text to its token ids.
+        target: likewise.
+    """
+    if split == "train":
+        rows = [(one, [other]) for one, other in zip(sources, targets, strict=True)]
+    else:
+        grouped: dict[str, list[str]] = {}
+        for one, other in zip(sources, targets, strict=True):
+            grouped.setdefault(one, []).append(other)
+        rows = list(grouped.items())
+    return Pairs(
+        ids=tuple(tuple(source(one)[:MAX_LENGTH]) for one, _ in rows),
+        segments=((),) * len(rows),
+        labels=torch.zeros(len(rows), dtype=torch.long),
+        targets=tuple((*target(others[0])[: MAX_LENGTH - 1], END) for _, others in rows),
+        references=tuple(map(tuple, (others for _, others in rows))),
+    )
+
+
+def new_vocabulary(texts: Iterable[str]) -> Any:
+    """A byte-level BPE tokenizer of ``VOCABULARY`` tokens, learnt from texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<pad>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    found.train_from_iterator(texts, trainer)
+    return found
+
+
+def predict(model: nn.Module, rows: Pairs, vocabulary: Any) -> Prediction:
+    """Logits (T, V) of every target token after the right ones before it; BLEU, from 0 to 1, of greedy search.
+
+    Args:
+        model: an encoder-decoder.
+        rows: to be scored.
+        vocabulary: tokenizer of the targets.
+    """
+    logits, labels = [], []
+    with encoder.evaluating(model) as where:
+        for places in evaluation_batches(rows):
+            batch = {name: tensor.to(where) for name, tensor in rows.batch(places).items()}
+            wanted = batch["labels"] != IGNORED
+            logits.append(model(**batch).logits[wanted].float().cpu())
+            labels.append(batch["labels"][wanted].cpu())
+    return Prediction(
+        torch.cat(logits),
+        torch.cat(labels),
+        scales=False,
+        score=lambda: {"bleu": bleu(model, rows, vocabulary)},
+    )
+
+
+def bleu(model: nn.Module, rows: Pairs, vocabulary: Any) -> float:
+    """Corpus BLEU, from 0 to 1, of what greedy search generates, with all references of each source."""
+    import sacrebleu
+
+    found: dict[int, str] = {}
+    with encoder.evaluating(model) as where:
+        for places in evaluation_batches(rows):
+            batch = {name: tensor.to(where) for name, tensor in rows.take(places).inputs().items()}
+            ids = model.generate(**batch, max_new_tokens=MAX_LENGTH, do_sample=False, num_beams=1)
+            found |= zip(places.tolist(), vocabulary.decode_batch(ids.tolist()), strict=True)
+    most = max(map(len, rows.references))
+    columns = [[right[i] if i < len(right) else None for right in rows.references] for i in range(most)]
+    return sacrebleu.corpus_bleu([found[row] for row in range(len(rows))], columns).score / 100
+
+
+def new_model(seed: int, device: torch.device, *, pretrained: bool) -> nn.Module:
+    """A small T5 with random weights, or the pretrained encoder with a small new decoder.
+
+    Args:
+        seed: of the new weights.
+        device: where it lies.
+        pretrained: which of the two.
+    """
+    from transformers import (
+        AutoModel,
+        BertConfig,
+        BertLMHeadModel,
+        EncoderDecoderModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    special = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD, "bos_token_id": PAD}
+    if not pretrained:
+        torch.manual_seed(seed)
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=4 * WIDTH, num_layers=LAYERS,
+            num_heads=HEADS, **special,
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config).to(device)
+    body = encoder.from_pack(AutoModel, seed, device, add_pooling_layer=False)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH, is_decoder=True, add_cross_attention=True,
+        max_position_embeddings=MAX_LENGTH + 2,
+        pad_token_id=PAD, eos_token_id=END, bos_token_id=PAD,
+        attn_implementation=encoder.attention_on(device.type),
+    )  # fmt: skip
+    model = EncoderDecoderModel(encoder=body, decoder=BertLMHeadModel(config))
+    for holder in (model.config, model.generation_config):
+        for name, value in special.items():
+            setattr(holder, name, value)
+    return model.to(device)
