@@ -17,6 +17,7 @@ from benchmarks.study.fitting import REGIMES
 from benchmarks.study.grid import (
     CHOOSING,
     CONFIRMING,
+    GENERAL,
     PHASES,
     RATES,
     chosen_rate,
@@ -239,7 +240,10 @@ def _method(kept: Kept) -> str:
         f"over fp32 weights. Regimes: {budgets}. A seed draws the training rows, their order, the head and the "
         "dropout "
         f"masks, the same for every arm. Test: {TEST_ROWS} rows of each task at most; {VALIDATION_ROWS} validation "
-        "rows choose, and are never reported.\n\n"
+        "rows choose, and are never reported. "
+        f"{', '.join(GENERAL)}: question answering and text generation, which neither choose nor confirm; the "
+        "generating ones train on 4 times the rows, a new T5 of 3 and 3 layers (`-new`) or a new decoder of 3 "
+        "layers beside the encoder (`-encoder`).\n\n"
         f"Rates are chosen for each training and task, readouts and defaults on {', '.join(CHOOSING)}; "
         f"{', '.join(CONFIRMING)} confirm. The rules were written down before any row of these was made: "
         "[grid.py](../benchmarks/study/grid.py). Every row names the command that makes it again. Intervals are "
