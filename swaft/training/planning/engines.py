@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,7 @@ from swaft.training.launch.accelerator import EngineSettings, partitions_at_load
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch
 from swaft.training.planning import memory
-from swaft.training.planning.memory import EngineMemory, Phase, PlannedRun
-from swaft.training.planning.step import FP32, TracedStep
+from swaft.training.planning.step import FP32, Activations, Weight
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,21 +33,22 @@ class PlannedEngine:
     def __init__(self, launch: Launch, settings: EngineSettings, *, on_cpu: bool):
         self.launch, self.on_cpu, self._fsdp2 = launch, on_cpu, settings.fsdp2
         self.precision, self.dtype = settings.precision, DTYPES[settings.precision]
-        self._config: Mapping[str, Any] = settings.deepspeed.config if settings.deepspeed else {}
-        self.zero: Mapping[str, Any] = self._config.get("zero_optimization", {})
-        self._refuse_unknown()
-
-    @property
-    def casting(self) -> Literal["none", "autocast", "weights"]:
+        self.casting: Literal["none", "autocast", "weights"] = "autocast"
         """How 16 bits are computed in: not at all, by autocast over fp32 weights, by weights cast beforehand."""
         if self.precision == "no":
-            return "none"
-        return "weights" if self.launch.stage is not None or self.launch.engine == "FSDP2" else "autocast"
-
-    @property
-    def loads_whole(self) -> bool:
+            self.casting = "none"
+        elif launch.stage is not None or launch.engine == "FSDP2":
+            self.casting = "weights"
+        self.loads_whole = True
         """Whether every rank loads the whole model into host memory before the engine has it."""
-        return self.launch.stage is None or not partitions_at_load(self.launch.environ, self._config)
+        self._zero: Any = None
+        if settings.deepspeed is not None:
+            from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # only here: takes seconds
+
+            config = settings.deepspeed.config
+            self.loads_whole = not partitions_at_load(launch.environ, config)
+            self._zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+            self._refuse_unknown(config)
 
     def blocks(self, model: nn.Module) -> list[int]:
         """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""
@@ -60,32 +60,38 @@ class PlannedEngine:
 
     def offloads(self, part: Literal["optimizer", "param"]) -> bool:
         """Whether the fp32 masters (``optimizer``) or the slices of the weights (``param``) are in host memory."""
-        return memory.offloads(self.zero, part)
+        return self._zero is not None and memory.offloads(self._zero, part)
 
-    def memory(self, step: TracedStep, *, accumulates: bool) -> EngineMemory:
+    def memory(
+        self, weights: Sequence[Weight], activations: Activations, *, accumulates: bool
+    ) -> memory.EngineMemory:
         """Return what the rank that holds most holds, phase by phase, the start among them."""
         stage = self.launch.stage
-        run = PlannedRun(
-            step=step, world_size=self.launch.world_size, on_cpu=self.on_cpu, accumulates=accumulates
+        run = memory.PlannedRun(
+            weights=weights,
+            activations=activations,
+            world_size=self.launch.world_size,
+            on_cpu=self.on_cpu,
+            accumulates=accumulates,
         )
         if stage in (1, 2):
-            found = memory.zero12(run, {"stage": stage, **self.zero})
+            found = memory.zero12(run, self._zero)
         elif stage == 3:
-            found = memory.zero3(run, self.zero)
+            found = memory.zero3(run, self._zero)
         elif self._fsdp2 is not None:
             found = memory.fsdp2(run, reshards=self._fsdp2.reshard_after_forward is not False)
         else:
             found = memory.replicated(run, deepspeed=stage == 0)
-        loaded = {"model as loaded, fp32": FP32 * memory.numel(step.weights)} if self.loads_whole else {}
-        return EngineMemory([Phase("start", {}, loaded), *found.phases], owned=found.owned)
+        loaded = {"model as loaded, fp32": FP32 * memory.numel(weights)} if self.loads_whole else {}
+        return memory.EngineMemory([memory.Phase("start", {}, loaded), *found.phases], owned=found.owned)
 
-    def _refuse_unknown(self) -> None:
+    def _refuse_unknown(self, config: Any) -> None:
         own = {"no": "fp32"}.get(self.precision, self.precision)
-        sums_in = (self._config.get("data_types") or {}).get("grad_accum_dtype") or own
+        sums_in = (config.get("data_types") or {}).get("grad_accum_dtype") or own
         unknown = {
-            "zero_optimization.zero_quantized_gradients": self.zero.get("zero_quantized_gradients", False),
+            "zero_optimization.zero_quantized_gradients": self._zero.zero_quantized_gradients,
             f"data_types.grad_accum_dtype = {sums_in}": sums_in != own,
-            "zero_optimization.contiguous_gradients = false": not self.zero.get("contiguous_gradients", True),
+            "zero_optimization.contiguous_gradients = false": not self._zero.contiguous_gradients,
         }
         problems = [
             f"the DeepSpeed configuration sets {name}, whose memory swaft plan does not know; leave it out, or "

@@ -29,29 +29,26 @@ RANKS_OF_A_MACHINE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingPlan:
-    """Averaging on one rank, over the whole run."""
+    """Averaging on one rank, over the whole run. Staging and copies are 0 where the masters are in host memory."""
 
     events: int
     """Steps whose weights are averaged."""
     first_step: int
     every: int
-    """Optimizer steps between two events."""
     total_steps: int
     elements: int
     """Master elements that the rank owns."""
     host_bytes: int
-    """Most memory that the averages take, in host memory."""
+    """Most host memory that the averages take."""
     pinned_bytes: int
-    """Of the staging ring; 0 where the masters are in host memory."""
+    """Host memory of the staging ring."""
     copied_bytes: int
-    """Copied from the device to the host at each event; 0 where the masters are in host memory."""
+    """Copied from the device to the host at each event."""
     threads: int
-    """Of the arithmetic."""
     event_seconds: float
     """Arithmetic of an event, behind the steps, at the rate of this machine now."""
     share_of_step: float | None
-    """Arithmetic of an event by the time between two events; above 1 training waits for it. None: no step's time is
-    known."""
+    """That by the time between two events; above 1 training waits for it. None: no step's time is known."""
 
     @property
     def waits(self) -> bool | None:
@@ -130,14 +127,15 @@ def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
         ConfigError: the line, a file or the settings are wrong, or the run cannot be planned.
     """
     launch, script = read_launch(words), read_script(words)
+    path = Path(script.path)
     if script.is_file:
-        require_python(Path(script.path))
-    if not script.is_file or not is_recipe(Path(script.path)):
+        require_python(path)
+    if not script.is_file or not is_recipe(path):
         raise ConfigError(
-            f"{script.path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
+            f"{path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
             "script with Config and prepare); name one of recipes/, with the settings of your run"
         )
-    recipe = load_recipe(Path(script.path))
+    recipe = load_recipe(path)
     config: Any = load_config(recipe.config_class, script.arguments)
     problems = Problems()
     ready = recipe.prepare(config, problems)
@@ -151,8 +149,7 @@ def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
     if not all(hasattr(where, name) for where, name in needed) or (averages and not hasattr(start, "plan")):
         raise ConfigError(problems.found)
     engine = PlannedEngine(launch, start.engine, on_cpu=hardware.on_cpu)
-    model = planned_model(config, ready.model_config)
-    plan = start.plan if averages else None
+    model, plan = planned_model(config, ready.model_config), start.plan if averages else None
     found = plan_run(engine, config, model, ready.objective, plan, step_seconds=hardware.step_seconds)
     return replace(
         found,
@@ -182,34 +179,33 @@ def plan_run(
         step_seconds: time of a training step, measured, to relate averaging to; None: not known.
     """
     launch, train = engine.launch, config.train
-    step = trace_training_step(model.build, model.batch, objective, train, engine)
-    memory = engine.memory(step, accumulates=train.gradient_accumulation_steps > 1)
-    averaging = None
-    if rule_plan is not None:
-        copies = not engine.on_cpu and not engine.offloads("optimizer")
-        averaging = plan_averaging(
-            rule_plan, config.averaging, memory.owned, copies=copies, step_seconds=step_seconds
-        )
+    weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
+    memory = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
     return RunPlan(
         engine=launch.engine,
         precision=engine.precision,
         world_size=launch.world_size,
         machines=launch.num_machines,
         on_cpu=engine.on_cpu,
-        parameters=numel(step.weights),
-        trainable=numel(weight for weight in step.weights if weight.group is not None),
+        parameters=numel(weights),
+        trainable=numel(weight for weight in weights if weight.group is not None),
         phases=list(memory.phases),
-        averaging=averaging,
+        averaging=None
+        if rule_plan is None
+        else _plan_averaging(
+            rule_plan,
+            config.averaging,
+            memory.owned,
+            copies=not engine.on_cpu and not engine.offloads("optimizer"),
+            step_seconds=step_seconds,
+        ),
     )
 
 
-def plan_averaging(
+def _plan_averaging(
     plan: Plan, settings: AveragingConfig, elements: int, *, copies: bool, step_seconds: float | None
 ) -> AveragingPlan:
-    """Return what averaging takes on a rank that owns so many master elements.
-
-    ``copies``: the masters are on a device, and are copied to the host.
-    """
+    """Return what averaging takes on a rank that owns so many master elements, copied from a device or not."""
     workers = Workers(settings.threads)
     try:
         rate = seconds_an_element(workers, elements)

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def check_run(words: Sequence[str]) -> Preflight:
 
 
 def _check_recipe(recipe: Recipe, run: Looked, problems: Problems) -> None:
-    """Check what the recipe says, and put what there is to tell into ``run.facts``, by part.
+    """Check what the recipe says, and put what there is to report into ``run.facts``, by part.
 
     Args:
         recipe: the recipe.
@@ -126,28 +126,29 @@ def _check_recipe(recipe: Recipe, run: Looked, problems: Problems) -> None:
         ready = recipe.prepare(config, problems)
         start = check_start(config, ready, run.launch.environ if hasattr(run, "launch") else None, problems)
     fake = FakeTensorMode()
-    with problems:
-        run.model = _empty_model(config, ready.model_config, fake)
+    with problems, fake:  # what is wrong with its adapters shows here
+        run.model = planned_model(config, copy.deepcopy(ready.model_config)).build()
         run.size = count_parameters(run.model)
+    with problems, fake:
+        ready.objective.prepare_model(run.model)
     with problems:
-        _fit_objective(ready.objective, run.model, fake)
-    with problems:
-        _fit_blocks(run.model, start.engine.fsdp2)
+        if start.engine.fsdp2 is not None:
+            find_blocks(run.model, start.engine.fsdp2)
     facts: dict[str, Callable[[], Any]] = {
         "launch": lambda: _launch_facts(run.launch, getattr(start, "precision", None)),
         "batch": lambda: _batch_facts(config.train, run.launch.world_size),
-        "model": lambda: _model_facts(run.size),
+        "model": lambda: {"parameters": run.size.total, "trained": run.size.trainable},
         "steps": lambda: _step_facts(config.train, start.schedule, cuts_rows=ready.cuts_rows),
         "averaging": lambda: _averaging_facts(config.averaging, start.plan, run.size, run.launch.world_size),
         "noise": lambda: _noise_facts(config.noise, ready.objective, ready.model_config),
         "ds": lambda: _deepspeed_facts(start.engine.deepspeed),
-        "data": lambda: _data_facts(ready.rows),
+        "data": lambda: {name: len(split) for name, split in ready.rows.items()},
         "rows": lambda: replaced or None,
         "notes": lambda: notes or None,
     }
-    for part, tell in facts.items():
+    for part, find in facts.items():
         with problems:
-            run.facts[part] = tell()
+            run.facts[part] = find()
 
 
 @contextmanager
@@ -201,24 +202,6 @@ def _check_script(launch: Launch) -> None:
     refuse_left_locks(offloads_optimizer=False)
 
 
-def _empty_model(config: Any, model_config: Any, fake: FakeTensorMode) -> nn.Module:
-    """Build the model on tensors without data; what is wrong with its adapters shows here."""
-    with fake:
-        return planned_model(config, copy.deepcopy(model_config)).build()
-
-
-def _fit_objective(objective: Any, model: nn.Module, fake: FakeTensorMode) -> None:
-    """Refuse an objective that the model cannot be trained with."""
-    with fake:
-        objective.prepare_model(model)
-
-
-def _fit_blocks(model: nn.Module, plugin: Any) -> None:
-    """Refuse layers to shard that the model does not have."""
-    if plugin is not None:
-        find_blocks(model, plugin)
-
-
 def _launch_facts(launch: Launch, precision: str | None) -> dict[str, Any]:
     return {
         "engine": launch.engine,
@@ -248,10 +231,6 @@ def _step_facts(train: TrainConfig, schedule: Schedule, *, cuts_rows: bool) -> d
         "schedule": schedule.kind,
         "learning_rate": schedule.peak,
     }
-
-
-def _model_facts(size: ParameterCount) -> dict[str, int]:
-    return {"parameters": size.total, "trained": size.trainable}
 
 
 def _averaging_facts(
@@ -286,7 +265,3 @@ def _deepspeed_facts(filled: FilledConfig | None) -> list[dict[str, Any]] | None
     if filled is None:
         return None
     return [{"key": key, "value": value, "source": source} for key, value, source in filled.rows]
-
-
-def _data_facts(rows: Mapping[str, Sized]) -> dict[str, int]:
-    return {name: len(split) for name, split in rows.items()}

@@ -7,10 +7,9 @@ and no memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
@@ -32,14 +31,7 @@ if TYPE_CHECKING:
 
 FP32 = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
-
-PROMOTED = (
-    *(
-        (F, name)
-        for name in ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss")
-    ),
-    (torch, "softmax"),
-)
+PROMOTED = ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss")
 """What autocast computes in fp32 on CUDA, and in 16 bits on a CPU."""
 
 
@@ -54,6 +46,8 @@ class Weight:
     """Bytes of an element of the working weight."""
     group: int | None
     """Parameter group of the optimizer; None: frozen."""
+    block: int = 0
+    """The block it is gathered with, under an engine that gathers blocks; 0: it lies in none."""
 
     @property
     def nbytes(self) -> int:
@@ -61,30 +55,15 @@ class Weight:
         return self.numel * self.itemsize
 
 
-class Moment(NamedTuple):
-    """The end of forward or backward, or a gradient that is complete: bytes of all but what the engine holds.
+class Activations(NamedTuple):
+    """Bytes that a micro-batch takes, parameters, buffers and finished gradients apart, which the engine holds."""
 
-    Parameters, buffers and finished gradients are not counted.
-    """
-
-    peak_bytes: int
-    """Most in use since the moment before."""
-    live_bytes: int
-    """In use now."""
-    parameter: int | None = None
-    """Whose gradient is complete, by its position in ``model.parameters()``."""
-
-
-@dataclass(frozen=True)
-class TracedStep:
-    """What one training step was found to take."""
-
-    weights: Sequence[Weight]
-    """In the order of ``model.parameters()``."""
-    moments: Sequence[Moment]
-    """Of any micro-batch but the first."""
-    blocks: Sequence[int]
-    """The block each parameter is gathered with, under an engine that gathers blocks."""
+    peak: int
+    """Most in use in forward and backward."""
+    late: int
+    """Most in use beside the gradients once three of four are complete; with checkpointing that is much."""
+    kept: int
+    """Left until the next micro-batch: the logits, for the most part."""
 
 
 def trace_training_step(
@@ -93,7 +72,7 @@ def trace_training_step(
     objective: Any,
     train: TrainConfig,
     engine: PlannedEngine,
-) -> TracedStep:
+) -> tuple[list[Weight], Activations]:
     """Build the model and run one micro-batch, all on fake tensors.
 
     Values that are asked for are supposed: a yes or no is a no (no batch without padding, no row that is wrong), a
@@ -105,6 +84,9 @@ def trace_training_step(
         objective: from `swaft.training.models.build.build_objective`.
         train: section ``train``, for the optimizer's groups and gradient checkpointing.
         engine: how and in which format it computes, and which blocks it gathers.
+
+    Returns:
+        The weights, in the order of ``model.parameters()``, and what the micro-batch takes.
 
     Raises:
         ConfigError: the step depends on values that fake tensors do not have; names the operation.
@@ -129,11 +111,12 @@ def trace_training_step(
                     rows=p.shape[0] if p.ndim else 1,
                     itemsize=p.element_size(),
                     group=numbers.get(id(p)),
+                    block=block,
                 )
-                for p in model.parameters()
+                for p, block in zip(model.parameters(), blocks, strict=True)
             ]
             batch = dict(make_batch())
-            return TracedStep(weights, trace_step(model, lambda: objective(model, batch)), blocks)
+            return weights, trace_step(model, lambda: objective(model, batch))
     except (
         fake_tensor.DataDependentOutputException,
         fake_tensor.DynamicOutputShapeException,
@@ -145,8 +128,8 @@ def trace_training_step(
         ) from error
 
 
-def trace_step(model: nn.Module, compute: Callable[[], Any]) -> list[Moment]:
-    """Run forward and backward of one micro-batch, and return what is in use when.
+def trace_step(model: nn.Module, compute: Callable[[], Any]) -> Activations:
+    """Run forward and backward of one micro-batch, and return what is in use.
 
     What the objective returned (the logits, for the most part) lives until the next micro-batch has returned, as in
     the training loop: it is counted in the forward of the next. Gradients are taken away once they are complete.
@@ -154,26 +137,22 @@ def trace_step(model: nn.Module, compute: Callable[[], Any]) -> list[Moment]:
     Args:
         model: the model, in training mode; its tensors may be fake.
         compute: gives a result with a loss, whose backward is run.
-
-    Returns:
-        The end of forward, each gradient in the order of backward, and the end of backward.
     """
-    gradients: list[Moment] = []
+    held: list[int] = []
+
+    def take(parameter: Tensor) -> None:
+        parameter.grad = None
+        held.append(memory.live)
+
     with LiveBytes([*model.parameters(), *model.buffers()]) as memory, ExitStack() as hooks:
-
-        def take(number: int, parameter: Tensor) -> None:
-            parameter.grad = None
-            gradients.append(Moment(memory.restart_peak(), memory.live, number))
-
-        for number, parameter in enumerate(model.parameters()):
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(lambda p, number=number: take(number, p))
-                hooks.callback(hook.remove)
+                hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
         result = compute()
-        forward, live = memory.restart_peak(), memory.live
+        forward = memory.restart_peak()
         result.loss.backward()
-        end = Moment(memory.restart_peak(), memory.live)
-    return [Moment(forward + end.live_bytes, live + end.live_bytes), *gradients, end]
+    late = max(held[len(held) * 3 // 4 :])
+    return Activations(max(forward + memory.live, memory.peak), late, memory.live)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -229,26 +208,23 @@ def _device_kernels(*, on_cpu: bool) -> Iterator[None]:
     attention = F.scaled_dot_product_attention
 
     def fused(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        *more: Any,
-        **kwargs: Any,
+        query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *more: Any, **kwargs: Any
     ) -> Tensor:
-        return attention(query, key, value, attn_mask, 0.0, *more, **kwargs)
+        kwargs.pop("dropout_p", None)
+        return attention(query, key, value, kwargs.pop("attn_mask", mask), 0.0, *more[1:], **kwargs)
 
-    def promoted(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return function(args[0].float(), *args[1:], **kwargs)
+    def promoted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def in_fp32(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not torch.is_autocast_enabled("cpu"):
+                return function(values, *args, **kwargs)
+            with torch.autocast("cpu", enabled=False):
+                return function(values.float(), *args, **kwargs)
+
+        return in_fp32
 
     with ExitStack() as replaced:
         if not on_cpu:
             replaced.enter_context(patch.object(F, "scaled_dot_product_attention", fused))
-            for module, name in PROMOTED:
-                ours = partial(promoted, getattr(module, name))
-                replaced.enter_context(patch.object(module, name, ours))
+            for module, name in [*((F, name) for name in PROMOTED), (torch, "softmax")]:
+                replaced.enter_context(patch.object(module, name, promoted(getattr(module, name))))
         yield

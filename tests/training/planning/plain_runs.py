@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from swaft.training.planning.memory import PlannedRun
-from swaft.training.planning.step import Moment, TracedStep, Weight
+from swaft.training.planning.step import Activations, Weight
 
 MATRIX = Weight(numel=100, rows=10, itemsize=4, group=0)
 BIAS = Weight(numel=10, rows=10, itemsize=4, group=1)
@@ -12,13 +16,20 @@ BIAS = Weight(numel=10, rows=10, itemsize=4, group=1)
 def plain_run(
     *weights: Weight, world_size: int = 1, on_cpu: bool = True, peak: int = 0, blocks=None, **settings
 ) -> PlannedRun:
-    """A run whose backward gives the last weight's gradient first; `peak` bytes are in use at every moment."""
+    """A run of which `peak` bytes are in use as its backward begins, and none as it ends."""
     weights = weights or (MATRIX, BIAS)
-    trained = [number for number, weight in enumerate(weights) if weight.group is not None]
-    gradients = [Moment(peak, peak, number) for number in reversed(trained)]
-    moments = [Moment(peak, peak), *gradients, Moment(peak, 0)]
-    step = TracedStep(weights, moments, blocks or [0] * len(weights))
-    return PlannedRun(step=step, world_size=world_size, on_cpu=on_cpu, **settings)
+    weights = [
+        replace(each, block=block) for each, block in zip(weights, blocks or [0] * len(weights), strict=True)
+    ]
+    activations = Activations(peak, late=0, kept=0)
+    return PlannedRun(
+        weights=weights, activations=activations, world_size=world_size, on_cpu=on_cpu, **settings
+    )
+
+
+def zero(**entries) -> DeepSpeedZeroConfig:
+    """Section `zero_optimization` with these entries, as DeepSpeed reads it."""
+    return DeepSpeedZeroConfig(**entries)
 
 
 def phase_of(memory, name: str):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plain_runs import BIAS, MATRIX, phase_of, plain_run
+from plain_runs import BIAS, MATRIX, phase_of, plain_run, zero
 
-from swaft.training.planning.memory import adam_temporaries, fsdp2, replicated, zero3, zero12
-from swaft.training.planning.step import Moment, Weight
+from swaft.training.planning.memory import fsdp2, replicated, zero3, zero12
+from swaft.training.planning.step import Weight
 
 BACKWARD, STEP = "forward and backward", "optimizer step"
 HALF = (replace(MATRIX, itemsize=2), replace(BIAS, itemsize=2))
@@ -24,9 +24,12 @@ def test_one_process_holds_weights_moments_and_gradients():
         "kept of the last micro-batch": 0,
         "AdamW's temporaries": 800,  # two of the matrix
     }
-    # The last gradient to come is the matrix's: it is counted from then on, to the end.
-    assert phase_of(memory, BACKWARD)["gradients"] == 440
-    assert phase_of(memory, BACKWARD)["activations"] == 1000
+    assert (
+        phase_of(memory, BACKWARD)["activations"] == 1000
+    )  # as backward begins, which is more than the gradients
+    small = phase_of(replicated(plain_run(peak=100), deepspeed=False), BACKWARD)
+    assert small["gradients"] == 440  # as it ends
+    assert small["activations"] == 0
     assert memory.owned == 110
 
 
@@ -37,13 +40,11 @@ def test_ddp_holds_the_gradients_once_more_and_averages_a_slice():
 
 
 def test_gradients_that_accumulate_are_there_from_the_start():
-    def full_in_forward(**settings):
-        run = plain_run(**settings)
-        moments = [Moment(5000, 5000), *run.step.moments[1:]]
-        return replicated(replace(run, step=replace(run.step, moments=moments)), deepspeed=False)
+    def as_backward_begins(**settings):
+        return phase_of(replicated(plain_run(peak=5000, **settings), deepspeed=False), BACKWARD)
 
-    assert phase_of(full_in_forward(), BACKWARD)["gradients"] == 0
-    assert phase_of(full_in_forward(accumulates=True), BACKWARD)["gradients"] == 440
+    assert "gradients" not in as_backward_begins()
+    assert as_backward_begins(accumulates=True)["gradients"] == 440
 
 
 def test_a_frozen_weight_has_neither_gradient_nor_moments():
@@ -58,7 +59,7 @@ def test_stage_0_in_16_bits_has_masters_beside_the_weights():
 
 
 def test_zero_2_cuts_the_optimizer_state_by_group_and_pads_it():
-    memory = zero12(plain_run(world_size=4), {"stage": 2, "reduce_bucket_size": 1000})
+    memory = zero12(plain_run(world_size=4), zero(stage=2, reduce_bucket_size=1000))
     # 100 is 4 partitions of 26, padded to a multiple of 8; 10 is 4 of 4
     assert memory.owned == 26 + 4
     rows = phase_of(memory, STEP)
@@ -70,20 +71,21 @@ def test_zero_2_cuts_the_optimizer_state_by_group_and_pads_it():
 
 
 def test_a_gradient_larger_than_the_bucket_is_held_outside_of_it_and_copied_to_be_summed():
-    rows = phase_of(zero12(plain_run(world_size=2), {"stage": 2, "reduce_bucket_size": 16}), BACKWARD)
-    assert rows["gradients handed over"] == 800
-    assert rows["gradients"] == 440 + 64  # of the partition, and the bucket
+    rows = phase_of(zero12(plain_run(world_size=2), zero(stage=2, reduce_bucket_size=16)), BACKWARD)
+    assert rows["gradient on its way"] == 800
+    assert rows["gradients of the partition"] == 440
+    assert rows["reduce bucket"] == 64
 
 
 def test_zero_1_keeps_all_gradients_until_backward_has_ended():
-    rows = phase_of(zero12(plain_run(world_size=2), {"stage": 1}), BACKWARD)
-    assert rows["gradients"] == 440 + 440  # all, and those of the partition
+    rows = phase_of(zero12(plain_run(world_size=2), zero(stage=1)), BACKWARD)
+    assert rows["gradients"] == rows["gradients of the partition"] == 440
     assert rows["reduce bucket"] == 440  # as much of it as is ever written to
 
 
 def test_offloading_the_optimizer_moves_it_to_the_host():
     run = plain_run(*HALF, world_size=2, on_cpu=False)
-    memory = zero12(run, {"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    memory = zero12(run, zero(stage=2, offload_optimizer={"device": "cpu"}))
     (backward,) = memory.phases
     assert "fp32 masters" not in backward.device
     assert backward.host["fp32 masters"] == 4 * memory.owned
@@ -91,8 +93,8 @@ def test_offloading_the_optimizer_moves_it_to_the_host():
 
 
 def test_zero_3_has_masters_beside_its_slices_in_fp32_too():
-    whole = zero3(plain_run(world_size=4), {})
-    half = zero3(plain_run(*HALF, world_size=4), {})
+    whole = zero3(plain_run(world_size=4), zero())
+    half = zero3(plain_run(*HALF, world_size=4), zero())
     assert whole.owned == half.owned == 25 + 3
     assert phase_of(whole, STEP)["fp32 masters"] == 4 * 28
     assert phase_of(half, STEP)["fp32 masters"] == 4 * 28
@@ -102,7 +104,7 @@ def test_zero_3_has_masters_beside_its_slices_in_fp32_too():
 def test_a_rank_of_zero_3_shrinks_with_the_number_of_ranks():
     large = Weight(numel=10**9, itemsize=2, group=0)
     runs = [plain_run(large, world_size=ranks, on_cpu=False) for ranks in (1, 1000, 4000)]
-    sizes = [phase_of(zero3(run, {}), STEP)["fp32 masters"] for run in runs]
+    sizes = [phase_of(zero3(run, zero()), STEP)["fp32 masters"] for run in runs]
     assert sizes == [4 * 10**9, 4 * 10**6, 10**6]
 
 
@@ -116,19 +118,19 @@ def test_a_rank_of_zero_3_shrinks_with_the_number_of_ranks():
     ],
 )
 def test_zero_3_gathers_what_is_used_again_soon_and_what_comes_next(reuse, prefetch, held):
-    zero = {
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_reuse_distance": reuse,
-        "stage3_prefetch_bucket_size": prefetch,
-    }
+    entries = zero(
+        stage3_param_persistence_threshold=0,
+        stage3_max_reuse_distance=reuse,
+        stage3_prefetch_bucket_size=prefetch,
+    )
     run = plain_run(*LAYERS, world_size=2, on_cpu=False, peak=10**6)
-    assert phase_of(zero3(run, zero), BACKWARD)["gathered weights"] == held
+    assert phase_of(zero3(run, entries), BACKWARD)["gathered weights"] == held
 
 
 def test_a_sub_group_of_zero_3_ends_once_it_is_full():
     def flat(most):
-        zero = zero3(plain_run(*LAYERS, world_size=2), {"sub_group_size": most})
-        return phase_of(zero, STEP)["flat fp32 gradient"]
+        memory = zero3(plain_run(*LAYERS, world_size=2), zero(sub_group_size=most))
+        return phase_of(memory, STEP)["flat fp32 gradient"]
 
     assert flat(10**9) == 4 * 200  # all of a rank's slices
     assert flat(60) == 4 * (60 + 50)  # at most one slice more than it asks for
@@ -153,12 +155,12 @@ def test_fsdp2_frees_a_block_before_its_gradients_are_summed():
     embedding, layer = Weight(numel=1000, rows=10, itemsize=4, group=0), MATRIX
     run = plain_run(embedding, layer, world_size=2, on_cpu=False, blocks=[1, 2])
     rows = phase_of(fsdp2(run, reshards=True), BACKWARD)
-    # Once the embedding's gradient is there: 8 bytes an element to copy it in and sum it, in the place of the 4 of
-    # its weights. The buffer that these came in is long gone.
-    assert rows["gathered weights"] + rows["gradients handed over"] == 8000
+    # At the end 8 bytes an element of the embedding, to copy its gradient in and sum it, and no weights.
+    assert rows["gathered weights"] == 0
+    assert rows["gradient on its way"] == 8000
     assert rows["gradients"] == 4 * (500 + 50)
 
 
 def test_adam_takes_two_of_the_largest_on_a_cpu_and_one_of_all_on_a_device():
-    assert adam_temporaries([[100, 10]], on_cpu=True) == 800
-    assert adam_temporaries([[100, 10]], on_cpu=False) == 440
+    assert plain_run().adam_temporaries([[100, 10]]) == 800
+    assert plain_run(on_cpu=False).adam_temporaries([[100, 10]]) == 440
