@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,66 +30,51 @@ class Spec:
         return math.prod(self.shape)
 
 
-class SavedWeights(ABC):
-    """The weights of one checkpoint, of any kind. Holds no tensor; a context manager."""
+@dataclass(frozen=True, kw_only=True)
+class SavedWeights:
+    """The weights of one checkpoint, of any kind. Holds no tensor; a context manager that lets go of files."""
 
     path: Path
     """The folder it was opened from."""
     specs: Mapping[str, Spec]
     """Every tensor, in the order in which reading is cheapest."""
-    aliases: Mapping[str, str] = {}
-    """Other names of tied tensors, which are no tensors of their own, to their names in :attr:`specs`."""
+    read: Callable[[str, int, int], Tensor]
+    """Elements [start, end) of a flattened tensor: (end - start,), of its dtype, in memory of their own."""
+    close: Callable[[], object] = lambda: None
+    """Lets go of files."""
+    label: str
+    """What it is, for a model card."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of tied tensors, which are no tensors of their own, to their names in ``specs``."""
     maybe_tied: Collection[str] = ()
-    """Names in :attr:`specs` that may be other names of tied tensors, where it does not say."""
+    """Names in ``specs`` that may be other names of tied tensors, where it does not say."""
     files: Path | None = None
     """Folder of configuration and tokenizer; None where it has none."""
     is_adapter: bool = False
     """Whether it is what peft keeps beside a base model."""
 
-    @property
-    def label(self) -> str:
-        """What it is, for a model card."""
-        return str(self.path)
+    def renamed(self, names: Mapping[str, str], aliases: Mapping[str, str]) -> SavedWeights:
+        """Return the same weights by other names, or without some.
 
-    @abstractmethod
-    def read(self, name: str, start: int, end: int) -> Tensor:
-        """Elements [start, end) of the flattened tensor: (end - start,), of its dtype, in memory of their own.
-
-        Raises:
-            StateError: they could not be read.
+        Args:
+            names: of each tensor that is kept, to its name here.
+            aliases: other names of these.
         """
+        return replace(
+            self,
+            specs={name: self.specs[own] for name, own in names.items()},
+            read=lambda name, start, end: self.read(names[name], start, end),
+            aliases=aliases,
+            maybe_tied={name for name, own in names.items() if own in self.maybe_tied},
+        )
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
-        """Let go of files."""
+    def without(self, tied: Mapping[str, str]) -> SavedWeights:
+        """Return the same weights, of which some names are other ones of tensors that are kept."""
+        kept = {name: name for name in self.specs if name not in tied}
+        return self.renamed(kept, {**self.aliases, **tied}) if tied else self
 
     def __enter__(self) -> SavedWeights:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class Renamed(SavedWeights):
-    """Saved weights by other names, or without those that are other names of tied tensors.
-
-    Args:
-        inner: the weights.
-        names: of each tensor that is kept, to the one in ``inner``.
-        aliases: other names of these.
-    """
-
-    def __init__(self, inner: SavedWeights, names: Mapping[str, str], aliases: Mapping[str, str]):
-        self.path, self.files, self.aliases = inner.path, inner.files, aliases
-        self.specs = {name: inner.specs[theirs] for name, theirs in names.items()}
-        self.maybe_tied = {name for name, theirs in names.items() if theirs in inner.maybe_tied}
-        self._inner, self._names = inner, names
-
-    @property
-    def label(self) -> str:  # noqa: D102 - as of SavedWeights
-        return self._inner.label
-
-    def read(self, name: str, start: int, end: int) -> Tensor:  # noqa: D102
-        return self._inner.read(self._names[name], start, end)
-
-    def close(self) -> None:  # noqa: D102
-        self._inner.close()

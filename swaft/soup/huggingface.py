@@ -28,52 +28,43 @@ NO_JSON = re.compile(rb"[:\[,]\s*(-?Infinity|NaN)\b")
 """Numbers that Python writes into JSON, and JSON lacks."""
 
 
-class HuggingFaceFolder(SavedWeights):
-    """A folder of safetensors files; one of them is open at a time.
+def open_folder(path: Path) -> SavedWeights:
+    """Open a folder of safetensors files; one of them is open at a time.
 
     Files may be symbolic links, as they are in the hub's cache.
-
-    Args:
-        path: the folder.
 
     Raises:
         StateError: it has no such files, or they are damaged or at odds with the index.
     """
+    with explained(path, "looked at"):
+        is_adapter = (path / ADAPTER_CONFIG).exists()
+    specs, file_of = dict[str, Spec](), dict[str, str]()
+    listed = _weight_map(path, ADAPTER if is_adapter else MODEL)
+    for file_name in dict.fromkeys(listed.values()):
+        with TensorFile(_real(path / file_name)) as file:
+            for name in file.names:
+                if name in specs:
+                    raise StateError(f"{path}: {name!r} is both in {file_of[name]} and in {file_name}")
+                specs[name], file_of[name] = Spec(file.dtype(name), file.shape(name)), file_name
+    for name, file_name in listed.items():
+        if name and file_of.get(name) != file_name:
+            raise StateError(f"{path}: the index says that {name!r} is in {file_name}, which lacks it")
+    opened: list[TensorFile] = []
 
-    def __init__(self, path: Path):
-        self.path = self.files = path
-        with explained(path, "looked at"):
-            self.is_adapter = (path / ADAPTER_CONFIG).exists()
-        self.specs = specs = dict[str, Spec]()
-        self._file_of: dict[str, str] = {}
-        self._open: TensorFile | None = None
-        listed = _weight_map(path, ADAPTER if self.is_adapter else MODEL)
-        for file_name in dict.fromkeys(listed.values()):
-            with TensorFile(_real(path / file_name)) as file:
-                for name in file.names:
-                    if name in specs:
-                        raise StateError(
-                            f"{path}: {name!r} is both in {self._file_of[name]} and in {file_name}"
-                        )
-                    specs[name] = Spec(file.dtype(name), file.shape(name))
-                    self._file_of[name] = file_name
-        for name, file_name in listed.items():
-            if name and self._file_of.get(name) != file_name:
-                raise StateError(f"{path}: the index says that {name!r} is in {file_name}, which lacks it")
+    def close() -> None:
+        while opened:
+            opened.pop().close()
 
-    def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`SavedWeights`."""
-        path = _real(self.path / self._file_of[name])
-        if self._open is None or self._open.path != path:
-            self.close()
-            self._open = TensorFile(path)
-        return self._open.read(name, start, end)
+    def read(name: str, start: int, end: int) -> Tensor:
+        real = _real(path / file_of[name])
+        if not opened or opened[0].path != real:
+            close()
+            opened.append(TensorFile(real))
+        return opened[0].read(name, start, end)
 
-    def close(self) -> None:
-        """Close the file that is open."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+    return SavedWeights(
+        path=path, specs=specs, read=read, close=close, label=str(path), files=path, is_adapter=is_adapter
+    )
 
 
 def holds_weights(path: Path) -> bool:

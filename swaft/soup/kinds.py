@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from swaft.averaging.state import KIND as AVERAGE
+from swaft.averaging.state import AverageState, lane_name, read_elements
 from swaft.errors import StateError
-from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
-from swaft.soup.huggingface import CONFIG, HuggingFaceFolder, holds_weights
-from swaft.soup.state import AverageFolder
-from swaft.soup.torch_engine import METADATA, TorchEngineFolder
-from swaft.soup.zero import ZeroFolder, find_tag
+from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights, Spec
+from swaft.soup.huggingface import CONFIG, holds_weights, open_folder
+from swaft.soup.torch_engine import METADATA, open_torch_engine
+from swaft.soup.zero import find_tag, open_zero
 from swaft.storage import Manifest, is_complete, read_manifest, verify
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
@@ -26,10 +29,6 @@ AVERAGES = "average"
 """Folder of the averages inside such a checkpoint."""
 RANK_FILES = "rank-*.safetensors"
 """Files inside such a checkpoint that each rank has written."""
-
-DEEPSPEED = "a DeepSpeed checkpoint"
-TORCH = "a distributed checkpoint of torch"
-
 NUMBERED = re.compile(r"(.*?)([0-9]{1,18})")
 
 
@@ -53,22 +52,22 @@ def open_checkpoint(
     if not is_folder:
         raise StateError(f"{path} is no folder; expected the folder of a checkpoint")
     if holds_weights(path):
-        return HuggingFaceFolder(path)
-    if is_complete(path):
-        manifest = read_manifest(path, kind=None)
-        if manifest.kind == AVERAGE:
-            _hold_to_run(path)
-            return AverageFolder(path, rule=rule)
-        engine = path / ENGINE
+        return open_folder(path)
+    manifest = read_manifest(path, kind=None) if is_complete(path) else None
+    if manifest is not None and manifest.kind == AVERAGE:
+        _hold_to_run(path)
+        return open_average(path, manifest, rule=rule)
+    is_run = manifest is not None and manifest.kind == RUN
+    for engine in (path / ENGINE, path) if is_run else (path,):
         is_zero = find_tag(engine) is not None
-        if manifest.kind == RUN and (is_zero or (engine / METADATA).exists()):
-            # Before all of it is read, to be checked.
-            _require_options(engine, DEEPSPEED if is_zero else TORCH, trust_pickle, has_base)
+        if not is_zero and (engine == path or not (engine / METADATA).exists()):
+            continue
+        # Before all of it is read, to be checked.
+        what = "a DeepSpeed checkpoint" if is_zero else "a distributed checkpoint of torch"
+        _require_options(engine, what, trust_pickle, has_base)
+        if manifest is not None and engine != path:
             _verify_engine(path, manifest)
-            return ZeroFolder(engine) if is_zero else TorchEngineFolder(engine)
-    if find_tag(path) is not None:
-        _require_options(path, DEEPSPEED, trust_pickle, has_base)
-        return ZeroFolder(path)
+        return open_zero(engine) if is_zero else open_torch_engine(engine)
     if (path / METADATA).exists():
         raise StateError(
             f"{path} is a distributed checkpoint of torch without the manifest of a swaft run; expected one that "
@@ -80,6 +79,57 @@ def open_checkpoint(
         "with adapter_model.safetensors, a checkpoint of a swaft run, a DeepSpeed checkpoint of ZeRO 1 to 3, or a "
         "saved state of averages. Of others (pytorch_model.bin, torch's distributed checkpoints) write a Hugging "
         "Face folder first, with save_pretrained"
+    )
+
+
+def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWeights:
+    """Open a state of running averages, which has the parameters that were trained, and none but those.
+
+    Args:
+        path: the sealed folder.
+        manifest: its own.
+        rule: which rule; None: the only one.
+
+    Raises:
+        StateError: the folder is damaged, or nothing is averaged in it yet.
+    """
+    verify(path, manifest)
+    state = AverageState.from_json(manifest.content, where=path)
+    names = [each.name for each in state.rules]
+    if (rule is None and len(names) > 1) or (rule is not None and rule not in names):
+        unknown = "" if rule is None else f" and none called {rule}"
+        raise StateError(f"{path} holds the averages {', '.join(names)}{unknown}; choose one with --rule")
+    number = 0 if rule is None else names.index(rule)
+    chosen = state.rules[number]
+    if not chosen.readout:
+        raise StateError(
+            f"{path}: nothing is averaged yet by {chosen.rule}, after {state.applied_steps} steps"
+        )
+    lanes = [(lane_name(number, lane), share, chosen.lanes[lane]) for lane, share in chosen.readout.items()]
+    files = sorted(manifest.files)
+
+    def read(name: str, start: int, end: int) -> Tensor:
+        def vector(lane: str, dtype: torch.dtype) -> Tensor:
+            values = torch.empty(end - start, dtype=dtype, device="cpu")
+            read_elements(path, files, [(name, start, end)], {lane: values})
+            return values
+
+        if [share for _, share, _ in lanes] == [1.0]:
+            return vector(f"{lanes[0][0]}.mean", torch.float32)
+        total = torch.zeros(end - start, dtype=torch.float64, device="cpu")
+        for lane, share, compensated in lanes:  # as `Lanes.shard`: in float64, rounded once
+            value = vector(f"{lane}.mean", torch.float32).double()
+            if compensated:
+                value += vector(f"{lane}.compensation", torch.bfloat16).double()
+            total += value * share
+        return total.float()
+
+    return SavedWeights(
+        path=path,
+        specs={name: Spec(torch.float32, tuple(shape)) for name, shape in state.parameters.items()},
+        read=read,
+        label=f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights",
+        aliases=state.aliases,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import Renamed, SavedWeights
+from swaft.soup.checkpoint import SavedWeights, Spec
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.soup.mean import SLICE
 
@@ -54,30 +54,14 @@ def _unties(checkpoint: SavedWeights) -> bool:
 
 def _without_tied(checkpoint: SavedWeights, known: Collection[str]) -> SavedWeights:
     """A checkpoint without those tensors that it has under a known name, too."""
+    kept = [name for name in checkpoint.specs if name in known]
     others = [name for name in checkpoint.specs if name not in known and name not in checkpoint.maybe_tied]
-    if not others:
-        return checkpoint
-    middles = {_middle(checkpoint, name): name for name in checkpoint.specs if name in known}
     tied = {}
-    for name in others:
-        found = middles.get(_middle(checkpoint, name))
-        if found is not None and _same_bits(checkpoint, name, found):
+    for name in others:  # equal elements identify nothing
+        values = checkpoint.read(name, *_middle(checkpoint.specs[name]))
+        if bool((values != values[:1]).any()) and (found := _twin([checkpoint], name, kept)):
             tied[name] = found
-    return _leave_out(checkpoint, tied) if tied else checkpoint
-
-
-def _leave_out(checkpoint: SavedWeights, tied: Mapping[str, str]) -> SavedWeights:
-    """A checkpoint in which some names are other ones of tensors that are kept."""
-    kept = {name: name for name in checkpoint.specs if name not in tied}
-    return Renamed(checkpoint, kept, {**checkpoint.aliases, **tied})
-
-
-def _middle(checkpoint: SavedWeights, name: str) -> object:
-    """A few elements that identify a tensor; where they are all equal, its name alone does."""
-    spec = checkpoint.specs[name]
-    start = spec.numel // 2
-    values = checkpoint.read(name, start, min(start + 16, spec.numel))
-    return (spec, bytes(values.view(torch.uint8).numpy())) if bool((values != values[:1]).any()) else (name,)
+    return checkpoint.without(tied)
 
 
 def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
@@ -102,8 +86,8 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
             )
     if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
         members = _as_adapters(members, base)
-    if tied := _tied(members, base):
-        members = [_leave_out(member, tied) for member in members]
+    tied = _tied(members, base)
+    members = [member.without(tied) for member in members]
     for name, spec in members[0].specs.items():
         found = base.specs.get(name)
         if found is None or found.shape != spec.shape:
@@ -120,19 +104,15 @@ def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]
 
     It is believed of what has the same bits under both names in every member.
     """
-    first, found = members[0], dict[str, str]()
-    for name in first.specs:
-        if name not in base.specs and all(name in member.maybe_tied for member in members):
-            for other, spec in first.specs.items():
-                if (
-                    other in base.specs
-                    and not any(other in member.maybe_tied for member in members)
-                    and spec == first.specs[name]
-                    and all(_same_bits(member, name, other) for member in members)
-                ):
-                    found[name] = other
-                    break
-    return found
+    names = members[0].specs
+    sure = [n for n in names if n in base.specs and not any(n in member.maybe_tied for member in members)]
+    lacking = [n for n in names if n not in base.specs and all(n in member.maybe_tied for member in members)]
+    return {name: found for name in lacking if (found := _twin(members, name, sure))}
+
+
+def _twin(members: Sequence[SavedWeights], name: str, others: Iterable[str]) -> str | None:
+    """The first of some names under which every member has the same bits as under this one."""
+    return next((each for each in others if all(_same_bits(member, name, each) for member in members)), None)
 
 
 def _same_bits(checkpoint: SavedWeights, name: str, other: str) -> bool:
@@ -140,8 +120,12 @@ def _same_bits(checkpoint: SavedWeights, name: str, other: str) -> bool:
     spans = [(start, min(start + SLICE, spec.numel)) for start in range(0, spec.numel, SLICE)]
     return checkpoint.specs[other] == spec and all(
         torch.equal(*(checkpoint.read(each, *span).view(torch.uint8) for each in (name, other)))
-        for span in spans
+        for span in [_middle(spec), *spans]  # a few elements tell most apart
     )
+
+
+def _middle(spec: Spec) -> tuple[int, int]:
+    return spec.numel // 2, min(spec.numel // 2 + 16, spec.numel)
 
 
 def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
@@ -162,7 +146,7 @@ def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedW
         raise StateError(
             f"{member.path}: two of its weights have one name in an adapter folder. {IN_THE_MODEL}"
         )
-    return [Renamed(member, names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
+    return [member.renamed(names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
 
 
 def _plain(name: str) -> str:

@@ -23,8 +23,8 @@ from swaft.soup.huggingface import (
     ADAPTER_CONFIG,
     CONFIG,
     MODEL,
-    HuggingFaceFolder,
     holds_weights,
+    open_folder,
     read_json,
 )
 from swaft.soup.kinds import open_checkpoint
@@ -121,7 +121,7 @@ def average(
             has_base = base is not None or (bool(members) and members[0].files is not None)
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
             members.append(stack.enter_context(found))
-        whole = None if base is None else stack.enter_context(HuggingFaceFolder(Path(base)))
+        whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)
         files = _files(members[0], whole)

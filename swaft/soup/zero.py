@@ -24,48 +24,46 @@ from swaft.storage.files import read_whole
 OPTIMIZER_FILES = "*_optim_states.pt"
 
 
-class ZeroFolder(SavedWeights):
-    """A folder that `save_checkpoint` wrote, or one tag of it. Opening it unpickles its files.
-
-    Args:
-        path: the folder.
+def open_zero(path: Path) -> SavedWeights:
+    """Open a folder that `save_checkpoint` wrote, or one tag of it, which unpickles its files.
 
     Raises:
         StateError: its files are not those of ZeRO stage 1, 2 or 3, all ranks included.
     """
+    tag = find_tag(path)
+    if tag is None:
+        raise StateError(
+            f"{path} holds no {OPTIMIZER_FILES}, and no file 'latest' that names a folder that does"
+        )
+    try:
+        from deepspeed.utils import zero_to_fp32
+    except ImportError as error:
+        raise StateError(f"{path} is a DeepSpeed checkpoint; reading it takes swaft[deepspeed]") from error
+    try:
+        states = [_load(file) for file in zero_to_fp32.get_model_state_files(str(tag))]
+        files = zero_to_fp32.get_optim_files(str(tag))
+        partitions = [_load(file)["optimizer_state_dict"] for file in files]
+        # Masters are pickled as leaves that want gradients: what is copied from them would want some too.
+        pieces = {
+            name: (spec, [piece.detach() for piece in parts])
+            for name, (spec, parts) in _tensors(partitions, states)
+        }
+        aliases = dict(states[0]["shared_params"])
+    except Exception as error:  # whatever unpickling meets
+        raise StateError(f"{tag} could not be read: {type(error).__name__}: {error}") from error
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.files = path if (path / CONFIG).exists() else None
-        tag = find_tag(path)
-        if tag is None:
-            raise StateError(
-                f"{path} holds no {OPTIMIZER_FILES}, and no file 'latest' that names a folder that does"
-            )
-        try:
-            from deepspeed.utils import zero_to_fp32
-        except ImportError as error:
-            raise StateError(
-                f"{path} is a DeepSpeed checkpoint; reading it takes swaft[deepspeed]"
-            ) from error
-        try:
-            states = [_load(file) for file in zero_to_fp32.get_model_state_files(str(tag))]
-            files = zero_to_fp32.get_optim_files(str(tag))
-            partitions = [_load(file)["optimizer_state_dict"] for file in files]
-            # Masters are pickled as leaves that want gradients: what is copied from them would want some too.
-            self._pieces = {
-                name: (spec, [piece.detach() for piece in pieces])
-                for name, (spec, pieces) in _tensors(partitions, states)
-            }
-            self.aliases = dict(states[0]["shared_params"])
-        except Exception as error:  # whatever unpickling meets
-            raise StateError(f"{tag} could not be read: {type(error).__name__}: {error}") from error
-        self.specs = {name: spec for name, (spec, _) in self._pieces.items() if name not in self.aliases}
+    def read(name: str, start: int, end: int) -> Tensor:
+        spec, parts = pieces[name]
+        return torch.cat([torch.empty(0, dtype=spec.dtype), *_window(parts, start, end - start)])
 
-    def read(self, name: str, start: int, end: int) -> Tensor:
-        """As of :class:`SavedWeights`."""
-        spec, pieces = self._pieces[name]
-        return torch.cat([torch.empty(0, dtype=spec.dtype), *_window(pieces, start, end - start)])
+    return SavedWeights(
+        path=path,
+        specs={name: spec for name, (spec, _) in pieces.items() if name not in aliases},
+        read=read,
+        label=str(path),
+        aliases=aliases,
+        files=path if (path / CONFIG).exists() else None,
+    )
 
 
 def find_tag(path: Path) -> Path | None:

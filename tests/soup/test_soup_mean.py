@@ -191,22 +191,19 @@ def test_a_sum_that_float64_cannot_hold_is_refused(tmp_path):
 
 def test_what_the_base_alone_holds_may_be_infinite(tmp_path):
     extra = {"bounds": torch.tensor([1.0, math.inf])}
-    state = Weights(tmp_path, {"w": torch.ones(2)})
-    mean = mean_module.Mean([(1.0, state)], torch.float32, Weights(tmp_path, {"w": torch.ones(2)} | extra))
+    state = in_memory(tmp_path, {"w": torch.ones(2)})
+    mean = mean_module.Mean([(1.0, state)], torch.float32, in_memory(tmp_path, {"w": torch.ones(2)} | extra))
     assert torch.equal(next(mean.slices("bounds")), extra["bounds"])
 
 
-class Weights(SavedWeights):
+def in_memory(path, tensors):
     """A checkpoint in memory."""
-
-    files = None
-
-    def __init__(self, path, tensors):
-        self.path, self.aliases, self._tensors = path, {}, tensors
-        self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-    def read(self, name, start, end):
-        return self._tensors[name].flatten()[start:end].clone()
+    return SavedWeights(
+        path=path,
+        specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+        read=lambda name, start, end: tensors[name].flatten()[start:end].clone(),
+        label=str(path),
+    )
 
 
 def test_nan_in_all_is_refused(tmp_path):
