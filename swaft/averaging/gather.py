@@ -7,7 +7,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
-from swaft.averaging.layout import Chunk, Fragment, Span, cut
+from swaft.averaging.layout import Fragment, Span, cut
 
 IN_MEMORY_BYTES = 1 << 30
 """What whole weights may take of rank 0's memory; larger ones lie in a file that only this process sees."""
@@ -74,28 +73,24 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
     Returns:
         name to (parameter shape), fp32.
     """
-    ranks, everyone = engine.ranks, engine.fragments_by_rank()
+    ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
     weights: dict[str, Tensor] = {}
     with ranks.together("there is no room for the whole weights on rank 0"):
         if ranks.is_main:
-            weights = {
-                name: scratch.empty(engine.full_shape(each)) for name, each in engine.trainable.items()
-            }
+            shapes = {name: engine.full_shape(each) for name, each in engine.trainable.items()}
+            weights = {name: scratch.empty(shape) for name, shape in shapes.items()}
     if not ranks.is_main:
         for piece in shard.split(PIECE) if len(shard) else ():
             ranks.send(piece, to=0)
         return {}
-    flat = {name: weight.view(-1) for name, weight in weights.items()}
-    largest = max((piece.numel for rank, piece in _pieces(everyone) if rank), default=0)
-    message = torch.empty(largest, dtype=torch.float32, device="cpu")
-    for rank, piece in _pieces(everyone):
-        if rank == 0:
-            values = shard.narrow(0, piece.shard_offset, piece.numel)
-        else:
-            values = message[: piece.numel]
+    message = torch.empty(PIECE, dtype=torch.float32, device="cpu") if ranks.world_size > 1 else shard
+    for rank, first, places in _messages(everyone):
+        numel = sum(place.numel for place in places)
+        values = message[:numel] if rank else shard[first : first + numel]
+        if rank:
             ranks.receive(values, source=rank)
-        for run, place in _runs(everyone[rank], piece, values):
-            flat[place.name][place.start : place.end] = run
+        for place, run in zip(places, values.split([place.numel for place in places]), strict=True):
+            weights[place.name].view(-1)[place.start : place.end] = run
     return weights
 
 
@@ -109,35 +104,29 @@ def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
     Returns:
         (engine.numel,), fp32, host.
     """
-    ranks, everyone = engine.ranks, engine.fragments_by_rank()
+    ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
     mine = torch.empty(engine.numel, dtype=torch.float32, device="cpu")
     if not ranks.is_main:
         for piece in mine.split(PIECE) if len(mine) else ():
             ranks.receive(piece, source=0)
         return mine
-    for rank, piece in _pieces(everyone):
-        values = torch.empty(piece.numel, dtype=torch.float32, device="cpu")
-        for run, place in _runs(everyone[rank], piece, values):
-            run.copy_(weights[place.name].reshape(-1)[place.start : place.end])
+    for rank, first, places in _messages(everyone):
+        values = torch.cat([weights[place.name].reshape(-1)[place.start : place.end] for place in places])
         if rank:
             ranks.send(values, to=rank)
         else:
-            mine[piece.shard_offset : piece.shard_offset + piece.numel] = values
+            mine[first : first + len(values)] = values
     return mine
 
 
-def _pieces(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, Chunk]]:
-    """The messages of every rank's shard, as ``shard.split`` cuts it; a span's buffer is a fragment's number."""
+def _messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
+    """The messages of every rank's shard, as ``shard.split`` cuts it: (rank, first element, what is in it)."""
     for rank, fragments in enumerate(everyone):
         ends = accumulate(each.numel for each in fragments)
         held = enumerate(zip(fragments, ends, strict=True))
         spans = [Span(i, 0, end - each.numel, each.numel) for i, (each, end) in held]
-        yield from ((rank, piece) for piece in cut(spans, PIECE))
-
-
-def _runs(fragments: Sequence[Fragment], piece: Chunk, values: Tensor) -> Iterator[tuple[Tensor, Fragment]]:
-    """The values of a message, parameter by parameter, and which elements they are."""
-    parts = values.split([span.numel for span in piece.spans])
-    for part, span in zip(parts, piece.spans, strict=True):
-        first = fragments[span.buffer].start + span.offset
-        yield part, replace(fragments[span.buffer], start=first, end=first + span.numel)
+        for piece in cut(spans, PIECE):
+            parts = (
+                fragments[span.buffer].part(span.offset, span.offset + span.numel) for span in piece.spans
+            )
+            yield rank, piece.shard_offset, [part for each in parts for part in each]

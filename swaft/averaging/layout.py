@@ -46,6 +46,14 @@ class Fragment:
         """Which elements they are, wherever they lie."""
         return self.name, self.start, self.end
 
+    def part(self, first: int, last: int) -> list[Fragment]:
+        """Its elements from ``first`` up to ``last``, counted from its own beginning: one fragment, or none."""
+        first, last = max(first, 0), min(last, self.numel)
+        if first >= last:
+            return []
+        held = self.start + first, self.start + last
+        return [Fragment(self.name, *held, self.buffer, self.offset + first)]
+
 
 @dataclass(frozen=True)
 class Span:
@@ -90,11 +98,7 @@ def slice_of(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     taken, position = [], 0
     for each in held:
-        start, end = max(first - position, 0), min(last - position, each.numel)
-        if start < end:
-            taken.append(
-                Fragment(each.name, each.start + start, each.start + end, each.buffer, each.offset + start)
-            )
+        taken += each.part(first - position, last - position)
         position += each.numel
     return taken
 

@@ -19,7 +19,7 @@ from swaft.averaging.engines.steps import hook_weakly
 from swaft.averaging.engines.swaps import Swap, swap_of
 from swaft.averaging.layout import Fragment, Span, check_coverage, cut, merge, range_at
 from swaft.distributed import shared_ranks
-from swaft.errors import AveragingError, LayoutError, UnsupportedEngineError
+from swaft.errors import AveragingError, LayoutError
 
 PIECE = 1 << 23
 """Elements that are sent, copied or compared at a time: 32 MiB in fp32, so that no copy beside them takes 64."""
@@ -80,7 +80,7 @@ class Engine(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """The fp32 master buffers, flat, as they are now. The same list object while no storage has moved."""
+        """The fp32 master buffers, flat, as they are now. Unless lent, the same list while none has moved."""
 
     @abstractmethod
     def working(self) -> list[Tensor]:
@@ -93,11 +93,6 @@ class Engine(ABC):
     def applied_steps(self) -> int:
         """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
         return self._steps_before + self._steps_seen()
-
-    @property
-    def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed trains."""
-        return self.outer is not self.module
 
     def continue_from(self, step: int) -> None:
         """Have the weights as they are now be those after ``step`` optimizer steps: a run resumes here."""
@@ -133,20 +128,19 @@ class Engine(ABC):
             if parameter.requires_grad and self.full_shape(parameter).numel() > 0
         }
 
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """Name of each trainable parameter, by ``id``."""
-        return {id(parameter): name for name, parameter in self.trainable.items()}
-
     def name_of(self, parameter: nn.Parameter) -> str:
         """Clean name of a parameter that the optimizer trains.
 
         Raises:
             LayoutError: the model does not hold it.
         """
-        if id(parameter) not in self.names:
+        if id(parameter) not in self._names:
             raise unknown_parameter(self.full_shape(parameter))
-        return self.names[id(parameter)]
+        return self._names[id(parameter)]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.trainable.items()}
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -163,10 +157,6 @@ class Engine(ABC):
         """Elements this rank owns."""
         return sum(fragment.numel for fragment in self.fragments)
 
-    def fragments_by_rank(self) -> list[list[Fragment]]:
-        """Every rank's fragments, on every rank (collective)."""
-        return self.ranks.gather(self.fragments)
-
     def prove_layout(self) -> None:
         """Prove that the fragments are what they say: every element owned once, every working bit a cast of
         its master (collective).
@@ -174,7 +164,7 @@ class Engine(ABC):
         Raises:
             LayoutError: on every rank, naming the parameter.
         """
-        fragments = self.fragments_by_rank()
+        fragments = self.ranks.gather(self.fragments)
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
         self.ranks.raise_together(self._misplaced())
 
@@ -321,27 +311,6 @@ class Engine(ABC):
 def rescales(module: nn.Module) -> bool:
     """Whether a forward alone changes weights: an embedding with a largest norm rescales its rows."""
     return any(getattr(part, "max_norm", None) is not None for part in module.modules())
-
-
-def require_fp32(name: str, dtype: torch.dtype, setting: str) -> None:
-    """Refuse a parameter that is trained in another type than fp32 and is its own master.
-
-    Args:
-        name: of the parameter.
-        dtype: that it is trained in.
-        setting: what casts fp32 weights for the forward under this engine.
-
-    Raises:
-        UnsupportedEngineError: with that setting.
-    """
-    if dtype != torch.float32:
-        reason = (
-            "an average of such weights stops moving" if dtype.itemsize < 4 else "swaft averages fp32 alone"
-        )
-        raise UnsupportedEngineError(
-            f"{name!r} is trained in {dtype} with no fp32 master beside it, and {reason}; load the model in fp32 "
-            f"and let mixed precision cast it ({setting})"
-        )
 
 
 def unknown_parameter(shape: torch.Size) -> LayoutError:

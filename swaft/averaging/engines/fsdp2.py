@@ -11,7 +11,7 @@ rows: these average a slice each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from swaft.averaging.engines.base import require_fp32, sums_of_bits
-from swaft.averaging.engines.replicated import ReplicatedEngine
+from swaft.averaging.engines.base import sums_of_bits
+from swaft.averaging.engines.replicated import ReplicatedEngine, require_fp32
 from swaft.averaging.layout import Fragment
 from swaft.errors import LayoutError, UnsupportedEngineError
 
@@ -31,24 +31,8 @@ from swaft.errors import LayoutError, UnsupportedEngineError
 class FSDP2Engine(ReplicatedEngine):
     """Parameters that `fully_shard` cut into rows, by hand or through accelerate.
 
-    Args:
-        module: the unwrapped model, resharded (:func:`reshard`).
-        inner_optimizer: the torch optimizer that takes the steps.
-        parameters: its parameters, which it holds sharded whatever the module holds at the moment.
-        steps_seen: steps that were taken.
+    The module was resharded before (:func:`reshard`); the parameters stay sharded whatever it holds at the moment.
     """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        inner_optimizer: torch.optim.Optimizer,
-        *,
-        parameters: Sequence[nn.Parameter],
-        steps_seen: Callable[[], int],
-    ):
-        self._mesh = cast(DTensor, parameters[0]).device_mesh if parameters else None
-        each = [[parameter] for parameter in parameters]
-        super().__init__("fsdp2", module, inner_optimizer, parameters=each, steps_seen=steps_seen)
 
     def prove_layout(self) -> None:
         """As of every engine; and that the replicas of a shard hold the same (collective).
@@ -101,6 +85,10 @@ class FSDP2Engine(ReplicatedEngine):
             for i, parameter in enumerate(self.parameters)
             for fragment in _row_fragments(self.name_of(parameter), cast(DTensor, parameter), buffer=i)
         ]
+
+    @property
+    def _mesh(self) -> Any:
+        return cast(DTensor, self.parameters[0]).device_mesh if self.parameters else None
 
     def _find_replicas(self) -> tuple[Any, int, int]:
         if self._mesh is None or self._mesh.ndim == 1:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import PIECE, Engine
+from swaft.averaging.engines.base import PIECE, Engine, clean_name, unknown_parameter
 from swaft.averaging.layout import Fragment, cut, merge, slice_of
-from swaft.errors import LayoutError
+from swaft.errors import LayoutError, UnsupportedEngineError
 
 
 class ReplicatedEngine(Engine):
@@ -138,3 +138,51 @@ def _flat(tensor: Tensor) -> Tensor:
             "contiguous one; call `.contiguous()` on it before the optimizer is built"
         )
     return tensor.detach().view(-1)
+
+
+def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's trainable parameters by name, each once, with the proof that the model trains no others."""
+    held = {
+        id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
+    }
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+    for identity in held.keys() - names.keys():
+        raise unknown_parameter(held[identity].shape)
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.numel() and id(parameter) not in held:
+            raise LayoutError(
+                f"{names[id(parameter)]!r} is trainable but in no optimizer group, so it would never change; give "
+                "it to the optimizer, or freeze it with requires_grad_(False)"
+            )
+    return {names[identity]: parameter for identity, parameter in held.items()}
+
+
+def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The optimizer's parameters, one a list, where they are their own fp32 masters."""
+    parameters = optimized(module, optimizer)
+    for name, parameter in parameters.items():
+        require_fp32(
+            name, parameter.dtype, "train.mixed_precision=bf16, or DeepSpeed, which keeps fp32 masters"
+        )
+    return [[parameter] for parameter in parameters.values()]
+
+
+def require_fp32(name: str, dtype: torch.dtype, setting: str) -> None:
+    """Refuse a parameter that is trained in another type than fp32 and is its own master.
+
+    Args:
+        name: of the parameter.
+        dtype: that it is trained in.
+        setting: what casts fp32 weights for the forward under this engine.
+
+    Raises:
+        UnsupportedEngineError: with that setting.
+    """
+    if dtype != torch.float32:
+        reason = (
+            "an average of such weights stops moving" if dtype.itemsize < 4 else "swaft averages fp32 alone"
+        )
+        raise UnsupportedEngineError(
+            f"{name!r} is trained in {dtype} with no fp32 master beside it, and {reason}; load the model in fp32 "
+            f"and let mixed precision cast it ({setting})"
+        )

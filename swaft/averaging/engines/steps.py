@@ -86,7 +86,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
     else:
         engine.continue_from(max(engine.ranks.gather(engine.applied_steps())))
         source = "DeepSpeed has counted"
-        if not engine.is_deepspeed:  # the state may be left from a run before this one
+        if engine.outer is engine.module:  # the state may be left from a run before this one
             level, source = logging.WARNING, "the optimizer's state says"
     engine.watch_weights()
     step = engine.applied_steps()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
 
-from swaft.averaging.engines.deepspeed_modes import refused_settings
+from swaft.averaging.engines.deepspeed import refused_settings
 from swaft.options import suggestion
 from swaft.training.launch.deepspeed_extension import reason_op_cannot_be_built
 
