@@ -30,7 +30,7 @@ from benchmarks.averaging_training import (
 from benchmarks.deadline import seconds_left, within
 from benchmarks.measuring import spread
 from swaft.averaging import Engine
-from swaft.averaging.host.averages import STAGING_BYTES
+from swaft.averaging.host import STAGING_BYTES
 from swaft.averaging.host.machine import Workers
 from swaft.averaging.host.source import StagedSource
 

@@ -6,8 +6,8 @@ from swaft.averaging import lora
 from swaft.averaging.averager import WeightAverager
 from swaft.averaging.engines import Engine, attach_engine
 from swaft.averaging.export import save_pretrained
+from swaft.averaging.readouts import ReadoutSearch, Tried, search_windows
 from swaft.averaging.rules import BEMA, EMA, LAWA, SWA, Merge, PowerEMA, Readout, Rule, Windows
-from swaft.averaging.search import ReadoutSearch, Tried, search_windows
 
 __all__ = [
     "BEMA",

@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swaft.averaging.buffers import copy_with
-from swaft.averaging.engines import Engine
-from swaft.averaging.engines.base import clean_name
+from swaft.averaging.layout import clean_name
 from swaft.errors import AveragingError
+
+if TYPE_CHECKING:
+    from swaft.averaging.engines import Engine
 
 PROMPT = "prompt_embeddings"
 """What stands for a prompt among the names of tensors."""
@@ -123,11 +125,8 @@ def find_layers(engine: Engine) -> list[LoraLayer]:
     trained = {layer.adapter for layer in layers if layer.trained}
     if not trained:
         raise AveragingError("no LoRA factor is trained; expected a PeftModel with a trainable LoRA adapter")
-    return [
-        replace(layer, trained=layer.adapter in trained)
-        for layer in layers
-        if layer.active or layer.adapter in trained
-    ]
+    layers = [replace(layer, trained=layer.adapter in trained) for layer in layers]
+    return [layer for layer in layers if layer.active or layer.trained]
 
 
 def _refuse_other_layer(path: str, tuner: Any) -> None:
@@ -246,15 +245,11 @@ class AdapterFolder:
         from peft import get_peft_model_state_dict
 
         self._module: Any = module
-        tensors = [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-        self._marks = {name: torch.empty(0) for name, _ in tensors}
-        self._prompt = torch.empty(0)
-        names = {id(mark): clean_name(name) for name, mark in self._marks.items()} | {
-            id(self._prompt): PROMPT
-        }
+        tensors = dict(module.named_parameters(remove_duplicate=False))
+        tensors |= dict(module.named_buffers(remove_duplicate=False))
+        self._marks, self._prompt = {name: torch.empty(0) for name in tensors}, torch.empty(0)
+        names = {id(mark): clean_name(name) for name, mark in self._marks.items()}
+        names[id(self._prompt)] = PROMPT
         self._picked: dict[str, dict[str, str]] = {}
         for adapter, config in self._module.peft_config.items():
             with self._marked_prompts():

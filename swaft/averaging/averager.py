@@ -10,20 +10,21 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import finalize
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor, nn
 
 from swaft.averaging import export
-from swaft.averaging.blend import blended
 from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
 from swaft.averaging.gather import beside_live
-from swaft.averaging.rules import Plan, Readout, Rule, plan_all
-from swaft.averaging.state import Keeper
+from swaft.averaging.readouts import blended
+from swaft.averaging.rules import Plan, Readout, Rule
+from swaft.averaging.rules.base import plan_all
+from swaft.averaging.state import load_averages, save_averages
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
@@ -91,57 +92,23 @@ class WeightAverager:
         _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))
         self.applied_steps = begin(self.engine, first_step, total_steps)
         """Optimizer steps that changed the weights, as of the last :meth:`step`."""
-        self._rules, self._precision = rules, precision
         self._averages = HostAverages(
-            self.engine.spans,
+            self.engine,
             self._plans,
-            ranks=self.engine.ranks,
-            device=self.engine.device,
             compensated=precision == "compensated",
             threads=threads,
             spill_dir=None if spill_dir is None else Path(spill_dir),
-            lent=self.engine.lends_storage,
         )
-        self._keeper = Keeper(self.engine, self._averages, rules, total_steps, precision)
         self._statistics = Statistics(self.engine)
         # All that writes to the masters waits until a member has been read.
-        hook_weakly(
-            self.engine.inner_optimizer.register_step_pre_hook, self._averages.pipeline.release_masters
-        )
-        hook_weakly(self.engine.swap.before_write, self._averages.pipeline.release_masters)
+        release = self._averages.pipeline.release_masters
+        hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, release)
+        self.engine.swap.readers.append(WeakMethod(release))
         self.close = finalize(self, self._averages.close)
         self._counts = dict.fromkeys(self._plans, 0)
-        self._begun: set[str] = set()
-        self._proved = False
+        self._since, self._proved = self.applied_steps, False
         if any(plan.first_step == self.applied_steps for plan in self._plans.values()):
             self._take_in(self.applied_steps)
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """Names of the rules, in the order they were given; the first is the default everywhere."""
-        return tuple(self._plans)
-
-    def plan(self, name: str | None = None) -> Plan:
-        """The averaging events of a rule."""
-        return self._plans[self._named(name)]
-
-    @property
-    def num_averaged(self) -> int:
-        """`count` of the first rule."""
-        return self.count()
-
-    def count(self, name: str | None = None) -> int:
-        """Members in the average of a rule so far, those on their way included."""
-        return self._counts[self._named(name)]
-
-    @property
-    def waits(self) -> Waits:
-        """How often averaging has blocked training, and for how many seconds in all."""
-        return self._averages.pipeline.waits
-
-    def forecast(self) -> Forecast:
-        """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
-        return forecast(self.engine, self._averages, self._plans, self._precision)
 
     def step(self) -> None:
         """Take the weights in if an optimizer step happened since the last call and a rule wants it.
@@ -157,24 +124,7 @@ class WeightAverager:
         applied, before = self.engine.applied_steps(), self.applied_steps
         if applied == before:
             return
-        if self.engine.swap.active:
-            raise AveragingError(
-                "`averager.step()` was called while averaged weights are swapped in, which would be averaged as if "
-                "they were trained; call it before `swapped_in()`, right after the optimizer step"
-            )
-        if applied < before:
-            raise AveragingError(
-                f"the engine's step count went back from {before} to {applied}: a checkpoint was loaded after the "
-                "averager was attached; attach a new averager after loading"
-            )
-        between = range(before + 1, applied)
-        missed = [step for step in between if any(plan.takes(step) for plan in self._plans.values())]
-        if missed:
-            raise AveragingError(
-                f"the optimizer took {applied - before} steps since the last `averager.step()`, and step "
-                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
-                "averager that is attached after a checkpoint was loaded, not before"
-            )
+        self._refuse_misuse(before, applied)
         try:
             self._averages.pipeline.raise_if_refused()  # the same on every rank
         except AveragingError:
@@ -219,9 +169,160 @@ class WeightAverager:
         """
         chosen = self.chosen(readout, blend)
         shard = self._shard_together(chosen)
-        statistics = self._statistics.of(chosen, self.plan(chosen.rule), self.count(chosen.rule))
+        statistics = self._statistics.of(*self._average(chosen))
         with swapped_in(self.engine, shard, statistics, derive=chosen.blend != 0):
             yield
+
+    def update_bn(
+        self,
+        batches: Iterable[Any],
+        readout: str | Readout | None = None,
+        *,
+        forward: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Compute the running statistics (BatchNorm's) that go with an average, from training rows (collective).
+
+        As `torch.optim.swa_utils.update_bn`, under every engine: the averaged weights are swapped in, the model
+        sees the batches in training mode without gradients, and a layer's statistics become the plain means of
+        those of all batches of all ranks. Until another member is taken in, `swapped_in` and `save_pretrained`
+        of this average use them; they are not in `save_state`. Training continues as if nothing had happened. A
+        model without such statistics is left alone.
+
+        Args:
+            batches: of this rank, as many as on every other.
+            readout: as of :meth:`swapped_in`.
+            forward: called with each batch, to pass it through the model. None: a mapping is passed as keyword
+                arguments; of a list or tuple the first is passed.
+
+        Raises:
+            AveragingError: as of :meth:`swapped_in`; or the ranks have no batches, or not equally many.
+        """
+        chosen = self.chosen(readout)
+        with self.swapped_in(chosen):
+            found = recompute_statistics(self.engine, batches, forward or partial(pass_batch, self.engine))
+        self._statistics.keep(*self._average(chosen), found)
+
+    def save_pretrained(
+        self,
+        path: str | PathLike[str],
+        readout: str | Readout | None = None,
+        *,
+        blend: float | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        max_shard_size: str | int = export.SHARD_SIZE,
+    ) -> None:
+        """Write an average as a Hugging Face folder (collective; rank 0 writes).
+
+        Args:
+            path: folder to write.
+            readout: as of :meth:`swapped_in`.
+            blend: likewise.
+            dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
+                torch's. Of any but fp32, what rounding takes away is logged.
+            max_shard_size: of one file, such as ``"5GB"``.
+
+        Raises:
+            AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
+            ConfigError: for another dtype.
+        """
+        chosen = self.chosen(readout, blend)
+        shard = self._shard_together(chosen)
+        _, plan, count = self._average(chosen)
+        means = f"the mean of {count:,} members of a training run by `{plan.rule!r}`"
+        export.save_pretrained(
+            self.engine,
+            path,
+            shard=shard if chosen.blend else None,
+            statistics=self._statistics.of(*self._average(chosen)),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            description=means + (f" with {chosen.choices}" if chosen.choices else ""),
+        )
+
+    def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the averages for a later run to resume from, under any engine and world size (collective).
+
+        Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder is one of
+        tensors and text alone, complete once it holds a file ``COMPLETE``.
+
+        Args:
+            path: folder to write. Without `overwrite` it must not exist, or be empty.
+            overwrite: replace a state that is there already, once the new one is complete: at no moment is there
+                neither. A folder that holds anything else is refused.
+
+        Raises:
+            StateError: it could not be written; on every rank, and nothing is left of it.
+            AveragingError: the latest member was refused, or averaging failed on a rank.
+        """
+        with self.engine.ranks.together():
+            self.wait()
+            self.engine.check_trainable()
+        save_averages(self.engine, self._averages, path, self.applied_steps, overwrite=overwrite)
+
+    def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
+        """Resume from averages that :meth:`save_state` wrote, in whatever layout (collective).
+
+        To be called after model and optimizer were loaded, and before the first step. The step count continues from
+        that of the state.
+
+        Args:
+            path: the folder.
+            same_weights: refuse averages that were saved beside other weights than the model has now; False
+                where it is meant to resume from others.
+
+        Raises:
+            StateError: the folder is incomplete or damaged, of another model, or of a run with other rules; on
+                every rank, and the averages are as they were unless a file was damaged after it had been checked.
+            AveragingError: averaging failed on a rank, or averaged weights are swapped in.
+        """
+        with self.engine.ranks.together():
+            self.wait()
+            if self.engine.swap.active:
+                raise AveragingError("a state was loaded while a swap is active; leave the swap first")
+        self.applied_steps = load_averages(self.engine, self._averages, path, same_weights=same_weights)
+        self.engine.continue_from(self.applied_steps)
+        self._recount()
+        self._since, self._proved = self.applied_steps, False
+
+    @property
+    def state_dict(self) -> Any:
+        """There is none: `accelerator.register_for_checkpointing` would keep rank 0's alone, in silence.
+
+        Raises:
+            AveragingError: as the attribute is looked up, saying what keeps the averages.
+        """
+        raise AveragingError(
+            "the averages are spread over the ranks, and a state dict (as accelerator.register_for_checkpointing "
+            "keeps it) would hold those of rank 0; expected averager.save_state(path) and averager.load_state "
+            "by all of them, or register_averager(accelerator, averager) of swaft's integrations"
+        )
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of the rules, in the order they were given; the first is the default everywhere."""
+        return tuple(self._plans)
+
+    def plan(self, name: str | None = None) -> Plan:
+        """The averaging events of a rule."""
+        return self._plans[self._named(name)]
+
+    def count(self, name: str | None = None) -> int:
+        """Members in the average of a rule so far, those on their way included."""
+        return self._counts[self._named(name)]
+
+    @property
+    def num_averaged(self) -> int:
+        """`count` of the first rule."""
+        return self.count()
+
+    @property
+    def waits(self) -> Waits:
+        """How often averaging has blocked training, and for how many seconds in all."""
+        return self._averages.pipeline.waits
+
+    def forecast(self) -> Forecast:
+        """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
+        return forecast(self.engine, self._averages)
 
     def chosen(self, readout: str | Readout | None, blend: float | None = None) -> Readout:
         """What is asked for, its rule by name.
@@ -260,136 +361,26 @@ class WeightAverager:
         total = sum(float((averaged.double() - live.double()).square().sum()) for live, averaged in pairs)
         return math.sqrt(self.engine.ranks.sum([total])[0])
 
-    def update_bn(
-        self,
-        batches: Iterable[Any],
-        readout: str | Readout | None = None,
-        *,
-        forward: Callable[[Any], Any] | None = None,
-    ) -> None:
-        """Compute the running statistics (BatchNorm's) that go with an average, from training rows (collective).
-
-        As `torch.optim.swa_utils.update_bn`, under every engine: the averaged weights are swapped in, the model
-        sees the batches in training mode without gradients, and a layer's statistics become the plain means of
-        those of all batches of all ranks. Until another member is taken in, `swapped_in` and `save_pretrained`
-        of this average use them; they are not in `save_state`. Training continues as if nothing had happened. A
-        model without such statistics is left alone.
-
-        Args:
-            batches: of this rank, as many as on every other.
-            readout: as of :meth:`swapped_in`.
-            forward: called with each batch, to pass it through the model. None: a mapping is passed as keyword
-                arguments; of a list or tuple the first is passed.
-
-        Raises:
-            AveragingError: as of :meth:`swapped_in`; or the ranks have no batches, or not equally many.
-        """
-        chosen = self.chosen(readout)
-        with self.swapped_in(chosen):
-            found = recompute_statistics(self.engine, batches, forward or partial(pass_batch, self.engine))
-        self._statistics.keep(chosen, self.plan(chosen.rule), self.count(chosen.rule), found)
-
-    def save_pretrained(
-        self,
-        path: str | PathLike[str],
-        readout: str | Readout | None = None,
-        *,
-        blend: float | None = None,
-        dtype: str | torch.dtype = torch.float32,
-        max_shard_size: str | int = export.SHARD_SIZE,
-    ) -> None:
-        """Write an average as a Hugging Face folder (collective; rank 0 writes).
-
-        Args:
-            path: folder to write.
-            readout: as of :meth:`swapped_in`.
-            blend: likewise.
-            dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
-                torch's. Of any but fp32, what rounding takes away is logged.
-            max_shard_size: of one file, such as ``"5GB"``.
-
-        Raises:
-            AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
-            ConfigError: for another dtype.
-        """
-        chosen = self.chosen(readout, blend)
-        shard, count = self._shard_together(chosen), self.count(chosen.rule)
-        means = f"{count:,} members of a training run by `{self._rules[self._named(chosen.rule)]!r}`"
-        export.save_pretrained(
-            self.engine,
-            path,
-            shard=shard if chosen.blend else None,
-            statistics=self._statistics.of(chosen, self.plan(chosen.rule), count),
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            description=f"the mean of {means}" + (f" with {chosen.choices}" if chosen.choices else ""),
-        )
-
-    def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the averages for a later run to resume from, under any engine and world size (collective).
-
-        Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder is one of
-        tensors and text alone, complete once it holds a file ``COMPLETE``.
-
-        Args:
-            path: folder to write. Without `overwrite` it must not exist, or be empty.
-            overwrite: replace a state that is there already, once the new one is complete: at no moment is there
-                neither. A folder that holds anything else is refused.
-
-        Raises:
-            StateError: it could not be written; on every rank, and nothing is left of it.
-            AveragingError: the latest member was refused, or averaging failed on a rank.
-        """
-        with self.engine.ranks.together():
-            self.wait()
-            self.engine.check_trainable()
-        self._keeper.save(path, self.applied_steps, overwrite=overwrite)
-
-    def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
-        """Resume from averages that :meth:`save_state` wrote, in whatever layout (collective).
-
-        To be called after model and optimizer were loaded, and before the first step. The step count continues from
-        that of the state.
-
-        Args:
-            path: the folder.
-            same_weights: refuse averages that were saved beside other weights than the model has now; False
-                where it is meant to resume from others.
-
-        Raises:
-            StateError: the folder is incomplete or damaged, of another model, or of a run with other rules; on
-                every rank, and the averages are as they were unless a file was damaged after it had been checked.
-            AveragingError: averaging failed on a rank, or averaged weights are swapped in.
-        """
-        with self.engine.ranks.together():
-            self.wait()
-            if self.engine.swap.active:
-                raise AveragingError("a state was loaded while a swap is active; leave the swap first")
-        self.applied_steps = self._keeper.load(path, same_weights=same_weights).applied_steps
-        self.engine.continue_from(self.applied_steps)
-        self._recount()
-        self._begun = {name for name, count in self._counts.items() if count}
-        self._proved = False
-
-    @property
-    def state_dict(self) -> Any:
-        """There is none: `accelerator.register_for_checkpointing` would keep rank 0's alone, in silence.
-
-        Raises:
-            AveragingError: as the attribute is looked up, saying what keeps the averages.
-        """
-        raise AveragingError(
-            "the averages are spread over the ranks, and a state dict (as accelerator.register_for_checkpointing "
-            "keeps it) would hold those of rank 0; expected averager.save_state(path) and averager.load_state "
-            "by all of them, or register_averager(accelerator, averager) of swaft's integrations"
-        )
-
-    def _named(self, name: str | None) -> str:
-        if name is None:
-            return self.rules[0]
-        if name not in self._plans:
-            raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
-        return name
+    def _refuse_misuse(self, before: int, applied: int) -> None:
+        """Refuse a call of :meth:`step` after which an average would be of other weights than its rule says."""
+        if self.engine.swap.active:
+            raise AveragingError(
+                "`averager.step()` was called while averaged weights are swapped in, which would be averaged as if "
+                "they were trained; call it before `swapped_in()`, right after the optimizer step"
+            )
+        if applied < before:
+            raise AveragingError(
+                f"the engine's step count went back from {before} to {applied}: a checkpoint was loaded after the "
+                "averager was attached; attach a new averager after loading"
+            )
+        between = range(before + 1, applied)
+        missed = [step for step in between if any(plan.takes(step) for plan in self._plans.values())]
+        if missed:
+            raise AveragingError(
+                f"the optimizer took {applied - before} steps since the last `averager.step()`, and step "
+                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
+                "averager that is attached after a checkpoint was loaded, not before"
+            )
 
     def _take_in(self, step: int) -> None:
         taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
@@ -398,7 +389,7 @@ class WeightAverager:
         for name in taking:
             first = self._plans[name].first_step
             self._plans[name].updates(self._counts[name])  # raises for more members than were planned
-            if name not in self._begun and step != first:
+            if not self._counts[name] and first < self._since:
                 raise AveragingError(
                     f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
                     f"attached after that step; attach it before step {first} of the run, load the averages that "
@@ -408,12 +399,21 @@ class WeightAverager:
             self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
             self._proved = True
         self._averages.submit(self.engine.masters(), step=step, rules=taking)
-        self._begun |= set(taking)
-        for name in taking:
-            self._counts[name] += 1
+        self._counts |= {name: self._counts[name] + 1 for name in taking}
 
     def _recount(self) -> None:
         self._counts = {name: lanes.count for name, lanes in self._averages.lanes.items()}
+
+    def _named(self, name: str | None) -> str:
+        if name is None:
+            return self.rules[0]
+        if name not in self._plans:
+            raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
+        return name
+
+    def _average(self, chosen: Readout) -> tuple[Readout, Plan, int]:
+        """What is chosen, the events of its rule, and how many there were."""
+        return chosen, self.plan(chosen.rule), self.count(chosen.rule)
 
     def _ready(self, chosen: Readout) -> Lanes:
         """The vectors of a rule, once every member is in them."""

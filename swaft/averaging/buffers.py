@@ -10,18 +10,19 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import count as numbers_from
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from swaft.averaging.engines import Engine
-from swaft.averaging.engines.base import clean_name
-from swaft.averaging.rules import Plan, PowerEMAPlan, Readout, WindowsPlan
+from swaft.averaging.layout import clean_name
+from swaft.averaging.rules import Plan, Readout
 from swaft.errors import AveragingError
+
+if TYPE_CHECKING:
+    from swaft.averaging.engines import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -180,12 +181,13 @@ class Statistics:
 
     def keep(self, chosen: Readout, plan: Plan, count: int, buffers: dict[str, Tensor]) -> None:
         """Have buffers go with an average of a rule that has so many members."""
-        average, members = _in_one_spelling(chosen, plan, count)
-        self._kept[average] = (members, buffers)
+        average, members = plan.resolved(count, chosen)
+        self._kept[average] = (len(members), buffers)
 
     def of(self, chosen: Readout, plan: Plan, count: int) -> dict[str, Tensor]:
         """The buffers that go with an average; {} where those of training have to do, which is logged."""
-        average, members = _in_one_spelling(chosen, plan, count)
+        average, range_of_members = plan.resolved(count, chosen)
+        members = len(range_of_members)
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
         if changed and self._engine.ranks.is_main:
@@ -222,16 +224,6 @@ class Statistics:
             and "parametrizations." not in name
             and not name.startswith(self._known or ("\0",))
         }
-
-
-def _in_one_spelling(chosen: Readout, plan: Plan, count: int) -> tuple[Readout, int]:
-    """The same average, by whatever it was asked for, and how many members are in it."""
-    if isinstance(plan, WindowsPlan):
-        members = plan.window(count, chosen.start, chosen.end)
-        return replace(chosen, start=plan.step_of(members[0]), end=plan.step_of(members[-1])), len(members)
-    if isinstance(plan, PowerEMAPlan) and chosen.sigma_rel is None:
-        return replace(chosen, sigma_rel=plan.sigma_rel[0]), count
-    return chosen, count
 
 
 @torch.no_grad()

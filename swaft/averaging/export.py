@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
 from swaft.averaging.gather import MEMORY, Scratch, beside_live, gather_trained
+from swaft.averaging.layout import clean_name
 from swaft.errors import AveragingError
 from swaft.storage import TensorFile, sync_tree
 from swaft.storage.dtypes import dtype_of_weights
@@ -79,8 +81,10 @@ def save_pretrained(
     shard = engine.live_shard() if shard is None else shard
     if dtype != torch.float32:
         logger.info("%s: %s", path, rounded_away(engine, shard, dtype))
-    unwritable = f"{path} could not be written"
-    room = _on_main(engine, lambda: _room_beside(engine, Path(path), dtype), unwritable) or MEMORY
+    elements = sum(engine.full_shape(parameter).numel() for _, parameter in engine.named_parameters())
+    num_bytes = elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    make_room = partial(Scratch, Path(path).absolute().parent, num_bytes)
+    room = _on_main(engine, make_room, f"{path} could not be written") or MEMORY
     trained = gather_trained(engine, shard, scratch=room)
     adapters, names = adapter_folder(engine) if is_peft(engine.module) else (None, None)
     state_dict = add_frozen(engine, trained, names=names, scratch=room, statistics=statistics)
@@ -111,13 +115,6 @@ def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype 
     )
 
 
-def _room_beside(engine: Engine, path: Path, dtype: torch.dtype) -> Scratch:
-    """Room for a whole model on rank 0, beside the folder that it is written to."""
-    elements = sum(engine.full_shape(parameter).numel() for _, parameter in engine.named_parameters())
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return Scratch(path.absolute().parent, elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize))
-
-
 def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype) -> str:
     """What rounding this rank's elements (engine.numel,) to a narrower type takes away, in words (collective)."""
     lost = distance = size = 0.0
@@ -139,11 +136,13 @@ def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
     Raises:
         AveragingError: it is a file, or a folder that is not empty; on every rank.
     """
-    destination, error = Path(path), None
-    empty = destination.is_dir() and not any(destination.iterdir())
-    if engine.ranks.is_main and destination.exists() and not empty:
-        error = AveragingError(f"{destination} holds files already; expected a new folder: name another path")
-    engine.ranks.raise_together(error)
+    destination = Path(path)
+    with engine.ranks.together():
+        empty = destination.is_dir() and not any(destination.iterdir())
+        if engine.ranks.is_main and destination.exists() and not empty:
+            raise AveragingError(
+                f"{destination} holds files already; expected a new folder: name another path"
+            )
 
 
 def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Path], None]) -> None:
@@ -159,18 +158,17 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
         AveragingError: it could not be written; on every rank.
     """
     destination = Path(path)
-    _on_main(engine, lambda: _write_beside(destination, write), f"{destination} could not be written")
 
+    def write_beside() -> None:
+        with place_beside(destination) as place:
+            unfinished = place / destination.name
+            write(unfinished)
+            sync_tree(unfinished)
+            if destination.exists():
+                destination.rmdir()
+            os.replace(unfinished, destination)
 
-def _write_beside(destination: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a name that nobody has, so that nothing that is there is deleted, and rename it."""
-    with place_beside(destination) as place:
-        unfinished = place / destination.name
-        write(unfinished)
-        sync_tree(unfinished)
-        if destination.exists():
-            destination.rmdir()
-        os.replace(unfinished, destination)
+    _on_main(engine, write_beside, f"{destination} could not be written")
 
 
 def _on_main(engine: Engine, action: Callable[[], Any], fault: str) -> Any:
@@ -242,10 +240,8 @@ def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
                 pieces = (file.read(name, first, last) for first, last in cuts)
                 wanted = state_dict.get(name)
                 if wanted is None:
-                    other_numel, other_squares = (
-                        other_numel + numel,
-                        other_squares + sum(map(_squares, pieces)),
-                    )
+                    other_numel += numel
+                    other_squares += sum(map(_squares, pieces))
                     continue
                 form, right = (file.dtype(name), list(file.shape(name))), (wanted.dtype, list(wanted.shape))
                 if form != right:
@@ -306,9 +302,9 @@ def add_frozen(
     Returns:
         clean name to tensor; floating-point ones in fp32.
     """
-    canonical = {id(parameter): name for name, parameter in engine.named_parameters()}
-    aliases = {name: canonical[id(parameter)] for name, parameter in engine.named_parameters(aliases=True)}
-    buffers = engine.live_buffers() | dict(statistics or {})
+    aliases = engine.canonical_names()
+    buffers = {clean_name(name): each for name, each in engine.module.named_buffers(remove_duplicate=False)}
+    buffers |= {**engine.swap.buffers, **(statistics or {})}  # as training has them, also inside a swap
     wanted = [name for name in engine.state_names if names is None or name in names]
     sources = {aliases[name] for name in wanted if name in aliases} - engine.trainable.keys()
     weights = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swaft.averaging.rules.base import Plan, RunningMeanPlan
+from swaft.averaging.rules.base import RunningMeanPlan
 
 if TYPE_CHECKING:
     from swaft.averaging.engines import Engine
@@ -72,17 +72,16 @@ class Forecast:
         return "\n".join(lines)
 
 
-def forecast(engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], precision: str) -> Forecast:
+def forecast(engine: Engine, averages: HostAverages) -> Forecast:
     """What the averages of a run take on this rank.
 
     Args:
         engine: whose weights; the optimizer's peak rate decides the error of the plain form.
         averages: of this rank, before or during the run.
-        plans: by name of the rule.
-        precision: of running means, ``compensated`` or ``plain``.
     """
-    from swaft.averaging.host.averages import seconds_an_element  # compiled code, as below
+    from swaft.averaging.host import seconds_an_element  # compiled code, as below
 
+    plans = {name: lanes.plan for name, lanes in averages.lanes.items()}
     groups, elements = engine.inner_optimizer.param_groups, engine.numel
     rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
     events = {
@@ -100,7 +99,7 @@ def forecast(engine: Engine, averages: HostAverages, plans: Mapping[str, Plan], 
         plain_errors={
             name: simulate(plan, native_mean(compensated=False), learning_rate=rate)
             for name, plan in plans.items()
-            if isinstance(plan, RunningMeanPlan) and precision == "plain" and rate > 0
+            if isinstance(plan, RunningMeanPlan) and not averages.compensated and rate > 0
         },
     )
 
@@ -111,7 +110,8 @@ def simulate(
     """Follow a walk over a whole run with an arithmetic and with float64.
 
     The error of a plain fp32 mean comes less from single roundings than from updates too small to register, so no
-    short formula gives it; a few hundred elements that walk as Adam's do show it.
+    short formula gives it; a few hundred elements show it, which walk as under Adam: by about
+    the learning rate a step, part drift, part noise.
 
     Args:
         plan: gives the weights of the members, and their number.
@@ -120,13 +120,15 @@ def simulate(
         numel: elements that walk.
         seed: of the walk.
     """
-    exact = first = np.zeros(numel)
-    result = np.zeros(numel, np.float32)
-    for n, member in enumerate(walk(plan.num_members, learning_rate=learning_rate, numel=numel, seed=seed)):
-        if n == 0:
-            exact = first = member.astype(np.float64)
-            result = mean(member, 1.0)
-        elif (weight := plan.weight(n)) > 0:
+    generator = np.random.default_rng(seed)
+    member = (WEIGHT_SCALE * generator.standard_normal(numel)).astype(np.float32)
+    drift = (learning_rate * DRIFT * generator.standard_normal(numel)).astype(np.float32)
+    exact = first = member.astype(np.float64)
+    result = mean(member, 1.0)
+    for n in range(1, plan.num_members):
+        noise = generator.standard_normal(numel, dtype=np.float32)
+        member = member + (drift + np.float32(learning_rate) * noise)
+        if (weight := plan.weight(n)) > 0:
             exact = exact + weight * (member - exact)
             result = mean(member, weight)
     error = np.abs(result - exact)
@@ -134,17 +136,6 @@ def simulate(
         displacement_share=float(np.linalg.norm(error) / np.linalg.norm(exact - first)),
         mean_ulps=float(np.mean(error / np.spacing(np.abs(exact).astype(np.float32)))),
     )
-
-
-def walk(steps: int, *, learning_rate: float, numel: int, seed: int) -> Iterator[np.ndarray]:
-    """Weights in fp32 that move by about the learning rate a step, part drift, part noise, as under Adam."""
-    generator = np.random.default_rng(seed)
-    weights = (WEIGHT_SCALE * generator.standard_normal(numel)).astype(np.float32)
-    drift = (learning_rate * DRIFT * generator.standard_normal(numel)).astype(np.float32)
-    rate = np.float32(learning_rate)
-    for _ in range(steps):
-        yield weights
-        weights = weights + (drift + rate * generator.standard_normal(numel, dtype=np.float32))
 
 
 def native_mean(*, compensated: bool) -> Mean:

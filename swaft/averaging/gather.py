@@ -27,12 +27,14 @@ class Scratch:
     Each tensor has a storage of its own, as safetensors wants it.
 
     Args:
-        folder: on whose disk the file is; it exists where one is needed.
+        folder: on whose disk the file is; made where there is none. None: memory alone.
         num_bytes: of all tensors together.
     """
 
     def __init__(self, folder: Path | None, num_bytes: int):
         self._file = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         if folder is not None and num_bytes > IN_MEMORY_BYTES:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as the tensors)
         self._end = 0

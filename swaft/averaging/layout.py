@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 Range = tuple[str, int, int]
 """Elements [start, end) of a flattened parameter: (name, start, end)."""
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+"""What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
+
+
+def clean_name(name: str) -> str:
+    """The name that a parameter, buffer or module has in the model without wrappers around its parts."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,16 @@ from swaft.errors import AveragingError
 if TYPE_CHECKING:
     from swaft.averaging.averager import WeightAverager
 
-Norms = tuple[float, float, float]
-"""Frobenius norms of mean(B A), of mean(B A) - mean(B) mean(A), and of mean(B A) - B' A' before it is rounded."""
+
+class Norms(NamedTuple):
+    """Frobenius norms of a layer."""
+
+    whole: float
+    """Of mean(B A)."""
+    gap: float
+    """Of mean(B A) - mean(B) mean(A)."""
+    lost: float
+    """Of mean(B A) - B' A' before it is rounded."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,15 @@ class Distance:
     """Over all layers together, every update with its scaling."""
     by_layer: dict[str, float]
     """By ``layer:adapter``."""
+
+    @classmethod
+    def between(cls, norms: Mapping[str, Norms], layers: Iterable[LoraLayer], which: str) -> Distance:
+        """The distance whose norms are called ``gap`` or ``lost``, of the layers that have norms."""
+        scalings = {layer.name: layer.scaling for layer in layers}
+        difference = math.hypot(*(scalings[name] * getattr(each, which) for name, each in norms.items()))
+        whole = math.hypot(*(scalings[name] * each.whole for name, each in norms.items()))
+        by_layer = {name: _ratio(getattr(each, which), each.whole) for name, each in norms.items()}
+        return cls(_ratio(difference, whole), by_layer)
 
     def __str__(self) -> str:
         worst = max(self.by_layer, key=lambda name: self.by_layer[name])
@@ -70,7 +87,7 @@ class ProductMean:
     """``layer:adapter`` to the new (B', A'): fp32, as peft shapes them, on rank 0's host; {} elsewhere."""
     _engine: Engine
     _layers: list[LoraLayer]
-    _trained: dict[str, Tensor]
+    _weights: dict[str, Tensor]
     _members: dict[str, Members]
 
     def __str__(self) -> str:
@@ -93,10 +110,10 @@ class ProductMean:
         """
         resized = self._resized()
         for adapter in resized:
-            adapters.refuse_changed_base(adapter, self._configs[adapter].init_lora_weights)
+            adapters.refuse_changed_base(adapter, self._engine.module.peft_config[adapter].init_lora_weights)
         export.refuse_occupied(self._engine, path)
         adapter_folder, names = export.adapter_folder(self._engine)
-        state_dict = export.add_frozen(self._engine, self._with_factors(), names=names)
+        state_dict = export.add_frozen(self._engine, self._weights, names=names)
 
         def write(folder: Path) -> None:
             assert adapter_folder is not None  # rank 0 alone writes
@@ -116,7 +133,7 @@ class ProductMean:
         Raises:
             AveragingError: the folder holds files already, or the base model is quantised.
         """
-        _save_merged(self._engine, path, self._layers, self._trained, self._members)
+        _save_merged(self._engine, path, self._layers, self._weights, self._members)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -131,41 +148,29 @@ class ProductMean:
                 f"{' and '.join(map(repr, resized))}, so they do not fit into the model; expected "
                 "product_mean(averager) without `rank`"
             )
-        with swap.swapped_in(self._engine, scatter_trained(self._engine, self._with_factors())):
+        with swap.swapped_in(self._engine, scatter_trained(self._engine, self._weights)):
             yield
-
-    def _with_factors(self) -> dict[str, Tensor]:
-        trained = dict(self._trained)
-        for layer in self._layers:
-            if layer.name in self.factors:
-                trained[layer.up], trained[layer.down] = self.factors[layer.name]
-        return trained
-
-    @property
-    def _configs(self) -> Any:
-        return self._engine.module.peft_config
 
     def _resized(self) -> dict[str, dict[str, Any]]:
         """Adapters with a layer of another rank than the new factors', and what their configuration must say."""
         if self.rank is None:
             return {}
-        resized = {layer.adapter for layer in self._layers if layer.trained and layer.rank != self.rank}
-        return {adapter: self._config_at(self.rank, adapter) for adapter in sorted(resized)}
-
-    def _config_at(self, rank: int, adapter: str) -> dict[str, Any]:
-        config = self._configs[adapter]
-        divisor = math.sqrt(rank) if config.use_rslora else rank
-        layers = [layer for layer in self._layers if layer.adapter == adapter]
-        alphas = {f"^{re.escape(layer.path)}": layer.scaling * divisor for layer in layers}
-        alpha = next(iter(alphas.values()))
-        return {
-            "r": rank,
-            "rank_pattern": {},
-            "lora_alpha": alpha,
-            "alpha_pattern": {} if set(alphas.values()) == {alpha} else alphas,
-            # The factors are loaded, so how they began is of no matter, and some beginnings demand a rank.
-            "init_lora_weights": bool(config.init_lora_weights),
-        }
+        resized = {}
+        for adapter in {layer.adapter for layer in self._layers if layer.trained and layer.rank != self.rank}:
+            config: Any = self._engine.module.peft_config[adapter]  # pyright: ignore
+            divisor = math.sqrt(self.rank) if config.use_rslora else self.rank
+            layers = [layer for layer in self._layers if layer.adapter == adapter]
+            alphas = {f"^{re.escape(layer.path)}": layer.scaling * divisor for layer in layers}
+            alpha = next(iter(alphas.values()))
+            resized[adapter] = {
+                "r": self.rank,
+                "rank_pattern": {},
+                "lora_alpha": alpha,
+                "alpha_pattern": {} if set(alphas.values()) == {alpha} else alphas,
+                # The factors are loaded, so how they began is of no matter, and some beginnings demand a rank.
+                "init_lora_weights": bool(config.init_lora_weights),
+            }
+        return dict(sorted(resized.items()))
 
 
 def product_mean(
@@ -212,16 +217,21 @@ def product_mean(
                 if layer.trained
             }
     norms: dict[str, Norms] = engine.ranks.gather({each: norms for each, (_, norms) in averaged.items()})[0]
-    scalings = {layer.name: layer.scaling for layer in layers}
     return ProductMean(
         num_members=len(shards) - (chosen.blend != 1),
         rank=rank,
-        gap=_distance({each: (gap, whole) for each, (whole, gap, _) in norms.items()}, scalings),
-        truncation=_distance({each: (lost, whole) for each, (whole, _, lost) in norms.items()}, scalings),
+        gap=Distance.between(norms, layers, "gap"),
+        truncation=Distance.between(norms, layers, "lost"),
         factors={each: factors for each, (factors, _) in averaged.items()},
         _engine=engine,
         _layers=layers,
-        _trained=trained,
+        _weights=trained
+        | {
+            name: factor
+            for layer in layers
+            if layer.name in averaged
+            for name, factor in zip((layer.up, layer.down), averaged[layer.name][0], strict=True)
+        },
         _members=members,
     )
 
@@ -286,14 +296,15 @@ def _average(
 ) -> tuple[tuple[Tensor, Tensor], Norms]:
     """New factors of a layer, and the norms."""
     new_rank = rank or layer.rank
-    up, down, (whole, gap, lost) = refactor(members, new_rank)
+    up, down, norms = refactor(members, new_rank)
     _, first_up, first_down = members[0]
     if new_rank == layer.rank:
+        exact = norms._replace(lost=0.0)
         if all(torch.equal(b, first_up) and torch.equal(a, first_down) for _, b, a in members):
-            return (first_up, first_down), (whole, gap, 0.0)
+            return (first_up, first_down), exact
         if not {layer.up, layer.down} <= trained.keys():  # the frozen one is the same in every member
-            return (trained.get(layer.up, first_up), trained.get(layer.down, first_down)), (whole, gap, 0.0)
-    return (up, down), (whole, gap, lost)
+            return (trained.get(layer.up, first_up), trained.get(layer.down, first_down)), exact
+    return (up, down), norms
 
 
 @torch.no_grad()
@@ -324,7 +335,7 @@ def refactor(members: Members, rank: int) -> tuple[Tensor, Tensor, Norms]:
     root = s[:kept].sqrt()
     up[:, :kept] = (left_basis @ u[:, :kept] * root).reshape(up[:, :kept].shape)
     down[:kept] = (root[:, None] * (vh[:kept] @ right_basis.T)).reshape(down[:kept].shape)
-    return up, down, (float(s.norm()), float(covariance.norm()), float(s[kept:].norm()))
+    return up, down, Norms(float(s.norm()), float(covariance.norm()), float(s[kept:].norm()))
 
 
 def _mean_and_deviations(coefficients: list[float], factors: list[Tensor]) -> Tensor:
@@ -332,15 +343,6 @@ def _mean_and_deviations(coefficients: list[float], factors: list[Tensor]) -> Te
     first = factors[0]
     mean = first + sum(c * (each - first) for c, each in zip(coefficients, factors, strict=True))
     return torch.cat([mean, *(each - mean for each in factors)], dim=1)
-
-
-def _distance(parts: dict[str, tuple[float, float]], scalings: dict[str, float]) -> Distance:
-    """Relative distances from (norm of the difference, norm of the mean update) by layer."""
-
-    def total(position: int) -> float:
-        return math.hypot(*(scalings[name] * norms[position] for name, norms in parts.items()))
-
-    return Distance(_ratio(total(0), total(1)), {name: _ratio(*norms) for name, norms in parts.items()})
 
 
 def _ratio(difference: float, whole: float) -> float:

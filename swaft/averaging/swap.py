@@ -3,22 +3,30 @@
 No backup copy is kept where the working weights are a cast of separate masters: they are cast again. Only where
 masters and weights are one does a stash stand in, sharded over the ranks like the average. Buffers that training
 changes are copied, and put back.
+
+What stands in for the weights belongs to the module (:class:`Swap`), so several averagers of one model know of it.
+The hooks that stay on a module are plain functions that look it up: so a module with an averager attached can be
+pickled and copied, and a copy has nothing to do with the swaps and averagers of the original.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swaft.averaging.adapters import merged_layers
 from swaft.averaging.buffers import changing_buffers, derive_buffers
-from swaft.averaging.engines import Engine
-from swaft.averaging.engines.base import rescales
 from swaft.errors import AveragingError, LayoutError
+
+if TYPE_CHECKING:
+    from swaft.averaging.engines import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +68,12 @@ def swapped_in(
     engine.swap.let_readers_finish()
     engine.release_gathered()
     buffers = changing_buffers(engine.module)
-    engine.swap.stash = _needed_stash(engine)
+    if engine.masters_are_working():
+        engine.swap.stash = engine.read(engine.masters())
+    elif (
+        engine.misplaced() is not None
+    ):  # a wrapper that has not stepped yet: weights that are no cast of masters
+        engine.swap.stash = engine.read(engine.working())
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     engine.swap.active = True
     try:
@@ -92,13 +105,6 @@ def swapped_in(
     engine.ranks.raise_together(error)
 
 
-def _needed_stash(engine: Engine) -> Tensor | None:
-    if engine.masters_are_working():
-        return engine.read(engine.masters())
-    # A wrapper that has not stepped yet may hold working weights that are no cast of its masters.
-    return None if engine.working_is_cast() else engine.read(engine.working())
-
-
 def _changed_inside(engine: Engine, written: int) -> AveragingError | LayoutError | None:
     """What is wrong with the weights as the body leaves them."""
     if merged_layers(engine.module):
@@ -124,12 +130,131 @@ def _restore(engine: Engine) -> None:
     for layer in merged_layers(engine.module):  # while the adapters are those that were merged
         layer.unmerge()
     engine.release_gathered()
-    if engine.swap.stash is None:
-        engine.recast()
-    else:
-        engine.write(engine.swap.stash)
+    engine.write(engine.swap.stash)
     engine.publish()
     for name, buffer in changing_buffers(engine.module).items():
         if name in engine.swap.buffers:
             buffer.copy_(engine.swap.buffers[name])
     engine.swap.end()
+
+
+def rescales(module: nn.Module) -> bool:
+    """Whether a forward alone changes weights: an embedding with a largest norm rescales its rows."""
+    return any(getattr(part, "max_norm", None) is not None for part in module.modules())
+
+
+@dataclass
+class Swap:
+    """The state of one module, however many engines look at it."""
+
+    active: bool = False
+    """Whether other weights are in place of the live ones."""
+    stash: Tensor | None = None
+    """The owned live elements while active, where the engine keeps no other copy of them."""
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the live values of buffers while active, by clean name."""
+    readers: list[WeakMethod[Callable[[], None]]] = field(default_factory=list)
+    """Called before weights are written to: each returns once it has read the live ones."""
+    _guards: ExitStack = field(default_factory=ExitStack)
+    _lifted: bool = False
+
+    def let_readers_finish(self) -> None:
+        """Return once nobody reads the live weights any more."""
+        self.readers = [reader for reader in self.readers if reader() is not None]
+        for reader in self.readers:
+            if (finish := reader()) is not None:
+                finish()
+
+    def guard(self, module: nn.Module, outer: nn.Module, calls: Iterable[str]) -> None:
+        """Refuse, until :meth:`end`, whatever hands out the weights under the live name, or replaces them.
+
+        These are, of every part of the module, `state_dict`, `load_state_dict` and pickling. `copy.deepcopy` is
+        fine: the copy holds the average, and nothing refuses anything there.
+
+        Args:
+            module: whose weights.
+            outer: what wraps it.
+            calls: of `outer`, which get at the weights without asking the module for a state dict.
+        """
+        for part in module.modules():
+            if isinstance(part, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            for register, call in (
+                (part.register_state_dict_pre_hook, "state_dict"),
+                (part.register_load_state_dict_pre_hook, "load_state_dict"),
+            ):
+                self._guards.callback(register(_Refusal(self, type(part).__name__, call)).remove)
+        for call in calls:
+            outer.__dict__[call] = _Refusal(self, type(outer).__name__, call)
+            self._guards.callback(outer.__dict__.pop, call)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Refuse nothing inside: for who knows the live weights from those in the module."""
+        before, self._lifted = self._lifted, True
+        try:
+            yield
+        finally:
+            self._lifted = before
+
+    def refuse(self, owner: str, call: str) -> None:
+        """Raise what is wrong with a call, unless the guard is lifted."""
+        if self._lifted:
+            return
+        if call.startswith("load"):
+            raise AveragingError(
+                f"{call}() of {owner} was called while averaged weights are swapped in, and what it loads would "
+                "be lost when the live weights come back; leave `swapped_in()` first"
+            )
+        raise AveragingError(
+            f"{call}() of {owner} was asked for while averaged weights are swapped in, so they would be saved as "
+            "the live ones; leave `swapped_in()` first, or write the live weights with "
+            "swaft.averaging.save_pretrained(averager.engine, path) and the average with averager.save_pretrained"
+        )
+
+    def end(self) -> None:
+        """The live weights are back."""
+        self._guards.close()
+        self.active, self.stash, self.buffers = False, None, {}
+
+
+class _Refusal:
+    """A hook, or what stands in for a method: refuses to be called, and to be pickled with the module it is on."""
+
+    def __init__(self, swap: Swap, owner: str, call: str):
+        self._swap, self._owner, self._call = swap, owner, call
+
+    def __call__(self, *_: object, **__: object) -> None:
+        self._swap.refuse(self._owner, self._call)
+
+    def __reduce__(self) -> NoReturn:
+        raise AveragingError(
+            f"a {self._owner} was pickled (torch.save, say) while averaged weights are swapped in, which would "
+            "pass for the live ones; leave `swapped_in()` first, or copy it with copy.deepcopy: that makes a "
+            "model which holds the average"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """What stands in a copy where the original refuses."""
+
+
+_SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
+
+
+def swap_of(module: nn.Module) -> Swap:
+    """The one `Swap` of an unwrapped module."""
+    if module not in _SWAPS:
+        _SWAPS[module] = Swap()
+        module.register_load_state_dict_pre_hook(_finish_reading)
+    return _SWAPS[module]
+
+
+def _finish_reading(module: nn.Module, *_: object) -> None:
+    """What is loaded must not reach a member that is still being read."""
+    swap = _SWAPS.get(module)
+    if swap is not None:
+        swap.let_readers_finish()

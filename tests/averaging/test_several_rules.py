@@ -164,8 +164,7 @@ def test_an_averager_attached_after_its_first_member_says_so():
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=9)
-    averager.engine._steps_seen.count = averager.applied_steps = 5  # as a resumed engine counts
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=9, first_step=5)
     one_step(model, optimizer)
     with pytest.raises(AveragingError, match="attached after that step"):
         averager.step()

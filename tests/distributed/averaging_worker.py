@@ -65,7 +65,7 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         if dist.get_rank() == 0:
             for name, weight in live.items():
                 assert same_bits(whole[name], weight), name
-        assert engine.working_is_cast()
+        assert engine.misplaced() is None
 
     def attaching_without_updating_changes_nothing():
         logits(model, a_batch)

@@ -148,7 +148,7 @@ def offloaded_states():
         model.offload_states()
         assert storage.expired()
         model.reload_states()
-        assert engine.working_is_cast()
+        assert engine.misplaced() is None
 
     yield "zero2 bf16, what DeepSpeed gives up is free", freed
 

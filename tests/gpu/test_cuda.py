@@ -9,8 +9,8 @@ import torch
 from models import tiny_bert
 
 import swaft
+from swaft.averaging import host
 from swaft.averaging.arithmetic import reference_mean
-from swaft.averaging.host import averages
 from swaft.averaging.host.source import MIN_BLOCK_NUMEL
 from swaft.errors import AveragingError
 
@@ -87,7 +87,7 @@ def big_layer(numel: int = 1 << 22):
 @pytest.mark.parametrize("ring_bytes", [1 << 29, 8 * 4 * MIN_BLOCK_NUMEL])
 def test_a_member_is_whole_though_the_optimizer_writes_over_it_at_once(ring_bytes, monkeypatch):
     """Each step overwrites all weights with one number, while the copy of the last is still under way."""
-    monkeypatch.setattr(averages, "STAGING_BYTES", ring_bytes)
+    monkeypatch.setattr(host, "STAGING_BYTES", ring_bytes)
     model, optimizer = big_layer()
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=20)
     members = []

@@ -1,8 +1,109 @@
-"""One adapter an engine: where its fp32 master weights live, and how forwards see a change of them."""
+"""One adapter an engine: where its fp32 master weights live, and how forwards see a change of them.
+
+:func:`attach_engine` finds it for a model and optimizer, or refuses with the setting that is in the way.
+
+The choice looks at the objects, never at a configured stage number: stage 1 alone has two wrappers.
+"""
 
 from __future__ import annotations
 
-from swaft.averaging.engines.attach import attach_engine
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
 from swaft.averaging.engines.base import Engine
+from swaft.averaging.engines.replicated import ReplicatedEngine, optimized, optimized_fp32
+from swaft.averaging.engines.steps import StepCounter
+from swaft.errors import AveragingError, UnsupportedEngineError
 
 __all__ = ["Engine", "attach_engine"]
+
+
+def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
+    """The adapter for what `accelerator.prepare` returned (collective).
+
+    Args:
+        model: a plain module, a DistributedDataParallel one, one sharded by FSDP2, or a DeepSpeed engine.
+        optimizer: its optimizer, wrapped by accelerate or not.
+
+    Raises:
+        UnsupportedEngineError: an engine or mode whose fp32 masters cannot be averaged faithfully.
+        LayoutError: the masters are not where the adapter expects them, or a trainable parameter is in no
+            optimizer group.
+        AveragingError: nothing to average.
+    """
+    if _is_a(optimizer, "AcceleratedOptimizer"):
+        optimizer = optimizer.optimizer
+    if _is_a(model, "DeepSpeedEngine"):
+        from swaft.averaging.engines.deepspeed import attach_deepspeed
+
+        engine = attach_deepspeed(model)
+    else:
+        engine = _attach_torch(model, optimizer)
+    # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
+    # decay has moved the masters, and the weights are no cast of them until the first real step.
+    if engine.name != "deepspeed-zero0" or engine.masters_are_working() or engine.applied_steps() > 0:
+        engine.prove_layout()
+    if not engine.ranks.sum([engine.numel])[0]:
+        raise AveragingError("the model has no trainable parameter; expected at least one to average")
+    return engine
+
+
+def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnsupportedEngineError(
+            f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; pass model and "
+            "optimizer as `accelerator.prepare` returned them"
+        )
+    module, wrapped = _unwrap(model)
+    parts = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
+    if "FullyShardedDataParallel" in parts:
+        raise UnsupportedEngineError(
+            "the model is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters this version does not "
+            "average; use FSDP2: `fully_shard` (accelerate: fsdp_version=2)"
+        )
+    if "FSDPModule" in parts:
+        from swaft.averaging.engines.fsdp2 import FSDP2Engine, refuse_layout, reshard
+
+        reshard(module)
+        parameters = optimized(module, optimizer)
+        for name, parameter in parameters.items():
+            refuse_layout(name, parameter)
+        each = [[parameter] for parameter in parameters.values()]
+        return FSDP2Engine("fsdp2", module, optimizer, parameters=each, steps_seen=StepCounter(optimizer))
+    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        raise UnsupportedEngineError(
+            "the parameters are DTensors, but not by `fully_shard`: tensor parallelism, which this version does "
+            "not average; train with FSDP2 alone"
+        )
+    if not wrapped and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UnsupportedEngineError(
+            f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
+            "`accelerator.prepare` returns: attach after it"
+        )
+    return ReplicatedEngine(
+        "ddp" if wrapped else "plain",
+        module,
+        optimizer,
+        parameters=optimized_fp32(module, optimizer),
+        steps_seen=StepCounter(optimizer),
+    )
+
+
+def _is_a(instance: object, class_name: str) -> bool:
+    # Looked for by name, so that a run without that engine never imports it.
+    return any(cls.__name__ == class_name for cls in type(instance).__mro__)
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The module inside DDP and torch.compile, whichever wraps which, and whether DDP is among them."""
+    wrapped = False
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model, wrapped = model.module, True
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model, wrapped

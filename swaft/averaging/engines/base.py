@@ -8,7 +8,7 @@ the model trains in fp32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -16,20 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from swaft.averaging.engines.steps import hook_weakly
-from swaft.averaging.engines.swaps import Swap, swap_of
-from swaft.averaging.layout import Fragment, Span, check_coverage, cut, merge, range_at
+from swaft.averaging.layout import Fragment, Span, check_coverage, clean_name, cut, merge, range_at
+from swaft.averaging.swap import Swap, rescales, swap_of
 from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, LayoutError
 
 PIECE = 1 << 23
 """Elements that are sent, copied or compared at a time: 32 MiB in fp32, so that no copy beside them takes 64."""
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
-"""What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
-
-
-def clean_name(name: str) -> str:
-    """The name that a parameter, buffer or module has in the model without wrappers around its parts."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 class Engine(ABC):
@@ -119,6 +112,11 @@ class Engine(ABC):
         for name, parameter in self.module.named_parameters(remove_duplicate=not aliases):
             yield clean_name(name), parameter
 
+    def canonical_names(self) -> dict[str, str]:
+        """The first name of every parameter, by each of its names: tied ones have several."""
+        first = {id(parameter): name for name, parameter in self.named_parameters()}
+        return {name: first[id(parameter)] for name, parameter in self.named_parameters(aliases=True)}
+
     @cached_property
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that training changes, by its clean name."""
@@ -166,7 +164,7 @@ class Engine(ABC):
         """
         fragments = self.ranks.gather(self.fragments)
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
-        self.ranks.raise_together(self._misplaced())
+        self.ranks.raise_together(self.misplaced())
 
     def check_trainable(self) -> None:
         """Refuse a model that trains other parameters than it did at attach: an average would mix in last weights.
@@ -203,81 +201,9 @@ class Engine(ABC):
                 "of the graph, and load weights before the averager is attached"
             )
 
-    def working_is_cast(self) -> bool:
-        """Whether every owned working element is, bit for bit, its master cast to the working dtype."""
-        return self._misplaced() is None
-
-    def masters_are_working(self) -> bool:
-        """Whether the engine trains in fp32 with masters and working weights in one storage."""
-        return any(m.data_ptr() == w.data_ptr() for m, w in zip(self.masters(), self.working(), strict=True))
-
     @torch.no_grad()
-    def write(self, shard: Tensor) -> None:
-        """Copy a host shard into the owned working elements, cast to their dtype. Does not publish."""
-        self._let_copies_finish()
-        for working, values in self._beside(self.working(), shard):
-            working.copy_(values)
-
-    @torch.no_grad()
-    def read(self, buffers: list[Tensor]) -> Tensor:
-        """The owned elements of ``buffers`` (masters or working weights) as one fp32 host tensor."""
-        shard = torch.empty(self.numel, dtype=torch.float32, device="cpu")
-        for source, destination in self._beside(buffers, shard):
-            destination.copy_(source)
-        return shard
-
-    def live(self) -> Iterator[Tensor]:
-        """This rank's elements of the last weights, in shard order and bounded pieces on the host, fp32, also while
-        others are swapped in.
-        """
-        stash = self._stashed()
-        yield from map(Tensor.cpu, self._owned(self.masters()) if stash is None else stash.split(PIECE))
-
-    def live_shard(self) -> Tensor:
-        """What :meth:`live` gives, as one tensor."""
-        stash = self._stashed()
-        return self.read(self.masters()) if stash is None else stash
-
-    def live_buffers(self) -> dict[str, Tensor]:
-        """Every buffer of the model by its clean name, as training has it, also while others are swapped in."""
-        held = self.module.named_buffers(remove_duplicate=False)
-        return {clean_name(name): buffer for name, buffer in held} | self.swap.buffers
-
-    def sum_of_working(self) -> int:
-        """A sum over the bits of the owned working weights: another one says that somebody wrote to them."""
-        sums = [part for run in self._owned(self.working()) for part in sums_of_bits(run)]
-        return int(torch.stack(sums).sum()) if sums else 0
-
-    @torch.no_grad()
-    def recast(self) -> None:
-        """Write cast(master) into the owned working elements. Does not publish."""
-        self._let_copies_finish()
-        for master, working in zip(self._owned(self.masters()), self._owned(self.working()), strict=True):
-            working.copy_(master)
-
-    def _stashed(self) -> Tensor | None:
-        """The owned live elements where a swap has put others in place of the masters themselves."""
-        return self.swap.stash if self.swap.stash is not None and self.masters_are_working() else None
-
-    @cached_property
-    def _pieces(self) -> list[Span]:
-        return [piece for chunk in cut(self.spans, PIECE) for piece in chunk.spans]
-
-    def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
-        return (piece.of(buffers).detach() for piece in self._pieces)
-
-    def _beside(self, buffers: list[Tensor], shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The owned elements of ``buffers`` beside those of a shard, piece by piece."""
-        for piece in self._pieces:
-            yield piece.of(buffers), shard.narrow(0, piece.shard_offset, piece.numel)
-
-    def _let_copies_finish(self) -> None:
-        """Wait for copies to the device from working weights in host memory, which offloading starts and leaves."""
-        if torch.cuda.is_initialized() and any(working.device.type == "cpu" for working in self.working()):
-            torch.cuda.synchronize()
-
-    @torch.no_grad()
-    def _misplaced(self) -> LayoutError | None:
+    def misplaced(self) -> LayoutError | None:
+        """What is wrong where an owned working element is not, bit for bit, its master cast to its dtype."""
         masters, buffers = self.masters(), self.working()
         for piece in self._pieces:
             working = piece.of(buffers).detach()
@@ -295,6 +221,57 @@ class Engine(ABC):
                 )
         return None
 
+    def masters_are_working(self) -> bool:
+        """Whether the engine trains in fp32 with masters and working weights in one storage."""
+        return any(m.data_ptr() == w.data_ptr() for m, w in zip(self.masters(), self.working(), strict=True))
+
+    @torch.no_grad()
+    def write(self, shard: Tensor | None) -> None:
+        """Copy a host shard (None: the masters) into the owned working elements, cast. Does not publish."""
+        if torch.cuda.is_initialized() and any(working.device.type == "cpu" for working in self.working()):
+            torch.cuda.synchronize()  # offloading starts copies from host memory to the device, and leaves them
+        values = self._owned(self.masters()) if shard is None else self._cut(shard)
+        for working, value in zip(self._owned(self.working()), values, strict=True):
+            working.copy_(value)
+
+    @torch.no_grad()
+    def read(self, buffers: list[Tensor]) -> Tensor:
+        """The owned elements of ``buffers`` (masters or working weights) as one fp32 host tensor."""
+        shard = torch.empty(self.numel, dtype=torch.float32, device="cpu")
+        for source, part in zip(self._owned(buffers), self._cut(shard), strict=True):
+            part.copy_(source)
+        return shard
+
+    def live(self) -> Iterator[Tensor]:
+        """This rank's elements of the last weights, in shard order and bounded pieces on the host, fp32, also while
+        others are swapped in.
+        """
+        stash = self._stashed()
+        yield from map(Tensor.cpu, self._owned(self.masters()) if stash is None else stash.split(PIECE))
+
+    def live_shard(self) -> Tensor:
+        """What :meth:`live` gives, as one tensor."""
+        stash = self._stashed()
+        return self.read(self.masters()) if stash is None else stash
+
+    def sum_of_working(self) -> int:
+        """A sum over the bits of the owned working weights: another one says that somebody wrote to them."""
+        return checksum(self._owned(self.working()))
+
+    def _stashed(self) -> Tensor | None:
+        """The owned live elements where a swap has put others in place of the masters themselves."""
+        return self.swap.stash if self.swap.stash is not None and self.masters_are_working() else None
+
+    @cached_property
+    def _pieces(self) -> list[Span]:
+        return [piece for chunk in cut(self.spans, PIECE) for piece in chunk.spans]
+
+    def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
+        return (piece.of(buffers).detach() for piece in self._pieces)
+
+    def _cut(self, shard: Tensor) -> Iterator[Tensor]:
+        return (shard.narrow(0, piece.shard_offset, piece.numel) for piece in self._pieces)
+
     def _before_step(self, *_: object) -> None:
         if self.swap.active:
             raise AveragingError(
@@ -308,11 +285,6 @@ class Engine(ABC):
             )
 
 
-def rescales(module: nn.Module) -> bool:
-    """Whether a forward alone changes weights: an embedding with a largest norm rescales its rows."""
-    return any(getattr(part, "max_norm", None) is not None for part in module.modules())
-
-
 def unknown_parameter(shape: torch.Size) -> LayoutError:
     """What is wrong where the optimizer trains something that the model does not name."""
     return LayoutError(
@@ -322,16 +294,17 @@ def unknown_parameter(shape: torch.Size) -> LayoutError:
     )
 
 
-def sums_of_bits(run: Tensor) -> Iterator[Tensor]:
-    """Sums over the bits of a flat tensor, whose order does not matter: eight bytes at a time, then the edges."""
-    ratio = 8 // run.element_size()
-    first = min(-run.storage_offset() % ratio, len(run))
-    last = first + (len(run) - first) // ratio * ratio
-    if first < last:
-        yield run[first:last].view(torch.int64).sum()
-    for edge in (run[:first], run[last:]):
-        if len(edge):
-            yield _bits(edge).sum(dtype=torch.int64)
+def checksum(runs: Iterable[Tensor]) -> int:
+    """A sum over the bits of flat tensors, whose order does not matter: eight bytes at a time, then the edges."""
+    sums = []
+    for run in runs:
+        ratio = 8 // run.element_size()
+        first = min(-run.storage_offset() % ratio, len(run))
+        last = first + (len(run) - first) // ratio * ratio
+        if first < last:
+            sums.append(run[first:last].view(torch.int64).sum())
+        sums += [_bits(edge).sum(dtype=torch.int64) for edge in (run[:first], run[last:]) if len(edge)]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def _bits(tensor: Tensor) -> Tensor:

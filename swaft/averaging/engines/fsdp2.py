@@ -15,14 +15,13 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from swaft.averaging.engines.base import sums_of_bits
+from swaft.averaging.engines.base import checksum
 from swaft.averaging.engines.replicated import ReplicatedEngine, require_fp32
 from swaft.averaging.layout import Fragment
 from swaft.errors import LayoutError, UnsupportedEngineError
@@ -43,9 +42,8 @@ class FSDP2Engine(ReplicatedEngine):
         super().prove_layout()
         if self._num_replicas == 1:
             return
-        sums = [part for held in self.working() for part in sums_of_bits(held)]
         replicas = dist.get_process_group_ranks(self._replicas)
-        found = self.ranks.gather((replicas, int(torch.stack(sums).sum()) if sums else 0))
+        found = self.ranks.gather((replicas, checksum(self.working())))
         for rank, (others, bits) in enumerate(found):
             if bits != found[others[0]][1]:
                 raise LayoutError(

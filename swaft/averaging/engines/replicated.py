@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import PIECE, Engine, clean_name, unknown_parameter
-from swaft.averaging.layout import Fragment, cut, merge, slice_of
+from swaft.averaging.engines.base import PIECE, Engine, unknown_parameter
+from swaft.averaging.layout import Fragment, clean_name, cut, merge, slice_of
 from swaft.errors import LayoutError, UnsupportedEngineError
 
 

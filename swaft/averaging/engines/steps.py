@@ -79,17 +79,14 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
         ConfigError: `first_step` is no number of steps.
         AveragingError: they are more than the whole run has.
     """
-    level, source = logging.INFO, "first_step says"
+    counted = engine.outer is not engine.module
+    source = "DeepSpeed has counted" if counted else "the optimizer's state says"
     if first_step is not None:
         require_value("first_step", first_step, WholeNumber)
-        engine.continue_from(int(first_step))
-    else:
-        engine.continue_from(max(engine.ranks.gather(engine.applied_steps())))
-        source = "DeepSpeed has counted"
-        if engine.outer is engine.module:  # the state may be left from a run before this one
-            level, source = logging.WARNING, "the optimizer's state says"
+        source = "first_step says"
+    step = max(engine.ranks.gather(engine.applied_steps())) if first_step is None else int(first_step)
+    engine.continue_from(step)
     engine.watch_weights()
-    step = engine.applied_steps()
     if step > total_steps:
         raise AveragingError(
             f"the run is at optimizer step {step}, as {source}, past its total_steps={total_steps}; expected "
@@ -98,9 +95,11 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
         )
     if not engine.ranks.is_main:
         return step
+    guessed = first_step is None and not counted  # the state may be left from a run before this one
     if step:
+        level = logging.WARNING if guessed else logging.INFO
         logger.log(level, "averaging begins at optimizer step %d of %d, as %s", step, total_steps, source)
-    elif level == logging.WARNING and steps_taken(engine.inner_optimizer) is None:
+    elif guessed and steps_taken(engine.inner_optimizer) is None:
         logger.warning(
             "the optimizer (%s) has a state which does not say after how many steps, so they are counted from 0; "
             "if the run continues an earlier one, name them in first_step",
@@ -141,7 +140,7 @@ class StepCounter:
         if optimizer is self._optimizer:
             self._calls += 1
             self._inside = True
-        elif not self._inside and self._shares_parameters(optimizer):
+        elif not self._inside and self._parameters_of(self._optimizer) & self._parameters_of(optimizer):
             self._calls_before_others[id(optimizer)] = self._calls
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
@@ -160,6 +159,6 @@ class StepCounter:
                 "optimizer is rebuilt, and delete the old one"
             )
 
-    def _shares_parameters(self, other: Optimizer) -> bool:
-        ours = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        return any(id(parameter) in ours for group in other.param_groups for parameter in group["params"])
+    @staticmethod
+    def _parameters_of(optimizer: Optimizer) -> set[int]:
+        return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

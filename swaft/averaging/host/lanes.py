@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swaft.averaging import native
 from swaft.averaging.host.machine import Workers
-from swaft.averaging.rules import DEFAULT, Plan, Readout, Update
+from swaft.averaging.rules.base import DEFAULT, Plan, Readout, Update
 from swaft.errors import AveragingError
 from swaft.storage.files import write_all
 
@@ -83,9 +83,16 @@ class Lanes:
 
     def take(self, updates: Iterable[Update], tables: Sequence[Table]) -> None:
         """Move the lanes by the elements of the member that the tables list, one table a thread."""
-        for update in updates:
-            if update.source is None:
-                self._move(self._lanes[update.lane], tables, update.weight)
+        for update in (each for each in updates if each.source is None):
+            lane, w = self._lanes[update.lane], np.float32(update.weight)
+            mean = lane.mean.numpy()
+            if update.weight == 1.0:
+                self._workers.run(native.copy, [(*table, mean) for table in tables])
+            elif lane.compensation is None:
+                self._workers.run(native.update_plain, [(*table, mean, w) for table in tables])
+            else:
+                words = bits(lane.compensation)
+                self._workers.run(native.update, [(*table, mean, words, w) for table in tables])
 
     def end(self, updates: Iterable[Update]) -> None:
         """Close the member: copies between lanes, and finished lanes to disk."""
@@ -151,17 +158,6 @@ class Lanes:
             raise AveragingError(
                 f"{self._torn} (see the error before this one), so it is neither the old average nor the new one"
             )
-
-    def _move(self, lane: Lane, tables: Sequence[Table], weight: float) -> None:
-        mean, compensation = lane.mean.numpy(), lane.compensation
-        if weight == 1.0:
-            self._workers.run(native.copy, [(*table, mean) for table in tables])
-        elif compensation is None:
-            w = np.float32(weight)
-            self._workers.run(native.update_plain, [(*table, mean, w) for table in tables])
-        else:
-            words, w = bits(compensation), np.float32(weight)
-            self._workers.run(native.update, [(*table, mean, words, w) for table in tables])
 
     def _put_away(self, index: int) -> None:
         if self._spill is None:

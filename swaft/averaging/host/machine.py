@@ -97,16 +97,13 @@ def parse_cores(text: str) -> set[int]:
 
 
 def _allowed_cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _stay_on(cores: set[int]) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        # Of the calling thread, on Linux. Where it is forbidden, threads run wherever they are put.
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, cores)
+    # Of the calling thread. Where it is forbidden, or no Linux, threads run wherever they are put.
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setaffinity(0, cores)
 
 
 def lane_bytes(plan: Plan, numel: int, *, compensated: bool, spilled: bool) -> int:

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from swaft.averaging.rules.base import (
-    DEFAULT,
-    Blend,
-    Plan,
-    Precision,
-    Readout,
-    Rule,
-    Update,
-    plan_all,
-    resolve_start,
-)
+from swaft.averaging.rules.base import Plan, Readout, Rule
 from swaft.averaging.rules.means import BEMA, EMA, LAWA, SWA, Merge
-from swaft.averaging.rules.power_ema import PowerEMA, PowerEMAPlan
+from swaft.averaging.rules.power_ema import PowerEMA
 from swaft.averaging.rules.windows import Windows, WindowsPlan
 
 RULES = {
@@ -30,22 +20,15 @@ RULES = {
 
 __all__ = [
     "BEMA",
-    "DEFAULT",
     "EMA",
     "LAWA",
     "RULES",
     "SWA",
-    "Blend",
     "Merge",
     "Plan",
     "PowerEMA",
-    "PowerEMAPlan",
-    "Precision",
     "Readout",
     "Rule",
-    "Update",
     "Windows",
     "WindowsPlan",
-    "plan_all",
-    "resolve_start",
 ]

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Integral
-from typing import Annotated, Any, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol
 
 from swaft.errors import AveragingError, ConfigError
 from swaft.fraction import share_of
@@ -41,7 +41,6 @@ class Update:
 
 Blend = Annotated[float, Range(low=-1, high=2)]
 Scope = Literal["all", "no_embeddings", "no_head"]
-SCOPES = get_args(Scope)
 """Which weights an average may stand for; the others stay the last ones."""
 
 
@@ -66,7 +65,7 @@ class Readout:
     blend: Blend = 1.0
     """``last + blend * (average - last)``, from -1 to 2: 1 is the average, 0 the last weights, bit for bit."""
     scope: Scope = "all"
-    """Which weights that is done to, one of `SCOPES`; the others stay the last ones."""
+    """Which weights that is done to; the others stay the last ones."""
 
     def __post_init__(self) -> None:
         if faults := value_faults("blend", self.blend, Blend) + value_faults("scope", self.scope, Scope):
@@ -114,6 +113,8 @@ class Plan(ABC):
     """Optimizer steps between two members."""
     total_steps: int
     """Optimizer steps of the whole run."""
+    rule: Any = None
+    """The rule whose events they are; its ``repr`` says all that it is."""
 
     def step_of(self, n: int) -> int:
         """Step whose weights are member ``n``."""
@@ -148,6 +149,14 @@ class Plan(ABC):
         Raises:
             AveragingError: a choice that the rule does not offer or cannot serve, naming what it can.
         """
+
+    def resolved(self, num_members: int, chosen: Readout) -> tuple[Readout, range]:
+        """A choice in one spelling, in whichever it was made, and the members whose average it is.
+
+        Raises:
+            AveragingError: as of :meth:`readout`.
+        """
+        return chosen, range(num_members)
 
     def finished(self, n: int) -> tuple[int, ...]:
         """Lanes that no later member changes, of those that member ``n`` changed: they may move to disk."""
@@ -222,7 +231,7 @@ def resolve_start(start: float | int, total_steps: int, *, name: str = "start") 
     return int(start) if isinstance(start, Integral) else math.floor(share_of(total_steps, start))
 
 
-def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, int]:
+def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, Any]:
     """The arguments of a plan whose members are ``rule.every`` steps apart, from ``rule.start`` on.
 
     Args:
@@ -242,7 +251,7 @@ def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, int]:
             f"so {members} weights would be averaged; expected at least 2: start earlier (start), average more "
             "often (every) or train longer (total_steps)"
         )
-    return {"first_step": first, "every": rule.every, "total_steps": total_steps}
+    return {"first_step": first, "every": rule.every, "total_steps": total_steps, "rule": rule}
 
 
 def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dict[str, Plan]:
@@ -272,7 +281,7 @@ def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dic
     problems, plans = value_faults("precision", precision, Precision), dict[str, Plan]()
     for name, rule in rules.items():
         try:
-            plans[name] = rule.plan(total_steps)
+            plans[name] = replace(rule.plan(total_steps), rule=rule)
         except ConfigError as error:
             problems += error.problems
     if problems:

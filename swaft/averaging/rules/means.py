@@ -140,8 +140,14 @@ class Merge:
 
     def _weights(self, members: int) -> tuple[float, ...]:
         weights = self.weights
-        if isinstance(weights, str):
-            return decay_weights(weights, members)
+        if isinstance(weights, str):  # they sum to 1
+            shapes = {
+                "linear": lambda x: 1.0 - x,
+                "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2.0,
+                "1-sqrt": lambda x: 1.0 - math.sqrt(x),
+            }
+            coefficients = [shapes[weights](j / members) for j in range(members + 1)]
+            return tuple(earlier - later for earlier, later in pairwise(coefficients))
         if len(weights) != members:
             raise ConfigError(
                 f"weights are {len(weights)} numbers for {members} members; expected one a member (start and every "
@@ -157,37 +163,23 @@ class Merge:
         return tuple(float(weight) for weight in weights)
 
 
-def decay_weights(decay: Decay, members: int) -> tuple[float, ...]:
-    """The merge weights of ``members`` members that imitate a decay of the learning rate; they sum to 1."""
-    shapes = {
-        "linear": lambda x: 1.0 - x,
-        "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2.0,
-        "1-sqrt": lambda x: 1.0 - math.sqrt(x),
-    }
-    coefficients = [shapes[decay](j / members) for j in range(members + 1)]
-    return tuple(earlier - later for earlier, later in pairwise(coefficients))
-
-
 @dataclass(frozen=True, kw_only=True)
 class LAWAPlan(Plan):
     """A ring of copies: member ``n`` takes the place of member ``n - last``."""
 
-    last: int
-    """Members in the mean."""
-
     @property
     def lanes(self) -> tuple[bool, ...]:
         """One copy a place of the ring."""
-        return (False,) * self.last
+        return (False,) * self.rule.last
 
     def updates(self, n: int) -> tuple[Update, ...]:
         """The member is copied over the oldest."""
-        return (Update(n % self.last, 1.0),)
+        return (Update(n % self.rule.last, 1.0),)
 
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The mean of those places that are filled."""
         chosen.refuse_all_but()
-        filled = min(num_members, self.last)
+        filled = min(num_members, self.rule.last)
         return dict.fromkeys(range(filled), 1.0 / filled)
 
 
@@ -208,7 +200,7 @@ class LAWA:
 
     def plan(self, total_steps: int) -> LAWAPlan:
         """The events of a run, see `Rule.plan`; it has to have at least `last` members."""
-        plan = LAWAPlan(**spaced(self, total_steps), last=self.last)
+        plan = LAWAPlan(**spaced(self, total_steps))
         if plan.num_members < self.last:
             raise ConfigError(
                 f"last is {self.last}, but start={self.start} with every={self.every} makes {plan.num_members} "
@@ -223,9 +215,6 @@ EMA_LANE, ANCHOR_LANE, LAST_LANE = 0, 1, 2
 @dataclass(frozen=True, kw_only=True)
 class BEMAPlan(Plan):
     """A running mean, the first member and the latest."""
-
-    rule: BEMA
-    """Its options."""
 
     @property
     def lanes(self) -> tuple[bool, ...]:
@@ -288,4 +277,4 @@ class BEMA:
 
     def plan(self, total_steps: int) -> BEMAPlan:
         """The events of a run, see `Rule.plan`."""
-        return BEMAPlan(**spaced(self, total_steps), rule=self)
+        return BEMAPlan(**spaced(self, total_steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 
@@ -55,7 +55,9 @@ class PowerEMAPlan(Plan):
 
     def updates(self, n: int) -> tuple[Update, ...]:
         """The member moves every running mean; at the counts of snapshots these are then copied."""
-        moves = [Update(i, _weight(n, gamma)) for i, gamma in enumerate(self.gammas)]
+        # 1 - (n / (n + 1)) ** (gamma + 1), without losing the digits of a power next to 1.
+        log_share = math.log1p(-1.0 / (n + 1)) if n else -math.inf
+        moves = [Update(i, -math.expm1((gamma + 1.0) * log_share)) for i, gamma in enumerate(self.gammas)]
         copies = [Update(lane, 1.0, source=i) for i, lane in enumerate(self._snapshot_after(n))]
         return (*moves, *copies)
 
@@ -74,7 +76,7 @@ class PowerEMAPlan(Plan):
             AveragingError: the width is out of range, or the fit is off by more than `MAX_PROFILE_ERROR`.
         """
         chosen.refuse_all_but("sigma_rel")
-        sigma = self.sigma_rel[0] if chosen.sigma_rel is None else chosen.sigma_rel
+        sigma = self._sigma(chosen)
         coefficients, error = self._fit(num_members, sigma)
         if error > MAX_PROFILE_ERROR:
             raise AveragingError(
@@ -85,6 +87,10 @@ class PowerEMAPlan(Plan):
             )
         return coefficients
 
+    def resolved(self, num_members: int, chosen: Readout) -> tuple[Readout, range]:
+        """A profile by its relative width."""
+        return replace(chosen, sigma_rel=self._sigma(chosen)), range(num_members)
+
     def profile_error(self, num_members: int, sigma_rel: float) -> float:
         """How far the profile of :meth:`readout` is from the one asked for: ``|fit - wanted| / |wanted|``, L2.
 
@@ -92,6 +98,9 @@ class PowerEMAPlan(Plan):
             AveragingError: the width is out of range.
         """
         return self._fit(num_members, sigma_rel)[1]
+
+    def _sigma(self, chosen: Readout) -> float:
+        return self.sigma_rel[0] if chosen.sigma_rel is None else chosen.sigma_rel
 
     def _snapshot_after(self, n: int) -> tuple[int, ...]:
         if n + 1 not in self.snapshot_counts:
@@ -171,8 +180,3 @@ def profile(count: int, gamma: float, length: int) -> np.ndarray:
     weights = np.zeros(length)
     weights[:count] = np.diff((np.arange(count + 1) / count) ** (gamma + 1.0))
     return weights
-
-
-def _weight(n: int, gamma: float) -> float:
-    """``1 - (n / (n + 1)) ** (gamma + 1)``, without losing the digits of a power next to 1."""
-    return 1.0 if n == 0 else -math.expm1((gamma + 1.0) * math.log1p(-1.0 / (n + 1)))

@@ -48,6 +48,11 @@ class WindowsPlan(Plan):
         }
         return {block: count / len(window) for block, count in held.items()}
 
+    def resolved(self, num_members: int, chosen: Readout) -> tuple[Readout, range]:
+        """A window by the steps of its first and its last member."""
+        members = self.window(num_members, chosen.start, chosen.end)
+        return replace(chosen, start=self.step_of(members[0]), end=self.step_of(members[-1])), members
+
     def boundaries(self, num_members: int) -> list[tuple[int, int]]:
         """Where windows may begin and end: steps of the first and of the last member of every block so far."""
         firsts = [self._first_of(block) for block in range(self.blocks)]

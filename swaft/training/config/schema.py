@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
-from swaft.averaging.rules import RULES, Blend, Precision
+from swaft.averaging.rules import RULES
+from swaft.averaging.rules.base import Blend, Precision
 from swaft.noise import R3F, R4F, RDrop
 from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, StepOrShare, WholeNumber
 from swaft.training.config.borrowed import borrows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swaft.averaging.host.averages import STAGING_BYTES, seconds_an_element
+from swaft.averaging.host import STAGING_BYTES, seconds_an_element
 from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan

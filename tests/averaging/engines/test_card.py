@@ -70,10 +70,10 @@ def test_weights_are_cast_and_summed_in_pieces():
     engine = Cast(1000)
     engine.master += 1
     with Largest() as largest:
-        engine.recast()
+        engine.write(None)
         engine.sum_of_working()
     assert 0 < largest.numel <= 64
-    assert engine.working_is_cast()
+    assert engine.misplaced() is None
 
 
 def averaged(**options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,11 +24,15 @@ NUMEL = 3000
 
 
 def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, compensated: bool = True):
-    return HostAverages(
-        merge([Fragment("a", 0, numel, 0, 0)]),
-        plans,
+    engine = SimpleNamespace(
+        spans=merge([Fragment("a", 0, numel, 0, 0)]),
+        numel=numel,
         ranks=Ranks(),
         device=torch.device("cpu"),
+    )
+    return HostAverages(
+        engine,
+        plans,
         compensated=compensated,
         threads=2,
         spill_dir=spill_dir,

@@ -19,12 +19,12 @@ from swaft.averaging.rules import (
     SWA,
     Merge,
     PowerEMA,
-    PowerEMAPlan,
     Readout,
     Windows,
     WindowsPlan,
-    resolve_start,
 )
+from swaft.averaging.rules.base import resolve_start
+from swaft.averaging.rules.power_ema import PowerEMAPlan
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
