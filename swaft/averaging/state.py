@@ -263,15 +263,7 @@ def save_averages(
 ) -> None:
     """Write every rank's lanes into a folder, which is complete once all have (collective).
 
-    Args:
-        engine: whose model.
-        averages: of this rank.
-        path: folder to write. Without `overwrite` it must not exist, or be empty.
-        applied_steps: optimizer steps so far.
-        overwrite: whether a state may be there already; it is replaced by the new one once that is complete.
-
-    Raises:
-        StateError: it could not be written; on every rank, and the folder is as it was.
+    Arguments and errors are those of `WeightAverager.save_state`, and ``applied_steps`` the optimizer steps so far.
     """
     ranks, fragments = engine.ranks, engine.fragments
     held = {name: lanes.held() for name, lanes in averages.lanes.items()}  # nothing moves them meanwhile
@@ -297,19 +289,8 @@ def load_averages(
 ) -> int:
     """Fill the lanes with this rank's elements of a saved state, whatever layout it was saved in (collective).
 
-    The lanes are as before after an error that was found before the first vector was read.
-
-    Args:
-        engine: whose model.
-        averages: of this rank; written to.
-        path: folder that :func:`save_averages` wrote.
-        same_weights: whether the model must have the weights beside which the state was saved.
-
-    Returns:
-        The optimizer steps that had been taken.
-
-    Raises:
-        StateError: the folder is incomplete or damaged, or the state of another run; on every rank.
+    Arguments and errors are those of `WeightAverager.load_state`. The lanes are as before after an error that was
+    found before the first vector was read. Returns the optimizer steps that had been taken.
     """
     folder = standing(Path(path))
     manifest = open_together(engine.ranks, folder, kind=KIND)

@@ -33,9 +33,8 @@ class HostAverages:
         engine: whose masters.
         plans: by name of the rule.
         compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
-        threads: threads of the arithmetic; None chooses.
-        spill_dir: folder that finished lanes move to, in files without a name, which end with the process; None
-            keeps them in memory.
+        threads: as of `WeightAverager`.
+        spill_dir: likewise; finished lanes move there, in files without a name, which end with the process.
 
     Raises:
         AveragingError: on every rank, where a node's memory is too small.
