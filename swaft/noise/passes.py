@@ -64,17 +64,17 @@ class RngState:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-class CountedRows:
-    """A number that leaves the device before the passes are queued, and is read when they are under way.
+class SentCount:
+    """How many flags are set: a number that is sent to the host now, and read once more work has been queued.
 
     Args:
-        counted: which rows count, bool, any shape.
+        flags: bool, any shape.
     """
 
-    def __init__(self, counted: Tensor) -> None:
+    def __init__(self, flags: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._number = counted.sum()
-        if counted.is_cuda:
+        self._number = flags.sum()
+        if flags.is_cuda:
             pinned = torch.empty((), dtype=self._number.dtype, pin_memory=True)
             self._number = pinned.copy_(self._number, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -202,7 +202,7 @@ def choose_form(
         options |= {"kl_mask": rows, "kl_normalizer": targets.shape[0]}
     if head is None:
         return LogitsForm(inputs, options, objective)
-    num_counted = targets.numel if everywhere else CountedRows(targets != IGNORE_INDEX).read
+    num_counted = targets.numel if everywhere else SentCount(targets != IGNORE_INDEX).read
     # Equal masks leave little between the passes, which only their difference shows; other masks leave much.
     form: Form = "difference" if settings.masks == "shared" else "direct"
     return FusedForm(inputs, options, objective, head, num_counted, form)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swaft.noise.passes import CountedRows
+from swaft.noise.passes import SentCount
 from swaft.noise.slot import LossSlot
 
 pytestmark = pytest.mark.unit
@@ -46,4 +46,4 @@ def test_the_gradient_arrives_where_the_loss_left():
 @pytest.mark.parametrize("counted", [[True, False, True], [False, False], [[True, True], [True, False]]])
 def test_counted_rows_are_counted(counted):
     rows = torch.tensor(counted)
-    assert CountedRows(rows).read() == int(rows.sum())
+    assert SentCount(rows).read() == int(rows.sum())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from tiny_training import make_classifier, make_rows
 from torch import nn
@@ -17,6 +19,7 @@ from torch.utils.data import default_collate
 import swaft
 from swaft.errors import TrainingError
 from swaft.noise import TaskLoss
+from swaft.noise.passes import SentCount
 from swaft.training.config import (
     AveragingConfig,
     ClassificationConfig,
@@ -202,6 +205,60 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_step_is_taken(run):
     assert len(seen) == 4
     for name, value in model.state_dict().items():
         assert torch.equal(value, seen[2][name])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_bad_loss_is_read_once_backward_is_queued_and_never_averaged_or_saved(
+    run, accumulation, monkeypatch, tmp_path
+):
+    """Also under an engine whose backward takes the optimizer step, and where the weights stay finite."""
+    order, members, backward, read = [], [], Accelerator.backward, SentCount.read
+
+    def stepping(accelerator, loss):
+        backward(accelerator, loss)
+        order.append("backward")
+        if accelerator.sync_gradients:
+            optimizer = accelerator._optimizers[0].optimizer
+            optimizer.step()
+            optimizer.zero_grad()
+            members.append([parameter.detach().clone() for parameter in accelerator._models[0].parameters()])
+
+    def noted(sent):
+        order.append("read")
+        return read(sent)
+
+    def third_step_is_infinite(model, batch):
+        out = TaskLoss()(model, batch)
+        bad = len(members) == 2
+        return SimpleNamespace(**{**vars(out), "loss": out.loss + torch.inf if bad else out.loss})
+
+    monkeypatch.setattr(Accelerator, "backward", stepping)
+    monkeypatch.setattr(AcceleratedOptimizer, "step", lambda _: None)
+    monkeypatch.setattr(torch.optim, "SGD", torch.optim.AdamW)  # of which a checkpoint has a state to save
+    monkeypatch.setattr(SentCount, "read", noted)
+    attached, attach = [], swaft.WeightAverager
+    monkeypatch.setattr(
+        swaft, "WeightAverager", lambda *a, **o: attached.append(attach(*a, **o)) or attached[0]
+    )
+    with pytest.raises(
+        TrainingError, match=r"step 3 is not finite .* nothing of the step was averaged or saved"
+    ):
+        run(
+            make_classifier(),
+            make_rows(12),
+            objective=third_step_is_infinite,
+            rule=swaft.SWA(start=1),
+            gradient_accumulation_steps=accumulation,
+            save_steps=1,
+            num_train_epochs=2.0,
+        )
+    assert order == ([*["backward"] * accumulation, "read"]) * 3
+    assert len(members) == 3
+    assert not torch.equal(members[2][0], members[1][0])
+    attached[0].wait()
+    assert attached[0].num_averaged == 2
+    checkpoints = {path.name for path in tmp_path.glob("**/checkpoint-*")}
+    assert checkpoints == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_the_averager_sees_every_optimizer_step_and_no_micro_batch(run):

@@ -130,9 +130,11 @@ def count_rows(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
         first = next(iter(batch.values()))
-        return torch.tensor(len(first), device=first.device)
+        return torch.full(
+            (), len(first), device=first.device
+        )  # filled there; a copy would make the host wait
     if labels.is_floating_point():
-        return torch.tensor(labels.numel(), device=labels.device)
+        return torch.full((), labels.numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from swaft.noise.inputs import IGNORE_INDEX
+from swaft.noise.passes import SentCount
 
 
 class Meter:
@@ -44,21 +45,27 @@ class Meter:
         if tuple(values) != self.names:  # the first micro-batch, or a resumed recipe that logs something else
             self.names, self.sums = tuple(values), self._zeros(len(values))
         device = self.sums.device
-        means = [torch.as_tensor(each, device=device).detach().double() * count for each in values.values()]
+        double = {"dtype": torch.float64, "device": device}
+        means = [
+            (each.detach().to(**double) if isinstance(each, Tensor) else torch.full((), each, **double))
+            * count
+            for each in values.values()
+        ]
         self.sums += torch.stack([*means, count.double(), (tokens * (count > 0)).double()])
 
     def note_loss(self, loss: Tensor) -> None:
         """Remember a loss that is not finite."""
         self._bad_losses += ~torch.isfinite(loss.detach())
 
-    def found_bad_loss(self) -> bool:
-        """Whether any rank had a loss that is not finite since the last optimizer step (collective).
+    def send_bad_losses(self) -> SentCount:
+        """Send how many ranks had a loss that is not finite since the last optimizer step (collective).
 
-        One number is exchanged per optimizer step, before the backward pass that would apply it.
+        One number is exchanged per optimizer step. It is on its way while the step's last backward pass runs, so
+        that the host does not wait for the device to be idle.
         """
         found: Any = self._accelerator.reduce(self._bad_losses, reduction="sum")
         self._bad_losses = torch.zeros_like(self._bad_losses)
-        return bool(found.item() > 0)
+        return SentCount(found > 0)
 
     def read(self) -> dict[str, float | None]:
         """Return means over the rows of all ranks since the last call, and tokens a second; collective."""

@@ -85,20 +85,22 @@ class Step:
         """Run backward on the loss of a micro-batch.
 
         Raises:
-            TrainingError: on every rank, before the last backward of a step with a loss that is not finite; the
-                step is not taken.
+            TrainingError: on every rank, from the last backward of a step with a loss that is not finite: before
+                its weights can be averaged or saved, and, unless DeepSpeed takes the step itself, before there are
+                any.
         """
         accelerator, meter = self._run.accelerator, self._run.meter
         meter.note_loss(loss)
-        if accelerator.sync_gradients and meter.found_bad_loss():
+        bad = meter.send_bad_losses() if accelerator.sync_gradients else None
+        accelerator.backward(loss)
+        if bad is not None and bad.read():
             rate = self._run.optimizer.param_groups[0]["lr"]
             raise TrainingError(
                 f"the loss of optimizer step {self.number} is not finite (learning rate {rate:.3g}, mixed "
-                f"precision {accelerator.mixed_precision}); the step was not taken. Lower train.learning_rate or "
-                "noise.sigma, check that train.max_grad_norm is on, and look at the rows for empty texts or labels "
-                "that are not numbers"
+                f"precision {accelerator.mixed_precision}); nothing of the step was averaged or saved. Lower "
+                "train.learning_rate or noise.sigma, check that train.max_grad_norm is on, and look at the rows "
+                "for empty texts or labels that are not numbers"
             )
-        accelerator.backward(loss)
 
     def clip_gradients(self) -> None:
         """Clip the gradients to ``train.max_grad_norm``; 0 clips nothing.
