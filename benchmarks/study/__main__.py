@@ -3,7 +3,7 @@
 nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
 python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
 python -m benchmarks.study pack FOLDER          # model and tasks for a machine that has neither; there:
-SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 14 --seconds 500 --file card
+SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 14 --seconds 460 --file card
 python -m benchmarks.study cost                 # measured seconds of a cell, task by task
 python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
 python -m benchmarks.study status               # how many cells of each phase there are
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="make every cell that is missing, most wanted first")
     run.add_argument("--jobs", type=int, default=1, help="processes side by side")
     run.add_argument("--cells", type=int, default=None, help="stop after so many cells")
-    run.add_argument("--seconds", type=float, default=math.inf, help="begin no cell after so many")
+    run.add_argument("--seconds", type=float, default=math.inf, help="end after so many, about")
+    run.add_argument("--until", type=float, help="end at this time, about, in seconds since 1970")
     run.add_argument("--file", help="one file for all rows; otherwise one a task, regime and split")
     run.add_argument("--retry", action="store_true", help="make cells again that are recorded as failed")
     cost = commands.add_parser("cost", help="measure one cell of each task")
@@ -82,20 +83,24 @@ def run_grid(given: argparse.Namespace) -> int:
     """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow.
 
     Args:
-        given: jobs (processes side by side, this one counted), cells (of this process; None: all), seconds, file,
-            and retry (whether cells that failed before are made again).
+        given: jobs (processes side by side, this one counted), cells (of this process; None: all), seconds or until
+            (no cell is begun that would end later, if it takes as long as this process's longest so far), file, and
+            retry (whether cells that failed before are made again).
     """
     # A signal ends the other processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    began, tried, folder = time.monotonic(), set(), results_folder()
-    command = [sys.executable, "-m", "benchmarks.study", "run", "--seconds", str(given.seconds)]
+    until, longest = given.until or time.time() + given.seconds, 0.0
+    tried, folder = set(), results_folder()
+    command = [sys.executable, "-m", "benchmarks.study", "run", "--until", str(until)]
     command += [*(["--file", given.file] if given.file else []), *(["--retry"] if given.retry else [])]
     others = [subprocess.Popen(command) for _ in range(1, given.jobs)]
     try:
-        while time.monotonic() - began < given.seconds and (given.cells is None or len(tried) < given.cells):
+        while time.time() + longest < until and (given.cells is None or len(tried) < given.cells):
+            began = time.time()
             cell, wait = _make_next(folder, given.file, tried if given.retry else None)
             if cell is not None:
                 tried.add((cell.name, cell.fingerprint))
+                longest = max(longest, time.time() - began)
             elif wait:  # what others are making may open further cells
                 time.sleep(5)
             else:

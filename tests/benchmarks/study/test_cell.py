@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -111,6 +117,47 @@ def test_rows_go_to_one_file_when_asked_and_what_is_there_is_not_made_again(tiny
     assert command.main(["run", "--file", "all"]) == 0
     (only,) = (tiny_task / "results").glob("*.jsonl")
     assert (only.name, len(only.read_text().splitlines())) == ("all.jsonl", 1)
+
+
+def test_no_cell_is_begun_that_would_end_past_the_time_that_is_given(monkeypatch):
+    now, made = [1000.0], []
+
+    def make(*_):
+        made.append(now[0])
+        now[0] += 30
+        return parse_cell(CR), False
+
+    monkeypatch.setattr(command, "_make_next", make)
+    monkeypatch.setattr(command.time, "time", lambda: now[0])
+    assert command.main(["run", "--seconds", "100"]) == 0
+    assert made == [1000, 1030, 1060]  # a fourth would end at 1120
+    now[0] = 1000.0
+    assert command.main(["run", "--until", "1050"]) == 0
+    assert made[3:] == [1000]
+
+
+@pytest.mark.slow
+def test_several_processes_make_cells_of_a_pack_alone_within_their_time(tiny_task, monkeypatch):
+    """The command for a card, on a CPU: no folder of data, no embedded model."""
+    source, folder, rows = (tiny_task / name for name in ("encoder", "pack", "rows"))
+    encoder.pretrained(2, 0, torch.device("cpu")).save_pretrained(source)
+    monkeypatch.setattr(tasks, "TASKS", {"cr": tasks.TASKS["cr"]})
+    monkeypatch.setattr(pack, "model_folder", lambda: str(source))
+    command.main(["pack", str(folder)])
+    elsewhere = {"SWAFT_STUDY_PACK": str(folder), "SWAFT_STUDY": str(rows), "SWAFT_DATA": "/nowhere"}
+    words = ["run", "--jobs", "2", "--seconds", "90", "--file", "card"]
+    began = time.monotonic()
+    root = Path(command.__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.study", *words], cwd=root, env=os.environ | elsewhere, check=True
+    )
+    assert time.monotonic() - began < 150
+    found = read_rows(rows)
+    assert [path.name for path in rows.glob("*.jsonl")] == ["card.jsonl"]
+    made = [row for row in found if row["task"] == "cr" and "failed" not in row]
+    assert len({row["cell"] for row in made}) >= 2
+    assert {row["settings"]["model"] for row in made} == {"all-MiniLM-L6-v2, rounded to fp16"}
+    assert all("holds no" in row["failed"] for row in found if "failed" in row)
 
 
 def test_a_name_that_is_no_cell_is_refused_with_what_is_expected():
