@@ -53,14 +53,14 @@ soak: venv  ## kill 200 runs and hold each to the bits of an unbroken one; a bro
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
 
 # Where PYTHON is given (make gpu PYTHON=python3), that environment is used as it is: nothing is installed, and what is
-# missing is listed. Else .venv is built, with what the loss is compared with.
+# missing is listed. Else .venv is built, with what the loss is compared with. ARGS=--dry tries the calls on a CPU.
 ifeq ($(origin PYTHON),file)
 gpu: venv  ## what needs a GPU, within 8 minutes: tests, probes, benchmarks; results in runs/gpu
 	$(PIP) --editable '.[bench]' || echo 'liger-kernel is missing; the benchmark will say so'
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 else
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 endif
 
 bench: venv  ## benchmarks, side by side in one run; results go to benchmarks/results/

@@ -60,19 +60,14 @@ def measure(*, quick: bool, device: str) -> dict[str, object]:
     for name, sizes in models.items():
         for accumulated in ACCUMULATED:
             tokens = micro_batch[0] * micro_batch[1] * accumulated
-            try:
-                found = within(
-                    f"{name}, {tokens} tokens",
-                    2 * paired_s(),
-                    lambda sizes=sizes, accumulated=accumulated: _configuration(
-                        sizes, micro_batch, accumulated, quick=quick
-                    ),
-                )
-            except torch.cuda.OutOfMemoryError as error:
-                found = {"skipped": f"does not fit on this card: {error}"}
-            configurations[f"{name}, {tokens} tokens"] = found
+            configurations[f"{name}, {tokens} tokens"] = within(
+                f"{name}, {tokens} tokens",
+                2 * paired_s(),
+                lambda sizes=sizes, accumulated=accumulated: _configuration(
+                    sizes, micro_batch, accumulated, quick=quick
+                ),
+            )
             gc.collect()
-            torch.cuda.empty_cache()
     return {
         "precision": "fp32 weights, bf16 autocast, fused AdamW",
         "bars for averaged / bare, by tokens a step": BARS,

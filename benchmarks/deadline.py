@@ -1,7 +1,7 @@
-"""A time limit for a benchmark: what would not fit is recorded as skipped, what is done survives a kill.
+"""What a benchmark leaves out, with the reason: what would not fit into its time, or on its card.
 
 ``SWAFT_BENCH_UNTIL`` is the time (`time.time`) after which nothing new is begun. ``SWAFT_BENCH_PARTIAL`` is a file
-that gets each result as it is found, one JSON line each.
+that gets each result as it is found, one JSON line each, so that what is done survives a kill.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import time
 from collections.abc import Callable
 
+import torch
+
 
 def seconds_left() -> float:
     """Return the seconds until the limit; infinite without one."""
@@ -19,7 +21,7 @@ def seconds_left() -> float:
 
 
 def within(name: str, needs_s: float, measure: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """Return what a measurement finds, or that it was skipped.
+    """Return what a measurement finds, or that it was skipped: no time is left, or it takes more than the card has.
 
     Args:
         name: of what is measured, for the file of partial results.
@@ -28,7 +30,12 @@ def within(name: str, needs_s: float, measure: Callable[[], dict[str, object]]) 
     """
     if seconds_left() < needs_s:
         return {"skipped": f"out of time: {seconds_left():.0f} s left, {needs_s:.0f} needed"}
-    found = measure()
+    try:
+        found = measure()
+    except torch.OutOfMemoryError as error:
+        found = {"skipped": f"does not fit on this card: {str(error).partition(chr(10))[0]}"}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     partial = os.environ.get("SWAFT_BENCH_PARTIAL")
     if partial:
         with open(partial, "a", encoding="utf-8") as file:

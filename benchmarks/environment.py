@@ -39,14 +39,19 @@ def package_versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, object]:
-    """Processor, cores, GPU (or None) and package versions."""
+    """Processor, cores, GPU with its memory and capability (or None), and package versions."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": _card() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": package_versions(),
     }
+
+
+def _card() -> str:
+    found = torch.cuda.get_device_properties()
+    return f"{found.name}, {found.total_memory / 1e9:.0f} GB, capability {found.major}.{found.minor}"
 
 
 def _processor() -> str:

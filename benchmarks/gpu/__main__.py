@@ -1,14 +1,14 @@
 """Tests, probes and benchmarks on a GPU, within a budget of seconds.
 
     python -m benchmarks.gpu                    # all of it, in the order of what is worth most; 480 s
-    python -m benchmarks.gpu tests probes       # these parts
+    python -m benchmarks.gpu probes averaging   # these parts
     python -m benchmarks.gpu --dry              # the same calls on tiny sizes, on a CPU: shows that they run
-    python -m benchmarks.gpu --budget 800 flagship
+    python -m benchmarks.gpu --wheels FOLDER    # with packages from `benchmarks.gpu.wheels`, where there is no pip
 
 It uses the environment that it runs in, and needs no installation of swaft. What is missing is listed, and the
 parts that need it are skipped. Every part has a limit of its own. Results go to ``--out`` (runs/gpu): summary.json
-with the exit code and seconds of every part, its log, the JSON of each benchmark, and partial.jsonl, which survives
-a kill.
+with the packages and the exit code and seconds of every part, its log, the JSON of each benchmark, and
+partial.jsonl, which survives a kill.
 """
 
 from __future__ import annotations
@@ -20,13 +20,42 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.wheels import unpack
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("torch", "numpy", "numba", "safetensors", "psutil", "transformers")
 """Without these nothing runs."""
-PYTEST = ("-m", "pytest", "-v", "-rA", "-p", "no:randomly", "-m", "gpu", "--durations=10")
+USED = (
+    *NEEDED,
+    "triton",
+    "accelerate",
+    "deepspeed",
+    "liger_kernel",
+    "pytest",
+    "pytest_timeout",
+    "hypothesis",
+)
+"""Whose state is reported; those behind `NEEDED` are wanted by some parts."""
+IMPORTS = """
+import importlib, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        module = importlib.import_module(name)
+        found[name] = str(getattr(module, "__version__", "imports"))
+    except ModuleNotFoundError as error:
+        found[name] = "missing" if error.name == name else f"does not import: {error}"
+    except Exception as error:
+        found[name] = f"does not import: {type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+LOSS_TESTS = "tests/gpu/test_fused_loss_cuda.py"
+SANITIZED = f"{LOSS_TESTS}::test_the_kernels_touch_no_memory_but_theirs"
 
 
 @dataclass(frozen=True)
@@ -38,34 +67,64 @@ class Part:
     words: tuple[str, ...]
     """Behind the interpreter."""
     dry: tuple[str, ...] | None = None
-    """The same on a CPU; None: as `words`, which then skips by itself."""
+    """The same on a CPU; None: left out there."""
     needs: tuple[str, ...] = field(default=())
     """Packages without which it is skipped."""
+    beside: bool = False
+    """Whether it runs beside the part before it."""
 
 
 def parts(out: Path) -> dict[str, Part]:
-    """Return all parts by name, those first that are worth most."""
+    """Return all parts by name, those first that are worth most; the limits together are 480 s."""
 
     def bench(name: str, *sections: str) -> tuple[str, ...]:
         chosen = tuple(word for section in sections for word in ("--section", section))
         return ("-m", f"benchmarks.{name}", *chosen, "--out", str(out / f"{name}.json"))
 
+    def tests(name: str, limit_s: int, *words: str, needs: str = "", beside: bool = False) -> Part:
+        """Tests of a card; on a CPU those of the same files that try their logic there."""
+        call = ("-m", "pytest", "-v", "-rA", "-p", "no:randomly", "--timeout", "120", *words)
+        packages = ("pytest", "pytest_timeout", "hypothesis", *needs.split())
+        junit = f"--junitxml={out / name}.xml"
+        return Part(limit_s, (*call, "-m", "gpu", junit), (*call, "-m", "not gpu", junit), packages, beside)
+
+    spread = ("-n", "4", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    on_devices = [
+        str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/gpu").glob("test_*_on_devices.py"))
+    ]
     quick = ("--quick",)
-    test = (*PYTEST, "--timeout", "120")
+    probes, flagship = (
+        ("-m", f"benchmarks.gpu.{name}", str(out / f"{name}.json")) for name in ("probes", "flagship")
+    )
     return {
-        "tests": Part(170, (*test, "tests/gpu/test_cuda.py", "tests/gpu/test_fused_loss_cuda.py"),
-                      needs=("pytest", "pytest_timeout", "hypothesis")),
-        "tests of DeepSpeed": Part(150, (*test, "tests/gpu/test_deepspeed_cuda.py"),
-                                   needs=("pytest", "pytest_timeout", "deepspeed")),
-        "probes": Part(80, ("-m", "benchmarks.gpu.probes", str(out / "probes.json")),
-                       ("-m", "benchmarks.gpu.probes", str(out / "probes.json"), *quick)),
-        "fused_loss": Part(170, bench("fused_loss", "speed", "memory", "training_step", "error"),
-                           (*bench("fused_loss", "speed", "training_step"), *quick)),
-        "averaging": Part(120, bench("averaging", "event"), (*bench("averaging", "event"), *quick),
-                          needs=("accelerate",)),
-        "flagship": Part(240, ("-m", "benchmarks.gpu.flagship", str(out / "flagship.json")),
-                         ("-m", "benchmarks.gpu.flagship", str(out / "flagship.json"), *quick)),
-    }  # fmt: skip
+        "tests of averaging": tests("averaging-tests", 140, "tests/gpu/test_cuda.py", *on_devices),
+        # Most of their time goes into compiling.
+        "tests of the loss": tests(
+            "loss-tests", 140, *spread, LOSS_TESTS, "--deselect", SANITIZED, beside=True
+        ),
+        "tests of DeepSpeed": tests(
+            "deepspeed-tests",
+            140,
+            "tests/gpu/test_deepspeed_cuda.py",
+            needs="deepspeed accelerate",
+            beside=True,
+        ),
+        "probes": Part(60, probes, (*probes, *quick)),
+        "fused_loss": Part(
+            120,
+            bench("fused_loss", "training_step", "speed", "memory", "error"),
+            (*bench("fused_loss", "speed", "training_step"), *quick),
+        ),
+        "averaging": Part(
+            80, bench("averaging", "event"), (*bench("averaging", "event"), *quick), needs=("accelerate",)
+        ),
+        "flagship": Part(80, flagship, (*flagship, *quick)),
+        "sanitizer": Part(
+            290,
+            ("-m", "pytest", "-v", "-rA", "--timeout", "280", "-m", "gpu", SANITIZED),
+            needs=("pytest", "pytest_timeout", "hypothesis"),
+        ),
+    }
 
 
 def main() -> int:
@@ -76,11 +135,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="tests, 'tests of DeepSpeed', probes, ...; default: all"
+        "parts", nargs="*", metavar="PART", help="'tests of averaging', probes, ...; default: all"
     )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to be unpacked and used")
     given = parser.parse_args()
     until = time.time() + given.budget
     given.out.mkdir(parents=True, exist_ok=True)
@@ -89,38 +149,109 @@ def main() -> int:
     unknown = [name for name in given.parts if name not in known]
     if unknown:
         parser.error(f"no part is called {unknown[0]!r}; expected some of {', '.join(known)}")
-    summary: dict[str, object] = {"dry": given.dry, "missing": missing(NEEDED), "parts": {}}
-    found: dict[str, dict[str, object]] = {}
-    summary["parts"] = found
-    for name in given.parts or known:
-        found[name] = run_part(name, known[name], out, until=until, dry=given.dry)
+    path = [str(ROOT)]
+    if given.wheels:
+        unpack(given.wheels, out / "site")
+        path.insert(0, str(out / "site"))
+    environment = environment_of(path, dry=given.dry)
+    packages = importable(USED, environment)
+    summary: dict[str, Any] = {"dry": given.dry, "packages": packages, "parts": {}}
+    for name, state in packages.items():
+        print(f"{name:<20} {state}", flush=True)
+    for names in side_by_side(given.parts or list(known), known):
+        with ThreadPoolExecutor(len(names)) as pool:
+            calls = {
+                name: pool.submit(
+                    run_part, name, known[name], out, environment, packages, until=until, dry=given.dry
+                )
+                for name in names
+            }
+        summary["parts"] |= {name: call.result() for name, call in calls.items()}
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        print(f"{name:<20} {found[name]}", flush=True)
-    return int(any(each.get("exit code") for each in found.values()))
+        for name in names:
+            print(f"{name:<20} {summary['parts'][name]}", flush=True)
+    return int(any(each.get("exit code") for each in summary["parts"].values()))
 
 
-def run_part(name: str, part: Part, out: Path, *, until: float, dry: bool) -> dict[str, object]:
+def environment_of(path: list[str], *, dry: bool) -> dict[str, str]:
+    """Return the environment of every part.
+
+    Args:
+        path: folders that come first on Python's path.
+        dry: no card is used, though there may be one.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // 4))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu" if dry else "cuda",
+    }
+    for name, value in {"OMP_NUM_THREADS": threads, "MAX_JOBS": "8", "DS_SKIP_CUDA_CHECK": "1"}.items():
+        environment.setdefault(name, value)
+    if dry:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+def importable(names: tuple[str, ...], environment: dict[str, str]) -> dict[str, str]:
+    """Return each package's version, or why it cannot be imported, as found by a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *names],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"importing {', '.join(names)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def side_by_side(names: list[str], known: dict[str, Part]) -> list[list[str]]:
+    """Return the parts in groups that run at once."""
+    groups: list[list[str]] = []
+    for name in names:
+        if known[name].beside and groups:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def run_part(
+    name: str,
+    part: Part,
+    out: Path,
+    environment: dict[str, str],
+    packages: dict[str, str],
+    *,
+    until: float,
+    dry: bool,
+) -> dict[str, object]:
     """Run a part with what time is left, its output to a log; return what came of it."""
-    absent = missing((*NEEDED, *part.needs))
-    if absent:
-        return {"skipped": f"missing: {', '.join(absent)}"}
+    lacking = {need: packages[need] for need in (*NEEDED, *part.needs)}
+    lacking = {need: state for need, state in lacking.items() if state.startswith(("missing", "does not"))}
+    if lacking:
+        return {"skipped": "; ".join(f"{need}: {state}" for need, state in lacking.items())}
+    words = part.dry if dry else part.words
+    if words is None:
+        return {"skipped": "needs a card"}
     seconds = min(part.limit_s, until - time.time())
     if seconds < 10:
         return {"skipped": f"out of time: {seconds:.0f} s left"}
-    words = part.dry if dry and part.dry is not None else part.words
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "SWAFT_BENCH_UNTIL": str(time.time() + seconds - 5),
-        "SWAFT_BENCH_PARTIAL": str(out / "partial.jsonl"),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     begun = time.monotonic()
     with (out / f"{name.replace(' ', '_')}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *words],
             cwd=ROOT,
-            env=environment,
+            env=environment
+            | {
+                "SWAFT_BENCH_UNTIL": str(time.time() + seconds - 5),
+                "SWAFT_BENCH_PARTIAL": str(out / "partial.jsonl"),
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -130,12 +261,8 @@ def run_part(name: str, part: Part, out: Path, *, until: float, dry: bool) -> di
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             code = process.wait()
+    # 5: pytest had no test to run.
     return {"exit code": 0 if code == 5 else code, "seconds": round(time.monotonic() - begun, 1)}
-
-
-def missing(names: tuple[str, ...]) -> list[str]:
-    """Name the packages that cannot be imported here."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 if __name__ == "__main__":
