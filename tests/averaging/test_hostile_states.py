@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import random
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,19 @@ def write_back(genuine, tmp_path: Path) -> Path:
     content, vectors, fragments = genuine
     write(tmp_path / "genuine", content, vectors, {"fragments": json.dumps(fragments)})
     return tmp_path / "genuine"
+
+
+def test_a_state_that_claims_a_billion_members_is_opened_or_refused_at_once(genuine, tmp_path):
+    content, vectors, fragments = genuine
+    for rule in content["rules"]:
+        spoilt_content = copy.deepcopy(content)
+        spoilt_content["rules"][content["rules"].index(rule)]["count"] = 1 << 30
+        folder = tmp_path / rule["name"]
+        write(folder, spoilt_content, vectors, {"fragments": json.dumps(fragments)})
+        begun = time.process_time()
+        with contextlib.suppress(StateError):
+            start().load_state(folder, same_weights=False)
+        assert time.process_time() - begun < 10
 
 
 @pytest.mark.parametrize("name", ["../escaped.safetensors", "/etc/passwd", "a/../../b", "link"])

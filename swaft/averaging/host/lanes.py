@@ -146,7 +146,7 @@ class Lanes:
         self._lanes = {}
         self._torn = "a state of this average was read only in part, because the rest is damaged"
         self.count = count
-        finished = {lane for n in range(count) for lane in self.plan.finished(n)}
+        finished = {lane for n in range(min(count, self.plan.num_members)) for lane in self.plan.finished(n)}
         for index, lane in lanes:
             self._lanes[index] = lane
             if index in finished:
