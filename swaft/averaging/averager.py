@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swaft.averaging import export
-from swaft.averaging.buffers import Statistics, pass_batch, recompute_statistics
+from swaft.averaging.buffers import Statistics, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
 from swaft.averaging.forecast import Forecast, forecast
@@ -199,7 +198,7 @@ class WeightAverager:
         """
         chosen = self.chosen(readout)
         with self.swapped_in(chosen):
-            found = recompute_statistics(self.engine, batches, forward or partial(pass_batch, self.engine))
+            found = recompute_statistics(self.engine, batches, forward)
         self._statistics.keep(*self._average(chosen), found)
 
     def save_pretrained(

@@ -228,7 +228,7 @@ class Statistics:
 
 @torch.no_grad()
 def recompute_statistics(
-    engine: Engine, batches: Iterable[Any], forward: Callable[[Any], Any]
+    engine: Engine, batches: Iterable[Any], forward: Callable[[Any], Any] | None
 ) -> dict[str, Tensor]:
     """The running statistics of the weights that forwards see now, over batches of all ranks (collective).
 
@@ -239,7 +239,8 @@ def recompute_statistics(
     Args:
         engine: whose model.
         batches: of this rank, as many as on every other.
-        forward: called with each.
+        forward: called with each. None: a mapping is the model's keyword arguments; of a list or tuple the first is
+            its input.
 
     Returns:
         clean name to buffer, host: what the layers hold now.
@@ -260,7 +261,12 @@ def recompute_statistics(
                 layer.reset_running_stats()
                 layer.momentum = None  # a plain mean
             for batch in _together(engine, batches):
-                forward(batch)
+                if forward is not None:
+                    forward(batch)
+                elif isinstance(batch, Mapping):
+                    engine.outer(**batch)
+                else:
+                    engine.outer(batch[0] if isinstance(batch, list | tuple) else batch)
         finally:
             for layer, momentum in momenta:
                 layer.momentum = momentum
@@ -274,14 +280,6 @@ def recompute_statistics(
             buffer.copy_(mean.view(buffer.shape))
             found[f"{name}.{key}" if name else key] = buffer.cpu().clone()
     return found
-
-
-def pass_batch(engine: Engine, batch: Any) -> None:
-    """One forward of the model: a mapping is its keyword arguments; of a list or tuple the first is its input."""
-    if isinstance(batch, Mapping):
-        engine.outer(**batch)
-    else:
-        engine.outer(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 def _together(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
