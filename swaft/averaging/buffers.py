@@ -170,8 +170,8 @@ class Statistics:
         self._engine = engine
         self._kept: dict[Readout, tuple[int, dict[str, Tensor]]] = {}
         layers = running_statistics(engine.module)
-        if layers and engine.ranks.is_main:
-            logger.warning(
+        if layers:
+            self._warn(
                 "%d layers keep running statistics (%s, ...), which belong to the last weights and not to an "
                 "average: give averager.update_bn(loader) training rows before an average is evaluated or exported",
                 *(len(layers), next(iter(layers))),
@@ -190,30 +190,33 @@ class Statistics:
         members = len(range_of_members)
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
-        if changed and self._engine.ranks.is_main:
-            logger.warning(
+        if changed:
+            self._sums = {}  # warned of once
+            self._warn(
                 "training has changed buffers, which are not averaged (%s): averaged weights are evaluated and "
                 "exported beside the last ones",
                 ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else ""),
             )
-        if changed:
-            self._sums = {}  # warned of once
         had, buffers = self._kept.get(average, (members, {}))
         others = [each for each in self._kept if each.rule == average.rule and each != average]
         if had != members:
-            logger.warning(
+            self._warn(
                 "the running statistics are those of an average of %d members, which has %d now, so the last ones "
                 "are taken; call averager.update_bn(loader) again",
                 *(had, members),
             )
             return {}
         if others and average not in self._kept and average.blend != 0:
-            logger.warning(
+            self._warn(
                 "the running statistics are those of %s, and not of %s, so the last ones are taken; call "
                 "averager.update_bn(loader, readout) for this one too",
                 *(others[-1], average),
             )
         return buffers
+
+    def _warn(self, message: str, *values: object) -> None:
+        if self._engine.ranks.is_main:
+            logger.warning(message, *values)
 
     def _sum(self) -> dict[str, str]:
         """Sums of buffers of which nothing else is known, in words: what is no number is equal to itself, too."""
