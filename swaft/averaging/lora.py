@@ -108,9 +108,9 @@ class ProductMean:
             AveragingError: the folder holds files already, or the rank is another one and the adapter changes the
                 base model as it is loaded (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
         """
-        resized = self._resized()
+        resized, configs = self._resized(), self._configs
         for adapter in resized:
-            adapters.refuse_changed_base(adapter, self._engine.module.peft_config[adapter].init_lora_weights)
+            adapters.refuse_changed_base(adapter, configs[adapter].init_lora_weights)
         export.refuse_occupied(self._engine, path)
         adapter_folder, names = export.adapter_folder(self._engine)
         state_dict = export.add_frozen(self._engine, self._weights, names=names)
@@ -151,13 +151,17 @@ class ProductMean:
         with swap.swapped_in(self._engine, scatter_trained(self._engine, self._weights)):
             yield
 
+    @property
+    def _configs(self) -> Any:
+        return self._engine.module.peft_config
+
     def _resized(self) -> dict[str, dict[str, Any]]:
         """Adapters with a layer of another rank than the new factors', and what their configuration must say."""
         if self.rank is None:
             return {}
         resized = {}
         for adapter in {layer.adapter for layer in self._layers if layer.trained and layer.rank != self.rank}:
-            config: Any = self._engine.module.peft_config[adapter]  # pyright: ignore
+            config = self._configs[adapter]
             divisor = math.sqrt(self.rank) if config.use_rslora else self.rank
             layers = [layer for layer in self._layers if layer.adapter == adapter]
             alphas = {f"^{re.escape(layer.path)}": layer.scaling * divisor for layer in layers}

@@ -254,8 +254,9 @@ def _fragments(file: TensorFile) -> Iterator[Fragment]:
             raise StateError(
                 f"{file.path}: metadata.fragments holds {each!r:.80}, expected [parameter, start, end]"
             )
-        yield Fragment(*each, 0, position)
-        position += each[2] - each[1]
+        name, start, end = each
+        yield Fragment(name, start, end, 0, position)
+        position += end - start
 
 
 def save_averages(
