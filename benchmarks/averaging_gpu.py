@@ -1,4 +1,8 @@
-"""What an averaging event costs one training process on a GPU, and how fast its copy is."""
+"""What an averaging event costs one training process on a GPU, and how fast its copy is.
+
+python -m benchmarks.averaging --section event       # on a card
+python -m benchmarks.averaging_gpu --quick           # the same on tiny sizes, on a CPU, but for the copy
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import gc
 import math
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import swaft
+from benchmarks import command
 from benchmarks.averaging_event import TINY_BERT, engine_rows
 from benchmarks.averaging_training import (
     STEP,
@@ -64,7 +70,7 @@ def measure(*, quick: bool, device: str) -> dict[str, object]:
                 f"{name}, {tokens} tokens",
                 2 * paired_s(),
                 lambda sizes=sizes, accumulated=accumulated: _configuration(
-                    sizes, micro_batch, accumulated, quick=quick
+                    sizes, micro_batch, accumulated, quick=quick, device=torch.device(device)
                 ),
             )
             gc.collect()
@@ -99,6 +105,7 @@ def rows(result: dict) -> list[Sequence[object]]:
                     f"peak of a step grows by {device['peak growth']:,} B",
                 )
             )
+        if "skipped" not in found and found["copy"]:
             lines.append(
                 (
                     f"{name}: copy",
@@ -110,9 +117,14 @@ def rows(result: dict) -> list[Sequence[object]]:
 
 
 def _configuration(
-    sizes: dict[str, int], micro_batch: tuple[int, int], accumulated: int, *, quick: bool
+    sizes: dict[str, int],
+    micro_batch: tuple[int, int],
+    accumulated: int,
+    *,
+    quick: bool,
+    device: torch.device,
 ) -> dict[str, object]:
-    device = torch.device("cuda")
+    on_card = device.type == "cuda"
     model: Any = bert(sizes).to(device)
     numel = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -123,7 +135,7 @@ def _configuration(
 
     def step() -> None:
         for _ in range(accumulated):
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 loss = model(**batch).loss / accumulated
             loss.backward()
         optimizer.step()
@@ -139,7 +151,8 @@ def _configuration(
     averager.wait()
     rule.switch.on = False
     # Not of the whole device: that would wait for copies which training does not wait for.
-    training = Training(step, averager, rule.switch, finish=lambda: torch.cuda.current_stream().synchronize())
+    finish = (lambda: torch.cuda.current_stream().synchronize()) if on_card else (lambda: None)
+    training = Training(step, averager, rule.switch, finish=finish)
     training.step()
     training.event()
     device_bytes = {
@@ -147,7 +160,7 @@ def _configuration(
         "peak growth": _peak(training, averaged=True) - _peak(training, averaged=False),
     }
     forecast = averager.forecast()
-    copy = _copy_rates(averager.engine, rounds=2 if quick else 9)
+    copy = _copy_rates(averager.engine, rounds=2 if quick else 9) if on_card else None
     others: dict[str, Other] = {
         "torch AveragedModel": torch_average(model),
         "timm's form of EMA, fp32": timm_average(model),
@@ -251,19 +264,29 @@ def _milliseconds_since(begun: torch.cuda.Event) -> float:
 
 
 def _allocated() -> int:
+    if not torch.cuda.is_available():
+        return 0
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()
 
 
 def _peak(training: Training, *, averaged: bool) -> int:
     """Most device memory held during steps that are, or are not, averaged."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    on_card = torch.cuda.is_available()
+    if on_card:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     training.switch.on = averaged
     for _ in range(3):
         training.step()
         training.averager.step()
     training.averager.wait()
-    torch.cuda.synchronize()
     training.switch.on = False
+    if not on_card:
+        return 0
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    command.run("averaging", {"event": sys.modules[__name__]}, None, about=__doc__ or "", widths=(62, 34))

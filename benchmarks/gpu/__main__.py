@@ -54,7 +54,9 @@ for name in sys.argv[1:]:
         found[name] = f"does not import: {type(error).__name__}: {error}"
 print(json.dumps(found))
 """
-LOSS_TESTS = "tests/gpu/test_fused_loss_cuda.py"
+AVERAGING_TESTS, LOSS_TESTS, DEEPSPEED_TESTS = (
+    f"tests/gpu/test_{name}.py" for name in ("cuda", "fused_loss_cuda", "deepspeed_cuda")
+)
 SANITIZED = f"{LOSS_TESTS}::test_the_kernels_touch_no_memory_but_theirs"
 
 
@@ -81,31 +83,42 @@ def parts(out: Path) -> dict[str, Part]:
         chosen = tuple(word for section in sections for word in ("--section", section))
         return ("-m", f"benchmarks.{name}", *chosen, "--out", str(out / f"{name}.json"))
 
-    def tests(name: str, limit_s: int, *words: str, needs: str = "", beside: bool = False) -> Part:
-        """Tests of a card; on a CPU those of the same files that try their logic there."""
-        call = ("-m", "pytest", "-v", "-rA", "-p", "no:randomly", "--timeout", "120", *words)
+    def tests(name: str, *words: str, dry: tuple[str, ...], needs: str = "", beside: bool = False) -> Part:
+        """Tests of a card, and what a CPU can do with them."""
+        call = ("-m", "pytest", "-v", "-rA", "-p", "no:randomly", "--timeout", "120")
         packages = ("pytest", "pytest_timeout", "hypothesis", *needs.split())
-        junit = f"--junitxml={out / name}.xml"
-        return Part(limit_s, (*call, "-m", "gpu", junit), (*call, "-m", "not gpu", junit), packages, beside)
+        on_card = (*call, "-m", "gpu", f"--junitxml={out / name}.xml", *words)
+        return Part(140, on_card, (*call, *dry), packages, beside)
 
     spread = ("-n", "4", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     on_devices = [
         str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/gpu").glob("test_*_on_devices.py"))
     ]
-    quick = ("--quick",)
+    quick, collect = ("--quick",), ("--collect-only", "-q")
     probes, flagship = (
         ("-m", f"benchmarks.gpu.{name}", str(out / f"{name}.json")) for name in ("probes", "flagship")
     )
     return {
-        "tests of averaging": tests("averaging-tests", 140, "tests/gpu/test_cuda.py", *on_devices),
+        "tests of averaging": tests(
+            "averaging-tests",
+            AVERAGING_TESTS,
+            *on_devices,
+            dry=("-m", "not gpu", AVERAGING_TESTS, *on_devices),
+        ),
         # Most of their time goes into compiling.
         "tests of the loss": tests(
-            "loss-tests", 140, *spread, LOSS_TESTS, "--deselect", SANITIZED, beside=True
+            "loss-tests",
+            *spread,
+            LOSS_TESTS,
+            "--deselect",
+            SANITIZED,
+            dry=(*collect, LOSS_TESTS),
+            beside=True,
         ),
         "tests of DeepSpeed": tests(
             "deepspeed-tests",
-            140,
-            "tests/gpu/test_deepspeed_cuda.py",
+            DEEPSPEED_TESTS,
+            dry=(*collect, DEEPSPEED_TESTS),
             needs="deepspeed accelerate",
             beside=True,
         ),
@@ -116,7 +129,7 @@ def parts(out: Path) -> dict[str, Part]:
             (*bench("fused_loss", "speed", "training_step"), *quick),
         ),
         "averaging": Part(
-            80, bench("averaging", "event"), (*bench("averaging", "event"), *quick), needs=("accelerate",)
+            80, bench("averaging", "event"), (*bench("averaging_gpu"), *quick), needs=("accelerate",)
         ),
         "flagship": Part(80, flagship, (*flagship, *quick)),
         "sanitizer": Part(

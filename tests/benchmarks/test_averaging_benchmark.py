@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import averaging
+from benchmarks import averaging, averaging_gpu
 
 pytestmark = pytest.mark.distributed
 
@@ -56,3 +56,13 @@ def test_results_of_another_machine_are_not_mixed_in(results, tmp_path):
     path.write_text(json.dumps(results | {"environment": {"processor": "another"}}))
     with pytest.raises(SystemExit, match="measure all sections again"):
         averaging.main(["--quick", "--section", "memory", "--out", str(path)])
+
+
+def test_the_measurement_for_a_card_runs_on_a_cpu_but_for_its_copy():
+    found = averaging_gpu.measure(quick=True, device="cpu")
+    for configuration in found["by configuration"].values():
+        assert configuration["paired steps"]["averaged / bare"]["median"] > 0
+        assert configuration["averages"]["swaft"]["host_bytes"] > 0
+        assert configuration["copy"] is None
+    printed = [line[0] for line in averaging_gpu.rows(found)]
+    assert sum("device memory" in line for line in printed) == len(found["by configuration"])
