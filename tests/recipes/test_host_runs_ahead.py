@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swaft.noise.loss import weighting
 from swaft.noise.passes import SentCount
 from swaft.training.run.batches import count_rows
 from swaft.training.run.meter import Meter
@@ -29,9 +28,15 @@ FIRST, LAST = 10, 15
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 MADE = torch.ops.aten.lift_fresh.default
 """Of `torch.tensor(3, device=...)`: made on the host, and copied to a device while the host waits."""
-ON_THE_HOST = ("optim/optimizer.py", "data/dataloader.py", "transformers/masking_utils.py")
-"""Who else reads: AdamW its count of steps, and the data loader its order, which lie on the host everywhere; and
-transformers, but for `attn_implementation="eager"`, whether a mask has any padding, wherever that lies."""
+ON_THE_HOST = (
+    "optim/optimizer.py",
+    "data/dataloader.py",
+    "transformers/masking_utils.py",
+    "loss/weighting.py",
+)
+"""Who else reads: AdamW its count of steps, and the data loader its order, which lie on the host everywhere; the
+loss whether its labels are classes, where they lie there; and transformers, but for
+`attn_implementation="eager"`, whether a mask has any padding, wherever that lies."""
 
 
 class Reads(TorchDispatchMode):
@@ -89,7 +94,6 @@ def watched(monkeypatch) -> Iterator[Reads]:
     monkeypatch.setattr(Run, "steps", watched_steps)
     monkeypatch.setattr(torch.Tensor, "tolist", noted_tolist)
     monkeypatch.setattr(SentCount, "read", sent)
-    monkeypatch.setattr(weighting, "_host_knows", lambda _: False)  # as on a card
     with reads:
         yield reads
 
