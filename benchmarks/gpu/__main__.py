@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,11 +163,10 @@ def main() -> int:
     unknown = [name for name in given.parts if name not in known]
     if unknown:
         parser.error(f"no part is called {unknown[0]!r}; expected some of {', '.join(known)}")
-    path = [str(ROOT)]
+    site = tempfile.TemporaryDirectory(prefix="swaft-packages-")  # gone when this process ends
     if given.wheels:
-        unpack(given.wheels, out / "site")
-        path.insert(0, str(out / "site"))
-    environment = environment_of(path, dry=given.dry)
+        unpack(given.wheels, Path(site.name))
+    environment = environment_of([site.name, str(ROOT)], dry=given.dry)
     packages = importable(USED, environment)
     summary: dict[str, Any] = {"dry": given.dry, "packages": packages, "parts": {}}
     for name, state in packages.items():
