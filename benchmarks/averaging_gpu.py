@@ -147,7 +147,7 @@ def _configuration(
         step()
     rule = SwitchedSWA()
     before = _allocated()
-    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=100_000)
+    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=100_000, first_step=0)
     averager.wait()
     rule.switch.on = False
     # Not of the whole device: that would wait for copies which training does not wait for.
