@@ -7,7 +7,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
-from swaft.averaging.layout import Fragment, Span, cut
+from swaft.averaging.layout import Fragment, section
 
 IN_MEMORY_BYTES = 1 << 30
 """What whole weights may take of rank 0's memory; larger ones lie in a file that only this process sees."""
@@ -124,11 +123,5 @@ def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
 def _messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
     """The messages of every rank's shard, as ``shard.split`` cuts it: (rank, first element, what is in it)."""
     for rank, fragments in enumerate(everyone):
-        ends = accumulate(each.numel for each in fragments)
-        held = enumerate(zip(fragments, ends, strict=True))
-        spans = [Span(i, 0, end - each.numel, each.numel) for i, (each, end) in held]
-        for piece in cut(spans, PIECE):
-            parts = (
-                fragments[span.buffer].part(span.offset, span.offset + span.numel) for span in piece.spans
-            )
-            yield rank, piece.shard_offset, [part for each in parts for part in each]
+        for first in range(0, sum(each.numel for each in fragments), PIECE):
+            yield rank, first, section(fragments, first, first + PIECE)

@@ -80,16 +80,18 @@ class Span:
         return buffers[self.buffer].narrow(0, self.offset, self.numel)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive spans that are handled together, bounded in size."""
+def numel_of(spans: Iterable[Span]) -> int:
+    """Elements in all of some spans."""
+    return sum(span.numel for span in spans)
 
-    spans: tuple[Span, ...]
-    """In shard order, without gaps in the shard."""
-    shard_offset: int
-    """First element in the shard."""
-    numel: int
-    """Elements in the chunk."""
+
+def section(fragments: Iterable[Fragment], first: int, last: int) -> list[Fragment]:
+    """The elements from ``first`` up to ``last`` of a shard: what some fragments hold end to end."""
+    taken, position = [], 0
+    for each in fragments:
+        taken += each.part(first - position, last - position)
+        position += each.numel
+    return taken
 
 
 def slice_of(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[Fragment]:
@@ -102,12 +104,7 @@ def slice_of(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[
     """
     held = list(fragments)
     total = sum(fragment.numel for fragment in held)
-    first, last = total * rank // world_size, total * (rank + 1) // world_size
-    taken, position = [], 0
-    for each in held:
-        taken += each.part(first - position, last - position)
-        position += each.numel
-    return taken
+    return section(held, total * rank // world_size, total * (rank + 1) // world_size)
 
 
 def merge(fragments: Iterable[Fragment]) -> list[Span]:
@@ -124,8 +121,11 @@ def merge(fragments: Iterable[Fragment]) -> list[Span]:
     return spans
 
 
-def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
-    """Group spans into chunks of exactly ``max_numel`` elements (the last may be smaller), splitting as needed."""
+def cut(spans: Iterable[Span], max_numel: int) -> list[list[Span]]:
+    """Group spans into chunks of exactly ``max_numel`` elements (the last may be smaller), splitting as needed.
+
+    A chunk's spans are in shard order, without gaps in the shard.
+    """
     groups: list[list[Span]] = []
     room = 0
     for span in spans:
@@ -137,16 +137,7 @@ def cut(spans: Iterable[Span], max_numel: int) -> list[Chunk]:
             take = min(room, span.numel - done)
             groups[-1].append(Span(span.buffer, span.offset + done, span.shard_offset + done, take))
             done, room = done + take, room - take
-    return [Chunk(tuple(group), group[0].shard_offset, sum(span.numel for span in group)) for group in groups]
-
-
-def range_at(ranges: Iterable[Range], position: int) -> tuple[str, int]:
-    """The parameter name and element index that a position in the elements of some ranges belongs to."""
-    for name, start, end in ranges:
-        if position < end - start:
-            return name, start + position
-        position -= end - start
-    raise IndexError("position past the last of the elements")
+    return groups
 
 
 def check_coverage(fragments_by_rank: Sequence[Sequence[Fragment]], numels: Mapping[str, int]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from swaft import options
 from swaft.averaging.engines import Engine
-from swaft.averaging.layout import Fragment, Range, range_at
+from swaft.averaging.layout import Fragment, Range, section
 from swaft.errors import StateError
 from swaft.storage import FileRecord, TensorFile, TensorFileWriter
 from swaft.storage.files import standing
@@ -203,11 +203,14 @@ def read_elements(
     Raises:
         StateError: an element is in no file, or in two, or a file is not what its header says.
     """
-    places: dict[str, list[Fragment]] = {}
+    shard: list[Fragment] = []
     numel = 0
     for name, start, end in wanted:
-        places.setdefault(name, []).append(Fragment(name, start, end, 0, numel))
+        shard.append(Fragment(name, start, end, 0, numel))
         numel += end - start
+    places: dict[str, list[Fragment]] = {}
+    for place in shard:
+        places.setdefault(place.name, []).append(place)
     filled: list[tuple[int, int]] = []
     for file_name in names:
         if sum(length for _, length in filled) >= numel:
@@ -228,8 +231,11 @@ def read_elements(
     for offset, length in [*sorted(filled), (numel, 0)]:
         if offset != position:
             fault = "in no file" if offset > position else "in more than one file"
-            name, element = range_at(wanted, min(offset, position))
-            raise StateError(f"{folder}: element {element} of {name!r} is {fault}, expected each in one")
+            first = min(offset, position)
+            place = section(shard, first, first + 1)[0]
+            raise StateError(
+                f"{folder}: element {place.start} of {place.name!r} is {fault}, expected each in one"
+            )
         position += length
 
 

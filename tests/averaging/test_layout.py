@@ -9,7 +9,8 @@ from swaft.averaging.layout import (
     check_coverage,
     cut,
     merge,
-    range_at,
+    numel_of,
+    section,
     slice_of,
 )
 from swaft.errors import LayoutError
@@ -50,15 +51,16 @@ def test_merging_and_cutting_keep_every_element_in_order(numels, max_numel, padd
     assert [s.offset + e for s in spans for e in range(s.numel)] == expected
     assert len(spans) == (1 if padding == 0 else len(numels))
     chunks = cut(spans, max_numel)
-    assert [s.offset + e for c in chunks for s in c.spans for e in range(s.numel)] == expected
-    assert all(chunk.numel == max_numel for chunk in chunks[:-1])
-    assert [c.shard_offset for c in chunks] == list(range(0, sum(numels), max_numel))
+    assert [s.offset + e for c in chunks for s in c for e in range(s.numel)] == expected
+    assert all(numel_of(chunk) == max_numel for chunk in chunks[:-1])
+    assert [c[0].shard_offset for c in chunks] == list(range(0, sum(numels), max_numel))
 
 
 def test_a_position_in_the_shard_is_named_by_parameter_and_element():
     fragments = [Fragment("a", 3, 5, 0, 0), Fragment("b", 0, 4, 0, 2)]
-    assert range_at((each.range for each in fragments), 1) == ("a", 4)
-    assert range_at((each.range for each in fragments), 2) == ("b", 0)
+    assert [each.range for each in section(fragments, 1, 2)] == [("a", 4, 5)]
+    assert [each.range for each in section(fragments, 2, 3)] == [("b", 0, 1)]
+    assert [each.range for each in section(fragments, 1, 4)] == [("a", 4, 5), ("b", 0, 2)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swaft.averaging.engines.steps import hook_weakly
-from swaft.averaging.layout import Fragment, Span, check_coverage, clean_name, cut, merge, range_at
+from swaft.averaging.layout import Fragment, Span, check_coverage, clean_name, cut, merge, section
 from swaft.averaging.swap import Swap, rescales, swap_of
 from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, LayoutError
@@ -213,10 +213,10 @@ class Engine(ABC):
             different = _bits(expected) != _bits(working)
             if bool(different.any()):
                 first = piece.shard_offset + int(different.nonzero()[0])
-                name, element = range_at((each.range for each in self.fragments), first)
+                place = section(self.fragments, first, first + 1)[0]
                 return LayoutError(
-                    f"element {element} of {name!r} under {self.name}: the working weight is not the cast of "
-                    f"the master where the adapter expects it ({working.dtype} from torch.float32); swaft "
+                    f"element {place.start} of {place.name!r} under {self.name}: the working weight is not the "
+                    f"cast of the master where the adapter expects it ({working.dtype} from torch.float32); swaft "
                     "does not know this layout, so it does not average it"
                 )
         return None
@@ -264,7 +264,7 @@ class Engine(ABC):
 
     @cached_property
     def _pieces(self) -> list[Span]:
-        return [piece for chunk in cut(self.spans, PIECE) for piece in chunk.spans]
+        return [piece for chunk in cut(self.spans, PIECE) for piece in chunk]
 
     def _owned(self, buffers: list[Tensor]) -> Iterator[Tensor]:
         return (piece.of(buffers).detach() for piece in self._pieces)

@@ -69,7 +69,7 @@ class ReplicatedEngine(Engine):
         working = self.working()
         for rank in range(self._num_replicas):
             for chunk in cut(merge(slice_of(self._held, rank, self._num_replicas)), PIECE):
-                views = [span.of(working) for span in chunk.spans]
+                views = [span.of(working) for span in chunk]
                 packed = self._on_the_wire(torch.cat(views))
                 dist.broadcast(packed, group=self._replicas, group_src=rank)
                 if rank != self._replica:

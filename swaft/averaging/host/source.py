@@ -18,7 +18,7 @@ from torch import Tensor
 from swaft.averaging import native
 from swaft.averaging.host.lanes import Table
 from swaft.averaging.host.machine import Workers
-from swaft.averaging.layout import Chunk, Span, cut
+from swaft.averaging.layout import Span, cut, numel_of
 from swaft.errors import LayoutError
 
 MAX_BLOCKS = 8
@@ -104,7 +104,7 @@ class StagedSource:
         limit_bytes: int,
         lent: bool = False,
     ):
-        block_numel, blocks = ring_of(sum(span.numel for span in spans), limit_bytes)
+        block_numel, blocks = ring_of(numel_of(spans), limit_bytes)
         self._spans, self._chunks = spans, cut(spans, block_numel)
         self._api, self._device, self._lent = api, device, lent
         pinned = device.type != "cpu"
@@ -115,7 +115,10 @@ class StagedSource:
         self._stream = api.Stream(device=device)
         self._copied = [api.Event() for _ in range(blocks)]
         self._parts = [
-            [_table(part, [0]) for part in _shares([Span(0, 0, chunk.shard_offset, chunk.numel)], workers)]
+            [
+                _table(part, [0])
+                for part in _shares([Span(0, 0, chunk[0].shard_offset, numel_of(chunk))], workers)
+            ]
             for chunk in self._chunks
         ]
         self._masters: list[Tensor] | None = None
@@ -140,7 +143,7 @@ class StagedSource:
         if masters is not self._masters:
             require_geometry(masters, self._spans)
             self._masters = masters
-            self._views = [[span.of(masters) for span in chunk.spans] for chunk in self._chunks]
+            self._views = [[span.of(masters) for span in chunk] for chunk in self._chunks]
         with self._api.stream(self._stream):
             self._stream.wait_event(ready)
             views = [view for chunk in self._views for view in chunk]
@@ -181,7 +184,7 @@ class StagedSource:
     def _copy(self, i: int) -> None:
         views = self._views[i]
         block = self._blocks[i % len(self._blocks)]
-        targets = list(block[: self._chunks[i].numel].split([view.numel() for view in views]))
+        targets = list(block[: numel_of(self._chunks[i])].split([view.numel() for view in views]))
         with self._api.stream(self._stream), torch.no_grad():
             torch._foreach_copy_(targets, views, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
             self._copied[i % len(self._blocks)].record(self._stream)
@@ -231,13 +234,13 @@ def ring_of(numel: int, limit_bytes: int) -> tuple[int, int]:
     return block_numel, max(1, min(MAX_BLOCKS, -(-numel // block_numel)))
 
 
-def _shares(spans: Sequence[Span], workers: Workers) -> list[Chunk]:
+def _shares(spans: Sequence[Span], workers: Workers) -> list[list[Span]]:
     """Spans in equal parts, one a thread."""
-    return cut(spans, max(1, -(-sum(span.numel for span in spans) // workers.threads)))
+    return cut(spans, max(1, -(-numel_of(spans) // workers.threads)))
 
 
-def _table(chunk: Chunk, addresses: Sequence[int]) -> Table:
+def _table(chunk: Sequence[Span], addresses: Sequence[int]) -> Table:
     """The runs of a chunk as addresses in buffers that begin at these, and positions in the shard."""
-    runs = [(addresses[s.buffer] + 4 * s.offset, s.shard_offset, s.numel) for s in chunk.spans]
+    runs = [(addresses[s.buffer] + 4 * s.offset, s.shard_offset, s.numel) for s in chunk]
     where, offsets, numels = np.array(runs, dtype=np.int64).T.copy()
     return where, offsets, numels
