@@ -11,15 +11,17 @@ leaves a run folder with the last weights (final/), the averaged ones (final-ave
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset
 
 import swaft
 from swaft.averaging.rules import Readout
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Problems
-from swaft.training.checks.recipe import Prepared
-from swaft.training.checks.refusals import check_model
+from swaft.training.checks.problems import Prepared, Problems
 from swaft.training.checks.start import start_of
-from swaft.training.config import CausalConfig, build_rule
+from swaft.training.config import build_rule
+from swaft.training.config.causal_lm import CausalConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
     CausalColumns,
@@ -33,15 +35,15 @@ from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.evaluation.language_modelling import evaluate_answers_given
+from swaft.training.evaluation.generation import evaluate_answers_given
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.checks import check_model
 from swaft.training.models.encoder_decoder import (
-    brings_tokenizer,
+    check_new_model,
     decoder_config,
     load_decoder,
     new_tokenizer,
-    refuse_other_tokens,
 )
 from swaft.training.models.pretrained import load_tokenizer, longest_text
 from swaft.training.run.run import Run, run_recipe
@@ -54,6 +56,8 @@ class PreparedTexts(Prepared):
     """What a run needs that neither a device nor other ranks have to do with."""
 
     columns: CausalColumns
+    datasets: dict[str, Dataset]
+    """Token ids of every split; missing where a new tokenizer is to be trained."""
     metric: None = None
 
     @property
@@ -73,19 +77,24 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     with problems:
         ready.model_config = decoder_config(config.model)
     with problems:
-        ready.tokenizer = load_tokenizer(config.model) if brings_tokenizer(config.model) else None
+        ready.tokenizer = load_tokenizer(config.model) if config.model.brings_tokenizer else None
     check_model(ready, config, problems)
     with problems:
         if ready.tokenizer is not None:
             read_as_text(ready.tokenizer, config.data.split_special_tokens)
             CausalCollator(ready.tokenizer)
-            require_chat_template(ready.tokenizer, ready.columns)
+            if ready.columns.messages is None:
+                report_special_tokens(ready.rows, ready.columns.names, ready.tokenizer)
+    with problems:
+        require_chat_template(ready.tokenizer, ready.columns)
+        if ready.tokenizer is not None:
+            ready.datasets = tokenized(ready.columns, ready.tokenizer, config)
     with problems:
         if ready.tokenizer is not None:
             most = longest_text(ready.model_config, ready.tokenizer)
             require_length("data.max_length", config.data.max_length, most)
     with problems:
-        refuse_other_tokens(config.model, ready.tokenizer)
+        check_new_model(config.model, ready.tokenizer)
     with problems:
         ready.objective = build_objective(
             config.noise, seed=config.train.seed, label_smoothing=config.train.label_smoothing_factor
@@ -105,6 +114,11 @@ def require_steps(config: CausalConfig) -> None:
         )
 
 
+def tokenized(columns: CausalColumns, tokenizer: Any, config: CausalConfig) -> dict[str, Dataset]:
+    """Return every split as token ids, of which the answers are learnt."""
+    return {name: tokenize_rows(rows, tokenizer, columns, config.data) for name, rows in columns.rows.items()}
+
+
 def texts_of(columns: CausalColumns) -> Iterator[str]:
     """Yield every text of the training rows, for a new tokenizer."""
     for name in columns.names:
@@ -122,12 +136,10 @@ def train(config: CausalConfig) -> None:
         tokenizer = ready.tokenizer
         if tokenizer is None:
             tokenizer = new_tokenizer(config.model, run.accelerator, texts=lambda: texts_of(columns))
-        read_as_text(tokenizer, config.data.split_special_tokens)
-        if columns.messages is None:
+            read_as_text(tokenizer, config.data.split_special_tokens)
             report_special_tokens(columns.rows, columns.names, tokenizer)
-        datasets = {
-            name: tokenize_rows(rows, tokenizer, columns, config.data) for name, rows in columns.rows.items()
-        }
+            ready.datasets = tokenized(columns, tokenizer, config)
+        datasets = ready.datasets
         if config.data.packing:
             datasets["train"] = pack(datasets["train"], config.data.max_length)
 

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.training.checks.problems import Problems
-from swaft.training.checks.recipe import Prepared
-from swaft.training.checks.refusals import check_model, require_token_types
+from swaft.training.checks.problems import Prepared, Problems
 from swaft.training.checks.start import start_of
-from swaft.training.config import ClassificationConfig, build_rule
+from swaft.training.config import build_rule
+from swaft.training.config.classification import ClassificationConfig
 from swaft.training.data.checks import require_length
 from swaft.training.data.classification import Task, describe_task, tokenize
 from swaft.training.data.sources import language_groups, load_splits
@@ -33,15 +32,10 @@ from swaft.training.launch.failure import leave
 from swaft.training.metrics.classification import get_metric
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
-from swaft.training.models.heads import FittedHead, fit_head
-from swaft.training.models.pretrained import (
-    describe_labels,
-    load_model_config,
-    load_tokenizer,
-    load_with_head,
-    longest_text,
-)
-from swaft.training.models.special_tokens import one_length, require_end_token
+from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
+from swaft.training.models.classes import FittedHead, describe_labels, fit_head, require_end_token
+from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head, longest_text
+from swaft.training.models.special_tokens import one_length
 from swaft.training.run.run import Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
@@ -76,7 +70,11 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
         ready.model_config = load_model_config(config.model)
     with problems:
         ready.head = fit_head(ready.task, config.model, ready.model_config)
+    with problems:
+        report_special_tokens(ready.rows, ready.task.text_columns, ready.tokenizer)
     check_model(ready, config, problems)
+    with problems:
+        require_decoder_start(config.model, ready.model_config)
     with problems:
         require_token_types(config.model, ready.model_config, ready.tokenizer, ready.task.text_columns)
     with problems:
@@ -125,7 +123,6 @@ def train(config: ClassificationConfig) -> None:
 
     with Run.start(config, start.engine) as run:
         # Data: every split that is there, as token ids.
-        report_special_tokens(ready.rows, task.text_columns, tokenizer)
         datasets = {
             name: tokenize(split, task, tokenizer, config.data.max_seq_length)
             for name, split in ready.rows.items()

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.training.checks.problems import Problems
-from swaft.training.checks.recipe import Prepared
-from swaft.training.checks.refusals import check_model, require_token_types
+from swaft.training.checks.problems import Prepared, Problems
 from swaft.training.checks.start import start_of
-from swaft.training.config import QuestionAnsweringConfig, build_rule
+from swaft.training.config import build_rule
+from swaft.training.config.question_answering import QuestionAnsweringConfig
 from swaft.training.data.checks import require_length
 from swaft.training.data.question_answering import (
     WindowCollator,
@@ -26,6 +25,7 @@ from swaft.training.data.question_answering import (
     may_have_no_answer,
     refuse_unusable_questions,
     require_offsets,
+    require_question_answering,
     tokenize_questions,
 )
 from swaft.training.data.sources import load_splits
@@ -42,13 +42,8 @@ from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.launch.failure import leave
 from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective, build_optimizer
-from swaft.training.models.pretrained import (
-    load_model_config,
-    load_tokenizer,
-    load_with_head,
-    longest_text,
-    require_question_answering,
-)
+from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
+from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head, longest_text
 from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.run import Evaluations, Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
@@ -86,7 +81,11 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
         ready.tokenizer = load_tokenizer(config.model)
         require_offsets(ready.tokenizer)
         read_as_text(ready.tokenizer, config.data.split_special_tokens)
+    with problems:
+        report_special_tokens(ready.rows, ("question", "context"), ready.tokenizer)
     check_model(ready, config, problems)
+    with problems:
+        require_decoder_start(config.model, ready.model_config)
     with problems:
         require_token_types(config.model, ready.model_config, ready.tokenizer, ("question", "context"))
     with problems:
@@ -116,7 +115,6 @@ def train(config: QuestionAnsweringConfig) -> None:
 
     with Run.start(config, start.engine) as run:
         # Data: every split that is there, as overlapping windows of token ids.
-        report_special_tokens(ready.rows, ("question", "context"), tokenizer)
         windows = {
             name: tokenize_questions(split, tokenizer, config.data, training=name == "train")
             for name, split in ready.rows.items()

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.training.checks.problems import Problems
-from swaft.training.checks.recipe import Prepared
-from swaft.training.checks.refusals import check_model
+from swaft.training.checks.problems import Prepared, Problems
 from swaft.training.checks.start import start_of
-from swaft.training.config import Seq2SeqConfig, build_rule
+from swaft.training.config import build_rule
+from swaft.training.config.seq2seq import Seq2SeqConfig
 from swaft.training.data.checks import require_length
 from swaft.training.data.seq2seq import (
     PairColumns,
@@ -32,25 +32,22 @@ from swaft.training.data.seq2seq import (
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
 from swaft.training.evaluation.best import choose_target
-from swaft.training.evaluation.evaluate import (
-    Evaluation,
-    evaluate_texts,
-    generation_arguments,
-    write_samples,
-)
+from swaft.training.evaluation.evaluate import Evaluation, write_samples
+from swaft.training.evaluation.generation import evaluate_texts, generation_arguments
 from swaft.training.launch.failure import leave
 from swaft.training.metrics.generation import get_generation_metric
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.checks import check_model
 from swaft.training.models.encoder_decoder import (
-    brings_tokenizer,
+    check_new_model,
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,
-    refuse_other_tokens,
 )
+from swaft.training.models.generation import require_generation_start, require_target_language, set_languages
 from swaft.training.models.pretrained import load_tokenizer, longest_input
-from swaft.training.models.special_tokens import one_length, set_languages, whole_windows
+from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.run import Run, run_recipe
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
@@ -62,6 +59,8 @@ class PreparedPairs(Prepared):
 
     columns: PairColumns
     """Where sources and targets are."""
+    length: int | None
+    """Tokens that every source is padded to; None: to the longest of its batch."""
 
     @property
     def description(self) -> str:
@@ -82,24 +81,31 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.metric = choose_metric(config, ready) if config.eval.predict_with_generate else None
     with problems:
-        ready.tokenizer = load_tokenizer(config.model) if brings_tokenizer(config.model) else None
+        ready.tokenizer = load_tokenizer(config.model) if config.model.brings_tokenizer else None
     with problems:
         if ready.tokenizer is not None:
             read_as_text(ready.tokenizer, config.data.split_special_tokens)
             Seq2SeqCollator(ready.tokenizer)
+            report_special_tokens(ready.rows, ("source", "target"), ready.tokenizer)
     check_model(ready, config, problems)
     for side in ("source", "target"):
         with problems:
             if ready.tokenizer is not None:
                 refuse_rows_without_tokens(ready.rows, (side,), ready.tokenizer)
     with problems:
-        refuse_other_tokens(config.model, ready.tokenizer)
+        require_generation_start(config.model, ready.model_config, ready.tokenizer)
+    with problems:
+        check_new_model(config.model, ready.tokenizer)
     with problems:
         set_languages(ready.tokenizer, config.data, ready.columns)
-    for section, name, decoder in LONGEST_TEXTS:
+        require_target_language(ready.model_config, ready.tokenizer)
+    lengths = {"data.max_source_length": False, "data.max_target_length": True, "eval.max_new_tokens": True}
+    for setting, decoder in lengths.items():
         with problems:
             most = longest_input(ready.model_config, ready.tokenizer, decoder=decoder)
-            require_length(f"{section}.{name}", getattr(getattr(config, section), name) or 0, most)
+            require_length(setting, attrgetter(setting)(config) or 0, most)
+    with problems:
+        ready.length = one_length(ready.model_config, config.data.max_source_length, generates=True)
     with problems:
         ready.objective = build_objective(
             config.noise, seed=config.train.seed, label_smoothing=config.train.label_smoothing_factor
@@ -109,14 +115,6 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
     return ready
-
-
-LONGEST_TEXTS = (
-    ("data", "max_source_length", False),
-    ("data", "max_target_length", True),
-    ("eval", "max_new_tokens", True),
-)
-"""The settings that say how long texts may be, and whether the decoder reads them."""
 
 
 def choose_metric(config: Seq2SeqConfig, ready: PreparedPairs) -> Metric:
@@ -146,8 +144,8 @@ def train(config: Seq2SeqConfig) -> None:
                 run.accelerator,
                 texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
             )
-        read_as_text(tokenizer, config.data.split_special_tokens)
-        report_special_tokens(pairs, ("source", "target"), tokenizer)
+            read_as_text(tokenizer, config.data.split_special_tokens)
+            report_special_tokens(pairs, ("source", "target"), tokenizer)
         datasets = {name: tokenize_pairs(rows, tokenizer, config.data) for name, rows in pairs.items()}
         report_lengths(datasets["train"], config.data)
 
@@ -161,8 +159,7 @@ def train(config: Seq2SeqConfig) -> None:
                 gradient_checkpointing=config.train.gradient_checkpointing,
             )
         objective.prepare_model(model)
-        length = one_length(model_config, config.data.max_source_length, generates=True)
-        collate = Seq2SeqCollator(tokenizer, length, whole_windows(model_config))
+        collate = Seq2SeqCollator(tokenizer, ready.length, whole_windows(model_config))
 
         # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
         model, optimizer, loader = run.prepare(

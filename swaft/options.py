@@ -81,17 +81,16 @@ class Option:
     def of(cls, hint: Any, default: Any = MISSING) -> Option:
         """Read a type, as `typing.get_type_hints` gives it with its extras."""
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        literals = (text for member in members if get_origin(member) is Literal for text in get_args(member))
-        choices = tuple(dict.fromkeys(literals))
-        kinds: dict[type, Range] = {}
+        kinds, choices = dict[type, Range](), list[str]()
         for member in members:
-            bounds = next(
-                (each for each in getattr(member, "__metadata__", ()) if isinstance(each, Range)), Range()
-            )
-            kind = get_args(member)[0] if get_origin(member) is Annotated else member
-            kinds[str if get_origin(kind) is Literal else get_origin(kind) or kind] = bounds
+            kind, *notes = get_args(member) if get_origin(member) is Annotated else (member,)
+            if get_origin(kind) is Literal:
+                choices += get_args(kind)
+                kind = str
+            bounds = next((each for each in notes if isinstance(each, Range)), Range())
+            kinds[get_origin(kind) or kind] = bounds
         optional = kinds.pop(NoneType, None) is not None
-        return cls(kinds=kinds, choices=choices, optional=optional, default=default)
+        return cls(kinds=kinds, choices=tuple(dict.fromkeys(choices)), optional=optional, default=default)
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value, to follow the option's name: "is 0, expected ..."; None: nothing."""

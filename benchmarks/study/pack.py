@@ -30,7 +30,7 @@ def model_folder() -> str:
     folder = packed()
     if folder is not None:
         return str(folder / "model")
-    from swaft.training.demo.model import demo_model_path
+    from swaft.training.models.pretrained import demo_model_path
 
     return demo_model_path()
 

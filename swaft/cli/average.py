@@ -129,21 +129,26 @@ def _paths(options: argparse.Namespace) -> list[Path]:
 def _parser() -> CommandParser:
     parser = CommandParser("average")
     parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("--output", required=True)
+    add_output_options(parser)
     parser.add_argument("--weights", type=lambda text: [float(word) for word in text.split(",")])
     parser.add_argument("--last", type=_count)
     parser.add_argument("--evaluate")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--higher-is-better", action="store_true", default=None)
     direction.add_argument("--lower-is-better", dest="higher_is_better", action="store_false", default=None)
+    parser.add_argument("--lora-rank", type=_count)
+    parser.add_argument("--trust-pickle", action="store_true")
+    return parser
+
+
+def add_output_options(parser: CommandParser) -> None:
+    """Add the options of the folder that is written, and of what is taken."""
+    for name in ("base", "rule"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--output", required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"))
-    parser.add_argument("--base")
-    parser.add_argument("--lora-rank", type=_count)
-    parser.add_argument("--rule")
-    for name in ("trust-pickle", "json"):
-        parser.add_argument(f"--{name}", action="store_true")
-    return parser
+    parser.add_argument("--json", action="store_true")
 
 
 def _count(word: str) -> int:

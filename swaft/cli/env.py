@@ -32,8 +32,8 @@ def run(words: Sequence[str]) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for name, value in facts.items():
-        told = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
-        print(f"{name:<12} {told}")
+        text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+        print(f"{name:<12} {text}")
     return 0
 
 
@@ -43,8 +43,5 @@ def machine() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
-    }
+    memory = psutil.virtual_memory().total
+    return {"cpus": len(os.sched_getaffinity(0)), "memory_bytes": memory, "gpus": gpus}

@@ -28,13 +28,11 @@ from pathlib import Path
 
 from swaft.averaging.state import KIND, AverageState
 from swaft.cli import CommandParser
-from swaft.cli.average import table
+from swaft.cli.average import add_output_options, table
 from swaft.errors import ConfigError
 from swaft.soup import average
 from swaft.soup.huggingface import holds_weights, read_json
-from swaft.soup.output import parse_size
 from swaft.storage import read_manifest
-from swaft.storage.dtypes import DTYPES
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
@@ -46,7 +44,9 @@ FINAL_AVERAGED, SUMMARY = "final-averaged", "summary.json"
 
 def run(words: Sequence[str]) -> int:
     """Export the average that these words name, print what came of it, and return the exit code."""
-    parser = _parser()
+    parser = CommandParser("export")
+    parser.add_argument("average")
+    add_output_options(parser)
     options = parser.parse_args(list(words))
     named = Path(options.average)
     is_final = ended_with_average(named)
@@ -110,15 +110,3 @@ def saved_averages(path: Path) -> Path:
         f"swaft export: {path} holds no averages; expected a state that averager.save_state wrote, a checkpoint of "
         "a run with averaging, or its run folder"
     )
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser("export")
-    parser.add_argument("average")
-    parser.add_argument("--base")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--rule")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"))
-    parser.add_argument("--json", action="store_true")
-    return parser

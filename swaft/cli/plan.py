@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from swaft.cli import CommandParser
 from swaft.training.planning import sized
 
 if TYPE_CHECKING:
-    from swaft.training.planning.memory import Phase
     from swaft.training.planning.plan import RunPlan
     from swaft.training.planning.shortages import Hardware
 
@@ -70,59 +69,56 @@ def as_dict(found: RunPlan) -> dict[str, Any]:
 
 def table(found: RunPlan, hardware: Hardware) -> str:
     """Return the plan as lines, each led by the part of the run that it is about."""
+    return "\n".join(f"{part:<10} {line}" for part, line in _rows(found, hardware))
+
+
+def _rows(found: RunPlan, hardware: Hardware) -> Iterator[tuple[str, str]]:
+    """Yield part and line of all that is planned."""
     machines = f"{found.machines:,} machines x {found.ranks_a_machine} = " if found.machines > 1 else ""
-    where = "CPU" if found.on_cpu else "GPU"
-    ranks = f"{machines}{found.world_size:,} {where} rank{'s' * (found.world_size > 1)}"
+    ranks = f"{machines}{found.world_size:,} {'CPU' if found.on_cpu else 'GPU'} rank"
     precision = "fp32" if found.precision == "no" else found.precision
-    rows = [("launch", f"{ranks}, {found.engine}, {precision}")]
+    yield "launch", f"{ranks}{'s' * (found.world_size > 1)}, {found.engine}, {precision}"
     share = "" if found.trainable == found.parameters else f", {found.trainable:,} of them trained"
-    rows.append(("model", f"{found.parameters:,} parameters{share}"))
+    yield "model", f"{found.parameters:,} parameters{share}"
     for phase in found.phases:
-        rows += [("memory", line) for line in _phase_lines(phase, on_cpu=found.on_cpu)]
-    rows += [("averaging", line) for line in _averaging_lines(found)]
-    if not found.on_cpu:
-        rows.append(("device", f"{sized(found.device_bytes)} a rank{_of(hardware.device_bytes)}"))
-    rows.append(
-        (
-            "host",
-            f"{sized(found.host_bytes)} a rank, {sized(found.machine_bytes)} a machine{_of(hardware.host_bytes)}",
-        )
-    )
-    sentences = (("note", found.notes), ("refused", found.refused), ("problem", found.shortages))
-    rows += [(part, sentence) for part, lines in sentences for sentence in lines]
-    return "\n".join(f"{part:<10} {line}" for part, line in rows)
-
-
-def _phase_lines(phase: Phase, *, on_cpu: bool) -> list[str]:
-    places = [("" if on_cpu else "device ", phase.device), ("host " if not on_cpu else "", phase.host)]
-    sizes = [f"{place}{sized(sum(rows.values()))}" for place, rows in places if rows]
-    lines = [f"{phase.name}: {', '.join(sizes) or 'nothing to speak of'}"]
-    for place, rows in places:
-        lines += [
-            f"  {sized(size):>10}  {place and place.strip() + ': '}{name}"
-            for name, size in rows.items()
-            if size
+        places = [
+            ("" if found.on_cpu else "device ", phase.device),
+            ("" if found.on_cpu else "host ", phase.host),
         ]
-    return lines
+        sizes = [f"{place}{sized(sum(rows.values()))}" for place, rows in places if rows]
+        yield "memory", f"{phase.name}: {', '.join(sizes) or 'nothing to speak of'}"
+        for place, rows in places:
+            label = place and f"{place.strip()}: "
+            yield from (
+                ("memory", f"  {sized(size):>10}  {label}{name}") for name, size in rows.items() if size
+            )
+    yield from (("averaging", line) for line in _averaging_lines(found))
+    if not found.on_cpu:
+        yield "device", f"{sized(found.device_bytes)} a rank{_of(hardware.device_bytes)}"
+    machine = f"{sized(found.machine_bytes)} a machine{_of(hardware.host_bytes)}"
+    yield "host", f"{sized(found.host_bytes)} a rank, {machine}"
+    sentences = {"note": found.notes, "refused": found.refused, "problem": found.shortages}
+    yield from ((part, sentence) for part, lines in sentences.items() for sentence in lines)
 
 
-def _averaging_lines(found: RunPlan) -> list[str]:
+def _averaging_lines(found: RunPlan) -> Iterator[str]:
     plan = found.averaging
     if plan is None:
-        return ["none"]
-    lines = [
-        f"{plan.events:,} events from step {plan.first_step:,} of {plan.total_steps:,}, every {plan.every:,}",
-        f"{plan.elements:,} elements a rank: {sized(plan.host_bytes)} of host memory, {sized(plan.pinned_bytes)} "
-        f"pinned, {sized(plan.copied_bytes)} copied an event",
-        f"{plan.event_seconds:.3g} s of arithmetic an event on {plan.threads} thread{'s' * (plan.threads > 1)}, "
-        "behind the step, at the rate of this machine now",
-    ]
+        yield "none"
+        return
+    yield f"{plan.events:,} events from step {plan.first_step:,} of {plan.total_steps:,}, every {plan.every:,}"
+    memory = f"{sized(plan.host_bytes)} of host memory, {sized(plan.pinned_bytes)} pinned"
+    yield f"{plan.elements:,} elements a rank: {memory}, {sized(plan.copied_bytes)} copied an event"
+    threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
+    yield (
+        f"{plan.event_seconds:.3g} s of arithmetic an event on {threads}, behind the step, at the rate of this "
+        "machine now"
+    )
     if plan.share_of_step is None:
-        lines.append("share of a step: not known; give a measured --step_seconds")
+        yield "share of a step: not known; give a measured --step_seconds"
     else:
         waits = "training waits for it" if plan.waits else "training does not wait"
-        lines.append(f"share of the time between two events: {plan.share_of_step:.1%}, {waits}")
-    return lines
+        yield f"share of the time between two events: {plan.share_of_step:.1%}, {waits}"
 
 
 def _of(there: int | None) -> str:

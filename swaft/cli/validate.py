@@ -15,7 +15,7 @@ Exit code: 0 without problems, 1 with some.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -38,86 +38,64 @@ def run(words: Sequence[str]) -> int:
 
 def table(found: Preflight) -> str:
     """Return what was found as lines, each led by the part of the run that it is about."""
-    rows = [
-        (part, line)
-        for part, tell in PARTS.items()
-        if part in found.facts
-        for line in tell(found.facts[part])
-    ]
+    rows = [*_rows(found.facts)]
     rows += [("unchecked", sentence) for sentence in found.unchecked]
     rows += [("problem", problem) for problem in found.problems or ["none"]]
     return "\n".join(f"{part:<10} {line}" for part, line in rows)
 
 
-def _launch(facts: dict[str, Any]) -> list[str]:
-    machines, ranks, precision = facts["machines"], facts["ranks"], facts["mixed_precision"]
-    where = f"{machines} machines x {ranks // machines} = " if machines > 1 else ""
-    words = [f"{where}{_count(ranks, 'rank')}", facts["engine"]]
-    words += [] if precision is None else ["fp32" if precision == "no" else precision]
-    return [", ".join(words)]
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield part and line of every fact."""
+    if launch := facts.get("launch"):
+        machines, ranks, precision = launch["machines"], launch["ranks"], launch["mixed_precision"]
+        where = f"{machines} machines x {ranks // machines} = " if machines > 1 else ""
+        words = [f"{where}{_count(ranks, 'rank')}", launch["engine"]]
+        words += [] if precision is None else ["fp32" if precision == "no" else precision]
+        yield "launch", ", ".join(words)
+    if batch := facts.get("batch"):
+        parts = f"{batch['per_device']} per device x {batch['accumulation']} accumulation"
+        yield "batch", f"{parts} x {_count(batch['ranks'], 'rank')} = {batch['total']:,}"
+    if model := facts.get("model"):
+        is_whole = model["trained"] == model["parameters"]
+        share = "" if is_whole else f", {model['trained']:,} of them trained"
+        yield "model", f"{model['parameters']:,} parameters{share}"
+    if steps := facts.get("steps"):
+        epochs = "" if steps["epochs"] is None else f"{steps['epochs']:g} epochs = "
+        total = f"{'at least ' if steps['is_least'] else ''}{steps['total']:,} optimizer steps"
+        rate = f"{steps['schedule']} at {steps['learning_rate']:g}"
+        yield "steps", f"{epochs}{total}, warm-up {steps['warmup']:,}, {rate}"
+    if averaging := facts.get("averaging"):
+        yield "averaging", _averaging(averaging)
+    if noise := facts.get("noise"):
+        yield "noise", _noise(noise)
+    deepspeed = facts.get("ds", [])
+    width = max((len(row["key"]) for row in deepspeed), default=0)
+    yield from (("ds", f"{row['key']:<{width}}  {row['value']!s:<8}  ({row['source']})") for row in deepspeed)
+    if data := facts.get("data"):
+        yield (
+            "data",
+            ", ".join(f"{name} {_count(rows, 'row')}" for name, rows in data.items()) + ", columns ok",
+        )
+    for part in ("rows", "notes"):
+        yield from ((part, sentence) for sentence in facts.get(part, ()))
 
 
-def _batch(facts: dict[str, Any]) -> list[str]:
-    return [
-        f"{facts['per_device']} per device x {facts['accumulation']} accumulation x "
-        f"{_count(facts['ranks'], 'rank')} = {facts['total']:,}"
-    ]
-
-
-def _model(facts: dict[str, int]) -> list[str]:
-    share = "" if facts["trained"] == facts["parameters"] else f", {facts['trained']:,} of them trained"
-    return [f"{facts['parameters']:,} parameters{share}"]
-
-
-def _steps(facts: dict[str, Any]) -> list[str]:
-    epochs = "" if facts["epochs"] is None else f"{facts['epochs']:g} epochs = "
-    least = "at least " if facts["is_least"] else ""
-    return [
-        f"{epochs}{least}{facts['total']:,} optimizer steps, warm-up {facts['warmup']:,}, {facts['schedule']} at "
-        f"{facts['learning_rate']:g}"
-    ]
-
-
-def _averaging(facts: dict[str, Any]) -> list[str]:
+def _averaging(facts: dict[str, Any]) -> str:
     if facts["rule"] == "none":
-        return ["none"]
-    return [
-        f"{facts['rule']}, steps {facts['first_step']:,} to {facts['last_step']:,}, every {facts['every']:,} -> "
-        f"{facts['members']:,} weights; {facts['host_bytes_a_rank'] / 2**20:,.1f} MiB of host memory per rank"
-    ]
+        return "none"
+    steps = f"steps {facts['first_step']:,} to {facts['last_step']:,}, every {facts['every']:,}"
+    memory = f"{facts['host_bytes_a_rank'] / 2**20:,.1f} MiB of host memory per rank"
+    return f"{facts['rule']}, {steps} -> {facts['members']:,} weights; {memory}"
 
 
-def _noise(facts: dict[str, Any]) -> list[str]:
+def _noise(facts: dict[str, Any]) -> str:
     if facts["kind"] == "none":
-        return ["none"]
+        return "none"
     size = f"{facts['sigma']:g}" + (" of the embeddings' RMS" if facts["relative"] else "")
     drawn = f"{facts['noise']} {size} on the embeddings" if facts["sigma"] else "two dropout masks"
     forwards = "2 forwards" if facts["passes"] == "two" else "1 forward of twice the rows"
-    return [f"{facts['kind']}, {drawn}, weight {facts['weight']:g} -> {forwards} per micro-batch"]
-
-
-def _deepspeed(facts: list[dict[str, Any]]) -> list[str]:
-    width = max((len(row["key"]) for row in facts), default=0)
-    return [f"{row['key']:<{width}}  {row['value']!s:<8}  ({row['source']})" for row in facts]
-
-
-def _data(facts: dict[str, int]) -> list[str]:
-    return [", ".join(f"{name} {_count(rows, 'row')}" for name, rows in facts.items()) + ", columns ok"]
+    return f"{facts['kind']}, {drawn}, weight {facts['weight']:g} -> {forwards} per micro-batch"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-PARTS: dict[str, Callable[[Any], list[str]]] = {
-    "launch": _launch,
-    "batch": _batch,
-    "model": _model,
-    "steps": _steps,
-    "averaging": _averaging,
-    "noise": _noise,
-    "ds": _deepspeed,
-    "data": _data,
-    "rows": list,
-    "notes": list,
-}

@@ -198,12 +198,10 @@ def _settings(path: Path) -> dict[str, tuple[Any, str]]:
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of the recipe whose settings these are, by full name; empty where none has them."""
-    from swaft.training.config import (
-        CausalConfig,
-        ClassificationConfig,
-        QuestionAnsweringConfig,
-        Seq2SeqConfig,
-    )
+    from swaft.training.config.causal_lm import CausalConfig
+    from swaft.training.config.classification import ClassificationConfig
+    from swaft.training.config.question_answering import QuestionAnsweringConfig
+    from swaft.training.config.seq2seq import Seq2SeqConfig
 
     for recipe in (CausalConfig, ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig):
         known = {

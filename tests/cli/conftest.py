@@ -9,6 +9,7 @@ from tiny_questions import save_questions, save_reader
 from tiny_texts import NEW_MODEL, save_pairs
 
 ROOT = Path(__file__).parents[2]
+NEW_DECODER = "{model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}"
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,7 @@ def configs(tmp_path_factory) -> dict[str, Path]:
     settings = {
         "classification": (f"model_name_or_path: {folder / 'encoder'}", ".csv", "max_seq_length: 16"),
         "seq2seq": (f"config: {NEW_MODEL}", "-pairs.csv", "max_source_length: 32"),
+        "causal_lm": (f"config: {NEW_DECODER}", "-pairs.csv", "max_length: 32"),
         "question_answering": (
             f"model_name_or_path: {folder / 'reader'}",
             ".jsonl",

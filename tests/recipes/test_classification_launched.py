@@ -9,7 +9,8 @@ from launching import launch
 from safetensors.torch import load_file
 from tiny_inputs import accuracy_of, save_model
 
-from swaft.training.config import ClassificationConfig, load_config
+from swaft.training.config import load_config
+from swaft.training.config.classification import ClassificationConfig
 
 pytestmark = pytest.mark.recipe
 

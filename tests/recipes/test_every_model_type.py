@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError, SwaftError
-from swaft.training.checks.refusals import NOT_FROM_TEXT, ROUTE_AMONG_MODULES, keep_all_layers
+from swaft.training.checks.start import ROUTE_AMONG_MODULES, keep_all_layers
 from swaft.training.config import load_config
+from swaft.training.models.checks import NOT_FROM_TEXT
 from swaft.training.models.pretrained import GROWING, longest_input
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 from swaft.training.planning.preflight import check_run
@@ -254,7 +255,7 @@ def test_a_type_with_weights_that_text_leaves_unused_is_known_to_ddp(recipe, nam
     if is_refused(recipe, name) or name in ROUTE_AMONG_MODULES:
         pytest.skip("is refused for its type, on several ranks at least")
     config = tiny(recipe, name)
-    keep_all_layers({"WORLD_SIZE": "2"}, config)
+    keep_all_layers(config, 2)
     model = TYPES[recipe, name][1](config).train()
     model(**batch(recipe, config, 48, 8)).loss.backward()
     unused = [key for key, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from swaft.training.config import QuestionAnsweringConfig, build_rule, load_config
+from swaft.training.config import build_rule, load_config
+from swaft.training.config.question_answering import QuestionAnsweringConfig
 from swaft.training.metrics.question_answering import get_question_metric
 from swaft.training.models.build import build_objective
 

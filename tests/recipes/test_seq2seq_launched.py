@@ -10,7 +10,8 @@ from launching import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from swaft.training.config import Seq2SeqConfig, load_config
+from swaft.training.config import load_config
+from swaft.training.config.seq2seq import Seq2SeqConfig
 
 pytestmark = pytest.mark.recipe
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from swaft.training.config import TrackConfig, TrainConfig
-from swaft.training.evaluation.evaluate import batch_generator, generation_is_collective
+from swaft.training.evaluation.generation import batch_generator, generation_is_collective
 from swaft.training.launch.accelerator import build_accelerator, resolve_engine, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 

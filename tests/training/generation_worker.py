@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import T5Config, T5ForConditionalGeneration
 
-from swaft.training.evaluation.evaluate import batch_generator
+from swaft.training.evaluation.generation import batch_generator
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from harness import worker_main

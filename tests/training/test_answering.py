@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.config import QuestionAnsweringDataConfig as Data
-from swaft.training.config import QuestionAnsweringEvalConfig
+from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
+from swaft.training.config.question_answering import QuestionAnsweringEvalConfig
 from swaft.training.data.question_answering import WindowCollator, tokenize_questions
 from swaft.training.evaluation.answering import (
     AnswerSearch,

@@ -5,12 +5,12 @@ import torch
 from transformers import EncoderDecoderConfig
 
 from swaft.errors import ConfigError
-from swaft.training.config import Seq2SeqModelConfig
+from swaft.training.config.seq2seq import Seq2SeqModelConfig
 from swaft.training.models.encoder_decoder import (
+    check_new_model,
     encoder_decoder_config,
     load_encoder_decoder,
     new_tokenizer,
-    refuse_other_tokens,
     train_tokenizer,
 )
 
@@ -97,5 +97,5 @@ def test_a_new_model_with_other_special_tokens_than_its_tokenizer_is_refused(ent
     section = Seq2SeqModelConfig(config=TINY | {entry: 7})
     for known in (tokenizer, None):
         with pytest.raises(ConfigError, match=f"model.config: {entry} is 7, but the tokenizer's is"):
-            refuse_other_tokens(section, known)
-    refuse_other_tokens(Seq2SeqModelConfig(config=TINY | {"pad_token_id": 0, "eos_token_id": 1}), None)
+            check_new_model(section, known)
+    check_new_model(Seq2SeqModelConfig(config=TINY | {"pad_token_id": 0, "eos_token_id": 1}), None)

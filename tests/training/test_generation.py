@@ -10,14 +10,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from swaft.errors import TrainingError
-from swaft.training.config import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
+from swaft.training.config.seq2seq import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
 from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
-from swaft.training.evaluation.evaluate import (
-    Evaluation,
+from swaft.training.evaluation.evaluate import Evaluation, write_samples
+from swaft.training.evaluation.generation import (
     evaluate_texts,
     generation_arguments,
     generation_is_collective,
-    write_samples,
 )
 from swaft.training.metrics.generation import get_generation_metric
 from swaft.training.models.encoder_decoder import (

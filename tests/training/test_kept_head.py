@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.config import DataConfig, ModelConfig
+from swaft.training.config import ModelConfig
+from swaft.training.config.classification import DataConfig
 from swaft.training.data.classification import Task, describe_task
 from swaft.training.metrics.classification import get_metric, renumbered
-from swaft.training.models.heads import FittedHead, fit_head
-from swaft.training.models.pretrained import describe_labels, load_model_config, load_with_head
+from swaft.training.models.classes import FittedHead, describe_labels, fit_head
+from swaft.training.models.pretrained import load_model_config, load_with_head
 
 pytestmark = pytest.mark.unit
 

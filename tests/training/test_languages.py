@@ -10,9 +10,14 @@ from datasets import Dataset
 from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError
-from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.config.seq2seq import Seq2SeqDataConfig
 from swaft.training.data.seq2seq import PairColumns, tokenize_pairs
-from swaft.training.models.special_tokens import language_codes, set_languages, write_target_language
+from swaft.training.models.generation import (
+    language_codes,
+    require_target_language,
+    set_languages,
+    write_target_language,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -117,4 +122,4 @@ def test_the_language_of_an_earlier_fine_tuning_is_replaced():
 def test_a_code_that_neither_labels_nor_decoder_begin_with_is_refused():
     tokenizer = told(nllb(legacy_behaviour=True), "eng_Latn", "fra_Latn")
     with pytest.raises(ConfigError, match=r"nothing says which language to write; .*legacy_behaviour"):
-        write_target_language(m2m100(), tokenizer)
+        require_target_language(m2m100().config, tokenizer)

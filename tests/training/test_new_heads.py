@@ -6,7 +6,7 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForQuestionAnswering
 
 from swaft.training.config import ModelConfig
-from swaft.training.models.heads import new_heads, with_adapters
+from swaft.training.models.pretrained import new_heads, with_adapters
 
 pytestmark = pytest.mark.unit
 

@@ -11,8 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3To
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig
 from swaft.training.data.classification import Task
+from swaft.training.models.classes import describe_labels
 from swaft.training.models.pretrained import (
-    describe_labels,
     hidden_size,
     load_model_config,
     load_tokenizer,

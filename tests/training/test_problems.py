@@ -8,7 +8,7 @@ import pytest
 from swaft.errors import ConfigError, DataError
 from swaft.training.checks.problems import Parts, Problems
 from swaft.training.checks.recipe import is_recipe, load_recipe
-from swaft.training.config import ClassificationConfig
+from swaft.training.config.classification import ClassificationConfig
 
 pytestmark = pytest.mark.unit
 
@@ -79,7 +79,7 @@ def test_another_script_is_no_recipe_and_is_not_run(text, tmp_path):
 
 
 RECIPE = """
-from swaft.training.config import ClassificationConfig
+from swaft.training.config.classification import ClassificationConfig
 from sections import EXTRA
 Config = ClassificationConfig
 def prepare(config, problems): ...

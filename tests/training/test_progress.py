@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from swaft.training.config import ClassificationConfig, ModelConfig, TrackConfig, TrainConfig
+from swaft.training.config import ModelConfig, TrackConfig, TrainConfig
+from swaft.training.config.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
 

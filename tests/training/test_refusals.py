@@ -32,15 +32,17 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.checks.refusals import (
-    keep_all_layers,
-    refuse_routing,
+from swaft.training.checks.start import keep_all_layers, refuse_routing
+from swaft.training.config import ModelConfig
+from swaft.training.config.seq2seq import Seq2SeqModelConfig
+from swaft.training.models.checks import (
     require_decoder_start,
     require_embeddings,
     require_text,
     require_token_types,
 )
-from swaft.training.config import ModelConfig, Seq2SeqModelConfig
+from swaft.training.models.encoder_decoder import check_new_model
+from swaft.training.models.generation import require_generation_start
 from swaft.training.models.pretrained import UNLIMITED, longest_input, longest_text
 
 pytestmark = pytest.mark.unit
@@ -155,56 +157,60 @@ def new(**entries: Any) -> tuple[Seq2SeqModelConfig, Any]:
 
 
 def test_a_new_model_is_made_as_large_as_its_tokenizer_unless_its_settings_say_less():
-    require_embeddings(*new(), None)
+    check_new_model(new()[0], None)
     require_embeddings(*new(), tokenizer(words=40_000))
-    require_embeddings(*new(vocab_size=300), None)
+    check_new_model(new(vocab_size=300)[0], None)
     with pytest.raises(ConfigError, match="vocab_size is 299, but the new tokenizer may have 300 tokens"):
-        require_embeddings(*new(vocab_size=299), None)
+        check_new_model(new(vocab_size=299)[0], None)
     with pytest.raises(
         ConfigError, match=r"model\.config: the model has 9 embeddings, but the tokenizer has 10"
     ):
         require_embeddings(*new(vocab_size=9), tokenizer())
 
 
-@pytest.mark.parametrize("section", [ModelConfig, Seq2SeqModelConfig])
 @pytest.mark.parametrize("config", [BartConfig, T5Config])
-def test_a_decoder_that_does_not_know_where_to_start_is_refused_in_every_task(section, config, tmp_path):
-    model = section(model_name_or_path=str(tmp_path))
+def test_a_decoder_that_does_not_know_where_to_start_is_refused_in_every_task(config, tmp_path):
+    reads = ModelConfig(model_name_or_path=str(tmp_path))
+    writes = Seq2SeqModelConfig(model_name_or_path=str(tmp_path))
+    unknown, known = config(decoder_start_token_id=None), config(decoder_start_token_id=0)
     with pytest.raises(ConfigError, match="the model has no decoder_start_token_id"):
-        require_decoder_start(model, config(decoder_start_token_id=None), tokenizer())
-    require_decoder_start(model, config(decoder_start_token_id=0), tokenizer())
+        require_decoder_start(reads, unknown)
+    with pytest.raises(ConfigError, match="the model has no decoder_start_token_id"):
+        require_generation_start(writes, unknown, tokenizer())
+    require_decoder_start(reads, known)
+    require_generation_start(writes, known, tokenizer())
 
 
 def test_a_decoder_starts_as_its_generation_settings_say_where_it_generates(tmp_path: Path):
     GenerationConfig(decoder_start_token_id=1).save_pretrained(tmp_path)
-    require_decoder_start(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)), T5Config(), tokenizer())
+    require_generation_start(Seq2SeqModelConfig(model_name_or_path=str(tmp_path)), T5Config(), tokenizer())
     with pytest.raises(ConfigError, match="no decoder_start_token_id"):
-        require_decoder_start(ModelConfig(model_name_or_path=str(tmp_path)), T5Config(), tokenizer())
+        require_decoder_start(ModelConfig(model_name_or_path=str(tmp_path)), T5Config())
 
 
 def test_decoders_with_a_start_of_their_own_need_none():
-    require_decoder_start(PRETRAINED, BertConfig(), tokenizer())
-    require_decoder_start(PRETRAINED, MBartConfig(decoder_start_token_id=None), tokenizer())
-    require_decoder_start(WRITES, T5GemmaConfig(), tokenizer())
-    require_decoder_start(*new(), None)  # starts with its tokenizer's padding
+    require_decoder_start(PRETRAINED, BertConfig())
+    require_decoder_start(PRETRAINED, MBartConfig(decoder_start_token_id=None))
+    require_generation_start(WRITES, T5GemmaConfig(), tokenizer())
+    require_generation_start(*new(), None)  # starts with its tokenizer's padding
     with pytest.raises(ConfigError, match=r"model\.config: the model has no decoder_start_token_id"):
-        require_decoder_start(*new(decoder_start_token_id=None), None)
+        require_generation_start(*new(decoder_start_token_id=None), None)
 
 
 @pytest.mark.parametrize("config", [SwitchTransformersConfig(), NllbMoeConfig()])
 def test_experts_that_are_modules_are_refused_on_several_ranks(config):
-    refuse_routing({"WORLD_SIZE": "1"}, config)
-    refuse_routing({"WORLD_SIZE": "2"}, MixtralConfig())
+    refuse_routing(config, 1)
+    refuse_routing(MixtralConfig(), 2)
     with pytest.raises(ConfigError, match=f"starts 2 ranks, and the experts of a {config.model_type}"):
-        refuse_routing({"WORLD_SIZE": "2"}, config)
+        refuse_routing(config, 2)
 
 
 def test_several_ranks_leave_out_no_layers_and_one_does(caplog):
     config = M2M100Config()
-    keep_all_layers({}, config)
+    keep_all_layers(config, 1)
     assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.05, 0.05)
     with caplog.at_level("INFO", logger="swaft"):
-        keep_all_layers({"WORLD_SIZE": "2"}, config)
+        keep_all_layers(config, 2)
     assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.0, 0.0)
     assert "encoder_layerdrop=0.05 is set to 0: ranks would leave out different layers" in caplog.messages
 

@@ -22,14 +22,13 @@ from swaft.noise import TaskLoss
 from swaft.noise.passes import SentCount
 from swaft.training.config import (
     AveragingConfig,
-    ClassificationConfig,
-    DataConfig,
     EvalConfig,
     ModelConfig,
     NoiseConfig,
     TrackConfig,
     TrainConfig,
 )
+from swaft.training.config.classification import ClassificationConfig, DataConfig
 from swaft.training.data.order import shuffled
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.models.special_tokens import follow_tokenizer, generate_as_trained, one_length
+from swaft.training.models.generation import generate_as_trained
+from swaft.training.models.special_tokens import follow_tokenizer, one_length
 
 pytestmark = pytest.mark.unit
 

@@ -28,7 +28,7 @@ from swaft.errors import ConfigError
 from swaft.noise import TaskLoss
 from swaft.training.config import ModelConfig
 from swaft.training.models.build import count_parameters
-from swaft.training.models.heads import with_adapters
+from swaft.training.models.pretrained import with_adapters
 
 pytestmark = pytest.mark.unit
 

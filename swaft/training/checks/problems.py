@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swaft.errors import ConfigError, SwaftError
+
+if TYPE_CHECKING:
+    from swaft.averaging.rules import Rule
+    from swaft.training.evaluation.best import Target
 
 WholeT = TypeVar("WholeT")
 
@@ -28,6 +32,27 @@ def without(whole: WholeT, names: Collection[str]) -> WholeT:
     some: Any = object.__new__(type(kind.__name__, (Parts, kind), {}))
     vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
     return some
+
+
+class Prepared(Parts):
+    """What every recipe's `prepare` finds; a part is missing where its problem is on the list."""
+
+    rows: Mapping[str, Any]
+    """Rows by split, `train` among them."""
+    metric: Any
+    """What scores predictions; None: nothing but the loss does."""
+    model_config: Any
+    """Configuration of the model, as transformers has it."""
+    tokenizer: Any
+    """The one that reads the rows; None: a new one is to be trained."""
+    objective: Any
+    """Training objective, such as `swaft.R3F`."""
+    rule: Rule | None
+    """Averaging rule; None: nothing is averaged."""
+    target: Target
+    """What decides between weights."""
+    cuts_rows: bool = False
+    """Whether long rows are cut into several, so that there may be more to train on than rows."""
 
 
 class Problems:

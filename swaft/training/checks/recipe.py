@@ -10,38 +10,15 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from swaft.averaging.rules import Rule
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Parts, Problems
-from swaft.training.evaluation.best import Target
+from swaft.training.checks.problems import Prepared, Problems
 
 OFFERED = {"Config", "prepare"}
-
-
-class Prepared(Parts):
-    """What every recipe's `prepare` finds; a part is missing where its problem is on the list."""
-
-    rows: Mapping[str, Any]
-    """Rows by split, `train` among them."""
-    metric: Any
-    """What scores predictions; None: nothing but the loss does."""
-    model_config: Any
-    """Configuration of the model, as transformers has it."""
-    tokenizer: Any
-    """The one that reads the rows; None: a new one is to be trained."""
-    objective: Any
-    """Training objective, such as `swaft.R3F`."""
-    rule: Rule | None
-    """Averaging rule; None: nothing is averaged."""
-    target: Target
-    """What decides between weights."""
-    cuts_rows: bool = False
-    """Whether long rows are cut into several, so that there may be more to train on than rows."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +47,7 @@ def is_recipe(path: Path) -> bool:
     targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
     names |= {target.id for target in targets if isinstance(target, ast.Name)}
     imported = {node.module for node in body if isinstance(node, ast.ImportFrom)}
-    return names >= OFFERED and "swaft.training.config" in imported
+    return names >= OFFERED and any(str(name).startswith("swaft.training.config") for name in imported)
 
 
 def require_python(path: Path) -> None:

@@ -6,6 +6,7 @@ one of these two places, and is known to all.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,17 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.tracking import get_available_trackers
+from transformers import PreTrainedConfig
 
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import MissingPart, Parts, Problems
-from swaft.training.checks.recipe import Prepared
-from swaft.training.checks.refusals import (
-    keep_all_layers,
-    refuse_compilation,
-    refuse_parallelism,
-    refuse_routing,
-)
+from swaft.training.checks.problems import MissingPart, Parts, Prepared, Problems
 from swaft.training.config import TrainConfig, plan_rule, to_yaml
 from swaft.training.launch.accelerator import (
     EngineSettings,
@@ -46,7 +41,12 @@ from swaft.training.run.record import (
 )
 from swaft.training.run.schedule import Schedule, build_schedule, planned_steps
 
+logger = logging.getLogger(__name__)
+
 Ready = TypeVar("Ready", bound=Prepared)
+
+ROUTE_AMONG_MODULES = frozenset({"nllb-moe", "switch_transformers"})
+"""Types of mixtures of experts that run a module for each expert that some token chose, and no other."""
 
 
 class Start(Parts):
@@ -60,8 +60,6 @@ class Start(Parts):
     """What the launcher left, or would leave."""
     precision: str
     """``no``, ``bf16`` or ``fp16``."""
-    hidden_size: int
-    """Width of the model."""
     deepspeed: FilledConfig | None
     """Its filled file; None: another engine."""
     fsdp2: Any
@@ -69,7 +67,7 @@ class Start(Parts):
     engine: EngineSettings
     """What accelerate is started with."""
     total_steps: int
-    """Optimizer steps of the run, told from its rows."""
+    """Optimizer steps of the run, counted from its rows."""
     schedule: Schedule
     """Learning rate by step."""
     plan: Plan | None
@@ -128,6 +126,55 @@ def check_start(config: Any, ready: Prepared, environ: Mapping[str, str] | None,
         with problems:
             setattr(start, name, check(start))
     return start
+
+
+def refuse_compilation(start: Start) -> None:
+    """Refuse a launch that has accelerate compile the model."""
+    backend = start.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
+    if backend != "NO":
+        raise ConfigError(
+            f"the launcher asks for dynamo_backend {backend}, and the recipes do not compile: hooks and borrowed "
+            "heads would break the graph at every step; remove dynamo_config from the accelerate configuration "
+            "(and --dynamo_backend from the line)"
+        )
+
+
+def refuse_parallelism(start: Start) -> None:
+    """Refuse a launch that splits a batch, or a layer, over ranks."""
+    if start.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ("false", ""):
+        raise ConfigError(
+            "the launcher asks for parallelism_config, and in the recipes every rank trains on rows of its own, "
+            "with weights sharded over all ranks or none; remove it from the accelerate configuration"
+        )
+
+
+def refuse_routing(model_config: Any, world_size: int) -> None:
+    """Refuse a mixture of experts that are modules of their own on several ranks: each would run others of them."""
+    if world_size > 1 and model_config.model_type in ROUTE_AMONG_MODULES:
+        raise ConfigError(
+            f"the launcher starts {world_size} ranks, and the experts of a {model_config.model_type} "
+            "are modules of which each rank runs those that its tokens choose, so the ranks would wait for each "
+            "other; set num_processes: 1, or use a model that keeps its experts in one tensor (Mixtral, Qwen, ...)"
+        )
+
+
+def keep_all_layers(model_config: Any, world_size: int) -> None:
+    """On several ranks leave out no layers, and log it: each would leave out others, and wait for their gradients.
+
+    The rates of the configuration become 0 (M2M100 has 0.05).
+    """
+    for part in (model_config, *vars(model_config).values()) if world_size > 1 else ():
+        rates = vars(part).items() if isinstance(part, PreTrainedConfig) else ()
+        for name, rate in [(name, rate) for name, rate in rates if name.endswith("layerdrop") and rate]:
+            logger.info("%s=%g is set to 0: ranks would leave out different layers", name, rate)
+            setattr(part, name, 0.0)
+
+
+def read_deepspeed(start: Start) -> FilledConfig | None:
+    """Return DeepSpeed's file, filled; the model's width, where it is known, is for its bucket sizes."""
+    model_config = getattr(start.ready, "model_config", None)
+    width = None if model_config is None else hidden_size(model_config)
+    return resolve_deepspeed(start.train, start.environ, precision=start.precision, hidden_size=width)
 
 
 def check_locks(start: Start) -> None:
@@ -190,7 +237,7 @@ def check_checkpoint(start: Start) -> None:
 
 
 def count_steps(start: Start) -> int:
-    """Return the steps of the run, told from its rows where the settings do not say; missing where neither does."""
+    """Return the steps of the run, counted from its rows where the settings do not say; missing where both fail."""
     if start.train.max_steps > 0:
         return start.train.max_steps
     return planned_steps(start.train, num_rows=len(start.ready.rows["train"]), world_size=start.world_size)
@@ -220,19 +267,13 @@ def _unless_longer(start: Start, check: Callable[[], Any]) -> Any:
 
 
 CHECKS: dict[str, Callable[[Start], Any]] = {
-    "compilation": lambda start: refuse_compilation(start.environ),
-    "parallelism": lambda start: refuse_parallelism(start.environ),
-    "routing": lambda start: refuse_routing(start.environ, start.ready.model_config),
-    "layers": lambda start: keep_all_layers(start.environ, start.ready.model_config),
+    "compilation": refuse_compilation,
+    "parallelism": refuse_parallelism,
+    "routing": lambda start: refuse_routing(start.ready.model_config, start.world_size),
+    "layers": lambda start: keep_all_layers(start.ready.model_config, start.world_size),
     "obeyed": lambda start: obey_fsdp2(start.environ, start.train),
     "precision": lambda start: resolve_precision(start.train, start.environ),
-    "hidden_size": lambda start: hidden_size(start.ready.model_config),
-    "deepspeed": lambda start: resolve_deepspeed(
-        start.train,
-        start.environ,
-        precision=start.precision,
-        hidden_size=getattr(start, "hidden_size", None),
-    ),
+    "deepspeed": read_deepspeed,
     "fsdp2": lambda start: resolve_fsdp2(start.environ, precision=start.precision),
     "engine": lambda start: EngineSettings(
         precision=start.precision, deepspeed=start.deepspeed, fsdp2=start.fsdp2

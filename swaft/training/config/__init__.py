@@ -1,55 +1,34 @@
-"""Typed settings of a run, filled from defaults, YAML files and the command line."""
+"""Typed settings of a run, filled from defaults, YAML files and the command line.
 
-from swaft.training.config.causal_lm import CausalConfig, CausalDataConfig
+What only one family of tasks has is beside this: `classification`, `question_answering`, `seq2seq`, `causal_lm`.
+"""
+
 from swaft.training.config.check import build_rule, check_averaging, check_config, plan_rule
-from swaft.training.config.load import load_config, read_config
-from swaft.training.config.question_answering import (
-    QuestionAnsweringConfig,
-    QuestionAnsweringDataConfig,
-    QuestionAnsweringEvalConfig,
-)
-from swaft.training.config.render import flatten, to_yaml
+from swaft.training.config.load import flatten, load_config, read_config, to_yaml
 from swaft.training.config.schema import (
     AdapterConfig,
+    AnyModelConfig,
     AveragingConfig,
-    ClassificationConfig,
-    DataConfig,
     EvalConfig,
     ModelConfig,
     NoiseConfig,
+    RecipeConfig,
     RowsConfig,
     Section,
     TrackConfig,
     TrainConfig,
 )
-from swaft.training.config.seq2seq import (
-    Seq2SeqConfig,
-    Seq2SeqDataConfig,
-    Seq2SeqEvalConfig,
-    Seq2SeqModelConfig,
-    Seq2SeqTrainConfig,
-)
 
 __all__ = [
     "AdapterConfig",
+    "AnyModelConfig",
     "AveragingConfig",
-    "CausalConfig",
-    "CausalDataConfig",
-    "ClassificationConfig",
-    "DataConfig",
     "EvalConfig",
     "ModelConfig",
     "NoiseConfig",
-    "QuestionAnsweringConfig",
-    "QuestionAnsweringDataConfig",
-    "QuestionAnsweringEvalConfig",
+    "RecipeConfig",
     "RowsConfig",
     "Section",
-    "Seq2SeqConfig",
-    "Seq2SeqDataConfig",
-    "Seq2SeqEvalConfig",
-    "Seq2SeqModelConfig",
-    "Seq2SeqTrainConfig",
     "TrackConfig",
     "TrainConfig",
     "build_rule",

@@ -7,24 +7,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from swaft.options import Range
-from swaft.training.config.schema import (
-    AveragingConfig,
-    EvalConfig,
-    Fault,
-    NoiseConfig,
-    RowsConfig,
-    TrackConfig,
-)
+from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
 from swaft.training.config.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig
 
 
 @dataclass(kw_only=True)
 class CausalDataConfig(RowsConfig):
-    """Which rows to train and evaluate on, and which columns of them.
-
-    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
-    override that names one of the three replaces the whole source, its other splits included.
-    """
+    """Which rows to train and evaluate on, and which columns of them."""
 
     prompt_column: str | None = None
     """Column with the text that is given; null: both columns are found by their usual names (prompt and completion,
@@ -65,13 +54,10 @@ class CausalEvalConfig(EvalConfig):
 
 
 @dataclass(kw_only=True)
-class CausalConfig:
+class CausalConfig(RecipeConfig):
     """Everything `recipes/causal_lm.py` needs."""
 
     model: Seq2SeqModelConfig = field(default_factory=Seq2SeqModelConfig)
     data: CausalDataConfig = field(default_factory=CausalDataConfig)
     train: Seq2SeqTrainConfig
-    averaging: AveragingConfig = field(default_factory=AveragingConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
     eval: CausalEvalConfig = field(default_factory=CausalEvalConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)

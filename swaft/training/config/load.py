@@ -1,24 +1,50 @@
-"""Builds the configuration of a run: defaults, then each `--config` file in order, then the command line."""
+"""Reads a configuration (defaults, then each `--config` file in order, then the command line), and writes it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from swaft.errors import ConfigError
-from swaft.options import Option
+from swaft.options import Option, docs_of, options_of
 from swaft.training.config.check import check_config
-from swaft.training.config.layers import COMMAND_LINE, Layer, fill_in, merge, parse_arguments, read_file
-from swaft.training.config.render import help_text, to_yaml
-from swaft.training.config.values import coerce, sections, settings
+from swaft.training.config.values import coerce, sections, settings, type_name, written
 
 logger = logging.getLogger(__name__)
 
+USAGE = """\
+usage: accelerate launch [--config_file FILE] RECIPE --config FILE ... [section.name=value ...]
+
+  --config FILE        YAML settings; repeatable, later files win over earlier ones
+  section.name=value   one setting; wins over every file (--section.name value is understood too)
+  --print_config       print the resolved settings with their origins, and exit
+  --help               print this page, and exit
+"""
+HELP_WIDTH = 100
+
+# A file or line that names one of these brings its own rows: what earlier ones say about rows is dropped.
+ROW_SOURCES = ("data.task_name", "data.dataset_name", "data.train_file")
+ROW_SETTINGS = (
+    *ROW_SOURCES,
+    "data.dataset_config_name",
+    "data.validation_file",
+    "data.test_file",
+    "data.delimiter",
+    "data.eval_languages",
+)
 # Flags of the Trainer and of its examples that are called otherwise here.
 HUGGING_FACE_NAMES = {
     "fp16": "mixed_precision",
@@ -48,7 +74,7 @@ class Reading(Generic[ConfigT]):
     config: ConfigT
     """A faulty setting stands at its default."""
     origins: dict[str, str]
-    """Where each setting comes from, by its full name."""
+    """Where each setting comes from, by its full name: the path of a file, or ``command line``."""
     replaced: list[str]
     """Which rows were put in the place of which, as sentences."""
     problems: list[str]
@@ -87,25 +113,10 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
         config_class: a dataclass of section dataclasses.
         argv: config files and overrides, as for `load_config`.
     """
-    known = settings(config_class)
-    paths, overrides, problems = parse_arguments(argv)
-    layers = [read_file(path, problems) for path in paths]
-    values, origins, replaced = merge([*layers, Layer(COMMAND_LINE, overrides)])
-    values = fill_in(values, known, problems)
-    typed = _typed(values, origins, known, problems)
-    config = _instantiate(config_class, known, typed)
-    # A setting that is already on the list stands at its default now: no second problem about that.
-    faulty = _leaders(problems)
-    problems += [problem for problem in check_config(config) if not _leaders([problem]) & faulty]
-    return Reading(config=config, origins=origins, replaced=replaced, problems=problems)
-
-
-def _typed(
-    values: Mapping[str, Any], origins: Mapping[str, str], known: Mapping[str, Option], problems: list[str]
-) -> dict[str, Any]:
-    """Bring values into their settings' types; what does not fit or is missing is added to the problems."""
-    typed = {}
-    for name, value in values.items():
+    known, problems = settings(config_class), list[str]()
+    values, origins, replaced = _merge(_read_layers(argv, problems))
+    typed = dict[str, Any]()
+    for name, value in _fill_in(values, known, problems).items():
         if value is None and _is_section(name, known):
             continue  # all its lines are commented out: empty, not wrong
         if name not in known:
@@ -115,13 +126,158 @@ def _typed(
             typed[name] = coerce(value, known[name])
         except ValueError as error:
             problems.append(f"{name}: {error} ({origins[name]})")
-    missing = {name for name, option in known.items() if option.required} - typed.keys() - _leaders(problems)
     problems += [
         f"{name}: has to be given; set it in a config, or as {name}=... on the command line"
-        for name in known
-        if name in missing
+        for name, option in known.items()
+        if option.required and name not in {*typed, *_leaders(problems)}
     ]
-    return typed
+    # A setting with a problem stands at its default, or empty where it has none: no second problem about that.
+    stand_ins = {name: "" for name, option in known.items() if option.required}
+    parts: dict[str, dict[str, Any]] = {section: {} for section in sections(config_class)}
+    for name, value in {**stand_ins, **typed}.items():
+        section, setting = name.split(".")
+        parts[section][setting] = value
+    config = config_class(**{name: kind(**parts[name]) for name, kind in sections(config_class).items()})
+    faulty = _leaders(problems)
+    problems += [problem for problem in check_config(config) if not _leaders([problem]) & faulty]
+    return Reading(config=config, origins=origins, replaced=replaced, problems=problems)
+
+
+def to_yaml(config: Any, origins: dict[str, str] | None = None) -> str:
+    """Write the configuration as YAML that `load_config` reads back to the same configuration.
+
+    Args:
+        config: a configuration dataclass.
+        origins: full name to where the value comes from; each becomes a comment after its line.
+    """
+    lines = []
+    for section, values in dataclasses.asdict(config).items():
+        lines.append(f"{section}:")
+        for name, value in values.items():
+            # `${` is escaped, and so are backslashes before it, because reading it back would fill it in.
+            escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+            text = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create({name: escaped})).rstrip("\n"), "  ")
+            origin = (origins or {}).get(f"{section}.{name}")
+            lines.append(f"{text}  # {origin}" if origin else text)
+    return "\n".join(lines) + "\n"
+
+
+def flatten(config: Any) -> dict[str, str | int | float | bool]:
+    """Flatten the configuration for trackers: full name to value; null and mappings become JSON text."""
+    return {
+        f"{section}.{name}": json.dumps(value) if value is None or isinstance(value, dict) else value
+        for section, values in dataclasses.asdict(config).items()
+        for name, value in values.items()
+    }
+
+
+def help_text(config_class: type) -> str:
+    """Write the help page: every setting with type, default and doc, section by section."""
+    blocks = [USAGE]
+    for section, kind in sections(config_class).items():
+        blocks.append(f"\n{section}: {(kind.__doc__ or '').splitlines()[0]}\n")
+        docs, indent = docs_of(kind), " " * 6
+        for name, option in options_of(kind).items():
+            default = "required" if option.required else f"default {written(option.default)}"
+            body = textwrap.fill(docs[name], HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+            blocks.append(f"  {section}.{name}  <{type_name(option)}>  [{default}]\n{body}\n")
+    return "".join(blocks)
+
+
+def _read_layers(argv: Sequence[str], problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Return origin and settings (full name to value, not yet checked) of each file, and of the command line."""
+    layers = []
+    overrides = dict[str, Any]()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals and not word.startswith("--"):
+            advice = "write section.name=value, or --config FILE for each file"
+            problems.append(f"'{word}': not understood; {advice}")
+            continue
+        if not equals and (not words or words[0].startswith("--")):
+            problems.append(f"--{name}: has no value; write --{name} VALUE")
+            continue
+        value = value if equals else words.pop(0)
+        if name != "config":
+            overrides[name] = value
+            continue
+        try:
+            layers.append((value, dict(_read_file(value))))
+        except ValueError as error:
+            problems.append(f"--config {value}: {error}")
+    return [*layers, ("command line", overrides)]
+
+
+def _read_file(path: str) -> Iterator[tuple[str, Any]]:
+    """Yield full name and value of each setting of a YAML file.
+
+    Raises:
+        ValueError: with what is wrong with the file.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error}); give the path of a YAML file"
+        raise ValueError(reason) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError("expected sections such as `train:` with settings under them")
+    for section, values in content.items():
+        if isinstance(values, dict):
+            yield from ((f"{section}.{name}", value) for name, value in values.items())
+        else:
+            yield str(section), values
+
+
+def _merge(
+    layers: Sequence[tuple[str, Mapping[str, Any]]],
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Lay the layers over one another, later over earlier.
+
+    A layer that names a source of rows (a task, a dataset, a training file) replaces the source of the
+    layers below it whole, so that a config's validation file never meets another's training file.
+
+    Returns:
+        Full name to value, full name to origin, and a sentence about each source that was replaced.
+    """
+    values, origins, replaced = dict[str, Any](), dict[str, str](), list[str]()
+    for origin, layer in layers:
+        named = [f"{name}={layer[name]}" for name in ROW_SOURCES if layer.get(name) is not None]
+        dropped = [
+            f"{name}={values[name]} ({origins[name]})"
+            for name in ROW_SETTINGS
+            if named and values.get(name) not in (None, layer.get(name))
+        ]
+        if dropped:
+            replaced.append(f"{' and '.join(named)} ({origin}) takes the place of {', '.join(dropped)}")
+        for name in ROW_SETTINGS if named else ():
+            values.pop(name, None)
+            origins.pop(name, None)
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    return values, origins, replaced
+
+
+def _fill_in(values: dict[str, Any], known: Mapping[str, Option], problems: list[str]) -> dict[str, Any]:
+    """Fill in `${train.seed}` and `${oc.env:HOME}` by OmegaConf's rules."""
+    tree: dict[str, dict[str, Any]] = {}
+    defaults = {name: option.default for name, option in known.items() if not option.required}
+    for name, value in {**defaults, **values}.items():
+        if name in known:
+            section, setting = name.split(".")
+            tree.setdefault(section, {})[setting] = value
+    container, resolved = OmegaConf.create(tree), dict(values)
+    for name, value in values.items():
+        if isinstance(value, str) and "${" in value and name in known:
+            try:
+                resolved[name] = OmegaConf.select(container, name, throw_on_missing=True)
+            except OmegaConfBaseException as error:
+                del resolved[name]
+                problems.append(f"{name}: '{value}' cannot be filled in: {str(error).splitlines()[0]}")
+    return resolved
 
 
 def _leaders(problems: Sequence[str]) -> set[str]:
@@ -129,18 +285,8 @@ def _leaders(problems: Sequence[str]) -> set[str]:
     return {problem.split(":")[0] for problem in problems}
 
 
-def _instantiate(
-    config_class: type[ConfigT], known: Mapping[str, Option], typed: Mapping[str, Any]
-) -> ConfigT:
-    # A required setting that is missing has its problem on the list and gets a stand-in here.
-    stand_ins = {name: "" for name, option in known.items() if option.required}
-    given: dict[str, dict[str, Any]] = {section: {} for section in sections(config_class)}
-    for name, value in {**stand_ins, **typed}.items():
-        section, setting = name.split(".")
-        given[section][setting] = value
-    return config_class(
-        **{section: kind(**given[section]) for section, kind in sections(config_class).items()}
-    )
+def _is_section(name: str, known: Mapping[str, Option]) -> bool:
+    return any(path.startswith(f"{name}.") for path in known)
 
 
 def _nearest_setting(name: str, known: Mapping[str, Option]) -> str:
@@ -155,10 +301,6 @@ def _nearest_setting(name: str, known: Mapping[str, Option]) -> str:
     own = {short: path for short, path in by_leaf.items() if path.startswith(f"{section}.")} or by_leaf
     near = leaf if leaf in by_leaf else next(iter(get_close_matches(leaf, list(own), n=1)), None)
     return f" Did you mean '{by_leaf[near]}'?" if near else " --help lists every setting."
-
-
-def _is_section(name: str, known: Mapping[str, Option]) -> bool:
-    return any(path.startswith(f"{name}.") for path in known)
 
 
 def _leave(text: str) -> None:

@@ -7,25 +7,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from swaft.options import Count, Range, WholeNumber
-from swaft.training.config.schema import (
-    AveragingConfig,
-    EvalConfig,
-    Fault,
-    ModelConfig,
-    NoiseConfig,
-    RowsConfig,
-    TrackConfig,
-    TrainConfig,
-)
+from swaft.training.config.schema import EvalConfig, Fault, ModelConfig, RecipeConfig, RowsConfig
 
 
 @dataclass(kw_only=True)
 class QuestionAnsweringDataConfig(RowsConfig):
     """Which questions to train and evaluate on, and how their contexts are cut into windows.
 
-    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
-    override that names one of the three replaces the whole source, its other splits included. They have
-    SQuAD's columns: id, question, context, and answers (text, answer_start).
+    Rows have SQuAD's columns: id, question, context, and answers (text, answer_start).
     """
 
     max_seq_length: Annotated[int, Range(low=8)] = 384
@@ -42,9 +31,9 @@ class QuestionAnsweringDataConfig(RowsConfig):
         yield from super().conflicts()
         if self.doc_stride >= self.max_seq_length:
             message = (
-                f"windows of data.max_seq_length={self.max_seq_length} tokens cannot share {self.doc_stride} "
+                f"windows of data.max_seq_length={self.max_seq_length} tokens cannot share {self.doc_stride}"
             )
-            yield "doc_stride", message + "of them and move on; expected less, a third of the length say"
+            yield "doc_stride", f"{message} of them and move on; expected less, a third of the length say"
 
 
 @dataclass(kw_only=True)
@@ -65,13 +54,9 @@ class QuestionAnsweringEvalConfig(EvalConfig):
 
 
 @dataclass(kw_only=True)
-class QuestionAnsweringConfig:
+class QuestionAnsweringConfig(RecipeConfig):
     """Everything `recipes/question_answering.py` needs."""
 
     model: ModelConfig
     data: QuestionAnsweringDataConfig = field(default_factory=QuestionAnsweringDataConfig)
-    train: TrainConfig
-    averaging: AveragingConfig = field(default_factory=AveragingConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
     eval: QuestionAnsweringEvalConfig = field(default_factory=QuestionAnsweringEvalConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from swaft.averaging.rules import RULES
 from swaft.averaging.rules.base import Blend, Precision
 from swaft.noise import R3F, R4F, RDrop
 from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, StepOrShare, WholeNumber
-from swaft.training.config.borrowed import borrows
-from swaft.training.config.values import DELIMITERS, not_allowed, split_names
-from swaft.training.metrics.names import NAMES
+from swaft.training.config.values import DELIMITERS, borrows, not_allowed, split_names
+from swaft.training.metrics.names import unfit
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What accelerate calls the trackers it can write to."""
@@ -56,29 +55,43 @@ class AdapterConfig(Section):
         """Options of adapters that are not trained."""
         names = self.lora_target_modules
         if names is not None and not all(split_names(names)):
-            message = (
-                f"'{names}' holds an empty name; write names with commas between them (query,value), or "
-            )
-            yield "lora_target_modules", message + "all-linear"
+            advice = "write names with commas between them (query,value), or all-linear"
+            yield "lora_target_modules", f"'{names}' holds an empty name; {advice}"
         for each in () if self.use_peft else fields(AdapterConfig):
             if (value := getattr(self, each.name)) != each.default:
-                message = (
-                    f"{value} is about LoRA, and model.use_peft=false; set model.use_peft=true, or remove it"
-                )
-                yield each.name, message
+                advice = "set model.use_peft=true, or remove it"
+                yield each.name, f"{value} is about LoRA, and model.use_peft=false; {advice}"
 
 
 @dataclass(kw_only=True)
-class ModelConfig(AdapterConfig):
+class AnyModelConfig(AdapterConfig):
+    """Which model to train, pretrained or new."""
+
+    model_name_or_path: Any
+    """Hub id or folder of the pretrained model."""
+    tokenizer_name: str | None = None
+    """Hub id or folder of the tokenizer; null: the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+
+    @property
+    def described(self) -> dict[str, Any] | None:
+        """Entries of the transformers configuration of a new model; None: the model is a pretrained one."""
+        return None
+
+    @property
+    def setting(self) -> str:
+        """The setting that says which model."""
+        return "model.model_name_or_path" if self.described is None else "model.config"
+
+
+@dataclass(kw_only=True)
+class ModelConfig(AnyModelConfig):
     """Which pretrained model to fine-tune."""
 
     model_name_or_path: str
     """Hub id or folder of the pretrained model; `demo` is the MiniLM encoder of the package extra
     `swaft[demo]`, which needs no network."""
-    tokenizer_name: str | None = None
-    """Hub id or folder of the tokenizer; null: the model's own."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, because that code runs with your rights."""
     ignore_mismatched_sizes: bool = False
     """Put a new head on a model whose own head is for another number of classes (an MNLI model, say), or for
     classes of other names. false: that is an error; a head for the same classes is kept, in its own order."""
@@ -86,7 +99,11 @@ class ModelConfig(AdapterConfig):
 
 @dataclass(kw_only=True)
 class RowsConfig(Section):
-    """Where rows come from, and how many of them to take."""
+    """Which rows to train and evaluate on, and which columns of them.
+
+    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
+    override that names one of the three replaces the whole source, its other splits included.
+    """
 
     task_name: str | None = None
     """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
@@ -121,6 +138,11 @@ class RowsConfig(Section):
     """Read a special token that a text spells (`</s>`, `[SEP]`) as the text it is; false: it has its special
     meaning, for texts that have such tokens on purpose."""
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages to evaluate on besides that of the training rows."""
+        return ()
+
     def conflicts(self) -> Iterator[Fault]:
         """Rows from none or from several places, and what has no meaning for them."""
         sources = {name: getattr(self, name) for name in ("task_name", "dataset_name", "train_file")}
@@ -144,52 +166,6 @@ class RowsConfig(Section):
                 yield "delimiter", f"{self.delimiter!r} is not one character; expected one such as ; or tab"
             elif not is_table and self.dataset_name is None:  # of a dataset it is seen when it is read
                 yield "delimiter", "is about csv and tsv files, and data.train_file names none; remove it"
-
-
-@dataclass(kw_only=True)
-class DataConfig(RowsConfig):
-    """Which rows to train and evaluate on, and which columns of them.
-
-    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
-    override that names one of the three replaces the whole source, its other splits included.
-    """
-
-    text_column: str | None = None
-    """Column with the (first) text; null: found by its usual name (sentence, sentence1, text, ...)."""
-    text_pair_column: str | None = None
-    """Column with the second text of a pair; null: found by its usual name, if there is one."""
-    label_column: str | None = None
-    """Column with the answer; null: `label` or `labels`."""
-    do_regression: bool | None = None
-    """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids. false
-    lets -1 be a class, too."""
-    positive_label: str | None = None
-    """Name of the class, of two, whose F1 `eval.metric` measures; null: the second one (of texts, by the
-    alphabet), and the log says which."""
-    eval_languages: str | None = None
-    """Languages to evaluate on besides that of the training rows, with commas between them (de,fr,sw): each is
-    evaluated at the end as a split of its own (test_de), and so is the mean over all languages. Of `dataset_name`
-    they are configurations; else they are files beside those of the validation and test rows, with the language
-    before the ending (test.csv, test.de.csv)."""
-    max_seq_length: Count = 128
-    """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
-
-    def conflicts(self) -> Iterator[Fault]:
-        """Besides: columns and languages."""
-        yield from super().conflicts()
-        if self.text_pair_column is not None and self.text_column is None:
-            yield "text_pair_column", "is set without data.text_column; set both"
-        languages = [] if self.eval_languages is None else split_names(self.eval_languages)
-        if not all(languages) or len(set(languages)) < len(languages):
-            message = (
-                f"'{self.eval_languages}' holds an empty or a repeated name; write each language once, with "
-            )
-            yield "eval_languages", message + "commas between them (de,fr)"
-        elif self.dataset_config_name in languages:
-            message = (
-                f"{self.dataset_config_name} is data.dataset_config_name, whose validation and test rows are "
-            )
-            yield "eval_languages", message + "evaluated anyway; remove it from the languages"
 
 
 @dataclass(kw_only=True)
@@ -335,11 +311,10 @@ class EvalConfig(Section):
     early_stopping_threshold: NotNegative = 0.0
     """Least gain over the best score so far that counts as a better one."""
     metric: str = "auto"
-    """What to measure: accuracy, f1, f1_macro, accuracy_f1, matthews_correlation, pearson_spearman or mse;
-    auto: the usual one of the task."""
+    """What to measure; auto: the usual metric of the task."""
 
-    tasks: ClassVar = ("classification", "regression")
-    """Tasks whose metrics there are (`swaft.training.metrics.names`)."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Kinds of task whose metrics `metric` may name (`swaft.training.metrics.names`)."""
 
     def conflicts(self) -> Iterator[Fault]:
         """Choices between weights without evaluations, and metrics of other tasks."""
@@ -351,14 +326,11 @@ class EvalConfig(Section):
                 yield "early_stopping_patience", message
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             message = (
-                f"{self.early_stopping_threshold} is used with eval.early_stopping_patience, which is null; "
+                "is used with eval.early_stopping_patience, which is null; set it, or remove the threshold"
             )
-            yield "early_stopping_threshold", message + "set it, or remove the threshold"
-        names = ("auto", *(name for task in self.tasks for name in NAMES[task]))
-        if self.metric not in names:
-            others = any(self.metric in each for each in NAMES.values())
-            unfit = f"{self.metric} does not fit a {' or '.join(self.tasks)} task; use {' or '.join(names)}"
-            yield "metric", unfit if others else not_allowed(self.metric, names)
+            yield "early_stopping_threshold", f"{self.early_stopping_threshold} {message}"
+        if self.metric != "auto" and (message := unfit(self.metric, *self.tasks)):
+            yield "metric", message
 
 
 @dataclass(kw_only=True)
@@ -382,13 +354,29 @@ class TrackConfig(Section):
 
 
 @dataclass(kw_only=True)
-class ClassificationConfig:
-    """Everything `recipes/classification.py` needs."""
+class RecipeConfig:
+    """The sections that every recipe has; a family of tasks puts its own in the place of some."""
 
-    model: ModelConfig
-    data: DataConfig = field(default_factory=DataConfig)
+    model: AnyModelConfig
+    data: RowsConfig = field(default_factory=RowsConfig)
     train: TrainConfig
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+    def conflicts(self) -> Iterator[Fault]:
+        """What is wrong with settings of several sections together, by the full name of one of them."""
+        kept, patience, rule = self.eval.keep_best, self.eval.early_stopping_patience, self.averaging.rule
+        if kept in ("averaged", "either") and rule == "none":
+            reason = f"{kept} needs averaged weights, and averaging.rule is none"
+            yield "eval.keep_best", f"{reason}; set averaging.rule, or eval.keep_best=last"
+        if patience is not None and rule == "merge":
+            reason = "averaging.rule=merge weighs each step by how far it is from the run's end"
+            advice = "which has to be known; use another rule (swa, ema), or train to the end"
+            yield "eval.early_stopping_patience", f"{reason}, {advice}"
+        judged = rule == "windows" or self.averaging.search_blend or kept != "none" or patience is not None
+        if (named := self.eval.metric_for_best_model) is not None and not judged:
+            reason = f"{named} decides between weights, and nothing chooses any"
+            advice = "set eval.keep_best or eval.early_stopping_patience, or remove it"
+            yield "eval.metric_for_best_model", f"{reason}; {advice}"

@@ -8,13 +8,11 @@ from typing import Annotated, Any, ClassVar
 
 from swaft.options import Count, Option, Range, ShareBelowOne, WholeNumber
 from swaft.training.config.schema import (
-    AdapterConfig,
-    AveragingConfig,
+    AnyModelConfig,
     EvalConfig,
     Fault,
-    NoiseConfig,
+    RecipeConfig,
     RowsConfig,
-    TrackConfig,
     TrainConfig,
 )
 
@@ -25,7 +23,7 @@ NO_NEW_TOKENIZER = (
 
 
 @dataclass(kw_only=True)
-class Seq2SeqModelConfig(AdapterConfig):
+class Seq2SeqModelConfig(AnyModelConfig):
     """Which encoder-decoder to fine-tune, or what a new one looks like."""
 
     model_name_or_path: str | None = None
@@ -39,46 +37,49 @@ class Seq2SeqModelConfig(AdapterConfig):
     `tokenizer_name`; null: 4096."""
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; null: the model's own, or a new one for a new model."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+
+    @property
+    def described(self) -> dict[str, Any] | None:
+        """Entries of the transformers configuration of a new model; None: the model is a pretrained one."""
+        return self.config
+
+    @property
+    def brings_tokenizer(self) -> bool:
+        """Whether there is a tokenizer; else a new one is trained for the new model."""
+        return self.config is None or self.tokenizer_name is not None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a new tokenizer at most."""
+        return self.vocab_size or 4096
 
     def conflicts(self) -> Iterator[Fault]:
         """Besides: none or several models, and what a new one cannot be."""
         yield from super().conflicts()
         new, named = self.config, self.model_name_or_path
+        if new is None and named is None:
+            advice = "set it to a pretrained encoder-decoder, or model.config for a new model"
+            yield "model_name_or_path", f"no model named; {advice}"
+        if self.vocab_size is not None and self.brings_tokenizer:
+            yield "vocab_size", NO_NEW_TOKENIZER
         if new is None:
-            if named is None:
-                message = (
-                    "no model named; set it to a pretrained encoder-decoder, or model.config for a new model"
-                )
-                yield "model_name_or_path", message
-            if self.vocab_size is not None:
-                yield "vocab_size", NO_NEW_TOKENIZER
             return
         if self.use_peft:
-            message = "adapters change a pretrained model, and model.config describes a new one; set "
-            yield "use_peft", message + "model.use_peft=false"
+            message = "adapters change a pretrained model, and model.config describes a new one"
+            yield "use_peft", f"{message}; set model.use_peft=false"
         if named is not None:
-            message = (
-                f"describes a new model, but model.model_name_or_path={named} names a pretrained one; keep "
-            )
-            yield "config", message + "one (null takes the other back)"
+            message = f"describes a new model, but model.model_name_or_path={named} names a pretrained one"
+            yield "config", f"{message}; keep one (null takes the other back)"
         if "model_type" not in new:
             yield "config", "has no model_type; expected one of an encoder-decoder, t5 say"
         if Option.of(Count).fault(size := new.get("vocab_size", 1)):
-            message = f"vocab_size is {size!r}; expected 1 or more, or nothing: then it is the tokenizer's"
-            yield "config", message
-        if self.vocab_size is not None and self.tokenizer_name is not None:
-            yield "vocab_size", NO_NEW_TOKENIZER
+            expected = "expected 1 or more, or nothing: then it is the tokenizer's"
+            yield "config", f"vocab_size is {size!r}; {expected}"
 
 
 @dataclass(kw_only=True)
 class Seq2SeqDataConfig(RowsConfig):
-    """Which rows to train and evaluate on, and which columns of them.
-
-    The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
-    override that names one of the three replaces the whole source, its other splits included.
-    """
+    """Which rows to train and evaluate on, and which columns of them."""
 
     source_column: str | None = None
     """Column with the text to read; null: both columns are found by their usual names (document and summary,
@@ -139,20 +140,15 @@ class Seq2SeqEvalConfig(EvalConfig):
         yield from super().conflicts()
         for name, default in {"metric": "auto", "num_beams": None, "max_new_tokens": None}.items():
             if not self.predict_with_generate and (value := getattr(self, name)) != default:
-                message = (
-                    f"{value} is about generated texts, and eval.predict_with_generate=false generates none; "
-                )
-                yield name, message + "remove one of the two"
+                reason = "is about generated texts, and eval.predict_with_generate=false generates none"
+                yield name, f"{value} {reason}; remove one of the two"
 
 
 @dataclass(kw_only=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(RecipeConfig):
     """Everything `recipes/seq2seq.py` needs."""
 
     model: Seq2SeqModelConfig = field(default_factory=Seq2SeqModelConfig)
     data: Seq2SeqDataConfig = field(default_factory=Seq2SeqDataConfig)
     train: Seq2SeqTrainConfig
-    averaging: AveragingConfig = field(default_factory=AveragingConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
     eval: Seq2SeqEvalConfig = field(default_factory=Seq2SeqEvalConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)

@@ -6,15 +6,18 @@ OmegaConf's structured configurations would take 1 and 1.0 for the same start, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, Union, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from swaft.options import Option, options_of, suggestion
+from swaft.errors import ConfigError
+from swaft.options import Option, docs_of, options_of, suggestion
+
+SectionT = TypeVar("SectionT", bound=type)
 
 NULL_TEXTS = ("null", "None")
 DELIMITERS = {"tab": "\t", "\\t": "\t"}
@@ -73,14 +76,32 @@ def coerce(value: Any, option: Option) -> Any:
     Raises:
         ValueError: with a message that follows the setting's name: "expected float, got the text 'x'".
     """
-    if option.optional and (
-        value is None or (value in NULL_TEXTS and str(value).lower() not in option.choices)
-    ):
+    null = value is None or (value in NULL_TEXTS and str(value).lower() not in option.choices)
+    if option.optional and null:
         return None
-    typed = _text(value, option) if {*option.kinds} == {str} else _plain(value, option)
-    if fault := option.fault(typed):
+    is_text, advice = {*option.kinds} == {str}, ""
+    if is_text and value is False:
+        # YAML 1.1 reads an unquoted no or off as false: where "no" or "none" is a choice, that is what was meant.
+        meant = {*option.choices, option.default}
+        value = next((word for word in ("no", "none") if word in meant), value)
+    elif isinstance(value, str) and not is_text:
+        value = parse_scalar(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and type(value) not in option.kinds:
+        if float in option.kinds:
+            value = float(value)
+        # 1e3 is a whole number written short; 2.5 rows are not.
+        elif int in option.kinds and math.isfinite(value) and value == int(value):
+            value = int(value)
+    if type(value) not in option.kinds:
+        if is_text and isinstance(value, bool):
+            advice = " (unquoted yes, no, on and off are true and false in YAML; put text in quotes)"
+        elif is_text and value is not None:
+            advice = "; put text in quotes"
+        raise ValueError(f"expected {type_name(option)}, got {_named(value)}{advice}")
+    if fault := option.fault(value):
         raise ValueError(fault)
-    return typed
+    return value
 
 
 def split_names(text: str) -> list[str]:
@@ -93,35 +114,88 @@ def not_allowed(value: str, choices: Sequence[str]) -> str:
     return f"'{value}' is not one of {', '.join(choices)}.{suggestion(value, choices)}"
 
 
-def _text(value: Any, option: Option) -> str:
-    # YAML 1.1 reads an unquoted no or off as false: where "no" or "none" is a choice, that is what was meant.
-    if value is False:
-        for meant in ("no", "none"):
-            if meant in option.choices or option.default == meant:
-                return meant
-    if isinstance(value, str):
-        return value
-    advice = "" if value is None else "; put text in quotes"
-    if isinstance(value, bool):
-        advice = " (unquoted yes, no, on and off are true and false in YAML; put text in quotes)"
-    raise ValueError(f"expected {type_name(option)}, got {_named(value)}{advice}")
+def borrows(
+    kinds: Mapping[str, type], *, after: str, but: Collection[str] = ()
+) -> Callable[[SectionT], SectionT]:
+    """Return a decorator that gives a section, not yet a dataclass, the options of the classes it describes.
+
+    They are null by default, which leaves the choice to the class. What the section declares itself is not taken
+    over, nor what no setting can be (a sequence, say).
+
+    Args:
+        kinds: the classes, by what the section calls them.
+        after: the setting of the section behind which theirs come.
+        but: options that other sections set.
+    """
+
+    def decorate(section: SectionT) -> SectionT:
+        own = list(section.__annotations__.items())
+        place = [name for name, _ in own].index(after) + 1
+        borrowed, docs = dict[str, Any](), dict[str, str]()
+        for name in dict.fromkeys(name for kind in kinds.values() for name in options_of(kind)):
+            users = {called: kind for called, kind in kinds.items() if name in options_of(kind)}
+            types = [each for kind in users.values() for each in _setting_types(kind, name)]
+            if types and name not in {*dict(own), *but}:
+                borrowed[name] = Union[(*types, None)]
+                docs[name] = _borrowed_doc(name, users, is_special=len(users) < len(kinds))
+                setattr(section, name, None)
+        section.__annotations__ = dict([*own[:place], *borrowed.items(), *own[place:]])
+        section.borrowed_docs = docs  # type: ignore[attr-defined]
+        return section
+
+    return decorate
 
 
-def _plain(value: Any, option: Option) -> Any:
-    if isinstance(value, str):
-        value = parse_scalar(value)
-    if type(value) in option.kinds:
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if float in option.kinds:
-            return float(value)
-        # 1e3 is a whole number written short; 2.5 rows are not.
-        if int in option.kinds and math.isfinite(value) and value == int(value):
-            return int(value)
-    raise ValueError(f"expected {type_name(option)}, got {_named(value)}")
+def chosen_options(section: Any, kind: type | None, choice: str) -> dict[str, Any]:
+    """Return the options that a section with `borrows` sets for the class it chooses.
+
+    Args:
+        section: an instance; a null leaves the choice to the class.
+        kind: the class; None: none is chosen, so none of its options may be set.
+        choice: the setting that chooses the class, with its value: ``averaging.rule=swa``.
+
+    Raises:
+        ConfigError: where an option is set that the class would not use, or one is missing that it needs.
+    """
+    options = {name: value for name in section.borrowed_docs if (value := getattr(section, name)) is not None}
+    known = {} if kind is None else options_of(kind)
+    prefix = choice.partition(".")[0]
+    problems = [
+        f"{prefix}.{name} is {value}, which {choice} does not use; remove it"
+        for name, value in options.items()
+        if name not in known
+    ]
+    problems += [
+        f"{prefix}.{name} is null, which {choice} needs; set it"
+        for name, option in known.items()
+        if option.required and name in section.borrowed_docs and name not in options
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return options
+
+
+def _setting_types(kind: type, name: str) -> list[Any]:
+    """The types an option may have as a setting."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    members = get_args(hint) if len(Option.of(hint).kinds) + Option.of(hint).optional > 1 else (hint,)
+    return [each for each in members if {*Option.of(each).kinds} & {*TYPE_NAMES}]
+
+
+def _borrowed_doc(name: str, users: Mapping[str, type], *, is_special: bool) -> str:
+    """Say what an option is for, who has it if not all have, and what null means."""
+    kind = next(iter(users.values()))
+    default, doc = options_of(kind)[name].default, docs_of(kind)[name].replace("None", "null")
+    remarks = [f"{', '.join(users)} only"] * is_special
+    if default is MISSING:
+        remarks.append("has to be given")
+    elif default is not None:
+        remarks.append(f"null: {written(default)}")
+    return f"{doc} ({'; '.join(remarks)})" if remarks else doc
 
 
 def _named(value: Any) -> str:
+    """A value with its kind, for a message: "the number 2.5"."""
     kinds = {int: "the number", float: "the number", str: "the text", list: "the list", dict: "the mapping"}
     if value is None or isinstance(value, bool):
         return written(value)

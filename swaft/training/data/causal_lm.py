@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from swaft.errors import DataError
 from swaft.training.config.causal_lm import CausalDataConfig
-from swaft.training.data.checks import Fault, existing, good_rows, require_column, text_faults, values
-from swaft.training.data.texts import Collator, encode
+from swaft.training.data.checks import Fault, good_rows, require_column, text_faults, usual_columns, values
+from swaft.training.data.texts import IGNORED, Collator, encode
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,8 @@ USUAL_COLUMNS = (
     ("question", "answer"),
     ("source", "target"),
 )
-USUAL_MESSAGES = ("messages", "conversations", "conversation")
-USUAL_TEXTS = ("text", "content")
-IGNORED = -100
-"""Label of tokens that no loss counts."""
+USUAL_MESSAGES = (("messages",), ("conversations",), ("conversation",))
+USUAL_TEXTS = (("text",), ("content",))
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,17 @@ def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> Causa
 def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
     """Refuse chats where the tokenizer cannot write them, or writes earlier messages differently later on.
 
+    The tokenizer is the model's; None: a new one.
+
     Raises:
         DataError: naming the tokenizer.
     """
     if columns.messages is None:
         return
-    if tokenizer.chat_template is None:
+    if tokenizer is None or tokenizer.chat_template is None:
+        which = "a new tokenizer" if tokenizer is None else type(tokenizer).__name__
         raise DataError(
-            f"data.messages_column={columns.messages}, and {type(tokenizer).__name__} has no chat template; use a "
+            f"data.messages_column={columns.messages}, and {which} has no chat template; use a "
             "model trained on chats, or set tokenizer.chat_template and save it"
         )
     for chat in values(
@@ -184,27 +185,20 @@ class CausalCollator(Collator):
 
 
 def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
-    there = train.column_names
-    for setting in ("messages_column", "prompt_column", "answer_column"):
-        if (column := getattr(data, setting)) is not None:
-            require_column(train, column, f"data.{setting}")
-    if data.messages_column is not None:
-        return CausalColumns(answer=None, messages=data.messages_column)
-    if data.answer_column is not None:
-        return CausalColumns(answer=data.answer_column, prompt=data.prompt_column)
-    for prompt, answer in USUAL_COLUMNS:
-        if {prompt, answer} <= set(there):
-            return CausalColumns(answer=answer, prompt=prompt)
-    for name in USUAL_MESSAGES:
-        if name in there:
-            return CausalColumns(answer=None, messages=name)
-    for name in USUAL_TEXTS:
-        if name in there:
-            return CausalColumns(answer=name)
-    raise DataError(
-        f"no columns with usual names for prompts and answers, chats or texts; {existing(train)}; set "
-        "data.prompt_column and data.answer_column, or data.messages_column"
-    )
+    columns = {name: getattr(data, f"{name}_column") for name in ("messages", "prompt", "answer")}
+    for name, column in columns.items():
+        if column is not None:
+            require_column(train, column, f"data.{name}_column")
+    if columns["messages"] is None and columns["answer"] is None:
+        unusual = (
+            "no columns with usual names for prompts and answers, chats or texts; {}; set data.prompt_column "
+        )
+        advice = "and data.answer_column, or data.messages_column"
+        found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual + advice)
+        if found in USUAL_MESSAGES:
+            return CausalColumns(answer=None, messages=found[0])
+        columns |= {"answer": found[-1], "prompt": found[0] if len(found) > 1 else None}
+    return CausalColumns(**columns)
 
 
 def _class_names_as_text(split: Dataset, column: str) -> Dataset:
@@ -221,20 +215,17 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[Fault]:
         yield from text_faults(split, column)
     if columns.messages is None:
         return
+    there = f"in column '{columns.messages}'"
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
-        if not all(
-            isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in messages
-        ):
-            yield (
-                row,
-                f"has {chat!r:.80} in column '{columns.messages}'; expected messages with a role and a content",
-            )
-        elif not any(message["role"] == "assistant" for message in messages):
-            yield (
-                row,
-                f"has no message of the assistant in column '{columns.messages}'; expected one to learn",
-            )
+        if not all(map(_is_message, messages)):
+            yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
+        elif not any(each["role"] == "assistant" for each in messages):
+            yield row, f"has no message of the assistant {there}; expected one to learn"
+
+
+def _is_message(found: Any) -> bool:
+    return isinstance(found, Mapping) and isinstance(found.get("content"), str) and "role" in found
 
 
 def _tokens(

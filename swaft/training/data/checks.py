@@ -6,6 +6,7 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from datasets import Dataset
@@ -40,6 +41,30 @@ def require_column(split: Dataset, column: str, setting: str) -> None:
     if column not in split.column_names:
         hint = suggestion(column, split.column_names)
         raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
+
+
+def named_columns(split: Dataset, data: Any, *settings: str) -> tuple[str, ...]:
+    """Return the columns that these settings of section ``data`` name, up to the first that names none.
+
+    Raises:
+        DataError: one that does not exist.
+    """
+    columns = tuple(takewhile(lambda column: column is not None, (getattr(data, name) for name in settings)))
+    for setting, column in zip(settings, columns, strict=False):
+        require_column(split, column, f"data.{setting}")
+    return columns
+
+
+def usual_columns(split: Dataset, usual: Sequence[tuple[str, ...]], otherwise: str) -> tuple[str, ...]:
+    """Return the first of these columns that all exist.
+
+    Raises:
+        DataError: ``otherwise``, with the columns there are in the place of its ``{}``.
+    """
+    for columns in usual:
+        if set(columns) <= set(split.column_names):
+            return columns
+    raise DataError(otherwise.format(existing(split)))
 
 
 def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[Fault]:

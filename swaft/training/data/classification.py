@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unicodedata import normalize
 
-import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import DataError
-from swaft.training.config.schema import DataConfig
+from swaft.training.config.classification import DataConfig
 from swaft.training.data.checks import (
     Fault,
-    existing,
     good_rows,
-    require_column,
+    named_columns,
     shortened,
     text_faults,
+    usual_columns,
     values,
 )
 from swaft.training.data.texts import encode as encode_texts
 
 logger = logging.getLogger(__name__)
 
-
+# How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
+USUAL_TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("sentence",),
+    ("text",),
+)
+USUAL_LABEL_COLUMNS = (("label",), ("labels",))
 MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
 TRUTH = ["False", "True"]
@@ -45,216 +54,10 @@ class Labels:
     """Number of classes; 1 for a regression."""
     label_names: list[str] | None
     """Names of the classes in order of their ids, where the data names them."""
-    is_regression: bool
+    is_regression: bool = False
     """Whether the answer is a score rather than a class."""
     label_ids: Mapping[Any, int] = field(default_factory=dict)
     """Id of the class by what stands in the column; empty for a regression."""
-
-
-def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
-    """Read the labels of a task, and check every row of every split.
-
-    Fractional numbers are scores; written as texts they are asked about. Text is a class, its id the place in the
-    sorted texts of the training rows. A whole number is a class id; how many there are is what the column's type
-    says, else the largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names
-    like texts; where 0 is among them, -1 and below are only if `do_regression` is False, else they are taken for
-    missing answers. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is
-    logged.
-
-    Args:
-        splits: rows by split, `train` among them, without those that `label_faults` yields.
-        column: the label column, present in every split.
-        do_regression: whether numbers are scores (True) or class ids (False); None: as above.
-
-    Raises:
-        DataError: labels that may be either, or a row with one that no training row has; names split and row.
-    """
-    labels = {name: split[column][:] for name, split in splits.items()}
-    kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
-    kind = kinds["train"]
-    for name, other in kinds.items():
-        # Whole numbers among scores are scores: a small split may hold no fraction.
-        if other is not kind and not (kind is float and other is int):
-            raise DataError(
-                f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "
-                "expected the same kind in every split"
-            )
-    if do_regression is None:
-        _refuse_doubtful(labels["train"], kind, column)
-    if do_regression or (do_regression is None and kind is float):
-        if kind is str:
-            _require_written_scores(labels, column)
-        return Labels(num_labels=1, label_names=None, is_regression=True)
-    if kind is str:
-        found = _read_names(labels, column)
-    else:
-        found = _read_ids(splits, labels, column, may_be_negative=do_regression is False)
-    if found.num_labels < 2:
-        raise DataError(
-            f"every training row has the same {column}: there is nothing to classify. Name another column "
-            "with data.label_column, or raise data.max_train_samples"
-        )
-    return found
-
-
-def label_faults(split: Dataset, column: str) -> Iterator[Fault]:
-    """Yield the rows without a label: nothing, a blank, NaN or infinity, or -1 where the column's type names the
-    classes.
-    """
-    is_named = isinstance(split.features[column], ClassLabel)
-    for row, value in enumerate(values(split, column)):
-        is_number = not isinstance(value, float) or math.isfinite(value)
-        if value is None or not is_number or (isinstance(value, str) and not value.strip()):
-            yield row, f"has no {column} ({value!r})"
-        elif is_named and value == -1:
-            yield row, f"has {column}=-1, which marks a row without its answer"
-
-
-def _kind(rows: list[Any], split: str, column: str) -> type:
-    for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
-        if all(isinstance(value, members) for value in rows):
-            return kind
-    raise DataError(
-        f"column '{column}' of {split} holds {type(rows[0]).__name__} values; expected class ids, texts or scores. "
-        "Name another column with data.label_column"
-    )
-
-
-def _are_whole(rows: list[Any]) -> bool:
-    return bool((np.asarray(rows, dtype=np.float64) % 1 == 0).all())
-
-
-def _written_score(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _refuse_doubtful(labels: list[Any], kind: type, column: str) -> None:
-    """Refuse what may be either classes or scores: 1.0 and 2.0; texts that are all numbers (1.5, "1,5", nan)."""
-    if kind is float and _are_whole(labels):
-        raise DataError(
-            f"column '{column}' holds whole numbers stored as fractional ones ({labels[0]}, ...): class "
-            "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
-        )
-    if kind is str:
-        scores = {text: _written_score(text.replace(",", ".", 1)) for text in labels}
-        fraction = next((text for text, score in scores.items() if score and score % 1), None)
-        if fraction is not None and None not in scores.values():
-            raise DataError(
-                f"column '{column}' holds numbers written as texts ({fraction!r}, ...): classes or scores? Set "
-                "data.do_regression=false for classes, data.do_regression=true for scores (with a decimal point)"
-            )
-
-
-def _require_written_scores(labels: Mapping[str, list[str]], column: str) -> None:
-    for split, rows in labels.items():
-        for row, text in enumerate(rows):
-            score = _written_score(text)
-            if score is None or not math.isfinite(score):
-                raise DataError(
-                    f"row {row} of {split} has {column}={text!r}, which is no score; expected a number with a "
-                    "decimal point, or leave out data.do_regression=true"
-                )
-
-
-def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
-    known = sorted(set(labels["train"]))
-    names = [label if isinstance(label, str) else str(int(label)) for label in known]
-    ids = {label: number for number, label in enumerate(known)}
-    for split, rows in labels.items():
-        for row, value in enumerate(rows):
-            if value not in ids:
-                raise DataError(
-                    f"row {row} of {split} has {column}={value!r}, which no training row has; expected "
-                    f"one of {shortened(names)} (data.max_train_samples may cut labels off)"
-                )
-    alike: dict[str, str] = {}
-    for name in names:
-        other = alike.setdefault(normalize("NFKC", name).strip().casefold(), name)
-        if other != name:
-            logger.warning(
-                "%s: %r and %r are two classes; write them alike if they are one", column, other, name
-            )
-    return Labels(num_labels=len(names), label_names=names, is_regression=False, label_ids=ids)
-
-
-def _read_ids(
-    splits: Mapping[str, Dataset], labels: Mapping[str, list[int]], column: str, *, may_be_negative: bool
-) -> Labels:
-    for name, rows in labels.items():
-        if not _are_whole(rows):
-            raise DataError(
-                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
-                "set data.do_regression=true"
-            )
-    names, found = _class_names(splits, column), set(labels["train"])
-    are_names = 0 not in found or (may_be_negative and min(found) < 0)
-    if (names is None and are_names) or (names is TRUTH and len(found) == 1):
-        read = _read_names(labels, column)
-        logger.info(
-            "%s: whole numbers %s 0 are names of %d classes: %s",
-            *(
-                column,
-                "below" if 0 in found else "without",
-                read.num_labels,
-                shortened(read.label_names or []),
-            ),
-        )
-        return read
-    num_labels = len(names) if names is not None else int(max(found)) + 1
-    if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(labels["train"])):
-        row = int(np.argmax(labels["train"]))
-        raise DataError(
-            f"row {row} of train has {column}={num_labels - 1}, which would make {num_labels} classes of "
-            f"{len(labels['train'])} rows; expected class ids counted from 0. Name another column with "
-            "data.label_column"
-        )
-    for split, rows in labels.items():
-        ids = np.asarray(rows, dtype=np.int64)
-        outside = np.flatnonzero((ids < 0) | (ids >= num_labels))
-        if len(outside):
-            row, source = outside[0], "training rows" if names is None else "column type"
-            raise DataError(
-                f"row {row} of {split} has {column}={ids[row]}; expected 0 to {num_labels - 1}, the labels "
-                f"of the {source} (-1 usually marks a row without its answer: leave such rows out; where it is a "
-                "class, set data.do_regression=false)"
-            )
-    unseen = [str(number) for number in range(num_labels) if number not in found]
-    if unseen and names is None:
-        logger.info(
-            "%s: class ids 0 to %d; no training row has %s", column, num_labels - 1, shortened(unseen)
-        )
-    label_ids = {number: number for number in range(num_labels)}
-    return Labels(num_labels=num_labels, label_names=names, is_regression=False, label_ids=label_ids)
-
-
-def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None:
-    features = {name: split.features[column] for name, split in splits.items()}
-    named = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
-    for name, names in named.items():
-        if names != named.get("train"):
-            raise DataError(
-                f"column '{column}' names its classes {shortened(names)} in {name} but "
-                f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
-            )
-    if not named and all(set(map(type, split[column][:])) == {bool} for split in splits.values()):
-        return TRUTH
-    return named.get("train")
-
-
-# How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
-USUAL_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("text_a", "text_b"),
-    ("sentence",),
-    ("text",),
-)
-USUAL_LABEL_COLUMNS = ("label", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,13 +87,17 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
             `id`) that several rows of a split have.
     """
     train = splits["train"]
-    text_columns = _named(train, data, "text_column", "text_pair_column") or _usual_texts(train)
-    [label_column] = _named(train, data, "label_column") or [_usual_label(train)]
+    text_columns = named_columns(train, data, "text_column", "text_pair_column") or usual_columns(
+        train, USUAL_TEXT_COLUMNS, "no column with a usual name for text; {}; set data.text_column"
+    )
+    [label_column] = named_columns(train, data, "label_column") or usual_columns(
+        train, USUAL_LABEL_COLUMNS, "no column named label or labels; {}; set data.label_column"
+    )
 
     def faults(split: Dataset) -> Iterator[Fault]:
         for column in text_columns:  # most tokenizers make something of a blank text, which can be classified
             yield from text_faults(split, column, blank=data.skip_bad_rows)
-        yield from label_faults(split, label_column)
+        yield from _label_faults(split, label_column)
 
     rows = good_rows(splits, (*text_columns, label_column), faults, skip=data.skip_bad_rows)
     labels = read_labels(rows, label_column, do_regression=data.do_regression)
@@ -320,27 +127,185 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
     return split.map(encode, batched=True, with_indices=True, remove_columns=split.column_names)
 
 
-def _named(train: Dataset, data: DataConfig, *settings: str) -> tuple[str, ...]:
-    """Return the columns that these settings name, up to the first that names none."""
-    named: tuple[str, ...] = ()
-    for setting in settings:
-        column = getattr(data, setting)
-        if column is None:
-            break
-        require_column(train, column, f"data.{setting}")
-        named += (column,)
-    return named
+def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
+    """Read the labels of a task, and check every row of every split.
+
+    Fractional numbers are scores; written as texts they are asked about. Text is a class, its id the place in the
+    sorted texts of the training rows. A whole number is a class id; how many there are is what the column's type
+    says, else the largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names
+    like texts; where 0 is among them, -1 and below are only if `do_regression` is False, else they are taken for
+    missing answers. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is
+    logged.
+
+    Args:
+        splits: rows by split, `train` among them, without those that have no label.
+        column: the label column, present in every split.
+        do_regression: whether numbers are scores (True) or class ids (False); None: as above.
+
+    Raises:
+        DataError: labels that may be either, or a row with one that no training row has; names split and row.
+    """
+    labels = {name: split[column][:] for name, split in splits.items()}
+    kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
+    kind = kinds["train"]
+    for name, other in kinds.items():
+        # Whole numbers among scores are scores: a small split may hold no fraction.
+        if other is not kind and not (kind is float and other is int):
+            raise DataError(
+                f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "
+                "expected the same kind in every split"
+            )
+    if do_regression is None:
+        _refuse_doubtful(labels["train"], kind, column)
+    if do_regression or (do_regression is None and kind is float):
+        if kind is str:
+            expected = (
+                "is no score; expected a number with a decimal point, or leave out data.do_regression=true"
+            )
+            _require_each(labels, column, _is_score, f", which {expected}")
+        return Labels(num_labels=1, label_names=None, is_regression=True)
+    if kind is str:
+        found = _read_names(labels, column)
+    else:
+        found = _read_ids(splits, labels, column, may_be_negative=do_regression is False)
+    if found.num_labels < 2:
+        raise DataError(
+            f"every training row has the same {column}: there is nothing to classify. Name another column "
+            "with data.label_column, or raise data.max_train_samples"
+        )
+    return found
 
 
-def _usual_texts(train: Dataset) -> tuple[str, ...]:
-    for columns in USUAL_TEXT_COLUMNS:
-        if set(columns) <= set(train.column_names):
-            return columns
-    raise DataError(f"no column with a usual name for text; {existing(train)}; set data.text_column")
+def _label_faults(split: Dataset, column: str) -> Iterator[Fault]:
+    """Yield the rows without a label: nothing, a blank, no finite number, or -1 in a column with named classes."""
+    is_named = isinstance(split.features[column], ClassLabel)
+    for row, value in enumerate(values(split, column)):
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        if value is None or not is_number or (isinstance(value, str) and not value.strip()):
+            yield row, f"has no {column} ({value!r})"
+        elif is_named and value == -1:
+            yield row, f"has {column}=-1, which marks a row without its answer"
 
 
-def _usual_label(train: Dataset) -> str:
-    for column in USUAL_LABEL_COLUMNS:
-        if column in train.column_names:
-            return column
-    raise DataError(f"no column named label or labels; {existing(train)}; set data.label_column")
+def _kind(rows: list[Any], split: str, column: str) -> type:
+    for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
+        if all(isinstance(value, members) for value in rows):
+            return kind
+    raise DataError(
+        f"column '{column}' of {split} holds {type(rows[0]).__name__} values; expected class ids, texts or scores. "
+        "Name another column with data.label_column"
+    )
+
+
+def _are_whole(rows: list[Any]) -> bool:
+    return all(value % 1 == 0 for value in rows)
+
+
+def _score(text: str) -> float | None:
+    """Return the number that a text is; None: it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_score(text: str) -> bool:
+    score = _score(text)
+    return score is not None and math.isfinite(score)
+
+
+def _refuse_doubtful(labels: list[Any], kind: type, column: str) -> None:
+    """Refuse what may be either classes or scores: 1.0 and 2.0; texts that are all numbers (1.5, "1,5", nan)."""
+    if kind is float and _are_whole(labels):
+        raise DataError(
+            f"column '{column}' holds whole numbers stored as fractional ones ({labels[0]}, ...): class "
+            "ids or scores? Set data.do_regression=false for classes, data.do_regression=true for scores"
+        )
+    scores = {text: _score(text.replace(",", ".", 1)) for text in labels} if kind is str else {}
+    fraction = next((text for text, score in scores.items() if score and score % 1), None)
+    if fraction is not None and None not in scores.values():
+        raise DataError(
+            f"column '{column}' holds numbers written as texts ({fraction!r}, ...): classes or scores? Set "
+            "data.do_regression=false for classes, data.do_regression=true for scores (with a decimal point)"
+        )
+
+
+def _require_each(
+    labels: Mapping[str, list[Any]], column: str, is_allowed: Callable[[Any], bool], fault: str
+) -> None:
+    """Refuse the first label that is not allowed, and say why."""
+    for split, rows in labels.items():
+        for row, value in enumerate(rows):
+            if not is_allowed(value):
+                raise DataError(f"row {row} of {split} has {column}={value!r}{fault}")
+
+
+def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
+    known = sorted(set(labels["train"]))
+    names = [label if isinstance(label, str) else str(int(label)) for label in known]
+    ids = {label: number for number, label in enumerate(known)}
+    expected = f"expected one of {shortened(names)} (data.max_train_samples may cut labels off)"
+    _require_each(labels, column, ids.__contains__, f", which no training row has; {expected}")
+    alike: dict[str, str] = {}
+    for name in names:
+        other = alike.setdefault(normalize("NFKC", name).strip().casefold(), name)
+        if other != name:
+            logger.warning(
+                "%s: %r and %r are two classes; write them alike if they are one", column, other, name
+            )
+    return Labels(num_labels=len(names), label_names=names, label_ids=ids)
+
+
+def _read_ids(
+    splits: Mapping[str, Dataset], labels: Mapping[str, list[Any]], column: str, *, may_be_negative: bool
+) -> Labels:
+    for name, rows in labels.items():
+        if not _are_whole(rows):
+            raise DataError(
+                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
+                "set data.do_regression=true"
+            )
+    names, found = _class_names(splits, column), set(labels["train"])
+    are_names = 0 not in found or (may_be_negative and min(found) < 0)
+    if (names is None and are_names) or (names is TRUTH and len(found) == 1):
+        read = _read_names(labels, column)
+        logger.info(
+            "%s: whole numbers %s 0 are names of %d classes: %s",
+            *(column, "below" if 0 in found else "without", read.num_labels),
+            shortened(read.label_names or []),
+        )
+        return read
+    ids = {name: [int(number) for number in rows] for name, rows in labels.items()}
+    num_labels = len(names) if names is not None else max(ids["train"]) + 1
+    if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(ids["train"])):
+        raise DataError(
+            f"row {ids['train'].index(num_labels - 1)} of train has {column}={num_labels - 1}, which would make "
+            f"{num_labels} classes of {len(ids['train'])} rows; expected class ids counted from 0. Name another "
+            "column with data.label_column"
+        )
+    _require_each(
+        *(ids, column, range(num_labels).__contains__),
+        f"; expected 0 to {num_labels - 1}, the labels of the {'column type' if names else 'training rows'} (-1 "
+        "usually marks a row without its answer: leave such rows out; where it is a class, set "
+        "data.do_regression=false)",
+    )
+    unseen = [str(number) for number in range(num_labels) if number not in found]
+    if unseen and names is None:
+        logger.info(
+            "%s: class ids 0 to %d; no training row has %s", column, num_labels - 1, shortened(unseen)
+        )
+    return Labels(num_labels=num_labels, label_names=names, label_ids={i: i for i in range(num_labels)})
+
+
+def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None:
+    features = {name: split.features[column] for name, split in splits.items()}
+    named = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    for name, names in named.items():
+        if names != named.get("train"):
+            raise DataError(
+                f"column '{column}' names its classes {shortened(names)} in {name} but "
+                f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
+            )
+    if not named and all(set(map(type, split[column][:])) == {bool} for split in splits.values()):
+        return TRUTH
+    return named.get("train")

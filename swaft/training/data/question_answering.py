@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, PreTrainedTokenizerBase
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.config import QuestionAnsweringDataConfig
+from swaft.training.config import ModelConfig
+from swaft.training.config.question_answering import QuestionAnsweringDataConfig
 from swaft.training.data.checks import ROWS_AT_ONCE, Fault, good_rows, text_faults, values
 from swaft.training.data.texts import Collator, encode, without_letters
 
@@ -106,9 +107,6 @@ def tokenize_questions(
         the number of the window. For evaluation also `row`, the question's row number in `split`,
         `cls_position`, and `offsets`: the first and one past the last character in the context of each token,
         -1 for tokens that no answer can begin or end with.
-
-    Raises:
-        DataError: a context without tokens.
     """
     if training:
         kept = [
@@ -137,6 +135,20 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def require_question_answering(model: ModelConfig, model_config: Any) -> None:
+    """Refuse a kind of model that cannot be asked for the first and the last token of an answer.
+
+    Raises:
+        ConfigError: names the kind.
+    """
+    brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
+    if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
+        raise ConfigError(
+            f"model.model_name_or_path: {model.model_name_or_path} is a {model_config.model_type}, of which "
+            "transformers has no question-answering form; use an encoder (bert, roberta, distilbert, deberta, ...)"
+        )
+
+
 def refuse_unusable_questions(
     splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, data: QuestionAnsweringDataConfig
 ) -> None:
@@ -162,9 +174,12 @@ def refuse_unusable_questions(
                     f"data.doc_stride={data.doc_stride}. Raise the one, lower the other, or shorten the question"
                 )
             for question, context in zip(ids, contexts, strict=True):
-                if is_doubtful(context):
-                    found = tokenizer([context], add_special_tokens=False, return_offsets_mapping=True)
-                    _refuse_untokenized([question], [0], [_offsets(found, 0, 0, context)])
+                if not is_doubtful(context):
+                    continue
+                found = tokenizer([context], add_special_tokens=False, return_offsets_mapping=True)
+                if (_offsets(found, 0, 0, context) == NO_ANSWER_HERE).all():
+                    found = f"the context of question {question} has no tokens (control characters alone?)"
+                    raise DataError(f"{found}; remove the row")
 
 
 class WindowCollator(Collator):
@@ -207,7 +222,6 @@ def _encode(
         _offsets(encoded, window, int(question_first), contexts[sample])
         for window, sample in enumerate(samples)
     ]
-    _refuse_untokenized(rows["id"], samples, offsets)
     places = list(map(first_place, contexts, rows["answers"]))
     cls = [
         # Models without such a token are taught to point at the first one that no answer can begin with instead.
@@ -248,16 +262,6 @@ def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> 
     first = np.searchsorted(ends, place[0], side="right")
     last = np.searchsorted(starts, place[1], side="left") - 1
     return (int(tokens[first]), int(tokens[last])) if first <= last else (fallback, fallback)
-
-
-def _refuse_untokenized(ids: Sequence[str], samples: list[int], offsets: list[np.ndarray]) -> None:
-    windows = zip(samples, offsets, strict=True)
-    with_tokens = {sample for sample, window in windows if (window[:, 0] != NO_ANSWER_HERE).any()}
-    for sample, question in enumerate(ids):
-        if sample not in with_tokens:
-            raise DataError(
-                f"the context of question {question} has no tokens (control characters alone?); remove the row"
-            )
 
 
 def _stands(text: str, start: int, context: str) -> bool:

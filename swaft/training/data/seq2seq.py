@@ -16,17 +16,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import DataError
-from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.config.seq2seq import Seq2SeqDataConfig
 from swaft.training.data.checks import (
     Fault,
     existing,
     good_rows,
     is_blank,
-    require_column,
+    named_columns,
     text_faults,
+    usual_columns,
     values,
 )
-from swaft.training.data.texts import Collator
+from swaft.training.data.texts import IGNORED, Collator
 from swaft.training.data.texts import encode as encode_texts
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,6 @@ TRANSLATION = "translation"
 """Column that holds a text for each language, by its code."""
 REFERENCES = "references"
 """Column that lists every right text of a row."""
-IGNORED = -100
-"""Label of positions that no loss counts."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +103,18 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
     pairs = split.map(pair, batched=True, remove_columns=split.column_names)
     if name == "train" or has_lists or columns.source_lang is not None:
         return pairs
-    by_source: dict[str, dict[str, None]] = {}
+    by_source: dict[str, dict[str, None]] = {}  # a dict keeps each text once, in order
     for source, target in values(pairs, "source", "target"):
-        by_source.setdefault(source, {})[target] = None  # a dict keeps each text once, in order
+        by_source.setdefault(source, {})[target] = None
     if len(by_source) == len(pairs):
         return pairs
     logger.info(
         "%d rows of %s share %d sources: one row each, with all its references",
         *(len(pairs), name, len(by_source)),
     )
-    references = list(map(list, by_source.values()))
-    first = [texts[0] for texts in references]
-    return Dataset.from_dict({"source": list(by_source), "target": first, "references": references})
+    all_targets = list(map(list, by_source.values()))
+    first = [texts[0] for texts in all_targets]
+    return Dataset.from_dict({"source": list(by_source), "target": first, "references": all_targets})
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq2SeqDataConfig) -> Dataset:
@@ -148,14 +147,8 @@ def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
         limit, lengths = getattr(data, f"max_{kind}_length"), np.asarray(train[f"{kind}_length"])
         logger.info(
             "%ss: %.0f tokens on average, 95 %% up to %.0f, longest %d; %.1f %% are cut to %d",
-            *(
-                kind,
-                lengths.mean(),
-                np.percentile(lengths, 95),
-                lengths.max(),
-                100 * np.mean(lengths > limit),
-            ),
-            limit,
+            *(kind, lengths.mean(), np.percentile(lengths, 95), lengths.max()),
+            *(100 * np.mean(lengths > limit), limit),
         )
 
 
@@ -175,33 +168,21 @@ class Seq2SeqCollator(Collator):
 
 def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
     source, target = data.source_column, data.target_column
-    if (source is None) != (target is None):
+    # A column of this name may hold plain texts, too.
+    translations = values(train, TRANSLATION) if TRANSLATION in train.column_names else ()
+    languages = list(next((row for row in translations if isinstance(row, Mapping)), ()))
+    if source is None or target is None:
+        if languages:
+            return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
+        unusual = "no pair of columns with usual names for source and target; {}; set data.source_column and "
+        return PairColumns(*usual_columns(train, USUAL_COLUMNS, unusual + "data.target_column"))
+    if {source, target} <= set(languages):
+        return PairColumns(TRANSLATION, TRANSLATION, source, target)
+    if source == target:
         raise DataError(
-            f"data.source_column is {source} and data.target_column is {target}; expected both or "
-            f"none of them; {existing(train)}"
+            f"data.source_column and data.target_column are both {source}; {existing(train)}; name two"
         )
-    languages: list[str] = []
-    if TRANSLATION in train.column_names:  # a column of this name may hold plain texts, too
-        languages = list(next((row for row in values(train, TRANSLATION) if isinstance(row, Mapping)), ()))
-    if source is not None and target is not None:
-        if {source, target} <= set(languages):
-            return PairColumns(TRANSLATION, TRANSLATION, source, target)
-        if source == target:
-            raise DataError(
-                f"data.source_column and data.target_column are both {source}; {existing(train)}; name two"
-            )
-        require_column(train, source, "data.source_column")
-        require_column(train, target, "data.target_column")
-        return PairColumns(source, target)
-    if languages:
-        return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
-    for source, target in USUAL_COLUMNS:
-        if {source, target} <= set(train.column_names):
-            return PairColumns(source, target)
-    raise DataError(
-        f"no pair of columns with usual names for source and target; {existing(train)}; set data.source_column "
-        "and data.target_column"
-    )
+    return PairColumns(*named_columns(train, data, "source_column", "target_column"))
 
 
 def _chosen(languages: list[str], data: Seq2SeqDataConfig) -> tuple[str, str]:
@@ -227,21 +208,16 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[Fault]:
     if columns.source_lang is None:
         yield from text_faults(split, columns.source_column)
         yield from text_faults(split, columns.target_column)
-    else:
-        for row, texts in enumerate(values(split, columns.source_column)):
-            for language in (columns.source_lang, columns.target_lang):
-                text = (texts or {}).get(language)
-                if not isinstance(text, str) or is_blank(text):
-                    yield row, f"has {text!r} as its text in '{language}'; expected words"
-    if REFERENCES in split.column_names:
-        for row, texts in enumerate(values(split, REFERENCES)):
-            listed = isinstance(texts, list) and texts
-            if not listed or not all(isinstance(text, str) and text.strip() for text in texts):
-                yield (
-                    row,
-                    f"has {texts!r} in column '{REFERENCES}'; expected a list of one or more texts (rename the "
-                    "column if it is something else)",
-                )
+    for row, texts in enumerate(values(split, columns.source_column) if columns.source_lang else ()):
+        for language in (columns.source_lang, columns.target_lang):
+            text = (texts or {}).get(language)
+            if not isinstance(text, str) or is_blank(text):
+                yield row, f"has {text!r} as its text in '{language}'; expected words"
+    expected = "expected a list of one or more texts (rename the column if it is something else)"
+    for row, texts in enumerate(values(split, REFERENCES) if REFERENCES in split.column_names else ()):
+        listed = isinstance(texts, list) and texts
+        if not listed or not all(isinstance(text, str) and text.strip() for text in texts):
+            yield row, f"has {texts!r} in column '{REFERENCES}'; {expected}"
 
 
 def _cut(

@@ -16,8 +16,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 from swaft.errors import DataError
 from swaft.fraction import share_of
 from swaft.options import suggestion
-from swaft.training.config.schema import DataConfig, RowsConfig
-from swaft.training.config.values import DELIMITERS, split_names
+from swaft.training.config import RowsConfig
+from swaft.training.config.values import DELIMITERS
 from swaft.training.data.files import FILE_READERS, TABLES, cause, require_utf8
 
 logger = logging.getLogger(__name__)
@@ -61,14 +61,24 @@ def load_splits(data: RowsConfig) -> Splits:
         DataError: the rows cannot be found or read, or a split is empty or missing, or there is one already that
             was to be taken from train.
     """
-    splits = _find(data)
+    if data.task_name is not None:
+        splits = _load_task(data.task_name)
+    elif data.dataset_name is not None:
+        splits = _load_hub(data.dataset_name, data.dataset_config_name, data.delimiter)
+    else:
+        files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+        splits = {
+            split: _load_file(path, f"data.{split}_file", data.delimiter)
+            for split, path in files.items()
+            if path is not None
+        }
     if "train" not in splits:
         found = ", ".join(splits) or "(none)"
         raise DataError(f"found the splits {found} but no train split; set data.train_file")
     if data.validation_fraction is not None:
         splits = _with_validation(splits, data.validation_fraction)
-    if isinstance(data, DataConfig):
-        splits |= _find_languages(data)
+    for language in data.languages:
+        splits |= _load_language(data, language)
     limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
     for name, split in splits.items():
         if not len(split):
@@ -79,11 +89,11 @@ def load_splits(data: RowsConfig) -> Splits:
     return splits
 
 
-def language_groups(splits: Mapping[str, Any], data: DataConfig) -> dict[str, list[str]]:
+def language_groups(splits: Mapping[str, Any], data: RowsConfig) -> dict[str, list[str]]:
     """Return which splits differ in language alone, by the name of their mean: `test_mean` of `test`, `test_de`."""
     groups = {}
     for name in EVALUATED:
-        same = [name, *(f"{name}_{language}" for language in _languages(data))]
+        same = [name, *(f"{name}_{language}" for language in data.languages)]
         groups[f"{name}_mean"] = [split for split in same if split in splits]
     return {name: same for name, same in groups.items() if len(same) > 1}
 
@@ -106,50 +116,30 @@ def data_folder() -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _find(data: RowsConfig) -> Splits:
-    if data.task_name is not None:
-        return _load_task(data.task_name)
-    if data.dataset_name is not None:
-        return _load_hub(data.dataset_name, data.dataset_config_name, data.delimiter)
-    files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    named = {split: path for split, path in files.items() if path is not None}
-    return {split: _load_file(path, f"data.{split}_file", data.delimiter) for split, path in named.items()}
-
-
-def _find_languages(data: DataConfig) -> Splits:
-    splits = {}
-    for language in _languages(data):
-        if data.dataset_name:
-            found = _load_hub(data.dataset_name, language, data.delimiter)
-        else:
-            found = _load_beside(data, language)
-        kept = {f"{name}_{language}": rows for name, rows in found.items() if name in EVALUATED}
-        if not kept:
-            raise DataError(
-                f"data.eval_languages: for '{language}' there are neither validation nor test rows; expected them "
-                "in a configuration of data.dataset_name of that name, or in a file beside those of the training "
-                f"language (test.csv, test.{language}.csv)"
-            )
-        splits |= kept
-    return splits
-
-
-def _languages(data: DataConfig) -> list[str]:
-    return split_names(data.eval_languages) if data.eval_languages else []
-
-
-def _load_beside(data: DataConfig, language: str) -> Splits:
-    """Read the files of a language beside those of the validation and test rows: test.csv, test.de.csv."""
-    files = {"validation": data.validation_file, "test": data.test_file}
-    folder = _task_folder(data.task_name) if data.task_name is not None else None
-    if folder is not None:
-        files = {split: str(folder / f"{split}.parquet") for split in EVALUATED}
-    splits = {}
-    for split, named in files.items():
-        path = named and Path(named).with_suffix(f".{language}{Path(named).suffix}")
-        if path and path.is_file():
-            splits[split] = _load_file(str(path), "data.eval_languages", data.delimiter)
-    return splits
+def _load_language(data: RowsConfig, language: str) -> Splits:
+    """Read what is evaluated of a language: a configuration of a dataset, or files beside others (test.de.csv)."""
+    if data.dataset_name:
+        found = _load_hub(data.dataset_name, language, data.delimiter)
+    else:
+        files = {"validation": data.validation_file, "test": data.test_file}
+        folder = _task_folder(data.task_name) if data.task_name is not None else None
+        if folder is not None:
+            files = {split: str(folder / f"{split}.parquet") for split in EVALUATED}
+        named = {split: Path(path) for split, path in files.items() if path}
+        beside = {split: path.with_suffix(f".{language}{path.suffix}") for split, path in named.items()}
+        found = {
+            split: _load_file(str(path), "data.eval_languages", data.delimiter)
+            for split, path in beside.items()
+            if path.is_file()
+        }
+    kept = {f"{name}_{language}": rows for name, rows in found.items() if name in EVALUATED}
+    if not kept:
+        raise DataError(
+            f"data.eval_languages: for '{language}' there are neither validation nor test rows; expected them "
+            "in a configuration of data.dataset_name of that name, or in a file beside those of the training "
+            f"language (test.csv, test.{language}.csv)"
+        )
+    return kept
 
 
 def _task_folder(task_name: str) -> Path | None:
@@ -160,12 +150,11 @@ def _task_folder(task_name: str) -> Path | None:
 def _load_task(task_name: str) -> Splits:
     folder = _task_folder(task_name)
     if folder is not None:
-        files = {split: folder / f"{split}.parquet" for split in ("train", "validation", "test")}
-        return {
-            split: _load_file(str(path), "data.task_name") for split, path in files.items() if path.exists()
-        }
+        files = {split: folder / f"{split}.parquet" for split in ("train", *EVALUATED)}
+        there = {split: str(path) for split, path in files.items() if path.exists()}
+        return {split: _load_file(path, "data.task_name") for split, path in there.items()}
     if task_name == DEMO_TASK:
-        from swaft.training.demo.docstrings import docstring_splits  # only here: it takes a while
+        from swaft.training.data.docstrings import docstring_splits  # only here: it takes a while
 
         return docstring_splits()
     if task_name in GLUE_TASKS:

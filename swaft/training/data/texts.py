@@ -23,6 +23,9 @@ from swaft.training.data.checks import is_blank, values
 
 logger = logging.getLogger(__name__)
 
+IGNORED = -100
+"""Label of positions that no loss counts."""
+
 
 class Collator:
     """Pads rows and stacks them.
@@ -147,7 +150,11 @@ def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[
 def report_special_tokens(
     splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Log in how many rows a text spells a special token, and what becomes of it."""
+    """Log in how many rows a text spells a special token, and what becomes of it.
+
+    Raises:
+        DataError: where `encode` refuses such a text.
+    """
     spelled = re.compile(
         "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
     )
@@ -155,16 +162,18 @@ def report_special_tokens(
     other = str(not tokenizer.split_special_tokens).lower()
     for name, split in splits.items():
         found = [
-            (row, match.group())
+            (row, match.group(), texts)
             for row, texts in enumerate(zip(*(values(split, column) for column in columns), strict=True))
             if (match := next(filter(None, map(spelled.search, texts)), None))
         ]
-        if found:
-            logger.warning(
-                "%d rows of %s spell special tokens (row %d: %s), which %s; "
-                "set data.split_special_tokens=%s to change that",
-                *(len(found), name, *found[0], read, other),
-            )
+        if not found:
+            continue
+        logger.warning(
+            "%d rows of %s spell special tokens (row %d: %s), which %s; "
+            "set data.split_special_tokens=%s to change that",
+            *(len(found), name, *found[0][:2], read, other),
+        )
+        encode(tokenizer, [text for *_, texts in found for text in texts], verbose=False)
 
 
 def _can_split(tokenizer: Any) -> bool:

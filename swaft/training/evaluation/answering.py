@@ -18,12 +18,11 @@ from torch.utils.data import DataLoader
 
 from swaft.errors import ConfigError, TrainingError
 from swaft.noise.inputs import task_logits
-from swaft.training.config import QuestionAnsweringEvalConfig
+from swaft.training.config.question_answering import QuestionAnsweringEvalConfig
 from swaft.training.data.checks import values
 from swaft.training.data.question_answering import NO_ANSWER_HERE, POSITIONS, right_answers
 from swaft.training.evaluation.evaluate import ROW_ID, Evaluation, Ragged, measured_once, require_finite
 from swaft.training.metrics.names import Metric
-from swaft.training.metrics.question_answering import score_squad, score_squad_v2
 from swaft.training.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -102,17 +101,11 @@ def evaluate_answers(
     loss = require_finite(losses.mean().item())
     # Every rank scores, so that every rank has the score, or the error, without a word to the others.
     found, right = find_answers(questions, windows, list(logits.numpy()), search), right_answers(questions)
-    if metric.name == "squad":
-        scored = score_squad(found.texts, right)
-    elif not search.has_unanswerable:
-        scored = score_squad_v2(found.texts, right)
+    if search.has_unanswerable:
+        threshold = search.null_score_diff_threshold
+        scored = metric.compute(found.best_texts, right, found.null_odds, null_score_diff_threshold=threshold)
     else:
-        scored = score_squad_v2(
-            found.best_texts,
-            right,
-            found.null_odds,
-            null_score_diff_threshold=search.null_score_diff_threshold,
-        )
+        scored = metric.compute(found.texts, right)
     return Evaluation(
         scores={**scored, "loss": loss},
         details={"metric": metric.name, "questions": len(questions), "windows": len(windows)},

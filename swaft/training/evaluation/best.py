@@ -119,8 +119,8 @@ class BestWeights:
     ):
         self.found: Best | None = None
         """The best weights so far; None before the first score that is a number."""
-        self._keeps = evaluation.keep_best != "none"
         kind = evaluation.keep_best
+        self._keeps = kind != "none"
         # Of equal scores the first counts.
         self._watched = (kind,) if kind in ("last", "averaged") else ("averaged", "last")
         self._patience = evaluation.early_stopping_patience
@@ -212,8 +212,9 @@ class BestWeights:
         return None
 
     def _gain_of(self, score: float) -> float:
-        gain = math.inf if self.found is None else score - self.found.score
-        return gain if self._target.better is max or self.found is None else -gain
+        if self.found is None:
+            return math.inf
+        return score - self.found.score if self._target.better is max else self.found.score - score
 
     def _write(self, kind: str, readout: Readout | None) -> None:
         ranks = self._engine.ranks

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -31,7 +31,7 @@ from accelerate.utils import (
 from torch.distributed import distributed_c10d
 
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.config import AveragingConfig, EvalConfig, TrackConfig, TrainConfig
+from swaft.training.config import RecipeConfig, TrainConfig
 from swaft.training.launch.deepspeed_config import (
     FilledConfig,
     RecipeValues,
@@ -46,19 +46,6 @@ from swaft.training.launch.deepspeed_rules import deepspeed_problems
 from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2, start_on_cpu, uses_fsdp
 
 logger = logging.getLogger(__name__)
-
-
-class RunConfig(Protocol):
-    """The sections that the configurations of all recipes have in common, but for the task's own."""
-
-    @property
-    def train(self) -> TrainConfig: ...  # noqa: D102
-    @property
-    def averaging(self) -> AveragingConfig: ...  # noqa: D102
-    @property
-    def eval(self) -> EvalConfig: ...  # noqa: D102
-    @property
-    def track(self) -> TrackConfig: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +69,7 @@ def resolve_engine(
     return EngineSettings(precision=precision, deepspeed=deepspeed, fsdp2=fsdp2)
 
 
-def build_accelerator(config: RunConfig, engine: EngineSettings) -> Accelerator:
+def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerator:
     """Start the process group and the engine, seeded (collective).
 
     Args:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from swaft.errors import ConfigError
-from swaft.training.metrics.names import NAMES, Metric, library, refuse_unfit
+from swaft.training.metrics.names import NAMES, Metric, Scores, library, refuse_unfit
 
 logger = logging.getLogger(__name__)
-
-Scores = dict[str, float]
 
 METRIC_NAMES = NAMES["classification"] + NAMES["regression"]
 TASK_METRICS = {
@@ -55,7 +54,7 @@ def get_metric(
         fits = METRICS[usual].is_regression == is_regression
         name = usual if fits else "pearson_spearman" if is_regression else "accuracy"
     refuse_unfit(name, "regression" if is_regression else "classification")
-    metric = METRICS[name]
+    metric = METRICS[name].require_modules()
     if "f1" not in metric.names:
         if positive_label is not None:
             raise ConfigError(
@@ -99,14 +98,9 @@ def _accuracy(predictions: np.ndarray, references: np.ndarray) -> Scores:
     return {"accuracy": np.mean(predictions == references).item()}
 
 
-def _f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    f1_score = library("sklearn.metrics", "scikit-learn").f1_score
-    return {"f1": float(f1_score(references, predictions, pos_label=1, zero_division=0.0))}
-
-
-def _f1_macro(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    f1_score = library("sklearn.metrics", "scikit-learn").f1_score
-    return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
+def _f1(predictions: np.ndarray, references: np.ndarray, name: str = "f1", average: str = "binary") -> Scores:
+    f1_score = library("sklearn.metrics").f1_score
+    return {name: float(f1_score(references, predictions, average=average, zero_division=0.0))}
 
 
 def _accuracy_f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
@@ -117,7 +111,7 @@ def _matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> Sc
     # One class only: the coefficient is 0/0, and 0, no better than chance, by convention.
     if len(np.unique(predictions)) == 1 or len(np.unique(references)) == 1:
         return {"matthews_correlation": 0.0}
-    coefficient = library("sklearn.metrics", "scikit-learn").matthews_corrcoef
+    coefficient = library("sklearn.metrics").matthews_corrcoef
     return {"matthews_correlation": float(coefficient(references, predictions))}
 
 
@@ -126,7 +120,7 @@ def _pearson_spearman(predictions: np.ndarray, references: np.ndarray) -> Scores
         if np.ptp(values) == 0:
             logger.warning("correlation of constant %s is undefined and reported as 0", what)
             return {"pearson": 0.0, "spearman": 0.0}
-    stats = library("scipy.stats", "scipy")
+    stats = library("scipy.stats")
     return {
         "pearson": float(stats.pearsonr(predictions, references)[0]),
         "spearman": float(stats.spearmanr(predictions, references)[0]),
@@ -138,15 +132,16 @@ def _mse(predictions: np.ndarray, references: np.ndarray) -> Scores:
     return {"mse": np.mean(difference**2).item()}
 
 
+SKLEARN, SCIPY = ("sklearn.metrics",), ("scipy.stats",)
 METRICS = {
     metric.name: metric
     for metric in (
         Metric("accuracy", ("accuracy",), _accuracy),
-        Metric("f1", ("f1",), _f1),
-        Metric("f1_macro", ("f1_macro",), _f1_macro),
-        Metric("accuracy_f1", ("accuracy", "f1"), _accuracy_f1),
-        Metric("matthews_correlation", ("matthews_correlation",), _matthews_correlation),
-        Metric("pearson_spearman", ("pearson", "spearman"), _pearson_spearman, is_regression=True),
+        Metric("f1", ("f1",), _f1, modules=SKLEARN),
+        Metric("f1_macro", ("f1_macro",), partial(_f1, name="f1_macro", average="macro"), modules=SKLEARN),
+        Metric("accuracy_f1", ("accuracy", "f1"), _accuracy_f1, modules=SKLEARN),
+        Metric("matthews_correlation", ("matthews_correlation",), _matthews_correlation, modules=SKLEARN),
+        Metric("pearson_spearman", ("pearson", "spearman"), _pearson_spearman, True, SCIPY),
         Metric("mse", ("mse",), _mse, is_regression=True),
     )
 }

@@ -64,7 +64,7 @@ def get_generation_metric(
     if name == "auto":
         name = TASK_METRICS.get(task_name or "", "bleu_chrf" if translates else "rouge")
     refuse_unfit(name, "generation")
-    return METRICS[name]
+    return METRICS[name].require_modules()
 
 
 def bootstrap_intervals(values: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
@@ -128,10 +128,10 @@ def rouge_scorer(names: Sequence[str] = ROUGE_TYPES) -> Callable[[str, Sequence[
     Raises:
         ConfigError: rouge-score is not installed.
     """
-    tokenizer = library("rouge_score.tokenizers", "rouge-score").DefaultTokenizer(use_stemmer=True)
+    tokenizer = library("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=True)
     # A text is compared with several others, and stemming takes longer than comparing.
     tokenizer.tokenize = lru_cache(maxsize=10_000)(tokenizer.tokenize)
-    scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(list(names), tokenizer=tokenizer)
+    scorer = library("rouge_score.rouge_scorer").RougeScorer(list(names), tokenizer=tokenizer)
 
     def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
         lines = ["\n".join(split_sentences(text)) for text in references]
@@ -193,7 +193,7 @@ def _means(rows: list[dict[str, float]], signature: str) -> GenerationScores:
 
 def _of_corpus(name: str, predictions: Sequence[str], references: References) -> GenerationScores:
     """Score by sacrebleu: BLEU with WMT's way to split words (13a), chrF; both mind the case, as in WMT."""
-    metric = getattr(library("sacrebleu", "sacrebleu"), name.upper())()
+    metric = getattr(library("sacrebleu"), name.upper())()
     # sacrebleu wants one list for all first references, one for all second ones, ...: None where a row has fewer.
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
@@ -219,19 +219,21 @@ def _joined(*parts: Callable[..., GenerationScores]) -> Callable[..., Generation
     return compute
 
 
+ROUGE, SACREBLEU = ("rouge_score.tokenizers", "rouge_score.rouge_scorer"), ("sacrebleu",)
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("rouge", ("rougeL", "rouge1", "rouge2", "rougeLsum"), _rouge),
-        Metric("bleu", ("bleu",), _bleu),
-        Metric("chrf", ("chrf",), _chrf),
+        Metric("rouge", ("rougeL", "rouge1", "rouge2", "rougeLsum"), _rouge, modules=ROUGE),
+        Metric("bleu", ("bleu",), _bleu, modules=SACREBLEU),
+        Metric("chrf", ("chrf",), _chrf, modules=SACREBLEU),
         Metric("rougeL_coco", ("rougeL_coco",), _rouge_l_coco),
-        Metric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf)),
+        Metric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf), modules=SACREBLEU),
         # The numbers of the E2E challenge, and ROUGE-L beside its namesake.
         Metric(
             "bleu_rouge",
             ("bleu", "rougeL_coco", "rougeL"),
             _joined(_bleu, _rouge_l_coco, partial(_rouge, names=("rougeL",))),
+            modules=(*ROUGE, *SACREBLEU),
         ),
     )
 }

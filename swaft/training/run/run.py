@@ -20,12 +20,11 @@ from torch.utils.data import DataLoader
 
 from swaft.averaging import Engine, Readout, ReadoutSearch, WeightAverager, attach_engine, save_pretrained
 from swaft.storage import sync_tree
-from swaft.training.config import load_config, to_yaml
+from swaft.training.config import RecipeConfig, load_config, to_yaml
 from swaft.training.evaluation.best import BestWeights, Target, watches_weights
 from swaft.training.evaluation.evaluate import Evaluation, Scores, best_window, mean_evaluations
 from swaft.training.launch.accelerator import (
     EngineSettings,
-    RunConfig,
     build_accelerator,
     whole_model_loading,
 )
@@ -97,7 +96,7 @@ class Run:
     total_steps: int = 0
     """Optimizer steps of the run; known once `prepare` has returned."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder):
+    def __init__(self, config: RecipeConfig, accelerator: Accelerator, folder: RunFolder):
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.position = Position()
         self.readout = Readout(blend=config.averaging.blend)
@@ -106,7 +105,7 @@ class Run:
         self._state: RunState | None = None
 
     @classmethod
-    def start(cls, config: RunConfig, engine: EngineSettings) -> Run:
+    def start(cls, config: RecipeConfig, engine: EngineSettings) -> Run:
         """Start the engine that the launcher asked for, and claim the run's folder (collective).
 
         Args:

@@ -9,19 +9,14 @@ import pytest
 
 from swaft.noise.presets import PRESETS
 from swaft.options import docs_of
-from swaft.training.config import (
-    AveragingConfig,
-    ClassificationConfig,
-    DataConfig,
-    ModelConfig,
-    QuestionAnsweringConfig,
+from swaft.training.config import AveragingConfig, ModelConfig, TrainConfig, check_averaging, check_config
+from swaft.training.config.classification import ClassificationConfig, DataConfig
+from swaft.training.config.question_answering import QuestionAnsweringConfig
+from swaft.training.config.seq2seq import (
     Seq2SeqConfig,
     Seq2SeqDataConfig,
     Seq2SeqModelConfig,
     Seq2SeqTrainConfig,
-    TrainConfig,
-    check_averaging,
-    check_config,
 )
 from swaft.training.config.values import sections, settings
 

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.config import CausalDataConfig
+from swaft.training.config.causal_lm import CausalDataConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
     find_columns,
@@ -19,7 +19,7 @@ from swaft.training.data.causal_lm import (
     require_chat_template,
     tokenize_rows,
 )
-from swaft.training.evaluation.language_modelling import evaluate_answers_given
+from swaft.training.evaluation.generation import evaluate_answers_given
 
 pytestmark = pytest.mark.unit
 WORDS = ["<pad>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e", "f"]
@@ -109,6 +109,8 @@ def test_a_template_that_rewrites_what_went_before_is_refused():
     reader.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         require_chat_template(reader, columns)
+    with pytest.raises(DataError, match="a new tokenizer has no chat template"):
+        require_chat_template(None, columns)
 
 
 def test_packed_rows_have_the_loss_they_have_alone():

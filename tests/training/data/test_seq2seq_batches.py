@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.config.seq2seq import Seq2SeqDataConfig
 from swaft.training.data.seq2seq import Seq2SeqCollator, report_lengths, tokenize_pairs
 
 pytestmark = pytest.mark.unit

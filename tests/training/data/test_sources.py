@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from swaft.errors import DataError
-from swaft.training.config import DataConfig
+from swaft.training.config.classification import DataConfig
 from swaft.training.data import sources
 from swaft.training.data.sources import data_folder, load_splits
 

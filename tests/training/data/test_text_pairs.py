@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from swaft.errors import DataError
-from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.config.seq2seq import Seq2SeqDataConfig
 from swaft.training.data.seq2seq import PairColumns, find_pairs, read_pairs
 
 pytestmark = pytest.mark.unit
@@ -47,11 +47,6 @@ def test_named_columns_win_over_usual_ones():
     train = rows(document=["a"], summary=["b"], head=["c"])
     columns = find(train, source_column="document", target_column="head")
     assert columns == PairColumns("document", "head")
-
-
-def test_columns_are_named_both_or_not_at_all():
-    with pytest.raises(DataError, match=r"data\.source_column is text .* expected both or none"):
-        find(rows(text=["a"], summary=["b"]), source_column="text")
 
 
 def test_missing_columns_are_named_with_those_there_are():

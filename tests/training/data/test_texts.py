@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from swaft.errors import DataError
-from swaft.training.config import QuestionAnsweringDataConfig as Data
-from swaft.training.config import Seq2SeqDataConfig
+from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
+from swaft.training.config.seq2seq import Seq2SeqDataConfig
 from swaft.training.data.question_answering import tokenize_questions
 from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
 from swaft.training.data.texts import encode, read_as_text, report_special_tokens
@@ -113,6 +113,9 @@ def test_a_word_that_is_a_special_token_needs_one_for_unknown_words():
     read_as_text(tokenizer, True)
     with pytest.raises(DataError, match=r"a text spells </s>.*data\.split_special_tokens=false"):
         encode(tokenizer, ["w1", "w2 </s>"])
+    rows = Dataset.from_dict({"text": ["w1", "w1 </s>"]})
+    with pytest.raises(DataError, match=r"a text spells </s>"):  # known before any row is tokenized
+        report_special_tokens({"train": rows}, ["text"], tokenizer)
 
 
 def test_an_answer_beside_a_spelled_token_keeps_its_characters():

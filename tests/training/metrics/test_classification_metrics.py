@@ -159,6 +159,9 @@ def test_missing_library_names_the_extra(monkeypatch):
     for name in ("sklearn.metrics", "scipy.stats"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
-        get_metric("f1").compute(PREDICTIONS, REFERENCES)
+        METRICS["f1"].compute(PREDICTIONS, REFERENCES)
     with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
-        get_metric("pearson_spearman", is_regression=True).compute(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+        METRICS["pearson_spearman"].compute(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    for name in ("f1", "pearson_spearman"):  # as early as it is chosen, before any training
+        with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
+            get_metric(name, is_regression=name == "pearson_spearman")

@@ -145,3 +145,7 @@ def test_missing_library_names_the_extra(monkeypatch, library, name):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=r"swaft\[metrics\]"):
         METRICS[name].compute(["a"], [["a"]])
+    with pytest.raises(
+        ConfigError, match=r"swaft\[metrics\]"
+    ):  # as early as it is chosen, before any training
+        get_generation_metric(name)

@@ -8,10 +8,9 @@ from collections import Counter
 import pytest
 
 from swaft.errors import DataError
-from swaft.training.config import DataConfig
+from swaft.training.config.classification import DataConfig
 from swaft.training.data.classification import describe_task
-from swaft.training.data.sources import load_splits
-from swaft.training.demo.docstrings import (
+from swaft.training.data.docstrings import (
     AREAS,
     MASK,
     MAX_ROWS_PER_AREA,
@@ -20,6 +19,7 @@ from swaft.training.demo.docstrings import (
     MIN_WORDS,
     docstring_splits,
 )
+from swaft.training.data.sources import load_splits
 
 pytestmark = pytest.mark.unit
 

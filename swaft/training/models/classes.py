@@ -1,27 +1,22 @@
-"""What is put on a pretrained body: the head of a task, kept or new, its classes in order, and LoRA adapters."""
+"""The classes of a task and the head of a pretrained classifier: whether it is kept, and in which order."""
 
 from __future__ import annotations
 
 import logging
 import re
-import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
 from swaft.errors import ConfigError
-from swaft.training.config import AdapterConfig, ModelConfig
-from swaft.training.config.values import split_names
+from swaft.training.config import ModelConfig
 from swaft.training.data.checks import shortened
 from swaft.training.data.classification import TRUTH, Task
+from swaft.training.models.special_tokens import write_token
 
 logger = logging.getLogger(__name__)
 
-
+READ_THEIR_END = frozenset({"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"})
+"""Types whose classifiers answer at the last end-of-text token, of which they want as many in every row."""
 OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
 """Ends of architectures whose head may have the name of a classifier's, and would be loaded as one."""
 
@@ -96,21 +91,37 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     )
 
 
-@torch.no_grad()
-def renew_head(model: Any) -> None:
-    """Draw the weights of a classifier's head anew, whole or partitioned; torch is seeded alike on every rank."""
-    heads = [model.get_submodule(name) for name in new_heads(model)]
-    weights = [weight for head in heads for weight in head.parameters()]
-    whole: Any = nullcontext()
-    if any(hasattr(weight, "ds_id") for weight in weights):
-        import deepspeed
+def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) -> None:
+    """Write the task into a transformers configuration: names of labels, kind of problem, padding."""
+    names = task.label_names or [f"LABEL_{index}" for index in range(task.num_labels)]
+    model_config.id2label = dict(enumerate(names))
+    model_config.label2id = {name: index for index, name in enumerate(names)}
+    model_config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    write_token(model_config, "pad", pad_token_id)
 
-        whole = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
-    with whole:
-        for weight in weights:
-            weight._is_hf_initialized = False  # type: ignore[attr-defined]  # or transformers leaves it alone
-        for head in heads:
-            head.apply(model._init_weights)
+
+def require_end_token(model_config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose rows a classifier would look in vain for its end token in, after `follow_tokenizer`.
+
+    Raises:
+        ConfigError: for a model that answers at the end token, where texts do not end with one, are padded with it,
+            or may have more of them.
+    """
+    if model_config.model_type not in READ_THEIR_END:
+        return
+    end = tokenizer.eos_token_id
+    if end is None or end not in tokenizer("a").input_ids:
+        found = "puts none into its texts"
+    elif end == tokenizer.pad_token_id:
+        found = "pads with it, too; set its pad_token to another token"
+    elif not tokenizer.split_special_tokens:
+        found = "takes those that a text spells for such a one; leave out data.split_special_tokens=false"
+    else:
+        return
+    raise ConfigError(
+        f"model.tokenizer_name: a {model_config.model_type} classifier reads its answer at the end-of-text token, "
+        f"and {type(tokenizer).__name__} {found}. Expected one in every row, at the end of its text"
+    )
 
 
 def _named(names: list[str]) -> list[str] | None:
@@ -150,68 +161,3 @@ def _plain(name: str) -> str:
 
 def _listed(names: list[str] | None) -> str:
     return "" if not names else f" ({shortened(names)})"
-
-
-TASK_TYPES = {
-    "sequence classification": "SEQ_CLS",
-    "question answering": "QUESTION_ANS",
-    "sequence to sequence": "SEQ_2_SEQ_LM",
-    "causal language modelling": "CAUSAL_LM",
-}
-"""What peft calls the tasks of the recipes."""
-
-
-def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
-    """Return the model with LoRA adapters, where the settings ask for them, or as it is.
-
-    Nothing of the pretrained model is trained then. A head that the task has added to it is, whole, and goes into
-    the adapter's folder. The model is whole, and torch is seeded alike on every rank.
-
-    Raises:
-        ConfigError: peft is not installed, or finds none of the layers.
-    """
-    if not settings.use_peft:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(f"model.use_peft: needs peft: pip install 'swaft[peft]' ({error})") from error
-    heads = new_heads(model) if task in ("sequence classification", "question answering") else []
-    names = settings.lora_target_modules
-    wanted = LoraConfig(
-        task_type=TASK_TYPES[task],
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=names if names in (None, "all-linear") else split_names(names),
-        modules_to_save=heads or None,
-    )
-    try:
-        with warnings.catch_warnings():
-            # peft 0.21 asks for checkpointing by a name that transformers 5.23 has deprecated.
-            warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
-            return get_peft_model(model, wanted)
-    except ValueError as error:
-        linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        raise ConfigError(
-            f"model.lora_target_modules: {names or 'null'} fits no layer of {type(model).__name__}; expected "
-            f"all-linear, or some of {', '.join(sorted(linear))} ({' '.join(str(error).split())[:200]})"
-        ) from error
-
-
-def new_heads(model: Any) -> list[str]:
-    """Names of the parts with weights that the task has put on the pretrained body.
-
-    Some models have no body of one piece: embeddings, encoder and decoder lie beside the head (T5's for questions).
-    """
-
-    def is_of_the_body(part: nn.Module) -> bool:
-        if model.base_model is model:
-            return isinstance(part, PreTrainedModel | nn.Embedding)
-        return part is model.base_model
-
-    return [
-        name
-        for name, part in model.named_children()
-        if not is_of_the_body(part) and any(True for _ in part.parameters())
-    ]

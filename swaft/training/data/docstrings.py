@@ -80,7 +80,16 @@ def docstring_splits(stdlib: Path | None = None) -> dict[str, Dataset]:
         DataError: the library's source is not there, or has too few docstrings.
     """
     folder = stdlib or Path(sysconfig.get_paths()["stdlib"])
-    chosen = _choose(_distinct(_members(folder)))
+    by_text: dict[str, list[Documented]] = {}
+    for member in _members(folder):
+        by_text.setdefault(member.text.lower(), []).append(member)
+    # One member a text; none where areas share a text, for then it has no right answer.
+    distinct = [same[0] for same in by_text.values() if len({member.area for member in same}) == 1]
+    sizes, taken, chosen = Counter(member.area for member in distinct), Counter[str](), list[Documented]()
+    for member in sorted(distinct, key=lambda member: (member.draw("choice"), member.name)):
+        if sizes[member.area] >= MIN_ROWS_PER_AREA and taken[member.area] < MAX_ROWS_PER_AREA:
+            taken[member.area] += 1
+            chosen.append(member)
     areas = sorted({member.area for member in chosen})
     if len(areas) < 2:
         raise DataError(
@@ -97,46 +106,30 @@ def docstring_splits(stdlib: Path | None = None) -> dict[str, Dataset]:
     return {split: Dataset.from_list(listed, features=features) for split, listed in rows.items()}
 
 
-def _choose(members: list[Documented]) -> list[Documented]:
-    """At most so many members of each area, areas with too few left out, in an order that mixes the areas."""
-    sizes = Counter(member.area for member in members)
-    taken: Counter[str] = Counter()
-    chosen = []
-    for member in sorted(members, key=lambda member: (member.draw("choice"), member.name)):
-        if sizes[member.area] >= MIN_ROWS_PER_AREA and taken[member.area] < MAX_ROWS_PER_AREA:
-            taken[member.area] += 1
-            chosen.append(member)
-    return chosen
-
-
-def _distinct(members: Iterator[Documented]) -> list[Documented]:
-    """One member a text; none where areas share a text, for then it has no right answer."""
-    by_text: dict[str, list[Documented]] = {}
-    for member in members:
-        by_text.setdefault(member.text.lower(), []).append(member)
-    return [same[0] for same in by_text.values() if len({member.area for member in same}) == 1]
-
-
 def _members(folder: Path) -> Iterator[Documented]:
     """Every documented member of the areas' modules. The source is parsed, never imported."""
     for area, listed in AREAS.items():
         modules = listed.split()
         given_away = _given_away(modules)
-        for module in modules:
-            for path in sorted([folder / f"{module}.py", *(folder / module).rglob("*.py")]):
-                parts = path.relative_to(folder).with_suffix("").parts
-                if path.is_file() and not {"test", "tests"} & set(parts):
-                    yield from _members_of(path, ".".join(parts), area, given_away)
+        for path in (path for module in modules for path in _files(folder, module)):
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # the library's own invalid escapes are not the user's business
+                tree = ast.parse(path.read_bytes())
+            module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+            for name, node in _documented(tree, module):
+                text = _mask(ast.get_docstring(node) or "", name, given_away)
+                if len(text.replace(MASK, "").split()) >= MIN_WORDS:
+                    yield Documented(name, area, text)
 
 
-def _members_of(path: Path, module: str, area: str, given_away: re.Pattern[str]) -> Iterator[Documented]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own invalid escapes are not the user's business
-        tree = ast.parse(path.read_bytes())
-    for name, node in _documented(tree, module.removesuffix(".__init__")):
-        text = _mask(ast.get_docstring(node) or "", name, given_away)
-        if len(text.replace(MASK, "").split()) >= MIN_WORDS:
-            yield Documented(name, area, text)
+def _files(folder: Path, module: str) -> Iterator[Path]:
+    """The files of a module or of a package, its tests apart."""
+    for path in sorted([folder / f"{module}.py", *(folder / module).rglob("*.py")]):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if path.is_file() and not {"test", "tests"} & {*parts}:
+            yield path
 
 
 Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

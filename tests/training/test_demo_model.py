@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.demo.model import check_weights, demo_model_path
+from swaft.training.models.pretrained import check_weights, demo_model_path
 
 pytestmark = pytest.mark.unit
 

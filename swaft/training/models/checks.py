@@ -1,0 +1,196 @@
+"""Models and tokenizers that no recipe trains with: they do not go with rows of text, or with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from swaft.errors import ConfigError
+from swaft.training.checks.problems import Prepared, Problems
+from swaft.training.config import AnyModelConfig, RecipeConfig
+from swaft.training.models.pretrained import half, model_path
+from swaft.training.models.special_tokens import follow_tokenizer
+
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+"""The files of which a model's folder has one."""
+ADAPTER = "adapter_config.json"
+"""In the folder of an adapter, which names the model that it belongs to."""
+
+NOT_FROM_TEXT = {
+    "fsmt": "makes its decoder's input of the source instead of the target",
+    "layoutlmv2": "reads pictures of pages beside their text",
+    "lxmert": "answers questions about pictures",
+    "prophetnet": "shows its decoder tokens that it has still to write, by a fault of transformers",
+    "tapas": "answers questions about tables",
+}
+"""Types of models that rows of text alone do not train, and why."""
+START_WITH_THE_END = frozenset({"mbart", "plbart"})
+"""Types whose decoder starts with the last token of the text that it is to write, a language say."""
+START_WITH_BOS = frozenset({"t5gemma", "t5gemma2"})
+"""Types whose decoder starts with its bos_token_id."""
+
+
+def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> None:
+    """Put on the list what no recipe trains with, of the model and of the tokenizer beside it.
+
+    Args:
+        ready: with ``model_config``, which takes the tokenizer's word on special tokens, and ``tokenizer``; None: a
+            new one is trained.
+        config: the recipe's configuration.
+        problems: the list.
+    """
+    with problems:
+        if ready.tokenizer is not None:
+            follow_tokenizer(ready.model_config, ready.tokenizer)
+    for require in (require_weights, require_text):
+        with problems:
+            require(config.model, ready.model_config)
+    with problems:
+        if ready.tokenizer is not None:
+            require_embeddings(config.model, ready.model_config, ready.tokenizer)
+
+
+def require_weights(model: AnyModelConfig, model_config: object) -> None:
+    """Refuse a folder of a pretrained model without weights; of the hub it is seen when they are fetched.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if model.described is not None:
+        return
+    folder = Path(model_path(model))
+    named = getattr(model_config, "transformers_weights", None)
+    expected = (*WEIGHTS, ADAPTER) if named is None else (named,)
+    if folder.is_dir() and not any((folder / name).is_file() for name in expected):
+        raise ConfigError(
+            f"model.model_name_or_path: {model.model_name_or_path} has a configuration and no weights; expected "
+            f"{' or '.join((named,) if named else (SAFE_WEIGHTS_NAME, WEIGHTS_NAME))} in that folder"
+        )
+
+
+def require_text(model: AnyModelConfig, model_config: Any) -> None:
+    """Refuse a model that rows of text alone do not train.
+
+    Raises:
+        ConfigError: as said.
+    """
+    reason = NOT_FROM_TEXT.get(model_config.model_type)
+    if reason is not None:
+        raise ConfigError(
+            f"{model.setting}: a {model_config.model_type} {reason}, so rows of text alone do not train it; "
+            "use another model"
+        )
+
+
+def require_embeddings(model: AnyModelConfig, model_config: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that makes tokens of texts, or pads with one, that the model has no embedding for.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+        tokenizer: the one that is used, after `read_as_text`.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    rows = embedding_rows(model_config if model.described is None else model.described)
+    if rows is None:
+        return  # one that hashes characters; one that is made as large as its tokenizer
+    # Special tokens that nothing puts into a text need no embedding (Gemma 3 has one for pictures).
+    special = {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and tokenizer.split_special_tokens
+    }
+    special -= {*tokenizer("a", "a").input_ids, *tokenizer(text_target="a").input_ids, tokenizer.pad_token_id}
+    without = {
+        token_id: token
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= rows and token_id not in special
+    }
+    if without:
+        meaning = ". With data.split_special_tokens=false a text may have each special token"
+        raise ConfigError(
+            f"{model.setting}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} "
+            f"tokens ({without[min(without)]!r} is the first without one); expected as many at least. Use the "
+            "model's own tokenizer, or call resize_token_embeddings and save both"
+            + ("" if tokenizer.split_special_tokens else meaning)
+        )
+
+
+def embedding_rows(described: Any) -> int | None:
+    """Return how many tokens a model has embeddings for, the fewest of its parts; None: it does not say.
+
+    Args:
+        described: its transformers configuration, or entries of one.
+    """
+
+    def sizes() -> Iterator[Any]:
+        if isinstance(described, dict):
+            for table in (described, *(part for part in described.values() if isinstance(part, dict))):
+                yield from (table.get(name) for name in ("vocab_size", "decoder_vocab_size"))
+            return
+        for part in (described, half(described, decoder=False), half(described, decoder=True)):
+            yield getattr(part, "vocab_size", None)
+
+    return min((size for size in sizes() if isinstance(size, int)), default=None)
+
+
+def require_token_types(
+    model: AnyModelConfig, model_config: Any, tokenizer: Any, columns: Sequence[str]
+) -> None:
+    """Refuse a tokenizer that tells the texts of a row apart by more types than the model has embeddings for.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+        tokenizer: the one that is used.
+        columns: with the texts of a row, one or two.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    rows = getattr(model_config.get_text_config(), "type_vocab_size", None) or 0
+    types = max(tokenizer(*("a" for _ in columns)).get("token_type_ids", [0])) + 1
+    if 0 < rows < types:
+        raise ConfigError(
+            f"{model.setting}: the model has {rows} embeddings for types of tokens, but the tokenizer tells "
+            f"{types} apart; use the model's own tokenizer, or leave token_type_ids out of "
+            "model_input_names in tokenizer_config.json"
+        )
+
+
+def require_decoder_start(
+    model: AnyModelConfig, model_config: Any, *, start: int | None = None, may_start_with_end: bool = True
+) -> None:
+    """Refuse an encoder-decoder that does not know what its decoder starts with.
+
+    Args:
+        model: section ``model``.
+        model_config: its transformers configuration.
+        start: the token that it starts with where its configuration names none.
+        may_start_with_end: whether what a decoder is given ends with a token that it may start with.
+
+    Raises:
+        ConfigError: as said.
+    """
+    kind = model_config.model_type
+    if not model_config.is_encoder_decoder or kind in NOT_FROM_TEXT:
+        return
+    if kind in START_WITH_BOS:
+        start = model_config.get_text_config(decoder=True).bos_token_id
+    elif start is None:
+        start = getattr(model_config, "decoder_start_token_id", None)
+    if start is None and not (kind in START_WITH_THE_END and may_start_with_end):
+        raise ConfigError(
+            f"{model.setting}: the model has no decoder_start_token_id, so its decoder has nothing to start "
+            "with; set it in the model's config.json (T5: its pad_token_id, BART: its eos_token_id), or in "
+            "model.config"
+        )
