@@ -76,7 +76,7 @@ OF_A_LAUNCH = {
     "run/folder.py: _claim": "another run may have come in between",
     "run/folder.py: _lock": "another run may be at work there",
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
-    "data/texts.py: encode": "a new tokenizer has one for unknown words",
+    "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
     "data/causal_lm.py: row_tokens": "a new tokenizer makes other tokens of each training set",
 }
 """What a launch asks besides `swaft validate`, and why that cannot be known before."""
