@@ -53,7 +53,7 @@ class CausalEvalConfig(EvalConfig):
     tasks: ClassVar = ()
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CausalConfig(RecipeConfig):
     """Everything `recipes/causal_lm.py` needs."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from typing import Any
 
 from swaft.averaging.rules import RULES, Plan, Rule
 from swaft.errors import ConfigError
 from swaft.options import check, options_of
-from swaft.training.config.schema import AveragingConfig, RecipeConfig
+from swaft.training.config.schema import AveragingConfig, RecipeConfig, Section
 from swaft.training.config.values import chosen_options
 
 SETTINGS_OF_ARGUMENTS = {name: f"averaging.{name}" for rule in RULES.values() for name in options_of(rule)}
@@ -16,15 +17,19 @@ SETTINGS_OF_ARGUMENTS["total_steps"] = "train.max_steps, train.num_train_epochs"
 """The settings that arguments of rules and of their plans come from."""
 
 
-def check_config(config: RecipeConfig) -> list[str]:
-    """Every problem of a configuration, each message led by the full name of its setting."""
+def check_config(config: Any) -> list[str]:
+    """Every problem of a configuration, each message led by the full name of its setting.
+
+    Args:
+        config: a `RecipeConfig`, or any other dataclass of section dataclasses.
+    """
     sections = {field.name: getattr(config, field.name) for field in fields(config)}
     problems = [
         f"{name}.{setting}: {fault}"
         for name, section in sections.items()
-        for setting, fault in check(section) or section.conflicts()
+        for setting, fault in check(section) or (section.conflicts() if isinstance(section, Section) else ())
     ]
-    if problems:
+    if problems or not isinstance(config, RecipeConfig):
         return problems
     problems += [f"{setting}: {fault}" for setting, fault in config.conflicts()]
     if config.train.max_steps > 0:

@@ -65,7 +65,7 @@ class ClassificationEvalConfig(EvalConfig):
     tasks: ClassVar = ("classification", "regression")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(RecipeConfig):
     """Everything `recipes/classification.py` needs."""
 

@@ -53,7 +53,7 @@ class QuestionAnsweringEvalConfig(EvalConfig):
     tasks: ClassVar = ("question answering",)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringConfig(RecipeConfig):
     """Everything `recipes/question_answering.py` needs."""
 

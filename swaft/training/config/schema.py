@@ -353,7 +353,7 @@ class TrackConfig(Section):
             yield "report_to", not_allowed(self.report_to, ("none", "all", *TRACKERS))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     """The sections that every recipe has; a family of tasks puts its own in the place of some."""
 

@@ -144,7 +144,7 @@ class Seq2SeqEvalConfig(EvalConfig):
                 yield name, f"{value} {reason}; remove one of the two"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig(RecipeConfig):
     """Everything `recipes/seq2seq.py` needs."""
 

@@ -86,8 +86,8 @@ def coerce(value: Any, option: Option) -> Any:
         value = next((word for word in ("no", "none") if word in meant), value)
     elif isinstance(value, str) and not is_text:
         value = parse_scalar(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and type(value) not in option.kinds:
+    is_other = type(value) not in option.kinds and not isinstance(value, bool)
+    if is_other and isinstance(value, int | float):
         if float in option.kinds:
             value = float(value)
         # 1e3 is a whole number written short; 2.5 rows are not.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -169,20 +169,22 @@ class Seq2SeqCollator(Collator):
 def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
     source, target = data.source_column, data.target_column
     # A column of this name may hold plain texts, too.
-    translations = values(train, TRANSLATION) if TRANSLATION in train.column_names else ()
-    languages = list(next((row for row in translations if isinstance(row, Mapping)), ()))
+    translations: Iterable[Any] = values(train, TRANSLATION) if TRANSLATION in train.column_names else ()
+    languages: list[str] = next((list(row) for row in translations if isinstance(row, Mapping)), [])
     if source is None or target is None:
         if languages:
             return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
         unusual = "no pair of columns with usual names for source and target; {}; set data.source_column and "
-        return PairColumns(*usual_columns(train, USUAL_COLUMNS, unusual + "data.target_column"))
+        source, target = usual_columns(train, USUAL_COLUMNS, unusual + "data.target_column")
+        return PairColumns(source, target)
     if {source, target} <= set(languages):
         return PairColumns(TRANSLATION, TRANSLATION, source, target)
     if source == target:
         raise DataError(
             f"data.source_column and data.target_column are both {source}; {existing(train)}; name two"
         )
-    return PairColumns(*named_columns(train, data, "source_column", "target_column"))
+    named_columns(train, data, "source_column", "target_column")
+    return PairColumns(source, target)
 
 
 def _chosen(languages: list[str], data: Seq2SeqDataConfig) -> tuple[str, str]:
