@@ -24,13 +24,12 @@ from swaft.errors import ConfigError
 from swaft.noise.inputs import task_logits
 from swaft.training.data.seq2seq import Seq2SeqCollator
 from swaft.training.data.texts import Collator
+from swaft.training.models.classes import READ_THEIR_END, require_end_token
 from swaft.training.models.special_tokens import (
     COUNT_FROM_PADDING,
     MIX_PADDING_IN,
-    READ_THEIR_END,
     follow_tokenizer,
     one_length,
-    require_end_token,
     whole_windows,
 )
 
