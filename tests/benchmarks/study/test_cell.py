@@ -157,7 +157,7 @@ def test_several_processes_make_cells_of_a_pack_alone_within_their_time(tiny_tas
     made = [row for row in found if row["task"] == "cr" and "failed" not in row]
     assert len({row["cell"] for row in made}) >= 2
     assert {row["settings"]["model"] for row in made} == {"all-MiniLM-L6-v2, rounded to fp16"}
-    assert all("holds no" in row["failed"] for row in found if "failed" in row)
+    assert all("holds no" in row["failed"] for row in found if row["task"] != "cr")
 
 
 def test_a_name_that_is_no_cell_is_refused_with_what_is_expected():
