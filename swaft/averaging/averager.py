@@ -354,9 +354,15 @@ class WeightAverager:
         shards = [(chosen.blend * coefficient, lane.mean) for coefficient, lane in lanes]
         return shards if chosen.blend == 1 else [*shards, (1 - chosen.blend, self.engine.live_shard())]
 
-    def drift(self, name: str | None = None) -> float:
-        """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective)."""
-        pairs = beside_live(self.engine, self._shard_together(self.chosen(name)))
+    def drift(self, readout: str | Readout | None = None) -> float:
+        """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective).
+
+        Taken in float64, each rank its own elements, so it is the same under every engine.
+
+        Args:
+            readout: as of :meth:`swapped_in`.
+        """
+        pairs = beside_live(self.engine, self._shard_together(self.chosen(readout)))
         total = sum(float((averaged.double() - live.double()).square().sum()) for live, averaged in pairs)
         return math.sqrt(self.engine.ranks.sum([total])[0])
 

@@ -7,6 +7,12 @@ A run is a recipe's run folder, or an output folder or checkpoint of transformer
 page holds the curves of training, last against averaged weights at every evaluation, what was chosen after
 training, generated samples, and the settings. Runs that differ in nothing but the seed are compared as pairs.
 
+  --surface       first compute, for every run, the loss along the line from the last weights through the averaged
+                  ones and beyond, and over a plane with a random direction of the same length in every tensor; on
+                  validation rows, in fp32, on a GPU where there is one. Written into the run's folder as
+                  surface.json, which is replaced, and drawn from then on. Of a recipe's finished runs; start it
+                  where the run was started, if its files of rows are named by relative paths
+  --rows N        how many validation rows --surface takes, the first ones; default: 256
   --output FILE   where to write; default: report.html in the run's folder, or here for several. It is replaced
   --json          print where it is as JSON
 
@@ -36,7 +42,14 @@ def run(words: Sequence[str]) -> int:
 
     folders = [Path(word) for word in options.runs]
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    page = render([read_run(folder) for folder in folders])
+    runs = [read_run(folder) for folder in folders]
+    if options.surface:
+        from swaft.report.surface import write_surface
+
+        for folder in folders:
+            write_surface(folder, rows=options.rows)
+        runs = [read_run(folder) for folder in folders]
+    page = render(runs)
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -45,9 +58,17 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
+def _count(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise ValueError
+    return number
+
+
 def _parser() -> CommandParser:
     parser = CommandParser("report")
     parser.add_argument("runs", nargs="+")
+    parser.add_argument("--surface", action="store_true")
+    parser.add_argument("--rows", type=_count, default=256)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", action="store_true")
     return parser

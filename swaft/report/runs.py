@@ -81,6 +81,7 @@ def _read_recipe_run(path: Path) -> RunLog:
             _add(training, step, record)
         elif "/" in kind:
             split, weights = kind.split("/", 1)
+            _add(training, step, {"drift": record.pop("drift", None)})
             for score, value in record.items():
                 _add(evaluations.setdefault(split, {}).setdefault(score, {}), step, {weights: value})
     summary = _json_object(path / "summary.json")
@@ -122,6 +123,9 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
                 short = name.removeprefix("eval_")
                 weights = "averaged" if short.startswith("averaged_") else "last"
                 score = short.removeprefix("averaged_")
+                if short == "averaged_drift":
+                    _add(training, step, {"drift": value})
+                    continue
                 _add(evaluations.setdefault(score, {}), step, {weights: value})
                 final.setdefault(weights, {})[score] = value
     return RunLog(
@@ -170,23 +174,53 @@ def _json_object(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _settings(path: Path) -> dict[str, tuple[Any, str]]:
-    """Read config.yaml, and find where each value came from: command.txt names those of the command line."""
-    file, command = path / "config.yaml", path / "command.txt"
-    if not file.is_file():
-        return {}
+def setting_values(path: Path) -> dict[str, Any]:
+    """Return the settings in a run's config.yaml by full name (``train.seed``); empty where there is none.
+
+    Raises:
+        ConfigError: it is no YAML of sections.
+    """
     import yaml
 
-    words = command.read_text(encoding="utf-8") if command.is_file() else ""
-    given = set(re.findall(r"(?:^|[\s'\"])([a-z_]+\.[a-z_0-9]+)=", words))
-    sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    values = {
+    file = path / "config.yaml"
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML ({error}); expected what the run wrote") from error
+    if not isinstance(sections, dict):
+        raise ConfigError(f"{file} holds no sections of settings; expected what the run wrote")
+    return {
         f"{section}.{name}": value
         for section, settings in sections.items()
         if isinstance(settings, dict)
         for name, value in settings.items()
     }
-    defaults = _defaults(values)
+
+
+def config_class(values: Mapping[str, Any]) -> type | None:
+    """Return the recipe's class of settings that has most of these settings; None where none has one of them.
+
+    Args:
+        values: by full name. Those of another version of swaft may be a few more or fewer.
+    """
+    from swaft.training.config.causal_lm import CausalConfig
+    from swaft.training.config.classification import ClassificationConfig
+    from swaft.training.config.question_answering import QuestionAnsweringConfig
+    from swaft.training.config.seq2seq import Seq2SeqConfig
+
+    kinds = (ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig, CausalConfig)
+    shared = {kind: len(_defaults(kind).keys() & values.keys()) for kind in kinds}
+    best = max(kinds, key=shared.__getitem__)
+    return best if shared[best] else None
+
+
+def _settings(path: Path) -> dict[str, tuple[Any, str]]:
+    """Return the value of every setting, and where it came from: command.txt names those of the command line."""
+    command, values = path / "command.txt", setting_values(path)
+    words = command.read_text(encoding="utf-8") if command.is_file() else ""
+    given = set(re.findall(r"(?:^|[\s'\"-])([a-z_]+\.[a-z_0-9]+)(?:=|\s)", words))
+    kind = config_class(values) if values else None
+    defaults = {} if kind is None else _defaults(kind)
 
     def origin(name: str, value: Any) -> str:
         if name in given:
@@ -196,19 +230,10 @@ def _settings(path: Path) -> dict[str, tuple[Any, str]]:
     return {name: (value, origin(name, value)) for name, value in values.items()}
 
 
-def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the recipe whose settings these are, by full name; empty where none has them."""
-    from swaft.training.config.causal_lm import CausalConfig
-    from swaft.training.config.classification import ClassificationConfig
-    from swaft.training.config.question_answering import QuestionAnsweringConfig
-    from swaft.training.config.seq2seq import Seq2SeqConfig
-
-    for recipe in (CausalConfig, ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig):
-        known = {
-            f"{section}.{each.name}": each.default
-            for section, kind in get_type_hints(recipe).items()
-            for each in fields(kind)
-        }
-        if known.keys() == values.keys():
-            return known
-    return {}
+def _defaults(kind: type) -> dict[str, Any]:
+    """Return the defaults of a recipe's settings by full name."""
+    return {
+        f"{section}.{each.name}": each.default
+        for section, settings in get_type_hints(kind).items()
+        for each in fields(settings)
+    }

@@ -160,8 +160,13 @@ def test_statistics_that_an_evaluation_in_training_mode_changes_are_put_back(tmp
 
 
 def test_the_distance_from_the_live_weights_is_the_same_inside_a_swap(tmp_path, caplog):
-    averager = averaged(nested())
+    averager = averaged(model := nested())
+    live = torch.cat([each.detach().double().flatten() for each in model.parameters()])
     outside = averager.drift()
+    with averager.swapped_in():
+        mean = torch.cat([each.detach().double().flatten() for each in model.parameters()])
+    assert outside == pytest.approx((mean - live).norm().item(), rel=1e-12)
+    assert averager.drift(swaft.Readout(blend=0.5)) == pytest.approx(outside / 2, rel=1e-6)
     with caplog.at_level("INFO", logger="swaft.averaging.export"):
         averager.save_pretrained(tmp_path / "outside", dtype=torch.bfloat16)
         with averager.swapped_in():

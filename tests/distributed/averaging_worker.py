@@ -53,12 +53,14 @@ def engine_case(case: EngineCase, model_case: ModelCase):
     def the_average_has_the_bits_of_the_single_process_mean():
         members = [recorded[step - 1] for step in MEMBERS]
         assert averager.num_averaged == len(members)
-        whole = gather_state_dict(engine, averager.shard())
+        whole, drift = gather_state_dict(engine, averager.shard()), averager.drift()
         if dist.get_rank() == 0:
-            for name in live:
-                assert same_bits(
-                    whole[name].view(-1), mean_in_one_process([member[name] for member in members])
-                ), name
+            apart = 0.0
+            for name, last in live.items():
+                mean = mean_in_one_process([member[name] for member in members])
+                assert same_bits(whole[name].view(-1), mean), name
+                apart += (mean.double() - last.view(-1).double()).square().sum().item()
+            assert math.isclose(drift, math.sqrt(apart), rel_tol=1e-12), (drift, apart)
 
     def training_with_averager_and_swap_ends_in_the_bits_of_training_without():
         whole = gather_state_dict(engine, engine.live_shard())

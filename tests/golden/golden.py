@@ -179,10 +179,12 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
     lines = zip(before["metrics"], after["metrics"], strict=False)
     for number, (then, now) in enumerate(lines, start=1):
         if then != now:
-            names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-            changed = ", ".join(f"{name} {then.get(name)} -> {now.get(name)}" for name in names)
-            yield f"metrics.jsonl, line {number}: {changed}"
-            return
+            # A number that was not logged before is no difference.
+            names = [name for name in then if then[name] != now.get(name)]
+            if names:
+                changed = ", ".join(f"{name} {then[name]} -> {now.get(name)}" for name in names)
+                yield f"metrics.jsonl, line {number}: {changed}"
+                return
     if len(before["metrics"]) != len(after["metrics"]):
         yield f"metrics.jsonl has {len(after['metrics'])} lines, and had {len(before['metrics'])}"
 

@@ -101,7 +101,7 @@ def test_each_of_several_evaluation_sets_is_scored_with_both_weights_once(tmp_pa
     run = trainer(tmp_path, averaging)
     run.eval_dataset = {"near": rows(16, 1), "far": rows(16, 2)}
     run.train()
-    names = [name for entry in run.state.log_history[-5:] for name in entry if name.endswith("_loss")]
+    names = [name for entry in run.state.log_history[-6:] for name in entry if name.endswith("_loss")]
     assert sorted(names) == [
         "eval_averaged_far_loss",
         "eval_averaged_near_loss",

@@ -120,6 +120,15 @@ def case(engine: str, build: Callable[..., Trainer] = trainer):
         def both_are_evaluated():
             scores = [entry for entry in run.state.log_history if "eval_averaged_loss" in entry]
             assert [entry["step"] for entry in scores] == [4, 6, 8]
+            [drift] = [
+                entry["eval_averaged_drift"]
+                for entry in run.state.log_history
+                if entry["step"] == 8 and "eval_averaged_drift" in entry
+            ]
+            last = torch.cat([live.clone() for live in averager.engine.live()]).double()
+            total = (averager.shard().double() - last).square().sum()
+            dist.all_reduce(total)
+            assert abs(drift - total.sqrt().item()) <= 1e-12 * drift
             with averaged_weights(run):
                 assert run.evaluate()["eval_loss"] == scores[-1]["eval_averaged_loss"]
 

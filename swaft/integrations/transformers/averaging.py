@@ -39,6 +39,7 @@ class WeightAveragingCallback(TrainerCallback):
     * It attaches when training begins, and takes in real optimizer steps.
     * Every evaluation scores both weights. The scores of the averaged ones are in the same metrics, as
       ``eval_averaged_loss`` and so on, so ``metric_for_best_model="averaged_loss"`` and early stopping use them.
+      ``eval_averaged_drift`` is how far the average is from the live weights.
     * Every checkpoint holds the averages in its folder ``averages``, each rank its own elements; a run that resumes
       continues them by itself.
     * At the end the average is written to ``output_dir/final-averaged`` as a Hugging Face folder. With
@@ -204,6 +205,9 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
         prefix = args[2] if len(args) > 2 else named.pop("metric_key_prefix", "eval")
         with averager.swapped_in(), _kept_random_state(), _unheard(trainer, "on_evaluate"):
             scores = evaluate(*args[:2], metric_key_prefix=f"{prefix}_averaged", **named)
+            drift = {f"{prefix}_averaged_drift": averager.drift()}
+        trainer.log(drift)
+        scores |= drift
         callback.averaged_scores = scores
         try:
             return evaluate(*args, **kwargs)

@@ -379,7 +379,7 @@ class Run:
         found |= mean_evaluations(found, means or {})
         scores = {split: _scores(kinds) for split, kinds in found.items()}
         for split, kinds in scores.items():
-            self._log.evaluation(step, split, kinds)
+            self._log_scores(split, kinds)
         saved = self._save_weights()
         if self.best is not None:
             self.best.observe(step, scores["validation"], self.readout)
@@ -402,10 +402,17 @@ class Run:
             return
         with self.meter.paused():
             scores = _scores(evaluate("validation", self.readout))
-            self._log.evaluation(self.position.step, "validation", scores)
+            self._log_scores("validation", scores)
             if self.best is not None:
                 self.position.stopped = self.best.observe(self.position.step, scores, self.readout)
         self.position.evaluated = True
+
+    def _log_scores(self, split: str, scores: Mapping[str, Scores]) -> None:
+        """Log scores, those of averaged weights on validation rows with how far they are from the last ones."""
+        if self.averager is not None and split == "validation" and "averaged" in scores:
+            drift = {"drift": self.averager.drift(self.readout)}
+            scores = {**scores, "averaged": scores["averaged"] | drift}
+        self._log.evaluation(self.position.step, split, scores)
 
     def _save_weights(self) -> dict[str, Any]:
         """Write both kinds of weights with the tokenizer; return where they are."""

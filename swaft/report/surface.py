@@ -1,0 +1,305 @@
+"""Loss between the last and the averaged weights of a finished run, and around them: `swaft report --surface`.
+
+Both models are read from the run folder, and scored on validation rows as the recipe scores them. Two directions
+are walked: the one from the last weights to the averaged ones, and a random one that is as long. In every tensor
+the random direction is drawn from a normal distribution, made orthogonal to the difference between the two, and
+scaled to its length, as filter normalisation does for every filter (Li et al. 2018, section 4). So weights that
+training has hardly moved are hardly moved here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from swaft.errors import ConfigError
+from swaft.report.runs import config_class, setting_values
+from swaft.storage import write_durably
+from swaft.training.config import (
+    CausalConfig,
+    ClassificationConfig,
+    ModelConfig,
+    QuestionAnsweringConfig,
+    Seq2SeqConfig,
+    Seq2SeqModelConfig,
+    load_config,
+)
+from swaft.training.data.causal_lm import CausalCollator, find_columns, tokenize_rows
+from swaft.training.data.classification import describe_task, tokenize
+from swaft.training.data.question_answering import (
+    WindowCollator,
+    check_questions,
+    may_have_no_answer,
+    tokenize_questions,
+)
+from swaft.training.data.seq2seq import Seq2SeqCollator, find_pairs, read_pairs, tokenize_pairs
+from swaft.training.data.sources import load_splits
+from swaft.training.data.texts import Collator, read_as_text
+from swaft.training.evaluation.answering import AnswerSearch, evaluate_answers
+from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes, evaluate_texts
+from swaft.training.evaluation.language_modelling import evaluate_answers_given
+from swaft.training.metrics.classification import get_metric
+from swaft.training.metrics.question_answering import get_question_metric
+from swaft.training.models.encoder_decoder import (
+    decoder_config,
+    encoder_decoder_config,
+    load_decoder,
+    load_encoder_decoder,
+)
+from swaft.training.models.heads import fit_head
+from swaft.training.models.pretrained import (
+    AnyModel,
+    describe_labels,
+    load_model_config,
+    load_tokenizer,
+    load_with_head,
+)
+from swaft.training.models.special_tokens import one_length, set_languages, whole_windows
+from swaft.training.run.batches import Collate, loader_of
+
+SURFACE = "surface.json"
+"""File of the run folder that holds what was computed."""
+LINE = tuple(step / 4 for step in range(-4, 9))
+"""Positions along the line: 0 is the last weights, 1 the averaged ones."""
+ACROSS, UP = LINE[::2], (-1.0, -0.5, 0.0, 0.5, 1.0)
+"""Positions in the plane, along the line and along the random direction."""
+SEED = 0
+"""Of the random direction."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a recipe scores a model on its validation rows."""
+
+    rows: Dataset
+    """Validation rows, as token ids."""
+    collate: Collate
+    evaluate: Callable[..., Evaluation]
+    """Of a model, a loader and an accelerator."""
+    load: Callable[[AnyModel], Any]
+    """Makes the model that a section ``model`` names."""
+
+
+def write_surface(run: Path, *, rows: int) -> None:
+    """Compute the losses of a finished run and write them into its folder, as surface.json, which is replaced.
+
+    Computed in fp32 by this process alone, on its accelerator where there is one. Takes five times the weights in
+    memory.
+
+    Args:
+        run: a recipe's run folder with ``final/``, ``final-averaged/`` and config.yaml.
+        rows: validation rows at most, the first ones.
+
+    Raises:
+        ConfigError: the folder has no averaged weights, or not all files, or its settings are of another version.
+        DataError: the rows cannot be found. Paths in config.yaml are read from here, as the run read them.
+    """
+    folders = [_require_folder(run, name) for name in ("final", "final-averaged")]
+    config = _settings_of(run, rows)
+    tokenizer = load_tokenizer(_whole(config.model, folders[0]))
+    read_as_text(tokenizer, config.data.split_special_tokens)
+    scoring = SCORING[type(config)](config, _source(config.model, folders[0]), tokenizer)
+    accelerator = Accelerator(mixed_precision="no")
+    last, averaged = (_load(scoring, config.model, each).to(accelerator.device) for each in folders)
+    batch_size = config.eval.per_device_eval_batch_size
+    loader = accelerator.prepare_data_loader(
+        loader_of(scoring.rows, scoring.collate, batch_size=batch_size, num_workers=0)
+    )
+    found = loss_surface(last, averaged, lambda: scoring.evaluate(last, loader, accelerator).scores["loss"])
+    content = {"split": "validation", "rows": len(scoring.rows), "seed": SEED, **found}
+    write_durably(run / SURFACE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@torch.no_grad()
+def loss_surface(model: nn.Module, averaged: nn.Module, loss: Callable[[], float]) -> dict[str, Any]:
+    """Return the loss along the line through two models, and over the plane with a random direction.
+
+    Args:
+        model: the last weights, in fp32; has them again afterwards.
+        averaged: the same model with the averaged ones.
+        loss: of the weights that are in ``model``.
+
+    Returns:
+        ``line``: ``position`` and ``loss``, (13,) each. ``plane``: ``across`` (7,), ``up`` (5,), and ``loss``, 5
+        lists of 7. Positions are in units of the distance between the two models.
+
+    Raises:
+        ConfigError: both models have the same weights.
+    """
+    pairs = zip(_floats(model), _floats(averaged), strict=True)
+    moved = [(here, here.clone(), there) for here, there in pairs if not torch.equal(here, there)]
+    if not moved:
+        raise ConfigError(
+            "the last and the averaged weights are the same bit for bit: there is no line between them"
+        )
+    generator = torch.Generator().manual_seed(SEED)
+    directions = [_direction(there - start, generator) for _, start, there in moved]
+
+    def at(position: float, up: float = 0.0) -> float:
+        for (here, start, there), direction in zip(moved, directions, strict=True):
+            here.copy_(torch.lerp(start, there, position).add_(direction, alpha=up))
+        progress.update()
+        return loss()
+
+    with tqdm(total=len(LINE) + len(ACROSS) * (len(UP) - 1), unit="point", disable=None) as progress:
+        along = {position: at(position) for position in LINE}
+        plane = [[at(position, up) if up else along[position] for position in ACROSS] for up in UP]
+    for here, start, _ in moved:
+        here.copy_(start)
+    return {
+        "line": {"position": list(along), "loss": list(along.values())},
+        "plane": {"across": list(ACROSS), "up": list(UP), "loss": plane},
+    }
+
+
+def _floats(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what can be moved: parameters, and statistics beside them."""
+    yield from model.parameters()
+    yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
+
+
+def _direction(difference: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random tensor orthogonal to this one and as long; of one element there is none but zero."""
+    if difference.numel() == 1:
+        return torch.zeros_like(difference)
+    drawn = torch.randn(difference.shape, generator=generator).to(difference)
+    drawn -= difference * ((drawn * difference).sum() / difference.square().sum())
+    return drawn * (difference.norm() / drawn.norm())
+
+
+def _require_folder(run: Path, name: str) -> Path:
+    if not (run / name).is_dir():
+        reasons = {"final-averaged": "it averaged nothing (averaging.rule=none), or has not ended"}
+        reason = reasons.get(name, "it has not ended, or is not a recipe's")
+        raise ConfigError(f"{run} has no {name}/, which --surface needs: {reason}")
+    return run / name
+
+
+def _settings_of(run: Path, rows: int) -> Any:
+    """Read config.yaml, with at most so many validation rows."""
+    kind = config_class(setting_values(run))
+    if kind is None:
+        raise ConfigError(f"{run} has no config.yaml with settings of a recipe, which --surface needs")
+    config: Any = load_config(kind, ["--config", str(run / "config.yaml")])
+    rows = min(rows, config.data.max_eval_samples or rows)
+    return replace(config, data=replace(config.data, max_eval_samples=rows))
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _whole(model: AnyModel, folder: Path) -> AnyModel:
+    """Return the settings of the model in a folder, for what is whole there: all of it, or its tokenizer."""
+    new = {"config": None, "vocab_size": None} if isinstance(model, Seq2SeqModelConfig) else {}
+    return replace(model, model_name_or_path=str(folder), tokenizer_name=None, use_peft=False, **new)
+
+
+def _source(model: AnyModel, folder: Path) -> AnyModel:
+    """Return the settings of the model in a folder; of an adapter, of its base model."""
+    return replace(model, use_peft=False) if _is_adapter(folder) else _whole(model, folder)
+
+
+def _load(scoring: Scoring, model: AnyModel, folder: Path) -> nn.Module:
+    """Return the model in a folder; an adapter merged into its base, as the averaged one may have another rank."""
+    loaded = scoring.load(_source(model, folder))
+    if not _is_adapter(folder):
+        return loaded
+    from peft import PeftModel
+
+    adapted: Any = PeftModel.from_pretrained(loaded, str(folder))
+    return adapted.merge_and_unload()
+
+
+def _splits(config: Any) -> dict[str, Dataset]:
+    splits = load_splits(config.data)
+    if "validation" not in splits:
+        raise ConfigError("the run has no validation rows, which --surface needs")
+    return splits
+
+
+def _classification(config: ClassificationConfig, model: ModelConfig, tokenizer: Any) -> Scoring:
+    model_config = load_model_config(model)
+    head = fit_head(describe_task(_splits(config), config.data), model, model_config)
+    task, length = head.task, config.data.max_seq_length
+    describe_labels(model_config, task, pad_token_id=tokenizer.pad_token_id)
+    rows = tokenize(task.rows["validation"], task, tokenizer, length)
+    metric = get_metric("mse" if task.is_regression else "accuracy", is_regression=task.is_regression)
+    return Scoring(
+        rows,
+        Collator(tokenizer, one_length(model_config, length)),
+        partial(evaluate_classes, metric=metric, num_rows=len(rows)),
+        lambda model: load_with_head(
+            "sequence classification", model, model_config, has_new_head=head.is_new, **FOR_SCORING
+        ),
+    )
+
+
+def _question_answering(config: QuestionAnsweringConfig, model: ModelConfig, tokenizer: Any) -> Scoring:
+    model_config = load_model_config(model, num_labels=2)
+    questions = check_questions(_splits(config), skip_bad_rows=config.data.skip_bad_rows)
+    has_unanswerable = may_have_no_answer(questions, config.data.version_2_with_negative)
+    windows = tokenize_questions(questions["validation"], tokenizer, config.data, training=False)
+    length = one_length(model_config, config.data.max_seq_length)
+    evaluate = partial(
+        evaluate_answers,
+        questions=questions["validation"],
+        windows=windows,
+        metric=get_question_metric(has_unanswerable=has_unanswerable),
+        search=AnswerSearch(has_unanswerable=has_unanswerable, padding_side=tokenizer.padding_side),
+    )
+    return Scoring(
+        windows,
+        WindowCollator(tokenizer, length, whole_windows(model_config)),
+        evaluate,
+        lambda model: load_with_head("question answering", model, model_config, **FOR_SCORING),
+    )
+
+
+def _seq2seq(config: Seq2SeqConfig, model: Seq2SeqModelConfig, tokenizer: Any) -> Scoring:
+    columns = find_pairs(_splits(config), config.data)
+    pairs = read_pairs(columns.rows["validation"], "validation", columns)
+    model_config = encoder_decoder_config(model)
+    set_languages(tokenizer, config.data, columns)
+    length = one_length(model_config, config.data.max_source_length, generates=True)
+    evaluate = partial(
+        evaluate_texts, references=pairs["references"], tokenizer=tokenizer, metric=None, generation={}
+    )
+    return Scoring(
+        tokenize_pairs(pairs, tokenizer, config.data),
+        Seq2SeqCollator(tokenizer, length, whole_windows(model_config)),
+        evaluate,
+        lambda model: load_encoder_decoder(model, model_config, tokenizer, **FOR_SCORING),
+    )
+
+
+def _causal_lm(config: CausalConfig, model: Seq2SeqModelConfig, tokenizer: Any) -> Scoring:
+    columns = find_columns(_splits(config), config.data)
+    rows = tokenize_rows(columns.rows["validation"], tokenizer, columns, config.data)
+    model_config = decoder_config(model)
+    return Scoring(
+        rows,
+        CausalCollator(tokenizer),
+        partial(evaluate_answers_given, num_rows=len(rows)),
+        lambda model: load_decoder(model, model_config, tokenizer, **FOR_SCORING),
+    )
+
+
+FOR_SCORING: Any = {"seed": SEED, "gradient_checkpointing": False}
+SCORING: dict[type, Callable[[Any, Any, Any], Scoring]] = {
+    ClassificationConfig: _classification,
+    QuestionAnsweringConfig: _question_answering,
+    Seq2SeqConfig: _seq2seq,
+    CausalConfig: _causal_lm,
+}
+"""How each recipe scores: of its settings, those of the model to load, and the tokenizer."""
