@@ -6,34 +6,64 @@ r"""Runs a recipe with several seeds, and several values of settings, one run af
 
 The line is that of `accelerate launch`, with `train.output_dir` naming the folder of all runs. Each run gets a
 folder inside, `averaging.rule=swa/seed-1` say. A run that has ended with the same line is left alone; one that
-was interrupted resumes. At the end there is a table, and a page of all runs, report.html (swaft report).
+was interrupted resumes: start the same line again. When the sweep is ended, so is the run in progress (SIGTERM, at
+which it writes a checkpoint). At the end there is a table, and a page of all runs, report.html (swaft report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which
   --set NAME=V,V,...      values of a setting, each with every seed; of several settings all combinations
-  --slurm FILE            run nothing: write an array job of all runs that have not ended, to be submitted by sbatch
+  --slurm FILE            run nothing: write an array job of the runs that have not ended. Submit it from the folder
+                          that holds launch/, with resources as launch/slurm/train.sbatch takes them. The line
+                          begins with --config_file FILE then. Once all have ended, the same line prints the table
   --json                  print the result as JSON, and what the runs print on stderr
 
-Exit code: 0; 1 where a run failed (the others are run all the same), or nothing was run.
+Exit code: 0; 1 where a run failed (the others are run all the same), or nothing was run; 130 at Ctrl-C.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import IO
 
 from swaft.cli import CommandParser
 from swaft.errors import ConfigError
+from swaft.report.compare import arms_of, compare
+from swaft.report.runs import json_object, read_run
+from swaft.storage import write_durably
 
 OUTPUT = "train.output_dir="
 RECORD = "sweep.json"
 """File of the lines that runs were started with, in the folder of all runs."""
+OF_THE_SWEEP = ("train.seed", "train.output_dir")
+"""Settings that a sweep gives each run itself."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: which signal to get when the parent ends."""
+JOB = """\
+#!/bin/bash
+#SBATCH --job-name=swaft-sweep
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+set -euo pipefail
+case $SLURM_ARRAY_TASK_ID in
+{cases}
+esac
+cd "${{SLURM_SUBMIT_DIR:-.}}"
+exec bash launch/slurm/train.sbatch "${{line[@]}}"
+"""
+"""Array job: each task hands its line to the script that starts one run, and saves it before the time is up."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +87,20 @@ def run(words: Sequence[str]) -> int:
     base, runs = plan_runs(line, options.seeds, options.set)
     record_lines(base, runs)
     waiting = [each for each in runs if not each.has_ended]
-    if options.slurm is not None:
+    if options.slurm is not None and waiting:
         options.slurm.write_text(array_job(waiting), encoding="utf-8")
-        print(f"{options.slurm}: {len(waiting)} of {len(runs)} runs; sbatch {options.slurm}")
+        print(f"{options.slurm}: {len(waiting)} of {len(runs)} runs; sbatch RESOURCES {options.slurm}")
         return 0
     out = sys.stderr if options.json else sys.stdout  # of what the runs say
     failed = []
     for number, each in enumerate(waiting, start=1):
         print(f"[{number} of {len(waiting)}] {each.folder}", file=out, flush=True)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *each.words]
-        if subprocess.run(launch, stdout=out).returncode:
-            failed.append(str(each.folder))
+        try:
+            if launch(each.words, out):
+                failed.append(str(each.folder))
+        except KeyboardInterrupt:
+            print("interrupted; the same line continues", file=sys.stderr)
+            return 128 + signal.SIGINT
     ended = [each.folder for each in runs if each.has_ended]
     compared = compare_runs(base, ended) if ended else ["no run has ended"]
     if options.json:
@@ -79,6 +112,22 @@ def run(words: Sequence[str]) -> int:
     else:
         print("\n".join([*compared, *(f"failed: {each}" for each in failed)]))
     return 1 if failed else 0
+
+
+def launch(words: Sequence[str], out: IO[str]) -> int:
+    """Run `accelerate launch` and return its exit code; however this process ends, it is sent SIGTERM then.
+
+    Args:
+        words: behind `accelerate launch`.
+        out: file that what it prints goes to.
+    """
+    libc, command = ctypes.CDLL(None), [sys.executable, "-m", "accelerate.commands.launch", *words]
+
+    def end_with_parent() -> None:
+        if sys.platform == "linux":
+            libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+
+    return subprocess.run(command, stdout=out, preexec_fn=end_with_parent).returncode
 
 
 def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) -> tuple[Path, list[SweepRun]]:
@@ -97,7 +146,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
         raise ConfigError("no folder for the runs; add train.output_dir=runs/sweep, say, to the line")
     for each in sets:
         name, _, values = each.partition("=")
-        if "." not in name or not all(values.split(",")):
+        if "." not in name or not all(values.split(",")) or name in OF_THE_SWEEP:
             raise ConfigError(
                 f"--set {each} names no setting with values; expected averaging.rule=swa,none, say"
             )
@@ -121,7 +170,7 @@ def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
         ConfigError: names the first such folder and both lines.
     """
     record = base / RECORD
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    known = json_object(record) or {}
     for each in runs:
         before = known.get(str(each.folder))
         if each.has_ended and before != each.words:
@@ -132,25 +181,27 @@ def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
             )
     base.mkdir(parents=True, exist_ok=True)
     lines = known | {str(each.folder): each.words for each in runs}
-    record.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    write_durably(record, (json.dumps(lines, indent=1) + "\n").encode())
 
 
 def array_job(runs: Sequence[SweepRun]) -> str:
-    """Return a SLURM script that starts one of these runs in each task of an array."""
-    cases = "\n".join(
-        f"{place}) accelerate launch {shlex.join(each.words)} ;;" for place, each in enumerate(runs)
-    )
-    return (
-        f"#!/bin/bash\n#SBATCH --array=0-{max(0, len(runs) - 1)}\n#SBATCH --signal=B:TERM@300\n"
-        f"case $SLURM_ARRAY_TASK_ID in\n{cases}\nesac\n"
-    )
+    """Return a SLURM script that starts one of these runs, at least one, in each task of an array.
+
+    Raises:
+        ConfigError: a line that launch/slurm/train.sbatch does not take.
+    """
+    for each in runs:
+        if each.words[:1] != ["--config_file"] or [*each.words, "", "-"][2].startswith("-"):
+            raise ConfigError(
+                f"--slurm: the line is {shlex.join(each.words)}; expected --config_file FILE, the recipe and its "
+                "settings, as launch/slurm/train.sbatch takes them"
+            )
+    cases = "\n".join(f"{place}) line=({shlex.join(each.words[1:])}) ;;" for place, each in enumerate(runs))
+    return JOB.format(last=len(runs) - 1, cases=cases)
 
 
 def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
     """Return the table of runs that have ended, a line a score, and write their page where matplotlib is there."""
-    from swaft.report.compare import arms_of, compare
-    from swaft.report.runs import read_run
-
     runs = [read_run(folder) for folder in folders]
     arms = arms_of(runs)
     lines = []
@@ -177,7 +228,10 @@ def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
 
 def _seeds(word: str) -> list[int]:
     numbers = [int(each) for each in word.split(",")]
-    return numbers if "," in word else list(range(1, numbers[0] + 1))
+    seeds = numbers if "," in word else list(range(1, numbers[0] + 1))
+    if not seeds or len({*seeds}) < len(seeds):
+        raise ValueError
+    return seeds
 
 
 def _parser() -> CommandParser:

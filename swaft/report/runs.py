@@ -84,11 +84,11 @@ def _read_recipe_run(path: Path) -> RunLog:
             _add(training, step, {"drift": record.pop("drift", None)})
             for score, value in record.items():
                 _add(evaluations.setdefault(split, {}).setdefault(score, {}), step, {weights: value})
-    summary = _json_object(path / "summary.json")
+    summary = json_object(path / "summary.json")
     if summary is None:
         notes.append("The run has not ended: there is no summary.json.")
         summary = {}
-    surface = _json_object(path / "surface.json")
+    surface = json_object(path / "surface.json")
     return RunLog(
         path=path,
         training=training,
@@ -108,7 +108,7 @@ def _read_recipe_run(path: Path) -> RunLog:
 
 
 def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
-    state = _json_object(state_file) or {}
+    state = json_object(state_file) or {}
     if "log_history" not in state:
         raise ConfigError(f"{state_file} has no log_history; expected the state of transformers' Trainer")
     training, evaluations = {}, {}
@@ -162,7 +162,12 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             notes.append(f"The last line of {path.name} is cut off, and left out.")
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
+def json_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None where there is no file.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     if not path.is_file():
         return None
     try:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from swaft.cli.main import main
 from swaft.errors import ConfigError
 
 pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -19,17 +22,15 @@ def launched(monkeypatch):
     """The lines that were launched; each run leaves scores, but those that are made to fail."""
     lines: list[list[str]] = []
 
-    def launch(command: list[str], stdout: object) -> subprocess.CompletedProcess[bytes]:
-        assert command[1:3] == ["-m", "accelerate.commands.launch"]
-        words = command[3:]
+    def launch(words: list[str], out: object) -> int:
         lines.append(words)
         given = dict(word.split("=", 1) for word in words if "=" in word)
         if given["train.seed"] == "3":
-            return subprocess.CompletedProcess(command, 1)
+            return 1
         write_scores(Path(given["train.output_dir"]), given)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(sweep.subprocess, "run", launch)
+    monkeypatch.setattr(sweep, "launch", launch)
     return lines
 
 
@@ -81,14 +82,72 @@ def test_a_run_that_fails_is_named_and_the_others_are_run(tmp_path, launched, ca
     assert f"failed: {tmp_path}/seed-3" in capsys.readouterr().out
 
 
-def test_the_runs_that_wait_become_an_array_job(tmp_path, launched):
-    words = ["sweep", "recipe.py", f"train.output_dir={tmp_path}", "--seeds", "2"]
-    assert main([*words, "--slurm", str(tmp_path / "job.sbatch")]) == 0
-    job = (tmp_path / "job.sbatch").read_text()
-    assert "#SBATCH --array=0-1" in job
-    assert f"1) accelerate launch recipe.py train.seed=2 train.output_dir={tmp_path}/seed-2 ;;" in job
+def test_the_runs_that_wait_become_an_array_job(tmp_path, launched, capsys):
+    words = [
+        "sweep",
+        "--config_file",
+        "a.yaml",
+        "recipe.py",
+        f"train.output_dir={tmp_path}/runs",
+        "--seeds",
+        "2",
+    ]
+    job = ["--slurm", str(tmp_path / "job.sbatch")]
+    assert main([*words, *job, "data.delimiter=a b"]) == 0
     assert not launched
-    assert os.system(f"bash -n {tmp_path}/job.sbatch") == 0
+    script = tmp_path / "launch" / "slurm" / "train.sbatch"
+    script.parent.mkdir(parents=True)
+    script.write_text('printf "%s\\n" "$@"\n')
+    environ = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", job[1]], env=environ, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines() == [
+        "a.yaml", "recipe.py", "data.delimiter=a b", "train.seed=2", f"train.output_dir={tmp_path}/runs/seed-2"
+    ]  # fmt: skip
+    text = Path(job[1]).read_text()
+    assert "#SBATCH --array=0-1\n" in text
+    of_one_run = (ROOT / "launch" / "slurm" / "train.sbatch").read_text().splitlines()
+    asked = [line for line in of_one_run if line.startswith("#SBATCH") and "job-name" not in line]
+    assert asked
+    assert {*asked} <= {*text.splitlines()}  # what the script of one run relies on
+
+
+def test_a_sweep_whose_jobs_have_all_ended_is_compared_by_the_same_line(tmp_path, launched, capsys):
+    words = ["sweep", "--config_file", "a.yaml", "recipe.py", f"train.output_dir={tmp_path}", "--seeds", "2"]
+    assert main(words) == 0
+    assert main([*words, "--slurm", str(tmp_path / "job.sbatch")]) == 0
+    assert not (tmp_path / "job.sbatch").exists()
+    assert capsys.readouterr().out.count("(2 seeds)") == 4
+
+
+def test_a_run_is_asked_to_end_when_its_sweep_is_killed(tmp_path):
+    run = tmp_path / "run.sh"
+    run.write_text(
+        f"#!/bin/bash\ntrap 'touch {tmp_path}/saved; exit 75' TERM\ntouch {tmp_path}/started\n"
+        "while true; do sleep 0.1; done\n"
+    )
+    run.chmod(0o755)
+    script = f"import sys; from swaft.cli import sweep; sys.executable = {str(run)!r}; sweep.launch([], sys.stdout)"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    for name in ("started", "saved"):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline, name
+            time.sleep(0.05)
+        process.kill()
+    process.wait()
+
+
+def test_a_sweep_that_is_interrupted_starts_no_other_run(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def interrupt(words: list[str], out: object) -> None:
+        started.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "launch", interrupt)
+    assert main(["sweep", "recipe.py", f"train.output_dir={tmp_path}", "--seeds", "2"]) == 130
+    assert len(started) == 1
+    assert "the same line continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,8 +158,29 @@ def test_the_runs_that_wait_become_an_array_job(tmp_path, launched):
         (["recipe.py", "train.output_dir=x", "--seeds", "2", "--set", "averaging.rule="], "names no setting"),
         (["recipe.py", "train.output_dir=x"], "--seeds"),
         (["recipe.py", "train.output_dir=x", "--seeds", "many"], "invalid"),
+        (["recipe.py", "train.output_dir=x", "--seeds", "0"], "invalid"),
+        (["recipe.py", "train.output_dir=x", "--seeds", "1,1"], "invalid"),
+        (["recipe.py", "train.output_dir=x", "--seeds", "2", "--set", "train.seed=1,2"], "names no setting"),
     ],
 )
-def test_a_line_that_names_no_runs_is_refused(words, message):
+def test_a_line_that_names_no_runs_is_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         sweep.run(words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_the_batch_script_does_not_take_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected --config_file FILE, the recipe"):
+        sweep.run(
+            ["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "2", "--slurm", str(tmp_path / "job")]
+        )
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_damaged_record_of_lines_is_refused_and_kept(tmp_path, launched):
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"sweep.json is not JSON"):
+        sweep.run(["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "2"])
+    assert (tmp_path / "sweep.json").read_text() == "{"
+    assert not launched
