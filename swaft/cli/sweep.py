@@ -61,7 +61,7 @@ case $SLURM_ARRAY_TASK_ID in
 {cases}
 esac
 cd "${{SLURM_SUBMIT_DIR:-.}}"
-exec bash launch/slurm/train.sbatch "${{line[@]}}"
+exec bash launch/slurm/train.sbatch "$@" "${{line[@]}}"
 """
 """Array job: each task hands its line to the script that starts one run, and saves it before the time is up."""
 

@@ -16,12 +16,17 @@ from matplotlib.ticker import MaxNLocator
 from swaft.report.compare import Difference
 from swaft.report.runs import Curve
 
-POINTS = 600
-"""Points of a curve that are drawn; of more, the least and the greatest of every stretch."""
+POINTS = 300
+"""Points of a curve that are drawn; of more, the mean of every stretch, and its least and greatest as a band."""
 INK = "#010203"
 """Stands for the page's text colour until the figure is in the page."""
-STYLES = {"last": ("#0b6fb8", "-", "o"), "averaged": ("#d1600a", "--", "s"), "": ("#0b6fb8", "-", "")}
-"""Colour, line and marker of the kinds of weights: told apart without colour too."""
+STYLES = {"last": ("#2383c9", "-", "o"), "averaged": ("#d9660c", "--", "s"), "": ("#2383c9", "-", "")}
+"""Colour, line and marker of the kinds of weights: told apart without colour too, and seen on light and dark."""
+ON_COLOURS: Any = {
+    "color": "white",
+    "bbox": {"facecolor": "black", "alpha": 0.5, "edgecolor": "none", "pad": 1.5},
+}
+"""Text that is read on whatever colour lies below it."""
 FONT: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -47,17 +52,11 @@ def curves(title: str, lines: Mapping[str, Curve], *, log: bool = False) -> str:
         figure, axes = _axes(title)
         for name, points in lines.items():
             colour, line, marker = STYLES.get(name, STYLES[""])
-            steps, values = thinned(points)
-            few = len(steps) <= 40
-            axes.plot(
-                steps,
-                values,
-                line,
-                color=colour,
-                marker=marker if few else "",
-                markersize=4,
-                label=name or None,
-            )
+            steps, means, lows, highs = thinned(points)
+            marker = marker if len(steps) <= 40 else ""
+            axes.plot(steps, means, line, color=colour, marker=marker, markersize=4, label=name or None)
+            if len(steps) < len(points):
+                axes.fill_between(steps, lows, highs, color=colour, alpha=0.25, linewidth=0)
         axes.set_xlabel("optimizer step")
         if log and all(value > 0 for points in lines.values() for _, value in points):
             axes.set_yscale("log")
@@ -84,8 +83,8 @@ def heat_map(title: str, rows: Sequence[Mapping[str, float]], across: str, down:
         axes.grid(False)
         image = axes.imshow(table, aspect="auto", cmap="viridis", origin="lower")
         figure.colorbar(image, ax=axes, label="score")
-        for set_ticks, values in ((axes.set_xticks, columns), (axes.set_yticks, lines)):
-            every = max(1, len(values) // 8)
+        for set_ticks, values, most in ((axes.set_xticks, columns, 6), (axes.set_yticks, lines, 10)):
+            every = -(-len(values) // most)
             set_ticks(range(0, len(values), every), [f"{value:g}" for value in values[::every]])
         axes.set_xlabel(across)
         axes.set_ylabel(down)
@@ -134,7 +133,7 @@ def plane(title: str, surface: Mapping[str, Any]) -> str:
         figure.colorbar(drawn, ax=axes, label="loss")
         for place, name in ((0, "last"), (1, "averaged")):
             axes.plot(place, 0, STYLES[name][2], color="white", markeredgecolor="black")
-            axes.annotate(name, (place, 0), xytext=(4, 6), textcoords="offset points", color="white")
+            axes.annotate(name, (place, 0), xytext=(5, 7), textcoords="offset points", **ON_COLOURS)
         axes.set_xlabel("towards the average: 0 last, 1 averaged")
         axes.set_ylabel("random direction")
         return _svg(figure, title)
@@ -144,32 +143,35 @@ def differences(title: str, found: Sequence[Difference]) -> str:
     """Draw paired differences: every pair a point, the mean a bar, the interval a line."""
     with matplotlib.rc_context(FONT):
         figure, axes = _axes(title, height=0.9 + 0.5 * len(found))
+        axes.grid(visible=False, axis="y")
         for place, each in enumerate(reversed(found)):
-            axes.plot(
-                each.values, [place] * len(each.values), "o", color=STYLES["last"][0], markersize=4, alpha=0.6
-            )
-            axes.plot(each.mean, place, "|", color=INK, markersize=16)
             if each.interval:
                 axes.plot(each.interval, (place, place), "-", color=INK)
+            axes.plot(each.mean, place, "|", color=INK, markersize=16)
+            axes.plot(each.values, [place] * len(each.values), "o", color=STYLES["last"][0], markersize=5)
+            where = axes.get_yaxis_transform()  # the text begins at the left end of the axes
+            axes.text(0.01, place + 0.25, each.what, transform=where, fontsize=8)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(found)), [each.what for each in reversed(found)])
+        axes.set_yticks([])
+        axes.set_ylim(-0.5, len(found) - 0.4)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("difference of the pairs")
         return _svg(figure, title)
 
 
-def thinned(points: Curve) -> tuple[list[float], list[float]]:
-    """Return the steps and values to draw: all of a short curve, else the extremes of every stretch in order."""
-    if len(points) > POINTS:
-        stretches = np.array_split(np.arange(len(points)), POINTS // 2)
-        values = np.array([value for _, value in points])
-        extremes = ((part[values[part].argmin()], part[values[part].argmax()]) for part in stretches)
-        points = [points[i] for pair in extremes for i in sorted(set(pair))]
-    return [step for step, _ in points], [value for _, value in points]
+def thinned(points: Curve) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Return what to draw of a curve, as equally long lists: steps, means, and least and greatest values.
+
+    Of a short curve it is every point; of a long one every stretch, at the last of its steps.
+    """
+    stretches = np.array_split(np.array(points, dtype=np.float64), min(len(points), POINTS))
+    columns = ((part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in stretches)
+    steps, means, lows, highs = (list(map(float, column)) for column in zip(*columns, strict=True))
+    return steps, means, lows, highs
 
 
-def _axes(title: str, height: float = 3.0) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+def _axes(title: str, height: float = 2.7) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.8, height), layout="constrained")  # inches: as wide as a phone
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)
     return figure, axes

@@ -31,11 +31,18 @@ STYLE = """
 body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
   max-width: 72rem; padding: 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
-figure { margin: 0; overflow-x: auto } svg { height: auto; max-width: 100% }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
+figure { margin: 0; max-width: 36rem; overflow-x: auto } svg { height: auto; width: 100% }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
-.note { color: var(--faint) } code { overflow-wrap: anywhere }
+.note { color: var(--faint) } code { overflow-wrap: anywhere } td { overflow-wrap: break-word }
+details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor: pointer; font-weight: bold }
+@media (max-width: 34rem) {
+  table { font-size: .8rem } th, td { padding-right: .4rem }
+  .stacked th { display: none } .stacked td { border: 0; display: block; padding: 0 0 .4rem }
+  .stacked td::before { color: var(--faint); content: attr(data-name) ": " }
+  .stacked tr { border-bottom: 1px solid var(--line); display: block; padding: .5rem 0 }
+}
 """
 
 
@@ -45,10 +52,13 @@ def render(runs: Sequence[RunLog]) -> str:
     Args:
         runs: one or more.
     """
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [_comparison(runs)] if len(runs) > 1 else []
-    parts += [_run(run, alone=len(runs) == 1) for run in runs]
-    body = "\n".join(parts)
+    if len(runs) == 1:
+        title, body = runs[0].name, _run(runs[0])
+    else:
+        title = f"{len(runs)} runs"
+        body = _comparison(runs) + "".join(
+            f"\n<details><summary>{escape(_name(run, runs))}</summary>\n{_run(run)}</details>" for run in runs
+        )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
@@ -56,10 +66,15 @@ def render(runs: Sequence[RunLog]) -> str:
     )
 
 
-def _run(run: RunLog, *, alone: bool) -> str:
-    heading = "" if alone else f"<h2>{escape(run.name)}</h2>"
+def _name(run: RunLog, runs: Sequence[RunLog]) -> str:
+    """Return what sets a run apart from the others: its name, after its parent's where another has the same."""
+    same = sum(each.name == run.name for each in runs)
+    return run.name if same == 1 else "/".join(run.path.resolve().parts[-2:])
+
+
+def _run(run: RunLog) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
-    parts = [heading, notes, _scores(run), _training(run), _evaluations(run), _surface(run), _windows(run)]
+    parts = [notes, _scores(run), _training(run), _evaluations(run), _surface(run), _windows(run)]
     parts += [_samples(run), _facts(run), _settings(run)]
     return "\n".join(filter(None, parts))
 
@@ -81,8 +96,9 @@ def _scores(run: RunLog) -> str:
         )
         for split, name, last, averaged in rows
     ]
-    head = ("split", "score", "last", "averaged", "averaged − last")
-    return _section("Scores", _table(head, cells)) if cells else ""
+    head = ("split", "score", "last", "averaged", "difference")
+    note = '<p class="note">* the score that counts</p>' if run.metric else ""
+    return _section("Scores", _table(head, cells) + note) if cells else ""
 
 
 def _training(run: RunLog) -> str:
@@ -111,7 +127,11 @@ def _surface(run: RunLog) -> str:
         figures.line_through("Loss from the last weights through the average", run.surface),
         figures.plane("Loss around both", run.surface),
     ]
-    return _figures("Flatness", drawn)
+    note = (
+        f'<p class="note">On the first {run.surface.get("rows", "")} {run.surface.get("split", "")} rows, in fp32. '
+        "The random direction is orthogonal to the difference of the two weights in every tensor, and as long.</p>"
+    )
+    return _figures("Flatness", drawn) + note
 
 
 def _windows(run: RunLog) -> str:
@@ -129,7 +149,7 @@ def _samples(run: RunLog) -> str:
         if rows:
             head = tuple(rows[0])
             cells = [tuple(_text(row.get(name)) for name in head) for row in rows]
-            parts.append(_section(f"Samples: {split}", _table(head, cells)))
+            parts.append(_section(f"Samples: {split}", _table(head, cells, stacked=True)))
     return "\n".join(parts)
 
 
@@ -153,11 +173,13 @@ def _comparison(runs: Sequence[RunLog]) -> str:
             (each.what, len(each.values), f"{each.mean:+.4g}", _interval(each.interval)) for each in found
         ]
         head = ("difference", "pairs", "mean", "95 % interval")
-        title = f"{split}: {score}"
-        parts.append(f"<figure>{figures.differences(title, found)}</figure>{_table(head, cells)}")
+        figure = figures.differences(f"{split}: {score}", found)
+        parts.append(f'<div class="figures"><figure>{figure}</figure>{_table(head, cells)}</div>')
+    if parts:
+        parts.append('<p class="note">a point: a pair; the bar: their mean; the line: its 95 % interval</p>')
     rows = [
         (
-            run.name,
+            _name(run, runs),
             arm,
             split,
             score,
@@ -193,10 +215,18 @@ def _figures(title: str, drawn: Sequence[str]) -> str:
     return _section(title, f'<div class="figures">{body}</div>') if drawn else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, stacked: bool = False) -> str:
+    """Return a table; a stacked one has its cells below each other on a phone, each with its column's name."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>\n{lines}</table></div>'
+    names = [f' data-name="{escape(name)}"' if stacked else "" for name in head]
+
+    def line(row: Sequence[Any]) -> str:
+        cells = zip(names, row, strict=True)
+        return f"<tr>{''.join(f'<td{name}>{escape(str(cell))}</td>' for name, cell in cells)}</tr>\n"
+
+    lines = "".join(map(line, rows))
+    kind = "wide stacked" if stacked else "wide"
+    return f'<div class="{kind}"><table><tr>{top}</tr>\n{lines}</table></div>'
 
 
 def _number(value: float | None) -> str:

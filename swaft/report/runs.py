@@ -14,6 +14,8 @@ from swaft.errors import ConfigError
 Curve = list[tuple[float, float]]
 """(optimizer step, value) pairs in the order of the steps."""
 
+SURFACE = "surface.json"
+"""File of a run folder that holds what ``swaft report --surface`` has computed."""
 NOT_A_SCORE = re.compile(r"(runtime|per_second|epoch|model_preparation_time|num_tokens)$")
 """Numbers that the Trainer logs among the scores."""
 
@@ -65,6 +67,10 @@ def read_run(path: Path) -> RunLog:
     states = sorted(filter(Path.is_file, states), key=lambda each: each.stat().st_mtime)
     if states:
         return _read_trainer_run(path, states[-1])
+    if (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} has no metrics.jsonl: the run has logged nothing yet, or was not a recipe's"
+        )
     found = "no folder" if not path.is_dir() else "a folder that holds neither"
     raise ConfigError(
         f"{path} is {found}; expected a run: a folder with metrics.jsonl (a recipe's), or with trainer_state.json "
@@ -88,28 +94,44 @@ def _read_recipe_run(path: Path) -> RunLog:
     if summary is None:
         notes.append("The run has not ended: there is no summary.json.")
         summary = {}
-    surface = json_object(path / "surface.json")
+    if not (path / "config.yaml").is_file():
+        notes.append("There is no config.yaml, so settings are not known.")
+    final, windows, surface = summary.get("scores", {}), summary.get("windows_tried", []), path / SURFACE
+    _require(
+        _is_nested(final, 3), path / "summary.json", "scores are not by split, kind of weights, and name"
+    )
+    _require(
+        all({"start", "end", "score"} <= {*row} for row in windows),
+        path / "summary.json",
+        "windows_tried lacks start, end or score",
+    )
+    around = json_object(surface)
+    if around is not None:
+        for part, names in (("line", {"position", "loss"}), ("plane", {"across", "up", "loss"})):
+            _require(
+                names <= {*around.get(part, ())}, surface, f"{part} lacks one of {', '.join(sorted(names))}"
+            )
     return RunLog(
         path=path,
         training=training,
         evaluations=evaluations,
-        final=summary.get("scores", {}),
+        final=final,
         metric=summary.get("metric"),
         facts={k: v for k, v in summary.items() if k not in ("scores", "details", "windows_tried", "metric")},
         settings=_settings(path),
-        windows=summary.get("windows_tried", []),
+        windows=windows,
         samples={
             each.stem.removeprefix("samples-"): list(_json_lines(each, notes))
             for each in sorted(path.glob("samples-*.jsonl"))
         },
-        surface=surface,
+        surface=around,
         notes=notes,
     )
 
 
 def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
     state = json_object(state_file) or {}
-    if "log_history" not in state:
+    if not isinstance(state.get("log_history"), list):
         raise ConfigError(f"{state_file} has no log_history; expected the state of transformers' Trainer")
     training, evaluations = {}, {}
     final: dict[str, dict[str, float]] = {}
@@ -150,10 +172,12 @@ def _add(curves: dict[str, Curve], step: Any, values: Mapping[str, Any]) -> None
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; a last line that was cut off is left out, which is noted."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
+            record = json.loads(line)
+            _require(isinstance(record, dict), path, f"line {number} is no object")
+            yield record
         except ValueError as error:
             if number < len(lines):
                 raise ConfigError(
@@ -177,6 +201,18 @@ def json_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__}; expected an object")
     return found
+
+
+def _require(is_right: bool, file: Path, wrong: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{file}: {wrong}; it is damaged, or of another version of swaft")
+
+
+def _is_nested(value: Any, depth: int) -> bool:
+    """Whether a value is mappings so many levels deep."""
+    return depth == 0 or (
+        isinstance(value, dict) and all(_is_nested(each, depth - 1) for each in value.values())
+    )
 
 
 def setting_values(path: Path) -> dict[str, Any]:

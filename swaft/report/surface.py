@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from swaft.errors import ConfigError
-from swaft.report.runs import config_class, setting_values
+from swaft.report.runs import SURFACE, config_class, setting_values
 from swaft.storage import write_durably
 from swaft.training.config import (
     CausalConfig,
@@ -67,8 +67,6 @@ from swaft.training.models.pretrained import (
 from swaft.training.models.special_tokens import one_length, set_languages, whole_windows
 from swaft.training.run.batches import Collate, loader_of
 
-SURFACE = "surface.json"
-"""File of the run folder that holds what was computed."""
 LINE = tuple(step / 4 for step in range(-4, 9))
 """Positions along the line: 0 is the last weights, 1 the averaged ones."""
 ACROSS, UP = LINE[::2], (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -93,7 +91,7 @@ class Scoring:
 def write_surface(run: Path, *, rows: int) -> None:
     """Compute the losses of a finished run and write them into its folder, as surface.json, which is replaced.
 
-    Computed in fp32 by this process alone, on its accelerator where there is one. Takes five times the weights in
+    Computed in fp32 by this process alone, on its accelerator where there is one. Takes four times the weights in
     memory.
 
     Args:

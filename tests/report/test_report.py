@@ -138,13 +138,16 @@ def test_an_arm_without_averages_is_compared_by_its_last_weights():
     assert {each.what: each.mean for each in found} == {"averaged − last (b)": -2.0, "b − a": -1.0}
 
 
-def test_a_long_curve_keeps_its_extremes_and_its_order():
-    points = [(float(step), 0.0) for step in range(10_000)]
+def test_a_long_curve_keeps_its_extremes_as_a_band_around_means_and_its_order():
+    points = [(float(step), float(step % 2)) for step in range(10_000)]
     points[4321] = (4321.0, 9.0)
-    steps, values = thinned(points)
-    assert len(steps) <= 600
-    assert max(values) == 9.0
+    steps, means, lows, highs = thinned(points)
+    assert len(steps) <= 300
+    assert max(highs) == 9.0
+    assert min(lows) == 0.0
+    assert means[0] == pytest.approx(0.5, abs=0.05)
     assert steps == sorted(steps)
+    assert thinned(points[:3]) == ([0.0, 1.0, 2.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0])
 
 
 def test_a_run_that_was_killed_is_read_and_says_so(tmp_path):
@@ -161,16 +164,55 @@ def test_a_run_that_was_killed_is_read_and_says_so(tmp_path):
     ("damage", "message"),
     [
         (shutil.rmtree, "no folder; expected a run"),
-        (lambda folder: (folder / "metrics.jsonl").unlink(), "holds neither; expected a run"),
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "the run has logged nothing yet"),
+        (lambda folder: [each.unlink() for each in folder.iterdir()], "holds neither; expected a run"),
+        (lambda folder: (folder / "metrics.jsonl").write_text("3\n{}\n"), "line 1 is no object"),
+        (
+            lambda folder: (folder / "summary.json").write_text('{"scores": {"test": {"accuracy": 1}}}'),
+            "scores are not by split.*another version",
+        ),
+        (
+            lambda folder: (folder / "summary.json").write_text('{"windows_tried": [{"window": 1}]}'),
+            "windows_tried lacks.*another version",
+        ),
+        (
+            lambda folder: (folder / "surface.json").write_text('{"line": {"position": [0, 1]}}'),
+            "surface.json: line lacks one of loss, position",
+        ),
+        (lambda folder: (folder / "config.yaml").write_text("- 1\n"), "holds no sections of settings"),
         (lambda folder: (folder / "summary.json").write_text("[1]"), "holds a list; expected an object"),
         (lambda folder: (folder / "metrics.jsonl").write_text("x\n{}\n"), "line 1 is not JSON"),
     ],
 )
-def test_what_is_no_run_is_refused_by_name(tmp_path, damage, message):
+def test_what_is_no_run_is_refused_by_name_and_left_alone(tmp_path, damage, message, capsys):
     folder = recipe_run(tmp_path / "run")
     damage(folder)
+    before = {each: each.read_bytes() for each in folder.iterdir()} if folder.exists() else {}
     with pytest.raises(ConfigError, match=message):
         read_run(folder)
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 1
+    assert not (tmp_path / "report.html").exists()
+    assert ({each: each.read_bytes() for each in folder.iterdir()} if folder.exists() else {}) == before
+
+
+def test_settings_of_an_older_version_are_shown_with_the_origins_that_can_be_known(tmp_path):
+    folder = recipe_run(tmp_path / "run")
+    (folder / "config.yaml").write_text(
+        "data:\n  max_seq_length: 128\n  text_column: a\n  of_old: 3\ntrain:\n  seed: 7\n"
+    )
+    assert read_run(folder).settings == {
+        "data.max_seq_length": (128, "default"),
+        "data.text_column": ("a", "config file"),
+        "data.of_old": (3, "config file"),
+        "train.seed": (7, "command line"),
+    }
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = [read_run(recipe_run(tmp_path / arm / "seed-1")) for arm in ("swa", "none")]
+    page = render(runs)
+    assert "<summary>swa/seed-1</summary>" in page
+    assert "<td>none/seed-1</td>" in page
 
 
 def test_the_command_writes_the_page_beside_the_run_and_prints_where(tmp_path, capsys):
@@ -196,10 +238,11 @@ def test_a_browser_draws_a_run_of_ten_thousand_steps_within_a_second(tmp_path, s
         + "<script>addEventListener('load', () => { const [nav] = performance.getEntriesByType('navigation');"
         "document.title = JSON.stringify({ms: nav.domComplete, figures: document.querySelectorAll('svg').length,"
         "drawn: [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width > 50).length,"
+        "ground: getComputedStyle(document.body).backgroundColor,"
         "wide: document.documentElement.scrollWidth - innerWidth}) })</script>"
     )
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size[0]},{size[1]}"]
-    options += ["--enable-features=WebContentsForceDark"] if dark else []
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
     done = subprocess.run(
         [str(CHROMIUM), *options, "--enable-logging=stderr", "--dump-dom", script.as_uri()],
         capture_output=True,
@@ -212,4 +255,5 @@ def test_a_browser_draws_a_run_of_ten_thousand_steps_within_a_second(tmp_path, s
     found = json.loads(title[1])
     assert found["figures"] == found["drawn"] == 9
     assert found["ms"] < 1000
+    assert found["ground"] == ("rgb(21, 24, 27)" if dark else "rgb(255, 255, 255)")
     assert found["wide"] <= 0
