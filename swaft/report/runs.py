@@ -259,7 +259,7 @@ def _settings(path: Path) -> dict[str, tuple[Any, str]]:
     """Return the value of every setting, and where it came from: command.txt names those of the command line."""
     command, values = path / "command.txt", setting_values(path)
     words = command.read_text(encoding="utf-8") if command.is_file() else ""
-    given = set(re.findall(r"(?:^|[\s'\"-])([a-z_]+\.[a-z_0-9]+)(?:=|\s)", words))
+    given = set(re.findall(r"(?:^|[\s'\"-])([a-z_]+\.[a-z_0-9]+)(?=[=\s])", words))
     kind = config_class(values) if values else None
     defaults = {} if kind is None else _defaults(kind)
 
