@@ -355,12 +355,8 @@ class WeightAverager:
         return shards if chosen.blend == 1 else [*shards, (1 - chosen.blend, self.engine.live_shard())]
 
     def drift(self, readout: str | Readout | None = None) -> float:
-        """Distance of an average from the live weights: ``||mean - masters||`` over all ranks (collective).
-
-        Taken in float64, each rank its own elements, so it is the same under every engine.
-
-        Args:
-            readout: as of :meth:`swapped_in`.
+        """Distance of an average from the live weights: ``||mean - masters||`` over all ranks, summed in float64
+        (collective).
         """
         pairs = beside_live(self.engine, self._shard_together(self.chosen(readout)))
         total = sum(float((averaged.double() - live.double()).square().sum()) for live, averaged in pairs)
