@@ -25,15 +25,11 @@ from tqdm import tqdm
 from swaft.errors import ConfigError
 from swaft.report.runs import SURFACE, config_class, setting_values
 from swaft.storage import write_durably
-from swaft.training.config import (
-    CausalConfig,
-    ClassificationConfig,
-    ModelConfig,
-    QuestionAnsweringConfig,
-    Seq2SeqConfig,
-    Seq2SeqModelConfig,
-    load_config,
-)
+from swaft.training.config import AnyModelConfig, ModelConfig, load_config
+from swaft.training.config.causal_lm import CausalConfig
+from swaft.training.config.classification import ClassificationConfig
+from swaft.training.config.question_answering import QuestionAnsweringConfig
+from swaft.training.config.seq2seq import Seq2SeqConfig, Seq2SeqModelConfig
 from swaft.training.data.causal_lm import CausalCollator, find_columns, tokenize_rows
 from swaft.training.data.classification import describe_task, tokenize
 from swaft.training.data.question_answering import (
@@ -46,25 +42,20 @@ from swaft.training.data.seq2seq import Seq2SeqCollator, find_pairs, read_pairs,
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import Collator, read_as_text
 from swaft.training.evaluation.answering import AnswerSearch, evaluate_answers
-from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes, evaluate_texts
-from swaft.training.evaluation.language_modelling import evaluate_answers_given
+from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
+from swaft.training.evaluation.generation import evaluate_answers_given, evaluate_texts
 from swaft.training.metrics.classification import get_metric
 from swaft.training.metrics.question_answering import get_question_metric
+from swaft.training.models.classes import describe_labels, fit_head
 from swaft.training.models.encoder_decoder import (
     decoder_config,
     encoder_decoder_config,
     load_decoder,
     load_encoder_decoder,
 )
-from swaft.training.models.heads import fit_head
-from swaft.training.models.pretrained import (
-    AnyModel,
-    describe_labels,
-    load_model_config,
-    load_tokenizer,
-    load_with_head,
-)
-from swaft.training.models.special_tokens import one_length, set_languages, whole_windows
+from swaft.training.models.generation import set_languages
+from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head
+from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.batches import Collate, loader_of
 
 LINE = tuple(step / 4 for step in range(-4, 9))
@@ -84,7 +75,7 @@ class Scoring:
     collate: Collate
     evaluate: Callable[..., Evaluation]
     """Of a model, a loader and an accelerator."""
-    load: Callable[[AnyModel], Any]
+    load: Callable[[AnyModelConfig], Any]
     """Makes the model that a section ``model`` names."""
 
 
@@ -197,18 +188,18 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _whole(model: AnyModel, folder: Path) -> AnyModel:
+def _whole(model: AnyModelConfig, folder: Path) -> AnyModelConfig:
     """Return the settings of the model in a folder, for what is whole there: all of it, or its tokenizer."""
     new = {"config": None, "vocab_size": None} if isinstance(model, Seq2SeqModelConfig) else {}
     return replace(model, model_name_or_path=str(folder), tokenizer_name=None, use_peft=False, **new)
 
 
-def _source(model: AnyModel, folder: Path) -> AnyModel:
+def _source(model: AnyModelConfig, folder: Path) -> AnyModelConfig:
     """Return the settings of the model in a folder; of an adapter, of its base model."""
     return replace(model, use_peft=False) if _is_adapter(folder) else _whole(model, folder)
 
 
-def _load(scoring: Scoring, model: AnyModel, folder: Path) -> nn.Module:
+def _load(scoring: Scoring, model: AnyModelConfig, folder: Path) -> nn.Module:
     """Return the model in a folder; an adapter merged into its base, as the averaged one may have another rank."""
     loaded = scoring.load(_source(model, folder))
     if not _is_adapter(folder):
