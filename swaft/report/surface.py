@@ -75,7 +75,7 @@ class Scoring:
     collate: Collate
     evaluate: Callable[..., Evaluation]
     """Of a model, a loader and an accelerator."""
-    load: Callable[[AnyModelConfig], Any]
+    load: Callable[[Any], Any]
     """Makes the model that a section ``model`` names."""
 
 
