@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRAS := recipes,deepspeed,peft,metrics,report,demo,test,dev
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv quickstart quality format test test-full soak gpu bench evidence constraints clean
+.PHONY: help venv quickstart quality format test test-full test-versions at-both-ends soak gpu bench evidence constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,23 @@ test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
 test-full: venv  ## everything that runs without a GPU
 	$(TESTS) -m "not gpu"
 
+# Both ends of the version ranges in pyproject.toml, each in an environment of its own that is made anew: what meets
+# other libraries, and a few units.
+AT_BOTH_ENDS = tests/integrations tests/distributed/test_averaging.py tests/averaging/test_averager.py \
+  tests/noise/test_objectives.py tests/training/test_accelerator.py tests/soup/test_soup_mean.py
+
+test-versions:  ## the integrations at the lowest and at the newest versions that pyproject.toml allows
+	$(PYTHON) tests/version_ranges.py > .venv-lowest.txt
+	: > .venv-newest.txt
+	for end in lowest newest; do \
+	  rm -rf .venv-$$end; \
+	  $(MAKE) at-both-ends VENV=.venv-$$end CONSTRAINTS=.venv-$$end.txt || exit 1; \
+	done
+
+at-both-ends: venv
+	$(BIN)/python -m pip list | grep -E '^(torch|numpy|accelerate|transformers|datasets|deepspeed|peft|trl) '
+	$(TESTS) $(AT_BOTH_ENDS)
+
 soak: venv  ## kill 200 runs and hold each to the bits of an unbroken one; a broken-off soak goes on (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
 
@@ -77,4 +95,4 @@ constraints: venv  ## write the versions in .venv to constraints.txt, after tryi
 	mv constraints.new constraints.txt
 
 clean:  ## remove what the targets built, but no run
-	rm -rf $(VENV) .ruff_cache .pytest_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest* .venv-newest* .ruff_cache .pytest_cache build dist *.egg-info

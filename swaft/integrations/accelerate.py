@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swaft.averaging import WeightAverager
-from swaft.errors import StateError
+from swaft.errors import ConfigError, StateError
 
 
 def register_averager(accelerator: Any, averager: WeightAverager) -> None:
@@ -18,15 +18,20 @@ def register_averager(accelerator: Any, averager: WeightAverager) -> None:
         accelerator.save_state("step-500")   # the averages are in its folder "averages"
         accelerator.load_state("step-500")   # and are resumed with model and optimizer
 
+    A second averager's averages are in ``averages-1``, and so on.
+
     Args:
         accelerator: an `accelerate.Accelerator`, its model and optimizer prepared.
         averager: of that model.
 
     Raises:
+        ConfigError: the averager is registered already.
         StateError: from `load_state`: the folder has no averages, or those of other rules or weights.
     """
-    others = sum(isinstance(each, _Carried) for each in accelerator._custom_objects)
-    carried = _Carried(averager, f"averages-{others}" if others else "averages")
+    others = [each for each in accelerator._custom_objects if isinstance(each, _Carried)]
+    if any(each.averager is averager for each in others):
+        raise ConfigError("the averager is registered already; expected one call of register_averager for it")
+    carried = _Carried(averager, f"averages-{len(others)}" if others else "averages")
     accelerator.register_save_state_pre_hook(carried.save)
     accelerator.register_load_state_pre_hook(carried.remember)
     accelerator.register_for_checkpointing(carried)
@@ -47,6 +52,12 @@ class _Carried:
 
     def remember(self, models: Any, input_dir: str) -> None:
         self._from = Path(input_dir) / self.folder
+        with self.averager.engine.ranks.together():
+            if not self._from.is_dir():
+                raise StateError(
+                    f"{input_dir} holds no averages (there is no {self.folder}): it was written before "
+                    "register_averager was called; resume from another checkpoint, or without averaging"
+                )
 
     def state_dict(self) -> dict[str, str]:
         return {"averages": self.folder}

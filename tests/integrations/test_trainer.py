@@ -188,10 +188,25 @@ def test_a_loss_that_the_objective_would_replace_is_refused(tmp_path, settings, 
         trainer(tmp_path, NoiseCallback(swaft.R3F()), **settings).train()
 
 
-def test_a_checkpoint_without_the_objectives_step_is_refused(tmp_path):
+def test_a_run_without_the_callbacks_is_not_resumed_with_them(tmp_path, averaging):
     trainer(tmp_path).train()
     with pytest.raises(StateError, match=r"noise\.json"):
         trainer(tmp_path, NoiseCallback(swaft.R3F())).train(resume_from_checkpoint=True)
+    with pytest.raises(StateError, match="train from the beginning, or without averaging"):
+        trainer(tmp_path, averaging).train(resume_from_checkpoint=True)
+
+
+def test_a_search_over_settings_is_refused(tmp_path, averaging):
+    run = trainer(tmp_path, averaging)
+    run.hp_search_backend = "optuna"
+    with pytest.raises(ConfigError, match="hyperparameter_search"):
+        run.train()
+
+
+def test_a_callback_that_no_trainer_calls_says_where_it_belongs(tmp_path, averaging):
+    run = trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"pass it to Trainer\(\.\.\., callbacks="):
+        averaging.on_train_begin(run.args, run.state, run.control)
 
 
 def test_r4f_is_refused_because_the_trainer_could_not_save_its_head(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ from tiny_trainer import sft_trainer, trainer
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from user_scripts import RUNS, SAVED, STEPS, VARIANTS, run_script
 
 import swaft
 from swaft.integrations.transformers import NoiseCallback, WeightAveragingCallback, averaged_weights
@@ -29,6 +31,7 @@ from harness import worker_main
 from run_on_ranks import mean_in_one_process, same_bits
 
 RULE = swaft.SWA(start=0.5)
+NOISE = "a noise objective's loss is the mean over the rows of a step"
 STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": None}
 
 
@@ -148,31 +151,117 @@ def case(engine: str, build: Callable[..., Trainer] = trainer):
 
         yield "a run that resumes has the same average and weights", resumes
 
-        def noise_weighs_rows():
-            # At weight 0 the task loss is left, and 4 rows twice are 8 rows at once. (Of BERT the Trainer itself
-            # would count each micro-batch whole, and once a rank: the model passes over num_items_in_batch.)
-            settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.5, "dropout": 0.0}
-            once = {"per_device_train_batch_size": 8, "average_tokens_across_devices": False}
-            start = weights(started(build, engine, root / "start", **settings))
-            own = started(build, engine, root / "own", **once, **settings)
-            own.train()
-            objective = swaft.R3F(weight=0.0, sigma=0.01)
-            twice = NoiseCallback(objective)
-            noisy = started(build, engine, root / "noisy", twice, gradient_accumulation_steps=2, **settings)
-            noisy.train()
-            before, after = weights(own), weights(noisy)
-            moved = sum((before[name] - start[name]).square().sum() for name in before).sqrt()
-            apart = sum((after[name] - before[name]).square().sum() for name in before).sqrt()
-            assert moved > 0, moved
-            assert apart <= 0.02 * moved, (apart, moved)
-            assert objective.step == 6
-
-        yield "a noise objective's loss is the mean over the rows of a step", noise_weighs_rows
+        yield NOISE, lambda: noise_weighs_rows(engine, build, root)
 
     return checks
 
 
+def noise_weighs_rows(engine: str, build: Callable[..., Trainer], root: Path) -> None:
+    # At weight 0 the task loss is left, and 4 rows twice are 8 rows at once. (Of BERT the Trainer itself
+    # would count each micro-batch whole, and once a rank: the model passes over num_items_in_batch.)
+    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.5, "dropout": 0.0}
+    once = {"per_device_train_batch_size": 8, "average_tokens_across_devices": False}
+    start = weights(started(build, engine, root / "start", **settings))
+    own = started(build, engine, root / "own", **once, **settings)
+    own.train()
+    objective = swaft.R3F(weight=0.0, sigma=0.01)
+    twice = NoiseCallback(objective)
+    noisy = started(build, engine, root / "noisy", twice, gradient_accumulation_steps=2, **settings)
+    noisy.train()
+    before, after = weights(own), weights(noisy)
+    moved = sum((before[name] - start[name]).square().sum() for name in before).sqrt()
+    apart = sum((after[name] - before[name]).square().sum() for name in before).sqrt()
+    assert moved > 0, moved
+    assert apart <= 0.02 * moved, (apart, moved)
+    assert objective.step == 6
+
+
+def noise_alone(engine: str):
+    """Of an engine whose averages are tried in `user_script`."""
+
+    def checks():
+        yield NOISE, lambda: noise_weighs_rows(engine, trainer, shared_folder())
+
+    return checks
+
+
+def user_script(name: str, stage: int):
+    """A script in the form of transformers' examples: without lines of swaft, with one, with two, and resumed."""
+
+    def checks():
+        folder = Path(sys.argv[1]).parent / name
+        runs = folder / f"zero{stage}"
+        masters = {variant: run_script(folder, stage, variant) for variant in VARIANTS}
+
+        def nothing_else_changes():
+            assert len(masters["plain"]) == STEPS
+            assert same_weights(masters["plain"], masters["averaged"])
+            scores = [live_scores(runs / variant) for variant in ("plain", "averaged")]
+            assert scores[0] == scores[1]
+            texts = [(runs / variant / "predictions.txt").read_text() for variant in ("plain", "averaged")]
+            assert texts[0] == texts[1]
+
+        yield "the line for averaging changes no weight, score or prediction", nothing_else_changes
+
+        def both_are_scored():
+            state = json.loads((runs / "averaged" / "trainer_state.json").read_text())
+            scored = [entry for entry in state["log_history"] if "eval_averaged_loss" in entry]
+            assert [entry["step"] for entry in scored] == [4, 6, 8]
+            measured = "eval_averaged_accuracy" if name == "classification" else "eval_averaged_rougeL"
+            at_the_end = json.loads((runs / "averaged" / "all_results.json").read_text())
+            assert measured in scored[0]
+            assert measured in at_the_end
+
+        yield "both weights are scored by the script's own metrics", both_are_scored
+
+        def noise_is_trained():
+            state = json.loads((runs / "noised" / "trainer_state.json").read_text())
+            assert state["log_history"][0]["divergence"] > 0
+            assert not same_weights(masters["noised"], masters["averaged"])
+
+        yield "the line for noise trains its divergence", noise_is_trained
+
+        def resumes():
+            assert not (runs / "broken-off" / f"checkpoint-{STEPS}").exists()
+            resumed = run_script(folder, stage, "noised", "broken-off")
+            assert list(resumed) == list(range(SAVED + 1, STEPS + 1))
+            assert same_weights(resumed, {step: masters["noised"][step] for step in resumed})
+            averages = [
+                (runs / run / "final-averaged" / "model.safetensors").read_bytes()
+                for run in ("noised", "broken-off")
+            ]
+            assert averages[0] == averages[1]
+
+        yield "a run that was killed has the same weights and average once resumed", resumes
+        if dist.get_rank() == 0:
+            torch.save(masters, runs / "masters.pt")
+
+    return checks
+
+
+def live_scores(run: Path) -> list[dict[str, float]]:
+    """What a run logged and scored of its live weights, times apart."""
+    logged = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    entries = [*logged, json.loads((run / "eval_results.json").read_text())]
+    others = ("averaged", "runtime", "per_second")
+    live = [
+        {key: entry[key] for key in entry if not any(part in key for part in others)} for entry in entries
+    ]
+    return [entry for entry in live if entry.keys() > {"epoch", "step"}]
+
+
+def same_weights(a: dict[int, dict[str, torch.Tensor]], b: dict[int, dict[str, torch.Tensor]]) -> bool:
+    """Whether two runs had the same masters after every step."""
+    return a.keys() == b.keys() and all(
+        torch.equal(value, b[step][name]) for step in a for name, value in a[step].items()
+    )
+
+
 if __name__ == "__main__":
-    cases = {engine: case(engine) for engine in STAGES}
+    scripts = {f"{name} zero{stage}": user_script(name, stage) for name, stage in RUNS}
+    # Nothing under stage 3 comes before what is compared with another process at stage 2 (see RUNS).
+    cases = {name: check for name, check in scripts.items() if name.endswith("zero2")}
+    cases |= {engine: case(engine) for engine in ("ddp", "zero1", "fsdp2")}
     cases["sft zero2"] = case("zero2", sft_trainer)
-    worker_main(cases)
+    cases["zero3"] = noise_alone("zero3")
+    worker_main(cases | scripts)
