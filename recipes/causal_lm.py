@@ -169,15 +169,7 @@ def train(config: CausalConfig) -> None:
                 model, optimizer, rule=ready.rule, total_steps=run.total_steps, **run.averaging_options
             )
         schedule = build_schedule(config.train, total_steps=run.total_steps, averaging=averager is not None)
-        run.begin(
-            task=ready.description,
-            schedule=schedule,
-            target=ready.target,
-            tokenizer=tokenizer,
-            splits=datasets,
-            averager=averager,
-            objective=objective,
-        )
+        run.begin(ready, tokenizer, datasets, schedule=schedule, averager=averager, objective=objective)
 
         # Evaluation: the last weights, then the averaged ones in their place.
         loaders = run.evaluation_loaders(datasets, collate)

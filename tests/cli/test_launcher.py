@@ -46,14 +46,15 @@ def launch_file(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_shipped_file_is_read_as_the_engine_of_its_name(name):
-    found = read_launch([*words_for(name), RECIPE, "--config", "a.yaml", "b.c=d e"])
+    words = [*words_for(name), RECIPE, "--config", "a.yaml", "b.c=d e"]
+    found, script = read_launch(words), read_script(words)
     stem = name.removesuffix("_cpu").removesuffix("_multinode")
     stage = int(stem[4]) if stem.startswith("zero") else None
     assert found.stage == stage
     assert found.engine == (ENGINES[stem] if stage is None else f"DeepSpeed ZeRO-{stage}")
     ranks = {"single": 1}.get(stem, 16 if name.endswith("_multinode") else 2)
     assert (found.num_machines, found.world_size) == (16 // 8 if ranks == 16 else 1, ranks)
-    assert (found.script, found.arguments) == (RECIPE, ["--config", "a.yaml", "b.c=d e"])
+    assert (script.path, script.arguments) == (RECIPE, ["--config", "a.yaml", "b.c=d e"])
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -96,7 +96,7 @@ class Spy:
     def install(self) -> None:
         """Put itself around what is to be seen; to be called once, in a process that has nothing else to do."""
         the_run.Run.steps = self.watched(the_run.Run.steps)
-        the_run.load_engine_state = after(self.before_weights, the_run.load_engine_state)
+        run_state.RunState.load_engine = after(self.before_weights, run_state.RunState.load_engine)
         run_state.RunState.restore = after(self.before_average, run_state.RunState.restore)
         run_state.RunState.restore_random = after(self.before_random, run_state.RunState.restore_random)
         the_run.step_batches = self.noted_rows(the_run.step_batches)
@@ -135,14 +135,15 @@ class Spy:
 
         return watching
 
-    def before_weights(self, checkpoint: Any, accelerator: Any, model: Any, *_: Any) -> None:
-        self.before["weights"] = digest(local_parts(model))
+    def before_weights(self, state: Any, *_: Any) -> None:
+        self.before["weights"] = digest(local_parts(state.run.model))
 
-    def before_average(self, state: Any, *_: Any) -> None:
-        self.before |= left_of_average(state.parts.get("average"))
+    def before_average(self, state: Any, parts: Any) -> None:
+        self.before |= left_of_average(parts["average"]) if state.run.folder.checkpoint else {}
 
-    def before_random(self, *_: Any) -> None:
-        self.before["random"] = generators()
+    def before_random(self, state: Any) -> None:
+        if state.run.folder.checkpoint:
+            self.before["random"] = generators()
 
     def noted_rows(self, step_batches: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def noting(*given: Any, **options: Any) -> Iterator[Any]:

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swaft.noise.passes import SentCount
 from swaft.training.run.batches import count_rows
-from swaft.training.run.meter import Meter
 from swaft.training.run.run import Run
+from swaft.training.run.step import Meter
 
 pytestmark = pytest.mark.recipe
 

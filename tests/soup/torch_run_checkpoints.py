@@ -48,7 +48,7 @@ def write_checkpoint(
     ranks = ranks or Ranks()
 
     def write(folder):
-        save_engine(model, model, optimizer, folder, stepped=bool(optimizer.state))
+        save_engine(model, model, optimizer, folder)
         if not ranks.is_main:
             return {}
         return {f"engine/{file.name}": hash_file(file) for file in (folder / "engine").iterdir()}

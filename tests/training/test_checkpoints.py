@@ -12,6 +12,7 @@ from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import hash_file, is_complete, write_durably
 from swaft.training.run.checkpoints import (
+    checkpoint_on_paper,
     checkpoint_path,
     choose_checkpoint,
     delete_old,
@@ -109,6 +110,9 @@ def test_one_that_may_be_sound_but_cannot_be_read_now_is_not_passed_over(ranks, 
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(StateAccessError, match="checkpoint-10"):
         choose_checkpoint("auto", tmp_path, ranks)
+    if fault == "link":
+        with pytest.raises(StateAccessError, match="checkpoint-10 is a symbolic link"):
+            checkpoint_on_paper("auto", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

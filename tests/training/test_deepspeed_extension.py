@@ -28,24 +28,24 @@ def lock_of_age(folder: Path, seconds: float) -> Path:
 def test_an_old_lock_that_no_build_holds_is_refused_by_name(tmp_path):
     lock = lock_of_age(tmp_path, 3600)
     with pytest.raises(TrainingError, match="60 minutes old") as caught:
-        extension.refuse_stale_lock(folder=tmp_path)
+        extension.refuse_stale_lock(tmp_path)
     assert str(lock) in str(caught.value)
     assert lock.exists()
 
 
 def test_a_young_lock_is_left_to_the_build_that_may_hold_it_elsewhere(tmp_path):
     lock_of_age(tmp_path, 30)
-    extension.refuse_stale_lock(folder=tmp_path)
+    extension.refuse_stale_lock(tmp_path)
 
 
 @needs_proc
 def test_an_old_lock_that_a_running_build_holds_is_waited_for(tmp_path):
     with lock_of_age(tmp_path, 3600).open():
-        extension.refuse_stale_lock(folder=tmp_path)
+        extension.refuse_stale_lock(tmp_path)
 
 
 def test_no_lock_is_fine(tmp_path):
-    extension.refuse_stale_lock(folder=tmp_path)
+    extension.refuse_stale_lock(tmp_path)
 
 
 def test_a_lock_left_behind_is_deleted_before_building(tmp_path):

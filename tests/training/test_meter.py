@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swaft.training.run.meter import Meter, count_tokens
+from swaft.training.run.batches import count_tokens
+from swaft.training.run.step import Meter
 
 pytestmark = pytest.mark.unit
 

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from swaft.training.config import ModelConfig, TrackConfig, TrainConfig
+from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.config.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
+from swaft.training.run.step import Position
 
 pytestmark = pytest.mark.unit
 
@@ -61,7 +64,14 @@ def test_the_table_sets_last_against_averaged():
 @pytest.fixture
 def log(make_accelerator, tmp_path):
     accelerator = make_accelerator()
-    return ProgressLog(accelerator, RunFolder.create(tmp_path, accelerator), total_steps=3, averaging="swa")
+    run: Any = SimpleNamespace(
+        accelerator=accelerator,
+        folder=RunFolder.create(tmp_path, accelerator),
+        config=SimpleNamespace(train=TrainConfig(output_dir="-"), averaging=AveragingConfig(rule="swa")),
+        total_steps=3,
+        position=Position(),
+    )
+    return ProgressLog(run)
 
 
 def test_every_record_goes_to_the_screen_and_to_metrics_jsonl(log, tmp_path, caplog):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,11 +34,12 @@ from swaft.training.config.classification import ClassificationConfig, DataConfi
 from swaft.training.data.order import shuffled
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.run.folder import RunFolder
 from swaft.training.run.run import Run
 from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 pytestmark = pytest.mark.unit
+
+OLDER_CONFIG = Path(__file__).parent / "older_config.yaml"
 
 
 class Tokenizer:
@@ -50,11 +53,10 @@ class Tokenizer:
 def run(make_accelerator, tmp_path):
     """Train a model on rows; returns the records of the log, where the run stands, and the averager."""
 
-    def train(model, rows, *, objective=None, rule=None, evaluate=None, evaluation=None, **changes):
-        settings = TrainConfig(
-            output_dir=str(tmp_path / str(len(list(tmp_path.iterdir())))),
-            **({"logging_steps": 1, "learning_rate": 0.1, "per_device_train_batch_size": 2} | changes),
-        )
+    def train(model, rows, *, objective=None, rule=None, evaluate: Any = None, evaluation=None, **changes):
+        new: dict[str, Any] = {"output_dir": str(tmp_path / str(len(list(tmp_path.iterdir()))))}
+        small: dict[str, Any] = {"logging_steps": 1, "learning_rate": 0.1, "per_device_train_batch_size": 2}
+        settings = TrainConfig(**(new | small | changes))
         config = ClassificationConfig(
             model=ModelConfig(model_name_or_path="-"),
             data=DataConfig(),
@@ -66,7 +68,7 @@ def run(make_accelerator, tmp_path):
         )
         accelerator = make_accelerator(settings.gradient_accumulation_steps)
         objective = objective or TaskLoss()
-        with Run(config, accelerator, RunFolder.of(config, accelerator)) as run:
+        with Run(config, accelerator) as run:
             model, optimizer, loader = run.prepare(
                 model,
                 lambda model: torch.optim.SGD(model.parameters(), lr=settings.learning_rate),
@@ -76,14 +78,9 @@ def run(make_accelerator, tmp_path):
             )
             averager = rule and swaft.WeightAverager(model, optimizer, rule=rule, total_steps=run.total_steps)
             schedule = build_schedule(settings, total_steps=run.total_steps, averaging=rule is not None)
-            run.begin(
-                task="-",
-                schedule=schedule,
-                target=Target(score="accuracy", chosen="accuracy"),
-                tokenizer=Tokenizer(),
-                splits={"validation"} if evaluate else (),
-                averager=averager,
-            )
+            ready: Any = SimpleNamespace(description="-", target=Target(score="accuracy", chosen="accuracy"))
+            splits = {"validation"} if evaluate else ()
+            run.begin(ready, Tokenizer(), splits, schedule=schedule, averager=averager)
             for step in run.steps(loader, evaluate):
                 set_learning_rate(optimizer, schedule(run.applied_steps))
                 for batch, share in step.micro_batches():
@@ -141,6 +138,21 @@ def test_training_equals_plain_torch_also_where_an_epoch_ends_on_fewer_micro_bat
     by_hand(expected, rows, accumulation=accumulation, rates=rates)
     for trained, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(trained, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_folder_with_an_older_config_resumes_to_the_bit_also_with_an_optimizer_without_state(
+    run, tmp_path
+):
+    unbroken, resumed, rows = make_classifier(), make_classifier(), make_rows(8)
+    folder = tmp_path / "older"
+    run(unbroken, rows, output_dir=str(folder), max_steps=4, save_steps=2)
+    own = (folder / "config.yaml").read_text()
+    shutil.copy(OLDER_CONFIG, folder / "config.yaml")
+    done = run(resumed, rows, output_dir=str(folder), max_steps=4, save_steps=2)
+    assert [record["step"] for record in done.records] == [1, 2, 3, 4]  # two of them as they were
+    assert (folder / "config.yaml").read_text() == own
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
 
 
 def test_each_step_uses_the_rate_of_the_schedule_once(run):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 
 from swaft.errors import ConfigError
+from swaft.training.config import load_config, to_yaml
+from swaft.training.config.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder, environment
 
 pytestmark = pytest.mark.unit
+
+OLDER_CONFIG = Path(__file__).parent / "older_config.yaml"
 
 
 @pytest.fixture
@@ -108,6 +113,21 @@ def test_another_run_that_was_ended_is_left_alone(make_accelerator, tmp_path):
     with pytest.raises(ConfigError, match="holds another run already"):
         RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {seed: 1}\n")
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_without_a_checkpoint_and_with_an_older_config_is_refused_in_one_line(
+    make_accelerator, tmp_path
+):
+    config = load_config(
+        ClassificationConfig, ["--config", str(OLDER_CONFIG)]
+    )  # whose settings are still known
+    made(tmp_path, "metrics.jsonl")
+    shutil.copy(OLDER_CONFIG, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="holds another run already") as caught:
+        RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml=to_yaml(config))
+    [problem] = caught.value.problems
+    assert "\n" not in problem
+    assert problem.endswith("nothing was changed there. Name a new folder")
 
 
 def test_checkpoints_of_another_run_that_were_never_finished_are_told(make_accelerator, tmp_path):

@@ -16,8 +16,7 @@ import swaft
 from swaft.noise import TaskLoss
 from swaft.training.config import TrainConfig
 from swaft.training.run.batches import step_batches
-from swaft.training.run.meter import Meter
-from swaft.training.run.step import Step
+from swaft.training.run.step import Meter, Step
 
 STEPS, LEARNING_RATE = 6, 0.3
 ROWS = 21

@@ -35,8 +35,8 @@ from swaft.training.run.folder import refuse_used
 from swaft.training.run.record import (
     RunRecord,
     batches_read,
+    layout_of,
     require_averages,
-    require_same_engine,
     require_same_run,
 )
 from swaft.training.run.schedule import Schedule, build_schedule, planned_steps
@@ -218,20 +218,12 @@ def check_checkpoint(start: Start) -> None:
         return
     path, manifest = found
     before = RunRecord.read(manifest.content, path)
-    batch = train.per_device_train_batch_size * start.world_size
-    now = replace(
-        before.setup,  # what is not known yet is taken to be the same
-        stage=None if deepspeed is None else deepspeed.config["zero_optimization"].get("stage", 0),
-        world_size=start.world_size,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        rows_per_step=batch * train.gradient_accumulation_steps,
-        grouped_by=batch if train.group_by_length else None,
-        seed=train.seed,
-    )
+    stage = None if deepspeed is None else deepspeed.config["zero_optimization"].get("stage", 0)
+    # What is not known yet is taken to be the same.
+    now = replace(before.setup, **layout_of(train, world_size=start.world_size, stage=stage))
     if hasattr(start, "total_steps") and not start.may_be_longer:
         now = replace(now, total_steps=start.total_steps)
     require_same_run(before, now, path)
-    require_same_engine(before, now, path, average=path / AVERAGE)
     require_averages(before, path, there=AVERAGE in manifest.sealed, wanted=rule is not None)
     batches_read(before, now)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import ReadoutSearch, WeightAverager, search_windows
-from swaft.averaging.rules import WindowsPlan
 from swaft.errors import TrainingError
 from swaft.training.metrics.names import Metric, Scores
 from swaft.training.run.folder import RunFolder
-
-logger = logging.getLogger(__name__)
-
 
 ROW_ID = "idx"
 
@@ -193,28 +187,6 @@ def mean_evaluations(
         )
 
     return {name: {kind: mean(splits, kind) for kind in found[splits[0]]} for name, splits in means.items()}
-
-
-def best_window(
-    averager: WeightAverager | None,
-    evaluate_once: Callable[[], Evaluation] | None,
-    metric: str,
-    *,
-    better: Callable[..., float] = max,
-    blends: Sequence[float] = (),
-) -> ReadoutSearch | None:
-    """Return the window and the blend of averaged weights that score best on validation data (collective).
-
-    None where there is nothing to choose: no averaging, no blends and another rule than ``windows``, no validation
-    data.
-    """
-    chooses = averager is not None and (blends or isinstance(averager.plan(), WindowsPlan))
-    if averager is None or evaluate_once is None or not chooses:
-        return None
-    logger.info(
-        "choosing among windows and blends of averaged weights on validation data: an evaluation for each"
-    )
-    return search_windows(averager, lambda: evaluate_once().scores[metric], better=better, blends=blends)
 
 
 def write_samples(

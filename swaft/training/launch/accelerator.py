@@ -1,7 +1,7 @@
 """Starts accelerate so that the engine the launcher asked for is the engine that runs.
 
-On a machine without CUDA accelerate drops DeepSpeed when told ``cpu=True``, and believes every rank to be
-alone when not told a backend; a plain launch without ``cpu=True`` leaves the ranks unwrapped. All three
+On a machine without CUDA accelerate drops DeepSpeed where ``cpu=True`` is given, and believes every rank to be
+alone where no backend is; a plain launch without ``cpu=True`` leaves the ranks unwrapped. All three
 train, each wrongly and in silence, so the outcome is checked here.
 """
 
@@ -36,10 +36,9 @@ from swaft.training.launch.deepspeed_config import (
     FilledConfig,
     RecipeValues,
     declared_precision,
-    environment_problems,
     fill_auto,
     launcher_config,
-    offload_problems,
+    launcher_problems,
 )
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.deepspeed_rules import deepspeed_problems
@@ -86,14 +85,21 @@ def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerat
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if deepspeed:
-        _set_environment_of_deepspeed(on_cpu=on_cpu)
+        # accelerate refuses a launcher file that states a precision next to a DeepSpeed file. That precision, and
+        # every other value the guard is about, has been compared with the DeepSpeed file by now.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames, and torch says so at every call.
+        renamed = r"`torch\.distributed\.\w+` is deprecated"
+        warnings.filterwarnings("ignore", category=FutureWarning, message=renamed)
+        if on_cpu:
+            use_environment()
     if fsdp2:  # else transformers leaves ranks with empty weights
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(
         mixed_precision=engine.precision,
         # accelerate reads cpu=True as "no DeepSpeed"; without DeepSpeed a CPU rank needs cpu=True for DDP.
         cpu=on_cpu and deepspeed is None,
-        # accelerate would partition the model while it loads unless told otherwise.
+        # accelerate would partition the model while it loads unless this is off.
         deepspeed_plugin=deepspeed
         and DeepSpeedPlugin(
             hf_ds_config=deepspeed.config, zero3_init_flag=partitions_at_load(os.environ, deepspeed.config)
@@ -173,14 +179,9 @@ def resolve_deepspeed(
         source=_recipe_files(sys.argv),
     )
     filled = fill_auto(config, recipe, source=source)
-    stage = filled.config["zero_optimization"].get("stage", 0)
     refused, ignored = deepspeed_problems(filled.config, source=source)
-    problems = [
-        *filled.problems,
-        *environment_problems(environ, train, stage),
-        *offload_problems(environ, filled.config),
-        *refused,
-    ]
+    dropped = launcher_problems(environ, train, filled.config["zero_optimization"])
+    problems = [*filled.problems, *dropped, *refused]
     if problems:
         raise ConfigError(problems)
     notes = [(name, "ignored", "DeepSpeed has no setting of that name") for name in ignored]
@@ -192,22 +193,11 @@ def uses_deepspeed(environ: Mapping[str, str]) -> bool:
     return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def _set_environment_of_deepspeed(*, on_cpu: bool) -> None:
-    # accelerate refuses a launcher file that states a precision next to a DeepSpeed file. That precision, and
-    # every other value the guard is about, has been compared with the DeepSpeed file by now.
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames, and torch says so at every call.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated"
-    )
-    if on_cpu:
-        use_environment()
-
-
 def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
     """Raise unless the engine and the number of ranks are those the launcher announced."""
-    world_size, started = int(environ.get("WORLD_SIZE", "1")), accelerator.distributed_type
-    announced = {
+    world_size, seen = int(environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    started = accelerator.distributed_type
+    engines = {
         DistributedType.DEEPSPEED: (
             uses_deepspeed(environ),
             "DeepSpeed; check ACCELERATE_USE_CPU and how the ranks start",
@@ -217,17 +207,14 @@ def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
             "FSDP2; start the ranks with accelerate launch or torchrun",
         ),
     }
-    for engine, (is_wanted, words) in announced.items():
-        if (started == engine) != is_wanted:
-            raise TrainingError(
-                f"accelerate started {started.value}, but the launcher asked "
-                f"{'for' if is_wanted else 'not for'} {words}"
-            )
-    if accelerator.num_processes != world_size:
+    wrong = [words for engine, (wanted, words) in engines.items() if (started == engine) != wanted]
+    if wrong:
+        asked = "not for" if started in engines else "for"
+        raise TrainingError(f"accelerate started {started.value}, but the launcher asked {asked} {wrong[0]}")
+    if seen != world_size:
         raise TrainingError(
-            f"{world_size} ranks were launched (WORLD_SIZE), but accelerate sees "
-            f"{accelerator.num_processes}, so each would train alone; start the ranks with accelerate launch "
-            "or torchrun"
+            f"{world_size} ranks were launched (WORLD_SIZE), but accelerate sees {seen}, so each would train "
+            "alone; start the ranks with accelerate launch or torchrun"
         )
     if world_size > 1 and started == DistributedType.NO:
         raise TrainingError(
@@ -255,7 +242,7 @@ def whole_model_loading(accelerator: Accelerator) -> Iterator[None]:
 
     transformers partitions a model while it loads whenever a ZeRO-3 configuration is known, and accelerate
     makes it known whatever ``zero3_init_flag`` says. A partitioned model shows empty weights: a spectral norm
-    cannot be put on its head, and nothing can be told from the shapes. A launcher that says
+    cannot be put on its head, and nothing can be seen from the shapes. A launcher that says
     ``zero3_init_flag: true`` gets its partitioning, for models that do not fit otherwise.
     """
     plugin = accelerator.state.deepspeed_plugin
@@ -289,6 +276,6 @@ def partitions_at_load(environ: Mapping[str, str], config: Mapping[str, Any]) ->
 
 def _recipe_files(argv: Sequence[str]) -> str:
     """Names of the configuration files on a command line, for messages."""
-    files = [after for word, after in pairwise(argv) if word == "--config"]
-    files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    words = [word for each in argv for word in each.split("=", 1)]
+    files = [after for word, after in pairwise(words) if word == "--config"]
     return ", ".join(files) or "the recipe's configuration"

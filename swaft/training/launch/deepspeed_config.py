@@ -1,9 +1,8 @@
-"""Fills a DeepSpeed configuration as transformers' Trainer would, and finds where it contradicts the recipe.
+"""Fills a DeepSpeed file full of ``"auto"``: accelerate fills few, and has a number win over the recipe's, unsaid.
 
-Users bring JSON files full of ``"auto"``. A plain accelerate loop fills few of them, fills
-``gradient_clipping`` with 1.0 whatever the recipe says, and lets a number in the file win over the recipe
-without a word. Here every value comes from the recipe, a number that differs is a problem, and every filled
-value is listed with its source.
+It fills ``gradient_clipping`` with 1.0 whatever the recipe says, and drops single values of its own file. Here
+every value comes from the recipe as in transformers' Trainer, a number that differs is a problem, and every value
+that was filled in is listed with its source.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from __future__ import annotations
 import base64
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,28 @@ from typing import Any
 from swaft.errors import ConfigError
 from swaft.training.config import TrainConfig
 
-AUTO = "auto"
+AUTO, MISSING = "auto", "missing"
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 """DeepSpeed's schedulers that are a warm-up and what follows; others are nothing that a recipe trains with."""
 OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 """Names that DeepSpeed still takes and accelerate does not know."""
 SHORT_NAMES = (
-    "prefetch_bucket_size",
-    "param_persistence_threshold",
-    "model_persistence_threshold",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "gather_16bit_weights_on_model_save",
-    "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params",
-    "allgather_sequential",
+    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold"),
+    *("max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save"),
+    *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
 )
 """Names in ``zero_optimization`` that DeepSpeed takes with and without ``stage3_`` before them."""
+SIZES: dict[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda width: width * width,
+    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
+    "stage3_param_persistence_threshold": lambda width: 10 * width,
+}
+"""Sizes in ``zero_optimization`` by the width of the model, as transformers and accelerate derive them."""
 SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")
 """Entries of a file that are looked into."""
+
+Wanted = Mapping[str, tuple[Any, str]]
+"""By key of a file: the recipe's value, and the setting it comes from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +59,53 @@ class RecipeValues:
     """Name of the file (or files) the recipe's values come from, for messages."""
 
     @property
-    def optimizer(self) -> dict[str, tuple[Any, str]]:
-        """What AdamW is built with, by its name in a file, and the setting it comes from."""
+    def always(self) -> Wanted:
+        """Every key that is there once a file is filled."""
+        train, rows = self.train, self.train.per_device_train_batch_size
+        accumulation = train.gradient_accumulation_steps
+        return {
+            "train_micro_batch_size_per_gpu": (rows, "train.per_device_train_batch_size"),
+            "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps"),
+            "train_batch_size": (rows * accumulation * self.world_size, "batch x accumulation x ranks"),
+            "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+            "bf16.enabled": (self.precision == "bf16", "mixed precision"),
+            "fp16.enabled": (self.precision == "fp16", "mixed precision"),
+        }
+
+    @property
+    def optimizer(self) -> Wanted:
+        """What AdamW is built with."""
         train = self.train
         return {
             "lr": (train.learning_rate, "train.learning_rate"),
             "weight_decay": (train.weight_decay, "train.weight_decay"),
             "betas": ([train.adam_beta1, train.adam_beta2], "train.adam_beta1 and train.adam_beta2"),
             "eps": (train.adam_epsilon, "train.adam_epsilon"),
+            "adam_w_mode": (True, "the recipe's AdamW"),
+            "bias_correction": (True, "the recipe's AdamW"),
+            "amsgrad": (False, "the recipe's AdamW"),
         }
 
     @property
-    def always(self) -> dict[str, tuple[Any, str]]:
-        """Every key that is there once a file is filled, its value, and the setting it comes from."""
-        rows, accumulation = self.train.per_device_train_batch_size, self.train.gradient_accumulation_steps
+    def scheduler(self) -> Wanted:
+        """What the recipe's rate has in common with a warm-up of DeepSpeed's."""
+        train = self.train
         return {
-            "train_micro_batch_size_per_gpu": (rows, "train.per_device_train_batch_size"),
-            "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps"),
-            "train_batch_size": (rows * accumulation * self.world_size, "batch x accumulation x ranks"),
-            "gradient_clipping": (self.train.max_grad_norm, "train.max_grad_norm"),
-            "bf16.enabled": (self.precision == "bf16", "mixed precision"),
-            "fp16.enabled": (self.precision == "fp16", "mixed precision"),
+            "warmup_min_lr": (0, "where a warm-up begins"),
+            "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
+            "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
+            "warmup_type": ("linear", "the kind of warm-up"),
+            "total_num_steps": (train.max_steps, "train.max_steps"),
         }
+
+    @property
+    def zero(self) -> Wanted:
+        """What is filled in ``zero_optimization`` where a file says "auto"; a number there is the user's."""
+        width, name = self.hidden_size, "stage3_gather_16bit_weights_on_model_save"
+        sizes = {
+            key: (size(width), "the model's hidden size") for key, size in SIZES.items() if width is not None
+        }
+        return {**sizes, name: (False, "swaft exports without gathering the model")}
 
 
 @dataclass(frozen=True)
@@ -107,11 +135,9 @@ def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     if named != "none":
         return read_config(named), named if len(named) < 200 else "the DeepSpeed configuration"
     zero: dict[str, Any] = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
-    for part in ("optimizer", "param"):
-        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
-        path = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_NVME_PATH")
-        if device != "none":
-            zero[f"offload_{part}"] = {"device": device} | ({"nvme_path": path} if path else {})
+    for part, device in _offloads(environ).items():
+        path = environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_NVME_PATH")
+        zero[part] = {"device": device} | ({"nvme_path": path} if path else {})
     return {"zero_optimization": zero}, "the accelerate configuration"
 
 
@@ -121,10 +147,7 @@ def read_config(named: str) -> dict[str, Any]:
     Raises:
         ConfigError: where there is no such file, it is not JSON, or a section of it is none.
     """
-    try:
-        is_file = Path(named).is_file()
-    except OSError:  # encoded text is too long for a file name
-        is_file = False
+    is_file = os.path.isfile(named)
     try:
         raw = Path(named).read_bytes() if is_file else base64.urlsafe_b64decode(named)
         config = json.loads(raw.decode("utf-8"))
@@ -148,10 +171,8 @@ def read_config(named: str) -> dict[str, Any]:
 
 def declared_precision(config: Mapping[str, Any]) -> str | None:
     """Return the precision the file switches on itself (``bf16`` or ``fp16``), None where it is left open."""
-    for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled") is True:
-            return name
-    return None
+    on = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
+    return on[0] if on else None
 
 
 def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -> FilledConfig:
@@ -165,8 +186,29 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     Returns:
         The filled configuration, the table of what was filled, and the problems (empty where it can be used).
     """
-    filling = _Filling(copy.deepcopy(dict(config)), recipe, source)
-    filled, rows, zero = filling.config, filling.rows, filling.config["zero_optimization"]
+    filled, rows, problems = copy.deepcopy(dict(config)), list[tuple[str, Any, str]](), list[str]()
+    zero = filled["zero_optimization"]
+
+    def settle(
+        wanted: Wanted, prefix: str = "", *, fills: Sequence[str] = (AUTO,), compares: bool = True
+    ) -> None:
+        """Write the recipe's values where the file says one of `fills`; note what it says otherwise."""
+        for name, (value, setting) in wanted.items():
+            *sections, leaf = f"{prefix}{name}".split(".")
+            node = filled
+            for section in sections:
+                node = node.setdefault(section, {}) if MISSING in fills else node.get(section, {})
+            found = node.get(leaf, MISSING)
+            if found in fills:
+                node[leaf] = value
+                if found == AUTO or value is not False:
+                    rows.append((f"{prefix}{name}", value, f"{found} -> {setting}"))
+            elif compares and found not in (AUTO, MISSING, value):
+                problems.append(
+                    f"{source} says {prefix}{name} = {found}, {recipe.source} says {value} ({setting}); make them "
+                    f'equal, or write "auto" in {source}'
+                )
+
     for old, new in OLD_OFFLOADS.items():
         if zero.pop(old, False):
             zero.setdefault(new, {"device": "cpu"})
@@ -174,130 +216,100 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     for name in SHORT_NAMES:
         if name in zero:
             zero.setdefault(f"stage3_{name}", zero.pop(name))
-    filling.compare_optimizer()
-    filling.compare_scheduler()
-    for key, (value, setting) in recipe.always.items():
-        filling.fill(key, value, setting)
-    size = 1 if recipe.hidden_size is None else recipe.hidden_size
-    # As transformers and accelerate derive them from the width of the model.
-    sizes = {
-        "zero_optimization.reduce_bucket_size": size * size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * size * size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * size,
-    }
-    derived = {} if recipe.hidden_size is None else dict.fromkeys(sizes, "the model's hidden size")
-    gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    reasons = derived | {gathers: "swaft exports without gathering the model"}
-    for key, reason in reasons.items():
-        filling.fill_where_auto(key, sizes.get(key, False), reason)
-    block = filled.pop("optimizer", None)
-    rows += [
-        (f"optimizer.params.{name}", value, f"auto -> {setting}")
-        for name, (value, setting) in recipe.optimizer.items()
-        if block is not None and block.get("params", {}).get(name) == AUTO
-    ]
+    optimizer, scheduler = filled.get("optimizer"), filled.get("scheduler")
+    trains_with = (optimizer or {}).get("type", "AdamW")
+    if trains_with.lower() in ("adamw", "adam"):
+        settle(recipe.optimizer, "optimizer.params.")
+    else:
+        problems.append(
+            f"{source} asks for the optimizer {trains_with}, the recipe trains with AdamW; "
+            f'remove the "optimizer" section from {source}'
+        )
+    kind = (scheduler or {}).get("type", SCHEDULERS[0])
+    if kind in SCHEDULERS:
+        settle(recipe.scheduler, "scheduler.params.", fills=())
+    else:
+        problems.append(
+            f"{source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
+            "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
+        )
+    settle(recipe.always, fills=(AUTO, MISSING))
+    settle(recipe.zero, "zero_optimization.", compares=False)
     if offloads_optimizer(filled):
         rows.append(
             ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")
         )
-    elif block is not None:
+    elif optimizer is not None:
         rows.append(("optimizer", "torch AdamW", "the recipe's, with the values of the file's block"))
-    if "scheduler" in filled:
-        kind = filled.pop("scheduler").get("type", SCHEDULERS[0])
-        rows.append(
-            ("scheduler", "set aside", f"{kind}: train.lr_scheduler_type and train.warmup_steps set the rate")
-        )
-    for name in [name for name, value in zero.items() if value == AUTO]:
-        if f"zero_optimization.{name}" not in sizes:
-            del zero[name]
-            rows.append((f"zero_optimization.{name}", "left out", "auto -> DeepSpeed's default"))
-    filling.problems += [
+    if scheduler is not None:
+        reason = f"{kind}: train.lr_scheduler_type and train.warmup_steps set the rate"
+        rows.append(("scheduler", "set aside", reason))
+    for name in [name for name, value in zero.items() if value == AUTO and name not in SIZES]:
+        del zero[name]
+        rows.append((f"zero_optimization.{name}", "left out", "auto -> DeepSpeed's default"))
+    for name in ("optimizer", "scheduler"):
+        filled.pop(name, None)
+    problems += [
         f'{source}: {key} is "auto", and nothing fills that key; write a number there'
         for key in _open_keys(filled)
-        if recipe.hidden_size is not None or key not in sizes
+        if key not in [f"zero_optimization.{name}" for name in SIZES]
     ]
-    return FilledConfig(config=filled, rows=rows, problems=filling.problems)
-
-
-class _Filling:
-    """A DeepSpeed configuration while it is filled: what was filled in, and what contradicts the recipe."""
-
-    def __init__(self, config: dict[str, Any], recipe: RecipeValues, source: str):
-        self.config, self._recipe, self._source = config, recipe, source
-        self.rows: list[tuple[str, Any, str]] = []
-        self.problems: list[str] = []
-
-    def fill(self, key: str, value: Any, setting: str) -> None:
-        """Write ``value`` where the key is open or missing; note a problem where it says something else."""
-        *sections, leaf = key.split(".")
-        node = self.config
-        for section in sections:
-            node = node.setdefault(section, {})
-        present = node.get(leaf, "missing")
-        if present in (AUTO, "missing"):
-            node[leaf] = value
-            if present == AUTO or value is not False:
-                self.rows.append((key, value, f"{present} -> {setting}"))
-        elif present != value:
-            self._contradicts(key, present, value, setting)
-
-    def fill_where_auto(self, key: str, value: Any, reason: str) -> None:
-        """Write ``value`` where the file says ``auto``; leave a missing key to DeepSpeed's default."""
-        section, leaf = key.split(".")
-        if self.config[section].get(leaf) == AUTO:
-            self.config[section][leaf] = value
-            self.rows.append((key, value, f"auto -> {reason}"))
-
-    def compare_optimizer(self) -> None:
-        """Note what an optimizer block asks for that differs from the AdamW the recipe builds."""
-        kind = self.config.get("optimizer", {}).get("type", "AdamW")
-        if kind.lower() not in ("adamw", "adam"):
-            self.problems.append(
-                f"{self._source} asks for the optimizer {kind}, the recipe trains with AdamW; "
-                f'remove the "optimizer" section from {self._source}'
-            )
-            return
-        fixed = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
-        built = {name: (value, "the recipe's AdamW") for name, value in fixed.items()}
-        self._compare("optimizer", self._recipe.optimizer | built)
-
-    def compare_scheduler(self) -> None:
-        """Note what a scheduler block asks for that differs from the recipe's rate; the block is not used."""
-        kind = self.config.get("scheduler", {}).get("type", SCHEDULERS[0])
-        if kind not in SCHEDULERS:
-            self.problems.append(
-                f"{self._source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
-                "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
-            )
-            return
-        train = self._recipe.train
-        wanted = {
-            "warmup_min_lr": (0, "where a warm-up begins"),
-            "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
-            "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
-            "warmup_type": ("linear", "the kind of warm-up"),
-            "total_num_steps": (train.max_steps, "train.max_steps"),
-        }
-        self._compare("scheduler", wanted)
-
-    def _compare(self, section: str, wanted: Mapping[str, tuple[Any, str]]) -> None:
-        """Note the parameters of a section that are written out and differ from what is wanted."""
-        params = self.config.get(section, {}).get("params", {})
-        for name, (value, setting) in wanted.items():
-            if params.get(name, AUTO) not in (AUTO, value):
-                self._contradicts(f"{section}.params.{name}", params[name], value, setting)
-
-    def _contradicts(self, key: str, present: Any, value: Any, setting: str) -> None:
-        self.problems.append(
-            f"{self._source} says {key} = {present}, {self._recipe.source} says {value} ({setting}); "
-            f'make them equal, or write "auto" in {self._source}'
-        )
+    return FilledConfig(config=filled, rows=rows, problems=problems)
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     """Whether accelerate swaps the recipe's optimizer for DeepSpeed's on the host, which it does not say."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+
+
+def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapping[str, Any]) -> list[str]:
+    """Return the contradictions between single values in the accelerate configuration and everything else.
+
+    accelerate drops these values in silence once a DeepSpeed file is named, and lets its accumulation win
+    over the recipe's where none is.
+
+    Args:
+        environ: what the launcher left.
+        train: section ``train``.
+        zero: ``zero_optimization`` of the filled configuration.
+    """
+    file, stage = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), zero.get("stage", 0)
+    wanted = {
+        "GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", train.gradient_accumulation_steps),
+        "GRADIENT_CLIPPING": ("gradient_clipping", train.max_grad_norm),
+        "DEEPSPEED_ZERO_STAGE": ("zero_stage", stage),
+    }
+    problems = []
+    for variable, (name, value) in wanted.items():
+        said, names_file = (
+            environ.get(f"ACCELERATE_{variable}", AUTO),
+            name == "zero_stage" and file != "none",
+        )
+        if said not in (AUTO, "none") and float(said) != float(value):
+            other = (
+                f"{file} says zero_optimization.stage = {stage}" if names_file else f"the run uses {value}"
+            )
+            problems.append(
+                f"the accelerate configuration says {name} = {said}, but {other}; remove {name} from the "
+                "accelerate configuration"
+            )
+    for part, device in _offloads(environ).items():
+        found = (zero.get(part) or {}).get("device", "none")
+        if device != found:
+            problems.append(
+                f"the accelerate configuration says {part}_device = {device}, but the DeepSpeed file says "
+                f"zero_optimization.{part}.device = {found}; write it there, and remove {part}_device from the "
+                "accelerate configuration"
+            )
+    return problems
+
+
+def _offloads(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the accelerate configuration offloads, by DeepSpeed's name of the part, and to which device."""
+    parts = ("offload_optimizer", "offload_param")
+    devices = {part: environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none") for part in parts}
+    return {part: device for part, device in devices.items() if device != "none"}
 
 
 def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -307,44 +319,3 @@ def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _open_keys(value, f"{prefix}{name}.")
         elif value == AUTO:
             yield prefix + name
-
-
-def environment_problems(environ: Mapping[str, str], train: TrainConfig, zero_stage: Any) -> list[str]:
-    """Return the contradictions between single values in the accelerate configuration and everything else.
-
-    accelerate drops these values in silence once a DeepSpeed file is named, and lets its accumulation win
-    over the recipe's where none is.
-    """
-    wanted = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            train.gradient_accumulation_steps,
-            "gradient_accumulation_steps",
-        ),
-        "ACCELERATE_GRADIENT_CLIPPING": (train.max_grad_norm, "gradient_clipping"),
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": (zero_stage, "zero_stage"),
-    }
-    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    stage_is = f"{file} says zero_optimization.stage = {zero_stage}" if file != "none" else None
-    return [
-        f"the accelerate configuration says {name} = {environ[variable]}, but "
-        f"{(name == 'zero_stage' and stage_is) or f'the run uses {value}'}; "
-        f"remove {name} from the accelerate configuration"
-        for variable, (value, name) in wanted.items()
-        if environ.get(variable, AUTO) not in (AUTO, "none") and float(environ[variable]) != float(value)
-    ]
-
-
-def offload_problems(environ: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
-    """Return where the accelerate configuration offloads and the filled one does not: accelerate drops that."""
-    devices = {
-        f"offload_{part}": environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
-        for part in ("optimizer", "param")
-    }
-    found = {name: (config["zero_optimization"].get(name) or {}).get("device", "none") for name in devices}
-    return [
-        f"the accelerate configuration says {name}_device = {device}, but the DeepSpeed file says "
-        f"zero_optimization.{name}.device = {found[name]}; write it there, and remove {name}_device from the "
-        "accelerate configuration"
-        for name, device in devices.items()
-        if device not in ("none", found[name])
-    ]

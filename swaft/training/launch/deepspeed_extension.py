@@ -1,9 +1,8 @@
-"""Builds the small CPU communication extension that DeepSpeed compiles at its first start without CUDA.
+"""Builds what DeepSpeed compiles at its first start without CUDA: a killed build makes later starts wait for ever.
 
-Without CUDA, DeepSpeed compiles ``deepspeed_shm_comm`` for one to two minutes when the process group starts.
-Several ranks starting together wait on a ``lock`` file in the build folder, and a build that was killed
-leaves that file behind, so every later start waits for ever (pytorch/pytorch#189245). Run once, alone, after
-installing:
+It compiles ``deepspeed_shm_comm`` for one to two minutes when the process group starts. Several ranks starting
+together wait on a ``lock`` file in the build folder, which a build that was killed leaves behind
+(pytorch/pytorch#189245). Run once, alone, after installing:
 
     python -m swaft.training.launch.deepspeed_extension
 
@@ -27,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 EXTENSION = "deepspeed_shm_comm"
 STALE_AFTER_S = 600.0
+"""Age of a lock that no process of this machine holds."""
 
 
 def use_environment() -> None:
@@ -77,23 +77,21 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def refuse_stale_lock(*, folder: Path | None = None, stale_after_s: float = STALE_AFTER_S) -> None:
+def refuse_stale_lock(folder: Path) -> None:
     """Raise where a lock left by a killed build would make DeepSpeed wait for ever.
 
-    Args:
-        folder: the build folder; by default the one torch would use.
-        stale_after_s: age in seconds from which a lock that no process here holds counts as left behind. A
-            younger one may belong to another machine that shares the folder.
+    A lock that no process here holds counts as left behind from `STALE_AFTER_S` on; a younger one may belong to
+    another machine that shares the folder.
 
     Raises:
         TrainingError: naming the file to delete.
     """
-    lock = (folder or build_folder()) / "lock"
+    lock = folder / "lock"
     try:
         age_s = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
         return
-    if age_s > stale_after_s and not is_held(lock):
+    if age_s > STALE_AFTER_S and not is_held(lock):
         raise TrainingError(
             f"DeepSpeed would wait for ever: {lock} is {age_s / 60:.0f} minutes old and no running build "
             "holds it. A build that was killed left it behind. Delete that file, then run "
@@ -108,9 +106,9 @@ def refuse_left_locks(*, offloads_optimizer: bool) -> None:
     """
     use_environment()
     if reason_not_to_build() is None:
-        refuse_stale_lock()
+        refuse_stale_lock(build_folder())
     if offloads_optimizer:
-        refuse_stale_lock(folder=build_folder("cpu_adam"))
+        refuse_stale_lock(build_folder("cpu_adam"))
 
 
 def remove_left_behind_lock(folder: Path) -> bool:

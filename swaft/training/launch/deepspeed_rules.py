@@ -1,7 +1,7 @@
-"""What DeepSpeed itself would say of a filled configuration, asked before any rank starts.
+"""What DeepSpeed would refuse of a filled configuration, or pass over (a misspelt name), before any rank starts.
 
-DeepSpeed's own classes parse it, section by section, so that every faulty section is named. What they pass over in
-silence (a misspelt name), and what they refuse only once an engine starts, stands here.
+DeepSpeed's own classes parse it, section by section, so that every faulty section is named. What they refuse only
+once an engine starts is found here too.
 """
 
 from __future__ import annotations

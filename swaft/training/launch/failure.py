@@ -1,7 +1,6 @@
-"""How a recipe ends: with its launcher, and after an error with one message and an exit code on every rank.
+"""Ends a recipe with one message: a lost rank shows as gloo's addresses, in a traceback of each other rank, else.
 
-Without this a lost rank shows as gloo's addresses in as many tracebacks as there are ranks, none of which names it;
-and ranks whose launcher has ended train on alone and hold the GPUs.
+None of those names it. And ranks whose launcher has ended would train on alone and hold the GPUs: they end with it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
@@ -44,31 +43,29 @@ LAUNCHERS = {
 }
 """Words by which the command line of a process that starts ranks is known; `accelerate launch` is another."""
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: which signal to get when the parent ends."""
+"""Number of Linux's prctl by which a process gets a signal when its parent ends."""
 TAG = 7_305_881
-"""Of a message that nobody sends."""
-
-SILENT = re.compile(
-    r"gloo/transport/[^\n]*timed? ?out[^\n]*|Application timeout caused pair closure", re.IGNORECASE
-)
-"""What gloo says when another rank does not answer in time; and when one did not before, and is asked again."""
-GONE = re.compile(
-    r"gloo/transport/[^\n]*(?:connection (?:closed|reset) by peer|socket (?:unexpectedly )?closed|broken pipe|"
-    r"no route to host|unreachable)[^\n]*",
-    re.IGNORECASE,
-)
-"""What gloo says when its connection to another rank is gone."""
-MEETING_SILENT = re.compile(r"timed? ?out[^\n]*", re.IGNORECASE)
-"""What torch says when other ranks do not come to where all meet first (MASTER_ADDR)."""
-MEETING_GONE = re.compile(r"connection (?:closed|reset) by peer|broken pipe", re.IGNORECASE)
-"""What torch says when one of those that came has gone again."""
+"""Tag of a message that nobody sends."""
+LOST = {
+    "did not answer within train.ddp_timeout seconds": (
+        r"gloo/transport/[^\n]*timed? ?out[^\n]*|Application timeout caused pair closure",
+        r"timed? ?out[^\n]*",
+    ),
+    "are gone": (
+        r"gloo/transport/[^\n]*(?:connection (?:closed|reset) by peer|socket (?:unexpectedly )?closed|"
+        r"broken pipe|no route to host|unreachable)[^\n]*",
+        r"connection (?:closed|reset) by peer|broken pipe",
+    ),
+}
+"""What has become of other ranks: what gloo then says of its connections, and torch of where all ranks meet first
+(MASTER_ADDR). Gloo says "Application timeout" where a rank that did not answer is asked again."""
 
 
 def run_and_report(run: Callable[[], None]) -> int:
-    """Run a recipe and return its exit code, with errors of `swaft.errors` and lost ranks told in words.
+    """Run a recipe and return its exit code, with errors of `swaft.errors` and lost ranks reported in words.
 
     An error that all ranks agree on is reported by the main process only. Another rank waits a moment before it
-    tells its own: where the main process failed too, the launcher has ended this rank by then, and a rank
+    reports its own: where the main process failed too, the launcher has ended this rank by then, and a rank
     that failed alone is not silent. Of lost ranks it is reported which (`roll_call`). With SWAFT_TRACEBACK=1 every
     message comes with the way to it.
 
@@ -82,34 +79,32 @@ def run_and_report(run: Callable[[], None]) -> int:
     try:
         run()
     except Interrupted:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first():
             sys.stderr.write(
-                "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and goes on from there "
+                "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and resumes from there "
                 "when it is started again\n"
             )
         return EXIT_CODE
-    except (
-        KeyboardInterrupt
-    ):  # the launcher may end before this process has tidied up, which is to finish that
+    except KeyboardInterrupt:
+        # The launcher may end before this process has tidied up, which is to finish that.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except (SwaftError, RuntimeError) as error:
         lost = lost_ranks(error)
         if lost is None and not isinstance(error, SwaftError):
             raise
-        notes = () if lost else getattr(error, "__notes__", ())
-        message = (lost or str(error)) + "".join(f"\n  ({note})" for note in notes)
         if os.environ.get("SWAFT_TRACEBACK") == "1":
             traceback.print_exception(error)
-        is_first = os.environ.get("RANK", "0") == "0"
-        if is_first:
-            _tell(message)
+        notes = () if lost else getattr(error, "__notes__", ())
+        message = (lost or str(error)) + "".join(f"\n  ({note})" for note in notes)
+        if _is_first():
+            _report(message)
         if lost:
             absent = roll_call(GRACE_S)
-            _tell(message, absent) if is_first else _tell(f"{message}\n  ({absent})")
-        elif not is_first:
+            _report(message, absent) if _is_first() else _report(f"{message}\n  ({absent})")
+        elif not _is_first():
             time.sleep(GRACE_S)
-            _tell(message)
+            _report(message)
         return 1
     return 0
 
@@ -131,50 +126,46 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def lost_ranks(error: BaseException) -> str | None:
+def lost_ranks(error: BaseException | None) -> str | None:
     """Return in words that other ranks are gone, where that is what an error comes from; else None.
 
     Only what gloo says of its connections counts, and what torch says of the place where all ranks meet first.
-    Under NCCL there is no such error to be told: torch's watchdog writes its own and ends the process.
+    Under NCCL there is no such error: torch's watchdog writes its own and ends the process.
     """
-    for each in _chain(error):
+    while (each := error) is not None:
         meeting = isinstance(each, (DistNetworkError, DistStoreError))
-        silent = (MEETING_SILENT if meeting else SILENT).search(str(each))
-        found = silent or (MEETING_GONE if meeting else GONE).search(str(each))
-        if found:
-            what = "did not answer within train.ddp_timeout seconds" if silent else "are gone"
-            return (
-                f"other ranks {what}. Either a process of this run has ended, or the network to its machine is "
-                "cut. Look first at what the other machines' processes said last and whether one was killed "
-                "(memory, the scheduler), then at the network. What has been saved is whole; start the run "
-                "again.\n"
-                f"  ({str(each).splitlines()[0] if meeting else found[0]})"
-            )
+        for what, patterns in LOST.items():
+            if found := re.search(patterns[meeting], str(each), re.IGNORECASE):
+                return (
+                    f"other ranks {what}. Either a process of this run has ended, or the network to its machine is "
+                    "cut. Look first at what the other machines' processes said last and whether one was killed "
+                    "(memory, the scheduler), then at the network. What has been saved is whole; start the run "
+                    "again.\n"
+                    f"  ({str(each).splitlines()[0] if meeting else found[0]})"
+                )
+        error = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(*messages: str) -> None:
+def _report(*messages: str) -> None:
     """Say the last of some messages, and leave all where torchrun looks for what to print last of this rank."""
-    rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"{'error' if rank == '0' else f'error on rank {rank}'}: {messages[-1]}\n")
+    where = "" if _is_first() else f" on rank {os.environ['RANK']}"
+    sys.stderr.write(f"error{where}: {messages[-1]}\n")
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         # torchrun draws a box as wide as the longest line.
         every = "\n".join(messages).splitlines()
         lines = [textwrap.fill(line, 100, subsequent_indent="  ") for line in every]
-        told = {"message": "\n".join(lines), "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": told}))
+        content = {"message": "\n".join(lines), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": content}))
 
 
 def roll_call(wait_s: float) -> str:
-    """Say that this rank is there, wait for the others to do likewise, and tell which did not.
+    """Say that this rank is there, wait for the others to do likewise, and return which did not.
 
     Every rank that notices a loss calls this, and lets go of its connections first, so that those that wait for it
     notice too. Under NCCL they may not: a rank that is not named is there, one that is may be waiting. The meeting

@@ -1,7 +1,7 @@
-"""FSDP2 as the launcher asked for it, on GPUs and without.
+"""FSDP2 as the launcher asked for it, done here where accelerate 1.15 would train wrongly without a word.
 
-The launcher's file says what to shard and how; three things of accelerate 1.15 are done here instead, each because
-it would train wrongly (`accelerate/utils/fsdp_utils.py`, `accelerate/state.py`):
+The launcher's file says what to shard and how; three things are done otherwise than in
+`accelerate/utils/fsdp_utils.py` and `accelerate/state.py`:
 
 * accelerate shards the token embedding and the head apart from the rest. A tied pair that some third module
   shares too, as the encoder of a T5 does, comes apart, and one of the copies is in no optimizer; an embedding that

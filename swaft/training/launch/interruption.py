@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from swaft.distributed import Ranks, shared_ranks
+from swaft.distributed import shared_ranks
 from swaft.errors import SwaftError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -27,15 +27,10 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Whether the run was asked to end, from entering this context on.
+    """Whether the run was asked to end, from entering this context on."""
 
-    Args:
-        ranks: who agrees; None: those of the process group.
-    """
-
-    def __init__(self, ranks: Ranks | None = None):
-        self._ranks = ranks or shared_ranks()
-        self._asked = False
+    def __init__(self) -> None:
+        self._ranks, self._asked = shared_ranks(), False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -88,10 +83,6 @@ class InterruptibleLoader:
 
     def __init__(self, loader: Any, interruption: Interruption):
         self._loader, self._interruption = loader, interruption
-
-    def __len__(self) -> int:
-        """Batches of a pass."""
-        return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the loader's batches; raise `Interrupted` on every rank before one of them (collective)."""

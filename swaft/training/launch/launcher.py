@@ -48,10 +48,6 @@ class Launch:
     """Ranks that train together, on all machines."""
     environ: dict[str, str]
     """Environment of the ranks, as far as it is the same for all: this process's, and what the launcher adds."""
-    script: str
-    """What is started on every rank: a path, or a module's name."""
-    arguments: list[str]
-    """Its arguments."""
 
 
 def read_launch(words: Sequence[str]) -> Launch:
@@ -84,8 +80,6 @@ def read_launch(words: Sequence[str]) -> Launch:
         num_machines=machines,
         world_size=world_size,
         environ=environ | {"WORLD_SIZE": str(world_size)},
-        script=args.training_script,
-        arguments=list(args.training_script_args),
     )
 
 
@@ -116,7 +110,7 @@ def read_script(words: Sequence[str]) -> Script:
     """Return what the words after ``accelerate launch`` start, whether or not the line is right otherwise.
 
     Raises:
-        ConfigError: where the launcher's options cannot be told from the script.
+        ConfigError: where the launcher's options cannot be separated from the script.
     """
     args = _parse(words)
     is_file = not (args.module or args.no_python) and Path(args.training_script).is_file()

@@ -87,33 +87,23 @@ def step_batches(
     while True:
         if isinstance(loader, DataLoaderShard):
             loader.set_epoch(epoch)
-        batches = iter(skip_first_batches(loader, skip) if skip else loader)
+        batches = enumerate(skip_first_batches(loader, skip) if skip else loader, start=skip)
         while step := list(islice(batches, accumulation)):
-            first = skip
             skip += len(step)
-            yield (
-                epoch,
-                skip,
-                [_without_repeats(batch, own_rows(loader, first + n)) for n, batch in enumerate(step)],
-            )
+            yield epoch, skip, [_own_part(batch, loader, number) for number, batch in step]
         epoch, skip = epoch + 1, 0
 
 
-def own_rows(loader: DataLoader[Any], number: int) -> int | None:
-    """Return how many rows of a micro-batch, from 0, are this rank's own, which come first; the rest are repeats.
+def _own_part(batch: Mapping[str, Any], loader: DataLoader[Any], number: int) -> MicroBatch:
+    """Return a micro-batch, by its number in the epoch from 0, without the rows that are repeats.
 
-    Ranks take a prepared loader's batches in turn, and accelerate fills the last ones with the first rows. None:
-    nothing is repeated, because the ranks do not share the loader. ``number`` is that of the micro-batch in the
-    epoch, from 0.
+    Ranks take a prepared loader's batches in turn, and accelerate fills the last ones with the first rows, after
+    those that are the rank's own. Nothing is repeated where the ranks do not share the loader.
     """
-    shared = getattr(loader, "batch_sampler", None)
-    if not isinstance(shared, BatchSamplerShard) or shared.batch_size is None:
-        return None
-    first = (number * shared.num_processes + shared.process_index) * shared.batch_size
-    return min(max(len(loader.dataset) - first, 0), shared.batch_size)  # type: ignore[arg-type]
-
-
-def _without_repeats(batch: Mapping[str, Any], own: int | None) -> MicroBatch:
+    own, shared = None, getattr(loader, "batch_sampler", None)
+    if isinstance(shared, BatchSamplerShard) and shared.batch_size is not None:
+        first = (number * shared.num_processes + shared.process_index) * shared.batch_size
+        own = min(max(len(loader.dataset) - first, 0), shared.batch_size)  # type: ignore[arg-type]
     if own == 0:
         return MicroBatch(dict(batch), torch.zeros_like(count_rows(batch)))
     inputs = {name: value[:own] for name, value in batch.items()}
@@ -136,6 +126,13 @@ def count_rows(batch: Mapping[str, Any]) -> Tensor:
     if labels.is_floating_point():
         return torch.full((), labels.numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
+
+
+def count_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Return how many tokens of a batch are no padding, 0-dim: those read, and those to be written, if any."""
+    read = batch.get("attention_mask", batch["input_ids"]).count_nonzero()
+    labels = batch.get("labels")
+    return read if labels is None or labels.dim() < 2 else read + (labels != IGNORE_INDEX).sum()
 
 
 def loss_factors(counts: Sequence[Tensor], accelerator: Accelerator) -> Tensor:

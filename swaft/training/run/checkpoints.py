@@ -1,6 +1,6 @@
 """The checkpoints of a run folder: which there are, which one a run resumes from, which are deleted.
 
-What a killed run left is told from a checkpoint by its mark, and a damaged one by the hash of every file.
+What a killed run left lacks the mark of a checkpoint; a damaged one is found by the hash of every file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,36 +70,26 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
             before, which is said; or the path of one, which is then the only one to do. One that may be sound, but
             cannot be read now, is not passed over.
         folder: of the run.
-        ranks: rank 0 looks, and tells the others.
+        ranks: rank 0 looks, and sends the others what it finds.
 
     Raises:
         StateError: the one that was named, or all that there are, are damaged, or the newest that may be sound
             cannot be read; on every rank.
         ConfigError: the folder that was named is no checkpoint, or the run folder holds later ones.
     """
-    if wanted == "none":
-        return None
-    if wanted != "auto":
-        with ranks.together():
-            if ranks.is_main:
-                _refuse_later(Path(wanted), folder)
-        return RunCheckpoint(Path(wanted), open_together(ranks, wanted, kind=KIND))
-    damaged: list[tuple[Path, StateError]] = []
+    there: list[Path] = []
     with ranks.together():
-        there = find_checkpoints(folder) if ranks.is_main else []
-        for path in there:
-            if path.is_symlink():
-                raise StateAccessError(
-                    f"{path} is a symbolic link, and a checkpoint has to be a folder; put the folder itself there"
-                )
         if ranks.is_main:
-            _warn_of_unfinished(find_checkpoints(folder, complete=False), there)
+            there = _candidates(wanted, folder)
+            if wanted == "auto":
+                _warn_of_unfinished(find_checkpoints(folder, complete=False), there)
+    damaged: list[tuple[Path, StateError]] = []
     for path in ranks.gather(there)[0]:
         try:
             chosen = RunCheckpoint(path, open_together(ranks, path, kind=KIND))
-        except StateAccessError:
-            raise
         except StateError as found:
+            if wanted != "auto" or isinstance(found, StateAccessError):
+                raise
             damaged.append((path, found))
             continue
         with ranks.together():
@@ -119,13 +109,34 @@ def checkpoint_on_paper(wanted: str, folder: Path) -> RunCheckpoint | None:
 
     None: the run begins anew, or decides itself between what is damaged.
     """
-    if wanted not in ("none", "auto"):
-        _refuse_later(Path(wanted), folder)
-        return RunCheckpoint(Path(wanted), read_manifest(wanted, kind=KIND))
-    for path in find_checkpoints(folder) if wanted == "auto" else []:
-        with suppress(StateError):
+    for path in _candidates(wanted, folder):
+        with suppress(StateError) if wanted == "auto" else nullcontext():
             return RunCheckpoint(path, read_manifest(path, kind=KIND))
     return None
+
+
+def _candidates(wanted: str, folder: Path) -> list[Path]:
+    """The checkpoints that a run may resume from, the best first; see :func:`choose_checkpoint`."""
+    there = find_checkpoints(folder) if wanted != "none" else []
+    if wanted in ("auto", "none"):
+        for path in there:
+            if path.is_symlink():
+                raise StateAccessError(
+                    f"{path} is a symbolic link, and a checkpoint has to be a folder; put the folder itself there"
+                )
+        return there
+    named = Path(wanted)
+    if _step_of(named) < 0 or not named.is_dir():
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {named} is no folder called checkpoint-NUMBER; expected auto, none or "
+            "the path of a checkpoint"
+        )
+    if there and _step_of(there[0]) > _step_of(named):
+        raise ConfigError(
+            f"train.output_dir: {folder} holds later checkpoints than {named.name} ({there[0].name}), which would "
+            "be written again; set train.resume_from_checkpoint=auto to resume from the last, or name a new folder"
+        )
+    return [named]
 
 
 def save_checkpoint(
@@ -144,18 +155,20 @@ def save_checkpoint(
     Raises:
         StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
     """
-    path = checkpoint_path(folder, step)
+    path, there = checkpoint_path(folder, step), False
     with ranks.together():
-        there = is_complete(path)
+        if ranks.is_main and not (there := is_complete(path)):
+            shutil.rmtree(path, ignore_errors=True)  # what a killed run left
     if ranks.gather(there)[0]:
         return False
-    if ranks.is_main:  # what a killed run left
-        shutil.rmtree(path, ignore_errors=True)
-
-    def sealed(written: Path) -> dict[str, str]:
-        return sealed_in(written, AVERAGE) if averaged else {}
-
-    write_together(ranks, path, kind=KIND, write=write, content=content, sealed=sealed)
+    write_together(
+        ranks,
+        path,
+        kind=KIND,
+        write=write,
+        content=content,
+        sealed=lambda written: sealed_in(written, AVERAGE) if averaged else {},
+    )
     return True
 
 
@@ -165,12 +178,11 @@ def delete_old(folder: Path, keep: int | None) -> None:
     To be called by one process, when the newest is complete. What cannot be deleted stays, which is logged.
     """
     try:
-        too_many = find_checkpoints(folder)[keep:] if keep is not None else ()
-        unfinished = find_checkpoints(folder, complete=False)
+        complete, unfinished = find_checkpoints(folder), find_checkpoints(folder, complete=False)
     except StateError as error:
         logger.warning("%s; no checkpoint is deleted", error)
         return
-    for path in too_many:
+    for path in complete[keep:] if keep is not None else ():
         try:
             remove_sealed(path)
         except StateError as error:
@@ -188,20 +200,6 @@ def _warn_of_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
                 path,
                 f"the newest that does is {complete[0].name}" if complete else "the run begins anew",
             )
-
-
-def _refuse_later(wanted: Path, folder: Path) -> None:
-    if _step_of(wanted) < 0 or not wanted.is_dir():
-        raise ConfigError(
-            f"train.resume_from_checkpoint: {wanted} is no folder called checkpoint-NUMBER; expected auto, none or "
-            "the path of a checkpoint"
-        )
-    there = find_checkpoints(folder)
-    if there and _step_of(there[0]) > _step_of(wanted):
-        raise ConfigError(
-            f"train.output_dir: {folder} holds later checkpoints than {wanted.name} ({there[0].name}), which would "
-            "be written again; set train.resume_from_checkpoint=auto to resume from the last, or name a new folder"
-        )
 
 
 def _put_aside(path: Path, fault: StateError, chosen: Path) -> None:

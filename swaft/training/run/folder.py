@@ -1,6 +1,6 @@
 """The folder of a run: what was run, with what, and what came out.
 
-Two runs that write into one folder leave a mixture of both that nobody can tell apart, so it is locked.
+Two runs that write into one folder leave a mixture of both that nobody can separate, so it is locked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
-from swaft.training.config import RecipeConfig, to_yaml
 from swaft.training.launch.failure import launch_command
 from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, find_checkpoints
 
@@ -58,16 +57,6 @@ class RunFolder:
         self.failure: StateError | None = None
         """What the disk refused first. Only the main process writes, so it is raised where all ranks meet next."""
         self._lock: IO[bytes] | None = None
-
-    @classmethod
-    def of(cls, config: RecipeConfig, accelerator: Accelerator) -> RunFolder:
-        """The folder that a configuration names; see :meth:`create`."""
-        return cls.create(
-            config.train.output_dir,
-            accelerator,
-            resume=config.train.resume_from_checkpoint,
-            config_yaml=to_yaml(config),
-        )
 
     @classmethod
     def create(
@@ -255,12 +244,7 @@ def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
     # Asked before, so that no lock is put into a folder of others, and after: who had it may have come to its end.
     refuse_used(path, resume=resume, config_yaml=config_yaml)
     lock = _lock(path)
-    try:
-        refuse_used(path, resume=resume, config_yaml=config_yaml)
-    except ConfigError:
-        if lock is not None:
-            lock.close()
-        raise
+    refuse_used(path, resume=resume, config_yaml=config_yaml)
     return lock
 
 

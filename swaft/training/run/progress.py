@@ -20,7 +20,6 @@ from swaft.averaging import ReadoutSearch
 from swaft.training.config import RecipeConfig, flatten
 from swaft.training.evaluation.evaluate import Evaluation, Scores
 from swaft.training.launch.accelerator import engine_name
-from swaft.training.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from swaft.training.run.run import Run
@@ -62,39 +61,26 @@ class ProgressLog:
     """Reports the progress of one run on the screen, in metrics.jsonl and to trackers.
 
     Args:
-        accelerator: that has the trackers.
-        folder: whose metrics.jsonl is written, tracker or not.
-        total_steps: optimizer steps of the run.
-        averaging: name of the averaging rule, shown before the number of members.
-        disable_tqdm: no progress bar; None: a bar only on a terminal. Only the local main process has one.
-        done: steps that were taken before.
+        run: brought to where it begins. Only the local main process has a progress bar.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        *,
-        total_steps: int,
-        averaging: str = "none",
-        disable_tqdm: bool | None = None,
-        done: int = 0,
-    ):
-        self._accelerator, self._folder = accelerator, folder
-        self._total_steps, self._averaging = total_steps, averaging
-        hidden = not accelerator.is_local_main_process or bool(disable_tqdm)
+    def __init__(self, run: Run):
+        self._run, disable = run, run.config.train.disable_tqdm
+        if not run.accelerator.is_local_main_process:
+            disable = True
         # tqdm reads disable=None as "unless this is a terminal"; a bar in a log file is only noise.
-        disable = True if hidden else disable_tqdm
-        self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=disable, leave=False)
+        begun = run.position.step
+        self._bar = tqdm(total=run.total_steps, initial=begun, unit="step", disable=disable, leave=False)
 
-    def banner(self, facts: Mapping[str, Any]) -> None:
+    def banner(self, *, task: str, schedule: Callable[[int], float]) -> None:
         """Print the facts of the run, one a line, before the first step."""
+        run = self._run
         logger.info("***** Running training *****")
-        for name, value in facts.items():
+        for name, value in run_facts(run, task=task, schedule=schedule).items():
             logger.info("  %s = %s", name, f"{value:,}" if isinstance(value, int) else value)
-        if self._folder.checkpoint is not None:
-            checkpoint, step = self._folder.checkpoint.path, self._bar.n
-            logger.info("resuming from %s, after step %d of %d", checkpoint, step, self._total_steps)
+        if run.folder.checkpoint is not None:
+            path, step = run.folder.checkpoint.path, run.position.step
+            logger.info("resuming from %s, after step %d of %d", path, step, run.total_steps)
 
     def advance(self) -> None:
         """Move the bar one optimizer step on."""
@@ -102,7 +88,8 @@ class ProgressLog:
 
     def training(self, step: int, record: Mapping[str, float | None]) -> None:
         """Log one training record: a line on the screen, a line in metrics.jsonl, and the trackers."""
-        logger.info(training_line(step, self._total_steps, record, averaging=self._averaging))
+        run = self._run
+        logger.info(training_line(step, run.total_steps, record, averaging=run.config.averaging.rule))
         known = {name: value for name, value in record.items() if value is not None}
         self._record("train", step, known)
 
@@ -113,11 +100,10 @@ class ProgressLog:
             logger.info("step %d | %s, %s weights | %s", step, split, weights, found)
             self._record(f"{split}/{weights}", step, values)
 
-    def stopped_early(self, step: int) -> None:
+    def stopped_early(self) -> None:
         """Say that an evaluation ended the run before its last step."""
-        logger.info(
-            "stopped early, after step %d of %d: the validation score gets no better", step, self._total_steps
-        )
+        done, total = self._run.position.step, self._run.total_steps
+        logger.info("stopped early, after step %d of %d: the validation score gets no better", done, total)
 
     def window(self, found: ReadoutSearch) -> None:
         """Say which weights were averaged, where that was chosen after training."""
@@ -143,12 +129,12 @@ class ProgressLog:
         """Take the bar away, end the trackers and leave the process group, all ranks together (collective)."""
         self._bar.close()
         # The main process still writes when the others are done, and a group in use must not lose members.
-        self._accelerator.wait_for_everyone()
-        self._accelerator.end_training()
+        self._run.accelerator.wait_for_everyone()
+        self._run.accelerator.end_training()
 
     def _record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._folder.append_metrics({"kind": kind, "step": step, **values})
-        self._accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self._run.folder.append_metrics({"kind": kind, "step": step, **values})
+        self._run.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
 
 def start_trackers(accelerator: Accelerator, config: RecipeConfig) -> None:

@@ -17,6 +17,8 @@ from torch import nn
 
 from swaft.averaging.state import sum_of_bits
 from swaft.errors import ConfigError, StateError
+from swaft.training.config import TrainConfig
+from swaft.training.run.checkpoints import AVERAGE
 
 SAMPLED_ROWS = 64
 """Rows that stand for all of them: reading every row would take as long as a pass."""
@@ -41,11 +43,11 @@ class Setup:
     rows: int
     """Training rows."""
     rows_sha256: str
-    """Of a sample of them, from `fingerprint_rows`."""
+    """Digest of a sample of them, from `fingerprint_rows`."""
     architecture_sha256: str
-    """Of names and shapes of weights, from `fingerprint_architecture`."""
+    """Digest of names and shapes of weights, from `fingerprint_architecture`."""
     frozen_sha256: str
-    """Of the weights that are not trained, from `fingerprint_frozen`."""
+    """Digest of the weights that are not trained, from `fingerprint_frozen`."""
     seed: int
     """``train.seed``."""
 
@@ -81,7 +83,7 @@ class RunRecord:
     parts: Mapping[str, Any]
     """States of the parts of the run, by name, ``position`` and ``meter`` among them."""
     versions: Mapping[str, str]
-    """Of packages."""
+    """Versions of packages."""
 
     @classmethod
     def read(cls, content: Mapping[str, Any], checkpoint: Path) -> RunRecord:
@@ -98,7 +100,15 @@ class RunRecord:
 
 
 def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
-    """Refuse to resume a run of another length, other rows, another seed or another model; name each setting."""
+    """Refuse to resume a run of another length, other rows, another seed or another model, or under another engine.
+
+    Torch's own optimizer state opens under torch alone, on any number of ranks; DeepSpeed's under its stage and
+    number of ranks.
+
+    Raises:
+        ConfigError: naming each setting that differs.
+        StateError: the engine cannot open the optimizer state; it says what does.
+    """
     was, settings = before.setup, dict(SETTING_OF)
     different = [name for name in settings if getattr(was, name) != getattr(now, name)]
     for known, more in (("rows", "rows_sha256"), ("architecture_sha256", "frozen_sha256")):
@@ -110,27 +120,21 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
             f"ranks, {now.world_size} now and {was.world_size} before, is {was.rows_per_step} rows a step (it is "
             f"{now.rows_per_step})"
         )
-
-    def shown(setup: Setup, name: str) -> Any:
-        value = getattr(setup, name)
-        return f"{value[:12]}..." if isinstance(value, str) else value
-
-    problems = [
-        f"{checkpoint} is of a run with {name} = {shown(was, name)}, this one has {shown(now, name)}; set "
-        f"{settings[name]}, or begin a new run in a new train.output_dir"
-        for name in different
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, average: Path) -> None:
-    """Refuse an optimizer state that the engine of this run cannot open, and say what opens it.
-
-    Torch's own opens under torch alone, on any number of ranks; DeepSpeed's under its stage and number of ranks.
-    The averages in the folder ``average`` open anywhere.
-    """
-    was = before.setup
+    if different:
+        shown = [
+            {
+                name: f"{value[:12]}..." if isinstance(value, str) else value
+                for name, value in vars(each).items()
+            }
+            for each in (was, now)
+        ]
+        raise ConfigError(
+            [
+                f"{checkpoint} is of a run with {name} = {shown[0][name]}, this one has {shown[1][name]}; set "
+                f"{settings[name]}, or begin a new run in a new train.output_dir"
+                for name in different
+            ]
+        )
     if was.stage != now.stage or (now.stage is not None and was.world_size != now.world_size):
         fits = (
             "Torch's optimizer state fits one process, DDP and FSDP2, on any number of ranks"
@@ -140,7 +144,7 @@ def require_same_engine(before: RunRecord, now: Setup, checkpoint: Path, *, aver
         raise StateError(
             f"{checkpoint} was written under {was.engine} by {was.world_size} ranks, and this run is {now.engine} "
             f"on {now.world_size}. {fits}: start with those to resume. Its averages fit any engine: "
-            f"averager.load_state('{average}', same_weights=False)"
+            f"averager.load_state('{checkpoint / AVERAGE}', same_weights=False)"
         )
 
 
@@ -191,6 +195,19 @@ def batches_read(before: RunRecord, now: Setup) -> int:
             f"(it was {was.per_device_train_batch_size} on {was.world_size} ranks)"
         )
     return rows // size
+
+
+def layout_of(train: TrainConfig, *, world_size: int, stage: int | None) -> dict[str, Any]:
+    """Return those fields of a `Setup` that settings and launcher say."""
+    batch = train.per_device_train_batch_size * world_size
+    return {
+        "stage": stage,
+        "world_size": world_size,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "rows_per_step": batch * train.gradient_accumulation_steps,
+        "grouped_by": batch if train.group_by_length else None,
+        "seed": train.seed,
+    }
 
 
 def fingerprint_frozen(model: nn.Module) -> str:

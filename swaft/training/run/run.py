@@ -6,6 +6,7 @@ counts, the log, evaluation and checkpoints when they are due, signals, and the 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -18,11 +19,21 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import Engine, Readout, ReadoutSearch, WeightAverager, attach_engine, save_pretrained
+from swaft.averaging import (
+    Engine,
+    Readout,
+    ReadoutSearch,
+    WeightAverager,
+    attach_engine,
+    save_pretrained,
+    search_windows,
+)
+from swaft.averaging.rules import WindowsPlan
 from swaft.storage import sync_tree
+from swaft.training.checks.problems import Prepared
 from swaft.training.config import RecipeConfig, load_config, to_yaml
-from swaft.training.evaluation.best import BestWeights, Target, watches_weights
-from swaft.training.evaluation.evaluate import Evaluation, Scores, best_window, mean_evaluations
+from swaft.training.evaluation.best import BestWeights, watches_weights
+from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluations, without_row_id
 from swaft.training.launch.accelerator import (
     EngineSettings,
     build_accelerator,
@@ -34,21 +45,21 @@ from swaft.training.launch.interruption import Interrupted, InterruptibleLoader,
 from swaft.training.models.build import count_parameters
 from swaft.training.run.batches import Collate, loader_of, step_batches, training_loader
 from swaft.training.run.checkpoints import AVERAGE
-from swaft.training.run.ddp_buckets import allow_unused_weights, settle_buckets
-from swaft.training.run.engine_state import zero_stage
+from swaft.training.run.engine_state import allow_unused_weights, settle_buckets, zero_stage
 from swaft.training.run.folder import RunFolder
-from swaft.training.run.meter import Meter
-from swaft.training.run.progress import ProgressLog, run_facts, setup_logging, start_trackers, summary
+from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
 from swaft.training.run.record import (
-    RunRecord,
     Setup,
     fingerprint_architecture,
     fingerprint_frozen,
     fingerprint_rows,
+    layout_of,
 )
 from swaft.training.run.schedule import count_optimizer_steps
-from swaft.training.run.state import Part, RunState, load_engine_state
-from swaft.training.run.step import Position, Step
+from swaft.training.run.state import RunState
+from swaft.training.run.step import Meter, Position, Step
+
+logger = logging.getLogger(__name__)
 
 Evaluations = dict[str, Evaluation]
 """By kind of weights, ``last`` and ``averaged``."""
@@ -76,33 +87,33 @@ class Run:
     Args:
         config: of the recipe.
         accelerator: nothing prepared yet.
-        folder: of this run.
+
+    Raises:
+        ConfigError, StateError: the folder of the run holds something else, or nothing sound to resume from.
     """
 
     model: Any
     """As prepared."""
     optimizer: Any
     """As prepared."""
+    total_steps: int
+    """Optimizer steps of the run; known once `prepare` has returned."""
+    engine: Engine
+    """Where the weights of the model live; known once `begin` has been called."""
     meter: Meter
     """Sums of the log, and the time in training steps; known once `begin` has been called."""
-    engine: Engine
-    """Of the model; known once `begin` has been called."""
     averager: WeightAverager | None = None
     """None without averaging, and until `begin`."""
     best: BestWeights | None = None
     """The weights that scored best, where they are followed."""
-    target: Target
-    """The main score, and the one that weights are chosen by."""
-    total_steps: int = 0
-    """Optimizer steps of the run; known once `prepare` has returned."""
 
-    def __init__(self, config: RecipeConfig, accelerator: Accelerator, folder: RunFolder):
-        self.config, self.accelerator, self.folder = config, accelerator, folder
+    def __init__(self, config: RecipeConfig, accelerator: Accelerator):
+        self.config, self.accelerator, train = config, accelerator, config.train
+        yaml, resume = to_yaml(config), train.resume_from_checkpoint
+        self.folder = RunFolder.create(train.output_dir, accelerator, resume=resume, config_yaml=yaml)
         self.position = Position()
         self.readout = Readout(blend=config.averaging.blend)
         self._interruption, self._open = Interruption(), ExitStack()
-        self._record: RunRecord | None = None
-        self._state: RunState | None = None
 
     @classmethod
     def start(cls, config: RecipeConfig, engine: EngineSettings) -> Run:
@@ -113,24 +124,21 @@ class Run:
             engine: what accelerate is started with, from `swaft.training.checks.start.start_of`.
 
         Raises:
-            ConfigError: the folder holds something else than this run.
+            ConfigError, StateError: as the class does.
             TrainingError: accelerate started something else than the launcher asked for.
         """
-        accelerator = build_accelerator(config, engine)
-        return cls(config, accelerator, RunFolder.of(config, accelerator))
+        return cls(config, build_accelerator(config, engine))
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save where the run was asked to end; leave the signals to whoever had them before."""
-        try:
-            if isinstance(error, Interrupted) and self._state is not None:
+        with self._open:
+            if isinstance(error, Interrupted):
                 self._state.save()
                 if self.averager is not None:
                     self.averager.close()  # which deletes what it has put on the node's disk
-        finally:
-            self._open.close()
 
     def loading(self) -> AbstractContextManager[None]:
         """Context in which a pretrained model is loaded whole, whatever the engine."""
@@ -169,97 +177,76 @@ class Run:
         loader = training_loader(rows, collate, train, world_size=world_size)
         self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
         self.total_steps = count_optimizer_steps(train, len(loader))
-        batch_size = train.per_device_train_batch_size
-        self._setup = Setup(
-            stage=zero_stage(self.model),
-            world_size=world_size,
-            per_device_train_batch_size=batch_size,
-            rows_per_step=batch_size * train.gradient_accumulation_steps * world_size,
-            grouped_by=batch_size * world_size if train.group_by_length else None,
+        setup = Setup(
+            **layout_of(train, world_size=world_size, stage=zero_stage(self.model)),
             total_steps=self.total_steps,
             rows=len(rows),
             rows_sha256=fingerprint_rows(rows),
             architecture_sha256=architecture,
             frozen_sha256=frozen,
-            seed=train.seed,
         )
-        checkpoint = self.folder.checkpoint
-        if checkpoint is not None:  # before an averager is attached: it takes weights as it finds them
-            first = [rows[i] for i in range(min(len(rows), batch_size))]
-            settle_buckets(accelerator, self.model, objective, collate(first))
-            self._record = load_engine_state(checkpoint, accelerator, self.model, self.optimizer, self._setup)
+        self._state = RunState(self, setup)
+        # Before an averager is attached: it takes weights as it finds them.
+        if self.folder.checkpoint is not None:
+            first = [rows[i] for i in range(min(len(rows), train.per_device_train_batch_size))]
+            settle_buckets(accelerator, self.model, objective, without_row_id(collate(first)))
+            self._state.load_engine(self.folder.checkpoint)
         return self.model, self.optimizer, loader
 
     def begin(
         self,
-        *,
-        task: str,
-        schedule: Callable[[int], float],
-        target: Target,
+        ready: Prepared,
         tokenizer: Any,
         splits: Collection[str],
+        *,
+        schedule: Callable[[int], float],
         averager: WeightAverager | None,
-        **parts: Part,
+        **parts: Any,
     ) -> None:
         """Resume from the checkpoint, where there is one, and write down what runs (collective).
 
         Args:
-            task: what is learnt, in words.
-            schedule: the learning rate; its name, or what `str` makes of it, is logged.
-            target: the main score, and the one that weights are chosen by.
+            ready: what is learnt, in words, and which score decides between weights.
             tokenizer: saved beside weights.
             splits: names of those that there are rows of.
+            schedule: the learning rate; its name, or what `str` makes of it, is logged.
             averager: None without averaging.
-            parts: what else has state, by name; see `Part`. What has none may be passed too.
+            parts: what else has state, by name: plain JSON values, the same on every rank (`state_dict`,
+                `load_state_dict`), or files in a folder that all ranks write and read together (`save_state`,
+                `load_state`), which may be left out. Files count where it offers both. What has no state may be
+                passed too.
 
         Raises:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
         """
         config, folder, accelerator = self.config, self.folder, self.accelerator
-        self.averager, self.target, self._tokenizer = averager, target, tokenizer
-        self._validates = "validation" in splits
-        self.meter = Meter(accelerator)
+        self.averager, self.target, self._tokenizer = averager, ready.target, tokenizer
+        self.meter, self._validates = Meter(accelerator), "validation" in splits
         self.engine = averager.engine if averager else attach_engine(self.model, self.optimizer)
         if watches_weights(config.eval):
             self.best = BestWeights(
                 config.eval,
-                target=target,
+                target=ready.target,
                 folder=folder.best,
                 tokenizer=tokenizer,
                 engine=self.engine,
                 averager=averager,
             )
         named = {AVERAGE: averager, "best": self.best, "scaler": accelerator.scaler, **parts}
-        stateful = {
-            name: part
-            for name, part in named.items()
-            if hasattr(part, "save_state") or hasattr(part, "state_dict")
-        }
-        self._state = RunState(self, self._setup, stateful)
-        checkpoint, record = folder.checkpoint, self._record
-        if checkpoint is not None and record is not None:
-            self._state.restore(checkpoint, record)
+        self._state.restore(named)
         folder.begin(to_yaml(config), accelerator, engine=self.engine.name)
         start_trackers(accelerator, config)
         set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
-        if checkpoint is not None and record is not None:
-            self._state.restore_random(checkpoint.path, record)
-        self._log = ProgressLog(
-            accelerator,
-            folder,
-            total_steps=self.total_steps,
-            averaging=config.averaging.rule,
-            disable_tqdm=config.train.disable_tqdm,
-            done=self.position.step,
-        )
-        self._log.banner(run_facts(self, task=task, schedule=schedule))
+        self._state.restore_random()
+        self._log = ProgressLog(self)
+        self._log.banner(task=ready.description, schedule=schedule)
 
     @property
     def averaging_options(self) -> dict[str, Any]:
         """What an averager has to know besides model and rule: where the run resumes, and how averages are kept."""
         section = self.config.averaging
         return {
-            "first_step": self._record.applied_steps if self._record else 0,
+            "first_step": self._state.first_step,
             "precision": section.precision,
             "threads": section.threads,
             "spill_dir": section.spill_dir,
@@ -275,20 +262,18 @@ class Run:
 
         They draw from no generator of training, and obey signals between two batches.
         """
-        batch_size = self.config.eval.per_device_eval_batch_size
-        workers = self.config.train.dataloader_num_workers
-        loaders = {
-            name: loader_of(rows, collate, batch_size=batch_size, num_workers=workers)
+        size, workers = self.config.eval.per_device_eval_batch_size, self.config.train.dataloader_num_workers
+        prepared = {
+            name: self.accelerator.prepare_data_loader(
+                loader_of(rows, collate, batch_size=size, num_workers=workers)
+            )
             for name, rows in splits.items()
             if name != "train"
         }
-        return {
-            name: InterruptibleLoader(self.accelerator.prepare_data_loader(loader), self._interruption)
-            for name, loader in loaders.items()
-        }
+        return {name: InterruptibleLoader(each, self._interruption) for name, each in prepared.items()}
 
     def steps(self, loader: DataLoader[Any], evaluate: Callable[..., Evaluations]) -> Iterator[Step]:
-        """Yield the optimizer steps from where the run stands to its end (collective).
+        """Yield the optimizer steps from where the run is to its end (collective).
 
         Between two steps the log, the evaluation and the checkpoint that are due are made.
 
@@ -325,7 +310,6 @@ class Run:
             self._evaluate_where_due(evaluate)
             if train.save_steps and step.number % train.save_steps == 0 and not self._is_over:
                 with self.meter.paused():
-                    assert self._state is not None
                     self._state.save()
             self._interruption.check(self.folder.failure)
 
@@ -339,15 +323,21 @@ class Run:
             None where there is nothing to choose: another rule than ``windows`` and no blend to search, or no
             validation rows.
         """
-        if not self._validates:
+        averager, target = self.averager, self.target
+        blends = BLENDS if self.config.averaging.search_blend else ()
+        if averager is None or not self._validates:
             return None
+        if not blends and not isinstance(averager.plan(), WindowsPlan):
+            return None
+        logger.info(
+            "choosing among windows and blends of averaged weights on validation data: an evaluation for each"
+        )
         with self.meter.paused():
-            return best_window(
-                self.averager,
-                lambda: score("validation"),
-                self.target.chosen,
-                better=self.target.better,
-                blends=BLENDS if self.config.averaging.search_blend else (),
+            return search_windows(
+                averager,
+                lambda: score("validation").scores[target.chosen],
+                better=target.better,
+                blends=blends,
             )
 
     def finish(
@@ -371,7 +361,7 @@ class Run:
         """
         folder, step, seconds, ranks = self.folder, self.position.step, self.meter.seconds, self.engine.ranks
         if self.position.stopped:
-            self._log.stopped_early(step)
+            self._log.stopped_early()
         if window:
             self._log.window(window)
             self.readout = window.best.readout

@@ -1,19 +1,22 @@
-"""One optimizer step of a recipe's loop, and how far a run has come."""
+"""One optimizer step of a recipe's loop, how far a run has come, and the sums of what its loop logs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
 from swaft.errors import TrainingError
+from swaft.noise.passes import SentCount
 from swaft.training.evaluation.evaluate import without_row_id
-from swaft.training.run.batches import MicroBatch, loss_factors
-from swaft.training.run.meter import count_tokens
+from swaft.training.run.batches import MicroBatch, count_tokens, loss_factors
 
 if TYPE_CHECKING:
     from swaft.training.run.run import Run
@@ -117,3 +120,90 @@ class Step:
         measure: Any = getattr(self._run.model, "get_global_grad_norm", None)  # DeepSpeed's engine has it
         measured = self._grad_norm if measure is None else measure()
         return None if measured is None else float(measured)
+
+
+class Meter:
+    """Sums what is logged, on the device and without waiting for it, and times the training steps.
+
+    accelerate's own gathering would block every step.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._bad_losses = torch.zeros((), device=accelerator.device)
+        self.load_state_dict({"names": (), "seconds": 0.0, "logged_at_s": 0.0})
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since training began, pauses excluded."""
+        return time.monotonic() - self._started
+
+    def add(self, values: Mapping[str, Tensor | float], *, count: Tensor, tokens: Tensor) -> None:
+        """Add one micro-batch.
+
+        Args:
+            values: means over its rows by name, 0-dim tensors or plain numbers.
+            count: its rows, 0-dim; where it is 0, no token counts either.
+            tokens: its tokens, 0-dim.
+        """
+        if tuple(values) != self.names:  # the first micro-batch, or a resumed recipe that logs something else
+            self._begin(values)
+        double: Any = {"dtype": torch.float64, "device": self.sums.device}
+        means = [
+            (each.detach().to(**double) if isinstance(each, Tensor) else torch.full((), each, **double))
+            * count
+            for each in values.values()
+        ]
+        self.sums += torch.stack([*means, count.double(), (tokens * (count > 0)).double()])
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember a loss that is not finite."""
+        self._bad_losses += ~torch.isfinite(loss.detach())
+
+    def send_bad_losses(self) -> SentCount:
+        """Send how many ranks had a loss that is not finite since the last optimizer step (collective).
+
+        One number is exchanged per optimizer step. It is on its way while the step's last backward pass runs, so
+        that the host does not wait for the device to be idle.
+        """
+        found: Any = self._accelerator.reduce(self._bad_losses, reduction="sum")
+        self._bad_losses = torch.zeros_like(self._bad_losses)
+        return SentCount(found > 0)
+
+    def read(self) -> dict[str, float | None]:
+        """Return means over the rows of all ranks since the last call, and tokens a second; collective."""
+        total: Any = self._accelerator.reduce(self.sums, reduction="sum")
+        *sums, count, tokens = total.tolist()
+        since, self.logged_at_s = self.logged_at_s, self.seconds
+        self._begin(self.names)
+        return {
+            **{name: value / count for name, value in zip(self.names, sums, strict=True)},
+            "tokens_per_second": tokens / (self.logged_at_s - since),
+            "seconds": self.logged_at_s,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times and the names, without this rank's sums."""
+        return {"names": list(self.names), "seconds": self.seconds, "logged_at_s": self.logged_at_s}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count time on from :meth:`state_dict`; the sums are zero."""
+        self._begin(state["names"])
+        self._started = time.monotonic() - state["seconds"]
+        self.logged_at_s: float = state["logged_at_s"]
+        """Seconds since training began at the last line of the log."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose duration does not count as training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._started += time.monotonic() - began
+
+    def _begin(self, names: Sequence[str] | Mapping[str, Any]) -> None:
+        self.names = tuple(names)
+        """Names of the values that are logged, the same at every micro-batch."""
+        self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=self._accelerator.device)
+        """Since the last line of the log: values times rows, rows, tokens; on the device, this rank's."""
