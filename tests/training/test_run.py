@@ -24,13 +24,16 @@ from swaft.noise import TaskLoss
 from swaft.noise.passes import SentCount
 from swaft.training.config import (
     AveragingConfig,
-    EvalConfig,
     ModelConfig,
     NoiseConfig,
     TrackConfig,
     TrainConfig,
 )
-from swaft.training.config.classification import ClassificationConfig, DataConfig
+from swaft.training.config.classification import (
+    ClassificationConfig,
+    ClassificationEvalConfig,
+    DataConfig,
+)
 from swaft.training.data.order import shuffled
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
@@ -63,7 +66,7 @@ def run(make_accelerator, tmp_path):
             train=settings,
             averaging=AveragingConfig(),
             noise=NoiseConfig(),
-            eval=evaluation or EvalConfig(),
+            eval=evaluation or ClassificationEvalConfig(),
             track=TrackConfig(),
         )
         accelerator = make_accelerator(settings.gradient_accumulation_steps)
@@ -297,7 +300,13 @@ def test_evaluation_in_between_changes_nothing_in_training(run):
         watched.train()
         return {"last": Evaluation(scores={"accuracy": 0.5})}
 
-    done = run(watched, rows, rule=swaft.SWA(start=1), evaluate=evaluate, evaluation=EvalConfig(eval_steps=5))
+    done = run(
+        watched,
+        rows,
+        rule=swaft.SWA(start=1),
+        evaluate=evaluate,
+        evaluation=ClassificationEvalConfig(eval_steps=5),
+    )
     assert (
         evaluated == [("validation", swaft.Readout())] * 2
     )  # not after the last of 12 steps, when the run is evaluated anyway
@@ -328,7 +337,7 @@ def test_an_evaluation_that_says_so_ends_the_run(run):
         evaluate=lambda split, readout: {
             kind: Evaluation(scores={"accuracy": 0.5}) for kind in ("last", "averaged")
         },
-        evaluation=EvalConfig(eval_steps=2, early_stopping_patience=1),
+        evaluation=ClassificationEvalConfig(eval_steps=2, early_stopping_patience=1),
         num_train_epochs=3.0,
     )
     assert (done.position.step, done.steps) == (4, 4)  # the second evaluation is no better than the first
