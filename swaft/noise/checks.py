@@ -1,4 +1,4 @@
-"""What a model must be for a noise-stability objective, checked before it trains."""
+"""What a model is inside its wrappers, and what it must be for a noise-stability objective."""
 
 from __future__ import annotations
 
@@ -6,28 +6,60 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
-from swaft.noise.wrappers import unwrap
 
 _UNSHIFTED = frozenset({"xlnet", "xlm", "flaubert"})
 """Types of models without an encoder whose own loss holds each position to the label at it."""
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Find the Hugging Face model inside DDP, a DeepSpeed engine, torch.compile and a peft adapter."""
+    *_, innermost = layers(model)
+    get_base_model = getattr(innermost, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else innermost  # type: ignore[return-value]
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group that trains together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def current_rank() -> int:
+    """Tell the rank of this process, 0 where there is no group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile, or the module's own ``compile``, has its forward."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Walk from the model to what it wraps, from the outside in."""
+    current: nn.Module | None = model
+    while current is not None:
+        yield current
+        inner = [getattr(current, name, None) for name in ("_orig_mod", "module")]
+        current = next((module for module in inner if isinstance(module, nn.Module)), None)
+
+
 def generates(model: nn.Module) -> bool:
     """Whether a model generates text: an encoder-decoder, or a causal language model."""
-    return _can_generate(unwrap(model))
+    can_generate = getattr(unwrap(model), "can_generate", None)
+    return bool(can_generate()) if callable(can_generate) else False
 
 
 def is_causal(model: nn.Module) -> bool:
     """Whether a model generates text without an encoder."""
-    return generates(model) and not _config(unwrap(model), "is_encoder_decoder", False)
+    return generates(model) and not _config(model, "is_encoder_decoder", False)
 
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether a model's logits at one position are held to the label of the next."""
-    return is_causal(model) and _config(unwrap(model), "model_type", "") not in _UNSHIFTED
+    return is_causal(model) and _config(model, "model_type", "") not in _UNSHIFTED
 
 
 def check_model(model: nn.Module, objective: str) -> None:
@@ -40,16 +72,14 @@ def check_model(model: nn.Module, objective: str) -> None:
     Raises:
         NoiseError: for regression, losses of routers, and reentrant gradient checkpointing.
     """
-    network = unwrap(model)
-    name = type(network).__name__
-    if not _can_generate(network) and _config(network, "num_labels", 2) == 1:
+    if not generates(model) and _config(model, "num_labels", 2) == 1:
         raise _one_class(objective)
-    if _can_generate(network) and _config(network, "output_router_logits", False):
+    if generates(model) and _config(model, "output_router_logits", False):
         raise router_terms("losses", objective)
-    if any(_is_reentrant(module) for module in network.modules()):
+    if any(_is_reentrant(module) for module in unwrap(model).modules()):
         raise NoiseError(
-            f"{name} checkpoints its activations reentrantly, which fails under DDP and ZeRO when a step has "
-            f"two forward passes, as with {objective}. Expected the non-reentrant kind: set "
+            f"{type(unwrap(model)).__name__} checkpoints its activations reentrantly, which fails under DDP and "
+            f"ZeRO when a step has two forward passes, as with {objective}. Expected the non-reentrant kind: set "
             'gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
 
@@ -115,7 +145,7 @@ def check_seeds(model: nn.Module, *, reseeded: bool = False) -> None:
     Raises:
         NoiseError: as said.
     """
-    if reseeded or _config(unwrap(model), "model_type", "") == "reformer":
+    if reseeded or _config(model, "model_type", "") == "reformer":
         raise NoiseError(
             "The model seeds torch's random state anew in its forward pass (Reformer does), so two passes cannot "
             "share their dropout masks. Set masks='independent'."
@@ -158,13 +188,8 @@ def router_terms(terms: str, objective: str) -> NoiseError:
     )
 
 
-def _can_generate(network: nn.Module) -> bool:
-    can_generate = getattr(network, "can_generate", None)
-    return bool(can_generate()) if callable(can_generate) else False
-
-
-def _config(network: nn.Module, field: str, default: Any) -> Any:
-    return getattr(getattr(network, "config", None), field, default)
+def _config(model: nn.Module, field: str, default: Any) -> Any:
+    return getattr(getattr(unwrap(model), "config", None), field, default)
 
 
 def _is_reentrant(module: nn.Module) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
+from swaft.noise.checks import unwrap
 from swaft.noise.generator import add_noise
 from swaft.noise.presets import NoiseSettings
-from swaft.noise.wrappers import unwrap
 
 _FP32_BODIES = frozenset({"t5", "mt5", "umt5", "longt5"})
 """Model types whose 16-bit body takes an fp32 embedding output and keeps it in an fp32 residual stream."""
@@ -53,15 +53,14 @@ class Embedded:
     handed_on: Tensor = field(default_factory=lambda: torch.empty(0))
     """What the body got instead, in the type it got it, detached."""
 
+    def noise_to_signal(self) -> Tensor:
+        """||handed_on - clean|| / ||clean||, the noise that the pass really had: 0-dim, fp32, on its device."""
+        return noise_to_signal(self.clean, self.handed_on)
 
-@dataclass(frozen=True)
-class RealisedNoise:
-    """How much of the noise is left in what was handed on; 0-dim fp32 tensors on the model's device."""
-
-    noise_to_signal: Tensor
-    """||handed_on - clean|| / ||clean||."""
-    changed: Tensor
-    """Share of the entries that changed."""
+    def changed(self) -> Tensor:
+        """The share of the entries that the noise changed: 0-dim, fp32, on its device."""
+        wide = _widened(self.clean.dtype)
+        return (self.handed_on.to(wide) != self.clean.to(wide)).mean(dtype=torch.float32)
 
 
 def find_site(model: nn.Module) -> EmbeddingSite:
@@ -74,7 +73,10 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         NoiseError: for a model without a token embedding, or with one that is no table (I-BERT's is quantised).
     """
     network = unwrap(model)
-    encoder = _text_encoder(network) or network
+    get_encoder = getattr(network, "get_encoder", None)
+    encoder = get_encoder() if callable(get_encoder) else network
+    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "get_input_embeddings"):
+        encoder = network
     try:
         embedding = encoder.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -123,14 +125,6 @@ class Disturbance:
         if self.settings.relative:
             sigma = sigma * root_mean_square(embedding.detach(), self.real).float()
         return self.draw(embedding, noise=self.settings.noise, sigma=sigma)
-
-
-def _text_encoder(network: nn.Module) -> nn.Module | None:
-    get_encoder = getattr(network, "get_encoder", None)
-    encoder = get_encoder() if callable(get_encoder) else network
-    if isinstance(encoder, nn.Module) and encoder is not network and hasattr(encoder, "get_input_embeddings"):
-        return encoder
-    return None
 
 
 @contextmanager
@@ -203,13 +197,6 @@ def embedding_hook(
             "token_type_ids that share the embedding (GPT-2), and use a model that is not compiled; "
             "swaft.RDrop and swaft.TaskLoss do without the embedding."
         )
-
-
-def measure(record: Embedded) -> RealisedNoise:
-    """Measure the noise that a pass really had, without a host synchronisation."""
-    wide = _widened(record.clean.dtype)
-    changed = record.handed_on.to(wide) != record.clean.to(wide)
-    return RealisedNoise(noise_to_signal(record.clean, record.handed_on), changed.mean(dtype=torch.float32))
 
 
 def noise_to_signal(clean: Tensor, noised: Tensor) -> Tensor:

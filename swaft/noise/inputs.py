@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
-from swaft.noise.checks import generates, is_causal, shifts_labels
-from swaft.noise.wrappers import unwrap
+from swaft.noise.checks import generates, is_causal, shifts_labels, unwrap
 
 IGNORE_INDEX = -100
 """The label of a row that does not count, as in Hugging Face models."""

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError, StateError
-from swaft.noise.arrival import FirstBatches
-from swaft.noise.checks import check_model, check_one_mask, check_seeds, check_two_masks, generates
-from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site, measure
+from swaft.noise.checks import (
+    check_model,
+    check_one_mask,
+    check_seeds,
+    check_two_masks,
+    current_rank,
+    generates,
+)
+from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site
 from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
 from swaft.noise.inputs import (
@@ -25,7 +31,7 @@ from swaft.noise.inputs import (
     without_cache,
 )
 from swaft.noise.loss import Detach
-from swaft.noise.passes import StepResult, choose_form, run_passes
+from swaft.noise.passes import choose_form, run_passes
 from swaft.noise.presets import (
     PRESETS,
     Masks,
@@ -35,9 +41,8 @@ from swaft.noise.presets import (
     Reduction,
     resolve_settings,
 )
-from swaft.noise.proof import prove
+from swaft.noise.proof import FirstBatches, prove
 from swaft.noise.spectral import Layers, normalise_head, normalised_layers
-from swaft.noise.wrappers import current_rank
 from swaft.options import NotNegative, ShareBelowOne, require
 
 
@@ -60,20 +65,6 @@ class ObjectiveOutput:
     micro-batch among others."""
     logits: Tensor | None
     """Logits of the clean pass, detached, (B, 2, L) of first and last tokens; None where none were made."""
-
-    @classmethod
-    def of_task(cls, loss: Tensor, logits: Tensor | None, num_items: Tensor) -> ObjectiveOutput:
-        """Describe a step of one pass, whose loss is the task's alone."""
-        nothing = loss.detach().new_zeros(())
-        return cls(
-            loss=loss,
-            task_loss=loss.detach(),
-            divergence=nothing,
-            noise_to_signal=nothing,
-            changed=nothing,
-            num_items=num_items,
-            logits=None if logits is None else logits.detach(),
-        )
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -136,21 +127,31 @@ class TaskLoss(Resumable):
             NoiseError: for a batch without labels, or with smoothing for a model whose own loss is no mean cross
                 entropy.
         """
-        if self.label_smoothing:
-            return self._smoothed(model, batch)
+        loss, logits, num_items = (self._smoothed if self.label_smoothing else self._own)(model, batch)
+        nothing = loss.detach().new_zeros(())
+        return ObjectiveOutput(
+            loss=loss,
+            task_loss=loss.detach(),
+            divergence=nothing,
+            noise_to_signal=nothing,
+            changed=nothing,
+            num_items=num_items,
+            logits=None if logits is None else logits.detach(),
+        )
+
+    def _own(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         output, targets = model(**without_cache(model, batch)), find_targets(model, batch)
         loss = getattr(output, "loss", None)
         if loss is None:
             raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
         if targets is None:  # labels of another name: a mean over texts
             rows = len(next(iter(batch.values())))
-            num_items = torch.full((), rows, dtype=torch.int64, device=loss.device)
-        else:
-            num_items = count_items(targets)
-            loss = loss.masked_fill(num_items == 0, 0.0)  # the mean of nothing is no number, and R3F's is 0
-        return ObjectiveOutput.of_task(loss, task_logits(output), num_items)
+            return loss, task_logits(output), torch.full((), rows, dtype=torch.int64, device=loss.device)
+        num_items = count_items(targets)
+        # The mean of nothing is no number, and R3F's is 0.
+        return loss.masked_fill(num_items == 0, 0.0), task_logits(output), num_items
 
-    def _smoothed(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
+    def _smoothed(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         inputs = prepare_inputs(model, batch)
         if model not in self._proved:
             of_proof = PRESETS["rdrop"][0]  # no noise, and no masks that passes would have to share
@@ -164,7 +165,7 @@ class TaskLoss(Resumable):
             label_smoothing=self.label_smoothing,
         )
         num_items = count_items(inputs.targets)
-        return ObjectiveOutput.of_task(loss.masked_fill(num_items == 0, 0.0), logits, num_items)
+        return loss.masked_fill(num_items == 0, 0.0), logits, num_items
 
 
 @dataclass(eq=False)
@@ -213,10 +214,8 @@ class TwoPasses(Resumable):
         Raises:
             NoiseError: when this model cannot be trained with the objective.
         """
-        settings = self.settings_for(model)
         check_model(model, type(self).__name__)
-        self._site(model, settings)
-        self._head(model, settings)
+        settings, *_ = self._fitted(model)
         self._check_masks(model, settings)
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
@@ -241,11 +240,11 @@ class TwoPasses(Resumable):
         Raises:
             NoiseError: when the noise does not reach the network, or the model does not fit the objective.
         """
-        settings, name = self.settings_for(model), type(self).__name__
-        if model not in self._proved:
-            self._check(model)
+        name = type(self).__name__
+        if model not in self._proved:  # what was checked before may have changed since
+            check_model(model, name)
         inputs = prepare_inputs(model, batch)
-        site, head = self._site(model, settings), self._head(model, settings)
+        settings, site, head = self._fitted(model)
         if model.training:
             self._check_masks(model, settings)
         noise = Disturbance(site, settings, name, self._draw, real_tokens(inputs.arguments))
@@ -253,8 +252,18 @@ class TwoPasses(Resumable):
             self._proved.add(model)
 
         form = choose_form(inputs, settings, weight=self.weight, head=head, objective=name)
-        result = run_passes(model, form, noise)
-        out = _describe(result, settings, inputs.targets)
+        loss, logits, embedded = run_passes(model, form, noise)
+        divergence = settings.scale * loss.divergence
+        nothing = torch.zeros_like(divergence)
+        out = ObjectiveOutput(
+            loss=settings.task_scale * loss.loss,
+            task_loss=settings.task_scale * loss.task_loss,
+            divergence=divergence,
+            noise_to_signal=embedded.noise_to_signal() if embedded else nothing,
+            changed=embedded.changed() if embedded else nothing,
+            num_items=count_items(inputs.targets),
+            logits=logits,
+        )
         if model.training and torch.is_grad_enabled():
             self.step += 1
             if self.weight > 0:
@@ -272,15 +281,13 @@ class TwoPasses(Resumable):
         if settings.sigma == 0:
             check_two_masks(model, type(self).__name__)
 
-    def _check(self, model: nn.Module) -> None:
-        """Check once more what may have changed since ``prepare_model``, or was not checked there."""
-        check_model(model, type(self).__name__)
-
-    def _site(self, model: nn.Module, settings: NoiseSettings) -> EmbeddingSite | None:
-        return find_site(model) if settings.sigma > 0 else None
-
-    def _head(self, model: nn.Module, settings: NoiseSettings) -> LanguageModelHead | None:
-        return find_head(model) if settings.fused and generates(model) else None
+    def _fitted(
+        self, model: nn.Module
+    ) -> tuple[NoiseSettings, EmbeddingSite | None, LanguageModelHead | None]:
+        """The settings for a model, and where its noise goes in and its loss is computed, if anywhere."""
+        settings = self.settings_for(model)
+        site = find_site(model) if settings.sigma > 0 else None
+        return settings, site, find_head(model) if settings.fused and generates(model) else None
 
 
 @dataclass(eq=False)
@@ -332,13 +339,18 @@ class R4F(R3F):
         super().prepare_model(model)
         normalise_head(model, layers=self.layers, seed=self.seed)
 
-    def _check(self, model: nn.Module) -> None:
-        super()._check(model)
-        if not normalised_layers(model):
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
+        """Run both passes as R3F does.
+
+        Raises:
+            NoiseError: as R3F, and for a model that was not prepared.
+        """
+        if model not in self._proved and not normalised_layers(model):
             raise NoiseError(
                 "R4F found no spectrally normalised layer in the model; expected its head to be. "
                 "Call objective.prepare_model(model) before accelerator.prepare."
             )
+        return super().__call__(model, batch)
 
 
 @dataclass(eq=False)
@@ -359,21 +371,3 @@ class RDrop(TwoPasses):
     """Whose form; None: "rdrop"."""
 
     _PRESET: ClassVar[Preset] = "rdrop"
-
-
-def _describe(result: StepResult, settings: NoiseSettings, targets: Tensor) -> ObjectiveOutput:
-    divergence = settings.scale * result.loss.divergence
-    if result.embedded is None:
-        noise_to_signal = changed = torch.zeros_like(divergence)
-    else:
-        realised = measure(result.embedded)
-        noise_to_signal, changed = realised.noise_to_signal, realised.changed
-    return ObjectiveOutput(
-        loss=settings.task_scale * result.loss.loss,
-        task_loss=settings.task_scale * result.loss.task_loss.detach(),
-        divergence=divergence.detach(),
-        noise_to_signal=noise_to_signal,
-        changed=changed,
-        num_items=count_items(targets),
-        logits=result.logits,
-    )

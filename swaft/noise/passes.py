@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swaft.noise.checks import check_rows
 from swaft.noise.embedding import Disturbance, Embedded, embedding_hook
-from swaft.noise.head import LanguageModelHead, placeholder
+from swaft.noise.head import LanguageModelHead, LossSlot, placeholder
 from swaft.noise.inputs import IGNORE_INDEX, Inputs, task_logits
 from swaft.noise.loss.losses import (
     NoiseStabilityLoss,
     cross_entropy_symmetric_kl,
     linear_cross_entropy_symmetric_kl,
 )
-from swaft.noise.loss.options import Form
 from swaft.noise.presets import NoiseSettings
-from swaft.noise.slot import LossSlot
 from swaft.noise.spectral import power_iteration_paused
 
 Forward = Callable[[], Any]
@@ -87,52 +85,38 @@ class SentCount:
         return int(self._number)
 
 
-class StepResult(NamedTuple):
-    """What the passes of one step gave."""
-
-    loss: NoiseStabilityLoss
-    """The loss, differentiable, and its parts."""
-    logits: Tensor | None
-    """Logits of the clean pass, detached; None where none were made."""
-    embedded: Embedded | None
-    """What the embedding handed on in the noised pass; None where there was no noise."""
-
-
 @dataclass(frozen=True)
 class LogitsForm:
     """The loss from the logits of both passes."""
 
     inputs: Inputs
     options: dict[str, Any]
+    """Arguments of the loss, by name."""
     objective: str
+    """Its name, for messages."""
 
     def observe(self, forward: Forward) -> Tensor:
-        """Run the first of two passes; returns its logits."""
+        """Run the first of two passes; returns what of it the loss needs, its logits."""
         return self._checked(task_logits(forward()))
 
-    def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, Tensor]:
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, Tensor | None]:
         """Run the last pass; returns the loss, and the clean logits, detached."""
         clean, noised = pair(task_logits(forward()))
         loss = cross_entropy_symmetric_kl(self._checked(clean), noised, self.inputs.targets, **self.options)
         return loss, clean.detach()
 
-    def _checked(self, logits: Tensor) -> Tensor:
-        check_rows(logits, self.inputs.targets, self.objective)
-        return logits
+    def _checked(self, rows: Tensor) -> Tensor:
+        check_rows(rows, self.inputs.targets, self.objective)
+        return rows
 
 
 @dataclass(frozen=True)
-class FusedForm:
+class FusedForm(LogitsForm):
     """The loss from the hidden states of both passes, computed in the head of the last one."""
 
-    inputs: Inputs
-    options: dict[str, Any]
-    objective: str
     head: LanguageModelHead
     num_counted: Callable[[], int]
     """Gives the number of rows that enter the loss."""
-    form: Form
-    """How the fused loss makes the noised logits, "difference" or "direct"."""
 
     def observe(self, forward: Forward) -> Tensor:
         """Run the first of two passes; returns what its head was given."""
@@ -146,19 +130,17 @@ class FusedForm:
             forward()
         return seen[0]
 
-    def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, None]:
+    def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, Tensor | None]:
         """Run the last pass; returns the loss, and no logits."""
         slot, results = LossSlot(), []
 
         def compute(hidden: Tensor) -> Tensor:
             clean, noised = pair(hidden)
-            check_rows(clean, self.inputs.targets, self.objective)
             results.append(
                 linear_cross_entropy_symmetric_kl(
-                    clean,
+                    self._checked(clean),
                     noised,
                     labels=self.inputs.targets,
-                    form=self.form,
                     num_counted=self.num_counted(),
                     **self.head.loss_arguments(),
                     **self.options,
@@ -178,7 +160,7 @@ def choose_form(
     weight: float,
     head: LanguageModelHead | None,
     objective: str,
-) -> LogitsForm | FusedForm:
+) -> LogitsForm:
     """Choose how the loss is computed, and set its options.
 
     Args:
@@ -202,13 +184,15 @@ def choose_form(
         options |= {"kl_mask": rows, "kl_normalizer": targets.shape[0]}
     if head is None:
         return LogitsForm(inputs, options, objective)
-    num_counted = targets.numel if everywhere else SentCount(targets != IGNORE_INDEX).read
     # Equal masks leave little between the passes, which only their difference shows; other masks leave much.
-    form: Form = "difference" if settings.masks == "shared" else "direct"
-    return FusedForm(inputs, options, objective, head, num_counted, form)
+    options["form"] = "difference" if settings.masks == "shared" else "direct"
+    num_counted = targets.numel if everywhere else SentCount(targets != IGNORE_INDEX).read
+    return FusedForm(inputs, options, objective, head, num_counted)
 
 
-def run_passes(model: nn.Module, form: LogitsForm | FusedForm, noise: Disturbance) -> StepResult:
+def run_passes(
+    model: nn.Module, form: LogitsForm, noise: Disturbance
+) -> tuple[NoiseStabilityLoss, Tensor | None, Embedded | None]:
     """Run the passes of one step.
 
     Two passes are a clean and a noised one; the noised one comes first where it needs no gradient, so that nothing
@@ -218,8 +202,13 @@ def run_passes(model: nn.Module, form: LogitsForm | FusedForm, noise: Disturbanc
         model: the model as wrapped by the training engine.
         form: how the loss is computed.
         noise: of the step.
+
+    Returns:
+        The loss, differentiable, and its parts; logits of the clean pass, detached, or None where none were made;
+        what the embedding handed on in the noised pass, or None where there was no noise.
     """
     site, settings = noise.site, noise.settings
+    arguments, noised_first = form.inputs.arguments, settings.one_sided
     embedded: list[Embedded] = []
 
     def forward(arguments: dict[str, Any], *, noised: bool, half: bool = False) -> Any:
@@ -232,25 +221,21 @@ def run_passes(model: nn.Module, form: LogitsForm | FusedForm, noise: Disturbanc
             embedded.append(record)
         return output
 
-    def two_passes() -> tuple[NoiseStabilityLoss, Tensor | None]:
-        arguments, noised_first = form.inputs.arguments, settings.one_sided
+    if settings.passes == "doubled":
+        doubled = form.inputs.doubled()
+        loss, logits = form.conclude(
+            lambda: forward(doubled, noised=True, half=True),
+            lambda both: both.chunk(2),  # type: ignore[arg-type, return-value]
+        )
+    else:
         rng = RngState.capture(model, arguments)
         with torch.no_grad() if noised_first else nullcontext():
             first = form.observe(lambda: forward(arguments, noised=noised_first))
         if settings.masks == "shared":
             rng.restore()
         with power_iteration_paused(model):
-            return form.conclude(
+            loss, logits = form.conclude(
                 lambda: forward(arguments, noised=not noised_first),
                 lambda last: (last, first) if noised_first else (first, last),
             )
-
-    def doubled_pass() -> tuple[NoiseStabilityLoss, Tensor | None]:
-        arguments = form.inputs.doubled()
-        return form.conclude(
-            lambda: forward(arguments, noised=True, half=True),
-            lambda both: both.chunk(2),  # type: ignore[arg-type, return-value]
-        )
-
-    loss, logits = doubled_pass() if settings.passes == "doubled" else two_passes()
-    return StepResult(loss, logits, embedded[0] if embedded else None)
+    return loss, logits, embedded[0] if embedded else None

@@ -1,4 +1,4 @@
-"""Noise added to an embedding in one kernel: the bits of ``philox.py``, made where they are used.
+"""Noise added to an embedding in one kernel: the bits of ``generator.py``, made where they are used.
 
 Every fp32 operation below stands in the order of its twin there, and the kernel is compiled without fusing a
 product and a sum into one rounding, with quotients rounded to nearest.
@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swaft.noise import philox
-from swaft.noise.philox import Noise
+from swaft.noise import generator
+from swaft.noise.generator import Noise
 
 COUNTERS = 256
 """Counters a program, four elements each."""
 WARPS = 4
 
-_UNIFORM_SCALE = tl.constexpr(philox.UNIFORM_SCALE)
-_SMALLEST_UNIFORM = tl.constexpr(philox.SMALLEST_UNIFORM)
-_SQRT_GUESS = tl.constexpr(philox.SQRT_GUESS)
-_LOG2, _HALF_PI = tl.constexpr(philox.LOG2), tl.constexpr(philox.HALF_PI)
-_A0, _A1, _A2, _A3 = map(tl.constexpr, philox.ATANH)
-_S0, _S1, _S2, _S3 = map(tl.constexpr, philox.SIN)
-_C0, _C1, _C2, _C3, _C4 = map(tl.constexpr, philox.COS)
+_UNIFORM_SCALE = tl.constexpr(generator.UNIFORM_SCALE)
+_SMALLEST_UNIFORM = tl.constexpr(generator.SMALLEST_UNIFORM)
+_SQRT_GUESS = tl.constexpr(generator.SQRT_GUESS)
+_LOG2, _HALF_PI = tl.constexpr(generator.LOG2), tl.constexpr(generator.HALF_PI)
+_A0, _A1, _A2, _A3 = map(tl.constexpr, generator.ATANH)
+_S0, _S1, _S2, _S3 = map(tl.constexpr, generator.SIN)
+_C0, _C1, _C2, _C3, _C4 = map(tl.constexpr, generator.COS)
 
 
 @triton.jit

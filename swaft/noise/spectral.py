@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from swaft.errors import ConfigError
+from swaft.noise.checks import unwrap
 from swaft.noise.generator import stream_seed
-from swaft.noise.wrappers import unwrap
 
 Layers = Literal["all", "last"]
 

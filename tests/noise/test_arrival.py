@@ -11,10 +11,10 @@ from tiny_models import bart, bert, classification_batch, generation_batch, t5
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F, R4F, RDrop, objectives
-from swaft.noise.arrival import FirstBatches, smallest_surviving_sigma
-from swaft.noise.embedding import embedding_hook, find_site, measure
+from swaft.noise.embedding import embedding_hook, find_site
 from swaft.noise.generator import add_noise
 from swaft.noise.presets import resolve_settings
+from swaft.noise.proof import FirstBatches, smallest_surviving_sigma
 
 pytestmark = pytest.mark.unit
 
@@ -87,7 +87,7 @@ def test_the_smallest_surviving_sigma_changes_about_half_of_the_entries(noise, d
 
     with embedding_hook(site, disturb) as record:
         model(**batch)
-    assert 0.35 < float(measure(record).changed) < 0.6
+    assert 0.35 < float(record.changed()) < 0.6
 
 
 @pytest.mark.parametrize(

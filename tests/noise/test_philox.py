@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from swaft.noise.philox import box_muller, philox, standard_noise, uniform
+from swaft.noise.generator import box_muller, philox, standard_noise, uniform
 
 pytestmark = pytest.mark.unit
 

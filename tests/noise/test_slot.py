@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swaft.noise.head import LossSlot
 from swaft.noise.passes import SentCount
-from swaft.noise.slot import LossSlot
 
 pytestmark = pytest.mark.unit
 

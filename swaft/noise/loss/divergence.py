@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from swaft.errors import NoiseError
-from swaft.noise.loss.checks import check_logits
-from swaft.noise.loss.options import Detach, LossOptions
+from swaft.noise.loss.options import Detach, LossOptions, check_logits, wide_dtype
 
 _SMALL = 0.5
 """Where exp(x) - 1 passes from expm1 to the direct difference, which is the accurate one for large |x|."""
@@ -41,7 +40,7 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
     """
     LossOptions(detach=detach)  # refuses an unknown one
     check_logits(logits, noised_logits)
-    dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
+    dtype = wide_dtype(logits, noised_logits)
     logits, noised_logits = logits.to(dtype), noised_logits.to(dtype)
     difference = logits.detach() - noised_logits.detach()
     return symmetric_kl_of_difference(logits, noised_logits, difference, detach=detach)

@@ -12,13 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaft.noise.loss.checks import check_direction, check_head, check_logits
 from swaft.noise.loss.divergence import symmetric_kl_of_difference
 from swaft.noise.loss.linear import LinearInputs
 from swaft.noise.loss.operator import fused_linear_loss
-from swaft.noise.loss.options import Detach, Form, LossOptions, Reduction
+from swaft.noise.loss.options import (
+    Detach,
+    Form,
+    LossOptions,
+    Reduction,
+    check_direction,
+    check_head,
+    check_logits,
+    wide_dtype,
+)
 from swaft.noise.loss.rows import task_rows
-from swaft.noise.loss.weighting import Weighting, row_weights
+from swaft.noise.loss.weighting import row_weights
 
 
 class NoiseStabilityLoss(NamedTuple):
@@ -85,11 +93,13 @@ def cross_entropy_symmetric_kl(
             wrong one makes the loss NaN.
         NoiseError: in a second derivative.
     """
-    options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, divergence_weight=divergence_weight)
-    weighting = Weighting(ignore_index, token_weight, kl_mask, kl_normalizer, reduction)
+    options = LossOptions(
+        *(label_smoothing, z_loss, detach, ce_on_noised, 1.0, None, "direct", divergence_weight),
+        *(ignore_index, token_weight, kl_mask, kl_normalizer, reduction),
+    )
     check_logits(logits, noised_logits, labels)
-    dtype = torch.promote_types(torch.promote_types(logits.dtype, noised_logits.dtype), torch.float32)
-    weights = row_weights(labels, weighting, num_classes=logits.shape[-1], dtype=dtype)
+    dtype = wide_dtype(logits, noised_logits)
+    weights = row_weights(labels, options, num_classes=logits.shape[-1], dtype=dtype)
     counts_for_task, counts = weights.cross_entropy != 0, weights.counts
     z, noised_z = (
         _rows(tensor).to(dtype).masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (logits, noised_logits)
@@ -176,25 +186,23 @@ def linear_cross_entropy_symmetric_kl(
         NoiseError: in a second derivative, in forward mode, or under a transform of torch.func.
     """
     options = LossOptions(
-        label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form, divergence_weight
+        *(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form, divergence_weight),
+        *(ignore_index, token_weight, kl_mask, kl_normalizer, reduction),
     )
-    weighting = Weighting(ignore_index, token_weight, kl_mask, kl_normalizer, reduction)
     operands = (hidden, noised_hidden, weight, bias, hidden_difference)
-    return _head_loss(operands, labels, options, weighting, num_counted=num_counted, chunk_bytes=chunk_bytes)
+    return _head_loss(operands, labels, options, num_counted=num_counted, chunk_bytes=chunk_bytes)
 
 
 def _head_loss(
     operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     labels: Tensor,
     options: LossOptions,
-    weighting: Weighting,
     **counts: int | None,
 ) -> NoiseStabilityLoss:
     hidden, noised_hidden, weight, bias, hidden_difference = operands
     check_head(operands, labels, options.form, **counts)
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, noised_hidden.dtype), weight.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    weights = row_weights(labels, weighting, num_classes=weight.shape[0], dtype=dtype)
+    dtype = wide_dtype(hidden, noised_hidden, weight)
+    weights = row_weights(labels, options, num_classes=weight.shape[0], dtype=dtype)
     ce_weight, kl_weight, factor = weights.in_loss(options.divergence_weight)
     if hidden_difference is not None:
         right_sign = check_direction(hidden, noised_hidden, hidden_difference)

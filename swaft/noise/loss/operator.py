@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,18 +10,14 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from swaft.errors import NoiseError
-from swaft.noise.loss.linear import LinearInputs, LinearLoss, Needs, linear_loss, stored_dtype
+from swaft.noise.loss.linear import LinearInputs, Needs, linear_loss, stored_dtype, times
 from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import RowStatistics
 
-_Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""``LinearLoss`` without its nesting: an operator returns tensors."""
-
-
-_PIECE = 2**24
-"""Elements of a gradient that are scaled at a time."""
-_OPTIONS = tuple(field.name for field in fields(LossOptions) if field.name != "divergence_weight")
-"""Options that the operator takes; the weight of the divergence is in those of the rows."""
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""``LinearLoss``, as an operator declares it."""
+_OPTIONS = ("label_smoothing", "z_loss", "detach", "ce_on_noised", "logit_scale", "softcap", "form")
+"""Options that the operator takes; the others are in the weights of the rows."""
 
 
 def fused_linear_loss(
@@ -43,15 +38,15 @@ def fused_linear_loss(
     _refuse_transforms(differentiated)
     recording = torch.is_grad_enabled()
     needs = [recording and tensor is not None and tensor.requires_grad for tensor in differentiated]
-    flat = _fused(
-        *(getattr(inputs, field.name) for field in fields(inputs)),
+    loss, statistics, *_ = _fused(
+        *inputs,
         **{name: getattr(options, name) for name in _OPTIONS},
         num_counted=num_counted,
         chunk_bytes=chunk_bytes,
         needs=needs,
         operand_dtype=_operand_dtype(inputs),
     )
-    return flat[0], RowStatistics(*(values.detach() for values in flat[1:5]))
+    return loss, RowStatistics(*statistics.detach())
 
 
 def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
@@ -100,13 +95,13 @@ def _fused(
     chunk_bytes: int | None,
     needs: Sequence[bool],
     operand_dtype: torch.dtype,
-) -> _Flat:
+) -> _Outputs:
     inputs = LinearInputs(
         hidden, noised_hidden, hidden_difference, weight, bias, labels, ce_weight, kl_weight, factor
     )
     options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form)  # type: ignore[arg-type]
     with torch.autocast(hidden.device.type, enabled=False):
-        result = linear_loss(
+        return linear_loss(
             inputs,
             options,
             Needs(*needs),
@@ -114,11 +109,6 @@ def _fused(
             num_counted=num_counted,
             chunk_bytes=chunk_bytes,
         )
-    return _flat(result)
-
-
-def _flat(result: LinearLoss) -> _Flat:
-    return (result.loss, *result.statistics, *result[2:])  # type: ignore[return-value]
 
 
 @_fused.register_fake
@@ -131,7 +121,7 @@ def _(
     *_rows: Tensor,
     operand_dtype: torch.dtype,
     **options: Any,
-) -> _Flat:
+) -> _Outputs:
     needs = Needs(*options["needs"])
     wide = torch.promote_types(operand_dtype, torch.float32)
 
@@ -142,22 +132,22 @@ def _(
 
     return (
         hidden.new_empty((), dtype=wide),
-        *(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(4)),
+        hidden.new_empty(4, hidden.shape[0], dtype=wide),
         gradient(hidden, needs.hidden),
         gradient(noised_hidden, needs.noised_hidden),
         gradient(weight, needs.weight),
         gradient(bias, needs.bias),
-    )  # type: ignore[return-value]
+    )
 
 
 def _keep_gradients(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Flat
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: _Outputs
 ) -> None:
     ctx.needs = Needs(*keyword_only_inputs["needs"])
     hidden, noised_hidden, _, weight, bias, *_ = inputs
     differentiated = (hidden, noised_hidden, weight, bias)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in differentiated]
-    ctx.save_for_backward(*(gradient for gradient, n in zip(output[5:], ctx.needs, strict=True) if n))
+    ctx.save_for_backward(*(gradient for gradient, n in zip(output[2:], ctx.needs, strict=True) if n))
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -175,19 +165,7 @@ _fused.register_autograd(_backward, setup_context=_keep_gradients)
 @torch.library.custom_op("swaft::scale_saved_gradients", mutates_args=())
 def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """Each gradient * factor, out of place: the saved ones serve again under retain_graph."""
-    return [times_in_fp32(gradient, factor) for gradient in gradients]
-
-
-def times_in_fp32(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The product with a 0-dim factor, rounded once, in pieces.
-
-    On a GPU torch would round the factor to the type of a 16-bit gradient first: up to 0.2 % off, in every element.
-    """
-    out = torch.empty_like(gradient)
-    rows = max(1, _PIECE // max(1, gradient[:1].numel()))
-    for piece, target in zip(gradient.split(rows), out.split(rows), strict=True):
-        target.copy_(piece.to(torch.promote_types(piece.dtype, torch.float32)) * factor)
-    return out
+    return [times(gradient, factor, gradient.dtype) for gradient in gradients]
 
 
 @_times.register_fake

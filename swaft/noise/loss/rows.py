@@ -1,6 +1,6 @@
 """Statistics and gradients of the loss for rows of logits, in torch, in place, a cacheful of rows at a time.
 
-Letters as in ``reference.py``, and per row: w = exp(z - max z), S = sum w, R = S without the label,
+Letters as in ``losses.py``, and per row: w = exp(z - max z), S = sum w, R = S without the label,
 n = z' - z = -d, y = n - E_p[n] (the mean, because J, p and q ignore a common offset and so must rounding),
 t = E_p[expm1(y)], delta = log p - log q = log(1 + t) - y, P = p - q, u = delta - K.
 
@@ -28,6 +28,16 @@ _CPU_BLOCK_ELEMENTS = 2**20
 because threads wait for each other after every operation."""
 _ACCELERATOR_BLOCK_ELEMENTS = 2**24
 """Elements a block elsewhere."""
+
+
+ROW_MULTIPLE = 64
+"""What rows begin at multiples of on an accelerator, in elements: for loads of 16 bytes and for tensor cores."""
+
+
+def empty_rows(count: int, classes: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make memory for a matrix (count, classes) whose rows begin at multiples of ``ROW_MULTIPLE`` elements."""
+    stride = -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE
+    return torch.empty(count, stride, dtype=dtype, device=device)[:, :classes]
 
 
 class RowGradients(NamedTuple):
@@ -85,19 +95,13 @@ def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None
     elements = _CPU_BLOCK_ELEMENTS if raw.device.type == "cpu" else _ACCELERATOR_BLOCK_ELEMENTS
     step = max(1, min(count, elements // classes))
     scratch = [raw.new_empty(step, classes) for _ in range(3 if options.softcap is None else 5)]
-    labels = torch.where(ce_weight != 0, labels, 0).unsqueeze(-1)
-    weights = torch.stack((ce_weight, kl_weight), dim=-1)
+    labels = torch.where(ce_weight != 0, labels, 0)
+    columns = [column.unsqueeze(-1) for column in (labels, ce_weight, kl_weight)]
     blocks = []
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        block = _Block(
-            z=raw[part],
-            y=raw_noise[part],
-            scratch=[buffer[: part.stop - start] for buffer in scratch],
-            label=labels[part],
-            ce=weights[part, :1],
-            kl=weights[part, 1:],
-        )
+        own = [buffer[: part.stop - start] for buffer in scratch]
+        block = _Block(raw[part], raw_noise[part], own, *(column[part] for column in columns))
         out = None if gradients is None else [None if g is None else g[part] for g in gradients]
         blocks.append(_block(block, bias, options, out))
     return RowStatistics(*(torch.cat(values).squeeze(-1) for values in zip(*blocks, strict=True)))
@@ -221,12 +225,8 @@ def _softmax(z: Tensor, label: Tensor, smoothing: float, *, out: Tensor) -> _Sof
     return _Softmax(w, total, others, maximum + log_total, cross_entropy)
 
 
-class _Parts(NamedTuple):
-    """Gradients of a block with respect to logits, in its buffers."""
-
-    clean: Tensor
-    noised: Tensor
-    total: Tensor
+_Parts = tuple[Tensor, Tensor, Tensor]
+"""Gradients of a block with respect to logits, in its buffers: clean, noised, total."""
 
 
 def _near_rows(
@@ -247,18 +247,18 @@ def _near_rows(
     p = torch.mul(w, block.kl / clean.total, out=free)
     ce = _cross_entropy_gradient(clean, block.label, block.ce, options)
     if options.detach == "target":
-        return divergence, noised_normalizer, _Parts(torch.sub(ce, minus_big_p, out=z), minus_big_p, ce)
+        return divergence, noised_normalizer, (torch.sub(ce, minus_big_p, out=z), minus_big_p, ce)
     if options.detach == "noised":
         g = torch.addcmul(minus_big_p, p, minus_u, out=z)
         gradient = torch.sub(ce, g, out=z)
-        return divergence, noised_normalizer, _Parts(gradient, y.zero_(), gradient)
+        return divergence, noised_normalizer, (gradient, y.zero_(), gradient)
     minus_u_and_j = y.sub_(divergence)
     if options.detach == "none":
         total = torch.addcmul(ce, minus_big_p, minus_u_and_j, out=z).addcmul_(p, divergence, value=-1)
         noised = torch.addcmul(minus_big_p, p.add_(minus_big_p), minus_u_and_j, out=y)
-        return divergence, noised_normalizer, _Parts(torch.sub(total, noised, out=w), noised, total)
+        return divergence, noised_normalizer, (torch.sub(total, noised, out=w), noised, total)
     noised = torch.addcmul(minus_big_p, p.add_(minus_big_p), minus_u_and_j, out=y)
-    return divergence, noised_normalizer, _Parts(ce, noised, torch.add(ce, noised, out=z))
+    return divergence, noised_normalizer, (ce, noised, torch.add(ce, noised, out=z))
 
 
 def _any_rows(
@@ -308,7 +308,11 @@ def _any_rows(
         noised_g, total_g = torch.zeros_like(g), g
     elif options.detach == "target":
         g, noised_g, total_g = big_p, -big_p, torch.zeros_like(g)
-    parts = _Parts(torch.addcmul(ce, g, block.kl), noised_g * block.kl, torch.addcmul(ce, total_g, block.kl))
+    g, noised_g, total_g = (
+        torch.addcmul(ce, g, block.kl),
+        noised_g * block.kl,
+        torch.addcmul(ce, total_g, block.kl),
+    )
     if options.ce_on_noised:
         shifted = noised._replace(
             w=q,
@@ -317,9 +321,9 @@ def _any_rows(
             log_normalizer=noised_normalizer,
         )
         noised_ce = _cross_entropy_gradient(shifted, block.label, ce_share, options)
-        parts.noised.add_(noised_ce)
-        parts.total.add_(noised_ce)
-    return divergence, noised_normalizer, cross_entropy, parts
+        noised_g.add_(noised_ce)
+        total_g.add_(noised_ce)
+    return divergence, noised_normalizer, cross_entropy, (g, noised_g, total_g)
 
 
 def _cross_entropy_gradient(softmax: _Softmax, label: Tensor, ce: Tensor, options: LossOptions) -> Tensor:

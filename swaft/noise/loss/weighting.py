@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swaft.errors import ConfigError, DataError
-from swaft.noise.loss.checks import elsewhere
-from swaft.noise.loss.options import Reduction, number_problems, one_of
+from swaft.noise.loss.options import LossOptions, elsewhere, host_knows, number_problems
 
 
 class RowWeights(NamedTuple):
@@ -55,74 +53,12 @@ class RowWeights(NamedTuple):
         return task_loss, divergence
 
 
-@dataclass(frozen=True)
-class Weighting:
-    """What decides how much each row counts.
-
-    Raises:
-        ConfigError: for an unknown reduction.
-    """
-
-    ignore_index: int = -100
-    """Label of the rows that do not count."""
-    token_weight: Tensor | None = None
-    """Factor of each row (...), 0 or more where it counts, None for 1. A negative one makes the loss NaN where the
-    host cannot tell, and so does a negative ``kl_normalizer``."""
-    kl_mask: Tensor | None = None
-    """Rows of the divergence (...), bool; None for those whose label counts."""
-    kl_normalizer: float | Tensor | None = None
-    """What the sum of the divergences is divided by; None for the sum of their weights (reduction "mean") or 1."""
-    reduction: Reduction = "mean"
-    """"mean" divides the cross entropy by the sum of its weights, "sum" by nothing."""
-
-    def __post_init__(self) -> None:
-        if problems := one_of("reduction", self.reduction, get_args(Reduction)):
-            raise ConfigError(problems)
-
-    def check(self, labels: Tensor) -> None:
-        """Refuse labels that are no class indices, and what does not fit them.
-
-        Raises:
-            ConfigError: naming every problem.
-        """
-        problems = []
-        if labels.dtype not in (torch.int64, torch.int32):
-            problems.append(f"labels is {labels.dtype}; expected torch.int64 or torch.int32.")
-        normalizer, rows = self.kl_normalizer, {"token_weight": self.token_weight, "kl_mask": self.kl_mask}
-        problems += [
-            f"{name} has shape {tuple(tensor.shape)}; expected that of the labels, {tuple(labels.shape)}."
-            for name, tensor in rows.items()
-            if tensor is not None and tensor.shape != labels.shape
-        ]
-        problems += elsewhere("the labels", labels, **rows)
-        if self.kl_mask is not None and self.kl_mask.dtype != torch.bool:
-            problems.append(
-                f"kl_mask is {self.kl_mask.dtype}; expected torch.bool. Pass factors as token_weight."
-            )
-        if isinstance(normalizer, Tensor):
-            if normalizer.dim() != 0:
-                problems.append(
-                    f"kl_normalizer has shape {tuple(normalizer.shape)}; expected a number or a 0-dim tensor."
-                )
-            if normalizer.device.type != "cpu":  # a number that the host holds is at home everywhere
-                problems += elsewhere("the labels", labels, kl_normalizer=normalizer)
-        elif normalizer is not None:
-            problems += number_problems("kl_normalizer", normalizer, "0 or more", lambda n: n >= 0)
-        problems += [
-            f"{name} requires a gradient; expected a constant, for it gets none. Detach it."
-            for name, factor in (("token_weight", self.token_weight), ("kl_normalizer", normalizer))
-            if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled()
-        ]
-        if problems:
-            raise ConfigError(problems)
-
-
-def row_weights(labels: Tensor, weighting: Weighting, *, num_classes: int, dtype: torch.dtype) -> RowWeights:
+def row_weights(labels: Tensor, options: LossOptions, *, num_classes: int, dtype: torch.dtype) -> RowWeights:
     """Weigh the rows of a loss.
 
     Args:
         labels: class indices (...), int64 or int32.
-        weighting: what decides how much each row counts.
+        options: of the loss, some of which decide how much each row counts.
         num_classes: V. Labels out of range are not read; they make the loss NaN where the host cannot tell.
         dtype: of the weights.
 
@@ -131,16 +67,16 @@ def row_weights(labels: Tensor, weighting: Weighting, *, num_classes: int, dtype
             negative or not finite.
         DataError: for a label out of range, where the host can tell.
     """
-    weighting.check(labels)
-    ignore_index, kl_mask, kl_normalizer = weighting.ignore_index, weighting.kl_mask, weighting.kl_normalizer
+    _check(labels, options)
+    ignore_index, kl_mask, kl_normalizer = options.ignore_index, options.kl_mask, options.kl_normalizer
     labels = labels.flatten().long()
     counted = labels != ignore_index
     in_range = (labels >= 0) & (labels < num_classes)
     _check_range(labels, counted & ~in_range, num_classes, ignore_index)
     of_divergence = counted if kl_mask is None else kl_mask.flatten()
     weight = torch.ones_like(counted, dtype=dtype)
-    if weighting.token_weight is not None:
-        given = torch.where(counted | of_divergence, weighting.token_weight.detach().flatten().to(dtype), 0.0)
+    if options.token_weight is not None:
+        given = torch.where(counted | of_divergence, options.token_weight.detach().flatten().to(dtype), 0.0)
         weight = _not_negative("token_weight", given)
     cross_entropy = torch.where(counted, torch.where(in_range, weight, torch.nan), 0.0)
     divergence = cross_entropy if kl_mask is None else torch.where(of_divergence, weight, 0.0)
@@ -150,19 +86,58 @@ def row_weights(labels: Tensor, weighting: Weighting, *, num_classes: int, dtype
             kl_normalizer = _not_negative("kl_normalizer", kl_normalizer.detach().to(dtype))
         divergence_normalizer = one * kl_normalizer
     else:
-        divergence_normalizer = divergence.sum() if weighting.reduction == "mean" else one
+        divergence_normalizer = divergence.sum() if options.reduction == "mean" else one
     return RowWeights(
         labels=torch.where(counted & in_range, labels, 0),
         cross_entropy=cross_entropy,
         divergence=divergence,
-        task_normalizer=cross_entropy.sum() if weighting.reduction == "mean" else one,
+        task_normalizer=cross_entropy.sum() if options.reduction == "mean" else one,
         divergence_normalizer=divergence_normalizer,
     )
 
 
+def _check(labels: Tensor, options: LossOptions) -> None:
+    """Refuse labels that are no class indices, and what does not fit them.
+
+    Raises:
+        ConfigError: naming every problem.
+    """
+    problems = []
+    if labels.dtype not in (torch.int64, torch.int32):
+        problems.append(f"labels is {labels.dtype}; expected torch.int64 or torch.int32.")
+    normalizer = options.kl_normalizer
+    rows = {"token_weight": options.token_weight, "kl_mask": options.kl_mask}
+    problems += [
+        f"{name} has shape {tuple(tensor.shape)}; expected that of the labels, {tuple(labels.shape)}."
+        for name, tensor in rows.items()
+        if tensor is not None and tensor.shape != labels.shape
+    ]
+    problems += elsewhere("the labels", labels, **rows)
+    if options.kl_mask is not None and options.kl_mask.dtype != torch.bool:
+        problems.append(
+            f"kl_mask is {options.kl_mask.dtype}; expected torch.bool. Pass factors as token_weight."
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            problems.append(
+                f"kl_normalizer has shape {tuple(normalizer.shape)}; expected a number or a 0-dim tensor."
+            )
+        if normalizer.device.type != "cpu":  # a number that the host holds is at home everywhere
+            problems += elsewhere("the labels", labels, kl_normalizer=normalizer)
+    elif normalizer is not None:
+        problems += number_problems("kl_normalizer", normalizer, "0 or more", lambda n: n >= 0)
+    problems += [
+        f"{name} requires a gradient; expected a constant, for it gets none. Detach it."
+        for name, factor in (("token_weight", options.token_weight), ("kl_normalizer", normalizer))
+        if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled()
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse labels out of range, unless looking would make the host wait or break a graph."""
-    if not _host_knows(wrong) or not bool(wrong.any()):
+    if not host_knows(wrong) or not bool(wrong.any()):
         return
     raise DataError(
         f"{int(wrong.sum())} of {labels.numel()} labels are no class, the first of them "
@@ -174,17 +149,12 @@ def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: 
 def _not_negative(name: str, factors: Tensor) -> Tensor:
     """Refuse factors that are negative or not finite; NaN in their place where the host would have to wait."""
     wrong = ~((factors >= 0) & (factors < torch.inf))
-    if _host_knows(wrong) and bool(wrong.any()):
+    if host_knows(wrong) and bool(wrong.any()):
         raise ConfigError(
             f"{name} has {int(wrong.sum())} of {wrong.numel()} values that are negative or not finite, the first "
             f"{float(factors[wrong][0]):g}; expected 0 or more in every row that counts."
         )
     return torch.where(wrong, torch.nan, factors)
-
-
-def _host_knows(tensor: Tensor) -> bool:
-    """Whether a look at a tensor's values neither makes the host wait nor breaks a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _inverse(number: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def compiled(
 
     Args:
         kernel: the jitted function.
-        types: Triton's type of each run-time argument; those with a trailing ``:16`` are divisible by 16.
+        types: Triton's type of each run-time argument; pointers are divisible by 16 but for those with a trailing
+            ``:1``, numbers are where they have a trailing ``:16``.
         constants: the compile-time arguments.
         capability: 80 or 90.
         folder: where to put the assembler's input.
@@ -62,11 +63,11 @@ def compiled(
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {name: types[name].removesuffix(":16") if name in types else "constexpr" for name in names}
+    signature = {name: types[name].split(":")[0] if name in types else "constexpr" for name in names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if types.get(name, "").startswith("*") or types.get(name, "").endswith(":16")
+        if types.get(name, ":1").startswith("*") != types.get(name, ":1").endswith((":1", ":16"))
     }
     source = ASTSource(kernel, signature, {n: constants.get(n) for n in names if n not in types}, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -14,13 +14,15 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from float64_rows import expected
 
-from swaft.noise import philox
+from swaft.noise import generator
 from swaft.noise.loss.options import LossOptions
-from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, empty_rows
+from swaft.noise.loss.rows import rows as torch_rows
 
 EXACT = 5e-6
 """Relative error of fp32 sums of terms that do not cancel, norm-wise, with room for the worst row."""
@@ -79,20 +81,21 @@ def run(rows: RowInputs, options: LossOptions, gradients: RowGradients | None):
 
 
 def on_device(rows: RowInputs) -> RowInputs:
-    """The rows where the kernels run, their strides kept."""
+    """The rows where the kernels run, in memory such as the kernel takes; NaN behind the last class."""
+    raw, raw_noise = (buffer(rows).copy_(matrix) for matrix in (rows.raw, rows.raw_noise))
+    return RowInputs(raw, raw_noise, *(None if each is None else each.to(DEVICE) for each in rows[2:]))  # type: ignore[arg-type]
 
-    def moved(matrix: torch.Tensor) -> torch.Tensor:
-        there = torch.empty_strided(matrix.shape, matrix.stride(), dtype=matrix.dtype, device=DEVICE)
-        return there.copy_(matrix)
 
-    return RowInputs(*(None if each is None else moved(each) for each in rows))  # type: ignore[arg-type]
+def buffer(rows: RowInputs, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory in which an element that nobody wrote is NaN."""
+    matrix = empty_rows(*rows.raw.shape, dtype=dtype, device=torch.device(DEVICE))
+    assert matrix._base is not None
+    matrix._base.fill_(torch.nan)
+    return matrix
 
 
 def poisoned(rows: RowInputs, dtype: torch.dtype = torch.float32) -> RowGradients:
-    """Buffers in which an element that nobody wrote is NaN."""
-    return RowGradients(
-        *(torch.full(rows.raw.shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(3))
-    )
+    return RowGradients(*(buffer(rows, dtype) for _ in range(3)))
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -282,13 +285,49 @@ def gradients_in_bf16_are_those_in_fp32_rounded():
 
 
 @check
-def rows_may_lie_apart_in_memory():
+def rows_may_lie_further_apart_than_they_must():
+    from swaft.noise.loss import rows_triton
+
     rows = some_rows(spread=0.1)
-    wide = rows._replace(raw=torch.cat([rows.raw, rows.raw], 1)[:, : rows.raw.shape[1]])
-    agree(wide)
+    classes = rows.raw.shape[1]
+    matrices = empty_rows(4, 2 * classes, dtype=torch.float32, device=torch.device(DEVICE))[:, :classes]
+    matrices.copy_(torch.cat([rows.raw, rows.raw_noise]))
+    apart = on_device(rows)._replace(raw=matrices[:2], raw_noise=matrices[2:])
+    statistics = rows_triton.rows(apart, LossOptions(), None)
+    assert all(
+        torch.equal(a.cpu(), b) for a, b in zip(statistics, run(rows, LossOptions(), None), strict=True)
+    )
 
 
-def drawn(numel: int, *, noise: philox.Noise, stream: int, first: int = 0) -> torch.Tensor:
+@check
+def a_head_through_the_kernel_few_rows_at_a_time_is_that_of_torch():
+    from swaft.noise.loss import linear, rows_triton
+
+    generator = torch.Generator().manual_seed(0)
+    count, width, classes = 7, 8, 1001
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    hidden, noise, weight = normal(count, width), 1e-2 * normal(count, width), normal(classes, width)
+    labels = torch.randint(0, classes, (count,), generator=generator).to(DEVICE)
+    weights, factor = torch.rand(count, generator=generator).to(DEVICE), torch.tensor(0.1, device=DEVICE)
+    inputs = linear.LinearInputs(
+        *(hidden, hidden - noise, noise, weight, normal(classes), labels, weights, weights, factor)
+    )
+    options, needs = LossOptions(label_smoothing=0.1), linear.Needs(True, True, True, True)
+    outcomes = []
+    for kernel in (torch_rows, rows_triton.rows):
+        with (
+            mock.patch.object(linear, "row_kernel", lambda *_, kernel=kernel: kernel),
+            mock.patch.object(linear, "_PRODUCT_ROWS", 3),
+        ):
+            outcomes.append(linear.linear_loss(inputs, options, needs, operand_dtype=torch.float32))
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert error(ours, theirs.double().cpu()) < EXACT
+
+
+def drawn(numel: int, *, noise: generator.Noise, stream: int, first: int = 0) -> torch.Tensor:
     from swaft.noise import philox_triton
 
     out = torch.full((numel,), torch.nan, device=DEVICE)
@@ -301,14 +340,14 @@ def drawn(numel: int, *, noise: philox.Noise, stream: int, first: int = 0) -> to
 def noise_has_the_bits_of_the_torch_form():
     for noise in ("uniform", "normal"):
         for stream in (0, 5, 0xDEADBEEF12345678, 2**64 - 1):
-            wanted = philox.standard_noise(5003, noise=noise, stream=stream)
+            wanted = generator.standard_noise(5003, noise=noise, stream=stream)
             assert torch.equal(drawn(5003, noise=noise, stream=stream), wanted), (noise, stream)
 
 
 @check
 def noise_far_into_a_stream_has_the_bits_of_the_torch_form():
     for first in (2**34 - 16, 2**34 + 64, 2**62):
-        wanted = philox.standard_noise(100, noise="normal", stream=3, first=first)
+        wanted = generator.standard_noise(100, noise="normal", stream=3, first=first)
         assert torch.equal(drawn(100, noise="normal", stream=3, first=first), wanted), first
 
 
@@ -325,7 +364,7 @@ def noise_is_added_in_the_type_of_the_result():
         out = torch.empty(1001, dtype=wide, device=DEVICE)
         sigma = torch.tensor(1e-5, device=DEVICE)
         philox_triton.noise_into(out, embedding.to(DEVICE), noise="uniform", sigma=sigma, stream=7)
-        noise = philox.standard_noise(1001, noise="uniform", stream=7) * 1e-5
+        noise = generator.standard_noise(1001, noise="uniform", stream=7) * 1e-5
         assert torch.equal(out.cpu(), embedding.to(wide) + noise.to(wide)), dtype
 
 

@@ -5,6 +5,7 @@ What each takes: ``PYTHONPATH=. python tests/noise/kernels/test_compiled.py``
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +14,7 @@ import torch
 from compiling import Resources, compiled, why_not
 
 from swaft.noise.loss.options import LossOptions
+from swaft.noise.loss.rows import ROW_MULTIPLE, empty_rows
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -23,12 +25,12 @@ EVERYTHING = LossOptions(label_smoothing=0.1, z_loss=1e-2, logit_scale=0.7, soft
 ROW_KERNELS = {
     "R3F": (LossOptions(), "difference"),
     "R3F, fp32 gradients, noised side detached": (LossOptions(detach="noised"), "clean fp32"),
-    "R3F, rows not aligned": (LossOptions(), "difference unaligned"),
     "R-Drop": (LossOptions(form="direct", ce_on_noised=True), "direct"),
     "T5 with smoothing": (LossOptions(label_smoothing=0.1, logit_scale=0.044), "difference"),
     "everything": (EVERYTHING, "difference biased"),
     "everything, statistics only": (EVERYTHING, "none biased"),
 }
+ROW_VECTORS = ("ce_weights", "kl_weights", "statistics")
 GRADIENTS = {"none": 0, "clean": 1, "direct": 2, "difference": 3}
 """How many of G, G' and their sum are written."""
 
@@ -42,26 +44,20 @@ def empty_cache(tmp_path, monkeypatch):
 def row_kernel(name: str, capability: int, folder: Path) -> Resources:
     """What a variant of the row kernel takes of a GPU of that generation."""
     from swaft.noise.loss import rows_triton
-    from swaft.noise.loss.rows import RowGradients
 
     options, how = ROW_KERNELS[name]
-    wanted = GRADIENTS[how.split()[0]]
-    buffers = [torch.empty(0)] * wanted + [None] * (3 - wanted)
-    gradients = RowGradients(*buffers) if wanted else None  # type: ignore[arg-type]
-    biased = "biased" in how
-    length = "i32" if "unaligned" in how else "i32:16"
-    types = dict.fromkeys(("raw", "raw_noise", "ce_weights", "kl_weights", "statistics"), "*fp32")
-    types |= {"labels": "*i64"} | ({"bias": "*fp32"} if biased else {})
-    kinds = ("clean", "noised", "total")
+    types = dict.fromkeys(("raw", "raw_noise"), "*fp32") | dict.fromkeys(ROW_VECTORS, "*fp32:1")
+    types |= {"labels": "*i64:1"} | ({"bias": "*fp32"} if "biased" in how else {})
     element = "*fp32" if "fp32" in how else "*bf16"
-    types |= {f"{kind}_gradient": element for kind in kinds[:wanted]}
-    types |= dict.fromkeys(("num_classes", "raw_stride", "noise_stride"), length) | {"num_rows": "i32"}
-    types |= {f"{kind}_stride": length for kind in kinds}
+    types |= {
+        f"{kind}_gradient": element for kind in ("clean", "noised", "total")[: GRADIENTS[how.split()[0]]]
+    }
+    types |= dict.fromkeys(("num_classes", "product_stride", "gradient_stride"), "i32")
     types |= dict.fromkeys(("scale", "cap", "smoothing", "z_loss"), "fp32")
     return compiled(
         rows_triton._rows_kernel,
         types,
-        rows_triton.variant(options, biased=biased, gradients=gradients),
+        rows_triton.variant(options),
         capability,
         folder,
         num_warps=rows_triton.WARPS,
@@ -79,6 +75,54 @@ def test_two_programs_of_the_row_kernel_fit_a_multiprocessor(name, capability, t
     assert 2 * threads * taken.registers <= REGISTERS
     assert taken.spilled == 0
     assert ".f64" not in taken.ptx  # a Python number that became a double would slow everything
+    # Nothing is known of V, and yet a thread reads 16 bytes at a time; alone stand weights and the label's logits.
+    assert len(re.findall(r"ld\.global\.v4\.b32", taken.ptx)) >= 6
+    assert len(re.findall(r"ld\.global\.b32", taken.ptx)) <= 5
+
+
+def specialised(**arguments):
+    """What Triton compiles the row kernel anew for, of these arguments of a launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from swaft.noise.loss import rows_triton
+
+    kernel = rows_triton._rows_kernel
+    bind = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+    return bind(**arguments, **rows_triton.variant(LossOptions()), debug=False)[1]
+
+
+def launch(*, count: int, classes: int, first: int) -> dict[str, object]:
+    """Arguments for rows from `first` on, of vectors that begin anywhere."""
+    matrices = [
+        empty_rows(count, classes, dtype=dtype, device=torch.device("cpu"))
+        for dtype in (torch.float32,) * 2 + (torch.bfloat16,) * 3
+    ]
+    labels, *weights = (
+        torch.zeros(first + count, dtype=dtype)[first:]
+        for dtype in (torch.int64, torch.float32, torch.float32)
+    )
+    names = ("raw", "raw_noise", "clean_gradient", "noised_gradient", "total_gradient")
+    return dict(zip(names, matrices, strict=True)) | {
+        "bias": None,
+        "labels": labels,
+        "ce_weights": weights[0],
+        "kl_weights": weights[1],
+        "statistics": torch.zeros(count, 4),
+        "num_classes": classes,
+        "product_stride": matrices[0].stride(0) // ROW_MULTIPLE,
+        "gradient_stride": matrices[0].stride(0) // ROW_MULTIPLE,
+        **dict.fromkeys(("scale", "cap", "smoothing", "z_loss"), 1.0),
+    }
+
+
+def test_one_compilation_serves_every_number_of_rows_and_classes_wherever_they_lie():
+    usual = specialised(**launch(count=256, classes=32128, first=0))
+    for count, classes, first in ((1, 50257, 1), (3, 1, 3), (17, 64, 2)):
+        assert specialised(**launch(count=count, classes=classes, first=first)) == usual
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from loss_oracle import head, relative_error
@@ -80,7 +78,7 @@ class Products:
         monkeypatch.setattr(
             linear._Arithmetic,
             "add_product_",
-            lambda this, total, a, b: adding(this, total, self.seen(a, b), b),
+            lambda this, total, a, b, **how: adding(this, total, self.seen(a, b), b, **how),
         )
 
     def seen(self, a, b):
@@ -255,30 +253,32 @@ def test_the_operator_keeps_what_torch_asks_of_one():
     states, labels = operands()
     ones, factor = torch.ones(10), torch.tensor(0.1)
     head_arguments = (*states[:2], None, *states[2:], labels, ones, ones, factor)
-    options = asdict(LossOptions(label_smoothing=0.1, z_loss=0.01))
-    del options["divergence_weight"]
+    options = vars(LossOptions(label_smoothing=0.1, z_loss=0.01))
+    options = {name: options[name] for name in operator._OPTIONS}
     options |= {"num_counted": None, "chunk_bytes": None, "needs": [True] * 4, "operand_dtype": torch.float32}
     torch.library.opcheck(torch.ops.swaft.linear_cross_entropy_symmetric_kl.default, head_arguments, options)
 
 
 class Factors(TorchDispatchMode):
-    """The types that products were taken in."""
+    """The types that products were taken in, and how many elements each had."""
 
     def __init__(self):
         super().__init__()
-        self.types = set()
+        self.types, self.elements = set(), set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.mul.Tensor:
-            self.types |= {args[0].dtype, args[1].dtype}
+        if function in (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.out):
+            self.types.add(torch.result_type(*args))
+            self.elements.add(args[0].numel())
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_16_bits_are_scaled_in_fp32_in_pieces_and_rounded_once(dtype, monkeypatch):
-    monkeypatch.setattr(operator, "_PIECE", 24)  # three rows at a time
+    monkeypatch.setattr(linear, "_PIECE", 24)  # three rows at a time
     gradient = torch.randn(10, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     with Factors() as factors:
-        scaled = operator.times_in_fp32(gradient, torch.tensor(1 / 3))
+        scaled = linear.times(gradient, torch.tensor(1 / 3), dtype)
     assert factors.types == {torch.float32}
+    assert factors.elements == {24, 8}
     assert torch.equal(scaled, (gradient.float() * torch.tensor(1 / 3)).to(dtype))

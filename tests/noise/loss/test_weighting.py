@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from swaft.errors import ConfigError
-from swaft.noise.loss.weighting import Weighting, row_weights
+from swaft.noise.loss.options import LossOptions
+from swaft.noise.loss.weighting import row_weights
 
 pytestmark = pytest.mark.unit
 
@@ -13,7 +14,7 @@ LABELS = torch.tensor([[3, 0, -100], [1, -100, -100]])
 
 def weigh(labels=LABELS, **options):
     dtype = options.pop("dtype", torch.float64)
-    return row_weights(labels, Weighting(**options), num_classes=7, dtype=dtype)
+    return row_weights(labels, LossOptions(**options), num_classes=7, dtype=dtype)
 
 
 def test_rows_count_where_the_label_is_not_ignored():
