@@ -54,7 +54,7 @@ import swaft
 
 for path in Path(swaft.__file__).parent.rglob("*.py"):
     for call in ast.walk(ast.parse(path.read_text())):
-        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("Error", "logger.warning")):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("Error", "logger.warning", "._warn")):
             said = "".join(str(n.value) for n in ast.walk(call) if isinstance(n, ast.Constant))
             said = re.sub(r"-m swaft\\S+", "", said)  # a module to be run
             for name in re.findall(r"\\bswaft(?:\\.[a-z_]\\w*)+|\\baverager\\.\\w+", said):

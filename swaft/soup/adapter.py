@@ -104,7 +104,7 @@ class AdapterMean(Mean):
             raise StateError(
                 f"{up!r}: the mean update is more than float32 holds; leave out what has diverged"
             )
-        self._norms[up] = whole, gap, lost
+        self._norms[up] = Norms(whole, gap, lost)
         return b, a
 
     def _resize(self, rank: int | None) -> None:
