@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.cell import Cell, identity, parse_cell, run_cell
-from benchmarks.study.grid import MAIN, PHASES, all_cells, cells_of
+from benchmarks.study.grid import MAIN, PHASES, Made, cells_of
 from benchmarks.study.numerics import kind_of, machine
-from benchmarks.study.store import Row, append, claim, finished, read_rows, results_folder
+from benchmarks.study.store import Row, append, claim, read_rows, results_folder
 from benchmarks.study.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -124,16 +124,13 @@ def _make_next(
     Returns:
         The cell, or None where there is none; and whether others hold some.
     """
-    rows, wait = _rows_of_this_machine(folder), False
-    done = _done(rows, tried)
-    for cell in all_cells(rows):
-        if (cell.name, cell.fingerprint) in done:
-            continue
+    wait = False
+    for cell in _made(folder, tried).missing():
         with claim(folder, cell.name) as held:
             if not held:
                 wait = True
                 continue
-            if (cell.name, cell.fingerprint) in _done(_rows_of_this_machine(folder), tried):
+            if _made(folder, tried).on(_here(), cell):
                 continue  # finished by another process since
             began = time.perf_counter()
             found = make(cell)
@@ -144,16 +141,16 @@ def _make_next(
     return None, wait
 
 
-def _rows_of_this_machine(folder: Path) -> list[Row]:
-    """Rows that the cells made here can be paired with."""
-    here = kind_of({"machine": machine()})
-    return [row for row in read_rows(folder) if kind_of(row) == here]
+def _here() -> str:
+    return kind_of({"machine": machine()})
 
 
-def _done(rows: list[Row], tried: set[tuple[str, str]] | None) -> set[tuple[str, str]]:
-    if tried is None:
-        return finished(rows)
-    return finished(row for row in rows if "failed" not in row or (row["cell"], row["fingerprint"]) in tried)
+def _made(folder: Path, tried: set[tuple[str, str]] | None = None) -> Made:
+    """What is there; a recorded failure counts, or counts for the cells of ``tried`` alone."""
+    rows = read_rows(folder)
+    if tried is not None:
+        rows = [row for row in rows if "failed" not in row or (row["cell"], row["fingerprint"]) in tried]
+    return Made(rows, _here())
 
 
 def make(cell: Cell) -> list[Row]:
@@ -199,18 +196,17 @@ def print_cell(cell: Cell, check: bool) -> int:
 
 
 def print_status() -> int:
-    """Print how many cells of each phase are there, of this kind of machine."""
-    rows = _rows_of_this_machine(results_folder())
-    done = finished(rows)
+    """Print how many cells of each phase are there, with their baselines on one kind of machine."""
+    rows = read_rows(results_folder())
+    made = _made(results_folder())
     for phase in PHASES:
         cells = [cell for cell in cells_of(phase, rows) if cell.split == phase.split]
-        there = sum((cell.name, cell.fingerprint) in done for cell in cells)
         whole = len(phase.trainings) * len(phase.tasks) * len(phase.seeds)
         open_rates = (whole - len(cells)) // len(phase.seeds)
         names = "main trainings" if phase.trainings == MAIN else ", ".join(phase.trainings)
         print(
-            f"{there:5} of {whole:5}  {phase.split}, {phase.regime}, {len(phase.seeds)} seeds, "
-            f"{' '.join(phase.tasks)}: {names}; rates to find: {open_rates}"
+            f"{sum(map(made.there, cells)):5} of {whole:5}  {phase.split}, {phase.regime}, "
+            f"{len(phase.seeds)} seeds, {' '.join(phase.tasks)}: {names}; rates to find: {open_rates}"
         )
     failed = [row for row in rows if "failed" in row]
     for row in failed:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,11 +40,14 @@ ORDER = [
 
 @dataclass(frozen=True)
 class Kept:
-    """Test rows of one kind of machine, with one arithmetic a training, and those that are not."""
+    """Test rows that are shown, and those that are not.
+
+    The arms of a regime, task and seed that share a baseline come from one kind of machine: that with the most of
+    them. A training has one arithmetic on each kind.
+    """
 
     rows: list[Row]
     others: list[Row]
-    machine: str
 
     def arms(self, regime: str) -> list[str]:
         """Every arm of a regime, in the order of trainings and readouts."""
@@ -55,11 +59,10 @@ class Kept:
     ) -> dict[tuple[str, int], float]:
         """An outcome by task and seed."""
         found = {}
-        for row in self.rows:
-            if row["regime"] == regime and row["arm"] == arm:
-                numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
-                if numbers is not None and _name_of(outcome, row["task"]) in numbers:
-                    found[row["task"], row["seed"]] = value_of(numbers, row["task"], outcome)
+        for (task, seed), row in self._places(regime, arm).items():
+            numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
+            if numbers is not None and _name_of(outcome, task) in numbers:
+                found[task, seed] = value_of(numbers, task, outcome)
         return found
 
     def comparison(
@@ -72,14 +75,26 @@ class Kept:
         tasks: Iterable[str] = tuple(TASKS),
         rounding: str | None = None,
     ) -> Comparison | None:
-        """An arm minus another, paired by task and seed; None where no task has enough pairs."""
+        """An arm minus another, paired by task, seed and kind of machine; None where no task has enough pairs."""
         ours, theirs = (self.values(regime, name, outcome, rounding) for name in (arm, base))
+        kinds = [{at: kind_of(row) for at, row in self._places(regime, name).items()} for name in (arm, base)]
+        paired = {at for at in ours.keys() & theirs.keys() if kinds[0][at] == kinds[1][at]}
         pairs = {}
         for task in tasks:
-            seeds = sorted(seed for t, seed in ours if t == task and (task, seed) in theirs)
+            seeds = sorted(seed for t, seed in paired if t == task)
             if len(seeds) >= FEWEST_SEEDS:
                 pairs[task] = np.array([ours[task, seed] - theirs[task, seed] for seed in seeds])
         return compare(pairs) if pairs else None
+
+    def machines(self) -> dict[str, list[str]]:
+        """The tasks measured on each kind of machine."""
+        found = sorted({(kind_of(row), list(TASKS).index(row["task"])) for row in self.rows})
+        return {kind: [list(TASKS)[place] for k, place in found if k == kind] for kind, _ in found}
+
+    def _places(self, regime: str, arm: str) -> dict[tuple[str, int], Row]:
+        """The row of an arm by task and seed."""
+        return {(row["task"], row["seed"]): row for row in self.rows
+                if row["regime"] == regime and row["arm"] == arm}  # fmt: skip
 
 
 def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
@@ -96,20 +111,27 @@ def _name_of(outcome: str, task: str) -> str:
 
 
 def keep(rows: Sequence[Row]) -> Kept:
-    """Of the test rows, those of the machine with the most, and of each training the arithmetic with the most."""
+    """Choose the test rows that are shown: of arms that are compared, those of the machine that has the most."""
     tested = [row for row in rows if row["split"] == "test" and "failed" not in row]
-    machines = Counter(kind_of(row) for row in tested or rows)
-    machine = machines.most_common(1)[0][0] if machines else ""
-    here = [row for row in tested if kind_of(row) == machine]
-    arithmetic = {
-        training: Counter(row["fingerprint"] for row in here if row["training"] == training).most_common(1)[
-            0
-        ][0]
-        for training in {row["training"] for row in here}
-    }
-    kept = [row for row in here if row["fingerprint"] == arithmetic[row["training"]]]
+    arithmetic = _most((kind_of(row), row["training"], row["fingerprint"]) for row in tested)
+    same = [row for row in tested if arithmetic[kind_of(row), row["training"]] == row["fingerprint"]]
+    machine = _most((*_compared(row), kind_of(row)) for row in same)
+    kept = [row for row in same if machine[_compared(row)] == kind_of(row)]
     marked = {id(row) for row in kept}
-    return Kept(kept, [row for row in tested if id(row) not in marked], machine)
+    return Kept(kept, [row for row in tested if id(row) not in marked])
+
+
+def _compared(row: Row) -> tuple[str, str, int, str]:
+    """What rows have in common that are compared with one baseline."""
+    return row["regime"], row["task"], row["seed"], BASELINES[cost_of(row["arm"])]
+
+
+def _most(found: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], Any]:
+    """By all parts but the last, the last part that is the most frequent; of equal ones the last by name."""
+    counts, best = Counter(found), {}
+    for *parts, last in sorted(counts, key=lambda each: (counts[each], each[-1])):
+        best[tuple(parts)] = last
+    return best
 
 
 def cost_of(arm: str) -> int:

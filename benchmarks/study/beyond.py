@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks.study.numerics import kind_of
 from benchmarks.study.store import Row
 from benchmarks.study.tables import line
 from benchmarks.study.tasks import TASKS
@@ -72,11 +73,13 @@ def _titled(place: str, lines: Sequence[str]) -> str:
 
 
 def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows of a split by a name, in the order of the trainings."""
+    """Rows of a split by a name, in the order of the trainings; of the kind of machine that has the most."""
+    measured = [row for row in rows if row["split"] == split and "failed" not in row]
+    machine = max(sorted(map(kind_of, measured)), key=[*map(kind_of, measured)].count, default="")
     found: dict[str, list[Row]] = {}
     order = list(TRAININGS)
-    for row in sorted(rows, key=lambda row: order.index(row["training"])):
-        if row["split"] == split and "failed" not in row:
+    for row in sorted(measured, key=lambda row: order.index(row["training"])):
+        if kind_of(row) == machine:
             found.setdefault(name(row), []).append(row)
     return found
 

@@ -24,7 +24,6 @@ from benchmarks.study.grid import (
     tried,
 )
 from benchmarks.study.model import ROUNDINGS
-from benchmarks.study.numerics import kind_of
 from benchmarks.study.statistics import false_alarms
 from benchmarks.study.store import Row, read_rows
 from benchmarks.study.tables import absolute, by_task, line, table, told_overall
@@ -69,7 +68,6 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         drawn: names of the figures that there are.
     """
     kept = keep(rows)
-    here = [row for row in rows if kind_of(row) == kept.machine]
     parts = [
         "# Evidence\n\nWhat averaging and noise buy when a small pretrained encoder is fine-tuned, wins and losses "
         "alike. This page is drawn by `make evidence` from the rows in "
@@ -80,9 +78,9 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         _absolute(kept),
         _cost(kept),
         _false_alarms(kept),
-        beyond.collapse(here),
-        beyond.flatness(here),
-        _tuning(here),
+        beyond.collapse(rows),
+        beyond.flatness(rows),
+        _tuning(rows),
         _method(kept),
         _not_run(rows, kept),
     ]
@@ -232,9 +230,10 @@ def _method(kept: Kept) -> str:
         f"({longer} times the epochs)"
         for settings in REGIMES.values()
     )
+    machines = "; ".join(f"{kind} ({', '.join(tasks)})" for kind, tasks in kept.machines().items())
     return (
         "## How it was measured\n\n"
-        f"Machine: {kept.machine or 'none yet'}. "
+        f"Machines: {machines or 'none yet'}. "
         "Model: all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters), all weights trained, with the pooler and a "
         "new head. AdamW, weight decay 0.01, gradients clipped at 1, warm-up over 6 % of the steps, passes in bf16 "
         f"over fp32 weights. Regimes: {budgets}. A seed draws the training rows, their order, the head and the "
@@ -284,5 +283,5 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     notes = [f"* failed: `{row['cell']}`: {row['failed']}" for row in rows if "failed" in row]
     if kept.others:
         arms = sorted({f"{row['training']} ({row['fingerprint']})" for row in kept.others})
-        notes.append(f"* left out, of another machine or arithmetic: {', '.join(arms)}")
+        notes.append(f"* left out, of a second machine or another arithmetic: {', '.join(arms)}")
     return "\n".join([*lines, "", *notes]).rstrip()

@@ -5,7 +5,9 @@ Rules, written down before any row of a confirming task was made:
 * **Rate.** For every training and task the same search on the validation rows, with a seed that no reported cell
   uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (last of a
   decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. Of equal ones, the lower rate. The
-  regime of 500 rows is tuned by itself, in the same way.
+  regime of 500 rows is tuned by itself, in the same way. A rate found on one kind of machine holds on every kind.
+* **Machines.** A training is compared with its baseline of the same seed made on the same kind of machine. A pair
+  that is there on one kind is not made again on another.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs of one pass. A training of
   two passes, and one that is twice as long, cost two. So comparisons at equal cost are that by construction.
 * **Default averaging rule.** Among the readouts of the decayed and of the constant training, that with the lowest
@@ -20,10 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from benchmarks.study.arms import BASELINES
 from benchmarks.study.cell import Cell
-from benchmarks.study.store import Row
+from benchmarks.study.numerics import kind_of
+from benchmarks.study.store import Row, finished
 from benchmarks.study.trainings import TRAININGS
 
 CHOOSING = ("sst2", "trec", "cr", "banking77")
@@ -136,10 +140,53 @@ def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
 
 
 def all_cells(rows: Sequence[Row]) -> Iterator[Cell]:
-    """Every cell whose settings are known, most wanted first, each once."""
-    seen, tuning = set(), [row for row in rows if row["cell"].endswith("/tuning")]
+    """Every cell whose settings the tuning rows give, most wanted first, each once."""
+    seen = set()
     for phase in PHASES:
-        for cell in cells_of(phase, tuning):
+        for cell in cells_of(phase, rows):
             if cell not in seen:
                 seen.add(cell)
                 yield cell
+
+
+class Made:
+    """Which cells are there, on which kind of machine, and which are left for this one.
+
+    Args:
+        rows: of all machines.
+        here: this kind of machine.
+    """
+
+    def __init__(self, rows: Sequence[Row], here: str):
+        self._tuning = [row for row in rows if row["cell"].endswith("/tuning")]
+        self._here = here
+        kinds = {kind_of(row) for row in rows}
+        self._done = {kind: finished(row for row in rows if kind_of(row) == kind) for kind in kinds | {here}}
+        self._names = {kind: {name for name, _ in done} for kind, done in self._done.items()}
+
+    def missing(self) -> Iterator[Cell]:
+        """Cells to be made here, most wanted first, each after the baseline it needs here."""
+        for cell in all_cells(self._tuning):
+            if not self.there(cell):
+                yield from (each for each in self._pair(cell) if not self.on(self._here, each))
+
+    def there(self, cell: Cell) -> bool:
+        """Whether some kind of machine has a cell together with the baseline that it is compared with."""
+        return any(all(self.on(kind, each) for each in self._pair(cell)) for kind in self._done)
+
+    def on(self, kind: str, cell: Cell) -> bool:
+        """Whether a kind of machine has a cell; on this one, by the arithmetic that it has now."""
+        if kind == self._here:
+            return (cell.name, cell.fingerprint) in self._done[kind]
+        return cell.name in self._names[kind]
+
+    def _pair(self, cell: Cell) -> list[Cell]:
+        """A cell after its baseline; alone where it is one, or where a rate is tried."""
+        if cell.split == "tuning":
+            return [cell]
+        units = TRAININGS[cell.training].units if cell.split == "test" else 1
+        base = BASELINES[units].partition(":")[0]
+        rate = chosen_rate(base, cell.regime, cell.task, self._tuning)
+        if base == cell.training:
+            return [cell]
+        return [] if rate is None else [replace(cell, training=base, rate=rate), cell]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.study import __main__ as command
+from benchmarks.study import grid, pack, tasks
 from benchmarks.study import model as encoder
-from benchmarks.study import pack, tasks
 from benchmarks.study.cell import parse_cell, run_cell
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.store import finished, read_rows
@@ -55,7 +55,7 @@ def test_a_distilled_cell_counts_its_teachers_and_learns_from_them(tiny_task):
 
 def test_a_missing_task_is_recorded_by_name_and_others_are_made(tiny_task, monkeypatch):
     monkeypatch.setattr(
-        command, "all_cells", lambda rows: map(parse_cell, ["trec/decayed/main/0.0002/1/tuning", CR])
+        grid, "all_cells", lambda rows: map(parse_cell, ["trec/decayed/main/0.0002/1/tuning", CR])
     )
     command.main(["run"])
     rows = read_rows(tiny_task / "results")
@@ -69,7 +69,7 @@ CR = "cr/decayed/main/0.0002/1/tuning"
 
 
 def test_a_failed_cell_is_made_again_when_asked_and_only_then(tiny_task, monkeypatch):
-    monkeypatch.setattr(command, "all_cells", lambda rows: map(parse_cell, [CR]))
+    monkeypatch.setattr(grid, "all_cells", lambda rows: map(parse_cell, [CR]))
     whole = command.run_cell
     monkeypatch.setattr(command, "run_cell", lambda cell: 1 / 0)
     command.main(["run"])
@@ -112,7 +112,7 @@ def test_a_pack_holds_the_same_rows_and_an_encoder_to_begin_with(tiny_task, monk
 
 
 def test_rows_go_to_one_file_when_asked_and_what_is_there_is_not_made_again(tiny_task, monkeypatch):
-    monkeypatch.setattr(command, "all_cells", lambda rows: map(parse_cell, [CR]))
+    monkeypatch.setattr(grid, "all_cells", lambda rows: map(parse_cell, [CR]))
     assert command.main(["run", "--seconds", "100", "--file", "all"]) == 0
     assert command.main(["run", "--file", "all"]) == 0
     (only,) = (tiny_task / "results").glob("*.jsonl")

@@ -98,9 +98,30 @@ def test_pairs_come_from_one_machine_and_one_arithmetic_and_others_are_named():
     assert found.overall is not None
     assert found.overall.mean == pytest.approx(-5.1, abs=1)
     assert (
-        "left out, of another machine or arithmetic: constant (constant), decayed (other)"
+        "left out, of a second machine or another arithmetic: constant (constant), decayed (other)"
         in evidence.page(rows, [])
     )
+
+
+def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():
+    rows = [entry for entry in made_up(tasks=("trec", "cr")) if entry["task"] == "trec" or entry["seed"] != 2]
+    second = {"processor": "another", "torch": "t"}
+    rows += [{**entry, "task": "sst2", "machine": second} for entry in rows if entry["task"] == "trec"]
+    first = [entry for entry in rows if entry["task"] == "cr" and entry["seed"] == 1]
+    rows += [{**entry, "seed": 2, "machine": second} for entry in first]
+    kept = arms.keep(rows)
+    assert not kept.others
+    assert {kind: set(tasks) for kind, tasks in kept.machines().items()} == {
+        "p, t": {"trec", "cr"},
+        "another, t": {"cr", "sst2"},
+    }
+    lonely = [{**entry, "seed": 7} for entry in first]
+    lonely = [entry if entry["arm"] == "decayed:last" else {**entry, "machine": second} for entry in lonely]
+    before, after = (
+        arms.keep(kept).comparison("main", "constant:swa-0.5", "decayed:last", "loss")
+        for kept in (rows, rows + lonely)
+    )
+    assert before == after  # arm and baseline of that seed lie on two machines
 
 
 def test_the_default_is_the_lowest_loss_among_those_that_lose_no_score():

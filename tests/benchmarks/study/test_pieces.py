@@ -144,6 +144,33 @@ def test_reported_cells_wait_for_a_rate_and_take_the_one_of_the_lowest_loss():
     assert len(set(made)) == len(made)
 
 
+def test_a_pair_that_another_machine_has_is_not_made_again_and_an_arm_alone_is_made_with_its_baseline():
+    rates = {1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.4}
+    here, there = {"processor": "here"}, {"processor": "there"}
+    rows = []
+    for training, principal in (
+        ("decayed2x", "last"),
+        ("rdrop-decayed", "last"),
+        ("rdrop-constant", "swa-0.5"),
+    ):
+        rows += [
+            {**row, "cell": row["cell"].replace("constant", training), "readout": principal}
+            for row in tuning_rows(rates)
+        ]
+    rows = [{**row, "fingerprint": "f", "of": 1, "machine": there} for row in rows]
+    tests = [f"trec/{name}/main/0.0002/1/test" for name in ("decayed2x", "rdrop-decayed", "rdrop-constant")]
+    rows += [{**rows[0], "cell": name} for name in tests[:2]]
+    made = grid.Made(rows, "here")
+    missing = [cell.name for cell in made.missing()]
+    assert not [name for name in missing if name.endswith("tuning") and name in {row["cell"] for row in rows}]
+    assert [name for name in missing if name.endswith("/1/test")] == [tests[0], tests[2]]
+    rows.append(
+        {**rows[0], "cell": tests[0], "machine": here, "fingerprint": parse_cell(tests[0]).fingerprint}
+    )
+    left = [cell.name for cell in grid.Made(rows, "here").missing()]
+    assert [name for name in left if name.endswith("/1/test")] == [tests[2]]
+
+
 def test_a_rate_at_which_a_cell_failed_or_diverged_is_not_chosen():
     rows = tuning_rows({1e-4: 0.9, 2e-4: math.nan, 5e-5: 0.95})
     assert grid.chosen_rate("constant", "main", "trec", rows) == 1e-4
