@@ -247,7 +247,7 @@ class Engine(ABC):
         others are swapped in.
         """
         stash = self._stashed()
-        yield from map(Tensor.cpu, self._owned(self.masters()) if stash is None else stash.split(PIECE))
+        yield from map(Tensor.cpu, self._owned(self.masters()) if stash is None else self._cut(stash))
 
     def live_shard(self) -> Tensor:
         """What :meth:`live` gives, as one tensor."""
