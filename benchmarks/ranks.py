@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-from swaft.training.launch.deepspeed_extension import use_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +30,10 @@ def run_ranks(module: str, *arguments: str, ranks: int, threads: int, timeout_s:
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
         "-m", module, *arguments,
     ]  # fmt: skip
-    use_environment()
+    with suppress(ModuleNotFoundError):  # what recipes need; without it DeepSpeed builds where torch says
+        from swaft.training.launch.deepspeed_extension import use_environment
+
+        use_environment()
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(threads),

@@ -8,7 +8,7 @@
 It uses the environment that it runs in, and needs no installation of swaft. What is missing is listed, and the
 parts that need it are skipped. Every part has a limit of its own. Results go to ``--out`` (runs/gpu): summary.json
 with the packages and the exit code and seconds of every part, its log, the JSON of each benchmark, and
-partial.jsonl, which survives a kill.
+partial.jsonl, which survives a kill. The exit code is 1 where a part failed or none ran.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ USED = (
     "hypothesis",
 )
 """Whose state is reported; those behind `NEEDED` are wanted by some parts."""
+ABSENT = ("missing", "does not import")
+"""How the state of a package begins that cannot be used."""
 IMPORTS = """
 import importlib, json, sys
 found = {}
@@ -53,11 +56,16 @@ for name in sys.argv[1:]:
         found[name] = "missing" if error.name == name else f"does not import: {error}"
     except Exception as error:
         found[name] = f"does not import: {type(error).__name__}: {error}"
+cuda = getattr(sys.modules.get("torch"), "cuda", None)
+if cuda is not None:
+    found["card"] = cuda.get_device_name() if cuda.is_available() else "none"
 print(json.dumps(found))
 """
 AVERAGING_TESTS, LOSS_TESTS, DEEPSPEED_TESTS = (
     f"tests/gpu/test_{name}.py" for name in ("cuda", "fused_loss_cuda", "deepspeed_cuda")
 )
+_running: set[subprocess.Popen[bytes]] = set()
+"""The parts that run now, each the first of a process group of its own."""
 SANITIZED = f"{LOSS_TESTS}::test_the_kernels_touch_no_memory_but_theirs"
 
 
@@ -87,6 +95,7 @@ def parts(out: Path) -> dict[str, Part]:
     def tests(name: str, *words: str, dry: tuple[str, ...], needs: str = "", beside: bool = False) -> Part:
         """Tests of a card, and what a CPU can do with them."""
         call = ("-m", "pytest", "-v", "-rA", "-p", "no:randomly", "--timeout", "120")
+        call = (*call, "--continue-on-collection-errors")  # a file that needs more takes no other with it
         packages = ("pytest", "pytest_timeout", "hypothesis", *needs.split())
         on_card = (*call, "-m", "gpu", f"--junitxml={out / name}.xml", *words)
         return Part(140, on_card, (*call, *dry), packages, beside)
@@ -114,6 +123,7 @@ def parts(out: Path) -> dict[str, Part]:
             "--deselect",
             SANITIZED,
             dry=(*collect, LOSS_TESTS),
+            needs="triton",
             beside=True,
         ),
         "tests of DeepSpeed": tests(
@@ -129,20 +139,18 @@ def parts(out: Path) -> dict[str, Part]:
             bench("fused_loss", "training_step", "speed", "memory", "error"),
             (*bench("fused_loss", "speed", "training_step"), *quick),
         ),
-        "averaging": Part(
-            80, bench("averaging", "event"), (*bench("averaging_gpu"), *quick), needs=("accelerate",)
-        ),
+        "averaging": Part(80, bench("averaging_gpu"), (*bench("averaging_gpu"), *quick)),
         "flagship": Part(80, flagship, (*flagship, *quick)),
         "sanitizer": Part(
             290,
             ("-m", "pytest", "-v", "-rA", "--timeout", "280", "-m", "gpu", SANITIZED),
-            needs=("pytest", "pytest_timeout", "hypothesis"),
+            needs=("pytest", "pytest_timeout", "hypothesis", "triton"),
         ),
     }
 
 
 def main() -> int:
-    """Run the parts that the command line names; 0 where none failed."""
+    """Run the parts that the command line names; 0 where one ran and none failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -168,9 +176,14 @@ def main() -> int:
         unpack(given.wheels, Path(site.name))
     environment = environment_of([site.name, str(ROOT)], dry=given.dry)
     packages = importable(USED, environment)
-    summary: dict[str, Any] = {"dry": given.dry, "packages": packages, "parts": {}}
-    for name, state in packages.items():
+    card = packages.pop("card", "none")
+    summary: dict[str, Any] = {"dry": given.dry, "card": card, "packages": packages, "parts": {}}
+    for name, state in {"card": card, **packages}.items():
         print(f"{name:<20} {state}", flush=True)
+    if card == "none" and not given.dry and not packages["torch"].startswith(ABSENT):
+        parser.error("torch sees no CUDA device here; expected one, or --dry to try the same calls on a CPU")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_parts)
     for names in side_by_side(given.parts or list(known), known):
         with ThreadPoolExecutor(len(names)) as pool:
             calls = {
@@ -179,11 +192,19 @@ def main() -> int:
                 )
                 for name in names
             }
-        summary["parts"] |= {name: call.result() for name, call in calls.items()}
+            summary["parts"] |= {name: call.result() for name, call in calls.items()}
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         for name in names:
             print(f"{name:<20} {summary['parts'][name]}", flush=True)
-    return int(any(each.get("exit code") for each in summary["parts"].values()))
+    codes = [each["exit code"] for each in summary["parts"].values() if "exit code" in each]
+    return int(not codes or any(codes))
+
+
+def end_parts(number: int, _frame: object) -> None:
+    """End what runs, and then this process: nothing is left behind on the card."""
+    for process in list(_running):
+        os.killpg(process.pid, signal.SIGKILL)
+    raise SystemExit(128 + number)
 
 
 def environment_of(path: list[str], *, dry: bool) -> dict[str, str]:
@@ -208,7 +229,10 @@ def environment_of(path: list[str], *, dry: bool) -> dict[str, str]:
 
 
 def importable(names: tuple[str, ...], environment: dict[str, str]) -> dict[str, str]:
-    """Return each package's version, or why it cannot be imported, as found by a process of its own."""
+    """Return each package's version, or why it cannot be imported, as found by a process of its own.
+
+    Beside torch stands the name of the "card", or "none".
+    """
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, *names],
         cwd=ROOT,
@@ -246,7 +270,7 @@ def run_part(
 ) -> dict[str, object]:
     """Run a part with what time is left, its output to a log; return what came of it."""
     lacking = {need: packages[need] for need in (*NEEDED, *part.needs)}
-    lacking = {need: state for need, state in lacking.items() if state.startswith(("missing", "does not"))}
+    lacking = {need: state for need, state in lacking.items() if state.startswith(ABSENT)}
     if lacking:
         return {"skipped": "; ".join(f"{need}: {state}" for need, state in lacking.items())}
     words = part.dry if dry else part.words
@@ -269,13 +293,18 @@ def run_part(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        _running.add(process)
+        ended = {}
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
+            ended = {"ended": f"at its limit of {seconds:.0f} s"}
+        finally:
+            _running.discard(process)
     # 5: pytest had no test to run.
-    return {"exit code": 0 if code == 5 else code, "seconds": round(time.monotonic() - begun, 1)}
+    return {"exit code": 0 if code == 5 else code, "seconds": round(time.monotonic() - begun, 1), **ended}
 
 
 if __name__ == "__main__":

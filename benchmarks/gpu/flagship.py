@@ -119,7 +119,8 @@ def measure(
 
 def make_model(sizes: dict[str, int]) -> Any:
     """Make the T5 with random weights, fp32, where torch makes tensors now."""
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    options: dict[str, Any] = {**sizes, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**options))
 
 
 def make_batch(sizes: dict[str, int], batch: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:

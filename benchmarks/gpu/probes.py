@@ -58,7 +58,7 @@ def ceilings() -> dict[str, object]:
     b = torch.empty_like(a)
     host = torch.empty(1 << 28, pin_memory=True)
     part = a[: 1 << 28]
-    rates = {
+    rates: dict[str, object] = {
         "device copy GB/s": 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e6,
         "to pinned memory GB/s": part.nbytes
         / milliseconds(lambda: host.copy_(part, non_blocking=True))
@@ -83,7 +83,7 @@ def taken_for_granted() -> dict[str, object]:
     return {
         "bf16 product with fp32 output, error": float((wide.double() - exact).norm() / exact.norm()),
         "an infinity norm sees one NaN": bool(
-            torch.stack(torch._foreach_norm([one, one[:9]], torch.inf))[0].isnan()
+            torch.stack(torch._foreach_norm([one, one[:9]], torch.inf))[0].isnan()  # pyright: ignore
         ),
         "bf16 times 0-dim fp32, realised over wanted": float(
             ((scaled * third).double() / (scaled.double() / 3)).nanmean()

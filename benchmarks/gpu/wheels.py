@@ -76,7 +76,7 @@ def unpack(folder: Path, into: Path) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.wheels", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.gpu.wheels", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}")

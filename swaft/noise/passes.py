@@ -73,10 +73,12 @@ class SentCount:
         self._event: torch.cuda.Event | None = None
         self._number = flags.sum()
         if flags.is_cuda:
-            pinned = torch.empty((), dtype=self._number.dtype, pin_memory=True)
+            pinned = torch.empty((), dtype=self._number.dtype, device="cpu", pin_memory=True)
             self._number = pinned.copy_(self._number, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(
+                torch.cuda.current_stream(flags.device)
+            )  # which need not be the current device
 
     def read(self) -> int:
         """Wait for the number, that is for what was queued before it, and give it."""

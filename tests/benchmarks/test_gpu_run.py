@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -34,17 +38,20 @@ class Without:
     def __getattr__(self, name):
         return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        absent = name.partition(".")[0] in ("datasets", "omegaconf", "deepspeed", "peft", "trl", "pyarrow")
+        absent = name.partition(".")[0] in ABSENT
         return None if absent else self.finder.find_spec(name, path, target)
+ABSENT = ("datasets", "omegaconf", "deepspeed", "peft", "trl", "pyarrow", "setuptools", "liger_kernel")
 sys.meta_path[:] = map(Without, sys.meta_path)
-import runpy
+import pytest, runpy
+import benchmarks.averaging_gpu, benchmarks.fused_loss
 for name, out in (("probes", sys.argv[1]), ("flagship", sys.argv[2])):
     sys.argv = [name, out, "--quick"]
     runpy.run_module(f"benchmarks.gpu.{name}", run_name="__main__")
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]))
 """
 
 
-def test_probes_and_flagship_run_from_a_source_tree_without_what_recipes_need(tmp_path):
+def test_all_parts_begin_from_a_source_tree_without_what_recipes_need(tmp_path):
     out = [str(tmp_path / f"{name}.json") for name in ("probes", "flagship")]
     subprocess.run([sys.executable, "-c", WITHOUT_KIT, *out], cwd=ROOT, check=True)
     probes, found = (json.loads(Path(path).read_text()) for path in out)
@@ -78,7 +85,8 @@ def test_a_part_past_its_limit_is_ended_and_what_it_had_found_is_kept(tmp_path, 
     endless = f"{found_one}; import time; time.sleep(99)"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert quiet(Part(10, ("-c", endless)), tmp_path, until=0.0)["skipped"].startswith("out of time")
-    assert quiet(Part(15, ("-c", endless)), tmp_path)["exit code"] == -9
+    found = quiet(Part(15, ("-c", endless)), tmp_path)
+    assert (found["exit code"], found["ended"]) == (-9, "at its limit of 15 s")
     assert json.loads((tmp_path / "partial.jsonl").read_text()) == {"name": "first", "found": {"a": 1}}
 
 
@@ -109,11 +117,57 @@ def test_the_call_runs_the_parts_lists_the_packages_and_says_whether_one_failed(
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(tmp_path)])
     assert gpu.main() == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["card"] == "none"
     assert summary["packages"]["torch"] == torch.__version__
     assert [summary["parts"][name].get("exit code") for name in known] == [0, 3, None]
     assert summary["parts"]["of a card"] == {"skipped": "needs a card"}
     assert (tmp_path / "good.log").read_text() == "True\n"
     assert "torch" in capsys.readouterr().out
+
+
+def called(monkeypatch, out: Path, known: dict[str, Part], *words: str, **packages: str) -> int:
+    """Run the call with these parts, and packages in this state."""
+    monkeypatch.setattr(gpu, "parts", lambda _: known)
+    monkeypatch.setattr(gpu, "importable", lambda *_: THERE | packages)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(out), *words])
+    return gpu.main()
+
+
+def test_without_a_card_the_call_says_so_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        called(monkeypatch, tmp_path, {"x": Part(30, ("-c", ""))}, card="none")
+    assert "torch sees no CUDA device here; expected one, or --dry" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_call_of_which_no_part_ran_has_failed(tmp_path, monkeypatch, capsys):
+    assert called(monkeypatch, tmp_path, {"x": Part(30, ("-c", ""))}, torch="missing") == 1
+    assert "{'skipped': 'torch: missing'}" in capsys.readouterr().out
+
+
+def test_a_call_that_is_ended_leaves_nothing_running(tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
+    forking = f"import os, pathlib, time; os.fork(); pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+    part = Part(60, ("-c", forking))
+
+    def end() -> None:
+        while not begun.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    threading.Thread(target=end, daemon=True).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            called(monkeypatch, tmp_path / "out", {"first": Part(30, ("-c", "")), "x": part}, card="one")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 30
+    assert not psutil.Process().children(recursive=True)
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]) == ["first"]
 
 
 def test_wheels_are_unpacked_where_there_is_no_pip(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -41,6 +43,32 @@ def test_the_gradient_arrives_where_the_loss_left():
     logits.register_hook(lambda _: order.append("model"))
     slot.arrive(logits).backward()
     assert order == ["model", "head"]
+
+
+def test_a_count_is_read_behind_its_copy_on_the_device_of_the_flags_whichever_is_the_current_one():
+    order, device = [], torch.device("cuda:1")
+    number = torch.tensor(3)
+
+    def copied(source, non_blocking):
+        assert source is number
+        assert non_blocking
+        order.append("copy")
+        return source
+
+    def pinned(*_, device, pin_memory, **__):
+        assert pin_memory
+        assert device == "cpu"  # where others make theirs a card: torch.set_default_device
+        return mock.Mock(copy_=copied)
+
+    event = mock.Mock(record=lambda stream: order.append(stream), synchronize=lambda: order.append("wait"))
+    flags = mock.Mock(is_cuda=True, device=device, sum=lambda: number)
+    with (
+        mock.patch("torch.empty", pinned),
+        mock.patch("torch.cuda.Event", return_value=event),
+        mock.patch("torch.cuda.current_stream", lambda of=None: f"stream of {of}"),
+    ):
+        assert SentCount(flags).read() == 3
+    assert order == ["copy", "stream of cuda:1", "wait"]
 
 
 @pytest.mark.parametrize("counted", [[True, False, True], [False, False], [[True, True], [True, False]]])

@@ -140,6 +140,21 @@ def test_every_member_enters_whole_though_the_optimizer_writes_over_it_at_once(k
         assert lanes["swa"].count == 6
 
 
+def test_a_member_is_looked_at_and_copied_once_the_step_that_writes_it_has_ended_on_the_device():
+    with pipeline("staged") as (line, source, lanes):
+        live, after = [torch.full_like(buffer, torch.nan) for buffer in masters(0)], masters(0)
+
+        def ended(ready):
+            assert isinstance(ready, source._api.Event)
+            for buffer, values in zip(live, after, strict=True):
+                buffer.data.copy_(values)  # .data: unseen by the count of writes
+
+        source._stream.wait_event = ended
+        line.submit(source, live, step=0, rules=("swa",))
+        line.finish()
+        assert torch.equal(lanes["swa"].shard(), owned(after))
+
+
 def test_a_member_that_is_written_over_without_release_would_be_torn():
     """The control: the late device does show a missing wait."""
     with pipeline("staged", limit_bytes=8 * 4 * 64) as (line, source, lanes):
