@@ -1,6 +1,6 @@
 """What an averaging event costs one training process on a GPU, and how fast its copy is.
 
-python -m benchmarks.averaging --section event       # on a card
+python -m benchmarks.averaging_gpu                   # on a card; also `benchmarks.averaging --section event`
 python -m benchmarks.averaging_gpu --quick           # the same on tiny sizes, on a CPU, but for the copy
 """
 
@@ -41,14 +41,15 @@ from swaft.averaging.host.machine import Workers
 from swaft.averaging.host.source import StagedSource
 
 MODELS = {
-    "BERT-base, 110M": {},
     "BERT-large, 335M": {
         "num_hidden_layers": 24,
         "hidden_size": 1024,
         "num_attention_heads": 16,
         "intermediate_size": 4096,
     },
+    "BERT-base, 110M": {},
 }
+"""That of the bars comes first, for time may run out."""
 MICRO_BATCH = (32, 512)
 ACCUMULATED = (1, 4)
 """Micro-batches of a step: 16k and 64k tokens."""

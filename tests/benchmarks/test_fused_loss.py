@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import fused_loss
+from benchmarks import fused_loss, fused_loss_speed
 from benchmarks.fused_loss_clock import interleaved
 from benchmarks.fused_loss_error import BARS, DIFFERENCE
 from benchmarks.fused_loss_memory import OVER_BOTH, OVER_INPUTS, QUICK_SHAPE
@@ -28,7 +28,7 @@ from benchmarks.fused_loss_rivals import (
     plain_divergence,
     plain_loss,
 )
-from benchmarks.fused_loss_speed import LIMIT_BYTES, LIMIT_S, too_much
+from benchmarks.fused_loss_speed import FIRST, LIMIT_BYTES, LIMIT_S, ROWS, VOCABULARIES, WIDTHS, too_much
 from benchmarks.fused_loss_training_step import ONE_SIDED, PLAIN_STEP, TWO_SIDED, WHOLE_LOGITS
 
 pytestmark = pytest.mark.unit
@@ -213,3 +213,15 @@ def test_one_section_measured_again_leaves_the_others_as_they_were(results, path
         name: part for name, part in results.items() if name != "chunks"
     }
     assert again["chunks"] != results["chunks"]
+
+
+def test_on_a_card_the_shapes_that_have_bars_come_first_and_every_shape_comes_once(monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        fused_loss_speed, "within", lambda name, *_: order.append(name.removeprefix("speed ")) or {}
+    )
+    monkeypatch.setattr(fused_loss_speed, "release", lambda: None)
+    fused_loss_speed.measure(quick=False, device="cuda")
+    assert order[: len(FIRST)] == [shape.name for shape in FIRST]
+    every = {Shape(ROWS["cuda"], width, size).name for width in WIDTHS for size in VOCABULARIES}
+    assert sorted(order) == sorted(every)
