@@ -25,7 +25,13 @@ pytestmark = pytest.mark.recipe
 
 FIRST, LAST = 10, 15
 """Steps that are watched: behind the first batches, on which more is proved, and before the line of the log."""
-READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+}
+INDEXED = torch.ops.aten.index.Tensor
+"""Which looks for the true elements of a mask, whose number is a size on the host."""
 MADE = torch.ops.aten.lift_fresh.default
 """Of `torch.tensor(3, device=...)`: made on the host, and copied to a device while the host waits."""
 ON_THE_HOST = (
@@ -60,11 +66,15 @@ class Reads(TorchDispatchMode):
             self.found.append(" > ".join(places[-8:]))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in READS:
+        if function in READS or (function is INDEXED and any(is_mask(each) for each in args[1])):
             self.note()
         elif function is MADE:  # also of `x[0] = 3`, as models have it, which a device fills by itself
             self.note(ours=True)
         return function(*args, **(kwargs or {}))
+
+
+def is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
 
 
 @pytest.fixture
@@ -138,9 +148,11 @@ def test_a_step_of_a_generating_model_reads_no_number_but_the_rows_sent_ahead(
         float,
         lambda loss: bool(loss > 0),
         lambda loss: loss.view(1).nonzero(),
+        lambda loss: loss.view(1)[loss.view(1) > 0],
+        lambda loss: loss.masked_select(loss > 0),
         lambda loss: torch.tensor(3, device=loss.device),
     ],
-    ids=["item", "tolist", "float", "bool", "nonzero", "tensor"],
+    ids=["item", "tolist", "float", "bool", "nonzero", "mask", "select", "tensor"],
 )
 def test_a_read_in_the_loop_would_be_found(read: Callable[[torch.Tensor], Any], watched):
     watched.on = True
