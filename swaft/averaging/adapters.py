@@ -246,7 +246,12 @@ class AdapterFolder:
 
         self._module: Any = module
         tensors = dict(module.named_parameters(remove_duplicate=False))
-        tensors |= dict(module.named_buffers(remove_duplicate=False))
+        tensors |= {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, part in module.named_modules(remove_duplicate=False)
+            for name, buffer in part.named_buffers(recurse=False)
+            if name not in part._non_persistent_buffers_set  # OFT has some among what peft picks by name
+        }
         self._marks, self._prompt = {name: torch.empty(0) for name in tensors}, torch.empty(0)
         names = {id(mark): clean_name(name) for name, mark in self._marks.items()}
         names[id(self._prompt)] = PROMPT

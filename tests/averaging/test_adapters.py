@@ -8,6 +8,7 @@ from lora_models import bert, gpt2, logits
 from peft import (
     IA3Config,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -34,6 +35,10 @@ VARIANTS = LOW_RANK | {
     "ia3": (
         bert,
         IA3Config(target_modules=["query", "dense"], feedforward_modules=["dense"], task_type="SEQ_CLS"),
+    ),
+    "oft, which has buffers that are not saved": (
+        bert,
+        OFTConfig(r=0, oft_block_size=4, target_modules=["query"], task_type="SEQ_CLS", init_weights=False),
     ),
     "prompt tuning": (gpt2, PromptTuningConfig(**PROMPTS)),
     "prompt tuning of a classifier": (bert, PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")),
