@@ -3,7 +3,7 @@ r"""Writes one self-contained HTML page about a run, or about several side by si
     swaft report runs/1
     swaft report runs/seed-1 runs/seed-2 runs/seed-3 --output seeds.html
 
-A run is a recipe's run folder, or an output folder or checkpoint of transformers' Trainer (trainer_state.json). The
+A run is a recipe's run folder, or an output folder, checkpoint or trainer_state.json of transformers' Trainer. The
 page holds the curves of training, last against averaged weights at every evaluation, what was chosen after
 training, generated samples, and the settings. Runs that differ in nothing but the seed are compared as pairs.
 
@@ -11,7 +11,8 @@ training, generated samples, and the settings. Runs that differ in nothing but t
                   ones and beyond, and over a plane with a random direction of the same length in every tensor; on
                   validation rows, in fp32, on a GPU where there is one. Written into the run's folder as
                   surface.json, which is replaced, and drawn from then on. Of a recipe's finished runs; start it
-                  where the run was started, if its files of rows are named by relative paths
+                  where the run was started, if its files of rows are named by relative paths. In a Trainer's
+                  script, swaft.integrations.transformers.write_surface(trainer) does the same
   --rows N        how many validation rows --surface takes, the first ones; default: 256
   --output FILE   where to write; default: report.html in the run's folder, or here for several. It is replaced
   --json          print where it is as JSON
@@ -38,9 +39,9 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError(
             f"swaft report needs {error.name}, which is not installed; pip install 'swaft[report]'"
         ) from error
-    from swaft.report.runs import read_run
+    from swaft.report.runs import folder_of, read_run
 
-    folders = [Path(word) for word in options.runs]
+    folders = [folder_of(Path(word)) for word in options.runs]
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     runs = [read_run(folder) for folder in folders]
     if options.surface:

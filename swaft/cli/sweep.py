@@ -152,7 +152,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
             )
     base, rest = Path(folders[-1]), [word for word in line if not word.startswith(OUTPUT)]
     choices = [
-        [f"{name}={value}" for value in values.split(",")]
+        [f"{name}={value}" for value in dict.fromkeys(values.split(","))]
         for name, _, values in (each.partition("=") for each in sets)
     ]
     runs = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from swaft.report.runs import RunLog
+from swaft.report.runs import RunLog, name_among
 
 NOT_OF_AN_ARM = ("train.seed", "train.output_dir", "track.run_name", "track.logging_dir")
 """Settings in which repetitions of one arm differ."""
@@ -39,7 +39,7 @@ def arms_of(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
     """
     keys = [
         {name: value for name, (value, _) in run.settings.items() if name not in NOT_OF_AN_ARM}
-        or {"run": run.name}
+        or {"run": name_among(run, runs)}
         for run in runs
     ]
     names = {name for key in keys for name in key}

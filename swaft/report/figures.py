@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -29,6 +30,7 @@ ON_COLOURS: Any = {
 """Text that is read on whatever colour lies below it."""
 FONT: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of runs and settings are text
     "font.family": "sans-serif",
     "font.size": 10,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -185,5 +187,5 @@ def _svg(figure: Figure, title: str) -> str:
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)  # the white ground of the figure
     svg = re.sub(r'<g id="patch_2">.*?</g>', "", svg, count=1, flags=re.S)  # and of its axes
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{title}"', svg, count=1)
-    return svg
+    label = f'role="img" aria-label="{escape(title)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: label, svg, count=1)

@@ -9,7 +9,7 @@ from typing import Any
 from swaft import __version__
 from swaft.report import figures
 from swaft.report.compare import arms_of, compare
-from swaft.report.runs import RunLog
+from swaft.report.runs import RunLog, name_among
 
 TRAINING = {
     "loss": "Training loss",
@@ -57,19 +57,14 @@ def render(runs: Sequence[RunLog]) -> str:
     else:
         title = f"{len(runs)} runs"
         body = _comparison(runs) + "".join(
-            f"\n<details><summary>{escape(_name(run, runs))}</summary>\n{_run(run)}</details>" for run in runs
+            f"\n<details><summary>{escape(name_among(run, runs))}</summary>\n{_run(run)}</details>"
+            for run in runs
         )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
         f'<body><h1>{escape(title)}</h1>\n{body}\n<p class="note">swaft {__version__}</p></body></html>\n'
     )
-
-
-def _name(run: RunLog, runs: Sequence[RunLog]) -> str:
-    """Return what sets a run apart from the others: its name, after its parent's where another has the same."""
-    same = sum(each.name == run.name for each in runs)
-    return run.name if same == 1 else "/".join(run.path.resolve().parts[-2:])
 
 
 def _run(run: RunLog) -> str:
@@ -162,9 +157,13 @@ def _settings(run: RunLog) -> str:
     return _section("Settings", _table(("setting", "value", "from"), cells)) if cells else ""
 
 
-def _comparison(runs: Sequence[RunLog]) -> str:
-    arms = arms_of(runs)
-    parts = []
+def _comparison(all_runs: Sequence[RunLog]) -> str:
+    runs = [run for run in all_runs if run.final]
+    waiting = [name_among(run, all_runs) for run in all_runs if not run.final]
+    note = f'<p class="note">without scores yet: {escape(", ".join(waiting))}</p>' if waiting else ""
+    if len(runs) < 2:
+        return _section("Comparison", f'{note}<p class="note">nothing to compare</p>')
+    arms, parts = arms_of(runs), []
     for split, score in _shared_scores(runs):
         found = compare(arms, split, score)
         if not found:
@@ -179,7 +178,7 @@ def _comparison(runs: Sequence[RunLog]) -> str:
         parts.append('<p class="note">a point: a pair; the bar: their mean; the line: its 95 % interval</p>')
     rows = [
         (
-            _name(run, runs),
+            name_among(run, runs),
             arm,
             split,
             score,
@@ -190,7 +189,7 @@ def _comparison(runs: Sequence[RunLog]) -> str:
         for split, score in _shared_scores(runs)
     ]
     parts.append(_table(("run", "arm", "split", "score", *KINDS), rows))
-    return _section("Comparison", "\n".join(parts))
+    return _section("Comparison", "\n".join([note, *parts]))
 
 
 KINDS = ("last", "averaged")

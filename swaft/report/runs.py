@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,7 +15,9 @@ Curve = list[tuple[float, float]]
 """(optimizer step, value) pairs in the order of the steps."""
 
 SURFACE = "surface.json"
-"""File of a run folder that holds what ``swaft report --surface`` has computed."""
+"""File of a run folder that holds the losses between last and averaged weights, and around them."""
+TRAINER_STATE = "trainer_state.json"
+"""File in which transformers' Trainer keeps its log."""
 NOT_A_SCORE = re.compile(r"(runtime|per_second|epoch|model_preparation_time|num_tokens)$")
 """Numbers that the Trainer logs among the scores."""
 
@@ -56,14 +58,15 @@ def read_run(path: Path) -> RunLog:
     """Read a recipe's run folder, or an output folder or checkpoint of the Trainer.
 
     Args:
-        path: the folder.
+        path: the folder, or the file trainer_state.json in it.
 
     Raises:
         ConfigError: there is no run, or its files cannot be read.
     """
+    path = folder_of(path)
     if (path / "metrics.jsonl").is_file():
         return _read_recipe_run(path)
-    states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+    states = [path / TRAINER_STATE, *path.glob(f"checkpoint-*/{TRAINER_STATE}")]
     states = sorted(filter(Path.is_file, states), key=lambda each: each.stat().st_mtime)
     if states:
         return _read_trainer_run(path, states[-1])
@@ -76,6 +79,17 @@ def read_run(path: Path) -> RunLog:
         f"{path} is {found}; expected a run: a folder with metrics.jsonl (a recipe's), or with trainer_state.json "
         "or checkpoint-*/trainer_state.json (the Trainer's)"
     )
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of a run that is named by its trainer_state.json; another path as it is."""
+    return path.parent if path.is_file() and path.name == TRAINER_STATE else path
+
+
+def name_among(run: RunLog, runs: Sequence[RunLog]) -> str:
+    """Return what sets a run apart from the others: its name, after its parent's where another has the same."""
+    same = sum(each.name == run.name for each in runs)
+    return run.name if same == 1 else "/".join(run.path.resolve().parts[-2:])
 
 
 def _read_recipe_run(path: Path) -> RunLog:
@@ -96,7 +110,7 @@ def _read_recipe_run(path: Path) -> RunLog:
         summary = {}
     if not (path / "config.yaml").is_file():
         notes.append("There is no config.yaml, so settings are not known.")
-    final, windows, surface = summary.get("scores", {}), summary.get("windows_tried", []), path / SURFACE
+    final, windows = summary.get("scores", {}), summary.get("windows_tried", [])
     _require(
         _is_nested(final, 3), path / "summary.json", "scores are not by split, kind of weights, and name"
     )
@@ -105,12 +119,6 @@ def _read_recipe_run(path: Path) -> RunLog:
         path / "summary.json",
         "windows_tried lacks start, end or score",
     )
-    around = json_object(surface)
-    if around is not None:
-        for part, names in (("line", {"position", "loss"}), ("plane", {"across", "up", "loss"})):
-            _require(
-                names <= {*around.get(part, ())}, surface, f"{part} lacks one of {', '.join(sorted(names))}"
-            )
     return RunLog(
         path=path,
         training=training,
@@ -124,7 +132,7 @@ def _read_recipe_run(path: Path) -> RunLog:
             each.stem.removeprefix("samples-"): list(_json_lines(each, notes))
             for each in sorted(path.glob("samples-*.jsonl"))
         },
-        surface=around,
+        surface=_surface(path),
         notes=notes,
     )
 
@@ -135,9 +143,14 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
         raise ConfigError(f"{state_file} has no log_history; expected the state of transformers' Trainer")
     training, evaluations = {}, {}
     final: dict[str, dict[str, float]] = {}
+    _require(_is_nested(dict(enumerate(state["log_history"])), 2), state_file, "log_history holds no objects")
     for entry in state["log_history"]:
         step = entry.get("step")
-        scores = {name: value for name, value in entry.items() if not NOT_A_SCORE.search(name)}
+        scores = {  # a metric of the user's may be a list, or a text
+            name: value
+            for name, value in entry.items()
+            if isinstance(value, int | float) and not NOT_A_SCORE.search(name)
+        }
         if "loss" in entry:
             _add(training, step, {name: value for name, value in scores.items() if name != "step"})
         for name, value in scores.items():
@@ -160,8 +173,18 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
             name: state.get(name)
             for name in ("global_step", "max_steps", "best_metric", "best_model_checkpoint")
         },
+        surface=_surface(path),
         notes=[f"Read from {state_file.relative_to(path)}, at step {state.get('global_step')}."],
     )
+
+
+def _surface(path: Path) -> dict[str, Any] | None:
+    file = path / SURFACE
+    found = json_object(file)
+    if found is not None:
+        for part, names in (("line", {"position", "loss"}), ("plane", {"across", "up", "loss"})):
+            _require(names <= {*found.get(part, ())}, file, f"{part} lacks one of {', '.join(sorted(names))}")
+    return found
 
 
 def _add(curves: dict[str, Curve], step: Any, values: Mapping[str, Any]) -> None:

@@ -1,30 +1,23 @@
-"""Loss between the last and the averaged weights of a finished run, and around them: `swaft report --surface`.
+"""Loss between the last and the averaged weights of a recipe's finished run, and around them, for its page.
 
-Both models are read from the run folder, and scored on validation rows as the recipe scores them. Two directions
-are walked: the one from the last weights to the averaged ones, and a random one that is as long. In every tensor
-the random direction is drawn from a normal distribution, made orthogonal to the difference between the two, and
-scaled to its length, as filter normalisation does for every filter (Li et al. 2018, section 4). So weights that
-training has hardly moved are hardly moved here.
+Both models are read from the run folder, and scored on validation rows as the recipe scores them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from swaft.errors import ConfigError
-from swaft.report.runs import SURFACE, config_class, setting_values
-from swaft.storage import write_durably
+from swaft.report.landscape import SEED, loss_surface, write_losses
+from swaft.report.runs import config_class, setting_values
 from swaft.training.config import AnyModelConfig, ModelConfig, load_config
 from swaft.training.config.causal_lm import CausalConfig
 from swaft.training.config.classification import ClassificationConfig
@@ -57,13 +50,6 @@ from swaft.training.models.generation import set_languages
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head
 from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.batches import Collate, loader_of
-
-LINE = tuple(step / 4 for step in range(-4, 9))
-"""Positions along the line: 0 is the last weights, 1 the averaged ones."""
-ACROSS, UP = LINE[::2], (-1.0, -0.5, 0.0, 0.5, 1.0)
-"""Positions in the plane, along the line and along the random direction."""
-SEED = 0
-"""Of the random direction."""
 
 
 @dataclass(frozen=True)
@@ -105,71 +91,17 @@ def write_surface(run: Path, *, rows: int) -> None:
         loader_of(scoring.rows, scoring.collate, batch_size=batch_size, num_workers=0)
     )
     found = loss_surface(last, averaged, lambda: scoring.evaluate(last, loader, accelerator).scores["loss"])
-    content = {"split": "validation", "rows": len(scoring.rows), "seed": SEED, **found}
-    write_durably(run / SURFACE, (json.dumps(content, indent=1) + "\n").encode())
-
-
-@torch.no_grad()
-def loss_surface(model: nn.Module, averaged: nn.Module, loss: Callable[[], float]) -> dict[str, Any]:
-    """Return the loss along the line through two models, and over the plane with a random direction.
-
-    Args:
-        model: the last weights, in fp32; has them again afterwards.
-        averaged: the same model with the averaged ones.
-        loss: of the weights that are in ``model``.
-
-    Returns:
-        ``line``: ``position`` and ``loss``, (13,) each. ``plane``: ``across`` (7,), ``up`` (5,), and ``loss``, 5
-        lists of 7. Positions are in units of the distance between the two models.
-
-    Raises:
-        ConfigError: both models have the same weights.
-    """
-    pairs = zip(_floats(model), _floats(averaged), strict=True)
-    moved = [(here, here.clone(), there) for here, there in pairs if not torch.equal(here, there)]
-    if not moved:
-        raise ConfigError(
-            "the last and the averaged weights are the same bit for bit: there is no line between them"
-        )
-    generator = torch.Generator().manual_seed(SEED)
-    directions = [_direction(there - start, generator) for _, start, there in moved]
-
-    def at(position: float, up: float = 0.0) -> float:
-        for (here, start, there), direction in zip(moved, directions, strict=True):
-            here.copy_(torch.lerp(start, there, position).add_(direction, alpha=up))
-        progress.update()
-        return loss()
-
-    with tqdm(total=len(LINE) + len(ACROSS) * (len(UP) - 1), unit="point", disable=None) as progress:
-        along = {position: at(position) for position in LINE}
-        plane = [[at(position, up) if up else along[position] for position in ACROSS] for up in UP]
-    for here, start, _ in moved:
-        here.copy_(start)
-    return {
-        "line": {"position": list(along), "loss": list(along.values())},
-        "plane": {"across": list(ACROSS), "up": list(UP), "loss": plane},
-    }
-
-
-def _floats(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what can be moved: parameters, and statistics beside them."""
-    yield from model.parameters()
-    yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
-
-
-def _direction(difference: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random tensor orthogonal to this one and as long; of one element there is none but zero."""
-    if difference.numel() == 1:
-        return torch.zeros_like(difference)
-    drawn = torch.randn(difference.shape, generator=generator).to(difference)
-    drawn -= difference * ((drawn * difference).sum() / difference.square().sum())
-    return drawn * (difference.norm() / drawn.norm())
+    write_losses(run, found, rows=len(scoring.rows))
 
 
 def _require_folder(run: Path, name: str) -> Path:
     if not (run / name).is_dir():
         reasons = {"final-averaged": "it averaged nothing (averaging.rule=none), or has not ended"}
-        reason = reasons.get(name, "it has not ended, or is not a recipe's")
+        reason = reasons.get(
+            name,
+            "it has not ended, or is not a recipe's. In a Trainer's script, call "
+            "swaft.integrations.transformers.write_surface(trainer) after training",
+        )
         raise ConfigError(f"{run} has no {name}/, which --surface needs: {reason}")
     return run / name
 

@@ -50,7 +50,7 @@ def write_scores(folder: Path, given: dict[str, str]) -> None:
 
 def test_every_combination_runs_with_every_seed_and_is_compared_at_the_end(tmp_path, launched, capsys):
     words = ["recipe.py", "--config", "a.yaml", f"train.output_dir={tmp_path}", "--seeds", "2"]
-    assert main(["sweep", *words, "--set", "averaging.rule=none,swa"]) == 0
+    assert main(["sweep", *words, "--set", "averaging.rule=none,swa,none"]) == 0
     assert [line[:3] for line in launched] == [["recipe.py", "--config", "a.yaml"]] * 4
     assert launched[0][3:] == [
         "averaging.rule=none", "train.seed=1", f"train.output_dir={tmp_path}/averaging.rule=none/seed-1",

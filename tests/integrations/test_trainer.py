@@ -20,7 +20,13 @@ from trl import DPOConfig, DPOTrainer
 
 import swaft
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
-from swaft.integrations.transformers import NoiseCallback, WeightAveragingCallback, averaged_weights
+from swaft.integrations.transformers import (
+    NoiseCallback,
+    WeightAveragingCallback,
+    averaged_weights,
+    write_surface,
+)
+from swaft.report.runs import read_run
 
 pytestmark = pytest.mark.unit
 
@@ -143,8 +149,10 @@ def test_an_export_that_is_there_already_is_not_overwritten(tmp_path, averaging)
 def test_resuming_without_averages_names_the_latest_checkpoint_that_has_some(tmp_path, averaging):
     trainer(tmp_path, averaging, save_steps=2).train()
     shutil.rmtree(tmp_path / "final-averaged")
-    shutil.rmtree(tmp_path / "checkpoint-8" / "averages")  # killed between the Trainer's save and ours
-    with pytest.raises(StateError, match=r"has no averages.*resume from .*checkpoint-6, the latest"):
+    # Killed while the averages were written, and between the Trainer's save and ours.
+    (tmp_path / "checkpoint-8" / "averages" / "COMPLETE").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-6" / "averages")
+    with pytest.raises(StateError, match=r"has no averages.*resume from .*checkpoint-4, the latest"):
         trainer(tmp_path, WeightAveragingCallback(swaft.SWA(start=0.5)), max_steps=10).train(
             resume_from_checkpoint=True
         )
@@ -360,3 +368,44 @@ def test_an_averaging_callback_that_was_exchanged_is_not_evaluated(tmp_path, ave
     assert run.evaluate()["eval_averaged_loss"] == expected
     assert other.averager is not None
     assert other.averager.num_averaged == 3
+
+
+def test_what_trl_adds_to_the_scores_of_averaged_weights_is_named_as_theirs(tmp_path, averaging):
+    run = sft_trainer(tmp_path, averaging, max_steps=4, save_strategy="no")
+    run.train()
+    both = run.evaluate()
+    with averaged_weights(run):
+        expected = run.evaluate()["eval_entropy"]
+    assert both["eval_averaged_entropy"] == expected
+    run.remove_callback(WeightAveragingCallback)
+    assert both["eval_entropy"] == run.evaluate()["eval_entropy"] != expected
+    logged = [entry for entry in run.state.log_history if "eval_averaged_loss" in entry]
+    assert len(logged) == 3
+    assert all("eval_averaged_entropy" in entry and "eval_entropy" not in entry for entry in logged)
+
+
+def test_a_callback_that_another_trainer_has_trained_with_is_not_evaluated(tmp_path, averaging):
+    alone = {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
+    first, second = (trainer(tmp_path / name, averaging, **alone) for name in ("a", "b"))
+    first.train()
+    second.train()
+    assert "eval_averaged_loss" in second.evaluate()
+    assert "eval_averaged_loss" not in first.evaluate()
+    with pytest.raises(AveragingError, match="a callback of its own"), averaged_weights(first):
+        pass
+
+
+def test_the_page_of_a_trainers_run_has_the_loss_between_both_weights(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, eval_strategy="no")
+    run.train()
+    scores = run.evaluate()
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    write_surface(run, rows=1000)
+    after = dict(run.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    surface = read_run(tmp_path).surface
+    assert surface is not None
+    assert surface["rows"] == 16
+    at = dict(zip(surface["line"]["position"], surface["line"]["loss"], strict=True))
+    assert at[0.0] == pytest.approx(scores["eval_loss"], rel=1e-6)
+    assert at[1.0] == pytest.approx(scores["eval_averaged_loss"], rel=1e-6)

@@ -16,8 +16,8 @@ from torch import nn
 
 from swaft.cli.main import main
 from swaft.errors import ConfigError
+from swaft.report.landscape import loss_surface
 from swaft.report.runs import read_run
-from swaft.report.surface import loss_surface
 
 FEW = ("train.max_steps=8", "averaging.rule=swa")
 CAUSAL = (

@@ -257,3 +257,41 @@ def test_a_browser_draws_a_run_of_ten_thousand_steps_within_a_second(tmp_path, s
     assert found["ms"] < 1000
     assert found["ground"] == ("rgb(21, 24, 27)" if dark else "rgb(255, 255, 255)")
     assert found["wide"] <= 0
+
+
+def test_a_run_without_scores_yet_is_named_and_the_others_are_compared(tmp_path):
+    unfinished = recipe_run(tmp_path / "waiting")
+    (unfinished / "summary.json").unlink()
+    runs = [
+        read_run(each)
+        for each in (unfinished, recipe_run(tmp_path / "a"), recipe_run(tmp_path / "b", seed=2))
+    ]
+    comparison = render(runs).split("</section>")[0]
+    assert "without scores yet: waiting" in comparison
+    assert comparison.count("<td>accuracy</td>") == 2
+    assert "nothing to compare" in render(runs[:2])
+
+
+def test_metrics_of_the_trainer_that_are_no_numbers_are_left_out(tmp_path):
+    run = trainer_run(tmp_path / "out")
+    file = run / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["log_history"][-1] |= {"eval_each": [0.5, 0.25], "eval_words": "good", "eval_none": None}
+    file.write_text(json.dumps(state))
+    read = read_run(file)  # named by the file itself
+    assert read.path == file.parent
+    assert read.final == {"validation": {"averaged": {"loss": 0.125}, "last": {"loss": 0.15}}}
+    render([read])
+
+
+def test_runs_of_the_trainer_in_folders_of_one_name_are_told_apart(tmp_path):
+    page = render([read_run(trainer_run(tmp_path / name / "out")) for name in ("a", "b")])
+    assert "<td>run=a/out</td>" in page
+    assert "<td>run=b/out</td>" in page
+
+
+def test_names_in_figures_are_text(tmp_path):
+    run = RunLog(path=tmp_path, evaluations={'"><i>$x_{': {"f": {"last": [(1, 0.5), (2, 0.25)]}}})
+    page = render([run])
+    assert "<i>" not in page
+    assert "$x_{" in page

@@ -11,5 +11,6 @@ on the call stack, once, when training begins.
 
 from swaft.integrations.transformers.averaging import WeightAveragingCallback, averaged_weights
 from swaft.integrations.transformers.noise import NoiseCallback
+from swaft.integrations.transformers.surface import write_surface
 
-__all__ = ["NoiseCallback", "WeightAveragingCallback", "averaged_weights"]
+__all__ = ["NoiseCallback", "WeightAveragingCallback", "averaged_weights", "write_surface"]

@@ -24,6 +24,7 @@ from swaft.integrations.transformers.calling import (
     checkpoint_of,
     those_of_kind,
 )
+from swaft.storage import is_complete
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,10 @@ class WeightAveragingCallback(TrainerCallback):
             self._attached.load_state(_require_state(checkpoint))
             logger.info("%s holds the average of %s, the best checkpoint", self._export, checkpoint)
 
+    def averager_of(self, trainer: Trainer) -> WeightAverager | None:
+        """Return the averager of a Trainer's run; None where it has not trained, or another did since."""
+        return self.averager if self.averager is not None and self._trainer is trainer else None
+
     @property
     def _attached(self) -> WeightAverager:
         assert self.averager is not None
@@ -179,9 +184,13 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
             "the Trainer has no WeightAveragingCallback; expected Trainer(..., "
             "callbacks=[WeightAveragingCallback(swaft.SWA(start=0.5))])"
         )
-    if callback.averager is None:
-        raise AveragingError("the Trainer has averaged nothing yet; call trainer.train() first")
-    with callback.averager.swapped_in(name):
+    averager = callback.averager_of(trainer)
+    if averager is None:
+        raise AveragingError(
+            "the Trainer has averaged nothing yet, or another Trainer has trained with its callback since; call "
+            "trainer.train() first, and give every Trainer a callback of its own"
+        )
+    with averager.swapped_in(name):
         yield
 
 
@@ -195,7 +204,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
     @functools.wraps(evaluate)
     def both(*args: Any, **kwargs: Any) -> dict[str, float]:
         callback = next(iter(those_of_kind(trainer, WeightAveragingCallback)), None)
-        averager = callback and callback.averager
+        averager = callback and callback.averager_of(trainer)
         if callback is None or averager is None or not averager.num_averaged:
             return evaluate(*args, **kwargs)
         # A dictionary of datasets calls this again for each.
@@ -203,7 +212,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
             return evaluate(*args, **kwargs)
         named = dict(kwargs)
         prefix = args[2] if len(args) > 2 else named.pop("metric_key_prefix", "eval")
-        with averager.swapped_in(), _kept_random_state(), _unheard(trainer, "on_evaluate"):
+        with averager.swapped_in(), _kept_random_state(), _apart(trainer, f"{prefix}_averaged"):
             scores = evaluate(*args[:2], metric_key_prefix=f"{prefix}_averaged", **named)
             drift = {f"{prefix}_averaged_drift": averager.drift()}
         trainer.log(drift)
@@ -241,7 +250,7 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
 
 def _require_state(checkpoint: Path) -> Path:
     """Return the averages of a checkpoint; without any, name the latest checkpoint beside it that has some."""
-    if (checkpoint / STATE).is_dir():
+    if is_complete(checkpoint / STATE):
         return checkpoint / STATE
     others = [each.parent for each in checkpoint.parent.glob(f"checkpoint-*/{STATE}/COMPLETE")]
     latest = max(
@@ -259,21 +268,32 @@ def _require_state(checkpoint: Path) -> Path:
 
 
 @contextmanager
-def _unheard(trainer: Any, event: str) -> Iterator[None]:
-    """Keep an event from the callbacks, but for the progress bar, which closes the bar of an evaluation on it."""
+def _apart(trainer: Any, prefix: str) -> Iterator[None]:
+    """Keep an evaluation of averaged weights from being taken for one of the live ones.
+
+    Callbacks do not hear of it, but for the progress bar, which closes the bar of an evaluation then. What TRL's
+    trainers add to the log as ``eval_entropy`` and so on is named as an averaged score.
+    """
     handler = trainer.callback_handler
     bars = [each for each in handler.callbacks if isinstance(each, ProgressCallback)]
+    on_log = handler.on_log
 
     def heard_by_bars(args: Any, state: Any, control: Any, *rest: Any) -> Any:
         for bar in bars:
-            getattr(bar, event)(args, state, control)
+            bar.on_evaluate(args, state, control)
         return control
 
-    setattr(handler, event, heard_by_bars)
+    def renamed(args: Any, state: Any, control: Any, logs: dict[str, float]) -> Any:
+        for entry in (logs, state.log_history[-1]):
+            for name in [each for each in entry if each.startswith("eval_") and not each.startswith(prefix)]:
+                entry[name.replace("eval_", "eval_averaged_", 1)] = entry.pop(name)
+        return on_log(args, state, control, logs)
+
+    handler.on_evaluate, handler.on_log = heard_by_bars, renamed
     try:
         yield
     finally:
-        delattr(handler, event)
+        del handler.on_evaluate, handler.on_log
 
 
 @contextmanager

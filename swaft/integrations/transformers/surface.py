@@ -1,0 +1,52 @@
+"""Loss between a Trainer's last and averaged weights, and around them, for the page of its run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch.utils.data import Subset
+from transformers import Trainer
+
+from swaft.errors import ConfigError
+from swaft.integrations.transformers.averaging import averaged_weights
+from swaft.report.landscape import loss_surface, write_losses
+
+
+def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None) -> None:
+    """Compute what ``swaft report`` draws as flatness, and write it into the Trainer's ``output_dir`` (collective).
+
+    To be called after training, in one process or under DDP. It takes 41 evaluations of the loss on these rows, and
+    three times the weights in memory. The live weights are back afterwards.
+
+    Args:
+        trainer: with a `WeightAveragingCallback`, after training.
+        rows: of the data set, the first ones.
+        eval_dataset: one data set; None: the Trainer's.
+
+    Raises:
+        AveragingError: the trainer has averaged nothing.
+        ConfigError: its weights lie in shards, or both kinds of weights are the same.
+    """
+    if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise ConfigError(
+            "write_surface needs whole weights on every rank, which DeepSpeed and FSDP do not keep; expected one "
+            "process, or DDP"
+        )
+    with averaged_weights(trainer):
+        averaged = copy.deepcopy(trainer.model)
+    found_in: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
+    first: Any = Subset(found_in, range(min(rows, len(found_in))))
+    loader = trainer.get_test_dataloader(first)
+
+    def loss() -> float:
+        scored = trainer.evaluation_loop(
+            loader, "Surface", prediction_loss_only=True, metric_key_prefix="surface"
+        )
+        return (scored.metrics or {})["surface_loss"]
+
+    found = loss_surface(trainer.model, averaged, loss)
+    if trainer.is_world_process_zero():
+        write_losses(Path(str(trainer.args.output_dir)), found, rows=len(first))
