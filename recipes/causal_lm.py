@@ -4,13 +4,13 @@
         --config recipes/configs/causal_lm/smol_chat.yaml averaging.rule=swa noise.kind=r3f
 
 The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. The loss is on the answers alone. It
-leaves a run folder with the last weights (final/), the averaged ones (final-averaged/), and the scores of both
-(summary.json).
+leaves a run folder with the last weights (final/), the averaged ones (final-averaged/), the scores of both
+(summary.json), and answers that both wrote (samples-validation.jsonl, samples-test.jsonl).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -25,6 +25,7 @@ from swaft.training.config.causal_lm import CausalConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
     CausalColumns,
+    asked_rows,
     find_columns,
     pack,
     require_chat_template,
@@ -34,8 +35,8 @@ from swaft.training.data.checks import require_length, values
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens
 from swaft.training.evaluation.best import choose_target
-from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.evaluation.generation import evaluate_answers_given
+from swaft.training.evaluation.evaluate import Evaluation, write_samples
+from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.checks import check_model
@@ -179,12 +180,32 @@ def train(config: CausalConfig) -> None:
                 model, loaders[split], run.accelerator, num_rows=len(datasets[split])
             )
 
-        def score_both(split: str, readout: Readout | None = None) -> dict[str, Evaluation]:
-            found = {"last": score(split)}
+        def score_both(
+            split: str, readout: Readout | None = None, measure: Callable[[str], Evaluation] = score
+        ) -> dict[str, Evaluation]:
+            found = {"last": measure(split)}
             if averager and averager.num_averaged:
                 with averager.swapped_in(readout):
-                    found["averaged"] = score(split)
+                    found["averaged"] = measure(split)
             return found
+
+        # Samples: the first rows of every split, answered by both.
+        num_samples = config.eval.num_samples
+        asked = {name: asked_rows(datasets[name], num_samples, tokenizer) for name in loaders}
+
+        def answer(split: str) -> Evaluation:
+            return write_answers(
+                model,
+                asked[split],
+                run.accelerator,
+                tokenizer=tokenizer,
+                data=config.data,
+                evaluation=config.eval,
+            )
+
+        def write_outputs(_: Any) -> None:
+            found = {split: score_both(split, run.readout, answer) for split in loaders}
+            write_samples(run.folder, found, asked, num_samples, columns=("prompt", "answer"))
 
         # Training.
         for step in run.steps(loader, score_both):
@@ -199,7 +220,7 @@ def train(config: CausalConfig) -> None:
             if averager:
                 averager.step()
 
-        run.finish(score_both, loaders, window=run.best_window(score))
+        run.finish(score_both, loaders, window=run.best_window(score), write_outputs=write_outputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,6 +67,10 @@ def test_packed_rows_train_on_two_ranks_under_zero2_with_noise_and_averaging(tmp
     assert set(scores["averaged"]) == {"loss", "perplexity", "token_accuracy"}
     for kind in ("final", "final-averaged"):
         assert (Path(run) / kind / "model.safetensors").is_file()
+    samples = [json.loads(line) for line in (run / "samples-test.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    assert all(row.keys() == {"prompt", "answer", "last", "averaged"} for row in samples)
+    assert all(row["prompt"].endswith("->") and row["answer"] for row in samples)
     events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent)).Reload()
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in logged if record["kind"] == "train"]

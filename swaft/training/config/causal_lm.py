@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from swaft.options import Range
+from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
 from swaft.training.config.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig
 
@@ -49,6 +49,11 @@ class CausalEvalConfig(EvalConfig):
 
     metric: str = "auto"
     """There is no other choice: the loss."""
+    num_samples: WholeNumber = 20
+    """Rows of each split whose last answer is written by last and averaged weights at the end of the run, and kept
+    in the run folder; 0: none."""
+    max_new_tokens: Count = 64
+    """Longest of those answers, in tokens. It is shorter where a prompt leaves less of `data.max_length`."""
 
     tasks: ClassVar = ()
 

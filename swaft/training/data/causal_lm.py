@@ -163,6 +163,28 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
     return Dataset.from_dict(packed)
 
 
+def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
+    """Return the first rows with their last answer taken off, to be asked for.
+
+    Args:
+        rows: from `tokenize_rows`.
+        number: of rows at most.
+        tokenizer: the one they were tokenized with.
+
+    Returns:
+        A dataset with `input_ids` (what stands before the answer), and as texts `prompt` and `answer`.
+    """
+    cut: dict[str, list[Any]] = {"input_ids": [], "prompt": [], "answer": []}
+    for row in rows.select(range(min(number, len(rows)))):
+        ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
+        end = max(place for place, each in enumerate(learnt, start=1) if each)
+        first = end - learnt[end - 1 :: -1].index(False)  # the first token of a row is never learnt
+        cut["input_ids"].append(ids[:first])
+        cut["prompt"].append(tokenizer.decode(ids[:first], skip_special_tokens=True))
+        cut["answer"].append(tokenizer.decode(ids[first:end], skip_special_tokens=True).strip())
+    return Dataset.from_dict(cut)
+
+
 class CausalCollator(Collator):
     """Pads rows on the right, labels with `IGNORED`; packed rows have positions in place of an attention mask."""
 

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from swaft.training.config.causal_lm import CausalDataConfig, CausalEvalConfig
 from swaft.training.config.seq2seq import Seq2SeqDataConfig, Seq2SeqEvalConfig
 from swaft.training.data.texts import IGNORED
 from swaft.training.evaluation.evaluate import (
@@ -117,6 +120,51 @@ def evaluate_answers_given(
     return Evaluation(
         scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
     )
+
+
+def write_answers(
+    model: nn.Module,
+    rows: Dataset,
+    accelerator: Accelerator,
+    *,
+    tokenizer: Any,
+    data: CausalDataConfig,
+    evaluation: CausalEvalConfig,
+) -> Evaluation:
+    """Return the answers that a decoder writes to a few prompts, the likeliest token each time (collective).
+
+    Every rank writes all of them.
+
+    Args:
+        model: as prepared; left in the mode it was found in.
+        rows: from `asked_rows`.
+        accelerator: that prepared the model.
+        tokenizer: turns tokens into text.
+        data: section ``data``: `max_length` bounds prompt and answer together.
+        evaluation: section ``eval``: `max_new_tokens` bounds the answer.
+    """
+    padding, size = tokenizer.pad_token_id, evaluation.per_device_eval_batch_size
+    prompts, texts = rows["input_ids"][:], []
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(prompts), size):
+            ids = [torch.tensor(row) for row in prompts[first : first + size]]
+            batch = {  # padded on the left: the answer follows its prompt
+                "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"),
+                "attention_mask": pad_sequence(
+                    [torch.ones_like(row) for row in ids], batch_first=True, padding_side="left"
+                ),
+            }
+            length = batch["input_ids"].shape[1]
+            room = min(evaluation.max_new_tokens, data.max_length - length)
+            write = batch_generator(model, accelerator, {"pad_token_id": padding, "max_new_tokens": room})
+            with torch.no_grad():
+                tokens = write({name: each.to(accelerator.device) for name, each in batch.items()})
+            texts += tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+    return Evaluation(scores={}, outputs=[text.strip() for text in texts])
 
 
 def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig) -> dict[str, Any]:

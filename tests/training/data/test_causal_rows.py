@@ -11,15 +11,16 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.config.causal_lm import CausalDataConfig
+from swaft.training.config.causal_lm import CausalDataConfig, CausalEvalConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
+    asked_rows,
     find_columns,
     pack,
     require_chat_template,
     tokenize_rows,
 )
-from swaft.training.evaluation.generation import evaluate_answers_given
+from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
 
 pytestmark = pytest.mark.unit
 WORDS = ["<pad>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e", "f"]
@@ -157,3 +158,45 @@ def test_the_evaluation_is_a_mean_over_tokens():
         batch.pop("idx")
         sums.append(float(model(**batch).loss) * (len(row["labels"]) - 1))
     assert found.scores["loss"] == pytest.approx(sum(sums) / 5, rel=1e-6)
+
+
+def test_the_last_answer_of_a_row_is_asked_for():
+    chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e"), ("user", "f")]
+    rows = made([{"messages": [{"role": role, "content": text} for role, text in chat]}])
+    asked = asked_rows(rows, 20, tokenizer())[0]
+    assert asked["input_ids"] == ids("<user> a <bot> b </s> <user> c <bot>")
+    assert asked["answer"] == "d e"
+    assert asked_rows(made([{"text": "a b c"}]), 1, tokenizer())[0]["answer"] == "b c"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_is_written_does_not_depend_on_what_is_in_the_batch(batch_size, make_accelerator):
+    prompts = ("a b c", "d", "e f")
+    rows = made([{"prompt": prompt, "completion": "a"} for prompt in prompts], max_length=16)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=1.0, eos_token_id=1,
+    )  # fmt: skip
+    model, reader = LlamaForCausalLM(config).train(), tokenizer()
+    written = write_answers(
+        model,
+        asked_rows(rows, 20, reader),
+        make_accelerator(),
+        tokenizer=reader,
+        data=CausalDataConfig(max_length=16),
+        evaluation=CausalEvalConfig(max_new_tokens=4, per_device_eval_batch_size=batch_size),
+    )
+    assert model.training
+    expected = []
+    for prompt in prompts:
+        tokens = torch.tensor([ids(prompt)])
+        for _ in range(4):
+            tokens = torch.cat(
+                [tokens, model.eval()(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
+            )
+            if tokens[0, -1] == 1:
+                break
+        expected.append(reader.decode(tokens[0, len(ids(prompt)) :], skip_special_tokens=True).strip())
+    assert len({*expected}) == 3
+    assert list(written.outputs) == expected
