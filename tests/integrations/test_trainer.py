@@ -409,3 +409,32 @@ def test_the_page_of_a_trainers_run_has_the_loss_between_both_weights(tmp_path, 
     at = dict(zip(surface["line"]["position"], surface["line"]["loss"], strict=True))
     assert at[0.0] == pytest.approx(scores["eval_loss"], rel=1e-6)
     assert at[1.0] == pytest.approx(scores["eval_averaged_loss"], rel=1e-6)
+
+
+class OfExamples(Trainer):
+    """Evaluates as transformers' run_qa.py does, and adds a score under a name of its own."""
+
+    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
+        scores = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return scores | {"eval_first": float(self.model.classifier.bias[0])}
+
+
+class OfItsOwn(Trainer):
+    def evaluate(self, eval_dataset=None):
+        return super().evaluate(eval_dataset)
+
+
+@pytest.mark.parametrize("kind", [OfExamples, OfItsOwn])
+def test_an_evaluation_of_the_users_own_scores_both_weights(tmp_path, averaging, kind):
+    run = trainer(tmp_path, averaging, kind=kind, eval_strategy="no", save_strategy="no")
+    run.train()
+    both = run.evaluate(run.eval_dataset)
+    with averaged_weights(run):
+        expected = run.evaluate()["eval_loss"]
+    first = float(run.model.classifier.bias[0])
+    run.remove_callback(WeightAveragingCallback)
+    logged = [entry["eval_averaged_loss"] for entry in run.state.log_history if "eval_averaged_loss" in entry]
+    assert logged == [expected]
+    assert both["eval_loss"] == run.evaluate()["eval_loss"] != expected
+    if kind is OfExamples:
+        assert both["eval_first"] == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import random
@@ -200,6 +201,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
     The callback is looked up at each call, so that one which was taken out or exchanged is not evaluated.
     """
     evaluate = trainer.evaluate
+    signature = inspect.signature(evaluate)  # of a subclass: run_qa.py's takes examples beside the data set
 
     @functools.wraps(evaluate)
     def both(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -210,14 +212,15 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
         # A dictionary of datasets calls this again for each.
         if averager.engine.swap.active or callback.averaged_scores:
             return evaluate(*args, **kwargs)
-        named = dict(kwargs)
-        prefix = args[2] if len(args) > 2 else named.pop("metric_key_prefix", "eval")
-        with averager.swapped_in(), _kept_random_state(), _apart(trainer, f"{prefix}_averaged"):
-            scores = evaluate(*args[:2], metric_key_prefix=f"{prefix}_averaged", **named)
-            drift = {f"{prefix}_averaged_drift": averager.drift()}
+        call = signature.bind(*args, **kwargs)
+        prefix = f"{call.arguments.get('metric_key_prefix', 'eval')}_averaged"
+        if "metric_key_prefix" in signature.parameters:
+            call.arguments["metric_key_prefix"] = prefix
+        with averager.swapped_in(), _kept_random_state(), _apart(trainer, prefix):
+            scores = _renamed(evaluate(*call.args, **call.kwargs), prefix)
+            drift = {f"{prefix}_drift": averager.drift()}
         trainer.log(drift)
-        scores |= drift
-        callback.averaged_scores = scores
+        callback.averaged_scores = {k: v for k, v in scores.items() if k.startswith(prefix)} | drift
         try:
             return evaluate(*args, **kwargs)
         finally:
@@ -271,8 +274,8 @@ def _require_state(checkpoint: Path) -> Path:
 def _apart(trainer: Any, prefix: str) -> Iterator[None]:
     """Keep an evaluation of averaged weights from being taken for one of the live ones.
 
-    Callbacks do not hear of it, but for the progress bar, which closes the bar of an evaluation then. What TRL's
-    trainers add to the log as ``eval_entropy`` and so on is named as an averaged score.
+    Callbacks do not hear of it, but for the progress bar, which closes the bar of an evaluation then. What a
+    trainer adds to the log under a prefix of its own (TRL's ``eval_entropy``) is named as an averaged score.
     """
     handler = trainer.callback_handler
     bars = [each for each in handler.callbacks if isinstance(each, ProgressCallback)]
@@ -283,17 +286,22 @@ def _apart(trainer: Any, prefix: str) -> Iterator[None]:
             bar.on_evaluate(args, state, control)
         return control
 
-    def renamed(args: Any, state: Any, control: Any, logs: dict[str, float]) -> Any:
-        for entry in (logs, state.log_history[-1]):
-            for name in [each for each in entry if each.startswith("eval_") and not each.startswith(prefix)]:
-                entry[name.replace("eval_", "eval_averaged_", 1)] = entry.pop(name)
-        return on_log(args, state, control, logs)
+    def logged_as_averaged(args: Any, state: Any, control: Any, logs: dict[str, float]) -> Any:
+        _renamed(state.log_history[-1], prefix)
+        return on_log(args, state, control, _renamed(logs, prefix))
 
-    handler.on_evaluate, handler.on_log = heard_by_bars, renamed
+    handler.on_evaluate, handler.on_log = heard_by_bars, logged_as_averaged
     try:
         yield
     finally:
         del handler.on_evaluate, handler.on_log
+
+
+def _renamed(scores: dict[str, float], prefix: str) -> dict[str, float]:
+    """Return scores of averaged weights, the same dictionary, all of them under names of averaged ones."""
+    for name in [each for each in scores if each.startswith("eval_") and not each.startswith(prefix)]:
+        scores[name.replace("eval_", "eval_averaged_", 1)] = scores.pop(name)
+    return scores
 
 
 @contextmanager
