@@ -180,7 +180,7 @@ def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
         end = max(place for place, each in enumerate(learnt, start=1) if each)
         first = end - learnt[end - 1 :: -1].index(False)  # the first token of a row is never learnt
         cut["input_ids"].append(ids[:first])
-        cut["prompt"].append(tokenizer.decode(ids[:first], skip_special_tokens=True))
+        cut["prompt"].append(tokenizer.decode(ids[:first], skip_special_tokens=True).strip())
         cut["answer"].append(tokenizer.decode(ids[first:end], skip_special_tokens=True).strip())
     return Dataset.from_dict(cut)
 
