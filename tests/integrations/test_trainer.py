@@ -419,12 +419,17 @@ class OfExamples(Trainer):
         return scores | {"eval_first": float(self.model.classifier.bias[0])}
 
 
+class PassingOn(Trainer):
+    def evaluate(self, *args, **kwargs):
+        return super().evaluate(*args, **kwargs)
+
+
 class OfItsOwn(Trainer):
     def evaluate(self, eval_dataset=None):
         return super().evaluate(eval_dataset)
 
 
-@pytest.mark.parametrize("kind", [OfExamples, OfItsOwn])
+@pytest.mark.parametrize("kind", [OfExamples, PassingOn, OfItsOwn])
 def test_an_evaluation_of_the_users_own_scores_both_weights(tmp_path, averaging, kind):
     run = trainer(tmp_path, averaging, kind=kind, eval_strategy="no", save_strategy="no")
     run.train()
@@ -438,3 +443,6 @@ def test_an_evaluation_of_the_users_own_scores_both_weights(tmp_path, averaging,
     assert both["eval_loss"] == run.evaluate()["eval_loss"] != expected
     if kind is OfExamples:
         assert both["eval_first"] == first
+    if kind is PassingOn:
+        run.add_callback(averaging)
+        assert run.evaluate(metric_key_prefix="test")["test_averaged_loss"] == expected

@@ -33,6 +33,8 @@ STATE = "averages"
 """Folder of the averages inside a checkpoint of the Trainer."""
 EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
+PREFIX = "metric_key_prefix"
+"""Parameter of a Trainer's `evaluate` that scores are named by."""
 
 
 class WeightAveragingCallback(TrainerCallback):
@@ -202,6 +204,8 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
     """
     evaluate = trainer.evaluate
     signature = inspect.signature(evaluate)  # of a subclass: run_qa.py's takes examples beside the data set
+    parameters = signature.parameters.values()
+    takes_prefix = any(each.name == PREFIX or each.kind == each.VAR_KEYWORD for each in parameters)
 
     @functools.wraps(evaluate)
     def both(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -213,9 +217,11 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
         if averager.engine.swap.active or callback.averaged_scores:
             return evaluate(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
-        prefix = f"{call.arguments.get('metric_key_prefix', 'eval')}_averaged"
-        if "metric_key_prefix" in signature.parameters:
-            call.arguments["metric_key_prefix"] = prefix
+        prefix = f"{(kwargs | call.arguments).get(PREFIX, 'eval')}_averaged"
+        if PREFIX in call.arguments:  # given, by name or by its place
+            call.arguments[PREFIX] = prefix
+        elif takes_prefix:
+            call = signature.bind(*args, **(kwargs | {PREFIX: prefix}))
         with averager.swapped_in(), _kept_random_state(), _apart(trainer, prefix):
             scores = _renamed(evaluate(*call.args, **call.kwargs), prefix)
             drift = {f"{prefix}_drift": averager.drift()}

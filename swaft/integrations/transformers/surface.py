@@ -35,8 +35,9 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
             "write_surface needs whole weights on every rank, which DeepSpeed and FSDP do not keep; expected one "
             "process, or DDP"
         )
+    model: Any = trainer.model
     with averaged_weights(trainer):
-        averaged = copy.deepcopy(trainer.model)
+        averaged = copy.deepcopy(model)
     found_in: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
     first: Any = Subset(found_in, range(min(rows, len(found_in))))
     loader = trainer.get_test_dataloader(first)
@@ -47,6 +48,6 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
         )
         return (scored.metrics or {})["surface_loss"]
 
-    found = loss_surface(trainer.model, averaged, loss)
+    found = loss_surface(model, averaged, loss)
     if trainer.is_world_process_zero():
         write_losses(Path(str(trainer.args.output_dir)), found, rows=len(first))

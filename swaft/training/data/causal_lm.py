@@ -175,8 +175,9 @@ def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
         A dataset with `input_ids` (what stands before the answer), and as texts `prompt` and `answer`.
     """
     cut: dict[str, list[Any]] = {"input_ids": [], "prompt": [], "answer": []}
-    for row in rows.select(range(min(number, len(rows)))):
-        ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    rows_asked = rows[:number]
+    for ids, labels in zip(rows_asked["input_ids"], rows_asked["labels"], strict=True):
+        learnt = [label != IGNORED for label in labels]
         end = max(place for place, each in enumerate(learnt, start=1) if each)
         first = end - learnt[end - 1 :: -1].index(False)  # the first token of a row is never learnt
         cut["input_ids"].append(ids[:first])
