@@ -48,6 +48,15 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
         )
         return (scored.metrics or {})["surface_loss"]
 
-    found = loss_surface(model, averaged, loss)
+    handler: Any = trainer.callback_handler
+    handler.on_prediction_step = lambda args, state, control: (
+        control
+    )  # one bar for all points, not one a point
+    try:
+        found = loss_surface(model, averaged, loss)
+    finally:
+        del handler.on_prediction_step
     if trainer.is_world_process_zero():
-        write_losses(Path(str(trainer.args.output_dir)), found, rows=len(first))
+        folder = Path(str(trainer.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_losses(folder, found, rows=len(first))
