@@ -26,6 +26,7 @@ MAX_THREADS = 8
 """Threads a rank takes by itself: more seldom help, since memory is shared by all ranks of a node."""
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 Result = TypeVar("Result")
 
@@ -78,12 +79,11 @@ def cores_near(device: torch.device | None) -> set[int]:
     allowed = _allowed_cores()
     if device is None or device.type != "cuda":
         return allowed
-    properties = torch.cuda.get_device_properties(device)
-    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-    cores = Path(f"/sys/bus/pci/devices/{address}/local_cpulist")
+    found = torch.cuda.get_device_properties(device)
     try:
-        return parse_cores(cores.read_text()) & allowed or allowed
-    except (OSError, ValueError):
+        address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        return parse_cores((PCI_DEVICES / address / "local_cpulist").read_text()) & allowed or allowed
+    except (AttributeError, OSError, ValueError):  # a device that has no such address, or a virtual one
         return allowed
 
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from swaft.averaging.host import machine
 from swaft.averaging.host.machine import Workers, cores_near, default_threads, parse_cores
@@ -89,6 +93,33 @@ def test_threads_are_half_of_a_ranks_cores_and_at_least_one(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert default_threads() == 8
     assert cores_near(None) == set(range(64))
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("0-3,8\n", {0, 1, 2, 3, 8}),
+        ("64-127\n", set(range(64))),
+        ("\n", set(range(64))),
+        (None, set(range(64))),
+    ],
+    ids=["near", "near ones are not allowed", "none listed", "no list"],
+)
+def test_threads_stay_on_the_cores_near_a_card_where_those_are_known(monkeypatch, tmp_path, listed, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(machine, "PCI_DEVICES", tmp_path)
+    if listed is not None:
+        (tmp_path / "0000:1b:00.0").mkdir()
+        (tmp_path / "0000:1b:00.0" / "local_cpulist").write_text(listed)
+    found = SimpleNamespace(pci_domain_id=0, pci_bus_id=27, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    assert cores_near(torch.device("cuda:1")) == expected
+
+
+def test_a_card_whose_address_torch_does_not_tell_is_near_every_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="a card"))
+    assert cores_near(torch.device("cuda")) == {0, 1}
 
 
 def test_a_crew_of_nobody_is_refused():
