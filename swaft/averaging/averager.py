@@ -227,7 +227,7 @@ class WeightAverager:
         chosen = self.chosen(readout, blend)
         shard = self._shard_together(chosen)
         _, plan, count = self._average(chosen)
-        means = f"the mean of {count:,} members of a training run by `{plan.rule!r}`"
+        means = f"the average of a training run's weights by `{plan.rule!r}` (steps taken in: {count:,})"
         export.save_pretrained(
             self.engine,
             path,

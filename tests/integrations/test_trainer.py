@@ -294,6 +294,18 @@ def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole
     assert "before averaging began at step 6" in caplog.text
 
 
+def test_a_best_checkpoint_at_which_averaging_began_is_said_to_hold_one_step_alone(
+    tmp_path, averaging, caplog
+):
+    settings = {"load_best_model_at_end": True, "save_steps": 2, "eval_delay": 4}
+    run = trainer(
+        tmp_path, averaging, metric_for_best_model="averaged_drift", greater_is_better=False, **settings
+    )
+    run.train()
+    assert run.state.best_global_step == averaging.averager.plan().first_step
+    assert "final-averaged holds its weights, of one step alone" in caplog.text
+
+
 def test_checkpoints_without_averages_are_refused_where_the_best_one_is_loaded(tmp_path, averaging):
     with pytest.raises(ConfigError, match="save_only_model=False"):
         trainer(tmp_path, averaging, load_best_model_at_end=True, save_only_model=True, save_steps=2).train()

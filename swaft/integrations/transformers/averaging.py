@@ -158,6 +158,11 @@ class WeightAveragingCallback(TrainerCallback):
             )  # fmt: skip
         else:
             self._attached.load_state(_require_state(checkpoint))
+            if self._attached.num_averaged == 1:
+                logger.warning(
+                    "averaging began at %s, the best checkpoint: %s holds its weights, of one step alone",
+                    *(checkpoint, self._export),
+                )
             logger.info("%s holds the average of %s, the best checkpoint", self._export, checkpoint)
 
     def averager_of(self, trainer: Trainer) -> WeightAverager | None:
