@@ -139,6 +139,23 @@ def test_the_library_trains_averages_swaps_and_saves_without_what_recipes_need()
     assert done.returncode == 0, done.stderr
 
 
+EXPORTED = f"""{ALONE}
+from safetensors.torch import save_file
+from swaft.cli.main import main
+
+base = tempfile.mkdtemp()
+open(base + "/config.json", "w").write("{{}}")
+save_file(model.state_dict(), base + "/model.safetensors")
+averager.save_state(base + "/averages")
+sys.exit(main(["export", base, "--output", tempfile.mkdtemp() + "/out"]))
+"""
+
+
+def test_a_checkpoint_is_exported_without_what_recipes_need():
+    done = subprocess.run([sys.executable, "-c", EXPORTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", ["validate", "plan"])
 def test_a_command_that_needs_the_recipes_says_how_to_install_them(command):
     script = f"{BLOCKED}\nfrom swaft.cli.main import main\nsys.exit(main([{command!r}, 'recipe.py']))"

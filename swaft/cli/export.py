@@ -3,14 +3,14 @@ r"""Writes the averages that a run has saved as a Hugging Face folder, on one ma
     swaft export runs/1 --dtype bfloat16 --output averaged
     swaft export runs/1/checkpoint-500 --base runs/1/best --output averaged
 
-What is named is a run folder, a checkpoint of a run, or a state that `averager.save_state` wrote. Of a finished run
-the final average is taken, of another the newest complete checkpoint; the step is printed. Every byte of a state is
-checked first, and in a checkpoint also that the averages are its own; the folder is read back before it gets its
-name.
+What is named is a run folder, a checkpoint of a run or of transformers' Trainer, or a state that
+`averager.save_state` wrote. Of a finished run the final average is taken, of another the newest complete
+checkpoint; the step is printed. Every byte of a state is checked first, and in a checkpoint of a run also that the
+averages are its own; the folder is read back before it gets its name.
 
   --base FOLDER           Hugging Face folder of the same model, for configuration, tokenizer and frozen weights; of
-                          a LoRA run its adapter folder, then an adapter folder is written. A finished run has all
-                          that itself
+                          a LoRA run its adapter folder, then an adapter folder is written. A finished run, and a
+                          checkpoint of the Trainer, have all that themselves
   --output FOLDER         where to write; it must not hold anything
   --rule NAME             which average of a state that holds several
   --dtype TYPE            float32 (default), bfloat16 or float16, rounded once, and how far that moved the weights
@@ -23,6 +23,7 @@ Exit code: 0; 1 where nothing was written.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,14 +33,17 @@ from swaft.cli.average import add_output_options, table
 from swaft.errors import ConfigError
 from swaft.soup import average
 from swaft.soup.huggingface import holds_weights, read_json
-from swaft.storage import read_manifest
+from swaft.soup.kinds import AVERAGES, ENGINE
+from swaft.storage import is_complete, read_manifest
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
-from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
-from swaft.training.run.engine_state import TAG
 
 FINAL_AVERAGED, SUMMARY = "final-averaged", "summary.json"
 """What a run leaves at its end: a Hugging Face folder of its average, and then, last of all, its scores."""
+OF_TRAINER = "averages"
+"""Folder of averages in a checkpoint of transformers' Trainer, or of accelerate."""
+NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+"""How the checkpoints of a run are called."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -55,7 +59,10 @@ def run(words: Sequence[str]) -> int:
         parser.error(
             f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out"
         )
-    if not is_final and options.base is None:
+    base = options.base
+    if base is None and source.name == OF_TRAINER and holds_weights(source.parent):
+        base = str(source.parent)
+    if not is_final and base is None:
         parser.error(
             f"--base is missing: {source} holds weights alone; name a Hugging Face folder of the same model, from "
             "which configuration, tokenizer and frozen weights come"
@@ -65,7 +72,7 @@ def run(words: Sequence[str]) -> int:
         options.output,
         dtype=options.dtype,
         max_shard_bytes=options.max_shard_size,
-        base=options.base,
+        base=base,
         rule=options.rule,
     )
     if is_final:
@@ -93,20 +100,22 @@ def saved_averages(path: Path) -> Path:
     """The folder of averages that a path means.
 
     Args:
-        path: such a folder, a checkpoint of a run, or a run folder.
+        path: such a folder, a checkpoint of a run or of the Trainer, or a run folder.
 
     Raises:
         ConfigError: there are no averages there.
         StateError: the folder cannot be looked into.
     """
     with explained(path, "looked at"):
-        newest = find_checkpoints(path)[:1]
-    for folder in (*newest, path):
-        if status(folder / AVERAGE / MANIFEST) is not None:
-            return folder / AVERAGE
-    if status(path / MANIFEST) is not None and status(path / TAG) is None:
+        inside = list(path.iterdir()) if path.is_dir() else []
+    steps = [int(name[1]) for each in inside if (name := NUMBERED.fullmatch(each.name)) and is_complete(each)]
+    newest = [path / f"checkpoint-{max(steps)}"] if steps else []
+    for folder in (*(each / AVERAGES for each in (*newest, path)), path / OF_TRAINER):
+        if status(folder / MANIFEST) is not None:
+            return folder
+    if status(path / MANIFEST) is not None and status(path / ENGINE) is None:
         return path
     raise ConfigError(
-        f"swaft export: {path} holds no averages; expected a state that averager.save_state wrote, a checkpoint of "
-        "a run with averaging, or its run folder"
+        f"swaft export: {path} holds no averages; expected a state that averager.save_state wrote, a checkpoint "
+        "with averages of a run or of transformers' Trainer, or a run folder"
     )
