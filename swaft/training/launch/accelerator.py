@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +174,6 @@ def resolve_deepspeed(
         precision=precision,
         world_size=int(environ.get("WORLD_SIZE", "1")),
         hidden_size=hidden_size,
-        source=_recipe_files(sys.argv),
     )
     filled = fill_auto(config, recipe, source=source)
     refused, ignored = deepspeed_problems(filled.config, source=source)
@@ -272,10 +269,3 @@ def partitions_at_load(environ: Mapping[str, str], config: Mapping[str, Any]) ->
     """Whether every rank loads its part of the model only, under a filled DeepSpeed configuration."""
     wanted = environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
     return wanted and config["zero_optimization"].get("stage") == 3
-
-
-def _recipe_files(argv: Sequence[str]) -> str:
-    """Names of the configuration files on a command line, for messages."""
-    words = [word for each in argv for word in each.split("=", 1)]
-    files = [after for word, after in pairwise(words) if word == "--config"]
-    return ", ".join(files) or "the recipe's configuration"

@@ -55,8 +55,6 @@ class RecipeValues:
     """Ranks that train together."""
     hidden_size: int | None = None
     """Width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate."""
-    source: str = "the recipe's configuration"
-    """Name of the file (or files) the recipe's values come from, for messages."""
 
     @property
     def always(self) -> Wanted:
@@ -205,8 +203,8 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
                     rows.append((f"{prefix}{name}", value, f"{found} -> {setting}"))
             elif compares and found not in (AUTO, MISSING, value):
                 problems.append(
-                    f"{source} says {prefix}{name} = {found}, {recipe.source} says {value} ({setting}); make them "
-                    f'equal, or write "auto" in {source}'
+                    f"{source} says {prefix}{name} = {found}, but {setting} of this run is {value}; make them "
+                    f'equal, or write "auto" there'
                 )
 
     for old, new in OLD_OFFLOADS.items():
