@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import command
-from swaft.storage import TensorFileWriter
+from swaft.storage import Spec, write_tensors
 
 COUNTS = (2, 20)
 BAR = 1 << 30
@@ -76,12 +76,13 @@ def write(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": ["Encoder"], "dtype": "float32"}))
     piece = torch.randn(PIECE, generator=torch.Generator().manual_seed(0))
-    tensors = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    with TensorFileWriter(folder / "model.safetensors", tensors) as writer:
-        for shape in shapes.values():
-            numel = torch.Size(shape).numel()
-            for start in range(0, numel, PIECE):
-                writer.write(piece[: min(PIECE, numel - start)])
+    specs = {name: Spec(torch.float32, tuple(shape)) for name, shape in shapes.items()}
+
+    def values(name: str) -> Iterator[torch.Tensor]:
+        for start in range(0, specs[name].numel, PIECE):
+            yield piece[: min(PIECE, specs[name].numel - start)]
+
+    write_tensors(folder / "model.safetensors", specs, values)
 
 
 def average(folder: Path, count: int) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from os import PathLike
@@ -27,10 +26,10 @@ from swaft.averaging.engines.base import PIECE
 from swaft.averaging.gather import MEMORY, Scratch, beside_live, gather_trained
 from swaft.averaging.layout import clean_name
 from swaft.errors import AveragingError
-from swaft.storage import TensorFile, sync_tree
-from swaft.storage.dtypes import dtype_of_weights
-from swaft.storage.files import place_beside
+from swaft.storage import TensorFile
+from swaft.storage.files import is_free, new_folder
 from swaft.storage.model_card import write_card
+from swaft.storage.tensor_file import dtype_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +135,9 @@ def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
     Raises:
         AveragingError: it is a file, or a folder that is not empty; on every rank.
     """
-    destination = Path(path)
     with engine.ranks.together():
-        empty = destination.is_dir() and not any(destination.iterdir())
-        if engine.ranks.is_main and destination.exists() and not empty:
-            raise AveragingError(
-                f"{destination} holds files already; expected a new folder: name another path"
-            )
+        if engine.ranks.is_main and not is_free(Path(path)):
+            raise AveragingError(f"{path} holds files already; expected a new folder: name another path")
 
 
 def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Path], None]) -> None:
@@ -151,24 +146,17 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
     Args:
         engine: whose ranks.
         path: folder to write; :func:`refuse_occupied` has been asked.
-        write: called on rank 0 with a path where nothing is, in a hidden folder beside `path` that nobody else
-            has; it is renamed once all is written.
+        write: called on rank 0 with an empty folder to write into.
 
     Raises:
         AveragingError: it could not be written; on every rank.
     """
-    destination = Path(path)
 
-    def write_beside() -> None:
-        with place_beside(destination) as place:
-            unfinished = place / destination.name
-            write(unfinished)
-            sync_tree(unfinished)
-            if destination.exists():
-                destination.rmdir()
-            os.replace(unfinished, destination)
+    def write_new() -> None:
+        with new_folder(Path(path)) as folder:
+            write(folder)
 
-    _on_main(engine, write_beside, f"{destination} could not be written")
+    _on_main(engine, write_new, f"{path} could not be written")
 
 
 def _on_main(engine: Engine, action: Callable[[], Any], fault: str) -> Any:
@@ -205,7 +193,6 @@ def write_model(
         # transformers takes away from the dictionary what it has written.
         module.save_pretrained(folder, state_dict=dict(state_dict), max_shard_size=max_shard_size)  # type: ignore[operator]
     else:
-        folder.mkdir(parents=True)
         whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors holds no aliases
         save_file(whole, folder / "model.safetensors")
     if (folder / "config.json").exists():
@@ -234,8 +221,8 @@ def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
     other_numel, other_squares = 0, 0.0
     for path in sorted(folder.glob("*.safetensors")):
         with TensorFile(path) as file:
-            for name in file.names:
-                numel = file.numel(name)
+            for name, spec in file.specs.items():
+                numel = spec.numel
                 cuts = [(first, min(first + PIECE, numel)) for first in range(0, numel, PIECE)]
                 pieces = (file.read(name, first, last) for first, last in cuts)
                 wanted = state_dict.get(name)
@@ -243,7 +230,7 @@ def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
                     other_numel += numel
                     other_squares += sum(map(_squares, pieces))
                     continue
-                form, right = (file.dtype(name), list(file.shape(name))), (wanted.dtype, list(wanted.shape))
+                form, right = (spec.dtype, list(spec.shape)), (wanted.dtype, list(wanted.shape))
                 if form != right:
                     raise AveragingError(f"{path}: {name!r} was read back as {form}, expected {right}")
                 flat = wanted.reshape(-1)

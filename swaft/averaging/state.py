@@ -27,7 +27,7 @@ from swaft import options
 from swaft.averaging.engines import Engine
 from swaft.averaging.layout import Fragment, Range, section
 from swaft.errors import StateError
-from swaft.storage import FileRecord, TensorFile, TensorFileWriter
+from swaft.storage import FileRecord, Spec, TensorFile, write_tensors
 from swaft.storage.files import standing
 from swaft.storage.sealed import MANIFEST
 from swaft.storage.strict_json import shown
@@ -175,18 +175,10 @@ def write_rank(
         StateError: it could not be written.
     """
     name = f"rank-{rank:05d}.safetensors"
-    # safetensors wants every tensor at a multiple of its elements' size.
-    ordered = dict(sorted(vectors.items(), key=lambda item: -item[1].element_size()))
-    ranges = [fragment.range for fragment in fragments]
-    writer = TensorFileWriter(
-        folder / name,
-        {key: (vector.dtype, vector.shape) for key, vector in ordered.items()},
-        metadata={"fragments": json.dumps(ranges, separators=(",", ":"))},
-    )
-    with writer:
-        for vector in ordered.values():
-            writer.write(vector)
-    return {name: writer.record}
+    ranges = json.dumps([fragment.range for fragment in fragments], separators=(",", ":"))
+    specs = {key: Spec.of(vector) for key, vector in vectors.items()}
+    values = lambda key: [vectors[key]]  # noqa: E731
+    return {name: write_tensors(folder / name, specs, values, metadata={"fragments": ranges})}
 
 
 def read_elements(
@@ -217,8 +209,8 @@ def read_elements(
             break
         with TensorFile(folder / file_name) as file:
             for key, vector in vectors.items():
-                if file.dtype(key) != vector.dtype:
-                    raise StateError(f"{file.path}: {key!r} is {file.dtype(key)}, expected {vector.dtype}")
+                if (found := file.specs.get(key)) and found.dtype != vector.dtype:
+                    raise StateError(f"{file.path}: {key!r} is {found.dtype}, expected {vector.dtype}")
             for held in _fragments(file):
                 for place in places.get(held.name, ()):
                     for part in held.part(place.start - held.start, place.end - held.start):

@@ -42,7 +42,7 @@ from swaft.errors import ConfigError
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
 from swaft.soup.greedy import GreedyChoice, command_words
 from swaft.soup.output import parse_size
-from swaft.storage.dtypes import DTYPES
+from swaft.storage.tensor_file import WRITTEN
 
 
 def run(words: Sequence[str]) -> int:
@@ -146,7 +146,7 @@ def add_output_options(parser: CommandParser) -> None:
     for name in ("base", "rule"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(WRITTEN), default="float32")
     parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"))
     parser.add_argument("--json", action="store_true")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from swaft.averaging.adapters import refuse_changed_base
 from swaft.averaging.lora import Norms, refactor
 from swaft.errors import AveragingError, StateError
-from swaft.soup.checkpoint import Spec
 from swaft.soup.huggingface import ADAPTER_CONFIG, read_json
 from swaft.soup.mean import SLICE, Mean, Weighted
+from swaft.storage import Spec
 from swaft.storage.strict_json import shown
 
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))

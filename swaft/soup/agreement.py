@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import SavedWeights, Spec
+from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.soup.mean import AVERAGED
+from swaft.storage import Spec
 from swaft.storage.strict_json import shown
 
 STRUCTURE = ("architectures", "model_type")

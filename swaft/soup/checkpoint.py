@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from swaft.storage import Spec
 
 NO_CONFIGURATION = (
     "holds weights alone; name a Hugging Face folder of the same model as --base, from which configuration, "
     "tokenizer and frozen weights come"
 )
 """What is said of a checkpoint that needs a base."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a tensor is like."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

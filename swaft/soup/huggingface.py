@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import SavedWeights, Spec
-from swaft.storage import TensorFile
+from swaft.soup.checkpoint import SavedWeights
+from swaft.storage import Spec, TensorFile
 from swaft.storage.files import explained, read_whole
 from swaft.storage.strict_json import parse_object, shown
 
@@ -42,10 +42,11 @@ def open_folder(path: Path) -> SavedWeights:
     listed = _weight_map(path, ADAPTER if is_adapter else MODEL)
     for file_name in dict.fromkeys(listed.values()):
         with TensorFile(_real(path / file_name)) as file:
-            for name in file.names:
+            for name in file.specs:
                 if name in specs:
                     raise StateError(f"{path}: {name!r} is both in {file_of[name]} and in {file_name}")
-                specs[name], file_of[name] = Spec(file.dtype(name), file.shape(name)), file_name
+            specs |= file.specs
+            file_of |= dict.fromkeys(file.specs, file_name)
     for name, file_name in listed.items():
         if name and file_of.get(name) != file_name:
             raise StateError(f"{path}: the index says that {name!r} is in {file_name}, which lacks it")

@@ -11,11 +11,11 @@ from torch import Tensor
 from swaft.averaging.state import KIND as AVERAGE
 from swaft.averaging.state import AverageState, lane_name, read_elements
 from swaft.errors import StateError
-from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights, Spec
+from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
 from swaft.soup.huggingface import CONFIG, holds_weights, open_folder
 from swaft.soup.torch_engine import METADATA, open_torch_engine
 from swaft.soup.zero import find_tag, open_zero
-from swaft.storage import Manifest, is_complete, read_manifest, verify
+from swaft.storage import Manifest, Spec, is_complete, read_manifest, verify
 from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import SavedWeights, Spec
+from swaft.soup.checkpoint import SavedWeights
+from swaft.storage import Spec
 
 SLICE = 1 << 20
 """Elements handled at once: about 30 MiB in all, whatever the model and however many the checkpoints."""

@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import SavedWeights, Spec
+from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import CONFIG, read_json
 from swaft.soup.mean import SLICE
+from swaft.storage import Spec
 
 ADAPTER_PARTS = re.compile(
     r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"

@@ -7,8 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,16 @@ import torch
 from torch import Tensor
 
 from swaft.errors import ConfigError, StateError
-from swaft.soup.checkpoint import Spec
 from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, read_json
 from swaft.storage import (
     FileRecord,
+    Spec,
     TensorFile,
-    TensorFileWriter,
     hash_file,
-    sync_file,
-    sync_folder,
     write_durably,
+    write_tensors,
 )
-from swaft.storage.files import explained, open_regular, place_beside
+from swaft.storage.files import explained, is_free, open_regular
 from swaft.storage.model_card import CARD, in_one_line, write_card
 
 Shard = dict[str, Spec]
@@ -50,35 +47,6 @@ LEFT_NAMES = ("trainer_state.json", "manifest.json", "COMPLETE", "latest", "aver
 """Other files that are not copied: they tell of the checkpoint, and not of what is made of it."""
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when the block ends, and is gone where an exception ends it.
-
-    Raises:
-        StateError: something has the name, before or after, or the folder could not be made.
-    """
-    refuse_occupied(path)
-    empty = path.exists()
-    with place_beside(path) as place:
-        unfinished = place / "folder"
-        with explained(unfinished, "made"):
-            unfinished.mkdir()
-        yield unfinished
-        sync_folder(unfinished)
-        refuse_occupied(path)
-        with explained(path, "named"):
-            if not empty:
-                path.mkdir()  # fails where somebody else has taken the name meanwhile
-            try:
-                os.rename(unfinished, path)  # in the place of an empty folder, or it fails
-            except BaseException:
-                if not empty:
-                    with suppress(OSError):
-                        path.rmdir()
-                raise
-    sync_folder(path.parent)
-
-
 def refuse_occupied(path: Path) -> None:
     """Refuse a path where something is, or that names no folder.
 
@@ -88,28 +56,21 @@ def refuse_occupied(path: Path) -> None:
     """
     if path.name in ("", "..") or "\0" in str(path):
         raise ConfigError(f"--output is {str(path)!r}; expected the path of a new folder, such as runs/soup")
-    with explained(path, "looked at"):
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-            raise StateError(
-                f"{path} is there already; nothing was changed in it. Name a new folder as --output"
-            )
+    if not is_free(path):
+        raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
 
 
 def plan_shards(specs: Mapping[str, Spec], most_bytes: int) -> list[Shard]:
-    """Which tensors go into which file: in their order, each file as full as may be, with one tensor at least.
-
-    Inside a file they lie by falling element size, so that each is at a multiple of its elements' size.
-    """
+    """Which tensors go into which file: in their order, each file as full as may be, with one tensor at least."""
     shards: list[Shard] = [{}]
     room = most_bytes
     for name, spec in specs.items():
-        size = spec.numel * spec.dtype.itemsize
-        if size > room and shards[-1]:
+        if spec.nbytes > room and shards[-1]:
             shards.append({})
             room = most_bytes
         shards[-1][name] = spec
-        room -= size
-    return [dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)) for shard in shards]
+        room -= spec.nbytes
+    return shards
 
 
 def write_weights(
@@ -133,16 +94,11 @@ def write_weights(
     for number, shard in enumerate(shards, start=1):
         tail = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{stem}{tail}.safetensors"
-        announced = {tensor: (spec.dtype, spec.shape) for tensor, spec in shard.items()}
-        with TensorFileWriter(folder / name, announced, metadata={"format": "pt"}) as writer:
-            for tensor in shard:
-                for values in slices(tensor):
-                    writer.write(values)
-        records[name] = writer.record
+        records[name] = write_tensors(folder / name, shard, slices, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         specs = [spec for shard in shards for spec in shard.values()]
-        total = {"total_size": sum(spec.numel * spec.dtype.itemsize for spec in specs)}
+        total = {"total_size": sum(spec.nbytes for spec in specs)}
         total["total_parameters"] = sum(spec.numel for spec in specs)
         write_json(folder / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
     return records
@@ -159,10 +115,8 @@ def check_weights(folder: Path, shards: list[Shard], records: Mapping[str, FileR
         if hash_file(folder / name) != record:
             raise StateError(f"{folder / name} does not read as it was written; the disk may be failing")
         with TensorFile(folder / name) as file:
-            found = {tensor: Spec(file.dtype(tensor), file.shape(tensor)) for tensor in file.names}
-        if {tensor: spec for tensor, spec in found.items() if spec.numel} != {
-            tensor: spec for tensor, spec in shard.items() if spec.numel
-        }:
+            found = file.specs
+        if found != shard:
             raise StateError(f"{folder / name} does not hold the tensors that were written")
 
 
@@ -176,7 +130,7 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
     """Copy configuration, tokenizer and code of a Hugging Face folder: all but weights and what training keeps.
 
     Folders inside are copied likewise, but for those that hold weights of their own, as the checkpoints of a run
-    do, and for links to folders. Links to files are followed, as in the hub's cache. What is copied is on the disk.
+    do, and for links to folders. Links to files are followed, as in the hub's cache.
 
     Args:
         source: the Hugging Face folder.
@@ -197,7 +151,6 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
             if path.is_file():
                 if path.name not in left and not _is_left(path.name):
                     shutil.copyfile(path, folder / path.name)
-                    sync_file(folder / path.name)
             elif path.is_dir() and not path.is_symlink():
                 if held := _first_weights(path):
                     notes.append(f"{path} is not copied: it holds weights of its own ({held})")
@@ -206,7 +159,6 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
                 notes += copy_files(path, folder / path.name, left=())
                 if not any((folder / path.name).iterdir()):
                     (folder / path.name).rmdir()
-    sync_folder(folder)
     return notes
 
 
@@ -276,9 +228,8 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _forget(path: Path) -> None:
     """Have the system drop its copy of a file that is on the disk, so that reading it asks the disk."""
-    descriptor, _ = open_regular(path)
-    with open(descriptor, "rb"), explained(path, "read"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    with open_regular(path) as file, explained(path, "read"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _is_left(name: str) -> bool:

@@ -36,7 +36,6 @@ from swaft.soup.output import (
     copy_files,
     describe,
     fingerprint,
-    new_folder,
     plan_shards,
     refuse_occupied,
     set_config_dtype,
@@ -44,8 +43,8 @@ from swaft.soup.output import (
     write_weights,
 )
 from swaft.storage import FileRecord
-from swaft.storage.dtypes import dtype_of_weights
-from swaft.storage.files import place_beside
+from swaft.storage.files import new_folder, place_beside
+from swaft.storage.tensor_file import dtype_of_weights
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import SavedWeights, Spec
+from swaft.soup.checkpoint import SavedWeights
+from swaft.storage import Spec
 from swaft.storage.files import require_regular
 
 if TYPE_CHECKING:  # for it takes seconds and 46 MiB, which other checkpoints do without

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from swaft.errors import StateError
-from swaft.soup.checkpoint import SavedWeights, Spec
+from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import CONFIG
+from swaft.storage import Spec
 from swaft.storage.files import read_whole
 
 OPTIMIZER_FILES = "*_optim_states.pt"

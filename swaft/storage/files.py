@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 from swaft.errors import StateAccessError, StateError
 
@@ -51,11 +52,8 @@ def explained(path: str | PathLike[str], doing: str) -> Iterator[None]:
         raise kind(f"{path} could not be {doing}: {reason}") from error
 
 
-def open_regular(path: str | PathLike[str]) -> tuple[int, int]:
+def open_regular(path: str | PathLike[str]) -> BinaryIO:
     """Open an existing file for reading if it is nothing but a file; never waits, never follows a link.
-
-    Returns:
-        file descriptor and size in bytes.
 
     Raises:
         StateError: it is missing, a symbolic link, a folder, a pipe, a device or a socket.
@@ -63,11 +61,13 @@ def open_regular(path: str | PathLike[str]) -> tuple[int, int]:
     require_regular(path)  # before the open: opening a device can have effects of its own
     with explained(path, "opened"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = open(descriptor, "rb")  # noqa: SIM115 (whoever asked closes it)
     try:
-        return descriptor, _regular_size(path, os.fstat(descriptor))
+        _require(path, os.fstat(descriptor), "a regular file")
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
+    return file
 
 
 def require_regular(path: str | PathLike[str]) -> int:
@@ -76,14 +76,27 @@ def require_regular(path: str | PathLike[str]) -> int:
     Raises:
         StateError: it is missing, or anything else.
     """
-    return _regular_size(path, status(path))
+    return _require(path, status(path), "a regular file").st_size
 
 
-def _regular_size(path: str | PathLike[str], facts: os.stat_result | None) -> int:
-    if facts is None or not stat.S_ISREG(facts.st_mode):
-        found = "missing" if facts is None else kind_of(facts.st_mode)
-        raise StateError(f"{path} is {found}; expected a regular file")
-    return facts.st_size
+def require_folder(path: str | PathLike[str]) -> None:
+    """Refuse what is no folder, a link to one included, with a `StateError`."""
+    _require(path, status(path), "a folder")
+
+
+def _require(path: str | PathLike[str], facts: os.stat_result | None, kind: str) -> os.stat_result:
+    kinds = {
+        stat.S_ISREG: "a regular file",
+        stat.S_ISLNK: "a symbolic link",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }
+    mode = None if facts is None else facts.st_mode
+    found = "missing" if mode is None else next((kinds[test] for test in kinds if test(mode)), "a device")
+    if facts is None or found != kind:
+        raise StateError(f"{path} is {found.replace('regular ', '')}; expected {kind}")
+    return facts
 
 
 def status(path: str | PathLike[str]) -> os.stat_result | None:
@@ -97,18 +110,6 @@ def status(path: str | PathLike[str]) -> os.stat_result | None:
             raise StateError(f"{os.fspath(path)!r} is no file name: {error}") from error
 
 
-def kind_of(mode: int) -> str:
-    """What a file is, in words."""
-    kinds = {
-        stat.S_ISREG: "a file",
-        stat.S_ISLNK: "a symbolic link",
-        stat.S_ISDIR: "a folder",
-        stat.S_ISFIFO: "a pipe",
-        stat.S_ISSOCK: "a socket",
-    }
-    return next((words for test, words in kinds.items() if test(mode)), "a device")
-
-
 def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
     """The content of a regular file.
 
@@ -119,8 +120,8 @@ def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
     Raises:
         StateError: it is no regular file, larger than the limit, or could not be read.
     """
-    descriptor, size = open_regular(path)
-    with open(descriptor, "rb") as file, explained(path, "read"):
+    with open_regular(path) as file, explained(path, "read"):
+        size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise StateError(f"{path} has {size:,} bytes; expected at most {limit:,}")
         return file.read(size)
@@ -141,6 +142,42 @@ def place_beside(path: Path) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def is_free(path: Path) -> bool:
+    """Whether a new folder may have a name: nothing has it, or a folder that is empty."""
+    with explained(path, "looked at"):
+        return status(path) is None or (not path.is_symlink() and path.is_dir() and not any(path.iterdir()))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, of the same name in a hidden one beside; it is put in its place, on the disk to stay,
+    when the block ends, and is gone where an exception ends it.
+
+    Raises:
+        StateError: something has the name in the end, or the folder could not be made or named.
+    """
+    empty = path.exists()
+    with place_beside(path) as place:
+        unfinished = place / path.name
+        with explained(unfinished, "made"):
+            unfinished.mkdir()
+        yield unfinished
+        sync_tree(unfinished)
+        if not is_free(path):
+            raise StateError(f"{path} is there already; nothing was changed in it")
+        with explained(path, "named"):
+            if not empty:
+                path.mkdir()  # fails where somebody else has taken the name meanwhile
+            try:
+                os.rename(unfinished, path)  # in the place of an empty folder, or it fails
+            except BaseException:
+                if not empty:
+                    with suppress(OSError):
+                        path.rmdir()
+                raise
+    sync_folder(path.parent)
 
 
 def beside(path: Path, what: str) -> Path:
@@ -183,18 +220,46 @@ def _exchange(one: Path, other: Path) -> bool:
     return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def create_temporary(path: str | PathLike[str]) -> tuple[int, Path]:
-    """Open a new file beside `path` for writing, in the place of one that a crash has left there.
+@contextmanager
+def new_file(path: str | PathLike[str], *, replaces: bool = False) -> Iterator[int]:
+    """Descriptor of a file to write, which gets its name, on the disk to stay, when the block ends well.
 
-    Returns:
-        file descriptor, and the temporary path.
+    Until then it lies beside the name, in the place of one that a crash has left there.
+
+    Args:
+        path: of the file, in a folder that is there.
+        replaces: whether it may take the place of another, which keeps the name until then.
+
+    Raises:
+        StateError: something has the name, before or after, or the system refused a call, also one of the block's.
     """
-    temporary = Path(f"{os.fspath(path)}{TEMPORARY}")
+    path, temporary = Path(path), Path(f"{os.fspath(path)}{TEMPORARY}")
+    if not replaces:
+        _refuse_existing(path)
     with explained(temporary, "created"):
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(temporary, flags, 0o666), temporary
+        descriptor = os.open(temporary, flags, 0o666)
+    try:
+        with explained(path, "written"):
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not replaces:
+                _refuse_existing(path)
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def _refuse_existing(path: Path) -> None:
+    if status(path) is not None:
+        raise StateError(f"{path} exists already; nothing was changed there. Name another, or delete it")
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
@@ -210,27 +275,14 @@ def write_durably(path: str | PathLike[str], data: bytes) -> None:
     Raises:
         StateError: it could not be written; what had the name still has it.
     """
-    descriptor, temporary = create_temporary(path)
-    try:
-        with explained(path, "written"):
-            try:
-                write_all(descriptor, data)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_folder(Path(path).parent)
+    with new_file(path, replaces=True) as descriptor:
+        write_all(descriptor, data)
 
 
 def sync_file(path: str | PathLike[str]) -> None:
     """Wait until a file's content is on the disk."""
-    descriptor, _ = open_regular(path)
-    with open(descriptor, "rb"), explained(path, "synced"):
-        os.fsync(descriptor)
+    with open_regular(path) as file, explained(path, "synced"):
+        os.fsync(file.fileno())
 
 
 def sync_tree(folder: str | PathLike[str]) -> None:

@@ -106,14 +106,10 @@ def hash_file(path: str | PathLike[str], *, threads: int | None = None) -> FileR
     Raises:
         StateError: it is missing, anything but a regular file, or could not be read.
     """
-    descriptor, _ = open_regular(path)
-    try:
-        with explained(path, "read"), BlockHasher(threads) as hasher:
-            while block := os.read(descriptor, BLOCK_BYTES):
-                hasher.update(block)
-            return hasher.record()
-    finally:
-        os.close(descriptor)
+    with open_regular(path) as file, explained(path, "read"), BlockHasher(threads) as hasher:
+        while block := file.read(BLOCK_BYTES):
+            hasher.update(block)
+        return hasher.record()
 
 
 def _sha256(block: memoryview) -> bytes:

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -31,8 +30,8 @@ from swaft.errors import StateAccessError, StateError
 from swaft.storage.files import (
     FileRecord,
     explained,
-    kind_of,
     read_whole,
+    require_folder,
     require_regular,
     status,
     sync_folder,
@@ -73,7 +72,7 @@ class Manifest:
 def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
     """Declare a folder complete: write its manifest, then the mark.
 
-    The files must be on the disk already, as :class:`TensorFileWriter` and :func:`write_durably` leave them.
+    The files must be on the disk already, as :func:`write_tensors` and :func:`write_durably` leave them.
 
     Returns:
         the hash of the manifest.
@@ -82,7 +81,7 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
         StateError: the folder is complete already, a file is not there in its recorded size, or the disk is full.
     """
     folder = Path(folder)
-    _require_folder(folder)
+    require_folder(folder)
     if is_complete(folder):
         raise StateError(f"{folder} is complete already; nothing was changed there. Name another folder")
     content = {
@@ -166,7 +165,7 @@ def remove_sealed(folder: str | PathLike[str]) -> None:
         StateError: it is no folder, or could not be deleted.
     """
     folder = Path(folder)
-    _require_folder(folder)
+    require_folder(folder)
     with explained(folder, "deleted"):
         if is_complete(folder):
             os.unlink(folder / COMPLETE)
@@ -177,7 +176,7 @@ def remove_sealed(folder: str | PathLike[str]) -> None:
 
 def _read(folder: Path, *, kind: str | None, nested: int) -> tuple[Manifest, str]:
     """A checked manifest and its hash."""
-    _require_folder(folder)
+    require_folder(folder)
     if not is_complete(folder):
         raise StateError(
             f"{folder} is not complete: it has no {COMPLETE} mark, so writing it was never finished"
@@ -211,20 +210,13 @@ def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
     """Hold what lies in a folder to its manifest, without reading a file."""
     names = [*manifest.files, *manifest.sealed]
     for parent in sorted({parent for name in names for parent in Path(name).parents if parent.parts}):
-        _require_folder(folder / parent)  # and no link, which could lead anywhere
+        require_folder(folder / parent)  # and no link, which could lead anywhere
     for name, record in manifest.files.items():
         size = require_regular(folder / name)
         if size != record.bytes:
             raise StateError(f"{folder / name} has {size:,} bytes; expected {record.bytes:,}")
     for name, digest in manifest.sealed.items():
         _read_sealed(folder, name, digest, nested=nested + 1)
-
-
-def _require_folder(folder: Path) -> None:
-    facts = status(folder)
-    if facts is None or not stat.S_ISDIR(facts.st_mode):
-        found = "missing" if facts is None else kind_of(facts.st_mode)
-        raise StateError(f"{folder} is {found}; expected a folder")
 
 
 def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:

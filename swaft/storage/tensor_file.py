@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swaft.errors import StateError
-from swaft.storage.files import (
-    FileRecord,
-    create_temporary,
-    explained,
-    open_regular,
-    status,
-    sync_folder,
-    write_all,
-)
+from swaft.errors import ConfigError, StateError
+from swaft.storage.files import FileRecord, explained, new_file, open_regular, write_all
 from swaft.storage.hashing import BlockHasher
 from swaft.storage.strict_json import parse_object, shown
 
@@ -58,128 +48,96 @@ DTYPES = {
 METADATA = "__metadata__"
 
 
-class TensorFileWriter:
-    """Writes a file of tensors front to back, hashing as it goes; a context manager.
+WRITTEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The types that weights are written in, by the names that users give them."""
 
-    The bytes go to `<path>.tmp`. The name is given once all that was announced has been written and is on the disk;
-    leaving the `with` by an exception leaves nothing.
 
-    Args:
-        path: of a file that does not exist yet, in a folder that does.
-        tensors: name to (dtype, shape), in the order in which the values will come. By falling element size, as
-            the safetensors library orders them, every tensor lies at a multiple of its elements' size.
-        metadata: text to text, for the header.
+def dtype_of_weights(dtype: str | torch.dtype) -> torch.dtype:
+    """Understand a type that weights are to be written in, ``"bfloat16"`` and ``torch.bfloat16`` alike.
 
     Raises:
-        StateError: something has the name, or the file could not be written (disk full, read-only, quota); also by
-            every method. The system's error is the cause.
-        ValueError: a dtype that the format lacks.
+        ConfigError: for any but those of WRITTEN.
     """
-
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-        *,
-        metadata: Mapping[str, str] | None = None,
-    ):
-        self.path = Path(path)
-        self.record: FileRecord
-        """What was written; there after :meth:`close`."""
-        header, self._announced = _make_header(tensors, metadata or {})
-        _refuse_existing(self.path)
-        self._descriptor, self._temporary = create_temporary(self.path)
-        self._hasher = BlockHasher()
-        self._written = -len(header)
-        try:
-            self.write(memoryview(header))
-        except BaseException:
-            self.abandon()
-            raise
-
-    def write(self, data: Tensor | np.ndarray | memoryview) -> None:
-        """Write the next bytes: contiguous values in host memory, of any length, also across tensors.
-
-        On return the data has been hashed and handed to the system, and may change.
-        """
-        view = _bytes_of(data)
-        self._written += view.nbytes
-        self._require(self._written <= self._announced)
-        with explained(self.path, "written"):
-            while view.nbytes:
-                block, view = view[: self._hasher.room], view[self._hasher.room :]
-                self._hasher.update(block)
-                write_all(self._descriptor, block)
-        self._hasher.drain()
-
-    def close(self) -> None:
-        """Bring the file to the disk and give it its name; sets `record`."""
-        if self._descriptor < 0:
-            return
-        try:
-            self._require(self._written == self._announced)
-            record = self._hasher.record()
-            with explained(self.path, "written"):
-                os.fsync(self._descriptor)
-            _refuse_existing(self.path)
-            with explained(self.path, "written"):
-                os.rename(self._temporary, self.path)
-        except BaseException:
-            self.abandon()
-            raise
-        self._release()
-        sync_folder(self.path.parent)
-        self.record = record
-
-    def abandon(self) -> None:
-        """Leave nothing behind; nothing to do after :meth:`close`."""
-        if self._descriptor < 0:
-            return
-        self._release()
-        with suppress(OSError):
-            os.unlink(self._temporary)
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
-
-    def _require(self, announced: bool) -> None:
-        if not announced:
-            raise StateError(
-                f"{self.path}: {self._written:,} bytes of tensors were written; expected the {self._announced:,} "
-                "that the header announces"
-            )
-
-    def _release(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        self._hasher.close()
-        with suppress(OSError):  # everything that matters is on the disk already
-            os.close(descriptor)
+    found = WRITTEN.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(
+            f"dtype is {dtype!r}, expected one of {', '.join(WRITTEN)}, or torch's of that name"
+        )
+    return found
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor of a file."""
+class Spec:
+    """What a tensor is like."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-    """First byte, in the file."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        """That of a tensor."""
+        return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def numel(self) -> int:
+        """Elements."""
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.numel * self.dtype.itemsize
+
+
+def write_tensors(
+    path: str | PathLike[str],
+    specs: Mapping[str, Spec],
+    values: Callable[[str], Iterable[Tensor]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> FileRecord:
+    """Write a file of tensors front to back, hashing as it goes, as of `new_file`.
+
+    They lie by falling element size, as the safetensors library orders them, so that each is at a multiple of its
+    elements' size; beyond that in their order.
+
+    Args:
+        path: of a file that does not exist yet, in a folder that does.
+        specs: of the tensors, by name.
+        values: the elements of a tensor, in order: contiguous tensors in host memory, of any size. Each has been
+            written when the next is asked for.
+        metadata: text to text, for the header.
+
+    Raises:
+        StateError: something has the name, or the file could not be written (disk full, read-only, quota), with the
+            system's error as the cause; or the values are not as many as their specs say.
+        ValueError: a dtype that the format lacks.
+    """
+    specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
+    header, announced = _make_header(specs, metadata or {})
+    written = -len(header)
+    with new_file(path) as descriptor, BlockHasher() as hasher:
+        for view in chain([memoryview(header)], (_bytes_of(each) for name in specs for each in values(name))):
+            written += view.nbytes
+            if written > announced:
+                break
+            while view.nbytes:
+                block, view = view[: hasher.room], view[hasher.room :]
+                hasher.update(block)
+                write_all(descriptor, block)
+            hasher.drain()
+        if written != announced:
+            raise StateError(
+                f"{path}: {written:,} bytes of tensors were written; expected the {announced:,} that the header "
+                "announces"
+            )
+        return hasher.record()
 
 
 class TensorFile:
     """A file of tensors opened for reading in slices; a context manager.
+
+    `specs` has what each tensor is like, by name in the order in which they lie, `metadata` the texts beside them.
 
     Args:
         path: a regular file, no symbolic link.
@@ -189,30 +147,12 @@ class TensorFile:
     """
 
     def __init__(self, path: str | PathLike[str]):
-        self.path = Path(path)
-        self._descriptor, _ = open_regular(path)
+        self.path, self._file = Path(path), open_regular(path)
         try:
-            self._entries, self.metadata = _read_header(self._descriptor, self.path)
+            self.specs, self._starts, self.metadata = _read_header(self._file.fileno(), self.path)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the tensors, in the order in which they lie."""
-        return tuple(self._entries)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype."""
-        return self._entry(name).dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        return self._entry(name).shape
-
-    def numel(self, name: str) -> int:
-        """A tensor's number of elements."""
-        return self._entry(name).numel
 
     def read(self, name: str, start: int = 0, end: int | None = None, out: Tensor | None = None) -> Tensor:
         """Elements [start, end) of the flattened tensor.
@@ -230,7 +170,9 @@ class TensorFile:
             StateError: the tensor has no such elements, or the file could not be read.
             ValueError: `out` does not fit.
         """
-        entry = self._entry(name)
+        if name not in self.specs:
+            raise StateError(f"{self.path} has no tensor {name!r}")
+        entry = self.specs[name]
         end = entry.numel if end is None else end
         if not 0 <= start <= end <= entry.numel:
             raise StateError(
@@ -243,10 +185,10 @@ class TensorFile:
                 f"out is {out.dtype} of shape {tuple(out.shape)}; expected {entry.dtype} of ({end - start},)"
             )
         view = _bytes_of(out)
-        position = entry.start + start * entry.dtype.itemsize
+        position = self._starts[name] + start * entry.dtype.itemsize
         with explained(self.path, "read"):
             while view.nbytes:
-                count = os.preadv(self._descriptor, [view], position)
+                count = os.preadv(self._file.fileno(), [view], position)
                 if not count:
                     raise StateError(f"{self.path} has become shorter while it was read, within {name!r}")
                 view, position = view[count:], position + count
@@ -254,9 +196,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -264,33 +204,26 @@ class TensorFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            raise StateError(f"{self.path} has no tensor {name!r}")
-        return self._entries[name]
 
-
-def _make_header(
-    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
-) -> tuple[bytes, int]:
+def _make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """The head of a file, its length included, and how many bytes of tensors must follow."""
     content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     codes, position = {dtype: code for code, dtype in DTYPES.items()}, 0
-    for name, (dtype, shape) in tensors.items():
+    for name, spec in specs.items():
         if name == METADATA:
             raise ValueError(f"a tensor cannot be called {METADATA}")
-        if dtype not in codes:
-            raise ValueError(f"{name!r} is {dtype}, which a file of tensors cannot hold")
-        end = position + prod(shape) * dtype.itemsize
-        content[name] = {"dtype": codes[dtype], "shape": [*shape], "data_offsets": [position, end]}
+        if spec.dtype not in codes:
+            raise ValueError(f"{name!r} is {spec.dtype}, which a file of tensors cannot hold")
+        end = position + spec.nbytes
+        content[name] = {"dtype": codes[spec.dtype], "shape": [*spec.shape], "data_offsets": [position, end]}
         position = end
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, position
 
 
-def _read_header(descriptor: int, path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Tensors by name in the order in which they lie, and the metadata.
+def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Spec], dict[str, int], dict[str, str]]:
+    """Tensors by name in the order in which they lie, where in the file each begins, and the metadata.
 
     The library has held the header to itself and to the size of the file before any of it is believed; what it lets
     pass is refused here: a key twice, fields that nobody knows.
@@ -304,7 +237,7 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, _Entry], dict[s
         begin = 8 + int.from_bytes(file.read(8), "little")
         raw = file.read(begin - 8)
     content = parse_object(raw, f"{path}: header")
-    metadata, entries = content.pop(METADATA, {}), dict[str, _Entry]()
+    metadata, specs, starts = content.pop(METADATA, {}), dict[str, Spec](), dict[str, int]()
     if metadata is None:
         raise StateError(f"{path}: header: {METADATA}: expected an object of texts")
     for name, found in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
@@ -317,28 +250,14 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, _Entry], dict[s
                 f"{path}: header: {shown(name)}: dtype: found {shown(found['dtype'])}, expected one of "
                 f"{', '.join(DTYPES)}"
             )
-        entries[name] = _Entry(
-            DTYPES[found["dtype"]], tuple(found["shape"]), begin + found["data_offsets"][0]
-        )
-    return entries, metadata
+        specs[name] = Spec(DTYPES[found["dtype"]], tuple(found["shape"]))
+        starts[name] = begin + found["data_offsets"][0]
+    return specs, starts, metadata
 
 
-def _refuse_existing(path: Path) -> None:
-    if status(path) is not None:
-        raise StateError(f"{path} exists already; nothing was changed there. Name another, or delete it")
-
-
-def _bytes_of(data: Tensor | np.ndarray | memoryview | bytes) -> memoryview:
-    """Contiguous data in host memory as bytes, not copied."""
-    if isinstance(data, Tensor):
-        if data.device.type != "cpu" or not data.is_contiguous():
-            raise ValueError(
-                f"data on {data.device}, contiguous: {data.is_contiguous()}; expected host memory"
-            )
-        data = data.detach().reshape(-1).view(torch.uint8).numpy().data
-    elif isinstance(data, np.ndarray):
-        if not data.flags.c_contiguous:
-            raise ValueError("the array is not contiguous")
-        data = data.reshape(-1).view(np.uint8).data
-    view = memoryview(data)
+def _bytes_of(data: Tensor) -> memoryview:
+    """A contiguous tensor in host memory as bytes, not copied."""
+    if data.device.type != "cpu" or not data.is_contiguous():
+        raise ValueError(f"data on {data.device}, contiguous: {data.is_contiguous()}; expected host memory")
+    view = data.detach().reshape(-1).view(torch.uint8).numpy().data
     return view.cast("B") if view.nbytes else memoryview(b"")

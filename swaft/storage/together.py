@@ -13,7 +13,7 @@ from typing import Any
 
 from swaft.distributed import Ranks
 from swaft.errors import StateError, SwaftError
-from swaft.storage.files import FileRecord, beside, explained, replace_folder, status
+from swaft.storage.files import FileRecord, beside, explained, is_free, replace_folder, status
 from swaft.storage.sealed import MANIFEST, Manifest, read_manifest, seal, verify
 from swaft.storage.strict_json import shown
 
@@ -58,12 +58,10 @@ def write_together(
             if overwrites is not None:
                 _refuse_foreign(final, overwrites)
                 shutil.rmtree(folder, ignore_errors=True)  # what was ended while it was written
+            if not is_free(folder):
+                raise StateError(f"{folder} holds files already; expected a new folder: name another path")
             with explained(folder, "made"):
                 folder.mkdir(parents=True, exist_ok=True)
-                if any(folder.iterdir()):
-                    raise StateError(
-                        f"{folder} holds files already; expected a new folder: name another path"
-                    )
     try:
         records: Mapping[str, FileRecord] = {}
         with ranks.together(f"{final} could not be written"):

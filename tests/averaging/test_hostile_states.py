@@ -19,7 +19,7 @@ from torch import nn
 import swaft
 from swaft.averaging.state import KIND
 from swaft.errors import StateError
-from swaft.storage import Manifest, TensorFileWriter, seal
+from swaft.storage import Manifest, Spec, seal, write_tensors
 
 pytestmark = pytest.mark.unit
 
@@ -62,11 +62,10 @@ def genuine(tmp_path_factory) -> tuple[dict[str, Any], dict[str, torch.Tensor], 
 def write(folder: Path, content: Any, vectors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Seal a folder as `save_state` does, with any content."""
     folder.mkdir(parents=True)
-    described = {name: (vector.dtype, vector.shape) for name, vector in vectors.items()}
-    with TensorFileWriter(folder / "rank-00000.safetensors", described, metadata=metadata) as writer:
-        for vector in vectors.values():
-            writer.write(vector)
-    seal(folder, Manifest(KIND, {"rank-00000.safetensors": writer.record}, content))
+    specs = {name: Spec.of(vector) for name, vector in vectors.items()}
+    file = folder / "rank-00000.safetensors"
+    record = write_tensors(file, specs, lambda name: [vectors[name]], metadata=metadata)
+    seal(folder, Manifest(KIND, {"rank-00000.safetensors": record}, content))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -185,7 +185,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
     (paths[0] / "inside" / "file").write_text("x")
 
     def noted(descriptor):
-        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").partition("/folder")[2])
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").partition("/out")[2])
         return real(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)

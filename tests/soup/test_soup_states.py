@@ -12,6 +12,7 @@ from swaft.averaging import export
 from swaft.errors import AveragingError, StateError
 from swaft.noise.spectral import normalise_head
 from swaft.soup import average, open_checkpoint
+from swaft.storage import files
 
 pytestmark = pytest.mark.unit
 
@@ -184,7 +185,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     averager = trained(0, swaft.SWA(start=0))
-    monkeypatch.setattr(export, "sync_tree", full)
+    monkeypatch.setattr(files, "sync_tree", full)
     with pytest.raises(AveragingError, match=r"model could not be written: .*No space left"):
         averager.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from swaft.storage import Manifest, TensorFileWriter, hash_file, seal, write_durably
+from swaft.storage import Manifest, Spec, hash_file, seal, write_durably, write_tensors
 
 
 def make_inner(folder: Path) -> str:
@@ -23,9 +23,8 @@ def make_folder(folder: Path, *, numel: int = 10, value: float = 1.0) -> Manifes
     (folder / "deep" / "er").mkdir(parents=True)
     files = {}
     for name, size in {"rank0.safetensors": numel, "deep/er/rank1.safetensors": 3}.items():
-        with TensorFileWriter(folder / name, {"w": (torch.float32, [size])}) as writer:
-            writer.write(torch.full([size], value))
-        files[name] = writer.record
+        values = torch.full([size], value)
+        files[name] = write_tensors(folder / name, {"w": Spec.of(values)}, lambda _, all=values: [all])
     write_durably(folder / "note.txt", b"a text\n")
     files["note.txt"] = hash_file(folder / "note.txt")
     sealed = {"inner": make_inner(folder / "inner")}

@@ -13,7 +13,7 @@ from sealed_folders import make_folder
 from small_disks import file_system, mount
 
 from swaft.errors import StateError
-from swaft.storage import TensorFileWriter, is_complete, read_manifest, verify, write_durably
+from swaft.storage import Spec, is_complete, read_manifest, verify, write_durably, write_tensors
 
 pytestmark = pytest.mark.unit
 
@@ -28,8 +28,7 @@ def disk(tmp_path):
 
 
 def write(path, numel):
-    with TensorFileWriter(path, {"w": (torch.float32, [numel])}) as writer:
-        writer.write(torch.ones(numel))
+    write_tensors(path, {"w": Spec(torch.float32, (numel,))}, lambda name: [torch.ones(numel)])
 
 
 def names(folder):

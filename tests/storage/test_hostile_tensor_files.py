@@ -199,7 +199,7 @@ def test_mutated_files_are_refused_or_read_in_memory_of_their_size(tmp_path, bat
         tracemalloc.start()
         try:
             with TensorFile(tmp_path / "x") as file:
-                numel = sum(file.read(name).nbytes for name in file.names)
+                numel = sum(file.read(name).nbytes for name in file.specs)
             assert numel <= len(raw)
         except StateError:
             pass

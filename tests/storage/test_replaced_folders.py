@@ -11,7 +11,7 @@ import torch
 
 from swaft.distributed import Ranks
 from swaft.errors import StateError
-from swaft.storage import TensorFileWriter, files, read_manifest, verify
+from swaft.storage import Spec, files, read_manifest, verify, write_tensors
 from swaft.storage.files import beside, replace_folder, standing
 from swaft.storage.together import write_together
 
@@ -42,9 +42,9 @@ def test_a_folder_takes_the_place_of_another_or_of_none(tmp_path, ways):
 
 def write(folder, value: float) -> None:
     def rank(place):
-        with TensorFileWriter(place / "w.safetensors", {"w": (torch.float32, [3])}) as writer:
-            writer.write(torch.full((3,), value))
-        return {"w.safetensors": writer.record}
+        values = torch.full((3,), value)
+        record = write_tensors(place / "w.safetensors", {"w": Spec.of(values)}, lambda name: [values])
+        return {"w.safetensors": record}
 
     write_together(Ranks(), folder, kind="test", write=rank, content={"value": value}, overwrites=FILES)
 

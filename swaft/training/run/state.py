@@ -22,7 +22,7 @@ from torch import Tensor
 from swaft.averaging.state import weights_now
 from swaft.distributed import shared_ranks
 from swaft.errors import StateError
-from swaft.storage import FileRecord, TensorFile, TensorFileWriter, hash_file, sync_file, sync_folder
+from swaft.storage import FileRecord, Spec, TensorFile, hash_file, sync_file, sync_folder, write_tensors
 from swaft.training.config import flatten
 from swaft.training.run.checkpoints import AVERAGE, RunCheckpoint, delete_old, save_checkpoint
 from swaft.training.run.engine_state import TAG, load_engine, save_engine
@@ -141,7 +141,7 @@ class RunState:
         with ranks.together():
             for rank in range(ranks.rank, before, ranks.world_size):
                 with TensorFile(path / _rank_file(rank)) as file:
-                    tensors, text = {name: file.read(name) for name in file.names}, file.metadata
+                    tensors, text = {name: file.read(name) for name in file.specs}, file.metadata
                 meter.sums += tensors.pop(SUMS).to(meter.sums.device)
                 if before == ranks.world_size:
                     restore_random(tensors, text, self.run.accelerator.device)
@@ -210,11 +210,8 @@ class RunState:
         tensors, text = capture_random(self.run.accelerator.device)
         tensors[SUMS] = self.run.meter.sums.cpu()
         name = _rank_file(self._ranks.rank)
-        described = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-        with TensorFileWriter(folder / name, described, metadata=text) as writer:
-            for tensor in tensors.values():
-                writer.write(tensor)
-        return {name: writer.record}
+        specs = {key: Spec.of(tensor) for key, tensor in tensors.items()}
+        return {name: write_tensors(folder / name, specs, lambda key: [tensors[key]], metadata=text)}
 
 
 def capture_random(device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
