@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from swaft.averaging.adapters import refuse_changed_base
 from swaft.averaging.lora import Norms, refactor
 from swaft.errors import AveragingError, StateError
+from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import ADAPTER_CONFIG, read_json
 from swaft.soup.mean import SLICE, Mean, Weighted
 from swaft.storage import Spec
@@ -33,12 +33,6 @@ VARIANTS = (
     "arrow_config",
 )
 """Settings with which an update is something else than scaling * B @ A, or is one nobody has tried."""
-BASE = ("base_model_name_or_path", "revision")
-"""Settings that say to which weights the updates are to be added."""
-NOTED = ("lora_dropout",)
-"""Settings of the training alone, which are noted where they differ."""
-PASSING = ("inference_mode", "peft_version", "auto_mapping")
-"""Settings that say nothing about what the factors mean."""
 
 
 class AdapterMean(Mean):
@@ -56,7 +50,7 @@ class AdapterMean(Mean):
 
     def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, *, rank: int | None = None):
         super().__init__(members, dtype)
-        self.config, self.notes = _agreed_config(members)
+        self.config = _plain_config(*members[0])
         self._resize(rank)
         self._down = dict(_pairs(self._specs))
         self._up = {down: up for up, down in self._down.items()}
@@ -142,52 +136,19 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
                 yield name, down
 
 
-def _agreed_config(members: Sequence[Weighted]) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of the adapters, and what differs without making them different, in words."""
-    configs = [read_json(checkpoint.path / ADAPTER_CONFIG) for _, checkpoint in members]
-    first, where = configs[0], members[0][1].path
-    if first.get("peft_type") != "LORA":
-        raise StateError(f"{where}: peft_type is {shown(first.get('peft_type'))}; expected LORA")
-    if type(first.get("r")) is not int or not isinstance(first.get("lora_alpha"), int | float):
+def _plain_config(_: float, checkpoint: SavedWeights) -> dict[str, Any]:
+    """The configuration of an adapter, once it is known to be of plain LoRA."""
+    where = checkpoint.path
+    config = read_json(where / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise StateError(f"{where}: peft_type is {shown(config.get('peft_type'))}; expected LORA")
+    if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), int | float):
         raise StateError(f"{where / ADAPTER_CONFIG}: r and lora_alpha: expected numbers")
     for key in VARIANTS:
-        if first.get(key):
+        if config.get(key):
             raise StateError(f"{where}: {key} is set, so its updates are no plain B A; expected plain LoRA")
-    for name in members[0][1].specs:
-        ends = [end for pair in FACTORS for end in pair]
+    ends = tuple(end for pair in FACTORS for end in pair)
+    for name in checkpoint.specs:
         if "lora_" in name and not name.endswith((*ends, "lora_B.bias")):
             raise StateError(f"{where}: {name!r} is of a variant of LoRA; expected plain LoRA")
-    notes = []
-    for config, (_, checkpoint) in zip(configs[1:], members[1:], strict=True):
-        _require_same_base(first, config, where, checkpoint.path)
-        for key in sorted({*first, *config} - {*PASSING, *BASE}):
-            if _plain(first.get(key)) == _plain(config.get(key)):
-                continue
-            if key not in NOTED:
-                raise StateError(
-                    f"{checkpoint.path} is another adapter than {where}: {key} is "
-                    f"{shown(config.get(key))}, expected {shown(first.get(key))}"
-                )
-            notes.append(
-                f"{ADAPTER_CONFIG} of {checkpoint.path} differs from the first: {key} is {shown(config.get(key))}, "
-                f"there {shown(first.get(key))}"
-            )
-    return dict(first), notes
-
-
-def _require_same_base(first: Mapping[str, Any], other: Mapping[str, Any], one: Path, two: Path) -> None:
-    """Refuse adapters of different base models; one that names none may be of any."""
-    if not first.get(BASE[0]) or not other.get(BASE[0]):
-        return
-    for key, default in zip(BASE, (None, "main"), strict=True):
-        expected, found = (config.get(key) or default for config in (first, other))
-        if found != expected:
-            raise StateError(
-                f"{two} is an adapter of another base model than {one}: {key} is {shown(found)}, expected "
-                f"{shown(expected)}. If both are the same weights, make it equal in {two / ADAPTER_CONFIG}"
-            )
-
-
-def _plain(value: Any) -> Any:
-    """Lists that peft keeps as sets, in one order."""
-    return sorted(value, key=repr) if isinstance(value, list) else value
+    return config

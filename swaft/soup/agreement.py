@@ -1,16 +1,19 @@
-"""Whether checkpoints are of one model: whatever differs is named. Pure, but for the configurations it reads."""
+"""Whether checkpoints are of one model, and what its weights are called: tied ones, and those of the base."""
 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swaft.errors import StateError
 from swaft.soup.checkpoint import SavedWeights
-from swaft.soup.huggingface import CONFIG, read_json
-from swaft.soup.mean import AVERAGED
+from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, read_json
+from swaft.soup.mean import AVERAGED, SLICE
 from swaft.storage import Spec
 from swaft.storage.strict_json import shown
 
@@ -34,6 +37,22 @@ CLASSES = "id2label"
 """Field that says which output is which class."""
 PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Fields that say nothing about what the weights mean."""
+BASE = {"base_model_name_or_path": None, "revision": "main"}
+"""Settings of an adapter that say to which weights the updates are to be added, and what they are if left out."""
+NOTED = ("lora_dropout",)
+"""Settings of an adapter's training alone, which are noted where they differ."""
+PASSING_IN_ADAPTERS = ("inference_mode", "peft_version", "auto_mapping")
+"""Settings that say nothing about what the factors mean."""
+
+ADAPTER_PARTS = re.compile(
+    r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"
+)
+"""Where a name inside a `PeftModel` says which adapter is meant; in the adapter's folder it does not."""
+PARAMETRIZED = ".parametrizations."
+IN_THE_MODEL = (
+    "Write it in a process that has the model: load it there (averages with averager.load_state), then call "
+    "averager.save_pretrained"
+)
 
 
 def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
@@ -55,7 +74,8 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
             raise StateError(
                 f"{adapter.path} is an adapter and {whole.path} a whole model; they have no average"
             )
-        notes += compare_configs(first.files, other.files)
+        compare = _compare_adapters if first.is_adapter else compare_configs
+        notes += compare(first.files, other.files)
         _require_same_tokens(first.files, other.files)
         if problems := list(differences(first.specs, other.specs)):
             more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
@@ -90,24 +110,56 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
     if first is None or other is None or not all((path / CONFIG).exists() for path in (first, other)):
         return []
     one, two = read_json(first / CONFIG), read_json(other / CONFIG)
-    both = tuple(key for key in COMPUTED if key in one and key in two)
-    for key in (*STRUCTURE, *both):
-        if one.get(key) != two.get(key):
-            raise StateError(
-                f"{other} is another model than {first}: {CONFIG}: {key} is {shown(two.get(key))}, expected "
-                f"{shown(one.get(key))}"
-            )
+    both = {key for key in COMPUTED if key in one and key in two}
+    notes = _differing(CONFIG, (first, one), (other, two), PASSING, lambda key: key in {*STRUCTURE, *both})
     ours, theirs = ({str(k): str(v) for k, v in (each.get(CLASSES) or {}).items()} for each in (one, two))
     if ours != theirs and sorted(ours.values()) == sorted(theirs.values()):
         raise StateError(
             f"{other} has the classes of {first} in another order: {CONFIG}: {CLASSES} is {_told(two, CLASSES)}, "
             f"expected {_told(one, CLASSES)}; an average would mix them. Train both from one head"
         )
-    return [
-        f"{CONFIG} of {other} differs from the first: {key} is {_told(two, key)}, there {_told(one, key)}"
-        for key in sorted({*one, *two} - {*STRUCTURE, *PASSING})
-        if one.get(key) != two.get(key)
-    ]
+    return notes
+
+
+def _compare_adapters(first: Path, other: Path) -> list[str]:
+    """As :func:`compare_configs`, of two adapters; one that names no base may be of any."""
+    one, two = (  # what peft keeps as a set is a list in any order
+        {
+            k: sorted(v, key=repr) if isinstance(v, list) else v
+            for k, v in read_json(each / ADAPTER_CONFIG).items()
+        }
+        for each in (first, other)
+    )
+    for key, default in BASE.items() if all(each.get(next(iter(BASE))) for each in (one, two)) else ():
+        expected, found = (each.get(key) or default for each in (one, two))
+        if found != expected:
+            raise StateError(
+                f"{other} is an adapter of another base model than {first}: {key} is {shown(found)}, expected "
+                f"{shown(expected)}. If both are the same weights, make it equal in {other / ADAPTER_CONFIG}"
+            )
+    passing = (*PASSING_IN_ADAPTERS, *BASE)
+    return _differing(ADAPTER_CONFIG, (first, one), (other, two), passing, lambda key: key not in NOTED)
+
+
+Settings = tuple[Path, Mapping[str, Any]]
+"""A folder, and the settings in its file of a name."""
+
+
+def _differing(
+    file: str, first: Settings, other: Settings, passing: Collection[str], refused: Callable[[str], bool]
+) -> list[str]:
+    """What differs between two files of settings, in words; a setting that is refused is an error."""
+    (here, one), (there, two) = first, other
+    differing, notes = {key for key in (*one, *two) if one.get(key) != two.get(key)}, []
+    for key in sorted(differing.difference(passing)):
+        if refused(key):
+            raise StateError(
+                f"{there} is another {'model' if file == CONFIG else 'adapter'} than {here}: {file}: {key} is "
+                f"{shown(two.get(key))}, expected {shown(one.get(key))}"
+            )
+        found, expected = _told(two, key), _told(one, key)
+        notes.append(f"{file} of {there} differs from the first: {key} is {found}, there {expected}")
+    return notes
 
 
 def _require_same_tokens(first: Path | None, other: Path | None) -> None:
@@ -142,3 +194,134 @@ def _kind(spec: Spec) -> tuple[bool, bool]:
 
 def _told(config: Mapping[str, Any], key: str) -> str:
     return shown(config[key]) if key in config else "not set"
+
+
+def without_tied(
+    members: Sequence[SavedWeights], base: SavedWeights | None
+) -> tuple[list[SavedWeights], SavedWeights | None]:
+    """Checkpoints of one model, but that none stores a tied tensor under a name that others leave out.
+
+    A name that some lack is believed to be another one of a tensor that all have where both have the same bits,
+    unless the `config.json` of a member that lacks it, or the base's own, says that nothing is tied.
+
+    Args:
+        members: that are averaged.
+        base: of which what they lack is taken, or None.
+    """
+    if members[0].is_adapter:
+        return list(members), base
+    names = set[str]().union(*(member.specs for member in members))
+    everywhere = names.intersection(*(member.specs for member in members))
+    if base is not None and not _unties(base):
+        base = _without_tied(base, everywhere)
+    if any(_unties(member) for member in members if len(member.specs) < len(names)):
+        return list(members), base
+    return [_without_tied(member, everywhere) for member in members], base
+
+
+def _unties(checkpoint: SavedWeights) -> bool:
+    """Whether a configuration says that the model ties nothing."""
+    config = None if checkpoint.files is None else checkpoint.files / CONFIG
+    return config is not None and config.exists() and read_json(config).get("tie_word_embeddings") is False
+
+
+def _without_tied(checkpoint: SavedWeights, known: Collection[str]) -> SavedWeights:
+    """A checkpoint without those tensors that it has under a known name, too."""
+    kept = [name for name in checkpoint.specs if name in known]
+    others = [name for name in checkpoint.specs if name not in known and name not in checkpoint.maybe_tied]
+    tied = {}
+    for name in others:  # equal elements identify nothing
+        values = checkpoint.read(name, *_middle(checkpoint.specs[name]))
+        if bool((values != values[:1]).any()) and (found := _twin([checkpoint], name, kept)):
+            tied[name] = found
+    return checkpoint.without(tied)
+
+
+def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
+    """Hold checkpoints to the base that gives what they lack.
+
+    Args:
+        members: of one model.
+        base: Hugging Face folder of that model, or the folder of its adapter.
+
+    Returns:
+        The same, by the names of the base.
+
+    Raises:
+        StateError: the base is of another model, or does not know these weights under any name.
+    """
+    first = members[0]
+    for name in first.specs:
+        if PARAMETRIZED in f".{name}":
+            raise StateError(
+                f"{first.path}: {name!r} is a weight before its parametrization (R4F's spectral norm, say), and "
+                f"what that makes of it only the model knows. {IN_THE_MODEL}"
+            )
+    if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
+        members = _as_adapters(members, base)
+    tied = _tied(members, base)
+    members = [member.without(tied) for member in members]
+    for name, spec in members[0].specs.items():
+        found = base.specs.get(name)
+        if found is None or found.shape != spec.shape:
+            what = f"of shape {list(found.shape)} there" if found else "missing there"
+            raise StateError(
+                f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
+                f"is {what}"
+            )
+    return members
+
+
+def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]:
+    """Names that the base lacks, of what it has under another name: a folder has tied tensors once.
+
+    It is believed of what has the same bits under both names in every member.
+    """
+    names = members[0].specs
+    sure = [n for n in names if n in base.specs and not any(n in member.maybe_tied for member in members)]
+    lacking = [n for n in names if n not in base.specs and all(n in member.maybe_tied for member in members)]
+    return {name: found for name in lacking if (found := _twin(members, name, sure))}
+
+
+def _twin(members: Sequence[SavedWeights], name: str, others: Iterable[str]) -> str | None:
+    """The first of some names under which every member has the same bits as under this one."""
+    return next((each for each in others if all(_same_bits(member, name, each) for member in members)), None)
+
+
+def _same_bits(checkpoint: SavedWeights, name: str, other: str) -> bool:
+    spec = checkpoint.specs[name]
+    spans = [(start, min(start + SLICE, spec.numel)) for start in range(0, spec.numel, SLICE)]
+    return checkpoint.specs[other] == spec and all(
+        torch.equal(*(checkpoint.read(each, *span).view(torch.uint8) for each in (name, other)))
+        for span in [_middle(spec), *spans]  # a few elements tell most apart
+    )
+
+
+def _middle(spec: Spec) -> tuple[int, int]:
+    return spec.numel // 2, min(spec.numel // 2 + 16, spec.numel)
+
+
+def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
+    if not base.is_adapter:
+        raise StateError(
+            f"{members[0].path} holds the weights of a LoRA adapter, and --base {base.path} is a whole model; name "
+            "the adapter folder of the run as --base (its best, final or final-averaged), and an adapter folder "
+            "will be written"
+        )
+    if len(members) > 1:
+        raise StateError(
+            f"{members[0].path} holds the weights of a LoRA adapter; the mean of factors is not the mean of "
+            "updates. Write each as an adapter folder with swaft export, then average those folders"
+        )
+    (member,) = members
+    names = {_plain(name): name for name in member.specs}
+    if len(names) < len(member.specs):
+        raise StateError(
+            f"{member.path}: two of its weights have one name in an adapter folder. {IN_THE_MODEL}"
+        )
+    return [member.renamed(names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
+
+
+def _plain(name: str) -> str:
+    """The name that a weight of a `PeftModel` has in the folder of its adapter `default`."""
+    return ADAPTER_PARTS.sub(lambda match: match[1] or "", name)

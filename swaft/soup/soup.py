@@ -15,7 +15,7 @@ import torch
 
 from swaft.errors import ConfigError, StateError
 from swaft.soup.adapter import AdapterMean
-from swaft.soup.agreement import compare_configs, require_same_model
+from swaft.soup.agreement import compare_configs, fit_to_base, require_same_model, without_tied
 from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
 from swaft.soup.greedy import GreedyChoice, choose_greedily
 from swaft.soup.huggingface import (
@@ -29,7 +29,6 @@ from swaft.soup.huggingface import (
 )
 from swaft.soup.kinds import open_checkpoint
 from swaft.soup.mean import Mean
-from swaft.soup.names import fit_to_base, without_tied
 from swaft.soup.output import (
     Shard,
     check_weights,
@@ -131,7 +130,6 @@ def average(
         weighted = list(zip(weights, members, strict=True))
         if members[0].is_adapter:
             mean = AdapterMean(weighted, dtype, rank=lora_rank)
-            notes += mean.notes
         elif lora_rank is not None:
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
         else:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch_run_checkpoints import Net, stored, take_step, write_checkpoint
 
 from swaft.errors import StateError
-from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.soup import agreement, average, last_checkpoints, open_checkpoint
 from swaft.soup import mean as soup_mean
-from swaft.soup import names as soup_names
 
 pytestmark = pytest.mark.unit
 
@@ -75,7 +74,7 @@ def test_every_slice_is_that_of_the_live_weights(run):
 @pytest.mark.parametrize("slice_", [3, 1 << 20])
 def test_the_average_is_the_mean_of_the_live_weights_rounded_once(run, tmp_path, monkeypatch, slice_):
     monkeypatch.setattr(soup_mean, "SLICE", slice_)
-    monkeypatch.setattr(soup_names, "SLICE", slice_)
+    monkeypatch.setattr(agreement, "SLICE", slice_)
     average(run.paths, tmp_path / "out", base=run.base, trust_pickle=True)
     expected = golden(run.lives)
     assert expected["frozen.weight"].equal(load_file(run.base / "model.safetensors")["frozen.weight"])
