@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
-from swaft.averaging.forecast import Mean, native_mean, simulate
+from swaft.averaging.arithmetic import update_
+from swaft.averaging.forecast import Mean, plain_mean, simulate
 from swaft.averaging.rules import EMA, SWA
 
 LEARNING_RATES = (1e-5, 1e-6)
@@ -30,11 +30,11 @@ def measure(*, quick: bool, device: str) -> dict[str, object]:
     # torch ships the uniform mean with this function; timm's ModelEmaV3 calls the lerp below.
     torchs, timms = get_swa_multi_avg_fn(), _lerp
     arms = {
-        "uniform, compensated (swaft)": (uniform, partial(native_mean, compensated=True)),
-        "uniform, plain fp32 (swaft)": (uniform, partial(native_mean, compensated=False)),
+        "uniform, compensated (swaft)": (uniform, _compensated),
+        "uniform, plain fp32 (swaft)": (uniform, plain_mean),
         "uniform, torch AveragedModel fp32": (uniform, lambda: _of_torch(torchs, torch.float32)),
         "uniform, torch AveragedModel bf16": (uniform, lambda: _of_torch(torchs, torch.bfloat16)),
-        f"EMA {DECAY}, compensated (swaft)": (ema, partial(native_mean, compensated=True)),
+        f"EMA {DECAY}, compensated (swaft)": (ema, _compensated),
         f"EMA {DECAY}, timm's form fp32": (ema, lambda: _of_torch(timms, torch.float32)),
         f"EMA {DECAY}, timm's form bf16": (ema, lambda: _of_torch(timms, torch.bfloat16)),
     }
@@ -65,6 +65,19 @@ def rows(result: dict) -> list[Sequence[object]]:
         for rate, errors in result["by learning rate"].items()
         for name, error in errors.items()
     ]
+
+
+def _compensated() -> Mean:
+    """The running mean of swaft, in the tensor operations that its compiled loops equal bit for bit."""
+    held: list[torch.Tensor] = []
+
+    def update(member: np.ndarray, weight: float) -> np.ndarray:
+        taken = torch.from_numpy(member)
+        held[:] = held or [torch.empty_like(taken), torch.empty_like(taken, dtype=torch.bfloat16)]
+        update_(*held, taken, weight)
+        return held[0].numpy()
+
+    return update
 
 
 def _of_torch(average: Callable[..., None], dtype: torch.dtype) -> Mean:

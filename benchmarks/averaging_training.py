@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import swaft
 from benchmarks.measuring import spread
-from swaft.averaging.rules.base import RunningMeanPlan
+from swaft.averaging.rules.base import SettledPlan, one_mean
 
 SWAFT, STEP = "swaft", "training step"
 DECAY = 0.9999
@@ -31,7 +31,7 @@ class Switch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwitchedPlan(RunningMeanPlan):
+class SwitchedPlan(SettledPlan):
     """A uniform mean of the steps that happen while the switch is on."""
 
     switch: Switch
@@ -49,9 +49,8 @@ class SwitchedSWA:
 
     def plan(self, total_steps: int) -> SwitchedPlan:
         """The events of a run."""
-        return SwitchedPlan(
-            first_step=0, every=1, total_steps=total_steps, weight=lambda n: 1.0 / (n + 1), switch=self.switch
-        )
+        moves = one_mean(lambda n: 1.0 / (n + 1))
+        return SwitchedPlan(first_step=0, every=1, total_steps=total_steps, moves=moves, switch=self.switch)
 
 
 def bert(sizes: dict[str, Any]) -> Any:

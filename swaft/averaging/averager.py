@@ -226,7 +226,7 @@ class WeightAverager:
         """
         chosen = self.chosen(readout, blend)
         shard = self._shard_together(chosen)
-        _, plan, count = self._average(chosen)
+        plan, count = self.plan(chosen.rule), self.count(chosen.rule)
         means = f"the average of a training run's weights by `{plan.rule!r}` (steps taken in: {count:,})"
         export.save_pretrained(
             self.engine,
@@ -412,9 +412,10 @@ class WeightAverager:
             raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
         return name
 
-    def _average(self, chosen: Readout) -> tuple[Readout, Plan, int]:
-        """What is chosen, the events of its rule, and how many there were."""
-        return chosen, self.plan(chosen.rule), self.count(chosen.rule)
+    def _average(self, chosen: Readout) -> tuple[Readout, int]:
+        """What is chosen in one spelling, and how many members are in it."""
+        average, members = self.plan(chosen.rule).resolved(self.count(chosen.rule), chosen)
+        return average, len(members)
 
     def _ready(self, chosen: Readout) -> Lanes:
         """The vectors of a rule, once every member is in them."""

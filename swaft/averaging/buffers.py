@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swaft.averaging.layout import clean_name
-from swaft.averaging.rules import Plan, Readout
+from swaft.averaging.rules import Readout
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
@@ -179,15 +179,12 @@ class Statistics:
         self._known = tuple(f"{name}." if name else name for name in layers)
         self._sums = self._sum()
 
-    def keep(self, chosen: Readout, plan: Plan, count: int, buffers: dict[str, Tensor]) -> None:
-        """Have buffers go with an average of a rule that has so many members."""
-        average, members = plan.resolved(count, chosen)
-        self._kept[average] = (len(members), buffers)
+    def keep(self, average: Readout, members: int, buffers: dict[str, Tensor]) -> None:
+        """Have buffers go with an average of so many members, as `Plan.resolved` names it."""
+        self._kept[average] = (members, buffers)
 
-    def of(self, chosen: Readout, plan: Plan, count: int) -> dict[str, Tensor]:
+    def of(self, average: Readout, members: int) -> dict[str, Tensor]:
         """The buffers that go with an average; {} where those of training have to do, which is logged."""
-        average, range_of_members = plan.resolved(count, chosen)
-        members = len(range_of_members)
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
         if changed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swaft.averaging.rules.base import RunningMeanPlan
+from swaft.averaging.rules import Plan
 
 if TYPE_CHECKING:
     from swaft.averaging.engines import Engine
@@ -97,15 +97,15 @@ def forecast(engine: Engine, averages: HostAverages) -> Forecast:
         threads=averages.workers.threads,
         seconds=updates * elements * seconds_an_element(averages.workers, elements),
         plain_errors={
-            name: simulate(plan, native_mean(compensated=False), learning_rate=rate)
+            name: simulate(plan, plain_mean(), learning_rate=rate)
             for name, plan in plans.items()
-            if isinstance(plan, RunningMeanPlan) and not averages.compensated and rate > 0
+            if plan.lanes == (True,) and not averages.compensated and rate > 0
         },
     )
 
 
 def simulate(
-    plan: RunningMeanPlan, mean: Mean, *, learning_rate: float, numel: int = 256, seed: int = 0
+    plan: Plan, mean: Mean, *, learning_rate: float, numel: int = 256, seed: int = 0
 ) -> RoundingError:
     """Follow a walk over a whole run with an arithmetic and with float64.
 
@@ -114,7 +114,7 @@ def simulate(
     the learning rate a step, part drift, part noise.
 
     Args:
-        plan: gives the weights of the members, and their number.
+        plan: of one running mean; gives the weights of the members, and their number.
         mean: the arithmetic under test.
         learning_rate: size of a step.
         numel: elements that walk.
@@ -128,7 +128,7 @@ def simulate(
     for n in range(1, plan.num_members):
         noise = generator.standard_normal(numel, dtype=np.float32)
         member = member + (drift + np.float32(learning_rate) * noise)
-        if (weight := plan.weight(n)) > 0:
+        for weight in (update.weight for update in plan.updates(n)):
             exact = exact + weight * (member - exact)
             result = mean(member, weight)
     error = np.abs(result - exact)
@@ -138,21 +138,13 @@ def simulate(
     )
 
 
-def native_mean(*, compensated: bool) -> Mean:
-    """One running mean as training keeps it, by the compiled loops: in 6 bytes an element, or plain in 4."""
-    from swaft.averaging import native  # compiled code, which importing swaft does not pay for
-
-    mean, words = np.empty(0, np.float32), np.empty(0, np.uint16)
+def plain_mean() -> Mean:
+    """One running mean in its plain form, in the bits of :mod:`swaft.averaging.native`."""
+    mean = np.empty(0, np.float32)
 
     def update(member: np.ndarray, weight: float) -> np.ndarray:
-        nonlocal mean, words
-        table = (np.array([member.ctypes.data]), np.array([0]), np.array([member.size]))
-        if weight == 1.0:
-            mean, words = member.copy(), np.zeros(member.size, np.uint16)
-        elif compensated:
-            native.update(*table, mean, words, np.float32(weight))
-        else:
-            native.update_plain(*table, mean, np.float32(weight))
+        nonlocal mean
+        mean = member.copy() if weight == 1.0 else mean + (member - mean) * np.float32(weight)
         return mean
 
     return update

@@ -1,4 +1,4 @@
-"""Weights that live in shards, whole on rank 0, and back: sent in bounded pieces, kept where they fit."""
+"""Weights that live in shards, whole on rank 0: sent in bounded pieces, kept where they fit."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
             ranks.send(piece, to=0)
         return {}
     message = torch.empty(PIECE, dtype=torch.float32, device="cpu") if ranks.world_size > 1 else shard
-    for rank, first, places in _messages(everyone):
+    for rank, first, places in messages(everyone):
         numel = sum(place.numel for place in places)
         values = message[:numel] if rank else shard[first : first + numel]
         if rank:
@@ -95,32 +95,7 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
     return weights
 
 
-def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
-    """This rank's shard of tensors that are whole on rank 0: :func:`gather_trained` backwards (collective).
-
-    Args:
-        engine: whose layout.
-        weights: name to (parameter shape), fp32, host, on rank 0; not looked at elsewhere.
-
-    Returns:
-        (engine.numel,), fp32, host.
-    """
-    ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
-    mine = torch.empty(engine.numel, dtype=torch.float32, device="cpu")
-    if not ranks.is_main:
-        for piece in mine.split(PIECE) if len(mine) else ():
-            ranks.receive(piece, source=0)
-        return mine
-    for rank, first, places in _messages(everyone):
-        values = torch.cat([weights[place.name].reshape(-1)[place.start : place.end] for place in places])
-        if rank:
-            ranks.send(values, to=rank)
-        else:
-            mine[first : first + len(values)] = values
-    return mine
-
-
-def _messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
+def messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
     """The messages of every rank's shard, as ``shard.split`` cuts it: (rank, first element, what is in it)."""
     for rank, fragments in enumerate(everyone):
         for first in range(0, sum(each.numel for each in fragments), PIECE):

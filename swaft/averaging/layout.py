@@ -85,6 +85,15 @@ def numel_of(spans: Iterable[Span]) -> int:
     return sum(span.numel for span in spans)
 
 
+def laid_out(ranges: Iterable[Range]) -> list[Fragment]:
+    """Ranges as fragments of one buffer, in which they lie end to end."""
+    fragments, offset = [], 0
+    for name, start, end in ranges:
+        fragments.append(Fragment(name, start, end, 0, offset))
+        offset += end - start
+    return fragments
+
+
 def section(fragments: Iterable[Fragment], first: int, last: int) -> list[Fragment]:
     """The elements from ``first`` up to ``last`` of a shard: what some fragments hold end to end."""
     taken, position = [], 0

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swaft.averaging import adapters, export, swap
-from swaft.averaging.adapters import PREFIX, LoraLayer, Members
+from swaft.averaging import export, lora_layers, swap
+from swaft.averaging.adapters import folder_of
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
-from swaft.averaging.gather import gather_trained, scatter_trained
+from swaft.averaging.engines.base import PIECE
+from swaft.averaging.gather import gather_trained, messages
+from swaft.averaging.lora_layers import PREFIX, LoraLayer, Members
 from swaft.averaging.rules import Plan, Readout
 from swaft.errors import AveragingError
 
@@ -110,7 +112,7 @@ class ProductMean:
         """
         resized, configs = self._resized(), self._configs
         for adapter in resized:
-            adapters.refuse_changed_base(adapter, configs[adapter].init_lora_weights)
+            lora_layers.refuse_changed_base(adapter, configs[adapter].init_lora_weights)
         export.refuse_occupied(self._engine, path)
         adapter_folder, names = export.adapter_folder(self._engine)
         state_dict = export.add_frozen(self._engine, self._weights, names=names)
@@ -120,7 +122,7 @@ class ProductMean:
             adapter_folder.write(folder, fold_parametrizations(self._engine.module, state_dict, derive=True))
             export.describe(self._engine, folder, "weights averaged along a training run")
             for adapter, config in resized.items():
-                export.edit_json(adapters.folder_of(adapter, folder) / "adapter_config.json", **config)
+                export.edit_json(folder_of(adapter, folder) / "adapter_config.json", **config)
 
         export.write_folder(self._engine, path, write)
 
@@ -201,7 +203,7 @@ def product_mean(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise AveragingError(f"rank is {rank!r}, expected a whole number of at least 1, or None")
     engine = averager.engine
-    layers = adapters.find_layers(engine)
+    layers = lora_layers.find_layers(engine)
     chosen = averager.chosen(readout)
     if chosen.scope != "all":
         raise AveragingError(
@@ -252,10 +254,35 @@ def save_merged(
         AveragingError: as :func:`product_mean` of the model, or the folder holds files already.
     """
     engine = averager.engine
-    layers = adapters.find_layers(engine)
+    layers = lora_layers.find_layers(engine)
     export.refuse_occupied(engine, path)
     trained = gather_trained(engine, averager.shard(readout))
     _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
+
+
+def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
+    """This rank's shard of tensors that are whole on rank 0: :func:`gather_trained` backwards (collective).
+
+    Args:
+        engine: whose layout.
+        weights: name to (parameter shape), fp32, host, on rank 0; not looked at elsewhere.
+
+    Returns:
+        (engine.numel,), fp32, host.
+    """
+    ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
+    mine = torch.empty(engine.numel, dtype=torch.float32, device="cpu")
+    if not ranks.is_main:
+        for piece in mine.split(PIECE) if len(mine) else ():
+            ranks.receive(piece, source=0)
+        return mine
+    for rank, first, places in messages(everyone):
+        values = torch.cat([weights[place.name].reshape(-1)[place.start : place.end] for place in places])
+        if rank:
+            ranks.send(values, to=rank)
+        else:
+            mine[first : first + len(values)] = values
+    return mine
 
 
 def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
@@ -382,8 +409,8 @@ def _save_merged(
 
     def write(folder: Path) -> None:
         folded = fold_parametrizations(engine.module, state_dict, derive=True)
-        merged = adapters.base_state_dict(
-            engine.module, folded | adapters.merged_weights(layers, members, folded)
+        merged = lora_layers.base_state_dict(
+            engine.module, folded | lora_layers.merged_weights(layers, members, folded)
         )
         tied = getattr(base, "all_tied_weights_keys", None) or {}
         pairs = [(merged[one], merged[other]) for one, other in tied.items() if {one, other} <= merged.keys()]

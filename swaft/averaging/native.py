@@ -142,16 +142,6 @@ def checksum(addresses: Any, offsets: Any, numels: Any) -> Any:
     return total
 
 
-@_compiled(types.uint64(_f32))
-def sum_of_words(values: Any) -> Any:
-    """The sum, modulo 2**64, of the elements' words."""
-    words = values.view(U32)
-    total = U64(0)
-    for i in range(words.size):
-        total += U64(words[i])
-    return total
-
-
 @_compiled(types.void(types.float64[::1], types.float64, _f32, _u16))
 def accumulate(total: Any, coefficient: Any, m: Any, c: Any) -> None:
     """``total <- total + coefficient * (m + c)`` in float64."""

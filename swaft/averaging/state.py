@@ -21,11 +21,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from torch import Tensor
 
 from swaft import options
 from swaft.averaging.engines import Engine
-from swaft.averaging.layout import Fragment, Range, section
+from swaft.averaging.layout import Fragment, Range, laid_out, section
 from swaft.errors import StateError
 from swaft.storage import FileRecord, Spec, TensorFile, write_tensors
 from swaft.storage.files import standing
@@ -195,15 +196,10 @@ def read_elements(
     Raises:
         StateError: an element is in no file, or in two, or a file is not what its header says.
     """
-    shard: list[Fragment] = []
-    numel = 0
-    for name, start, end in wanted:
-        shard.append(Fragment(name, start, end, 0, numel))
-        numel += end - start
-    places: dict[str, list[Fragment]] = {}
+    shard, places = laid_out(wanted), dict[str, list[Fragment]]()
     for place in shard:
         places.setdefault(place.name, []).append(place)
-    filled: list[tuple[int, int]] = []
+    numel, filled = sum(place.numel for place in shard), list[tuple[int, int]]()
     for file_name in names:
         if sum(length for _, length in filled) >= numel:
             break
@@ -211,7 +207,7 @@ def read_elements(
             for key, vector in vectors.items():
                 if (found := file.specs.get(key)) and found.dtype != vector.dtype:
                     raise StateError(f"{file.path}: {key!r} is {found.dtype}, expected {vector.dtype}")
-            for held in _fragments(file):
+            for held in laid_out(_ranges(file)):
                 for place in places.get(held.name, ()):
                     for part in held.part(place.start - held.start, place.end - held.start):
                         first = place.offset + part.start - place.start
@@ -233,28 +229,23 @@ def read_elements(
 
 def sum_of_bits(runs: Iterable[Tensor]) -> int:
     """The sum, modulo 2**64, of the words of fp32 tensors: the same in whichever order and cuts they come."""
-    from swaft.averaging.native import sum_of_words
-
-    pieces = (piece for run in runs for piece in run.detach().reshape(-1).split(1 << 24))
-    return sum(int(sum_of_words(piece.cpu().numpy())) for piece in pieces) % (1 << 64)
+    words = (run.detach().reshape(-1).cpu().numpy().view(np.uint32) for run in runs)
+    return sum(int(each.sum(dtype=np.uint64)) for each in words) % (1 << 64)
 
 
-def _fragments(file: TensorFile) -> Iterator[Fragment]:
-    """What a file holds, and where in its vectors."""
+def _ranges(file: TensorFile) -> Iterator[Range]:
+    """Which elements a file holds, in the order of its vectors."""
     try:
         ranges = json.loads(file.metadata["fragments"])
     except (KeyError, ValueError, RecursionError) as error:
         raise StateError(f"{file.path}: metadata.fragments is no JSON: {error!r}") from error
-    position = 0
     for each in ranges if isinstance(ranges, list) else [ranges]:
         types = list(map(type, each)) if isinstance(each, list) else []
         if types != [str, int, int] or not 0 <= each[1] <= each[2]:
             raise StateError(
                 f"{file.path}: metadata.fragments holds {each!r:.80}, expected [parameter, start, end]"
             )
-        name, start, end = each
-        yield Fragment(name, start, end, 0, position)
-        position += end - start
+        yield tuple(each)
 
 
 def save_averages(

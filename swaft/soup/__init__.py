@@ -1,8 +1,14 @@
 """Finished checkpoints averaged to one Hugging Face folder, tensor by tensor, in bounded memory."""
 
-from swaft.soup.greedy import GreedyChoice, choose_greedily, score_by_command
 from swaft.soup.kinds import last_checkpoints, open_checkpoint
-from swaft.soup.soup import Soup, average, average_greedily
+from swaft.soup.soup import (
+    GreedyChoice,
+    Soup,
+    average,
+    average_greedily,
+    choose_greedily,
+    score_by_command,
+)
 
 __all__ = [
     "GreedyChoice",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swaft.averaging.adapters import refuse_changed_base
 from swaft.averaging.lora import Norms, refactor
+from swaft.averaging.lora_layers import refuse_changed_base
 from swaft.errors import AveragingError, StateError
 from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import ADAPTER_CONFIG, read_json

@@ -84,14 +84,8 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
     require_folder(folder)
     if is_complete(folder):
         raise StateError(f"{folder} is complete already; nothing was changed there. Name another folder")
-    content = {
-        "format": FORMAT,
-        "version": manifest.version,
-        "kind": manifest.kind,
-        "files": {path: asdict(record) for path, record in manifest.files.items()},
-        "sealed": dict(manifest.sealed),
-        "content": dict(manifest.content),
-    }
+    content = {"format": FORMAT, **asdict(manifest)}
+    content = {name: content[name] for name in FIELDS}
     raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     if len(raw) > MANIFEST_LIMIT:
         raise StateError(

@@ -14,7 +14,7 @@ from typing import Any
 from swaft.distributed import Ranks
 from swaft.errors import StateError, SwaftError
 from swaft.storage.files import FileRecord, beside, explained, is_free, replace_folder, status
-from swaft.storage.sealed import MANIFEST, Manifest, read_manifest, seal, verify
+from swaft.storage.sealed import COMPLETE, MANIFEST, Manifest, read_manifest, seal, verify
 from swaft.storage.strict_json import shown
 
 Write = Callable[[Path], Mapping[str, FileRecord]]
@@ -29,13 +29,12 @@ def write_together(
     write: Write,
     content: Mapping[str, Any],
     overwrites: re.Pattern[str] | None = None,
-    sealed: Callable[[Path], Mapping[str, str]] = lambda folder: {},
 ) -> None:
     """Have every rank write its part of a new folder, and declare it complete after the last (collective).
 
     The folder has its name from the start and no mark until the end, so nothing is ever renamed that other ranks
     write into. One that takes the place of another is written beside it, and has the name once it is complete: at
-    no moment is there neither.
+    no moment is there neither. Sealed folders that `write` leaves right inside become part of it.
 
     Args:
         ranks: who writes.
@@ -44,7 +43,6 @@ def write_together(
         write: called on every rank; may make collective calls, if it makes them whatever fails.
         content: of the manifest, the same on every rank.
         overwrites: names of the files that a folder may hold already, which is then replaced; None: none may.
-        sealed: called on rank 0 once all have written; hashes of the manifests of sealed folders inside, by path.
 
     Raises:
         StateError: a rank could not write; on every rank, and the unfinished folder is removed.
@@ -70,7 +68,9 @@ def write_together(
         with ranks.together(f"{final} could not be written"):
             if ranks.is_main:
                 files = {name: record for each in written for name, record in each.items()}
-                seal(folder, Manifest(kind, files, content, sealed(folder)))
+                inner = sorted(mark.parent for mark in folder.glob(f"*/{COMPLETE}"))
+                sealed = {each.name: _sha256((each / MANIFEST).read_bytes()) for each in inner}
+                seal(folder, Manifest(kind, files, content, sealed))
                 if folder != final:
                     replace_folder(folder, final)
     except SwaftError:
@@ -101,7 +101,7 @@ def open_together(ranks: Ranks, path: str | PathLike[str], *, kind: str) -> Mani
         files = list(_files(folder, manifest))
         for place, held, name in files[ranks.rank :: ranks.world_size]:
             verify(place, held, names=[name])
-    digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
+    digest = _sha256(repr(manifest).encode())
     if any(each != digest for each in ranks.gather(digest)):
         raise StateError(
             f"{folder} is not the same folder on every rank; name one on a file system that all machines share"
@@ -109,9 +109,8 @@ def open_together(ranks: Ranks, path: str | PathLike[str], *, kind: str) -> Mani
     return manifest
 
 
-def sealed_in(folder: Path, *names: str) -> dict[str, str]:
-    """What a manifest says of sealed folders inside: the hash of each one's manifest, by its name."""
-    return {name: hashlib.sha256((folder / name / MANIFEST).read_bytes()).hexdigest() for name in names}
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, str]]:

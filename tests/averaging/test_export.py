@@ -22,7 +22,8 @@ from transformers import (
 
 import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
-from swaft.averaging.gather import Scratch, gather_trained, scatter_trained
+from swaft.averaging.gather import Scratch, gather_trained
+from swaft.averaging.lora import scatter_trained
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit

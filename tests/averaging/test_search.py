@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from swaft.averaging import WeightAverager
-from swaft.averaging.readouts import search_windows
 from swaft.averaging.rules import SWA, Readout, Windows
+from swaft.averaging.search import search_windows
 from swaft.errors import AveragingError
 
 pytestmark = pytest.mark.unit

@@ -64,7 +64,7 @@ def run_folder(tmp_path, averager):
         return {}
 
     for step in (2, 4):
-        save_checkpoint(Ranks(), tmp_path / "run", step, write=write, content={}, averaged=True)
+        save_checkpoint(Ranks(), tmp_path / "run", step, write=write, content={})
     return tmp_path / "run"
 
 
@@ -162,7 +162,7 @@ def test_averages_of_another_run_put_into_a_checkpoint_are_refused(
 
 
 def test_averages_put_into_a_checkpoint_that_had_none_are_refused(tmp_path, averager, base, run_folder):
-    save_checkpoint(Ranks(), tmp_path / "other", 4, write=lambda folder: {}, content={}, averaged=False)
+    save_checkpoint(Ranks(), tmp_path / "other", 4, write=lambda folder: {}, content={})
     averager.save_state(tmp_path / "other" / "checkpoint-4" / "average")
     words = [str(tmp_path / "other"), "--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]
     with pytest.raises(StateError, match=r"average is not among what .*checkpoint-4 was written with"):

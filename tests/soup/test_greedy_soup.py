@@ -7,7 +7,7 @@ from soup_folders import folder_of, folders, golden, loaded, random_tensors, sam
 
 from swaft.errors import ConfigError, StateError
 from swaft.soup import average, average_greedily, choose_greedily, score_by_command
-from swaft.soup.greedy import command_words
+from swaft.soup.soup import command_words
 
 pytestmark = pytest.mark.unit
 

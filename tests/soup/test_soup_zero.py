@@ -143,7 +143,7 @@ def run_checkpoint(run, step, tensors):
         (folder / "latest").unlink()
         return {f"engine/{file.name}": hash_file(file) for file in (folder / "engine").iterdir()}
 
-    save_checkpoint(Ranks(), run, step, write=write, content={}, averaged=False)
+    save_checkpoint(Ranks(), run, step, write=write, content={})
     return run / f"checkpoint-{step}"
 
 

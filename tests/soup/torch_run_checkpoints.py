@@ -53,7 +53,7 @@ def write_checkpoint(
             return {}
         return {f"engine/{file.name}": hash_file(file) for file in (folder / "engine").iterdir()}
 
-    save_checkpoint(ranks, run, step, write=write, content={}, averaged=False)
+    save_checkpoint(ranks, run, step, write=write, content={})
     return run / f"checkpoint-{step}"
 
 

@@ -35,7 +35,7 @@ def save(ranks: Ranks, folder: Path, *steps: int) -> None:
             write_durably(path / "file", b"x" * step)
             return {"file": hash_file(path / "file")}
 
-        save_checkpoint(ranks, folder, step, write=write, content={"step": step}, averaged=False)
+        save_checkpoint(ranks, folder, step, write=write, content={"step": step})
 
 
 def flip(path: Path) -> None:
@@ -184,7 +184,7 @@ def test_one_that_cannot_be_written_leaves_nothing_and_the_others_whole(ranks, t
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StateError, match=r"checkpoint-10 could not be written: No space left on device"):
-        save_checkpoint(ranks, tmp_path, 10, write=write, content={}, averaged=False)
+        save_checkpoint(ranks, tmp_path, 10, write=write, content={})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     assert choose_checkpoint("auto", tmp_path, ranks)
 

@@ -7,23 +7,24 @@ from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from swaft.averaging import native
 from swaft.averaging.engines import Engine
 from swaft.averaging.host.lanes import Lanes, require_writable
 from swaft.averaging.host.machine import Workers, lane_bytes, require_host_memory
 from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
-from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes
+from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes, shares, table
 from swaft.averaging.layout import Span
-from swaft.averaging.rules import SWA, Plan
+from swaft.averaging.rules import Plan
 
 STAGING_BYTES = 1 << 29
 """Most pinned memory a rank takes: 512 MiB."""
 RATE_SAMPLE = 1 << 22
 """Elements on which the rate of the arithmetic is measured."""
 DEVICE = attrgetter("device")
-_ONE_MEAN = SWA(start=0).plan(total_steps=9)
 
 
 class HostAverages:
@@ -109,17 +110,11 @@ def seconds_an_element(workers: Workers, numel: int) -> float:
         numel: elements of a shard; up to `RATE_SAMPLE` of them are measured.
     """
     numel = min(RATE_SAMPLE, numel) or 1
-    lanes = Lanes(_ONE_MEAN, numel, workers, compensated=True)
-    source = HostSource([Span(0, 0, 0, numel)], workers)
-    # Kept here: a source holds addresses, not tensors.
-    masters = [torch.zeros(numel, dtype=torch.float32, device="cpu")]
-    source.open(masters, None, lambda: None)
-    tables = next(source.tables())
+    member, mean, words = np.zeros(numel, np.float32), np.zeros(numel, np.float32), np.zeros(numel, np.uint16)
+    tables = [table(part, [member.ctypes.data]) for part in shares([Span(0, 0, 0, numel)], workers)]
     seconds = []
-    for _ in range(4):  # the first copies, and touches the memory
-        updates = lanes.begin()
+    for _ in range(4):  # the first touches the memory
         begun = time.perf_counter()
-        lanes.take(updates, tables)
+        workers.run(native.update, [(*each, mean, words, np.float32(0.5)) for each in tables])
         seconds.append(time.perf_counter() - begun)
-        lanes.end(updates)
     return min(seconds[1:]) / numel

@@ -42,7 +42,7 @@ class HostSource:
 
     def __init__(self, spans: Sequence[Span], workers: Workers):
         self._workers = workers
-        self._spans, self._parts = spans, _shares(spans, workers)
+        self._spans, self._parts = spans, shares(spans, workers)
         self._described: object = None
         self._tables: list[Table] = []
 
@@ -66,7 +66,7 @@ class HostSource:
         described = (addresses, list(map(Tensor.numel, masters)), list(map(DTYPE, masters)))
         if described != self._described:
             require_geometry(masters, self._spans)
-            self._described, self._tables = described, [_table(part, addresses) for part in self._parts]
+            self._described, self._tables = described, [table(part, addresses) for part in self._parts]
 
     def all_finite(self) -> bool:
         """Whether every owned element of the member is finite, and below `LARGEST`."""
@@ -116,8 +116,8 @@ class StagedSource:
         self._copied = [api.Event() for _ in range(blocks)]
         self._parts = [
             [
-                _table(part, [0])
-                for part in _shares([Span(0, 0, chunk[0].shard_offset, numel_of(chunk))], workers)
+                table(part, [0])
+                for part in shares([Span(0, 0, chunk[0].shard_offset, numel_of(chunk))], workers)
             ]
             for chunk in self._chunks
         ]
@@ -234,12 +234,12 @@ def ring_of(numel: int, limit_bytes: int) -> tuple[int, int]:
     return block_numel, max(1, min(MAX_BLOCKS, -(-numel // block_numel)))
 
 
-def _shares(spans: Sequence[Span], workers: Workers) -> list[list[Span]]:
+def shares(spans: Sequence[Span], workers: Workers) -> list[list[Span]]:
     """Spans in equal parts, one a thread."""
     return cut(spans, max(1, -(-numel_of(spans) // workers.threads)))
 
 
-def _table(chunk: Sequence[Span], addresses: Sequence[int]) -> Table:
+def table(chunk: Sequence[Span], addresses: Sequence[int]) -> Table:
     """The runs of a chunk as addresses in buffers that begin at these, and positions in the shard."""
     runs = [(addresses[s.buffer] + 4 * s.offset, s.shard_offset, s.numel) for s in chunk]
     where, offsets, numels = np.array(runs, dtype=np.int64).T.copy()

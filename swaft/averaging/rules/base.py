@@ -176,30 +176,37 @@ class Plan(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunningMeanPlan(Plan):
-    """One lane, a running mean whose members get the weights ``weight(0) = 1, weight(1), ...``."""
+class SettledPlan(Plan):
+    """A plan whose average leaves nothing to be chosen after training; one running mean, if nothing is said."""
 
-    weight: Callable[[int], float]
-    """Weight of member ``n``; 0 leaves the mean alone."""
+    moves: Callable[[int], tuple[Update, ...]]
+    """What member ``n`` does to the lanes, see :func:`one_mean`."""
+    lanes: tuple[bool, ...] = (True,)
+    average: Callable[[int], dict[int, float]] = lambda num_members: {0: 1.0}
+    """The average after so many members: lane to coefficient."""
     fixed_length: bool = False
-    """Whether the weights are made for `num_members` members, and no more."""
-
-    @property
-    def lanes(self) -> tuple[bool, ...]:
-        """One running mean."""
-        return (True,)
+    """Whether it is made for `num_members` members, and no more."""
 
     def updates(self, n: int) -> tuple[Update, ...]:
-        """Member ``n`` moves the mean by its weight."""
+        """As of :class:`Plan`."""
         if self.fixed_length:
             self.refuse_surplus(n)
-        weight = 1.0 if n == 0 else self.weight(n)
-        return (Update(0, weight),) if weight > 0 else ()
+        return self.moves(n)
 
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
-        """The mean itself."""
+        """As of :class:`Plan`."""
         chosen.refuse_all_but()
-        return {0: 1.0}
+        return self.average(num_members)
+
+
+def one_mean(weight: Callable[[int], float]) -> Callable[[int], tuple[Update, ...]]:
+    """What members do to a single running mean; after the first they get ``weight(1), ...``; 0 leaves it alone."""
+
+    def moves(n: int) -> tuple[Update, ...]:
+        share = 1.0 if n == 0 else weight(n)
+        return (Update(0, share),) if share > 0 else ()
+
+    return moves
 
 
 class Rule(Protocol):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from swaft.averaging.rules.base import DEFAULT, Plan, Readout, RunningMeanPlan, Update, spaced
+from swaft.averaging.rules.base import SettledPlan, Update, one_mean, spaced
 from swaft.errors import ConfigError
 from swaft.fraction import share_of
 from swaft.options import Count, NotNegative, Range, StepOrShare
@@ -39,10 +39,10 @@ class SWA:
     """Whether the switch-on weights are a member. False is the convention of ``torch.optim.swa_utils``:
     the first member is the weights ``every`` steps later."""
 
-    def plan(self, total_steps: int) -> RunningMeanPlan:
+    def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`."""
         steps = spaced(self, total_steps, skipped=not self.include_start)
-        return RunningMeanPlan(**steps, weight=lambda n: 1.0 / (n + 1))
+        return SettledPlan(**steps, moves=one_mean(lambda n: 1.0 / (n + 1)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class EMA:
         if self.decay is None and self.half_life is None:
             object.__setattr__(self, "decay", DEFAULT_DECAY)  # so that the repr says it
 
-    def plan(self, total_steps: int) -> RunningMeanPlan:
+    def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`; `decay` and `half_life` exclude each other."""
         steps, decay = spaced(self, total_steps), self.decay_in(total_steps)
         weights: dict[str, Callable[[int], float]] = {
@@ -77,7 +77,7 @@ class EMA:
             # 1 - decay^(n + 1), without losing the digits of a decay next to 1.
             "debias": lambda n: (1.0 - decay) / -math.expm1((n + 1) * math.log(decay)),
         }
-        return RunningMeanPlan(**steps, weight=weights[self.warmup])
+        return SettledPlan(**steps, moves=one_mean(weights[self.warmup]))
 
     def decay_in(self, total_steps: int) -> float:
         """The share of the old mean that each event of a run keeps.
@@ -127,16 +127,17 @@ class Merge:
         if not isinstance(self.weights, str):  # an array's repr leaves numbers out; a tuple's says them all
             object.__setattr__(self, "weights", tuple(np.atleast_1d(self.weights).tolist()))
 
-    def plan(self, total_steps: int) -> RunningMeanPlan:
+    def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`; numbers have to be as many as members.
 
         A member's weight is ``c_n / (c_0 + ... + c_n)``; members before the first positive one replace each other.
         """
         # The number of members has to be known before there can be weights.
-        plan = RunningMeanPlan(**spaced(self, total_steps), weight=lambda n: 1.0, fixed_length=True)
+        plan = SettledPlan(**spaced(self, total_steps), moves=lambda n: (), fixed_length=True)
         weights = self._weights(plan.num_members)
         totals = tuple(accumulate(weights))
-        return replace(plan, weight=lambda n: weights[n] / totals[n] if totals[n] > 0 else 1.0)
+        share = lambda n: weights[n] / totals[n] if totals[n] > 0 else 1.0  # noqa: E731
+        return replace(plan, moves=one_mean(share))
 
     def _weights(self, members: int) -> tuple[float, ...]:
         weights = self.weights
@@ -163,26 +164,6 @@ class Merge:
         return tuple(float(weight) for weight in weights)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LAWAPlan(Plan):
-    """A ring of copies: member ``n`` takes the place of member ``n - last``."""
-
-    @property
-    def lanes(self) -> tuple[bool, ...]:
-        """One copy a place of the ring."""
-        return (False,) * self.rule.last
-
-    def updates(self, n: int) -> tuple[Update, ...]:
-        """The member is copied over the oldest."""
-        return (Update(n % self.rule.last, 1.0),)
-
-    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
-        """The mean of those places that are filled."""
-        chosen.refuse_all_but()
-        filled = min(num_members, self.rule.last)
-        return dict.fromkeys(range(filled), 1.0 / filled)
-
-
 @dataclass(frozen=True)
 class LAWA:
     """Latest weight averaging: the plain mean of the last ``last`` members.
@@ -198,51 +179,23 @@ class LAWA:
     every: Count = 1
     """Optimizer steps between two members."""
 
-    def plan(self, total_steps: int) -> LAWAPlan:
-        """The events of a run, see `Rule.plan`; it has to have at least `last` members."""
-        plan = LAWAPlan(**spaced(self, total_steps))
+    def plan(self, total_steps: int) -> SettledPlan:
+        """The events of a run, see `Rule.plan`; it has to have at least `last` members.
+
+        The lanes are a ring of copies, in which a member takes the place of the oldest.
+        """
+        plan = SettledPlan(
+            **spaced(self, total_steps),
+            lanes=(False,) * self.last,
+            moves=lambda n: (Update(n % self.last, 1.0),),
+            average=lambda members: dict.fromkeys(range(filled := min(members, self.last)), 1.0 / filled),
+        )
         if plan.num_members < self.last:
             raise ConfigError(
                 f"last is {self.last}, but start={self.start} with every={self.every} makes {plan.num_members} "
                 f"members in {total_steps} steps; lower one of the three"
             )
         return plan
-
-
-EMA_LANE, ANCHOR_LANE, LAST_LANE = 0, 1, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class BEMAPlan(Plan):
-    """A running mean, the first member and the latest."""
-
-    @property
-    def lanes(self) -> tuple[bool, ...]:
-        """The running mean, and copies of the first and the latest member."""
-        return (True, False, False)
-
-    def beta(self, n: int) -> float:
-        """Share of member ``n`` in the running mean."""
-        return self._age(n) ** -self.rule.ema_power
-
-    def alpha(self, n: int) -> float:
-        """Factor of the correction once member ``n`` is in."""
-        return self._age(n) ** -self.rule.bias_power
-
-    def updates(self, n: int) -> tuple[Update, ...]:
-        """The member moves the mean and becomes the latest; the first one begins all three."""
-        if n == 0:
-            return (Update(EMA_LANE, 1.0), Update(ANCHOR_LANE, 1.0), Update(LAST_LANE, 1.0))
-        return (Update(EMA_LANE, self.beta(n)), Update(LAST_LANE, 1.0))
-
-    def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
-        """``mean + alpha * (latest - first)``."""
-        chosen.refuse_all_but()
-        alpha = self.alpha(num_members - 1)
-        return {EMA_LANE: 1.0, LAST_LANE: alpha, ANCHOR_LANE: -alpha}
-
-    def _age(self, n: int) -> float:
-        return self.rule.lag + self.rule.multiplier * self.step_of(n)
 
 
 @dataclass(frozen=True)
@@ -275,6 +228,21 @@ class BEMA:
     """Optimizer steps between two members (``phi``). The mean remembers some ``sqrt(t)`` members, so this
     decides how far back it reaches."""
 
-    def plan(self, total_steps: int) -> BEMAPlan:
-        """The events of a run, see `Rule.plan`."""
-        return BEMAPlan(**spaced(self, total_steps))
+    def plan(self, total_steps: int) -> SettledPlan:
+        """The events of a run, see `Rule.plan`; the lanes are the running mean, the first and the latest member."""
+        steps = spaced(self, total_steps)
+        mean, first, latest = range(3)
+
+        def age(n: int) -> float:
+            return self.lag + self.multiplier * (steps["first_step"] + n * self.every)
+
+        def moves(n: int) -> tuple[Update, ...]:
+            begun = () if n else (Update(first, 1.0),)
+            beta = age(n) ** -self.ema_power if n else 1.0
+            return (Update(mean, beta), *begun, Update(latest, 1.0))
+
+        def average(members: int) -> dict[int, float]:
+            alpha = age(members - 1) ** -self.bias_power
+            return {mean: 1.0, latest: alpha, first: -alpha}
+
+        return SettledPlan(**steps, lanes=(True, False, False), moves=moves, average=average)

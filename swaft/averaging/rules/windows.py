@@ -15,8 +15,10 @@ from swaft.options import Count, Range, StepOrShare
 class WindowsPlan(Plan):
     """One running mean a block: of ``N`` members, block ``b`` holds ``b N // B`` to ``(b + 1) N // B - 1``."""
 
-    blocks: int
-    """Blocks of the run, ``B``: at most one a member."""
+    @property
+    def blocks(self) -> int:
+        """Blocks of the run, ``B``: at most one a member."""
+        return min(self.rule.blocks, self.num_members)
 
     @property
     def lanes(self) -> tuple[bool, ...]:
@@ -143,5 +145,4 @@ class Windows:
 
     def plan(self, total_steps: int) -> WindowsPlan:
         """The events of a run, see `Rule.plan`."""
-        plan = WindowsPlan(**spaced(self, total_steps), blocks=self.blocks)
-        return replace(plan, blocks=min(self.blocks, plan.num_members))
+        return WindowsPlan(**spaced(self, total_steps))

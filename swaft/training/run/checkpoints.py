@@ -18,7 +18,7 @@ from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import Manifest, is_complete, read_manifest, remove_sealed
 from swaft.storage.files import explained
-from swaft.storage.together import Write, open_together, sealed_in, write_together
+from swaft.storage.together import Write, open_together, write_together
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _candidates(wanted: str, folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    ranks: Ranks, folder: Path, step: int, *, write: Write, content: Mapping[str, Any], averaged: bool
+    ranks: Ranks, folder: Path, step: int, *, write: Write, content: Mapping[str, Any]
 ) -> bool:
     """Write a checkpoint of a step, and return whether it was not there already (collective).
 
@@ -150,7 +150,6 @@ def save_checkpoint(
         step: of the checkpoint.
         write: as of `write_together`.
         content: what the run says about itself, the same on every rank.
-        averaged: whether `write` leaves averages in it.
 
     Raises:
         StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
@@ -161,14 +160,7 @@ def save_checkpoint(
             shutil.rmtree(path, ignore_errors=True)  # what a killed run left
     if ranks.gather(there)[0]:
         return False
-    write_together(
-        ranks,
-        path,
-        kind=KIND,
-        write=write,
-        content=content,
-        sealed=lambda written: sealed_in(written, AVERAGE) if averaged else {},
-    )
+    write_together(ranks, path, kind=KIND, write=write, content=content)
     return True
 
 

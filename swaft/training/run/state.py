@@ -174,7 +174,6 @@ class RunState:
             run.position.step,
             write=self._write,
             content=asdict(record),
-            averaged=AVERAGE in self.in_files,
         )
         if self._ranks.is_main:
             delete_old(folder, run.config.train.save_total_limit)

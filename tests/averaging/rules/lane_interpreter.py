@@ -14,6 +14,11 @@ def steps_of(plan: Plan) -> list[int]:
     return [step for step in range(plan.total_steps + 1) if plan.takes(step)]
 
 
+def weights_of(plan: Plan) -> list[float]:
+    """Weight of every member in the plan's only lane."""
+    return [sum(update.weight for update in plan.updates(n)) for n in range(plan.num_members)]
+
+
 def random_members(plan: Plan, size: int = 3) -> np.ndarray:
     """Members of a run that drifts and jitters: (num_members, size)."""
     random = np.random.default_rng(plan.total_steps)

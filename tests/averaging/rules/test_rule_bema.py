@@ -38,7 +38,8 @@ def test_bema_is_its_formula_all_along(ema_power, bias_power, lag, multiplier, s
 def test_the_defaults_are_the_published_ones():
     assert BEMA() == BEMA(ema_power=0.5, bias_power=0.2, lag=10, multiplier=1.0, start=0, every=400)
     plan = BEMA().plan(2000)
-    assert (plan.beta(1), plan.alpha(1)) == (410**-0.5, 410**-0.2)
+    assert [update.weight for update in plan.updates(1)] == [410**-0.5, 1.0]
+    assert set(plan.readout(2).values()) == {1.0, 410**-0.2, -(410**-0.2)}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lane_interpreter import averages, random_members
+from lane_interpreter import averages, random_members, weights_of
 
 from swaft.averaging.rules import EMA
 from swaft.errors import ConfigError
@@ -52,7 +52,7 @@ def test_debias_is_the_sum_begun_at_zero_and_divided_as_in_adam(decay):
 
 def test_debias_near_a_decay_of_one_is_the_plain_mean():
     plan = EMA(decay=1 - 1e-12, warmup="debias").plan(30)
-    assert [plan.weight(n) for n in range(31)] == pytest.approx([1 / (n + 1) for n in range(31)], rel=1e-9)
+    assert weights_of(plan) == pytest.approx([1 / (n + 1) for n in range(31)], rel=1e-9)
 
 
 @given(half_life=st.integers(1, 200), every=st.integers(1, 5))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lane_interpreter import averages, random_members
+from lane_interpreter import averages, random_members, weights_of
 
 from swaft.averaging.rules import SWA, Merge
 from swaft.errors import AveragingError, ConfigError
@@ -50,7 +50,7 @@ def test_a_named_merge_counts_every_update_as_the_decay_would_have(name, decay, 
 
 def test_imitating_a_linear_decay_is_the_plain_mean():
     merge, swa = Merge(weights="linear").plan(200), SWA().plan(200)
-    assert [merge.weight(n) for n in range(101)] == pytest.approx([swa.weight(n) for n in range(101)])
+    assert weights_of(merge) == pytest.approx(weights_of(swa))
 
 
 def test_arrays_become_numbers_that_the_repr_shows():
