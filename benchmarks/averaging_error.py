@@ -10,7 +10,7 @@ import torch
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from swaft.averaging.arithmetic import update_
-from swaft.averaging.forecast import Mean, plain_mean, simulate
+from swaft.averaging.host import Mean, plain_mean, simulate
 from swaft.averaging.rules import EMA, SWA
 
 LEARNING_RATES = (1e-5, 1e-6)

@@ -18,17 +18,15 @@ from swaft.averaging import export
 from swaft.averaging.buffers import Statistics, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
-from swaft.averaging.forecast import Forecast, forecast
-from swaft.averaging.gather import beside_live
-from swaft.averaging.readouts import blended
 from swaft.averaging.rules import Plan, Readout, Rule
 from swaft.averaging.rules.base import plan_all
+from swaft.averaging.shards import beside_live, blended
 from swaft.averaging.state import load_averages, save_averages
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
-    from swaft.averaging.host.lanes import Lanes
+    from swaft.averaging.host import Forecast, Lanes
     from swaft.averaging.host.pipeline import Waits
 
 
@@ -321,7 +319,7 @@ class WeightAverager:
 
     def forecast(self) -> Forecast:
         """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
-        return forecast(self.engine, self._averages)
+        return self._averages.forecast()
 
     def chosen(self, readout: str | Readout | None, blend: float | None = None) -> Readout:
         """What is asked for, its rule by name.

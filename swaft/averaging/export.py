@@ -23,8 +23,8 @@ from swaft.averaging.adapters import AdapterFolder, is_peft
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
-from swaft.averaging.gather import MEMORY, Scratch, beside_live, gather_trained
 from swaft.averaging.layout import clean_name
+from swaft.averaging.shards import MEMORY, Scratch, beside_live, gather_trained
 from swaft.errors import AveragingError
 from swaft.storage import TensorFile
 from swaft.storage.files import is_free, new_folder

@@ -30,9 +30,9 @@ from swaft.averaging.adapters import folder_of
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
-from swaft.averaging.gather import gather_trained, messages
 from swaft.averaging.lora_layers import PREFIX, LoraLayer, Members
 from swaft.averaging.rules import Plan, Readout
+from swaft.averaging.shards import gather_trained, messages
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:

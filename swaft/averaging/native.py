@@ -81,40 +81,29 @@ def _update_plain_run(m: Any, x: Any, w: Any) -> None:
         m[i] = m[i] + (x[i] - m[i]) * w
 
 
-@_compiled(types.void(*_table, _f32, _u16, types.float32))
+@_compiled(types.void(*_table, _f32, _u16, types.float64))
 def update(addresses: Any, offsets: Any, numels: Any, m: Any, c: Any, w: Any) -> None:
-    """`arithmetic.update_` over a table of runs.
+    """`arithmetic.update_` over a table of runs, or `arithmetic.update_plain_` where there is no compensation.
 
     Args:
         addresses: where each run of fp32 sources begins, in bytes.
         offsets: first element of each run in ``m`` and ``c``.
         numels: elements in each run.
         m: fp32, the lane.
-        c: the bits of its bf16 compensation.
-        w: share of the sources, below 1.
+        c: the bits of its bf16 compensation; empty: none.
+        w: share of the sources, rounded to fp32; exactly 1 copies them.
     """
     for run in range(addresses.size):
         x = _run_at(addresses[run], numels[run])
         first, last = offsets[run], offsets[run] + numels[run]
-        _update_run(m[first:last], c[first:last], x, w)
-
-
-@_compiled(types.void(*_table, _f32, types.float32))
-def update_plain(addresses: Any, offsets: Any, numels: Any, m: Any, w: Any) -> None:
-    """`arithmetic.update_plain_` over a table of runs; arguments as of `update`."""
-    for run in range(addresses.size):
-        x = _run_at(addresses[run], numels[run])
-        _update_plain_run(m[offsets[run] : offsets[run] + numels[run]], x, w)
-
-
-@_compiled(types.void(*_table, _f32))
-def copy(addresses: Any, offsets: Any, numels: Any, m: Any) -> None:
-    """``m <- x`` over a table of runs; arguments as of `update`."""
-    for run in range(addresses.size):
-        x = _run_at(addresses[run], numels[run])
-        first = offsets[run]
-        for i in range(x.size):
-            m[first + i] = x[i]
+        if w == 1.0:
+            m[first:last] = x
+            if c.size:
+                c[first:last] = U16(0)
+        elif c.size:
+            _update_run(m[first:last], c[first:last], x, F32(w))
+        else:
+            _update_plain_run(m[first:last], x, F32(w))
 
 
 @_compiled(types.boolean(*_table))
@@ -144,13 +133,10 @@ def checksum(addresses: Any, offsets: Any, numels: Any) -> Any:
 
 @_compiled(types.void(types.float64[::1], types.float64, _f32, _u16))
 def accumulate(total: Any, coefficient: Any, m: Any, c: Any) -> None:
-    """``total <- total + coefficient * (m + c)`` in float64."""
-    for i in range(total.size):
-        total[i] = total[i] + (F64(m[i]) + F64(_widen(c[i]))) * coefficient
-
-
-@_compiled(types.void(types.float64[::1], types.float64, _f32))
-def accumulate_plain(total: Any, coefficient: Any, m: Any) -> None:
-    """``total <- total + coefficient * m`` in float64."""
-    for i in range(total.size):
-        total[i] = total[i] + F64(m[i]) * coefficient
+    """``total <- total + coefficient * (m + c)`` in float64; an empty ``c`` is none."""
+    if c.size == 0:
+        for i in range(total.size):
+            total[i] = total[i] + F64(m[i]) * coefficient
+    else:
+        for i in range(total.size):
+            total[i] = total[i] + (F64(m[i]) + F64(_widen(c[i]))) * coefficient

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swaft.averaging.averager import WeightAverager
-from swaft.averaging.readouts import outside
 from swaft.averaging.rules import Readout, WindowsPlan
 from swaft.averaging.rules.base import Scope
+from swaft.averaging.shards import outside
 from swaft.errors import AveragingError
 
 

@@ -176,10 +176,9 @@ def write_rank(
         StateError: it could not be written.
     """
     name = f"rank-{rank:05d}.safetensors"
-    ranges = json.dumps([fragment.range for fragment in fragments], separators=(",", ":"))
+    metadata = {"fragments": json.dumps([each.range for each in fragments], separators=(",", ":"))}
     specs = {key: Spec.of(vector) for key, vector in vectors.items()}
-    values = lambda key: [vectors[key]]  # noqa: E731
-    return {name: write_tensors(folder / name, specs, values, metadata={"fragments": ranges})}
+    return {name: write_tensors(folder / name, specs, lambda key: [vectors[key]], metadata=metadata)}
 
 
 def read_elements(
@@ -245,7 +244,8 @@ def _ranges(file: TensorFile) -> Iterator[Range]:
             raise StateError(
                 f"{file.path}: metadata.fragments holds {each!r:.80}, expected [parameter, start, end]"
             )
-        yield tuple(each)
+        name, start, end = each
+        yield name, start, end
 
 
 def save_averages(

@@ -50,7 +50,7 @@ class AdapterMean(Mean):
 
     def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, *, rank: int | None = None):
         super().__init__(members, dtype)
-        self.config = _plain_config(*members[0])
+        self.config = _plain_config(members[0][1])
         self._resize(rank)
         self._down = dict(_pairs(self._specs))
         self._up = {down: up for up, down in self._down.items()}
@@ -136,7 +136,7 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
                 yield name, down
 
 
-def _plain_config(_: float, checkpoint: SavedWeights) -> dict[str, Any]:
+def _plain_config(checkpoint: SavedWeights) -> dict[str, Any]:
     """The configuration of an adapter, once it is known to be of plain LoRA."""
     where = checkpoint.path
     config = read_json(where / ADAPTER_CONFIG)

@@ -74,8 +74,9 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
             raise StateError(
                 f"{adapter.path} is an adapter and {whole.path} a whole model; they have no average"
             )
-        compare = _compare_adapters if first.is_adapter else compare_configs
-        notes += compare(first.files, other.files)
+        notes += compare_configs(first.files, other.files)
+        if first.is_adapter:
+            notes += _compare_adapters(first.path, other.path)
         _require_same_tokens(first.files, other.files)
         if problems := list(differences(first.specs, other.specs)):
             more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""

@@ -22,8 +22,8 @@ from transformers import (
 
 import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
-from swaft.averaging.gather import Scratch, gather_trained
 from swaft.averaging.lora import scatter_trained
+from swaft.averaging.shards import Scratch, gather_trained
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
@@ -142,7 +142,7 @@ def test_a_shard_cut_from_whole_weights_is_the_shard_they_came_from():
 
 
 def test_whole_weights_that_are_too_large_for_memory_lie_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
-    monkeypatch.setattr("swaft.averaging.gather.IN_MEMORY_BYTES", 16)
+    monkeypatch.setattr("swaft.averaging.shards.IN_MEMORY_BYTES", 16)
     room = Scratch(tmp_path, 17)
     first, second = room.empty((3, 5)).fill_(1.0), room.empty((2,), torch.bfloat16).fill_(2.0)
     assert first.sum() == 15
@@ -155,7 +155,7 @@ def test_whole_weights_that_are_too_large_for_memory_lie_in_a_file_that_nobody_s
 
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["file", "memory"])
 def test_a_model_in_several_files_is_the_model_in_one(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr("swaft.averaging.gather.IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr("swaft.averaging.shards.IN_MEMORY_BYTES", limit)
     model = bert()
     save_pretrained(engine_of(model), tmp_path / "out", max_shard_size=2000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from swaft.averaging import native
-from swaft.averaging.forecast import plain_mean, simulate
+from swaft.averaging.host import plain_mean, simulate
 from swaft.averaging.rules import SWA
 
 pytestmark = pytest.mark.unit
@@ -19,10 +19,9 @@ def compensated_mean():
     def update(member, weight):
         nonlocal mean, words
         if weight == 1.0:
-            mean, words = member.copy(), np.zeros(member.size, np.uint16)
-        else:
-            table = (np.array([member.ctypes.data]), np.array([0]), np.array([member.size]))
-            native.update(*table, mean, words, np.float32(weight))
+            mean, words = np.empty_like(member), np.empty(member.size, np.uint16)
+        table = (np.array([member.ctypes.data]), np.array([0]), np.array([member.size]))
+        native.update(*table, mean, words, weight)
         return mean
 
     return update
@@ -53,5 +52,5 @@ def test_the_forecast_of_the_plain_form_follows_the_arithmetic_of_training_to_th
             kept = member.copy()
         else:
             table = (np.array([member.ctypes.data]), np.array([0]), np.array([member.size]))
-            native.update_plain(*table, kept, np.float32(weight))
+            native.update(*table, kept, np.empty(0, np.uint16), weight)
         assert np.array_equal(foreseen, kept)

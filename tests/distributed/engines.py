@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from swaft.averaging import Engine
 from swaft.averaging.export import add_frozen
-from swaft.averaging.gather import gather_trained
+from swaft.averaging.shards import gather_trained
 
 __all__ = [
     "CPU",

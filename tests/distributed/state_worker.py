@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
-from swaft.averaging.gather import gather_trained
+from swaft.averaging.shards import gather_trained
 
 STATES = Path(os.environ["SWAFT_TEST_STATES"])
 RULES = {"swa": swaft.SWA(start=1), "lawa": swaft.LAWA(start=0, last=2), "ema": swaft.EMA(start=0, decay=0.7)}

@@ -1,9 +1,13 @@
-"""One rank's averages in host memory, behind the training thread: lanes, threads that move them, a pipeline."""
+"""One rank's averages in host memory, behind the training thread: lanes, threads that move them, a pipeline.
+
+And what they will take, and what rounding would do to a mean over the whole run, before it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
@@ -25,6 +29,62 @@ STAGING_BYTES = 1 << 29
 RATE_SAMPLE = 1 << 22
 """Elements on which the rate of the arithmetic is measured."""
 DEVICE = attrgetter("device")
+WEIGHT_SCALE = 0.02
+"""Standard deviation of the simulated weights: that of a BERT or GPT-2 matrix."""
+DRIFT = 0.1
+"""Size of the steady part of a step beside its noise."""
+
+Mean = Callable[[np.ndarray, float], np.ndarray]
+"""Takes a member (n,), fp32, and its weight; returns the mean so far."""
+
+
+@dataclass(frozen=True)
+class RoundingError:
+    """Error of a mean at the end of a run."""
+
+    displacement_share: float
+    """Norm of the error, as a share of how far the exact mean has moved from the first member."""
+    mean_ulps: float
+    """Mean error in units in the last place of fp32; a quarter is what rounding the exact mean costs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Memory, traffic and rounding of one rank's averages over the whole run."""
+
+    elements: int
+    """Elements this rank owns."""
+    events: int
+    """Steps at which a member is copied; all rules share the copy."""
+    host_bytes: int
+    """Most host memory the averages take."""
+    pinned_bytes: int
+    """Pinned memory of the staging ring; 0 where the masters are in host memory."""
+    copied_bytes: int
+    """Bytes copied from the device an event: 4 an owned element, one way; 0 where they are in host memory."""
+    threads: int
+    """Threads of the arithmetic."""
+    seconds: float
+    """Seconds of arithmetic an event, at the rate measured now. Steps shorter than this have to wait for it."""
+    plain_errors: dict[str, RoundingError]
+    """By rule: what the plain form loses over this run; empty for the compensated form, which keeps 32 bits."""
+
+    def __str__(self) -> str:
+        sizes = (
+            f"{count / 2**20:,.1f} MiB" for count in (self.host_bytes, self.pinned_bytes, self.copied_bytes)
+        )
+        lines = [
+            f"{self.events:,} events, {self.elements:,} elements on this rank",
+            "host memory {}, pinned {}, copied {} an event".format(*sizes),
+            f"{self.seconds:.3g} s of arithmetic an event on {self.threads} thread{'s' * (self.threads > 1)}, "
+            "behind the step; a shorter step waits for it",
+        ]
+        lines += [
+            f"{name}: the plain form ends {error.displacement_share:.1e} of the average's displacement away "
+            f"({error.mean_ulps:,.1f} ulp; averaging.precision=compensated: 0.3)"
+            for name, error in self.plain_errors.items()
+        ]
+        return "\n".join(lines)
 
 
 class HostAverages:
@@ -78,6 +138,32 @@ class HostAverages:
         """Take the masters in for some rules, in the background; see `Pipeline.submit`."""
         self.pipeline.submit(self._source(masters), masters, step=step, rules=rules)
 
+    def forecast(self) -> Forecast:
+        """What the run's averages take on this rank; the optimizer's peak rate decides the plain form's error."""
+        plans = {name: lanes.plan for name, lanes in self.lanes.items()}
+        groups, elements = self._engine.inner_optimizer.param_groups, self._engine.numel
+        rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
+        events = {
+            step
+            for plan in plans.values()
+            for step in range(plan.first_step, plan.total_steps + 1, plan.every)
+        }
+        updates = max(sum(len(plan.updates(1)) for plan in plans.values()), 1)
+        return Forecast(
+            elements=elements,
+            events=len(events),
+            host_bytes=self.host_bytes,
+            pinned_bytes=self.pinned_bytes,
+            copied_bytes=4 * elements if self.pinned_bytes else 0,
+            threads=self.workers.threads,
+            seconds=updates * elements * seconds_an_element(self.workers, elements),
+            plain_errors={
+                name: simulate(plan, plain_mean(), learning_rate=rate)
+                for name, plan in plans.items()
+                if plan.lanes == (True,) and not self.compensated and rate > 0
+            },
+        )
+
     def close(self) -> None:
         """Finish what is under way and let the threads end."""
         self.pipeline.close()
@@ -115,6 +201,52 @@ def seconds_an_element(workers: Workers, numel: int) -> float:
     seconds = []
     for _ in range(4):  # the first touches the memory
         begun = time.perf_counter()
-        workers.run(native.update, [(*each, mean, words, np.float32(0.5)) for each in tables])
+        workers.run(native.update, [(*each, mean, words, 0.5) for each in tables])
         seconds.append(time.perf_counter() - begun)
     return min(seconds[1:]) / numel
+
+
+def simulate(
+    plan: Plan, mean: Mean, *, learning_rate: float, numel: int = 256, seed: int = 0
+) -> RoundingError:
+    """Follow a walk over a whole run with an arithmetic and with float64.
+
+    The error of a plain fp32 mean comes less from single roundings than from updates too small to register, so no
+    short formula gives it; a few hundred elements show it, which walk as under Adam: by about
+    the learning rate a step, part drift, part noise.
+
+    Args:
+        plan: of one running mean; gives the weights of the members, and their number.
+        mean: the arithmetic under test.
+        learning_rate: size of a step.
+        numel: elements that walk.
+        seed: of the walk.
+    """
+    generator = np.random.default_rng(seed)
+    member = (WEIGHT_SCALE * generator.standard_normal(numel)).astype(np.float32)
+    drift = (learning_rate * DRIFT * generator.standard_normal(numel)).astype(np.float32)
+    exact = first = member.astype(np.float64)
+    result = mean(member, 1.0)
+    for n in range(1, plan.num_members):
+        noise = generator.standard_normal(numel, dtype=np.float32)
+        member = member + (drift + np.float32(learning_rate) * noise)
+        for weight in (update.weight for update in plan.updates(n)):
+            exact = exact + weight * (member - exact)
+            result = mean(member, weight)
+    error = np.abs(result - exact)
+    return RoundingError(
+        displacement_share=float(np.linalg.norm(error) / np.linalg.norm(exact - first)),
+        mean_ulps=float(np.mean(error / np.spacing(np.abs(exact).astype(np.float32)))),
+    )
+
+
+def plain_mean() -> Mean:
+    """One running mean in its plain form, in the bits of :mod:`swaft.averaging.native`."""
+    mean = np.empty(0, np.float32)
+
+    def update(member: np.ndarray, weight: float) -> np.ndarray:
+        nonlocal mean
+        mean = member.copy() if weight == 1.0 else mean + (member - mean) * np.float32(weight)
+        return mean
+
+    return update

@@ -76,23 +76,14 @@ class Lanes:
         for update in updates:
             if update.lane not in self._lanes:
                 self._lanes[update.lane] = self.empty_lane(update.lane)
-            compensation = self._lanes[update.lane].compensation
-            if update.weight == 1.0 and compensation is not None:
-                compensation.zero_()
         return updates
 
     def take(self, updates: Iterable[Update], tables: Sequence[Table]) -> None:
         """Move the lanes by the elements of the member that the tables list, one table a thread."""
         for update in (each for each in updates if each.source is None):
-            lane, w = self._lanes[update.lane], np.float32(update.weight)
-            mean = lane.mean.numpy()
-            if update.weight == 1.0:
-                self._workers.run(native.copy, [(*table, mean) for table in tables])
-            elif lane.compensation is None:
-                self._workers.run(native.update_plain, [(*table, mean, w) for table in tables])
-            else:
-                words = bits(lane.compensation)
-                self._workers.run(native.update, [(*table, mean, words, w) for table in tables])
+            lane = self._lanes[update.lane]
+            vectors = lane.mean.numpy(), bits(lane.compensation)
+            self._workers.run(native.update, [(*table, *vectors, update.weight) for table in tables])
 
     def end(self, updates: Iterable[Update]) -> None:
         """Close the member: copies between lanes, and finished lanes to disk."""
@@ -170,11 +161,8 @@ class Lanes:
 def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last: int) -> None:
     total = np.zeros(last - first)
     for coefficient, lane in readout:
-        mean = lane.mean[first:last].numpy()
-        if lane.compensation is None:
-            native.accumulate_plain(total, coefficient, mean)
-        else:
-            native.accumulate(total, coefficient, mean, bits(lane.compensation[first:last]))
+        words = bits(lane.compensation)[first:last]
+        native.accumulate(total, coefficient, lane.mean.numpy()[first:last], words)
     result.numpy()[:] = total  # numpy rounds to nearest even, once
 
 
@@ -183,9 +171,9 @@ def _vector(numel: int) -> Tensor:
     return torch.from_numpy(np.empty(numel, np.float32))
 
 
-def bits(tensor: Tensor) -> np.ndarray:
-    """The words of a bf16 tensor, as uint16, in place."""
-    return tensor.view(torch.uint16).numpy()
+def bits(tensor: Tensor | None) -> np.ndarray:
+    """The words of a bf16 tensor, as uint16, in place; none of None."""
+    return np.empty(0, np.uint16) if tensor is None else tensor.view(torch.uint16).numpy()
 
 
 def moved_to_disk(tensor: Tensor, folder: Path) -> Tensor:

@@ -181,11 +181,17 @@ class SettledPlan(Plan):
 
     moves: Callable[[int], tuple[Update, ...]]
     """What member ``n`` does to the lanes, see :func:`one_mean`."""
-    lanes: tuple[bool, ...] = (True,)
+    kinds: tuple[bool, ...] = (True,)
+    """As `Plan.lanes`."""
     average: Callable[[int], dict[int, float]] = lambda num_members: {0: 1.0}
     """The average after so many members: lane to coefficient."""
     fixed_length: bool = False
     """Whether it is made for `num_members` members, and no more."""
+
+    @property
+    def lanes(self) -> tuple[bool, ...]:
+        """As of :class:`Plan`."""
+        return self.kinds
 
     def updates(self, n: int) -> tuple[Update, ...]:
         """As of :class:`Plan`."""

@@ -136,8 +136,7 @@ class Merge:
         plan = SettledPlan(**spaced(self, total_steps), moves=lambda n: (), fixed_length=True)
         weights = self._weights(plan.num_members)
         totals = tuple(accumulate(weights))
-        share = lambda n: weights[n] / totals[n] if totals[n] > 0 else 1.0  # noqa: E731
-        return replace(plan, moves=one_mean(share))
+        return replace(plan, moves=one_mean(lambda n: weights[n] / totals[n] if totals[n] > 0 else 1.0))
 
     def _weights(self, members: int) -> tuple[float, ...]:
         weights = self.weights
@@ -186,7 +185,7 @@ class LAWA:
         """
         plan = SettledPlan(
             **spaced(self, total_steps),
-            lanes=(False,) * self.last,
+            kinds=(False,) * self.last,
             moves=lambda n: (Update(n % self.last, 1.0),),
             average=lambda members: dict.fromkeys(range(filled := min(members, self.last)), 1.0 / filled),
         )
@@ -245,4 +244,4 @@ class BEMA:
             alpha = age(members - 1) ** -self.bias_power
             return {mean: 1.0, latest: alpha, first: -alpha}
 
-        return SettledPlan(**steps, lanes=(True, False, False), moves=moves, average=average)
+        return SettledPlan(**steps, kinds=(True, False, False), moves=moves, average=average)

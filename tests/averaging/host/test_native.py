@@ -38,7 +38,7 @@ def test_the_compiled_update_has_the_bits_of_the_reference(numel, seed, w):
     c = (m * 1e-8 * torch.randn(numel, generator=generator)).bfloat16()
     expected_m, expected_c = m.clone(), c.clone()
     arithmetic.update_(expected_m, expected_c, x, w)
-    native.update(*table((x.numpy(), 0)), m.numpy(), bits(c), np.float32(w))
+    native.update(*table((x.numpy(), 0)), m.numpy(), bits(c), w)
     assert torch.equal(m.view(torch.int32), expected_m.view(torch.int32))
     assert torch.equal(c.view(torch.int16), expected_c.view(torch.int16))
 
@@ -50,7 +50,7 @@ def test_the_compiled_plain_update_has_the_bits_of_the_reference(numel, seed, w)
     m, x = some_weights(generator, numel), some_weights(generator, numel)
     expected = m.clone()
     arithmetic.update_plain_(expected, x, w)
-    native.update_plain(*table((x.numpy(), 0)), m.numpy(), np.float32(w))
+    native.update(*table((x.numpy(), 0)), m.numpy(), bits(None), w)
     assert torch.equal(m.view(torch.int32), expected.view(torch.int32))
 
 
@@ -61,7 +61,7 @@ def test_the_compiled_combination_has_the_bits_of_the_reference(numel, seed):
     lanes = [(0.3, torch.randn(numel, generator=generator), None)]
     lanes.append((0.7, torch.randn(numel, generator=generator), torch.randn(numel).bfloat16() * 1e-8))
     total = np.zeros(numel)
-    native.accumulate_plain(total, 0.3, lanes[0][1].numpy())
+    native.accumulate(total, 0.3, lanes[0][1].numpy(), bits(None))
     native.accumulate(total, 0.7, lanes[1][1].numpy(), bits(lanes[1][2]))
     expected = arithmetic.combine(lanes)
     assert torch.equal(torch.from_numpy(total).float().view(torch.int32), expected.view(torch.int32))
@@ -70,10 +70,21 @@ def test_the_compiled_combination_has_the_bits_of_the_reference(numel, seed):
 def test_sources_that_lie_apart_are_taken_from_their_own_places():
     first, second = np.full(3, 2.0, np.float32), np.full(2, 4.0, np.float32)
     m = np.zeros(7, np.float32)
-    native.update_plain(*table((first, 4), (second, 1)), m, np.float32(0.5))
+    native.update(*table((first, 4), (second, 1)), m, bits(None), 0.5)
     assert m.tolist() == [0, 2, 2, 0, 1, 1, 1]
-    native.copy(*table((second, 5)), m)
+    words = np.arange(1, 8, dtype=np.uint16)
+    native.update(*table((second, 5)), m, words, 1.0)
     assert m.tolist() == [0, 2, 2, 0, 1, 4, 4]
+    assert words.tolist() == [1, 2, 3, 4, 5, 0, 0]
+
+
+def test_a_weight_that_only_rounds_to_one_is_no_copy():
+    x, m, c = np.float32([1e-4]), np.float32([1.0]), np.uint16([0])
+    native.update(*table((x, 0)), m, c, 1 - 1e-12)
+    expected = torch.tensor([1.0]), torch.tensor([0.0]).bfloat16()
+    arithmetic.update_(*expected, torch.from_numpy(x), 1 - 1e-12)
+    assert m.tolist() == expected[0].tolist() != x.tolist()
+    assert c.tolist() == bits(expected[1]).tolist()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 9e37])
