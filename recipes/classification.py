@@ -29,7 +29,7 @@ from swaft.training.data.texts import (
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.launch.failure import leave
-from swaft.training.metrics.classification import get_metric
+from swaft.training.metrics.classification import get_metric, renumbered
 from swaft.training.metrics.names import Metric
 from swaft.training.models.build import build_objective, build_optimizer
 from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
@@ -99,7 +99,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
         ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
     with problems:
         if ready.head.order is not None:  # class ids as the kept head has them
-            ready.metric = ready.metric.renumbered(ready.head.order)
+            ready.metric = renumbered(ready.metric, ready.head.order)
     return ready
 
 

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from tiny_inputs import save_model, save_rows
@@ -51,6 +52,28 @@ def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(classific
     classification.prepare(config, problems)
     [problem] = problems.found
     assert "eval.metric_for_best_model: this run has no score 'f2'; expected one of accuracy" in problem
+
+
+def test_the_metric_follows_a_kept_head_whose_order_is_another(classification, inputs, tmp_path):
+    folder = Path(save_model(tmp_path / "model"))
+    named = AutoConfig.from_pretrained(folder, id2label={0: "yes", 1: "no"})
+    BertForSequenceClassification.from_pretrained(folder, config=named).save_pretrained(folder)
+    sets = [
+        f"model.model_name_or_path={folder}",
+        "data.max_seq_length=16",
+        "eval.metric=f1",
+        f"train.output_dir={tmp_path / 'out'}",
+    ]
+    for split in ("train", "validation"):
+        file = tmp_path / f"{split}.csv"
+        save_rows(file, 20, seed=1, label=lambda positive: "yes" if positive else "no")
+        sets.append(f"data.{split}_file={file}")
+    problems = Problems()
+    ready = classification.prepare(load_config(classification.Config, sets), problems)
+    assert problems.found == []
+    assert ready.head.order == (1, 0)
+    said, right = np.array([0, 1, 0]), np.array([0, 1, 1])  # "yes", the second of the rows, is 0 of the head
+    assert ready.metric.compute(said, right) == {"f1": 2 / 3}
 
 
 def test_a_launch_that_compiles_is_refused(refuse, monkeypatch):
