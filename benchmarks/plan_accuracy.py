@@ -30,9 +30,9 @@ from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
 from swaft.training.models.build import build_objective
 from swaft.training.models.pretrained import hidden_size
-from swaft.training.planning.engines import PlannedEngine
-from swaft.training.planning.model import PlannedModel
+from swaft.training.planning.memory import PlannedEngine
 from swaft.training.planning.plan import RunPlan, plan_run
+from swaft.training.planning.step import PlannedModel
 
 WORKER = "benchmarks/plan_accuracy_worker.py"
 ALLOCATOR = {

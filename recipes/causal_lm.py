@@ -18,37 +18,34 @@ from datasets import Dataset
 import swaft
 from swaft.averaging.rules import Readout
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Prepared, Problems
-from swaft.training.checks.start import start_of
+from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
-from swaft.training.config.causal_lm import CausalConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
     CausalColumns,
+    CausalConfig,
     asked_rows,
     find_columns,
     pack,
     require_chat_template,
     tokenize_rows,
 )
-from swaft.training.data.checks import require_length, values
 from swaft.training.data.sources import load_splits
-from swaft.training.data.texts import read_as_text, report_special_tokens
+from swaft.training.data.texts import read_as_text, report_special_tokens, require_length, values
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
 from swaft.training.launch.failure import leave
-from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model
 from swaft.training.models.encoder_decoder import (
     check_new_model,
     decoder_config,
-    load_decoder,
+    load_text_model,
     new_tokenizer,
 )
 from swaft.training.models.pretrained import load_tokenizer, longest_text
 from swaft.training.run.run import Run, run_recipe
-from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = CausalConfig
 
@@ -146,7 +143,8 @@ def train(config: CausalConfig) -> None:
 
         # Model: the pretrained one, or a new one of random weights, the same on every rank.
         with run.loading():
-            model = load_decoder(
+            model = load_text_model(
+                "causal language modelling",
                 config.model,
                 ready.model_config,
                 tokenizer,

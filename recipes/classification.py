@@ -13,31 +13,27 @@ from collections.abc import Sequence
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.training.checks.problems import Prepared, Problems
-from swaft.training.checks.start import start_of
+from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
-from swaft.training.config.classification import ClassificationConfig
-from swaft.training.data.checks import require_length
-from swaft.training.data.classification import Task, describe_task, tokenize
+from swaft.training.data.classification import ClassificationConfig, Task, describe_task, tokenize
 from swaft.training.data.sources import language_groups, load_splits
 from swaft.training.data.texts import (
     Collator,
     read_as_text,
     refuse_rows_without_tokens,
     report_special_tokens,
+    require_length,
 )
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.launch.failure import leave
-from swaft.training.metrics.classification import get_metric, renumbered
-from swaft.training.metrics.names import Metric
-from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.metrics import Metric, get_metric, renumbered
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
 from swaft.training.models.classes import FittedHead, describe_labels, fit_head, require_end_token
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head, longest_text
 from swaft.training.models.special_tokens import one_length
 from swaft.training.run.run import Run, run_recipe
-from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = ClassificationConfig
 

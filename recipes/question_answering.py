@@ -14,13 +14,10 @@ from collections.abc import Sequence
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.training.checks.problems import Prepared, Problems
-from swaft.training.checks.start import start_of
+from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
-from swaft.training.config.question_answering import QuestionAnsweringConfig
-from swaft.training.data.checks import require_length
 from swaft.training.data.question_answering import (
-    WindowCollator,
+    QuestionAnsweringConfig,
     check_questions,
     may_have_no_answer,
     refuse_unusable_questions,
@@ -29,10 +26,11 @@ from swaft.training.data.question_answering import (
     tokenize_questions,
 )
 from swaft.training.data.sources import load_splits
-from swaft.training.data.texts import read_as_text, report_special_tokens
+from swaft.training.data.texts import Collator, read_as_text, report_special_tokens, require_length
 from swaft.training.evaluation.answering import (
     AnswerSearch,
     evaluate_answers,
+    get_question_metric,
     refuse_unused_threshold,
     report_windows,
     write_predictions,
@@ -40,13 +38,11 @@ from swaft.training.evaluation.answering import (
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.launch.failure import leave
-from swaft.training.metrics.question_answering import get_question_metric
-from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head, longest_text
 from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.run import Evaluations, Run, run_recipe
-from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = QuestionAnsweringConfig
 
@@ -56,7 +52,7 @@ class PreparedQuestions(Prepared):
 
     has_unanswerable: bool
     """Whether "none" is an answer."""
-    collate: WindowCollator
+    collate: Collator
     cuts_rows = True
 
     @property
@@ -95,7 +91,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
         refuse_unusable_questions(ready.rows, ready.tokenizer, config.data)
     with problems:
         length = one_length(ready.model_config, config.data.max_seq_length)
-        ready.collate = WindowCollator(ready.tokenizer, length, whole_windows(ready.model_config))
+        ready.collate = Collator(ready.tokenizer, length, whole_windows(ready.model_config))
     with problems:
         ready.metric = get_question_metric(config.eval.metric, has_unanswerable=ready.has_unanswerable)
     with problems:

@@ -16,40 +16,43 @@ from operator import attrgetter
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.training.checks.problems import Prepared, Problems
-from swaft.training.checks.start import start_of
+from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
-from swaft.training.config.seq2seq import Seq2SeqConfig
-from swaft.training.data.checks import require_length
 from swaft.training.data.seq2seq import (
     PairColumns,
-    Seq2SeqCollator,
+    Seq2SeqConfig,
     find_pairs,
     read_pairs,
     report_lengths,
     tokenize_pairs,
 )
 from swaft.training.data.sources import load_splits
-from swaft.training.data.texts import read_as_text, refuse_rows_without_tokens, report_special_tokens
+from swaft.training.data.texts import (
+    Collator,
+    read_as_text,
+    refuse_rows_without_tokens,
+    report_special_tokens,
+    require_length,
+)
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
-from swaft.training.evaluation.generation import evaluate_texts, generation_arguments
+from swaft.training.evaluation.generation import evaluate_texts, generation_arguments, get_generation_metric
 from swaft.training.launch.failure import leave
-from swaft.training.metrics.generation import get_generation_metric
-from swaft.training.metrics.names import Metric
-from swaft.training.models.build import build_objective, build_optimizer
+from swaft.training.metrics import Metric
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model
 from swaft.training.models.encoder_decoder import (
     check_new_model,
     encoder_decoder_config,
-    load_encoder_decoder,
+    load_text_model,
     new_tokenizer,
+    require_generation_start,
+    require_target_language,
+    set_languages,
 )
-from swaft.training.models.generation import require_generation_start, require_target_language, set_languages
 from swaft.training.models.pretrained import load_tokenizer, longest_input
 from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.run import Run, run_recipe
-from swaft.training.run.schedule import build_schedule, set_learning_rate
 
 Config = Seq2SeqConfig
 
@@ -85,7 +88,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         if ready.tokenizer is not None:
             read_as_text(ready.tokenizer, config.data.split_special_tokens)
-            Seq2SeqCollator(ready.tokenizer)
+            Collator(ready.tokenizer)
             report_special_tokens(ready.rows, ("source", "target"), ready.tokenizer)
     check_model(ready, config, problems)
     for side in ("source", "target"):
@@ -151,7 +154,8 @@ def train(config: Seq2SeqConfig) -> None:
 
         # Model: the pretrained one, or a new one of random weights, the same on every rank.
         with run.loading():
-            model = load_encoder_decoder(
+            model = load_text_model(
+                "sequence to sequence",
                 config.model,
                 model_config,
                 tokenizer,
@@ -159,7 +163,7 @@ def train(config: Seq2SeqConfig) -> None:
                 gradient_checkpointing=config.train.gradient_checkpointing,
             )
         objective.prepare_model(model)
-        collate = Seq2SeqCollator(tokenizer, ready.length, whole_windows(model_config))
+        collate = Collator(tokenizer, ready.length, whole_windows(model_config))
 
         # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
         model, optimizer, loader = run.prepare(

@@ -35,9 +35,9 @@ def predictions(sizes: dict[str, int], batch: tuple[int, int, int]) -> dict[str,
     from swaft.training.launch.accelerator import resolve_engine
     from swaft.training.launch.launcher import read_launch
     from swaft.training.models.build import build_objective
-    from swaft.training.planning.engines import PlannedEngine
-    from swaft.training.planning.model import PlannedModel
+    from swaft.training.planning.memory import PlannedEngine
     from swaft.training.planning.plan import plan_run
+    from swaft.training.planning.step import PlannedModel
 
     train = TrainConfig(output_dir="none", per_device_train_batch_size=batch[0], gradient_checkpointing=True)
     launch = read_launch(list(LINE))

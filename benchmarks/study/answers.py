@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.study import model as encoder
 from benchmarks.study.outcomes import Prediction
 from benchmarks.study.rows import Rows, evaluation_batches
-from swaft.training.metrics.question_answering import exact_match, token_f1
+from swaft.training.evaluation.answering import exact_match, token_f1
 
 MAX_LENGTH = 192
 """Tokens of question and text together; a row whose answer begins or ends beyond them is left out."""

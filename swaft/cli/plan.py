@@ -32,7 +32,6 @@ from swaft.training.planning import sized
 
 if TYPE_CHECKING:
     from swaft.training.planning.plan import RunPlan
-    from swaft.training.planning.shortages import Hardware
 
 GIB = 2**30
 
@@ -42,16 +41,13 @@ def run(words: Sequence[str]) -> int:
     options, line = _parser().parse_known_args(list(words))
 
     from swaft.training.planning.plan import plan_recipe  # only here: --help waits for no library
-    from swaft.training.planning.shortages import Hardware
 
-    hardware = Hardware(
-        on_cpu=options.on_cpu,
-        device_bytes=_bytes(options.device_memory),
-        host_bytes=_bytes(options.host_memory),
-        step_seconds=options.step_seconds,
+    device, host = (
+        None if gib is None else int(gib * GIB) for gib in (options.device_memory, options.host_memory)
     )
-    found = plan_recipe(line, hardware)
-    print(json.dumps(as_dict(found), indent=2) if options.json else table(found, hardware))
+    asked = {"on_cpu": options.on_cpu, "step_seconds": options.step_seconds}
+    found = plan_recipe(line, device_bytes=device, host_bytes=host, **asked)
+    print(json.dumps(as_dict(found), indent=2) if options.json else table(found, device, host))
     return 1 if found.shortages else 0
 
 
@@ -67,12 +63,12 @@ def as_dict(found: RunPlan) -> dict[str, Any]:
     return asdict(found) | totals
 
 
-def table(found: RunPlan, hardware: Hardware) -> str:
-    """Return the plan as lines, each led by the part of the run that it is about."""
-    return "\n".join(f"{part:<10} {line}" for part, line in _rows(found, hardware))
+def table(found: RunPlan, device: int | None = None, host: int | None = None) -> str:
+    """Return the plan as lines, each led by the part of the run that it is about, beside the bytes there are."""
+    return "\n".join(f"{part:<10} {line}" for part, line in _rows(found, device, host))
 
 
-def _rows(found: RunPlan, hardware: Hardware) -> Iterator[tuple[str, str]]:
+def _rows(found: RunPlan, device: int | None, host: int | None) -> Iterator[tuple[str, str]]:
     """Yield part and line of all that is planned."""
     machines = f"{found.machines:,} machines x {found.ranks_a_machine} = " if found.machines > 1 else ""
     ranks = f"{machines}{found.world_size:,} {'CPU' if found.on_cpu else 'GPU'} rank"
@@ -94,8 +90,8 @@ def _rows(found: RunPlan, hardware: Hardware) -> Iterator[tuple[str, str]]:
             )
     yield from (("averaging", line) for line in _averaging_lines(found))
     if not found.on_cpu:
-        yield "device", f"{sized(found.device_bytes)} a rank{_of(hardware.device_bytes)}"
-    machine = f"{sized(found.machine_bytes)} a machine{_of(hardware.host_bytes)}"
+        yield "device", f"{sized(found.device_bytes)} a rank{_of(device)}"
+    machine = f"{sized(found.machine_bytes)} a machine{_of(host)}"
     yield "host", f"{sized(found.host_bytes)} a rank, {machine}"
     sentences = {"note": found.notes, "refused": found.refused, "problem": found.shortages}
     yield from ((part, sentence) for part, lines in sentences.items() for sentence in lines)
@@ -123,10 +119,6 @@ def _averaging_lines(found: RunPlan) -> Iterator[str]:
 
 def _of(there: int | None) -> str:
     return "" if there is None else f" of {sized(there)}"
-
-
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * GIB)
 
 
 def _parser() -> CommandParser:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from swaft.errors import ConfigError
 
@@ -267,10 +267,10 @@ def config_class(values: Mapping[str, Any]) -> type | None:
     Args:
         values: by full name. Those of another version of swaft may be a few more or fewer.
     """
-    from swaft.training.config.causal_lm import CausalConfig
-    from swaft.training.config.classification import ClassificationConfig
-    from swaft.training.config.question_answering import QuestionAnsweringConfig
-    from swaft.training.config.seq2seq import Seq2SeqConfig
+    from swaft.training.data.causal_lm import CausalConfig
+    from swaft.training.data.classification import ClassificationConfig
+    from swaft.training.data.question_answering import QuestionAnsweringConfig
+    from swaft.training.data.seq2seq import Seq2SeqConfig
 
     kinds = (ClassificationConfig, QuestionAnsweringConfig, Seq2SeqConfig, CausalConfig)
     shared = {kind: len(_defaults(kind).keys() & values.keys()) for kind in kinds}
@@ -296,8 +296,6 @@ def _settings(path: Path) -> dict[str, tuple[Any, str]]:
 
 def _defaults(kind: type) -> dict[str, Any]:
     """Return the defaults of a recipe's settings by full name."""
-    return {
-        f"{section}.{each.name}": each.default
-        for section, settings in get_type_hints(kind).items()
-        for each in fields(settings)
-    }
+    from swaft.training.config.values import settings
+
+    return {name: option.default for name, option in settings(kind).items()}

@@ -19,37 +19,37 @@ from swaft.errors import ConfigError
 from swaft.report.landscape import SEED, loss_surface, write_losses
 from swaft.report.runs import config_class, setting_values
 from swaft.training.config import AnyModelConfig, ModelConfig, load_config
-from swaft.training.config.causal_lm import CausalConfig
-from swaft.training.config.classification import ClassificationConfig
-from swaft.training.config.question_answering import QuestionAnsweringConfig
-from swaft.training.config.seq2seq import Seq2SeqConfig, Seq2SeqModelConfig
-from swaft.training.data.causal_lm import CausalCollator, find_columns, tokenize_rows
-from swaft.training.data.classification import describe_task, tokenize
+from swaft.training.data.causal_lm import CausalCollator, CausalConfig, find_columns, tokenize_rows
+from swaft.training.data.classification import ClassificationConfig, describe_task, tokenize
 from swaft.training.data.question_answering import (
-    WindowCollator,
+    QuestionAnsweringConfig,
     check_questions,
     may_have_no_answer,
     tokenize_questions,
 )
-from swaft.training.data.seq2seq import Seq2SeqCollator, find_pairs, read_pairs, tokenize_pairs
+from swaft.training.data.seq2seq import (
+    Seq2SeqConfig,
+    Seq2SeqModelConfig,
+    find_pairs,
+    read_pairs,
+    tokenize_pairs,
+)
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import Collator, read_as_text
-from swaft.training.evaluation.answering import AnswerSearch, evaluate_answers
+from swaft.training.evaluation.answering import AnswerSearch, evaluate_answers, get_question_metric
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.evaluation.generation import evaluate_answers_given, evaluate_texts
-from swaft.training.metrics.classification import get_metric
-from swaft.training.metrics.question_answering import get_question_metric
+from swaft.training.metrics import get_metric
 from swaft.training.models.classes import describe_labels, fit_head
 from swaft.training.models.encoder_decoder import (
     decoder_config,
     encoder_decoder_config,
-    load_decoder,
-    load_encoder_decoder,
+    load_text_model,
+    set_languages,
 )
-from swaft.training.models.generation import set_languages
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head
 from swaft.training.models.special_tokens import one_length, whole_windows
-from swaft.training.run.batches import Collate, loader_of
+from swaft.training.run.step import Collate, loader_of
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _question_answering(config: QuestionAnsweringConfig, model: ModelConfig, tok
     )
     return Scoring(
         windows,
-        WindowCollator(tokenizer, length, whole_windows(model_config)),
+        Collator(tokenizer, length, whole_windows(model_config)),
         evaluate,
         lambda model: load_with_head("question answering", model, model_config, **FOR_SCORING),
     )
@@ -198,9 +198,9 @@ def _seq2seq(config: Seq2SeqConfig, model: Seq2SeqModelConfig, tokenizer: Any) -
     )
     return Scoring(
         tokenize_pairs(pairs, tokenizer, config.data),
-        Seq2SeqCollator(tokenizer, length, whole_windows(model_config)),
+        Collator(tokenizer, length, whole_windows(model_config)),
         evaluate,
-        lambda model: load_encoder_decoder(model, model_config, tokenizer, **FOR_SCORING),
+        lambda model: load_text_model("sequence to sequence", model, model_config, tokenizer, **FOR_SCORING),
     )
 
 
@@ -212,7 +212,9 @@ def _causal_lm(config: CausalConfig, model: Seq2SeqModelConfig, tokenizer: Any) 
         rows,
         CausalCollator(tokenizer),
         partial(evaluate_answers_given, num_rows=len(rows)),
-        lambda model: load_decoder(model, model_config, tokenizer, **FOR_SCORING),
+        lambda model: load_text_model(
+            "causal language modelling", model, model_config, tokenizer, **FOR_SCORING
+        ),
     )
 
 

@@ -70,7 +70,7 @@ def line(configs) -> Callable[..., list[str]]:
 
 
 OF_A_LAUNCH = {
-    "checks/problems.py: refuse": "raises what both have found",
+    "checks.py: refuse": "raises what both have found",
     "config/load.py: load_config": "raises what both have read",
     "launch/accelerator.py: refuse_fp16_on_cpu": "the launch may be meant for another machine",
     "run/folder.py: _claim": "another run may have come in between",

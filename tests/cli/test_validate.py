@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from swaft.cli.main import main
 from swaft.training.launch import deepspeed_extension
-from swaft.training.run.schedule import count_micro_batches
+from swaft.training.models.build import count_micro_batches
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ from fault_inputs import save_inputs
 from faults import ENGINES, Ending, Zygote, ending, zygote
 from small_disks import file_system
 
-from swaft.training.launch.interruption import EXIT_CODE
+from swaft.training.launch.failure import EXIT_CODE
 from swaft.training.run.checkpoints import find_checkpoints
 
 

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from swaft.cli.main import main
 from swaft.training.config import build_rule, load_config
-from swaft.training.config.causal_lm import CausalConfig
+from swaft.training.data.causal_lm import CausalConfig
 from swaft.training.models.build import build_objective
 
 CONFIGS = sorted((ROOT / "recipes/configs/causal_lm").glob("*.yaml"))

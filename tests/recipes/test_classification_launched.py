@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_inputs import accuracy_of, save_model
 
 from swaft.training.config import load_config
-from swaft.training.config.classification import ClassificationConfig
+from swaft.training.data.classification import ClassificationConfig
 
 pytestmark = pytest.mark.recipe
 

@@ -11,7 +11,7 @@ from tiny_inputs import save_model, save_rows
 from transformers import AutoConfig, BertForSequenceClassification
 
 from swaft.cli.main import main
-from swaft.training.checks.problems import Problems
+from swaft.training.checks import Problems
 from swaft.training.config import load_config
 
 ROOT = Path(__file__).parents[2]

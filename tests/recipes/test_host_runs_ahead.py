@@ -17,9 +17,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swaft.noise.passes import SentCount
-from swaft.training.run.batches import count_rows
 from swaft.training.run.run import Run
-from swaft.training.run.step import Meter
+from swaft.training.run.step import Meter, count_rows
 
 pytestmark = pytest.mark.recipe
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from swaft.training.config import build_rule, load_config
-from swaft.training.config.question_answering import QuestionAnsweringConfig
-from swaft.training.metrics.question_answering import get_question_metric
+from swaft.training.data.question_answering import QuestionAnsweringConfig
+from swaft.training.evaluation.answering import get_question_metric
 from swaft.training.models.build import build_objective
 
 pytestmark = pytest.mark.unit

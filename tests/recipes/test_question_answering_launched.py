@@ -12,8 +12,8 @@ from tiny_questions import make_questions, save_questions
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from swaft.training.config import load_config
-from swaft.training.config.question_answering import QuestionAnsweringConfig
-from swaft.training.metrics.question_answering import score_squad, score_squad_v2
+from swaft.training.data.question_answering import QuestionAnsweringConfig
+from swaft.training.evaluation.answering import score_squad, score_squad_v2
 
 pytestmark = pytest.mark.recipe
 

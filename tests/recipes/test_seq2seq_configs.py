@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from swaft.training.config import build_rule, load_config
-from swaft.training.config.seq2seq import Seq2SeqConfig
-from swaft.training.metrics.generation import get_generation_metric
+from swaft.training.data.seq2seq import Seq2SeqConfig
+from swaft.training.evaluation.generation import get_generation_metric
 from swaft.training.models.build import build_objective
 from swaft.training.models.encoder_decoder import encoder_decoder_config
 

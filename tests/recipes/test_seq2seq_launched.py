@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from swaft.training.config import load_config
-from swaft.training.config.seq2seq import Seq2SeqConfig
+from swaft.training.data.seq2seq import Seq2SeqConfig
 
 pytestmark = pytest.mark.recipe
 

@@ -11,7 +11,7 @@ from tiny_inputs import save_model
 from tiny_texts import language_tokenizer, save_encoder_decoder, save_pairs
 from transformers import MarianConfig
 
-from swaft.training.checks.problems import Problems
+from swaft.training.checks import Problems
 from swaft.training.config import load_config
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]

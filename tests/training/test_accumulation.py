@@ -11,7 +11,7 @@ from harness import faults, start_ranks
 from torch.utils.data import DataLoader
 from uneven_texts import MODELS, OBJECTIVES, distance, loader_of, reference_file, sgd, train_prepared
 
-from swaft.training.run.batches import count_rows, loss_factors, step_batches
+from swaft.training.run.step import count_rows, loss_factors, step_batches
 
 CASES = [(kind, objective) for kind in MODELS for objective in OBJECTIVES]
 

@@ -13,17 +13,19 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError, TrainingError
-from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
-from swaft.training.config.question_answering import QuestionAnsweringEvalConfig
-from swaft.training.data.question_answering import WindowCollator, tokenize_questions
+from swaft.training.data.question_answering import QuestionAnsweringDataConfig as Data
+from swaft.training.data.question_answering import QuestionAnsweringEvalConfig, tokenize_questions
+from swaft.training.data.texts import Collator
 from swaft.training.evaluation.answering import (
     AnswerSearch,
     evaluate_answers,
+    get_question_metric,
     refuse_unused_threshold,
+    score_squad,
+    score_squad_v2,
     write_predictions,
 )
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.metrics.question_answering import get_question_metric, score_squad, score_squad_v2
 from swaft.training.run.folder import RunFolder
 
 pytestmark = pytest.mark.unit
@@ -78,7 +80,7 @@ def evaluate(
     loader = DataLoader(
         windows,  # type: ignore[arg-type]
         batch_size=batch_size,
-        collate_fn=WindowCollator(tokenizer),
+        collate_fn=Collator(tokenizer),
         generator=torch.Generator(),
     )
     has_unanswerable = not all(answers.values())
@@ -118,7 +120,7 @@ def test_the_loss_is_the_mean_over_windows_of_the_models_own(make_accelerator):
         Data(max_seq_length=10, doc_stride=2),
         training=False,
     )
-    collate = WindowCollator(tokenizer)
+    collate = Collator(tokenizer)
     with torch.no_grad():
         losses = [
             model(**{name: value for name, value in collate([window]).items() if name != "idx"}).loss.item()
@@ -163,7 +165,7 @@ def test_the_second_metric_scores_the_questions_of_the_first(make_accelerator):
     first = evaluate(accelerator, model, 4)
     questions = make_questions()
     windows = tokenize_questions(questions, tokenizer, Data(max_seq_length=10, doc_stride=2), training=False)
-    loader = DataLoader(windows, batch_size=4, collate_fn=WindowCollator(tokenizer))  # type: ignore[arg-type]
+    loader = DataLoader(windows, batch_size=4, collate_fn=Collator(tokenizer))  # type: ignore[arg-type]
     second = evaluate_answers(
         model,
         accelerator.prepare_data_loader(loader),

@@ -10,18 +10,15 @@ from torch import nn
 
 import swaft
 from swaft.errors import ConfigError, StateError
+from swaft.training import metrics
 from swaft.training.config import AveragingConfig, EvalConfig
+from swaft.training.evaluation import answering, generation
 from swaft.training.evaluation.best import BestWeights, Target, choose_target
-from swaft.training.metrics import classification, generation, question_answering
-from swaft.training.metrics.names import Metric
+from swaft.training.metrics import Metric
 
 pytestmark = pytest.mark.unit
 
-METRICS = [
-    metric
-    for module in (classification, generation, question_answering)
-    for metric in module.METRICS.values()
-]
+METRICS = [metric for module in (metrics, generation, answering) for metric in module.METRICS.values()]
 
 
 class Tokenizer:

@@ -5,11 +5,11 @@ import torch
 from transformers import EncoderDecoderConfig
 
 from swaft.errors import ConfigError
-from swaft.training.config.seq2seq import Seq2SeqModelConfig
+from swaft.training.data.seq2seq import Seq2SeqModelConfig
 from swaft.training.models.encoder_decoder import (
     check_new_model,
     encoder_decoder_config,
-    load_encoder_decoder,
+    load_text_model,
     new_tokenizer,
     train_tokenizer,
 )
@@ -24,8 +24,8 @@ def new_model(accelerator, seed: int = 0, **entries):
     section = Seq2SeqModelConfig(config=TINY | entries, vocab_size=300)
     tokenizer = new_tokenizer(section, accelerator, lambda: TEXTS)
     config = encoder_decoder_config(section)
-    return load_encoder_decoder(
-        section, config, tokenizer, seed=seed, gradient_checkpointing=False
+    return load_text_model(
+        "sequence to sequence", section, config, tokenizer, seed=seed, gradient_checkpointing=False
     ), tokenizer
 
 
@@ -68,7 +68,9 @@ def test_a_new_model_with_a_vocabulary_of_its_own_for_the_decoder_fits_too(make_
     )
     tokenizer = new_tokenizer(section, make_accelerator(), lambda: TEXTS)
     config = encoder_decoder_config(section)
-    model = load_encoder_decoder(section, config, tokenizer, seed=0, gradient_checkpointing=False)
+    model = load_text_model(
+        "sequence to sequence", section, config, tokenizer, seed=0, gradient_checkpointing=False
+    )
     assert model.config.decoder_vocab_size == len(tokenizer)
 
 

@@ -7,7 +7,7 @@ from tiny_training import make_classifier, make_loader, make_rows
 
 from swaft.errors import TrainingError
 from swaft.training.evaluation.evaluate import each_row_once, evaluate_classes, without_row_id
-from swaft.training.metrics.names import Metric
+from swaft.training.metrics import Metric
 
 pytestmark = pytest.mark.unit
 

@@ -10,18 +10,23 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from swaft.errors import TrainingError
-from swaft.training.config.seq2seq import Seq2SeqDataConfig, Seq2SeqEvalConfig, Seq2SeqModelConfig
-from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
+from swaft.training.data.seq2seq import (
+    Seq2SeqDataConfig,
+    Seq2SeqEvalConfig,
+    Seq2SeqModelConfig,
+    tokenize_pairs,
+)
+from swaft.training.data.texts import Collator
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.evaluation.generation import (
     evaluate_texts,
     generation_arguments,
     generation_is_collective,
+    get_generation_metric,
 )
-from swaft.training.metrics.generation import get_generation_metric
 from swaft.training.models.encoder_decoder import (
     encoder_decoder_config,
-    load_encoder_decoder,
+    load_text_model,
     new_tokenizer,
 )
 from swaft.training.run.folder import RunFolder
@@ -48,7 +53,9 @@ def evaluated(make_accelerator):
     )
     tokenizer = new_tokenizer(section, accelerator, lambda: TARGETS)
     config = encoder_decoder_config(section)
-    model = load_encoder_decoder(section, config, tokenizer, seed=0, gradient_checkpointing=False)
+    model = load_text_model(
+        "sequence to sequence", section, config, tokenizer, seed=0, gradient_checkpointing=False
+    )
     rows = tokenize_pairs(PAIRS, tokenizer, Seq2SeqDataConfig(max_source_length=16, max_target_length=16))
 
     def evaluate(batch_size: int, *, generates: bool = True, references=PAIRS["references"]) -> Evaluation:
@@ -56,7 +63,7 @@ def evaluated(make_accelerator):
             DataLoader(
                 rows,  # type: ignore[arg-type]
                 batch_size=batch_size,
-                collate_fn=Seq2SeqCollator(tokenizer),
+                collate_fn=Collator(tokenizer),
                 generator=torch.Generator(),
             )
         )

@@ -21,9 +21,8 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig
-from swaft.training.config.classification import DataConfig
-from swaft.training.data.classification import Task, describe_task
-from swaft.training.metrics.classification import get_metric, renumbered
+from swaft.training.data.classification import DataConfig, Task, describe_task
+from swaft.training.metrics import get_metric, renumbered
 from swaft.training.models.classes import FittedHead, describe_labels, fit_head
 from swaft.training.models.pretrained import load_model_config, load_with_head
 

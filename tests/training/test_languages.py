@@ -10,9 +10,8 @@ from datasets import Dataset
 from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError
-from swaft.training.config.seq2seq import Seq2SeqDataConfig
-from swaft.training.data.seq2seq import PairColumns, tokenize_pairs
-from swaft.training.models.generation import (
+from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, tokenize_pairs
+from swaft.training.models.encoder_decoder import (
     language_codes,
     require_target_language,
     set_languages,

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.checks.problems import Parts, Problems
-from swaft.training.checks.recipe import is_recipe, load_recipe
-from swaft.training.config.classification import ClassificationConfig
+from swaft.training.checks import Parts, Problems, read_recipe
+from swaft.training.data.classification import ClassificationConfig
 
 pytestmark = pytest.mark.unit
 
@@ -57,9 +56,7 @@ def test_an_error_that_is_not_swafts_passes_through(error):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_says_what_it_is(path):
-    assert is_recipe(path)
-    recipe = load_recipe(path)
-    assert {"model", "data", "train"} <= {*recipe.config_class.__dataclass_fields__}
+    assert {"model", "data", "train"} <= {*read_recipe(path).Config.__dataclass_fields__}
 
 
 @pytest.mark.parametrize(
@@ -67,19 +64,25 @@ def test_every_recipe_says_what_it_is(path):
     [
         "Config = 1",
         "def prepare(): ...",
-        "def (",
         "raise SystemExit",
         "class Config: ...\ndef prepare(): ...\ntrain()",  # usual names, and nothing of swaft's
     ],
 )
 def test_another_script_is_no_recipe_and_is_not_run(text, tmp_path):
     (tmp_path / "mine.py").write_text(text)
-    assert not is_recipe(tmp_path / "mine.py")
-    assert not is_recipe(tmp_path / "nowhere.py")
+    assert read_recipe(tmp_path / "mine.py") is None
+
+
+def test_what_cannot_be_read_as_python_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def (")
+    with pytest.raises(ConfigError, match="line 1 is not Python"):
+        read_recipe(tmp_path / "mine.py")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_recipe(tmp_path / "nowhere.py")
 
 
 RECIPE = """
-from swaft.training.config.classification import ClassificationConfig
+from swaft.training.data.classification import ClassificationConfig
 from sections import EXTRA
 Config = ClassificationConfig
 def prepare(config, problems): ...
@@ -90,9 +93,8 @@ def test_a_recipe_may_import_what_lies_beside_it(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "sections", raising=False)
     (tmp_path / "mine.py").write_text(RECIPE)
     (tmp_path / "sections.py").write_text("EXTRA = 1")
-    assert is_recipe(tmp_path / "mine.py")
     before = [*sys.path]
-    assert load_recipe(tmp_path / "mine.py").config_class is ClassificationConfig
+    assert read_recipe(tmp_path / "mine.py").Config is ClassificationConfig
     assert sys.path == before
 
 
@@ -109,4 +111,4 @@ def test_a_recipe_that_cannot_be_read_is_named(beside, extra, expected, tmp_path
     (tmp_path / "mine.py").write_text(RECIPE + extra)
     (tmp_path / "sections.py").write_text(beside)
     with pytest.raises(ConfigError, match=expected):
-        load_recipe(tmp_path / "mine.py")
+        read_recipe(tmp_path / "mine.py")

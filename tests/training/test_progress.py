@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, TrainConfig
-from swaft.training.config.classification import ClassificationConfig
+from swaft.training.data.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
 from swaft.training.run.step import Position

@@ -32,17 +32,16 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.checks.start import keep_all_layers, refuse_routing
+from swaft.training.checks import keep_all_layers, refuse_routing
 from swaft.training.config import ModelConfig
-from swaft.training.config.seq2seq import Seq2SeqModelConfig
+from swaft.training.data.seq2seq import Seq2SeqModelConfig
 from swaft.training.models.checks import (
     require_decoder_start,
     require_embeddings,
     require_text,
     require_token_types,
 )
-from swaft.training.models.encoder_decoder import check_new_model
-from swaft.training.models.generation import require_generation_start
+from swaft.training.models.encoder_decoder import check_new_model, require_generation_start
 from swaft.training.models.pretrained import UNLIMITED, longest_input, longest_text
 
 pytestmark = pytest.mark.unit

@@ -22,7 +22,6 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.noise.inputs import task_logits
-from swaft.training.data.seq2seq import Seq2SeqCollator
 from swaft.training.data.texts import Collator
 from swaft.training.models.classes import READ_THEIR_END, require_end_token
 from swaft.training.models.special_tokens import (
@@ -221,7 +220,7 @@ def test_the_logits_of_a_text_to_write_do_not_depend_on_its_batch(name):
         dict(made(text, return_token_type_ids=False), labels=target)
         for text, target in zip(words, targets, strict=True)
     ]
-    collate = Seq2SeqCollator(made, one_length(settings, MAX_LENGTH, generates=True))
+    collate = Collator(made, one_length(settings, MAX_LENGTH, generates=True))
 
     def written(rows: list[Any]) -> torch.Tensor:
         with torch.no_grad():
@@ -257,6 +256,6 @@ def test_batches_for_a_led_are_of_whole_windows():
     assert whole_windows(settings) == 16
     assert whole_windows(config("longformer")) is None
     rows = [{**made("w1 " * length), "labels": [5], "idx": 0} for length in (3, 15)]
-    batch = Seq2SeqCollator(made, None, whole_windows(settings))(rows)
+    batch = Collator(made, None, whole_windows(settings))(rows)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 32)
     assert batch["attention_mask"].sum(1).tolist() == [5, 17]

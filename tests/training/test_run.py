@@ -29,16 +29,16 @@ from swaft.training.config import (
     TrackConfig,
     TrainConfig,
 )
-from swaft.training.config.classification import (
+from swaft.training.data.classification import (
     ClassificationConfig,
     ClassificationEvalConfig,
     DataConfig,
 )
-from swaft.training.data.order import shuffled
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
+from swaft.training.models.build import build_schedule, set_learning_rate
 from swaft.training.run.run import Run
-from swaft.training.run.schedule import build_schedule, set_learning_rate
+from swaft.training.run.step import shuffled
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ import torch
 
 from swaft.errors import ConfigError
 from swaft.training.config import load_config, to_yaml
-from swaft.training.config.classification import ClassificationConfig
+from swaft.training.data.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder, environment
 
 pytestmark = pytest.mark.unit

@@ -6,7 +6,7 @@ from transformers import get_scheduler
 
 from swaft.errors import ConfigError
 from swaft.training.config import TrainConfig
-from swaft.training.run.schedule import (
+from swaft.training.models.build import (
     build_schedule,
     count_optimizer_steps,
     set_learning_rate,

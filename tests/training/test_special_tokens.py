@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.models.generation import generate_as_trained
+from swaft.training.models.encoder_decoder import generate_as_trained
 from swaft.training.models.special_tokens import follow_tokenizer, one_length
 
 pytestmark = pytest.mark.unit

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 import swaft
 from swaft.noise import TaskLoss
 from swaft.training.config import TrainConfig
-from swaft.training.run.batches import step_batches
-from swaft.training.run.step import Meter, Step
+from swaft.training.run.step import Meter, Step, step_batches
 
 STEPS, LEARNING_RATE = 6, 0.3
 ROWS = 21

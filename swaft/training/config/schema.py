@@ -15,7 +15,7 @@ from swaft.averaging.rules.base import Blend, Precision
 from swaft.noise import R3F, R4F, RDrop
 from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, StepOrShare, WholeNumber
 from swaft.training.config.values import DELIMITERS, borrows, not_allowed, split_names
-from swaft.training.metrics.names import unfit
+from swaft.training.metrics import unfit
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What accelerate calls the trackers it can write to."""
@@ -314,7 +314,7 @@ class EvalConfig(Section):
     """What to measure; auto: the usual metric of the task."""
 
     tasks: ClassVar[tuple[str, ...]] = ()
-    """Kinds of task whose metrics `metric` may name (`swaft.training.metrics.names`)."""
+    """Kinds of task whose metrics `metric` may name (`swaft.training.metrics`)."""
 
     def conflicts(self) -> Iterator[Fault]:
         """Choices between weights without evaluations, and metrics of other tasks."""
@@ -356,6 +356,9 @@ class TrackConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     """The sections that every recipe has; a family of tasks puts its own in the place of some."""
+
+    task: ClassVar[str] = "sequence classification"
+    """What is learnt, of `swaft.training.models.pretrained.FORMS`."""
 
     model: AnyModelConfig
     data: RowsConfig = field(default_factory=RowsConfig)

@@ -1,1 +1,1 @@
-"""Rows to train on: found by name, checked, tokenized and padded."""
+"""Rows in, token ids and batches out; each family of tasks with the settings that only it has."""

@@ -1,4 +1,7 @@
-"""Prompts with answers, chats and texts as rows for a decoder: which tokens are given, and which are learnt."""
+"""Prompts with answers, chats and texts as rows for a decoder: which tokens are given, and which are learnt.
+
+Settings that only models which continue a text have come first.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,90 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from swaft.errors import DataError
-from swaft.training.config.causal_lm import CausalDataConfig
-from swaft.training.data.checks import Fault, good_rows, require_column, text_faults, usual_columns, values
-from swaft.training.data.texts import IGNORED, Collator, encode
+from swaft.options import Count, Range, WholeNumber
+from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
+from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig
+from swaft.training.data.texts import (
+    IGNORED,
+    BadRow,
+    Collator,
+    encode,
+    good_rows,
+    padded,
+    require_column,
+    text_faults,
+    usual_columns,
+    values,
+)
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class CausalDataConfig(RowsConfig):
+    """Which rows to train and evaluate on, and which columns of them."""
+
+    prompt_column: str | None = None
+    """Column with the text that is given; null: both columns are found by their usual names (prompt and completion,
+    instruction and output, question and answer, ...), and without them the messages or the text."""
+    answer_column: str | None = None
+    """Column with the text to learn; set it with `prompt_column`, or alone for texts without a prompt."""
+    messages_column: str | None = None
+    """Column with chats: lists of messages with a role and a content, written by the tokenizer's chat template. The
+    answers of the assistant are learnt."""
+    prompt_prefix: str = ""
+    """Put before every prompt."""
+    prompt_suffix: str = ""
+    """Put between every prompt and its answer: a line break, say."""
+    max_length: Annotated[int, Range(low=2)] = 512
+    """Longest row in tokens, prompt and answer together. An answer is cut to what its prompt leaves, half of
+    it at least, and of a longer prompt the beginning is left out; chats are cut at their end."""
+    packing: bool = False
+    """Put several rows into one of `max_length` tokens, each with positions of its own and without sight of the
+    others. Off; on it saves the padding of short rows."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Besides: columns of texts beside those of chats."""
+        yield from super().conflicts()
+        if self.prompt_column is not None and self.answer_column is None:
+            yield "prompt_column", "is set without data.answer_column; set both"
+        if self.messages_column is not None and self.answer_column is not None:
+            yield "messages_column", "names chats, and data.answer_column texts; keep one"
+
+
+@dataclass(kw_only=True)
+class CausalEvalConfig(EvalConfig):
+    """When and how to evaluate: by the loss, the perplexity and the accuracy of the tokens that are learnt."""
+
+    metric: str = "auto"
+    """There is no other choice: the loss."""
+    num_samples: WholeNumber = 20
+    """Rows of each split whose last answer is written by last and averaged weights at the end of the run, and kept
+    in the run folder; 0: none."""
+    max_new_tokens: Count = 64
+    """Longest of those answers, in tokens. It is shorter where a prompt leaves less of `data.max_length`."""
+
+    tasks: ClassVar = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(RecipeConfig):
+    """Everything `recipes/causal_lm.py` needs."""
+
+    task: ClassVar[str] = "causal language modelling"
+
+    model: Seq2SeqModelConfig = field(default_factory=Seq2SeqModelConfig)
+    data: CausalDataConfig = field(default_factory=CausalDataConfig)
+    train: Seq2SeqTrainConfig
+    eval: CausalEvalConfig = field(default_factory=CausalEvalConfig)
+
 
 USUAL_COLUMNS = (
     ("prompt", "completion"),
@@ -189,21 +263,17 @@ def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
 class CausalCollator(Collator):
     """Pads rows on the right, labels with `IGNORED`; packed rows have positions in place of an attention mask."""
 
-    columns = ("idx",)
-
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch, int64: `input_ids`, `labels`, `attention_mask` or `position_ids` (B, L), `idx` (B,)."""
-
-        def padded(name: str, value: int) -> Tensor:
-            columns = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
-            return pad_sequence(columns, batch_first=True, padding_value=value)
-
-        batch = {"input_ids": padded("input_ids", self.padding), "labels": padded("labels", IGNORED)}
+        batch = {
+            "input_ids": padded(rows, "input_ids", self.padding),
+            "labels": padded(rows, "labels", IGNORED),
+        }
         if "position_ids" in rows[0]:
-            batch["position_ids"] = padded("position_ids", 0)
+            batch["position_ids"] = padded(rows, "position_ids", 0)
         else:
-            ones = [torch.ones(len(row["input_ids"]), dtype=torch.int64) for row in rows]
-            batch["attention_mask"] = pad_sequence(ones, batch_first=True)
+            ones = [{"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+            batch["attention_mask"] = padded(ones, "attention_mask", 0)
         return batch | {"idx": torch.tensor([row["idx"] for row in rows])}
 
 
@@ -233,7 +303,7 @@ def _class_names_as_text(split: Dataset, column: str) -> Dataset:
     return split.remove_columns(column).add_column(column, names)
 
 
-def _faults(split: Dataset, columns: CausalColumns) -> Iterator[Fault]:
+def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     for column in filter(None, (columns.prompt, columns.answer)):
         yield from text_faults(split, column)
     if columns.messages is None:

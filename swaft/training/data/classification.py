@@ -1,4 +1,7 @@
-"""Reads rows of text and label: which columns and classes there are; what a sequence classifier makes of them."""
+"""Reads rows of text and label: which columns and classes there are; what a sequence classifier makes of them.
+
+Settings that only models which classify or score texts have come first.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unicodedata import normalize
 
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import DataError
-from swaft.training.config.classification import DataConfig
-from swaft.training.data.checks import (
-    Fault,
+from swaft.options import Count
+from swaft.training.config.schema import EvalConfig, Fault, ModelConfig, RecipeConfig, RowsConfig
+from swaft.training.config.values import split_names
+from swaft.training.data.texts import (
+    BadRow,
     good_rows,
     named_columns,
     shortened,
@@ -26,6 +31,70 @@ from swaft.training.data.checks import (
 from swaft.training.data.texts import encode as encode_texts
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DataConfig(RowsConfig):
+    """Which rows to train and evaluate on, and which columns of them."""
+
+    text_column: str | None = None
+    """Column with the (first) text; null: found by its usual name (sentence, sentence1, text, ...)."""
+    text_pair_column: str | None = None
+    """Column with the second text of a pair; null: found by its usual name, if there is one."""
+    label_column: str | None = None
+    """Column with the answer; null: `label` or `labels`."""
+    do_regression: bool | None = None
+    """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids. false
+    lets -1 be a class, too."""
+    positive_label: str | None = None
+    """Name of the class, of two, whose F1 `eval.metric` measures; null: the second one (of texts, by the
+    alphabet), and the log says which."""
+    eval_languages: str | None = None
+    """Languages to evaluate on besides that of the training rows, with commas between them (de,fr,sw): each is
+    evaluated at the end as a split of its own (test_de), and so is the mean over all languages. Of `dataset_name`
+    they are configurations; else they are files beside those of the validation and test rows, with the language
+    before the ending (test.csv, test.de.csv)."""
+    max_seq_length: Count = 128
+    """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Names of the languages to evaluate on besides that of the training rows."""
+        return tuple(split_names(self.eval_languages)) if self.eval_languages else ()
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Columns and languages that do not go together."""
+        yield from super().conflicts()
+        if self.text_pair_column is not None and self.text_column is None:
+            yield "text_pair_column", "is set without data.text_column; set both"
+        languages = [] if self.eval_languages is None else split_names(self.eval_languages)
+        if not all(languages) or len(set(languages)) < len(languages):
+            advice = "write each language once, with commas between them (de,fr)"
+            yield "eval_languages", f"'{self.eval_languages}' holds an empty or a repeated name; {advice}"
+        elif self.dataset_config_name in languages:
+            reason = "is data.dataset_config_name, whose validation and test rows are evaluated anyway"
+            yield "eval_languages", f"{self.dataset_config_name} {reason}; remove it from the languages"
+
+
+@dataclass(kw_only=True)
+class ClassificationEvalConfig(EvalConfig):
+    """When and how to evaluate."""
+
+    metric: str = "auto"
+    """What to measure: accuracy, f1, f1_macro, accuracy_f1, matthews_correlation, pearson_spearman or mse;
+    auto: the usual one of the task."""
+
+    tasks: ClassVar = ("classification", "regression")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(RecipeConfig):
+    """Everything `recipes/classification.py` needs."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: ClassificationEvalConfig = field(default_factory=ClassificationEvalConfig)
+
 
 # How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
 USUAL_TEXT_COLUMNS = (
@@ -94,7 +163,7 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         train, USUAL_LABEL_COLUMNS, "no column named label or labels; {}; set data.label_column"
     )
 
-    def faults(split: Dataset) -> Iterator[Fault]:
+    def faults(split: Dataset) -> Iterator[BadRow]:
         for column in text_columns:  # most tokenizers make something of a blank text, which can be classified
             yield from text_faults(split, column, blank=data.skip_bad_rows)
         yield from _label_faults(split, label_column)
@@ -176,7 +245,7 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     return found
 
 
-def _label_faults(split: Dataset, column: str) -> Iterator[Fault]:
+def _label_faults(split: Dataset, column: str) -> Iterator[BadRow]:
     """Yield the rows without a label: nothing, a blank, no finite number, or -1 in a column with named classes."""
     is_named = isinstance(split.features[column], ClassLabel)
     for row, value in enumerate(values(split, column)):

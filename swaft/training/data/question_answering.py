@@ -1,24 +1,90 @@
-"""Checks questions about passages, in SQuAD's schema, and turns them into overlapping windows of tokens."""
+"""Checks questions about passages, in SQuAD's schema, and turns them into overlapping windows of tokens.
+
+Settings that only models which find answers in a text have come first.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Value
-from torch import Tensor
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, PreTrainedTokenizerBase
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.config import ModelConfig
-from swaft.training.config.question_answering import QuestionAnsweringDataConfig
-from swaft.training.data.checks import ROWS_AT_ONCE, Fault, good_rows, text_faults, values
-from swaft.training.data.texts import Collator, encode, without_letters
+from swaft.options import Count, Range, WholeNumber
+from swaft.training.config.schema import EvalConfig, Fault, ModelConfig, RecipeConfig, RowsConfig
+from swaft.training.data.texts import (
+    POSITIONS,
+    ROWS_AT_ONCE,
+    BadRow,
+    encode,
+    good_rows,
+    text_faults,
+    values,
+    without_letters,
+)
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class QuestionAnsweringDataConfig(RowsConfig):
+    """Which questions to train and evaluate on, and how their contexts are cut into windows.
+
+    Rows have SQuAD's columns: id, question, context, and answers (text, answer_start).
+    """
+
+    max_seq_length: Annotated[int, Range(low=8)] = 384
+    """Tokens of a window: the question, and as much of the context as fits beside it. 384 is what BERT was
+    fine-tuned with."""
+    doc_stride: WholeNumber = 128
+    """Tokens of context that a window shares with the next one, so that no answer is cut by both."""
+    version_2_with_negative: bool | None = None
+    """Whether a question may have no answer (SQuAD 2.0); null: it may where some question has none. false with
+    such a question is an error."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Besides: windows that do not get on."""
+        yield from super().conflicts()
+        if self.doc_stride >= self.max_seq_length:
+            message = (
+                f"windows of data.max_seq_length={self.max_seq_length} tokens cannot share {self.doc_stride}"
+            )
+            yield "doc_stride", f"{message} of them and move on; expected less, a third of the length say"
+
+
+@dataclass(kw_only=True)
+class QuestionAnsweringEvalConfig(EvalConfig):
+    """When and how to evaluate."""
+
+    metric: str = "auto"
+    """What to measure: squad (exact_match and f1) or squad_v2 (the same, and apart for questions with and without
+    an answer); auto: squad_v2 where questions may have no answer."""
+    max_answer_length: Count = 30
+    """Tokens of an answer at most."""
+    null_score_diff_threshold: Annotated[float, Range()] = 0.0
+    """How much "no answer" has to score above the best answer to be given; used where questions may have none."""
+    num_samples: WholeNumber = 20
+    """Questions of each split whose answers are kept in the run folder, last beside averaged weights, to read."""
+
+    tasks: ClassVar = ("question answering",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringConfig(RecipeConfig):
+    """Everything `recipes/question_answering.py` needs."""
+
+    task: ClassVar[str] = "question answering"
+
+    model: ModelConfig
+    data: QuestionAnsweringDataConfig = field(default_factory=QuestionAnsweringDataConfig)
+    eval: QuestionAnsweringEvalConfig = field(default_factory=QuestionAnsweringEvalConfig)
+
 
 COLUMNS = ("id", "question", "context", "answers")
 MOST_MISPLACED = 0.01
@@ -26,7 +92,6 @@ MOST_MISPLACED = 0.01
 against, and not trained on; more of them mean that the starts count something else (bytes, say)."""
 NO_ANSWER_HERE = -1
 """Offset of a token that no answer can begin or end with."""
-POSITIONS = ("start_positions", "end_positions")
 
 
 def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = False) -> dict[str, Dataset]:
@@ -182,21 +247,6 @@ def refuse_unusable_questions(
                     raise DataError(f"{found}; remove the row")
 
 
-class WindowCollator(Collator):
-    """Pads windows and stacks them: token columns (B, L), positions and `idx` (B,), all int64."""
-
-    columns = (*POSITIONS, "idx")
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch."""
-        batch = super().__call__(rows)
-        if self._pads_left:  # the tokens have moved
-            lengths = batch["idx"].new_tensor([len(row["input_ids"]) for row in rows])
-            for name in POSITIONS:
-                batch[name] = batch[name] + batch["input_ids"].shape[1] - lengths
-        return batch
-
-
 def _encode(
     rows: dict[str, list[Any]],
     indices: list[int],
@@ -294,7 +344,7 @@ def _judge_places(split: Dataset, name: str) -> None:
         )
 
 
-def _faults(split: Dataset) -> Iterator[Fault]:
+def _faults(split: Dataset) -> Iterator[BadRow]:
     for column in ("id", "question", "context"):
         yield from text_faults(split, column)
     for row, answers in enumerate(values(split, "answers")):

@@ -1,15 +1,23 @@
-"""Texts to token ids in which only what the tokenizer adds is special, whatever a text spells; ids to batches."""
+"""What every kind of task does with its rows: checks, texts to token ids, ids to batches.
+
+Only what the tokenizer adds to a text is special, whatever the text spells.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from string import ascii_letters, digits
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BatchEncoding,
     DataCollatorWithPadding,
@@ -19,16 +27,165 @@ from transformers import (
 )
 
 from swaft.errors import DataError
-from swaft.training.data.checks import is_blank, values
+from swaft.options import suggestion
+
+ROWS_AT_ONCE = 1_000
+"""Rows read in one go: much faster than one by one, and still little memory."""
+SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Categories of Unicode: spaces and breaks, and characters that control or format."""
+
+BadRow = tuple[int, str]
+"""Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
+
+
+def values(split: Dataset, *columns: str) -> Iterator[Any]:
+    """Yield the values of a column, or tuples of those of several, row by row."""
+    for first in range(0, len(split), ROWS_AT_ONCE):
+        read = [split[column][first : first + ROWS_AT_ONCE] for column in columns]
+        yield from read[0] if len(columns) == 1 else zip(*read, strict=True)
+
+
+def require_column(split: Dataset, column: str, setting: str) -> None:
+    """Refuse a column that a setting names and that does not exist.
+
+    Raises:
+        DataError: lists the columns and names the nearest.
+    """
+    if column not in split.column_names:
+        hint = suggestion(column, split.column_names)
+        raise DataError(f"{setting}: there is no column '{column}'; {existing(split)}.{hint}")
+
+
+def named_columns(split: Dataset, data: Any, *settings: str) -> tuple[str, ...]:
+    """Return the columns that these settings of section ``data`` name, up to the first that names none.
+
+    Raises:
+        DataError: one that does not exist.
+    """
+    columns = tuple(takewhile(lambda column: column is not None, (getattr(data, name) for name in settings)))
+    for setting, column in zip(settings, columns, strict=False):
+        require_column(split, column, f"data.{setting}")
+    return columns
+
+
+def usual_columns(split: Dataset, usual: Sequence[tuple[str, ...]], otherwise: str) -> tuple[str, ...]:
+    """Return the first of these columns that all exist.
+
+    Raises:
+        DataError: ``otherwise``, with the columns there are in the place of its ``{}``.
+    """
+    for columns in usual:
+        if set(columns) <= set(split.column_names):
+            return columns
+    raise DataError(otherwise.format(existing(split)))
+
+
+def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[BadRow]:
+    """Yield the rows that have anything but text in a column, and (``blank``) those with white space alone."""
+    for row, value in enumerate(values(split, column)):
+        if not isinstance(value, str):
+            found = "nothing" if value is None else f"{value!r}"
+            yield row, f"has {found} in column '{column}'; expected text"
+        elif blank and is_blank(value):
+            yield row, f"has an empty text in column '{column}'; expected words"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing but white space and characters without a shape, of which no token is made."""
+    return all(unicodedata.category(character) in SHAPELESS for character in text)
+
+
+def good_rows(
+    splits: Mapping[str, Dataset],
+    columns: Sequence[str],
+    find_faults: Callable[[Dataset], Iterator[BadRow]],
+    *,
+    skip: bool,
+) -> dict[str, Dataset]:
+    """Return the rows without a fault; what is left out is logged.
+
+    Args:
+        splits: rows by split, `train` among them.
+        columns: that every split has to have.
+        find_faults: yields the faults of a split.
+        skip: leave rows out (`data.skip_bad_rows`), and a split that has no other ones but train; False: refuse.
+
+    Raises:
+        DataError: a missing column; the first row with a fault, where none is left out; no training row that is
+            left; or an id (column `id`) that several rows of a split have.
+    """
+    for name, split in splits.items():
+        for column in columns:
+            if column not in split.column_names:
+                but = ", but train has" if column in splits["train"].column_names else ""
+                raise DataError(
+                    f"the {name} split has no column '{column}'{but}; {existing(split)}; expected "
+                    f"{', '.join(dict.fromkeys(columns))}"
+                )
+    kept = {}
+    for name, split in splits.items():
+        faults: dict[int, str] = {}
+        for row, fault in find_faults(split):
+            if not skip:
+                raise DataError(
+                    f"row {row} of {name} {fault}. Remove the row or fill it in, or leave such rows out with "
+                    "data.skip_bad_rows=true"
+                )
+            faults.setdefault(row, fault)
+        if faults:
+            first = min(faults)
+            if len(faults) == len(split) and name == "train":
+                raise DataError(f"no row of train is left: each is a bad one (row {first} {faults[first]})")
+            left_out = shortened([str(number) for number in sorted(faults)])
+            logger.info(
+                "%d of %d rows of %s are left out: %s (row %d %s)",
+                *(len(faults), len(split), name, left_out, first, faults[first]),
+            )
+        if not faults:
+            kept[name] = split
+        elif len(faults) < len(split):
+            kept[name] = split.select([row for row in range(len(split)) if row not in faults])
+    for name, split in kept.items():
+        if "id" in split.column_names:
+            _refuse_repeated_ids(split, name)
+    return kept
+
+
+def require_length(setting: str, length: int, most: int) -> None:
+    """Refuse a length in tokens that is more than the model reads at most."""
+    if length > most:
+        raise DataError(f"{setting} is {length}, but the model reads at most {most} tokens; lower it")
+
+
+def shortened(names: list[str]) -> str:
+    """Join the first few names."""
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+
+
+def existing(split: Dataset) -> str:
+    """Say which columns there are."""
+    return f"the columns are {', '.join(split.column_names)}"
+
+
+def _refuse_repeated_ids(split: Dataset, name: str) -> None:
+    repeated = [row_id for row_id, count in Counter(values(split, "id")).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{len(repeated)} values of column 'id' stand in several rows of {name} ({repeated[0]!r}, ...); "
+            "expected one row an id. Remove the repeated rows, or rename the column if it is no id"
+        )
+
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of positions that no loss counts."""
+POSITIONS = ("start_positions", "end_positions")
+"""Columns with the first and the last token of an answer."""
 
 
 class Collator:
-    """Pads rows and stacks them.
+    """Pads rows and stacks them: inputs on the tokenizer's side, labels that are token ids on the right.
 
     Args:
         tokenizer: the model's, which says with what and on which side.
@@ -39,9 +196,6 @@ class Collator:
         DataError: the tokenizer has no padding token.
     """
 
-    columns: tuple[str, ...] = ("labels", "idx")
-    """What a batch has besides what models read."""
-
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, length: int | None = None, multiple: int | None = None
     ):
@@ -51,7 +205,7 @@ class Collator:
                 "a batch; set model.tokenizer_name to a tokenizer that has one"
             )
         self.padding: Any = tokenizer.pad_token_id
-        self._names = frozenset((*tokenizer.model_input_names, *self.columns))
+        self._names = frozenset((*tokenizer.model_input_names, "labels", *POSITIONS, "idx"))
         self._pads_left = tokenizer.padding_side == "left"
         self._pad = DataCollatorWithPadding(
             tokenizer,
@@ -61,8 +215,23 @@ class Collator:
         )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch: token columns (B, L) int64, others (B,) int64, or fp32 for fractions."""
-        return dict(self._pad([{name: row[name] for name in row if name in self._names} for row in rows]))
+        """Return the batch: token columns and labels (B, L) int64, others (B,) int64, or fp32 for fractions."""
+        # transformers' DataCollatorForSeq2Seq would pad labels to the length or multiple that is for inputs.
+        writes = isinstance(rows[0].get("labels"), list)
+        names = self._names - {"labels"} if writes else self._names
+        batch = dict(self._pad([{name: row[name] for name in row if name in names} for row in rows]))
+        if writes:
+            batch["labels"] = padded(rows, "labels", IGNORED)
+        if self._pads_left and POSITIONS[0] in batch:  # the tokens have moved
+            lengths = batch["idx"].new_tensor([len(row["input_ids"]) for row in rows])
+            batch |= {name: batch[name] + batch["input_ids"].shape[1] - lengths for name in POSITIONS}
+        return batch
+
+
+def padded(rows: Sequence[Mapping[str, Any]], name: str, value: int) -> Tensor:
+    """Return a column of token ids, (B, L) int64, padded on the right."""
+    columns = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
+    return pad_sequence(columns, batch_first=True, padding_value=value)
 
 
 def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:

@@ -17,7 +17,7 @@ from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
 from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation.evaluate import Scores
-from swaft.training.metrics.names import Metric
+from swaft.training.metrics import Metric
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from swaft.errors import TrainingError
-from swaft.training.metrics.names import Metric, Scores
+from swaft.training.metrics import Metric, Scores
 from swaft.training.run.folder import RunFolder
 
 ROW_ID = "idx"

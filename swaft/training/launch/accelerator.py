@@ -58,7 +58,16 @@ class EngineSettings:
 def resolve_engine(
     train: TrainConfig, environ: Mapping[str, str], *, hidden_size: int | None
 ) -> EngineSettings:
-    """What accelerate is started with, for a run that no recipe checks; `swaft.training.checks.start` does."""
+    """Return what accelerate is started with, if launcher, DeepSpeed file and recipe do not contradict each other.
+
+    Args:
+        train: section ``train``, which takes over what the launcher asks of FSDP2 and the recipe does itself.
+        environ: what the launcher left.
+        hidden_size: width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
+
+    Raises:
+        ConfigError: with every contradiction.
+    """
     obey_fsdp2(environ, train)
     precision = resolve_precision(train, environ)
     deepspeed = resolve_deepspeed(train, environ, precision=precision, hidden_size=hidden_size)
@@ -194,20 +203,12 @@ def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
     """Raise unless the engine and the number of ranks are those the launcher announced."""
     world_size, seen = int(environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     started = accelerator.distributed_type
-    engines = {
-        DistributedType.DEEPSPEED: (
-            uses_deepspeed(environ),
-            "DeepSpeed; check ACCELERATE_USE_CPU and how the ranks start",
-        ),
-        DistributedType.FSDP: (
-            uses_fsdp(environ),
-            "FSDP2; start the ranks with accelerate launch or torchrun",
-        ),
-    }
-    wrong = [words for engine, (wanted, words) in engines.items() if (started == engine) != wanted]
-    if wrong:
-        asked = "not for" if started in engines else "for"
-        raise TrainingError(f"accelerate started {started.value}, but the launcher asked {asked} {wrong[0]}")
+    asked = "DeepSpeed" if uses_deepspeed(environ) else "FSDP2" if uses_fsdp(environ) else None
+    if asked != {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP2"}.get(started):
+        raise TrainingError(
+            f"accelerate started {started.value}, but the launcher asked for {asked or 'one process or DDP'}; "
+            "check ACCELERATE_USE_CPU, and start the ranks with accelerate launch or torchrun"
+        )
     if seen != world_size:
         raise TrainingError(
             f"{world_size} ranks were launched (WORLD_SIZE), but accelerate sees {seen}, so each would train "

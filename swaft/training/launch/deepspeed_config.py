@@ -57,11 +57,15 @@ class RecipeValues:
     """Width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate."""
 
     @property
-    def always(self) -> Wanted:
-        """Every key that is there once a file is filled."""
-        train, rows = self.train, self.train.per_device_train_batch_size
-        accumulation = train.gradient_accumulation_steps
-        return {
+    def wanted(self) -> dict[str, Wanted]:
+        """What is looked at, by section of a file.
+
+        At the top: every key that is there once a file is filled. Then what AdamW is built with, and what the
+        recipe's rate has in common with a warm-up of DeepSpeed's. In ``zero_optimization`` a number is the user's.
+        """
+        train, rows, width = self.train, self.train.per_device_train_batch_size, self.hidden_size
+        accumulation, own = train.gradient_accumulation_steps, "the recipe's AdamW"
+        top = {
             "train_micro_batch_size_per_gpu": (rows, "train.per_device_train_batch_size"),
             "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps"),
             "train_batch_size": (rows * accumulation * self.world_size, "batch x accumulation x ranks"),
@@ -69,41 +73,30 @@ class RecipeValues:
             "bf16.enabled": (self.precision == "bf16", "mixed precision"),
             "fp16.enabled": (self.precision == "fp16", "mixed precision"),
         }
-
-    @property
-    def optimizer(self) -> Wanted:
-        """What AdamW is built with."""
-        train = self.train
-        return {
+        optimizer = {
             "lr": (train.learning_rate, "train.learning_rate"),
             "weight_decay": (train.weight_decay, "train.weight_decay"),
             "betas": ([train.adam_beta1, train.adam_beta2], "train.adam_beta1 and train.adam_beta2"),
             "eps": (train.adam_epsilon, "train.adam_epsilon"),
-            "adam_w_mode": (True, "the recipe's AdamW"),
-            "bias_correction": (True, "the recipe's AdamW"),
-            "amsgrad": (False, "the recipe's AdamW"),
+            **{"adam_w_mode": (True, own), "bias_correction": (True, own), "amsgrad": (False, own)},
         }
-
-    @property
-    def scheduler(self) -> Wanted:
-        """What the recipe's rate has in common with a warm-up of DeepSpeed's."""
-        train = self.train
-        return {
+        scheduler = {
             "warmup_min_lr": (0, "where a warm-up begins"),
             "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
             "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
             "warmup_type": ("linear", "the kind of warm-up"),
             "total_num_steps": (train.max_steps, "train.max_steps"),
         }
-
-    @property
-    def zero(self) -> Wanted:
-        """What is filled in ``zero_optimization`` where a file says "auto"; a number there is the user's."""
-        width, name = self.hidden_size, "stage3_gather_16bit_weights_on_model_save"
-        sizes = {
-            key: (size(width), "the model's hidden size") for key, size in SIZES.items() if width is not None
+        gather = "stage3_gather_16bit_weights_on_model_save"
+        zero = {gather: (False, "swaft exports without gathering the model")}
+        if width is not None:
+            zero |= {key: (size(width), "the model's hidden size") for key, size in SIZES.items()}
+        return {
+            "": top,
+            "optimizer.params.": optimizer,
+            "scheduler.params.": scheduler,
+            "zero_optimization.": zero,
         }
-        return {**sizes, name: (False, "swaft exports without gathering the model")}
 
 
 @dataclass(frozen=True)
@@ -185,13 +178,11 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         The filled configuration, the table of what was filled, and the problems (empty where it can be used).
     """
     filled, rows, problems = copy.deepcopy(dict(config)), list[tuple[str, Any, str]](), list[str]()
-    zero = filled["zero_optimization"]
+    zero, wanted = filled["zero_optimization"], recipe.wanted
 
-    def settle(
-        wanted: Wanted, prefix: str = "", *, fills: Sequence[str] = (AUTO,), compares: bool = True
-    ) -> None:
+    def settle(prefix: str, *, fills: Sequence[str] = (AUTO,), compares: bool = True) -> None:
         """Write the recipe's values where the file says one of `fills`; note what it says otherwise."""
-        for name, (value, setting) in wanted.items():
+        for name, (value, setting) in wanted[prefix].items():
             *sections, leaf = f"{prefix}{name}".split(".")
             node = filled
             for section in sections:
@@ -217,7 +208,7 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     optimizer, scheduler = filled.get("optimizer"), filled.get("scheduler")
     trains_with = (optimizer or {}).get("type", "AdamW")
     if trains_with.lower() in ("adamw", "adam"):
-        settle(recipe.optimizer, "optimizer.params.")
+        settle("optimizer.params.")
     else:
         problems.append(
             f"{source} asks for the optimizer {trains_with}, the recipe trains with AdamW; "
@@ -225,14 +216,14 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         )
     kind = (scheduler or {}).get("type", SCHEDULERS[0])
     if kind in SCHEDULERS:
-        settle(recipe.scheduler, "scheduler.params.", fills=())
+        settle("scheduler.params.", fills=())
     else:
         problems.append(
             f"{source} has a scheduler ({kind}), which the recipe would not use; remove that section and "
             "choose the schedule with train.lr_scheduler_type and train.warmup_steps"
         )
-    settle(recipe.always, fills=(AUTO, MISSING))
-    settle(recipe.zero, "zero_optimization.", compares=False)
+    settle("", fills=(AUTO, MISSING))
+    settle("zero_optimization.", compares=False)
     if offloads_optimizer(filled):
         rows.append(
             ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")
@@ -280,14 +271,10 @@ def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapp
     }
     problems = []
     for variable, (name, value) in wanted.items():
-        said, names_file = (
-            environ.get(f"ACCELERATE_{variable}", AUTO),
-            name == "zero_stage" and file != "none",
-        )
+        said, other = environ.get(f"ACCELERATE_{variable}", AUTO), f"the run uses {value}"
+        if name == "zero_stage" and file != "none":
+            other = f"{file} says zero_optimization.stage = {stage}"
         if said not in (AUTO, "none") and float(said) != float(value):
-            other = (
-                f"{file} says zero_optimization.stage = {stage}" if names_file else f"the run uses {value}"
-            )
             problems.append(
                 f"the accelerate configuration says {name} = {said}, but {other}; remove {name} from the "
                 "accelerate configuration"

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Prepared, Problems
+from swaft.training.checks import Prepared, Problems
 from swaft.training.config import AnyModelConfig, RecipeConfig
 from swaft.training.models.pretrained import half, model_path
 from swaft.training.models.special_tokens import follow_tokenizer

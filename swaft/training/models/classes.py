@@ -9,8 +9,8 @@ from typing import Any
 
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig
-from swaft.training.data.checks import shortened
 from swaft.training.data.classification import TRUTH, Task
+from swaft.training.data.texts import shortened
 from swaft.training.models.special_tokens import write_token
 
 logger = logging.getLogger(__name__)

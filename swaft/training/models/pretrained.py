@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,18 +28,25 @@ from swaft.training.config import AdapterConfig, AnyModelConfig, ModelConfig
 from swaft.training.config.values import split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 
-HEADS = {
-    "sequence classification": AutoModelForSequenceClassification,
-    "question answering": AutoModelForQuestionAnswering,
+
+class Form(NamedTuple):
+    """What a model is in a task of the recipes."""
+
+    auto: Any
+    """The class of transformers that makes such models."""
+    peft: str
+    """What peft calls the task."""
+    has_head: bool = False
+    """Whether the task puts a head of its own on a pretrained body."""
+
+
+FORMS = {
+    "sequence classification": Form(AutoModelForSequenceClassification, "SEQ_CLS", has_head=True),
+    "question answering": Form(AutoModelForQuestionAnswering, "QUESTION_ANS", has_head=True),
+    "sequence to sequence": Form(AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
+    "causal language modelling": Form(AutoModelForCausalLM, "CAUSAL_LM"),
 }
-"""What puts the head of a task on a pretrained body."""
-TASK_TYPES = {
-    "sequence classification": "SEQ_CLS",
-    "question answering": "QUESTION_ANS",
-    "sequence to sequence": "SEQ_2_SEQ_LM",
-    "causal language modelling": "CAUSAL_LM",
-}
-"""What peft calls the tasks of the recipes."""
+"""By task."""
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of the weights of the demo model."""
 UNLIMITED = 1_000_000_000
@@ -174,6 +183,19 @@ def hidden_size(model_config: Any) -> int | None:
     return getattr(text_config, "hidden_size", None)
 
 
+def load_form(task: str, model: AnyModelConfig, model_config: Any, *, seed: int, **settings: Any) -> Any:
+    """Return a model for a task (of `FORMS`), pretrained or new, in fp32, drawn from this seed where it is new.
+
+    Torch is given the seed right here, because under ZeRO-3 nothing makes the ranks' weights equal afterwards.
+    """
+    torch.manual_seed(seed)
+    with naming_settings(model):
+        if model.described is not None:
+            return FORMS[task].auto.from_config(model_config, dtype=torch.float32)
+        settings |= {"config": model_config, "trust_remote_code": model.trust_remote_code}
+        return FORMS[task].auto.from_pretrained(model_path(model), dtype="float32", **settings)
+
+
 def load_with_head(
     task: str,
     model: ModelConfig,
@@ -186,23 +208,15 @@ def load_with_head(
     """Return the model, with a new head where it has none, in fp32; with adapters where the settings ask for them.
 
     Args:
-        task: of `HEADS`.
+        task: of those in `FORMS` that have a head.
         model: section ``model``.
         model_config: transformers configuration with the task's labels.
-        seed: of the new head; given to torch right here, because under ZeRO-3 nothing makes the ranks' heads
-            equal afterwards.
+        seed: of the new head.
         gradient_checkpointing: recompute activations in the backward pass.
         has_new_head: the head is a new one whatever the model brings.
     """
-    torch.manual_seed(seed)
-    with naming_settings(model):
-        loaded = HEADS[task].from_pretrained(
-            model_path(model),
-            config=model_config,
-            trust_remote_code=model.trust_remote_code,
-            ignore_mismatched_sizes=model.ignore_mismatched_sizes or has_new_head,
-            dtype="float32",
-        )
+    mismatched = model.ignore_mismatched_sizes or has_new_head
+    loaded = load_form(task, model, model_config, seed=seed, ignore_mismatched_sizes=mismatched)
     if has_new_head:
         _renew_head(loaded)
     return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task=task)
@@ -221,7 +235,7 @@ def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
 def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
     """Return the model with LoRA adapters, where the settings ask for them, or as it is.
 
-    Nothing of the pretrained model is trained then. A head that the task (of `TASK_TYPES`) has added to it is
+    Nothing of the pretrained model is trained then. A head that the task (of `FORMS`) has added to it is
     trained, whole, and goes into the adapter's folder. The model is whole, and torch is seeded alike on every rank.
 
     Raises:
@@ -235,12 +249,12 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
         raise ConfigError(f"model.use_peft: needs peft: pip install 'swaft[peft]' ({error})") from error
     names = settings.lora_target_modules
     wanted = LoraConfig(
-        task_type=TASK_TYPES[task],
+        task_type=FORMS[task].peft,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=names if names in (None, "all-linear") else split_names(names),
-        modules_to_save=(new_heads(model) if task in HEADS else None) or None,
+        modules_to_save=(new_heads(model) if FORMS[task].has_head else None) or None,
     )
     try:
         with warnings.catch_warnings():

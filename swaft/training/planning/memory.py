@@ -1,7 +1,7 @@
 """Memory of one rank, engine by engine: published formulas, a named row for each buffer. Plain numbers.
 
 With W ranks, w bytes an element of the working weights (2 in 16 bits, else 4), N elements of the model, T trained
-ones and P = T / W of a rank, padded. Read in torch 2.13, accelerate 1.15 and DeepSpeed 0.19.8.
+ones and P = T / W of a rank. Read in torch 2.13, accelerate 1.15 and DeepSpeed 0.19.8.
 
 | row | one process, DDP, stage 0 | ZeRO-1, ZeRO-2 | ZeRO-3 | FSDP2 |
 |---|---|---|---|---|
@@ -12,7 +12,7 @@ ones and P = T / W of a rank, padded. Read in torch 2.13, accelerate 1.15 and De
 | reduce bucket | | its size; twice with `overlap_comm` | its size | |
 | gradient on its way | | w of the largest weight | w of the largest weight | 4 of the largest block |
 | gathered weights | | after the step, gloo only | within half the reuse distance | a block and what is in none |
-| flat fp32 gradient | | 4 of a parameter group | 4 of a sub-group | |
+| flat fp32 gradient | | 4 P | 4 of a sub-group | |
 
 Forward and backward are looked at twice: where backward begins, beside all activations, and where it has ended,
 beside all gradients. The moments are there from the first step on. Masters, moments and the fp32 gradients move to
@@ -25,33 +25,49 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import nn
+
+from swaft.errors import ConfigError
+from swaft.training.launch.accelerator import EngineSettings, partitions_at_load
+from swaft.training.launch.fsdp2 import find_blocks
+from swaft.training.launch.launcher import Launch
 from swaft.training.planning.step import FP32, Activations, Weight
 
-if TYPE_CHECKING:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REST = 0
 """The number of the FSDP2 block that holds what lies in no other."""
 ALLREDUCE_NUMEL = 500_000_000
 """Elements that DeepSpeed sums at a time at stage 0 (`MEMORY_OPT_ALLREDUCE_SIZE`)."""
-FORWARD_BACKWARD, OPTIMIZER_STEP = "forward and backward", "optimizer step"
-"""Names of phases."""
+FORWARD_BACKWARD = "forward and backward"
+"""Name of the phase that holds activations."""
+ALWAYS = "besg"
+"""Moments of a step: backward begins, it has ended, the optimizer steps, weights are gathered."""
 
-Rows = dict[str, int]
-"""Bytes by name."""
+
+class Row(NamedTuple):
+    """A buffer, and when it is there."""
+
+    name: str
+    size: int
+    """Bytes."""
+    when: str = ALWAYS
+    """Moments, by their letters."""
+    on_host: bool = False
+    """In host memory; else on the rank's device."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory of one rank at the fullest moment of a part of the run."""
+    """Memory of one rank at the fullest moment of a part of the run: bytes by name."""
 
     name: str
     device: Mapping[str, int]
-    """Bytes on the rank's device, by name; on a CPU that is the host."""
+    """On the rank's device; on a CPU that is the host."""
     host: Mapping[str, int] = field(default_factory=dict)
-    """Bytes in host memory, by name."""
+    """In host memory."""
 
     @property
     def device_bytes(self) -> int:
@@ -64,139 +80,189 @@ class Phase:
         return sum(self.host.values())
 
 
-@dataclass(frozen=True)
-class EngineMemory:
-    """What an engine holds on the rank that holds most."""
-
-    phases: Sequence[Phase]
-    owned: int
-    """Master elements that this rank updates, and averages."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """What memory depends on."""
+    """What memory depends on.
 
-    weights: Sequence[Weight]
-    activations: Activations
-    world_size: int
-    on_cpu: bool
-    """The ranks compute on the host and communicate over gloo."""
-    accumulates: bool = False
-    """Several micro-batches make an optimizer step."""
+    Args:
+        weights: of the model.
+        world_size: ranks.
+        on_cpu: they compute on the host and communicate over gloo, which copies what it exchanges.
+        accumulates: several micro-batches make an optimizer step.
+    """
 
-    @property
-    def trained(self) -> list[Weight]:
-        """Weights that are trained."""
-        return [weight for weight in self.weights if weight.group is not None]
-
-    @property
-    def itemsize(self) -> int:
+    def __init__(
+        self, weights: Sequence[Weight], *, world_size: int, on_cpu: bool, accumulates: bool = False
+    ):
+        self.weights, self.world_size = weights, world_size
+        self.on_cpu, self.accumulates = on_cpu, accumulates
+        self.trained = [weight for weight in weights if weight.trained]
+        self.itemsize = max(weight.itemsize for weight in self.trained)
         """Bytes of an element of the working weights that are trained."""
-        return max(weight.itemsize for weight in self.trained)
-
-    @property
-    def copies(self) -> bool:
+        self.copies = on_cpu and world_size > 1
         """Whether the backend copies what it exchanges."""
-        return self.on_cpu and self.world_size > 1
+        self.grown = "bes" if accumulates else "es"
+        """When gradients are there that are summed over micro-batches."""
 
-    def by_group(self, sizes: Iterable[int]) -> list[list[int]]:
-        """Sort sizes, one a trained weight, into the optimizer's parameter groups."""
-        groups: dict[Any, list[int]] = {}
-        for weight, size in zip(self.trained, sizes, strict=True):
-            groups.setdefault(weight.group, []).append(size)
-        return list(groups.values())
-
-    def written(self, size: int) -> int:
+    def bucket(self, size: int) -> int:
         """Elements of a bucket that take memory: a host gives none for pages that nobody writes to."""
         return min(size, numel(self.trained)) if self.on_cpu else size
 
-    def adam_temporaries(self, groups: Sequence[Sequence[int]]) -> int:
-        """Most bytes that one step of AdamW takes for itself, on tensors of these elements, by parameter group.
+    def adam(self, *sizes: int) -> Row:
+        """What one step of AdamW takes for itself, on tensors of these elements.
 
         ``sqrt(v) / c + eps`` is made of two tensors on a CPU, where torch steps one parameter after another, and of
-        one, changed in place, on a device, where it steps all parameters of a group together (``foreach``).
+        one, changed in place, on a device, where it steps all parameters together (``foreach``).
         """
-        return FP32 * max(2 * max(sizes) if self.on_cpu else sum(sizes) for sizes in groups)
-
-    def phases(
-        self, device: Rows, host: Rows, *, begins: Rows, ended: Rows, step: Rows, gather: Rows
-    ) -> list[Phase]:
-        """Return the phases of a training step.
-
-        Args:
-            device: what the device holds throughout.
-            host: what is held in host memory throughout.
-            begins: what there is beside the activations as backward begins.
-            ended: what there is as backward ends.
-            step: what the optimizer's step takes; empty: it is made on the host, in what is there.
-            gather: what the exchange after it takes; empty: there is none.
-        """
-        peak, late, left = self.activations
-        kept = {"kept of the last micro-batch": left}
-        moments = [{"activations": peak} | begins, {"activations": late} | ended]
-        phases = [(FORWARD_BACKWARD, max(moments, key=lambda rows: sum(rows.values())))]
-        phases += [(OPTIMIZER_STEP, kept | step)] if step else []
-        phases += [("gather of the weights", kept | gather)] if gather else []
-        return [Phase(name, device | rows, host) for name, rows in phases]
+        return Row("AdamW's temporaries", FP32 * (2 * max(sizes) if self.on_cpu else sum(sizes)), "s")
 
 
-def replicated(run: PlannedRun, *, deepspeed: bool) -> EngineMemory:
+def phases_of(rows: Iterable[Row], activations: Activations) -> list[Phase]:
+    """Return the phases of a training step; one after backward is there where a row is for it.
+
+    Forward and backward are the fuller of two moments, beside all activations or beside all gradients.
+    """
+    rows = list(rows)
+    left = {"kept of the last micro-batch": activations.kept}
+
+    def at(moment: str, beside: Mapping[str, int], name: str) -> Phase:
+        here = [row for row in rows if moment in row.when]
+        device = {row.name: row.size for row in here if not row.on_host}
+        return Phase(name, {**device, **beside}, {row.name: row.size for row in here if row.on_host})
+
+    begins = at("b", {"activations": activations.peak}, FORWARD_BACKWARD)
+    ends = at("e", {"activations": activations.late}, FORWARD_BACKWARD)
+    after = {"s": "optimizer step", "g": "gather of the weights"}
+    there = {moment for row in rows if row.when != ALWAYS for moment in row.when}
+    phases = [at(moment, left, name) for moment, name in after.items() if moment in there]
+    return [max(begins, ends, key=lambda phase: phase.device_bytes), *phases]
+
+
+class PlannedEngine:
+    """What a launch line and a recipe's settings say of the engine, and what it holds.
+
+    Args:
+        launch: the launch line.
+        settings: what that line, its files and the recipe come to.
+        on_cpu: whether the ranks compute on the host; else on a GPU each.
+
+    Raises:
+        ConfigError: they ask for what cannot be planned.
+    """
+
+    def __init__(self, launch: Launch, settings: EngineSettings, *, on_cpu: bool):
+        self.launch, self.on_cpu = launch, on_cpu
+        self.precision, self._fsdp2 = settings.precision, settings.fsdp2
+        self.dtype = DTYPES[self.precision]
+        casts = "weights" if launch.stage is not None or self._fsdp2 else "autocast"
+        self.casting = "none" if self.precision == "no" else casts
+        """How 16 bits are computed in: not at all, by autocast over fp32 weights, by weights cast beforehand."""
+        self.loads_whole = True
+        """Whether every rank loads the whole model into host memory before the engine has it."""
+        self._zero: Any = None
+        if settings.deepspeed is None:
+            return
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # only here: takes seconds
+
+        config, own = settings.deepspeed.config, {"no": "fp32"}.get(self.precision, self.precision)
+        self.loads_whole = not partitions_at_load(launch.environ, config)
+        zero = self._zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+        sums_in = (config.get("data_types") or {}).get("grad_accum_dtype") or own
+        unknown = {
+            "zero_optimization.zero_quantized_gradients": zero.zero_quantized_gradients,
+            f"data_types.grad_accum_dtype = {sums_in}": sums_in != own,
+            "zero_optimization.contiguous_gradients = false": not zero.contiguous_gradients,
+        }
+        problems = [
+            f"the DeepSpeed configuration sets {name}, whose memory swaft plan does not know; leave it out, or "
+            "train a few steps and read what they took"
+            for name, is_set in unknown.items()
+            if is_set
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def blocks(self, model: nn.Module) -> list[int]:
+        """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""
+        numbers: dict[int, int] = {}
+        blocks = find_blocks(model, self._fsdp2) if self._fsdp2 else []
+        for number, block in enumerate(blocks, start=REST + 1):
+            numbers |= {id(parameter): number for parameter in block.parameters()}
+        return [numbers.get(id(parameter), REST) for parameter in model.parameters()]
+
+    def offloads(self, part: Literal["optimizer", "param"]) -> bool:
+        """Whether the fp32 masters (``optimizer``) or the slices of the weights (``param``) are in host memory."""
+        return self._zero is not None and offloads(self._zero, part)
+
+    def memory(
+        self, weights: Sequence[Weight], activations: Activations, *, accumulates: bool
+    ) -> tuple[list[Phase], int]:
+        """Return the phases of the rank that holds most, the start among them, and the masters that it updates."""
+        stage, ranks, zero = self.launch.stage, self.launch.world_size, self._zero
+        run = PlannedRun(weights, world_size=ranks, on_cpu=self.on_cpu, accumulates=accumulates)
+        if stage:
+            rows, owned = zero3(run, zero) if stage == 3 else zero12(run, zero)
+        elif self._fsdp2 is not None:
+            rows, owned = fsdp2(run, reshards=self._fsdp2.reshard_after_forward is not False)
+        else:
+            rows, owned = replicated(run, deepspeed=stage == 0)
+        loaded = {"model as loaded, fp32": FP32 * numel(weights)} if self.loads_whole else {}
+        return [Phase("start", {}, loaded), *phases_of(rows, activations)], owned
+
+
+Rows = tuple[list[Row], int]
+"""The rows of an engine, and the master elements that a rank updates, and averages."""
+
+
+def replicated(run: PlannedRun, *, deepspeed: bool) -> Rows:
     """Memory under one process or DDP, or (``deepspeed``) at stage 0."""
     trained, w = numel(run.trained), run.itemsize
-    held = {"weights": nbytes(run.weights), "AdamW's moments": 2 * FP32 * trained}
-    gradients = {"gradients": w * trained}
-    ended = dict(gradients)
+    rows = [
+        Row("weights", nbytes(run.weights)),
+        Row("AdamW's moments", 2 * FP32 * trained),
+        Row("gradients", w * trained, run.grown),
+        run.adam(*(weight.numel for weight in run.trained)),
+    ]
     if deepspeed and w != FP32:
-        held["fp32 masters"] = ended["gradients, fp32"] = FP32 * trained
-    temporaries = run.adam_temporaries(run.by_group(weight.numel for weight in run.trained))
-    step = ended | {"AdamW's temporaries": temporaries}
-    if run.world_size > 1:
-        if deepspeed:
-            ended["flat copy for the sum"] = w * min(trained, ALLREDUCE_NUMEL)
-        else:
-            held["DDP's buckets"] = FP32 * trained
-    begins = gradients if run.accumulates else {}
-    phases = run.phases(held, {}, begins=begins, ended=ended, step=step, gather={})
-    return EngineMemory(phases, owned=-(-trained // run.world_size))
+        rows += [Row("fp32 masters", FP32 * trained), Row("gradients, fp32", FP32 * trained, "es")]
+    if run.world_size > 1 and deepspeed:
+        rows.append(Row("flat copy for the sum", w * min(trained, ALLREDUCE_NUMEL), "e"))
+    elif run.world_size > 1:
+        rows.append(Row("DDP's buckets", FP32 * trained))
+    return rows, -(-trained // run.world_size)
 
 
-def zero12(run: PlannedRun, zero: DeepSpeedZeroConfig) -> EngineMemory:
+def zero12(run: PlannedRun, zero: Any) -> Rows:
     """Memory under ZeRO-1 or ZeRO-2. Gradients are kept of whole weights, as far as the partition touches them."""
-    w, unit, bucket = run.itemsize, 2 * run.world_size, zero.reduce_bucket_size
-    groups = run.by_group(weight.numel for weight in run.trained)
-    partitions = [-(-sum(sizes) // unit) * 2 for sizes in groups]  # aligned to two elements
-    owned, flat = sum(partitions), max(partitions)
-    largest = max(weight.numel for weight in run.trained)
-    device = {"weights": nbytes(run.weights) - nbytes(run.trained) + w * owned * run.world_size}
-    kept = w * sum(max(partition, *sizes) for partition, sizes in zip(partitions, groups, strict=True))
-    step = {"gradients of the partition": kept, "flat fp32 gradient": FP32 * flat}
-    step["AdamW's temporaries"] = run.adam_temporaries([[flat]])
-    host, optimizer = Rows(), {"fp32 masters": FP32 * owned, "AdamW's moments": 2 * FP32 * owned}
-    if offloads(zero, "optimizer"):
-        device["offload buffer"] = w * largest
-        host = optimizer | {"offload buffer": w * largest, "fp32 gradients": FP32 * owned}
-        host["staging of the weights"] = w * owned
-        kept, step = 0, Rows()
+    w, trained, bucket = run.itemsize, numel(run.trained), zero.reduce_bucket_size
+    owned, largest = -(-trained // run.world_size), max(weight.numel for weight in run.trained)
+    waits = zero.stage == 1 and not zero.overlap_comm  # for the last micro-batch to be summed
+    offloaded, kept = offloads(zero, "optimizer"), w * max(owned, largest)
+    rows = [
+        Row("weights", nbytes(run.weights)),
+        Row("fp32 masters", FP32 * owned, on_host=offloaded),
+        Row("AdamW's moments", 2 * FP32 * owned, on_host=offloaded),
+        Row("reduce bucket", w * (1 + bool(zero.overlap_comm)) * run.bucket(bucket), "be"[waits:]),
+    ]
+    if offloaded:
+        rows += [Row("offload buffer", w * largest, on_host=on_host) for on_host in (False, True)]
+        rows.append(Row("fp32 gradients", FP32 * owned, on_host=True))
+        rows.append(Row("staging of the weights", w * owned, on_host=True))
     else:
-        device |= optimizer
-
-    begins = {"gradients of the partition": kept * (1 + run.accumulates)}
-    reduced = begins | {"reduce bucket": w * (1 + bool(zero.overlap_comm)) * run.written(bucket)}
-    if zero.stage == 1 and not zero.overlap_comm:  # all wait for the last micro-batch to be summed
-        begins = {"gradients of the partition": kept * run.accumulates}
-        ended = reduced | {"gradients": w * numel(run.trained)}
+        before, after = kept * run.accumulates, kept * (1 + run.accumulates)
+        for size, when in ((before if waits else after, "b"), (after, "e"), (kept, "s")):
+            rows.append(Row("gradients of the partition", size, when))
+        rows += [Row("flat fp32 gradient", FP32 * owned, "s"), run.adam(owned)]
+    if waits:
+        rows.append(Row("gradients", w * trained, "e"))
     else:
-        begins = reduced
-        ended = reduced | {
-            "gradient on its way": w * largest * (1 + (run.world_size > 1 and largest > bucket))
-        }
-    gather = {"gloo's copy of gathered weights": w * run.world_size * flat} if run.copies else {}
-    phases = run.phases(device, host, begins=begins, ended=ended, step=step, gather=gather)
-    return EngineMemory(phases, owned=owned)
+        copied = run.world_size > 1 and largest > bucket
+        rows.append(Row("gradient on its way", w * largest * (1 + copied), "e"))
+    if run.copies:
+        rows.append(Row("gloo's copy of gathered weights", w * trained, "g"))
+    return rows, owned
 
 
-def zero3(run: PlannedRun, zero: DeepSpeedZeroConfig) -> EngineMemory:
+def zero3(run: PlannedRun, zero: Any) -> Rows:
     """Memory under ZeRO-3.
 
     A weight stays gathered from its forward to its backward where fewer than the reuse distance of elements lie
@@ -205,57 +271,55 @@ def zero3(run: PlannedRun, zero: DeepSpeedZeroConfig) -> EngineMemory:
     w, weights = run.itemsize, run.weights
     slices = [-(-weight.numel // run.world_size) for weight in run.trained]
     owned, largest = sum(slices), max(weight.numel for weight in weights)
-    frozen = sum(-(-weight.nbytes // run.world_size) for weight in weights if weight.group is None)
+    frozen = sum(-(-weight.nbytes // run.world_size) for weight in weights if not weight.trained)
     small = [weight for weight in weights if weight.numel <= zero.param_persistence_threshold]
-    # In fp32 as well: DeepSpeed's test for slices that could serve compares a torch.device with a string.
-    optimizer = {"fp32 masters": FP32 * owned, "AdamW's moments": 2 * FP32 * owned}
-    optimizer["gradient slices"] = w * owned
-    device = {"small weights, whole": nbytes(small)}
-    device["reduce bucket"] = w * run.written(zero.reduce_bucket_size)
-    flat = min(zero.sub_group_size + max(slices), max(map(sum, run.by_group(slices))))  # ends once it is full
-    step = {"flat fp32 gradient": FP32 * flat, "AdamW's temporaries": run.adam_temporaries([[flat]])}
-    host = Rows()
-    (host if offloads(zero, "param") else device)["slices of the weights"] = w * owned + frozen
-    if offloads(zero, "optimizer"):
-        host |= optimizer | {"fp32 gradients": FP32 * owned}
-        step = {}
-    else:
-        device |= optimizer
-    ahead = max(zero.max_reuse_distance // 2, zero.prefetch_bucket_size)
-    begins = {"gathered weights": w * min(numel(weights) - numel(small), ahead + largest)}
-    ended = {"gathered weights": w * largest, "gradient on its way": w * largest * (1 + run.copies)}
-    phases = run.phases(device, host, begins=begins, ended=ended, step=step, gather={})
-    return EngineMemory(phases, owned=owned)
+    ahead = max(zero.max_reuse_distance // 2, zero.prefetch_bucket_size) + largest
+    offloaded = offloads(zero, "optimizer")
+    rows = [
+        Row("small weights, whole", nbytes(small)),
+        Row("slices of the weights", w * owned + frozen, on_host=offloads(zero, "param")),
+        # In fp32 as well: DeepSpeed's test for slices that could serve compares a torch.device with a string.
+        Row("fp32 masters", FP32 * owned, on_host=offloaded),
+        Row("AdamW's moments", 2 * FP32 * owned, on_host=offloaded),
+        Row("gradient slices", w * owned, on_host=offloaded),
+        Row("reduce bucket", w * run.bucket(zero.reduce_bucket_size)),
+        Row("gathered weights", w * min(numel(weights) - numel(small), ahead), "b"),
+        Row("gathered weights", w * largest, "e"),
+        Row("gradient on its way", w * largest * (1 + run.copies), "e"),
+    ]
+    if offloaded:
+        return [*rows, Row("fp32 gradients", FP32 * owned, on_host=True)], owned
+    flat = min(zero.sub_group_size + max(slices), owned)  # a sub-group ends once it is full
+    return [*rows, Row("flat fp32 gradient", FP32 * flat, "s"), run.adam(flat)], owned
 
 
-def fsdp2(run: PlannedRun, *, reshards: bool) -> EngineMemory:
+def fsdp2(run: PlannedRun, *, reshards: bool) -> Rows:
     """Memory under FSDP2, of the first rank, whose slices are the largest: parameters are cut by rows.
 
     In backward one block is whole while the buffer of the next is being filled. It is freed before its gradients
-    are copied and summed, all at once. What lies in no block is whole throughout.
-
-    Args:
-        run: what is planned.
-        reshards: a block's gathered weights are freed after its forward.
+    are copied and summed, all at once. What lies in no block is whole throughout, and with ``reshards`` a block's
+    gathered weights are freed after its forward.
     """
     weights, w = run.weights, run.itemsize
     slices = [-(-weight.rows // run.world_size) * (weight.numel // max(weight.rows, 1)) for weight in weights]
-    own = [size for size, weight in zip(slices, weights, strict=True) if weight.group is not None]
-    held = {"slices of the weights": FP32 * sum(slices), "AdamW's moments": 2 * FP32 * sum(own)}
+    own = [size for size, weight in zip(slices, weights, strict=True) if weight.trained]
     whole, trained = Counter[int](), Counter[int]()
     for weight in weights:
         whole[weight.block] += weight.nbytes
-        trained[weight.block] += weight.numel if weight.group is not None else 0
+        trained[weight.block] += weight.numel * weight.trained
     rest, last = whole.pop(REST, 0), max(trained)
-    buffered = (1 + run.copies) * whole[last]
-    gradients = {"gradients": FP32 * sum(own)}
-    begins = {"gathered weights": rest + buffered + (whole[last] if reshards else whole.total())}
+    gathered = rest + (1 + run.copies) * whole[last] + (whole[last] if reshards else whole.total())
     summed = max(w + FP32, FP32 * (1 + run.copies))  # bytes of a gradient's element, copied in, then summed
-    ended = gradients | {"gathered weights": rest, "gradient on its way": summed * max(trained.values())}
-    step = gradients | {"AdamW's temporaries": run.adam_temporaries(run.by_group(own))}
-    begins |= gradients if run.accumulates else {}
-    phases = run.phases(held, {}, begins=begins, ended=ended, step=step, gather={})
-    return EngineMemory(phases, owned=sum(own))
+    rows = [
+        Row("slices of the weights", FP32 * sum(slices)),
+        Row("AdamW's moments", 2 * FP32 * sum(own)),
+        Row("gradients", FP32 * sum(own), run.grown),
+        Row("gathered weights", gathered, "b"),
+        Row("gathered weights", rest, "e"),
+        Row("gradient on its way", summed * max(trained.values()), "e"),
+        run.adam(*own),
+    ]
+    return rows, sum(own)
 
 
 def numel(weights: Iterable[Weight]) -> int:
@@ -268,7 +332,7 @@ def nbytes(weights: Iterable[Weight]) -> int:
     return sum(weight.nbytes for weight in weights)
 
 
-def offloads(zero: DeepSpeedZeroConfig, part: str) -> bool:
-    """Whether ``optimizer`` or ``param`` is kept on the host."""
+def offloads(zero: Any, part: str) -> bool:
+    """Whether ``optimizer`` or ``param`` is kept on the host, by section ``zero_optimization``."""
     offload = getattr(zero, f"offload_{part}")
     return offload is not None and offload.device != "none"

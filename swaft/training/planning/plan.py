@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Problems
-from swaft.training.checks.recipe import is_recipe, load_recipe, require_python
-from swaft.training.checks.start import check_start
-from swaft.training.config import AveragingConfig, load_config
+from swaft.training.checks import Problems, check_start, read_recipe
+from swaft.training.config import AveragingConfig, TrainConfig, load_config
 from swaft.training.launch.launcher import Launch, read_launch, read_script
-from swaft.training.planning.engines import PlannedEngine
-from swaft.training.planning.memory import Phase, numel
-from swaft.training.planning.model import PlannedModel, planned_model
-from swaft.training.planning.shortages import Hardware, find_shortages
-from swaft.training.planning.step import FP32, trace_training_step
+from swaft.training.planning import sized
+from swaft.training.planning.memory import FORWARD_BACKWARD, Phase, PlannedEngine, numel
+from swaft.training.planning.step import FP32, PlannedModel, planned_model, trace_training_step
 
 RANKS_OF_A_MACHINE = 8
 """Devices that machines have at most, as a rule."""
+OFFLOADING = {1: ("zero2_offload",), 2: ("zero2_offload",), 3: ("zero3_offload", "zero3_offload_param")}
+"""DeepSpeed files that offload the optimizer, and the weights too, by stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,29 +94,41 @@ class RunPlan:
     @property
     def host_bytes(self) -> int:
         """Most host memory of a rank, its averages included."""
-        return self._host_bytes_in(self.fullest_on_host)
-
-    @property
-    def fullest_on_host(self) -> Phase:
-        """The phase in which a rank takes most host memory."""
-        return max(self.phases, key=self._host_bytes_in)
+        return self.fullest_on_host[0]
 
     @property
     def machine_bytes(self) -> int:
         """Most host memory of all ranks of one machine."""
         return self.ranks_a_machine * self.host_bytes
 
-    def _host_bytes_in(self, phase: Phase) -> int:
-        own = phase.host_bytes + (phase.device_bytes if self.on_cpu else 0)
-        return own if phase.name == "start" else own + self.averaging_bytes  # no averages while it loads
+    @property
+    def fullest_on_host(self) -> tuple[int, Phase]:
+        """The phase in which a rank takes most host memory, after the bytes; while it loads, it has no averages."""
+        held = [
+            phase.host_bytes
+            + phase.device_bytes * self.on_cpu
+            + self.averaging_bytes * (phase.name != "start")
+            for phase in self.phases
+        ]
+        return max(zip(held, self.phases, strict=True), key=lambda each: each[0])
 
 
-def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
+def plan_recipe(
+    words: Sequence[str],
+    *,
+    on_cpu: bool = False,
+    device_bytes: int | None = None,
+    host_bytes: int | None = None,
+    step_seconds: float | None = None,
+) -> RunPlan:
     """Plan the run that ``accelerate launch`` would start with these words.
 
     Args:
         words: the command line after ``accelerate launch``.
-        hardware: what the run is planned for.
+        on_cpu: the ranks compute on the host; else on a GPU each.
+        device_bytes: memory of one device, to compare with.
+        host_bytes: memory of one machine, to compare with.
+        step_seconds: time of a training step, measured, to relate averaging to.
 
     Returns:
         The plan; what the run would refuse and a plan can do without is on it.
@@ -127,16 +137,13 @@ def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
         ConfigError: the line, a file or the settings are wrong, or the run cannot be planned.
     """
     launch, script = read_launch(words), read_script(words)
-    path = Path(script.path)
-    if script.is_file:
-        require_python(path)
-    if not script.is_file or not is_recipe(path):
+    recipe = read_recipe(Path(script.path)) if script.is_file else None
+    if recipe is None:
         raise ConfigError(
-            f"{path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
+            f"{script.path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
             "script with Config and prepare); name one of recipes/, with the settings of your run"
         )
-    recipe = load_recipe(path)
-    config: Any = load_config(recipe.config_class, script.arguments)
+    config: Any = load_config(recipe.Config, script.arguments)
     problems = Problems()
     ready = recipe.prepare(config, problems)
     start = check_start(config, ready, launch.environ, problems)
@@ -148,12 +155,12 @@ def plan_recipe(words: Sequence[str], hardware: Hardware) -> RunPlan:
     needed = ((ready, "model_config"), (ready, "objective"), (ready, "rule"), (start, "engine"))
     if not all(hasattr(where, name) for where, name in needed) or (averages and not hasattr(start, "plan")):
         raise ConfigError(problems.found)
-    engine = PlannedEngine(launch, start.engine, on_cpu=hardware.on_cpu)
+    engine = PlannedEngine(launch, start.engine, on_cpu=on_cpu)
     model, plan = planned_model(config, ready.model_config), start.plan if averages else None
-    found = plan_run(engine, config, model, ready.objective, plan, step_seconds=hardware.step_seconds)
+    found = plan_run(engine, config, model, ready.objective, plan, step_seconds=step_seconds)
     return replace(
         found,
-        shortages=find_shortages(found, hardware, engine, config.train, config.averaging),
+        shortages=find_shortages(found, engine, config, device_bytes=device_bytes, host_bytes=host_bytes),
         refused=problems.found,
         notes=machine_notes(launch),
     )
@@ -180,7 +187,7 @@ def plan_run(
     """
     launch, train = engine.launch, config.train
     weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
-    memory = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
+    phases, owned = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
     return RunPlan(
         engine=launch.engine,
         precision=engine.precision,
@@ -188,14 +195,14 @@ def plan_run(
         machines=launch.num_machines,
         on_cpu=engine.on_cpu,
         parameters=numel(weights),
-        trainable=numel(weight for weight in weights if weight.group is not None),
-        phases=list(memory.phases),
+        trainable=numel(weight for weight in weights if weight.trained),
+        phases=phases,
         averaging=None
         if rule_plan is None
         else _plan_averaging(
             rule_plan,
             config.averaging,
-            memory.owned,
+            owned,
             copies=not engine.on_cpu and not engine.offloads("optimizer"),
             step_seconds=step_seconds,
         ),
@@ -243,3 +250,60 @@ def machine_notes(launch: Launch) -> list[str]:
         f"all {launch.world_size:,} ranks are taken to be on one machine, as the launch file says (num_machines "
         f"1); for several machines take {named} and --num_machines"
     ]
+
+
+def find_shortages(
+    found: RunPlan, engine: PlannedEngine, config: Any, *, device_bytes: int | None, host_bytes: int | None
+) -> list[str]:
+    """Return what does not fit, each sentence with the remedies that apply to this run."""
+    shortages, stage, train = [], engine.launch.stage, config.train
+    if device_bytes is not None and found.device_bytes > device_bytes:
+        fullest = max(found.phases, key=lambda phase: phase.device_bytes)
+        offloads = (engine.offloads("optimizer"), engine.offloads("param"))
+        left = [
+            file for file, done in zip(OFFLOADING.get(stage or 0, ()), offloads, strict=False) if not done
+        ]
+        offloading = {
+            f"offloading (--deepspeed_config_file ds_configs/{file}.json)": True for file in left[:1]
+        }
+        shortages.append(
+            f"a device would take {sized(found.device_bytes)}, and --device_memory is "
+            f"{sized(device_bytes)}; {_advice(_in_training(fullest, engine, train) | offloading)}"
+        )
+    if host_bytes is not None and found.machine_bytes > host_bytes:
+        _, fullest = found.fullest_on_host
+        starts = fullest.name == "start"
+        spares = found.averaging_bytes > 0 and config.averaging.precision == "compensated"
+        remedies = {"zero3_init_flag: true in the launch file": starts and stage == 3 and engine.loads_whole}
+        remedies |= _in_training(fullest, engine, train) if found.on_cpu else {}
+        remedies["averaging.precision=plain (4 bytes an element in place of 6)"] = not starts and spares
+        remedies["fewer ranks on each machine"] = found.ranks_a_machine > 1
+        shortages.append(
+            f"the {found.ranks_a_machine} ranks of a machine would take {sized(found.machine_bytes)}, and "
+            f"--host_memory is {sized(host_bytes)}; {_advice(remedies)}"
+        )
+    return shortages
+
+
+def _in_training(fullest: Phase, engine: PlannedEngine, train: TrainConfig) -> dict[str, bool]:
+    """Remedies, and whether they apply: smaller activations where these do not fit, and state sharded further."""
+    launch, backward = engine.launch, fullest.name == FORWARD_BACKWARD
+    rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    smaller = (
+        f"train.per_device_train_batch_size below {rows} with train.gradient_accumulation_steps above {steps}"
+    )
+    kind = "_cpu" if engine.on_cpu else "_multinode" if launch.num_machines > 1 else ""
+    what = "a higher ZeRO stage" if launch.world_size > 1 else "more ranks at a high ZeRO stage"
+    sharded = launch.stage == 3 or launch.engine == "FSDP2"
+    return {
+        smaller: backward and rows > 1,
+        "train.gradient_checkpointing=true": backward and not train.gradient_checkpointing,
+        "more ranks" if sharded else f"{what} (launch/accelerate/zero3{kind}.yaml)": True,
+    }
+
+
+def _advice(remedies: Mapping[str, bool]) -> str:
+    *others, last = [remedy for remedy, applies in remedies.items() if applies] or [
+        "more than that in --host_memory, or a smaller model"
+    ]
+    return f"what helps: {', '.join(others)} or {last}" if others else f"what helps: {last}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,31 +20,28 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swaft.averaging.host.machine import lane_bytes
-from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
-from swaft.training.checks.problems import Parts, Problems, without
-from swaft.training.checks.recipe import Recipe, is_recipe, load_recipe, require_python
-from swaft.training.checks.start import check_start
-from swaft.training.config import AveragingConfig, NoiseConfig, TrainConfig, read_config
+from swaft.training.checks import (
+    Parts,
+    Prepared,
+    Problems,
+    Start,
+    check_start,
+    read_recipe,
+    without,
+)
+from swaft.training.config import read_config
 from swaft.training.config.values import settings
-from swaft.training.launch.deepspeed_config import FilledConfig
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
 from swaft.training.models.build import ParameterCount, count_parameters
-from swaft.training.planning.model import planned_model
-from swaft.training.run.schedule import Schedule
+from swaft.training.planning.step import planned_model
 
 SILENCED = (
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_stage",
-    "offload_optimizer_device",
-    "offload_param_device",
-    "offload_optimizer_nvme_path",
-    "offload_param_nvme_path",
-    "zero3_save_16bit_model",
-    "mixed_precision",
+    *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "zero3_save_16bit_model"),
+    *("offload_optimizer_device", "offload_param_device", "mixed_precision"),
+    *("offload_optimizer_nvme_path", "offload_param_nvme_path"),
 )
 """Entries of a launch file that a bare ``Accelerator()`` refuses beside a DeepSpeed file."""
 
@@ -55,8 +51,7 @@ class Preflight:
     """What was found out about a run."""
 
     facts: dict[str, Any]
-    """By part of the run (launch, batch, steps, averaging, noise, ds, data, rows, notes), plain values; a part that
-    could not be made out is left out, and its problem is listed."""
+    """By part of the run, of `FACTS`, plain values."""
     unchecked: list[str]
     """What was not looked at, and why."""
     problems: list[str]
@@ -68,12 +63,17 @@ class Looked(Parts):
 
     launch: Launch
     script: Script
-    is_python: bool
+    config: Any
+    """The recipe's configuration, but for sections with a faulty value in them."""
+    replaced: list[str]
+    """Which rows were put in the place of which."""
+    notes: list[str]
+    """What a run would log of how rows and classes are taken."""
+    ready: Prepared
+    start: Start
     model: nn.Module
     """On tensors without data."""
     size: ParameterCount
-    facts: dict[str, Any]
-    """By part of the run."""
 
 
 def check_run(words: Sequence[str]) -> Preflight:
@@ -82,73 +82,53 @@ def check_run(words: Sequence[str]) -> Preflight:
     Args:
         words: the command line after ``accelerate launch``.
     """
-    run, problems, unchecked = Looked(), Problems(), list[str]()
-    run.facts = {}
+    run, problems, facts = Looked(), Problems(), dict[str, Any]()
     with problems:
         run.launch = read_launch(words)
     with problems:
         run.script = read_script(words)
-    unasked = "settings, data and model: "
-    path = Path(run.script.path) if hasattr(run, "script") and run.script.is_file else None
-    with problems:
-        run.is_python = path is not None and require_python(path) is None
-    if path is None:
-        unchecked.append(f"{unasked}there is no recipe to ask")
-    elif not hasattr(run, "is_python"):
-        unchecked.append(f"{unasked}{path} cannot be asked for them")
-    elif is_recipe(path):
+    unasked = "there is no recipe to ask"
+    if hasattr(run, "script") and run.script.is_file:
+        path = run.script.path
+        unasked = f"{path} cannot be asked for them"
         with problems:
-            _check_recipe(load_recipe(path), run, problems)
-    else:
-        unchecked.append(
-            f"{unasked}{path} is not written as swaft's recipes are (it has no Config and prepare); only the "
-            "launch line, its file and the stage in the DeepSpeed file were looked at"
-        )
+            recipe = read_recipe(Path(path))
+            unasked = (
+                f"{path} is not written as swaft's recipes are (it has no Config and prepare); only the launch "
+                "line, its file and the stage in the DeepSpeed file were looked at"
+            )
+            if recipe is None:
+                _check_script(run.launch)
+            else:
+                unasked = ""
+                _check_recipe(recipe, run, problems)
+    for part, find in FACTS.items():
         with problems:
-            _check_script(run.launch)
-    if "launch" not in run.facts:
-        with problems:
-            run.facts["launch"] = _launch_facts(run.launch, None)
-    known = {name: value for name, value in run.facts.items() if value is not None}
-    return Preflight(known, unchecked, problems.found)
+            facts[part] = find(run)
+    known = {name: value for name, value in facts.items() if value is not None}
+    return Preflight(known, [f"settings, data and model: {unasked}"] if unasked else [], problems.found)
 
 
-def _check_recipe(recipe: Recipe, run: Looked, problems: Problems) -> None:
-    """Check what the recipe says, and put what there is to report into ``run.facts``, by part.
-
-    Args:
-        recipe: the recipe.
-        run: with `launch` and `script`.
-        problems: the list.
-    """
-    config, replaced = _read_settings(recipe, run.script, problems)
-    with _notes() as notes:
-        ready = recipe.prepare(config, problems)
-        start = check_start(config, ready, run.launch.environ if hasattr(run, "launch") else None, problems)
+def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
+    """Check what the recipe says, and put what it comes to beside the launch and the script of a run."""
+    read = read_config(recipe.Config, run.script.arguments)
+    problems.add(read.problems)
+    known = settings(recipe.Config)
+    faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
+    run.config, run.replaced = without(read.config, faulty), read.replaced
+    with _notes() as run.notes:
+        ready = run.ready = recipe.prepare(run.config, problems)
+        environ = run.launch.environ if hasattr(run, "launch") else None
+        run.start = check_start(run.config, ready, environ, problems)
     fake = FakeTensorMode()
     with problems, fake:  # what is wrong with its adapters shows here
-        run.model = planned_model(config, copy.deepcopy(ready.model_config)).build()
+        run.model = planned_model(run.config, copy.deepcopy(ready.model_config)).build()
         run.size = count_parameters(run.model)
     with problems, fake:
         ready.objective.prepare_model(run.model)
     with problems:
-        if start.engine.fsdp2 is not None:
-            find_blocks(run.model, start.engine.fsdp2)
-    facts: dict[str, Callable[[], Any]] = {
-        "launch": lambda: _launch_facts(run.launch, getattr(start, "precision", None)),
-        "batch": lambda: _batch_facts(config.train, run.launch.world_size),
-        "model": lambda: {"parameters": run.size.total, "trained": run.size.trainable},
-        "steps": lambda: _step_facts(config.train, start.schedule, cuts_rows=ready.cuts_rows),
-        "averaging": lambda: _averaging_facts(config.averaging, start.plan, run.size, run.launch.world_size),
-        "noise": lambda: _noise_facts(config.noise, ready.objective, ready.model_config),
-        "ds": lambda: _deepspeed_facts(start.engine.deepspeed),
-        "data": lambda: {name: len(split) for name, split in ready.rows.items()},
-        "rows": lambda: replaced or None,
-        "notes": lambda: notes or None,
-    }
-    for part, find in facts.items():
-        with problems:
-            run.facts[part] = find()
+        if run.start.engine.fsdp2 is not None:
+            find_blocks(run.model, run.start.engine.fsdp2)
 
 
 @contextmanager
@@ -167,19 +147,6 @@ def _notes() -> Iterator[list[str]]:
         root.removeHandler(handler)
         root.setLevel(before[0])
         root.propagate = before[1]
-
-
-def _read_settings(recipe: Recipe, script: Script, problems: Problems) -> tuple[Any, list[str]]:
-    """Read the recipe's configuration; a section with a faulty value in it is missing.
-
-    Returns:
-        The configuration, and which rows were put in the place of which.
-    """
-    read = read_config(recipe.config_class, script.arguments)
-    problems.add(read.problems)
-    known = settings(recipe.config_class)
-    faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
-    return without(read.config, faulty), read.replaced
 
 
 def _check_script(launch: Launch) -> None:
@@ -202,66 +169,71 @@ def _check_script(launch: Launch) -> None:
     refuse_left_locks(offloads_optimizer=False)
 
 
-def _launch_facts(launch: Launch, precision: str | None) -> dict[str, Any]:
-    return {
-        "engine": launch.engine,
-        "machines": launch.num_machines,
-        "ranks": launch.world_size,
-        "mixed_precision": precision,
-    }
+def _launch_facts(run: Looked) -> dict[str, Any]:
+    launch, start = run.launch, getattr(run, "start", None)
+    ranks = {"engine": launch.engine, "machines": launch.num_machines, "ranks": launch.world_size}
+    return ranks | {"mixed_precision": getattr(start, "precision", None)}
 
 
-def _batch_facts(train: TrainConfig, world_size: int) -> dict[str, int]:
-    per_device, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return {
-        "per_device": per_device,
-        "accumulation": accumulation,
-        "ranks": world_size,
-        "total": per_device * accumulation * world_size,
-    }
+def _batch_facts(run: Looked) -> dict[str, int]:
+    train, ranks = run.config.train, run.launch.world_size
+    rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    total = rows * accumulation * ranks
+    return {"per_device": rows, "accumulation": accumulation, "ranks": ranks, "total": total}
 
 
-def _step_facts(train: TrainConfig, schedule: Schedule, *, cuts_rows: bool) -> dict[str, Any]:
+def _step_facts(run: Looked) -> dict[str, Any]:
+    train, schedule = run.config.train, run.start.schedule
     given = train.max_steps > 0
     return {
         "epochs": None if given else train.num_train_epochs,
         "total": schedule.total_steps,
-        "is_least": cuts_rows and not given,
+        "is_least": run.ready.cuts_rows and not given,
         "warmup": schedule.warmup_steps,
         "schedule": schedule.kind,
         "learning_rate": schedule.peak,
     }
 
 
-def _averaging_facts(
-    averaging: AveragingConfig, plan: Plan | None, size: ParameterCount, world_size: int
-) -> dict[str, Any]:
+def _averaging_facts(run: Looked) -> dict[str, Any]:
+    averaging, plan = run.config.averaging, run.start.plan
     if plan is None:
         return {"rule": "none"}
-    owned = math.ceil(size.trainable / world_size)
+    owned, spilled = -(-run.size.trainable // run.launch.world_size), averaging.spill_dir is not None
+    compensated = averaging.precision == "compensated"
     return {
         "rule": averaging.rule,
         "first_step": plan.first_step,
         "last_step": plan.step_of(plan.num_members - 1),
         "every": plan.every,
         "members": plan.num_members,
-        "host_bytes_a_rank": lane_bytes(
-            plan,
-            owned,
-            compensated=averaging.precision == "compensated",
-            spilled=averaging.spill_dir is not None,
-        ),
+        "host_bytes_a_rank": lane_bytes(plan, owned, compensated=compensated, spilled=spilled),
     }
 
 
-def _noise_facts(noise: NoiseConfig, objective: Any, model_config: Any) -> dict[str, Any]:
+def _noise_facts(run: Looked) -> dict[str, Any]:
+    noise = run.config.noise
     if noise.kind == "none":
         return {"kind": "none"}
-    settings = objective.settings(generating=bool(model_config.is_encoder_decoder))
-    return {"kind": noise.kind, "weight": noise.weight} | dataclasses.asdict(settings)
+    chosen = run.ready.objective.settings(generating=bool(run.ready.model_config.is_encoder_decoder))
+    return {"kind": noise.kind, "weight": noise.weight} | dataclasses.asdict(chosen)
 
 
-def _deepspeed_facts(filled: FilledConfig | None) -> list[dict[str, Any]] | None:
-    if filled is None:
-        return None
-    return [{"key": key, "value": value, "source": source} for key, value, source in filled.rows]
+def _deepspeed_facts(run: Looked) -> list[dict[str, Any]] | None:
+    filled, names = run.start.engine.deepspeed, ("key", "value", "source")
+    return None if filled is None else [dict(zip(names, row, strict=True)) for row in filled.rows]
+
+
+FACTS: dict[str, Callable[[Looked], Any]] = {
+    "launch": _launch_facts,
+    "batch": _batch_facts,
+    "model": lambda run: {"parameters": run.size.total, "trained": run.size.trainable},
+    "steps": _step_facts,
+    "averaging": _averaging_facts,
+    "noise": _noise_facts,
+    "ds": _deepspeed_facts,
+    "data": lambda run: {name: len(split) for name, split in run.ready.rows.items()},
+    "rows": lambda run: run.replaced or None,
+    "notes": lambda run: run.notes or None,
+}
+"""What is reported of each part of a run; one that could not be made out is left out, and its problem is listed."""

@@ -1,4 +1,4 @@
-"""One training step on tensors without data: the model, its batch and its objective, as an engine runs them.
+"""One training step on tensors without data: a recipe's model, its longest batch and its objective.
 
 On fake tensors shapes, types and lifetimes are real and values are not there, so a model of any size takes seconds
 and no memory.
@@ -18,16 +18,83 @@ import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.initialization import no_init_weights
 
 from swaft.errors import ConfigError
 from swaft.training.config import TrainConfig
-from swaft.training.models.build import build_optimizer
-from swaft.training.models.pretrained import with_checkpointing
+from swaft.training.models.pretrained import FORMS, naming_settings, with_adapters, with_checkpointing
 
 if TYPE_CHECKING:
-    from swaft.training.planning.engines import PlannedEngine
+    from swaft.training.planning.memory import PlannedEngine
+
+LENGTHS = {
+    "sequence classification": ("max_seq_length", {"labels": None}),
+    "question answering": ("max_seq_length", {"start_positions": None, "end_positions": None}),
+    "sequence to sequence": ("max_source_length", {"labels": "max_target_length"}),
+    "causal language modelling": ("max_length", {"labels": "max_length"}),
+}
+"""The settings that say how long rows of a task are, and their labels, by name; None: a number a row."""
+
+
+class PlannedModel(NamedTuple):
+    """What one micro-batch is made of."""
+
+    build: Callable[[], Any]
+    """Makes the model, fp32, with whatever weights."""
+    batch: Callable[[], dict[str, Tensor]]
+    """Makes a batch in which every row is as long as the settings allow."""
+
+
+def planned_model(config: Any, model_config: Any) -> PlannedModel:
+    """Return how to make a recipe's model and its longest batch.
+
+    Args:
+        config: a recipe's configuration.
+        model_config: the model's, as transformers has it.
+    """
+    model, task = config.model, config.task
+    if (
+        said := model.described
+    ) is not None:  # the special tokens, and the most tokens, that its tokenizer will have
+        fitted = {
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+            "vocab_size": model.most_tokens,
+        }
+        model_config.update({name: value for name, value in fitted.items() if name not in said})
+    elif getattr(model_config, "pad_token_id", None) is None and task == "sequence classification":
+        model_config.pad_token_id = 0  # the tokenizer's in a run; any number takes as much memory
+    if task == "causal language modelling":
+        model_config.use_cache = False
+
+    def build() -> Any:
+        # Some draw their weights by looking at them, which tensors without data do not bear (vision towers).
+        with naming_settings(model), no_init_weights():
+            made = FORMS[task].auto.from_config(
+                model_config, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+            )
+        made.tie_weights()  # which belongs to what was left out
+        # Without data no adapter can be moved to its layer, and a copied head would bring a copy of the mode.
+        with (
+            patch.object(nn.Module, "to", lambda module, *_, **__: module),
+            patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True),
+        ):
+            return with_adapters(made, model, task=task)
+
+    def batch() -> dict[str, Tensor]:
+        rows, (length, labels) = config.train.per_device_train_batch_size, LENGTHS[task]
+        settings = {"input_ids": length, "attention_mask": length} | labels
+        shapes = {
+            name: (rows, getattr(config.data, each)) if each else (rows,) for name, each in settings.items()
+        }
+        return {name: torch.ones(shape, dtype=torch.int64) for name, shape in shapes.items()}
+
+    return PlannedModel(build, batch)
+
 
 FP32 = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
@@ -44,8 +111,8 @@ class Weight:
     """Size of its first dimension."""
     itemsize: int
     """Bytes of an element of the working weight."""
-    group: int | None
-    """Parameter group of the optimizer; None: frozen."""
+    trained: bool = True
+    """Whether it is trained; else it is frozen."""
     block: int = 0
     """The block it is gathered with, under an engine that gathers blocks; 0: it lies in none."""
 
@@ -82,7 +149,7 @@ def trace_training_step(
         build_model: makes the model, fp32, from its configuration.
         make_batch: makes the keyword arguments of its forward, of full length.
         objective: from `swaft.training.models.build.build_objective`.
-        train: section ``train``, for the optimizer's groups and gradient checkpointing.
+        train: section ``train``, for gradient checkpointing.
         engine: how and in which format it computes, and which blocks it gathers.
 
     Returns:
@@ -97,8 +164,6 @@ def trace_training_step(
             objective.prepare_model(model)
             if (proved := getattr(objective, "_proved", None)) is not None:
                 proved.add(model)  # the proof on the first batch compares values
-            groups = build_optimizer(model, train).param_groups
-            numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
             blocks = engine.blocks(model)
             if engine.casting == "weights":
                 for parameter in model.parameters():  # not the buffers, as DeepSpeed and FSDP2 do
@@ -110,7 +175,7 @@ def trace_training_step(
                     numel=p.numel(),
                     rows=p.shape[0] if p.ndim else 1,
                     itemsize=p.element_size(),
-                    group=numbers.get(id(p)),
+                    trained=p.requires_grad,
                     block=block,
                 )
                 for p, block in zip(model.parameters(), blocks, strict=True)

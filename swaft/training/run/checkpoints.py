@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 KIND = "run"
 """What the manifest of a checkpoint calls itself."""
+TAG = "engine"
+"""Folder of the engine's files inside a checkpoint."""
 AVERAGE = "average"
 """Folder of the averages inside a checkpoint: a state of its own, which `WeightAverager.load_state` opens."""
 

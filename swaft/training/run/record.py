@@ -121,17 +121,14 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
             f"{now.rows_per_step})"
         )
     if different:
-        shown = [
-            {
-                name: f"{value[:12]}..." if isinstance(value, str) else value
-                for name, value in vars(each).items()
-            }
-            for each in (was, now)
-        ]
+
+        def shown(value: Any) -> Any:
+            return f"{value[:12]}..." if isinstance(value, str) else value
+
         raise ConfigError(
             [
-                f"{checkpoint} is of a run with {name} = {shown[0][name]}, this one has {shown[1][name]}; set "
-                f"{settings[name]}, or begin a new run in a new train.output_dir"
+                f"{checkpoint} is of a run with {name} = {shown(getattr(was, name))}, this one has "
+                f"{shown(getattr(now, name))}; set {settings[name]}, or begin a new run in a new train.output_dir"
                 for name in different
             ]
         )

@@ -30,7 +30,7 @@ from swaft.averaging import (
 )
 from swaft.averaging.rules import WindowsPlan
 from swaft.storage import sync_tree
-from swaft.training.checks.problems import Prepared
+from swaft.training.checks import Prepared
 from swaft.training.config import RecipeConfig, load_config, to_yaml
 from swaft.training.evaluation.best import BestWeights, watches_weights
 from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluations, without_row_id
@@ -39,13 +39,10 @@ from swaft.training.launch.accelerator import (
     build_accelerator,
     whole_model_loading,
 )
-from swaft.training.launch.failure import run_and_report
+from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
 from swaft.training.launch.fsdp2 import prepare
-from swaft.training.launch.interruption import Interrupted, InterruptibleLoader, Interruption
-from swaft.training.models.build import count_parameters
-from swaft.training.run.batches import Collate, loader_of, step_batches, training_loader
+from swaft.training.models.build import count_optimizer_steps, count_parameters
 from swaft.training.run.checkpoints import AVERAGE
-from swaft.training.run.engine_state import allow_unused_weights, settle_buckets, zero_stage
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
 from swaft.training.run.record import (
@@ -55,9 +52,8 @@ from swaft.training.run.record import (
     fingerprint_rows,
     layout_of,
 )
-from swaft.training.run.schedule import count_optimizer_steps
-from swaft.training.run.state import RunState
-from swaft.training.run.step import Meter, Position, Step
+from swaft.training.run.state import RunState, allow_unused_weights, settle_buckets, zero_stage
+from swaft.training.run.step import Collate, Meter, Position, Step, loader_of, step_batches, training_loader
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +117,7 @@ class Run:
 
         Args:
             config: of the recipe.
-            engine: what accelerate is started with, from `swaft.training.checks.start.start_of`.
+            engine: what accelerate is started with, from `swaft.training.checks.start_of`.
 
         Raises:
             ConfigError, StateError: as the class does.

@@ -10,15 +10,15 @@ import pytest
 from swaft.noise.presets import PRESETS
 from swaft.options import docs_of
 from swaft.training.config import AveragingConfig, ModelConfig, TrainConfig, check_averaging, check_config
-from swaft.training.config.classification import ClassificationConfig, DataConfig
-from swaft.training.config.question_answering import QuestionAnsweringConfig
-from swaft.training.config.seq2seq import (
+from swaft.training.config.values import sections, settings
+from swaft.training.data.classification import ClassificationConfig, DataConfig
+from swaft.training.data.question_answering import QuestionAnsweringConfig
+from swaft.training.data.seq2seq import (
     Seq2SeqConfig,
     Seq2SeqDataConfig,
     Seq2SeqModelConfig,
     Seq2SeqTrainConfig,
 )
-from swaft.training.config.values import sections, settings
 
 pytestmark = pytest.mark.unit
 

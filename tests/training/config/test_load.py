@@ -11,8 +11,8 @@ import pytest
 
 from swaft.errors import ConfigError
 from swaft.training.config import flatten, load_config, to_yaml
-from swaft.training.config.classification import ClassificationConfig
-from swaft.training.config.seq2seq import Seq2SeqConfig
+from swaft.training.data.classification import ClassificationConfig
+from swaft.training.data.seq2seq import Seq2SeqConfig
 
 pytestmark = pytest.mark.unit
 
@@ -399,7 +399,7 @@ def test_the_printed_configuration_holds_nothing_else(tmp_path, capsys, caplog):
 def test_a_reader_that_closes_the_pipe_ends_the_help_without_a_traceback(flag):
     reader, writer = os.pipe()
     os.close(reader)
-    imports = "from swaft.training.config.classification import *; from swaft.training.config import *; "
+    imports = "from swaft.training.data.classification import *; from swaft.training.config import *; "
     script = f"{imports}load_config(ClassificationConfig, {[flag, *REQUIRED]})"
     program = subprocess.run(
         [sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True, check=True

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from swaft.training.config import TrainConfig, load_config
-from swaft.training.config.classification import ClassificationConfig
+from swaft.training.data.classification import ClassificationConfig
 from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
 
 pytestmark = pytest.mark.unit

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import TrainingError
-from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
+from swaft.training.data.question_answering import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import tokenize_questions
 from swaft.training.evaluation.answering import AnswerSearch, find_answers
 

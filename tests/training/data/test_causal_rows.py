@@ -11,9 +11,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.config.causal_lm import CausalDataConfig, CausalEvalConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
+    CausalDataConfig,
+    CausalEvalConfig,
     asked_rows,
     find_columns,
     pack,

@@ -10,8 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from swaft.errors import DataError
-from swaft.training.config.classification import DataConfig
-from swaft.training.data.classification import Task, describe_task
+from swaft.training.data.classification import DataConfig, Task, describe_task
 
 pytestmark = pytest.mark.unit
 

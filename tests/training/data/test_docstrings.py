@@ -8,8 +8,7 @@ from collections import Counter
 import pytest
 
 from swaft.errors import DataError
-from swaft.training.config.classification import DataConfig
-from swaft.training.data.classification import describe_task
+from swaft.training.data.classification import DataConfig, describe_task
 from swaft.training.data.docstrings import (
     AREAS,
     MASK,

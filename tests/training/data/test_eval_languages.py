@@ -10,8 +10,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from swaft.errors import ConfigError, DataError
 from swaft.training.config import load_config
-from swaft.training.config.classification import ClassificationConfig, DataConfig
 from swaft.training.data import sources
+from swaft.training.data.classification import ClassificationConfig, DataConfig
 from swaft.training.data.sources import language_groups, load_splits
 
 pytestmark = pytest.mark.unit

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from swaft.errors import DataError
-from swaft.training.config.classification import DataConfig
+from swaft.training.data.classification import DataConfig
 from swaft.training.data.sources import load_splits
 
 pytestmark = pytest.mark.unit

@@ -11,13 +11,13 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import processors
 
 from swaft.errors import DataError
-from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
+from swaft.training.data.question_answering import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import (
-    WindowCollator,
     refuse_unusable_questions,
     require_offsets,
     tokenize_questions,
 )
+from swaft.training.data.texts import Collator
 
 pytestmark = pytest.mark.unit
 
@@ -147,7 +147,7 @@ def test_batch_is_padded_and_holds_only_what_a_model_takes():
         [*questions(("e a", 4), context="c d e a"), *questions(("c", 0), context="c d")]
     )
     rows = windows(split, length=16)
-    batch = WindowCollator(tiny_tokenizer())([rows[0], rows[1]])
+    batch = Collator(tiny_tokenizer())([rows[0], rows[1]])
     assert type(batch) is dict
     assert batch["input_ids"].tolist() == [[2, 4, 5, 3, 6, 7, 8, 4, 3], [2, 4, 5, 3, 6, 7, 3, 0, 0]]
     assert batch["start_positions"].tolist() == [6, 4]
@@ -164,7 +164,7 @@ def test_positions_move_with_padding_on_the_left():
         [*questions(("e a", 4), context="c d e a"), *questions(("c", 0), context="c d")]
     )
     rows = windows(split, length=16, padding_side="left")
-    batch = WindowCollator(tiny_tokenizer(padding_side="left"))([rows[0], rows[1]])
+    batch = Collator(tiny_tokenizer(padding_side="left"))([rows[0], rows[1]])
     assert batch["input_ids"].tolist() == [[2, 6, 7, 8, 4, 3, 4, 5, 3], [0, 0, 2, 6, 7, 3, 4, 5, 3]]
     assert batch["start_positions"].tolist() == [3, 3]
     assert batch["input_ids"][1, 3] == 6  # c
@@ -212,4 +212,4 @@ def test_slow_tokenizer_is_refused():
 
 def test_tokenizer_without_padding_token_is_refused():
     with pytest.raises(DataError, match="no padding token"):
-        WindowCollator(tiny_tokenizer(pad_token=None))
+        Collator(tiny_tokenizer(pad_token=None))

@@ -7,20 +7,18 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from swaft.training.config.classification import DataConfig
-from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
-from swaft.training.config.seq2seq import Seq2SeqDataConfig
+from swaft.training.data.classification import DataConfig
+from swaft.training.data.question_answering import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import (
     check_questions,
     may_have_no_answer,
     right_answers,
     tokenize_questions,
 )
-from swaft.training.data.seq2seq import find_pairs, read_pairs, tokenize_pairs
+from swaft.training.data.seq2seq import Seq2SeqDataConfig, find_pairs, read_pairs, tokenize_pairs
 from swaft.training.data.sources import data_folder, load_splits
-from swaft.training.evaluation.answering import AnswerSearch, find_answers
-from swaft.training.metrics.generation import get_generation_metric
-from swaft.training.metrics.question_answering import score_squad
+from swaft.training.evaluation.answering import AnswerSearch, find_answers, score_squad
+from swaft.training.evaluation.generation import get_generation_metric
 
 pytestmark = pytest.mark.realdata
 

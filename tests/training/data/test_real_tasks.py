@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swaft.training.config.classification import DataConfig
-from swaft.training.data.classification import describe_task
+from swaft.training.data.classification import DataConfig, describe_task
 from swaft.training.data.sources import data_folder, load_splits
 
 pytestmark = pytest.mark.realdata

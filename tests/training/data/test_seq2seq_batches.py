@@ -13,8 +13,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from swaft.errors import DataError
-from swaft.training.config.seq2seq import Seq2SeqDataConfig
-from swaft.training.data.seq2seq import Seq2SeqCollator, report_lengths, tokenize_pairs
+from swaft.training.data.seq2seq import Seq2SeqDataConfig, report_lengths, tokenize_pairs
+from swaft.training.data.texts import Collator
 
 pytestmark = pytest.mark.unit
 
@@ -88,7 +88,7 @@ def test_lengths_and_the_share_of_texts_that_are_cut_are_logged(caplog):
 
 def test_batch_is_padded_and_labels_are_with_minus_100():
     rows = tokenized()
-    batch = Seq2SeqCollator(tiny_tokenizer())([rows[0], rows[1]])
+    batch = Collator(tiny_tokenizer())([rows[0], rows[1]])
     assert type(batch) is dict
     assert batch["input_ids"].tolist() == [[2, 4, 5, 6, 3], [2, 7, 3, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -100,18 +100,18 @@ def test_batch_is_padded_and_labels_are_with_minus_100():
 
 def test_sources_of_one_length_leave_targets_as_they_are():
     rows = tokenized()
-    batch = Seq2SeqCollator(tiny_tokenizer(), 7)([rows[0], rows[1]])
+    batch = Collator(tiny_tokenizer(), 7)([rows[0], rows[1]])
     assert batch["input_ids"].tolist() == [[2, 4, 5, 6, 3, 0, 0], [2, 7, 3, 0, 0, 0, 0]]
     assert batch["labels"].shape == (2, 6)
 
 
 def test_sources_are_padded_on_the_side_of_the_tokenizer():
     rows = tokenized()
-    batch = Seq2SeqCollator(tiny_tokenizer(padding_side="left"))([rows[0], rows[1]])
+    batch = Collator(tiny_tokenizer(padding_side="left"))([rows[0], rows[1]])
     assert batch["input_ids"].tolist() == [[2, 4, 5, 6, 3], [0, 0, 2, 7, 3]]
     assert batch["labels"][0].tolist() == [2, 5, 3, -100, -100, -100]
 
 
 def test_tokenizer_without_padding_token_is_refused():
     with pytest.raises(DataError, match="no padding token"):
-        Seq2SeqCollator(tiny_tokenizer(pad_token=None))
+        Collator(tiny_tokenizer(pad_token=None))

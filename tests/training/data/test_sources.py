@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from swaft.errors import DataError
-from swaft.training.config.classification import DataConfig
 from swaft.training.data import sources
+from swaft.training.data.classification import DataConfig
 from swaft.training.data.sources import data_folder, load_splits
 
 pytestmark = pytest.mark.unit

@@ -9,8 +9,7 @@ import pytest
 from datasets import Dataset
 
 from swaft.errors import DataError
-from swaft.training.config.seq2seq import Seq2SeqDataConfig
-from swaft.training.data.seq2seq import PairColumns, find_pairs, read_pairs
+from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, find_pairs, read_pairs
 
 pytestmark = pytest.mark.unit
 

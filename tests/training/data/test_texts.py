@@ -17,11 +17,10 @@ from transformers import (
 )
 
 from swaft.errors import DataError
-from swaft.training.config.question_answering import QuestionAnsweringDataConfig as Data
-from swaft.training.config.seq2seq import Seq2SeqDataConfig
+from swaft.training.data.question_answering import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import tokenize_questions
-from swaft.training.data.seq2seq import Seq2SeqCollator, tokenize_pairs
-from swaft.training.data.texts import encode, read_as_text, report_special_tokens
+from swaft.training.data.seq2seq import Seq2SeqDataConfig, tokenize_pairs
+from swaft.training.data.texts import Collator, encode, read_as_text, report_special_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -138,7 +137,7 @@ def test_sources_and_targets_are_text_too():
     read_as_text(tokenizer, True)
     rows = Dataset.from_dict({"source": ["w1 </s> w2"], "target": ["</s> w1"]})
     data = Seq2SeqDataConfig(max_source_length=16, max_target_length=16)
-    batch = Seq2SeqCollator(tokenizer)([tokenize_pairs(rows, tokenizer, data)[0]])
+    batch = Collator(tokenizer)([tokenize_pairs(rows, tokenizer, data)[0]])
     assert (batch["input_ids"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1]
     assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1]
 

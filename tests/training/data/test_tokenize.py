@@ -9,8 +9,7 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import normalizers
 
 from swaft.errors import DataError
-from swaft.training.config.classification import DataConfig
-from swaft.training.data.classification import describe_task, tokenize
+from swaft.training.data.classification import DataConfig, describe_task, tokenize
 from swaft.training.data.texts import Collator, refuse_rows_without_tokens
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaft.errors import ConfigError
-from swaft.training.metrics.classification import METRIC_NAMES, METRICS, get_metric
+from swaft.training.metrics import METRIC_NAMES, METRICS, get_metric
 
 pytestmark = pytest.mark.unit
 

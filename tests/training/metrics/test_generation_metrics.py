@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from swaft.errors import ConfigError
-from swaft.training.metrics.classification import get_metric
-from swaft.training.metrics.generation import (
+from swaft.training.evaluation.generation import (
     METRICS,
     bootstrap_intervals,
     get_generation_metric,
 )
-from swaft.training.metrics.names import NAMES
+from swaft.training.metrics import NAMES, get_metric
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaft.errors import ConfigError
-from swaft.training.metrics.question_answering import (
+from swaft.training.evaluation.answering import (
     exact_match,
     get_question_metric,
     normalize_answer,

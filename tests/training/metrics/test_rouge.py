@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swaft.training.metrics.generation import (
+from swaft.training.evaluation.generation import (
     coco_tokens,
     longest_common_subsequence,
     rouge_l_coco,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plain_runs import BIAS, MATRIX, phase_of, plain_run, zero
+from plain_runs import BIAS, MATRIX, phase_of, phases, plain_run, zero
 
 from swaft.training.planning.memory import fsdp2, replicated, zero3, zero12
 from swaft.training.planning.step import Weight
@@ -16,7 +16,7 @@ LAYERS = [replace(MATRIX) for _ in range(4)]
 
 
 def test_one_process_holds_weights_moments_and_gradients():
-    memory = replicated(plain_run(peak=1000), deepspeed=False)
+    memory = replicated(plain_run(), deepspeed=False)
     assert phase_of(memory, STEP) == {
         "weights": 440,
         "AdamW's moments": 880,
@@ -25,30 +25,30 @@ def test_one_process_holds_weights_moments_and_gradients():
         "AdamW's temporaries": 800,  # two of the matrix
     }
     assert (
-        phase_of(memory, BACKWARD)["activations"] == 1000
+        phase_of(memory, BACKWARD, peak=1000)["activations"] == 1000
     )  # as backward begins, which is more than the gradients
-    small = phase_of(replicated(plain_run(peak=100), deepspeed=False), BACKWARD)
+    small = phase_of(memory, BACKWARD, peak=100)
     assert small["gradients"] == 440  # as it ends
     assert small["activations"] == 0
-    assert memory.owned == 110
+    assert memory[1] == 110
 
 
 def test_ddp_holds_the_gradients_once_more_and_averages_a_slice():
     memory = replicated(plain_run(world_size=4), deepspeed=False)
     assert phase_of(memory, STEP)["DDP's buckets"] == 440
-    assert memory.owned == 28
+    assert memory[1] == 28
 
 
 def test_gradients_that_accumulate_are_there_from_the_start():
     def as_backward_begins(**settings):
-        return phase_of(replicated(plain_run(peak=5000, **settings), deepspeed=False), BACKWARD)
+        return phase_of(replicated(plain_run(**settings), deepspeed=False), BACKWARD, peak=5000)
 
     assert "gradients" not in as_backward_begins()
     assert as_backward_begins(accumulates=True)["gradients"] == 440
 
 
 def test_a_frozen_weight_has_neither_gradient_nor_moments():
-    memory = replicated(plain_run(replace(MATRIX, group=None), BIAS), deepspeed=False)
+    memory = replicated(plain_run(replace(MATRIX, trained=False), BIAS), deepspeed=False)
     rows = phase_of(memory, STEP)
     assert (rows["weights"], rows["AdamW's moments"], rows["gradients"]) == (440, 80, 40)
 
@@ -58,51 +58,50 @@ def test_stage_0_in_16_bits_has_masters_beside_the_weights():
     assert (rows["weights"], rows["fp32 masters"], rows["gradients, fp32"]) == (220, 440, 440)
 
 
-def test_zero_2_cuts_the_optimizer_state_by_group_and_pads_it():
+def test_zero_2_cuts_the_optimizer_state_into_as_many_parts_as_ranks():
     memory = zero12(plain_run(world_size=4), zero(stage=2, reduce_bucket_size=1000))
-    # 100 is 4 partitions of 26, padded to a multiple of 8; 10 is 4 of 4
-    assert memory.owned == 26 + 4
+    assert memory[1] == 28  # a quarter of 110
     rows = phase_of(memory, STEP)
-    assert (rows["fp32 masters"], rows["AdamW's moments"]) == (120, 240)
-    assert rows["weights"] == 4 * (104 + 16)
-    # every partition touches the matrix and the bias, which are kept whole
-    assert rows["gradients of the partition"] == 440
-    assert rows["flat fp32 gradient"] == 104
+    assert (rows["fp32 masters"], rows["AdamW's moments"]) == (112, 224)
+    assert rows["weights"] == 440
+    # the partition touches the matrix, which is kept whole
+    assert rows["gradients of the partition"] == 400
+    assert rows["flat fp32 gradient"] == 112
 
 
 def test_a_gradient_larger_than_the_bucket_is_held_outside_of_it_and_copied_to_be_summed():
     rows = phase_of(zero12(plain_run(world_size=2), zero(stage=2, reduce_bucket_size=16)), BACKWARD)
     assert rows["gradient on its way"] == 800
-    assert rows["gradients of the partition"] == 440
+    assert rows["gradients of the partition"] == 400
     assert rows["reduce bucket"] == 64
 
 
 def test_zero_1_keeps_all_gradients_until_backward_has_ended():
     rows = phase_of(zero12(plain_run(world_size=2), zero(stage=1)), BACKWARD)
-    assert rows["gradients"] == rows["gradients of the partition"] == 440
+    assert (rows["gradients"], rows["gradients of the partition"]) == (440, 400)
     assert rows["reduce bucket"] == 440  # as much of it as is ever written to
 
 
 def test_offloading_the_optimizer_moves_it_to_the_host():
     run = plain_run(*HALF, world_size=2, on_cpu=False)
     memory = zero12(run, zero(stage=2, offload_optimizer={"device": "cpu"}))
-    (backward,) = memory.phases
+    [backward] = phases(memory).values()
     assert "fp32 masters" not in backward.device
-    assert backward.host["fp32 masters"] == 4 * memory.owned
-    assert backward.host["AdamW's moments"] == 8 * memory.owned
+    assert backward.host["fp32 masters"] == 4 * memory[1]
+    assert backward.host["AdamW's moments"] == 8 * memory[1]
 
 
 def test_zero_3_has_masters_beside_its_slices_in_fp32_too():
     whole = zero3(plain_run(world_size=4), zero())
     half = zero3(plain_run(*HALF, world_size=4), zero())
-    assert whole.owned == half.owned == 25 + 3
+    assert whole[1] == half[1] == 25 + 3
     assert phase_of(whole, STEP)["fp32 masters"] == 4 * 28
     assert phase_of(half, STEP)["fp32 masters"] == 4 * 28
     assert phase_of(half, STEP)["slices of the weights"] == 2 * 28
 
 
 def test_a_rank_of_zero_3_shrinks_with_the_number_of_ranks():
-    large = Weight(numel=10**9, itemsize=2, group=0)
+    large = Weight(numel=10**9, itemsize=2)
     runs = [plain_run(large, world_size=ranks, on_cpu=False) for ranks in (1, 1000, 4000)]
     sizes = [phase_of(zero3(run, zero()), STEP)["fp32 masters"] for run in runs]
     assert sizes == [4 * 10**9, 4 * 10**6, 10**6]
@@ -123,8 +122,8 @@ def test_zero_3_gathers_what_is_used_again_soon_and_what_comes_next(reuse, prefe
         stage3_max_reuse_distance=reuse,
         stage3_prefetch_bucket_size=prefetch,
     )
-    run = plain_run(*LAYERS, world_size=2, on_cpu=False, peak=10**6)
-    assert phase_of(zero3(run, entries), BACKWARD)["gathered weights"] == held
+    run = plain_run(*LAYERS, world_size=2, on_cpu=False)
+    assert phase_of(zero3(run, entries), BACKWARD, peak=10**6)["gathered weights"] == held
 
 
 def test_a_sub_group_of_zero_3_ends_once_it_is_full():
@@ -137,14 +136,14 @@ def test_a_sub_group_of_zero_3_ends_once_it_is_full():
 
 
 def test_fsdp2_cuts_by_rows_so_more_ranks_than_rows_help_no_further():
-    sizes = [fsdp2(plain_run(world_size=ranks), reshards=True).owned for ranks in (1, 5, 10, 1000)]
+    sizes = [fsdp2(plain_run(world_size=ranks), reshards=True)[1] for ranks in (1, 5, 10, 1000)]
     assert sizes == [110, 22, 11, 11]
 
 
 def test_fsdp2_gathers_one_block_at_a_time():
     def gathered(blocks, *, reshards=True):
-        run = plain_run(*LAYERS, world_size=2, on_cpu=False, peak=10**6, blocks=blocks)
-        return phase_of(fsdp2(run, reshards=reshards), BACKWARD)["gathered weights"]
+        run = plain_run(*LAYERS, world_size=2, on_cpu=False, blocks=blocks)
+        return phase_of(fsdp2(run, reshards=reshards), BACKWARD, peak=10**6)["gathered weights"]
 
     assert gathered([0, 0, 0, 0]) == 1600
     assert gathered([1, 2, 3, 4]) == 400 + 400  # the block, and the buffer that it came in
@@ -152,7 +151,7 @@ def test_fsdp2_gathers_one_block_at_a_time():
 
 
 def test_fsdp2_frees_a_block_before_its_gradients_are_summed():
-    embedding, layer = Weight(numel=1000, rows=10, itemsize=4, group=0), MATRIX
+    embedding, layer = Weight(numel=1000, rows=10, itemsize=4), MATRIX
     run = plain_run(embedding, layer, world_size=2, on_cpu=False, blocks=[1, 2])
     rows = phase_of(fsdp2(run, reshards=True), BACKWARD)
     # At the end 8 bytes an element of the embedding, to copy its gradient in and sum it, and no weights.
@@ -162,5 +161,5 @@ def test_fsdp2_frees_a_block_before_its_gradients_are_summed():
 
 
 def test_adam_takes_two_of_the_largest_on_a_cpu_and_one_of_all_on_a_device():
-    assert plain_run().adam_temporaries([[100, 10]]) == 800
-    assert plain_run(on_cpu=False).adam_temporaries([[100, 10]]) == 440
+    assert plain_run().adam(100, 10).size == 800
+    assert plain_run(on_cpu=False).adam(100, 10).size == 440

@@ -9,8 +9,7 @@ import pytest
 
 from swaft.training.config import AveragingConfig, TrainConfig
 from swaft.training.planning.memory import Phase
-from swaft.training.planning.plan import RunPlan
-from swaft.training.planning.shortages import Hardware, find_shortages
+from swaft.training.planning.plan import RunPlan, find_shortages
 
 pytestmark = pytest.mark.unit
 
@@ -34,10 +33,13 @@ def told(
     launch = SimpleNamespace(stage=stage, engine="-", world_size=ranks, num_machines=1)
     offloaded = dict(zip(("optimizer", "param"), offloads, strict=True))
     engine: Any = SimpleNamespace(launch=launch, offloads=offloaded.get, loads_whole=True, on_cpu=False)
-    hardware = Hardware(host_bytes=2 * GIB) if host else Hardware(device_bytes=2 * GIB)
-    [sentence] = find_shortages(
-        found, hardware, engine, TrainConfig(output_dir="-", **train), AveragingConfig()
+    there = (
+        {"device_bytes": None, "host_bytes": 2 * GIB}
+        if host
+        else {"device_bytes": 2 * GIB, "host_bytes": None}
     )
+    config = SimpleNamespace(train=TrainConfig(output_dir="-", **train), averaging=AveragingConfig())
+    [sentence] = find_shortages(found, engine, config, **there)
     return sentence
 
 

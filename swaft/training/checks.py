@@ -1,34 +1,42 @@
 """What every run is checked for before it starts: one table, which the run, `swaft validate` and `swaft plan` read.
 
 What a recipe checks of its own task stands in its ``prepare``, which all three call as well. So a rule belongs into
-one of these two places, and is known to all.
+one of these two places, and is known to all. Every problem is collected, where a plain chain of calls would stop at
+the first.
+
+A recipe is a script that defines ``Config``, the class of its settings, made of sections such as those of
+`swaft.training.config`, and ``prepare(config, problems)``, which finds and checks everything that needs no device
+and no other rank.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedConfig
 
-from swaft.averaging.rules import Plan
-from swaft.errors import ConfigError
-from swaft.training.checks.problems import MissingPart, Parts, Prepared, Problems
+from swaft.averaging.rules import Plan, Rule
+from swaft.errors import ConfigError, SwaftError
 from swaft.training.config import TrainConfig, plan_rule, to_yaml
 from swaft.training.launch.accelerator import (
     EngineSettings,
     partitions_at_load,
-    resolve_deepspeed,
+    resolve_engine,
     resolve_precision,
 )
-from swaft.training.launch.deepspeed_config import FilledConfig, offloads_optimizer
+from swaft.training.launch.deepspeed_config import offloads_optimizer
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
-from swaft.training.launch.fsdp2 import obey_fsdp2, resolve_fsdp2
+from swaft.training.models.build import Schedule, build_schedule, planned_steps
 from swaft.training.models.pretrained import hidden_size
 from swaft.training.run.checkpoints import AVERAGE, checkpoint_on_paper
 from swaft.training.run.folder import refuse_used
@@ -39,9 +47,139 @@ from swaft.training.run.record import (
     require_averages,
     require_same_run,
 )
-from swaft.training.run.schedule import Schedule, build_schedule, planned_steps
+
+if TYPE_CHECKING:
+    from swaft.training.evaluation.best import Target
 
 logger = logging.getLogger(__name__)
+
+WholeT = TypeVar("WholeT")
+
+
+class MissingPart(AttributeError):
+    """A part that could not be made; its problem is on the list."""
+
+
+class Parts:
+    """Attributes that are filled one after the other; reading one that is missing raises `MissingPart`."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise MissingPart(name)
+
+
+def without(whole: WholeT, names: Collection[str]) -> WholeT:
+    """Return an object like another one, of its class, whose attributes of these names are missing parts."""
+    kind = type(whole)
+    some: Any = object.__new__(type(kind.__name__, (Parts, kind), {}))
+    vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
+    return some
+
+
+class Prepared(Parts):
+    """What every recipe's `prepare` finds; a part is missing where its problem is on the list."""
+
+    rows: Mapping[str, Any]
+    """Rows by split, `train` among them."""
+    metric: Any
+    """What scores predictions; None: nothing but the loss does."""
+    model_config: Any
+    """Configuration of the model, as transformers has it."""
+    tokenizer: Any
+    """The one that reads the rows; None: a new one is to be trained."""
+    objective: Any
+    """Training objective, such as `swaft.R3F`."""
+    rule: Rule | None
+    """Averaging rule; None: nothing is averaged."""
+    target: Target
+    """What decides between weights."""
+    cuts_rows: bool = False
+    """Whether long rows are cut into several, so that there may be more to train on than rows."""
+
+
+class Problems:
+    """The problems of one run, in the order in which they were found.
+
+        problems, ready = Problems(), Parts()
+        with problems:
+            ready.rows = load_splits(config.data)
+        with problems:
+            ready.task = describe_task(ready.rows, config.data)   # left out where there are no rows
+        problems.refuse()
+
+    An error of `swaft.errors` ends its block and is put on the list; so does a part that is missing, silently.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __enter__(self) -> None:
+        """Begin a part of the work."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """End it, with its problem on the list if it has one."""
+        if isinstance(error, SwaftError):
+            self.add(error.problems if isinstance(error, ConfigError) else [str(error)])
+        return isinstance(error, SwaftError | MissingPart)
+
+    def add(self, problems: Iterable[str]) -> None:
+        """Put problems on the list, each once."""
+        self.found += [problem for problem in dict.fromkeys(problems) if problem not in self.found]
+
+    def refuse(self) -> None:
+        """Raise where there are problems.
+
+        Raises:
+            ConfigError: with all of them.
+        """
+        if self.found:
+            raise ConfigError(self.found)
+
+
+def read_recipe(path: Path) -> Any:
+    """Import a recipe file (which starts nothing), and return its module, which has ``Config`` and ``prepare``.
+
+    None: the script is no recipe, as far as can be seen without running it. Others may define the same two names; a
+    recipe also takes its settings from `swaft.training`.
+
+    Args:
+        path: of a file.
+
+    Raises:
+        ConfigError: it is not Python, with the line where it ceases to be; or it cannot be imported.
+    """
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{path}: line {error.lineno} is not Python: {error.msg}; mend that line"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; expected a Python file") from error
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    imported = [str(node.module) for node in body if isinstance(node, ast.ImportFrom)]
+    if not names >= {"Config", "prepare"} or not any(each.startswith("swaft.training.") for each in imported):
+        return None
+    name = f"swaft_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: cannot be imported; expected a Python file")
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # as for a script that is run
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    if not (isinstance(module.Config, type) and is_dataclass(module.Config)):
+        raise ConfigError(f"{path}: Config is no dataclass of sections such as TrainConfig")
+    return module
+
 
 Ready = TypeVar("Ready", bound=Prepared)
 
@@ -60,10 +198,6 @@ class Start(Parts):
     """What the launcher left, or would leave."""
     precision: str
     """``no``, ``bf16`` or ``fp16``."""
-    deepspeed: FilledConfig | None
-    """Its filled file; None: another engine."""
-    fsdp2: Any
-    """accelerate's plugin; None: another engine."""
     engine: EngineSettings
     """What accelerate is started with."""
     total_steps: int
@@ -170,22 +304,22 @@ def keep_all_layers(model_config: Any, world_size: int) -> None:
             setattr(part, name, 0.0)
 
 
-def read_deepspeed(start: Start) -> FilledConfig | None:
-    """Return DeepSpeed's file, filled; the model's width, where it is known, is for its bucket sizes."""
+def read_engine(start: Start) -> EngineSettings:
+    """Return what accelerate is started with; the model's width, where it is known, is for DeepSpeed's buckets."""
     model_config = getattr(start.ready, "model_config", None)
     width = None if model_config is None else hidden_size(model_config)
-    return resolve_deepspeed(start.train, start.environ, precision=start.precision, hidden_size=width)
+    return resolve_engine(start.train, start.environ, hidden_size=width)
 
 
 def check_locks(start: Start) -> None:
     """Refuse locks that DeepSpeed would wait for."""
-    if start.deepspeed is not None:
-        refuse_left_locks(offloads_optimizer=offloads_optimizer(start.deepspeed.config))
+    if (deepspeed := start.engine.deepspeed) is not None:
+        refuse_left_locks(offloads_optimizer=offloads_optimizer(deepspeed.config))
 
 
 def check_loading(start: Start) -> None:
     """Refuse to load a model in parts where something is done to it that needs the whole."""
-    model, noise, deepspeed = start.config.model, start.config.noise, start.deepspeed
+    model, noise, deepspeed = start.config.model, start.config.noise, start.engine.deepspeed
     settings = {"model.use_peft=true": model.use_peft, "noise.kind=r4f": noise.kind == "r4f"}
     asked = [setting for setting, is_on in settings.items() if is_on]
     if asked and deepspeed is not None and partitions_at_load(start.environ, deepspeed.config):
@@ -212,7 +346,7 @@ def check_folder(start: Start) -> None:
 
 def check_checkpoint(start: Start) -> None:
     """Refuse a checkpoint that this run cannot resume from, as far as its manifest and the settings tell."""
-    train, deepspeed, rule = start.train, start.deepspeed, start.ready.rule
+    train, deepspeed, rule = start.train, start.engine.deepspeed, start.ready.rule
     found = checkpoint_on_paper(train.resume_from_checkpoint, Path(train.output_dir))
     if found is None:
         return
@@ -263,13 +397,8 @@ CHECKS: dict[str, Callable[[Start], Any]] = {
     "parallelism": refuse_parallelism,
     "routing": lambda start: refuse_routing(start.ready.model_config, start.world_size),
     "layers": lambda start: keep_all_layers(start.ready.model_config, start.world_size),
-    "obeyed": lambda start: obey_fsdp2(start.environ, start.train),
     "precision": lambda start: resolve_precision(start.train, start.environ),
-    "deepspeed": read_deepspeed,
-    "fsdp2": lambda start: resolve_fsdp2(start.environ, precision=start.precision),
-    "engine": lambda start: EngineSettings(
-        precision=start.precision, deepspeed=start.deepspeed, fsdp2=start.fsdp2
-    ),
+    "engine": read_engine,
     "locks": check_locks,
     "loading": check_loading,
     "tracker": check_tracker,
