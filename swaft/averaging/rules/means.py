@@ -183,11 +183,16 @@ class LAWA:
 
         The lanes are a ring of copies, in which a member takes the place of the oldest.
         """
+
+        def average(members: int) -> dict[int, float]:
+            filled = min(members, self.last)
+            return dict.fromkeys(range(filled), 1.0 / filled)
+
         plan = SettledPlan(
             **spaced(self, total_steps),
             kinds=(False,) * self.last,
             moves=lambda n: (Update(n % self.last, 1.0),),
-            average=lambda members: dict.fromkeys(range(filled := min(members, self.last)), 1.0 / filled),
+            average=average,
         )
         if plan.num_members < self.last:
             raise ConfigError(
