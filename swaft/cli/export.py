@@ -23,7 +23,6 @@ Exit code: 0; 1 where nothing was written.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,16 +33,14 @@ from swaft.errors import ConfigError
 from swaft.soup import average
 from swaft.soup.huggingface import holds_weights, read_json
 from swaft.soup.kinds import AVERAGES, ENGINE
-from swaft.storage import is_complete, read_manifest
-from swaft.storage.files import explained, status
-from swaft.storage.sealed import MANIFEST
+from swaft.storage import read_manifest
+from swaft.storage.files import status
+from swaft.storage.sealed import MANIFEST, find_checkpoints
 
 FINAL_AVERAGED, SUMMARY = "final-averaged", "summary.json"
 """What a run leaves at its end: a Hugging Face folder of its average, and then, last of all, its scores."""
 OF_TRAINER = "averages"
 """Folder of averages in a checkpoint of transformers' Trainer, or of accelerate."""
-NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-"""How the checkpoints of a run are called."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -106,10 +103,7 @@ def saved_averages(path: Path) -> Path:
         ConfigError: there are no averages there.
         StateError: the folder cannot be looked into.
     """
-    with explained(path, "looked at"):
-        inside = list(path.iterdir()) if path.is_dir() else []
-    steps = [int(name[1]) for each in inside if (name := NUMBERED.fullmatch(each.name)) and is_complete(each)]
-    newest = [path / f"checkpoint-{max(steps)}"] if steps else []
+    newest = find_checkpoints(path)[:1]
     for folder in (*(each / AVERAGES for each in (*newest, path)), path / OF_TRAINER):
         if status(folder / MANIFEST) is not None:
             return folder

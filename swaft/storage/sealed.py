@@ -48,6 +48,7 @@ MANIFEST_LIMIT = 256_000_000
 """Most bytes of a manifest."""
 MOST_NESTED = 8
 """How deep sealed folders may lie in each other."""
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 FIELDS = ("format", "version", "kind", "files", "sealed", "content")
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -101,6 +102,23 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
 def is_complete(folder: str | PathLike[str]) -> bool:
     """Whether the mark is there. Cheap; nothing is checked."""
     return status(Path(folder) / COMPLETE) is not None
+
+
+def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
+    """Complete checkpoints in a folder, or the others, the newest first by the number in their names.
+
+    A folder that is not there holds none; one that cannot be looked into is a `StateError`.
+    """
+    with explained(folder, "looked into"):
+        inside = folder.iterdir() if folder.is_dir() else ()
+        there = [path for path in inside if step_of(path) >= 0]
+    return [path for path in sorted(there, key=step_of, reverse=True) if is_complete(path) == complete]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where it is no checkpoint's."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return -1 if match is None else int(match[1])
 
 
 def read_manifest(folder: str | PathLike[str], *, kind: str | None) -> Manifest:

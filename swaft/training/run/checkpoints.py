@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import Manifest, is_complete, read_manifest, remove_sealed
-from swaft.storage.files import explained
+from swaft.storage.sealed import find_checkpoints, step_of
 from swaft.storage.together import Write, open_together, write_together
 
 logger = logging.getLogger(__name__)
@@ -28,8 +27,6 @@ TAG = "engine"
 """Folder of the engine's files inside a checkpoint."""
 AVERAGE = "average"
 """Folder of the averages inside a checkpoint: a state of its own, which `WeightAverager.load_state` opens."""
-
-_NAME = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
 class RunCheckpoint(NamedTuple):
@@ -44,24 +41,6 @@ class RunCheckpoint(NamedTuple):
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where a run folder's checkpoint of a step lies."""
     return folder / f"checkpoint-{step}"
-
-
-def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
-    """Complete checkpoints in a run folder, or the others, the newest first by the number in their names.
-
-    A folder that is not there holds none; one that cannot be looked into is a `StateError`.
-    """
-    if not folder.is_dir():
-        return []
-    with explained(folder, "looked into"):
-        there = [path for path in folder.iterdir() if _step_of(path) >= 0]
-    return [path for path in sorted(there, key=_step_of, reverse=True) if is_complete(path) == complete]
-
-
-def _step_of(path: Path) -> int:
-    """The step in a checkpoint's name; -1 where it is no checkpoint's."""
-    match = _NAME.fullmatch(path.name)
-    return -1 if match is None else int(match[1])
 
 
 def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint | None:
@@ -128,12 +107,12 @@ def _candidates(wanted: str, folder: Path) -> list[Path]:
                 )
         return there
     named = Path(wanted)
-    if _step_of(named) < 0 or not named.is_dir():
+    if step_of(named) < 0 or not named.is_dir():
         raise ConfigError(
             f"train.resume_from_checkpoint: {named} is no folder called checkpoint-NUMBER; expected auto, none or "
             "the path of a checkpoint"
         )
-    if there and _step_of(there[0]) > _step_of(named):
+    if there and step_of(there[0]) > step_of(named):
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {named.name} ({there[0].name}), which would "
             "be written again; set train.resume_from_checkpoint=auto to resume from the last, or name a new folder"
@@ -188,7 +167,7 @@ def delete_old(folder: Path, keep: int | None) -> None:
 def _warn_of_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
     """Say which checkpoints newer than all complete ones do not count."""
     for path in unfinished:
-        if not complete or _step_of(path) > _step_of(complete[0]):
+        if not complete or step_of(path) > step_of(complete[0]):
             logger.warning(
                 "%s has no mark COMPLETE: writing it was never finished, and it does not count; %s",
                 path,
