@@ -2,6 +2,7 @@
 
 nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
 python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
+SWAFT_STUDY_PRECISION=fp32 python -m benchmarks.study run   # passes in fp32, where a processor is slow in bf16
 python -m benchmarks.study pack FOLDER          # model and tasks for a machine that has neither; there:
 SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 14 --seconds 460 --file card
 python -m benchmarks.study cost                 # measured seconds of a cell, task by task

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import collapse, flatness
-from benchmarks.study.fitting import PRECISION, REGIMES, device, fit, teach
-from benchmarks.study.numerics import fingerprint, machine
+from benchmarks.study.fitting import REGIMES, device, fit, teach
+from benchmarks.study.numerics import PRECISION, fingerprint, machine
 from benchmarks.study.pack import model_name
 from benchmarks.study.reading import score_test, score_validation
 from benchmarks.study.store import Row
@@ -96,7 +96,7 @@ def run_cell(cell: Cell) -> list[Row]:
         "all_cpu_seconds": round(time.process_time() - cpu_began, 2),
         "peak_bytes": _peak(),
     }
-    settings |= {"model": model_name(), "precision": PRECISION}
+    settings |= {"model": model_name()}
     rows = []
     for name, row in found.items():
         own = row.pop("cost", {})
@@ -150,7 +150,7 @@ def identity(cell: Cell, readout: str) -> Row:
         "cell": cell.name, "task": cell.task, "arm": f"{cell.training}:{readout}", "training": cell.training,
         "readout": readout, "regime": cell.regime, "rate": cell.rate, "seed": cell.seed, "split": cell.split,
         "fingerprint": cell.fingerprint, "machine": machine(),
-        "command": f"python -m benchmarks.study cell {cell.name}",
+        "command": f"SWAFT_STUDY_PRECISION={PRECISION} python -m benchmarks.study cell {cell.name}",
     }  # fmt: skip
 
 

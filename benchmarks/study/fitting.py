@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from benchmarks.study import loop
 from benchmarks.study import model as encoder
+from benchmarks.study.numerics import PRECISION
 from benchmarks.study.readouts import rules_for
 from benchmarks.study.rivals import TEACHER
 from benchmarks.study.tasks import Splits, epoch_batches
 from benchmarks.study.trainings import TRAININGS, Training
-
-PRECISION = "bf16"
 
 
 @dataclass(frozen=True)

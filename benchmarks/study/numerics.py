@@ -20,6 +20,10 @@ from benchmarks.study.trainings import TRAININGS
 
 PACKAGES = ("torch", "transformers", "numpy", "numba")
 STEPS, BATCH, LENGTH, CLASSES = 24, 4, 8, 3
+PRECISION = os.environ.get("SWAFT_STUDY_PRECISION", "bf16")
+"""Of the passes: bf16 or fp32, whichever a machine does faster. Weights and optimizer are fp32."""
+if PRECISION not in ("bf16", "fp32"):
+    raise SystemExit(f"SWAFT_STUDY_PRECISION is {PRECISION!r}; expected bf16 or fp32")
 
 
 @cache
@@ -67,9 +71,11 @@ def fingerprint(training: str, device: str, precision: str) -> str:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """The kind of machine that a row comes from: only rows of one kind are paired."""
+    """The kind of machine that a row comes from, and its precision: only rows of one kind are paired."""
     found = row["machine"]
-    return ", ".join(str(found[part]) for part in ("card", "processor", "torch") if found.get(part))
+    return ", ".join(
+        str(found[part]) for part in ("card", "processor", "torch", "precision") if found.get(part)
+    )
 
 
 @cache
@@ -78,6 +84,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "precision": PRECISION,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
