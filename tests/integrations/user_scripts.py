@@ -50,7 +50,7 @@ COMMON = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 2,
     "eval_strategy": "steps",
-    "eval_steps": 2,
+    "eval_steps": 3,
     "save_steps": SAVED,
     "logging_steps": 2,
     "report_to": "none",
@@ -70,7 +70,7 @@ def write_inputs(root: Path) -> None:
     set_seed(0)
     texts = T5ForConditionalGeneration(
         T5Config(
-            vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0,
+            vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
             eos_token_id=2, decoder_start_token_id=0,
         )
     )  # fmt: skip
