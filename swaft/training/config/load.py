@@ -116,8 +116,8 @@ ROW_SETTINGS = (
     "data.delimiter",
     "data.eval_languages",
 )
-# Flags of the Trainer and of its examples that are called otherwise here.
-HUGGING_FACE_NAMES = {
+# Flags of the Trainer and of its examples that are called otherwise here, and usual short forms.
+OTHER_NAMES = {
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
     "warmup_ratio": "warmup_steps",
@@ -133,6 +133,9 @@ HUGGING_FACE_NAMES = {
     "evaluation_strategy": "eval_steps",
     "text_column": "source_column",
     "summary_column": "target_column",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
 }
 
 ConfigT = TypeVar("ConfigT")
@@ -366,7 +369,7 @@ def _nearest_setting(name: str, known: Mapping[str, Option]) -> str:
         return f" '{name}' is a section: put its settings under it, or write {name}.setting=value."
     section, _, leaf = name.replace("-", "_").rpartition(".")
     by_leaf = {path.split(".")[1]: path for path in known}
-    meant = HUGGING_FACE_NAMES.get(leaf, leaf)
+    meant = OTHER_NAMES.get(leaf, leaf)
     leaf = meant if leaf not in by_leaf and meant in by_leaf else leaf
     # Within a section that exists, only its own settings: nobody means averaging.start by train.stat.
     own = {short: path for short, path in by_leaf.items() if path.startswith(f"{section}.")} or by_leaf

@@ -348,11 +348,13 @@ def test_only_the_first_of_several_processes_prints(monkeypatch, capsys):
         (ClassificationConfig, "train.evaluation_strategy", "eval.eval_steps"),
         (ClassificationConfig, "eval.eval_strategy", "eval.eval_steps"),
         (ClassificationConfig, "train.text_column", "data.text_column"),
+        (ClassificationConfig, "train.lr", "train.learning_rate"),
+        (ClassificationConfig, "train.epochs", "train.num_train_epochs"),
         (Seq2SeqConfig, "data.text_column", "data.source_column"),
         (Seq2SeqConfig, "data.summary_column", "data.target_column"),
     ],
 )
-def test_a_name_of_hugging_faces_examples_leads_to_the_setting(recipe, name, meant):
+def test_a_name_of_hugging_faces_examples_or_a_short_one_leads_to_the_setting(recipe, name, meant):
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, [*REQUIRED, f"{name}=steps"])
     assert caught.value.problems == [f"{name}: no such setting (command line). Did you mean '{meant}'?"]
