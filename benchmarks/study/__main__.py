@@ -8,7 +8,7 @@ SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 1
 python -m benchmarks.study cost                 # measured seconds of a cell, task by task
 python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
 python -m benchmarks.study status               # how many cells of each phase there are
-python -m benchmarks.study evidence             # draw docs/evidence.md and its figures from the rows
+python -m benchmarks.study evidence             # draw docs/evidence.md, and bring up to date what README quotes
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from benchmarks.study.numerics import kind_of, machine
 from benchmarks.study.store import Row, append, claim, read_rows, results_folder
 from benchmarks.study.tasks import TASKS
 
-DOCS = Path(__file__).parents[2] / "docs"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -52,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("name")
     one.add_argument("--check", action="store_true", help="compare it with its rows in the results")
     commands.add_parser("status", help="count cells")
-    drawn = commands.add_parser("evidence", help="draw the page from the rows")
-    drawn.add_argument("--out", type=Path, default=DOCS, help="folder of evidence.md")
+    commands.add_parser("evidence", help="draw the page from the rows, and bring quotes of it up to date")
     packed = commands.add_parser("pack", help="write model and tasks for a machine that has neither")
     packed.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
@@ -63,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         write_pack(given.folder)
         return 0
     if given.command == "evidence":
-        from benchmarks.study.evidence import write
+        from benchmarks.study.evidence import ROOT, requote, write
 
-        for path in write(results_folder(), given.out):
+        for path in (*write(results_folder(), ROOT / "docs"), *requote(results_folder())):
             print(path)
         return 0
     torch.set_num_threads(1)  # a cell comes to the same bits however often it is made

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from benchmarks.study.arms import BASELINES, Kept, cost_of
 from benchmarks.study.grid import CHOOSING, CONFIRMING
 from benchmarks.study.statistics import Comparison
+from benchmarks.study.tasks import TASKS
 
 KINDS = {1: "averaging", 2: "objective"}
+QUOTE = re.compile(r"`([\w.-]+:[\w.+-]+)`: [^`]*? points of score")
+"""An arm with its differences, as other pages quote them."""
 
 
 def choose_default(kept: Kept) -> list[str]:
@@ -58,15 +63,26 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
             f"**Recommended {kind}: none.** No arm is ahead of `{base}` on test loss with its interval clear of 0, "
             "and no worse on the score, over the choosing tasks."
         )
-    chosen = _both(kept, arm, base, CHOOSING)
+    chosen = differences(kept, arm, base, CHOOSING)
     told = f"**Recommended {kind}: `{arm}`** against `{base}`. On the choosing tasks: {chosen}."
     confirmed = kept.comparison("main", arm, base, "loss", tasks=CONFIRMING)
     if not _covers(confirmed, CONFIRMING):
         return f"{told} The confirming tasks have not all been measured yet."
-    return f"{told} On the confirming tasks: {_both(kept, arm, base, CONFIRMING)}."
+    return f"{told} On the confirming tasks: {differences(kept, arm, base, CONFIRMING)}."
 
 
-def _both(kept: Kept, arm: str, base: str, tasks: tuple[str, ...]) -> str:
+def quote(text: str, kept: Kept) -> str:
+    """A text in which what it quotes of arms, over all tasks, is as the rows say now."""
+
+    def told(match: re.Match[str]) -> str:
+        arm = match[1]
+        return f"`{arm}`: {differences(kept, arm, BASELINES[cost_of(arm)], tuple(TASKS))}"
+
+    return QUOTE.sub(told, text)
+
+
+def differences(kept: Kept, arm: str, base: str, tasks: tuple[str, ...]) -> str:
+    """An arm minus another in test loss and score, with 95 % intervals over these tasks."""
     parts = []
     for outcome, unit in (("loss", "% of test loss"), ("score", "points of score")):
         comparison = kept.comparison("main", arm, base, outcome, tasks=tasks)

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.study import beyond, figures
 from benchmarks.study.arms import BASELINES, Kept, cost_of, keep
 from benchmarks.study.cell import parse_cell
-from benchmarks.study.default import choose_default
+from benchmarks.study.default import choose_default, quote
 from benchmarks.study.fitting import REGIMES
 from benchmarks.study.grid import (
     CHOOSING,
@@ -36,6 +36,9 @@ HEADLINES = (
     "r3f-independent-decayed:last", "r3f-independent-constant:swa-0.5", "r3f-relative-1.0-decayed:last",
     "r3f-relative-1.0-constant:swa-0.5",
 )  # fmt: skip
+ROOT = Path(__file__).parents[2]
+QUOTING = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+"""Pages written by hand that quote arms, in the form of `quote`."""
 NOT_BUILT = ("any model but all-MiniLM-L6-v2, and any machine with a GPU",)
 
 
@@ -58,6 +61,17 @@ def write(results: Path, folder: Path) -> list[Path]:
         written.append(folder / "evidence" / f"{name}.svg")
         written[-1].write_text(svg)
     return written
+
+
+def requote(results: Path) -> list[Path]:
+    """Bring what other pages quote up to date; returns those that changed."""
+    kept, changed = keep(read_rows(results)), []
+    for path in QUOTING:
+        text = path.read_text()
+        if (now := quote(text, kept)) != text:
+            path.write_text(now)
+            changed.append(path)
+    return changed
 
 
 def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:

@@ -11,7 +11,9 @@ from scipy.stats import binomtest
 
 from benchmarks.study import arms, evidence, grid, statistics
 from benchmarks.study.cell import Cell
-from benchmarks.study.default import best_arm
+from benchmarks.study.default import QUOTE, best_arm, differences, quote
+from benchmarks.study.store import read_rows
+from benchmarks.study.tasks import TASKS
 
 pytestmark = pytest.mark.unit
 
@@ -180,6 +182,17 @@ def test_the_committed_page_is_that_of_the_committed_rows(tmp_path):
     for path in written:
         committed = ROOT / "docs" / path.relative_to(tmp_path)
         assert committed.read_text() == path.read_text(), f"{committed} is old: run `make evidence`"
+
+
+def test_pages_quote_what_the_committed_rows_say():
+    kept = arms.keep(read_rows(ROOT / "benchmarks" / "results" / "study"))
+    for path in evidence.QUOTING:
+        text = path.read_text()
+        assert QUOTE.search(text), path
+        assert quote(text, kept) == text, f"{path} is old: run `make evidence`"
+    assert quote("`constant:swa-0.5`: 1 [2, 3] % of test loss, 4 [5, 6] points of score.", kept).endswith(
+        f"`constant:swa-0.5`: {differences(kept, 'constant:swa-0.5', 'decayed:last', tuple(TASKS))}."
+    )
 
 
 def test_of_one_task_the_table_shows_that_task_by_name():
