@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size=8))
 
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=STEPS)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(half_life=0.1), total_steps=STEPS)
     swaft.register_averager(accelerator, averager)  # save_state and load_state carry the averages from now on
 
     while averager.applied_steps < STEPS:

@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
         train_dataset=rows(160),
         eval_dataset=rows(40),
         callbacks=[
-            swaft.WeightAveragingCallback(swaft.SWA(start=0.5)),
+            swaft.WeightAveragingCallback(swaft.EMA(half_life=0.1)),
             swaft.NoiseCallback(
                 swaft.R3F(preset="relative", sigma=0.5)
             ),  # the fused loss: no logits are kept

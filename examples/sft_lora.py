@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         callbacks=[
-            swaft.WeightAveragingCallback(swaft.SWA(start=0.5)),
+            swaft.WeightAveragingCallback(swaft.EMA(half_life=0.1)),
             swaft.NoiseCallback(swaft.R3F(preset="relative", sigma=0.5)),
         ],
     )  # fmt: skip

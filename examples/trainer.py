@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
         ),
         train_dataset=rows(160),
         eval_dataset=rows(40),
-        callbacks=[swaft.WeightAveragingCallback(swaft.SWA(start=0.5))],  # the added line
+        callbacks=[swaft.WeightAveragingCallback(swaft.EMA(half_life=0.1))],  # the added line
     )
     trainer.train()  # writes final-averaged/ into the folder
     with swaft.averaged_weights(trainer):

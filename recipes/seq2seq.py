@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained encoder-decoder to generate text (summaries, translations), and averages its weights.
 
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/seq2seq.py \
-        --config recipes/configs/seq2seq/scitldr.yaml averaging.rule=swa noise.kind=r3f
+        --config recipes/configs/seq2seq/scitldr.yaml averaging.rule=ema noise.kind=r3f
 
 The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It leaves a run folder with the last
 weights (final/), the averaged ones (final-averaged/), the scores of both (summary.json), and texts that both

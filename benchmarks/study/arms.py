@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class Kept:
         base: str,
         outcome: str,
         *,
-        tasks: Iterable[str] = tuple(TASKS),
+        tasks: Collection[str] = tuple(TASKS),
         rounding: str | None = None,
     ) -> Comparison | None:
         """An arm minus another, paired by task, seed and kind of machine; None where no task has enough pairs."""
@@ -80,7 +80,7 @@ class Kept:
         kinds = [{at: kind_of(row) for at, row in self._places(regime, name).items()} for name in (arm, base)]
         paired = {at for at in ours.keys() & theirs.keys() if kinds[0][at] == kinds[1][at]}
         pairs = {}
-        for task in tasks:
+        for task in [each for each in TASKS if each in tasks]:  # in one order, for one interval
             seeds = sorted(seed for t, seed in paired if t == task)
             if len(seeds) >= FEWEST_SEEDS:
                 pairs[task] = np.array([ours[task, seed] - theirs[task, seed] for seed in seeds])

@@ -18,7 +18,7 @@ from swaft.averaging import export
 from swaft.averaging.buffers import Statistics, recompute_statistics
 from swaft.averaging.engines import attach_engine
 from swaft.averaging.engines.steps import begin, hook_weakly
-from swaft.averaging.rules import Plan, Readout, Rule
+from swaft.averaging.rules import RECOMMENDED, Plan, Readout, Rule
 from swaft.averaging.rules.base import plan_all
 from swaft.averaging.shards import beside_live, blended
 from swaft.averaging.state import load_averages, save_averages
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class WeightAverager:
     """Averages the fp32 master weights of a training run, each rank its own shard, in host memory.
 
-        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=n)
+        averager = swaft.WeightAverager(model, optimizer, total_steps=n)
         for batch in loader:
             ...                       # forward, accelerator.backward, optimizer.step
             averager.step()
@@ -51,7 +51,7 @@ class WeightAverager:
         model: as `accelerator.prepare` returned it (or a plain module in one process).
         optimizer: likewise.
         rule: which steps enter the average, and with what weight; or several rules by name, which share one copy
-            of every member.
+            of every member. Left out: an EMA with a half-life of a tenth of the run (docs/evidence.md).
         total_steps: optimizer steps of the whole run.
         first_step: optimizer steps that the run has taken already. None: as many as DeepSpeed's engine has counted,
             or the optimizer's state says (Adam's and its relatives').
@@ -73,7 +73,7 @@ class WeightAverager:
         model: nn.Module,
         optimizer: Any,
         *,
-        rule: Rule | Mapping[str, Rule],
+        rule: Rule | Mapping[str, Rule] = RECOMMENDED,
         total_steps: int,
         first_step: int | None = None,
         precision: Literal["compensated", "plain"] = "compensated",

@@ -1,7 +1,7 @@
 r"""Predicts what a run takes on every rank, before it starts and without a GPU, for any number of ranks.
 
     swaft plan --config_file launch/accelerate/zero3.yaml --num_processes 16 recipes/seq2seq.py \
-        --config recipes/configs/seq2seq/e2e.yaml averaging.rule=swa
+        --config recipes/configs/seq2seq/e2e.yaml
 
 That is the launch line with `swaft plan` in the place of `accelerate launch`. The model is built from its
 configuration without any weights, and one step of it is run on tensors without data. Numbers are those of the rank

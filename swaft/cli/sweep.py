@@ -1,11 +1,11 @@
 r"""Runs a recipe with several seeds, and several values of settings, one run after the other; then compares them.
 
     swaft sweep recipes/classification.py --config recipes/configs/classification/mrpc.yaml \
-        train.output_dir=runs/mrpc --seeds 5 --set averaging.rule=swa,none
+        train.output_dir=runs/mrpc --seeds 5 --set averaging.rule=ema,none
     swaft sweep --config_file launch/accelerate/zero2.yaml recipes/seq2seq.py ... --seeds 5 --slurm job.sbatch
 
 The line is that of `accelerate launch`, with `train.output_dir` naming the folder of all runs. Each run gets a
-folder inside, `averaging.rule=swa/seed-1` say. A run that has ended with the same line is left alone; one that
+folder inside, `averaging.rule=ema/seed-1` say. A run that has ended with the same line is left alone; one that
 was interrupted resumes: start the same line again. When the sweep is ended, so is the run in progress (SIGTERM, at
 which it writes a checkpoint). At the end there is a table, and a page of all runs, report.html (swaft report).
 
@@ -148,7 +148,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
         name, _, values = each.partition("=")
         if "." not in name or not all(values.split(",")) or name in OF_THE_SWEEP:
             raise ConfigError(
-                f"--set {each} names no setting with values; expected averaging.rule=swa,none, say"
+                f"--set {each} names no setting with values; expected averaging.rule=ema,none, say"
             )
     base, rest = Path(folders[-1]), [word for word in line if not word.startswith(OUTPUT)]
     choices = [

@@ -12,7 +12,7 @@ from swaft.errors import ConfigError, StateError
 def register_averager(accelerator: Any, averager: WeightAverager) -> None:
     """Have an accelerator's checkpoints carry the averages, every rank its own elements.
 
-        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=n)
+        averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(half_life=0.1), total_steps=n)
         register_averager(accelerator, averager)
         ...
         accelerator.save_state("step-500")   # the averages are in its folder "averages"

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from swaft.noise.checks import check_rows
+from swaft.noise.checks import check_rows, layers
 from swaft.noise.embedding import Disturbance, Embedded, embedding_hook
 from swaft.noise.head import LanguageModelHead, LossSlot, placeholder
 from swaft.noise.inputs import IGNORE_INDEX, Inputs, task_logits
@@ -235,9 +236,20 @@ def run_passes(
             first = form.observe(lambda: forward(arguments, noised=noised_first))
         if settings.masks == "shared":
             rng.restore()
+        _keep_buffers(model)
         with power_iteration_paused(model):
             loss, logits = form.conclude(
                 lambda: forward(arguments, noised=not noised_first),
                 lambda last: (last, first) if noised_first else (first, last),
             )
     return loss, logits, embedded[0] if embedded else None
+
+
+def _keep_buffers(model: nn.Module) -> None:
+    """Have DDP's next pass leave the buffers as the first pass of the step got them from rank 0.
+
+    Sent again, they count as changed in torch before 2.13, and the backward of the first pass is refused.
+    """
+    for layer in layers(model):
+        if isinstance(layer, DistributedDataParallel):
+            layer.require_forward_param_sync = False  # the pass itself sets it again

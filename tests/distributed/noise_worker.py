@@ -15,6 +15,7 @@ from averaging_worker import load_plainly, logits, shared_folder
 from engines import ENGINES, EngineCase, batch, full_masters, prepared, tiny_bert
 from harness import worker_main
 from models import language_batch, tiny_bart, tiny_gpt2, tiny_t5, translation_batch
+from torch.nn.parallel import DistributedDataParallel
 
 import swaft
 
@@ -140,6 +141,14 @@ def fp32_case():
         assert apart > 1e-3, f"only {apart:.2e} of the way apart"
 
     yield "without noise the weights differ, so the comparison can fail", control
+
+    def buffers_sent():
+        sent = mock.patch.object(DistributedDataParallel, "_sync_buffers", autospec=True)
+        with sent as calls:  # torch before 2.13 refuses the backward of a pass whose buffers were sent again
+            train_on_ranks(FP32["ddp"], r3f(), BERT)
+        assert calls.call_count == STEPS, calls.call_count
+
+    yield "DDP sends the buffers once a step, not between the two passes", buffers_sent
 
 
 def fused_case():

@@ -17,11 +17,14 @@ RULES = {
     "windows": Windows,
 }
 """Every rule by the name it has in configurations."""
+RECOMMENDED = EMA()
+"""The rule that docs/evidence.md recommends, for a run at constant rate."""
 
 __all__ = [
     "BEMA",
     "EMA",
     "LAWA",
+    "RECOMMENDED",
     "RULES",
     "SWA",
     "Merge",

@@ -19,7 +19,8 @@ from swaft.options import Count, NotNegative, Range, StepOrShare
 Warmup = Literal["none", "ramp", "debias"]
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
-DEFAULT_DECAY = 0.999
+HALF_LIFE = 0.1
+"""Of an EMA, as a share of the run: what docs/evidence.md recommends."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class EMA:
     """Exponential moving average: ``mean <- decay * mean + (1 - decay) * weights``, begun at the first member."""
 
     decay: Annotated[float, Range(above=0, below=1)] | None = None
-    """Share of the old mean that each event keeps. None: as `half_life` says; 0.999 where that is None too."""
+    """Share of the old mean that each event keeps. None: as `half_life` says."""
     start: StepOrShare = 0
     """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
     every: Count = 1
     """Optimizer steps between two members."""
     half_life: Annotated[float, Range(above=0, high=1)] | Count | None = None
     """In place of `decay`: the time after which a member counts half as much. A float is a fraction of the run,
-    an int optimizer steps; each event then keeps ``0.5 ** (every / steps)``."""
+    an int optimizer steps; each event then keeps ``0.5 ** (every / steps)``. 0.1 where neither is given."""
     warmup: Warmup = "none"
     """How a young average forgets where it began. ``none``: the first member keeps the share ``decay ** n``.
     ``ramp``: the decay is at most ``(1 + n)/(10 + n)`` at member ``n`` from 0, as in TensorFlow's
@@ -66,7 +67,7 @@ class EMA:
 
     def __post_init__(self) -> None:
         if self.decay is None and self.half_life is None:
-            object.__setattr__(self, "decay", DEFAULT_DECAY)  # so that the repr says it
+            object.__setattr__(self, "half_life", HALF_LIFE)  # so that the repr says it
 
     def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`; `decay` and `half_life` exclude each other."""

@@ -1,6 +1,6 @@
 """Weight averaging and noise stability inside transformers' `Trainer`, `Seq2SeqTrainer` and TRL's trainers.
 
-    trainer = Trainer(..., callbacks=[WeightAveragingCallback(swaft.SWA(start=0.5)), NoiseCallback(swaft.R3F(...))])
+    trainer = Trainer(..., callbacks=[WeightAveragingCallback(), NoiseCallback(swaft.R3F(...))])
     trainer.train()
     with averaged_weights(trainer):
         trainer.evaluate()

@@ -17,7 +17,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from swaft.averaging import WeightAverager
-from swaft.averaging.rules import Rule
+from swaft.averaging.rules import RECOMMENDED, Rule
 from swaft.errors import AveragingError, ConfigError, StateError
 from swaft.integrations.transformers.calling import (
     callbacks_of,
@@ -55,7 +55,7 @@ class WeightAveragingCallback(TrainerCallback):
 
     Args:
         rule: which steps enter the average, and with what weight; or several rules by name, of which the first is
-            evaluated and exported.
+            evaluated and exported. Left out: as in `swaft.WeightAverager`.
         options: keyword arguments of `swaft.WeightAverager`: ``precision``, ``threads``, ``spill_dir``.
 
     Raises:
@@ -65,7 +65,7 @@ class WeightAveragingCallback(TrainerCallback):
             or those of other rules.
     """
 
-    def __init__(self, rule: Rule | Mapping[str, Rule], **options: Any):
+    def __init__(self, rule: Rule | Mapping[str, Rule] = RECOMMENDED, **options: Any):
         self.rule, self.options = rule, options
         self.averager: WeightAverager | None = None
         """Of the run that trains, or trained last; None before the first."""
@@ -190,7 +190,7 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
     if callback is None:
         raise AveragingError(
             "the Trainer has no WeightAveragingCallback; expected Trainer(..., "
-            "callbacks=[WeightAveragingCallback(swaft.SWA(start=0.5))])"
+            "callbacks=[WeightAveragingCallback()])"
         )
     averager = callback.averager_of(trainer)
     if averager is None:

@@ -76,7 +76,9 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
     """
     kind = RULES.get(averaging.rule)
     options = chosen_options(averaging, kind, f"averaging.rule={averaging.rule}")
-    return None if kind is None else kind(start=averaging.start, every=averaging.every, **options)
+    if averaging.start is not None:
+        options["start"] = averaging.start
+    return None if kind is None else kind(every=averaging.every, **options)
 
 
 def plan_rule(rule: Rule | None, total_steps: int) -> Plan | None:

@@ -245,10 +245,9 @@ class AveragingConfig(Section):
     few; merge: weights that imitate a decay of the learning rate; bema: an ema with its lag corrected;
     power_ema: averages whose memory grows with the run; windows: the mean of every stretch of the run, to
     choose among afterwards; none: no averaging."""
-    start: StepOrShare = 0.5
+    start: StepOrShare | None = None
     """First weights in the average: a fraction (0.5) is a share of the run, a whole number (100) is the
-    optimizer step; so 1 is step 1 and 1.0 the end. Half the run, as the paper does: before that the
-    weights still move too fast."""
+    optimizer step; so 1 is step 1 and 1.0 the end. null: 0.5 for swa and merge, 0 for the others."""
     every: Count = 1
     """Optimizer steps between two averaged weights. 1, because averaging costs the step nothing; bema was
     published with 400, lawa with checkpoints far apart."""

@@ -66,9 +66,10 @@ def test_a_half_life_may_be_a_share_of_the_run():
     assert EMA(half_life=0.1).decay_in(5000) == EMA(half_life=500).decay_in(5000)
 
 
-def test_neither_decay_nor_half_life_means_the_usual_decay_and_says_so():
-    assert EMA() == EMA(decay=0.999)
-    assert "decay=0.999" in repr(EMA())
+def test_neither_decay_nor_half_life_means_a_tenth_of_the_run_and_says_so():
+    assert EMA() == EMA(half_life=0.1)
+    assert "half_life=0.1" in repr(EMA())
+    assert EMA().decay_in(5) == pytest.approx(0.25)  # of half a step: a very short run has an average too
 
 
 @pytest.mark.parametrize(

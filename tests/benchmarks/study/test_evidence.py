@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from scipy.stats import binomtest
 from benchmarks.study import arms, evidence, grid, statistics
 from benchmarks.study.cell import Cell
 from benchmarks.study.default import QUOTE, best_arm, differences, quote
+from benchmarks.study.readouts import rules_for
 from benchmarks.study.store import read_rows
 from benchmarks.study.tasks import TASKS
+from benchmarks.study.trainings import TRAININGS
+from swaft.averaging.rules import RECOMMENDED
 
 pytestmark = pytest.mark.unit
 
@@ -193,6 +197,13 @@ def test_pages_quote_what_the_committed_rows_say():
     assert quote("`constant:swa-0.5`: 1 [2, 3] % of test loss, 4 [5, 6] points of score.", kept).endswith(
         f"`constant:swa-0.5`: {differences(kept, 'constant:swa-0.5', 'decayed:last', tuple(TASKS))}."
     )
+
+
+def test_the_default_rule_is_the_one_that_the_committed_rows_recommend():
+    arm = best_arm(arms.keep(read_rows(ROOT / "benchmarks" / "results" / "study")), 1)
+    training, _, readout = arm.partition(":")
+    assert TRAININGS[training].schedule == "constant"  # what recipes take by themselves when they average
+    assert replace(rules_for(TRAININGS[training], 100)[readout], every=1) == RECOMMENDED
 
 
 def test_of_one_task_the_table_shows_that_task_by_name():

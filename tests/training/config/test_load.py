@@ -163,7 +163,7 @@ def test_bare_hugging_face_flag_names_the_setting():
         ("train.seed=null", "expected int, got null"),
         ("train.learning_rate=fast", "expected float, got the text 'fast'"),
         ("train.gradient_checkpointing=1", "expected true|false, got the number 1"),
-        ("averaging.start=[1]", "expected int or float, got the list [1]"),
+        ("averaging.start=[1]", "expected int or float or null, got the list [1]"),
         (
             "averaging.rule=swaa",
             "is 'swaa', expected one of none, swa, ema, lawa, merge,",

@@ -24,7 +24,7 @@ def test_rules_carry_the_settings():
     bema = build_rule(AveragingConfig(rule="bema", start=0, every=400, lag=5, multiplier=2.0))
     assert bema == rules.BEMA(lag=5, multiplier=2.0)
     power_ema = build_rule(AveragingConfig(rule="power_ema", snapshots=4))
-    assert power_ema == rules.PowerEMA(snapshots=4, start=0.5)
+    assert power_ema == rules.PowerEMA(snapshots=4)
     windows = build_rule(AveragingConfig(rule="windows", start=0, blocks=8))
     assert windows == rules.Windows(blocks=8)
 
@@ -33,9 +33,9 @@ def test_a_null_leaves_the_choice_to_the_rule():
     for name, rule in rules.RULES.items():
         options = {"weights": "linear"} if name == "merge" else {}
         built = build_rule(AveragingConfig(rule=name, **options))
-        assert built == rule(start=0.5, every=1, **options)
+        assert built == rule(every=1, **options)
     built = build_rule(AveragingConfig(rule="ema", half_life=0.1, warmup="debias"))
-    assert built == rules.EMA(half_life=0.1, warmup="debias", start=0.5)
+    assert built == rules.EMA(half_life=0.1, warmup="debias")
 
 
 def test_every_argument_of_a_rule_is_a_setting_and_every_setting_is_of_a_rule():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from swaft.training.config import TrainConfig, load_config
+from swaft.averaging.rules import RECOMMENDED
+from swaft.training.config import TrainConfig, build_rule, load_config
 from swaft.training.data.classification import ClassificationConfig
 from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
 
@@ -29,7 +30,7 @@ def test_there_is_a_config_for_every_task():
 def test_shipped_config_loads(path):
     config = load_config(ClassificationConfig, ["--config", str(path)])
     assert config.train.output_dir == f"runs/{path.stem}"
-    assert (config.averaging.rule, config.averaging.start) == ("swa", 0.5)
+    assert build_rule(config.averaging) == RECOMMENDED
     if path.stem in TASKS:
         assert config.model.model_name_or_path == "demo"
         assert config.data.task_name == ("python_docstrings" if path.stem == "quickstart" else path.stem)
