@@ -14,6 +14,7 @@ from benchmarks.study import grid
 from benchmarks.study.cell import Cell, parse_cell
 from benchmarks.study.loop import rate_at
 from benchmarks.study.model import GROUP, changed, to_int4, to_int8
+from benchmarks.study.numerics import fingerprint, kind_of
 from benchmarks.study.outcomes import BINS, calibration_error, outcomes, temperature
 from benchmarks.study.tasks import Rows, epoch_batches, evaluation_batches
 
@@ -169,6 +170,12 @@ def test_a_pair_that_another_machine_has_is_not_made_again_and_an_arm_alone_is_m
     )
     left = [cell.name for cell in grid.Made(rows, "here").missing()]
     assert [name for name in left if name.endswith("/1/test")] == [tests[2]]
+
+
+def test_another_precision_is_another_kind_of_machine_and_another_arithmetic():
+    machine = {"processor": "p", "torch": "t"}
+    assert len({kind_of({"machine": {**machine, "precision": each}}) for each in ("bf16", "fp32")}) == 2
+    assert len({fingerprint("decayed", "cpu", each) for each in ("bf16", "fp32")}) == 2
 
 
 def test_a_rate_at_which_a_cell_failed_or_diverged_is_not_chosen():
