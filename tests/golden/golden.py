@@ -67,7 +67,8 @@ SETTINGS = {
         *("noise.kind=r4f", "noise.preset=relative", "noise.sigma=0.5", "noise.weight=100"),
     ),
     "question_answering": (
-        *("train.learning_rate=5e-3", "averaging.rule=ema", "noise.kind=rdrop", "noise.weight=10"),
+        *("train.learning_rate=5e-3", "averaging.rule=ema", "averaging.decay=0.999"),
+        *("noise.kind=rdrop", "noise.weight=10"),
     ),
     "seq2seq": (
         *("train.learning_rate=2e-2", "averaging.rule=swa", "eval.metric=chrf", "eval.max_new_tokens=8"),
