@@ -5,19 +5,19 @@ ones and P = T / W of a rank. Read in torch 2.13, accelerate 1.15 and DeepSpeed 
 
 | row | one process, DDP, stage 0 | ZeRO-1, ZeRO-2 | ZeRO-3 | FSDP2 |
 |---|---|---|---|---|
-| weights | w N | w N | w P, small ones whole | 4 P, the masters |
+| weights | w N | w N | w P | 4 P, the masters |
 | fp32 masters | 4 T at stage 0 in 16 bits | 4 P | 4 P | |
 | AdamW's moments | 8 T | 8 P | 8 P | 8 P |
 | gradients | w T; DDP's buckets once more | w P, or of the largest weight; stage 1: w T first | w P | 4 P |
 | reduce bucket | | its size; twice with `overlap_comm` | its size | |
-| gradient on its way | | w of the largest weight | w of the largest weight | 4 of the largest block |
-| gathered weights | | after the step, gloo only | within half the reuse distance | a block and what is in none |
+| gradient on its way | | | | w + 4 of the largest block |
+| gathered weights | | | within half the reuse distance | a block and what is in none |
 | flat fp32 gradient | | 4 P | 4 of a sub-group | |
 
 Forward and backward are looked at twice: where backward begins, beside all activations, and where it has ended,
 beside all gradients. The moments are there from the first step on. Masters, moments and the fp32 gradients move to
-the host where the optimizer is offloaded, the slices of the weights where parameters are. gloo flattens what it
-gathers and copies what it scatters; NCCL does neither.
+the host where the optimizer is offloaded, the slices of the weights where parameters are. Left out is what adds a
+few percent: what gloo copies, one layer's gradients on their way, and logits that live until the next micro-batch.
 """
 
 from __future__ import annotations
@@ -34,17 +34,31 @@ from swaft.errors import ConfigError
 from swaft.training.launch.accelerator import EngineSettings, partitions_at_load
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch
-from swaft.training.planning.step import FP32, Activations, Weight
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP32 = 4
+"""Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
 REST = 0
 """The number of the FSDP2 block that holds what lies in no other."""
-ALLREDUCE_NUMEL = 500_000_000
-"""Elements that DeepSpeed sums at a time at stage 0 (`MEMORY_OPT_ALLREDUCE_SIZE`)."""
 FORWARD_BACKWARD = "forward and backward"
 """Name of the phase that holds activations."""
-ALWAYS = "besg"
-"""Moments of a step: backward begins, it has ended, the optimizer steps, weights are gathered."""
+ALWAYS = "bes"
+"""Moments of a step: backward begins, it has ended, the optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model; a tied one counts once."""
+
+    numel: int
+    itemsize: int
+    """Bytes of an element of the working weight."""
+    rows: int = 1
+    """Size of its first dimension."""
+    trained: bool = True
+    """Whether it is trained; else it is frozen."""
+    block: int = REST
+    """The block it is gathered with, under an engine that gathers blocks."""
 
 
 class Row(NamedTuple):
@@ -65,7 +79,7 @@ class Phase:
 
     name: str
     device: Mapping[str, int]
-    """On the rank's device; on a CPU that is the host."""
+    """On the rank's device; nothing where the ranks compute on the host."""
     host: Mapping[str, int] = field(default_factory=dict)
     """In host memory."""
 
@@ -80,27 +94,22 @@ class Phase:
         return sum(self.host.values())
 
 
+@dataclass
 class PlannedRun:
-    """What memory depends on.
+    """What memory depends on."""
 
-    Args:
-        weights: of the model.
-        world_size: ranks.
-        on_cpu: they compute on the host and communicate over gloo, which copies what it exchanges.
-        accumulates: several micro-batches make an optimizer step.
-    """
+    weights: Sequence[Weight]
+    world_size: int
+    on_cpu: bool
+    """The ranks compute on the host."""
+    accumulates: bool = False
+    """Several micro-batches make an optimizer step."""
 
-    def __init__(
-        self, weights: Sequence[Weight], *, world_size: int, on_cpu: bool, accumulates: bool = False
-    ):
-        self.weights, self.world_size = weights, world_size
-        self.on_cpu, self.accumulates = on_cpu, accumulates
-        self.trained = [weight for weight in weights if weight.trained]
+    def __post_init__(self) -> None:
+        self.trained = [weight for weight in self.weights if weight.trained]
         self.itemsize = max(weight.itemsize for weight in self.trained)
         """Bytes of an element of the working weights that are trained."""
-        self.copies = on_cpu and world_size > 1
-        """Whether the backend copies what it exchanges."""
-        self.grown = "bes" if accumulates else "es"
+        self.grown = ALWAYS if self.accumulates else "es"
         """When gradients are there that are summed over micro-batches."""
 
     def bucket(self, size: int) -> int:
@@ -116,25 +125,23 @@ class PlannedRun:
         return Row("AdamW's temporaries", FP32 * (2 * max(sizes) if self.on_cpu else sum(sizes)), "s")
 
 
-def phases_of(rows: Iterable[Row], activations: Activations) -> list[Phase]:
-    """Return the phases of a training step; one after backward is there where a row is for it.
+def phases_of(rows: Sequence[Row], activations: int) -> list[Phase]:
+    """Return forward and backward of a training step, and the optimizer's step where a row is for it alone.
 
-    Forward and backward are the fuller of two moments, beside all activations or beside all gradients.
+    Forward and backward are the fuller of two moments: as backward begins, beside all activations, and as it has
+    ended, beside all gradients.
     """
-    rows = list(rows)
-    left = {"kept of the last micro-batch": activations.kept}
 
-    def at(moment: str, beside: Mapping[str, int], name: str) -> Phase:
+    def at(moment: str, name: str, **beside: int) -> Phase:
         here = [row for row in rows if moment in row.when]
         device = {row.name: row.size for row in here if not row.on_host}
-        return Phase(name, {**device, **beside}, {row.name: row.size for row in here if row.on_host})
+        return Phase(name, device | beside, {row.name: row.size for row in here if row.on_host})
 
-    begins = at("b", {"activations": activations.peak}, FORWARD_BACKWARD)
-    ends = at("e", {"activations": activations.late}, FORWARD_BACKWARD)
-    after = {"s": "optimizer step", "g": "gather of the weights"}
-    there = {moment for row in rows if row.when != ALWAYS for moment in row.when}
-    phases = [at(moment, left, name) for moment, name in after.items() if moment in there]
-    return [max(begins, ends, key=lambda phase: phase.device_bytes), *phases]
+    begins, ends = at("b", FORWARD_BACKWARD, activations=activations), at("e", FORWARD_BACKWARD)
+    phases = [max(begins, ends, key=lambda phase: phase.device_bytes)]
+    if any(row.when == "s" for row in rows):
+        phases.append(at("s", "optimizer step"))
+    return phases
 
 
 class PlannedEngine:
@@ -167,46 +174,40 @@ class PlannedEngine:
         self.loads_whole = not partitions_at_load(launch.environ, config)
         zero = self._zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
         sums_in = (config.get("data_types") or {}).get("grad_accum_dtype") or own
-        unknown = {
-            "zero_optimization.zero_quantized_gradients": zero.zero_quantized_gradients,
-            f"data_types.grad_accum_dtype = {sums_in}": sums_in != own,
-            "zero_optimization.contiguous_gradients = false": not zero.contiguous_gradients,
-        }
-        problems = [
-            f"the DeepSpeed configuration sets {name}, whose memory swaft plan does not know; leave it out, or "
-            "train a few steps and read what they took"
-            for name, is_set in unknown.items()
-            if is_set
-        ]
-        if problems:
-            raise ConfigError(problems)
+        if zero.zero_quantized_gradients or not zero.contiguous_gradients or sums_in != own:
+            raise ConfigError(
+                "the DeepSpeed configuration sets zero_quantized_gradients, contiguous_gradients to false or "
+                f"data_types.grad_accum_dtype to another format than {own}, whose memory swaft plan does not know; "
+                "leave it out, or train a few steps and read what they took"
+            )
 
     def blocks(self, model: nn.Module) -> list[int]:
         """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""
-        numbers: dict[int, int] = {}
         blocks = find_blocks(model, self._fsdp2) if self._fsdp2 else []
-        for number, block in enumerate(blocks, start=REST + 1):
-            numbers |= {id(parameter): number for parameter in block.parameters()}
+        numbers = {id(each): number for number, block in enumerate(blocks, 1) for each in block.parameters()}
         return [numbers.get(id(parameter), REST) for parameter in model.parameters()]
 
     def offloads(self, part: Literal["optimizer", "param"]) -> bool:
         """Whether the fp32 masters (``optimizer``) or the slices of the weights (``param``) are in host memory."""
-        return self._zero is not None and offloads(self._zero, part)
+        return offloads(self._zero, part)
 
     def memory(
-        self, weights: Sequence[Weight], activations: Activations, *, accumulates: bool
+        self, weights: Sequence[Weight], activations: int, *, accumulates: bool
     ) -> tuple[list[Phase], int]:
         """Return the phases of the rank that holds most, the start among them, and the masters that it updates."""
-        stage, ranks, zero = self.launch.stage, self.launch.world_size, self._zero
-        run = PlannedRun(weights, world_size=ranks, on_cpu=self.on_cpu, accumulates=accumulates)
-        if stage:
-            rows, owned = zero3(run, zero) if stage == 3 else zero12(run, zero)
-        elif self._fsdp2 is not None:
+        stage, zero = self.launch.stage, self._zero
+        run = PlannedRun(weights, self.launch.world_size, self.on_cpu, accumulates)
+        if self._fsdp2 is not None:
             rows, owned = fsdp2(run, reshards=self._fsdp2.reshard_after_forward is not False)
+        elif stage:
+            rows, owned = zero3(run, zero) if stage == 3 else zero12(run, zero)
         else:
             rows, owned = replicated(run, deepspeed=stage == 0)
         loaded = {"model as loaded, fp32": FP32 * numel(weights)} if self.loads_whole else {}
-        return [Phase("start", {}, loaded), *phases_of(rows, activations)], owned
+        phases = phases_of(rows, activations)
+        if self.on_cpu:
+            phases = [Phase(phase.name, {}, {**phase.device, **phase.host}) for phase in phases]
+        return [Phase("start", {}, loaded), *phases], owned
 
 
 Rows = tuple[list[Row], int]
@@ -217,49 +218,36 @@ def replicated(run: PlannedRun, *, deepspeed: bool) -> Rows:
     """Memory under one process or DDP, or (``deepspeed``) at stage 0."""
     trained, w = numel(run.trained), run.itemsize
     rows = [
-        Row("weights", nbytes(run.weights)),
+        Row("weights", w * numel(run.weights)),
         Row("AdamW's moments", 2 * FP32 * trained),
         Row("gradients", w * trained, run.grown),
         run.adam(*(weight.numel for weight in run.trained)),
     ]
     if deepspeed and w != FP32:
         rows += [Row("fp32 masters", FP32 * trained), Row("gradients, fp32", FP32 * trained, "es")]
-    if run.world_size > 1 and deepspeed:
-        rows.append(Row("flat copy for the sum", w * min(trained, ALLREDUCE_NUMEL), "e"))
-    elif run.world_size > 1:
+    elif run.world_size > 1 and not deepspeed:
         rows.append(Row("DDP's buckets", FP32 * trained))
     return rows, -(-trained // run.world_size)
 
 
 def zero12(run: PlannedRun, zero: Any) -> Rows:
     """Memory under ZeRO-1 or ZeRO-2. Gradients are kept of whole weights, as far as the partition touches them."""
-    w, trained, bucket = run.itemsize, numel(run.trained), zero.reduce_bucket_size
+    w, trained, offloaded = run.itemsize, numel(run.trained), offloads(zero, "optimizer")
     owned, largest = -(-trained // run.world_size), max(weight.numel for weight in run.trained)
     waits = zero.stage == 1 and not zero.overlap_comm  # for the last micro-batch to be summed
-    offloaded, kept = offloads(zero, "optimizer"), w * max(owned, largest)
+    bucket = w * (1 + bool(zero.overlap_comm)) * run.bucket(zero.reduce_bucket_size)
     rows = [
-        Row("weights", nbytes(run.weights)),
+        Row("weights", w * numel(run.weights)),
         Row("fp32 masters", FP32 * owned, on_host=offloaded),
         Row("AdamW's moments", 2 * FP32 * owned, on_host=offloaded),
-        Row("reduce bucket", w * (1 + bool(zero.overlap_comm)) * run.bucket(bucket), "be"[waits:]),
+        Row("reduce bucket", bucket, "be"[waits:]),
+        Row("gradients", w * trained * waits, "e"),
     ]
     if offloaded:
-        rows += [Row("offload buffer", w * largest, on_host=on_host) for on_host in (False, True)]
         rows.append(Row("fp32 gradients", FP32 * owned, on_host=True))
-        rows.append(Row("staging of the weights", w * owned, on_host=True))
-    else:
-        before, after = kept * run.accumulates, kept * (1 + run.accumulates)
-        for size, when in ((before if waits else after, "b"), (after, "e"), (kept, "s")):
-            rows.append(Row("gradients of the partition", size, when))
-        rows += [Row("flat fp32 gradient", FP32 * owned, "s"), run.adam(owned)]
-    if waits:
-        rows.append(Row("gradients", w * trained, "e"))
-    else:
-        copied = run.world_size > 1 and largest > bucket
-        rows.append(Row("gradient on its way", w * largest * (1 + copied), "e"))
-    if run.copies:
-        rows.append(Row("gloo's copy of gathered weights", w * trained, "g"))
-    return rows, owned
+        return [*rows, Row("staging of the weights", w * owned, on_host=True)], owned
+    rows.append(Row("gradients of the partition", w * max(owned, largest), run.grown if waits else ALWAYS))
+    return [*rows, Row("flat fp32 gradient", FP32 * owned, "s"), run.adam(owned)], owned
 
 
 def zero3(run: PlannedRun, zero: Any) -> Rows:
@@ -268,24 +256,19 @@ def zero3(run: PlannedRun, zero: Any) -> Rows:
     A weight stays gathered from its forward to its backward where fewer than the reuse distance of elements lie
     between: that is so for the last half of that distance before the turn. What is fetched ahead comes on top.
     """
-    w, weights = run.itemsize, run.weights
+    w, offloaded = run.itemsize, offloads(zero, "optimizer")
     slices = [-(-weight.numel // run.world_size) for weight in run.trained]
-    owned, largest = sum(slices), max(weight.numel for weight in weights)
-    frozen = sum(-(-weight.nbytes // run.world_size) for weight in weights if not weight.trained)
-    small = [weight for weight in weights if weight.numel <= zero.param_persistence_threshold]
-    ahead = max(zero.max_reuse_distance // 2, zero.prefetch_bucket_size) + largest
-    offloaded = offloads(zero, "optimizer")
+    cut, owned = -(-numel(run.weights) // run.world_size), sum(slices)
+    ahead = max(zero.max_reuse_distance // 2, zero.prefetch_bucket_size)
+    largest = max(weight.numel for weight in run.weights)
     rows = [
-        Row("small weights, whole", nbytes(small)),
-        Row("slices of the weights", w * owned + frozen, on_host=offloads(zero, "param")),
+        Row("slices of the weights", w * cut, on_host=offloads(zero, "param")),
         # In fp32 as well: DeepSpeed's test for slices that could serve compares a torch.device with a string.
         Row("fp32 masters", FP32 * owned, on_host=offloaded),
         Row("AdamW's moments", 2 * FP32 * owned, on_host=offloaded),
         Row("gradient slices", w * owned, on_host=offloaded),
         Row("reduce bucket", w * run.bucket(zero.reduce_bucket_size)),
-        Row("gathered weights", w * min(numel(weights) - numel(small), ahead), "b"),
-        Row("gathered weights", w * largest, "e"),
-        Row("gradient on its way", w * largest * (1 + run.copies), "e"),
+        Row("gathered weights", w * min(numel(run.weights), ahead + largest), "b"),
     ]
     if offloaded:
         return [*rows, Row("fp32 gradients", FP32 * owned, on_host=True)], owned
@@ -300,23 +283,23 @@ def fsdp2(run: PlannedRun, *, reshards: bool) -> Rows:
     are copied and summed, all at once. What lies in no block is whole throughout, and with ``reshards`` a block's
     gathered weights are freed after its forward.
     """
-    weights, w = run.weights, run.itemsize
-    slices = [-(-weight.rows // run.world_size) * (weight.numel // max(weight.rows, 1)) for weight in weights]
+    weights, ranks = run.weights, run.world_size
+    slices = [-(-weight.rows // ranks) * (weight.numel // max(weight.rows, 1)) for weight in weights]
     own = [size for size, weight in zip(slices, weights, strict=True) if weight.trained]
     whole, trained = Counter[int](), Counter[int]()
     for weight in weights:
-        whole[weight.block] += weight.nbytes
+        whole[weight.block] += weight.numel * run.itemsize
         trained[weight.block] += weight.numel * weight.trained
     rest, last = whole.pop(REST, 0), max(trained)
-    gathered = rest + (1 + run.copies) * whole[last] + (whole[last] if reshards else whole.total())
-    summed = max(w + FP32, FP32 * (1 + run.copies))  # bytes of a gradient's element, copied in, then summed
+    gathered = rest + whole[last] + (whole[last] if reshards else whole.total())
     rows = [
         Row("slices of the weights", FP32 * sum(slices)),
         Row("AdamW's moments", 2 * FP32 * sum(own)),
         Row("gradients", FP32 * sum(own), run.grown),
         Row("gathered weights", gathered, "b"),
         Row("gathered weights", rest, "e"),
-        Row("gradient on its way", summed * max(trained.values()), "e"),
+        # In the working format, and in fp32 once more, to be summed.
+        Row("gradient on its way", (run.itemsize + FP32) * max(trained.values()), "e"),
         run.adam(*own),
     ]
     return rows, sum(own)
@@ -327,12 +310,7 @@ def numel(weights: Iterable[Weight]) -> int:
     return sum(weight.numel for weight in weights)
 
 
-def nbytes(weights: Iterable[Weight]) -> int:
-    """Bytes of all of them, as working weights."""
-    return sum(weight.nbytes for weight in weights)
-
-
 def offloads(zero: Any, part: str) -> bool:
-    """Whether ``optimizer`` or ``param`` is kept on the host, by section ``zero_optimization``."""
-    offload = getattr(zero, f"offload_{part}")
+    """Whether ``optimizer`` or ``param`` is kept on the host, by section ``zero_optimization`` if there is one."""
+    offload = getattr(zero, f"offload_{part}", None)
     return offload is not None and offload.device != "none"

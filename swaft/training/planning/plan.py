@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
 from swaft.training.checks import Problems, check_start, read_recipe
-from swaft.training.config import AveragingConfig, TrainConfig, load_config
+from swaft.training.config import AveragingConfig, load_config
 from swaft.training.launch.launcher import Launch, read_launch, read_script
 from swaft.training.planning import sized
-from swaft.training.planning.memory import FORWARD_BACKWARD, Phase, PlannedEngine, numel
-from swaft.training.planning.step import FP32, PlannedModel, planned_model, trace_training_step
+from swaft.training.planning.memory import FORWARD_BACKWARD, FP32, Phase, PlannedEngine, numel
+from swaft.training.planning.step import PlannedModel, planned_model, trace_training_step
 
 RANKS_OF_A_MACHINE = 8
 """Devices that machines have at most, as a rule."""
@@ -46,7 +46,7 @@ class AveragingPlan:
     event_seconds: float
     """Arithmetic of an event, behind the steps, at the rate of this machine now."""
     share_of_step: float | None
-    """That by the time between two events; above 1 training waits for it. None: no step's time is known."""
+    """That by the time between two events; None: no step's time is known."""
 
     @property
     def waits(self) -> bool | None:
@@ -66,7 +66,7 @@ class RunPlan:
     parameters: int
     trainable: int
     phases: list[Phase]
-    """Of the rank that holds most; averaging not included."""
+    """Of the rank that holds most."""
     averaging: AveragingPlan | None
     """None: nothing is averaged."""
     shortages: list[str] = field(default_factory=list)
@@ -82,35 +82,19 @@ class RunPlan:
         return self.world_size // self.machines
 
     @property
-    def averaging_bytes(self) -> int:
-        """Host memory of a rank's averages, pinned memory included."""
-        return self.averaging.host_bytes + self.averaging.pinned_bytes if self.averaging else 0
-
-    @property
     def device_bytes(self) -> int:
         """Most memory of one device; 0 where the ranks compute on the host."""
-        return 0 if self.on_cpu else max(phase.device_bytes for phase in self.phases)
+        return max(phase.device_bytes for phase in self.phases)
 
     @property
     def host_bytes(self) -> int:
-        """Most host memory of a rank, its averages included."""
-        return self.fullest_on_host[0]
+        """Most host memory of a rank."""
+        return max(phase.host_bytes for phase in self.phases)
 
     @property
     def machine_bytes(self) -> int:
         """Most host memory of all ranks of one machine."""
         return self.ranks_a_machine * self.host_bytes
-
-    @property
-    def fullest_on_host(self) -> tuple[int, Phase]:
-        """The phase in which a rank takes most host memory, after the bytes; while it loads, it has no averages."""
-        held = [
-            phase.host_bytes
-            + phase.device_bytes * self.on_cpu
-            + self.averaging_bytes * (phase.name != "start")
-            for phase in self.phases
-        ]
-        return max(zip(held, self.phases, strict=True), key=lambda each: each[0])
 
 
 def plan_recipe(
@@ -152,18 +136,14 @@ def plan_recipe(
         problems.add(
             ["the length of the run depends on the training rows; set train.max_steps to plan without them"]
         )
-    needed = ((ready, "model_config"), (ready, "objective"), (ready, "rule"), (start, "engine"))
-    if not all(hasattr(where, name) for where, name in needed) or (averages and not hasattr(start, "plan")):
+    needed = [(ready, "model_config"), (ready, "objective"), (ready, "rule"), (start, "engine")]
+    if not all(hasattr(*each) for each in needed) or (averages and not hasattr(start, "plan")):
         raise ConfigError(problems.found)
     engine = PlannedEngine(launch, start.engine, on_cpu=on_cpu)
-    model, plan = planned_model(config, ready.model_config), start.plan if averages else None
-    found = plan_run(engine, config, model, ready.objective, plan, step_seconds=step_seconds)
-    return replace(
-        found,
-        shortages=find_shortages(found, engine, config, device_bytes=device_bytes, host_bytes=host_bytes),
-        refused=problems.found,
-        notes=machine_notes(launch),
-    )
+    model, rule_plan = planned_model(config, ready.model_config), start.plan if averages else None
+    found = plan_run(engine, config, model, ready.objective, rule_plan, step_seconds=step_seconds)
+    shortages = find_shortages(found, engine, config, device_bytes=device_bytes, host_bytes=host_bytes)
+    return replace(found, shortages=shortages, refused=problems.found, notes=machine_notes(launch))
 
 
 def plan_run(
@@ -185,9 +165,14 @@ def plan_run(
         rule_plan: the averaging rule's numbers for the run; None: nothing is averaged.
         step_seconds: time of a training step, measured, to relate averaging to; None: not known.
     """
-    launch, train = engine.launch, config.train
+    launch, train, averaging = engine.launch, config.train, None
     weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
     phases, owned = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
+    if rule_plan is not None:
+        averaging = _plan_averaging(rule_plan, config.averaging, owned, engine, step_seconds)
+        held = {"averages": averaging.host_bytes, "staging of the averages": averaging.pinned_bytes}
+        start, *training = phases
+        phases = [start, *(replace(phase, host={**phase.host, **held}) for phase in training)]
     return RunPlan(
         engine=launch.engine,
         precision=engine.precision,
@@ -197,22 +182,14 @@ def plan_run(
         parameters=numel(weights),
         trainable=numel(weight for weight in weights if weight.trained),
         phases=phases,
-        averaging=None
-        if rule_plan is None
-        else _plan_averaging(
-            rule_plan,
-            config.averaging,
-            owned,
-            copies=not engine.on_cpu and not engine.offloads("optimizer"),
-            step_seconds=step_seconds,
-        ),
+        averaging=averaging,
     )
 
 
 def _plan_averaging(
-    plan: Plan, settings: AveragingConfig, elements: int, *, copies: bool, step_seconds: float | None
+    plan: Plan, settings: AveragingConfig, elements: int, engine: PlannedEngine, step_seconds: float | None
 ) -> AveragingPlan:
-    """Return what averaging takes on a rank that owns so many master elements, copied from a device or not."""
+    """Return what averaging takes on a rank that owns so many master elements."""
     workers = Workers(settings.threads)
     try:
         rate = seconds_an_element(workers, elements)
@@ -220,6 +197,7 @@ def _plan_averaging(
         workers.close()
     event_seconds = max(len(plan.updates(1)), 1) * elements * rate
     compensated, spilled = settings.precision == "compensated", settings.spill_dir is not None
+    copies = not engine.on_cpu and not engine.offloads("optimizer")
     return AveragingPlan(
         events=plan.num_members,
         first_step=plan.first_step,
@@ -256,54 +234,46 @@ def find_shortages(
     found: RunPlan, engine: PlannedEngine, config: Any, *, device_bytes: int | None, host_bytes: int | None
 ) -> list[str]:
     """Return what does not fit, each sentence with the remedies that apply to this run."""
-    shortages, stage, train = [], engine.launch.stage, config.train
-    if device_bytes is not None and found.device_bytes > device_bytes:
-        fullest = max(found.phases, key=lambda phase: phase.device_bytes)
-        offloads = (engine.offloads("optimizer"), engine.offloads("param"))
-        left = [
-            file for file, done in zip(OFFLOADING.get(stage or 0, ()), offloads, strict=False) if not done
-        ]
-        offloading = {
-            f"offloading (--deepspeed_config_file ds_configs/{file}.json)": True for file in left[:1]
-        }
-        shortages.append(
-            f"a device would take {sized(found.device_bytes)}, and --device_memory is "
-            f"{sized(device_bytes)}; {_advice(_in_training(fullest, engine, train) | offloading)}"
-        )
-    if host_bytes is not None and found.machine_bytes > host_bytes:
-        _, fullest = found.fullest_on_host
-        starts = fullest.name == "start"
-        spares = found.averaging_bytes > 0 and config.averaging.precision == "compensated"
-        remedies = {"zero3_init_flag: true in the launch file": starts and stage == 3 and engine.loads_whole}
-        remedies |= _in_training(fullest, engine, train) if found.on_cpu else {}
-        remedies["averaging.precision=plain (4 bytes an element in place of 6)"] = not starts and spares
-        remedies["fewer ranks on each machine"] = found.ranks_a_machine > 1
-        shortages.append(
-            f"the {found.ranks_a_machine} ranks of a machine would take {sized(found.machine_bytes)}, and "
-            f"--host_memory is {sized(host_bytes)}; {_advice(remedies)}"
-        )
-    return shortages
+    ranks = f"the {found.ranks_a_machine} ranks of a machine"
+    places = (
+        ("device", "a device", found.device_bytes, device_bytes),
+        ("host", ranks, found.machine_bytes, host_bytes),
+    )
+    return [
+        f"{whose} would take {sized(taken)}, and --{place}_memory is {sized(there)}; what helps: "
+        + _remedies(found, engine, config, on_host=place == "host")
+        for place, whose, taken, there in places
+        if there is not None and taken > there
+    ]
 
 
-def _in_training(fullest: Phase, engine: PlannedEngine, train: TrainConfig) -> dict[str, bool]:
-    """Remedies, and whether they apply: smaller activations where these do not fit, and state sharded further."""
-    launch, backward = engine.launch, fullest.name == FORWARD_BACKWARD
+def _remedies(found: RunPlan, engine: PlannedEngine, config: Any, *, on_host: bool) -> str:
+    """Return what would help a run that does not fit: the remedies that apply, cheapest first."""
+    launch, train = engine.launch, config.train
+    fullest = max(found.phases, key=lambda phase: phase.host_bytes if on_host else phase.device_bytes)
+    loads = fullest.name == "start"
+    trains = not loads and on_host == found.on_cpu
+    activations = trains and fullest.name == FORWARD_BACKWARD
     rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
     smaller = (
         f"train.per_device_train_batch_size below {rows} with train.gradient_accumulation_steps above {steps}"
     )
-    kind = "_cpu" if engine.on_cpu else "_multinode" if launch.num_machines > 1 else ""
-    what = "a higher ZeRO stage" if launch.world_size > 1 else "more ranks at a high ZeRO stage"
     sharded = launch.stage == 3 or launch.engine == "FSDP2"
-    return {
-        smaller: backward and rows > 1,
-        "train.gradient_checkpointing=true": backward and not train.gradient_checkpointing,
-        "more ranks" if sharded else f"{what} (launch/accelerate/zero3{kind}.yaml)": True,
+    higher = "a higher ZeRO stage" if launch.world_size > 1 else "more ranks at a high ZeRO stage"
+    kind = "_cpu" if found.on_cpu else "_multinode" if launch.num_machines > 1 else ""
+    offloaded = engine.offloads("optimizer") + engine.offloads("param")
+    file = next(iter(OFFLOADING.get(launch.stage or 0, ())[offloaded:]), None)
+    compensated = "averages" in fullest.host and config.averaging.precision == "compensated"
+    applies = {
+        "zero3_init_flag: true in the launch file": loads and launch.stage == 3 and engine.loads_whole,
+        smaller: activations and rows > 1,
+        "train.gradient_checkpointing=true": activations and not train.gradient_checkpointing,
+        "more ranks": trains and sharded,
+        f"{higher} (launch/accelerate/zero3{kind}.yaml)": trains and not sharded,
+        f"offloading (--deepspeed_config_file ds_configs/{file}.json)": file is not None and not on_host,
+        "averaging.precision=plain (4 bytes an element in place of 6)": on_host and compensated,
+        "fewer ranks on each machine": on_host and found.ranks_a_machine > 1,
     }
-
-
-def _advice(remedies: Mapping[str, bool]) -> str:
-    *others, last = [remedy for remedy, applies in remedies.items() if applies] or [
-        "more than that in --host_memory, or a smaller model"
-    ]
-    return f"what helps: {', '.join(others)} or {last}" if others else f"what helps: {last}"
+    remedies = [remedy for remedy, helps in applies.items() if helps]
+    *others, last = remedies or ["more than that in --host_memory, or a smaller model"]
+    return f"{', '.join(others)} or {last}" if others else last

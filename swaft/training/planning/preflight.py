@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swaft.averaging.host.machine import lane_bytes
 from swaft.errors import ConfigError
@@ -36,7 +35,7 @@ from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
 from swaft.training.models.build import ParameterCount, count_parameters
-from swaft.training.planning.step import planned_model
+from swaft.training.planning.step import OnPaper, planned_model
 
 SILENCED = (
     *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "zero3_save_16bit_model"),
@@ -120,7 +119,7 @@ def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
         ready = run.ready = recipe.prepare(run.config, problems)
         environ = run.launch.environ if hasattr(run, "launch") else None
         run.start = check_start(run.config, ready, environ, problems)
-    fake = FakeTensorMode()
+    fake = OnPaper()
     with problems, fake:  # what is wrong with its adapters shows here
         run.model = planned_model(run.config, copy.deepcopy(ready.model_config)).build()
         run.size = count_parameters(run.model)

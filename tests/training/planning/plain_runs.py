@@ -7,7 +7,7 @@ from dataclasses import replace
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from swaft.training.planning.memory import PlannedRun, phases_of
-from swaft.training.planning.step import Activations, Weight
+from swaft.training.planning.step import Weight
 
 MATRIX = Weight(numel=100, rows=10, itemsize=4)
 BIAS = Weight(numel=10, rows=10, itemsize=4)
@@ -29,9 +29,9 @@ def zero(**entries) -> DeepSpeedZeroConfig:
 
 
 def phases(memory, *, peak: int = 0):
-    """The phases of a run of which `peak` bytes are in use as its backward begins, and none as it ends."""
+    """The phases of a run of which `peak` bytes are in use as its backward begins."""
     rows, _ = memory
-    return {phase.name: phase for phase in phases_of(rows, Activations(peak, late=0, kept=0))}
+    return {phase.name: phase for phase in phases_of(rows, peak)}
 
 
 def phase_of(memory, name: str, *, peak: int = 0):

@@ -21,7 +21,6 @@ def test_one_process_holds_weights_moments_and_gradients():
         "weights": 440,
         "AdamW's moments": 880,
         "gradients": 440,
-        "kept of the last micro-batch": 0,
         "AdamW's temporaries": 800,  # two of the matrix
     }
     assert (
@@ -29,7 +28,7 @@ def test_one_process_holds_weights_moments_and_gradients():
     )  # as backward begins, which is more than the gradients
     small = phase_of(memory, BACKWARD, peak=100)
     assert small["gradients"] == 440  # as it ends
-    assert small["activations"] == 0
+    assert "activations" not in small
     assert memory[1] == 110
 
 
@@ -69,9 +68,8 @@ def test_zero_2_cuts_the_optimizer_state_into_as_many_parts_as_ranks():
     assert rows["flat fp32 gradient"] == 112
 
 
-def test_a_gradient_larger_than_the_bucket_is_held_outside_of_it_and_copied_to_be_summed():
+def test_a_bucket_is_as_large_as_the_settings_say_and_a_large_gradient_lies_outside_of_it():
     rows = phase_of(zero12(plain_run(world_size=2), zero(stage=2, reduce_bucket_size=16)), BACKWARD)
-    assert rows["gradient on its way"] == 800
     assert rows["gradients of the partition"] == 400
     assert rows["reduce bucket"] == 64
 
