@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -78,6 +78,9 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
     return PlannedModel(build, batch)
 
 
+PROMOTED = [(F, name) for name in ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy")]
+PROMOTED.append((torch, "softmax"))
+"""What autocast computes in fp32 on CUDA, and in 16 bits on a CPU."""
 UNKNOWN = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
@@ -125,9 +128,8 @@ def trace_training_step(
     Raises:
         ConfigError: the step depends on values that are not there; names the operation.
     """
-    kernel = patch.object(F, "scaled_dot_product_attention", _without_dropout)
     try:
-        with OnPaper(), nullcontext() if engine.on_cpu else kernel:
+        with OnPaper(), _kernels(engine):
             model = with_checkpointing(build_model(), train.gradient_checkpointing).train()
             objective.prepare_model(model)
             if (proved := getattr(objective, "_proved", None)) is not None:
@@ -151,12 +153,27 @@ def trace_training_step(
         ) from error
 
 
-ATTENTION = F.scaled_dot_product_attention
+def _kernels(engine: PlannedEngine) -> ExitStack:
+    """Return a context in which functions keep what they keep on the engine's device; entered already.
+
+    Functions are replaced by hand: no mode of torch's stays on while checkpointing runs forward again in backward.
+    """
+    replaced = [] if engine.on_cpu else [(F, "scaled_dot_product_attention", _without_dropout)]
+    if replaced and engine.casting == "autocast":
+        replaced += [(module, name, _in_fp32) for module, name in PROMOTED]
+    context = ExitStack()
+    for module, name, changed in replaced:
+        context.enter_context(patch.object(module, name, changed(getattr(module, name))))
+    return context
 
 
-def _without_dropout(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
-    """Attention on a GPU: one kernel that keeps no matrix of weights, as a CPU has it without dropout alone."""
-    return ATTENTION(*args, **kwargs)
+def _without_dropout(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """On a GPU attention is one kernel that keeps no matrix of weights, on a CPU without dropout alone."""
+    return lambda *args, dropout_p=0.0, **kwargs: attention(*args, **kwargs)
+
+
+def _in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda values, *args, **kwargs: function(values.float(), *args, **kwargs)
 
 
 def trace_step(model: nn.Module, compute: Callable[[], Any]) -> int:
