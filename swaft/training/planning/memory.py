@@ -15,9 +15,10 @@ ones and P = T / W of a rank. Read in torch 2.13, accelerate 1.15 and DeepSpeed 
 | flat fp32 gradient | | 4 P | 4 of a sub-group | |
 
 Forward and backward are looked at twice: where backward begins, beside all activations, and where it has ended,
-beside all gradients. The moments are there from the first step on. Masters, moments and the fp32 gradients move to
-the host where the optimizer is offloaded, the slices of the weights where parameters are. Left out is what adds a
-few percent: what gloo copies, one layer's gradients on their way, and logits that live until the next micro-batch.
+beside all gradients; ZeRO-1 and 2 have those of accumulated micro-batches besides. The moments are there from the
+first step on. Masters, moments and the fp32 gradients move to the host where the optimizer is offloaded, the slices
+of the weights where parameters are. Left out is what adds a few percent: what gloo copies, one layer's gradients on
+their way, and logits that live until the next micro-batch.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ FP32 = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
 REST = 0
 """The number of the FSDP2 block that holds what lies in no other."""
+ALLREDUCE_NUMEL = 500_000_000
+"""Elements that DeepSpeed sums at a time at stage 0 (`MEMORY_OPT_ALLREDUCE_SIZE`)."""
 FORWARD_BACKWARD = "forward and backward"
 """Name of the phase that holds activations."""
 ALWAYS = "bes"
@@ -174,12 +177,19 @@ class PlannedEngine:
         self.loads_whole = not partitions_at_load(launch.environ, config)
         zero = self._zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
         sums_in = (config.get("data_types") or {}).get("grad_accum_dtype") or own
-        if zero.zero_quantized_gradients or not zero.contiguous_gradients or sums_in != own:
-            raise ConfigError(
-                "the DeepSpeed configuration sets zero_quantized_gradients, contiguous_gradients to false or "
-                f"data_types.grad_accum_dtype to another format than {own}, whose memory swaft plan does not know; "
-                "leave it out, or train a few steps and read what they took"
-            )
+        unknown = {
+            "zero_optimization.zero_quantized_gradients": zero.zero_quantized_gradients,
+            f"data_types.grad_accum_dtype = {sums_in}": sums_in != own,
+            "zero_optimization.contiguous_gradients = false": not zero.contiguous_gradients,
+        }
+        problems = [
+            f"the DeepSpeed configuration sets {name}, whose memory swaft plan does not know; leave it out, or "
+            "train a few steps and read what they took"
+            for name, is_set in unknown.items()
+            if is_set
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def blocks(self, model: nn.Module) -> list[int]:
         """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""
@@ -225,7 +235,9 @@ def replicated(run: PlannedRun, *, deepspeed: bool) -> Rows:
     ]
     if deepspeed and w != FP32:
         rows += [Row("fp32 masters", FP32 * trained), Row("gradients, fp32", FP32 * trained, "es")]
-    elif run.world_size > 1 and not deepspeed:
+    if run.world_size > 1 and deepspeed:
+        rows.append(Row("flat copy for the sum", w * min(trained, ALLREDUCE_NUMEL), "e"))
+    elif run.world_size > 1:
         rows.append(Row("DDP's buckets", FP32 * trained))
     return rows, -(-trained // run.world_size)
 
@@ -235,18 +247,23 @@ def zero12(run: PlannedRun, zero: Any) -> Rows:
     w, trained, offloaded = run.itemsize, numel(run.trained), offloads(zero, "optimizer")
     owned, largest = -(-trained // run.world_size), max(weight.numel for weight in run.trained)
     waits = zero.stage == 1 and not zero.overlap_comm  # for the last micro-batch to be summed
-    bucket = w * (1 + bool(zero.overlap_comm)) * run.bucket(zero.reduce_bucket_size)
+    bucket, kept = run.bucket(zero.reduce_bucket_size), w * max(owned, largest)
     rows = [
         Row("weights", w * numel(run.weights)),
         Row("fp32 masters", FP32 * owned, on_host=offloaded),
         Row("AdamW's moments", 2 * FP32 * owned, on_host=offloaded),
-        Row("reduce bucket", bucket, "be"[waits:]),
-        Row("gradients", w * trained * waits, "e"),
+        Row("reduce bucket", w * (1 + bool(zero.overlap_comm)) * bucket, "be"[waits:]),
     ]
+    if waits:
+        rows.append(Row("gradients", w * trained, "e"))
     if offloaded:
+        rows += [Row("offload buffer", w * largest), Row("its copy on the host", w * largest, on_host=True)]
         rows.append(Row("fp32 gradients", FP32 * owned, on_host=True))
         return [*rows, Row("staging of the weights", w * owned, on_host=True)], owned
-    rows.append(Row("gradients of the partition", w * max(owned, largest), run.grown if waits else ALWAYS))
+    # Those of the micro-batches before lie beside those of the last.
+    before, after = kept * run.accumulates, kept * (1 + run.accumulates)
+    for size, when in ((before if waits else after, "b"), (after, "e"), (kept, "s")):
+        rows.append(Row("gradients of the partition", size, when))
     return [*rows, Row("flat fp32 gradient", FP32 * owned, "s"), run.adam(owned)], owned
 
 

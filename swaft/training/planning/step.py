@@ -169,7 +169,19 @@ def _kernels(engine: PlannedEngine) -> ExitStack:
 
 def _without_dropout(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """On a GPU attention is one kernel that keeps no matrix of weights, on a CPU without dropout alone."""
-    return lambda *args, dropout_p=0.0, **kwargs: attention(*args, **kwargs)
+
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+    return fused
 
 
 def _in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

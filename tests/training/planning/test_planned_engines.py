@@ -80,6 +80,23 @@ def test_zero_1_keeps_all_gradients_until_backward_has_ended():
     assert rows["reduce bucket"] == 440  # as much of it as is ever written to
 
 
+def test_gradients_of_micro_batches_before_lie_beside_those_of_the_last():
+    run = plain_run(world_size=2, accumulates=True)
+    assert phase_of(zero12(run, zero(stage=2)), BACKWARD)["gradients of the partition"] == 800
+    assert phase_of(zero12(run, zero(stage=2)), STEP)["gradients of the partition"] == 400
+
+
+def test_stage_0_sums_a_flat_copy_of_the_gradients():
+    assert (
+        phase_of(replicated(plain_run(*HALF, world_size=2), deepspeed=True), BACKWARD)[
+            "flat copy for the sum"
+        ]
+        == 2 * 110
+    )
+    alone = phase_of(replicated(plain_run(*HALF), deepspeed=True), BACKWARD)
+    assert "flat copy for the sum" not in alone
+
+
 def test_offloading_the_optimizer_moves_it_to_the_host():
     run = plain_run(*HALF, world_size=2, on_cpu=False)
     memory = zero12(run, zero(stage=2, offload_optimizer={"device": "cpu"}))
@@ -87,6 +104,7 @@ def test_offloading_the_optimizer_moves_it_to_the_host():
     assert "fp32 masters" not in backward.device
     assert backward.host["fp32 masters"] == 4 * memory[1]
     assert backward.host["AdamW's moments"] == 8 * memory[1]
+    assert backward.device["offload buffer"] == backward.host["its copy on the host"] == 2 * 100
 
 
 def test_zero_3_has_masters_beside_its_slices_in_fp32_too():

@@ -13,7 +13,7 @@ from swaft.errors import ConfigError
 from swaft.noise import TaskLoss
 from swaft.training.config import TrainConfig
 from swaft.training.models.pretrained import with_checkpointing
-from swaft.training.planning.step import LiveBytes, trace_step, trace_training_step
+from swaft.training.planning.step import LiveBytes, _without_dropout, trace_step, trace_training_step
 
 BERT = {
     "model_type": "bert", "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -90,6 +90,14 @@ def test_attention_on_a_gpu_keeps_no_matrix_of_weights():
     on_cpu = activations(BERT, TaskLoss())
     on_gpu = activations(BERT, TaskLoss(), on_cpu=False)
     assert on_gpu < on_cpu
+
+
+def test_dropout_of_attention_is_left_out_by_position_and_by_name():
+    asked = []
+    fused = _without_dropout(lambda *args, **kwargs: asked.append((args, kwargs)))
+    fused(1, 2, 3, None, 0.1, True)
+    fused(1, 2, 3, dropout_p=0.1, is_causal=True)
+    assert asked == [((1, 2, 3, None, 0.0, True), {}), ((1, 2, 3, None, 0.0), {"is_causal": True})]
 
 
 def test_a_checkpointed_forward_that_runs_again_takes_the_same_kernels_on_a_gpu():
