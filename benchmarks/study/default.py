@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from benchmarks.study.arms import BASELINES, Kept, cost_of
-from benchmarks.study.grid import CHOOSING, CONFIRMING
+from benchmarks.study.grid import CHOOSING, CONFIRMING, MAIN
 from benchmarks.study.statistics import Comparison
 from benchmarks.study.tasks import TASKS
+from benchmarks.study.trainings import TRAININGS
 
 KINDS = {1: "averaging", 2: "objective"}
 QUOTE = re.compile(r"`([\w.-]+:[\w.+-]+)`: [^`]*? points of score")
@@ -23,12 +24,12 @@ def best_arm(kept: Kept, units: int) -> str | None:
     """The arm that the rule chooses on the choosing tasks.
 
     Returns:
-        None where no arm is ahead with its interval clear of 0, or some choosing task has no pairs yet.
+        None where no arm is ahead with its interval clear of 0, or some main training is not measured on them all.
     """
+    if not_measured(kept, units):
+        return None
     ahead = []
-    for arm in kept.arms("main"):
-        if cost_of(arm) != units or arm == BASELINES[units]:
-            continue
+    for arm in _candidates(kept, units):
         loss, score = (
             kept.comparison("main", arm, BASELINES[units], outcome, tasks=CHOOSING)
             for outcome in ("loss", "score")
@@ -46,17 +47,36 @@ def best_arm(kept: Kept, units: int) -> str | None:
     return min(ahead)[1] if ahead else None
 
 
-def _tell(kept: Kept, units: int, kind: str) -> str:
+def not_measured(kept: Kept, units: int) -> list[str]:
+    """The main trainings that are to be chosen among, and have not been measured on every choosing task."""
     base = BASELINES[units]
-    compared = [
-        kept.comparison("main", arm, base, "loss", tasks=CHOOSING)
+    measured = {
+        arm.partition(":")[0]
+        for arm in _candidates(kept, units)
+        if _covers(kept.comparison("main", arm, base, "loss", tasks=CHOOSING))
+    }
+    own = base.partition(":")[0]
+    return [name for name in MAIN if _chosen_among(name, units) and name not in measured | {own}]
+
+
+def _candidates(kept: Kept, units: int) -> list[str]:
+    return [
+        arm
         for arm in kept.arms("main")
-        if cost_of(arm) == units and arm != base
+        if _chosen_among(arm.partition(":")[0], units) and arm != BASELINES[units]
     ]
-    if not any(map(_covers, compared)):
-        return (
-            f"**Recommended {kind}: open.** The choosing tasks have not all been measured on three seeds yet."
-        )
+
+
+def _chosen_among(training: str, units: int) -> bool:
+    """Whether its cost is that of its passes, not that of more epochs or of teachers."""
+    return TRAININGS[training].passes == TRAININGS[training].units == units
+
+
+def _tell(kept: Kept, units: int, kind: str) -> str:
+    base, missing = BASELINES[units], not_measured(kept, units)
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        return f"**Recommended {kind}: open.** Not measured yet on all choosing tasks, three seeds each: {names}."
     arm = best_arm(kept, units)
     if arm is None:
         return (

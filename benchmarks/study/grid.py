@@ -14,7 +14,8 @@ Rules, written down before any row of a confirming task was made:
   mean over the choosing tasks of the paired difference in test loss to `decayed:last`, whose mean difference in the
   task's score is not below 0. Where none is ahead on loss with its 95 % interval over tasks clear of 0: the last
   weights of the decayed training.
-* **Default objective.** Among all two-pass trainings, and readouts of them, likewise against `decayed2x:last`.
+* **Default objective.** Among all two-pass trainings, and readouts of them, likewise against `decayed2x:last`,
+  once the main ones are measured on every choosing task.
 * Confirming tasks are looked at once, after both are chosen, and then change nothing.
 """
 
@@ -66,8 +67,9 @@ class Phase:
 PHASES = (
     *(
         Phase(trainings, "main", (task,), SEEDS[:3])
+        for tasks in (CHOOSING, CONFIRMING)
         for trainings in (AVERAGING, LONGER, NOISE)
-        for task in CHOOSING
+        for task in tasks
     ),
     Phase(MAIN, "main", CHOOSING, SEEDS),
     Phase(MAIN, "main", CONFIRMING, SEEDS),

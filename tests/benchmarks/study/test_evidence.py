@@ -137,6 +137,26 @@ def test_the_default_is_the_lowest_loss_among_those_that_lose_no_score():
     assert "**Recommended averaging: open.**" in evidence.page(fewer, [])
 
 
+def test_more_epochs_are_no_objective_and_none_is_chosen_before_every_main_one_is_measured():
+    twice = [name for name in grid.MAIN if grid.TRAININGS[name].passes == 2]
+    rows = [
+        row(arm, task, seed, nll + seed / 1000, 0.9)
+        for task in grid.CHOOSING
+        for seed in (1, 2, 3)
+        for arm, nll in {
+            "decayed2x:last": 0.5, "decayed2x:tail-0.1": 0.3, **{f"{name}:last": 0.4 for name in twice},
+            f"{twice[-1]}:last": 0.35,
+        }.items()
+    ]  # fmt: skip
+    assert best_arm(arms.keep(rows), 2) == f"{twice[-1]}:last"
+    fewer = [entry for entry in rows if entry["training"] != twice[0] or entry["task"] != "cr"]
+    assert best_arm(arms.keep(fewer), 2) is None
+    assert (
+        f"**Recommended objective: open.** Not measured yet on all choosing tasks, three seeds each: `{twice[0]}`."
+        in evidence.page(fewer, [])
+    )
+
+
 def test_losses_and_scores_themselves_are_shown_with_their_spread_from_the_first_seed_on():
     rows = [row("decayed:last", "trec", seed, nll, 0.9) for seed, nll in ((1, 0.3), (2, 0.5))]
     page = evidence.page([*rows, row("constant:last", "trec", 1, 0.25, 0.91)], [])
