@@ -145,3 +145,11 @@ def relative_error(computed: torch.Tensor, exact: torch.Tensor) -> float:
     computed, exact = computed.detach().double(), exact.detach().double()
     scale = exact.norm()
     return float((computed - exact).norm() / (scale if scale > 0 else 1.0))
+
+
+def leaves(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors if tensor is not None]
+
+
+def worst(computed, exact) -> float:
+    return max(relative_error(a, b) for a, b in zip(computed, exact, strict=True))

@@ -1,0 +1,137 @@
+"""Noise objectives in a Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_trainer import model, rows, sft_trainer, trainer
+from transformers import BertForQuestionAnswering, GPT2Config, GPT2LMHeadModel, Trainer, set_seed
+
+import swaft
+from swaft.errors import NoiseError
+from swaft.integrations.transformers import NoiseCallback
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_step_of_the_noise_is_resumed(tmp_path):
+    whole = trainer(tmp_path / "a", NoiseCallback(swaft.R3F(preset="relative", sigma=1.0)))
+    whole.train()
+    resumed = trainer(tmp_path / "b", NoiseCallback(swaft.R3F(preset="relative", sigma=1.0)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    after = dict(resumed.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in whole.model.named_parameters())
+
+
+def test_the_log_says_what_the_noise_does(tmp_path):
+    run = trainer(tmp_path, NoiseCallback(swaft.R3F(preset="relative", sigma=1.0)))
+    run.train()
+    first = run.state.log_history[0]
+    assert first["loss"] == pytest.approx(first["task_loss"] + first["divergence"], rel=1e-5)
+    assert first["noise_to_signal"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "give the objective label_smoothing=0.1"),
+        ({"kind": type("Own", (Trainer,), {"compute_loss": lambda *_: None})}, "a loss of its own"),
+    ],
+)
+def test_a_loss_that_the_objective_would_replace_is_refused(tmp_path, settings, message):
+    with pytest.raises(NoiseError, match=message):
+        trainer(tmp_path, NoiseCallback(swaft.R3F()), **settings).train()
+
+
+def test_r4f_is_refused_because_the_trainer_could_not_save_its_head(tmp_path):
+    with pytest.raises(NoiseError, match="parametrization"):
+        trainer(tmp_path, NoiseCallback(swaft.R4F())).train()
+
+
+def answers_model() -> BertForQuestionAnswering:
+    config = model(0.0).config
+    config.num_labels = 2
+    return BertForQuestionAnswering(config)
+
+
+FAMILIES = {
+    "GPT-2, which shifts its labels": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=8, **dict.fromkeys(DROPOUTS, 0.0)
+        )
+    ),
+    "answers, which have no labels": answers_model,
+    "classes": lambda: model(0.0),
+}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(tmp_path, family):
+    # 12 rows at once, and in micro-batches of 5, 5 and 2.
+    ids = torch.randint(3, 60, (12, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.4] = -100
+    row = {"input_ids": ids.tolist()}
+    row |= {"labels": labels.tolist()} if "GPT" in family else {"labels": (ids[:, 0] % 3).tolist()}
+    if "answers" in family:
+        row = {"input_ids": ids.tolist(), "start_positions": [1] * 12, "end_positions": [2] * 12}
+    after = []
+    for size, accumulation in ((12, 1), (5, 3)):
+        run = trainer(
+            tmp_path / str(size),
+            NoiseCallback(swaft.R3F(weight=0.0, sigma=0.01)),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            eval_strategy="no",
+            train_sampling_strategy="sequential",
+        )
+        set_seed(0)
+        run.model = run.model_wrapped = FAMILIES[family]()
+        run.train_dataset = Dataset.from_dict(row)
+        start = {name: value.clone() for name, value in run.model.named_parameters()}
+        run.train()
+        after.append({name: value - start[name] for name, value in run.model.named_parameters()})
+    moved = sum(value.square().sum() for value in after[0].values()).sqrt()
+    apart = sum((after[0][name] - after[1][name]).square().sum() for name in after[0]).sqrt()
+    assert moved > 0
+    assert apart < 1e-5 * moved
+
+
+def test_a_step_in_which_nothing_counts_leaves_the_weights_finite(tmp_path):
+    run = trainer(tmp_path, NoiseCallback(swaft.R3F(sigma=0.01)), max_steps=1, eval_strategy="no")
+    run.train_dataset = rows(4, 0).map(lambda row: {"labels": -100})
+    run.train()
+    assert all(value.isfinite().all() for value in run.model.parameters())
+
+
+def test_another_loss_of_the_sft_trainer_is_refused(tmp_path):
+    with pytest.raises(NoiseError, match="loss_type='nll'"):
+        sft_trainer(tmp_path, NoiseCallback(swaft.R3F()), loss_type="dft").train()
+
+
+class Counting(swaft.R3F):
+    """An objective that knows how often it was asked."""
+
+    def __call__(self, model, batch):
+        self.asked = getattr(self, "asked", 0) + 1
+        return super().__call__(model, batch)
+
+
+def test_an_objective_trains_only_while_its_callback_is_there(tmp_path):
+    first, second = Counting(sigma=0.01), Counting(sigma=0.01)
+    run = trainer(tmp_path, NoiseCallback(first), max_steps=2, eval_strategy="no")
+    run.train()
+    run.remove_callback(NoiseCallback)
+    run.train()
+    assert first.asked == 2
+    run.add_callback(NoiseCallback(second))
+    run.train()
+    assert (first.asked, second.asked) == (2, 2)
+    run.add_callback(NoiseCallback(first))
+    with pytest.raises(NoiseError, match="twice"):
+        run.train()
