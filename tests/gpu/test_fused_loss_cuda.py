@@ -191,7 +191,7 @@ def test_fp32_is_right_at_every_noise_size(noise):
 
 @pytest.mark.parametrize("noise", [1e-3, 1e-2, 1e-1, 1.0])
 def test_fp16_under_a_loss_scale_is_right(noise):
-    # The value's bar is that of tests/noise/loss/test_linear.py; by the draw its error is 1e-6 to 8e-6.
+    # The value's bar is that of tests/noise/loss/test_linear_as_on_cuda.py; by the draw its error is 1e-6 to 8e-6.
     assert_close(make_head(noise=noise, dtype=torch.float16), "difference", 5e-5, GRADIENT_BAR, scale=1024.0)
 
 
