@@ -88,8 +88,9 @@ def run(words: Sequence[str]) -> int:
     record_lines(base, runs)
     waiting = [each for each in runs if not each.has_ended]
     if options.slurm is not None and waiting:
-        options.slurm.write_text(array_job(waiting), encoding="utf-8")
-        print(f"{options.slurm}: {len(waiting)} of {len(runs)} runs; sbatch RESOURCES {options.slurm}")
+        write_durably(options.slurm, array_job(waiting).encode())
+        text = f"{options.slurm}: {len(waiting)} of {len(runs)} runs; sbatch RESOURCES {options.slurm}"
+        print(json.dumps({"job": str(options.slurm), "runs": len(waiting)}) if options.json else text)
         return 0
     out = sys.stderr if options.json else sys.stdout  # of what the runs say
     failed = []
@@ -150,7 +151,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
             raise ConfigError(
                 f"--set {each} names no setting with values; expected averaging.rule=ema,none, say"
             )
-    base, rest = Path(folders[-1]), [word for word in line if not word.startswith(OUTPUT)]
+    base, rest = Path(folders[-1]).expanduser(), [word for word in line if not word.startswith(OUTPUT)]
     choices = [
         [f"{name}={value}" for value in dict.fromkeys(values.split(","))]
         for name, _, values in (each.partition("=") for each in sets)

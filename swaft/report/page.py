@@ -110,7 +110,7 @@ def _evaluations(run: RunLog) -> str:
         figures.curves(f"{split}: {score}", kinds)
         for split, scores in run.evaluations.items()
         for score, kinds in scores.items()
-        if max(map(len, kinds.values())) > 1
+        if max(map(len, kinds.values()), default=0) > 1
     ]
     return _figures("Last against averaged, at every evaluation", drawn)
 
@@ -132,9 +132,12 @@ def _surface(run: RunLog) -> str:
 def _windows(run: RunLog) -> str:
     if not run.windows:
         return ""
-    drawn = [figures.heat_map("Score of every window tried", run.windows, "start", "end")]
-    if len({row["blend"] for row in run.windows if "blend" in row}) > 1:
-        drawn.append(figures.heat_map("Score of every blend tried", run.windows, "blend", "start"))
+    means = [row for row in run.windows if row.get("blend", 1) == 1]
+    blended = {(row["start"], row["end"]) for row in run.windows if row not in means}
+    drawn = [figures.heat_map("Score of every window tried", means, "start", "end")]
+    if blended:  # the window that was chosen, or the only one
+        blends = [row for row in run.windows if (row["start"], row["end"]) in blended]
+        drawn.append(figures.heat_map("Score of every blend tried", blends, "blend", "start"))
     return _figures("Chosen after training", drawn)
 
 

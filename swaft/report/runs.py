@@ -123,7 +123,13 @@ def _read_recipe_run(path: Path) -> RunLog:
         path=path,
         training=training,
         evaluations=evaluations,
-        final=final,
+        final={
+            split: {
+                kind: {score: value for score, value in scores.items() if _is_number(value)}
+                for kind, scores in kinds.items()
+            }
+            for split, kinds in final.items()
+        },
         metric=summary.get("metric"),
         facts={k: v for k, v in summary.items() if k not in ("scores", "details", "windows_tried", "metric")},
         settings=_settings(path),
@@ -147,9 +153,7 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
     for entry in state["log_history"]:
         step = entry.get("step")
         scores = {  # a metric of the user's may be a list, or a text
-            name: value
-            for name, value in entry.items()
-            if isinstance(value, int | float) and not NOT_A_SCORE.search(name)
+            name: value for name, value in entry.items() if _is_number(value) and not NOT_A_SCORE.search(name)
         }
         if "loss" in entry:
             _add(training, step, {name: value for name, value in scores.items() if name != "step"})
@@ -189,8 +193,12 @@ def _surface(path: Path) -> dict[str, Any] | None:
 
 def _add(curves: dict[str, Curve], step: Any, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        if isinstance(step, int | float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if _is_number(step) and _is_number(value):
             curves.setdefault(name, []).append((step, float(value)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:

@@ -63,6 +63,8 @@ class Scoring:
     """Of a model, a loader and an accelerator."""
     load: Callable[[Any], Any]
     """Makes the model that a section ``model`` names."""
+    num_rows: int
+    """Of the data; long ones may take several of `rows`."""
 
 
 def write_surface(run: Path, *, rows: int) -> None:
@@ -91,7 +93,7 @@ def write_surface(run: Path, *, rows: int) -> None:
         loader_of(scoring.rows, scoring.collate, batch_size=batch_size, num_workers=0)
     )
     found = loss_surface(last, averaged, lambda: scoring.evaluate(last, loader, accelerator).scores["loss"])
-    write_losses(run, found, rows=len(scoring.rows))
+    write_losses(run, found, rows=scoring.num_rows)
 
 
 def _require_folder(run: Path, name: str) -> Path:
@@ -163,6 +165,7 @@ def _classification(config: ClassificationConfig, model: ModelConfig, tokenizer:
         lambda model: load_with_head(
             "sequence classification", model, model_config, has_new_head=head.is_new, **FOR_SCORING
         ),
+        len(rows),
     )
 
 
@@ -184,6 +187,7 @@ def _question_answering(config: QuestionAnsweringConfig, model: ModelConfig, tok
         Collator(tokenizer, length, whole_windows(model_config)),
         evaluate,
         lambda model: load_with_head("question answering", model, model_config, **FOR_SCORING),
+        len(questions["validation"]),
     )
 
 
@@ -201,6 +205,7 @@ def _seq2seq(config: Seq2SeqConfig, model: Seq2SeqModelConfig, tokenizer: Any) -
         Collator(tokenizer, length, whole_windows(model_config)),
         evaluate,
         lambda model: load_text_model("sequence to sequence", model, model_config, tokenizer, **FOR_SCORING),
+        len(pairs),
     )
 
 
@@ -215,6 +220,7 @@ def _causal_lm(config: CausalConfig, model: Seq2SeqModelConfig, tokenizer: Any) 
         lambda model: load_text_model(
             "causal language modelling", model, model_config, tokenizer, **FOR_SCORING
         ),
+        len(columns.rows["validation"]),
     )
 
 

@@ -38,7 +38,7 @@ class BlockHasher:
     """
 
     def __init__(self, threads: int | None = None):
-        threads = threads or min(4, len(os.sched_getaffinity(0)))
+        threads = threads or min(4, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="swaft-hash")
         self._most = 2 * threads
         self._under_way: deque[Callable[[], bytes]] = deque()

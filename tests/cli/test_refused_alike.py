@@ -171,6 +171,8 @@ def test_validate_asks_everything_that_may_refuse_a_launch(recipe, line, launche
         ("seq2seq", "data.validation_fraction=1.5", "data.validation_fraction: is 1.5, expected"),
         ("seq2seq", "data.validation_fraction=0.5", "data.validation_file names the validation rows already"),
         ("classification", "track.report_to=aim", "track.report_to is aim, which is not installed"),
+        ("classification", "train.seed=20240615123", "train.seed: is 20240615123, expected"),
+        ("classification", "data.text_column=${", "data.text_column: '${' cannot be filled in"),
     ],
 )
 def test_what_is_wrong_with_a_setting_is_refused_alike(recipe, override, expected, line, launched):
@@ -221,6 +223,11 @@ BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train
             "has a scheduler (OneCycle)",
         ),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lamb"}}, "asks for the optimizer Lamb"),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {"type": None}}, "asks for the optimizer None"),
+        (
+            {"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": False, "jobname": "x"}},
+            "sets tensorboard.jobname",
+        ),
     ],
 )
 def test_a_deepspeed_file_is_refused_alike(content, expected, line, launched, tmp_path):

@@ -95,6 +95,9 @@ def test_the_runs_that_wait_become_an_array_job(tmp_path, launched, capsys):
     job = ["--slurm", str(tmp_path / "job.sbatch")]
     assert main([*words, *job, "data.delimiter=a b"]) == 0
     assert not launched
+    assert "2 of 2 runs; sbatch" in capsys.readouterr().out
+    assert main([*words, *job, "data.delimiter=a b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"job": job[1], "runs": 2}
     script = tmp_path / "launch" / "slurm" / "train.sbatch"
     script.parent.mkdir(parents=True)
     script.write_text('printf "%s\\n" "$@"\n')

@@ -88,7 +88,7 @@ def test_the_loss_may_decide(run):
         ),
         (
             ["eval.keep_best=last", "data.train_file={inputs}/train.csv"],
-            "eval.keep_best: weights are judged on",
+            "eval.keep_best: weights are scored on",
         ),
         (["eval.keep_best=last", "eval.eval_steps=null"], "eval.keep_best: needs evaluations while training"),
         (

@@ -11,6 +11,7 @@ import pytest
 
 from swaft.cli.main import main
 from swaft.errors import ConfigError
+from swaft.report import figures
 from swaft.report.compare import compare, difference
 from swaft.report.figures import thinned
 from swaft.report.page import render
@@ -276,12 +277,39 @@ def test_metrics_of_the_trainer_that_are_no_numbers_are_left_out(tmp_path):
     run = trainer_run(tmp_path / "out")
     file = run / "checkpoint-4" / "trainer_state.json"
     state = json.loads(file.read_text())
-    state["log_history"][-1] |= {"eval_each": [0.5, 0.25], "eval_words": "good", "eval_none": None}
+    state["log_history"][-1] |= {
+        "eval_each": [0.5, 0.25], "eval_words": "good", "eval_none": None, "eval_ok": True,
+    }  # fmt: skip
     file.write_text(json.dumps(state))
     read = read_run(file)  # named by the file itself
     assert read.path == file.parent
     assert read.final == {"validation": {"averaged": {"loss": 0.125}, "last": {"loss": 0.15}}}
     render([read])
+
+
+def test_scores_of_a_recipe_that_are_no_numbers_are_left_out(tmp_path):
+    runs = [recipe_run(tmp_path / name) for name in ("a", "b")]
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    summary["scores"]["validation"]["last"]["own"] = "nan"
+    (runs[0] / "summary.json").write_text(json.dumps(summary))
+    assert "own" not in read_run(runs[0]).final["validation"]["last"]
+    render([read_run(run) for run in runs])
+
+
+def test_blends_of_one_window_are_drawn_beside_the_windows_and_not_over_them(tmp_path, monkeypatch):
+    run = recipe_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    windows = [{**each, "blend": 1.0} for each in summary["windows_tried"]]
+    blends = [{**windows[0], "blend": blend, "score": blend} for blend in (0.3, 1.5)]
+    summary["windows_tried"] = [*windows, *blends]
+    (run / "summary.json").write_text(json.dumps(summary))
+    drawn = {}
+    monkeypatch.setattr(figures, "heat_map", lambda title, rows, *_: drawn.update({title: rows}) or "")
+    render([read_run(run)])
+    assert drawn == {
+        "Score of every window tried": windows,
+        "Score of every blend tried": [windows[0], *blends],
+    }
 
 
 def test_runs_of_the_trainer_in_folders_of_one_name_are_told_apart(tmp_path):

@@ -11,6 +11,7 @@ from swaft.errors import ConfigError
 from swaft.training.config import TrainConfig
 from swaft.training.launch.deepspeed_config import (
     RecipeValues,
+    declared_precision,
     fill_auto,
     launcher_config,
     launcher_problems,
@@ -288,6 +289,39 @@ def test_without_a_file_the_launchers_single_values_make_the_configuration():
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.json"):
         launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "nowhere.json")})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": "auto"}}, "stage is 'auto'; expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "3"}}, "stage is '3'; expected 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            "_optimizer\" is 'cpu'; expected a section",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "optimizer": {"params": None}},
+            '"optimizer.params" is None; expected',
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "optimizer": "AdamW"},
+            "\"optimizer\" is 'AdamW'; expected a section",
+        ),
+    ],
+)
+def test_a_file_that_names_no_stage_or_no_section_is_refused(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+
+
+def test_deepspeeds_older_name_of_bf16_is_read_and_an_offload_may_be_null(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"bfloat16": {"enabled": True}, "zero_optimization": {"offload_param": None}}))
+    config, _ = launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    assert declared_precision(config) == "bf16"
 
 
 def test_single_values_of_the_accelerate_file_that_would_be_dropped_are_reported():

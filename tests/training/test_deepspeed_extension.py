@@ -86,3 +86,11 @@ def test_extensions_live_in_the_virtual_environment_unless_told_otherwise(monkey
     extension.use_environment()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
     assert os.environ["PATH"] == f"{tmp_path / 'bin'}{os.pathsep}/somewhere"  # once, and first
+
+
+def test_an_environment_that_may_not_be_written_to_keeps_no_extensions(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    extension.use_environment()
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ

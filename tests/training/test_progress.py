@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,9 +109,12 @@ def test_trackers_get_flat_settings_and_the_folders_name(monkeypatch, make_accel
     monkeypatch.setattr(accelerator, "init_trackers", lambda name, **kwargs: told.update(kwargs, name=name))
     start_trackers(accelerator, config)
     assert told["name"] == "p"
-    assert told["init_kwargs"] == {"wandb": {"name": "mrpc-1"}}
+    assert told["init_kwargs"]["wandb"] == {"name": "mrpc-1"}
+    assert told["init_kwargs"]["mlflow"] == {"run_name": "mrpc-1"}
     assert told["config"]["train.seed"] == 42
     assert all(isinstance(value, str | int | float | bool) for value in told["config"].values())
+    start_trackers(accelerator, replace(config, track=TrackConfig(report_to="tensorboard", run_name="own")))
+    assert told["name"] == "swaft/own"  # a folder inside the logs
 
 
 def test_a_line_says_how_long_training_will_take_yet():

@@ -151,6 +151,14 @@ def test_the_rows_that_were_read_are_counted_in_the_new_batches(world_size, size
     assert batches_read(RECORD, now) == batches
 
 
+def test_a_pass_that_has_been_read_is_one_in_batches_that_do_not_divide_it():
+    uneven = replace(SETUP, rows=95, world_size=1, per_device_train_batch_size=16)
+    read = replace(
+        RECORD, setup=uneven, parts={**RECORD.parts, "position": {**RECORD.parts["position"], "batches": 6}}
+    )
+    assert batches_read(read, replace(uneven, world_size=5)) == 2
+
+
 def test_half_a_batch_is_refused():
     with pytest.raises(
         ConfigError, match=r"stands at row 96 of a pass, which is no whole number .* of 40 rows"

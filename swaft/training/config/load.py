@@ -14,6 +14,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
@@ -230,12 +231,20 @@ def to_yaml(config: Any, origins: dict[str, str] | None = None) -> str:
     for section, values in dataclasses.asdict(config).items():
         lines.append(f"{section}:")
         for name, value in values.items():
-            # `${` is escaped, and so are backslashes before it, because reading it back would fill it in.
-            escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-            text = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create({name: escaped})).rstrip("\n"), "  ")
+            content = OmegaConf.create({name: _escaped(value)})
+            text = textwrap.indent(OmegaConf.to_yaml(content).rstrip("\n"), "  ")
             origin = (origins or {}).get(f"{section}.{name}")
             lines.append(f"{text}  # {origin}" if origin else text)
     return "\n".join(lines) + "\n"
+
+
+def _escaped(value: Any) -> Any:
+    """A value in which `${` is escaped, and backslashes before it, because reading it back would fill it in."""
+    if isinstance(value, dict):
+        return {name: _escaped(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def flatten(config: Any) -> dict[str, str | int | float | bool]:
@@ -338,21 +347,29 @@ def _merge(
 
 
 def _fill_in(values: dict[str, Any], known: Mapping[str, Option], problems: list[str]) -> dict[str, Any]:
-    """Fill in `${train.seed}` and `${oc.env:HOME}` by OmegaConf's rules."""
-    tree: dict[str, dict[str, Any]] = {}
+    """Fill in `${train.seed}` and `${oc.env:HOME}` by OmegaConf's rules, inside mappings too."""
     defaults = {name: option.default for name, option in known.items() if not option.required}
+    container, resolved = OmegaConf.create(), dict(values)
+
+    @contextmanager
+    def noting(name: str) -> Iterator[None]:
+        try:
+            yield
+        except OmegaConfBaseException as error:
+            del resolved[name]
+            problems.append(f"{name}: '{values[name]}' cannot be filled in: {str(error).splitlines()[0]}")
+
     for name, value in {**defaults, **values}.items():
         if name in known:
-            section, setting = name.split(".")
-            tree.setdefault(section, {})[setting] = value
-    container, resolved = OmegaConf.create(tree), dict(values)
-    for name, value in values.items():
-        if isinstance(value, str) and "${" in value and name in known:
-            try:
-                resolved[name] = OmegaConf.select(container, name, throw_on_missing=True)
-            except OmegaConfBaseException as error:
-                del resolved[name]
-                problems.append(f"{name}: '{value}' cannot be filled in: {str(error).splitlines()[0]}")
+            with noting(name):
+                OmegaConf.update(container, name, value)
+    for name, value in list(resolved.items()):
+        if name in known and "${" in str(value):
+            with noting(name):
+                found = OmegaConf.select(container, name, throw_on_missing=True)
+                resolved[name] = (
+                    OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+                )
     return resolved
 
 

@@ -6,6 +6,7 @@ Its type says what values it may have (`swaft.options`); what does not go togeth
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,10 +25,22 @@ Fault = tuple[str, str]
 
 LONGEST_TIMEOUT = 365 * 24 * 3600
 """Seconds. torch counts a timeout in nanoseconds, of which 64 bits hold no more than three centuries."""
+NAMELESS = ("aim", "comet_ml", "dvclive")
+"""Trackers to which accelerate hands no name of a run."""
+HIGHEST_SEED = 4_000_000_000
+"""numpy takes seeds below 2**32, and the rank and the step are added to this one."""
 
 
 class Section:
     """A section of settings."""
+
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a file or folder, in which `~` is the user's home, as in transformers."""
+
+    def __post_init__(self) -> None:
+        for name in self.paths:
+            if path := getattr(self, name):
+                setattr(self, name, os.path.expanduser(path))
 
     def conflicts(self) -> Iterator[Fault]:
         """What is wrong with settings together, each of which is allowed."""
@@ -67,6 +80,7 @@ class AdapterConfig(Section):
 class AnyModelConfig(AdapterConfig):
     """Which model to train, pretrained or new."""
 
+    paths: ClassVar[tuple[str, ...]] = ("model_name_or_path", "tokenizer_name")
     model_name_or_path: Any
     """Hub id or folder of the pretrained model."""
     tokenizer_name: str | None = None
@@ -105,6 +119,7 @@ class RowsConfig(Section):
     override that names one of the three replaces the whole source, its other splits included.
     """
 
+    paths: ClassVar[tuple[str, ...]] = ("dataset_name", "train_file", "validation_file", "test_file")
     task_name: str | None = None
     """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
     train.parquet and so on, else a GLUE task of the hub; `python_docstrings` is built on this machine."""
@@ -172,6 +187,7 @@ class RowsConfig(Section):
 class TrainConfig(Section):
     """How to optimise, and where the results go."""
 
+    paths: ClassVar[tuple[str, ...]] = ("output_dir", "resume_from_checkpoint")
     output_dir: str
     """Run folder: configuration, metrics, and the trained weights."""
     per_device_train_batch_size: Count = 16
@@ -204,7 +220,7 @@ class TrainConfig(Section):
     """Number format of the forward and backward pass. auto: whatever `accelerate launch` was told."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    seed: WholeNumber = 42
+    seed: Annotated[int, Range(low=0, high=HIGHEST_SEED)] = 42
     """Seed of everything random: initial head, order of rows, dropout, noise."""
     logging_steps: Count = 10
     """Optimizer steps between two progress lines."""
@@ -240,6 +256,7 @@ class TrainConfig(Section):
 class AveragingConfig(Section):
     """Which weights to average along the run. A null leaves the choice to the rule."""
 
+    paths: ClassVar[tuple[str, ...]] = ("spill_dir",)
     rule: Literal["none", "swa", "ema", "lawa", "merge", "bema", "power_ema", "windows"] = "none"
     """swa: the uniform mean of the weights; ema: their exponential moving average; lawa: the mean of the last
     few; merge: weights that imitate a decay of the learning rate; bema: an ema with its lag corrected;
@@ -336,6 +353,7 @@ class EvalConfig(Section):
 class TrackConfig(Section):
     """Where to send the numbers besides the run folder."""
 
+    paths: ClassVar[tuple[str, ...]] = ("logging_dir",)
     report_to: str = "none"
     """Tracker, by accelerate's name: tensorboard, wandb, trackio, mlflow, ...; none: the run folder only,
     and nothing touches the network."""
@@ -350,6 +368,8 @@ class TrackConfig(Section):
         """A tracker that there is not."""
         if self.report_to not in ("none", "all", *TRACKERS):
             yield "report_to", not_allowed(self.report_to, ("none", "all", *TRACKERS))
+        if self.run_name is not None and self.report_to in NAMELESS:
+            yield "run_name", f"is {self.run_name}, and {self.report_to} takes no name of a run; remove it"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,12 +80,13 @@ def choose_target(
             f"eval.metric_for_best_model: this run has no score '{chosen}'; expected one of {', '.join(known)}"
         )
     asked = {
+        "eval.eval_steps": evaluation.eval_steps is not None,
         "eval.keep_best": evaluation.keep_best != "none",
         "eval.early_stopping_patience": evaluation.early_stopping_patience is not None,
         "averaging.search_blend": averaging is not None and averaging.search_blend,
     }
     problems += [
-        f"{name}: weights are judged on validation rows, and there are none; name some "
+        f"{name}: weights are scored on validation rows, and there are none; name some "
         "(data.validation_file), or remove it"
         for name, is_asked in asked.items()
         if is_asked and "validation" not in splits

@@ -36,8 +36,11 @@ SIZES: dict[str, Callable[[int], int]] = {
     "stage3_param_persistence_threshold": lambda width: 10 * width,
 }
 """Sizes in ``zero_optimization`` by the width of the model, as transformers and accelerate derive them."""
-SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")
+OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+"""Sections that may be null."""
+SECTIONS = ("bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params", *OFFLOADS)
 """Entries of a file that are looked into."""
+STAGES = (0, 1, 2, 3)
 
 Wanted = Mapping[str, tuple[Any, str]]
 """By key of a file: the recipe's value, and the setting it comes from."""
@@ -120,11 +123,15 @@ def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
             does not.
 
     Raises:
-        ConfigError: where the file cannot be read.
+        ConfigError: where the file cannot be read, or names no stage of ZeRO.
     """
     named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if named != "none":
-        return read_config(named), named if len(named) < 200 else "the DeepSpeed configuration"
+        config, source = read_config(named), named if len(named) < 200 else "the DeepSpeed configuration"
+        stage = config["zero_optimization"].get("stage", 0)
+        if stage not in STAGES:
+            raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+        return config, source
     zero: dict[str, Any] = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     for part, device in _offloads(environ).items():
         path = environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_NVME_PATH")
@@ -150,13 +157,23 @@ def read_config(named: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise ConfigError(f'{named} has no "zero_optimization" section; add one that names the "stage"')
+    if "bfloat16" in config:  # an older name, which DeepSpeed reads where the other is missing
+        config.setdefault("bf16", config.pop("bfloat16"))
+    found = {path: _entry(config, path) for path in SECTIONS}
     problems = [
-        f'{named}: "{name}" is {config[name]!r}; expected a section, {{...}}'
-        for name in SECTIONS
-        if not isinstance(config.get(name, {}), dict)
+        f'{named}: "{path}" is {value!r}; expected a section, {{...}}'
+        for path, value in found.items()
+        if not isinstance(value, dict) and not (value is None and path in OFFLOADS)
     ]
     if problems:
         raise ConfigError(problems)
+    return config
+
+
+def _entry(config: Any, path: str) -> Any:
+    """What a file has under a dotted name; an empty section where it, or what it should lie in, is missing."""
+    for name in path.split("."):
+        config = config.get(name, {}) if isinstance(config, dict) else {}
     return config
 
 
@@ -206,7 +223,7 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         if name in zero:
             zero.setdefault(f"stage3_{name}", zero.pop(name))
     optimizer, scheduler = filled.get("optimizer"), filled.get("scheduler")
-    trains_with = (optimizer or {}).get("type", "AdamW")
+    trains_with = str((optimizer or {}).get("type", "AdamW"))
     if trains_with.lower() in ("adamw", "adam"):
         settle("optimizer.params.")
     else:

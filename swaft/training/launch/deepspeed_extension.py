@@ -33,13 +33,16 @@ def use_environment() -> None:
     """Keep extensions, and find the build tool, inside the virtual environment that runs.
 
     The binary fits only the torch it was compiled against, so its home is the environment that holds that
-    torch, not the cache folder that all environments of a user share; ``TORCH_EXTENSIONS_DIR`` overrides. torch
+    torch, not the cache folder that all environments of a user share, unless this user may not write there;
+    ``TORCH_EXTENSIONS_DIR`` overrides. torch
     looks for ``ninja`` on the path even where nothing is left to build, and an environment that is called by
     its full path is not on it. It comes first: a ``ninja`` of another version takes all that this one has built
     for out of date, and compiles it again. Outside a virtual environment nothing is changed.
     """
     if sys.prefix != sys.base_prefix:
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+        home = Path(sys.prefix) / "torch_extensions"
+        if os.access(home if home.exists() else sys.prefix, os.W_OK):
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(home))
         tools, others = str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)
         if others.split(os.pathsep)[0] != tools:
             os.environ["PATH"] = os.pathsep.join([tools, others])

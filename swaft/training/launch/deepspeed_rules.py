@@ -115,7 +115,8 @@ def _unparsed(entries: Mapping[str, Any], name: str) -> Iterator[str]:
         _parse(entries)
     except ValidationError as error:
         for fault in error.errors():
-            path = ".".join([name, *map(str, fault["loc"])])
+            inside = fault["loc"][fault["loc"][:1] == (name,) :]  # monitors give their own name too
+            path = ".".join([name, *map(str, inside)])
             if fault["type"] == "extra_forbidden":
                 near = suggestion(str(fault["loc"][-1]), _settings(error.title, fault["loc"][:-1]))
                 yield f"sets {path}, which {by} does not have.{near or ' Remove it'}"

@@ -214,7 +214,7 @@ def _noise_facts(run: Looked) -> dict[str, Any]:
     noise = run.config.noise
     if noise.kind == "none":
         return {"kind": "none"}
-    chosen = run.ready.objective.settings(generating=bool(run.ready.model_config.is_encoder_decoder))
+    chosen = run.ready.objective.settings_for(run.model)
     return {"kind": noise.kind, "weight": noise.weight} | dataclasses.asdict(chosen)
 
 

@@ -33,6 +33,12 @@ ON_THE_LINE = {
 """Numbers that have a place of their own on a line of the log, or none; what a recipe logs beside them is added."""
 
 
+RUN_NAMES = {
+    "wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name",
+}  # fmt: skip
+"""What trackers call the name of a run."""
+
+
 class BarSafeHandler(logging.Handler):
     """Writes log lines to standard output above a progress bar, where there is one."""
 
@@ -141,10 +147,11 @@ def start_trackers(accelerator: Accelerator, config: RecipeConfig) -> None:
     """Start the trackers of ``track.report_to``, where there are any, with the settings of the run."""
     if config.track.report_to == "none":
         return
-    run_name = config.track.run_name or Path(config.train.output_dir).name
-    accelerator.init_trackers(
-        config.track.project_name, config=flatten(config), init_kwargs={"wandb": {"name": run_name}}
-    )
+    track, run_name = config.track, config.track.run_name or Path(config.train.output_dir).name
+    # accelerate hands the project to tensorboard as the folder of a run, and knows no other name for one.
+    project = f"{track.project_name}/{run_name}" if track.report_to == "tensorboard" else track.project_name
+    names = {tracker: {name: run_name} for tracker, name in RUN_NAMES.items()}
+    accelerator.init_trackers(project, config=flatten(config), init_kwargs=names)
 
 
 def training_line(
@@ -211,7 +218,7 @@ def run_facts(run: Run, *, task: str, schedule: Callable[[int], float]) -> dict[
     facts = {
         "Task": task,
         "Num examples": run.num_rows,
-        "Num epochs": f"{run.total_steps * per_step / run.num_rows:.2f}",
+        "Num epochs": f"{run.total_steps / run.steps_per_epoch:.2f}",
         "Instantaneous batch size per device": train.per_device_train_batch_size,
         "Total train batch size (w. parallel, distributed & accumulation)": per_step,
         "Gradient accumulation steps": train.gradient_accumulation_steps,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -185,6 +186,8 @@ def batches_read(before: RunRecord, now: Setup) -> int:
         )
     rows = batches * was.per_device_train_batch_size * was.world_size
     size = now.per_device_train_batch_size * now.world_size
+    if rows >= was.rows:  # the pass is over; its last micro-batches may have been filled up
+        return math.ceil(was.rows / size)
     if rows % size:
         raise ConfigError(
             f"the checkpoint stands at row {rows:,} of a pass, which is no whole number of this run's "

@@ -7,6 +7,7 @@ counts, the log, evaluation and checkpoints when they are due, signals, and the 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -173,6 +174,7 @@ class Run:
         loader = training_loader(rows, collate, train, world_size=world_size)
         self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
         self.total_steps = count_optimizer_steps(train, len(loader))
+        self.steps_per_epoch = math.ceil(len(loader) / train.gradient_accumulation_steps)
         setup = Setup(
             **layout_of(train, world_size=world_size, stage=zero_stage(self.model)),
             total_steps=self.total_steps,

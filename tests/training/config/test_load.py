@@ -257,8 +257,28 @@ def test_values_may_refer_to_other_settings_and_the_environment(monkeypatch):
     )
     assert config.train.output_dir == "runs/mrpc-11"
     assert config.train.seed == 11
-    [problem] = problems(*REQUIRED, "train.output_dir=${nowhere.x}")
-    assert problem.startswith("train.output_dir:")
+    for text in ("${nowhere.x}", "${"):
+        [problem] = problems(*REQUIRED, f"train.output_dir={text}")
+        assert problem.startswith(f"train.output_dir: '{text}' cannot be filled in: ")
+
+
+def test_references_inside_a_mapping_are_filled_in_from_files_and_the_command_line(tmp_path):
+    seed = write(tmp_path, "seed.yaml", "train:\n  seed: 3\n")
+    rest = ["data.train_file=a.csv", "train.output_dir=r", "--config", seed]
+    path = write(tmp_path, "a.yaml", "model:\n  config: {model_type: t5, vocab_size: '${train.seed}'}\n")
+    for words in (["--config", path], ["model.config={model_type: t5, vocab_size: ${train.seed}}"]):
+        config = load_config(Seq2SeqConfig, [*rest, *words])
+        assert config.model.config == {"model_type": "t5", "vocab_size": 3}
+    config.model.config |= {"name_or_path": "${a}", "architectures": ["${b}"]}
+    again = load_config(Seq2SeqConfig, ["--config", write(tmp_path, "b.yaml", to_yaml(config))])
+    assert again == config
+
+
+def test_a_tilde_is_the_users_home_in_settings_that_name_files(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("train.output_dir=~/runs", "data.task_name=~", "model.tokenizer_name=~/mine")
+    assert (config.train.output_dir, config.model.tokenizer_name) == ("/home/me/runs", "/home/me/mine")
+    assert config.data.task_name == "~"
 
 
 @pytest.mark.parametrize(
