@@ -82,6 +82,8 @@ class Ranks:
         if not found:
             return
         rank, first = found[0]
+        if rank == self.rank and error is not None:
+            first = error  # with its cause, which does not travel
         if self.world_size > 1:
             first.add_note(f"found on rank {rank} of {self.world_size}")
         raise first

@@ -165,7 +165,7 @@ class WeightAverager:
                 weights were changed inside.
         """
         chosen = self.chosen(readout, blend)
-        shard = self._shard_together(chosen)
+        shard = self.shard_together(chosen)
         statistics = self._statistics.of(*self._average(chosen))
         with swapped_in(self.engine, shard, statistics, derive=chosen.blend != 0):
             yield
@@ -223,7 +223,7 @@ class WeightAverager:
             ConfigError: for another dtype.
         """
         chosen = self.chosen(readout, blend)
-        shard = self._shard_together(chosen)
+        shard = self.shard_together(chosen)
         plan, count = self.plan(chosen.rule), self.count(chosen.rule)
         means = f"the average of a training run's weights by `{plan.rule!r}` (steps taken in: {count:,})"
         export.save_pretrained(
@@ -342,21 +342,21 @@ class WeightAverager:
         return blended(self.engine, self._ready(chosen).shard(chosen), chosen)
 
     def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
-        """What an average is the sum of: (coefficient, this rank's elements) pairs, the tensors as in `shard`.
+        """What an average is the sum of: (coefficient, this rank's elements) pairs, as of `shard`.
 
         For rules that keep members whole (LAWA), the tensors are those members; last come, in a blend, the last
-        weights.
+        weights. A scope is refused.
         """
         chosen = self.chosen(readout)
+        if chosen.scope != "all":
+            raise AveragingError(f"scope is {chosen.scope!r}; expected 'all', as members are of all weights")
         lanes = self._ready(chosen).readout(chosen)
         shards = [(chosen.blend * coefficient, lane.mean) for coefficient, lane in lanes]
         return shards if chosen.blend == 1 else [*shards, (1 - chosen.blend, self.engine.live_shard())]
 
     def drift(self, readout: str | Readout | None = None) -> float:
-        """Distance of an average from the live weights: ``||mean - masters||`` over all ranks, summed in float64
-        (collective).
-        """
-        pairs = beside_live(self.engine, self._shard_together(self.chosen(readout)))
+        """Distance of an average from the live weights, ``||mean - masters||`` over all ranks (collective)."""
+        pairs = beside_live(self.engine, self.shard_together(self.chosen(readout)))
         total = sum(float((averaged.double() - live.double()).square().sum()) for live, averaged in pairs)
         return math.sqrt(self.engine.ranks.sum([total])[0])
 
@@ -426,7 +426,7 @@ class WeightAverager:
             )
         return lanes
 
-    def _shard_together(self, chosen: Readout) -> Tensor:
+    def shard_together(self, chosen: Readout) -> Tensor:
         """:meth:`shard`, once every rank has its own and the weights have been seen to change (collective)."""
         with self.engine.ranks.together():
             shard = self.shard(chosen)

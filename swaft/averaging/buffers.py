@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from swaft.averaging.layout import clean_name
 from swaft.averaging.rules import Readout
@@ -67,20 +68,29 @@ def fold_parametrizations(
 ) -> dict[str, Tensor]:
     """A state dict in which every parametrized tensor is the plain tensor that evaluation mode computes.
 
-    `X.parametrizations.weight.original` and the parametrization's own tensors become `X.weight`.
+    `X.parametrizations.weight.original` and the parametrization's own tensors become `X.weight`, but for those that
+    transformers makes with every model of the class, and looks for in its folder.
 
     Args:
         module: the model with its parametrizations.
         state_dict: whole tensors in host memory, by clean name; of a parametrization all or nothing.
         derive: whether what parametrizations derive from weights is derived anew from those in the state dict.
     """
-    folded = dict(state_dict)
+    folded, own = dict(state_dict), _own_parametrizations(module)
     for name, inside, steps in parametrized(module):
-        if any(key.startswith(f"{inside}original") for key in folded):
+        if inside not in own and any(key.startswith(f"{inside}original") for key in folded):
             *_, (_, value) = _evaluated(inside, steps, folded, derive=derive)
             folded = {key: tensor for key, tensor in folded.items() if not key.startswith(inside)}
             folded[name] = value
     return folded
+
+
+def _own_parametrizations(module: nn.Module) -> set[str]:
+    """The beginnings of names that a new transformers model of this class has parametrized, too (Wav2Vec2's)."""
+    if not hasattr(type(module), "config_class") or next(parametrized(module), None) is None:
+        return set()
+    with torch.device("meta"):
+        return {inside for _, inside, _ in parametrized(type(module)(module.config))}
 
 
 @torch.no_grad()
@@ -260,7 +270,10 @@ def recompute_statistics(
             for layer in layers.values():
                 layer.reset_running_stats()
                 layer.momentum = None  # a plain mean
-            for batch in _together(engine, batches):
+            for number, batch in enumerate(_together(engine, batches), start=1):
+                for layer in layers.values():
+                    if isinstance(layer, _InstanceNorm):  # takes None for 0
+                        layer.momentum = 1 / number
                 if forward is not None:
                     forward(batch)
                 elif isinstance(batch, Mapping):
@@ -276,7 +289,8 @@ def recompute_statistics(
     for name, layer in layers.items():
         for key in ("running_mean", "running_var"):
             buffer = getattr(layer, key)
-            mean = torch.tensor(engine.ranks.sum(buffer.double().flatten().tolist())) / world_size
+            sums = engine.ranks.sum(buffer.double().flatten().tolist())
+            mean = torch.tensor(sums, dtype=torch.float32, device="cpu") / world_size
             buffer.copy_(mean.view(buffer.shape))
             found[f"{name}.{key}" if name else key] = buffer.cpu().clone()
     return found

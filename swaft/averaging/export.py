@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from os import PathLike
@@ -24,7 +25,7 @@ from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
 from swaft.averaging.layout import clean_name
-from swaft.averaging.shards import MEMORY, Scratch, beside_live, gather_trained
+from swaft.averaging.shards import MEMORY, Scratch, beside_live, gather_trained, room_for
 from swaft.errors import AveragingError
 from swaft.storage import TensorFile
 from swaft.storage.files import is_free, new_folder
@@ -138,6 +139,10 @@ def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
     with engine.ranks.together():
         if engine.ranks.is_main and not is_free(Path(path)):
             raise AveragingError(f"{path} holds files already; expected a new folder: name another path")
+        if engine.ranks.is_main and os.path.ismount(path):
+            raise AveragingError(
+                f"{path} is where a disk is mounted; expected a new folder: name one inside it"
+            )
 
 
 def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Path], None]) -> None:
@@ -294,25 +299,26 @@ def add_frozen(
     buffers |= {**engine.swap.buffers, **(statistics or {})}  # as training has them, also inside a swap
     wanted = [name for name in engine.state_names if names is None or name in names]
     sources = {aliases[name] for name in wanted if name in aliases} - engine.trainable.keys()
-    weights = {}
-    for name, parameter in engine.named_parameters():
-        if name in sources:
-            whole = engine.gather_working(parameter)
-            if engine.ranks.is_main:
-                weights[name] = _host(whole, scratch)
+    frozen = {name: parameter for name, parameter in engine.named_parameters() if name in sources}
+    floating = {name: parameter for name, parameter in frozen.items() if parameter.is_floating_point()}
+    weights = room_for(engine, floating, scratch)
+    for name, parameter in frozen.items():
+        whole = engine.gather_working(parameter)
+        if engine.ranks.is_main:
+            weights[name] = weights[name].copy_(whole) if name in weights else whole.cpu()
     if not engine.ranks.is_main:
         return {}
     weights |= trained
     return {
-        name: weights[aliases[name]] if name in aliases else _host(buffers[name], MEMORY)
+        name: weights[aliases[name]] if name in aliases else _host(buffers[name])
         for name in wanted
         if name in aliases or name in buffers
     }
 
 
-def _host(tensor: Tensor, room: Scratch) -> Tensor:
+def _host(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return room.empty(tensor.shape).copy_(tensor) if tensor.is_floating_point() else tensor.cpu()
+    return MEMORY.empty(tensor.shape).copy_(tensor) if tensor.is_floating_point() else tensor.cpu()
 
 
 def adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:

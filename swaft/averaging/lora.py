@@ -205,15 +205,11 @@ def product_mean(
     engine = averager.engine
     layers = lora_layers.find_layers(engine)
     chosen = averager.chosen(readout)
-    if chosen.scope != "all":
-        raise AveragingError(
-            f"the mean of LoRA updates was asked for with scope={chosen.scope!r}; expected 'all': the updates are "
-            "what is trained"
-        )
+    average = averager.shard_together(chosen)
     shards = averager.lane_shards(chosen)
     _refuse_mixtures(averager.plan(chosen.rule), averager.count(chosen.rule), chosen)
     members = _gather_members(engine, layers, ((c, gather_trained(engine, s)) for c, s in shards))
-    trained = gather_trained(engine, averager.shard(readout))
+    trained = gather_trained(engine, average)
     averaged: dict[str, tuple[tuple[Tensor, Tensor], Norms]] = {}
     with engine.ranks.together("the mean of the LoRA updates cannot be computed"):
         if engine.ranks.is_main:
@@ -256,7 +252,7 @@ def save_merged(
     engine = averager.engine
     layers = lora_layers.find_layers(engine)
     export.refuse_occupied(engine, path)
-    trained = gather_trained(engine, averager.shard(readout))
+    trained = gather_trained(engine, averager.shard_together(averager.chosen(readout)))
     _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
 
 
@@ -356,7 +352,7 @@ def refactor(members: Members, rank: int) -> tuple[Tensor, Tensor, Norms]:
     right_basis, right_core = torch.linalg.qr(right)
     _, b, a = members[0]
     r = b.shape[1]
-    weights = torch.tensor(coefficients, dtype=torch.float64).repeat_interleave(r)
+    weights = torch.tensor(coefficients, dtype=torch.float64, device="cpu").repeat_interleave(r)
     covariance = (left_core[:, r:] * weights) @ right_core[:, r:].T
     core = left_core[:, :r] @ right_core[:, :r].T + covariance
     u, s, vh = torch.linalg.svd(core, full_matrices=False)

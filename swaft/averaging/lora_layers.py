@@ -153,7 +153,7 @@ def base_state_dict(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[st
         elif isinstance(wrapper, TrainableTokensWrapper):
             kept = f"{inside}token_adapter.base_layer."
             for adapter in wrapper.active_adapters:
-                rows = torch.tensor(wrapper.token_adapter.token_indices[adapter])
+                rows = torch.tensor(wrapper.token_adapter.token_indices[adapter], device="cpu")
                 trained = plain[f"{inside}token_adapter.trainable_tokens_delta.{adapter}"]
                 plain[f"{kept}weight"] = plain[f"{kept}weight"].index_copy(0, rows, trained)
         else:

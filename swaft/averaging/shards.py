@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def outside(engine: Engine, scope: str) -> set[str]:
     """
     if scope == "all":
         return set()
+    engine.release_gathered()  # FSDP2's gathered copies are other parameters than those that are trained
     if scope == "no_embeddings":
         parts = [part for part in engine.module.modules() if isinstance(part, nn.Embedding)]
         kept = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -130,6 +131,18 @@ def beside_live(engine: Engine, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]
         position += len(last)
 
 
+def room_for(engine: Engine, parameters: Mapping[str, nn.Parameter], scratch: Scratch) -> dict[str, Tensor]:
+    """Whole fp32 tensors on rank 0, to be filled (collective; {} elsewhere).
+
+    Raises:
+        StateError: there is no room for them; on every rank.
+    """
+    with engine.ranks.together("there is no room for the whole weights on rank 0"):
+        if engine.ranks.is_main:
+            return {name: scratch.empty(engine.full_shape(each)) for name, each in parameters.items()}
+    return {}
+
+
 def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) -> dict[str, Tensor]:
     """Every trained parameter whole on rank 0's host, from shards (collective; {} elsewhere).
 
@@ -142,11 +155,7 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
         name to (parameter shape), fp32.
     """
     ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
-    weights: dict[str, Tensor] = {}
-    with ranks.together("there is no room for the whole weights on rank 0"):
-        if ranks.is_main:
-            shapes = {name: engine.full_shape(each) for name, each in engine.trainable.items()}
-            weights = {name: scratch.empty(shape) for name, shape in shapes.items()}
+    weights = room_for(engine, engine.trainable, scratch)
     if not ranks.is_main:
         for piece in shard.split(PIECE) if len(shard) else ():
             ranks.send(piece, to=0)

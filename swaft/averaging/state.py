@@ -14,6 +14,7 @@ opens the state takes what it owns from whichever files hold it. Values are copi
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -256,7 +257,8 @@ def save_averages(
     Arguments and errors are those of `WeightAverager.save_state`, and ``applied_steps`` the optimizer steps so far.
     """
     ranks, fragments = engine.ranks, engine.fragments
-    held = {name: lanes.held() for name, lanes in averages.lanes.items()}  # nothing moves them meanwhile
+    with ranks.together():  # a member may be torn on one rank
+        held = {name: lanes.held() for name, lanes in averages.lanes.items()}  # nothing moves them meanwhile
     state = _description(engine, averages, applied_steps, held)
     vectors = {
         name: vector
@@ -282,7 +284,7 @@ def load_averages(
     Arguments and errors are those of `WeightAverager.load_state`. The lanes are as before after an error that was
     found before the first vector was read. Returns the optimizer steps that had been taken.
     """
-    folder = standing(Path(path))
+    folder = standing(Path(os.path.realpath(path)))  # as what is saved goes where links lead
     manifest = open_together(engine.ranks, folder, kind=KIND)
     files = sorted(manifest.files)
     if not files:

@@ -56,6 +56,8 @@ def refuse_occupied(path: Path) -> None:
     """
     if path.name in ("", "..") or "\0" in str(path):
         raise ConfigError(f"--output is {str(path)!r}; expected the path of a new folder, such as runs/soup")
+    if os.path.ismount(path):
+        raise StateError(f"{path} is where a disk is mounted; name a new folder inside it as --output")
     if not is_free(path):
         raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
 

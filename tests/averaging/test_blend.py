@@ -136,7 +136,7 @@ def test_the_exact_mean_of_lora_updates_blends_exactly_with_the_last_update(blen
         for layer in product._layers
     }
     assert max(relative(found, expected).values()) < 1e-6
-    with pytest.raises(AveragingError, match="scope='no_head'"):
+    with pytest.raises(AveragingError, match="scope is 'no_head'"):
         lora.product_mean(averager, Readout(scope="no_head"))
 
 

@@ -138,6 +138,34 @@ def test_running_statistics_of_an_average_are_those_of_torchs_update_bn(batches,
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_statistics_of_instances_are_the_means_of_all_batches():
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True)
+    )
+    averager = averaged(model)
+    averager.update_bn(rows())
+    with averager.swapped_in():
+        seen = torch.stack([model[1](model[0](batch)) for batch in rows()])
+        assert torch.allclose(model[2].running_mean, seen.mean((0, 1, 3)), atol=1e-6)
+        assert torch.allclose(model[2].running_var, seen.var(3).mean((0, 1)), atol=1e-5)
+    assert model[2].momentum == 0.1
+
+
+def test_torchs_default_for_new_tensors_does_not_round_statistics():
+    model = with_norm()
+    averager, batches = averaged(model), rows()
+    averager.update_bn(batches)
+    with averager.swapped_in():
+        expected = model[1].running_mean.clone()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        averager.update_bn(batches)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with averager.swapped_in():
+        assert torch.equal(model[1].running_mean, expected)
+
+
 def test_statistics_belong_to_one_average_with_its_members_and_are_not_used_for_others(caplog):
     model = with_norm()
     averager = averaged(model, rule={"swa": swaft.SWA(start=0), "ema": swaft.EMA(decay=0.5)})

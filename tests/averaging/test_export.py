@@ -18,13 +18,15 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
 )
 
 import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
 from swaft.averaging.lora import scatter_trained
 from swaft.averaging.shards import Scratch, gather_trained
-from swaft.errors import AveragingError, ConfigError
+from swaft.errors import AveragingError, ConfigError, StateError
 
 pytestmark = pytest.mark.unit
 
@@ -72,6 +74,21 @@ def test_a_head_of_two_nameless_labels_is_read_back_where_its_type_begins_with_t
     assert torch.equal(read.classification_head.out_proj.weight, model.classification_head.out_proj.weight)
 
 
+def test_a_parametrization_that_transformers_makes_with_every_model_of_the_class_stays_one(tmp_path):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "classifier_proj_size"), 8)
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,)}
+    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = Wav2Vec2Config(num_hidden_layers=1, num_attention_heads=2, **sizes, **convolutions, **position)
+    model = Wav2Vec2ForSequenceClassification(config)
+    spectral_norm(model.classifier)  # one of the user's, which is folded
+    save_pretrained(engine_of(model), tmp_path / "out")
+    read, info = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    rows = torch.randn(2, 400)
+    assert torch.allclose(read.eval()(rows).logits, model.eval()(rows).logits, atol=1e-6)
+
+
 def test_a_plain_module_leaves_its_weights_tied_ones_under_both_names(tmp_path):
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight
@@ -100,6 +117,27 @@ def test_nothing_is_overwritten(make, tmp_path):
     with pytest.raises(AveragingError, match="name another path"):
         save_pretrained(engine_of(nn.Linear(2, 2)), target)
     assert held.read_text() == "mine"
+
+
+def test_a_place_where_a_disk_is_mounted_is_refused_before_anything_is_gathered(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(AveragingError, match=r"where a disk is mounted.*name one inside it"):
+        save_pretrained(engine_of(nn.Linear(2, 2)), tmp_path)
+
+
+def test_frozen_weights_that_there_is_no_room_for_are_an_error_of_every_rank(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    model[1].requires_grad_(False)
+    engine, empty = engine_of(model), Scratch.empty
+
+    def full(room, shape, *dtype):
+        if 3 in shape:
+            raise OSError(28, "No space left on device")
+        return empty(room, shape, *dtype)
+
+    monkeypatch.setattr(Scratch, "empty", full)
+    with pytest.raises(StateError, match=r"no room for the whole weights on rank 0: .*No space left"):
+        save_pretrained(engine, tmp_path / "out")
 
 
 def test_a_write_that_fails_leaves_no_folder_and_says_why(tmp_path, monkeypatch):

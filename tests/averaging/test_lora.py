@@ -194,6 +194,32 @@ def test_nothing_averaged_yet_is_refused():
         lora.product_mean(early)
 
 
+def test_an_average_that_never_moved_is_refused(tmp_path):
+    averager, _ = train(adapted(), moving=lambda name: False)
+    for use in (lora.product_mean, lambda averager: lora.save_merged(averager, tmp_path / "merged")):
+        with pytest.raises(AveragingError, match="all were the same bit for bit"):
+            use(averager)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_scope_is_refused():
+    averager, _ = train(adapted())
+    with pytest.raises(AveragingError, match="scope is 'no_head'; expected 'all'"):
+        lora.product_mean(averager, swaft.Readout(scope="no_head"))
+
+
+def test_torchs_default_device_is_not_where_factors_are_computed():
+    averager, _ = train(adapted())
+    expected = lora.product_mean(averager, rank=4).factors
+    try:
+        torch.set_default_device("meta")
+        found = lora.product_mean(averager, rank=4).factors
+    finally:
+        torch.set_default_device(None)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(a, b) for name in found for a, b in zip(found[name], expected[name], strict=True))
+
+
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True])
 def test_a_rank_that_is_none_is_refused(rank):
     averager, _ = train(adapted())

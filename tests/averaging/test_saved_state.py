@@ -266,3 +266,13 @@ def test_the_order_in_which_rules_are_given_does_not_matter(tmp_path):
     train(model, optimizer, averager, 6, STEPS)
     expected, found = lanes(whole[2]), lanes(averager)
     assert all(torch.equal(a, b) for name in RULES for a, b in zip(expected[name], found[name], strict=True))
+
+
+def test_a_state_that_was_saved_through_a_link_is_read_through_it(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    model, optimizer, averager = start()
+    train(model, optimizer, averager, 0, 6)
+    averager.save_state(tmp_path / "link", overwrite=True)
+    averager.load_state(tmp_path / "link")
+    assert averager.count("swa") == 4

@@ -330,6 +330,8 @@ def test_ranks_that_were_given_different_rules_are_told_which():
 def test_a_rule_given_by_its_name_is_refused_with_what_was_meant():
     with pytest.raises(ConfigError, match=r"'swa' is no rule, expected swaft\.SWA"):
         training("swa")
+    with pytest.raises(ConfigError, match=r"EMA'> is no rule, expected swaft\.SWA"):
+        training(swaft.EMA)
 
 
 def test_an_evaluation_that_returns_no_number_is_refused_with_what_was_meant():

@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
+from swaft.averaging.adapters import is_peft
+from swaft.averaging.shards import outside
 from swaft.errors import AveragingError, LayoutError
 
 __all__ = ["load_plainly", "logits", "shared_folder"]
@@ -211,6 +213,13 @@ def engine_case(case: EngineCase, model_case: ModelCase):
                 assert all(same_bits(loaded[name], whole[name]) for name in live)
         assert torch.equal(logits(model, a_batch), before)
 
+    def a_scope_leaves_the_same_weights_after_a_forward():
+        scope = "no_head" if is_peft(engine.module) else "no_embeddings"
+        engine.release_gathered()
+        before = outside(engine, scope)
+        logits(model, a_batch)
+        assert outside(engine, scope) == before
+
     def an_averaging_event_is_one_message_and_an_ordinary_step_none():
         message = ["all_reduce"] if dist.get_world_size() > 1 else []
         for step, expected in ((STEPS + 1, []), (STEPS + 2, message)):
@@ -257,6 +266,7 @@ def engine_case(case: EngineCase, model_case: ModelCase):
         weights_written_on_one_rank_inside_a_swap_are_an_error_on_all,
         the_exported_average_loads_without_an_engine_bit_for_bit,
         a_blend_lies_on_the_line_through_the_last_weights_and_the_average,
+        a_scope_leaves_the_same_weights_after_a_forward,
         publishing_takes_the_collectives_it_says,
         a_layout_that_misses_elements_is_refused_on_every_rank,
     ]

@@ -83,6 +83,12 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
             "`accelerator.prepare` returns: attach after it"
         )
+    devices = {parameter.device for parameter in module.parameters() if parameter.requires_grad}
+    if len(devices) > 1:
+        raise UnsupportedEngineError(
+            f"the trained parameters lie on {', '.join(sorted(map(str, devices)))}, expected one device a process; "
+            "load the model without device_map"
+        )
     return ReplicatedEngine(
         "ddp" if wrapped else "plain",
         module,
@@ -98,11 +104,13 @@ def _is_a(instance: object, class_name: str) -> bool:
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The module inside DDP and torch.compile, whichever wraps which, and whether DDP is among them."""
+    """The module inside what wraps it (DDP, DataParallel, torch.compile), and whether DDP is among that."""
     wrapped = False
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model, wrapped = model.module, True
+        elif isinstance(model, nn.DataParallel):
+            model = model.module
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
         else:

@@ -287,7 +287,7 @@ def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dic
     problems += [
         f"rule: {rule!r} is no rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
         for rule in rules.values()
-        if not hasattr(rule, "plan")
+        if isinstance(rule, type) or not hasattr(rule, "plan")
     ]
     if problems or not rules:
         raise ConfigError(problems or "rule={} names no rule, expected at least one")

@@ -111,6 +111,18 @@ def test_weights_that_are_no_fp32_masters_are_refused_with_the_reason(dtype, rea
         attach_engine(model, sgd(model))
 
 
+def test_a_model_over_several_devices_is_refused():
+    model = two_layers()
+    model[1].to("meta")
+    with pytest.raises(UnsupportedEngineError, match=r"lie on cpu, meta, expected one device.*device_map"):
+        attach_engine(model, sgd(model))
+
+
+def test_the_module_inside_dataparallel_is_the_one_that_is_averaged():
+    model = two_layers()
+    assert attach_engine(nn.DataParallel(model), sgd(model)).module is model
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     model = two_layers()
     optimizer = sgd(model)
