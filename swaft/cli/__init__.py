@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from swaft.errors import ConfigError
+
+
+def reading(read: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    """What an option's word is read by: a function, and what was expected where it raises a ValueError."""
+
+    def read_word(word: str) -> Any:
+        try:
+            return read(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r} was found, expected {expected}") from None
+
+    return read_word
+
+
+def _count(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise ValueError
+    return number
+
+
+COUNT = reading(_count, "a whole number of at least 1")
 
 
 class CommandParser(argparse.ArgumentParser):

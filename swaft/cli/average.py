@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swaft.cli import CommandParser
+from swaft.cli import COUNT, CommandParser, reading
 from swaft.errors import ConfigError
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
 from swaft.soup.output import parse_size
@@ -130,13 +130,16 @@ def _parser() -> CommandParser:
     parser = CommandParser("average")
     parser.add_argument("checkpoints", nargs="+")
     add_output_options(parser)
-    parser.add_argument("--weights", type=lambda text: [float(word) for word in text.split(",")])
-    parser.add_argument("--last", type=_count)
+    numbers = reading(
+        lambda text: [float(word) for word in text.split(",")], "numbers with commas between them"
+    )
+    parser.add_argument("--weights", type=numbers)
+    parser.add_argument("--last", type=COUNT)
     parser.add_argument("--evaluate")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--higher-is-better", action="store_true", default=None)
     direction.add_argument("--lower-is-better", dest="higher_is_better", action="store_false", default=None)
-    parser.add_argument("--lora-rank", type=_count)
+    parser.add_argument("--lora-rank", type=COUNT)
     parser.add_argument("--trust-pickle", action="store_true")
     return parser
 
@@ -147,12 +150,6 @@ def add_output_options(parser: CommandParser) -> None:
         parser.add_argument(f"--{name}")
     parser.add_argument("--output", required=True)
     parser.add_argument("--dtype", choices=tuple(WRITTEN), default="float32")
-    parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"))
+    size = reading(parse_size, "a size such as 500MB")
+    parser.add_argument("--max-shard-size", type=size, default=parse_size("5GB"))
     parser.add_argument("--json", action="store_true")
-
-
-def _count(word: str) -> int:
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
-    return value

@@ -56,9 +56,11 @@ def run(words: Sequence[str]) -> int:
         parser.error(
             f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out"
         )
-    base = options.base
-    if base is None and source.name == OF_TRAINER and holds_weights(source.parent):
-        base = str(source.parent)
+    base, checkpoint = options.base, source.parent
+    # accelerate's checkpoints may hold weights too, and nothing that says of which model.
+    of_trainer = source.name == OF_TRAINER and status(checkpoint / "trainer_state.json") is not None
+    if base is None and of_trainer and holds_weights(checkpoint):
+        base = str(checkpoint)
     if not is_final and base is None:
         parser.error(
             f"--base is missing: {source} holds weights alone; name a Hugging Face folder of the same model, from "

@@ -26,7 +26,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from swaft.cli import CommandParser
+from swaft.cli import COUNT, CommandParser
 from swaft.errors import ConfigError
 
 
@@ -59,17 +59,11 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _count(word: str) -> int:
-    if (number := int(word)) < 1:
-        raise ValueError
-    return number
-
-
 def _parser() -> CommandParser:
     parser = CommandParser("report")
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--surface", action="store_true")
-    parser.add_argument("--rows", type=_count, default=256)
+    parser.add_argument("--rows", type=COUNT, default=256)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", action="store_true")
     return parser

@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import IO
 
-from swaft.cli import CommandParser
+from swaft.cli import CommandParser, reading
 from swaft.errors import ConfigError
 from swaft.report.compare import arms_of, compare
 from swaft.report.runs import json_object, read_run
@@ -237,7 +237,9 @@ def _seeds(word: str) -> list[int]:
 
 def _parser() -> CommandParser:
     parser = CommandParser("sweep")
-    parser.add_argument("--seeds", type=_seeds, required=True)
+    parser.add_argument(
+        "--seeds", type=reading(_seeds, "how many, or different ones with commas between them"), required=True
+    )
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--slurm", type=Path)
     parser.add_argument("--json", action="store_true")

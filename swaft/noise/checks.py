@@ -109,7 +109,7 @@ def check_two_masks(model: nn.Module, objective: str) -> None:
     config = getattr(unwrap(model), "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     settings = {
-        key: value for each in (config, text) for key, value in vars(each or {}).items() if "drop" in key
+        key: value for each in (config, text) if each for key, value in vars(each).items() if "drop" in key
     }
     if next(_dropout_rates(model), None) or any(map(_is_rate, settings.values())):
         return
@@ -168,8 +168,8 @@ def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
     if targets.shape != rows.shape[:-1]:
         raise NoiseError(
             f"Labels of shape {tuple(targets.shape)} do not fit the model's rows, {tuple(rows.shape[:-1])}; "
-            f"{objective} expects one class index a row. Use swaft.TaskLoss for several labels a row, and for "
-            "rows without a label (the virtual tokens of prompt tuning)."
+            f"{objective} expects one class index a row. Use swaft.TaskLoss() without label_smoothing for "
+            "several labels a row, and for rows without a label (the virtual tokens of prompt tuning)."
         )
 
 

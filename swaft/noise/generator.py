@@ -52,7 +52,7 @@ def splitmix64(value: int) -> int:
     Returns:
         An integer in [0, 2**64).
     """
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = (int(value) + 0x9E3779B97F4A7C15) & _MASK  # numpy's integers have an end
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)

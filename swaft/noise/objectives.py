@@ -70,7 +70,7 @@ class ObjectiveOutput:
     def logged(self) -> dict[str, Tensor]:
         """The numbers that belong in a log, by name."""
         names = ("loss", "task_loss", "divergence", "noise_to_signal", "changed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name).detach() for name in names}
 
 
 class Resumable:

@@ -175,8 +175,10 @@ def choose_form(
     """
     targets = inputs.targets
     options: dict[str, Any] = {
-        "divergence_weight": weight * settings.scale / settings.task_scale,
-        "label_smoothing": settings.label_smoothing,
+        "divergence_weight": float(
+            weight * settings.scale / settings.task_scale
+        ),  # numpy's are none to a kernel
+        "label_smoothing": float(settings.label_smoothing),
         "ignore_index": IGNORE_INDEX,
         "detach": settings.detach,
         "ce_on_noised": settings.ce_on_noised,

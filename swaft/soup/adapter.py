@@ -27,6 +27,7 @@ FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedd
 VARIANTS = (
     "use_dora",
     "use_qalora",
+    "use_bdlora",
     "alora_invocation_tokens",
     "target_parameters",
     "megatron_config",

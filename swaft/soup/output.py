@@ -43,7 +43,7 @@ WEIGHTS = (
     ".index.json",
 )
 """How the names of weights end, and of the state of training. They are not copied."""
-LEFT_NAMES = ("trainer_state.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
+LEFT_NAMES = ("trainer_state.json", "noise.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
 """Other files that are not copied: they tell of the checkpoint, and not of what is made of it."""
 
 

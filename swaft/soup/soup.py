@@ -133,6 +133,8 @@ def average(
     weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
     if lora_rank is not None and lora_rank < 1:
         raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
+    if rule is not None and all(map(holds_weights, paths)):
+        raise ConfigError(f"rule is {rule!r}, and no checkpoint is a saved state of averages; leave it out")
     refuse_occupied(output)
     with ExitStack() as stack:
         members = list[SavedWeights]()
@@ -225,13 +227,22 @@ def choose_greedily(
         count: of candidates, numbered from 0.
         score: of the uniform mean of some of them; of one alone, of itself. Asked 2 count - 1 times.
         higher_is_better: or lower.
+
+    Raises:
+        StateError: a score is no number, as that of weights that have diverged.
     """
     sign = 1.0 if higher_is_better else -1.0
-    alone = [score([each]) for each in range(count)]
+
+    def asked(chosen: Sequence[int]) -> float:
+        if math.isnan(found := score(chosen)):
+            raise StateError(f"the score of candidates {[*chosen]} is no number; leave out what has diverged")
+        return found
+
+    alone = [asked([each]) for each in range(count)]
     order = sorted(range(count), key=lambda each: -sign * alone[each])
     chosen, best, trials = order[:1], alone[order[0]], []
     for each in order[1:]:
-        found = score([*chosen, each])
+        found = asked([*chosen, each])
         stays = sign * found >= sign * best
         trials.append((each, found, stays))
         if stays:

@@ -74,9 +74,18 @@ def test_the_greedy_soup_keeps_what_helps(tmp_path, checkpoints, capsys):
         (["a"], "--output"),
         (["--output", "x"], "checkpoints"),
         (["a", "b", "--last", "2", "--output", "x"], "--last takes one run folder; found 2"),
-        (["a", "--last", "0", "--output", "x"], "0 is not 1 or more"),
-        (["a", "--weights", "x", "--output", "x"], "--weights: invalid"),
-        (["a", "--max-shard-size", "5 parsecs", "--output", "x"], "--max-shard-size: invalid"),
+        (
+            ["a", "--last", "0", "--output", "x"],
+            "--last: '0' was found, expected a whole number of at least 1",
+        ),
+        (
+            ["a", "--weights", "0.2,x", "--output", "x"],
+            "--weights: '0.2,x' was found, expected numbers with commas",
+        ),
+        (
+            ["a", "--max-shard-size", "5 parsecs", "--output", "x"],
+            "'5 parsecs' was found, expected a size such as 500MB",
+        ),
         (["a", "--evaluate", "c {folder}", "--output", "x"], "goes with --higher-is-better or --lower"),
         (["a", "--lower-is-better", "--output", "x"], "goes with --higher-is-better or --lower"),
         (["a", "--evaluate", "c", "--lower-is-better", "--output", "x"], r"with \{folder\} in it"),

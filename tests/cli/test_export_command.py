@@ -193,12 +193,20 @@ def test_averages_that_lie_by_themselves_are_exported(tmp_path, averager, base):
 @pytest.mark.parametrize("named", ["checkpoint-4", "checkpoint-4/averages"])
 def test_a_checkpoint_of_the_trainer_is_its_own_base(named, tmp_path, averager, base):
     checkpoint = shutil.copytree(base, tmp_path / "checkpoint-4")
+    (checkpoint / "trainer_state.json").write_text("{}")
     averager.save_state(checkpoint / "averages")
     averager.save_pretrained(tmp_path / "own", "mean")
     assert run([str(tmp_path / named), "--output", str(tmp_path / "out"), "--rule", "mean"]) == 0
     own, found = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "out"))
     assert torch.equal(found["weight"], own["weight"])
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_checkpoint_of_accelerate_needs_a_base_though_it_holds_weights(tmp_path, averager, base):
+    averager.save_state(tmp_path / "checkpoint" / "averages")
+    shutil.copy(Path(base) / "model.safetensors", tmp_path / "checkpoint")
+    with pytest.raises(ConfigError, match="--base is missing"):
+        run([str(tmp_path / "checkpoint"), "--output", str(tmp_path / "out"), "--rule", "mean"])
 
 
 def test_where_there_are_no_averages_that_is_said(tmp_path, base):

@@ -136,6 +136,31 @@ def test_choosing_by_the_average_before_there_is_one_is_refused_before_training(
         trainer(tmp_path, averaging, **settings).train()
 
 
+@pytest.mark.parametrize(
+    ("epochs", "start", "delay"), [(2.5, 7, 2), (2.5, 9, 2.5), (2.5, 4, None), (1.5, 5, 1.5)]
+)
+def test_epochs_are_counted_in_steps_where_the_last_one_is_not_whole(tmp_path, epochs, start, delay):
+    # 4 steps an epoch.
+    run = trainer(
+        tmp_path,
+        WeightAveragingCallback(swaft.SWA(start=start)),
+        max_steps=-1,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=16,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model="averaged_loss",
+        load_best_model_at_end=True,
+    )
+    if delay is None:
+        run.train()
+        return
+    with pytest.raises(
+        ConfigError, match=f"after 4 steps, .* before step {start}; set eval_delay={delay:g}, "
+    ):
+        run.train()
+
+
 def test_an_export_that_is_there_already_is_not_overwritten(tmp_path, averaging):
     (tmp_path / "final-averaged").mkdir()
     with pytest.raises(ConfigError, match="move it away"):
@@ -148,6 +173,7 @@ def test_resuming_without_averages_names_the_latest_checkpoint_that_has_some(tmp
     # Killed while the averages were written, and between the Trainer's save and ours.
     (tmp_path / "checkpoint-8" / "averages" / "COMPLETE").unlink()
     shutil.rmtree(tmp_path / "checkpoint-6" / "averages")
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-best")  # the user's
     with pytest.raises(StateError, match=r"has no averages.*resume from .*checkpoint-4, the latest"):
         trainer(tmp_path, WeightAveragingCallback(swaft.SWA(start=0.5)), max_steps=10).train(
             resume_from_checkpoint=True
@@ -286,6 +312,8 @@ def test_the_page_of_a_trainers_run_has_the_loss_between_both_weights(tmp_path, 
     run.train()
     scores = run.evaluate()
     before = {name: value.clone() for name, value in run.model.named_parameters()}
+    with pytest.raises(ConfigError, match="one data set of numbered rows"):
+        write_surface(run, eval_dataset={"one": run.eval_dataset})
     write_surface(run, rows=1000)
     after = dict(run.model.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in before.items())

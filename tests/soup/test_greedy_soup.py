@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -26,6 +27,18 @@ def test_lower_scores_are_better_where_that_is_said():
     assert choose_greedily(2, lambda c: scores[tuple(c)], higher_is_better=False).chosen == [0, 1]
     scores[(0, 1)] = 1.5
     assert choose_greedily(2, lambda c: scores[tuple(c)], higher_is_better=False).chosen == [0]
+
+
+@pytest.mark.parametrize("scores", [[math.nan, 0.5, 0.9], [0.5, math.nan, 0.9], [0.5, 0.9, 0.7, math.nan]])
+def test_a_score_that_is_no_number_is_refused(scores):
+    scores = iter([*scores, 0.0])
+    with pytest.raises(StateError, match=r"the score of candidates \[.*\] is no number"):
+        choose_greedily(3, lambda chosen: next(scores), higher_is_better=True)
+
+
+def test_a_rule_of_checkpoints_that_are_no_averages_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rule is 'swa', and no checkpoint is a saved state"):
+        average(folders(tmp_path, 2), tmp_path / "out", rule="swa")
 
 
 def test_equal_candidates_are_tried_in_the_order_they_were_named():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import RECOMMENDED, Rule
@@ -26,6 +27,7 @@ from swaft.integrations.transformers.calling import (
     those_of_kind,
 )
 from swaft.storage import is_complete
+from swaft.storage.sealed import step_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class WeightAveragingCallback(TrainerCallback):
         )
         if state.global_step:
             self.averager.load_state(_require_state(resumed_from or checkpoint_of(args, state)))
-        _require_average_when_chosen_by(args, state, self.averager)
+        _require_average_when_chosen_by(args, state, self.averager, kwargs["train_dataloader"])
         if "evaluate" not in vars(self._trainer):
             self._trainer.evaluate = _evaluating_both(self._trainer)
         # Callbacks that read scores (early stopping) come after this one, which adds those of the average.
@@ -240,7 +242,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
     return both
 
 
-def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAverager) -> None:
+def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAverager, loader: Any) -> None:
     """Refuse to choose the best model by the averaged score of an evaluation at which nothing is averaged yet.
 
     Raises:
@@ -250,15 +252,18 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
     first_member = averager.plan().first_step
     if not chosen_by.startswith("averaged_") or averager.num_averaged:
         return
-    per_epoch = state.max_steps / state.num_train_epochs
-    if args.eval_strategy == "epoch":
-        first, delay = math.ceil(max(args.eval_delay, 1)) * per_epoch, math.ceil(first_member / per_epoch)
-    else:
+    if args.eval_strategy != "epoch":
         first, delay = math.ceil(max(args.eval_delay, 1) / state.eval_steps) * state.eval_steps, first_member
+    elif has_length(loader):  # the last epoch may end before its rows do
+        per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        first = min(math.ceil(max(args.eval_delay, 1)) * per_epoch, state.max_steps)
+        delay = min(math.ceil(first_member / per_epoch), state.max_steps / per_epoch)
+    else:  # nobody knows when its first epoch ends
+        first = delay = first_member
     if first < first_member or args.eval_on_start:
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} at an evaluation after {first:.0f} steps, but "
-            f"nothing is averaged before step {first_member}; set eval_delay={delay}, or begin to average earlier"
+            f"nothing is averaged before step {first_member}; set eval_delay={delay:g}, or begin to average earlier"
         )
 
 
@@ -266,10 +271,8 @@ def _require_state(checkpoint: Path) -> Path:
     """Return the averages of a checkpoint; without any, name the latest checkpoint beside it that has some."""
     if is_complete(checkpoint / STATE):
         return checkpoint / STATE
-    others = [each.parent for each in checkpoint.parent.glob(f"checkpoint-*/{STATE}/COMPLETE")]
-    latest = max(
-        (each.parent for each in others), key=lambda each: int(each.name.rpartition("-")[2]), default=None
-    )
+    others = [each.parents[1] for each in checkpoint.parent.glob(f"checkpoint-*/{STATE}/COMPLETE")]
+    latest = max(others, key=step_of, default=None)
     advice = (
         f"resume from {latest}, the latest that has some"
         if latest

@@ -28,6 +28,8 @@ OWN_LOSSES = ("SFTTrainer",)
 """Trainers whose own loss is the one that a noise objective computes too: the mean cross entropy of the labels."""
 REPLACED = ("compute_loss", "get_batch_samples", "log")
 """Methods of a Trainer that a noise objective stands in for while it trains."""
+LOGGED = ("task_loss", "divergence", "noise_to_signal")
+"""What a line of the log gains, as means over its micro-batches."""
 TRAIN_NOISE: WeakSet[Trainer] = WeakSet()
 """The Trainers in which one does."""
 
@@ -52,7 +54,7 @@ class NoiseCallback(TrainerCallback):
 
     def __init__(self, objective: Any):
         self.objective = objective
-        self._seen: list[Any] = []
+        self._sums, self._seen = torch.zeros(len(LOGGED)), 0
         self._counted = torch.ones(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -63,7 +65,7 @@ class NoiseCallback(TrainerCallback):
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             self.objective.load_state_dict(_read_objective_state(resumed_from or checkpoint_of(args, state)))
-        self._seen.clear()
+        self._seen = 0
         self._put_back()  # what a training that failed has left
         TRAIN_NOISE.add(self._trainer)
         self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
@@ -93,7 +95,8 @@ class NoiseCallback(TrainerCallback):
             if not model.training or self not in callbacks_of(self._trainer):
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
-            self._seen.append(out.logged)
+            logged = torch.stack([out.logged[name].float() for name in LOGGED])
+            self._sums, self._seen = (self._sums + logged if self._seen else logged), self._seen + 1
             # The engine takes the mean over ranks. The Trainer divides by the micro-batches, unless it believes
             # that the loss was divided by the items of the step.
             scaled = self._trainer.loss_is_scaled_for_ga
@@ -130,9 +133,8 @@ class NoiseCallback(TrainerCallback):
         @functools.wraps(log)
         def with_divergence(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs and self._seen:
-                for name in ("task_loss", "divergence", "noise_to_signal"):
-                    logs[name] = torch.stack([each[name].float() for each in self._seen]).mean().item()
-                self._seen.clear()
+                logs |= dict(zip(LOGGED, (self._sums / self._seen).tolist(), strict=True))
+                self._seen = 0
             log(logs, *args, **kwargs)
 
         return with_divergence

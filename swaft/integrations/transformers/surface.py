@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch.utils.data import Subset
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from swaft.errors import ConfigError
 from swaft.integrations.transformers.averaging import averaged_weights
@@ -28,17 +29,19 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
 
     Raises:
         AveragingError: the trainer has averaged nothing.
-        ConfigError: its weights lie in shards, or both kinds of weights are the same.
+        ConfigError: its weights lie in shards, both kinds of weights are the same, or there is no one data set.
     """
     if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise ConfigError(
             "write_surface needs whole weights on every rank, which DeepSpeed and FSDP do not keep; expected one "
             "process, or DDP"
         )
+    found_in: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
+    if isinstance(found_in, dict) or not has_length(found_in):
+        raise ConfigError("write_surface needs one data set of numbered rows; name it: eval_dataset=...")
     model: Any = trainer.model
     with averaged_weights(trainer):
         averaged = copy.deepcopy(model)
-    found_in: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
     first: Any = Subset(found_in, range(min(rows, len(found_in))))
     loader = trainer.get_test_dataloader(first)
 
