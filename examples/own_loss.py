@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def main(folder: Path) -> None:
             total = accelerator.reduce(counted)  # rows of this step on all ranks
             means = ACCUMULATION * accelerator.num_processes  # what accelerate and the engine divide by
             for batch in step:
-                with accelerator.accumulate(model):
+                # Not accelerator.accumulate: the loader has been read ahead, so each may look like its last batch.
+                accelerator.sync_gradients = batch is step[-1]
+                with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                     out = objective(model, batch)
                     accelerator.backward(out.loss * (out.num_items * means / total))
                     optimizer.step()

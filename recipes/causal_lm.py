@@ -76,10 +76,11 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
         ready.model_config = decoder_config(config.model)
     with problems:
         ready.tokenizer = load_tokenizer(config.model) if config.model.brings_tokenizer else None
+        if ready.tokenizer is not None:
+            read_as_text(ready.tokenizer, config.data.split_special_tokens)
     check_model(ready, config, problems)
     with problems:
         if ready.tokenizer is not None:
-            read_as_text(ready.tokenizer, config.data.split_special_tokens)
             CausalCollator(ready.tokenizer)
             if ready.columns.messages is None:
                 report_special_tokens(ready.rows, ready.columns.names, ready.tokenizer)
@@ -150,6 +151,7 @@ def train(config: CausalConfig) -> None:
                 tokenizer,
                 seed=config.train.seed,
                 gradient_checkpointing=config.train.gradient_checkpointing,
+                packs=config.data.packing,
             )
         objective.prepare_model(model)
         collate = CausalCollator(tokenizer)

@@ -145,7 +145,7 @@ def train(config: Seq2SeqConfig) -> None:
             tokenizer = new_tokenizer(
                 config.model,
                 run.accelerator,
-                texts=lambda: chain(pairs["train"]["source"], pairs["train"]["target"]),
+                texts=lambda: chain(pairs["train"]["source"][:], pairs["train"]["target"][:]),
             )
             read_as_text(tokenizer, config.data.split_special_tokens)
             report_special_tokens(pairs, ("source", "target"), tokenizer)

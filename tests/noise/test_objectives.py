@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,7 +19,6 @@ from tiny_models import (
     t5,
 )
 from transformers import BertForSequenceClassification
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from swaft.errors import NoiseError, StateError
 from swaft.functional import cross_entropy_symmetric_kl
@@ -199,43 +197,6 @@ def test_a_model_without_dropout_is_refused_where_nothing_else_tells_two_passes_
             call(build(dropout=0.0))
     objective.prepare_model(build(dropout=0.1))
     R3F(sigma=0.1).prepare_model(build(dropout=0.0))
-
-
-class WithoutConfiguration(torch.nn.Module):
-    """A classifier that says nothing of itself."""
-
-    def __init__(self, dropout: float):
-        super().__init__()
-        self.embedding, self.dropout = torch.nn.Embedding(512, 8), torch.nn.Dropout(dropout)
-        self.head = torch.nn.Linear(8, 3)
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, labels=None, **_):
-        logits = self.head(self.dropout(self.embedding(input_ids)).mean(1))
-        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def test_a_model_without_a_configuration_is_asked_for_its_dropout_all_the_same():
-    with pytest.raises(NoiseError, match=r"has no dropout \(none in its configuration\)"):
-        RDrop().prepare_model(WithoutConfiguration(0.0))
-    assert RDrop()(WithoutConfiguration(0.5).train(), classification_batch()).divergence > 0
-
-
-def test_numpys_numbers_are_options_like_pythons():
-    model, batch = bert(), classification_batch()
-    options = {"sigma": np.float32(0.5), "preset": "relative", "label_smoothing": np.float32(0.125)}
-    out, _ = run(R3F(np.float32(1.0), seed=np.int64(7), **options), model, batch)
-    same, _ = run(R3F(1.0, seed=7, sigma=0.5, preset="relative", label_smoothing=0.125), model, batch)
-    assert torch.equal(out.loss, same.loss)
-
-
-def test_what_is_logged_holds_no_graph():
-    out = R3F(sigma=0.1)(bert(), classification_batch())
-    assert out.loss.requires_grad
-    assert not any(value.requires_grad for value in out.logged.values())
 
 
 def test_dropout_of_adapters_alone_is_enough_though_the_first_passes_are_equal(caplog):

@@ -36,6 +36,7 @@ def test_shipped_config_loads(path):
     [
         ("data.packing=true", "set train.max_steps"),
         ("model.config={model_type: t5}", "no decoder that continues a text"),
+        ("model.config={model_type: bert}", "no decoder that continues a text"),
         ("data.answer_column=none", "no column 'none'"),
         ("eval.metric=f1", "eval.metric"),
     ],

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from transformers import EncoderDecoderConfig
+from transformers import EncoderDecoderConfig, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError
 from swaft.training.data.seq2seq import Seq2SeqModelConfig
 from swaft.training.models.encoder_decoder import (
     check_new_model,
+    decoder_config,
     encoder_decoder_config,
     load_text_model,
     new_tokenizer,
@@ -27,6 +30,47 @@ def new_model(accelerator, seed: int = 0, **entries):
     return load_text_model(
         "sequence to sequence", section, config, tokenizer, seed=seed, gradient_checkpointing=False
     ), tokenizer
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "vocab_size": 300,
+}
+XLNET = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "vocab_size": 300}
+BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("entries", "packs", "reason"),
+    [
+        (SMALL | {"model_type": "llama"}, True, None),
+        (SMALL | {"model_type": "bert", "is_decoder": True}, False, None),
+        (BLOOM, False, None),
+        (BLOOM, True, "in a bloom packed rows see each other; set data.packing=false"),
+        (XLNET, False, "in a xlnet a token sees those after it"),
+    ],
+)
+def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, packs, reason):
+    section = Seq2SeqModelConfig(config=entries, vocab_size=300)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(TEXTS, 300), pad_token="<pad>", eos_token="</s>"
+    )
+    how = {"seed": 0, "gradient_checkpointing": False, "packs": packs}
+    with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
+        model = load_text_model(
+            "causal language modelling", section, decoder_config(section), tokenizer, **how
+        )
+        assert model.training
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        assert tokenizer.padding_side == "left"
+
+
+def test_an_encoder_is_no_decoder():
+    with pytest.raises(ConfigError, match="bert is no decoder that continues a text"):
+        decoder_config(Seq2SeqModelConfig(config=SMALL | {"model_type": "bert"}))
 
 
 def test_the_same_texts_train_the_same_tokenizer():

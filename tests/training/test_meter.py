@@ -19,9 +19,10 @@ def add(meter: Meter, loss: float, *, rows: int, tokens: int = 6) -> None:
 def test_tokens_are_those_read_and_those_to_write_without_padding():
     read = torch.tensor([[1, 1, 1], [1, 0, 0]])
     batch = {"input_ids": torch.full((2, 3), 5), "attention_mask": read}
-    assert count_tokens(batch).item() == 4
-    assert count_tokens(batch | {"labels": torch.tensor([1, 0])}).item() == 4  # classes are no tokens
-    assert count_tokens(batch | {"labels": torch.tensor([[7, 8, -100], [9, -100, -100]])}).item() == 7
+    batch |= {"labels": torch.tensor([[7, 8, -100], [9, -100, -100]])}
+    assert count_tokens(batch, writes=True).item() == 7
+    assert count_tokens(batch, writes=False).item() == 4  # a decoder learns what it reads
+    assert count_tokens({"input_ids": torch.zeros(1, 5)}, writes=False).item() == 5  # packed: no mask
 
 
 def test_means_are_over_rows_not_over_micro_batches(make_accelerator):

@@ -9,7 +9,6 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch.utils.data import Subset
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from swaft.errors import ConfigError
 from swaft.integrations.transformers.averaging import averaged_weights
@@ -37,7 +36,7 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
             "process, or DDP"
         )
     found_in: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
-    if isinstance(found_in, dict) or not has_length(found_in):
+    if isinstance(found_in, dict) or not hasattr(found_in, "__len__"):
         raise ConfigError("write_surface needs one data set of numbered rows; name it: eval_dataset=...")
     model: Any = trainer.model
     with averaged_weights(trainer):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from datasets import ClassLabel, Dataset
+from jinja2 import TemplateError
 from torch import Tensor
 
 from swaft.errors import DataError
@@ -26,6 +27,7 @@ from swaft.training.data.texts import (
     encode,
     good_rows,
     padded,
+    read_as_text,
     require_column,
     text_faults,
     usual_columns,
@@ -136,6 +138,11 @@ def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> Causa
             messages, or without one of the assistant.
     """
     found = _named(splits["train"], data)
+    if found.messages is not None and (data.prompt_prefix or data.prompt_suffix):
+        raise DataError(
+            "data.prompt_prefix and data.prompt_suffix are put around prompts, and the rows are chats, which the "
+            "tokenizer's template writes; remove them"
+        )
     if found.answer is not None:
         splits = {name: _class_names_as_text(split, found.answer) for name, split in splits.items()}
     rows = good_rows(splits, found.names, partial(_faults, columns=found), skip=data.skip_bad_rows)
@@ -143,9 +150,7 @@ def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> Causa
 
 
 def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
-    """Refuse chats where the tokenizer cannot write them, or writes earlier messages differently later on.
-
-    The tokenizer is the model's; None: a new one.
+    """Refuse chats where the tokenizer cannot write them. It is the model's; None: a new one.
 
     Raises:
         DataError: naming the tokenizer.
@@ -158,17 +163,14 @@ def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
             f"data.messages_column={columns.messages}, and {which} has no chat template; use a "
             "model trained on chats, or set tokenizer.chat_template and save it"
         )
-    for chat in values(
-        columns.rows["train"].select(range(min(8, len(columns.rows["train"])))), columns.messages
-    ):
-        _chat_tokens(chat, tokenizer)
 
 
 def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: CausalDataConfig) -> Dataset:
     """Turn rows into token ids, unpadded.
 
     A prompt is tokenized as the tokenizer begins a text, an answer without special tokens; the end-of-text token
-    follows it and is learnt. The first token of a row is never learnt: nothing stands before it.
+    follows it and is learnt. The first token of a row is never learnt: nothing stands before it. Of a chat the
+    messages of the assistant are learnt, but for one that begins it, which answers nothing.
 
     Args:
         split: rows that `find_columns` checked.
@@ -201,7 +203,12 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
             "idx": indices,
         }
 
-    return split.map(row_tokens, batched=True, with_indices=True, remove_columns=split.column_names)
+    # Were the template's own special tokens read as text, chats would be learnt, and written later, without any.
+    read_as_text(tokenizer, data.split_special_tokens and columns.messages is None)
+    made = split.map(row_tokens, batched=True, with_indices=True, remove_columns=split.column_names)
+    if tokenizer.chat_template is not None:
+        read_as_text(tokenizer, False)  # and it is saved so
+    return made
 
 
 def pack(rows: Dataset, max_length: int) -> Dataset:
@@ -313,8 +320,8 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
         messages = chat if isinstance(chat, list) else []
         if not all(map(_is_message, messages)):
             yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
-        elif not any(each["role"] == "assistant" for each in messages):
-            yield row, f"has no message of the assistant {there}; expected one to learn"
+        elif not any(each["role"] == "assistant" for each in messages[1:]):
+            yield row, f"has no message of the assistant after its first {there}; expected one to learn"
 
 
 def _is_message(found: Any) -> bool:
@@ -326,7 +333,8 @@ def _tokens(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield ids and labels of each row."""
     if columns.messages is not None:
-        yield from (_chat_tokens(chat, tokenizer) for chat in rows[columns.messages])
+        plain = data.split_special_tokens
+        yield from (_chat_tokens(chat, tokenizer, plain=plain) for chat in rows[columns.messages])
         return
     answers = rows[columns.answer]  # type: ignore[index]
     prompts = rows[columns.prompt] if columns.prompt is not None else [""] * len(answers)
@@ -345,24 +353,32 @@ def _tokens(
         yield ids, [IGNORED, *labels[1:]]
 
 
-def _chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+def _chat_tokens(
+    chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: bool
+) -> tuple[list[int], list[int]]:
     """Return ids and labels of a chat: what the template adds for a message of the assistant is learnt.
 
+    With ``plain`` a special token that a message spells is text; those of the template never are.
+
     Raises:
-        DataError: the template writes the messages before an answer differently once the answer is there.
+        DataError: the template refuses the chat, or writes the messages before an answer differently once the
+            answer is there.
     """
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
-        return list(
-            tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=prompts, return_dict=False
-            )
-        )
+        options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
+        try:
+            return list(tokenizer.apply_chat_template(messages, **options))
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template of {type(tokenizer).__name__} refuses the chat {chat!r:.200}: {error}; mend or "
+                "remove such chats, or use another template"
+            ) from error
 
     ids: list[int] = []
     labels: list[int] = []
     for place, message in enumerate(chat):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or place == 0:
             continue
         given, whole = ids_of(chat[:place], prompts=True), ids_of(chat[: place + 1])
         if whole[: len(given)] != given or given[: len(ids)] != ids:

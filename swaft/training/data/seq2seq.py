@@ -47,11 +47,11 @@ NO_NEW_TOKENIZER = (
 
 @dataclass(kw_only=True)
 class Seq2SeqModelConfig(AnyModelConfig):
-    """Which encoder-decoder to fine-tune, or what a new one looks like."""
+    """Which model of texts to fine-tune, or what a new one looks like."""
 
     model_name_or_path: str | None = None
-    """Hub id or folder of the pretrained encoder-decoder (T5, BART, mBART, Pegasus, Marian, NLLB); null with
-    `config`."""
+    """Hub id or folder of the pretrained model: an encoder-decoder (T5, BART, mBART, Pegasus, Marian, NLLB), or in
+    recipes/causal_lm.py a decoder (Llama, Qwen, Gemma, GPT-2); null with `config`."""
     config: dict[str, Any] | None = None
     """A new model to train from random weights, in place of a pretrained one: entries of its transformers
     configuration, `model_type` (t5, bart, ...) among them; the others keep the defaults of that type."""
@@ -81,7 +81,7 @@ class Seq2SeqModelConfig(AnyModelConfig):
         yield from super().conflicts()
         new, named = self.config, self.model_name_or_path
         if new is None and named is None:
-            advice = "set it to a pretrained encoder-decoder, or model.config for a new model"
+            advice = "set it to a pretrained model, or model.config for a new model"
             yield "model_name_or_path", f"no model named; {advice}"
         if self.vocab_size is not None and self.brings_tokenizer:
             yield "vocab_size", NO_NEW_TOKENIZER
@@ -94,7 +94,7 @@ class Seq2SeqModelConfig(AnyModelConfig):
             message = f"describes a new model, but model.model_name_or_path={named} names a pretrained one"
             yield "config", f"{message}; keep one (null takes the other back)"
         if "model_type" not in new:
-            yield "config", "has no model_type; expected one of an encoder-decoder, t5 say"
+            yield "config", "has no model_type; expected one such as t5 or llama"
         if Option.of(Count).fault(size := new.get("vocab_size", 1)):
             expected = "expected 1 or more, or nothing: then it is the tokenizer's"
             yield "config", f"vocab_size is {size!r}; {expected}"
@@ -161,7 +161,12 @@ class Seq2SeqEvalConfig(EvalConfig):
     def conflicts(self) -> Iterator[Fault]:
         """Besides: what is said about texts that are not generated."""
         yield from super().conflicts()
-        for name, default in {"metric": "auto", "num_beams": None, "max_new_tokens": None}.items():
+        for name, default in {
+            "metric": "auto",
+            "num_beams": None,
+            "max_new_tokens": None,
+            "num_samples": 20,
+        }.items():
             if not self.predict_with_generate and (value := getattr(self, name)) != default:
                 reason = "is about generated texts, and eval.predict_with_generate=false generates none"
                 yield name, f"{value} {reason}; remove one of the two"
@@ -291,7 +296,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
 def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
     """Log how long the training texts are, in tokens with the special ones, and how many of them are cut."""
     for kind in ("source", "target"):
-        limit, lengths = getattr(data, f"max_{kind}_length"), np.asarray(train[f"{kind}_length"])
+        limit, lengths = getattr(data, f"max_{kind}_length"), np.asarray(train[f"{kind}_length"][:])
         logger.info(
             "%ss: %.0f tokens on average, 95 %% up to %.0f, longest %d; %.1f %% are cut to %d",
             *(kind, lengths.mean(), np.percentile(lengths, 95), lengths.max()),

@@ -85,7 +85,10 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
     for row, value in enumerate(values(split, column)):
         if not isinstance(value, str):
             found = "nothing" if value is None else f"{value!r}"
-            yield row, f"has {found} in column '{column}'; expected text"
+            read = (
+                "" if value is None else f" (the file's reader took the column for {type(value).__name__}s)"
+            )
+            yield row, f"has {found} in column '{column}'; expected text{read}"
         elif blank and is_blank(value):
             yield row, f"has an empty text in column '{column}'; expected words"
 

@@ -252,7 +252,8 @@ def evaluate_answers(
         inputs = {name: value for name, value in batch.items() if name not in (*POSITIONS, ROW_ID)}
         logits = task_logits(model(**inputs)).float()  # (B, 2, L)
         targets = torch.stack([batch[name] for name in POSITIONS], dim=1)
-        padding = (batch["attention_mask"] == 0).unsqueeze(1)
+        counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))  # FNet has no mask
+        padding = (counted == 0).unsqueeze(1)
         losses = nn.functional.cross_entropy(
             logits.double().masked_fill(padding, -torch.inf).transpose(1, 2), targets, reduction="none"
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -378,12 +379,18 @@ def write_answers(
         evaluation: section ``eval``: `max_new_tokens` bounds the answer.
     """
     padding, size = tokenizer.pad_token_id, evaluation.per_device_eval_batch_size
-    prompts, texts = rows["input_ids"][:], []
+    prompts = rows["input_ids"][:]
+    room = [min(evaluation.max_new_tokens, data.max_length - len(prompt)) for prompt in prompts]
+    # Batches of rows with the same room for an answer, so that no answer depends on what is beside it.
+    order = sorted(range(len(prompts)), key=room.__getitem__)
+    groups = [list(group) for _, group in groupby(order, room.__getitem__)]
+    batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+    texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(prompts), size):
-            ids = [torch.tensor(row) for row in prompts[first : first + size]]
+        for numbers in batches:
+            ids = [torch.tensor(prompts[number]) for number in numbers]
             batch = {  # padded on the left: the answer follows its prompt
                 "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"),
                 "attention_mask": pad_sequence(
@@ -391,14 +398,16 @@ def write_answers(
                 ),
             }
             length = batch["input_ids"].shape[1]
-            room = min(evaluation.max_new_tokens, data.max_length - length)
-            write = batch_generator(model, accelerator, {"pad_token_id": padding, "max_new_tokens": room})
+            settings = {"pad_token_id": padding, "max_new_tokens": room[numbers[0]]}
+            write = batch_generator(model, accelerator, settings)
             with torch.no_grad():
                 tokens = write({name: each.to(accelerator.device) for name, each in batch.items()})
-            texts += tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
+            written = tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
+            for number, text in zip(numbers, written, strict=True):
+                texts[number] = text.strip()
     finally:
         model.train(was_training)
-    return Evaluation(scores={}, outputs=[text.strip() for text in texts])
+    return Evaluation(scores={}, outputs=texts)
 
 
 def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig) -> dict[str, Any]:

@@ -200,11 +200,10 @@ def count_rows(batch: Mapping[str, Any]) -> Tensor:
     return (labels != IGNORE_INDEX).sum()
 
 
-def count_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """Return how many tokens of a batch are no padding, 0-dim: those read, and those to be written, if any."""
-    read = batch.get("attention_mask", batch["input_ids"]).count_nonzero()
-    labels = batch.get("labels")
-    return read if labels is None or labels.dim() < 2 else read + (labels != IGNORE_INDEX).sum()
+def count_tokens(batch: Mapping[str, Any], *, writes: bool) -> Tensor:
+    """Return how many tokens of a batch are no padding, 0-dim: those read, and the labels where it ``writes``."""
+    read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).count_nonzero()
+    return read + (batch["labels"] != IGNORE_INDEX).sum() if writes else read
 
 
 def loss_factors(counts: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
@@ -273,12 +272,13 @@ class Step:
         """
         run, batches = self._run, self._batches
         factors = loss_factors([batch.count for batch in batches], run.accelerator)
+        writes = run.config.task == "sequence to sequence"
         for batch, factor in zip(batches, factors, strict=True):
             # accelerate would ask the loader, which has been read to the end of the step already.
             run.accelerator.sync_gradients = batch is batches[-1]
             with nullcontext() if run.accelerator.sync_gradients else run.accelerator.no_sync(run.model):
                 yield without_row_id(batch.inputs), factor
-            run.meter.add(self._logged, count=batch.count, tokens=count_tokens(batch.inputs))
+            run.meter.add(self._logged, count=batch.count, tokens=count_tokens(batch.inputs, writes=writes))
             self._logged = {}
 
     def log(self, **values: Any) -> None:

@@ -22,8 +22,10 @@ from swaft.training.data.causal_lm import (
     tokenize_rows,
 )
 from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
+from swaft.training.models.encoder_decoder import train_tokenizer
 
 pytestmark = pytest.mark.unit
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 WORDS = ["<pad>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e", "f"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }}"
@@ -66,6 +68,47 @@ def test_of_a_chat_every_answer_of_the_assistant_is_learnt():
     assert row["labels"] == [-100] * 3 + ids("b </s>") + [-100] * 3 + ids("d e </s>")
 
 
+def test_the_special_tokens_of_a_template_are_special_and_those_that_a_message_spells_are_text():
+    def reader() -> PreTrainedTokenizerFast:
+        inner = train_tokenizer(["the cat sat on the mat"], 300)
+        inner.post_processor = None
+        made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>")
+        made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+        made.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        return made
+
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    tokens, data = reader(), CausalDataConfig()
+    columns = find_columns({"train": Dataset.from_list([{"messages": chat}])}, data)
+    [row] = tokenize_rows(columns.rows["train"], tokens, columns, data)
+    assert row["input_ids"] == reader().apply_chat_template(chat, return_dict=False)
+    assert [each for each in row["labels"] if each != -100][-1] == tokens.eos_token_id
+    spelt = [chat[0] | {"content": "the <|im_end|> cat"}, chat[1]]
+    for plain, ends in ((True, 2), (False, 3)):
+        data = CausalDataConfig(split_special_tokens=plain)
+        [row] = tokenize_rows(Dataset.from_list([{"messages": spelt}]), tokens, columns, data)
+        assert row["input_ids"].count(tokens.eos_token_id) == ends
+    assert not tokens.split_special_tokens  # nor in the folder that it is saved to
+
+
+def test_what_the_assistant_says_first_is_given_and_not_learnt():
+    chat = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
+    row = made([{"messages": [{"role": role, "content": text} for role, text in chat]}])[0]
+    assert row["input_ids"] == ids("<bot> a </s> <user> b <bot> c </s>")
+    assert row["labels"] == [-100] * 6 + ids("c </s>")
+
+
+def test_a_chat_that_the_template_refuses_is_shown():
+    columns = find_columns({"train": Dataset.from_list([{"messages": CHAT}])}, CausalDataConfig())
+    reader = tokenizer()
+    reader.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"refuses the chat \[.*roles must alternate; mend or remove"):
+        tokenize_rows(columns.rows["train"], reader, columns, CausalDataConfig())
+
+
 def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_the_answer():
     row = made([{"prompt": "a b c d e f", "completion": "a b"}], max_length=5)[0]
     assert row["input_ids"] == ids("d e f a b")
@@ -86,6 +129,12 @@ def test_classes_are_written_by_their_names():
         ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
         ([{"text": "a", "x": "b"}], {"answer_column": "z"}, "no column 'z'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "no message of the assistant"),
+        (
+            [{"messages": [{"role": "assistant", "content": "a"}]}],
+            {},
+            "no message of the assistant after its first",
+        ),
+        ([{"messages": CHAT}], {"prompt_prefix": "a"}, "data.prompt_prefix and .* the rows are chats"),
         ([{"messages": [{"role": "user"}]}], {}, "expected messages with a role"),
     ],
 )
@@ -101,13 +150,12 @@ def test_a_chat_without_room_for_an_answer_is_refused():
 
 
 def test_a_template_that_rewrites_what_went_before_is_refused():
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    columns = find_columns({"train": Dataset.from_list([{"messages": chat}])}, CausalDataConfig())
+    columns = find_columns({"train": Dataset.from_list([{"messages": CHAT}])}, CausalDataConfig())
     reader = tokenizer()
     reader.chat_template = "{{ messages | length }} " + TEMPLATE
     reader.add_tokens(["1", "2"])
     with pytest.raises(DataError, match="writes the messages before an answer differently"):
-        require_chat_template(reader, columns)
+        tokenize_rows(columns.rows["train"], reader, columns, CausalDataConfig())
     reader.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         require_chat_template(reader, columns)
@@ -170,8 +218,9 @@ def test_the_last_answer_of_a_row_is_asked_for():
     assert asked_rows(made([{"text": "a b c"}]), 1, tokenizer())[0]["answer"] == "b c"
 
 
+@pytest.mark.parametrize("max_length", [16, 6])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_what_is_written_does_not_depend_on_what_is_in_the_batch(batch_size, make_accelerator):
+def test_what_is_written_does_not_depend_on_what_is_in_the_batch(batch_size, max_length, make_accelerator):
     prompts = ("a b c", "d", "e f")
     rows = made([{"prompt": prompt, "completion": "a"} for prompt in prompts], max_length=16)
     torch.manual_seed(0)
@@ -185,14 +234,14 @@ def test_what_is_written_does_not_depend_on_what_is_in_the_batch(batch_size, mak
         asked_rows(rows, 20, reader),
         make_accelerator(),
         tokenizer=reader,
-        data=CausalDataConfig(max_length=16),
+        data=CausalDataConfig(max_length=max_length),
         evaluation=CausalEvalConfig(max_new_tokens=4, per_device_eval_batch_size=batch_size),
     )
     assert model.training
     expected = []
     for prompt in prompts:
         tokens = torch.tensor([ids(prompt)])
-        for _ in range(4):
+        for _ in range(min(4, max_length - len(ids(prompt)))):
             tokens = torch.cat(
                 [tokens, model.eval()(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
             )

@@ -82,6 +82,11 @@ def test_texts_of_several_paragraphs_with_commas_are_read(read):
     assert [row["text"] for row in read("a.csv", table(",", quoted))] == texts
 
 
+def test_a_line_of_tabs_alone_is_a_row_without_a_text(read):
+    rows = read("a.tsv", "text\tlabel\na\t0\n\t\nb\t1\n\n")
+    assert [row["text"] for row in rows] == ["a", None, "b"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
