@@ -43,7 +43,7 @@ class Reader(nn.Module):
         torch.manual_seed(0)
         self.scores = nn.Embedding(len(WORDS), 2)
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         starts, ends = self.scores(input_ids).unbind(-1)
         return SimpleNamespace(start_logits=starts, end_logits=ends)
 
@@ -72,9 +72,10 @@ def make_questions(answers=ANSWERS) -> Dataset:
 
 
 def evaluate(
-    accelerator, model, batch_size, *, answers=ANSWERS, padding_side="right", **settings
+    accelerator, model, batch_size, *, answers=ANSWERS, padding_side="right", inputs=None, **settings
 ) -> Evaluation:
     questions, tokenizer = make_questions(answers), make_tokenizer(padding_side)
+    tokenizer.model_input_names = inputs or tokenizer.model_input_names
     windows = tokenize_questions(questions, tokenizer, Data(max_seq_length=10, doc_stride=2), training=False)
     assert len(windows) > len(questions)
     loader = DataLoader(
@@ -107,6 +108,12 @@ def test_answers_scores_and_loss_do_not_depend_on_the_batch_size(make_accelerato
     for other in others:
         assert other.outputs == alone.outputs
         assert other.scores == pytest.approx(alone.scores, rel=1e-12)
+
+
+def test_a_tokenizer_without_a_mask_is_scored_too(make_accelerator):
+    found = evaluate(make_accelerator(), Reader(), 16, inputs=["input_ids", "token_type_ids"])  # FNet's
+    assert found.outputs == evaluate(make_accelerator(), Reader(), 16).outputs
+    assert math.isfinite(found.scores["loss"])
 
 
 def test_the_loss_is_the_mean_over_windows_of_the_models_own(make_accelerator):
