@@ -144,15 +144,7 @@ def train(config: CausalConfig) -> None:
 
         # Model: the pretrained one, or a new one of random weights, the same on every rank.
         with run.loading():
-            model = load_text_model(
-                "causal language modelling",
-                config.model,
-                ready.model_config,
-                tokenizer,
-                seed=config.train.seed,
-                gradient_checkpointing=config.train.gradient_checkpointing,
-                packs=config.data.packing,
-            )
+            model = load_text_model(config, ready.model_config, tokenizer)
         objective.prepare_model(model)
         collate = CausalCollator(tokenizer)
 

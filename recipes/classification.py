@@ -126,14 +126,7 @@ def train(config: ClassificationConfig) -> None:
 
         # Model: the pretrained body with a new head, the same on every rank.
         with run.loading():
-            model = load_with_head(
-                "sequence classification",
-                config.model,
-                ready.model_config,
-                seed=config.train.seed,
-                gradient_checkpointing=config.train.gradient_checkpointing,
-                has_new_head=ready.head.is_new,
-            )
+            model = load_with_head(config, ready.model_config, has_new_head=ready.head.is_new)
         objective.prepare_model(model)
 
         # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.

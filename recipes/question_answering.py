@@ -119,13 +119,7 @@ def train(config: QuestionAnsweringConfig) -> None:
 
         # Model: the pretrained body with a new head, the same on every rank.
         with run.loading():
-            model = load_with_head(
-                "question answering",
-                config.model,
-                ready.model_config,
-                seed=config.train.seed,
-                gradient_checkpointing=config.train.gradient_checkpointing,
-            )
+            model = load_with_head(config, ready.model_config)
         objective.prepare_model(model)
 
         # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.

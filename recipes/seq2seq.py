@@ -154,14 +154,7 @@ def train(config: Seq2SeqConfig) -> None:
 
         # Model: the pretrained one, or a new one of random weights, the same on every rank.
         with run.loading():
-            model = load_text_model(
-                "sequence to sequence",
-                config.model,
-                model_config,
-                tokenizer,
-                seed=config.train.seed,
-                gradient_checkpointing=config.train.gradient_checkpointing,
-            )
+            model = load_text_model(config, model_config, tokenizer)
         objective.prepare_model(model)
         collate = Collator(tokenizer, ready.length, whole_windows(model_config))
 

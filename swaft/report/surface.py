@@ -133,6 +133,11 @@ def _source(model: AnyModelConfig, folder: Path) -> AnyModelConfig:
     return replace(model, use_peft=False) if _is_adapter(folder) else _whole(model, folder)
 
 
+def _of(config: Any, model: AnyModelConfig) -> Any:
+    """Return the settings of a run that only scores, with another section ``model``."""
+    return replace(config, model=model, train=replace(config.train, seed=SEED, gradient_checkpointing=False))
+
+
 def _load(scoring: Scoring, model: AnyModelConfig, folder: Path) -> nn.Module:
     """Return the model in a folder; an adapter merged into its base, as the averaged one may have another rank."""
     loaded = scoring.load(_source(model, folder))
@@ -162,9 +167,7 @@ def _classification(config: ClassificationConfig, model: ModelConfig, tokenizer:
         rows,
         Collator(tokenizer, one_length(model_config, length)),
         partial(evaluate_classes, metric=metric, num_rows=len(rows)),
-        lambda model: load_with_head(
-            "sequence classification", model, model_config, has_new_head=head.is_new, **FOR_SCORING
-        ),
+        lambda model: load_with_head(_of(config, model), model_config, has_new_head=head.is_new),
         len(rows),
     )
 
@@ -186,7 +189,7 @@ def _question_answering(config: QuestionAnsweringConfig, model: ModelConfig, tok
         windows,
         Collator(tokenizer, length, whole_windows(model_config)),
         evaluate,
-        lambda model: load_with_head("question answering", model, model_config, **FOR_SCORING),
+        lambda model: load_with_head(_of(config, model), model_config),
         len(questions["validation"]),
     )
 
@@ -204,7 +207,7 @@ def _seq2seq(config: Seq2SeqConfig, model: Seq2SeqModelConfig, tokenizer: Any) -
         tokenize_pairs(pairs, tokenizer, config.data),
         Collator(tokenizer, length, whole_windows(model_config)),
         evaluate,
-        lambda model: load_text_model("sequence to sequence", model, model_config, tokenizer, **FOR_SCORING),
+        lambda model: load_text_model(_of(config, model), model_config, tokenizer),
         len(pairs),
     )
 
@@ -217,14 +220,11 @@ def _causal_lm(config: CausalConfig, model: Seq2SeqModelConfig, tokenizer: Any) 
         rows,
         CausalCollator(tokenizer),
         partial(evaluate_answers_given, num_rows=len(rows)),
-        lambda model: load_text_model(
-            "causal language modelling", model, model_config, tokenizer, **FOR_SCORING
-        ),
+        lambda model: load_text_model(_of(config, model), model_config, tokenizer),
         len(columns.rows["validation"]),
     )
 
 
-FOR_SCORING: Any = {"seed": SEED, "gradient_checkpointing": False}
 SCORING: dict[type, Callable[[Any, Any, Any], Scoring]] = {
     ClassificationConfig: _classification,
     QuestionAnsweringConfig: _question_answering,

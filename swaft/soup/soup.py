@@ -131,10 +131,7 @@ def average(
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
-    if lora_rank is not None and lora_rank < 1:
-        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
-    if rule is not None and all(map(holds_weights, paths)):
-        raise ConfigError(f"rule is {rule!r}, and no checkpoint is a saved state of averages; leave it out")
+    _check_choices(paths, lora_rank, rule)
     refuse_occupied(output)
     with ExitStack() as stack:
         members = list[SavedWeights]()
@@ -310,6 +307,13 @@ def _write(
     records = write_weights(folder, stem, shards, mean.slices)
     check_weights(folder, shards, records)
     return records
+
+
+def _check_choices(paths: Sequence[Path], lora_rank: int | None, rule: str | None) -> None:
+    if lora_rank is not None and lora_rank < 1:
+        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
+    if rule is not None and all(map(holds_weights, paths)):
+        raise ConfigError(f"rule is {rule!r}, and no checkpoint is a saved state of averages; leave it out")
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -7,7 +7,8 @@ import torch
 from transformers import EncoderDecoderConfig, PreTrainedTokenizerFast
 
 from swaft.errors import ConfigError
-from swaft.training.data.seq2seq import Seq2SeqModelConfig
+from swaft.training.data.causal_lm import CausalConfig, CausalDataConfig
+from swaft.training.data.seq2seq import Seq2SeqConfig, Seq2SeqModelConfig, Seq2SeqTrainConfig
 from swaft.training.models.encoder_decoder import (
     check_new_model,
     decoder_config,
@@ -27,9 +28,8 @@ def new_model(accelerator, seed: int = 0, **entries):
     section = Seq2SeqModelConfig(config=TINY | entries, vocab_size=300)
     tokenizer = new_tokenizer(section, accelerator, lambda: TEXTS)
     config = encoder_decoder_config(section)
-    return load_text_model(
-        "sequence to sequence", section, config, tokenizer, seed=seed, gradient_checkpointing=False
-    ), tokenizer
+    settings = Seq2SeqConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused", seed=seed))
+    return load_text_model(settings, config, tokenizer), tokenizer
 
 
 SMALL = {
@@ -58,11 +58,10 @@ def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, pac
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(TEXTS, 300), pad_token="<pad>", eos_token="</s>"
     )
-    how = {"seed": 0, "gradient_checkpointing": False, "packs": packs}
+    train, data = Seq2SeqTrainConfig(output_dir="unused"), CausalDataConfig(packing=packs)
+    config = CausalConfig(model=section, train=train, data=data)
     with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
-        model = load_text_model(
-            "causal language modelling", section, decoder_config(section), tokenizer, **how
-        )
+        model = load_text_model(config, decoder_config(section), tokenizer)
         assert model.training
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id
         assert tokenizer.padding_side == "left"
@@ -112,9 +111,8 @@ def test_a_new_model_with_a_vocabulary_of_its_own_for_the_decoder_fits_too(make_
     )
     tokenizer = new_tokenizer(section, make_accelerator(), lambda: TEXTS)
     config = encoder_decoder_config(section)
-    model = load_text_model(
-        "sequence to sequence", section, config, tokenizer, seed=0, gradient_checkpointing=False
-    )
+    settings = Seq2SeqConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused"))
+    model = load_text_model(settings, config, tokenizer)
     assert model.config.decoder_vocab_size == len(tokenizer)
 
 

@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 
 from swaft.errors import TrainingError
 from swaft.training.data.seq2seq import (
+    Seq2SeqConfig,
     Seq2SeqDataConfig,
     Seq2SeqEvalConfig,
     Seq2SeqModelConfig,
+    Seq2SeqTrainConfig,
     tokenize_pairs,
 )
 from swaft.training.data.texts import Collator
@@ -53,9 +55,8 @@ def evaluated(make_accelerator):
     )
     tokenizer = new_tokenizer(section, accelerator, lambda: TARGETS)
     config = encoder_decoder_config(section)
-    model = load_text_model(
-        "sequence to sequence", section, config, tokenizer, seed=0, gradient_checkpointing=False
-    )
+    settings = Seq2SeqConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused", seed=0))
+    model = load_text_model(settings, config, tokenizer)
     rows = tokenize_pairs(PAIRS, tokenizer, Seq2SeqDataConfig(max_source_length=16, max_target_length=16))
 
     def evaluate(batch_size: int, *, generates: bool = True, references=PAIRS["references"]) -> Evaluation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,13 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.config import ModelConfig
-from swaft.training.data.classification import DataConfig, Task, describe_task
+from swaft.training.config import ModelConfig, TrainConfig
+from swaft.training.data.classification import ClassificationConfig, DataConfig, Task, describe_task
 from swaft.training.metrics import get_metric, renumbered
 from swaft.training.models.classes import FittedHead, describe_labels, fit_head
 from swaft.training.models.pretrained import load_model_config, load_with_head
 
 pytestmark = pytest.mark.unit
-
-load_classifier = partial(load_with_head, "sequence classification")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 20,
@@ -73,14 +70,8 @@ def load(model: ModelConfig, task: Task) -> tuple[FittedHead, Any]:
     config = load_model_config(model)
     head = fit_head(task, model, config)
     describe_labels(config, head.task, pad_token_id=0)
-    return head, load_with_head(
-        "sequence classification",
-        model,
-        config,
-        seed=0,
-        gradient_checkpointing=False,
-        has_new_head=head.is_new,
-    )
+    settings = ClassificationConfig(model=model, train=TrainConfig(output_dir="unused", seed=0))
+    return head, load_with_head(settings, config, has_new_head=head.is_new)
 
 
 def is_kept(model: Any) -> bool:

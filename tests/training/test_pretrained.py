@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3Tokenizer
 
 from swaft.errors import ConfigError
-from swaft.training.config import ModelConfig
-from swaft.training.data.classification import Task
+from swaft.training.config import ModelConfig, TrainConfig
+from swaft.training.data.classification import ClassificationConfig, Task
 from swaft.training.models.classes import describe_labels
 from swaft.training.models.pretrained import (
     hidden_size,
@@ -21,7 +21,10 @@ from swaft.training.models.pretrained import (
 
 pytestmark = pytest.mark.unit
 
-load_classifier = partial(load_with_head, "sequence classification")
+
+def load_classifier(model: ModelConfig, config: BertConfig, **train: Any) -> Any:
+    train_config = TrainConfig(output_dir="unused", **train)
+    return load_with_head(ClassificationConfig(model=model, train=train_config), config)
 
 
 def tiny_config() -> BertConfig:
@@ -105,21 +108,9 @@ def test_a_head_for_another_number_of_classes_is_replaced_only_when_asked(tmp_pa
     settings = {"num_labels": 2}
     model = ModelConfig(model_name_or_path=str(tmp_path / "fine-tuned"))
     with pytest.raises(ConfigError, match=r"head of another size.*model\.ignore_mismatched_sizes=true"):
-        load_with_head(
-            "sequence classification",
-            model,
-            load_model_config(model, **settings),
-            seed=0,
-            gradient_checkpointing=False,
-        )
+        load_classifier(model, load_model_config(model, **settings))
     model.ignore_mismatched_sizes = True
-    loaded = load_with_head(
-        "sequence classification",
-        model,
-        load_model_config(model, **settings),
-        seed=0,
-        gradient_checkpointing=False,
-    )
+    loaded = load_classifier(model, load_model_config(model, **settings))
     assert loaded.classifier.out_features == 2
 
 

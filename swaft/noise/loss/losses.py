@@ -190,8 +190,17 @@ def linear_cross_entropy_symmetric_kl(
         *(ignore_index, token_weight, kl_mask, kl_normalizer, reduction),
     )
     operands = (hidden, noised_hidden, weight, bias, hidden_difference)
-    counts: dict[str, int | None] = {"num_counted": num_counted, "chunk_bytes": chunk_bytes}
-    check_head(operands, labels, form, **counts)
+    return _head_loss(operands, labels, options, num_counted=num_counted, chunk_bytes=chunk_bytes)
+
+
+def _head_loss(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    labels: Tensor,
+    options: LossOptions,
+    **counts: int | None,
+) -> NoiseStabilityLoss:
+    hidden, noised_hidden, weight, bias, hidden_difference = operands
+    check_head(operands, labels, options.form, **counts)
     dtype = wide_dtype(hidden, noised_hidden, weight)
     weights = row_weights(labels, options, num_classes=weight.shape[0], dtype=dtype)
     ce_weight, kl_weight, factor = weights.in_loss(options.divergence_weight)

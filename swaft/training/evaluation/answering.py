@@ -31,7 +31,7 @@ from swaft.training.data.question_answering import (
     right_answers,
 )
 from swaft.training.data.texts import values
-from swaft.training.evaluation.evaluate import ROW_ID, Evaluation, Ragged, measured_once, require_finite
+from swaft.training.evaluation.evaluate import ROW_ID, Evaluation, measured_once, require_finite
 from swaft.training.metrics import Metric, refuse_unfit
 from swaft.training.run.folder import RunFolder
 
@@ -257,13 +257,12 @@ def evaluate_answers(
         losses = nn.functional.cross_entropy(
             logits.double().masked_fill(padding, -torch.inf).transpose(1, 2), targets, reduction="none"
         )
-        return losses.mean(dim=1), logits
+        room = longest - logits.shape[-1]  # below 0 where the batch has more padding than it needs
+        sides = (room, 0) if search.padding_side == "left" else (0, room)
+        return losses.mean(dim=1), nn.functional.pad(logits, sides)
 
-    losses, logits = measured_once(
-        *(model, loader, accelerator, measure),
-        num_rows=len(windows),
-        ragged=Ragged(on_the_left=search.padding_side == "left"),
-    )
+    longest = max(map(len, windows["input_ids"][:]))
+    losses, logits = measured_once(model, loader, accelerator, measure, num_rows=len(windows))
     loss = require_finite(losses.mean().item())
     # Every rank scores, so that every rank has the score, or the error, without a word to the others.
     found, right = find_answers(questions, windows, list(logits.numpy()), search), right_answers(questions)

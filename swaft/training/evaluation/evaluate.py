@@ -34,14 +34,6 @@ class Evaluation:
     """What the model wrote for each row, in the order of the rows; empty where it writes nothing."""
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """How the last measured column is padded, where its last dimension differs from batch to batch."""
-
-    value: int = 0
-    on_the_left: bool = False
-
-
 def without_row_id(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model's part of a batch: everything but the row numbers."""
     return {name: value for name, value in batch.items() if name != ROW_ID}
@@ -89,7 +81,6 @@ def measured_once(
     measure: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
     *,
     num_rows: int,
-    ragged: Ragged | None = None,
 ) -> tuple[Tensor, ...]:
     """Measure every batch on the ranks that have it, in eval mode, and return each row once (collective).
 
@@ -101,9 +92,8 @@ def measured_once(
             loader with a generator of its own.
         loader: prepared loader of batches with ``idx`` (B,), row numbers from 0.
         accelerator: that prepared both.
-        measure: returns columns of a batch, (B, ...) each.
+        measure: returns columns of a batch, (B, ...) each, of one shape for all batches.
         num_rows: rows of the data set.
-        ragged: how the last column is padded; None: its shape is always the same.
 
     Returns:
         The columns in the order of the rows, (``num_rows``, ...) each, on the host.
@@ -116,23 +106,11 @@ def measured_once(
     batches = []
     try:
         for batch in loader:
-            *columns, last = measure(batch)
-            if ragged is not None:
-                last = accelerator.pad_across_processes(
-                    last, dim=last.ndim - 1, pad_index=ragged.value, pad_first=ragged.on_the_left
-                )
-            batches.append([part.cpu() for part in accelerator.gather((batch[ROW_ID], *columns, last))])
+            measured = accelerator.gather((batch[ROW_ID], *measure(batch)))
+            batches.append([part.cpu() for part in measured])
     finally:
         model.train(was_training)
-    *columns, lasts = zip(*batches, strict=True)
-    if ragged is not None:
-        longest = max(part.shape[-1] for part in lasts)
-        sizes = [longest - part.shape[-1] for part in lasts]
-        sides = [(size, 0) if ragged.on_the_left else (0, size) for size in sizes]
-        lasts = [
-            nn.functional.pad(part, side, value=ragged.value) for part, side in zip(lasts, sides, strict=True)
-        ]
-    return each_row_once(*map(torch.cat, (*columns, lasts)), num_rows=num_rows)
+    return each_row_once(*map(torch.cat, zip(*batches, strict=True)), num_rows=num_rows)
 
 
 def each_row_once(ids: Tensor, *columns: Tensor, num_rows: int) -> tuple[Tensor, ...]:

@@ -31,7 +31,6 @@ from swaft.training.data.texts import IGNORED
 from swaft.training.evaluation.evaluate import (
     ROW_ID,
     Evaluation,
-    Ragged,
     measured_once,
     require_finite,
     without_row_id,
@@ -287,7 +286,7 @@ def evaluate_texts(
         references: right texts of each row, by row number.
         tokenizer: turns tokens into text.
         metric: scores texts against references; None: the loss alone, nothing is generated.
-        generation: arguments of the model's ``generate``, such as ``num_beams``.
+        generation: arguments of the model's ``generate``, ``max_new_tokens`` among them.
 
     Raises:
         TrainingError: where rows are missing, or the loss is not finite; on every rank.
@@ -304,11 +303,13 @@ def evaluate_texts(
         )
         sums, counts = losses.sum(dim=1, dtype=torch.float64), (labels != IGNORED).sum(dim=1)
         del logits, losses  # as wide as the vocabulary; generating needs the memory
-        return sums, counts, labels.new_zeros((len(labels), 1)) if write is None else write(batch)
+        if write is None:
+            return sums, counts, counts
+        tokens = write(batch)
+        room = generation["max_new_tokens"] - tokens.shape[1]
+        return sums, counts, nn.functional.pad(tokens, (0, room), value=padding)
 
-    sums, counts, tokens = measured_once(
-        model, loader, accelerator, measure, num_rows=len(references), ragged=Ragged(padding)
-    )
+    sums, counts, tokens = measured_once(model, loader, accelerator, measure, num_rows=len(references))
     loss = require_finite((sums.sum() / counts.sum()).item())
     if metric is None:
         return Evaluation(scores={"loss": loss})
@@ -385,7 +386,7 @@ def write_answers(
     order = sorted(range(len(prompts)), key=room.__getitem__)
     groups = [list(group) for _, group in groupby(order, room.__getitem__)]
     batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
-    texts = [""] * len(prompts)
+    texts = dict[int, str]()
     was_training = model.training
     model.eval()
     try:
@@ -402,12 +403,11 @@ def write_answers(
             write = batch_generator(model, accelerator, settings)
             with torch.no_grad():
                 tokens = write({name: each.to(accelerator.device) for name, each in batch.items()})
-            written = tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
-            for number, text in zip(numbers, written, strict=True):
-                texts[number] = text.strip()
+            answers = tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
+            texts |= zip(numbers, answers, strict=True)
     finally:
         model.train(was_training)
-    return Evaluation(scores={}, outputs=texts)
+    return Evaluation(scores={}, outputs=[texts[number].strip() for number in range(len(prompts))])
 
 
 def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig) -> dict[str, Any]:

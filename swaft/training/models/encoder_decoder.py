@@ -331,48 +331,36 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_text_model(
-    task: str,
-    model: Seq2SeqModelConfig,
-    model_config: Any,
-    tokenizer: Any,
-    *,
-    seed: int,
-    gradient_checkpointing: bool,
-    packs: bool = False,
-) -> Any:
+def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
     """Return the pretrained model, or a new one of random weights, in fp32.
 
     Args:
-        task: sequence to sequence, or causal language modelling.
-        model: section ``model``.
+        config: of a recipe whose task is sequence to sequence, or causal language modelling.
         model_config: from `encoder_decoder_config` or `decoder_config`; a new model's takes the tokenizer's size
             and special tokens, where ``model.config`` says nothing else.
         tokenizer: the model's, or from `new_tokenizer`; one of many languages after `set_languages`.
-        seed: of the random weights.
-        gradient_checkpointing: recompute activations in the backward pass.
-        packs: whether rows of a decoder will be packed.
 
     Raises:
         ConfigError: where the model cannot be loaded, or as of `require_order`.
     """
-    if model.config is not None:
-        _fit_to_tokenizer(model_config, tokenizer, said=model.config)
-    loaded = load_form(task, model, model_config, seed=seed)
-    if task == "sequence to sequence":
+    if config.model.config is not None:
+        _fit_to_tokenizer(model_config, tokenizer, said=config.model.config)
+    loaded = load_form(config, model_config)
+    if config.task == "sequence to sequence":
         generate_as_trained(loaded, tokenizer)
         write_target_language(loaded, tokenizer)
     else:
         # Training reads no cache, and packed rows would see each other through it.
         loaded.config.use_cache = False
         if type(loaded).__module__.startswith("transformers."):  # others may compute on a GPU alone
-            require_order(loaded, packs=packs)
+            require_order(loaded, packs=config.data.packing)
         ends = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
         _generate_with(loaded.generation_config, **ends)
         tokenizer.padding_side = (
             "left"  # for whoever generates from what is saved; `CausalCollator` looks at none
         )
-    return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task=task)
+    loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)
+    return with_adapters(loaded, config.model, task=config.task)
 
 
 def _new_config(model: Seq2SeqModelConfig) -> Any:

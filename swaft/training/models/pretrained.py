@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError, DataError
-from swaft.training.config import AdapterConfig, AnyModelConfig, ModelConfig
+from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
 from swaft.training.config.values import split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 
@@ -183,43 +183,34 @@ def hidden_size(model_config: Any) -> int | None:
     return getattr(text_config, "hidden_size", None)
 
 
-def load_form(task: str, model: AnyModelConfig, model_config: Any, *, seed: int, **settings: Any) -> Any:
-    """Return a model for a task (of `FORMS`), pretrained or new, in fp32, drawn from this seed where it is new.
+def load_form(config: RecipeConfig, model_config: Any, **settings: Any) -> Any:
+    """Return a model for a recipe's task, pretrained or new, in fp32, drawn from the run's seed where it is new.
 
     Torch is given the seed right here, because under ZeRO-3 nothing makes the ranks' weights equal afterwards.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(config.train.seed)
+    model, form = config.model, FORMS[config.task]
     with naming_settings(model):
         if model.described is not None:
-            return FORMS[task].auto.from_config(model_config, dtype=torch.float32)
+            return form.auto.from_config(model_config, dtype=torch.float32)
         settings |= {"config": model_config, "trust_remote_code": model.trust_remote_code}
-        return FORMS[task].auto.from_pretrained(model_path(model), dtype="float32", **settings)
+        return form.auto.from_pretrained(model_path(model), dtype="float32", **settings)
 
 
-def load_with_head(
-    task: str,
-    model: ModelConfig,
-    model_config: Any,
-    *,
-    seed: int,
-    gradient_checkpointing: bool,
-    has_new_head: bool = False,
-) -> Any:
+def load_with_head(config: Any, model_config: Any, *, has_new_head: bool = False) -> Any:
     """Return the model, with a new head where it has none, in fp32; with adapters where the settings ask for them.
 
     Args:
-        task: of those in `FORMS` that have a head.
-        model: section ``model``.
+        config: of a recipe whose task, of those in `FORMS`, has a head.
         model_config: transformers configuration with the task's labels.
-        seed: of the new head.
-        gradient_checkpointing: recompute activations in the backward pass.
         has_new_head: the head is a new one whatever the model brings.
     """
-    mismatched = model.ignore_mismatched_sizes or has_new_head
-    loaded = load_form(task, model, model_config, seed=seed, ignore_mismatched_sizes=mismatched)
+    mismatched = config.model.ignore_mismatched_sizes or has_new_head
+    loaded = load_form(config, model_config, ignore_mismatched_sizes=mismatched)
     if has_new_head:
         _renew_head(loaded)
-    return with_adapters(with_checkpointing(loaded, gradient_checkpointing), model, task=task)
+    loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)
+    return with_adapters(loaded, config.model, task=config.task)
 
 
 def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
