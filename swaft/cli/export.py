@@ -31,7 +31,7 @@ from swaft.cli import CommandParser
 from swaft.cli.average import add_output_options, table
 from swaft.errors import ConfigError
 from swaft.soup import average
-from swaft.soup.huggingface import holds_weights, read_json
+from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, holds_weights, read_json
 from swaft.soup.kinds import AVERAGES, ENGINE
 from swaft.storage import read_manifest
 from swaft.storage.files import status
@@ -58,8 +58,8 @@ def run(words: Sequence[str]) -> int:
         )
     base, checkpoint = options.base, source.parent
     # accelerate's checkpoints may hold weights too, and nothing that says of which model.
-    of_trainer = source.name == OF_TRAINER and status(checkpoint / "trainer_state.json") is not None
-    if base is None and of_trainer and holds_weights(checkpoint):
+    says_which = any(status(checkpoint / name) is not None for name in (CONFIG, ADAPTER_CONFIG))
+    if base is None and source.name == OF_TRAINER and says_which and holds_weights(checkpoint):
         base = str(checkpoint)
     if not is_final and base is None:
         parser.error(

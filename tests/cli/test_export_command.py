@@ -193,7 +193,6 @@ def test_averages_that_lie_by_themselves_are_exported(tmp_path, averager, base):
 @pytest.mark.parametrize("named", ["checkpoint-4", "checkpoint-4/averages"])
 def test_a_checkpoint_of_the_trainer_is_its_own_base(named, tmp_path, averager, base):
     checkpoint = shutil.copytree(base, tmp_path / "checkpoint-4")
-    (checkpoint / "trainer_state.json").write_text("{}")
     averager.save_state(checkpoint / "averages")
     averager.save_pretrained(tmp_path / "own", "mean")
     assert run([str(tmp_path / named), "--output", str(tmp_path / "out"), "--rule", "mean"]) == 0

@@ -83,7 +83,7 @@ def train_prepared(accelerator: Any, model: Any, optimizer: Any, loader: Any, ob
         model=model,
         optimizer=optimizer,
         meter=meter,
-        config=SimpleNamespace(train=train),
+        config=SimpleNamespace(train=train, task="sequence classification"),
     )
     model.train()
     steps = step_batches(loader, accelerator.gradient_accumulation_steps)

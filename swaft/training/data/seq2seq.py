@@ -161,12 +161,7 @@ class Seq2SeqEvalConfig(EvalConfig):
     def conflicts(self) -> Iterator[Fault]:
         """Besides: what is said about texts that are not generated."""
         yield from super().conflicts()
-        for name, default in {
-            "metric": "auto",
-            "num_beams": None,
-            "max_new_tokens": None,
-            "num_samples": 20,
-        }.items():
+        for name, default in {"metric": "auto", "num_beams": None, "max_new_tokens": None}.items():
             if not self.predict_with_generate and (value := getattr(self, name)) != default:
                 reason = "is about generated texts, and eval.predict_with_generate=false generates none"
                 yield name, f"{value} {reason}; remove one of the two"

@@ -125,18 +125,23 @@ def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     Raises:
         ConfigError: where the file cannot be read, or names no stage of ZeRO.
     """
-    named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if named != "none":
+    named, source = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), "the accelerate configuration"
+    if named == "none":
+        config = _of_single_values(environ)
+    else:
         config, source = read_config(named), named if len(named) < 200 else "the DeepSpeed configuration"
-        stage = config["zero_optimization"].get("stage", 0)
-        if stage not in STAGES:
-            raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
-        return config, source
+    stage = config["zero_optimization"].get("stage", 0)
+    if stage not in STAGES:
+        raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    return config, source
+
+
+def _of_single_values(environ: Mapping[str, str]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     for part, device in _offloads(environ).items():
         path = environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_NVME_PATH")
         zero[part] = {"device": device} | ({"nvme_path": path} if path else {})
-    return {"zero_optimization": zero}, "the accelerate configuration"
+    return {"zero_optimization": zero}
 
 
 def read_config(named: str) -> dict[str, Any]:

@@ -352,7 +352,9 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
     else:
         # Training reads no cache, and packed rows would see each other through it.
         loaded.config.use_cache = False
-        if type(loaded).__module__.startswith("transformers."):  # others may compute on a GPU alone
+        # Others may compute on a GPU alone, and one that ZeRO-3 loads in parts has nothing to compute with yet.
+        is_whole = not any(hasattr(parameter, "ds_id") for parameter in loaded.parameters())
+        if is_whole and type(loaded).__module__.startswith("transformers."):
             require_order(loaded, packs=config.data.packing)
         ends = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
         _generate_with(loaded.generation_config, **ends)
