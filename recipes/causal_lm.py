@@ -37,7 +37,7 @@ from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
-from swaft.training.models.checks import check_model
+from swaft.training.models.checks import check_model, require_embedded
 from swaft.training.models.encoder_decoder import (
     check_new_model,
     decoder_config,
@@ -88,6 +88,7 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
         require_chat_template(ready.tokenizer, ready.columns)
         if ready.tokenizer is not None:
             ready.datasets = tokenized(ready.columns, ready.tokenizer, config)
+            require_embedded(ready.datasets.values(), config.model, ready.model_config)
     with problems:
         if ready.tokenizer is not None:
             most = longest_text(ready.model_config, ready.tokenizer)

@@ -342,7 +342,7 @@ class WeightAverager:
         return blended(self.engine, self._ready(chosen).shard(chosen), chosen)
 
     def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
-        """What an average is the sum of: (coefficient, this rank's elements) pairs, as of `shard`.
+        """What an average is the sum of: (coefficient, this rank's elements) pairs, as `shard` gives them.
 
         For rules that keep members whole (LAWA), the tensors are those members; last come, in a blend, the last
         weights. A scope is refused.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import count as numbers_from
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,13 @@ def fold_parametrizations(
 
 def _own_parametrizations(module: nn.Module) -> set[str]:
     """The beginnings of names that a new transformers model of this class has parametrized, too (Wav2Vec2's)."""
-    if not hasattr(type(module), "config_class") or next(parametrized(module), None) is None:
+    model: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    if not hasattr(type(model), "config_class") or next(parametrized(model), None) is None:
         return set()
-    with torch.device("meta"):
-        return {inside for _, inside, _ in parametrized(type(module)(module.config))}
+    prefix = "" if model is module else "base_model.model."
+    with suppress(TypeError), torch.device("meta"):  # a user's class may be made of more than a configuration
+        return {f"{prefix}{inside}" for _, inside, _ in parametrized(type(model)(model.config))}
+    return set()
 
 
 @torch.no_grad()

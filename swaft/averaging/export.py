@@ -134,7 +134,7 @@ def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
     """Refuse a path where something is, before anything is gathered for it (collective).
 
     Raises:
-        AveragingError: it is a file, or a folder that is not empty; on every rank.
+        AveragingError: it is a file, a folder that is not empty, or where a disk is mounted; on every rank.
     """
     with engine.ranks.together():
         if engine.ranks.is_main and not is_free(Path(path)):

@@ -23,6 +23,7 @@ Exit code: 0; 1 where nothing was written.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def run(words: Sequence[str]) -> int:
     options = parser.parse_args(list(words))
     named = Path(options.average)
     is_final = ended_with_average(named)
-    source = named / FINAL_AVERAGED if is_final else saved_averages(named)
+    source = named / FINAL_AVERAGED if is_final else saved_averages(Path(os.path.realpath(named)))
     if is_final and options.rule is not None:
         parser.error(
             f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out"

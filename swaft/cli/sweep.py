@@ -238,7 +238,9 @@ def _seeds(word: str) -> list[int]:
 def _parser() -> CommandParser:
     parser = CommandParser("sweep")
     parser.add_argument(
-        "--seeds", type=reading(_seeds, "how many, or different ones with commas between them"), required=True
+        "--seeds",
+        type=reading(_seeds, "a number of seeds, or different seeds with commas between them"),
+        required=True,
     )
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--slurm", type=Path)

@@ -253,7 +253,7 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
     """
     first = members[0]
     for name in first.specs:
-        if PARAMETRIZED in f".{name}":
+        if PARAMETRIZED in f".{name}" and name not in base.specs:
             raise StateError(
                 f"{first.path}: {name!r} is a weight before its parametrization (R4F's spectral norm, say), and "
                 f"what that makes of it only the model knows. {IN_THE_MODEL}"

@@ -54,7 +54,7 @@ def open_checkpoint(
     if holds_weights(path):
         return open_folder(path)
     manifest = read_manifest(path, kind=None) if is_complete(path) else None
-    if manifest is not None and manifest.kind == AVERAGE:
+    if manifest is not None and is_average(path):
         _hold_to_run(path)
         return open_average(path, manifest, rule=rule)
     is_run = manifest is not None and manifest.kind == RUN
@@ -80,6 +80,11 @@ def open_checkpoint(
         "saved state of averages. Of others (pytorch_model.bin, torch's distributed checkpoints) write a Hugging "
         "Face folder first, with save_pretrained"
     )
+
+
+def is_average(path: Path) -> bool:
+    """Whether a folder is a saved state of averages."""
+    return is_complete(path) and read_manifest(path, kind=None).kind == AVERAGE
 
 
 def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWeights:

@@ -31,7 +31,7 @@ from swaft.soup.huggingface import (
     open_folder,
     read_json,
 )
-from swaft.soup.kinds import open_checkpoint
+from swaft.soup.kinds import is_average, open_checkpoint
 from swaft.soup.mean import Mean
 from swaft.soup.output import (
     Shard,
@@ -131,7 +131,8 @@ def average(
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
-    _check_choices(paths, lora_rank, rule)
+    if lora_rank is not None and lora_rank < 1:
+        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
     refuse_occupied(output)
     with ExitStack() as stack:
         members = list[SavedWeights]()
@@ -139,6 +140,7 @@ def average(
             has_base = base is not None or (bool(members) and members[0].files is not None)
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
             members.append(stack.enter_context(found))
+        _refuse_unused(rule, paths)
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)
@@ -309,10 +311,8 @@ def _write(
     return records
 
 
-def _check_choices(paths: Sequence[Path], lora_rank: int | None, rule: str | None) -> None:
-    if lora_rank is not None and lora_rank < 1:
-        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
-    if rule is not None and all(map(holds_weights, paths)):
+def _refuse_unused(rule: str | None, paths: Sequence[Path]) -> None:
+    if rule is not None and not any(map(is_average, paths)):
         raise ConfigError(f"rule is {rule!r}, and no checkpoint is a saved state of averages; leave it out")
 
 

@@ -39,6 +39,7 @@ def test_a_score_that_is_no_number_is_refused(scores):
 def test_a_rule_of_checkpoints_that_are_no_averages_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="rule is 'swa', and no checkpoint is a saved state"):
         average(folders(tmp_path, 2), tmp_path / "out", rule="swa")
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_candidates_are_tried_in_the_order_they_were_named():

@@ -49,8 +49,8 @@ BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2, "v
         (SMALL | {"model_type": "llama"}, True, None),
         (SMALL | {"model_type": "bert", "is_decoder": True}, False, None),
         (BLOOM, False, None),
-        (BLOOM, True, "in a bloom packed rows see each other; set data.packing=false"),
-        (XLNET, False, "in a xlnet a token sees those after it"),
+        (BLOOM, True, "model.config: packed rows of bloom see each other; set data.packing=false"),
+        (XLNET, False, "model.config: tokens of xlnet see those after them"),
     ],
 )
 def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, packs, reason):
@@ -64,7 +64,7 @@ def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, pac
         model = load_text_model(config, decoder_config(section), tokenizer)
         assert model.training
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-        assert tokenizer.padding_side == "left"
+        assert tokenizer.padding_side == tokenizer.init_kwargs["padding_side"] == "left"
 
 
 def test_an_encoder_is_no_decoder():

@@ -157,6 +157,7 @@ def test_a_pass_that_has_been_read_is_one_in_batches_that_do_not_divide_it():
         RECORD, setup=uneven, parts={**RECORD.parts, "position": {**RECORD.parts["position"], "batches": 6}}
     )
     assert batches_read(read, replace(uneven, world_size=5)) == 2
+    assert batches_read(read, replace(uneven, world_size=5, grouped_by=80)) == 2
 
 
 def test_half_a_batch_is_refused():

@@ -260,7 +260,13 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
         delay = min(math.ceil(first_member / per_epoch), state.max_steps / per_epoch)
     else:  # nobody knows when its first epoch ends
         first = delay = first_member
-    if first < first_member or args.eval_on_start:
+    if args.eval_on_start:
+        raise ConfigError(
+            f"metric_for_best_model={args.metric_for_best_model} with eval_on_start: nothing is averaged before "
+            f"step {first_member}; set eval_on_start=False"
+        )
+    if first < first_member:
+        delay = math.floor(1e4 * delay) / 1e4
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} at an evaluation after {first:.0f} steps, but "
             f"nothing is averaged before step {first_member}; set eval_delay={delay:g}, or begin to average earlier"

@@ -25,8 +25,6 @@ Fault = tuple[str, str]
 
 LONGEST_TIMEOUT = 365 * 24 * 3600
 """Seconds. torch counts a timeout in nanoseconds, of which 64 bits hold no more than three centuries."""
-NAMELESS = ("aim", "comet_ml", "dvclive")
-"""Trackers to which accelerate hands no name of a run."""
 HIGHEST_SEED = 4_000_000_000
 """numpy takes seeds below 2**32, and the rank and the step are added to this one."""
 
@@ -368,8 +366,8 @@ class TrackConfig(Section):
         """A tracker that there is not."""
         if self.report_to not in ("none", "all", *TRACKERS):
             yield "report_to", not_allowed(self.report_to, ("none", "all", *TRACKERS))
-        if self.run_name is not None and self.report_to in NAMELESS:
-            yield "run_name", f"is {self.run_name}, and {self.report_to} takes no name of a run; remove it"
+        if self.run_name is not None and self.report_to == "comet_ml":
+            yield "run_name", f"is {self.run_name}, and accelerate hands comet_ml no name of a run; remove it"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -233,7 +233,7 @@ def evaluate_answers(
 
     The ``loss`` is the mean over windows, in float64, of half the cross entropies of the first and the last token,
     over the window's own tokens: it depends neither on batch size nor on ranks. The model's own loss, which
-    training has, spreads a little over the padding, too.
+    training has, spreads a little over the padding, too, and so does this one where there is no mask (FNet).
 
     Args:
         model: as prepared; left in the mode it was found in.

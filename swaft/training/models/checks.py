@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from swaft.errors import ConfigError
@@ -122,6 +123,22 @@ def require_embeddings(model: AnyModelConfig, model_config: Any, tokenizer: Any)
             f"tokens ({without[min(without)]!r} is the first without one); expected as many at least. Use the "
             "model's own tokenizer, or call resize_token_embeddings and save both"
             + ("" if tokenizer.split_special_tokens else meaning)
+        )
+
+
+def require_embedded(rows: Iterable[Dataset], model: AnyModelConfig, model_config: Any) -> None:
+    """Refuse rows with token ids that the model has no embedding for: a chat's template writes what no text spells.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    known = embedding_rows(model_config if model.described is None else model.described)
+    chunks = [chunk for split in rows for chunk in split.data.column("input_ids").chunks]
+    most = max((chunk.flatten().to_numpy().max(initial=0) for chunk in chunks), default=0)
+    if known is not None and most >= known:
+        raise ConfigError(
+            f"{model.setting}: the model has {known} embeddings, and the rows have the token id {most}; use the "
+            "model's own tokenizer, or call resize_token_embeddings and save both"
         )
 
 

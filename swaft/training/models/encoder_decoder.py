@@ -94,7 +94,7 @@ def _generate_with(generation: Any, **tokens: int | None) -> None:
 
 
 @torch.no_grad()
-def require_order(model: Any, *, packs: bool) -> None:
+def require_order(model: Any, setting: str, *, packs: bool) -> None:
     """Refuse a decoder in which a token sees later ones, or (``packs``) those of a row that is packed before its.
 
     Measured on eight tokens: in fp32 the models of transformers that keep the order give logits within 5e-7 of each
@@ -102,25 +102,39 @@ def require_order(model: Any, *, packs: bool) -> None:
 
     Args:
         model: whole, on the host, with random or pretrained weights.
+        setting: that names it, for the message.
         packs: whether rows will be packed.
 
     Raises:
         ConfigError: as said.
     """
-    was_training, ids = model.training, torch.arange(3, 11)[None]
+    was_training, kind = model.training, model.config.model_type
+    ids = (torch.arange(3, 11) % model.get_input_embeddings().num_embeddings)[None]
     model.eval()
 
     def logits(ids: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False, **others).logits
 
-    pairs = [(logits(ids)[:, :4], logits(ids[:, :4]), "a token sees those after it; expected a decoder")]
+    pairs = [
+        (logits(ids)[:, :4], logits(ids[:, :4]), f"tokens of {kind} see those after them; expected a decoder")
+    ]
     if packs:
         packed = logits(ids, position_ids=torch.arange(8)[None] % 4)[:, 4:]
-        pairs.append((packed, logits(ids[:, 4:]), "packed rows see each other; set data.packing=false"))
+        pairs.append(
+            (packed, logits(ids[:, 4:]), f"packed rows of {kind} see each other; set data.packing=false")
+        )
     model.train(was_training)
-    for found, alone, reason in pairs:
+    for found, alone, problem in pairs:
         if (found - alone).abs().max() > 1e-4 * alone.abs().max():
-            raise ConfigError(f"model: in a {model.config.model_type} {reason}")
+            raise ConfigError(f"{setting}: {problem}")
+
+
+def _can_be_measured(model: Any) -> bool:
+    """Whether a model computes on the host and stays as it is: ZeRO-3 may load parts, RWKV rescales itself."""
+    is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    config, of_transformers = model.config, type(model).__module__.startswith("transformers.")
+    on_gpu = "flash" in str(config._attn_implementation)
+    return of_transformers and is_whole and not on_gpu and config.model_type != "rwkv"
 
 
 def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns) -> None:
@@ -255,11 +269,13 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
     """Return the transformers configuration of the pretrained decoder, or of the new one.
 
     Raises:
-        ConfigError: where transformers has no form of it that continues a text, or an entry is none of its type's.
+        ConfigError: where transformers has no form of it that continues a text, as of encoders, or an entry is none
+            of its type's.
     """
     found = load_model_config(model) if model.config is None else _new_config(model)
     brings_its_own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
-    sees_all = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
+    reads_on = getattr(found, "is_decoder", False) or getattr(found, "causal", False)  # XLM says causal
+    sees_all = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not reads_on
     continues = brings_its_own or (type(found) in MODEL_FOR_CAUSAL_LM_MAPPING and not sees_all)
     if found.is_encoder_decoder or not continues:
         raise ConfigError(
@@ -352,15 +368,12 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
     else:
         # Training reads no cache, and packed rows would see each other through it.
         loaded.config.use_cache = False
-        # Others may compute on a GPU alone, and one that ZeRO-3 loads in parts has nothing to compute with yet.
-        is_whole = not any(hasattr(parameter, "ds_id") for parameter in loaded.parameters())
-        if is_whole and type(loaded).__module__.startswith("transformers."):
-            require_order(loaded, packs=config.data.packing)
+        if _can_be_measured(loaded):
+            require_order(loaded, config.model.setting, packs=config.data.packing)
         ends = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
         _generate_with(loaded.generation_config, **ends)
-        tokenizer.padding_side = (
-            "left"  # for whoever generates from what is saved; `CausalCollator` looks at none
-        )
+        # For whoever generates from what is saved; `CausalCollator` looks at no side.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)
     return with_adapters(loaded, config.model, task=config.task)
 

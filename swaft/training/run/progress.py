@@ -35,6 +35,7 @@ ON_THE_LINE = {
 
 RUN_NAMES = {
     "wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name",
+    "dvclive": "exp_name",
 }  # fmt: skip
 """What trackers call the name of a run."""
 
@@ -148,10 +149,14 @@ def start_trackers(accelerator: Accelerator, config: RecipeConfig) -> None:
     if config.track.report_to == "none":
         return
     track, run_name = config.track, config.track.run_name or Path(config.train.output_dir).name
-    # accelerate hands the project to tensorboard as the folder of a run, and knows no other name for one.
-    project = f"{track.project_name}/{run_name}" if track.report_to == "tensorboard" else track.project_name
+    # To tensorboard accelerate hands the project as the folder of a run, to aim as its name, and knows no other.
+    projects = {"tensorboard": f"{track.project_name}/{run_name}", "aim": run_name}
     names = {tracker: {name: run_name} for tracker, name in RUN_NAMES.items()}
-    accelerator.init_trackers(project, config=flatten(config), init_kwargs=names)
+    if "CLEARML_TASK" in os.environ:  # wins
+        del names["clearml"]
+    accelerator.init_trackers(
+        projects.get(track.report_to, track.project_name), config=flatten(config), init_kwargs=names
+    )
 
 
 def training_line(

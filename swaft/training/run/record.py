@@ -178,16 +178,16 @@ def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any])
 def batches_read(before: RunRecord, now: Setup) -> int:
     """Micro-batches of the pass that a rank of this run has read; raise `ConfigError` within a batch."""
     was, batches = before.setup, before.parts["position"]["batches"]
+    rows = batches * was.per_device_train_batch_size * was.world_size
+    size = now.per_device_train_batch_size * now.world_size
+    if rows >= was.rows:  # the pass is over; its last micro-batches may have been filled up
+        return math.ceil(was.rows / size)
     if batches and was.grouped_by != now.grouped_by:
         raise ConfigError(
             f"the checkpoint stands within a pass over rows of like length, grouped by {was.grouped_by}, and "
             f"this run groups them by {now.grouped_by} (train.per_device_train_batch_size times ranks, or "
             "train.group_by_length); set them as they were, for the order of the rows depends on it"
         )
-    rows = batches * was.per_device_train_batch_size * was.world_size
-    size = now.per_device_train_batch_size * now.world_size
-    if rows >= was.rows:  # the pass is over; its last micro-batches may have been filled up
-        return math.ceil(was.rows / size)
     if rows % size:
         raise ConfigError(
             f"the checkpoint stands at row {rows:,} of a pass, which is no whole number of this run's "

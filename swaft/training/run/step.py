@@ -201,7 +201,10 @@ def count_rows(batch: Mapping[str, Any]) -> Tensor:
 
 
 def count_tokens(batch: Mapping[str, Any], *, writes: bool) -> Tensor:
-    """Return how many tokens of a batch are no padding, 0-dim: those read, and the labels where it ``writes``."""
+    """Return how many tokens of a batch are no padding, 0-dim: those read, and the labels where it ``writes``.
+
+    Packed rows have no mask, and what little padding there is behind them counts.
+    """
     read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).count_nonzero()
     return read + (batch["labels"] != IGNORE_INDEX).sum() if writes else read
 

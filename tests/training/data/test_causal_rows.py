@@ -10,7 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from swaft.errors import DataError
+from swaft.errors import ConfigError, DataError
+from swaft.training.config import ModelConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
     CausalDataConfig,
@@ -22,6 +23,7 @@ from swaft.training.data.causal_lm import (
     tokenize_rows,
 )
 from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
+from swaft.training.models.checks import require_embedded
 from swaft.training.models.encoder_decoder import train_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -92,6 +94,21 @@ def test_the_special_tokens_of_a_template_are_special_and_those_that_a_message_s
         [row] = tokenize_rows(Dataset.from_list([{"messages": spelt}]), tokens, columns, data)
         assert row["input_ids"].count(tokens.eos_token_id) == ends
     assert not tokens.split_special_tokens  # nor in the folder that it is saved to
+    # Tokens of the template that are not special, `<think>` say, are the answer's own.
+    tokens.add_tokens(["<think>"])
+    tokens.chat_template = tokens.chat_template.replace(
+        "{{ m.content", "{{ m.content.replace('<think>', '<think>')"
+    )
+    thought = [spelt[0], chat[1] | {"content": "<think>sat"}]
+    [row] = tokenize_rows(Dataset.from_list([{"messages": thought}]), tokens, columns, CausalDataConfig())
+    assert tokens.convert_tokens_to_ids("<think>") in row["labels"]
+    assert tokens.chat_control_tokens is None
+    model, config = ModelConfig(model_name_or_path="m"), LlamaConfig(vocab_size=len(tokens))
+    require_embedded([Dataset.from_list([row])], model, config)
+    with pytest.raises(
+        ConfigError, match=f"has {len(tokens) - 1} embeddings, and the rows have the token id"
+    ):
+        require_embedded([Dataset.from_list([row])], model, LlamaConfig(vocab_size=len(tokens) - 1))
 
 
 def test_what_the_assistant_says_first_is_given_and_not_learnt():
@@ -132,7 +149,7 @@ def test_classes_are_written_by_their_names():
         (
             [{"messages": [{"role": "assistant", "content": "a"}]}],
             {},
-            "no message of the assistant after its first",
+            "no message of the assistant behind another",
         ),
         ([{"messages": CHAT}], {"prompt_prefix": "a"}, "data.prompt_prefix and .* the rows are chats"),
         ([{"messages": [{"role": "user"}]}], {}, "expected messages with a role"),
