@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import swaft
-from swaft import errors, functional, soup
+from swaft import averaging, errors, functional, noise, soup
 from swaft.averaging import lora
+from swaft.integrations import accelerate, transformers
 
 SECTIONS = {
-    "Averaging": (swaft, ("WeightAverager", "Readout", "search_windows")),
+    "Averaging": (averaging, ("WeightAverager", "Readout", "search_windows", "ReadoutSearch", "Tried")),
     "Rules": (swaft, ("SWA", "EMA", "LAWA", "Merge", "BEMA", "PowerEMA", "Windows")),
-    "Noise objectives": (swaft, ("TaskLoss", "R3F", "R4F", "RDrop")),
+    "Noise objectives": (noise, ("TaskLoss", "R3F", "R4F", "RDrop", "ObjectiveOutput")),
     "Losses as functions": (functional, functional.__all__),
-    "Trainer and accelerate": (
-        swaft,
-        ("WeightAveragingCallback", "NoiseCallback", "averaged_weights", "register_averager"),
+    "Trainer": (
+        transformers,
+        ("WeightAveragingCallback", "NoiseCallback", "averaged_weights", "write_surface"),
     ),
-    "LoRA": (lora, ("product_mean", "save_merged")),
+    "accelerate": (accelerate, ("register_averager",)),
+    "LoRA": (lora, ("product_mean", "ProductMean", "save_merged")),
     "Finished checkpoints": (soup, soup.__all__),
     "Errors": (errors, [name for name, kind in vars(errors).items() if inspect.isclass(kind)]),
 }
@@ -41,9 +43,12 @@ def entry(name: str, found: Any) -> str:
     lines = [f"### `{name}`\n", code(f"{name}{signature(found)}\n\n{inspect.getdoc(found) or ''}")]
     if inspect.isclass(found) and not issubclass(found, Exception):
         for short, member in vars(found).items():
+            is_property = isinstance(member, property)
             member = getattr(member, "fget", None) or getattr(member, "__func__", member)
             if not short.startswith("_") and inspect.isfunction(member) and inspect.getdoc(member):
-                lines.append(code(f"{name}.{short}{signature(member)}\n\n{inspect.getdoc(member)}"))
+                said = signature(member)
+                said = said.removeprefix("()").replace(" ->", ":", 1) if is_property else said
+                lines.append(code(f"{name}.{short}{said}\n\n{inspect.getdoc(member)}"))
     return "\n".join(lines)
 
 
@@ -52,7 +57,10 @@ def signature(found: Any) -> str:
     if (inspect.isclass(found) and issubclass(found, Exception)) or not callable(found):
         return ""
     given = inspect.signature(found)
-    kept = [unquoted(str(each)) for each in given.parameters.values() if each.name != "self"]
+    shown = [each for each in given.parameters.values() if each.name != "self"]
+    kept, kinds = [unquoted(str(each)) for each in shown], [each.kind for each in shown]
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        kept.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     line = ", ".join(kept)
     body = line if len(line) <= 80 else "".join(f"\n    {each}," for each in kept) + "\n"
     returns = given.return_annotation

@@ -1,4 +1,4 @@
-"""SWA in a plain accelerate loop: three lines for averaging, one for checkpoints that carry the averages."""
+"""EMA in a plain accelerate loop: three lines for averaging, one for checkpoints that carry the averages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SWA and R3F in Seq2SeqTrainer: two added lines."""
+"""EMA and R3F in Seq2SeqTrainer: two added lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SWA and R3F in TRL's SFTTrainer with LoRA; final-averaged/ is an adapter folder."""
+"""EMA and R3F in TRL's SFTTrainer with LoRA; final-averaged/ is an adapter folder."""
 
 from __future__ import annotations
 

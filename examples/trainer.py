@@ -1,4 +1,4 @@
-"""SWA in transformers' Trainer: one added line. Both weights are evaluated; the averaged score picks the best."""
+"""EMA in transformers' Trainer: one added line. Both weights are evaluated; the averaged score picks the best."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def main(folder: Path) -> None:
             learning_rate=1e-3,
             eval_strategy="steps",
             eval_steps=10,
-            eval_delay=20,  # nothing is averaged before
             save_steps=10,
             load_best_model_at_end=True,
             metric_for_best_model="averaged_loss",

@@ -2,7 +2,7 @@
 
     swaft env [--json]
 
-The same is in env.json of every run folder, with what was true of that run.
+The versions are in env.json of every run folder, too, with device, ranks and engine of that run.
 """
 
 from __future__ import annotations
