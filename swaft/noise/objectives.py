@@ -304,8 +304,8 @@ class R3F(TwoPasses):
     """Distribution of the noise; None: the preset's, uniform but for fairseq's where text is generated."""
     sigma: NotNegative | None = None
     """Half width or standard deviation of the noise; None: the preset's (1e-5, of "relative" 0.01). With
-    preset="relative" a share of the root mean square of the real tokens' embeddings; with "fairseq" before the factor
-    of embeddings that scale themselves."""
+    preset="relative" a share of the root mean square of the real tokens' embeddings; with "fairseq" before the
+    factor of embeddings that scale themselves."""
     _: KW_ONLY
     masks: Masks | None = None
     """Dropout masks of the two passes."""
