@@ -151,6 +151,9 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
             raise ConfigError(
                 f"--set {each} names no setting with values; expected averaging.rule=ema,none, say"
             )
+    names = [each.partition("=")[0] for each in sets]
+    if len({*names}) < len(names):
+        raise ConfigError("--set names a setting twice; write its values in one: --set NAME=VALUE,VALUE")
     base, rest = Path(folders[-1]).expanduser(), [word for word in line if not word.startswith(OUTPUT)]
     choices = [
         [f"{name}={value}" for value in dict.fromkeys(values.split(","))]
@@ -180,7 +183,12 @@ def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
                 f"{each.folder} holds a run of {ran}; expected {shlex.join(each.words)}. Name another "
                 "train.output_dir, or remove that folder"
             )
-    base.mkdir(parents=True, exist_ok=True)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir: {base} cannot be made a folder ({error.strerror}); name another"
+        ) from error
     lines = known | {str(each.folder): each.words for each in runs}
     write_durably(record, (json.dumps(lines, indent=1) + "\n").encode())
 
@@ -223,7 +231,10 @@ def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
     except ModuleNotFoundError as error:
         return [*lines, f"no page: {error.name} is not installed; pip install 'swaft[report]'"]
     page = base / "report.html"
-    page.write_text(render(runs), encoding="utf-8")
+    try:
+        page.write_text(render(runs), encoding="utf-8")
+    except OSError as error:
+        return [*lines, f"no page: {page} cannot be written ({error.strerror})"]
     return [*lines, str(page)]
 
 

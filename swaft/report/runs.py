@@ -67,7 +67,8 @@ def read_run(path: Path) -> RunLog:
     if (path / "metrics.jsonl").is_file():
         return _read_recipe_run(path)
     states = [path / TRAINER_STATE, *path.glob(f"checkpoint-*/{TRAINER_STATE}")]
-    states = sorted(filter(Path.is_file, states), key=lambda each: each.stat().st_mtime)
+    steps = {each: (json_object(each) or {}).get("global_step") or 0 for each in filter(Path.is_file, states)}
+    states = sorted(steps, key=steps.__getitem__)
     if states:
         return _read_trainer_run(path, states[-1])
     if (path / "config.yaml").is_file():
@@ -203,7 +204,9 @@ def _is_number(value: Any) -> bool:
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; a last line that was cut off is left out, which is noted."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not splitlines, which also splits within a text, at its U+2028 say.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    lines = [] if lines == [""] else lines
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

@@ -122,12 +122,19 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
     return notes
 
 
+OFF_IN_ADAPTERS = {
+    **dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_qalora", "use_dora", "use_rslora"), False),
+    "qalora_group_size": 16, "rank_pattern": {}, "alpha_pattern": {},
+}  # fmt: skip
+"""What peft writes of options that are off, and older versions left out."""
+
+
 def _compare_adapters(first: Path, other: Path) -> list[str]:
     """As :func:`compare_configs`, of two adapters; one that names no base may be of any."""
     one, two = (  # what peft keeps as a set is a list in any order
         {
             k: sorted(v, key=repr) if isinstance(v, list) else v
-            for k, v in read_json(each / ADAPTER_CONFIG).items()
+            for k, v in (OFF_IN_ADAPTERS | read_json(each / ADAPTER_CONFIG)).items()
         }
         for each in (first, other)
     )
@@ -181,11 +188,14 @@ def _require_same_tokens(first: Path | None, other: Path | None) -> None:
 
 def _tokens(path: Path) -> dict[int, str]:
     """Token by id, as a `tokenizer.json` lists them, an object or a list of pairs."""
-    model = read_json(path).get("model")
+    whole = read_json(path)
+    model, added = whole.get("model"), whole.get("added_tokens")
     found = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(found, list):
         found = {each[0]: number for number, each in enumerate(found) if isinstance(each, list) and each}
-    return {number: token for token, number in found.items()} if isinstance(found, dict) else {}
+    tokens = {number: token for token, number in found.items()} if isinstance(found, dict) else {}
+    more = [each for each in (added if isinstance(added, list) else ()) if isinstance(each, dict)]
+    return tokens | {each["id"]: each["content"] for each in more if {"id", "content"} <= each.keys()}
 
 
 def _kind(spec: Spec) -> tuple[bool, bool]:

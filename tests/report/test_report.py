@@ -287,6 +287,24 @@ def test_metrics_of_the_trainer_that_are_no_numbers_are_left_out(tmp_path):
     render([read])
 
 
+def test_lines_of_samples_end_at_their_end_alone(tmp_path):
+    run = recipe_run(tmp_path / "run")
+    text = json.dumps({"source": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n"
+    (run / "samples-test.jsonl").write_text(text, encoding="utf-8")
+    assert read_run(run).samples == {"test": [{"source": "a\u2028b\u0085c"}]}
+
+
+def test_a_trainers_latest_state_is_that_of_the_latest_step(tmp_path):
+    run = trainer_run(tmp_path / "out")
+    late = run / "checkpoint-4" / "trainer_state.json"
+    early = run / "checkpoint-2" / "trainer_state.json"
+    early.parent.mkdir()
+    early.write_text(
+        json.dumps(json.loads(late.read_text()) | {"global_step": 2})
+    )  # written last, as by a copy
+    assert read_run(run).facts["global_step"] == 4
+
+
 def test_scores_of_a_recipe_that_are_no_numbers_are_left_out(tmp_path):
     runs = [recipe_run(tmp_path / name) for name in ("a", "b")]
     summary = json.loads((runs[0] / "summary.json").read_text())

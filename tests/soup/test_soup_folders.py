@@ -362,6 +362,12 @@ def test_tokenizers_that_number_their_tokens_in_another_order_are_refused(tmp_pa
         (path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
     with pytest.raises(StateError, match=r"tokenizer.json: 1 is 'c', expected 'b'; an average would mix"):
         average(paths, tmp_path / "out")
+    for path, token in zip(paths, ("<pad>", "<end>"), strict=True):
+        added = {"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": token}]}
+        (path / "tokenizer.json").write_text(json.dumps(added))
+    with pytest.raises(StateError, match=r"tokenizer.json: 1 is '<end>', expected '<pad>'"):
+        average(paths, tmp_path / "out")
+    (paths[0] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}))
     longer = {"a": 0, "b": 1, "c": 2, "d": 3}  # one more token at the end is no other order
     (paths[1] / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": longer}}))
     average(paths, tmp_path / "out")

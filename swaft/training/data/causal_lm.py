@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from jinja2 import TemplateError
 from torch import Tensor
 
@@ -143,6 +143,12 @@ def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> Causa
         raise DataError(
             "data.prompt_prefix and data.prompt_suffix are put around prompts, and the rows are chats, which the "
             "tokenizer's template writes; remove them"
+        )
+    tools = values(splits["train"], "tools") if "tools" in splits["train"].column_names else ()
+    if found.messages is not None and any(tools):
+        raise DataError(
+            "the rows have a column 'tools', which is not written into the chats; put the tools into the system's "
+            "message, or remove the column"
         )
     if found.answer is not None:
         splits = {name: _class_names_as_text(split, found.answer) for name, split in splits.items()}
@@ -303,8 +309,21 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
         found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual + advice)
         if found in USUAL_MESSAGES:
             return CausalColumns(answer=None, messages=found[0])
+        _refuse_unread(train, found)
         columns |= {"answer": found[-1], "prompt": found[0] if len(found) > 1 else None}
     return CausalColumns(**columns)
+
+
+def _refuse_unread(train: Dataset, found: Sequence[str]) -> None:
+    """Refuse rows of Alpaca's and Dolly's kind, whose prompt has a second part in a column of its own."""
+    more = next(
+        (each for each in ("input", "context") if len(found) > 1 and each in train.column_names), None
+    )
+    if more is not None and any(isinstance(text, str) and text.strip() for text in values(train, more)):
+        raise DataError(
+            f"the rows have '{more}' beside {' and '.join(found)}, and it would not be read; put it into the "
+            f"prompt's column, or leave it out with data.prompt_column={found[0]} data.answer_column={found[-1]}"
+        )
 
 
 def _class_names_as_text(split: Dataset, column: str) -> Dataset:
@@ -312,8 +331,9 @@ def _class_names_as_text(split: Dataset, column: str) -> Dataset:
     kind = split.features.get(column)
     if not isinstance(kind, ClassLabel):
         return split
-    names = [kind.int2str(number) for number in values(split, column)]
-    return split.remove_columns(column).add_column(column, names)
+    numbers = values(split, column)  # -1 of a row without its answer
+    names = [None if number is None or number < 0 else kind.int2str(number) for number in numbers]
+    return split.remove_columns(column).add_column(column, names, feature=Value("string"))
 
 
 def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:

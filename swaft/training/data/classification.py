@@ -246,13 +246,17 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
 
 
 def _label_faults(split: Dataset, column: str) -> Iterator[BadRow]:
-    """Yield the rows without a label: nothing, a blank, no finite number, or -1 in a column with named classes."""
-    is_named = isinstance(split.features[column], ClassLabel)
-    for row, value in enumerate(values(split, column)):
+    """Yield the rows without a label: nothing, a blank, no finite number, or -1 where it is no class.
+
+    It is none in a column with named classes, nor where a whole split has it, whose labels are withheld.
+    """
+    labels = list(values(split, column))
+    withheld = isinstance(split.features[column], ClassLabel) or {*map(repr, labels)} == {"-1"}
+    for row, value in enumerate(labels):
         is_number = not isinstance(value, float) or math.isfinite(value)
         if value is None or not is_number or (isinstance(value, str) and not value.strip()):
             yield row, f"has no {column} ({value!r})"
-        elif is_named and value == -1:
+        elif withheld and value == -1:
             yield row, f"has {column}=-1, which marks a row without its answer"
 
 

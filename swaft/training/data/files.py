@@ -6,6 +6,7 @@ The message of an error continues after the file's name.
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import logging
 import re
@@ -169,10 +170,12 @@ def _read_json(path: str) -> Dataset:
     with open(path, encoding="utf-8-sig") as file:
         if re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
             file.seek(0)
-            with suppress(ValueError):  # lines, each with a column of this name
+            with suppress(ValueError, KeyError):  # lines, each with a column of this name; or one deeper down
                 rows = json.load(file)["data"]
     if rows is None:
-        read = Dataset.from_json(path)
+        read = Dataset.from_json(glob.escape(path))
+    elif not all(isinstance(row, dict) for row in rows):
+        raise DataError(": its data are no objects; expected one a row, with the names of the columns")
     else:
         read = Dataset.from_dict(
             {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
@@ -211,7 +214,7 @@ TABLES = {
 }
 # These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
 FILE_READERS: dict[str, Callable[..., Dataset]] = {
-    ".parquet": Dataset.from_parquet,
+    ".parquet": lambda path: Dataset.from_parquet(glob.escape(path)),  # which takes patterns
     **TABLES,
     ".json": _read_json,
     ".jsonl": _read_json,

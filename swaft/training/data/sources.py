@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import glob
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -33,7 +35,7 @@ SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
     "validation_matched": "validation",
-    "dev": "validation",
+    **dict.fromkeys(("dev", "val", "valid", "eval"), "validation"),
     "validation_mismatched": "validation_mismatched",
     "test": "test",
 }
@@ -198,6 +200,8 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     if not isinstance(found, DatasetDict):
         raise DataError(f"data.dataset_name: {name} has no splits; set data.train_file instead")
     kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
+    if left := [str(split) for split in found if split not in SPLIT_NAMES]:
+        logger.info("%s: the splits %s are not read", name, ", ".join(left))
     if name in (GLUE, "glue"):  # the labels of its test splits are withheld (-1): there is nothing to score
         kept.pop("test", None)
     return kept
@@ -205,6 +209,17 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
 
 def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
     """Read a data set of the hub or of a folder; its tables so that none of their rows and texts is lost."""
+    saved = Path(name, "dataset_dict.json")
+    if (
+        saved.is_file()
+    ):  # of `DatasetDict.save_to_disk`: the files it names, and not the caches of `map` beside them
+        files = {}
+        for split in json.loads(saved.read_text())["splits"]:
+            state = json.loads(Path(name, split, "state.json").read_text())
+            files[split] = [
+                glob.escape(str(Path(name, split, each["filename"]))) for each in state["_data_files"]
+            ]
+        return load_dataset("arrow", data_files=files)
     builder: Any = load_dataset_builder(name, config_name)
     if builder.name != "csv":
         if delimiter is not None:

@@ -171,7 +171,12 @@ def existing(split: Dataset) -> str:
 
 
 def _refuse_repeated_ids(split: Dataset, name: str) -> None:
-    repeated = [row_id for row_id, count in Counter(values(split, "id")).items() if count > 1]
+    ids = (
+        each if isinstance(each, int | str) else repr(each)
+        for each in values(split, "id")
+        if each is not None
+    )
+    repeated = [row_id for row_id, count in Counter(ids).items() if count > 1]
     if repeated:
         raise DataError(
             f"{len(repeated)} values of column 'id' stand in several rows of {name} ({repeated[0]!r}, ...); "

@@ -95,7 +95,7 @@ class RunFolder:
         """Write a file whole or not at all; what the disk refuses is noted as `failure`."""
         with self._noting_failure(name):
             if self.is_main:
-                write_durably(self.path / name, text.encode())
+                write_durably(self.path / name, text.encode(errors="surrogateescape"))  # paths of any bytes
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all; infinite numbers become text, as JSON has none."""

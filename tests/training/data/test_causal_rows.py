@@ -139,10 +139,33 @@ def test_classes_are_written_by_their_names():
     assert find_columns({"train": split}, data).rows["train"]["label"][:] == ["d", "c"]
 
 
+def test_a_second_part_of_the_prompt_is_left_out_where_it_is_empty_or_the_columns_are_named():
+    row = {"instruction": "a", "input": "", "output": "c"}
+    assert made([row])[0]["input_ids"] == ids("a c </s>")
+    named = {"prompt_column": "instruction", "answer_column": "output"}
+    assert made([row | {"input": "b"}], **named)[0]["input_ids"] == ids("a c </s>")
+
+
+def test_a_class_that_is_withheld_is_a_row_without_an_answer():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["c", "d"])})
+    split = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    settings = {"prompt_column": "text", "answer_column": "label"}
+    with pytest.raises(DataError, match="row 1 of train has nothing in column 'label'"):
+        find_columns({"train": split}, CausalDataConfig(**settings))
+    kept = find_columns({"train": split}, CausalDataConfig(**settings, skip_bad_rows=True)).rows["train"]
+    assert kept["label"][:] == ["d"]
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
         ([{"question": "a"}], {}, "set data.prompt_column"),
+        (
+            [{"instruction": "a", "input": "b", "output": "c"}],
+            {},
+            "have 'input' beside instruction and output",
+        ),
+        ([{"messages": CHAT, "tools": "[{}]"}], {}, "a column 'tools', which is not written into the chats"),
         ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
         ([{"text": "a", "x": "b"}], {"answer_column": "z"}, "no column 'z'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "no message of the assistant"),

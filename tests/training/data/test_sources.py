@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from swaft.errors import DataError
 from swaft.training.data import sources
@@ -51,6 +52,28 @@ def test_every_file_format_gives_the_same_rows(tmp_path, ending):
     splits = load_splits(DataConfig(train_file=write(tmp_path / f"rows.{ending}")))
     assert splits["train"].to_list() == ROWS
     assert list(splits) == ["train"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "json", "jsonl"])
+def test_a_files_name_is_no_pattern(tmp_path, ending):
+    write(tmp_path / f"rows1.{ending}", ROWS[:1])
+    splits = load_splits(DataConfig(train_file=write(tmp_path / f"rows[1].{ending}", ROWS[:2])))
+    assert splits["train"].to_list() == ROWS[:2]
+
+
+def test_a_folder_that_was_saved_to_disk_is_read_without_the_caches_beside_it(tmp_path, caplog):
+    splits = {
+        "train": Dataset.from_list(ROWS),
+        "val": Dataset.from_list(ROWS[:2]),
+        "more": Dataset.from_list(ROWS),
+    }
+    DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    load_from_disk(str(tmp_path / "saved")).map(lambda row: {"text": row["text"].upper()})
+    assert list(tmp_path.rglob("cache-*.arrow"))
+    with caplog.at_level(logging.INFO):
+        read = load_splits(DataConfig(dataset_name=str(tmp_path / "saved")))
+    assert {name: rows.to_list() for name, rows in read.items()} == {"train": ROWS, "validation": ROWS[:2]}
+    assert "the splits more are not read" in caplog.text
 
 
 def test_local_files_are_read_without_a_network(tmp_path, monkeypatch):
