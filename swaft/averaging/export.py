@@ -6,6 +6,7 @@ itself would save.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -194,9 +195,10 @@ def write_model(
         dtype: that the configuration is to name.
         max_shard_size: of one file.
     """
-    if hasattr(module, "save_pretrained"):
-        # transformers takes away from the dictionary what it has written.
-        module.save_pretrained(folder, state_dict=dict(state_dict), max_shard_size=max_shard_size)  # type: ignore[operator]
+    save: Any = getattr(module, "save_pretrained", None)
+    if save is not None and "state_dict" in inspect.signature(save).parameters:  # transformers', no other's
+        # It takes away from the dictionary what it has written.
+        save(folder, state_dict=dict(state_dict), max_shard_size=max_shard_size)
     else:
         whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors holds no aliases
         save_file(whole, folder / "model.safetensors")

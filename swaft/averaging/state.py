@@ -120,7 +120,10 @@ class AverageState:
                 f"{where} holds the rules {found}; this run averages by {wanted}. Set section averaging as it was, "
                 "or begin a new run"
             )
-        for field, setting in (("total_steps", "train.max_steps"), ("precision", "averaging.precision")):
+        for field, setting in (
+            ("total_steps", "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs)"),
+            ("precision", "averaging.precision"),
+        ):
             if getattr(self, field) != getattr(expected, field):
                 raise StateError(
                     f"{where}: {field} is {getattr(self, field)!r} there and {getattr(expected, field)!r} in this "

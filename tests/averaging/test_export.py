@@ -98,6 +98,16 @@ def test_a_plain_module_leaves_its_weights_tied_ones_under_both_names(tmp_path):
     assert torch.equal(saved["1.weight"], model[0].weight)
 
 
+def test_a_module_that_saves_itself_in_its_own_way_leaves_its_weights(tmp_path):
+    class Own(nn.Linear):
+        def save_pretrained(self, folder, **kwargs):
+            raise AssertionError("which would write the live weights")
+
+    model = Own(2, 3)
+    save_pretrained(engine_of(model), tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["weight"], model.weight)
+
+
 def test_buffers_travel_and_those_that_are_not_persistent_do_not(tmp_path):
     model = nn.BatchNorm1d(3)
     model.register_buffer("scratch", torch.ones(2), persistent=False)

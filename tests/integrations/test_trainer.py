@@ -161,6 +161,58 @@ def test_epochs_are_counted_in_steps_where_the_last_one_is_not_whole(tmp_path, e
         run.train()
 
 
+def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp_path, averaging):
+    first = trainer(tmp_path / "a", averaging)
+    first.train()
+    assert averaging.averager is not None
+    mean = averaging.averager.shard().clone()
+    second = trainer(tmp_path / "b", max_steps=2)
+    second.model = second.model_wrapped = first.model
+    second.train()
+    assert torch.equal(averaging.averager.shard(), mean)
+
+
+@pytest.mark.parametrize("evaluates", [lambda run: run.evaluate(), lambda run: run.predict(run.eval_dataset)])
+def test_evaluations_in_16_bits_after_training_cast_both_weights(tmp_path, averaging, evaluates):
+    run = trainer(tmp_path, averaging, bf16_full_eval=True)
+    run.train()
+    evaluates(run)
+    with averaged_weights(run):
+        evaluates(run)
+    assert run.model.dtype == torch.bfloat16
+
+
+def test_trainers_that_hand_weights_on_once_a_step_hand_on_both(tmp_path, averaging):
+    class HandingOn(Trainer):
+        """As TRL's do it to vLLM."""
+
+        _last_loaded_step, seen = -1, ()
+
+        def evaluation_loop(self, *args, **kwargs):
+            if self._last_loaded_step != self.state.global_step:
+                self._last_loaded_step = self.state.global_step
+                self.handed = next(self.model.parameters()).detach().clone()
+            self.seen = (*self.seen, torch.equal(self.handed, next(self.model.parameters())))
+            return super().evaluation_loop(*args, **kwargs)
+
+    run = trainer(tmp_path, averaging, kind=HandingOn)
+    run.train()
+    with averaged_weights(run):
+        run.evaluate()
+    run.evaluate()
+    assert len(run.seen) > 6
+    assert all(run.seen)
+
+
+def test_an_optimizer_that_averages_by_itself_is_refused(tmp_path, averaging):
+    run = trainer(tmp_path, averaging)
+    run.optimizer = type("Free", (torch.optim.SGD,), {"eval": lambda self: None})(
+        run.model.parameters(), lr=0.1
+    )
+    with pytest.raises(ConfigError, match="Free averages by itself"):
+        run.train()
+
+
 def test_an_export_that_is_there_already_is_not_overwritten(tmp_path, averaging):
     (tmp_path / "final-averaged").mkdir()
     with pytest.raises(ConfigError, match="move it away"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -42,6 +44,16 @@ def test_the_log_says_what_the_noise_does(tmp_path):
 def test_a_loss_that_the_objective_would_replace_is_refused(tmp_path, settings, message):
     with pytest.raises(NoiseError, match=message):
         trainer(tmp_path, NoiseCallback(swaft.R3F()), **settings).train()
+
+
+def test_what_was_set_on_the_trainer_itself_is_refused_or_put_back(tmp_path):
+    run = trainer(tmp_path, NoiseCallback(swaft.R3F(sigma=0.01)), max_steps=2, eval_strategy="no")
+    mine = run.log = lambda logs, *_: None
+    run.train()
+    assert run.log is mine
+    run.compute_loss = functools.partial(lambda model, inputs, **_: None)
+    with pytest.raises(NoiseError, match="partial is a loss of its own"):
+        run.train()
 
 
 def test_r4f_is_refused_because_the_trainer_could_not_save_its_head(tmp_path):

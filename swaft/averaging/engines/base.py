@@ -100,6 +100,10 @@ class Engine(ABC):
         """Shape of the whole parameter, however little of it this rank holds."""
         return parameter.shape
 
+    def stop(self) -> None:
+        """Averaging has ended: other optimizers may train the weights."""
+        getattr(self._steps_seen, "stop", lambda: None)()  # DeepSpeed counts by itself, and refuses nobody
+
     def release_gathered(self) -> None:  # noqa: B027 (most engines gather nothing)
         """Drop full copies gathered from shards, so that none outlives a change of the shards."""
 

@@ -151,8 +151,8 @@ def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.numel() and id(parameter) not in held:
             raise LayoutError(
-                f"{names[id(parameter)]!r} is trainable but in no optimizer group, so it would never change; give "
-                "it to the optimizer, or freeze it with requires_grad_(False)"
+                f"{names[id(parameter)]!r} is trainable but in no optimizer group of the optimizer given; expected "
+                "one of all that is trained, in several groups say. Or freeze it with requires_grad_(False)"
             )
     return {names[identity]: parameter for identity, parameter in held.items()}
 

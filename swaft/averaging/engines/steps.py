@@ -120,7 +120,7 @@ class StepCounter:
         self.count = steps_taken(optimizer) or 0
         self._optimizer = optimizer
         self._calls = 0
-        self._inside = False
+        self._inside = self._stopped = False
         self._calls_before_others: dict[int, int] = {}
         hook_weakly(register_optimizer_step_pre_hook, self._before)
         hook_weakly(register_optimizer_step_post_hook, self._after)
@@ -131,6 +131,10 @@ class StepCounter:
         self._inside = False  # whatever a step has left that ended in an error
         _remove_outlived()
         return self.count
+
+    def stop(self) -> None:
+        """Let other optimizers step the weights from now on."""
+        self._stopped = True
 
     def _loaded(self, optimizer: Optimizer) -> None:
         known = steps_taken(optimizer)
@@ -145,13 +149,15 @@ class StepCounter:
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
         if optimizer is self._optimizer:
+            if not self._inside:
+                return  # of a subclass, whose `super().step()` is hooked too and has been counted
             self._inside = False
             # A fused optimizer is called on an overflow too, and skips the step by itself; torch's scaler leaves
             # its verdict on the optimizer for the time of the call.
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is None or not bool(found_inf):
                 self.count += 1
-        elif self._calls_before_others.pop(id(optimizer), None) == self._calls:
+        elif self._calls_before_others.pop(id(optimizer), None) == self._calls and not self._stopped:
             # Ours did not step meanwhile, so the other is no wrapper around it but stands in its place.
             raise AveragingError(
                 f"another {type(optimizer).__name__} than the one the averager was attached to has stepped the "

@@ -166,6 +166,7 @@ class HostAverages:
 
     def close(self) -> None:
         """Finish what is under way and let the threads end."""
+        self._engine.stop()
         self.pipeline.close()
         self.workers.close()
         self._channel.close()

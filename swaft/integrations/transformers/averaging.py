@@ -62,7 +62,8 @@ class WeightAveragingCallback(TrainerCallback):
 
     Raises:
         ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, the best
-            model is chosen by the averaged score before anything is averaged, or its averages would not be saved.
+            model is chosen by the averaged score before anything is averaged, its averages would not be saved,
+            or the optimizer averages by itself (schedule-free).
         StateError: when training resumes: the checkpoint has no averages (the message names the latest that has),
             or those of other rules.
     """
@@ -108,6 +109,12 @@ class WeightAveragingCallback(TrainerCallback):
             first_step=state.global_step,
             **self.options,
         )
+        exchanging = type(self.averager.engine.inner_optimizer)
+        if callable(getattr(exchanging, "eval", None)):
+            raise ConfigError(
+                f"{exchanging.__name__} averages by itself, and exchanges the weights for evaluations (eval()); "
+                "expected another optim, or no WeightAveragingCallback"
+            )
         if state.global_step:
             self.averager.load_state(_require_state(resumed_from or checkpoint_of(args, state)))
         _require_average_when_chosen_by(args, state, self.averager, kwargs["train_dataloader"])
@@ -137,6 +144,7 @@ class WeightAveragingCallback(TrainerCallback):
         """Write the averaged model, beside its tokenizer."""
         averager = self._attached
         averager.wait()
+        averager.engine.stop()  # the model may be trained by another Trainer next
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)
         if not averager.num_averaged:
@@ -200,8 +208,26 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
             "the Trainer has averaged nothing yet, or another Trainer has trained with its callback since; call "
             "trainer.train() first, and give every Trainer a callback of its own"
         )
-    with averager.swapped_in(name):
+    with _swapped_in(trainer, averager, name):
         yield
+
+
+@contextmanager
+def _swapped_in(trainer: Any, averager: WeightAverager, name: str | None = None) -> Iterator[None]:
+    """The averaged weights in a Trainer's model, as the Trainer and TRL's look at it."""
+    args = trainer.args
+    if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
+        # The evaluation casts the model, which inside the swap would be a write to it.
+        trainer.model.to(torch.float16 if args.fp16_full_eval else torch.bfloat16)
+    hands_on = hasattr(trainer, "_last_loaded_step")  # TRL's, which hand weights to vLLM once a step
+    try:
+        if hands_on:
+            trainer._last_loaded_step = -1
+        with averager.swapped_in(name):
+            yield
+    finally:
+        if hands_on:
+            trainer._last_loaded_step = -1
 
 
 def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
@@ -229,7 +255,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
             call.arguments[PREFIX] = prefix
         elif takes_prefix:
             call = signature.bind(*args, **(kwargs | {PREFIX: prefix}))
-        with averager.swapped_in(), _kept_random_state(), _apart(trainer, prefix):
+        with _swapped_in(trainer, averager), _kept_random_state(), _apart(trainer, prefix):
             scores = _renamed(evaluate(*call.args, **call.kwargs), prefix)
             drift = {f"{prefix}_drift": averager.drift()}
         trainer.log(drift)

@@ -55,6 +55,7 @@ class NoiseCallback(TrainerCallback):
     def __init__(self, objective: Any):
         self.objective = objective
         self._sums, self._seen = torch.zeros(len(LOGGED)), 0
+        self._own: dict[str, Any] = {}  # what the Trainer had set in place of its methods
         self._counted = torch.ones(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,11 +63,12 @@ class NoiseCallback(TrainerCallback):
         self._trainer, resumed_from = calling_trainer()
         if len(those_of_kind(self._trainer, NoiseCallback)) > 1:
             raise NoiseError("the Trainer has NoiseCallback twice; expected one objective")
+        self._put_back()  # what a training that failed has left
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             self.objective.load_state_dict(_read_objective_state(resumed_from or checkpoint_of(args, state)))
         self._seen = 0
-        self._put_back()  # what a training that failed has left
+        self._own = {name: vars(self._trainer)[name] for name in REPLACED if name in vars(self._trainer)}
         TRAIN_NOISE.add(self._trainer)
         self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
         self._trainer.get_batch_samples = self._counting(self._trainer.get_batch_samples)
@@ -81,6 +83,7 @@ class NoiseCallback(TrainerCallback):
             TRAIN_NOISE.discard(self._trainer)
             for name in REPLACED:
                 vars(self._trainer).pop(name, None)
+            vars(self._trainer).update(self._own)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the objective's step into the checkpoint that the Trainer has just written."""
@@ -163,11 +166,13 @@ def _require_plain_loss(trainer: Trainer, objective: Any) -> None:
             "from_pretrained does not find; expected R3F or RDrop. Train R4F with swaft's recipes, or call it in a "
             "loop of your own"
         )
-    own = type(trainer).compute_loss
+    own: Any = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    own = getattr(own, "__func__", own)
+    name = getattr(own, "__qualname__", type(own).__name__)
     plain = own in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
-    if not plain and own.__qualname__.split(".")[0] not in OWN_LOSSES:
+    if not plain and name.split(".")[0] not in OWN_LOSSES:
         raise NoiseError(
-            f"{own.__qualname__} is a loss of its own, which a noise objective would replace; expected Trainer, "
+            f"{name} is a loss of its own, which a noise objective would replace; expected Trainer, "
             "Seq2SeqTrainer or SFTTrainer. Leave NoiseCallback out, or call the objective in that method"
         )
     kind = getattr(trainer.args, "loss_type", "nll")

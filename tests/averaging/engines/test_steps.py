@@ -44,6 +44,39 @@ def test_every_step_of_the_optimizer_is_counted():
     assert counter() == 3
 
 
+def test_a_step_that_calls_that_of_its_parent_is_one_step_also_where_it_is_tried_again():
+    class Own(torch.optim.SGD):
+        failed = False
+
+        def step(self, closure=None):
+            if self.failed:
+                raise RuntimeError("once")
+            return super().step(closure)
+
+    model = torch.nn.Linear(2, 2)
+    torch.optim.SGD(model.parameters(), lr=0.1)  # from now on the parent's steps are hooked as well
+    optimizer = Own(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.failed = True
+        with pytest.raises(RuntimeError, match="once"):
+            optimizer.step()
+        optimizer.failed = False
+        optimizer.step()
+        averager.step()
+    assert (averager.applied_steps, averager.num_averaged) == (3, 4)
+
+
+def test_once_an_averager_is_closed_others_may_train_the_model():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    model(torch.ones(1, 2)).sum().backward()
+    averager.close()
+    torch.optim.AdamW(model.parameters()).step()
+
+
 def test_another_optimizer_of_the_same_parameters_is_refused_at_its_step():
     model, optimizer = trained_by()
     counter = StepCounter(optimizer)
