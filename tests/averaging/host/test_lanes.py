@@ -29,6 +29,7 @@ def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, com
         numel=numel,
         ranks=Ranks(),
         device=torch.device("cpu"),
+        stop=lambda: None,
     )
     return HostAverages(
         engine,
