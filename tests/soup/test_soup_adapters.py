@@ -11,6 +11,7 @@ from torch import nn
 
 from swaft.errors import ConfigError, StateError
 from swaft.soup import average
+from swaft.soup.agreement import OFF_IN_ADAPTERS
 
 pytestmark = pytest.mark.unit
 
@@ -157,6 +158,23 @@ def test_settings_of_training_that_differ_between_adapters_are_noted(tmp_path):
     assert soup.notes == [
         f"adapter_config.json of {paths[1]} differs from the first: lora_dropout is 0.25, there 0.0"
     ]
+
+
+def test_options_that_are_off_and_that_an_older_peft_left_out_are_no_difference(tmp_path):
+    paths = [adapter(tmp_path / str(i), i, the_base) for i in range(2)]
+    file = paths[1] / "adapter_config.json"
+    older = {k: v for k, v in json.loads(file.read_text()).items() if k not in OFF_IN_ADAPTERS}
+    file.write_text(json.dumps(older))
+    assert average(paths, tmp_path / "out").notes == []
+
+
+def test_blocks_of_lora_are_refused(tmp_path):
+    paths = [adapter(tmp_path / str(i), i, the_base) for i in range(2)]
+    for path in paths:
+        config = json.loads((path / "adapter_config.json").read_text()) | {"use_bdlora": {"nblocks": 2}}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(StateError, match="use_bdlora is set, so its updates are no plain B A"):
+        average(paths, tmp_path / "out")
 
 
 def test_another_variant_than_plain_lora_is_refused(tmp_path):
