@@ -21,13 +21,12 @@ Exit code: 0; 1 where something does not fit, or the run cannot be planned.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from swaft.cli import CommandParser
+from swaft.cli import CommandParser, reading
 from swaft.training.planning import sized
 
 if TYPE_CHECKING:
@@ -126,12 +125,11 @@ def _parser() -> CommandParser:
     for name in ("on_cpu", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     for name in ("device_memory", "host_memory", "step_seconds"):
-        parser.add_argument(f"--{name}", type=_positive)
+        parser.add_argument(f"--{name}", type=reading(_positive, "a number above 0"))
     return parser
 
 
 def _positive(word: str) -> float:
-    value = float(word)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{word} is not above 0")
+    if not (value := float(word)) > 0:
+        raise ValueError
     return value

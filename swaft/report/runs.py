@@ -204,9 +204,8 @@ def _is_number(value: Any) -> bool:
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; a last line that was cut off is left out, which is noted."""
-    # Not splitlines, which also splits within a text, at its U+2028 say.
-    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    lines = [] if lines == [""] else lines
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = list(file)  # splitlines would split within a text, too, at its U+2028 say
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

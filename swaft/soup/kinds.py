@@ -54,7 +54,7 @@ def open_checkpoint(
     if holds_weights(path):
         return open_folder(path)
     manifest = read_manifest(path, kind=None) if is_complete(path) else None
-    if manifest is not None and is_average(path):
+    if manifest is not None and manifest.kind == AVERAGE:
         _hold_to_run(path)
         return open_average(path, manifest, rule=rule)
     is_run = manifest is not None and manifest.kind == RUN

@@ -398,11 +398,8 @@ def _chat_tokens(
         options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
         try:
             return list(tokenizer.apply_chat_template(messages, **options))
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-        ) as error:  # of the template's own code, or the sanitizing
+        except (TemplateError, TypeError, ValueError) as error:
+            # The last two are of the template's own code, or of what keeps special tokens apart.
             raise DataError(
                 f"the chat template of {type(tokenizer).__name__} refuses the chat {chat!r:.200}: {error}; mend or "
                 "remove such chats, or use another template"

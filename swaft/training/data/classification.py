@@ -251,7 +251,9 @@ def _label_faults(split: Dataset, column: str) -> Iterator[BadRow]:
     It is none in a column with named classes, nor where a whole split has it, whose labels are withheld.
     """
     labels = list(values(split, column))
-    withheld = isinstance(split.features[column], ClassLabel) or {*map(repr, labels)} == {"-1"}
+    withheld = isinstance(split.features[column], ClassLabel) or all(
+        type(each) is int and each == -1 for each in labels
+    )
     for row, value in enumerate(labels):
         is_number = not isinstance(value, float) or math.isfinite(value)
         if value is None or not is_number or (isinstance(value, str) and not value.strip()):

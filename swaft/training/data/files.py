@@ -119,9 +119,8 @@ def _strict_rows(path: str, delimiter: str, quoting: Any) -> Iterator[tuple[int,
     """Yield each row that is no blank line: the number of its first line, its lines, its cells."""
     csv.field_size_limit(2**31 - 1)
     lines: list[str] = []  # of the row that is being read
-    blank = " \t\r\n".replace(
-        delimiter, ""
-    )  # a line of delimiters alone is a row without texts, to pandas too
+    # A line of delimiters alone is a row without texts, to pandas too.
+    blank = " \t\r\n".replace(delimiter, "")
     first = 1
     with open(path, encoding="utf-8-sig", newline="") as file:
         kept = (lines.append(line) or line for line in file)

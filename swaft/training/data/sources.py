@@ -209,22 +209,13 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
 
 def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
     """Read a data set of the hub or of a folder; its tables so that none of their rows and texts is lost."""
-    saved = Path(name, "dataset_dict.json")
-    if (
-        saved.is_file()
-    ):  # of `DatasetDict.save_to_disk`: the files it names, and not the caches of `map` beside them
-        files = {}
-        for split in json.loads(saved.read_text())["splits"]:
-            state = json.loads(Path(name, split, "state.json").read_text())
-            files[split] = [
-                glob.escape(str(Path(name, split, each["filename"]))) for each in state["_data_files"]
-            ]
-        return load_dataset("arrow", data_files=files)
-    builder: Any = load_dataset_builder(name, config_name)
+    saved = _saved_files(name)
+    source: Any = ("arrow", None, None, saved) if saved else (name, config_name)  # path, name, folder, files
+    builder: Any = load_dataset_builder(*source)
     if builder.name != "csv":
         if delimiter is not None:
             raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")
-        return load_dataset(name, config_name)
+        return load_dataset(*source)
     files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
     if all(Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())):
         tables = {
@@ -237,7 +228,19 @@ def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> 
         options["quoting"] = csv.QUOTE_NONE
     if delimiter is not None:
         options["sep"] = DELIMITERS.get(delimiter, delimiter)
-    return load_dataset(name, config_name, **options)
+    return load_dataset(*source, **options)
+
+
+def _saved_files(name: str) -> dict[str, list[str]]:
+    """Files by split of a folder of `DatasetDict.save_to_disk`, without the caches of `map` beside them; or {}."""
+    record = Path(name, "dataset_dict.json")
+    splits = json.loads(record.read_text())["splits"] if record.is_file() else ()
+    folders = {split: Path(name, split) for split in splits}
+    states = {split: json.loads((folder / "state.json").read_text()) for split, folder in folders.items()}
+    return {
+        split: [glob.escape(str(folder / file["filename"])) for file in states[split]["_data_files"]]
+        for split, folder in folders.items()
+    }
 
 
 def _with_validation(splits: Splits, fraction: float) -> Splits:

@@ -219,8 +219,12 @@ def count_optimizer_steps(train: TrainConfig, micro_batches: int) -> int:
     """
     if train.max_steps > 0:
         return train.max_steps
-    steps_per_epoch = max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
-    return math.ceil(share_of(steps_per_epoch, train.num_train_epochs))
+    return math.ceil(share_of(count_epoch_steps(train, micro_batches), train.num_train_epochs))
+
+
+def count_epoch_steps(train: TrainConfig, micro_batches: int) -> int:
+    """Return the optimizer steps of a pass over so many micro-batches of a rank, at least 1."""
+    return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
 
 def planned_steps(train: TrainConfig, *, num_rows: int, world_size: int) -> int:

@@ -370,8 +370,8 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
         loaded.config.use_cache = False
         if _can_be_measured(loaded):
             require_order(loaded, config.model.setting, packs=config.data.packing)
-        ends = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-        _generate_with(loaded.generation_config, **ends)
+        pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        _generate_with(loaded.generation_config, pad=pad, bos=bos, eos=eos)
         # For whoever generates from what is saved; `CausalCollator` looks at no side.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)

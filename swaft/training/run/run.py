@@ -7,7 +7,6 @@ counts, the log, evaluation and checkpoints when they are due, signals, and the 
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -42,7 +41,7 @@ from swaft.training.launch.accelerator import (
 )
 from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
 from swaft.training.launch.fsdp2 import prepare
-from swaft.training.models.build import count_optimizer_steps, count_parameters
+from swaft.training.models.build import count_epoch_steps, count_optimizer_steps, count_parameters
 from swaft.training.run.checkpoints import AVERAGE
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
@@ -174,7 +173,7 @@ class Run:
         loader = training_loader(rows, collate, train, world_size=world_size)
         self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
         self.total_steps = count_optimizer_steps(train, len(loader))
-        self.steps_per_epoch = math.ceil(len(loader) / train.gradient_accumulation_steps)
+        self.steps_per_epoch = count_epoch_steps(train, len(loader))
         setup = Setup(
             **layout_of(train, world_size=world_size, stage=zero_stage(self.model)),
             total_steps=self.total_steps,

@@ -74,6 +74,8 @@ def test_a_folder_that_was_saved_to_disk_is_read_without_the_caches_beside_it(tm
         read = load_splits(DataConfig(dataset_name=str(tmp_path / "saved")))
     assert {name: rows.to_list() for name, rows in read.items()} == {"train": ROWS, "validation": ROWS[:2]}
     assert "the splits more are not read" in caplog.text
+    with pytest.raises(DataError, match=r"data\.delimiter: is about csv and tsv files"):
+        load_splits(DataConfig(dataset_name=str(tmp_path / "saved"), delimiter=";"))
 
 
 def test_local_files_are_read_without_a_network(tmp_path, monkeypatch):
