@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,14 @@ ORDER = [
 class Kept:
     """Test rows that are shown, and those that are not.
 
-    The arms of a regime, task and seed that share a baseline come from one kind of machine: that with the most of
-    them. A training has one arithmetic on each kind.
+    A training of a regime, task and seed comes from one kind of machine, and is held against the baseline made on
+    that kind: one that has both, and of several the one with the most of what shares this baseline. A training has
+    one arithmetic on each kind.
     """
 
     rows: list[Row]
+    bases: list[Row]
+    """Of baselines, what only arms of another kind of machine are held against."""
     others: list[Row]
 
     def arms(self, regime: str) -> list[str]:
@@ -58,12 +61,9 @@ class Kept:
         self, regime: str, arm: str, outcome: str, rounding: str | None = None
     ) -> dict[tuple[str, int], float]:
         """An outcome by task and seed."""
-        found = {}
-        for (task, seed), row in self._places(regime, arm).items():
-            numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
-            if numbers is not None and _name_of(outcome, task) in numbers:
-                found[task, seed] = value_of(numbers, task, outcome)
-        return found
+        rows = _of(self.rows, regime, arm)
+        found = {(row["task"], row["seed"]): _outcome_of(row, outcome, rounding) for row in rows}
+        return {at: value for at, value in found.items() if value is not None}
 
     def comparison(
         self,
@@ -76,14 +76,20 @@ class Kept:
         rounding: str | None = None,
     ) -> Comparison | None:
         """An arm minus another, paired by task, seed and kind of machine; None where no task has enough pairs."""
-        ours, theirs = (self.values(regime, name, outcome, rounding) for name in (arm, base))
-        kinds = [{at: kind_of(row) for at, row in self._places(regime, name).items()} for name in (arm, base)]
-        paired = {at for at in ours.keys() & theirs.keys() if kinds[0][at] == kinds[1][at]}
-        pairs = {}
-        for task in [each for each in TASKS if each in tasks]:  # in one order, for one interval
-            seeds = sorted(seed for t, seed in paired if t == task)
-            if len(seeds) >= FEWEST_SEEDS:
-                pairs[task] = np.array([ours[task, seed] - theirs[task, seed] for seed in seeds])
+        ours, theirs = (
+            {(row["task"], row["seed"], kind_of(row)): _outcome_of(row, outcome, rounding) for row in rows}
+            for rows in (_of(self.rows, regime, arm), _of(self.rows + self.bases, regime, base))
+        )
+        found: dict[str, list[float]] = {}
+        for at in sorted(ours.keys() & theirs.keys()):
+            own, other = ours[at], theirs[at]
+            if own is not None and other is not None:
+                found.setdefault(at[0], []).append(own - other)
+        pairs = {
+            task: np.array(found[task])
+            for task in TASKS  # in one order, for one interval
+            if task in tasks and len(found.get(task, ())) >= FEWEST_SEEDS
+        }
         return compare(pairs) if pairs else None
 
     def machines(self) -> dict[str, list[str]]:
@@ -91,10 +97,17 @@ class Kept:
         found = sorted({(kind_of(row), list(TASKS).index(row["task"])) for row in self.rows})
         return {kind: [list(TASKS)[place] for k, place in found if k == kind] for kind, _ in found}
 
-    def _places(self, regime: str, arm: str) -> dict[tuple[str, int], Row]:
-        """The row of an arm by task and seed."""
-        return {(row["task"], row["seed"]): row for row in self.rows
-                if row["regime"] == regime and row["arm"] == arm}  # fmt: skip
+
+def _of(rows: Sequence[Row], regime: str, arm: str) -> list[Row]:
+    return [row for row in rows if row["regime"] == regime and row["arm"] == arm]
+
+
+def _outcome_of(row: Row, outcome: str, rounding: str | None) -> float | None:
+    """An outcome of a row; None where it was not measured."""
+    numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
+    if numbers is None or _name_of(outcome, row["task"]) not in numbers:
+        return None
+    return value_of(numbers, row["task"], outcome)
 
 
 def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
@@ -111,27 +124,35 @@ def _name_of(outcome: str, task: str) -> str:
 
 
 def keep(rows: Sequence[Row]) -> Kept:
-    """Choose the test rows that are shown: of arms that are compared, those of the machine that has the most."""
+    """Choose the test rows that are shown, each of a machine that has its baseline, too, where there is one."""
     tested = [row for row in rows if row["split"] == "test" and "failed" not in row]
-    arithmetic = _most((kind_of(row), row["training"], row["fingerprint"]) for row in tested)
+    counts = Counter((kind_of(row), row["training"], row["fingerprint"]) for row in tested)
+    arithmetic = {each[:2]: each[2] for each in sorted(counts, key=lambda each: (counts[each], each[2]))}
     same = [row for row in tested if arithmetic[kind_of(row), row["training"]] == row["fingerprint"]]
-    machine = _most((*_compared(row), kind_of(row)) for row in same)
-    kept = [row for row in same if machine[_compared(row)] == kind_of(row)]
-    marked = {id(row) for row in kept}
-    return Kept(kept, [row for row in tested if id(row) not in marked])
+    bases = {_pair_of(row): row for row in same if row["arm"] == _base_of(row)}
+    shared = Counter(map(_pair_of, same))
+    machine: dict[tuple[Any, ...], str] = {}
+    for row in sorted(same, key=lambda row: (_pair_of(row) in bases, shared[_pair_of(row)], kind_of(row))):
+        machine[_made(row)] = kind_of(row)
+    kept = [row for row in same if machine[_made(row)] == kind_of(row)]
+    needed = {id(bases[_pair_of(row)]) for row in kept if _pair_of(row) in bases}
+    shown = {id(row) for row in kept}
+    beside = [row for row in same if id(row) in needed - shown]
+    return Kept(kept, beside, [row for row in tested if id(row) not in shown | needed])
 
 
-def _compared(row: Row) -> tuple[str, str, int, str]:
-    """What rows have in common that are compared with one baseline."""
-    return row["regime"], row["task"], row["seed"], BASELINES[cost_of(row["arm"])]
+def _made(row: Row) -> tuple[str, str, int, str]:
+    """What the readouts of one training have in common, on whatever machine."""
+    return row["regime"], row["task"], row["seed"], row["training"]
 
 
-def _most(found: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], Any]:
-    """By all parts but the last, the last part that is the most frequent; of equal ones the last by name."""
-    counts, best = Counter(found), {}
-    for *parts, last in sorted(counts, key=lambda each: (counts[each], each[-1])):
-        best[tuple(parts)] = last
-    return best
+def _pair_of(row: Row) -> tuple[str, str, int, str, str]:
+    """What a row has in common with its baseline, and with all that is held against it."""
+    return row["regime"], row["task"], row["seed"], _base_of(row), kind_of(row)
+
+
+def _base_of(row: Row) -> str:
+    return BASELINES[cost_of(row["arm"])]
 
 
 def cost_of(arm: str) -> int:

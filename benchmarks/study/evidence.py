@@ -24,6 +24,7 @@ from benchmarks.study.grid import (
     tried,
 )
 from benchmarks.study.model import ROUNDINGS
+from benchmarks.study.numerics import kind_of
 from benchmarks.study.statistics import false_alarms
 from benchmarks.study.store import Row, read_rows
 from benchmarks.study.tables import absolute, by_task, line, table, told_overall
@@ -170,9 +171,9 @@ def _cost(kept: Kept) -> str:
         line(["---"] * 4),
     ]
     measured: dict[str, dict[tuple, tuple[float, float]]] = {}
-    for row in kept.rows:
+    for row in kept.rows + kept.bases:
         if row["regime"] == "main":
-            key = (row["task"], row["seed"])
+            key = (row["task"], row["seed"], kind_of(row))
             cost = row["cost"]
             measured.setdefault(row["training"], {})[key] = (
                 cost["cpu_seconds"],

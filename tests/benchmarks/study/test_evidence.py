@@ -130,6 +130,29 @@ def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():
     assert before == after  # arm and baseline of that seed lie on two machines
 
 
+def test_arms_made_on_two_machines_are_each_held_against_the_baseline_of_their_own():
+    here, there = ({"processor": name, "torch": "t"} for name in ("here", "there"))
+    rows = []
+    for seed in (1, 2, 3):
+        for machine, arm, base in (
+            (here, "rdrop-decayed:last", 0.5),
+            (there, "r3f-independent-decayed:last", 0.25),
+        ):
+            rows += [
+                row("decayed2x:last", "trec", seed, base + seed / 100, 0.9, machine=machine),
+                row(arm, "trec", seed, 0.9 * (base + seed / 100), 0.9, machine=machine),
+            ]
+    kept = arms.keep(rows)
+    assert (len(kept.rows), len(kept.bases), len(kept.others)) == (9, 3, 0)
+    for arm in ("rdrop-decayed:last", "r3f-independent-decayed:last"):
+        found = kept.comparison("main", arm, "decayed2x:last", "loss")
+        assert found is not None
+        assert (found.by_task["trec"].mean, found.by_task["trec"].count) == (
+            pytest.approx(100 * np.log(0.9)),
+            3,
+        )
+
+
 def test_the_default_is_the_lowest_loss_among_those_that_lose_no_score():
     assert best_arm(arms.keep(made_up()), 1) == "constant:swa-0.5"
     fewer = made_up(tasks=grid.CHOOSING[:3])
