@@ -1,11 +1,11 @@
-"""What every run is checked for before it starts: one table, which the run, `swaft validate` and `swaft plan` read.
+"""The checks of every run before it starts: one table, shared by the run, `swaft validate` and `swaft plan`.
 
-What a recipe checks of its own task stands in its ``prepare``, which all three call as well. So a rule belongs into
-one of these two places, and is known to all. Every problem is collected, where a plain chain of calls would stop at
-the first.
+Checks of a recipe's own task are in its ``prepare``, which all three call as well. So every check belongs in one of
+these two places, and all three apply it. All problems are collected, where a plain chain of calls would stop at the
+first.
 
 A recipe is a script that defines ``Config``, the class of its settings, made of sections such as those of
-`swaft.training.config`, and ``prepare(config, problems)``, which finds and checks everything that needs no device
+`swaft.training.config`, and ``prepare(config, problems)``, which loads and checks everything that needs no device
 and no other rank.
 """
 
@@ -57,18 +57,18 @@ WholeT = TypeVar("WholeT")
 
 
 class MissingPart(AttributeError):
-    """A part that could not be made; its problem is on the list."""
+    """A part that could not be made; the reason is on the list of problems."""
 
 
 class Parts:
-    """Attributes that are filled one after the other; reading one that is missing raises `MissingPart`."""
+    """Attributes that are filled one by one; reading a missing one raises `MissingPart`."""
 
     def __getattr__(self, name: str) -> Any:
         raise MissingPart(name)
 
 
 def without(whole: WholeT, names: Collection[str]) -> WholeT:
-    """Return an object like another one, of its class, whose attributes of these names are missing parts."""
+    """Return a copy of an object, of a subclass of its class, without the attributes of these names."""
     kind = type(whole)
     some: Any = object.__new__(type(kind.__name__, (Parts, kind), {}))
     vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
@@ -76,16 +76,16 @@ def without(whole: WholeT, names: Collection[str]) -> WholeT:
 
 
 class Prepared(Parts):
-    """What every recipe's `prepare` finds; a part is missing where its problem is on the list."""
+    """What every recipe's `prepare` returns; a part is missing if its problem is on the list."""
 
     rows: Mapping[str, Any]
     """Rows by split, `train` among them."""
     metric: Any
-    """What scores predictions; None: nothing but the loss does."""
+    """What scores predictions; None: there is only the loss."""
     model_config: Any
-    """Configuration of the model, as transformers has it."""
+    """transformers configuration of the model."""
     tokenizer: Any
-    """The one that reads the rows; None: a new one is to be trained."""
+    """Tokenizer for the rows; None: a new one is to be trained."""
     objective: Any
     """Training objective, such as `swaft.R3F`."""
     rule: Rule | None
@@ -93,7 +93,7 @@ class Prepared(Parts):
     target: Target
     """What decides between weights."""
     cuts_rows: bool = False
-    """Whether long rows are cut into several, so that there may be more to train on than rows."""
+    """Whether long rows are cut into several pieces, so that there may be more training inputs than rows."""
 
 
 class Problems:
@@ -106,19 +106,19 @@ class Problems:
             ready.task = describe_task(ready.rows, config.data)   # left out where there are no rows
         problems.refuse()
 
-    An error of `swaft.errors` ends its block and is put on the list; so does a part that is missing, silently.
+    An error from `swaft.errors` ends its block and is put on the list; a missing part ends the block silently.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def __enter__(self) -> None:
-        """Begin a part of the work."""
+        """Start a block."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """End it, with its problem on the list if it has one."""
+        """End the block, and put its problem on the list if it has one."""
         if isinstance(error, SwaftError):
             self.add(error.problems if isinstance(error, ConfigError) else [str(error)])
         return isinstance(error, SwaftError | MissingPart)
@@ -128,7 +128,7 @@ class Problems:
         self.found += [problem for problem in dict.fromkeys(problems) if problem not in self.found]
 
     def refuse(self) -> None:
-        """Raise where there are problems.
+        """Raise if there are problems.
 
         Raises:
             ConfigError: with all of them.
@@ -140,21 +140,19 @@ class Problems:
 def read_recipe(path: Path) -> Any:
     """Import a recipe file (which starts nothing), and return its module, which has ``Config`` and ``prepare``.
 
-    None: the script is no recipe, as far as can be seen without running it. Others may define the same two names; a
-    recipe also takes its settings from `swaft.training`.
+    Returns None if the script is not a recipe, judged without running it. Other scripts may define the same two
+    names; a recipe also imports from `swaft.training`.
 
     Args:
-        path: of a file.
+        path: path of a file.
 
     Raises:
-        ConfigError: it is not Python, with the line where it ceases to be; or it cannot be imported.
+        ConfigError: the file is not valid Python (with the line), or it cannot be imported.
     """
     try:
         body = ast.parse(path.read_bytes()).body
     except SyntaxError as error:
-        raise ConfigError(
-            f"{path}: line {error.lineno} is not Python: {error.msg}; mend that line"
-        ) from error
+        raise ConfigError(f"{path}: line {error.lineno} is not Python: {error.msg}; fix that line") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}; expected a Python file") from error
     names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -169,7 +167,7 @@ def read_recipe(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be imported; expected a Python file")
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.parent.resolve()))  # as for a script that is run
+    sys.path.insert(0, str(path.parent.resolve()))  # as when the script is run
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -177,35 +175,35 @@ def read_recipe(path: Path) -> Any:
     finally:
         sys.path.remove(str(path.parent.resolve()))
     if not (isinstance(module.Config, type) and is_dataclass(module.Config)):
-        raise ConfigError(f"{path}: Config is no dataclass of sections such as TrainConfig")
+        raise ConfigError(f"{path}: Config is not a dataclass of sections such as TrainConfig")
     return module
 
 
 Ready = TypeVar("Ready", bound=Prepared)
 
 ROUTE_AMONG_MODULES = frozenset({"nllb-moe", "switch_transformers"})
-"""Types of mixtures of experts that run a module for each expert that some token chose, and no other."""
+"""Types of mixture-of-experts models that run the module of an expert only if a token is routed to it."""
 
 
 class Start(Parts):
-    """What the checks read, and what they found out; a part is missing where a problem stands in its way."""
+    """What the checks read and what they found; a part is missing if a problem prevented it."""
 
     config: Any
     """The recipe's configuration; a section that could not be read is missing."""
     ready: Prepared
-    """What the recipe's ``prepare`` found."""
+    """What the recipe's ``prepare`` returned."""
     environ: Mapping[str, str]
-    """What the launcher left, or would leave."""
+    """Environment variables that the launcher set, or would set."""
     precision: str
     """``no``, ``bf16`` or ``fp16``."""
     engine: EngineSettings
-    """What accelerate is started with."""
+    """Engine settings that accelerate is started with."""
     total_steps: int
     """Optimizer steps of the run, counted from its rows."""
     schedule: Schedule
     """Learning rate by step."""
     plan: Plan | None
-    """What is averaged when; None: nothing is averaged."""
+    """Which steps are averaged; None: nothing is averaged."""
 
     @property
     def train(self) -> TrainConfig:
@@ -214,24 +212,24 @@ class Start(Parts):
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks in the run."""
         return int(self.environ.get("WORLD_SIZE", "1"))
 
     @property
     def may_be_longer(self) -> bool:
-        """Whether long rows are cut into more than were counted."""
+        """Whether the run may take more steps than counted, because long rows are cut into several."""
         return self.ready.cuts_rows and self.train.max_steps <= 0
 
 
 def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Ready, Start]:
-    """Find what a run needs and can be wrong without any process group, all of it, before there is one.
+    """Prepare and check everything that needs no process group, before there is one.
 
     Args:
         config: the recipe's configuration.
-        prepare: the recipe's own.
+        prepare: the recipe's ``prepare``.
 
     Returns:
-        What ``prepare`` found, and what the checks did.
+        What ``prepare`` returned, and what the checks found.
 
     Raises:
         ConfigError: with every problem.
@@ -244,12 +242,13 @@ def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Re
 
 
 def check_start(config: Any, ready: Prepared, environ: Mapping[str, str] | None, problems: Problems) -> Start:
-    """Run all checks of the table; what is wrong goes on the list.
+    """Run all checks in the table; problems go on the list.
 
     Args:
         config: a recipe's configuration; a section that could not be read is missing.
         ready: what the recipe's ``prepare`` returned.
-        environ: what the launcher left, or would leave; None: not known, so what needs it is left out.
+        environ: environment variables that the launcher set, or would set; None: not known, so checks that need
+            them are skipped.
         problems: the list.
     """
     start = Start()
@@ -269,7 +268,7 @@ def refuse_compilation(start: Start) -> None:
         raise ConfigError(
             f"the launcher asks for dynamo_backend {backend}, and the recipes do not compile: hooks and borrowed "
             "heads would break the graph at every step; remove dynamo_config from the accelerate configuration "
-            "(and --dynamo_backend from the line)"
+            "(and --dynamo_backend from the command line)"
         )
 
 
@@ -277,35 +276,39 @@ def refuse_parallelism(start: Start) -> None:
     """Refuse a launch that splits a batch, or a layer, over ranks."""
     if start.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ("false", ""):
         raise ConfigError(
-            "the launcher asks for parallelism_config, and in the recipes every rank trains on rows of its own, "
+            "the launcher asks for parallelism_config, but in the recipes every rank trains on its own rows, "
             "with weights sharded over all ranks or none; remove it from the accelerate configuration"
         )
 
 
 def refuse_routing(model_config: Any, world_size: int) -> None:
-    """Refuse a mixture of experts that are modules of their own on several ranks: each would run others of them."""
+    """Refuse a mixture of experts whose experts are separate modules, if there are several ranks.
+
+    Each rank would run different experts.
+    """
     if world_size > 1 and model_config.model_type in ROUTE_AMONG_MODULES:
         raise ConfigError(
             f"the launcher starts {world_size} ranks, and the experts of a {model_config.model_type} "
-            "are modules of which each rank runs those that its tokens choose, so the ranks would wait for each "
+            "are modules, of which each rank runs those its tokens are routed to, so the ranks would wait for each "
             "other; set num_processes: 1, or use a model that keeps its experts in one tensor (Mixtral, Qwen, ...)"
         )
 
 
 def keep_all_layers(model_config: Any, world_size: int) -> None:
-    """On several ranks leave out no layers, and log it: each would leave out others, and wait for their gradients.
+    """Turn off LayerDrop on several ranks, and log it.
 
-    The rates of the configuration become 0 (M2M100 has 0.05).
+    Ranks would drop different layers, and wait for their gradients. The rates in the configuration become 0
+    (M2M100 has 0.05).
     """
     for part in (model_config, *vars(model_config).values()) if world_size > 1 else ():
         rates = vars(part).items() if isinstance(part, PreTrainedConfig) else ()
         for name, rate in [(name, rate) for name, rate in rates if name.endswith("layerdrop") and rate]:
-            logger.info("%s=%g is set to 0: ranks would leave out different layers", name, rate)
+            logger.info("%s=%g is set to 0: ranks would drop different layers", name, rate)
             setattr(part, name, 0.0)
 
 
 def read_engine(start: Start) -> EngineSettings:
-    """Return what accelerate is started with; the model's width, where it is known, is for DeepSpeed's buckets."""
+    """Return what accelerate is started with; the model's width, if known, sizes DeepSpeed's buckets."""
     model_config = getattr(start.ready, "model_config", None)
     width = None if model_config is None else hidden_size(model_config)
     return resolve_engine(start.train, start.environ, hidden_size=width)
@@ -318,13 +321,13 @@ def check_locks(start: Start) -> None:
 
 
 def check_loading(start: Start) -> None:
-    """Refuse to load a model in parts where something is done to it that needs the whole."""
+    """Refuse to load a model in shards if a setting needs whole weights."""
     model, noise, deepspeed = start.config.model, start.config.noise, start.engine.deepspeed
     settings = {"model.use_peft=true": model.use_peft, "noise.kind=r4f": noise.kind == "r4f"}
     asked = [setting for setting, is_on in settings.items() if is_on]
     if asked and deepspeed is not None and partitions_at_load(start.environ, deepspeed.config):
         raise ConfigError(
-            f"{' and '.join(asked)}: needs whole weights, and with zero3_init_flag: true ZeRO-3 cuts the model "
+            f"{' and '.join(asked)}: needs whole weights, but with zero3_init_flag: true ZeRO-3 shards the model "
             "while it loads; set zero3_init_flag: false in the accelerate configuration"
         )
 
@@ -339,13 +342,13 @@ def check_tracker(start: Start) -> None:
 
 
 def check_folder(start: Start) -> None:
-    """Refuse a folder that holds something else than this run."""
+    """Refuse a folder that holds anything other than this run."""
     folder, resume = start.train.output_dir, start.train.resume_from_checkpoint
     refuse_used(folder, resume=resume, config_yaml=to_yaml(start.config))
 
 
 def check_checkpoint(start: Start) -> None:
-    """Refuse a checkpoint that this run cannot resume from, as far as its manifest and the settings tell."""
+    """Refuse a checkpoint that this run cannot resume from, judged by its manifest and the settings."""
     train, deepspeed, rule = start.train, start.engine.deepspeed, start.ready.rule
     found = checkpoint_on_paper(train.resume_from_checkpoint, Path(train.output_dir))
     if found is None:
@@ -353,7 +356,7 @@ def check_checkpoint(start: Start) -> None:
     path, manifest = found
     before = RunRecord.read(manifest.content, path)
     stage = None if deepspeed is None else deepspeed.config["zero_optimization"].get("stage", 0)
-    # What is not known yet is taken to be the same.
+    # What is not known yet is assumed to be the same.
     now = replace(before.setup, **layout_of(train, world_size=start.world_size, stage=stage))
     if hasattr(start, "total_steps") and not start.may_be_longer:
         now = replace(now, total_steps=start.total_steps)
@@ -363,14 +366,14 @@ def check_checkpoint(start: Start) -> None:
 
 
 def count_steps(start: Start) -> int:
-    """Return the steps of the run, counted from its rows where the settings do not say; missing where both fail."""
+    """Return the steps of the run: `train.max_steps`, else counted from its rows; missing if both fail."""
     if start.train.max_steps > 0:
         return start.train.max_steps
     return planned_steps(start.train, num_rows=len(start.ready.rows["train"]), world_size=start.world_size)
 
 
 def check_schedule(start: Start) -> Schedule:
-    """Return the schedule; missing where it does not fit the fewest steps that there can be."""
+    """Return the schedule; missing if it does not fit the counted steps but the run may be longer."""
     averages = getattr(start.ready, "rule", "not known") is not None
     return _unless_longer(
         start, lambda: build_schedule(start.train, total_steps=start.total_steps, averaging=averages)
@@ -378,12 +381,12 @@ def check_schedule(start: Start) -> Schedule:
 
 
 def check_plan(start: Start) -> Plan | None:
-    """Return what is averaged when; missing where it does not fit the fewest steps that there can be."""
+    """Return the averaging plan; missing if it does not fit the counted steps but the run may be longer."""
     return _unless_longer(start, lambda: plan_rule(start.ready.rule, start.total_steps))
 
 
 def _unless_longer(start: Start, check: Callable[[], Any]) -> Any:
-    """Return what a check of the run's length does; missing where it refuses and the run may be longer."""
+    """Return the result of a check of the run's length; missing if it fails but the run may be longer."""
     try:
         return check()
     except ConfigError as error:
@@ -408,4 +411,4 @@ CHECKS: dict[str, Callable[[Start], Any]] = {
     "schedule": check_schedule,
     "plan": check_plan,
 }
-"""Every check by the name of what it finds."""
+"""Every check, by the name of its result."""

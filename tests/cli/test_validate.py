@@ -229,7 +229,7 @@ def test_a_recipe_that_is_not_python_is_a_problem_with_its_line(command, capsys,
     )
     assert main([command, "--config_file", str(FILES["zero2"]), str(script)]) == 1
     said = capsys.readouterr()
-    assert f"{script}: line 3 is not Python: '(' was never closed; mend that line" in said.out + said.err
+    assert f"{script}: line 3 is not Python: '(' was never closed; fix that line" in said.out + said.err
     assert "is not written as" not in said.out
 
 
@@ -274,7 +274,7 @@ def test_columns_are_not_called_right_beside_one_that_is_missing(validate):
 def test_rows_in_the_place_of_others_are_told(validate, configs):
     rows = configs["classification"].parent / "validation.csv"
     told = validate("classification", f"data.train_file={rows}")[1]
-    assert f"rows       data.train_file={rows} (command line) takes the place of data.train_file=" in told
+    assert f"rows       data.train_file={rows} (command line) replaces data.train_file=" in told
     assert "rows  " not in validate("classification")[1]
 
 

@@ -103,7 +103,7 @@ def test_a_recipe_may_import_what_lies_beside_it(tmp_path, monkeypatch):
     [
         ("", "", "cannot be imported: ImportError: cannot import name 'EXTRA'"),
         ("EXTRA = 1", "missing", "cannot be imported: NameError: name 'missing'"),
-        ("EXTRA = 1", "Config = dict", "Config is no dataclass"),
+        ("EXTRA = 1", "Config = dict", "Config is not a dataclass"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_named(beside, extra, expected, tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_several_ranks_leave_out_no_layers_and_one_does(caplog):
     with caplog.at_level("INFO", logger="swaft"):
         keep_all_layers(config, 2)
     assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.0, 0.0)
-    assert "encoder_layerdrop=0.05 is set to 0: ranks would leave out different layers" in caplog.messages
+    assert "encoder_layerdrop=0.05 is set to 0: ranks would drop different layers" in caplog.messages
 
 
 @pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet", "tapas"])

@@ -1,6 +1,6 @@
 """Typed settings of a run, filled from defaults, YAML files and the command line.
 
-What only one family of tasks has lies beside its rows, in `swaft.training.data`.
+Settings that only one family of tasks has are defined with its rows, in `swaft.training.data`.
 """
 
 from swaft.training.config.load import (

@@ -1,7 +1,7 @@
 """Reads a configuration (defaults, then each `--config` file in order, then the command line), and writes it.
 
-Settings that cannot work are found before a model or a row is loaded, and the averaging rule they describe is
-built.
+It reports settings that cannot work before a model or a row is loaded, and builds the averaging rule that they
+describe.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_OF_ARGUMENTS = {name: f"averaging.{name}" for rule in RULES.values() for name in options_of(rule)}
 SETTINGS_OF_ARGUMENTS["total_steps"] = "train.max_steps, train.num_train_epochs"
-"""The settings that arguments of rules and of their plans come from."""
+"""The setting behind each argument of a rule or its plan."""
 
 
 def check_config(config: Any) -> list[str]:
-    """Every problem of a configuration, each message led by the full name of its setting.
+    """Return every problem of a configuration; each message starts with the full name of its setting.
 
     Args:
         config: a `RecipeConfig`, or any other dataclass of section dataclasses.
@@ -57,7 +57,7 @@ def check_config(config: Any) -> list[str]:
 
 
 def check_averaging(averaging: AveragingConfig, total_steps: int) -> list[str]:
-    """Problems that show once the length of the run is known: options that do not fit it or each other."""
+    """Problems that appear once the length of the run is known: options that do not fit it or each other."""
     try:
         plan_rule(build_rule(averaging), total_steps)
     except ConfigError as error:
@@ -69,11 +69,11 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
     """Return the averaging rule, None for ``rule: none``.
 
     Args:
-        averaging: section ``averaging``, whose options are called as the arguments of the rules; a null leaves
+        averaging: section ``averaging``, whose options are named like the arguments of the rules; null leaves
             the choice to the rule.
 
     Raises:
-        ConfigError: where an option is set that the rule would not use, or one is missing that it needs.
+        ConfigError: an option is set that the rule would not use, or one that it needs is missing.
     """
     kind = RULES.get(averaging.rule)
     options = chosen_options(averaging, kind, f"averaging.rule={averaging.rule}")
@@ -83,10 +83,10 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
 
 
 def plan_rule(rule: Rule | None, total_steps: int) -> Plan | None:
-    """Return the events of a run of ``total_steps`` optimizer steps, None without a rule.
+    """Return the averaging events of a run of ``total_steps`` optimizer steps, None without a rule.
 
     Raises:
-        ConfigError: the rule does not fit; its arguments are named as the settings they come from.
+        ConfigError: the rule does not fit; the message names the settings instead of the rule's arguments.
     """
 
     def setting(argument: re.Match[str]) -> str:
@@ -102,14 +102,14 @@ def plan_rule(rule: Rule | None, total_steps: int) -> Plan | None:
 USAGE = """\
 usage: accelerate launch [--config_file FILE] RECIPE --config FILE ... [section.name=value ...]
 
-  --config FILE        YAML settings; repeatable, later files win over earlier ones
-  section.name=value   one setting; wins over every file (--section.name value is understood too)
+  --config FILE        YAML settings; repeatable, later files override earlier ones
+  section.name=value   one setting; overrides every file (--section.name value works too)
   --print_config       print the resolved settings with their origins, and exit
   --help               print this page, and exit
 """
 HELP_WIDTH = 100
 
-# A file or line that names one of these brings its own rows: what earlier ones say about rows is dropped.
+# A file or command line that sets one of these brings its own rows: earlier settings about rows are dropped.
 ROW_SOURCES = ("data.task_name", "data.dataset_name", "data.train_file")
 ROW_SETTINGS = (
     *ROW_SOURCES,
@@ -119,7 +119,7 @@ ROW_SETTINGS = (
     "data.delimiter",
     "data.eval_languages",
 )
-# Flags of the Trainer and of its examples that are called otherwise here, and usual short forms.
+# Flags of the Trainer and its examples that have another name here, and usual short forms.
 OTHER_NAMES = {
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
@@ -146,30 +146,30 @@ ConfigT = TypeVar("ConfigT")
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(Generic[ConfigT]):
-    """What files and the command line say."""
+    """What was read from files and the command line."""
 
     config: ConfigT
-    """A faulty setting stands at its default."""
+    """The configuration, with faulty settings at their defaults."""
     origins: dict[str, str]
     """Where each setting comes from, by its full name: the path of a file, or ``command line``."""
     replaced: list[str]
-    """Which rows were put in the place of which, as sentences."""
+    """Which rows replaced which, as sentences."""
     problems: list[str]
     """Everything that is wrong."""
 
 
 def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    """Return the configuration a command line asks for, checked.
+    """Return the checked configuration that a command line asks for.
 
     Accepts `--config FILE` (repeatable, later files win), overrides as `a.b=c`, `--a.b=c` or `--a.b c`,
-    and `--help` and `--print_config`, which print and exit 0. Logs which rows take the place of others.
+    and `--help` and `--print_config`, which print and exit 0. Logs which rows replace others.
 
     Args:
         config_class: a dataclass of section dataclasses, such as `ClassificationConfig`.
         argv: the arguments after the program's name.
 
     Raises:
-        ConfigError: with every problem found, each led by the full name of its setting.
+        ConfigError: with every problem found, each starting with the full name of its setting.
     """
     if "--help" in argv or "-h" in argv:
         _leave(help_text(config_class))
@@ -184,7 +184,7 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
 
 
 def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[ConfigT]:
-    """Read and check a configuration, and continue where something is wrong with it.
+    """Read and check a configuration, and carry on past problems to collect them all.
 
     Args:
         config_class: a dataclass of section dataclasses.
@@ -204,11 +204,11 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
         except ValueError as error:
             problems.append(f"{name}: {error} ({origins[name]})")
     problems += [
-        f"{name}: has to be given; set it in a config, or as {name}=... on the command line"
+        f"{name}: is required; set it in a config, or as {name}=... on the command line"
         for name, option in known.items()
         if option.required and name not in {*typed, *_leaders(problems)}
     ]
-    # A setting with a problem stands at its default, or empty where it has none: no second problem about that.
+    # A setting with a problem gets its default, or an empty text if it has none, so as not to be reported twice.
     stand_ins = {name: "" for name, option in known.items() if option.required}
     parts: dict[str, dict[str, Any]] = {section: {} for section in sections(config_class)}
     for name, value in {**stand_ins, **typed}.items():
@@ -225,7 +225,7 @@ def to_yaml(config: Any, origins: dict[str, str] | None = None) -> str:
 
     Args:
         config: a configuration dataclass.
-        origins: full name to where the value comes from; each becomes a comment after its line.
+        origins: full name to the value's origin; each becomes a comment at the end of its line.
     """
     lines = []
     for section, values in dataclasses.asdict(config).items():
@@ -239,7 +239,7 @@ def to_yaml(config: Any, origins: dict[str, str] | None = None) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """A value in which `${` is escaped, and backslashes before it, because reading it back would fill it in."""
+    """Escape `${`, and backslashes before it, in a value, because reading it back would interpolate it."""
     if isinstance(value, dict):
         return {name: _escaped(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -248,7 +248,7 @@ def _escaped(value: Any) -> Any:
 
 
 def flatten(config: Any) -> dict[str, str | int | float | bool]:
-    """Flatten the configuration for trackers: full name to value; null and mappings become JSON text."""
+    """Flatten the configuration for trackers: full name to value, with null and mappings as JSON text."""
     return {
         f"{section}.{name}": json.dumps(value) if value is None or isinstance(value, dict) else value
         for section, values in dataclasses.asdict(config).items()
@@ -257,7 +257,7 @@ def flatten(config: Any) -> dict[str, str | int | float | bool]:
 
 
 def help_text(config_class: type) -> str:
-    """Write the help page: every setting with type, default and doc, section by section."""
+    """Return the help page: every setting with type, default and doc, section by section."""
     blocks = [USAGE]
     for section, kind in sections(config_class).items():
         blocks.append(f"\n{section}: {(kind.__doc__ or '').splitlines()[0]}\n")
@@ -270,7 +270,7 @@ def help_text(config_class: type) -> str:
 
 
 def _read_layers(argv: Sequence[str], problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Return origin and settings (full name to value, not yet checked) of each file, and of the command line."""
+    """Return the origin and settings (full name to value, not yet checked) of each file and the command line."""
     layers = []
     overrides = dict[str, Any]()
     words = list(argv)
@@ -296,10 +296,10 @@ def _read_layers(argv: Sequence[str], problems: list[str]) -> list[tuple[str, di
 
 
 def _read_file(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield full name and value of each setting of a YAML file.
+    """Yield the full name and value of each setting in a YAML file.
 
     Raises:
-        ValueError: with what is wrong with the file.
+        ValueError: says what is wrong with the file.
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -320,10 +320,10 @@ def _read_file(path: str) -> Iterator[tuple[str, Any]]:
 def _merge(
     layers: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Lay the layers over one another, later over earlier.
+    """Merge the layers; later ones override earlier ones.
 
-    A layer that names a source of rows (a task, a dataset, a training file) replaces the source of the
-    layers below it whole, so that a config's validation file never meets another's training file.
+    A layer that sets a source of rows (a task, a dataset, a training file) replaces the whole source of the
+    layers before it, so that one config's validation file is never combined with another's training file.
 
     Returns:
         Full name to value, full name to origin, and a sentence about each source that was replaced.
@@ -337,7 +337,7 @@ def _merge(
             if named and values.get(name) not in (None, layer.get(name))
         ]
         if dropped:
-            replaced.append(f"{' and '.join(named)} ({origin}) takes the place of {', '.join(dropped)}")
+            replaced.append(f"{' and '.join(named)} ({origin}) replaces {', '.join(dropped)}")
         for name in ROW_SETTINGS if named else ():
             values.pop(name, None)
             origins.pop(name, None)
@@ -347,7 +347,7 @@ def _merge(
 
 
 def _fill_in(values: dict[str, Any], known: Mapping[str, Option], problems: list[str]) -> dict[str, Any]:
-    """Fill in `${train.seed}` and `${oc.env:HOME}` by OmegaConf's rules, inside mappings too."""
+    """Interpolate `${train.seed}` and `${oc.env:HOME}` by OmegaConf's rules, inside mappings too."""
     defaults = {name: option.default for name, option in known.items() if not option.required}
     container, resolved = OmegaConf.create(), dict(values)
 
@@ -383,25 +383,25 @@ def _is_section(name: str, known: Mapping[str, Option]) -> bool:
 
 
 def _nearest_setting(name: str, known: Mapping[str, Option]) -> str:
-    """Hint at the setting that was probably meant: by the leaf's name first, then by its spelling."""
+    """Suggest the setting that was probably meant: by its exact name first, then by similar spelling."""
     if _is_section(name, known):
         return f" '{name}' is a section: put its settings under it, or write {name}.setting=value."
     section, _, leaf = name.replace("-", "_").rpartition(".")
     by_leaf = {path.split(".")[1]: path for path in known}
     meant = OTHER_NAMES.get(leaf, leaf)
     leaf = meant if leaf not in by_leaf and meant in by_leaf else leaf
-    # Within a section that exists, only its own settings: nobody means averaging.start by train.stat.
+    # Within an existing section, suggest only its own settings: train.stat does not mean averaging.start.
     own = {short: path for short, path in by_leaf.items() if path.startswith(f"{section}.")} or by_leaf
     near = leaf if leaf in by_leaf else next(iter(get_close_matches(leaf, list(own), n=1)), None)
     return f" Did you mean '{by_leaf[near]}'?" if near else " --help lists every setting."
 
 
 def _leave(text: str) -> None:
-    """Print and exit 0; of several processes that were launched together only the first prints."""
+    """Print and exit 0; if several processes were launched together, only the first prints."""
     if os.environ.get("RANK", "0") == "0":
         try:
             sys.stdout.write(text)
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read it has seen enough, as `head` has
+        except BrokenPipeError:  # the reader closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)

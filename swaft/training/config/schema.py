@@ -1,7 +1,7 @@
-"""The settings of a run as typed dataclasses, one a section, with Hugging Face's names for the leaves.
+"""The settings of a run as typed dataclasses, one per section, with Hugging Face's names for the settings.
 
-The docstring under a field is its help text: what it is, its unit, and why the default is what it is.
-Its type says what values it may have (`swaft.options`); what does not go together, a section's `conflicts` say.
+The docstring under a field is its help text: what it is, its unit, and why it has that default.
+Its type says which values are allowed (`swaft.options`); a section's `conflicts` reports settings that clash.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from swaft.training.metrics import unfit
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What accelerate calls the trackers it can write to."""
 Fault = tuple[str, str]
-"""Name of a setting in its section, and what is wrong with it."""
+"""Name of a setting within its section, and what is wrong with it."""
 
 LONGEST_TIMEOUT = 365 * 24 * 3600
-"""Seconds. torch counts a timeout in nanoseconds, of which 64 bits hold no more than three centuries."""
+"""Seconds. torch counts a timeout in nanoseconds in 64 bits, which hold no more than three centuries."""
 HIGHEST_SEED = 4_000_000_000
 """numpy takes seeds below 2**32, and the rank and the step are added to this one."""
 
@@ -41,32 +41,32 @@ class Section:
                 setattr(self, name, os.path.expanduser(path))
 
     def conflicts(self) -> Iterator[Fault]:
-        """What is wrong with settings together, each of which is allowed."""
+        """Yield settings that are each allowed but do not work together."""
         yield from ()
 
 
 @dataclass(kw_only=True)
 class AdapterConfig(Section):
-    """Whether to train low-rank adapters in place of the weights themselves."""
+    """Whether to train low-rank adapters instead of the weights themselves."""
 
     use_peft: bool = False
-    """Train LoRA adapters and the new head, and keep the pretrained weights as they are; `final/` and
-    `final-averaged/` are adapter folders then. LoRA wants a higher `train.learning_rate`, 1e-4 to 5e-4."""
+    """Train LoRA adapters and the new head, with the pretrained weights frozen; `final/` and
+    `final-averaged/` are then adapter folders. LoRA needs a higher `train.learning_rate`, 1e-4 to 5e-4."""
     lora_r: Count = 16
     """Rank of the adapters."""
     lora_alpha: Count = 32
-    """The update is scaled by this number over the rank."""
+    """The update is scaled by this number divided by the rank."""
     lora_dropout: ShareBelowOne = 0.05
     """Dropout before the adapters."""
     lora_target_modules: str | None = None
-    """Layers that get adapters: names with commas between them (query,value), or all-linear; null: those that
+    """Layers that get adapters: comma-separated names (query,value), or all-linear; null: those that
     peft chooses for the architecture, mostly the attention's queries and values."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Options of adapters that are not trained."""
+        """Yield adapter options that are set although no adapters are trained."""
         names = self.lora_target_modules
         if names is not None and not all(split_names(names)):
-            advice = "write names with commas between them (query,value), or all-linear"
+            advice = "write comma-separated names (query,value), or all-linear"
             yield "lora_target_modules", f"'{names}' holds an empty name; {advice}"
         for each in () if self.use_peft else fields(AdapterConfig):
             if (value := getattr(self, each.name)) != each.default:
@@ -84,11 +84,11 @@ class AnyModelConfig(AdapterConfig):
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; null: the model's own."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+    """Run Python code that comes with the model. Off, because that code runs with your permissions."""
 
     @property
     def described(self) -> dict[str, Any] | None:
-        """Entries of the transformers configuration of a new model; None: the model is a pretrained one."""
+        """Entries of a new model's transformers configuration; None: the model is pretrained."""
         return None
 
     @property
@@ -105,59 +105,59 @@ class ModelConfig(AnyModelConfig):
     """Hub id or folder of the pretrained model; `demo` is the MiniLM encoder of the package extra
     `swaft[demo]`, which needs no network."""
     ignore_mismatched_sizes: bool = False
-    """Put a new head on a model whose own head is for another number of classes (an MNLI model, say), or for
-    classes of other names. false: that is an error; a head for the same classes is kept, in its own order."""
+    """Put a new head on a model whose own head is for a different number of classes (an MNLI model, say), or for
+    classes with other names. false: that is an error; a head for the same classes is kept, in its own order."""
 
 
 @dataclass(kw_only=True)
 class RowsConfig(Section):
-    """Which rows to train and evaluate on, and which columns of them.
+    """Which rows to train and evaluate on, and which of their columns.
 
     The rows come from exactly one of `task_name`, `dataset_name` and `train_file`. A later config or an
-    override that names one of the three replaces the whole source, its other splits included.
+    override that sets one of the three replaces the whole source, including its other splits.
     """
 
     paths: ClassVar[tuple[str, ...]] = ("dataset_name", "train_file", "validation_file", "test_file")
     task_name: str | None = None
-    """Name of a task: a folder of `$SWAFT_DATA` (default ../shared/data where it exists) holding
-    train.parquet and so on, else a GLUE task of the hub; `python_docstrings` is built on this machine."""
+    """Name of a task: a folder in `$SWAFT_DATA` (default ../shared/data if it exists) holding
+    train.parquet and so on, otherwise a GLUE task on the hub; `python_docstrings` is built on this machine."""
     dataset_name: str | None = None
     """Hub id of a dataset, or a folder laid out as one (train/, validation/, test/ with parquet, csv, tsv
     or json files)."""
     dataset_config_name: str | None = None
-    """Configuration of `dataset_name`, where the dataset has several."""
+    """Configuration of `dataset_name`, if the dataset has several."""
     train_file: str | None = None
     """Training rows: a parquet, csv, tsv, json or jsonl file."""
     validation_file: str | None = None
-    """Validation rows, beside `train_file`; null: the run is not evaluated on validation rows."""
+    """Validation rows that go with `train_file`; null: the run is not evaluated on validation rows."""
     test_file: str | None = None
-    """Test rows, beside `train_file`."""
+    """Test rows that go with `train_file`."""
     delimiter: str | None = None
-    """Character between the cells of a csv or tsv file (`;`, `tab`); null: a comma, and a tab in a tsv file, which
-    has no quoting."""
+    """Character between the cells of a csv or tsv file (`;`, `tab`); null: a comma in a csv file, a tab in a tsv
+    file, which has no quoting."""
     validation_fraction: Annotated[float, Range(above=0, below=1)] | None = None
-    """Share of the training rows that are validation rows instead, drawn at random and the same whatever
-    `train.seed` is (0.1 is a tenth); where the rows have a validation split of their own it is refused."""
+    """Share of the training rows to use for validation instead (0.1 is a tenth), drawn at random and the same for
+    every `train.seed`; an error if the rows have a validation split of their own."""
     skip_bad_rows: bool = False
-    """Leave out rows with a blank text, without a label, or whose answers cannot be read, and say which; false:
-    the first such row is an error."""
+    """Leave out rows with a blank text, without a label, or with answers that cannot be read, and log which;
+    false: the first such row is an error."""
     max_train_samples: Count | None = None
-    """Use only the first so many training rows; null: all."""
+    """Use only this many training rows, from the first on; null: all."""
     max_eval_samples: Count | None = None
-    """Use only the first so many validation rows; null: all."""
+    """Use only this many validation rows, from the first on; null: all."""
     max_predict_samples: Count | None = None
-    """Use only the first so many test rows; null: all."""
+    """Use only this many test rows, from the first on; null: all."""
     split_special_tokens: bool = True
-    """Read a special token that a text spells (`</s>`, `[SEP]`) as the text it is; false: it has its special
-    meaning, for texts that have such tokens on purpose."""
+    """Read a special token spelled out in a text (`</s>`, `[SEP]`) as plain text; false: it keeps its special
+    meaning, for texts that contain such tokens on purpose."""
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Languages to evaluate on besides that of the training rows."""
+        """Languages to evaluate on besides the language of the training rows."""
         return ()
 
     def conflicts(self) -> Iterator[Fault]:
-        """Rows from none or from several places, and what has no meaning for them."""
+        """Yield rows with no source or several, and settings that do not apply to the source."""
         sources = {name: getattr(self, name) for name in ("task_name", "dataset_name", "train_file")}
         named = [f"data.{name}={value}" for name, value in sources.items() if value is not None]
         if not named:
@@ -166,7 +166,7 @@ class RowsConfig(Section):
             yield "task_name", f"{' and '.join(named)} each name the rows; keep one"
         for name in ("validation_file", "test_file"):
             if getattr(self, name) is not None and self.train_file is None:
-                yield name, "is used beside data.train_file, which is not set"
+                yield name, "is used together with data.train_file, which is not set"
         if self.dataset_config_name is not None and self.dataset_name is None:
             yield "dataset_config_name", "is a configuration of data.dataset_name, which is not set"
         if self.validation_fraction is not None and self.validation_file is not None:
@@ -178,7 +178,7 @@ class RowsConfig(Section):
             if len(character) != 1 or character in '"\r\n':
                 yield "delimiter", f"{self.delimiter!r} is not one character; expected one such as ; or tab"
             elif not is_table and self.dataset_name is None:  # of a dataset it is seen when it is read
-                yield "delimiter", "is about csv and tsv files, and data.train_file names none; remove it"
+                yield "delimiter", "is about csv and tsv files, but data.train_file is neither; remove it"
 
 
 @dataclass(kw_only=True)
@@ -187,19 +187,19 @@ class TrainConfig(Section):
 
     paths: ClassVar[tuple[str, ...]] = ("output_dir", "resume_from_checkpoint")
     output_dir: str
-    """Run folder: configuration, metrics, and the trained weights."""
+    """Run folder, for the configuration, the metrics and the trained weights."""
     per_device_train_batch_size: Count = 16
-    """Rows per device and micro-batch. The total batch is this times accumulation times devices."""
+    """Rows per device and micro-batch. The total batch size is this times accumulation steps times devices."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
     num_train_epochs: Positive = 3.0
-    """Passes over the training rows, a fraction allowed; `max_steps` wins where it is set."""
+    """Passes over the training rows, may be fractional; `max_steps` wins if it is set."""
     max_steps: int = -1
-    """Optimizer steps in all; -1: as many as `num_train_epochs` takes."""
+    """Total optimizer steps; -1: as many as `num_train_epochs` takes."""
     learning_rate: Positive = 2e-5
-    """Peak rate of AdamW. 2e-5 is BERT's usual; small models take 5e-5 to 1e-4."""
+    """Peak learning rate of AdamW. 2e-5 is usual for BERT; small models take 5e-5 to 1e-4."""
     weight_decay: NotNegative = 0.01
-    """Decoupled weight decay, applied neither to biases nor to normalisation weights."""
+    """Decoupled weight decay; not applied to biases or normalisation weights."""
     adam_beta1: ShareBelowOne = 0.9
     """Decay of AdamW's running mean of gradients."""
     adam_beta2: ShareBelowOne = 0.999
@@ -209,78 +209,78 @@ class TrainConfig(Section):
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this L2 norm; 0 turns clipping off."""
     lr_scheduler_type: Literal["auto", "linear", "cosine", "constant_with_warmup", "constant"] = "auto"
-    """Learning rate over the run. auto: constant after warm-up when averaging is on, because a rate that
-    decays to zero leaves averaging nothing to average; linear decay otherwise."""
+    """Learning rate schedule. auto: constant after warmup if averaging is on, because a rate that
+    decays to zero leaves averaging nothing to average; otherwise linear decay."""
     warmup_steps: ShareBelowOne | WholeNumber = 0.06
-    """Length of the warm-up: a fraction below 1 is a share of the run, a whole number is steps.
-    0.06 is the share RoBERTa was fine-tuned with."""
+    """Length of the warmup: a fraction below 1 is a share of the run, a whole number is steps.
+    RoBERTa was fine-tuned with 0.06."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Number format of the forward and backward pass. auto: whatever `accelerate launch` was told."""
+    """Number format of the forward and backward pass. auto: what `accelerate launch` was given."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: Annotated[int, Range(low=0, high=HIGHEST_SEED)] = 42
-    """Seed of everything random: initial head, order of rows, dropout, noise."""
+    """Seed for everything random: initial head, order of rows, dropout, noise."""
     logging_steps: Count = 10
-    """Optimizer steps between two progress lines."""
+    """Optimizer steps between progress lines."""
     dataloader_num_workers: WholeNumber = 0
-    """Processes that load batches, per device; 0: the training process does it, enough for short texts."""
+    """Processes per device that load batches; 0: the training process does it, enough for short texts."""
     group_by_length: bool = False
-    """Make batches of inputs of like length, so that little of them is padding. Off, because batches are less
-    random then."""
+    """Batch inputs of similar length, so that little of a batch is padding. Off, because it makes batches less
+    random."""
     save_steps: Count | None = 500
-    """Optimizer steps between two checkpoints, from which a run that was killed resumes; null: none but on SIGTERM
-    and SIGUSR1. One takes three times the weights in fp32, the averages apart."""
+    """Optimizer steps between checkpoints, from which a killed run resumes; null: only on SIGTERM and SIGUSR1.
+    A checkpoint takes three times the space of the weights in fp32, plus the averages."""
     save_total_limit: Count | None = 2
-    """Checkpoints that are kept, the newest ones; null: all."""
+    """How many checkpoints to keep, the newest ones; null: all."""
     resume_from_checkpoint: str = "auto"
-    """auto: resume from the newest complete checkpoint in `output_dir`, where there is one; none: expect an empty
+    """auto: resume from the newest complete checkpoint in `output_dir`, if there is one; none: expect an empty
     folder; or the path of a checkpoint."""
     disable_tqdm: bool | None = None
-    """Show no progress bar; null: a bar only on a terminal, where it does not fill a log file."""
+    """Show no progress bar; null: show one on a terminal only, so that it does not fill a log file."""
     ddp_timeout: Annotated[int, Range(low=1, high=LONGEST_TIMEOUT)] = 1800
-    """Seconds that a process waits for the others before the run is given up, under every engine. Longer than the
-    longest any of them may take alone, to load or to save a large model."""
+    """Seconds that a process waits for the others before the run fails, under every engine. It has to exceed the
+    longest time a process may spend alone, such as loading or saving a large model."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """What is neither a folder nor a number of steps."""
+        """Yield an empty output folder, and an impossible number of steps."""
         if not self.output_dir:
-            yield "output_dir", "is empty; name the folder of the run"
+            yield "output_dir", "is empty; set it to the run's folder"
         if self.max_steps != -1 and self.max_steps < 1:
-            yield "max_steps", f"{self.max_steps} is neither a number of steps nor -1 (as epochs say)"
+            yield "max_steps", f"{self.max_steps} is neither a number of steps nor -1 (use num_train_epochs)"
 
 
 @dataclass(kw_only=True)
 @borrows(RULES, after="every")
 class AveragingConfig(Section):
-    """Which weights to average along the run. A null leaves the choice to the rule."""
+    """Which weights to average during the run. null leaves the choice to the rule."""
 
     paths: ClassVar[tuple[str, ...]] = ("spill_dir",)
     rule: Literal["none", "swa", "ema", "lawa", "merge", "bema", "power_ema", "windows"] = "none"
     """swa: the uniform mean of the weights; ema: their exponential moving average; lawa: the mean of the last
-    few; merge: weights that imitate a decay of the learning rate; bema: an ema with its lag corrected;
+    few; merge: a weighted mean that imitates a learning rate decay; bema: an ema with its lag corrected;
     power_ema: averages whose memory grows with the run; windows: the mean of every stretch of the run, to
-    choose among afterwards; none: no averaging."""
+    choose from afterwards; none: no averaging."""
     start: StepOrShare | None = None
-    """First weights in the average: a fraction (0.5) is a share of the run, a whole number (100) is the
-    optimizer step; so 1 is step 1 and 1.0 the end. null: 0.5 for swa and merge, 0 for the others."""
+    """First weights in the average: a fraction (0.5) is a share of the run, a whole number (100) is an
+    optimizer step; so 1 is step 1, and 1.0 is the end. null: 0.5 for swa and merge, 0 for the other rules."""
     every: Count = 1
-    """Optimizer steps between two averaged weights. 1, because averaging costs the step nothing; bema was
+    """Optimizer steps between averaged weights. 1, because averaging does not slow down the step; bema was
     published with 400, lawa with checkpoints far apart."""
     precision: Precision = "compensated"
-    """Of running means. compensated: 6 bytes an element, exact to the last digits of fp32 in runs of any length;
-    plain: 4 bytes, loses digits in long runs."""
+    """Precision of running means. compensated: 6 bytes per element, exact to the last digits of fp32 in runs of
+    any length; plain: 4 bytes, loses digits in long runs."""
     spill_dir: str | None = None
-    """Folder, on a disk of each node, that finished blocks and snapshots move to; null keeps them in memory."""
+    """Folder, on a disk of each node, to which finished blocks and snapshots move; null keeps them in memory."""
     threads: Count | None = None
-    """Threads that do the averaging beside training; null: half of this rank's cores, at most 8."""
+    """Threads that do the averaging alongside training; null: half of this rank's cores, at most 8."""
     blend: Blend = 1.0
-    """How far the averaged weights go from the last ones to the average, from -1 to 2: 1 is the average, 0 the last
-    weights."""
+    """How far the averaged weights go from the last weights towards the average, from -1 to 2: 1 is the average, 0
+    the last weights."""
     search_blend: bool = False
-    """Choose the blend after training among 0, 0.3, 0.6, 1 and 1.5, on validation rows, an evaluation for each."""
+    """Choose the blend after training from 0, 0.3, 0.6, 1 and 1.5, with one evaluation on validation rows each."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Blends of no average, or chosen twice."""
+        """Yield blends without an average, or chosen in two ways."""
         if self.rule == "none" and (self.blend != 1 or self.search_blend):
             message = "there is no average to blend with; set averaging.rule, or remove it"
             yield "search_blend" if self.search_blend else "blend", message
@@ -294,13 +294,13 @@ class AveragingConfig(Section):
 @dataclass(kw_only=True)
 @borrows({"r3f": R3F, "r4f": R4F, "rdrop": RDrop}, after="weight", but=("seed", "label_smoothing"))
 class NoiseConfig(Section):
-    """The noise-stability objective. A null leaves the choice to the preset."""
+    """The noise-stability objective. null leaves the choice to the preset."""
 
     kind: Literal["none", "r3f", "r4f", "rdrop"] = "none"
-    """r3f: clean and noised pass, and a symmetric KL between them; r4f: r3f with a spectral norm on the
+    """r3f: a clean and a noised pass, with a symmetric KL between them; r4f: r3f with a spectral norm on the
     head; rdrop: two dropout masks instead of noise; none: the task's loss alone."""
     weight: NotNegative = 1.0
-    """Factor on the divergence in the loss; for rdrop the alpha of its preset. 1.0 is the middle of the papers'
+    """Factor of the divergence in the loss; for rdrop, the alpha of its preset. 1.0 is the middle of the papers'
     range."""
 
 
@@ -311,19 +311,18 @@ class EvalConfig(Section):
     per_device_eval_batch_size: Count = 32
     """Rows per device and evaluation batch. Changes speed and memory, not the result."""
     eval_steps: Count | None = None
-    """Optimizer steps between two evaluations; null: once, at the end."""
+    """Optimizer steps between evaluations; null: evaluate once, at the end."""
     keep_best: Literal["none", "last", "averaged", "either"] = "none"
-    """Which weights to keep in `best/` whenever they score best on validation rows: the last ones, the averaged
-    ones, or either (of equal ones the averaged); none: no such folder."""
+    """Which weights to keep in `best/` whenever they reach the best score on validation rows: the last, the
+    averaged, or either (the averaged if they tie); none: no such folder."""
     metric_for_best_model: str | None = None
-    """Score that decides between weights, for `keep_best`, early stopping and the windows of averaging; of loss
-    and mse less is better. null: the main score of `metric`."""
+    """Score that decides between weights, for `keep_best`, early stopping and the windows of averaging; lower is
+    better for loss and mse. null: the main score of `metric`."""
     early_stopping_patience: Count | None = None
-    """End the run after so many evaluations in a row without a better score of the weights that `keep_best`
-    watches (none: either). Where weights are averaged, evaluations count once there is an average. null: train
-    to the end."""
+    """Stop after this many evaluations in a row in which the weights that `keep_best` watches (none: either) did
+    not score better. With averaging, evaluations count only once there is an average. null: train to the end."""
     early_stopping_threshold: NotNegative = 0.0
-    """Least gain over the best score so far that counts as a better one."""
+    """Smallest gain over the best score so far that counts as better."""
     metric: str = "auto"
     """What to measure; auto: the usual metric of the task."""
 
@@ -331,7 +330,7 @@ class EvalConfig(Section):
     """Kinds of task whose metrics `metric` may name (`swaft.training.metrics`)."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Choices between weights without evaluations, and metrics of other tasks."""
+        """Yield choices between weights without evaluations, and metrics of other tasks."""
         if self.eval_steps is None:
             message = "needs evaluations while training, and eval.eval_steps is null; set it"
             if self.keep_best != "none":
@@ -349,33 +348,33 @@ class EvalConfig(Section):
 
 @dataclass(kw_only=True)
 class TrackConfig(Section):
-    """Where to send the numbers besides the run folder."""
+    """Where to report the metrics besides the run folder."""
 
     paths: ClassVar[tuple[str, ...]] = ("logging_dir",)
     report_to: str = "none"
     """Tracker, by accelerate's name: tensorboard, wandb, trackio, mlflow, ...; none: the run folder only,
     and nothing touches the network."""
     project_name: str = "swaft"
-    """Project under which a tracker files the run."""
+    """The tracker's project for the run."""
     run_name: str | None = None
     """Name of the run in the tracker; null: the last part of `train.output_dir`."""
     logging_dir: str | None = None
     """Folder for trackers that write files; null: inside `train.output_dir`."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """A tracker that there is not."""
+        """Yield an unknown tracker, and a run name that the tracker cannot take."""
         if self.report_to not in ("none", "all", *TRACKERS):
             yield "report_to", not_allowed(self.report_to, ("none", "all", *TRACKERS))
         if self.run_name is not None and self.report_to == "comet_ml":
-            yield "run_name", f"is {self.run_name}, and accelerate hands comet_ml no name of a run; remove it"
+            yield "run_name", f"is {self.run_name}, but accelerate passes no run name to comet_ml; remove it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """The sections that every recipe has; a family of tasks puts its own in the place of some."""
+    """The sections that every recipe has; a family of tasks replaces some of them with its own."""
 
     task: ClassVar[str] = "sequence classification"
-    """What is learnt, of `swaft.training.models.pretrained.FORMS`."""
+    """What is learnt: a key of `swaft.training.models.pretrained.FORMS`."""
 
     model: AnyModelConfig
     data: RowsConfig = field(default_factory=RowsConfig)
@@ -386,17 +385,17 @@ class RecipeConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def conflicts(self) -> Iterator[Fault]:
-        """What is wrong with settings of several sections together, by the full name of one of them."""
+        """Yield settings of different sections that do not work together, by the full name of one of them."""
         kept, patience, rule = self.eval.keep_best, self.eval.early_stopping_patience, self.averaging.rule
         if kept in ("averaged", "either") and rule == "none":
             reason = f"{kept} needs averaged weights, and averaging.rule is none"
             yield "eval.keep_best", f"{reason}; set averaging.rule, or eval.keep_best=last"
         if patience is not None and rule == "merge":
-            reason = "averaging.rule=merge weighs each step by how far it is from the run's end"
-            advice = "which has to be known; use another rule (swa, ema), or train to the end"
+            reason = "averaging.rule=merge weights each step by its distance from the run's end"
+            advice = "which must be known in advance; use another rule (swa, ema), or train to the end"
             yield "eval.early_stopping_patience", f"{reason}, {advice}"
         judged = rule == "windows" or self.averaging.search_blend or kept != "none" or patience is not None
         if (named := self.eval.metric_for_best_model) is not None and not judged:
-            reason = f"{named} decides between weights, and nothing chooses any"
+            reason = f"{named} decides between weights, but no setting asks for that decision"
             advice = "set eval.keep_best or eval.early_stopping_patience, or remove it"
             yield "eval.metric_for_best_model", f"{reason}; {advice}"

@@ -1,6 +1,6 @@
-"""Turns one value, as YAML or the command line gave it, into the type its setting has, or says why not.
+"""Converts a value from YAML or the command line to the type of its setting, or says why it cannot.
 
-OmegaConf's structured configurations would take 1 and 1.0 for the same start, and an unquoted no for False.
+OmegaConf's structured configurations would treat 1 and 1.0 as the same start, and an unquoted no as False.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SectionT = TypeVar("SectionT", bound=type)
 
 NULL_TEXTS = ("null", "None")
 DELIMITERS = {"tab": "\t", "\\t": "\t"}
-"""What `data.delimiter` may say for a character that is hard to type."""
+"""Names that `data.delimiter` accepts for a character that is hard to type."""
 TYPE_NAMES = {bool: "true|false", int: "int", float: "float", str: "text", dict: "mapping"}
-"""The types of settings, as help and messages write them."""
+"""The types of settings, as written in help and messages."""
 
 
 def sections(config_class: type) -> dict[str, type]:
@@ -42,7 +42,7 @@ def settings(config_class: type) -> dict[str, Option]:
 
 
 def type_name(option: Option) -> str:
-    """The type of a setting as help and messages write it: `float`, `int or float`, `a|b|c`."""
+    """The type of a setting as written in help and messages: `float`, `int or float`, `a|b|c`."""
     names = [name for kind, name in TYPE_NAMES.items() if kind in option.kinds and not option.choices]
     return " or ".join(["|".join(option.choices)] * bool(option.choices) + names + ["null"] * option.optional)
 
@@ -64,13 +64,13 @@ def parse_scalar(text: str) -> Any:
 
 
 def coerce(value: Any, option: Option) -> Any:
-    """Bring a value into the type of its setting.
+    """Convert a value to the type of its setting.
 
     Text is kept for a text setting and parsed as YAML for any other, so that the command line (all text)
-    and files agree, and a whole number stays apart from a fraction (`1` from `1.0`).
+    and files agree, and a whole number stays distinct from a fraction (`1` from `1.0`).
 
     Args:
-        value: what YAML gave, or the text after `=` on the command line.
+        value: the value read from YAML, or the text after `=` on the command line.
         option: the setting.
 
     Raises:
@@ -81,7 +81,7 @@ def coerce(value: Any, option: Option) -> Any:
         return None
     is_text, advice = {*option.kinds} == {str}, ""
     if is_text and value is False:
-        # YAML 1.1 reads an unquoted no or off as false: where "no" or "none" is a choice, that is what was meant.
+        # YAML 1.1 reads an unquoted no or off as false: if "no" or "none" is a choice, that is what was meant.
         meant = {*option.choices, option.default}
         value = next((word for word in ("no", "none") if word in meant), value)
     elif isinstance(value, str) and not is_text:
@@ -90,7 +90,7 @@ def coerce(value: Any, option: Option) -> Any:
     if is_other and isinstance(value, int | float):
         if float in option.kinds:
             value = float(value)
-        # 1e3 is a whole number written short; 2.5 rows are not.
+        # 1e3 is shorthand for a whole number; 2.5 rows make no sense.
         elif int in option.kinds and math.isfinite(value) and value == int(value):
             value = int(value)
     if type(value) not in option.kinds:
@@ -110,7 +110,7 @@ def split_names(text: str) -> list[str]:
 
 
 def not_allowed(value: str, choices: Sequence[str]) -> str:
-    """Say that a value is none of the choices, and which was probably meant."""
+    """Say that a value is not one of the choices, and which one was probably meant."""
     return f"'{value}' is not one of {', '.join(choices)}.{suggestion(value, choices)}"
 
 
@@ -119,12 +119,12 @@ def borrows(
 ) -> Callable[[SectionT], SectionT]:
     """Return a decorator that gives a section, not yet a dataclass, the options of the classes it describes.
 
-    They are null by default, which leaves the choice to the class. What the section declares itself is not taken
-    over, nor what no setting can be (a sequence, say).
+    They are null by default, which leaves the choice to the class. Options that the section declares itself are
+    skipped, and so are types that no setting can have (a sequence, say).
 
     Args:
-        kinds: the classes, by what the section calls them.
-        after: the setting of the section behind which theirs come.
+        kinds: the classes, by their name in the section.
+        after: the section's setting after which the borrowed ones are inserted.
         but: options that other sections set.
     """
 
@@ -150,12 +150,12 @@ def chosen_options(section: Any, kind: type | None, choice: str) -> dict[str, An
     """Return the options that a section with `borrows` sets for the class it chooses.
 
     Args:
-        section: an instance; a null leaves the choice to the class.
-        kind: the class; None: none is chosen, so none of its options may be set.
+        section: an instance; null leaves the choice to the class.
+        kind: the class; None: no class is chosen, so no borrowed option may be set.
         choice: the setting that chooses the class, with its value: ``averaging.rule=swa``.
 
     Raises:
-        ConfigError: where an option is set that the class would not use, or one is missing that it needs.
+        ConfigError: an option is set that the class would not use, or one that it needs is missing.
     """
     options = {name: value for name in section.borrowed_docs if (value := getattr(section, name)) is not None}
     known = {} if kind is None else options_of(kind)
@@ -183,19 +183,19 @@ def _setting_types(kind: type, name: str) -> list[Any]:
 
 
 def _borrowed_doc(name: str, users: Mapping[str, type], *, is_special: bool) -> str:
-    """Say what an option is for, who has it if not all have, and what null means."""
+    """Describe an option: its doc, which classes have it if not all do, and what null means."""
     kind = next(iter(users.values()))
     default, doc = options_of(kind)[name].default, docs_of(kind)[name].replace("None", "null")
     remarks = [f"{', '.join(users)} only"] * is_special
     if default is MISSING:
-        remarks.append("has to be given")
+        remarks.append("required")
     elif default is not None:
         remarks.append(f"null: {written(default)}")
     return f"{doc} ({'; '.join(remarks)})" if remarks else doc
 
 
 def _named(value: Any) -> str:
-    """A value with its kind, for a message: "the number 2.5"."""
+    """Describe a value with its kind, for a message: "the number 2.5"."""
     kinds = {int: "the number", float: "the number", str: "the text", list: "the list", dict: "the mapping"}
     if value is None or isinstance(value, bool):
         return written(value)

@@ -1,6 +1,6 @@
-"""Reads rows of text and label: which columns and classes there are; what a sequence classifier makes of them.
+"""Reads rows of text and label: finds columns and classes, and tokenizes rows for a sequence classifier.
 
-Settings that only models which classify or score texts have come first.
+The settings specific to models that classify or score texts come first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class DataConfig(RowsConfig):
-    """Which rows to train and evaluate on, and which columns of them."""
+    """Which rows to train and evaluate on, and which of their columns."""
 
     text_column: str | None = None
     """Column with the (first) text; null: found by its usual name (sentence, sentence1, text, ...)."""
@@ -45,31 +45,31 @@ class DataConfig(RowsConfig):
     """Column with the answer; null: `label` or `labels`."""
     do_regression: bool | None = None
     """Whether numbers in the label column are scores; null: fractional ones are, whole ones are class ids. false
-    lets -1 be a class, too."""
+    also allows -1 as a class."""
     positive_label: str | None = None
-    """Name of the class, of two, whose F1 `eval.metric` measures; null: the second one (of texts, by the
-    alphabet), and the log says which."""
+    """With two classes, the name of the class whose F1 `eval.metric` measures; null: the second one (for text
+    labels, in alphabetical order), and the log says which."""
     eval_languages: str | None = None
-    """Languages to evaluate on besides that of the training rows, with commas between them (de,fr,sw): each is
-    evaluated at the end as a split of its own (test_de), and so is the mean over all languages. Of `dataset_name`
-    they are configurations; else they are files beside those of the validation and test rows, with the language
-    before the ending (test.csv, test.de.csv)."""
+    """Comma-separated languages to evaluate on besides that of the training rows (de,fr,sw): each is evaluated at
+    the end as a separate split (test_de), and the mean over all languages is reported. With `dataset_name` they are
+    configurations; otherwise they are files next to the validation and test files, with the language before
+    the extension (test.csv, test.de.csv)."""
     max_seq_length: Count = 128
-    """Longest input in tokens, longer texts are cut. 128 holds nearly every GLUE pair."""
+    """Longest input in tokens; longer texts are cut. 128 fits nearly every GLUE pair."""
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Names of the languages to evaluate on besides that of the training rows."""
+        """Languages to evaluate on besides the language of the training rows."""
         return tuple(split_names(self.eval_languages)) if self.eval_languages else ()
 
     def conflicts(self) -> Iterator[Fault]:
-        """Columns and languages that do not go together."""
+        """Yield columns and languages that do not go together."""
         yield from super().conflicts()
         if self.text_pair_column is not None and self.text_column is None:
             yield "text_pair_column", "is set without data.text_column; set both"
         languages = [] if self.eval_languages is None else split_names(self.eval_languages)
         if not all(languages) or len(set(languages)) < len(languages):
-            advice = "write each language once, with commas between them (de,fr)"
+            advice = "write each language once, separated by commas (de,fr)"
             yield "eval_languages", f"'{self.eval_languages}' holds an empty or a repeated name; {advice}"
         elif self.dataset_config_name in languages:
             reason = "is data.dataset_config_name, whose validation and test rows are evaluated anyway"
@@ -82,7 +82,7 @@ class ClassificationEvalConfig(EvalConfig):
 
     metric: str = "auto"
     """What to measure: accuracy, f1, f1_macro, accuracy_f1, matthews_correlation, pearson_spearman or mse;
-    auto: the usual one of the task."""
+    auto: the usual one for the task."""
 
     tasks: ClassVar = ("classification", "regression")
 
@@ -96,7 +96,7 @@ class ClassificationConfig(RecipeConfig):
     eval: ClassificationEvalConfig = field(default_factory=ClassificationEvalConfig)
 
 
-# How GLUE and its kin call their text columns; pairs first, for some pairs contain a single's name.
+# Names of text columns in GLUE and similar datasets; pairs first, because some contain the name of a single column.
 USUAL_TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -108,11 +108,11 @@ USUAL_TEXT_COLUMNS = (
 )
 USUAL_LABEL_COLUMNS = (("label",), ("labels",))
 MOST_UNNAMED_CLASSES = 1000
-"""Classes that unnamed ids may ask for whatever the number of rows; more is taken for some other number."""
+"""Classes that unnamed ids may imply whatever the number of rows; larger ids are taken for other numbers."""
 TRUTH = ["False", "True"]
-"""Names of the classes of truth values."""
+"""Class names of a boolean column."""
 KINDS = {int: "whole numbers", float: "fractional numbers", str: "texts"}
-"""What labels may be, in words."""
+"""Kinds of labels, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +122,11 @@ class Labels:
     num_labels: int
     """Number of classes; 1 for a regression."""
     label_names: list[str] | None
-    """Names of the classes in order of their ids, where the data names them."""
+    """Names of the classes in order of their ids, if the data names them."""
     is_regression: bool = False
     """Whether the answer is a score rather than a class."""
     label_ids: Mapping[Any, int] = field(default_factory=dict)
-    """Id of the class by what stands in the column; empty for a regression."""
+    """Class id by value in the column; empty for a regression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +138,21 @@ class Task(Labels):
     label_column: str
     """Column with the answer."""
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
-    """Rows by split, without those that were left out."""
+    """Rows by split, without those left out."""
 
 
 def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
-    """Find the columns of a task and what its labels are, and check them in every row of every split.
+    """Find the columns and the labels of a task, and check them in every row of every split.
 
-    Bad rows are left out where `data.skip_bad_rows` asks for it: without a label, or with a text that is none or
-    blank.
+    Bad rows (without a label, or with a text that is missing or blank) are left out if `data.skip_bad_rows` is set.
 
     Args:
         splits: rows by split, `train` among them.
-        data: the section of the configuration; names columns where they are not the usual ones.
+        data: the section of the configuration; specifies columns that do not have the usual names.
 
     Raises:
-        DataError: a column that does not exist, a text that is none, a label that does not fit, or an id (column
-            `id`) that several rows of a split have.
+        DataError: a column that does not exist, a value that is not text, a label that does not fit, or an id
+            (column `id`) that several rows of a split share.
     """
     train = splits["train"]
     text_columns = named_columns(train, data, "text_column", "text_pair_column") or usual_columns(
@@ -164,7 +163,7 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
     )
 
     def faults(split: Dataset) -> Iterator[BadRow]:
-        for column in text_columns:  # most tokenizers make something of a blank text, which can be classified
+        for column in text_columns:  # most tokenizers return tokens for a blank text, so it can be classified
             yield from text_faults(split, column, blank=data.skip_bad_rows)
         yield from _label_faults(split, label_column)
 
@@ -174,13 +173,13 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
 
 
 def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
-    """Turn rows into what the model reads, unpadded.
+    """Tokenize rows for the model, without padding.
 
     Args:
         split: rows of the task.
         task: what `describe_task` found.
         tokenizer: the model's tokenizer.
-        max_seq_length: tokens a row is cut to, special tokens included; of a pair the longer text is cut.
+        max_seq_length: tokens a row is cut to, special tokens included; in a pair, the longer text is cut.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (class ids, or floats for
@@ -199,12 +198,12 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
 def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
     """Read the labels of a task, and check every row of every split.
 
-    Fractional numbers are scores; written as texts they are asked about. Text is a class, its id the place in the
-    sorted texts of the training rows. A whole number is a class id; how many there are is what the column's type
-    says, else the largest of the training rows plus one. Whole numbers that do not begin with 0 (1 to 6) are names
-    like texts; where 0 is among them, -1 and below are only if `do_regression` is False, else they are taken for
-    missing answers. Whole numbers stored as fractional ones (1.0) may be either. What numbers were taken for is
-    logged.
+    Fractional numbers are scores; fractional numbers written as texts need `do_regression`. Text is a class, whose
+    id is its position in the sorted texts of the training rows. A whole number is a class id; the number of classes
+    comes from the column's type, else it is the largest id of the training rows plus one. Whole numbers that do not
+    start with 0 (1 to 6) are class names, as texts are; if 0 is among them, negative ones are class names only if
+    `do_regression` is False, and missing answers otherwise. Whole numbers stored as fractional ones (1.0) may be
+    either, and need `do_regression`. How whole numbers were read is logged.
 
     Args:
         splits: rows by split, `train` among them, without those that have no label.
@@ -212,13 +211,13 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
         do_regression: whether numbers are scores (True) or class ids (False); None: as above.
 
     Raises:
-        DataError: labels that may be either, or a row with one that no training row has; names split and row.
+        DataError: labels that may be either, or a row with one that no training row has; gives split and row.
     """
     labels = {name: split[column][:] for name, split in splits.items()}
     kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
     kind = kinds["train"]
     for name, other in kinds.items():
-        # Whole numbers among scores are scores: a small split may hold no fraction.
+        # If train has scores, whole numbers are scores too: a small split may contain no fraction.
         if other is not kind and not (kind is float and other is int):
             raise DataError(
                 f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "
@@ -229,7 +228,7 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     if do_regression or (do_regression is None and kind is float):
         if kind is str:
             expected = (
-                "is no score; expected a number with a decimal point, or leave out data.do_regression=true"
+                "is not a score; expected a number with a decimal point, or remove data.do_regression=true"
             )
             _require_each(labels, column, _is_score, f", which {expected}")
         return Labels(num_labels=1, label_names=None, is_regression=True)
@@ -246,9 +245,9 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
 
 
 def _label_faults(split: Dataset, column: str) -> Iterator[BadRow]:
-    """Yield the rows without a label: nothing, a blank, no finite number, or -1 where it is no class.
+    """Yield the rows without a label: null, blank, not a finite number, or -1 if it is not a class.
 
-    It is none in a column with named classes, nor where a whole split has it, whose labels are withheld.
+    -1 is not a class in a column with named classes, or if every row of a split has it (its labels are withheld).
     """
     labels = list(values(split, column))
     withheld = isinstance(split.features[column], ClassLabel) or all(
@@ -277,7 +276,7 @@ def _are_whole(rows: list[Any]) -> bool:
 
 
 def _score(text: str) -> float | None:
-    """Return the number that a text is; None: it is none."""
+    """Parse a text as a number; None: it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -290,7 +289,7 @@ def _is_score(text: str) -> bool:
 
 
 def _refuse_doubtful(labels: list[Any], kind: type, column: str) -> None:
-    """Refuse what may be either classes or scores: 1.0 and 2.0; texts that are all numbers (1.5, "1,5", nan)."""
+    """Refuse labels that may be classes or scores: 1.0 and 2.0; texts that are all numbers (1.5, "1,5", nan)."""
     if kind is float and _are_whole(labels):
         raise DataError(
             f"column '{column}' holds whole numbers stored as fractional ones ({labels[0]}, ...): class "
@@ -308,7 +307,7 @@ def _refuse_doubtful(labels: list[Any], kind: type, column: str) -> None:
 def _require_each(
     labels: Mapping[str, list[Any]], column: str, is_allowed: Callable[[Any], bool], fault: str
 ) -> None:
-    """Refuse the first label that is not allowed, and say why."""
+    """Raise for the first label that is not allowed, and say why."""
     for split, rows in labels.items():
         for row, value in enumerate(rows):
             if not is_allowed(value):
@@ -337,7 +336,7 @@ def _read_ids(
     for name, rows in labels.items():
         if not _are_whole(rows):
             raise DataError(
-                f"column '{column}' of {name} holds fractional numbers, which are no class ids; "
+                f"column '{column}' of {name} holds fractional numbers, which are not class ids; "
                 "set data.do_regression=true"
             )
     names, found = _class_names(splits, column), set(labels["train"])
@@ -355,13 +354,13 @@ def _read_ids(
     if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(ids["train"])):
         raise DataError(
             f"row {ids['train'].index(num_labels - 1)} of train has {column}={num_labels - 1}, which would make "
-            f"{num_labels} classes of {len(ids['train'])} rows; expected class ids counted from 0. Name another "
+            f"{num_labels} classes from {len(ids['train'])} rows; expected class ids counted from 0. Name another "
             "column with data.label_column"
         )
     _require_each(
         *(ids, column, range(num_labels).__contains__),
         f"; expected 0 to {num_labels - 1}, the labels of the {'column type' if names else 'training rows'} (-1 "
-        "usually marks a row without its answer: leave such rows out; where it is a class, set "
+        "usually marks a row without its answer: leave such rows out; if it is a class, set "
         "data.do_regression=false)",
     )
     unseen = [str(number) for number in range(num_labels) if number not in found]
@@ -379,7 +378,7 @@ def _class_names(splits: Mapping[str, Dataset], column: str) -> list[str] | None
         if names != named.get("train"):
             raise DataError(
                 f"column '{column}' names its classes {shortened(names)} in {name} but "
-                f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means two things"
+                f"{shortened(named.get('train') or ['(no names)'])} in train, so an id means different things"
             )
     if not named and all(set(map(type, split[column][:])) == {bool} for split in splits.values()):
         return TRUTH

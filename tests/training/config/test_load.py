@@ -327,7 +327,7 @@ def test_help_lists_every_setting_with_default_and_doc(capsys):
     assert left.value.code == 0
     for name in flatten(load()):
         assert f"\n  {name}  <" in page
-    assert "train.learning_rate  <float>  [default 2e-05]\n      Peak rate of AdamW." in page
+    assert "train.learning_rate  <float>  [default 2e-05]\n      Peak learning rate of AdamW." in page
     assert "model.model_name_or_path  <text>  [required]" in page
     assert max(len(line) for line in page.splitlines()) <= 110
 
@@ -350,7 +350,7 @@ def test_help_of_a_section_that_extends_another_has_the_docs_of_both(capsys):
     with pytest.raises(SystemExit):
         load_config(Seq2SeqConfig, ["--help"])
     page = capsys.readouterr().out
-    assert "train.learning_rate  <float>  [default 2e-05]\n      Peak rate of AdamW." in page
+    assert "train.learning_rate  <float>  [default 2e-05]\n      Peak learning rate of AdamW." in page
     assert "train.label_smoothing_factor  <float>  [default 0.0]\n      Share of each target" in page
     assert "eval.metric  <text>  [default auto]\n      What to measure on generated texts:" in page
 
@@ -388,7 +388,7 @@ def test_rows_that_take_the_place_of_others_are_told(tmp_path, caplog):
     load_config(ClassificationConfig, [*rest, "data.task_name=mrpc"])
     assert caplog.messages == []
     load_config(ClassificationConfig, [*rest, "data.train_file=new.csv"])
-    said = f"data.train_file=new.csv (command line) takes the place of data.task_name=mrpc ({task})"
+    said = f"data.train_file=new.csv (command line) replaces data.task_name=mrpc ({task})"
     assert caplog.messages == [said]
 
 

@@ -227,7 +227,7 @@ def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
     task = describe(["1.5", "2"], do_regression=True)
     assert (task.is_regression, task.num_labels) == (True, 1)
     for text in ("1,5", "nan", "good"):
-        with pytest.raises(DataError, match=f"row 1 of train has label='{text}', which is no score"):
+        with pytest.raises(DataError, match=f"row 1 of train has label='{text}', which is not a score"):
             describe(["1.5", text], do_regression=True)
 
 
