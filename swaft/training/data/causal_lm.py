@@ -1,6 +1,6 @@
 """Prompts with answers, chats and texts as rows for a decoder: which tokens are given, and which are learnt.
 
-Settings that only models which continue a text have come first.
+The settings specific to models that continue a text come first.
 """
 
 from __future__ import annotations
@@ -40,47 +40,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class CausalDataConfig(RowsConfig):
-    """Which rows to train and evaluate on, and which columns of them."""
+    """Which rows to train and evaluate on, and which of their columns."""
 
     prompt_column: str | None = None
-    """Column with the text that is given; null: both columns are found by their usual names (prompt and completion,
-    instruction and output, question and answer, ...), and without them the messages or the text."""
+    """Column with the prompt; null: both columns are found by their usual names (prompt and completion,
+    instruction and output, question and answer, ...), or else the column of messages or of texts."""
     answer_column: str | None = None
     """Column with the text to learn; set it with `prompt_column`, or alone for texts without a prompt."""
     messages_column: str | None = None
-    """Column with chats: lists of messages with a role and a content, written by the tokenizer's chat template. The
-    answers of the assistant are learnt."""
+    """Column with chats: lists of messages with a role and a content, formatted by the tokenizer's chat template.
+    The assistant's answers are learnt."""
     prompt_prefix: str = ""
-    """Put before every prompt."""
+    """Text put before every prompt."""
     prompt_suffix: str = ""
-    """Put between every prompt and its answer: a line break, say."""
+    """Text put between every prompt and its answer: a line break, say."""
     max_length: Annotated[int, Range(low=2)] = 512
-    """Longest row in tokens, prompt and answer together. An answer is cut to what its prompt leaves, half of
-    it at least, and of a longer prompt the beginning is left out; chats are cut at their end."""
+    """Longest row in tokens, prompt and answer together. An answer is cut to the room its prompt leaves, but to no
+    less than half of the row; a longer prompt loses its beginning. Chats are cut at the end."""
     packing: bool = False
-    """Put several rows into one of `max_length` tokens, each with positions of its own and without sight of the
-    others. Off; on it saves the padding of short rows."""
+    """Pack several rows into one of `max_length` tokens, each with its own positions and unable to attend to the
+    others. Off; turning it on saves the padding of short rows."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Besides: columns of texts beside those of chats."""
+        """Yield also columns of texts next to columns of chats."""
         yield from super().conflicts()
         if self.prompt_column is not None and self.answer_column is None:
             yield "prompt_column", "is set without data.answer_column; set both"
         if self.messages_column is not None and self.answer_column is not None:
-            yield "messages_column", "names chats, and data.answer_column texts; keep one"
+            yield "messages_column", "is for chats, and data.answer_column for texts; keep one"
 
 
 @dataclass(kw_only=True)
 class CausalEvalConfig(EvalConfig):
-    """When and how to evaluate: by the loss, the perplexity and the accuracy of the tokens that are learnt."""
+    """When and how to evaluate: by the loss, perplexity and accuracy over the tokens that are learnt."""
 
     metric: str = "auto"
-    """There is no other choice: the loss."""
+    """The loss; there is no other choice."""
     num_samples: WholeNumber = 20
-    """Rows of each split whose last answer is written by last and averaged weights at the end of the run, and kept
-    in the run folder; 0: none."""
+    """Rows of each split whose last answer is generated at the end of the run, by last and by averaged weights, and
+    kept in the run folder; 0: none."""
     max_new_tokens: Count = 64
-    """Longest of those answers, in tokens. It is shorter where a prompt leaves less of `data.max_length`."""
+    """Longest of those answers, in tokens; shorter if a prompt leaves less of `data.max_length`."""
 
     tasks: ClassVar = ()
 
@@ -110,20 +110,20 @@ USUAL_TEXTS = (("text",), ("content",))
 
 @dataclass(frozen=True)
 class CausalColumns:
-    """Where the rows keep what is given and what is learnt."""
+    """Which columns hold what is given and what is learnt."""
 
     answer: str | None
-    """Column with the text to learn; None: the messages have it."""
+    """Column with the text to learn; None: it is in the messages."""
     prompt: str | None = None
-    """Column with the text before it; None: there is none."""
+    """Column with the prompt; None: there is none."""
     messages: str | None = None
     """Column with chats."""
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
-    """Rows by split, without those that were left out."""
+    """Rows by split, without those left out."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All columns that are read."""
+        """All columns to read."""
         return tuple(name for name in (self.messages, self.prompt, self.answer) if name is not None)
 
 
@@ -135,14 +135,14 @@ def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> Causa
         data: section ``data``.
 
     Raises:
-        DataError: a column that does not exist or has to be named; a text that is none or empty; a chat without
-            messages, or without one of the assistant; words to put around prompts, where there are chats.
+        DataError: a column that does not exist or has to be specified; a missing or empty text; a chat without
+            messages, or without an answer of the assistant; a prompt prefix or suffix for chats.
     """
     found = _named(splits["train"], data)
     if found.messages is not None and (data.prompt_prefix or data.prompt_suffix):
         raise DataError(
-            "data.prompt_prefix and data.prompt_suffix are put around prompts, and the rows are chats, which the "
-            "tokenizer's template writes; remove them"
+            "data.prompt_prefix and data.prompt_suffix are put around prompts, but the rows are chats, which the "
+            "tokenizer's template formats; remove them"
         )
     tools = values(splits["train"], "tools") if "tools" in splits["train"].column_names else ()
     if found.messages is not None and any(tools):
@@ -157,17 +157,17 @@ def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> Causa
 
 
 def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
-    """Refuse chats where the tokenizer cannot write them. It is the model's; None: a new one.
+    """Refuse chats if the tokenizer (the model's; None: a new one) has no chat template.
 
     Raises:
-        DataError: naming the tokenizer.
+        DataError: names the tokenizer.
     """
     if columns.messages is None:
         return
     if tokenizer is None or tokenizer.chat_template is None:
         which = "a new tokenizer" if tokenizer is None else type(tokenizer).__name__
         raise DataError(
-            f"data.messages_column={columns.messages}, and {which} has no chat template; use a "
+            f"data.messages_column={columns.messages}, but {which} has no chat template; use a "
             "model trained on chats, or set tokenizer.chat_template and save it"
         )
 
@@ -175,9 +175,9 @@ def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
 def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: CausalDataConfig) -> Dataset:
     """Turn rows into token ids, unpadded.
 
-    A prompt is tokenized as the tokenizer begins a text, an answer without special tokens; the end-of-text token
-    follows it and is learnt. The first token of a row is never learnt: nothing stands before it. Of a chat the
-    messages of the assistant are learnt, but for one that begins it, which answers nothing.
+    A prompt gets the special tokens with which the tokenizer starts a text, an answer gets none; the end-of-text
+    token follows it and is learnt. The first token of a row is never learnt: nothing comes before it. In a chat,
+    the assistant's messages are learnt, except one that opens the chat, which answers nothing.
 
     Args:
         split: rows that `find_columns` checked.
@@ -186,11 +186,11 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
         data: section ``data``.
 
     Returns:
-        A dataset with `input_ids`, `labels` (token ids, `IGNORED` where nothing is learnt) and `idx`, the row's
+        A dataset with `input_ids`, `labels` (token ids, `IGNORED` where nothing is learnt) and `idx`, the row
         number.
 
     Raises:
-        DataError: a row of which nothing is left to learn within `data.max_length` tokens.
+        DataError: a row with nothing to learn within `data.max_length` tokens.
     """
 
     def row_tokens(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -202,7 +202,7 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
             if all(label == IGNORED for label in labels):
                 raise DataError(
                     f"row {row} has no token to learn within data.max_length={data.max_length}: the messages "
-                    "before its first answer are as long; raise data.max_length, or remove the row"
+                    "before its first answer fill it; raise data.max_length, or remove the row"
                 )
         return {
             "input_ids": [ids for ids, _ in made],
@@ -210,34 +210,34 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
             "idx": indices,
         }
 
-    # Were the template's own special tokens read as text, chats would be learnt, and written later, without any.
+    # If the template's own special tokens were read as text, chats would be learnt and generated without any.
     read_as_text(tokenizer, data.split_special_tokens and columns.messages is None)
-    # Of what messages spell special tokens alone are text: others of the template (`<think>`) belong to answers.
+    # Only special tokens spelled in messages become text: other control tokens (`<think>`) belong to answers.
     control, tokenizer.chat_control_tokens = tokenizer.chat_control_tokens, []
     try:
         made = split.map(row_tokens, batched=True, with_indices=True, remove_columns=split.column_names)
     finally:
         tokenizer.chat_control_tokens = control
     if tokenizer.chat_template is not None:
-        read_as_text(tokenizer, False)  # and it is saved so
+        read_as_text(tokenizer, False)  # the saved tokenizer keeps this setting
     return made
 
 
 def pack(rows: Dataset, max_length: int) -> Dataset:
-    """Put rows into few of `max_length` tokens, the longest first, each where it fits; the same every time.
+    """Pack rows into few of `max_length` tokens, the longest first, each where it fits; deterministic.
 
     Args:
         rows: from `tokenize_rows`.
-        max_length: tokens of a packed row at most.
+        max_length: most tokens of a packed row.
 
     Returns:
-        A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every row that was packed) and `idx`.
+        A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every original row) and `idx`.
     """
     ids, labels = rows["input_ids"][:], rows["labels"][:]
     lengths = [len(row) for row in ids]
     min_length = min(lengths, default=0)
     bins: list[list[int]] = []
-    room: dict[int, int] = {}  # of the bins that the shortest row still fits into, in the order of the bins
+    room: dict[int, int] = {}  # room left in the bins that the shortest row still fits into, in bin order
     for row in sorted(range(len(rows)), key=lambda row: (-lengths[row], row)):
         place = next((place for place, left in room.items() if left >= lengths[row]), len(bins))
         if place == len(bins):
@@ -257,15 +257,15 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
 
 
 def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
-    """Return the first rows with their last answer taken off, to be asked for.
+    """Return the first rows without their last answer, as prompts to generate it from.
 
     Args:
         rows: from `tokenize_rows`.
-        number: of rows at most.
+        number: most rows to return.
         tokenizer: the one they were tokenized with.
 
     Returns:
-        A dataset with `input_ids` (what stands before the answer), and as texts `prompt` and `answer`.
+        A dataset with `input_ids` (the tokens before the answer), and `prompt` and `answer` as texts.
     """
     cut: dict[str, list[Any]] = {"input_ids": [], "prompt": [], "answer": []}
     rows_asked = rows[:number]
@@ -280,7 +280,7 @@ def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
 
 
 class CausalCollator(Collator):
-    """Pads rows on the right, labels with `IGNORED`; packed rows have positions in place of an attention mask."""
+    """Pads rows on the right, labels with `IGNORED`; packed rows have positions instead of an attention mask."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch, int64: `input_ids`, `labels`, `attention_mask` or `position_ids` (B, L), `idx` (B,)."""
@@ -303,7 +303,7 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
             require_column(train, column, f"data.{name}_column")
     if columns["messages"] is None and columns["answer"] is None:
         unusual = (
-            "no columns with usual names for prompts and answers, chats or texts; {}; set data.prompt_column "
+            "no columns have usual names for prompts and answers, chats or texts; {}; set data.prompt_column "
         )
         advice = "and data.answer_column, or data.messages_column"
         found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual + advice)
@@ -315,23 +315,23 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
 
 
 def _refuse_unread(train: Dataset, found: Sequence[str]) -> None:
-    """Refuse rows of Alpaca's and Dolly's kind, whose prompt has a second part in a column of its own."""
+    """Refuse rows like Alpaca's and Dolly's, whose prompt has a second part in a column of its own."""
     more = next(
         (each for each in ("input", "context") if len(found) > 1 and each in train.column_names), None
     )
     if more is not None and any(isinstance(text, str) and text.strip() for text in values(train, more)):
         raise DataError(
-            f"the rows have '{more}' beside {' and '.join(found)}, and it would not be read; put it into the "
+            f"the rows have '{more}' besides {' and '.join(found)}, which would not be read; put it into the "
             f"prompt's column, or leave it out with data.prompt_column={found[0]} data.answer_column={found[-1]}"
         )
 
 
 def _class_names_as_text(split: Dataset, column: str) -> Dataset:
-    """Return the split with the names of classes in place of their numbers, where the column has classes."""
+    """Return the split with class names instead of class ids, if the column has classes."""
     kind = split.features.get(column)
     if not isinstance(kind, ClassLabel):
         return split
-    numbers = values(split, column)  # -1 of a row without its answer
+    numbers = values(split, column)  # -1 for a row without its answer
     names = [None if number is None or number < 0 else kind.int2str(number) for number in numbers]
     return split.remove_columns(column).add_column(column, names, feature=Value("string"))
 
@@ -347,7 +347,7 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
         if not all(map(_is_message, messages)):
             yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
         elif not any(each["role"] == "assistant" for each in messages[1:]):
-            yield row, f"has no message of the assistant behind another {there}; expected one to learn"
+            yield row, f"has no message of the assistant after another {there}; expected one to learn"
 
 
 def _is_message(found: Any) -> bool:
@@ -359,7 +359,7 @@ def _tokens(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield ids and labels of each row."""
     if columns.messages is not None:
-        # To tell them apart takes a hundred times as long, so only where a message spells one.
+        # Telling them apart takes a hundred times as long, so it is done only if a message spells one.
         special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
         for chat in rows[columns.messages]:
             spelt = data.split_special_tokens and special.search(str(chat)) is not None
@@ -374,7 +374,7 @@ def _tokens(
     for before, answer in zip(given, learnt, strict=True):
         before = before[:-1] if before and before[-1] == end else before  # some end every text
         after = [*answer] if end is None else [*answer, end]
-        # The answer may have half of a row, and what the prompt leaves; of a prompt its end is kept.
+        # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]
         before = before[max(0, len(before) + len(after) - data.max_length) :]
         ids = [*before, *after]
@@ -387,11 +387,11 @@ def _chat_tokens(
 ) -> tuple[list[int], list[int]]:
     """Return ids and labels of a chat: what the template adds for a message of the assistant is learnt.
 
-    With ``plain`` a special token that a message spells is text; those of the template never are.
+    With ``plain``, a special token spelled in a message is text; those of the template never are.
 
     Raises:
-        DataError: the template refuses the chat, or writes the messages before an answer differently once the
-            answer is there.
+        DataError: the template rejects the chat, or formats the messages before an answer differently once the
+            answer follows.
     """
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
@@ -399,9 +399,9 @@ def _chat_tokens(
         try:
             return list(tokenizer.apply_chat_template(messages, **options))
         except (TemplateError, TypeError, ValueError) as error:
-            # The last two are of the template's own code, or of what keeps special tokens apart.
+            # The last two come from the template's own code, or from keeping special tokens apart.
             raise DataError(
-                f"the chat template of {type(tokenizer).__name__} refuses the chat {chat!r:.200}: {error}; mend or "
+                f"the chat template of {type(tokenizer).__name__} refuses the chat {chat!r:.200}: {error}; fix or "
                 "remove such chats, or use another template"
             ) from error
 

@@ -1,6 +1,6 @@
 """Builds a text classification task from the docstrings of the running interpreter's standard library.
 
-In goes what a class, function or module says of itself, out comes the area of the library it belongs to. The
+The input is the docstring of a class, function or module; the label is the area of the library it belongs to. The
 rows are the same for everyone with the same Python and need no download. Names that give the area away are
 masked, which makes the task hard enough to tell a good classifier from a poor one.
 """
@@ -44,7 +44,7 @@ AREAS = {
     "web": "cgi ftplib http ipaddress socket socketserver ssl telnetlib urllib webbrowser wsgiref",
     "xml": "html plistlib xml xmlrpc",
 }
-"""Area to top-level modules, packages whole; one that this Python lacks is passed over."""
+"""Area to top-level modules and whole packages; those that this Python lacks are skipped."""
 
 # Shares of the members: 70 % train, 10 % validation, 20 % test.
 SPLIT_BOUNDS = (("train", 0.7), ("validation", 0.8), ("test", 1.0))
@@ -57,12 +57,12 @@ class Documented:
     name: str
     """Its qualified name: `email.message.Message.get`."""
     area: str
-    """The area of the library it belongs to."""
+    """Its area of the library."""
     text: str
     """Its docstring on one line, masked."""
 
     def draw(self, purpose: str) -> float:
-        """Draw a number in [0, 1) that depends on name and purpose alone, whatever the interpreter."""
+        """Draw a number in [0, 1) that depends only on name and purpose, not on the interpreter."""
         digest = hashlib.sha256(f"{purpose}:{self.name}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -74,16 +74,16 @@ def docstring_splits(stdlib: Path | None = None) -> dict[str, Dataset]:
         stdlib: folder of the standard library's source; None: the running interpreter's.
 
     Returns:
-        `train`, `validation` and `test`. A member's split depends on its name alone.
+        `train`, `validation` and `test`. A member's split depends only on its name.
 
     Raises:
-        DataError: the library's source is not there, or has too few docstrings.
+        DataError: the library's source is missing, or has too few docstrings.
     """
     folder = stdlib or Path(sysconfig.get_paths()["stdlib"])
     by_text: dict[str, list[Documented]] = {}
     for member in _members(folder):
         by_text.setdefault(member.text.lower(), []).append(member)
-    # One member a text; none where areas share a text, for then it has no right answer.
+    # One member per text; none if areas share the text, because then it has no right answer.
     distinct = [same[0] for same in by_text.values() if len({member.area for member in same}) == 1]
     sizes, taken, chosen = Counter(member.area for member in distinct), Counter[str](), list[Documented]()
     for member in sorted(distinct, key=lambda member: (member.draw("choice"), member.name)):
@@ -107,7 +107,7 @@ def docstring_splits(stdlib: Path | None = None) -> dict[str, Dataset]:
 
 
 def _members(folder: Path) -> Iterator[Documented]:
-    """Every documented member of the areas' modules. The source is parsed, never imported."""
+    """Yield every documented member of the areas' modules. The source is parsed, never imported."""
     for area, listed in AREAS.items():
         modules = listed.split()
         given_away = _given_away(modules)
@@ -115,7 +115,7 @@ def _members(folder: Path) -> Iterator[Documented]:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
-                )  # the library's own invalid escapes are not the user's business
+                )  # the user cannot do anything about invalid escapes in the library
                 tree = ast.parse(path.read_bytes())
             module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
             for name, node in _documented(tree, module):
@@ -125,7 +125,7 @@ def _members(folder: Path) -> Iterator[Documented]:
 
 
 def _files(folder: Path, module: str) -> Iterator[Path]:
-    """The files of a module or of a package, its tests apart."""
+    """Yield the files of a module or package, except its tests."""
     for path in sorted([folder / f"{module}.py", *(folder / module).rglob("*.py")]):
         parts = path.relative_to(folder).with_suffix("").parts
         if path.is_file() and not {"test", "tests"} & {*parts}:
@@ -151,7 +151,7 @@ def _mask(docstring: str, name: str, given_away: re.Pattern[str]) -> str:
 
 
 def _given_away(modules: list[str]) -> re.Pattern[str]:
-    """Match words that are, or hold, the name of a module; names of up to three letters only as words."""
+    """Match words that are or contain the name of a module; names of up to three letters only as whole words."""
     names = {part for module in modules for part in module.strip("_").split("_")} | {
         module.strip("_") for module in modules
     }

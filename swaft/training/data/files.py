@@ -1,6 +1,6 @@
-"""Readers of files: parquet, csv, tsv, json and jsonl; every row of a file, or an error that names the line.
+"""Readers for parquet, csv, tsv, json and jsonl: every row of a file, or an error that gives the line.
 
-The message of an error continues after the file's name.
+Error messages continue after the file's name.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from swaft.errors import DataError
 logger = logging.getLogger(__name__)
 
 MEND_QUOTES = (
-    "double the quotation marks that belong to a text and put it in quotation marks, or save the file as tsv "
+    "double the quotation marks inside a text and put the text in quotation marks, or save the file as tsv "
     "(which has no quoting), jsonl or parquet"
 )
 HEAD = 4096
-"""Characters of a json file that show whether its rows lie in an object: `{"version": ..., "data": [...]}`."""
+"""Characters of a json file that show whether its rows are inside an object: `{"version": ..., "data": [...]}`."""
 
 
 def cause(error: BaseException) -> str:
-    """Return the type and the message of what an error was raised from, in one line."""
+    """Return the type and message of the root cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def require_utf8(path: str) -> None:
-    """Refuse a text file of another encoding; names the line."""
+    """Refuse a text file in another encoding; the error gives the line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -57,8 +57,8 @@ def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
     expected = _count_rows(path, delimiter, has_quoting=has_quoting)
     if not expected:
         raise DataError(" has no rows")
-    # A text may well be "NA" or "null"; only an empty cell is a missing one. The type of a column is that of all
-    # its cells: read in pieces, as `Dataset.from_csv` does, a piece of numbers alone would turn 007 into 7.
+    # A text may well be "NA" or "null"; only an empty cell is missing. The type of a column has to fit all its
+    # cells: if read in chunks, as `Dataset.from_csv` does, a chunk of only numbers would turn 007 into 7.
     read = partial(
         pandas.read_csv,
         path,
@@ -70,8 +70,8 @@ def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
     )
     cells = read()
     if len(cells) != expected:
-        raise DataError(f": {len(cells)} rows were read, and it has {expected}; save it as jsonl or parquet")
-    # pandas makes fractions of whole numbers where a cell is empty; a class id stays one.
+        raise DataError(f": {len(cells)} rows were read, but it has {expected}; save it as jsonl or parquet")
+    # pandas turns whole numbers into fractions if a cell is empty; class ids stay whole.
     for name in cells.columns[(cells.dtypes == "float64") & cells.isna().any()]:
         texts = read(usecols=[name], dtype=str)[name].dropna()
         if all(text.strip().lstrip("+-").isdigit() for text in texts):
@@ -83,7 +83,7 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
     """Return how many rows a table has, read strictly.
 
     Raises:
-        DataError: quotation marks that do not pair, or that swallow rows; a row of more cells than the header; a
+        DataError: unbalanced quotation marks, or ones that swallow rows; a row with more cells than the header; a
             header that another delimiter would split.
     """
     rows = _strict_rows(path, delimiter, csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE)
@@ -97,11 +97,11 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
         if len(cells) > len(header):
             raise DataError(
                 f", line {number}: has {len(cells)} cells where the header has {len(header)}; put a cell that "
-                f"holds {delimiter!r} in quotation marks, or name another delimiter with data.delimiter"
+                f"contains {delimiter!r} in quotation marks, or set another delimiter with data.delimiter"
             )
         if len(lines) > 1 and _are_rows(lines, delimiter, len(header)):
             raise DataError(
-                f", line {number}: a quotation mark opens a cell that runs over {len(lines)} lines, and each "
+                f", line {number}: a quotation mark opens a cell that runs over {len(lines)} lines, but each "
                 f"looks like a row of its own; {MEND_QUOTES}"
             )
         count += 1
@@ -116,10 +116,10 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
 
 
 def _strict_rows(path: str, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield each row that is no blank line: the number of its first line, its lines, its cells."""
+    """Yield each row that is not a blank line: the number of its first line, its lines, its cells."""
     csv.field_size_limit(2**31 - 1)
-    lines: list[str] = []  # of the row that is being read
-    # A line of delimiters alone is a row without texts, to pandas too.
+    lines: list[str] = []  # lines of the current row
+    # A line of only delimiters is a row without texts, to pandas too.
     blank = " \t\r\n".replace(delimiter, "")
     first = 1
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -138,16 +138,16 @@ def _strict_rows(path: str, delimiter: str, quoting: Any) -> Iterator[tuple[int,
 
 
 def _are_rows(lines: list[str], delimiter: str, cells: int) -> bool:
-    """Whether each line, split without regard to quotation marks, is a row; the paragraphs of a text are none.
+    """Whether each line, split without regard to quotation marks, is a row. Paragraphs of a text are not.
 
-    Those have any number of commas, and white space after them.
+    They have any number of commas, with white space after them.
     """
     split = [line.rstrip("\r\n").split(delimiter) for line in lines]
     return all(len(row) == cells and all(cell and not cell[0].isspace() for cell in row[1:]) for row in split)
 
 
 def _is_quoted(cell: str) -> bool:
-    """Whether a cell looks like a text with quotation marks as a writer of csv quotes it."""
+    """Whether a cell looks like a text with quotation marks that a csv writer has quoted."""
     inner = cell[1:-1]
     return cell[:1] == cell[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
@@ -164,17 +164,17 @@ def _refuse_other_delimiter(header: list[str], delimiter: str) -> None:
 
 
 def _read_json(path: str) -> Dataset:
-    """Read json lines, a list of rows, or an object whose `data` are rows: flat ones, or SQuAD's articles."""
+    """Read json lines, a list of rows, or an object whose `data` holds the rows: flat ones, or SQuAD's articles."""
     rows = None
     with open(path, encoding="utf-8-sig") as file:
         if re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
             file.seek(0)
-            with suppress(ValueError, KeyError):  # lines, each with a column of this name; or one deeper down
+            with suppress(ValueError, KeyError):  # json lines with a column `data`, or a nested `data`
                 rows = json.load(file)["data"]
     if rows is None:
         read = Dataset.from_json(glob.escape(path))
     elif not all(isinstance(row, dict) for row in rows):
-        raise DataError(": its data are no objects; expected one a row, with the names of the columns")
+        raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:
         read = Dataset.from_dict(
             {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
@@ -183,7 +183,7 @@ def _read_json(path: str) -> Dataset:
 
 
 def _questions(articles: Dataset) -> Iterator[dict[str, Any]]:
-    """Yield the questions of SQuAD's official files, 1.1 and 2.0, as the hub has them: one a row."""
+    """Yield the questions of SQuAD's official files, 1.1 and 2.0, in the hub's form: one per row."""
     for number, article in enumerate(articles.to_list()):
         try:
             for paragraph in article["paragraphs"]:
@@ -207,13 +207,13 @@ def _questions(articles: Dataset) -> Iterator[dict[str, Any]]:
 
 
 TABLES = {
-    # GLUE's files and their kin have no quoting: a quotation mark belongs to its text.
+    # GLUE's files and similar ones have no quoting: a quotation mark is part of its text.
     ".tsv": partial(_read_table, delimiter="\t", has_quoting=False),
     ".csv": partial(_read_table, delimiter=",", has_quoting=True),
 }
-# These readers stay on this machine, where `load_dataset` reports every call to the hub, of local files too.
+# These readers use no network; `load_dataset` reports every call to the hub, even for local files.
 FILE_READERS: dict[str, Callable[..., Dataset]] = {
-    ".parquet": lambda path: Dataset.from_parquet(glob.escape(path)),  # which takes patterns
+    ".parquet": lambda path: Dataset.from_parquet(glob.escape(path)),  # from_parquet expands patterns
     **TABLES,
     ".json": _read_json,
     ".jsonl": _read_json,

@@ -1,6 +1,6 @@
 """Checks questions about passages, in SQuAD's schema, and turns them into overlapping windows of tokens.
 
-Settings that only models which find answers in a text have come first.
+The settings specific to models that find answers in a text come first.
 """
 
 from __future__ import annotations
@@ -40,22 +40,26 @@ class QuestionAnsweringDataConfig(RowsConfig):
     """
 
     max_seq_length: Annotated[int, Range(low=8)] = 384
-    """Tokens of a window: the question, and as much of the context as fits beside it. 384 is what BERT was
-    fine-tuned with."""
+    """Tokens per window: the question, and as much of the context as fits after it. BERT was fine-tuned with
+    384."""
     doc_stride: WholeNumber = 128
-    """Tokens of context that a window shares with the next one, so that no answer is cut by both."""
+    """Tokens of context that a window shares with the next one, so that an answer cut by one is whole in the
+    other."""
     version_2_with_negative: bool | None = None
-    """Whether a question may have no answer (SQuAD 2.0); null: it may where some question has none. false with
-    such a question is an error."""
+    """Whether a question may have no answer (SQuAD 2.0); null: yes if some question has none. false is an error if
+    there is such a question."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Besides: windows that do not get on."""
+        """Yield also windows that could not advance."""
         yield from super().conflicts()
         if self.doc_stride >= self.max_seq_length:
             message = (
                 f"windows of data.max_seq_length={self.max_seq_length} tokens cannot share {self.doc_stride}"
             )
-            yield "doc_stride", f"{message} of them and move on; expected less, a third of the length say"
+            yield (
+                "doc_stride",
+                f"{message} of them and still advance; expected less, a third of the length say",
+            )
 
 
 @dataclass(kw_only=True)
@@ -63,14 +67,14 @@ class QuestionAnsweringEvalConfig(EvalConfig):
     """When and how to evaluate."""
 
     metric: str = "auto"
-    """What to measure: squad (exact_match and f1) or squad_v2 (the same, and apart for questions with and without
-    an answer); auto: squad_v2 where questions may have no answer."""
+    """What to measure: squad (exact_match and f1) or squad_v2 (the same, and separately for questions with and
+    without an answer); auto: squad_v2 if questions may have no answer."""
     max_answer_length: Count = 30
-    """Tokens of an answer at most."""
+    """Longest answer in tokens."""
     null_score_diff_threshold: Annotated[float, Range()] = 0.0
-    """How much "no answer" has to score above the best answer to be given; used where questions may have none."""
+    """How far "no answer" has to score above the best answer to be chosen; used if questions may have none."""
     num_samples: WholeNumber = 20
-    """Questions of each split whose answers are kept in the run folder, last beside averaged weights, to read."""
+    """Questions of each split whose answers, by last and by averaged weights, are kept in the run folder."""
 
     tasks: ClassVar = ("question answering",)
 
@@ -88,25 +92,25 @@ class QuestionAnsweringConfig(RecipeConfig):
 
 COLUMNS = ("id", "question", "context", "answers")
 MOST_MISPLACED = 0.01
-"""Share of a split's answers that may stand elsewhere than `answer_start` says. Such answers are scored
-against, and not trained on; more of them mean that the starts count something else (bytes, say)."""
+"""Share of a split's answers that may not be found where `answer_start` says. Such answers are scored
+against, but not trained on; if there are more, the starts probably count something else (bytes, say)."""
 NO_ANSWER_HERE = -1
-"""Offset of a token that no answer can begin or end with."""
+"""Offset of a token that no answer can start or end with."""
 
 
 def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = False) -> dict[str, Dataset]:
-    """Check every question of every split, and return those that can be used.
+    """Check every question of every split, and return the usable ones.
 
     Rows have `id` (whole numbers become texts), `question`, `context` and `answers`: `{"text": [...],
-    "answer_start": [...]}`, starts in characters of the context, empty lists where there is no answer.
+    "answer_start": [...]}`, with starts in characters of the context, and empty lists if there is no answer.
 
-    Questions with a text that is none or empty, or answers of another form, are left out where that is asked for.
+    With `skip_bad_rows`, questions with a missing or empty text, or with malformed answers, are left out.
 
     Raises:
-        DataError: a missing column, a value that is no text or an empty one, repeated ids, answers of
-            another form, or more than `MOST_MISPLACED` that do not stand where they say.
+        DataError: a missing column, a value that is not text or is empty, repeated ids, malformed answers, or more
+            than `MOST_MISPLACED` of the answers not at their `answer_start`.
     """
-    # Predictions are files of json, whose keys are texts.
+    # Predictions are written as json, whose keys are texts.
     splits = {
         name: split.cast_column("id", Value("string")) if _has_whole_ids(split) else split
         for name, split in splits.items()
@@ -118,10 +122,10 @@ def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = Fals
 
 
 def may_have_no_answer(splits: Mapping[str, Dataset], version_2_with_negative: bool | None) -> bool:
-    """Return whether "none" is an answer: what the setting says, else what the questions show.
+    """Return whether questions may have no answer: what the setting says, else what the questions show.
 
     Raises:
-        ConfigError: it says no, and there are questions without an answer.
+        ConfigError: the setting is False, but there are questions without an answer.
     """
     counts = {
         name: sum(not answers["text"] for answers in values(split, "answers"))
@@ -137,12 +141,12 @@ def may_have_no_answer(splits: Mapping[str, Dataset], version_2_with_negative: b
 
 
 def right_answers(split: Dataset) -> list[tuple[str, list[str]]]:
-    """Return id and right answers of each question, as the metrics take them."""
+    """Return the id and the right answers of each question, as the metrics take them."""
     return [(question, list(answers["text"])) for question, answers in values(split, "id", "answers")]
 
 
 def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the first and one past the last character of the first answer that stands where it says."""
+    """Return the first and one past the last character of the first answer found at its `answer_start`."""
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if _stands(text, start, context):
             start += len(text) - len(text.lstrip())
@@ -153,25 +157,25 @@ def first_place(context: str, answers: Mapping[str, Any]) -> tuple[int, int] | N
 def tokenize_questions(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, data: QuestionAnsweringDataConfig, *, training: bool
 ) -> Dataset:
-    """Turn questions into windows: the question, and as much of the context as fits beside it, unpadded.
+    """Turn questions into windows: the question, and as much of the context as fits with it, unpadded.
 
-    The question comes first where the tokenizer pads on the right, last otherwise.
+    The question comes first if the tokenizer pads on the right, else last.
 
     Args:
         split: rows that `check_questions` checked.
         tokenizer: the model's, a fast one.
-        data: the section of the configuration, with the lengths. `doc_stride` is what windows share, as Hugging
-            Face has it, not the step from one to the next, as the first BERT code had it.
-        training: leave out the questions whose answers are all misplaced; False: keep all, and what finding answers
-            needs.
+        data: the section of the configuration, with the lengths. `doc_stride` is the overlap of windows, as in
+            Hugging Face's code, not the step from one to the next, as in the original BERT code.
+        training: leave out the questions whose answers are all misplaced; False: keep all questions, and add the
+            columns for evaluation.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `start_positions` and `end_positions`
-        (the tokens of the first answer that stands where it says; both the CLS token, or without one the first
-        that is no part of the context, where the window does not hold all of it, or there is none), and `idx`,
+        (the tokens of the first answer found at its `answer_start`; if there is none, or the window does not hold
+        all of it, both are the CLS token, or without one the first token outside the context), and `idx`,
         the number of the window. For evaluation also `row`, the question's row number in `split`,
         `cls_position`, and `offsets`: the first and one past the last character in the context of each token,
-        -1 for tokens that no answer can begin or end with.
+        -1 for tokens that no answer can start or end with.
     """
     if training:
         kept = [
@@ -180,7 +184,9 @@ def tokenize_questions(
             if not answers["text"] or first_place(context, answers) is not None
         ]
         if len(kept) < len(split):
-            logger.warning("%d training questions left out: no answer where it says", len(split) - len(kept))
+            logger.warning(
+                "%d training questions left out: no answer is where answer_start says", len(split) - len(kept)
+            )
             split = split.select(kept)
     windows = split.map(
         partial(_encode, tokenizer=tokenizer, data=data, training=training),
@@ -192,7 +198,7 @@ def tokenize_questions(
 
 
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that does not know which characters a token stands for: a slow one."""
+    """Refuse a tokenizer that does not report which characters a token stands for: a slow one."""
     if not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for; set "
@@ -201,10 +207,10 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def require_question_answering(model: ModelConfig, model_config: Any) -> None:
-    """Refuse a kind of model that cannot be asked for the first and the last token of an answer.
+    """Refuse a type of model that has no question-answering form.
 
     Raises:
-        ConfigError: names the kind.
+        ConfigError: names the type.
     """
     brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
     if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
@@ -235,15 +241,15 @@ def refuse_unusable_questions(
             if room <= data.doc_stride:
                 raise DataError(
                     f"question {ids[longest]} takes {lengths[longest]} tokens, which leaves {max(room, 0)} of "
-                    f"data.max_seq_length={data.max_seq_length} to the context; expected more than "
-                    f"data.doc_stride={data.doc_stride}. Raise the one, lower the other, or shorten the question"
+                    f"data.max_seq_length={data.max_seq_length} for the context; expected more than "
+                    f"data.doc_stride={data.doc_stride}. Raise the first, lower the second, or shorten the question"
                 )
             for question, context in zip(ids, contexts, strict=True):
                 if not is_doubtful(context):
                     continue
                 found = tokenizer([context], add_special_tokens=False, return_offsets_mapping=True)
                 if (_offsets(found, 0, 0, context) == NO_ANSWER_HERE).all():
-                    found = f"the context of question {question} has no tokens (control characters alone?)"
+                    found = f"the context of question {question} has no tokens (only control characters?)"
                     raise DataError(f"{found}; remove the row")
 
 
@@ -274,7 +280,7 @@ def _encode(
     ]
     places = list(map(first_place, contexts, rows["answers"]))
     cls = [
-        # Models without such a token are taught to point at the first one that no answer can begin with instead.
+        # Models without a CLS token learn to point at the first token that no answer can start with instead.
         ids.index(tokenizer.cls_token_id)
         if tokenizer.cls_token_id in ids
         else int(np.argmax(window[:, 0] == NO_ANSWER_HERE))
@@ -291,8 +297,8 @@ def _encode(
 
 
 def _offsets(encoded: Any, window: int, context_id: int, context: str) -> np.ndarray:
-    """Return the characters of each token of a window, (L, 2), `NO_ANSWER_HERE` outside of the context."""
-    # White space can be a token of its own, but is no part of an answer.
+    """Return the characters of each token of a window, (L, 2), `NO_ANSWER_HERE` outside the context."""
+    # White space can be a token, but is not part of an answer.
     tokens = zip(encoded["offset_mapping"][window], encoded.sequence_ids(window), strict=True)
     listed = [
         (start, end) if sequence == context_id and context[start:end].strip() else (NO_ANSWER_HERE,) * 2
@@ -302,7 +308,7 @@ def _offsets(encoded: Any, window: int, context_id: int, context: str) -> np.nda
 
 
 def _span(place: tuple[int, int] | None, offsets: np.ndarray, fallback: int) -> tuple[int, int]:
-    """Return the first and last token of the characters `place`, or twice the fallback if they are not all here."""
+    """Return the first and last token of the characters `place`, or the fallback twice if some are not here."""
     tokens = np.flatnonzero(offsets[:, 0] != NO_ANSWER_HERE)
     if place is None or not len(tokens):
         return fallback, fallback
@@ -325,7 +331,7 @@ def _has_whole_ids(split: Dataset) -> bool:
 
 
 def _judge_places(split: Dataset, name: str) -> None:
-    """Refuse a split of which too many answers do not stand where they say, and warn of fewer."""
+    """Refuse a split in which too many answers are not at their `answer_start`, and warn if there are a few."""
     total, odd = 0, []
     for row, (context, answers) in enumerate(values(split, "context", "answers")):
         total += len(answers["text"])

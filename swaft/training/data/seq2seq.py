@@ -1,6 +1,6 @@
-"""Finds source and target texts in rows, and all references of a source; makes batches for an encoder-decoder.
+"""Finds source and target texts in rows, and all references of a source, and tokenizes them.
 
-Settings that only models which read one text and write another have come first.
+The settings specific to models that read one text and write another come first.
 """
 
 from __future__ import annotations
@@ -40,44 +40,44 @@ from swaft.training.data.texts import encode as encode_texts
 logger = logging.getLogger(__name__)
 
 NO_NEW_TOKENIZER = (
-    "is the size of a new tokenizer, and none is trained where model.model_name_or_path or model.tokenizer_name "
-    "bring one; remove it"
+    "is the size of a new tokenizer, but none is trained if model.model_name_or_path or model.tokenizer_name "
+    "provides one; remove it"
 )
 
 
 @dataclass(kw_only=True)
 class Seq2SeqModelConfig(AnyModelConfig):
-    """Which model of texts to fine-tune, or what a new one looks like."""
+    """Which text model to fine-tune, or the configuration of a new one."""
 
     model_name_or_path: str | None = None
     """Hub id or folder of the pretrained model: an encoder-decoder (T5, BART, mBART, Pegasus, Marian, NLLB), or in
     recipes/causal_lm.py a decoder (Llama, Qwen, Gemma, GPT-2); null with `config`."""
     config: dict[str, Any] | None = None
-    """A new model to train from random weights, in place of a pretrained one: entries of its transformers
-    configuration, `model_type` (t5, bart, ...) among them; the others keep the defaults of that type."""
+    """A new model to train from random weights instead of a pretrained one: entries of its transformers
+    configuration, including `model_type` (t5, bart, ...); the rest keep the defaults of that type."""
     vocab_size: Annotated[int, Range(low=300)] | None = None
-    """Tokens of the tokenizer that is trained on the training rows for a new model without
+    """Vocabulary size of the tokenizer that is trained on the training rows for a new model without
     `tokenizer_name`; null: 4096."""
     tokenizer_name: str | None = None
     """Hub id or folder of the tokenizer; null: the model's own, or a new one for a new model."""
 
     @property
     def described(self) -> dict[str, Any] | None:
-        """Entries of the transformers configuration of a new model; None: the model is a pretrained one."""
+        """Entries of a new model's transformers configuration; None: the model is pretrained."""
         return self.config
 
     @property
     def brings_tokenizer(self) -> bool:
-        """Whether there is a tokenizer; else a new one is trained for the new model."""
+        """Whether there is a tokenizer; otherwise one is trained for the new model."""
         return self.config is None or self.tokenizer_name is not None
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of a new tokenizer at most."""
+        """Largest vocabulary size of a new tokenizer."""
         return self.vocab_size or 4096
 
     def conflicts(self) -> Iterator[Fault]:
-        """Besides: none or several models, and what a new one cannot be."""
+        """Yield also no model or two models, and settings that a new one cannot have."""
         yield from super().conflicts()
         new, named = self.config, self.model_name_or_path
         if new is None and named is None:
@@ -92,37 +92,37 @@ class Seq2SeqModelConfig(AnyModelConfig):
             yield "use_peft", f"{message}; set model.use_peft=false"
         if named is not None:
             message = f"describes a new model, but model.model_name_or_path={named} names a pretrained one"
-            yield "config", f"{message}; keep one (null takes the other back)"
+            yield "config", f"{message}; keep one (set the other to null)"
         if "model_type" not in new:
             yield "config", "has no model_type; expected one such as t5 or llama"
         if Option.of(Count).fault(size := new.get("vocab_size", 1)):
-            expected = "expected 1 or more, or nothing: then it is the tokenizer's"
+            expected = "expected 1 or more, or leave it out to take the tokenizer's"
             yield "config", f"vocab_size is {size!r}; {expected}"
 
 
 @dataclass(kw_only=True)
 class Seq2SeqDataConfig(RowsConfig):
-    """Which rows to train and evaluate on, and which columns of them."""
+    """Which rows to train and evaluate on, and which of their columns."""
 
     source_column: str | None = None
     """Column with the text to read; null: both columns are found by their usual names (document and summary,
-    article and highlights, ...). A language of the column `translation` will do too."""
+    article and highlights, ...). A language in the column `translation` works too."""
     target_column: str | None = None
     """Column with the text to write; set it with `source_column` or not at all."""
     source_lang: str | None = None
-    """Language to read: a key of the column `translation`, and for a model of many languages its code (en_XX,
-    eng_Latn). A code finds the key before its `_`; for other keys name `source_column` as well."""
+    """Language to read: a key of the column `translation`, or for a multilingual model its code (en_XX, eng_Latn).
+    A code matches the key before its `_`; if the key differs, set `source_column` as well."""
     target_lang: str | None = None
     """Language to write."""
     source_prefix: str = ""
-    """Put before every source. T5 was told its task so: "summarize: ", "translate English to French: "."""
+    """Text put before every source. T5 gets its task this way: "summarize: ", "translate English to French: "."""
     max_source_length: Annotated[int, Range(low=2)] = 512
-    """Longest source in tokens, longer texts are cut. 512 is what T5 was pretrained with."""
+    """Longest source in tokens; longer texts are cut. T5 was pretrained with 512."""
     max_target_length: Annotated[int, Range(low=2)] = 128
-    """Longest target in tokens, longer texts are cut. 128 holds nearly every summary of news."""
+    """Longest target in tokens; longer texts are cut. 128 fits nearly every news summary."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Besides: a column or a language without its counterpart."""
+        """Yield also a column or a language without its counterpart."""
         yield from super().conflicts()
         for pair in (("source_column", "target_column"), ("source_lang", "target_lang")):
             missing = [name for name in pair if getattr(self, name) is None]
@@ -136,7 +136,7 @@ class Seq2SeqTrainConfig(TrainConfig):
 
     label_smoothing_factor: ShareBelowOne = 0.0
     """Share of each target token spread over the whole vocabulary, in training only; the evaluation loss is
-    always the plain one. 0: off. 0.1 is usual for training translation from scratch."""
+    never smoothed. 0: off. 0.1 is usual for training translation from scratch."""
 
 
 @dataclass(kw_only=True)
@@ -145,25 +145,24 @@ class Seq2SeqEvalConfig(EvalConfig):
 
     metric: str = "auto"
     """What to measure on generated texts: rouge, rougeL_coco, bleu, chrf, bleu_chrf or bleu_rouge; auto: the
-    usual one of the task, else bleu_chrf for translations and rouge for the rest."""
+    usual one for the task, else bleu_chrf for translations and rouge for the rest."""
     predict_with_generate: bool = True
-    """Generate a text for every row and score it. false: measure the loss alone, which is much faster."""
+    """Generate a text for every row and score it. false: measure only the loss, which is much faster."""
     num_beams: Count | None = None
-    """Width of the beam search, 1: the likeliest token each time; null: as the model's generation settings say
-    (1 for most)."""
+    """Width of the beam search, 1: greedy decoding; null: as in the model's generation settings (1 for most)."""
     max_new_tokens: Count | None = None
     """Longest text to generate, in tokens; null: `data.max_target_length`."""
     num_samples: WholeNumber = 20
-    """Rows of each split whose generated texts are kept in the run folder, last beside averaged weights."""
+    """Rows of each split whose texts, generated by last and by averaged weights, are kept in the run folder."""
 
     tasks: ClassVar = ("generation",)
 
     def conflicts(self) -> Iterator[Fault]:
-        """Besides: what is said about texts that are not generated."""
+        """Yield also settings of generated texts if none are generated."""
         yield from super().conflicts()
         for name, default in {"metric": "auto", "num_beams": None, "max_new_tokens": None}.items():
             if not self.predict_with_generate and (value := getattr(self, name)) != default:
-                reason = "is about generated texts, and eval.predict_with_generate=false generates none"
+                reason = "is about generated texts, but eval.predict_with_generate=false generates none"
                 yield name, f"{value} {reason}; remove one of the two"
 
 
@@ -179,7 +178,7 @@ class Seq2SeqConfig(RecipeConfig):
     eval: Seq2SeqEvalConfig = field(default_factory=Seq2SeqEvalConfig)
 
 
-# How the data sets of summarisation, dialogue and data-to-text call their columns.
+# Column names in datasets of summarisation, dialogue and data-to-text.
 USUAL_COLUMNS = (
     ("document", "summary"),
     ("article", "highlights"),
@@ -191,23 +190,23 @@ USUAL_COLUMNS = (
 TRANSLATION = "translation"
 """Column that holds a text for each language, by its code."""
 REFERENCES = "references"
-"""Column that lists every right text of a row."""
+"""Column that lists all reference texts of a row."""
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Where a generation task keeps its texts."""
+    """Where the rows of a generation task have their texts."""
 
     source_column: str
     """Column with the text to read."""
     target_column: str
     """Column with the text to generate; the source's own for translations."""
     source_lang: str | None = None
-    """Language to read, a key of the translation column; None: no translation."""
+    """Language to read, a key of the translation column; None: not a translation."""
     target_lang: str | None = None
     """Language to generate."""
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
-    """Rows by split, without those that were left out."""
+    """Rows by split, without those left out."""
 
 
 def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairColumns:
@@ -215,12 +214,12 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
 
     Args:
         splits: rows by split, `train` among them.
-        data: the section of the configuration; names columns, or languages of the column `translation`, where they
-            are not the usual ones. A model's code for a language (en_XX) will do.
+        data: the section of the configuration; specifies columns that do not have the usual names, or languages of
+            the column `translation`. A model's code for a language (en_XX) works too.
 
     Raises:
-        DataError: a column or language that does not exist or has to be named, a text that is none or
-            empty, a list of references without one, or an id (column `id`) that several rows of a split have.
+        DataError: a column or language that does not exist or has to be specified, a missing or empty text, an
+            empty list of references, or an id (column `id`) that several rows of a split share.
     """
     columns = _find(splits["train"], data)
     names = (columns.source_column, columns.target_column)
@@ -229,13 +228,13 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
 
 
 def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
-    """Return the rows as `source`, `target` and `references`, texts that may be scored against.
+    """Return the rows as `source`, `target` and `references` (the texts to score against).
 
-    References are the row's list (column `references`) where there is one, else the row's target alone. In
+    References are the row's list (column `references`) if there is one, else only the row's target. In
     the second case, rows outside train that share a source become one row with all their targets as
-    references, in order of first appearance: to score a text against each of them alone would punish it
-    for what the others say. The target, which labels are made of, is then the first of them. Translations
-    keep their rows, as published scores do.
+    references, in order of first appearance: scoring a text against each of them alone would penalise it
+    for what the others say. The target, from which labels are made, is then the first of them. Translations
+    keep their rows, as in published scores.
     """
     has_lists = REFERENCES in split.column_names
 
@@ -265,13 +264,13 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq2SeqDataConfig) -> Dataset:
-    """Turn pairs of texts, from `read_pairs`, into what an encoder-decoder reads, unpadded.
+    """Tokenize pairs of texts, from `read_pairs`, for an encoder-decoder, without padding.
 
-    Targets are tokenized as such (`text_target`).
+    Targets are tokenized as targets (`text_target`).
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row
-        number in `pairs`, and `source_length`, `target_length`: tokens before the cut.
+        number in `pairs`, and `source_length`, `target_length`: tokens before truncation.
     """
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -289,7 +288,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
 
 
 def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
-    """Log how long the training texts are, in tokens with the special ones, and how many of them are cut."""
+    """Log how long the training texts are, in tokens including special ones, and how many of them are cut."""
     for kind in ("source", "target"):
         limit, lengths = getattr(data, f"max_{kind}_length"), np.asarray(train[f"{kind}_length"][:])
         logger.info(
@@ -301,41 +300,41 @@ def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
 
 def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
     source, target = data.source_column, data.target_column
-    # A column of this name may hold plain texts, too.
+    # A column of this name may also hold plain texts.
     translations: Iterable[Any] = values(train, TRANSLATION) if TRANSLATION in train.column_names else ()
     languages: list[str] = next((list(row) for row in translations if isinstance(row, Mapping)), [])
     if source is None or target is None:
         if languages:
             return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
-        unusual = "no pair of columns with usual names for source and target; {}; set data.source_column and "
+        unusual = "no pair of columns has usual names for source and target; {}; set data.source_column and "
         source, target = usual_columns(train, USUAL_COLUMNS, unusual + "data.target_column")
         return PairColumns(source, target)
     if {source, target} <= set(languages):
         return PairColumns(TRANSLATION, TRANSLATION, source, target)
     if source == target:
         raise DataError(
-            f"data.source_column and data.target_column are both {source}; {existing(train)}; name two"
+            f"data.source_column and data.target_column are both {source}; {existing(train)}; set two"
         )
     named_columns(train, data, "source_column", "target_column")
     return PairColumns(source, target)
 
 
 def _chosen(languages: list[str], data: Seq2SeqDataConfig) -> tuple[str, str]:
-    """Return the language to read and the one to generate, of those that a column `translation` has."""
+    """Return the language to read and the one to generate, from those in the column `translation`."""
     there = f"the languages are {', '.join(languages)}"
     chosen = []
     for which in ("source", "target"):
         code = getattr(data, f"{which}_lang")
-        # Its own name, or what stands before the `_` of a model's code (en_XX), as in transformers.
+        # The setting itself, or the part before the `_` of a model's code (en_XX), as in transformers.
         found = [name for name in (code, (code or "").split("_")[0]) if name in languages]
         if not found:
             raise DataError(
-                f"data.{which}_lang is {code}; {there}; name one of them (where the model calls it otherwise, name "
-                f"the language of the rows as data.{which}_column)"
+                f"data.{which}_lang is {code}; {there}; name one of them (if the model has another code for it, "
+                f"set data.{which}_column to the language of the rows)"
             )
         chosen.append(found[0])
     if chosen[0] == chosen[1]:
-        raise DataError(f"data.source_lang and data.target_lang are both {chosen[0]}; {there}; name two")
+        raise DataError(f"data.source_lang and data.target_lang are both {chosen[0]}; {there}; set two")
     return chosen[0], chosen[1]
 
 
@@ -358,9 +357,9 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
 def _cut(
     tokenizer: PreTrainedTokenizerBase, kind: str, texts: list[str], limit: int
 ) -> tuple[dict[str, list[list[int]]], list[int]]:
-    """Tokenize texts as a `text` or a `text_target`; those that are too long a second time, cut.
+    """Tokenize texts as a `text` or a `text_target`; those that are too long a second time, truncated.
 
-    So the lengths before the cut are known.
+    This gives the lengths before truncation.
     """
     encoded = dict(encode_texts(tokenizer, **{kind: texts}, verbose=False))
     lengths = [len(ids) for ids in encoded["input_ids"]]

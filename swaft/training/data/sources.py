@@ -1,4 +1,4 @@
-"""Finds the rows that `config.data` names: a task folder, a local file, the hub, or the built-in demo."""
+"""Loads the rows that `config.data` specifies: from a task folder, a local file, the hub, or the built-in demo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEMO_TASK = "python_docstrings"
 GLUE = "nyu-mll/glue"
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
-# Name of a split where rows come from -> its name here. MNLI has two validation sets.
+# A split's name in the source -> its name here. MNLI has two validation sets.
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -48,20 +48,20 @@ SCRIPT = (
     "the hub keeps its rows as parquet too: hf download NAME --repo-type dataset --revision refs/convert/parquet "
     "--local-dir DIR, then data.dataset_name=DIR/CONFIGURATION"
 )
-"""What to do without a network, and about a dataset that is a Python script, which none runs any more."""
+"""Advice without a network, and for a dataset that is a Python script, which datasets no longer runs."""
 
 
 def load_splits(data: RowsConfig) -> Splits:
     """Return the rows by split.
 
-    `train` is always there; `validation`, `validation_mismatched` and `test` where the source has them, and
+    `train` is always there; `validation`, `validation_mismatched` and `test` if the source has them, and
     `validation_de`, `test_de` and so on for the languages to evaluate on.
-    The columns are as they came. `validation_fraction` takes rows of train for validation; `max_train_samples` and
-    its like keep the first rows of a split.
+    The columns are unchanged. `validation_fraction` takes rows of train for validation; `max_train_samples` and
+    similar settings keep the first rows of a split.
 
     Raises:
-        DataError: the rows cannot be found or read, or a split is empty or missing, or there is one already that
-            was to be taken from train.
+        DataError: the rows cannot be found or read, a split is empty or missing, or `validation_fraction` is set
+            but there is a validation split already.
     """
     if data.task_name is not None:
         splits = _load_task(data.task_name)
@@ -84,7 +84,7 @@ def load_splits(data: RowsConfig) -> Splits:
     limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
     for name, split in splits.items():
         if not len(split):
-            raise DataError(f"the {name} split has no rows; give it some, or leave the split out")
+            raise DataError(f"the {name} split has no rows; add some, or leave the split out")
         limit = limits.get(name.split("_")[0], data.max_eval_samples)
         if limit is not None:
             splits[name] = split.select(range(min(limit, len(split))))
@@ -92,7 +92,7 @@ def load_splits(data: RowsConfig) -> Splits:
 
 
 def language_groups(splits: Mapping[str, Any], data: RowsConfig) -> dict[str, list[str]]:
-    """Return which splits differ in language alone, by the name of their mean: `test_mean` of `test`, `test_de`."""
+    """Return the splits that differ only in language, by the name of their mean: `test_mean`: `test`, `test_de`."""
     groups = {}
     for name in EVALUATED:
         same = [name, *(f"{name}_{language}" for language in data.languages)]
@@ -101,7 +101,7 @@ def language_groups(splits: Mapping[str, Any], data: RowsConfig) -> dict[str, li
 
 
 def data_folder() -> Path | None:
-    """Find the folder of task folders: `$SWAFT_DATA`, else ../shared/data beside here or the package.
+    """Find the folder of task folders: `$SWAFT_DATA`, else ../shared/data next to the working or package folder.
 
     Raises:
         DataError: `SWAFT_DATA` names a folder that does not exist.
@@ -119,7 +119,7 @@ def data_folder() -> Path | None:
 
 
 def _load_language(data: RowsConfig, language: str) -> Splits:
-    """Read what is evaluated of a language: a configuration of a dataset, or files beside others (test.de.csv)."""
+    """Read the evaluation rows of a language: a dataset's configuration, or files next to others (test.de.csv)."""
     if data.dataset_name:
         found = _load_hub(data.dataset_name, language, data.delimiter)
     else:
@@ -138,7 +138,7 @@ def _load_language(data: RowsConfig, language: str) -> Splits:
     if not kept:
         raise DataError(
             f"data.eval_languages: for '{language}' there are neither validation nor test rows; expected them "
-            "in a configuration of data.dataset_name of that name, or in a file beside those of the training "
+            "in a configuration of data.dataset_name with that name, or in a file next to those of the training "
             f"language (test.csv, test.{language}.csv)"
         )
     return kept
@@ -166,7 +166,7 @@ def _load_task(task_name: str) -> Splits:
     known = sorted({DEMO_TASK, *GLUE_TASKS, *local})
     raise DataError(
         f"data.task_name: '{task_name}' is neither a folder of {root or 'SWAFT_DATA (not set)'} nor one of "
-        f"{', '.join(known)}.{suggestion(task_name, known)} For rows of your own set data.train_file"
+        f"{', '.join(known)}.{suggestion(task_name, known)} For your own rows set data.train_file"
     )
 
 
@@ -183,7 +183,7 @@ def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset
         return FILE_READERS[suffix](path, **options)
     except DataError as error:
         raise DataError(f"{setting}: {path}{error}") from error
-    except Exception as error:  # the readers raise types of their own (arrow, pandas, datasets)
+    except Exception as error:  # the readers raise their own types (arrow, pandas, datasets)
         raise DataError(f"{setting}: {path} has no rows or is not {suffix[1:]}: {cause(error)}") from error
 
 
@@ -192,7 +192,7 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
         found = _load_dataset(name, config_name, delimiter)
     except DataError:
         raise
-    except Exception as error:  # hub, network and cache each have types of their own
+    except Exception as error:  # hub, network and cache each raise their own types
         which = f"{name} ({config_name})" if config_name else name
         reason = cause(error)
         mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
@@ -202,19 +202,19 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
     if left := [str(split) for split in found if split not in SPLIT_NAMES]:
         logger.info("%s: the splits %s are not read", name, ", ".join(left))
-    if name in (GLUE, "glue"):  # the labels of its test splits are withheld (-1): there is nothing to score
+    if name in (GLUE, "glue"):  # labels of its test splits are withheld (-1): there is nothing to score
         kept.pop("test", None)
     return kept
 
 
 def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
-    """Read a data set of the hub or of a folder; its tables so that none of their rows and texts is lost."""
+    """Read a dataset from the hub or a folder; csv and tsv files such that no row or text is lost."""
     saved = _saved_files(name)
     source: Any = ("arrow", None, None, saved) if saved else (name, config_name)  # path, name, folder, files
     builder: Any = load_dataset_builder(*source)
     if builder.name != "csv":
         if delimiter is not None:
-            raise DataError(f"data.delimiter: is about csv and tsv files, and {name} has none; remove it")
+            raise DataError(f"data.delimiter: is about csv and tsv files, but {name} has none; remove it")
         return load_dataset(*source)
     files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
     if all(Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())):
@@ -232,7 +232,7 @@ def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> 
 
 
 def _saved_files(name: str) -> dict[str, list[str]]:
-    """Files by split of a folder of `DatasetDict.save_to_disk`, without the caches of `map` beside them; or {}."""
+    """Files by split of a folder from `DatasetDict.save_to_disk`, without the caches of `map` in it; or {}."""
     record = Path(name, "dataset_dict.json")
     splits = json.loads(record.read_text())["splits"] if record.is_file() else ()
     folders = {split: Path(name, split) for split in splits}
@@ -244,9 +244,9 @@ def _saved_files(name: str) -> dict[str, list[str]]:
 
 
 def _with_validation(splits: Splits, fraction: float) -> Splits:
-    """Take so large a share of the training rows, drawn at random, for validation; both keep their order.
+    """Take this share of the training rows, drawn at random, for validation; both splits keep their order.
 
-    The draw is always the same, so that runs of several seeds can be compared, and their weights averaged.
+    The draw is always the same, so that runs with different seeds can be compared, and their weights averaged.
     """
     if "validation" in splits:
         raise DataError(
@@ -256,7 +256,7 @@ def _with_validation(splits: Splits, fraction: float) -> Splits:
     count = int(share_of(len(train), fraction))
     if count == 0:
         raise DataError(
-            f"data.validation_fraction: {fraction} of {len(train)} rows is no row; set a larger one"
+            f"data.validation_fraction: {fraction} of {len(train)} rows is no row; set a larger fraction"
         )
     drawn = np.random.default_rng(0).permutation(len(train))
     logger.info("validation rows: %d of %d, taken from train at random", count, len(train))

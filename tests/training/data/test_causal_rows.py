@@ -122,7 +122,7 @@ def test_a_chat_that_the_template_refuses_is_shown():
     columns = find_columns({"train": Dataset.from_list([{"messages": CHAT}])}, CausalDataConfig())
     reader = tokenizer()
     reader.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"refuses the chat \[.*roles must alternate; mend or remove"):
+    with pytest.raises(DataError, match=r"refuses the chat \[.*roles must alternate; fix or remove"):
         tokenize_rows(columns.rows["train"], reader, columns, CausalDataConfig())
 
 
@@ -172,7 +172,7 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
         (
             [{"messages": [{"role": "assistant", "content": "a"}]}],
             {},
-            "no message of the assistant behind another",
+            "no message of the assistant after another",
         ),
         ([{"messages": CHAT}], {"prompt_prefix": "a"}, "data.prompt_prefix and .* the rows are chats"),
         ([{"messages": [{"role": "user"}]}], {}, "expected messages with a role"),

@@ -60,7 +60,7 @@ def test_a_tsv_that_is_quoted_after_all_is_read_as_it_is_and_said(read, caplog):
         (
             '"{}',
             '{}"',
-            "line 12: a quotation mark opens a cell that runs over 31 lines, and each looks like a row",
+            "line 12: a quotation mark opens a cell that runs over 31 lines, but each looks like a row",
         ),
     ],
 )
