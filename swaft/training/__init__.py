@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-try:  # looked for, not imported: the help of a command waits for no library
+try:  # find_spec instead of an import, so that a command's --help does not wait for libraries
     if find_spec("omegaconf") is None:
         raise ModuleNotFoundError("No module named 'omegaconf'")
 except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
-"""Which metrics there are for which kind of task, and those of class ids and scores: arrays in, named numbers out.
+"""The metrics for each kind of task, and those for class ids and scores: arrays in, named numbers out.
 
-Those of texts and of answers lie beside their evaluation. There is no hub and no download; libraries are imported
-when a metric is used.
+Metrics for texts and answers are defined with their evaluation. There is no hub and no download; libraries are
+imported when a metric is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = {
     "generation": ("rouge", "rougeL_coco", "bleu", "chrf", "bleu_chrf", "bleu_rouge"),
     "question answering": ("squad", "squad_v2"),
 }
-"""What the setting `eval.metric` may say, by kind of task; `auto` besides."""
+"""Values of the setting `eval.metric`, by kind of task; `auto` works for all."""
 
 
 PACKAGES = {
@@ -37,7 +37,7 @@ PACKAGES = {
     "scipy": "scipy",
     "sklearn": "scikit-learn",
 }
-"""The packages that only some metrics need, by what they are imported as."""
+"""The packages that only some metrics need, by import name."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class Metric:
     """A named measure of predictions against references."""
 
     name: str
-    """What the setting `eval.metric` calls it."""
+    """Its name in the setting `eval.metric`."""
     names: tuple[str, ...]
-    """The numbers that it returns; the first leads, and is the one to compare runs by."""
+    """The numbers that it returns; the first is the main one, by which runs are compared."""
     compute: Callable[..., Any]
-    """The measure itself, of predictions and references in the same order."""
+    """The function, called with predictions and references in the same order."""
     is_regression: bool = False
     """Whether it measures scores rather than classes, texts or answers."""
     modules: tuple[str, ...] = ()
-    """What it imports when it is computed."""
+    """Modules that it imports when it is computed."""
 
     @property
     def primary(self) -> str:
-        """The number that leads."""
+        """The main number."""
         return self.names[0]
 
     def require_modules(self) -> Metric:
-        """Return the metric itself, if all that it imports is there.
+        """Return the metric itself, if everything it imports is installed.
 
         Raises:
-            ConfigError: a package is not installed; names the extra that brings it.
+            ConfigError: a package is not installed; names the extra that includes it.
         """
         for module in self.modules:
             library(module)
@@ -72,7 +72,7 @@ class Metric:
 
 
 def unfit(name: str, *tasks: str) -> str | None:
-    """Say that a metric does not exist, or is for another kind of task than these (of `NAMES`); None: it fits."""
+    """Say that a metric does not exist, or is for a kind of task other than these (of `NAMES`); None: it fits."""
     fitting = [each for task in tasks for each in NAMES[task]]
     if name in fitting:
         return None
@@ -95,7 +95,7 @@ def library(module: str) -> Any:
     """Import a module that only some metrics need.
 
     Raises:
-        ConfigError: its package is not installed; names the extra that brings it.
+        ConfigError: its package is not installed; names the extra that includes it.
     """
     try:
         return import_module(module)
@@ -111,7 +111,7 @@ TASK_METRICS = {
     "qqp": "accuracy_f1",
     "stsb": "pearson_spearman",
 }
-"""The metric GLUE reports, where it is not accuracy (Wang et al. 2019, table 1)."""
+"""The metric that GLUE reports, if it is not accuracy (Wang et al. 2019, table 1)."""
 
 
 def get_metric(
@@ -125,19 +125,19 @@ def get_metric(
 ) -> Metric:
     """Return the metric of this name, if it fits the task.
 
-    It compares two arrays of class ids, or of scores, shape (rows,), and returns every number by name.
+    The metric compares two arrays of class ids, or of scores, shape (rows,), and returns every number by name.
 
     Args:
         name: one of `METRIC_NAMES`, or `auto`: GLUE's for a GLUE task, else pearson_spearman for a regression and
             accuracy for classes.
         task_name: name of the task, for `auto`.
         is_regression: whether the task's labels are scores.
-        num_labels: classes of the task; ignored for a regression.
+        num_labels: number of classes; ignored for a regression.
         label_names: names of the classes in order of their ids; None: the ids.
-        positive_label: name of the class whose F1 is measured, of two; None: the second one, which is logged.
+        positive_label: of two classes, the name of the one whose F1 is measured; None: the second, which is logged.
 
     Raises:
-        ConfigError: an unknown name, a metric for another kind of task, or a class that there is not.
+        ConfigError: an unknown name, a metric for another kind of task, or a class that does not exist.
     """
     if name == "auto":
         usual = TASK_METRICS.get((task_name or "").lower().replace("-", ""), "accuracy")
@@ -154,14 +154,14 @@ def get_metric(
         return metric
     if num_labels != 2:
         raise ConfigError(
-            f"eval.metric: {name} is the F1 of one class of two, and this task has {num_labels} classes; "
+            f"eval.metric: {name} is the F1 of one class of two, but this task has {num_labels} classes; "
             "use f1_macro or accuracy"
         )
     classes = list(label_names or ("0", "1"))
     if positive_label is None:
         positive_label = classes[1]
         logger.info(
-            "%s: the positive class is %s, the second of %s; data.positive_label names another",
+            "%s: the positive class is %s, the second of %s; data.positive_label sets another",
             *(name, positive_label, ", ".join(classes)),
         )
     if positive_label not in classes:
@@ -172,11 +172,11 @@ def get_metric(
 
 
 def renumbered(metric: Metric, order: Sequence[int]) -> Metric:
-    """Return the same measure for class ids of another order: F1 stays that of the same class.
+    """Return the same metric for class ids in another order, so that F1 stays that of the same class.
 
     Args:
-        metric: of class ids.
-        order: its id of each class, shape (classes,).
+        metric: a metric for class ids.
+        order: the metric's id of each class, shape (classes,).
     """
     ids = np.asarray(order)
     return replace(
@@ -198,7 +198,7 @@ def _accuracy_f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
 
 
 def _matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    # One class only: the coefficient is 0/0, and 0, no better than chance, by convention.
+    # With only one class the coefficient is 0/0; by convention it is 0, no better than chance.
     if len(np.unique(predictions)) == 1 or len(np.unique(references)) == 1:
         return {"matthews_correlation": 0.0}
     coefficient = library("sklearn.metrics").matthews_corrcoef

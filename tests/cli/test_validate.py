@@ -248,7 +248,7 @@ def test_a_model_folder_without_weights_is_refused_and_a_new_model_needs_none(to
             configs[recipe].parent / model, folder, ignore=shutil.ignore_patterns("*.safetensors")
         )
         [problem] = told(recipe, f"model.model_name_or_path={folder}")
-        assert f"{folder} has a configuration and no weights; expected model.safetensors" in problem
+        assert f"{folder} has a configuration but no weights; expected model.safetensors" in problem
     assert told("seq2seq") == []
 
 

@@ -35,8 +35,8 @@ def test_shipped_config_loads(path):
     ("override", "message"),
     [
         ("data.packing=true", "set train.max_steps"),
-        ("model.config={model_type: t5}", "no decoder that continues a text"),
-        ("model.config={model_type: bert}", "no decoder that continues a text"),
+        ("model.config={model_type: t5}", "not a decoder that continues a text"),
+        ("model.config={model_type: bert}", "not a decoder that continues a text"),
         ("data.answer_column=none", "no column 'none'"),
         ("eval.metric=f1", "eval.metric"),
     ],

@@ -84,7 +84,7 @@ def test_a_launch_that_compiles_is_refused(refuse, monkeypatch):
 def test_a_model_without_weights_is_refused(refuse, tmp_path):
     folder = Path(save_model(tmp_path / "model"))
     (folder / "model.safetensors").unlink()
-    assert f"{folder} has a configuration and no weights" in refuse(f"model.model_name_or_path={folder}")
+    assert f"{folder} has a configuration but no weights" in refuse(f"model.model_name_or_path={folder}")
 
 
 def test_a_head_for_other_classes_is_refused_by_the_run_as_by_validate(refuse, tmp_path, capsys):
@@ -93,7 +93,7 @@ def test_a_head_for_other_classes_is_refused_by_the_run_as_by_validate(refuse, t
     BertForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
     rows = save_rows(tmp_path / "train.csv", 8, seed=1, label=lambda positive: "yes" if positive else "no")
     given = (f"model.model_name_or_path={folder}", f"data.train_file={rows}")
-    said = f"{folder} has a head for 2 classes (spam, ham), and the rows have 2 classes (no, yes)"
+    said = f"{folder} has a head for 2 classes (spam, ham), but the rows have 2 classes (no, yes)"
     assert said in refuse(*given)
     single = ROOT / "launch" / "accelerate" / "single.yaml"
     recipe = ROOT / "recipes" / "classification.py"
@@ -126,7 +126,7 @@ def test_a_label_of_validation_that_training_never_saw_is_named(refuse, tmp_path
         ({"text": ["a"], "label": [[1]]}, "column 'label' of test holds list values"),
         (
             {"id": ["x", "x"], "text": ["a", "b"], "label": [0, 1]},
-            "1 values of column 'id' stand in several rows of test ('x', ...)",
+            "1 values of column 'id' are in several rows of test ('x', ...)",
         ),
     ],
     ids=["nan label", "no text", "number", "no column", "list label", "repeated id"],

@@ -55,7 +55,7 @@ def changed(path: Path, **changes) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"id": "q9-0"}, "stand in several rows of test ('q9-0', ...)"),
+        ({"id": "q9-0"}, "are in several rows of test ('q9-0', ...)"),
         ({"question": " "}, "row 1 of test has an empty text in column 'question'"),
         ({"context": ""}, "row 1 of test has an empty text in column 'context'"),
         ({"context": None}, "row 1 of test has nothing in column 'context'"),

@@ -45,7 +45,7 @@ def pretrained(folder: str | Path) -> tuple[str, ...]:
         (("model.config={d_model: 8}",), "has no model_type"),
         (("model.config={model_type: t6}",), "there is no model_type 't6'"),
         (("model.config={model_type: t5, num_layer: 1}",), "Did you mean 'num_layers'?"),
-        (("model.config={model_type: bert}",), "bert is no encoder-decoder"),
+        (("model.config={model_type: bert}",), "bert is not an encoder-decoder"),
         (("model.config={model_type: bart, max_position_embeddings: 16}",), "reads at most 16 tokens"),
         (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma is 0.1, which noise.kind=none does not use"),
         (("train.label_smoothing=0.1",), "Did you mean 'train.label_smoothing_factor'?"),
@@ -107,7 +107,7 @@ def save_parquet(path: Path, **columns: list) -> str:
         ({"source": ["a cat"]}, "the test split has no column 'target', but train has"),
         (
             {"id": [3, 3], "source": ["a cat", "a dog"], "target": ["chat", "chien"]},
-            "1 values of column 'id' stand in several rows of test (3, ...)",
+            "1 values of column 'id' are in several rows of test (3, ...)",
         ),
         (
             {"source": ["a cat", "a dog"], "target": ["chat", "chien"], "references": [["chat"], []]},
@@ -179,7 +179,7 @@ def test_a_decoder_that_does_not_know_where_to_start_is_refused(refuse, tmp_path
 
 def test_an_encoder_is_refused(refuse, tmp_path):
     folder = save_model(tmp_path / "bert")
-    assert "model.model_name_or_path: bert is no encoder-decoder" in refuse(*pretrained(folder))
+    assert "model.model_name_or_path: bert is not an encoder-decoder" in refuse(*pretrained(folder))
 
 
 def test_a_model_that_is_not_there_is_named(refuse):

@@ -50,7 +50,7 @@ BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2, "v
         (SMALL | {"model_type": "bert", "is_decoder": True}, False, None),
         (BLOOM, False, None),
         (BLOOM, True, "model.config: packed rows of bloom see each other; set data.packing=false"),
-        (XLNET, False, "model.config: tokens of xlnet see those after them"),
+        (XLNET, False, "model.config: tokens of xlnet see later ones"),
     ],
 )
 def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, packs, reason):
@@ -68,7 +68,7 @@ def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, pac
 
 
 def test_an_encoder_is_no_decoder():
-    with pytest.raises(ConfigError, match="bert is no decoder that continues a text"):
+    with pytest.raises(ConfigError, match="bert is not a decoder that continues a text"):
         decoder_config(Seq2SeqModelConfig(config=SMALL | {"model_type": "bert"}))
 
 

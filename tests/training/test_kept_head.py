@@ -134,7 +134,7 @@ def test_numbered_classes_are_taken_by_their_numbers(saved, spelt):
 
 
 def test_numbers_that_the_head_does_not_have_are_refused(saved):
-    with pytest.raises(ConfigError, match=r"2 classes \(1, 2\), and the rows have 2 classes \(0, 1\)"):
+    with pytest.raises(ConfigError, match=r"2 classes \(1, 2\), but the rows have 2 classes \(0, 1\)"):
         load(saved(["1", "2"]), task_of([0, 1]))
 
 
@@ -183,7 +183,7 @@ def test_rows_with_texts_do_not_guess_what_a_head_without_names_has_learnt(saved
         (
             MNLI,
             task_of(["sad", "glad", "mad"]),
-            r"3 classes \(CONTRADICTION, .*\), and the rows have 3 classes \(glad",
+            r"3 classes \(CONTRADICTION, .*\), but the rows have 3 classes \(glad",
         ),
         (
             MNLI,
@@ -193,10 +193,10 @@ def test_rows_with_texts_do_not_guess_what_a_head_without_names_has_learnt(saved
         (
             ["1 star", "2 stars"],
             task_of([1, 2]),
-            r"2 classes \(1 star, 2 stars\), and the rows have 2 classes \(1, 2\)",
+            r"2 classes \(1 star, 2 stars\), but the rows have 2 classes \(1, 2\)",
         ),
-        (2, task_of([0.5, 1.0]), "has a head for 2 classes, and the rows have scores"),
-        (1, task_of([0, 1]), "has a head for 1 classes, and the rows have 2 classes"),
+        (2, task_of([0.5, 1.0]), "has a head for 2 classes, but the rows have scores"),
+        (1, task_of([0, 1]), "has a head for 1 classes, but the rows have 2 classes"),
     ],
 )
 def test_a_head_for_other_classes_is_refused_and_renewed_when_asked(saved, names, task, said):

@@ -144,9 +144,7 @@ def test_texts_of_more_types_than_a_model_has_embeddings_for_are_refused(columns
     if len(columns) == 1:
         require_token_types(PRETRAINED, RobertaConfig(type_vocab_size=1), made, columns)
         return
-    with pytest.raises(
-        ConfigError, match="has 1 embeddings for types of tokens, but the tokenizer tells 2 apart"
-    ):
+    with pytest.raises(ConfigError, match="has 1 embeddings for token types, but the tokenizer uses 2"):
         require_token_types(PRETRAINED, RobertaConfig(type_vocab_size=1), made, columns)
 
 

@@ -1,6 +1,6 @@
-"""What every kind of task does with its rows: checks, texts to token ids, ids to batches.
+"""What all tasks do with their rows: check them, tokenize texts, batch token ids.
 
-Only what the tokenizer adds to a text is special, whatever the text spells.
+Only tokens that the tokenizer adds to a text are special, whatever the text spells.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from swaft.options import suggestion
 ROWS_AT_ONCE = 1_000
 """Rows read in one go: much faster than one by one, and still little memory."""
 SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
-"""Categories of Unicode: spaces and breaks, and characters that control or format."""
+"""Unicode categories of spaces and breaks, and of control and format characters."""
 
 BadRow = tuple[int, str]
 """Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
 
 
 def values(split: Dataset, *columns: str) -> Iterator[Any]:
-    """Yield the values of a column, or tuples of those of several, row by row."""
+    """Yield the values of a column, or tuples of the values of several columns, row by row."""
     for first in range(0, len(split), ROWS_AT_ONCE):
         read = [split[column][first : first + ROWS_AT_ONCE] for column in columns]
         yield from read[0] if len(columns) == 1 else zip(*read, strict=True)
 
 
 def require_column(split: Dataset, column: str, setting: str) -> None:
-    """Refuse a column that a setting names and that does not exist.
+    """Refuse a setting's column if it does not exist.
 
     Raises:
-        DataError: lists the columns and names the nearest.
+        DataError: lists the columns and suggests the nearest.
     """
     if column not in split.column_names:
         hint = suggestion(column, split.column_names)
@@ -57,10 +57,10 @@ def require_column(split: Dataset, column: str, setting: str) -> None:
 
 
 def named_columns(split: Dataset, data: Any, *settings: str) -> tuple[str, ...]:
-    """Return the columns that these settings of section ``data`` name, up to the first that names none.
+    """Return the columns given by these settings of section ``data``, up to the first setting that is None.
 
     Raises:
-        DataError: one that does not exist.
+        DataError: a column does not exist.
     """
     columns = tuple(takewhile(lambda column: column is not None, (getattr(data, name) for name in settings)))
     for setting, column in zip(settings, columns, strict=False):
@@ -69,10 +69,10 @@ def named_columns(split: Dataset, data: Any, *settings: str) -> tuple[str, ...]:
 
 
 def usual_columns(split: Dataset, usual: Sequence[tuple[str, ...]], otherwise: str) -> tuple[str, ...]:
-    """Return the first of these columns that all exist.
+    """Return the first tuple of these columns that all exist.
 
     Raises:
-        DataError: ``otherwise``, with the columns there are in the place of its ``{}``.
+        DataError: ``otherwise``, with the existing columns in place of its ``{}``.
     """
     for columns in usual:
         if set(columns) <= set(split.column_names):
@@ -81,7 +81,7 @@ def usual_columns(split: Dataset, usual: Sequence[tuple[str, ...]], otherwise: s
 
 
 def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[BadRow]:
-    """Yield the rows that have anything but text in a column, and (``blank``) those with white space alone."""
+    """Yield the rows with anything but text in a column, and (``blank``) those with only white space."""
     for row, value in enumerate(values(split, column)):
         if not isinstance(value, str):
             found = "nothing" if value is None else f"{value!r}"
@@ -94,7 +94,7 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has nothing but white space and characters without a shape, of which no token is made."""
+    """Whether a text has only white space and invisible characters, which become no token."""
     return all(unicodedata.category(character) in SHAPELESS for character in text)
 
 
@@ -105,17 +105,17 @@ def good_rows(
     *,
     skip: bool,
 ) -> dict[str, Dataset]:
-    """Return the rows without a fault; what is left out is logged.
+    """Return the rows without a fault; log which are left out.
 
     Args:
         splits: rows by split, `train` among them.
-        columns: that every split has to have.
+        columns: columns that every split must have.
         find_faults: yields the faults of a split.
-        skip: leave rows out (`data.skip_bad_rows`), and a split that has no other ones but train; False: refuse.
+        skip: leave out bad rows (`data.skip_bad_rows`), and splits but train that have no good row; False: refuse.
 
     Raises:
-        DataError: a missing column; the first row with a fault, where none is left out; no training row that is
-            left; or an id (column `id`) that several rows of a split have.
+        DataError: a missing column; the first bad row, if none are left out; no training row left; or an id (column
+            `id`) that several rows of a split share.
     """
     for name, split in splits.items():
         for column in columns:
@@ -138,7 +138,7 @@ def good_rows(
         if faults:
             first = min(faults)
             if len(faults) == len(split) and name == "train":
-                raise DataError(f"no row of train is left: each is a bad one (row {first} {faults[first]})")
+                raise DataError(f"no row of train is left: all are bad (row {first} {faults[first]})")
             left_out = shortened([str(number) for number in sorted(faults)])
             logger.info(
                 "%d of %d rows of %s are left out: %s (row %d %s)",
@@ -155,7 +155,7 @@ def good_rows(
 
 
 def require_length(setting: str, length: int, most: int) -> None:
-    """Refuse a length in tokens that is more than the model reads at most."""
+    """Refuse a length in tokens that exceeds what the model can read."""
     if length > most:
         raise DataError(f"{setting} is {length}, but the model reads at most {most} tokens; lower it")
 
@@ -179,26 +179,26 @@ def _refuse_repeated_ids(split: Dataset, name: str) -> None:
     repeated = [row_id for row_id, count in Counter(ids).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{len(repeated)} values of column 'id' stand in several rows of {name} ({repeated[0]!r}, ...); "
-            "expected one row an id. Remove the repeated rows, or rename the column if it is no id"
+            f"{len(repeated)} values of column 'id' are in several rows of {name} ({repeated[0]!r}, ...); "
+            "expected one row per id. Remove the repeated rows, or rename the column if it is not an id"
         )
 
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""Label of positions that no loss counts."""
+"""Label of positions that the loss ignores."""
 POSITIONS = ("start_positions", "end_positions")
 """Columns with the first and the last token of an answer."""
 
 
 class Collator:
-    """Pads rows and stacks them: inputs on the tokenizer's side, labels that are token ids on the right.
+    """Pads rows and stacks them: inputs on the tokenizer's padding side, labels of token ids on the right.
 
     Args:
-        tokenizer: the model's, which says with what and on which side.
+        tokenizer: the model's, which determines the padding token and side.
         length: tokens that every row is padded to; None: to the longest of the batch.
-        multiple: number that divides the length of every batch.
+        multiple: pad every batch to a multiple of this length.
 
     Raises:
         DataError: the tokenizer has no padding token.
@@ -224,7 +224,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch: token columns and labels (B, L) int64, others (B,) int64, or fp32 for fractions."""
-        # transformers' DataCollatorForSeq2Seq would pad labels to the length or multiple that is for inputs.
+        # transformers' DataCollatorForSeq2Seq would pad labels to the length or multiple meant for inputs.
         writes = isinstance(rows[0].get("labels"), list)
         names = self._names - {"labels"} if writes else self._names
         batch = dict(self._pad([{name: row[name] for name in row if name in names} for row in rows]))
@@ -243,29 +243,30 @@ def padded(rows: Sequence[Mapping[str, Any]], name: str, value: int) -> Tensor:
 
 
 def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
-    """Set whether a special token that a text spells is text, or has its meaning; a saved tokenizer knows it."""
+    """Set whether a special token spelled in a text is read as text; the setting is saved with the tokenizer."""
     tokenizer.split_special_tokens = split_special_tokens
     if _can_split(tokenizer):
         tokenizer.init_kwargs["split_special_tokens"] = split_special_tokens
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> BatchEncoding:
-    """Tokenize a batch of texts, or of pairs.
+    """Tokenize a batch of texts or pairs.
 
-    Where special tokens are read as text (see `read_as_text`), those that the tokenizer cannot split become unknown
-    words: words of its vocabulary, as in T5's, and all of a slow tokenizer to which words were added. A token that
-    is for padding alone stays what it is: some pad with a word ("!"), and the attention mask tells the two apart.
+    If special tokens are read as text (see `read_as_text`), those that the tokenizer cannot split become the
+    unknown token: words of its vocabulary, as in T5's, and all special tokens of a slow tokenizer with added words.
+    A token used only for padding is left alone: some tokenizers pad with a word ("!"), and the attention mask tells
+    the two apart.
 
     Args:
         tokenizer: the model's.
-        texts: one list of texts, or two of pairs.
-        options: of the tokenizer's call.
+        texts: one list of texts, or two for pairs.
+        options: options for the tokenizer's call.
 
     Returns:
-        What the tokenizer returns, lists of `input_ids` among it.
+        What the tokenizer returns, including lists of `input_ids`.
 
     Raises:
-        DataError: for such a word where the tokenizer has no token for unknown words.
+        DataError: such a word, if the tokenizer has no unknown token.
     """
     if not tokenizer.split_special_tokens:
         return tokenizer(*texts, **options)
@@ -278,15 +279,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
     meant = {getattr(tokenizer, f"{name}_id") for name in names}
     special = frozenset(tokenizer.all_special_ids) - ({unknown, padding} - meant)
     for ids, added in zip(encoded["input_ids"], encoded.pop("special_tokens_mask"), strict=True):
-        if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to see
+        if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to check
             continue
-        added = added[-len(ids) :]  # ByT5 adds no end to a text that spells one there
+        added = added[-len(ids) :]  # ByT5 adds no end token to a text that ends by spelling one
         for position, (token, was_added) in enumerate(zip(ids, added, strict=True)):
             if token in special and not was_added:
                 if unknown is None:
                     raise DataError(
                         f"a text spells {tokenizer.convert_ids_to_tokens(token)}, which is a word of "
-                        f"{type(tokenizer).__name__}, and there is no token for unknown words to put in its place; "
+                        f"{type(tokenizer).__name__}, and there is no unknown token to put in its place; "
                         "remove it from the texts, or set data.split_special_tokens=false"
                     )
                 ids[position] = unknown
@@ -294,7 +295,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
 
 
 def without_letters(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]:
-    """Return whether a text has no letter or digit that the tokenizer knows: of others it may make no token."""
+    """Return a test for texts without a letter or digit that the tokenizer knows; they may become no token."""
     known = {
         letter
         for letter in ascii_letters + digits
@@ -304,7 +305,7 @@ def without_letters(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool]
 
 
 def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: Any) -> None:
-    """Refuse texts that become no token at all, where the tokenizer adds none (GPT-2, Qwen): no model reads them.
+    """Refuse texts that become no token at all if the tokenizer adds none (GPT-2, Qwen): no model can read them.
 
     The tokenizer takes the texts of these columns, one or two, together.
 
@@ -319,7 +320,7 @@ def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[
             if all(map(is_doubtful, texts)) and not tokenizer(*texts)["input_ids"]:
                 found = "an empty text" if all(map(is_blank, texts)) else f"the text {texts[0]!r}"
                 raise DataError(
-                    f"row {row} of {name} has {found}, of which {type(tokenizer).__name__} makes no token. "
+                    f"row {row} of {name} has {found}, which {type(tokenizer).__name__} turns into no token. "
                     "Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
                 )
 
@@ -327,10 +328,10 @@ def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[
 def report_special_tokens(
     splits: Mapping[str, Dataset], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Log in how many rows a text spells a special token, and what becomes of it.
+    """Log in how many rows a text spells a special token, and how it is read.
 
     Raises:
-        DataError: where `encode` refuses such a text.
+        DataError: `encode` refuses such a text.
     """
     spelled = re.compile(
         "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
@@ -357,7 +358,7 @@ def _can_split(tokenizer: Any) -> bool:
     if not isinstance(tokenizer, PreTrainedTokenizer):
         return isinstance(
             tokenizer, PreTrainedTokenizerFast
-        )  # mistral-common's reads no such token from a text
-    # Slow tokenizers lose words that were added to them, too; to ESM's, all words were.
+        )  # mistral-common's never reads special tokens from a text
+    # Slow tokenizers would also lose words that were added to them; in ESM's, all words were.
     added = set(map(str, tokenizer.added_tokens_decoder.values()))
     return added <= set(tokenizer.all_special_tokens) and not hasattr(tokenizer, "unique_no_split_tokens")

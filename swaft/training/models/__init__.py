@@ -1,1 +1,1 @@
-"""The models that recipes train: loaded, with their tokens, heads and adapters, or made anew."""
+"""The models that recipes train: loaded or newly made, with their tokens, heads and adapters."""

@@ -2,7 +2,7 @@
 
 The learning rate is a pure function of how many optimizer steps have been applied. There is no scheduler object:
 accelerate would step one ``num_processes`` times per optimizer step, and a skipped step would need its own
-bookkeeping. The shapes, and the first step at rate zero during a warm-up, are those of transformers.
+bookkeeping. The shapes, and the rate of zero in the first warmup step, are the same as in transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAMES = "weight|preset|noise|sigma|masks|reduction|detach|passes|fused|layers"
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, without decay on biases and normalisation weights.
 
-    Those are the parameters of fewer than two dimensions.
+    Those are the parameters with fewer than two dimensions.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -46,7 +46,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter; one that ZeRO-3 has partitioned shows itself as empty."""
+    """Return the shape of the whole parameter; one that ZeRO-3 has partitioned looks empty itself."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -54,12 +54,12 @@ class ParameterCount(NamedTuple):
     """How many elements a whole model has."""
 
     trainable: int
-    """Those that are trained."""
+    """Elements that are trained."""
     total: int
-    """All."""
+    """All elements."""
 
     def __str__(self) -> str:
-        """Write it as `1,024`, or `1,024 of 65,536 (1.56%)` where some are frozen."""
+        """Write it as `1,024`, or `1,024 of 65,536 (1.56%)` if some are frozen."""
         if self.trainable == self.total:
             return f"{self.total:,}"
         return f"{self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})"
@@ -80,7 +80,7 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         label_smoothing: share of the task loss's target that is spread over all classes.
 
     Raises:
-        ConfigError: where an option is set that the objective would not use.
+        ConfigError: an option is set that the objective would not use.
     """
     kind = _KINDS[noise.kind]
     options = chosen_options(noise, kind, f"noise.kind={noise.kind}")
@@ -92,7 +92,7 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
 
 
 class _NamesSettings:
-    """Before an objective's class: its errors name the settings that its arguments come from."""
+    """Mixin put before an objective's class: its errors name the settings that its arguments come from."""
 
     def prepare_model(self, model: nn.Module) -> None:
         with settings_named():
@@ -105,7 +105,7 @@ class _NamesSettings:
 
 @contextmanager
 def settings_named() -> Iterator[None]:
-    """Raise errors of `swaft.noise` in the words of section ``noise``."""
+    """Reraise errors of `swaft.noise` with the names of the settings in section ``noise``."""
     try:
         yield
     except ConfigError as error:
@@ -115,7 +115,7 @@ def settings_named() -> Iterator[None]:
 
 
 def in_settings(message: str) -> str:
-    """Name the settings of section ``noise`` for the arguments and classes of `swaft.noise` in a message."""
+    """Replace the arguments and classes of `swaft.noise` in a message by the settings of section ``noise``."""
     for name, kind in _KINDS.items():
         message = re.sub(rf"\bswaft\.{kind.__name__}\b", f"noise.kind={name}", message)
     message = re.sub(rf"^({_NAMES}) is ", r"noise.\1 is ", message)
@@ -128,9 +128,9 @@ def in_settings(message: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Rate of every optimizer step of a run.
+    """Learning rate of every optimizer step of a run.
 
-    With ``s`` applied steps, ``w`` warm-up steps and ``T`` steps in all, the rate is ``peak`` times
+    With ``s`` applied steps, ``w`` warmup steps and ``T`` steps in total, the rate is ``peak`` times
 
         s / w                                   while s < w (not for ``constant``),
         1                                       for ``constant`` and ``constant_with_warmup``,
@@ -139,16 +139,16 @@ class Schedule:
     """
 
     kind: str
-    """Shape after the warm-up: ``linear``, ``cosine``, ``constant_with_warmup`` or ``constant``."""
+    """Shape after the warmup: ``linear``, ``cosine``, ``constant_with_warmup`` or ``constant``."""
     peak: float
-    """Rate at the end of the warm-up."""
+    """Rate at the end of the warmup."""
     warmup_steps: int
     """Optimizer steps until ``peak`` is reached; 0 for ``constant``."""
     total_steps: int
     """Optimizer steps of the run."""
 
     def __call__(self, applied_steps: int) -> float:
-        """Return the rate of the step after so many applied ones; overflow skips do not count."""
+        """Return the rate of the step after this many applied steps; steps skipped for overflow do not count."""
         return self.peak * self._share(applied_steps)
 
     def __str__(self) -> str:
@@ -167,16 +167,16 @@ class Schedule:
 
 
 def build_schedule(train: TrainConfig, *, total_steps: int, averaging: bool) -> Schedule:
-    """Return the schedule a run asks for.
+    """Return the schedule that a run asks for.
 
     Args:
         train: section ``train`` of the configuration.
         total_steps: optimizer steps of the run.
-        averaging: whether weights are averaged. ``auto`` is then constant after warm-up, because a rate that
+        averaging: whether weights are averaged. ``auto`` is then constant after warmup, because a rate that
             decays to zero leaves averaging nothing to average; without averaging it is linear decay.
 
     Raises:
-        ConfigError: the whole run would be warm-up.
+        ConfigError: the whole run would be warmup.
     """
     kind = train.lr_scheduler_type
     if kind == "auto":
@@ -191,7 +191,7 @@ def build_schedule(train: TrainConfig, *, total_steps: int, averaging: bool) -> 
 
 
 def warmup_length(warmup_steps: int | float, total_steps: int) -> int:
-    """Return the warm-up in optimizer steps: below 1 it is a share of the run (rounded up), else steps."""
+    """Return the warmup in optimizer steps: below 1 it is a share of the run (rounded up), else steps."""
     return math.ceil(share_of(total_steps, warmup_steps)) if warmup_steps < 1 else int(warmup_steps)
 
 
@@ -204,18 +204,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def count_micro_batches(*, num_rows: int, batch_size: int, world_size: int) -> int:
     """Return the micro-batches per rank and epoch: the length of a loader once accelerate has prepared it.
 
-    The last one of an epoch may have fewer rows than ``batch_size``; each rank gets equally many batches.
+    The last batch of an epoch may have fewer rows than ``batch_size``; each rank gets equally many batches.
     """
     return math.ceil(math.ceil(num_rows / batch_size) / world_size)
 
 
 def count_optimizer_steps(train: TrainConfig, micro_batches: int) -> int:
-    """Return the optimizer steps of a run, counted as transformers' Trainer does, but for its rounding of floats.
+    """Return the optimizer steps of a run, counted as in transformers' Trainer except for its rounding of floats.
 
     Args:
-        train: section ``train``; a positive ``max_steps`` wins. What accumulation leaves over at the end of an
-            epoch makes a step of its own.
-        micro_batches: length of the prepared loader, that is per rank and epoch.
+        train: section ``train``; a positive ``max_steps`` wins. Micro-batches left over from accumulation at the
+            end of an epoch make a step of their own.
+        micro_batches: length of the prepared loader, that is, per rank and epoch.
     """
     if train.max_steps > 0:
         return train.max_steps
@@ -223,12 +223,12 @@ def count_optimizer_steps(train: TrainConfig, micro_batches: int) -> int:
 
 
 def count_epoch_steps(train: TrainConfig, micro_batches: int) -> int:
-    """Return the optimizer steps of a pass over so many micro-batches of a rank, at least 1."""
+    """Return the optimizer steps of a pass over this many micro-batches of a rank, at least 1."""
     return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
 
 def planned_steps(train: TrainConfig, *, num_rows: int, world_size: int) -> int:
-    """Return the optimizer steps that a run on so many rows and ranks will take, known before it starts."""
+    """Return the optimizer steps that a run on this many rows and ranks will take, known before it starts."""
     batch_size = train.per_device_train_batch_size
     batches = count_micro_batches(num_rows=num_rows, batch_size=batch_size, world_size=world_size)
     return count_optimizer_steps(train, batches)

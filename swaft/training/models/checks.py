@@ -1,4 +1,4 @@
-"""Models and tokenizers that no recipe trains with: they do not go with rows of text, or with each other."""
+"""Refuses models and tokenizers that cannot be trained on rows of text, or do not fit each other."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from swaft.training.models.pretrained import half, model_path
 from swaft.training.models.special_tokens import follow_tokenizer
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-"""The files of which a model's folder has one."""
+"""Weight files, of which a model's folder has one."""
 ADAPTER = "adapter_config.json"
-"""In the folder of an adapter, which names the model that it belongs to."""
+"""File in an adapter's folder; it names the base model."""
 
 NOT_FROM_TEXT = {
-    "fsmt": "makes its decoder's input of the source instead of the target",
-    "layoutlmv2": "reads pictures of pages beside their text",
-    "lxmert": "answers questions about pictures",
-    "prophetnet": "shows its decoder tokens that it has still to write, by a fault of transformers",
+    "fsmt": "makes its decoder's input from the source instead of the target",
+    "layoutlmv2": "reads images of pages along with their text",
+    "lxmert": "answers questions about images",
+    "prophetnet": "shows its decoder tokens that it has yet to generate, because of a bug in transformers",
     "tapas": "answers questions about tables",
 }
-"""Types of models that rows of text alone do not train, and why."""
+"""Types of models that cannot be trained on rows of text alone, and why."""
 START_WITH_THE_END = frozenset({"mbart", "plbart"})
-"""Types whose decoder starts with the last token of the text that it is to write, a language say."""
+"""Types whose decoder starts with the last token of the target, such as a language code."""
 START_WITH_BOS = frozenset({"t5gemma", "t5gemma2"})
 """Types whose decoder starts with its bos_token_id."""
 
 
 def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> None:
-    """Put on the list what no recipe trains with, of the model and of the tokenizer beside it.
+    """Put on the list whatever keeps the model or its tokenizer from being trained by a recipe.
 
     Args:
-        ready: with ``model_config``, which takes the tokenizer's word on special tokens, and ``tokenizer``; None: a
-            new one is trained.
+        ready: with ``model_config``, whose special tokens become the tokenizer's, and ``tokenizer``; None: a new
+            one is trained.
         config: the recipe's configuration.
         problems: the list.
     """
@@ -55,14 +55,14 @@ def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> No
 
 
 def require_weights(model: AnyModelConfig, model_config: object) -> None:
-    """Refuse a folder of a pretrained model without weights; of the hub it is seen when they are fetched.
+    """Refuse a folder of a pretrained model without weights; a model from the hub is checked by the download.
 
     Args:
         model: section ``model``.
         model_config: its transformers configuration.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: the folder has no weights.
     """
     if model.described is not None:
         return
@@ -71,16 +71,16 @@ def require_weights(model: AnyModelConfig, model_config: object) -> None:
     expected = (*WEIGHTS, ADAPTER) if named is None else (named,)
     if folder.is_dir() and not any((folder / name).is_file() for name in expected):
         raise ConfigError(
-            f"model.model_name_or_path: {model.model_name_or_path} has a configuration and no weights; expected "
+            f"model.model_name_or_path: {model.model_name_or_path} has a configuration but no weights; expected "
             f"{' or '.join((named,) if named else (SAFE_WEIGHTS_NAME, WEIGHTS_NAME))} in that folder"
         )
 
 
 def require_text(model: AnyModelConfig, model_config: Any) -> None:
-    """Refuse a model that rows of text alone do not train.
+    """Refuse a model that cannot be trained on rows of text alone.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: names the type of the model and the reason.
     """
     reason = NOT_FROM_TEXT.get(model_config.model_type)
     if reason is not None:
@@ -91,7 +91,7 @@ def require_text(model: AnyModelConfig, model_config: Any) -> None:
 
 
 def require_embeddings(model: AnyModelConfig, model_config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that makes tokens of texts, or pads with one, that the model has no embedding for.
+    """Refuse a tokenizer with tokens, from texts or padding, that the model has no embedding for.
 
     Args:
         model: section ``model``.
@@ -103,8 +103,8 @@ def require_embeddings(model: AnyModelConfig, model_config: Any, tokenizer: Any)
     """
     rows = embedding_rows(model_config if model.described is None else model.described)
     if rows is None:
-        return  # one that hashes characters; one that is made as large as its tokenizer
-    # Special tokens that nothing puts into a text need no embedding (Gemma 3 has one for pictures).
+        return  # a model that hashes characters, or one that is made as large as its tokenizer
+    # Special tokens that nothing puts into a text need no embedding (Gemma 3 has one for images).
     special = {
         token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -117,17 +117,17 @@ def require_embeddings(model: AnyModelConfig, model_config: Any, tokenizer: Any)
         if token_id >= rows and token_id not in special
     }
     if without:
-        meaning = ". With data.split_special_tokens=false a text may have each special token"
+        meaning = ". With data.split_special_tokens=false a text may contain any special token"
         raise ConfigError(
             f"{model.setting}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} "
-            f"tokens ({without[min(without)]!r} is the first without one); expected as many at least. Use the "
+            f"tokens ({without[min(without)]!r} is the first without one); expected at least as many. Use the "
             "model's own tokenizer, or call resize_token_embeddings and save both"
             + ("" if tokenizer.split_special_tokens else meaning)
         )
 
 
 def require_embedded(rows: Iterable[Dataset], model: AnyModelConfig, model_config: Any) -> None:
-    """Refuse rows with token ids that the model has no embedding for: a chat's template writes what no text spells.
+    """Refuse rows with token ids that the model has no embedding for, such as those a chat template adds.
 
     Raises:
         ConfigError: with both numbers.
@@ -137,13 +137,13 @@ def require_embedded(rows: Iterable[Dataset], model: AnyModelConfig, model_confi
     most = max((chunk.flatten().to_numpy().max(initial=0) for chunk in chunks), default=0)
     if known is not None and most >= known:
         raise ConfigError(
-            f"{model.setting}: the model has {known} embeddings, and the rows have the token id {most}; use the "
+            f"{model.setting}: the model has {known} embeddings, but the rows have the token id {most}; use the "
             "model's own tokenizer, or call resize_token_embeddings and save both"
         )
 
 
 def embedding_rows(described: Any) -> int | None:
-    """Return how many tokens a model has embeddings for, the fewest of its parts; None: it does not say.
+    """Return how many tokens a model has embeddings for, the minimum over its parts; None: not specified.
 
     Args:
         described: its transformers configuration, or entries of one.
@@ -163,13 +163,13 @@ def embedding_rows(described: Any) -> int | None:
 def require_token_types(
     model: AnyModelConfig, model_config: Any, tokenizer: Any, columns: Sequence[str]
 ) -> None:
-    """Refuse a tokenizer that tells the texts of a row apart by more types than the model has embeddings for.
+    """Refuse a tokenizer that uses more token types for the texts of a row than the model has embeddings for.
 
     Args:
         model: section ``model``.
         model_config: its transformers configuration.
         tokenizer: the one that is used.
-        columns: with the texts of a row, one or two.
+        columns: the columns with the texts of a row, one or two.
 
     Raises:
         ConfigError: with both numbers.
@@ -178,8 +178,8 @@ def require_token_types(
     types = max(tokenizer(*("a" for _ in columns)).get("token_type_ids", [0])) + 1
     if 0 < rows < types:
         raise ConfigError(
-            f"{model.setting}: the model has {rows} embeddings for types of tokens, but the tokenizer tells "
-            f"{types} apart; use the model's own tokenizer, or leave token_type_ids out of "
+            f"{model.setting}: the model has {rows} embeddings for token types, but the tokenizer uses "
+            f"{types}; use the model's own tokenizer, or leave token_type_ids out of "
             "model_input_names in tokenizer_config.json"
         )
 
@@ -187,16 +187,16 @@ def require_token_types(
 def require_decoder_start(
     model: AnyModelConfig, model_config: Any, *, start: int | None = None, may_start_with_end: bool = True
 ) -> None:
-    """Refuse an encoder-decoder that does not know what its decoder starts with.
+    """Refuse an encoder-decoder whose decoder has no start token.
 
     Args:
         model: section ``model``.
         model_config: its transformers configuration.
-        start: the token that it starts with where its configuration names none.
-        may_start_with_end: whether what a decoder is given ends with a token that it may start with.
+        start: the start token to use if its configuration has none.
+        may_start_with_end: whether targets end with a token that the decoder may start with.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: there is no start token.
     """
     kind = model_config.model_type
     if not model_config.is_encoder_decoder or kind in NOT_FROM_TEXT:

@@ -16,9 +16,9 @@ from swaft.training.models.special_tokens import write_token
 logger = logging.getLogger(__name__)
 
 READ_THEIR_END = frozenset({"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"})
-"""Types whose classifiers answer at the last end-of-text token, of which they want as many in every row."""
+"""Types whose classifiers answer at the last end-of-text token, and need equally many of them in every row."""
 OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
-"""Ends of architectures whose head may have the name of a classifier's, and would be loaded as one."""
+"""Suffixes of architectures whose head may be named like a classifier's, and would be loaded as one."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class FittedHead:
     """A task and the head that is to learn it."""
 
     task: Task
-    """With its classes in the order of the head."""
+    """The task, with its classes in the order of the head."""
     is_new: bool
-    """Whether the head that the model brings is of no use, if it brings one; a body alone gets a new one anyway."""
+    """Whether to replace the head that the model may bring; a model without a head gets a new one anyway."""
     order: tuple[int, ...] | None = None
-    """The rows' own id of each class, where the head has its own order."""
+    """The rows' own id of each class, if the head has its own order."""
 
 
 def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
-    """Bring the classes of a task into the order of the model's own head, where that is kept.
+    """Put the classes of a task into the order of the model's own head, if that head is kept.
 
-    A kept head knows each class by its place. Names say which is which, whatever their case, spaces, hyphens and
-    underscores, and so do numbers (3, LABEL_3). Ids are taken to be the model's where one side has no names; texts
-    are not, for nothing says which of them LABEL_0 is. Which order is used is logged. The configuration is as the
-    model brings it.
+    A kept head identifies each class by its position. Classes are matched by name, ignoring case, spaces, hyphens
+    and underscores, or by number (3, LABEL_3). If one side has no names, the rows' ids are taken to be the model's;
+    texts are not, because nothing says which of them LABEL_0 is. The order in use is logged. ``model_config`` is as
+    the model brings it.
 
     Raises:
         ConfigError: the head is for other classes, or another number of them, and no new one is asked for.
@@ -47,7 +47,7 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
     held = [str(name) for _, name in sorted((model_config.id2label or {}).items())]
     rows = task.label_names or [str(number) for number in range(task.num_labels)]
     names, own, architectures = _named(held), _named(rows), model_config.architectures or []
-    # A configuration that names classes and no architecture is a classifier's of old.
+    # A configuration with class names but no architecture is from an old classifier.
     if not any("ForSequenceClassification" in name for name in architectures) and (
         architectures or not names
     ):
@@ -86,13 +86,13 @@ def fit_head(task: Task, model: ModelConfig, model_config: Any) -> FittedHead:
         )
     raise ConfigError(
         f"model.model_name_or_path: {model.model_name_or_path} has a head for {model_config.num_labels} classes"
-        f"{_listed(names)}, and the rows have {found}; {mended}, or put a new head on the model with "
+        f"{_listed(names)}, but the rows have {found}; {mended}, or put a new head on the model with "
         "model.ignore_mismatched_sizes=true"
     )
 
 
 def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) -> None:
-    """Write the task into a transformers configuration: names of labels, kind of problem, padding."""
+    """Write the task into a transformers configuration: label names, problem type, padding token."""
     names = task.label_names or [f"LABEL_{index}" for index in range(task.num_labels)]
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: index for index, name in enumerate(names)}
@@ -101,11 +101,11 @@ def describe_labels(model_config: Any, task: Task, *, pad_token_id: int | None) 
 
 
 def require_end_token(model_config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose rows a classifier would look in vain for its end token in, after `follow_tokenizer`.
+    """Refuse a tokenizer that does not put the end token where a classifier expects it, after `follow_tokenizer`.
 
     Raises:
-        ConfigError: for a model that answers at the end token, where texts do not end with one, are padded with it,
-            or may have more of them.
+        ConfigError: the model answers at the end token, but texts do not end with one, are padded with it, or may
+            contain more of them.
     """
     if model_config.model_type not in READ_THEIR_END:
         return
@@ -113,40 +113,40 @@ def require_end_token(model_config: Any, tokenizer: Any) -> None:
     if end is None or end not in tokenizer("a").input_ids:
         found = "puts none into its texts"
     elif end == tokenizer.pad_token_id:
-        found = "pads with it, too; set its pad_token to another token"
+        found = "also pads with it; set its pad_token to another token"
     elif not tokenizer.split_special_tokens:
-        found = "takes those that a text spells for such a one; leave out data.split_special_tokens=false"
+        found = "also reads one from a text that spells it; leave out data.split_special_tokens=false"
     else:
         return
     raise ConfigError(
         f"model.tokenizer_name: a {model_config.model_type} classifier reads its answer at the end-of-text token, "
-        f"and {type(tokenizer).__name__} {found}. Expected one in every row, at the end of its text"
+        f"but {type(tokenizer).__name__} {found}. Expected one in every row, at the end of its text"
     )
 
 
 def _named(names: list[str]) -> list[str] | None:
-    """Return the names of classes in order of their ids; None where they say nothing but the ids."""
+    """Return the names of classes in order of their ids; None if they say nothing beyond the ids."""
     return None if _numbers(names) == list(range(len(names))) or names == TRUTH else names
 
 
 def _numbers(names: list[str]) -> list[int] | None:
-    """Return the numbers that classes are called by (3, LABEL_3); None where one has none, or two the same."""
+    """Return the numbers in class names (3, LABEL_3); None if a name has none, or two have the same."""
     found = [re.fullmatch(r"(?:label_)?([+-]?[0-9]+)", name.strip(), re.IGNORECASE) for name in names]
     numbers = [int(match[1]) for match in found if match]
     return numbers if len(set(numbers)) == len(names) else None
 
 
 def _places_of_numbers(rows: list[int], held: list[int]) -> list[int] | None:
-    """Return the place of each number of the rows in a head of numbered classes; None where it has other numbers.
+    """Return the position of each number of the rows in a head of numbered classes; None if it has other numbers.
 
-    A head that only counts its classes from 0 has them in the order of their numbers, wherever those begin.
+    A head that only counts its classes from 0 has them in the order of their numbers, whatever the first one is.
     """
     order = sorted(rows) if held == list(range(len(held))) else held
     return [order.index(number) for number in rows] if sorted(rows) == sorted(order) else None
 
 
 def _places(names: list[str], order: list[str]) -> list[int] | None:
-    """Return the place of each name in the order; None where they are not the same names."""
+    """Return the position of each name in the order; None if they are not the same names."""
     for spelt in (str, _plain):
         place = {spelt(name): number for number, name in enumerate(order)}
         found = [place[spelt(name)] for name in names if spelt(name) in place]

@@ -1,6 +1,6 @@
 """Loads encoder-decoders and decoders, or makes new ones with a tokenizer of their own.
 
-An encoder-decoder generates as it is trained: what its texts begin, end and are padded with, and in which language.
+An encoder-decoder generates as it is trained: same start, end and padding tokens, same language.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from swaft.training.models.special_tokens import put_first
 
 
 def require_generation_start(model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any) -> None:
-    """Refuse an encoder-decoder that does not know what the texts that it generates start with.
+    """Refuse an encoder-decoder without a start token for the texts that it generates.
 
     Args:
         model: section ``model``.
@@ -49,13 +49,11 @@ def require_generation_start(model: Seq2SeqModelConfig, model_config: Any, token
         tokenizer: the one that is used; None: a new one.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: there is no start token.
     """
     start = None
     if model.config is not None:
-        start = model.config.get(
-            "decoder_start_token_id", 0
-        )  # the tokenizer's padding, where nothing is said
+        start = model.config.get("decoder_start_token_id", 0)  # by default the tokenizer's padding token
     elif getattr(model_config, "decoder_start_token_id", None) is None:
         with suppress(OSError):  # a folder without generation settings
             start = GenerationConfig.from_pretrained(model_path(model)).decoder_start_token_id
@@ -63,15 +61,16 @@ def require_generation_start(model: Seq2SeqModelConfig, model_config: Any, token
 
 
 def generate_as_trained(model: Any, tokenizer: Any) -> None:
-    """Have a model generate with the tokens that it is trained with: where it starts, what it ends and pads with.
+    """Make a model generate with the start, end and padding tokens that it is trained with.
 
-    It is an encoder-decoder whose configuration follows the tokenizer; its generation settings are saved with it.
+    The model is an encoder-decoder whose configuration follows the tokenizer; its generation settings are saved
+    with it.
     """
     config, generation = model.config, model.generation_config
     labels = tokenizer(text_target="a").input_ids
     end = tokenizer.eos_token_id
     if end is None and labels[-1] in tokenizer.all_special_ids:
-        end = labels[-1]  # BERT's separator, which a decoder made of a BERT learns to end with
+        end = labels[-1]  # BERT's separator, with which a decoder made from a BERT learns to end
     _generate_with(generation, pad=tokenizer.pad_token_id, bos=tokenizer.bos_token_id, eos=end)
     if generation.forced_eos_token_id is not None:
         generation.forced_eos_token_id = end
@@ -81,7 +80,7 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
     start = next((token for token in starts if token is not None), None)
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if start is not None:
-        config.decoder_start_token_id = start  # what the model's own shift looks at
+        config.decoder_start_token_id = start  # read by the model's own shift
         start = start if shift is None else shift(torch.tensor([labels]))[0, 0].item()
     config.decoder_start_token_id = generation.decoder_start_token_id = start
 
@@ -95,18 +94,18 @@ def _generate_with(generation: Any, **tokens: int | None) -> None:
 
 @torch.no_grad()
 def require_order(model: Any, setting: str, *, packs: bool) -> None:
-    """Refuse a decoder in which a token sees later ones, or (``packs``) those of a row that is packed before its.
+    """Refuse a decoder in which a token sees later ones, or (``packs``) those of a row packed before its own.
 
-    Measured on eight tokens: in fp32 the models of transformers that keep the order give logits within 5e-7 of each
-    other, those that do not are apart by 3e-3 or more.
+    Measured on eight tokens in fp32: for causal models of transformers the logits differ by at most 5e-7, for
+    others by 3e-3 or more.
 
     Args:
         model: whole, on the host, with random or pretrained weights.
-        setting: that names it, for the message.
+        setting: the setting that names the model, for the message.
         packs: whether rows will be packed.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: tokens see what they must not see.
     """
     was_training, kind = model.training, model.config.model_type
     ids = (torch.arange(3, 11) % model.get_input_embeddings().num_embeddings)[None]
@@ -115,9 +114,7 @@ def require_order(model: Any, setting: str, *, packs: bool) -> None:
     def logits(ids: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False, **others).logits
 
-    pairs = [
-        (logits(ids)[:, :4], logits(ids[:, :4]), f"tokens of {kind} see those after them; expected a decoder")
-    ]
+    pairs = [(logits(ids)[:, :4], logits(ids[:, :4]), f"tokens of {kind} see later ones; expected a decoder")]
     if packs:
         packed = logits(ids, position_ids=torch.arange(8)[None] % 4)[:, 4:]
         pairs.append(
@@ -130,7 +127,7 @@ def require_order(model: Any, setting: str, *, packs: bool) -> None:
 
 
 def _can_be_measured(model: Any) -> bool:
-    """Whether a model computes on the host and stays as it is: ZeRO-3 may load parts, RWKV rescales itself."""
+    """Whether a model can run on the host without changing: ZeRO-3 may load shards, RWKV rescales itself."""
     is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     config, of_transformers = model.config, type(model).__module__.startswith("transformers.")
     on_gpu = "flash" in str(config._attn_implementation)
@@ -138,22 +135,22 @@ def _can_be_measured(model: Any) -> bool:
 
 
 def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns) -> None:
-    """Have a tokenizer of many languages put the codes of these two into its texts; others need none.
+    """Make a multilingual tokenizer put the codes of the source and target language into its texts.
 
     Args:
-        tokenizer: the model's; saved later, it still knows the two. None: a new one, which knows no languages.
+        tokenizer: the model's; it keeps the two languages when saved. None: a new one, which knows no languages.
         data: section ``data``, with ``source_lang`` and ``target_lang``.
         columns: where the texts are, from `find_pairs`.
 
     Raises:
-        ConfigError: for a tokenizer of many languages, a language that is not named or not known to it; for
-            another, languages that nothing uses.
+        ConfigError: for a multilingual tokenizer, a language that is not set or unknown to it; for others,
+            languages that nothing uses.
     """
     if not knows_languages(tokenizer):
         if data.source_lang is not None and (data.source_column is not None or columns.source_lang is None):
             raise ConfigError(
-                f"data.source_lang: {data.source_lang} is used by nothing: the texts are not chosen by it from a "
-                "column 'translation', and the model's tokenizer puts no languages into them; leave "
+                f"data.source_lang: {data.source_lang} is used by nothing: it does not select texts from a "
+                "column 'translation', and the model's tokenizer puts no language codes into them; leave "
                 "data.source_lang and data.target_lang out"
             )
         return
@@ -171,17 +168,17 @@ def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns)
     named = {"src_lang": data.source_lang, "tgt_lang": data.target_lang}
     for name, code in named.items():
         setattr(tokenizer, name, code)
-    tokenizer.init_kwargs.update(named)  # what a saved tokenizer is made of again
+    tokenizer.init_kwargs.update(named)  # these are saved with the tokenizer
 
 
 def knows_languages(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts the code of a language into its texts."""
+    """Whether a tokenizer puts a language code into its texts."""
     return hasattr(tokenizer, "src_lang")
 
 
 def language_codes(tokenizer: Any) -> dict[str, int]:
     """Return the languages of a tokenizer, each with the id of its token."""
-    # M2M100 has a token of another spelling for each code; for the others the token is the code.
+    # M2M100's token for a code is spelled differently; for the others the token is the code.
     token_id = getattr(tokenizer, "get_lang_id", tokenizer.convert_tokens_to_ids)
     codes = getattr(tokenizer, "lang_code_to_id", None) or tokenizer.extra_special_tokens
     ids = {str(code): token_id(str(code)) for code in codes}
@@ -189,12 +186,12 @@ def language_codes(tokenizer: Any) -> dict[str, int]:
 
 
 def require_target_language(model_config: Any, tokenizer: Any) -> None:
-    """Refuse a model of many languages whose labels and decoder begin with no code, so that it cannot know which.
+    """Refuse a multilingual model if neither its labels nor its decoder start with a code for the target language.
 
     The tokenizer is the one that is used, after `set_languages`; None: a new one.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: nothing tells the model which language to write.
     """
     if not knows_languages(tokenizer):
         return
@@ -204,17 +201,17 @@ def require_target_language(model_config: Any, tokenizer: Any) -> None:
     )
     if language_codes(tokenizer)[tokenizer.tgt_lang] not in (start, labels[0]):
         raise ConfigError(
-            f"model.tokenizer_name: {type(tokenizer).__name__} puts the code of the language at the end of "
+            f"model.tokenizer_name: {type(tokenizer).__name__} puts the language code at the end of "
             f"targets, and the decoder of a {kind} does not start with it, so nothing says which "
             "language to write; for NLLB set legacy_behaviour to false in tokenizer_config.json"
         )
 
 
 def write_target_language(model: Any, tokenizer: Any) -> None:
-    """Have a model of many languages begin its texts as the labels it learns from begin.
+    """Make a multilingual model start its texts as its labels start.
 
-    mBART's decoder starts with the code of the language. That of mBART-50, M2M100 and NLLB starts with another
-    token, and the code is the first token of the text, which generation is made to begin with. Changed are the
+    mBART's decoder starts with the language code. The decoders of mBART-50, M2M100 and NLLB start with another
+    token, and the code is the first token of the text, which generation is forced to start with. This changes the
     model's configuration and generation settings, which are saved with it.
     """
     if not knows_languages(tokenizer):
@@ -236,20 +233,20 @@ FITTED: dict[str, Callable[[Any], int | None]] = {
     "decoder_start_token_id": attrgetter("pad_token_id"),
     "forced_eos_token_id": lambda _: None,
 }
-"""Entries of a new model's configuration that its tokenizer decides on, where the settings do not."""
+"""Entries of a new model's configuration that come from its tokenizer, unless the settings give them."""
 
 
 def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
     """Return the transformers configuration of the pretrained model, or of the new one.
 
     Raises:
-        ConfigError: where it is no encoder-decoder, is made of a decoder that is none, or an entry is none of its
-            type's.
+        ConfigError: the model is not an encoder-decoder, its decoder part is not a decoder, or its type has no such
+            entry.
     """
     found = load_model_config(model) if model.config is None else _new_config(model)
     if not found.is_encoder_decoder:
         raise ConfigError(
-            f"{model.setting}: {found.model_type} is no encoder-decoder; expected a model such as T5, BART, "
+            f"{model.setting}: {found.model_type} is not an encoder-decoder; expected a model such as T5, BART, "
             "Pegasus or Marian"
         )
     if found.model_type == "encoder-decoder":
@@ -259,8 +256,8 @@ def encoder_decoder_config(model: Seq2SeqModelConfig) -> Any:
         if not (getattr(decoder, "is_decoder", True) and getattr(decoder, "add_cross_attention", False)):
             raise ConfigError(
                 f"{model.setting}: its decoder, a {decoder.model_type}, would see the whole text that it is "
-                "to generate, and nothing of the source; expected is_decoder and add_cross_attention to be true of "
-                "the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained has it"
+                "to generate, and nothing of the source; expected is_decoder and add_cross_attention to be true "
+                "for the decoder in config.json, as EncoderDecoderModel.from_encoder_decoder_pretrained sets them"
             )
     return found
 
@@ -269,8 +266,8 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
     """Return the transformers configuration of the pretrained decoder, or of the new one.
 
     Raises:
-        ConfigError: where transformers has no form of it that continues a text, as of encoders, or an entry is none
-            of its type's.
+        ConfigError: transformers has no form of the model that continues a text (an encoder), or its type has no
+            such entry.
     """
     found = load_model_config(model) if model.config is None else _new_config(model)
     brings_its_own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
@@ -279,17 +276,17 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
     continues = brings_its_own or (type(found) in MODEL_FOR_CAUSAL_LM_MAPPING and not sees_all)
     if found.is_encoder_decoder or not continues:
         raise ConfigError(
-            f"{model.setting}: {found.model_type} is no decoder that continues a text; expected a model "
+            f"{model.setting}: {found.model_type} is not a decoder that continues a text; expected a model "
             "such as Llama, Qwen, Gemma or GPT-2 (encoder-decoders: recipes/seq2seq.py)"
         )
     return found
 
 
 def check_new_model(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
-    """Refuse settings of a new model that do not go with its tokenizer; None: one is trained.
+    """Refuse settings of a new model that do not fit its tokenizer; None: one is trained.
 
     Raises:
-        ConfigError: names the tokens that are special to one of them alone, or both numbers of tokens.
+        ConfigError: names the special tokens that differ, or both vocabulary sizes.
     """
     said = model.config or {}
     trained = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
@@ -311,7 +308,7 @@ def check_new_model(model: Seq2SeqModelConfig, tokenizer: Any) -> None:
 def new_tokenizer(
     model: Seq2SeqModelConfig, accelerator: Accelerator, texts: Callable[[], Iterable[str]]
 ) -> PreTrainedTokenizerFast:
-    """Return a tokenizer for a new model, trained on these texts by the main process (collective)."""
+    """Return a tokenizer for a new model, which the main process trains on these texts (collective)."""
     trained = [None]
     if accelerator.is_main_process:
         trained = [train_tokenizer(texts(), model.most_tokens).to_str()]  # type: ignore[list-item]
@@ -324,11 +321,11 @@ def new_tokenizer(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
-    It knows every character and ends each text with ``</s>``; padding has the id 0 and the end 1, as T5's have.
+    It knows every character and ends each text with ``</s>``; padding has id 0 and the end token id 1, as in T5.
 
     Args:
         texts: the training rows, sources and targets.
-        vocab_size: tokens at most, 256 bytes and 3 special ones among them.
+        vocab_size: most tokens, including 256 bytes and 3 special ones.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
@@ -348,16 +345,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
-    """Return the pretrained model, or a new one of random weights, in fp32.
+    """Return the pretrained model, or a new one with random weights, in fp32.
 
     Args:
-        config: of a recipe whose task is sequence to sequence, or causal language modelling.
+        config: configuration of a recipe whose task is sequence to sequence or causal language modelling.
         model_config: from `encoder_decoder_config` or `decoder_config`; a new model's takes the tokenizer's size
-            and special tokens, where ``model.config`` says nothing else.
-        tokenizer: the model's, or from `new_tokenizer`; one of many languages after `set_languages`.
+            and special tokens, unless ``model.config`` says otherwise.
+        tokenizer: the model's, or from `new_tokenizer`; a multilingual one after `set_languages`.
 
     Raises:
-        ConfigError: where the model cannot be loaded, or as of `require_order`.
+        ConfigError: the model cannot be loaded, or `require_order` refuses it.
     """
     if config.model.config is not None:
         _fit_to_tokenizer(model_config, tokenizer, said=config.model.config)
@@ -366,13 +363,13 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
         generate_as_trained(loaded, tokenizer)
         write_target_language(loaded, tokenizer)
     else:
-        # Training reads no cache, and packed rows would see each other through it.
+        # Training does not use the cache, and packed rows would see each other through it.
         loaded.config.use_cache = False
         if _can_be_measured(loaded):
             require_order(loaded, config.model.setting, packs=config.data.packing)
         pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
         _generate_with(loaded.generation_config, pad=pad, bos=bos, eos=eos)
-        # For whoever generates from what is saved; `CausalCollator` looks at no side.
+        # For generation from the saved folder; `CausalCollator` ignores the padding side.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)
     return with_adapters(loaded, config.model, task=config.task)
@@ -387,7 +384,7 @@ def _new_config(model: Seq2SeqModelConfig) -> Any:
         raise ConfigError(
             f"model.config: there is no model_type '{kind}'; expected one such as t5, bart or llama"
         ) from error
-    # transformers takes any entry and uses those it knows.
+    # transformers accepts any entry and uses those it knows.
     entries = list(known.to_dict())
     problems = [
         f"model.config: {kind} has no entry '{name}'.{suggestion(name, entries)}"
@@ -410,4 +407,4 @@ def _fit_to_tokenizer(model_config: Any, tokenizer: Any, *, said: dict[str, Any]
         if isinstance(part, PreTrainedConfig):
             _fit_to_tokenizer(part, tokenizer, said=said.get(name, {}))
             if part.bos_token_id is None:
-                part.bos_token_id = tokenizer.pad_token_id  # what T5Gemma's decoder starts with
+                part.bos_token_id = tokenizer.pad_token_id  # T5Gemma's decoder starts with it

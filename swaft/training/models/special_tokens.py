@@ -1,4 +1,4 @@
-"""One truth for special tokens, the tokenizer's; the lengths of rows whose padding changes no logits."""
+"""Makes a model's special tokens follow the tokenizer's; row lengths at which padding does not change logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT_FROM_PADDING = frozenset(
         *("seamless_m4t", "seamless_m4t_v2", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     }
 )
-"""Types of models whose positions begin after the id of padding: with another id they would read other positions
+"""Types of models whose positions start after the padding id: with another id they would use other positions
 than they were trained with."""
 MIX_PADDING_IN = frozenset(
     {
@@ -31,20 +31,20 @@ MIX_PADDING_IN = frozenset(
         *("t5gemma", "t5gemma2", "yoso"),
     }
 )
-"""Types that compute other logits for a row the more of it is padding, whatever the attention mask says: they
-convolve, hash, pool or transform over it, or read the answer one token further."""
+"""Types whose logits for a row change with the amount of padding, whatever the attention mask says: they
+convolve, hash, pool or transform over it, or read the answer one token further on."""
 
 
 def follow_tokenizer(model_config: Any, tokenizer: Any) -> None:
-    """Have a model take the tokenizer's word on special tokens, and the tokenizer pad where the model can take it.
+    """Set a model's special tokens to the tokenizer's, and the tokenizer's padding side to one the model can take.
 
     Absolute positions, and heads that read the first token, need padding on the right. Decoders read the last token
-    that is no padding, so they can have it there, too. XLNet reads the last token of all.
+    that is not padding, so right padding works for them too. XLNet reads the very last token.
 
     Args:
-        model_config: transformers configuration; its ids of tokens, and those of its parts, become the tokenizer's.
-            A token that the tokenizer lacks stays as it is.
-        tokenizer: gets the padding side.
+        model_config: transformers configuration; its token ids, and those of its parts, become the tokenizer's.
+            Tokens that the tokenizer lacks are left unchanged.
+        tokenizer: its padding side is set.
     """
     for kind in KINDS:
         write_token(model_config, kind, getattr(tokenizer, f"{kind}_token_id", None))
@@ -52,10 +52,10 @@ def follow_tokenizer(model_config: Any, tokenizer: Any) -> None:
 
 
 def write_token(model_config: Any, kind: str, token_id: int | None) -> None:
-    """Write the id of a special token into a configuration and its parts, where they know such a token.
+    """Write the id of a special token into a configuration and those of its parts that have such a token.
 
-    Every configuration knows padding. One that counts its positions from padding keeps the id that it has. The kind
-    is one of `KINDS`; no id changes nothing.
+    Every configuration has a padding token. One that counts its positions from the padding id keeps that id. The
+    kind is one of `KINDS`; with None as the id nothing changes.
     """
     name = f"{kind}_token_id"
     for config in _parts(model_config):
@@ -67,7 +67,7 @@ def write_token(model_config: Any, kind: str, token_id: int | None) -> None:
 
 
 def one_length(model_config: Any, max_length: int, *, generates: bool = False) -> int | None:
-    """Return the length that every row has to be padded to, so that its logits do not depend on its batch.
+    """Return the length that every row has to be padded to so that its logits do not depend on its batch.
 
     Args:
         model_config: transformers configuration.
@@ -75,11 +75,11 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
         generates: whether the model generates texts, and rows are its sources.
 
     Returns:
-        That many tokens; None: a batch may be as long as its longest row.
+        The length in tokens; None: a batch may be as long as its longest row.
 
     Raises:
-        ConfigError: for a model that reads rows of one length (a Nyströmformer with landmarks, a Reformer), and
-            another length; for one that shortens its rows inside (CANINE, Funnel), and too short a length.
+        ConfigError: another length, for a model that reads rows of one length (a Nyströmformer with landmarks, a
+            Reformer); too short a length, for one that shortens its rows inside (CANINE, Funnel).
     """
     kind, only, least = model_config.model_type, max_length, 1
     if kind == "nystromformer" and model_config.segment_means_seq_len != model_config.num_landmarks:
@@ -88,7 +88,7 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
         only = _reformer_length(model_config, max_length)
     elif kind == "canine":
         least = model_config.downsampling_rate
-    elif kind == "funnel":  # each block but the first halves its row, and has to find two tokens
+    elif kind == "funnel":  # each block but the first halves its row, and needs at least two tokens
         least = 2 ** (len(model_config.block_sizes) - 1) + 1
     if only != max_length:
         raise ConfigError(
@@ -97,24 +97,24 @@ def one_length(model_config: Any, max_length: int, *, generates: bool = False) -
         )
     if max_length < least:
         raise ConfigError(
-            f"data.max_seq_length is {max_length}, and this {kind} shortens its rows inside, which takes {least} "
-            f"tokens at least; expected data.max_seq_length={least} or more"
+            f"data.max_seq_length is {max_length}, but this {kind} shortens its rows inside, which takes at least "
+            f"{least} tokens; expected data.max_seq_length={least} or more"
         )
-    # BigBird attends to all of a short batch, and ever after one: its blocks have to be the same for all rows.
+    # BigBird switches to full attention at a short batch, and never back: all rows need the same blocks.
     sparse = getattr(model_config, "attention_type", None) == "block_sparse" and (
         max_length > (5 + 2 * model_config.num_random_blocks) * model_config.block_size
     )
     if not sparse and (generates or kind not in MIX_PADDING_IN):
         return None
-    logger.info("every row is padded to %d tokens: padding changes what a %s answers", max_length, kind)
+    logger.info("every row is padded to %d tokens: padding changes the answers of a %s", max_length, kind)
     return max_length
 
 
 def whole_windows(model_config: Any) -> int | None:
     """Return the number that has to divide the length of every batch; None: any length will do.
 
-    LED pads to whole windows by itself, and embeds the padding in a call of its own. Ranks that each hold a shard
-    of the table have to make that call together, and their batches are not of one length.
+    LED itself pads to whole windows, and embeds the padding in a separate call. Ranks that each hold a shard
+    of the embedding table have to make that call together, but their batches differ in length.
     """
     if model_config.model_type != "led":
         return None
@@ -123,7 +123,7 @@ def whole_windows(model_config: Any) -> int | None:
 
 
 def _reformer_length(model_config: Any, max_length: int) -> int:
-    """The length that a Reformer trains on: as long as its axes are, or the next that its chunks divide."""
+    """The length that a Reformer trains on: the product of its axes, or the next multiple of its chunks."""
     if model_config.axial_pos_embds:
         return math.prod(model_config.axial_pos_shape)
     kinds = set(model_config.attn_layers)
@@ -132,7 +132,7 @@ def _reformer_length(model_config: Any, max_length: int) -> int:
 
 
 def _parts(model_config: Any) -> Iterator[Any]:
-    """A configuration, and those inside it that are of models over a vocabulary."""
+    """Yield a configuration, and those inside it that have a vocabulary."""
     yield model_config
     for part in vars(model_config).values():
         if isinstance(part, PreTrainedConfig) and hasattr(part, "vocab_size"):
@@ -140,7 +140,7 @@ def _parts(model_config: Any) -> Iterator[Any]:
 
 
 def put_first(token_id: int, known: Any) -> Any:
-    """The id, followed by the others where several were known: a text may end with one of many."""
+    """Return the id, followed by the others if several were known: a text may end with one of many."""
     if not isinstance(known, list):
         return token_id
     return [token_id, *(other for other in known if other != token_id)]

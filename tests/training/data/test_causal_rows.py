@@ -106,7 +106,7 @@ def test_the_special_tokens_of_a_template_are_special_and_those_that_a_message_s
     model, config = ModelConfig(model_name_or_path="m"), LlamaConfig(vocab_size=len(tokens))
     require_embedded([Dataset.from_list([row])], model, config)
     with pytest.raises(
-        ConfigError, match=f"has {len(tokens) - 1} embeddings, and the rows have the token id"
+        ConfigError, match=f"has {len(tokens) - 1} embeddings, but the rows have the token id"
     ):
         require_embedded([Dataset.from_list([row])], model, LlamaConfig(vocab_size=len(tokens) - 1))
 

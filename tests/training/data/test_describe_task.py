@@ -162,7 +162,7 @@ def test_bad_rows_are_left_out_when_asked_and_said(caplog):
     assert left == {"train": ["a", "e"], "validation": ["a", "e"]}
     assert "3 of 5 rows of train are left out: 1, 2, 3 (row 1 has nothing in column 'text'" in caplog.text
     assert "2 of 2 rows of test are left out: 0, 1 (row 0 has label=-1, which marks a row" in caplog.text
-    with pytest.raises(DataError, match=r"no row of train is left: each is a bad one \(row 0 has nothing"):
+    with pytest.raises(DataError, match=r"no row of train is left: all are bad \(row 0 has nothing"):
         describe_task({"train": split([0, 1], text=[None, None])}, DataConfig(skip_bad_rows=True))
 
 

@@ -53,7 +53,7 @@ def test_misplaced_answers_are_counted_and_refused_beyond_a_share(caplog, monkey
         ({"question": " "}, "row 1 of train has an empty text in column 'question'"),
         ({"context": "\n"}, "row 1 of train has an empty text in column 'context'"),
         ({"context": None}, "row 1 of train has nothing in column 'context'; expected text.*fill it in"),
-        ({"id": "q1"}, "1 values of column 'id' stand in several rows of train"),
+        ({"id": "q1"}, "1 values of column 'id' are in several rows of train"),
         ({"answers": None}, "row 1 of train has None in column 'answers'; expected {'text'"),
         ({"answers": {"text": ["a"], "answer_start": []}}, "lists of the same length"),
         ({"answers": {"text": [" "], "answer_start": [1]}}, "row 1 of train has the answer ' ' at 1"),

@@ -85,7 +85,7 @@ def test_bad_rows_are_left_out_when_asked():
 
 
 def test_repeated_ids_are_named():
-    with pytest.raises(DataError, match="1 values of column 'id' stand in several rows of train"):
+    with pytest.raises(DataError, match="1 values of column 'id' are in several rows of train"):
         find(rows(id=["1", "2", "1"], text=["a"] * 3, summary=["b"] * 3))
 
 
