@@ -214,7 +214,7 @@ def test_a_launch_file_says_in_its_first_line_what_a_script_of_ones_own_needs(ca
     words = ["--config_file", str(FILES[launch]), *ranks, str(script)]
     assert main(["validate", *words]) == 1
     printed = capsys.readouterr().out
-    assert "mixed_precision beside deepspeed_config_file ds_configs/zero" in printed
+    assert "mixed_precision next to deepspeed_config_file ds_configs/zero" in printed
     [needed] = re.findall(
         r"In a script of your own.*?(--mixed_precision \w+)", FILES[launch].read_text().split("\n")[0]
     )

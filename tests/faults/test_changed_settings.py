@@ -59,5 +59,5 @@ def test_the_best_is_chosen_anew_by_another_score(started, run_inputs, asked_to_
     folder = shutil.copytree(asked_to_end("plain", *PLAIN), tmp_path / "run")
     settings = (*PLAIN, "eval.metric_for_best_model=loss")
     assert started.run(ENGINES["plain"], folder, run_inputs, *settings)["codes"] == [0]
-    assert "the best weights are chosen anew from here" in folder.with_suffix(".log").read_text()
+    assert "the choice of the best weights starts again from here" in folder.with_suffix(".log").read_text()
     assert '"metric": "loss"' in (folder / "summary.json").read_text()

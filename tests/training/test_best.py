@@ -232,12 +232,12 @@ def test_a_file_that_is_no_part_of_a_checkpoint_does_not_come_back(tmp_path):
         (
             {"keep_best": "last"},
             {"keep_best": "last", "metric": "loss"},
-            "metric_for_best_model is loss, and was",
+            "metric_for_best_model is loss, but was",
         ),
         (
             {"keep_best": "last"},
             {"keep_best": "averaged"},
-            "looks at averaged weights, and the best were last",
+            "looks at averaged weights, but the best were last",
         ),
         ({"early_stopping_patience": 9}, {"keep_best": "either"}, "were not kept"),
     ],

@@ -1,1 +1,1 @@
-"""Scores of the weights that are in the model, and the best of them kept."""
+"""Scores the model's current weights, and keeps the best ones."""

@@ -1,6 +1,6 @@
 """Finds the answers that a model gives, and scores them: each window once, however many ranks share the work.
 
-Scores are those of the official SQuAD 1.1 and 2.0 scripts: exact match and F1, from 0 to 100.
+The scores follow the official SQuAD 1.1 and 2.0 scripts: exact match and F1, from 0 to 100.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from swaft.training.run.folder import RunFolder
 logger = logging.getLogger(__name__)
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII alone, as in the official scripts
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)  # only ASCII, as in the official scripts
 
 Questions = Sequence[tuple[str, Sequence[str]]]
-"""(id, right answers) of each question; no answers: the question has none."""
+"""(id, right answers) of each question; empty if the question has no answer."""
 
 
 def get_question_metric(name: str = "auto", *, has_unanswerable: bool = False) -> Metric:
     """Return the metric of this name, if it fits the questions.
 
     Args:
-        name: squad, squad_v2 or `auto`: squad_v2 where some questions have no answer.
-        has_unanswerable: whether some have none.
+        name: squad, squad_v2 or `auto`: squad_v2 if some questions have no answer.
+        has_unanswerable: whether some questions have no answer.
 
     Raises:
         ConfigError: an unknown name, or a metric for another kind of task.
@@ -69,10 +69,10 @@ def score_squad(answers: Mapping[str, str], questions: Questions) -> dict[str, f
 
     Args:
         answers: text by id; a question without one scores 0.
-        questions: ids and right answers, one at least of each.
+        questions: ids and right answers; at least one question, and one answer for each.
 
-    Source: evaluate-v1.1.py (Rajpurkar et al. 2016), its corner kept: an answer of nothing but articles
-    and punctuation matches its like exactly, and yet has an F1 of 0.
+    Source: evaluate-v1.1.py (Rajpurkar et al. 2016), including its corner case: an answer of only articles and
+    punctuation is an exact match for another one, but has an F1 of 0.
     """
     given = [(answers[question], right) for question, right in questions if question in answers]
     exact = sum(max(exact_match(answer, one) for one in right) for answer, right in given)
@@ -89,20 +89,20 @@ def score_squad_v2(
 ) -> dict[str, float]:
     """Return `exact` and `f1` over all questions and over those with (HasAns) and without (NoAns) an answer.
 
-    With null odds the answer of a question whose odds exceed the threshold counts as "none", and
-    `best_exact`, `best_f1` are the scores at the thresholds that suit these very questions best (`..._thresh`, in
-    units of the odds): a bound on what a threshold can do, no result.
+    With null odds, a question whose odds exceed the threshold counts as answered with "none", and
+    `best_exact`, `best_f1` are the scores at the best thresholds for these very questions (`..._thresh`, in
+    units of the odds): a bound on what a threshold can achieve, not a result.
 
     Args:
-        answers: text by id, empty for "none"; with null odds the best text even where "none" wins.
+        answers: text by id, empty for "none"; with null odds, the best text even if "none" wins.
         questions: ids and right answers.
-        null_odds: by id, how much "none" scores above the best text; higher is surer of "none". None: the
-            answers are final.
+        null_odds: by id, how much "none" scores above the best text; higher favours "none". None: the answers are
+            final.
         null_score_diff_threshold: as above.
 
-    Source: evaluate-v2.0.py (Rajpurkar et al. 2018), but for three corners: a question without a given answer
-    scores 0 instead of being left out of one mean and ending the script in another; questions of equal null
-    odds go to the same side of a threshold; and an answer without words is "none" for the best threshold
+    Source: evaluate-v2.0.py (Rajpurkar et al. 2018), except for three corner cases: a question without a given
+    answer scores 0, where the script leaves it out of one mean and crashes in another; questions with equal null
+    odds are on the same side of a threshold; and an answer without words is "none" for the best threshold
     too.
     """
     raw = {
@@ -130,17 +130,17 @@ def score_squad_v2(
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case a text and drop ASCII punctuation, articles (a, an, the) and needless white space."""
+    """Lowercase a text and drop ASCII punctuation, articles (a, an, the) and extra white space."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(WITHOUT_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, right: str) -> float:
-    """Return 1.0 where both texts are the same once normalised, else 0.0."""
+    """Return 1.0 if both texts are the same after normalisation, else 0.0."""
     return float(normalize_answer(answer) == normalize_answer(right))
 
 
 def token_f1(answer: str, right: str) -> float:
-    """Return the F1 of the words of both texts once normalised; 0.0 where one has none (SQuAD 1.1)."""
+    """Return the F1 of the words of both texts after normalisation; 0.0 if one has none (SQuAD 1.1)."""
     first, second = normalize_answer(answer).split(), normalize_answer(right).split()
     common = sum((Counter(first) & Counter(second)).values())
     if not common:
@@ -150,14 +150,14 @@ def token_f1(answer: str, right: str) -> float:
 
 
 def token_f1_v2(answer: str, right: str) -> float:
-    """Return `token_f1`, but 1.0 where both texts have no words: both say "none" (SQuAD 2.0)."""
+    """Return `token_f1`, but 1.0 if neither text has words: both mean "none" (SQuAD 2.0)."""
     if not normalize_answer(answer) and not normalize_answer(right):
         return 1.0
     return token_f1(answer, right)
 
 
 def _best_v2(answer: str, right: Sequence[str]) -> tuple[float, float]:
-    # A right answer without words cannot be told from "none", so the official script drops it.
+    # A right answer without words is indistinguishable from "none", so the official script drops it.
     texts = [one for one in right if normalize_answer(one)] or [""]
     return max(exact_match(answer, one) for one in texts), max(token_f1_v2(answer, one) for one in texts)
 
@@ -169,13 +169,13 @@ def _means(pairs: Mapping[str, tuple[float, float]], questions: Iterable[str]) -
 
 
 def _best_threshold(gains: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Return the largest sum of gains of the questions up to some odds, and those odds.
+    """Return the largest sum of gains over the questions up to some null odds, and those odds.
 
     Args:
         gains: (null odds, what answering the question adds to the sum of scores).
     """
     total = 0.0
-    up_to: dict[float, float] = {}  # questions of equal odds go together
+    up_to: dict[float, float] = {}  # questions with equal odds go together
     for odds, gain in sorted(gains):
         total += gain
         up_to[odds] = total
@@ -195,26 +195,26 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerSearch:
-    """How answers are found in the scores of tokens."""
+    """How to find answers from the scores of tokens."""
 
     has_unanswerable: bool
     """Whether "none" is an answer."""
     max_answer_length: int = 30
-    """Tokens of an answer at most."""
+    """Longest answer in tokens."""
     null_score_diff_threshold: float = 0.0
     """Null odds above which the answer is "none"."""
     padding_side: Literal["left", "right"] = "right"
-    """Where the padding of windows stands."""
+    """On which side windows are padded."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model answers, by id of the question."""
+    """The model's answers, by id of the question."""
 
     texts: dict[str, str]
-    """The answers: characters of the context, without white space around them; empty where "none" wins."""
+    """The answers: characters of the context, without surrounding white space; empty if "none" wins."""
     best_texts: dict[str, str]
-    """The best texts, also where "none" wins; `score_squad_v2` takes these, with the null odds."""
+    """The best texts, even if "none" wins; `score_squad_v2` takes these, with the null odds."""
     null_odds: dict[str, float]
     """How much "none" scores above the best text; empty unless questions may have no answer."""
 
@@ -229,23 +229,23 @@ def evaluate_answers(
     metric: Metric,
     search: AnswerSearch,
 ) -> Evaluation:
-    """Return the loss a window and the scores of the answers to a set of questions (collective).
+    """Return the loss per window and the scores of the answers to a set of questions (collective).
 
-    The ``loss`` is the mean over windows, in float64, of half the cross entropies of the first and the last token,
-    over the window's own tokens: it depends neither on batch size nor on ranks. The model's own loss, which
-    training has, spreads a little over the padding, too, and so does this one where there is no mask (FNet).
+    The ``loss`` is the mean over windows, in float64, of the average of the cross entropies of the first and the
+    last token, over the window's own tokens: it depends neither on batch size nor on ranks. The model's own loss,
+    used in training, also counts the padding a little, and so does this one if there is no mask (FNet).
 
     Args:
-        model: as prepared; left in the mode it was found in.
+        model: the prepared model; its training mode is restored.
         loader: prepared loader of batches of windows, from `Collator`.
-        accelerator: that prepared both.
+        accelerator: the one that prepared both.
         questions: rows that `check_questions` checked.
-        windows: from `tokenize_questions` of the same rows, not for training.
+        windows: from `tokenize_questions` on the same rows, with ``training=False``.
         metric: scores answers against right ones.
-        search: how answers are found.
+        search: how to find answers.
 
     Raises:
-        TrainingError: where windows are missing, or the loss is not finite; on every rank.
+        TrainingError: windows are missing, or the loss is not finite; on every rank.
     """
 
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -257,14 +257,14 @@ def evaluate_answers(
         losses = nn.functional.cross_entropy(
             logits.double().masked_fill(padding, -torch.inf).transpose(1, 2), targets, reduction="none"
         )
-        room = longest - logits.shape[-1]  # below 0 where the batch has more padding than it needs
+        room = longest - logits.shape[-1]  # below 0 if the batch has more padding than it needs
         sides = (room, 0) if search.padding_side == "left" else (0, room)
         return losses.mean(dim=1), nn.functional.pad(logits, sides)
 
     longest = max(map(len, windows["input_ids"][:]))
     losses, logits = measured_once(model, loader, accelerator, measure, num_rows=len(windows))
     loss = require_finite(losses.mean().item())
-    # Every rank scores, so that every rank has the score, or the error, without a word to the others.
+    # Every rank computes the scores, so that every rank has them, or the error, without communication.
     found, right = find_answers(questions, windows, list(logits.numpy()), search), right_answers(questions)
     if search.has_unanswerable:
         threshold = search.null_score_diff_threshold
@@ -284,18 +284,18 @@ def find_answers(
     """Find the best answer to every question.
 
     All spans of up to `max_answer_length` tokens are compared, not only those between the best first and the
-    best last tokens. "None" scores what the CLS token scores in the window where that is least: there the model
-    sees an answer, if anywhere. Of equal scores the answer that begins first wins, then the shorter one.
+    best last tokens. The score of "none" is the lowest CLS score over the windows: there the model sees an answer,
+    if anywhere. If scores tie, the answer that starts first wins, then the shorter one.
 
     Args:
         questions: their rows.
-        windows: from `tokenize_questions` of the same rows, not for training.
+        windows: from `tokenize_questions` on the same rows, with ``training=False``.
         logits: for each window, in order, the scores of its tokens as the first and as the last of an answer, shape
-            (2, L); longer than the window where it was padded.
+            (2, L); longer than the window if it was padded.
         search: how to find them.
 
     Raises:
-        TrainingError: logits that are not finite.
+        TrainingError: logits are not finite.
     """
     # The score of each question's best span, negated, and its characters in the context.
     best = [(math.inf, 0, 0)] * len(questions)
@@ -324,7 +324,7 @@ def find_answers(
 
 
 def refuse_unused_threshold(settings: QuestionAnsweringEvalConfig, *, has_unanswerable: bool) -> None:
-    """Refuse a null score threshold where every question has an answer."""
+    """Refuse a null score threshold if every question has an answer."""
     threshold = settings.null_score_diff_threshold
     if threshold and not has_unanswerable:
         raise ConfigError(
@@ -342,10 +342,10 @@ def report_windows(splits: Mapping[str, Dataset], windows: Mapping[str, Dataset]
 def write_predictions(
     folder: RunFolder, evaluations: Mapping[str, Mapping[str, Evaluation]], splits: Mapping[str, Dataset]
 ) -> None:
-    """Write the answers to all questions as the official SQuAD scripts read them: text by id.
+    """Write the answers to all questions in the format of the official SQuAD scripts: text by id.
 
-    The files are ``predictions-<split>.json`` of the last and ``predictions-<split>-averaged.json`` of the averaged
-    weights.
+    The files are ``predictions-<split>.json`` for the last and ``predictions-<split>-averaged.json`` for the
+    averaged weights.
     """
     for split, kinds in evaluations.items():
         for kind, evaluation in kinds.items():
@@ -357,7 +357,7 @@ def write_predictions(
 def _best_span(
     start: np.ndarray, end: np.ndarray, offsets: np.ndarray, max_answer_length: int
 ) -> tuple[float, int, int]:
-    """Return the score of the best span, negated, and its characters; infinity where there is none."""
+    """Return the negated score of the best span, and its characters; infinity if there is none."""
     allowed = offsets[:, 0] != NO_ANSWER_HERE
     if not allowed.any():
         return math.inf, 0, 0

@@ -1,4 +1,4 @@
-"""Keeps the weights that score best on validation rows, and says when training on no longer helps."""
+"""Keeps the weights that score best on validation rows, and says when further training no longer helps."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from swaft.training.metrics import Metric
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-"""What was found so far, beside the best weights in a checkpoint."""
+"""File with the best score so far, next to the best weights in a checkpoint."""
 LOWER_IS_BETTER = ("loss", "mse")
-"""The scores of which less is better; of all others more is."""
+"""The scores for which lower is better; for all others higher is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a recipe judges weights by."""
+    """The scores by which a recipe judges weights."""
 
     score: str
-    """Name of the main score, which the summary names."""
+    """Name of the main score, as given in the summary."""
     chosen: str
     """Name of the score that decides between weights."""
 
@@ -47,7 +47,7 @@ class Best:
     """The weights that scored best so far."""
 
     step: int
-    """Optimizer steps that they took."""
+    """Optimizer steps after which they were found."""
     weights: str
     """``last`` or ``averaged``."""
     metric: str
@@ -67,7 +67,7 @@ def choose_target(
     splits: Collection[str],
     averaging: AveragingConfig | None = None,
 ) -> Target:
-    """Return what decides between weights: a score of the metric, if there is one, or the loss.
+    """Return what decides between weights: a score of the metric, or the loss if there is no metric.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.
@@ -86,7 +86,7 @@ def choose_target(
         "averaging.search_blend": averaging is not None and averaging.search_blend,
     }
     problems += [
-        f"{name}: weights are scored on validation rows, and there are none; name some "
+        f"{name}: weights are scored on validation rows, and there are none; add some "
         "(data.validation_file), or remove it"
         for name, is_asked in asked.items()
         if is_asked and "validation" not in splits
@@ -97,15 +97,15 @@ def choose_target(
 
 
 class BestWeights:
-    """Follows the validation score of a run's weights; keeps the best of them in a folder, where that is asked for.
+    """Tracks the validation score of a run's weights, and keeps the best in a folder if asked to.
 
     Args:
         evaluation: section ``eval``.
         target: which score counts, from `choose_target`.
-        folder: Hugging Face folder of the best weights. It is always a whole one, or not there.
-        tokenizer: saved beside the weights.
-        engine: whose last weights may be kept.
-        averager: whose averaged weights may be kept; None without averaging.
+        folder: Hugging Face folder for the best weights. It is always either complete or absent.
+        tokenizer: saved with the weights.
+        engine: its last weights may be kept.
+        averager: its averaged weights may be kept; None without averaging.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class BestWeights:
         """The best weights so far; None before the first score that is a number."""
         kind = evaluation.keep_best
         self._keeps = kind != "none"
-        # Of equal scores the first counts.
+        # If scores tie, the first counts.
         self._watched = (kind,) if kind in ("last", "averaged") else ("averaged", "last")
         self._patience = evaluation.early_stopping_patience
         self._threshold = evaluation.early_stopping_threshold
@@ -134,19 +134,18 @@ class BestWeights:
         """Take in an evaluation on validation rows, and keep the weights if they are the best so far (collective).
 
         Args:
-            step: optimizer steps that the weights took.
-            scores: by kind of weights, ``last`` and ``averaged``; of the weights as they are now.
-            readout: which average was evaluated, where the rule leaves a choice.
+            step: optimizer steps taken so far.
+            scores: scores of the current weights, by kind, ``last`` and ``averaged``.
+            readout: which average was evaluated, if the rule offers a choice.
 
         Returns:
-            Whether the run has had its patience's worth of evaluations without a better score; the same on every
-            rank.
+            Whether to stop, because the patience has run out without a better score; the same on every rank.
 
         Raises:
             StateError, AveragingError: the weights could not be written; on every rank.
         """
         seen = {kind: scores[kind][self._target.chosen] for kind in self._watched if kind in scores}
-        # All ranks follow the first: machines of different make may round a score apart.
+        # All ranks use the first one's score: different kinds of machines may round it differently.
         seen = self._engine.ranks.gather(seen)[0]
         seen = {kind: score for kind, score in seen.items() if not math.isnan(score)}
         gain = 0.0
@@ -162,9 +161,9 @@ class BestWeights:
         return self._patience is not None and self._in_vain >= self._patience
 
     def save_state(self, path: Path) -> None:
-        """Keep in a checkpoint what was found so far, and the best weights too (collective).
+        """Save the best score so far and the best weights in a checkpoint (collective).
 
-        They are copied: files that several checkpoints shared would be damaged in all of them at once.
+        The weights are copied: files shared by several checkpoints would be damaged in all of them at once.
         """
         ranks = self._engine.ranks
         with ranks.together(f"{path} could not be written"):
@@ -180,17 +179,16 @@ class BestWeights:
     def load_state(self, path: Path) -> None:
         """Continue from what :meth:`save_state` wrote, whatever the folder holds by now (collective).
 
-        Where section ``eval`` has changed so that what was found cannot be compared with what will be, choosing
-        begins anew.
+        If section ``eval`` has changed so that old and new scores cannot be compared, the choice starts again.
         """
         ranks = self._engine.ranks
         with ranks.together(f"{self._folder} could not be restored"):
-            if not (path / STATE).exists():  # of a run that did not choose
+            if not (path / STATE).exists():  # the checkpoint is from a run that did not choose
                 return
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             found = None if state["found"] is None else Best(**state["found"])
             if found is not None and (problem := self._incomparable(found, kept=bool(state["files"]))):
-                logger.warning("%s; the best weights are chosen anew from here", problem)
+                logger.warning("%s; the choice of the best weights starts again from here", problem)
                 return
             self.found, self._in_vain = found, state["in_vain"]
             if ranks.is_main and state["files"]:
@@ -199,17 +197,17 @@ class BestWeights:
                     (new / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path / name, new / name)
                 self._put_in_place(new)
-            elif ranks.is_main and self._folder.exists():  # of steps that will be taken again
+            elif ranks.is_main and self._folder.exists():  # from steps that will be repeated
                 shutil.rmtree(self._folder)
 
     def _incomparable(self, found: Best, *, kept: bool) -> str | None:
-        """Return why the best weights of a checkpoint cannot be compared with those to come; None: they can."""
+        """Return why the best weights of a checkpoint cannot be compared with later ones; None: they can."""
         if found.metric != self._target.chosen:
-            return f"eval.metric_for_best_model is {self._target.chosen}, and was {found.metric}"
+            return f"eval.metric_for_best_model is {self._target.chosen}, but was {found.metric}"
         if found.weights not in self._watched:
-            return f"eval.keep_best looks at {self._watched[0]} weights, and the best were {found.weights}"
+            return f"eval.keep_best looks at {self._watched[0]} weights, but the best were {found.weights}"
         if self._keeps and not kept:
-            return "eval.keep_best was none, and the best weights of so far were not kept"
+            return "eval.keep_best was none, so the best weights so far were not kept"
         return None
 
     def _gain_of(self, score: float) -> float:
@@ -231,7 +229,7 @@ class BestWeights:
                 self._put_in_place(new)
 
     def _emptied(self) -> Path:
-        """Return the folder for new best weights, without what a run left there that was ended."""
+        """Return the folder for new best weights, emptied of what an interrupted run left there."""
         new = beside(self._folder, "new")
         if self._engine.ranks.is_main:
             shutil.rmtree(new, ignore_errors=True)

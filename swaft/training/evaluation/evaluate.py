@@ -1,4 +1,4 @@
-"""Evaluates a model on every row exactly once, however many ranks share the work; the scores of classes."""
+"""Evaluates a model on every row exactly once, however many ranks share the work; scores classifiers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ROW_ID = "idx"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found, the same on every rank."""
+    """The results of an evaluation, the same on every rank."""
 
     scores: Scores
-    """Numbers by name, ``loss`` among them."""
+    """Numbers by name, including ``loss``."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What else belongs into summary.json: intervals, how a score was computed."""
+    """What else goes into summary.json: intervals, how a score was computed."""
     outputs: Sequence[str] = ()
-    """What the model wrote for each row, in the order of the rows; empty where it writes nothing."""
+    """The text that the model generated for each row, in row order; empty if it generates none."""
 
 
 def without_row_id(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,20 +42,20 @@ def without_row_id(batch: Mapping[str, Any]) -> dict[str, Any]:
 def evaluate_classes(
     model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, metric: Metric, num_rows: int
 ) -> Evaluation:
-    """Return the metric's scores and the mean ``loss`` over a data set (collective).
+    """Return the metric's scores and the mean ``loss`` over a dataset (collective).
 
     The loss is the mean over rows of cross-entropy (squared error for regression) in float64: unlike the mean of
     batch means it does not depend on batch size or ranks.
 
     Args:
-        model: as prepared; left in the mode it was found in.
+        model: the prepared model; its training mode is restored.
         loader: prepared loader of batches with ``labels`` (B,) and ``idx`` (B,), row numbers from 0.
-        accelerator: that prepared both.
-        metric: scores predictions: the class of the largest logit, or the one logit of a regression.
-        num_rows: rows of the data set.
+        accelerator: the one that prepared both.
+        metric: scores predictions: the class with the largest logit, or the one logit of a regression.
+        num_rows: rows in the dataset.
 
     Raises:
-        TrainingError: where rows are missing, or the loss is not finite; on every rank.
+        TrainingError: rows are missing, or the loss is not finite; on every rank.
     """
 
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,24 +82,24 @@ def measured_once(
     *,
     num_rows: int,
 ) -> tuple[Tensor, ...]:
-    """Measure every batch on the ranks that have it, in eval mode, and return each row once (collective).
+    """Measure every batch on the rank that has it, in eval mode, and return each row once (collective).
 
-    accelerate gives every rank the same number of batches by repeating rows, so each row's number travels with what
-    was measured, and repeated rows are dropped.
+    accelerate gives every rank the same number of batches by repeating rows, so each row's number is gathered with
+    its measurements, and repeated rows are dropped.
 
     Args:
-        model: as prepared; left in the mode it was found in. The generators of training are not drawn from, given a
-            loader with a generator of its own.
+        model: the prepared model; its training mode is restored. The random generators of training are left alone
+            if the loader has its own generator.
         loader: prepared loader of batches with ``idx`` (B,), row numbers from 0.
-        accelerator: that prepared both.
-        measure: returns columns of a batch, (B, ...) each, of one shape for all batches.
-        num_rows: rows of the data set.
+        accelerator: the one that prepared both.
+        measure: returns columns of a batch, (B, ...) each, with the same shape for all batches.
+        num_rows: rows in the dataset.
 
     Returns:
-        The columns in the order of the rows, (``num_rows``, ...) each, on the host.
+        The columns in row order, (``num_rows``, ...) each, on the host.
 
     Raises:
-        TrainingError: where rows are missing; on every rank.
+        TrainingError: rows are missing; on every rank.
     """
     was_training = model.training
     model.eval()
@@ -122,7 +122,7 @@ def each_row_once(ids: Tensor, *columns: Tensor, num_rows: int) -> tuple[Tensor,
         num_rows: rows there should be.
 
     Raises:
-        TrainingError: where a row number is missing or unknown.
+        TrainingError: a row number is missing or unknown.
     """
     found, first = np.unique(ids.numpy(), return_index=True)
     if not np.array_equal(found, np.arange(num_rows)):
@@ -135,10 +135,10 @@ def each_row_once(ids: Tensor, *columns: Tensor, num_rows: int) -> tuple[Tensor,
 
 
 def require_finite(loss: float) -> float:
-    """Return an evaluation loss that is a finite number.
+    """Return an evaluation loss if it is finite.
 
     Raises:
-        TrainingError: where it is none.
+        TrainingError: it is not.
     """
     if not math.isfinite(loss):
         raise TrainingError(
@@ -155,7 +155,7 @@ def mean_evaluations(
 
     Args:
         found: evaluations by split and kind of weights (``last``, ``averaged``).
-        means: by the name of the mean, the splits whose scores it is of; they have the same scores.
+        means: for each mean, by name, its splits; they have the same scores.
     """
 
     def mean(splits: Sequence[str], kind: str) -> Evaluation:
@@ -175,9 +175,9 @@ def write_samples(
     *,
     columns: Sequence[str] = ("source", "references"),
 ) -> None:
-    """Write the first rows of each split with what the last and the averaged weights gave for them.
+    """Write the first rows of each split with the outputs of the last and the averaged weights.
 
-    Every split with outputs gets a file ``samples-<split>.jsonl``, one row a line, with these columns.
+    Every split with outputs gets a file ``samples-<split>.jsonl``, one row per line, with these columns.
     """
     for split, kinds in evaluations.items():
         written = {kind: found.outputs[:num_samples] for kind, found in kinds.items() if found.outputs}

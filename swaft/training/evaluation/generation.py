@@ -1,6 +1,6 @@
-"""Evaluates generated texts, and how likely a model finds the right ones.
+"""Evaluates generated texts, and the likelihood that a model gives to the right ones.
 
-Texts are scored against one or more references each: ROUGE, BLEU and chrF, all from 0 to 100.
+Each text is scored against one or more references: ROUGE, BLEU and chrF, all from 0 to 100.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 TASK_METRICS = {"e2e": "bleu_rouge", "scitldr": "rouge", "tatoeba_en_fr": "bleu_chrf"}
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 RESAMPLES = 1000
-"""How often the rows are drawn for the intervals."""
+"""Bootstrap samples for the intervals."""
 COCO_BETA = 1.2
 """How much more recall weighs than precision in `rougeL_coco`; the value of the COCO caption scripts."""
 
-# A sentence ends at . ! or ?, closing quotes and brackets included, where white space follows and then
-# anything but a lower-case letter. A text with line breaks is taken to have one sentence a line already.
+# A sentence ends at . ! or ?, including closing quotes and brackets, if white space follows and then
+# anything but a lowercase letter. A text with line breaks is taken to have one sentence per line already.
 SENTENCE_END = re.compile(r"""(?<=[.!?])(["'”’)\]]*)\s+(?=[^\sa-z])""")
 
 # Close to the Penn Treebank tokens of the COCO scripts, whose tokenizer is a Java program.
@@ -61,23 +61,23 @@ References = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """Numbers, how sure they are, and how they were computed."""
+    """Scores, their intervals, and how they were computed."""
 
     scores: dict[str, float]
-    """By name, 0 to 100."""
+    """Scores by name, 0 to 100."""
     intervals: dict[str, tuple[float, float]]
-    """95 % bootstrap interval over the rows, of the numbers that are means over rows (all but BLEU, chrF)."""
+    """95 % bootstrap intervals over the rows, for scores that are means over rows (all but BLEU, chrF)."""
     signatures: dict[str, str]
-    """How each number was computed; numbers of different signatures cannot be compared."""
+    """How each score was computed; scores with different signatures cannot be compared."""
 
 
 def get_generation_metric(
     name: str = "auto", *, task_name: str | None = None, translates: bool = False
 ) -> Metric:
-    """Return the metric of this name: of generated texts and the right ones of each, to `GenerationScores`.
+    """Return the metric of this name: it maps generated texts and their references to `GenerationScores`.
 
     Args:
-        name: one of `NAMES["generation"]`, or `auto`: the usual one of the task, bleu_chrf for other translations,
+        name: one of `NAMES["generation"]`, or `auto`: the usual one for the task, bleu_chrf for other translations,
             rouge for the rest.
         task_name: name of the task, for `auto`.
         translates: whether texts are translated, for `auto`.
@@ -96,8 +96,8 @@ def bootstrap_intervals(values: np.ndarray, *, samples: int, seed: int) -> np.nd
 
     Args:
         values: shape (rows, K); the K numbers of a row are drawn together.
-        samples: how often the rows are drawn.
-        seed: of the draws; the same seed and rows give the same interval.
+        samples: number of bootstrap samples.
+        seed: seed of the draws; the same seed and rows give the same interval.
     """
     generator = np.random.default_rng(seed)
     rows = len(values)
@@ -106,7 +106,7 @@ def bootstrap_intervals(values: np.ndarray, *, samples: int, seed: int) -> np.nd
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences: its lines where it has several, else after . ! or ? (`SENTENCE_END`).
+    """Split a text into sentences: its lines if it has several, else after . ! or ? (`SENTENCE_END`).
 
     There is no list of abbreviations: "Dr. Who" is two sentences, in predictions and references alike.
     """
@@ -119,12 +119,12 @@ def split_sentences(text: str) -> list[str]:
 def rouge_l_coco(prediction: str, references: Sequence[str]) -> float:
     """Return ROUGE-L as the COCO caption and E2E challenge scripts compute it, from 0 to 1.
 
-    Precision and recall of the longest common subsequence are each the best over the references, which may
-    be two different ones; F weighs recall by `COCO_BETA`. So it is no smaller than ROUGE-L with the best
-    reference would be at that beta, and the two must not be compared.
+    Precision and recall of the longest common subsequence are each the best over the references, possibly from
+    two different ones; F weights recall by `COCO_BETA`. So it is no smaller than ROUGE-L with the best
+    reference at that beta, and the two must not be compared.
 
-    Source: Lin 2004, as in the COCO caption evaluation (Chen et al. 2015); `coco_tokens` says how the
-    tokens differ from theirs.
+    Source: Lin 2004, as in the COCO caption evaluation (Chen et al. 2015); for differences in the tokens see
+    `coco_tokens`.
     """
     candidate = coco_tokens(prediction)
     if not candidate:
@@ -140,20 +140,20 @@ def rouge_l_coco(prediction: str, references: Sequence[str]) -> float:
 
 
 def rouge_scorer(names: Sequence[str] = ROUGE_TYPES) -> Callable[[str, Sequence[str]], dict[str, float]]:
-    """Return what scores a text by Google's rouge-score: F1, 0 to 1, with the best reference for each number.
+    """Return a scorer based on Google's rouge-score: F1, 0 to 1, with the best reference for each number.
 
-    rouge-score lower-cases, keeps the letters a to z and digits, and drops the rest, so it suits English and its
-    neighbours only. English suffixes are stripped (Porter), as published summarisation results have it. For
-    rougeLsum texts are split into sentences by `split_sentences`; rouge-score's own way would download a model.
+    rouge-score lowercases, keeps the letters a to z and digits, and drops the rest, so it suits only English and
+    similar languages. English suffixes are stripped (Porter), as in published summarisation results. For
+    rougeLsum, texts are split into sentences by `split_sentences`; rouge-score's own method would download a model.
 
     Args:
-        names: the numbers to compute, of `ROUGE_TYPES`.
+        names: which of `ROUGE_TYPES` to compute.
 
     Raises:
         ConfigError: rouge-score is not installed.
     """
     tokenizer = library("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=True)
-    # A text is compared with several others, and stemming takes longer than comparing.
+    # A text is compared with several others, and stemming takes longer than the comparison.
     tokenizer.tokenize = lru_cache(maxsize=10_000)(tokenizer.tokenize)
     scorer = library("rouge_score.rouge_scorer").RougeScorer(list(names), tokenizer=tokenizer)
 
@@ -166,16 +166,16 @@ def rouge_scorer(names: Sequence[str] = ROUGE_TYPES) -> Callable[[str, Sequence[
 
 
 def coco_tokens(text: str) -> list[str]:
-    """Split a text as the COCO scripts do, nearly: lower case, contractions apart, punctuation dropped.
+    """Split a text almost as the COCO scripts do: lower case, contractions separated, punctuation dropped.
 
-    Words keep inner hyphens, points and apostrophes, numbers their commas, and other symbols (£) are tokens.
+    Words keep inner hyphens, points and apostrophes, numbers keep commas, and other symbols (£) are tokens.
     """
     split = CONTRACTION.sub(r" \1", text.lower().replace("’", "'"))
     return [token for token in COCO_TOKEN.findall(split) if token not in COCO_DROPPED]
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the length of the longest sequence of tokens that both hold in this order, gaps allowed."""
+    """Return the length of the longest sequence of tokens that both contain in this order, with gaps allowed."""
     row = [0] * (len(second) + 1)
     for token in first:
         diagonal = 0
@@ -216,9 +216,9 @@ def _means(rows: list[dict[str, float]], signature: str) -> GenerationScores:
 
 
 def _of_corpus(name: str, predictions: Sequence[str], references: References) -> GenerationScores:
-    """Score by sacrebleu: BLEU with WMT's way to split words (13a), chrF; both mind the case, as in WMT."""
+    """Score with sacrebleu: BLEU with WMT's tokenization (13a), or chrF; both case-sensitive, as in WMT."""
     metric = getattr(library("sacrebleu"), name.upper())()
-    # sacrebleu wants one list for all first references, one for all second ones, ...: None where a row has fewer.
+    # sacrebleu takes one list of all first references, one of all second ones, ...: None if a row has fewer.
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
     score = float(metric.corpus_score(list(predictions), columns).score)
@@ -229,7 +229,7 @@ _bleu, _chrf = partial(_of_corpus, "bleu"), partial(_of_corpus, "chrf")
 
 
 def _joined(*parts: Callable[..., GenerationScores]) -> Callable[..., GenerationScores]:
-    """Return a measure of all the numbers of these."""
+    """Return a function that computes the scores of all of these."""
 
     def compute(predictions: Sequence[str], references: References) -> GenerationScores:
         joined = GenerationScores({}, {}, {})
@@ -252,7 +252,7 @@ METRICS = {
         Metric("chrf", ("chrf",), _chrf, modules=SACREBLEU),
         Metric("rougeL_coco", ("rougeL_coco",), _rouge_l_coco),
         Metric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf), modules=SACREBLEU),
-        # The numbers of the E2E challenge, and ROUGE-L beside its namesake.
+        # The scores of the E2E challenge, and the usual ROUGE-L next to its namesake.
         Metric(
             "bleu_rouge",
             ("bleu", "rougeL_coco", "rougeL"),
@@ -273,26 +273,26 @@ def evaluate_texts(
     metric: Metric | None,
     generation: Mapping[str, Any],
 ) -> Evaluation:
-    """Return the loss a token and the scores of generated texts over a data set (collective).
+    """Return the loss per token and the scores of generated texts over a dataset (collective).
 
     The ``loss`` is the plain cross entropy, summed over all target tokens and divided by their number, so it
-    depends neither on batch size nor on ranks. ``gen_len`` is the mean length of what was generated, in tokens,
-    without the one that the decoder starts with.
+    depends neither on batch size nor on ranks. ``gen_len`` is the mean length of the generated texts, in tokens,
+    without the decoder's start token.
 
     Args:
-        model: as prepared; left in the mode it was found in.
+        model: the prepared model; its training mode is restored.
         loader: prepared loader of batches with ``labels`` (B, T) and ``idx`` (B,), row numbers from 0.
-        accelerator: that prepared both.
+        accelerator: the one that prepared both.
         references: right texts of each row, by row number.
         tokenizer: turns tokens into text.
-        metric: scores texts against references; None: the loss alone, nothing is generated.
-        generation: arguments of the model's ``generate``, ``max_new_tokens`` among them.
+        metric: scores texts against references; None: only the loss, nothing is generated.
+        generation: arguments of the model's ``generate``, including ``max_new_tokens``.
 
     Raises:
-        TrainingError: where rows are missing, or the loss is not finite; on every rank.
+        TrainingError: rows are missing, or the loss is not finite; on every rank.
     """
     padding = tokenizer.pad_token_id
-    # What is generated is padded with the token that is taken for padding below, whatever the model calls so.
+    # Generated texts are padded with the token used as padding below, whatever the model's padding token is.
     write = batch_generator(model, accelerator, {"pad_token_id": padding, **generation}) if metric else None
 
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,7 +302,7 @@ def evaluate_texts(
             logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
         sums, counts = losses.sum(dim=1, dtype=torch.float64), (labels != IGNORED).sum(dim=1)
-        del logits, losses  # as wide as the vocabulary; generating needs the memory
+        del logits, losses  # as wide as the vocabulary; generation needs the memory
         if write is None:
             return sums, counts, counts
         tokens = write(batch)
@@ -314,7 +314,7 @@ def evaluate_texts(
     if metric is None:
         return Evaluation(scores={"loss": loss})
     texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    # Every rank scores, so that every rank has the score, or the error, without a word to the others.
+    # Every rank computes the scores, so that every rank has them, or the error, without communication.
     scored = metric.compute(texts, references)
     length = (tokens != padding).sum(dim=1).double().mean().item()
     return Evaluation(
@@ -329,16 +329,16 @@ def evaluate_answers_given(
 ) -> Evaluation:
     """Return ``loss``, ``perplexity`` and ``token_accuracy`` over the tokens that are learnt (collective).
 
-    Sums over all tokens divided by their number, so they depend neither on batch size nor on ranks.
+    They are sums over all tokens divided by their number, so they depend neither on batch size nor on ranks.
 
     Args:
-        model: as prepared; left in the mode it was found in.
+        model: the prepared model; its training mode is restored.
         loader: prepared loader of batches with ``labels`` (B, L) and ``idx`` (B,), row numbers from 0.
-        accelerator: that prepared both.
-        num_rows: rows of the data set.
+        accelerator: the one that prepared both.
+        num_rows: rows in the dataset.
 
     Raises:
-        TrainingError: where rows are missing, or the loss is not finite; on every rank.
+        TrainingError: rows are missing, or the loss is not finite; on every rank.
     """
 
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -367,14 +367,14 @@ def write_answers(
     data: CausalDataConfig,
     evaluation: CausalEvalConfig,
 ) -> Evaluation:
-    """Return the answers that a decoder writes to a few prompts, the likeliest token each time (collective).
+    """Return the answers that a decoder generates greedily for a few prompts (collective).
 
-    Every rank writes all of them.
+    Every rank generates all of them.
 
     Args:
-        model: as prepared; left in the mode it was found in.
+        model: the prepared model; its training mode is restored.
         rows: from `asked_rows`.
-        accelerator: that prepared the model.
+        accelerator: the one that prepared the model.
         tokenizer: turns tokens into text.
         data: section ``data``: `max_length` bounds prompt and answer together.
         evaluation: section ``eval``: `max_new_tokens` bounds the answer.
@@ -382,7 +382,7 @@ def write_answers(
     padding, size = tokenizer.pad_token_id, evaluation.per_device_eval_batch_size
     prompts = rows["input_ids"][:]
     room = [min(evaluation.max_new_tokens, data.max_length - len(prompt)) for prompt in prompts]
-    # Batches of rows with the same room for an answer, so that no answer depends on what is beside it.
+    # Batches of rows with the same room for an answer, so that no answer depends on the others in its batch.
     order = sorted(range(len(prompts)), key=room.__getitem__)
     groups = [list(group) for _, group in groupby(order, room.__getitem__)]
     batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
@@ -411,13 +411,13 @@ def write_answers(
 
 
 def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig) -> dict[str, Any]:
-    """Return what the settings say about generating, as arguments of the model's ``generate``."""
+    """Return the generation settings as arguments of the model's ``generate``."""
     arguments = {"max_new_tokens": evaluation.max_new_tokens or data.max_target_length}
     return arguments if evaluation.num_beams is None else arguments | {"num_beams": evaluation.num_beams}
 
 
 def generation_is_collective(accelerator: Accelerator) -> bool:
-    """Whether ranks have to make every forward pass of a generation together: each holds a shard of the weights."""
+    """Whether ranks must make every forward pass of a generation together, because each holds a shard."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         return plugin.zero_stage == 3
@@ -427,16 +427,16 @@ def generation_is_collective(accelerator: Accelerator) -> bool:
 def batch_generator(
     model: nn.Module, accelerator: Accelerator, generation: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Return what writes for a batch: token ids, one row a text, padded (every call is collective).
+    """Return a function that generates for a batch: token ids, one row per text, padded (each call is collective).
 
-    The token that the decoder starts with is left out: it is no part of the text, and a tokenizer may take it for a
-    word. ``generation`` are arguments of the model's ``generate``; the model is in eval mode when this is called.
+    The decoder's start token is dropped: it is not part of the text, and a tokenizer may take it for a
+    word. ``generation`` are arguments of the model's ``generate``; the model has to be in eval mode.
     """
     network: Any = accelerator.unwrap_model(model)
-    # FSDP2 gathers the weights of a whole model for its forward alone; generate calls the encoder by itself.
+    # FSDP2 gathers a model's own weights only for its forward; generate calls the encoder directly.
     if accelerator.distributed_type == DistributedType.FSDP and "generate" not in vars(network):
         register_fsdp_forward_method(network, "generate")
-    # Ranks that finish their texts early continue with empty passes, because the others' need their shards.
+    # Ranks that finish early continue with dummy passes, because the other ranks need their shards.
     together = generation_is_collective(accelerator) and accelerator.num_processes > 1
 
     def write(batch: Mapping[str, Tensor]) -> Tensor:

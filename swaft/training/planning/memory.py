@@ -1,7 +1,8 @@
-"""Memory of one rank, engine by engine: published formulas, a named row for each buffer. Plain numbers.
+"""Memory of one rank under each engine: published formulas, a named row for each buffer. Plain arithmetic.
 
-With W ranks, w bytes an element of the working weights (2 in 16 bits, else 4), N elements of the model, T trained
-ones and P = T / W of a rank. Read in torch 2.13, accelerate 1.15 and DeepSpeed 0.19.8.
+W is the number of ranks, w the bytes per element of the working weights (2 in 16 bits, else 4), N the elements of
+the model, T the trained ones, and P = T / W a rank's share. Read from the code of torch 2.13, accelerate 1.15 and
+DeepSpeed 0.19.8.
 
 | row | one process, DDP, stage 0 | ZeRO-1, ZeRO-2 | ZeRO-3 | FSDP2 |
 |---|---|---|---|---|
@@ -14,10 +15,10 @@ ones and P = T / W of a rank. Read in torch 2.13, accelerate 1.15 and DeepSpeed 
 | gathered weights | | | within half the reuse distance | a block and what is in none |
 | flat fp32 gradient | | 4 P | 4 of a sub-group | |
 
-Forward and backward are looked at twice: where backward begins, beside all activations, and where it has ended,
-beside all gradients; ZeRO-1 and 2 have those of accumulated micro-batches besides. The moments are there from the
-first step on. Masters, moments and the fp32 gradients move to the host where the optimizer is offloaded, the slices
-of the weights where parameters are. Left out is what adds a few percent: what gloo copies, one layer's gradients on
+Forward and backward are counted at two moments: when backward begins, with all activations, and when it has ended,
+with all gradients; ZeRO-1 and 2 also hold the gradients of accumulated micro-batches. The moments exist from the
+first step on. Masters, moments and the fp32 gradients move to the host if the optimizer is offloaded, the slices
+of the weights if parameters are. Terms of a few percent are left out: gloo's copies, one layer's gradients on
 their way, and logits that live until the next micro-batch.
 """
 
@@ -40,13 +41,13 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP32 = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments."""
 REST = 0
-"""The number of the FSDP2 block that holds what lies in no other."""
+"""The number of the FSDP2 block for weights that are in no other block."""
 ALLREDUCE_NUMEL = 500_000_000
 """Elements that DeepSpeed sums at a time at stage 0 (`MEMORY_OPT_ALLREDUCE_SIZE`)."""
 FORWARD_BACKWARD = "forward and backward"
 """Name of the phase that holds activations."""
 ALWAYS = "bes"
-"""Moments of a step: backward begins, it has ended, the optimizer steps."""
+"""Moments of a step: (b) backward begins, (e) it has ended, (s) the optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -65,74 +66,74 @@ class Weight:
 
 
 class Row(NamedTuple):
-    """A buffer, and when it is there."""
+    """A buffer, and when it exists."""
 
     name: str
     size: int
     """Bytes."""
     when: str = ALWAYS
-    """Moments, by their letters."""
+    """Letters of the moments at which it exists."""
     on_host: bool = False
-    """In host memory; else on the rank's device."""
+    """Whether it is in host memory; else on the rank's device."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory of one rank at the fullest moment of a part of the run: bytes by name."""
+    """Memory of one rank at the peak of a part of the run: bytes by name."""
 
     name: str
     device: Mapping[str, int]
-    """On the rank's device; nothing where the ranks compute on the host."""
+    """On the rank's device; empty if the ranks compute on the host."""
     host: Mapping[str, int] = field(default_factory=dict)
     """In host memory."""
 
     @property
     def device_bytes(self) -> int:
-        """All on the device."""
+        """Total on the device."""
         return sum(self.device.values())
 
     @property
     def host_bytes(self) -> int:
-        """All in host memory."""
+        """Total in host memory."""
         return sum(self.host.values())
 
 
 @dataclass
 class PlannedRun:
-    """What memory depends on."""
+    """The properties of a run that its memory depends on."""
 
     weights: Sequence[Weight]
     world_size: int
     on_cpu: bool
-    """The ranks compute on the host."""
+    """Whether the ranks compute on the host."""
     accumulates: bool = False
-    """Several micro-batches make an optimizer step."""
+    """Whether several micro-batches make an optimizer step."""
 
     def __post_init__(self) -> None:
         self.trained = [weight for weight in self.weights if weight.trained]
         self.itemsize = max(weight.itemsize for weight in self.trained)
         """Bytes of an element of the working weights that are trained."""
         self.grown = ALWAYS if self.accumulates else "es"
-        """When gradients are there that are summed over micro-batches."""
+        """When gradients exist that are summed over micro-batches."""
 
     def bucket(self, size: int) -> int:
-        """Elements of a bucket that take memory: a host gives none for pages that nobody writes to."""
+        """Elements of a bucket that take memory: a host allocates no pages that are never written."""
         return min(size, numel(self.trained)) if self.on_cpu else size
 
     def adam(self, *sizes: int) -> Row:
-        """What one step of AdamW takes for itself, on tensors of these elements.
+        """Return the temporaries of one step of AdamW, on tensors with these numbers of elements.
 
-        ``sqrt(v) / c + eps`` is made of two tensors on a CPU, where torch steps one parameter after another, and of
-        one, changed in place, on a device, where it steps all parameters together (``foreach``).
+        ``sqrt(v) / c + eps`` takes two tensors on a CPU, where torch steps one parameter after another, and one,
+        changed in place, on a device, where it steps all parameters together (``foreach``).
         """
         return Row("AdamW's temporaries", FP32 * (2 * max(sizes) if self.on_cpu else sum(sizes)), "s")
 
 
 def phases_of(rows: Sequence[Row], activations: int) -> list[Phase]:
-    """Return forward and backward of a training step, and the optimizer's step where a row is for it alone.
+    """Return forward and backward of a training step, and the optimizer's step if some row exists only then.
 
-    Forward and backward are the fuller of two moments: as backward begins, beside all activations, and as it has
-    ended, beside all gradients.
+    Forward and backward are the larger of two moments: when backward begins, with all activations, and when it has
+    ended, with all gradients.
     """
 
     def at(moment: str, name: str, **beside: int) -> Phase:
@@ -148,15 +149,15 @@ def phases_of(rows: Sequence[Row], activations: int) -> list[Phase]:
 
 
 class PlannedEngine:
-    """What a launch line and a recipe's settings say of the engine, and what it holds.
+    """The engine that a launch line and a recipe's settings specify, and the memory it takes.
 
     Args:
         launch: the launch line.
-        settings: what that line, its files and the recipe come to.
+        settings: the engine settings that result from that line, its files and the recipe.
         on_cpu: whether the ranks compute on the host; else on a GPU each.
 
     Raises:
-        ConfigError: they ask for what cannot be planned.
+        ConfigError: they ask for something that cannot be planned.
     """
 
     def __init__(self, launch: Launch, settings: EngineSettings, *, on_cpu: bool):
@@ -165,13 +166,13 @@ class PlannedEngine:
         self.dtype = DTYPES[self.precision]
         casts = "weights" if launch.stage is not None or self._fsdp2 else "autocast"
         self.casting = "none" if self.precision == "no" else casts
-        """How 16 bits are computed in: not at all, by autocast over fp32 weights, by weights cast beforehand."""
+        """How 16 bits are used: not at all, by autocast over fp32 weights, or by casting the weights beforehand."""
         self.loads_whole = True
-        """Whether every rank loads the whole model into host memory before the engine has it."""
+        """Whether every rank loads the whole model into host memory before the engine takes it."""
         self._zero: Any = None
         if settings.deepspeed is None:
             return
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # only here: takes seconds
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # imported here: takes seconds
 
         config, own = settings.deepspeed.config, {"no": "fp32"}.get(self.precision, self.precision)
         self.loads_whole = not partitions_at_load(launch.environ, config)
@@ -184,7 +185,7 @@ class PlannedEngine:
         }
         problems = [
             f"the DeepSpeed configuration sets {name}, whose memory swaft plan does not know; leave it out, or "
-            "train a few steps and read what they took"
+            "train a few steps and measure their memory"
             for name, is_set in unknown.items()
             if is_set
         ]
@@ -192,7 +193,7 @@ class PlannedEngine:
             raise ConfigError(problems)
 
     def blocks(self, model: nn.Module) -> list[int]:
-        """Return which block FSDP2 gathers each parameter with, 0 for those in none; under other engines all 0."""
+        """Return the block with which FSDP2 gathers each parameter, 0 for none; under other engines all 0."""
         blocks = find_blocks(model, self._fsdp2) if self._fsdp2 else []
         numbers = {id(each): number for number, block in enumerate(blocks, 1) for each in block.parameters()}
         return [numbers.get(id(parameter), REST) for parameter in model.parameters()]
@@ -204,7 +205,7 @@ class PlannedEngine:
     def memory(
         self, weights: Sequence[Weight], activations: int, *, accumulates: bool
     ) -> tuple[list[Phase], int]:
-        """Return the phases of the rank that holds most, the start among them, and the masters that it updates."""
+        """Return the phases of the rank with the most memory, including the start, and the masters it updates."""
         stage, zero = self.launch.stage, self._zero
         run = PlannedRun(weights, self.launch.world_size, self.on_cpu, accumulates)
         if self._fsdp2 is not None:
@@ -221,7 +222,7 @@ class PlannedEngine:
 
 
 Rows = tuple[list[Row], int]
-"""The rows of an engine, and the master elements that a rank updates, and averages."""
+"""The rows of an engine, and the master elements that a rank updates and averages."""
 
 
 def replicated(run: PlannedRun, *, deepspeed: bool) -> Rows:
@@ -243,7 +244,7 @@ def replicated(run: PlannedRun, *, deepspeed: bool) -> Rows:
 
 
 def zero12(run: PlannedRun, zero: Any) -> Rows:
-    """Memory under ZeRO-1 or ZeRO-2. Gradients are kept of whole weights, as far as the partition touches them."""
+    """Memory under ZeRO-1 or ZeRO-2. Gradients are kept for every whole weight that the partition touches."""
     w, trained, offloaded = run.itemsize, numel(run.trained), offloads(zero, "optimizer")
     owned, largest = -(-trained // run.world_size), max(weight.numel for weight in run.trained)
     waits = zero.stage == 1 and not zero.overlap_comm  # for the last micro-batch to be summed
@@ -260,7 +261,7 @@ def zero12(run: PlannedRun, zero: Any) -> Rows:
         rows += [Row("offload buffer", w * largest), Row("its copy on the host", w * largest, on_host=True)]
         rows.append(Row("fp32 gradients", FP32 * owned, on_host=True))
         return [*rows, Row("staging of the weights", w * owned, on_host=True)], owned
-    # Those of the micro-batches before lie beside those of the last.
+    # Gradients of earlier micro-batches exist alongside those of the last.
     before, after = kept * run.accumulates, kept * (1 + run.accumulates)
     for size, when in ((before if waits else after, "b"), (after, "e"), (kept, "s")):
         rows.append(Row("gradients of the partition", size, when))
@@ -270,8 +271,8 @@ def zero12(run: PlannedRun, zero: Any) -> Rows:
 def zero3(run: PlannedRun, zero: Any) -> Rows:
     """Memory under ZeRO-3.
 
-    A weight stays gathered from its forward to its backward where fewer than the reuse distance of elements lie
-    between: that is so for the last half of that distance before the turn. What is fetched ahead comes on top.
+    A weight stays gathered from its forward to its backward if fewer elements than the reuse distance lie in
+    between: this holds for the last half of that distance before backward begins. Prefetched weights come on top.
     """
     w, offloaded = run.itemsize, offloads(zero, "optimizer")
     slices = [-(-weight.numel // run.world_size) for weight in run.trained]
@@ -280,7 +281,7 @@ def zero3(run: PlannedRun, zero: Any) -> Rows:
     largest = max(weight.numel for weight in run.weights)
     rows = [
         Row("slices of the weights", w * cut, on_host=offloads(zero, "param")),
-        # In fp32 as well: DeepSpeed's test for slices that could serve compares a torch.device with a string.
+        # Even in fp32: DeepSpeed's test for slices it could reuse compares a torch.device with a string.
         Row("fp32 masters", FP32 * owned, on_host=offloaded),
         Row("AdamW's moments", 2 * FP32 * owned, on_host=offloaded),
         Row("gradient slices", w * owned, on_host=offloaded),
@@ -294,10 +295,10 @@ def zero3(run: PlannedRun, zero: Any) -> Rows:
 
 
 def fsdp2(run: PlannedRun, *, reshards: bool) -> Rows:
-    """Memory under FSDP2, of the first rank, whose slices are the largest: parameters are cut by rows.
+    """Memory of the first rank under FSDP2, whose slices are the largest: parameters are cut by rows.
 
     In backward one block is whole while the buffer of the next is being filled. It is freed before its gradients
-    are copied and summed, all at once. What lies in no block is whole throughout, and with ``reshards`` a block's
+    are copied and summed, all at once. Weights in no block are whole throughout; with ``reshards`` a block's
     gathered weights are freed after its forward.
     """
     weights, ranks = run.weights, run.world_size
@@ -315,7 +316,7 @@ def fsdp2(run: PlannedRun, *, reshards: bool) -> Rows:
         Row("gradients", FP32 * sum(own), run.grown),
         Row("gathered weights", gathered, "b"),
         Row("gathered weights", rest, "e"),
-        # In the working format, and in fp32 once more, to be summed.
+        # In the working format, and again in fp32 to be summed.
         Row("gradient on its way", (run.itemsize + FP32) * max(trained.values()), "e"),
         run.adam(*own),
     ]
@@ -323,11 +324,11 @@ def fsdp2(run: PlannedRun, *, reshards: bool) -> Rows:
 
 
 def numel(weights: Iterable[Weight]) -> int:
-    """Elements of all of them."""
+    """Return the total number of elements."""
     return sum(weight.numel for weight in weights)
 
 
 def offloads(zero: Any, part: str) -> bool:
-    """Whether ``optimizer`` or ``param`` is kept on the host, by section ``zero_optimization`` if there is one."""
+    """Whether ``optimizer`` or ``param`` is kept on the host, by section ``zero_optimization``, if any."""
     offload = getattr(zero, f"offload_{part}", None)
     return offload is not None and offload.device != "none"

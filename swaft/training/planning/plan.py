@@ -1,4 +1,4 @@
-"""A run's plan: what the rank that holds most takes, what that comes to on a machine, and what does not fit."""
+"""A run's plan: memory of the rank that needs most, the total on a machine, and what does not fit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from swaft.training.planning.memory import FORWARD_BACKWARD, FP32, Phase, Planne
 from swaft.training.planning.step import PlannedModel, planned_model, trace_training_step
 
 RANKS_OF_A_MACHINE = 8
-"""Devices that machines have at most, as a rule."""
+"""Devices that machines usually have at most."""
 OFFLOADING = {1: ("zero2_offload",), 2: ("zero2_offload",), 3: ("zero3_offload", "zero3_offload_param")}
-"""DeepSpeed files that offload the optimizer, and the weights too, by stage."""
+"""DeepSpeed files, by stage, that offload the optimizer, and then also the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingPlan:
-    """Averaging on one rank, over the whole run. Staging and copies are 0 where the masters are in host memory."""
+    """Averaging on one rank, over the whole run. Staging and copies are 0 if the masters are in host memory."""
 
     events: int
     """Steps whose weights are averaged."""
@@ -41,12 +41,12 @@ class AveragingPlan:
     pinned_bytes: int
     """Host memory of the staging ring."""
     copied_bytes: int
-    """Copied from the device to the host at each event."""
+    """Bytes copied from the device to the host at each event."""
     threads: int
     event_seconds: float
-    """Arithmetic of an event, behind the steps, at the rate of this machine now."""
+    """Seconds of arithmetic per event, in the background, at this machine's measured rate."""
     share_of_step: float | None
-    """That by the time between two events; None: no step's time is known."""
+    """``event_seconds`` divided by the time between two events; None: the time of a step is not known."""
 
     @property
     def waits(self) -> bool | None:
@@ -56,7 +56,7 @@ class AveragingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run takes on paper."""
+    """The estimated needs of a run."""
 
     engine: str
     precision: str
@@ -66,13 +66,13 @@ class RunPlan:
     parameters: int
     trainable: int
     phases: list[Phase]
-    """Of the rank that holds most."""
+    """Phases of the rank with the most memory."""
     averaging: AveragingPlan | None
     """None: nothing is averaged."""
     shortages: list[str] = field(default_factory=list)
     """What does not fit, and what would help, as sentences."""
     refused: list[str] = field(default_factory=list)
-    """What the run itself would refuse to start with, though it can be planned, as sentences."""
+    """Why the run itself would refuse to start, although it can be planned, as sentences."""
     notes: list[str] = field(default_factory=list)
     """Assumptions that may be wrong, as sentences."""
 
@@ -83,7 +83,7 @@ class RunPlan:
 
     @property
     def device_bytes(self) -> int:
-        """Most memory of one device; 0 where the ranks compute on the host."""
+        """Most memory of one device; 0 if the ranks compute on the host."""
         return max(phase.device_bytes for phase in self.phases)
 
     @property
@@ -109,13 +109,13 @@ def plan_recipe(
 
     Args:
         words: the command line after ``accelerate launch``.
-        on_cpu: the ranks compute on the host; else on a GPU each.
+        on_cpu: whether the ranks compute on the host; else on a GPU each.
         device_bytes: memory of one device, to compare with.
         host_bytes: memory of one machine, to compare with.
-        step_seconds: time of a training step, measured, to relate averaging to.
+        step_seconds: measured time of a training step, to compare averaging with.
 
     Returns:
-        The plan; what the run would refuse and a plan can do without is on it.
+        The plan, with the problems that would keep the run, but not the plan, from starting.
 
     Raises:
         ConfigError: the line, a file or the settings are wrong, or the run cannot be planned.
@@ -124,8 +124,8 @@ def plan_recipe(
     recipe = read_recipe(Path(script.path)) if script.is_file else None
     if recipe is None:
         raise ConfigError(
-            f"{script.path}: a plan needs to know the model and its batches, which only swaft's recipes tell (a "
-            "script with Config and prepare); name one of recipes/, with the settings of your run"
+            f"{script.path}: a plan needs to know the model and its batches, which only swaft's recipes provide (a "
+            "script with Config and prepare); give one of recipes/, with the settings of your run"
         )
     config: Any = load_config(recipe.Config, script.arguments)
     problems = Problems()
@@ -158,12 +158,12 @@ def plan_run(
     """Return what a run takes.
 
     Args:
-        engine: what the launch line and the settings say of it.
+        engine: the engine that the launch line and the settings specify.
         config: sections ``train`` and ``averaging``.
-        model: how it and a full batch of it are made.
+        model: makes the model and a full batch.
         objective: from `swaft.training.models.build.build_objective`.
-        rule_plan: the averaging rule's numbers for the run; None: nothing is averaged.
-        step_seconds: time of a training step, measured, to relate averaging to; None: not known.
+        rule_plan: the averaging rule's plan for the run; None: nothing is averaged.
+        step_seconds: measured time of a training step, to compare averaging with; None: not known.
     """
     launch, train, averaging = engine.launch, config.train, None
     weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
@@ -189,7 +189,7 @@ def plan_run(
 def _plan_averaging(
     plan: Plan, settings: AveragingConfig, elements: int, engine: PlannedEngine, step_seconds: float | None
 ) -> AveragingPlan:
-    """Return what averaging takes on a rank that owns so many master elements."""
+    """Return what averaging takes on a rank that owns this many master elements."""
     workers = Workers(settings.threads)
     try:
         rate = seconds_an_element(workers, elements)
@@ -214,7 +214,7 @@ def _plan_averaging(
 
 
 def machine_notes(launch: Launch) -> list[str]:
-    """Return a sentence where more ranks are planned for one machine than one is likely to have, or none.
+    """Return a sentence if more ranks are planned for one machine than it is likely to have, else none.
 
     It names the launch file for several machines.
     """

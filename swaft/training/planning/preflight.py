@@ -1,8 +1,8 @@
-"""Checks a run before it starts: what its ranks would do, as far as no device and no other rank is needed.
+"""Checks a run before it starts: everything that can be checked without a device or another rank.
 
-Every rule is the one that the run itself follows, called here without a process group. Whether the devices of this
-machine could do what is asked is not judged: the launch may be meant for another one. What has to be installed for
-it (a tracker, a compiler for an optimizer on the host) is looked for here.
+The checks are the ones of the run itself, called here without a process group. Whether this machine's devices are
+sufficient is not checked: the launch may be for another machine. What has to be installed for it (a tracker, a
+compiler for an optimizer on the host) is checked here.
 """
 
 from __future__ import annotations
@@ -42,36 +42,36 @@ SILENCED = (
     *("offload_optimizer_device", "offload_param_device", "mixed_precision"),
     *("offload_optimizer_nvme_path", "offload_param_nvme_path"),
 )
-"""Entries of a launch file that a bare ``Accelerator()`` refuses beside a DeepSpeed file."""
+"""Entries of a launch file that a bare ``Accelerator()`` refuses together with a DeepSpeed file."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found out about a run."""
+    """The results of the checks of a run."""
 
     facts: dict[str, Any]
-    """By part of the run, of `FACTS`, plain values."""
+    """Plain values, by part of the run (the keys of `FACTS`)."""
     unchecked: list[str]
-    """What was not looked at, and why."""
+    """What was not checked, and why."""
     problems: list[str]
-    """Everything that stands against the run."""
+    """Everything that keeps the run from starting."""
 
 
 class Looked(Parts):
-    """What was found out of a launch line so far."""
+    """What is known about a launch line so far."""
 
     launch: Launch
     script: Script
     config: Any
-    """The recipe's configuration, but for sections with a faulty value in them."""
+    """The recipe's configuration, without sections that have a faulty value."""
     replaced: list[str]
-    """Which rows were put in the place of which."""
+    """Which rows replaced which."""
     notes: list[str]
-    """What a run would log of how rows and classes are taken."""
+    """What a run would log about how it reads rows and classes."""
     ready: Prepared
     start: Start
     model: nn.Module
-    """On tensors without data."""
+    """The model, on tensors without data."""
     size: ParameterCount
 
 
@@ -94,7 +94,7 @@ def check_run(words: Sequence[str]) -> Preflight:
             recipe = read_recipe(Path(path))
             unasked = (
                 f"{path} is not written as swaft's recipes are (it has no Config and prepare); only the launch "
-                "line, its file and the stage in the DeepSpeed file were looked at"
+                "line, its file and the stage in the DeepSpeed file were checked"
             )
             if recipe is None:
                 _check_script(run.launch)
@@ -109,7 +109,7 @@ def check_run(words: Sequence[str]) -> Preflight:
 
 
 def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
-    """Check what the recipe says, and put what it comes to beside the launch and the script of a run."""
+    """Check a recipe's settings and everything they lead to, and add the results to ``run``."""
     read = read_config(recipe.Config, run.script.arguments)
     problems.add(read.problems)
     known = settings(recipe.Config)
@@ -120,7 +120,7 @@ def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
         environ = run.launch.environ if hasattr(run, "launch") else None
         run.start = check_start(run.config, ready, environ, problems)
     fake = OnPaper()
-    with problems, fake:  # what is wrong with its adapters shows here
+    with problems, fake:  # problems with adapters appear here
         run.model = planned_model(run.config, copy.deepcopy(ready.model_config)).build()
         run.size = count_parameters(run.model)
     with problems, fake:
@@ -132,7 +132,7 @@ def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """Context that collects what a run would log meanwhile: how rows and classes are taken."""
+    """Context that collects what a run would log meanwhile: how it reads rows and classes."""
     notes: list[str] = []
     handler, root = logging.Handler(), logging.getLogger("swaft")
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
@@ -149,10 +149,10 @@ def _notes() -> Iterator[list[str]]:
 
 
 def _check_script(launch: Launch) -> None:
-    """Refuse what a bare ``Accelerator()`` refuses of the launch line.
+    """Refuse a launch line that a bare ``Accelerator()`` would refuse.
 
     Raises:
-        ConfigError: as accelerate would.
+        ConfigError: for what accelerate would refuse.
     """
     if launch.stage is None:
         return
@@ -161,9 +161,9 @@ def _check_script(launch: Launch) -> None:
     silenced = [name for name in SILENCED if name in fields] if named != "none" else []
     if silenced:
         raise ConfigError(
-            f"the launch file says {', '.join(silenced)} beside deepspeed_config_file {named}, which accelerate "
+            f"the launch file sets {', '.join(silenced)} next to deepspeed_config_file {named}, which accelerate "
             "refuses in a script of your own (swaft's recipes take both): write it into that file; "
-            "mixed_precision may also be given on the line (--mixed_precision bf16)"
+            "mixed_precision may also be given on the command line (--mixed_precision bf16)"
         )
     refuse_left_locks(offloads_optimizer=False)
 
@@ -235,4 +235,4 @@ FACTS: dict[str, Callable[[Looked], Any]] = {
     "rows": lambda run: run.replaced or None,
     "notes": lambda run: run.notes or None,
 }
-"""What is reported of each part of a run; one that could not be made out is left out, and its problem is listed."""
+"""What is reported for each part of a run; a part that could not be determined is left out, its problem listed."""

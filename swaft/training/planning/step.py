@@ -1,6 +1,6 @@
 """One training step on tensors without data: a recipe's model, its longest batch and its objective.
 
-On fake tensors shapes, types and lifetimes are real and values are not there, so a model of any size takes seconds
+On fake tensors, shapes, types and lifetimes are real but there are no values, so a model of any size takes seconds
 and no memory.
 """
 
@@ -31,14 +31,14 @@ LENGTHS = {
     "sequence to sequence": ("max_source_length", {"labels": "max_target_length"}),
     "causal language modelling": ("max_length", {"labels": "max_length"}),
 }
-"""The settings that say how long rows of a task are, and their labels, by name; None: a number a row."""
+"""The settings for the length of a task's rows, and of their labels, by name; None: one number per row."""
 
 
 class PlannedModel(NamedTuple):
-    """What one micro-batch is made of."""
+    """Makes a model and one micro-batch."""
 
     build: Callable[[], Any]
-    """Makes the model, fp32, with whatever weights."""
+    """Makes the model in fp32, with any weights."""
     batch: Callable[[], dict[str, Tensor]]
     """Makes a batch in which every row is as long as the settings allow."""
 
@@ -48,15 +48,15 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
 
     Args:
         config: a recipe's configuration.
-        model_config: the model's, as transformers has it.
+        model_config: the model's transformers configuration.
     """
     model, task = config.model, config.task
-    if model.described is not None:  # the special tokens, and the most tokens, that its tokenizer will have
+    if model.described is not None:  # the special tokens and largest vocabulary that its tokenizer will have
         fitted = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
         fitted["vocab_size"] = model.most_tokens
         model_config.update({name: value for name, value in fitted.items() if name not in model.described})
     elif getattr(model_config, "pad_token_id", None) is None and task == "sequence classification":
-        model_config.pad_token_id = 0  # the tokenizer's in a run; any number takes as much memory
+        model_config.pad_token_id = 0  # the tokenizer's in a run; any id takes the same memory
     if task == "causal language modelling":
         model_config.use_cache = False
 
@@ -65,7 +65,7 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
             made = FORMS[task].auto.from_config(
                 model_config, dtype=torch.float32, trust_remote_code=model.trust_remote_code
             )
-        # Without data no adapter can be moved to its layer.
+        # Tensors without data cannot be moved, so adapters stay where they are made.
         with patch.object(nn.Module, "to", lambda module, *_, **__: module):
             return with_adapters(made, model, task=task)
 
@@ -80,29 +80,29 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
 
 PROMOTED = [(F, name) for name in ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy")]
 PROMOTED.append((torch, "softmax"))
-"""What autocast computes in fp32 on CUDA, and in 16 bits on a CPU."""
+"""Functions that autocast computes in fp32 on CUDA, but in 16 bits on a CPU."""
 UNKNOWN = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
     fake_tensor.UnsupportedOperatorException,
 )
-"""What torch raises where tensors without data are not enough."""
+"""Errors that torch raises if tensors without data are not enough."""
 
 
 class OnPaper(fake_tensor.FakeTensorMode):
-    """Context of tensors without data, in which values that are asked for are supposed.
+    """Context of tensors without data, which makes up the values that are asked for.
 
-    A yes or no is a no (no batch without padding, no row that is wrong), a number is 1. No size depends on them.
+    A bool is False (no batch without padding, no bad row), a number is 1. No size depends on them.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, or suppose the value that it asks for."""
+        """Run the operation, or make up the value that it asks for."""
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], fake_tensor.FakeTensor):
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> OnPaper:
-        """Return this very context: the copy of a tensor belongs to it too."""
+        """Return this same context: the copy of a tensor belongs to it too."""
         return self
 
 
@@ -113,11 +113,11 @@ def trace_training_step(
     train: TrainConfig,
     engine: PlannedEngine,
 ) -> tuple[list[Weight], int]:
-    """Build the model and run one micro-batch, all on paper.
+    """Build the model and run one micro-batch, all on tensors without data.
 
     Args:
-        build_model: makes the model, fp32, from its configuration.
-        make_batch: makes the keyword arguments of its forward, of full length.
+        build_model: makes the model, in fp32, from its configuration.
+        make_batch: makes the keyword arguments of its forward, at full length.
         objective: from `swaft.training.models.build.build_objective`.
         train: section ``train``, for gradient checkpointing.
         engine: how and in which format it computes, and which blocks it gathers.
@@ -133,7 +133,7 @@ def trace_training_step(
             model = with_checkpointing(build_model(), train.gradient_checkpointing).train()
             objective.prepare_model(model)
             if (proved := getattr(objective, "_proved", None)) is not None:
-                proved.add(model)  # the proof on the first batch compares values
+                proved.add(model)  # skip the proof on the first batch, which compares values
             blocks = engine.blocks(model)
             if engine.casting == "weights":
                 for parameter in model.parameters():  # not the buffers, as DeepSpeed and FSDP2 do
@@ -148,15 +148,15 @@ def trace_training_step(
             return weights, trace_step(model, lambda: objective(model, batch))
     except UNKNOWN as error:
         raise ConfigError(
-            f"the model's step cannot be planned: {error.func} depends on the data, or has no form without data "
-            f"({type(error).__name__}); train a few steps and read the memory that they took"
+            f"the model's step cannot be planned: {error.func} depends on the data, or cannot run without data "
+            f"({type(error).__name__}); train a few steps and measure their memory"
         ) from error
 
 
 def _kernels(engine: PlannedEngine) -> ExitStack:
-    """Return a context in which functions keep what they keep on the engine's device; entered already.
+    """Return a context, already entered, in which functions save the tensors they save on the engine's device.
 
-    Functions are replaced by hand: no mode of torch's stays on while checkpointing runs forward again in backward.
+    Functions are patched: no torch mode stays on while checkpointing runs forward again in backward.
     """
     replaced = [] if engine.on_cpu else [(F, "scaled_dot_product_attention", _without_dropout)]
     if replaced and engine.casting == "autocast":
@@ -168,7 +168,7 @@ def _kernels(engine: PlannedEngine) -> ExitStack:
 
 
 def _without_dropout(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """On a GPU attention is one kernel that keeps no matrix of weights, on a CPU without dropout alone."""
+    """On a GPU, attention is one kernel that saves no attention matrix; on a CPU only without dropout."""
 
     def fused(
         query: Tensor,
@@ -189,13 +189,13 @@ def _in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def trace_step(model: nn.Module, compute: Callable[[], Any]) -> int:
-    """Run forward and backward of one micro-batch, and return the most bytes that are in use.
+    """Run forward and backward of one micro-batch, and return the peak number of bytes in use.
 
     Parameters, buffers and complete gradients, which the engine holds, are not counted.
 
     Args:
-        model: the model, in training mode, of no use afterwards; its tensors may be fake.
-        compute: gives a result with a loss, whose backward is run.
+        model: the model, in training mode, not usable afterwards; its tensors may be fake.
+        compute: returns a result with a loss, whose backward is run.
     """
 
     def take(parameter: Tensor) -> None:
@@ -206,12 +206,12 @@ def trace_step(model: nn.Module, compute: Callable[[], Any]) -> int:
             parameter.register_post_accumulate_grad_hook(take)
     with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
         result = compute()
-        result.loss.backward()  # beside the whole result, as in the training loop
+        result.loss.backward()  # while the whole result is alive, as in the training loop
     return memory.peak
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, fake or real, from the operations that make them.
+    """Counts the bytes of live storages, fake or real, from the operations that make them.
 
     Args:
         ignored: tensors whose storages are not counted.
@@ -223,7 +223,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made."""
+        """Run the operation, and count the storages it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._seen:
