@@ -287,7 +287,7 @@ def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
     (tmp_path / "summary.json").touch()
     words = line("classification", f"train.output_dir={tmp_path}")
     [problem] = check_run(words).problems
-    assert "holds a run that has come to its end" in problem
+    assert "holds a run that has finished" in problem
     assert launched("classification", words) == [problem]
 
 
@@ -312,7 +312,7 @@ def checkpoint(tmp_path) -> Path:
         (["averaging.rule=swa"], "ddp", "is of a run that averaged nothing (averaging.rule=none)"),
         (["train.seed=7"], "ddp", "is of a run with seed = 42, this one has 7"),
         (["train.max_steps=5"], "ddp", "is of a run with total_steps = 4, this one has 5"),
-        ([], "zero2", "was written under torch alone by 2 ranks, and this run is DeepSpeed stage 2"),
+        ([], "zero2", "was written under torch alone by 2 ranks, but this run is DeepSpeed stage 2"),
         (["train.group_by_length=true"], "ddp", "grouped by None, and this run groups them by 8"),
         (["train.resume_from_checkpoint=/nowhere/checkpoint-3"], "ddp", "/nowhere/checkpoint-3 is no folder"),
     ],

@@ -130,7 +130,7 @@ def test_everything_that_is_wrong_is_told_at_once_each_thing_once(validate, tmp_
         "averaging.decay is 0.9, which averaging.rule=swa does not use",
         f"{file} has a scheduler (X)",
         f"{file} says gradient_clipping = 0.3",
-        "holds a run that has come to its end",
+        "holds a run that has finished",
         "makes 60 of the run's 50 steps a warm-up",
     ]
     code, printed = validate(

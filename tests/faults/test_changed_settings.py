@@ -51,7 +51,7 @@ def test_averaging_cannot_end_in_the_middle_of_a_run(started, run_inputs, asked_
     folder = shutil.copytree(asked_to_end("plain"), tmp_path / "run")
     assert started.run(ENGINES["plain"], folder, run_inputs, *PLAIN)["codes"] != [0]
     said = folder.with_suffix(".log").read_text()
-    assert "of a run that averages, and would lose what it has (averaging.rule=swa); set that" in said
+    assert "of a run that averages, and would lose its averages (averaging.rule=swa); set that" in said
     assert sorted(folder.glob("checkpoint-*/average"))
 
 

@@ -85,7 +85,7 @@ def test_a_run_that_was_ended_in_its_first_checkpoint_says_that_it_begins_anew(r
     (tmp_path / "checkpoint-5" / "COMPLETE").unlink()
     assert choose_checkpoint("auto", tmp_path, ranks) is None
     assert "checkpoint-5 has no mark COMPLETE" in caplog.text
-    assert "the run begins anew" in caplog.text
+    assert "the run starts anew" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["file", "manifest.json", "COMPLETE"])
@@ -162,7 +162,7 @@ def test_going_back_in_a_folder_with_later_ones_is_refused(ranks, tmp_path):
 def test_what_is_no_checkpoint_is_named(ranks, tmp_path, named):
     (tmp_path / "last").mkdir()
     with pytest.raises(
-        ConfigError, match=r"train\.resume_from_checkpoint: .* is no folder called checkpoint-NUMBER"
+        ConfigError, match=r"train\.resume_from_checkpoint: .* is not a folder called checkpoint-NUMBER"
     ):
         choose_checkpoint(str(tmp_path / named), tmp_path, ranks)
 

@@ -141,7 +141,7 @@ def test_checkpoints_of_another_run_that_were_never_finished_are_told(make_accel
 
 def test_a_run_that_has_come_to_its_end_is_not_trained_in_again(make_accelerator, tmp_path):
     made(tmp_path, "config.yaml", "summary.json")
-    with pytest.raises(ConfigError, match="holds a run that has come to its end"):
+    with pytest.raises(ConfigError, match="holds a run that has finished"):
         RunFolder.create(tmp_path, make_accelerator(), resume="auto", config_yaml="train: {}\n")
 
 
@@ -167,7 +167,7 @@ def test_a_process_that_waited_for_a_run_to_end_leaves_what_it_left(
         first.release()
 
     monkeypatch.setattr("swaft.training.run.folder.time.sleep", end_of_the_first)
-    with pytest.raises(ConfigError, match=r"has come to its end|holds another run already"):
+    with pytest.raises(ConfigError, match=r"has finished|holds another run already"):
         RunFolder.create(tmp_path, make_accelerator(), resume=resume)
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
 

@@ -68,9 +68,7 @@ def test_what_an_older_version_wrote_is_refused_in_one_line():
     content = asdict(RECORD)
     del content["parts"]
     older = {"position": {"step": 7}, "objective_step": 14, "best": None, "scaler": None, "seconds": 1.5}
-    with pytest.raises(
-        StateError, match="another version of swaft, which is the one to resume it with"
-    ) as caught:
+    with pytest.raises(StateError, match="another version of swaft; resume it with that version") as caught:
         RunRecord.read(content | older | {"logged_at_s": 1.25}, CHECKPOINT)
     assert "\n" not in str(caught.value)
 
@@ -162,7 +160,7 @@ def test_a_pass_that_has_been_read_is_one_in_batches_that_do_not_divide_it():
 
 def test_half_a_batch_is_refused():
     with pytest.raises(
-        ConfigError, match=r"stands at row 96 of a pass, which is no whole number .* of 40 rows"
+        ConfigError, match=r"stands at row 96 of a pass, which is not a whole number .* of 40 rows"
     ):
         batches_read(RECORD, replace(SETUP, world_size=5))
 

@@ -1,1 +1,1 @@
-"""The folder of a run, and the checkpoints from which it resumes to the bit."""
+"""The folder of a run, and the checkpoints from which it resumes bit for bit."""

@@ -1,6 +1,6 @@
-"""The checkpoints of a run folder: which there are, which one a run resumes from, which are deleted.
+"""The checkpoints of a run folder: which exist, which one a run resumes from, which are deleted.
 
-What a killed run left lacks the mark of a checkpoint; a damaged one is found by the hash of every file.
+An unfinished checkpoint from a killed run lacks the mark COMPLETE; a damaged one is detected by the files' hashes.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from swaft.storage.together import Write, open_together, write_together
 logger = logging.getLogger(__name__)
 
 KIND = "run"
-"""What the manifest of a checkpoint calls itself."""
+"""The kind given in a checkpoint's manifest."""
 TAG = "engine"
 """Folder of the engine's files inside a checkpoint."""
 AVERAGE = "average"
-"""Folder of the averages inside a checkpoint: a state of its own, which `WeightAverager.load_state` opens."""
+"""Folder of the averages inside a checkpoint: a state that `WeightAverager.load_state` opens."""
 
 
 class RunCheckpoint(NamedTuple):
-    """A checkpoint every byte of which has been checked."""
+    """A checkpoint of which every byte has been checked."""
 
     path: Path
     """Its folder."""
     manifest: Manifest
-    """What it holds, and what the run wrote about itself; the same on every rank."""
+    """Its contents, and what the run wrote about itself; the same on every rank."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where a run folder's checkpoint of a step lies."""
+    """Return the path of a run folder's checkpoint for a step."""
     return folder / f"checkpoint-{step}"
 
 
 def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint | None:
-    """The checkpoint that a run resumes from, every byte of it checked; None: begin anew (collective).
+    """Return the checkpoint that a run resumes from, with every byte checked; None: start anew (collective).
 
     Args:
-        wanted: ``none``; ``auto``: the newest complete one in the run folder, and where that is damaged the one
-            before, which is said; or the path of one, which is then the only one to do. One that may be sound, but
-            cannot be read now, is not passed over.
-        folder: of the run.
+        wanted: ``none``; ``auto``: the newest complete checkpoint in the run folder, or if that is damaged the one
+            before it, with a warning; or the path of a checkpoint, which is then the only candidate. A checkpoint
+            that cannot be read at the moment, but may be intact, is not skipped.
+        folder: folder of the run.
         ranks: rank 0 looks, and sends the others what it finds.
 
     Raises:
-        StateError: the one that was named, or all that there are, are damaged, or the newest that may be sound
-            cannot be read; on every rank.
-        ConfigError: the folder that was named is no checkpoint, or the run folder holds later ones.
+        StateError: the requested checkpoint is damaged, or all are, or the newest that may be intact cannot be
+            read; on every rank.
+        ConfigError: the requested folder is not a checkpoint, or the run folder holds later ones.
     """
     there: list[Path] = []
     with ranks.together():
@@ -80,15 +80,15 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
     if damaged:
         raise StateError(
             f"no checkpoint in {folder} can be resumed from, the newest because: {damaged[0][1]}. Nothing was "
-            "changed. Begin anew in a new train.output_dir, or name a sound one as train.resume_from_checkpoint"
+            "changed. Start anew in a new train.output_dir, or set train.resume_from_checkpoint to an intact one"
         )
     return None
 
 
 def checkpoint_on_paper(wanted: str, folder: Path) -> RunCheckpoint | None:
-    """The checkpoint that :func:`choose_checkpoint` would choose, without other ranks and the check of its bytes.
+    """Return what :func:`choose_checkpoint` would choose, without other ranks and without checking its bytes.
 
-    None: the run begins anew, or decides itself between what is damaged.
+    None: the run starts anew, or will itself decide which checkpoints are damaged.
     """
     for path in _candidates(wanted, folder):
         with suppress(StateError) if wanted == "auto" else nullcontext():
@@ -97,25 +97,25 @@ def checkpoint_on_paper(wanted: str, folder: Path) -> RunCheckpoint | None:
 
 
 def _candidates(wanted: str, folder: Path) -> list[Path]:
-    """The checkpoints that a run may resume from, the best first; see :func:`choose_checkpoint`."""
+    """Return the checkpoints that a run may resume from, best first; see :func:`choose_checkpoint`."""
     there = find_checkpoints(folder) if wanted != "none" else []
     if wanted in ("auto", "none"):
         for path in there:
             if path.is_symlink():
                 raise StateAccessError(
-                    f"{path} is a symbolic link, and a checkpoint has to be a folder; put the folder itself there"
+                    f"{path} is a symbolic link, but a checkpoint has to be a folder; put the folder itself there"
                 )
         return there
     named = Path(wanted)
     if step_of(named) < 0 or not named.is_dir():
         raise ConfigError(
-            f"train.resume_from_checkpoint: {named} is no folder called checkpoint-NUMBER; expected auto, none or "
+            f"train.resume_from_checkpoint: {named} is not a folder called checkpoint-NUMBER; expected auto, none or "
             "the path of a checkpoint"
         )
     if there and step_of(there[0]) > step_of(named):
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {named.name} ({there[0].name}), which would "
-            "be written again; set train.resume_from_checkpoint=auto to resume from the last, or name a new folder"
+            "be overwritten; set train.resume_from_checkpoint=auto to resume from the last, or set a new folder"
         )
     return [named]
 
@@ -123,22 +123,22 @@ def _candidates(wanted: str, folder: Path) -> list[Path]:
 def save_checkpoint(
     ranks: Ranks, folder: Path, step: int, *, write: Write, content: Mapping[str, Any]
 ) -> bool:
-    """Write a checkpoint of a step, and return whether it was not there already (collective).
+    """Write a checkpoint of a step, and return whether it did not exist yet (collective).
 
     Args:
-        ranks: of the run.
-        folder: of the run.
-        step: of the checkpoint.
-        write: as of `write_together`.
+        ranks: ranks of the run.
+        folder: folder of the run.
+        step: step of the checkpoint.
+        write: as for `write_together`.
         content: what the run says about itself, the same on every rank.
 
     Raises:
-        StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
+        StateError: a rank could not write; on every rank, with earlier checkpoints unchanged.
     """
     path, there = checkpoint_path(folder, step), False
     with ranks.together():
         if ranks.is_main and not (there := is_complete(path)):
-            shutil.rmtree(path, ignore_errors=True)  # what a killed run left
+            shutil.rmtree(path, ignore_errors=True)  # left by a killed run
     if ranks.gather(there)[0]:
         return False
     write_together(ranks, path, kind=KIND, write=write, content=content)
@@ -146,9 +146,9 @@ def save_checkpoint(
 
 
 def delete_old(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints, None: none of them, and what was never finished.
+    """Delete all but the newest ``keep`` complete checkpoints (None: keep all), and all unfinished ones.
 
-    To be called by one process, when the newest is complete. What cannot be deleted stays, which is logged.
+    To be called by one process, when the newest is complete. Log what cannot be deleted.
     """
     try:
         complete, unfinished = find_checkpoints(folder), find_checkpoints(folder, complete=False)
@@ -165,18 +165,18 @@ def delete_old(folder: Path, keep: int | None) -> None:
 
 
 def _warn_of_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
-    """Say which checkpoints newer than all complete ones do not count."""
+    """Warn of unfinished checkpoints that are newer than all complete ones."""
     for path in unfinished:
         if not complete or step_of(path) > step_of(complete[0]):
             logger.warning(
-                "%s has no mark COMPLETE: writing it was never finished, and it does not count; %s",
+                "%s has no mark COMPLETE: it was never finished, and does not count; %s",
                 path,
-                f"the newest that does is {complete[0].name}" if complete else "the run begins anew",
+                f"the newest that does is {complete[0].name}" if complete else "the run starts anew",
             )
 
 
 def _put_aside(path: Path, fault: StateError, chosen: Path) -> None:
-    """Take a damaged checkpoint out of the way of the one that will have its name again."""
+    """Rename a damaged checkpoint, to free its name for the one that will be written again."""
     aside = path.with_name(f"{path.name}.damaged")
     logger.warning("%s\n  so %s is damaged, and now called %s; resuming from %s", fault, path, aside, chosen)
     try:

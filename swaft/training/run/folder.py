@@ -1,6 +1,6 @@
 """The folder of a run: what was run, with what, and what came out.
 
-Two runs that write into one folder leave a mixture of both that nobody can separate, so it is locked.
+Two runs that write to one folder would leave an inseparable mixture of both, so it is locked.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, fin
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "safetensors", "peft", "numpy")
 METRICS = "metrics.jsonl"
 OF_A_RUN = {"config.yaml", METRICS, "summary.json"}
-"""Files by which a run folder is known."""
+"""Files that identify a run folder."""
 LOCK = ".lock"
 LOCK_PATIENCE_S = 10.0
-"""Seconds in which processes of a run that was killed, such as those that load batches, may still end."""
+"""Seconds to wait for processes of a killed run, such as data loader workers, to end."""
 
 
 class RunFolder:
@@ -45,17 +45,17 @@ class RunFolder:
     Use `RunFolder.create`; the attributes are plain paths, readable on every rank.
 
     Args:
-        path: of the folder. ``final``, ``final_averaged`` and ``best`` in it are Hugging Face folders of the last
-            weights, the averaged ones, and those that scored best on validation rows.
+        path: path of the folder. ``final``, ``final_averaged`` and ``best`` in it are Hugging Face folders with the
+            last weights, the averaged ones, and those that scored best on validation rows.
         is_main: whether this process writes.
-        checkpoint: what the run resumes from; None: it begins anew.
+        checkpoint: what the run resumes from; None: it starts anew.
     """
 
     def __init__(self, path: Path, *, is_main: bool, checkpoint: RunCheckpoint | None = None):
         self.path, self.is_main, self.checkpoint = path, is_main, checkpoint
         self.final, self.final_averaged, self.best = path / "final", path / "final-averaged", path / "best"
         self.failure: StateError | None = None
-        """What the disk refused first. Only the main process writes, so it is raised where all ranks meet next."""
+        """The first write error. Only the main process writes, so it is raised where all ranks next meet."""
         self._lock: IO[bytes] | None = None
 
     @classmethod
@@ -69,19 +69,19 @@ class RunFolder:
     ) -> RunFolder:
         """Claim ``path`` for this run, or for the rest of it (collective).
 
-        The main process alone looks and creates, so no rank sees what another just made. With a `resume`, a folder
-        may hold this run already, as long as it has not come to its end: with checkpoints, or begun with the same
-        configuration and ended before the first.
+        Only the main process looks and creates, so no rank sees what another has just made. With a `resume`, the
+        folder may already hold this run if it is unfinished: one with checkpoints, or one started with the same
+        configuration that ended before the first checkpoint.
 
         Args:
-            path: of the folder.
+            path: path of the folder.
             accelerator: knows the ranks.
             resume: ``train.resume_from_checkpoint``.
             config_yaml: this run's configuration.
 
         Raises:
-            ConfigError: on every rank, where the folder holds something else, or cannot be made.
-            StateError: on every rank, where no checkpoint that may be resumed from is sound.
+            ConfigError: the folder holds something else, or cannot be made; on every rank.
+            StateError: no checkpoint that may be resumed from is intact; on every rank.
         """
         path, ranks = Path(path), shared_ranks()
         folder = cls(path, is_main=accelerator.is_main_process)
@@ -92,35 +92,35 @@ class RunFolder:
         return folder
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all; what the disk refuses is noted as `failure`."""
+        """Write a file completely or not at all; a write error is kept in `failure`."""
         with self._noting_failure(name):
             if self.is_main:
                 write_durably(self.path / name, text.encode(errors="surrogateescape"))  # paths of any bytes
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file whole or not at all; infinite numbers become text, as JSON has none."""
+        """Write a JSON file completely or not at all; infinite numbers become text, because JSON has none."""
         self.write_text(name, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; what the disk refuses is noted as `failure`."""
+        """Append one line to metrics.jsonl; a write error is kept in `failure`."""
         with self._noting_failure(METRICS):
             if self.is_main:
                 with (self.path / METRICS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
     def release(self) -> None:
-        """Let go of the folder, at the end of a run: summary.json refuses it to whoever comes next."""
+        """Release the folder at the end of a run: from then on summary.json keeps other runs out."""
         if self._lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)
             self._lock.close()
 
     def save_metrics(self, checkpoint: Path) -> None:
-        """Keep metrics.jsonl as it is now in a checkpoint too; to be called by one process."""
+        """Copy the current metrics.jsonl into a checkpoint; to be called by one process."""
         file = self.path / METRICS
         (checkpoint / METRICS).write_bytes(file.read_bytes() if file.exists() else b"")
 
     def restore_metrics(self, checkpoint: Path) -> None:
-        """Have metrics.jsonl as :meth:`save_metrics` found it; the steps after that will be logged again."""
+        """Restore metrics.jsonl from :meth:`save_metrics`; later steps will be logged again."""
         if self.is_main:
             write_durably(self.path / METRICS, (checkpoint / METRICS).read_bytes())
 
@@ -134,9 +134,9 @@ class RunFolder:
             self.failure = self.failure or StateError(f"{self.path / name} could not be written: {error}")
 
     def begin(self, config_yaml: str, accelerator: Accelerator, *, engine: str) -> None:
-        """Clear away what comes anew, and write what runs (collective).
+        """Delete results of an earlier run, and write down what is run (collective).
 
-        To be called once nothing can refuse the run any more: what a run before has left is there until then.
+        To be called once nothing can refuse the run any more: until then, what an earlier run left is kept.
         Writes config.yaml, command.txt, env.json, and ds_config.json under DeepSpeed.
 
         Args:
@@ -151,10 +151,10 @@ class RunFolder:
         if self.checkpoint is None:
             comes_anew += [self.best, self.path / METRICS]
         ranks = shared_ranks()
-        with ranks.together(f"{self.path} could not be cleared of what a run before has left"):
+        with ranks.together(f"{self.path} could not be cleared of what an earlier run left"):
             if self.is_main:
                 for folder in (self.final, self.final_averaged, self.best):
-                    comes_anew += self.path.glob(f".{folder.name}.*")  # what was being written when it ended
+                    comes_anew += self.path.glob(f".{folder.name}.*")  # half-written when the run ended
                 for each in comes_anew:
                     shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
         self.write_text("config.yaml", config_yaml)
@@ -177,7 +177,7 @@ def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    """Return what runs: versions, operating system, commit."""
+    """Return the software in use: versions, operating system, commit."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -187,8 +187,8 @@ def software() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages a figure or a bug depends on, those that are installed."""
-    versions = {"swaft": __version__}  # which may run from a source tree that is not installed
+    """Return the versions of those packages that results or bugs depend on and that are installed."""
+    versions = {"swaft": __version__}  # swaft may run from a source tree that is not installed
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
@@ -196,15 +196,15 @@ def package_versions() -> dict[str, str]:
 
 
 def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> None:
-    """Refuse a folder that cannot be this run's; nothing is made.
+    """Refuse a folder that cannot be this run's; nothing is created.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
         resume: ``train.resume_from_checkpoint``.
         config_yaml: this run's configuration.
 
     Raises:
-        ConfigError: where it holds something else, or is none.
+        ConfigError: it holds something else, or is not a folder.
     """
     path = Path(path)
     if not path.exists():
@@ -217,12 +217,12 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
     resumes = resume != "none"
     if resumes and "summary.json" in held:
         raise ConfigError(
-            f"train.output_dir: {path} holds a run that has come to its end; nothing was changed there. Name a new "
+            f"train.output_dir: {path} holds a run that has finished; nothing was changed there. Name a new "
             "folder for another"
         )
     if not held or (resumes and find_checkpoints(path)):
         return
-    with suppress(OSError):  # a run of the same configuration may have begun there
+    with suppress(OSError):  # a run with the same configuration may have started there
         if resumes and (path / "config.yaml").read_text(encoding="utf-8") == config_yaml:
             return
     what = "another run already" if OF_A_RUN & {*held} else "other files"
@@ -241,7 +241,7 @@ def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(_no_folder(path, error)) from error
-    # Asked before, so that no lock is put into a folder of others, and after: who had it may have come to its end.
+    # Checked before, so that no lock is put into someone else's folder, and after: its holder may have ended.
     refuse_used(path, resume=resume, config_yaml=config_yaml)
     lock = _lock(path)
     refuse_used(path, resume=resume, config_yaml=config_yaml)
@@ -249,8 +249,8 @@ def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
 
 
 def _lock(path: Path) -> IO[bytes] | None:
-    """Have no two processes of this machine run in one folder; the lock ends with the process, however it ends."""
-    # Opened for reading: a disk with a file open for writing cannot be made read-only.
+    """Keep two processes on this machine out of one folder; the lock ends with the process, however it ends."""
+    # Opened for reading: a file system with a file open for writing cannot be remounted read-only.
     file = os.fdopen(os.open(path / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
@@ -275,7 +275,7 @@ def _no_folder(path: Path, error: OSError) -> str:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree swaft runs from, None where it is installed without one."""
+    """Return the commit of the source tree that swaft runs from, None if it is installed without one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -284,7 +284,7 @@ def _git_commit() -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with tensors and numpy numbers as Python numbers, and numbers that JSON lacks as text."""
+    """Return ``value`` with tensors and numpy numbers as Python numbers, and numbers that JSON lacks as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

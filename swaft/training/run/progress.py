@@ -30,18 +30,18 @@ ON_THE_LINE = {
     *("loss", "task_loss", "divergence", "grad_norm", "learning_rate", "tokens_per_second", "seconds"),
     *("noise_to_signal", "changed", "num_averaged"),
 }
-"""Numbers that have a place of their own on a line of the log, or none; what a recipe logs beside them is added."""
+"""Numbers with a fixed place on a log line, or none; other numbers that a recipe logs are appended."""
 
 
 RUN_NAMES = {
     "wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name",
     "dvclive": "exp_name",
 }  # fmt: skip
-"""What trackers call the name of a run."""
+"""The trackers' argument for the name of a run."""
 
 
 class BarSafeHandler(logging.Handler):
-    """Writes log lines to standard output above a progress bar, where there is one."""
+    """Writes log lines to standard output, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
@@ -68,7 +68,7 @@ class ProgressLog:
     """Reports the progress of one run on the screen, in metrics.jsonl and to trackers.
 
     Args:
-        run: brought to where it begins. Only the local main process has a progress bar.
+        run: the run, at its starting position. Only the local main process has a progress bar.
     """
 
     def __init__(self, run: Run):
@@ -80,7 +80,7 @@ class ProgressLog:
         self._bar = tqdm(total=run.total_steps, initial=begun, unit="step", disable=disable, leave=False)
 
     def banner(self, *, task: str, schedule: Callable[[int], float]) -> None:
-        """Print the facts of the run, one a line, before the first step."""
+        """Print the facts of the run, one per line, before the first step."""
         run = self._run
         logger.info("***** Running training *****")
         for name, value in run_facts(run, task=task, schedule=schedule).items():
@@ -90,7 +90,7 @@ class ProgressLog:
             logger.info("resuming from %s, after step %d of %d", path, step, run.total_steps)
 
     def advance(self) -> None:
-        """Move the bar one optimizer step on."""
+        """Advance the bar by one optimizer step."""
         self._bar.update()
 
     def training(self, step: int, record: Mapping[str, float | None]) -> None:
@@ -108,12 +108,12 @@ class ProgressLog:
             self._record(f"{split}/{weights}", step, values)
 
     def stopped_early(self) -> None:
-        """Say that an evaluation ended the run before its last step."""
+        """Log that an evaluation ended the run before its last step."""
         done, total = self._run.position.step, self._run.total_steps
-        logger.info("stopped early, after step %d of %d: the validation score gets no better", done, total)
+        logger.info("stopped early, after step %d of %d: the validation score is not improving", done, total)
 
     def window(self, found: ReadoutSearch) -> None:
-        """Say which weights were averaged, where that was chosen after training."""
+        """Log which weights were averaged, if that was chosen after training."""
         best = found.best
         blended = len({each.readout.blend for each in found.tried}) > 1
         logger.info(
@@ -126,16 +126,16 @@ class ProgressLog:
     def end(
         self, saved: Mapping[str, Path], scores: Mapping[str, Mapping[str, Scores]], *, seconds: float
     ) -> None:
-        """Say where the weights lie, by kind, and print the closing table, where anything was scored."""
+        """Log where the weights are, by kind, and print the closing table if anything was scored."""
         for kind, folder in saved.items():
             logger.info("%s weights saved in %s", kind, folder)
         for line in aligned(scores_table(scores, seconds=seconds)) if scores else ():
             logger.info(line)
 
     def close(self) -> None:
-        """Take the bar away, end the trackers and leave the process group, all ranks together (collective)."""
+        """Remove the bar, end the trackers and leave the process group, all ranks together (collective)."""
         self._bar.close()
-        # The main process still writes when the others are done, and a group in use must not lose members.
+        # The main process is still writing when the others are done, and a group in use must not lose members.
         self._run.accelerator.wait_for_everyone()
         self._run.accelerator.end_training()
 
@@ -145,14 +145,14 @@ class ProgressLog:
 
 
 def start_trackers(accelerator: Accelerator, config: RecipeConfig) -> None:
-    """Start the trackers of ``track.report_to``, where there are any, with the settings of the run."""
+    """Start the trackers of ``track.report_to``, if any, with the settings of the run."""
     if config.track.report_to == "none":
         return
     track, run_name = config.track, config.track.run_name or Path(config.train.output_dir).name
-    # To tensorboard accelerate hands the project as the folder of a run, to aim as its name, and knows no other.
+    # accelerate uses the project as the run's folder for tensorboard and as its name for aim, with no other way.
     projects = {"tensorboard": f"{track.project_name}/{run_name}", "aim": run_name}
     names = {tracker: {name: run_name} for tracker, name in RUN_NAMES.items()}
-    if "CLEARML_TASK" in os.environ:  # wins
+    if "CLEARML_TASK" in os.environ:  # takes precedence
         del names["clearml"]
     accelerator.init_trackers(
         projects.get(track.report_to, track.project_name), config=flatten(config), init_kwargs=names
@@ -167,8 +167,8 @@ def training_line(
     Args:
         step: optimizer steps so far.
         total_steps: optimizer steps of the run.
-        record: numbers by name, None or missing where not measured: those of `ON_THE_LINE`, ``loss``,
-            ``learning_rate`` and ``tokens_per_second`` at least, and what else the recipe logs.
+        record: numbers by name, None or missing if not measured: those of `ON_THE_LINE` (at least ``loss``,
+            ``learning_rate`` and ``tokens_per_second``), and whatever else the recipe logs.
         averaging: name of the averaging rule.
     """
     loss = f"loss {record['loss']:.4g}"
@@ -186,13 +186,13 @@ def training_line(
     if record.get("num_averaged") is not None:
         parts.append(f"{averaging} {int(record['num_averaged'] or 0) or 'off'}")
     if step < total_steps and (seconds := record.get("seconds")):
-        left = round(seconds / step * (total_steps - step))  # of training; evaluations come on top
+        left = round(seconds / step * (total_steps - step))  # training only; evaluations come on top
         parts += [f"{timedelta(seconds=left)} left"] if left else []
     return " | ".join(parts)
 
 
 def scores_table(scores: Mapping[str, Mapping[str, Scores]], *, seconds: float) -> list[list[str]]:
-    """Return the closing table of split to kind of weights to scores: a row for each kind, a column a score."""
+    """Return the closing table: one row per split and kind of weights, one column per score."""
     names = list(
         dict.fromkeys(name for kinds in scores.values() for values in kinds.values() for name in values)
     )
@@ -214,7 +214,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def run_facts(run: Run, *, task: str, schedule: Callable[[int], float]) -> dict[str, Any]:
-    """Return the facts of a prepared run for its banner, by the names people know from transformers' Trainer."""
+    """Return the facts of a prepared run for its banner, with the names used by transformers' Trainer."""
     train, accelerator, averager = run.config.train, run.accelerator, run.averager
     per_step = (
         train.per_device_train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
@@ -252,10 +252,10 @@ def summary(
     """Return the content of summary.json.
 
     Args:
-        run: at its end.
+        run: the finished run.
         evaluations: by split and kind of weights (``last``, ``averaged``).
-        seconds: in training steps, evaluation and saving excluded.
-        window: what was averaged, where that was chosen after training.
+        seconds: time in training steps, without evaluation and saving.
+        window: what was averaged, if that was chosen after training.
     """
     averager, steps = run.averager, run.position.step
 
@@ -280,7 +280,7 @@ def summary(
     if any(evaluation.details for kinds in evaluations.values() for evaluation in kinds.values()):
         content["details"] = each(lambda evaluation: evaluation.details)
     if averager is not None:
-        # How often training was blocked by averaging, and how long in all.
+        # How often averaging blocked training, and for how long in total.
         content["averaging_waits"] = averager.waits.count
         content["averaging_wait_seconds"] = round(averager.waits.seconds, 3)
     if window is not None:

@@ -1,6 +1,6 @@
-"""What a checkpoint's manifest says about its run, and whether another process may resume it; pure.
+"""What a checkpoint's manifest says about its run, and whether another process may resume it; no side effects.
 
-Engines open a checkpoint of another model, other rows or another seed without a word, so digests are compared.
+Engines silently open a checkpoint of another model, other rows or another seed, so digests are compared.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from swaft.training.config import TrainConfig
 from swaft.training.run.checkpoints import AVERAGE
 
 SAMPLED_ROWS = 64
-"""Rows that stand for all of them: reading every row would take as long as a pass."""
+"""Size of the sample of rows: reading every row would take as long as a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What of a run does not change."""
+    """The properties of a run that do not change."""
 
     stage: int | None
-    """DeepSpeed's stage of ZeRO; None under torch alone."""
+    """DeepSpeed's ZeRO stage; None under torch alone."""
     world_size: int
-    """Ranks."""
+    """Number of ranks."""
     per_device_train_batch_size: int
     """Rows of a micro-batch on one rank."""
     rows_per_step: int
     """Rows of an optimizer step, over all ranks and micro-batches."""
     grouped_by: int | None
-    """Rows that are put together by length; None: not grouped."""
+    """Rows per batch when grouping by length, over all ranks; None: not grouped."""
     total_steps: int
     """Optimizer steps of the whole run."""
     rows: int
     """Training rows."""
     rows_sha256: str
-    """Digest of a sample of them, from `fingerprint_rows`."""
+    """Digest of a sample of the rows, from `fingerprint_rows`."""
     architecture_sha256: str
     """Digest of names and shapes of weights, from `fingerprint_architecture`."""
     frozen_sha256: str
-    """Digest of the weights that are not trained, from `fingerprint_frozen`."""
+    """Digest of the frozen weights, from `fingerprint_frozen`."""
     seed: int
     """``train.seed``."""
 
@@ -66,15 +66,15 @@ SETTING_OF = {
     "frozen_sha256": "section model as it was",
     "seed": "train.seed as it was",
 }
-"""What has to be set for the fields of a `Setup` that may not differ."""
+"""What to set if one of the fields of a `Setup` that must not differ does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a checkpoint says of a run at one of its steps."""
+    """What a checkpoint says about a run at one of its steps."""
 
     setup: Setup
-    """What does not change."""
+    """What does not change during the run."""
     settings: Mapping[str, Any]
     """Every setting by its full name."""
     applied_steps: int
@@ -82,39 +82,39 @@ class RunRecord:
     weights: str
     """Sum of the bits of the trained weights."""
     parts: Mapping[str, Any]
-    """States of the parts of the run, by name, ``position`` and ``meter`` among them."""
+    """States of the parts of the run, by name, including ``position`` and ``meter``."""
     versions: Mapping[str, str]
     """Versions of packages."""
 
     @classmethod
     def read(cls, content: Mapping[str, Any], checkpoint: Path) -> RunRecord:
-        """Understand what a checkpoint says; raise `StateError` for what another version of swaft has written."""
+        """Read a checkpoint's content; raise `StateError` if another version of swaft wrote it."""
         for record, values, where in ((cls, content, ""), (Setup, content.get("setup"), ": setup")):
             expected = sorted(each.name for each in fields(record))
             found = sorted(values) if isinstance(values, Mapping) else values
             if found != expected:
                 raise StateError(
                     f"{checkpoint}/manifest.json: content{where}: found {found}, expected {expected}; it was "
-                    "written by another version of swaft, which is the one to resume it with"
+                    "written by another version of swaft; resume it with that version"
                 )
         return cls(**{**content, "setup": Setup(**content["setup"])})
 
 
 def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
-    """Refuse to resume a run of another length, other rows, another seed or another model, or under another engine.
+    """Refuse to resume with another length, other rows, another seed, another model or another engine.
 
     Torch's own optimizer state opens under torch alone, on any number of ranks; DeepSpeed's under its stage and
     number of ranks.
 
     Raises:
-        ConfigError: naming each setting that differs.
-        StateError: the engine cannot open the optimizer state; it says what does.
+        ConfigError: names each setting that differs.
+        StateError: the engine cannot open the optimizer state; says which one can.
     """
     was, settings = before.setup, dict(SETTING_OF)
     different = [name for name in settings if getattr(was, name) != getattr(now, name)]
     for known, more in (("rows", "rows_sha256"), ("architecture_sha256", "frozen_sha256")):
         if known in different and more in different:
-            different.remove(more)  # says nothing more
+            different.remove(more)  # adds no information
     if was.rows_per_step != now.rows_per_step and was.rows == now.rows:
         settings["total_steps"] = (
             "train.per_device_train_batch_size or gradient_accumulation_steps so that their product with the "
@@ -129,7 +129,7 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
         raise ConfigError(
             [
                 f"{checkpoint} is of a run with {name} = {shown(getattr(was, name))}, this one has "
-                f"{shown(getattr(now, name))}; set {settings[name]}, or begin a new run in a new train.output_dir"
+                f"{shown(getattr(now, name))}; set {settings[name]}, or start a new run in a new train.output_dir"
                 for name in different
             ]
         )
@@ -140,28 +140,28 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
             else "DeepSpeed's optimizer state fits one stage and one number of ranks"
         )
         raise StateError(
-            f"{checkpoint} was written under {was.engine} by {was.world_size} ranks, and this run is {now.engine} "
+            f"{checkpoint} was written under {was.engine} by {was.world_size} ranks, but this run is {now.engine} "
             f"on {now.world_size}. {fits}: start with those to resume. Its averages fit any engine: "
             f"averager.load_state('{checkpoint / AVERAGE}', same_weights=False)"
         )
 
 
 def require_averages(before: RunRecord, checkpoint: Path, *, there: bool, wanted: bool) -> None:
-    """Refuse averages that would be lost, and to average a run whose beginning nobody has averaged."""
+    """Refuse to drop a run's averages, or to start averaging a run that did not average from its start."""
     if there != wanted:
-        what = "averaged nothing" if wanted else "averages, and would lose what it has"
+        what = "averaged nothing" if wanted else "averages, and would lose its averages"
         raise ConfigError(
             f"averaging.rule: {checkpoint} is of a run that {what} "
-            f"(averaging.rule={before.settings.get('averaging.rule')}); set that, or begin a new run in a new "
+            f"(averaging.rule={before.settings.get('averaging.rule')}); set that, or start a new run in a new "
             "train.output_dir"
         )
 
 
 def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield in words what was set otherwise, but for where a run is written and how it resumes.
+    """Yield in words which settings have changed, except where a run is written and how it resumes.
 
-    All of it is obeyed, but that trained weights are the checkpoint's, whatever model they began as. The rows of a
-    step are reported too: they change with the number of ranks, which no setting says.
+    All changes take effect, except that trained weights come from the checkpoint, whatever the model is now. The
+    rows per step are reported too: they change with the number of ranks, which is not a setting.
     """
     kept = {"model.model_name_or_path": " (the trained weights are the checkpoint's)"}
     for name in sorted({*before.settings, *settings} - {"train.output_dir", "train.resume_from_checkpoint"}):
@@ -176,7 +176,7 @@ def changed_settings(before: RunRecord, now: Setup, settings: Mapping[str, Any])
 
 
 def batches_read(before: RunRecord, now: Setup) -> int:
-    """Micro-batches of the pass that a rank of this run has read; raise `ConfigError` within a batch."""
+    """Return how many micro-batches of the pass a rank has read; raise `ConfigError` if it is within one."""
     was, batches = before.setup, before.parts["position"]["batches"]
     rows = batches * was.per_device_train_batch_size * was.world_size
     size = now.per_device_train_batch_size * now.world_size
@@ -184,13 +184,13 @@ def batches_read(before: RunRecord, now: Setup) -> int:
         return math.ceil(was.rows / size)
     if batches and was.grouped_by != now.grouped_by:
         raise ConfigError(
-            f"the checkpoint stands within a pass over rows of like length, grouped by {was.grouped_by}, and "
+            f"the checkpoint stands within a pass over rows of similar length, grouped by {was.grouped_by}, but "
             f"this run groups them by {now.grouped_by} (train.per_device_train_batch_size times ranks, or "
-            "train.group_by_length); set them as they were, for the order of the rows depends on it"
+            "train.group_by_length); set them as they were, because the order of the rows depends on it"
         )
     if rows % size:
         raise ConfigError(
-            f"the checkpoint stands at row {rows:,} of a pass, which is no whole number of this run's "
+            f"the checkpoint stands at row {rows:,} of a pass, which is not a whole number of this run's "
             f"micro-batches of {size} rows over all ranks; set train.per_device_train_batch_size so that it is "
             f"(it was {was.per_device_train_batch_size} on {was.world_size} ranks)"
         )
@@ -198,7 +198,7 @@ def batches_read(before: RunRecord, now: Setup) -> int:
 
 
 def layout_of(train: TrainConfig, *, world_size: int, stage: int | None) -> dict[str, Any]:
-    """Return those fields of a `Setup` that settings and launcher say."""
+    """Return the fields of a `Setup` that are determined by settings and launcher."""
     batch = train.per_device_train_batch_size * world_size
     return {
         "stage": stage,
@@ -211,9 +211,9 @@ def layout_of(train: TrainConfig, *, world_size: int, stage: int | None) -> dict
 
 
 def fingerprint_frozen(model: nn.Module) -> str:
-    """Digest of the names, shapes and bits of the weights that are not trained, which no checkpoint holds.
+    """Return a digest of the names, shapes and bits of the frozen weights, which are in no checkpoint.
 
-    The model is on the host and not sharded yet. 16-bit weights have the digest of the same numbers in fp32.
+    The model has to be on the host and not sharded yet. 16-bit weights have the digest of the same numbers in fp32.
     """
     frozen = [
         (
@@ -228,12 +228,12 @@ def fingerprint_frozen(model: nn.Module) -> str:
 
 
 def fingerprint_architecture(model: nn.Module) -> str:
-    """Digest of the names and shapes of a model's weights, and which of them are trained, before it is sharded."""
+    """Return a digest of the names and shapes of a model's weights, and which are trained, before sharding."""
     return _digest([(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()])
 
 
 def fingerprint_rows(rows: Dataset) -> str:
-    """Digest of the columns and of `SAMPLED_ROWS` rows spread evenly, the first and the last among them."""
+    """Return a digest of the columns and of `SAMPLED_ROWS` evenly spaced rows, including the first and the last."""
     last, places = len(rows) - 1, max(1, min(SAMPLED_ROWS, len(rows)) - 1)
     indices = sorted({place * last // places for place in range(places + 1)})
     return _digest([rows.column_names, rows.select(indices).with_format(None).to_list()])

@@ -1,7 +1,7 @@
 """A run of a recipe: its ranks, its folder, its steps, and how it resumes.
 
-The recipe holds the loop. What lies here is what would drown it: which micro-batches make a step and how much each
-counts, the log, evaluation and checkpoints when they are due, signals, and the state that a checkpoint holds.
+The recipe has the loop. This module has what would clutter it: which micro-batches make a step and how much each
+counts, the log, evaluation and checkpoints when they are due, signals, and the state in a checkpoint.
 """
 
 from __future__ import annotations
@@ -58,40 +58,40 @@ from swaft.training.run.step import Collate, Meter, Position, Step, loader_of, s
 logger = logging.getLogger(__name__)
 
 Evaluations = dict[str, Evaluation]
-"""By kind of weights, ``last`` and ``averaged``."""
+"""Evaluations by kind of weights, ``last`` and ``averaged``."""
 BLENDS = (0.0, 0.3, 0.6, 1.5)
-"""What ``averaging.search_blend`` tries besides the average itself."""
+"""The blends that ``averaging.search_blend`` tries besides the average itself."""
 
 
 def run_recipe(train: Callable[[Any], None], config: type, argv: Sequence[str] | None = None) -> int:
     """Read a recipe's settings, train, and return the exit code.
 
     Args:
-        train: of the recipe.
+        train: the recipe's ``train``.
         config: class of its settings.
-        argv: arguments; None: the command line's.
+        argv: arguments; None: those of the command line.
     """
     setup_logging()
     return run_and_report(lambda: train(load_config(config, sys.argv[1:] if argv is None else argv)))
 
 
 class Run:
-    """A run of a recipe, as a context: left by `Interrupted`, it has written a checkpoint.
+    """A run of a recipe, as a context: if `Interrupted` ends it, it writes a checkpoint.
 
-    Called in this order: `prepare`, `begin`, `steps`, `finish`.
+    Call in this order: `prepare`, `begin`, `steps`, `finish`.
 
     Args:
-        config: of the recipe.
+        config: the recipe's configuration.
         accelerator: nothing prepared yet.
 
     Raises:
-        ConfigError, StateError: the folder of the run holds something else, or nothing sound to resume from.
+        ConfigError, StateError: the run folder holds something else, or no intact checkpoint to resume from.
     """
 
     model: Any
-    """As prepared."""
+    """The prepared model."""
     optimizer: Any
-    """As prepared."""
+    """The prepared optimizer."""
     total_steps: int
     """Optimizer steps of the run; known once `prepare` has returned."""
     engine: Engine
@@ -101,7 +101,7 @@ class Run:
     averager: WeightAverager | None = None
     """None without averaging, and until `begin`."""
     best: BestWeights | None = None
-    """The weights that scored best, where they are followed."""
+    """The weights that scored best, if they are tracked."""
 
     def __init__(self, config: RecipeConfig, accelerator: Accelerator):
         self.config, self.accelerator, train = config, accelerator, config.train
@@ -116,12 +116,12 @@ class Run:
         """Start the engine that the launcher asked for, and claim the run's folder (collective).
 
         Args:
-            config: of the recipe.
+            config: the recipe's configuration.
             engine: what accelerate is started with, from `swaft.training.checks.start_of`.
 
         Raises:
-            ConfigError, StateError: as the class does.
-            TrainingError: accelerate started something else than the launcher asked for.
+            ConfigError, StateError: as for the class.
+            TrainingError: accelerate started something other than the launcher asked for.
         """
         return cls(config, build_accelerator(config, engine))
 
@@ -129,12 +129,12 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Save where the run was asked to end; leave the signals to whoever had them before."""
+        """Save if the run was asked to end; restore the previous signal handlers."""
         with self._open:
             if isinstance(error, Interrupted):
                 self._state.save()
                 if self.averager is not None:
-                    self.averager.close()  # which deletes what it has put on the node's disk
+                    self.averager.close()  # deletes what it has put on the node's disk
 
     def loading(self) -> AbstractContextManager[None]:
         """Context in which a pretrained model is loaded whole, whatever the engine."""
@@ -153,22 +153,22 @@ class Run:
 
         Args:
             model: on the host, the same on every rank.
-            optimizer: makes the optimizer of the model, once its weights lie where they will be trained.
+            optimizer: makes the optimizer once the model's weights are where they will be trained.
             rows: training rows.
-            collate: makes a batch of rows.
+            collate: makes a batch from rows.
             objective: loss of a micro-batch.
 
         Returns:
-            Model, optimizer and loader, as ``accelerator.prepare`` returned them.
+            Model, optimizer and loader, as returned by ``accelerator.prepare``.
 
         Raises:
-            ConfigError, StateError: the checkpoint is of another run or engine.
+            ConfigError, StateError: the checkpoint is from another run or engine.
         """
         self._open.enter_context(self._interruption)
         train, accelerator, world_size = self.config.train, self.accelerator, self.accelerator.num_processes
         self.num_parameters, self.num_rows = count_parameters(model), len(rows)
         architecture, frozen = fingerprint_architecture(model), fingerprint_frozen(model)
-        # From here on the weights may live in shards.
+        # From here on the weights may be sharded.
         allow_unused_weights(accelerator, model)
         loader = training_loader(rows, collate, train, world_size=world_size)
         self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
@@ -183,7 +183,7 @@ class Run:
             frozen_sha256=frozen,
         )
         self._state = RunState(self, setup)
-        # Before an averager is attached: it takes weights as it finds them.
+        # Before an averager is attached: it starts from the current weights.
         if self.folder.checkpoint is not None:
             first = [rows[i] for i in range(min(len(rows), train.per_device_train_batch_size))]
             settle_buckets(accelerator, self.model, objective, without_row_id(collate(first)))
@@ -200,18 +200,18 @@ class Run:
         averager: WeightAverager | None,
         **parts: Any,
     ) -> None:
-        """Resume from the checkpoint, where there is one, and write down what runs (collective).
+        """Resume from the checkpoint, if there is one, and write down what is run (collective).
 
         Args:
             ready: what is learnt, in words, and which score decides between weights.
-            tokenizer: saved beside weights.
-            splits: names of those that there are rows of.
-            schedule: the learning rate; its name, or what `str` makes of it, is logged.
+            tokenizer: saved with the weights.
+            splits: names of the splits that have rows.
+            schedule: the learning rate; its name, or its `str`, is logged.
             averager: None without averaging.
-            parts: what else has state, by name: plain JSON values, the same on every rank (`state_dict`,
+            parts: other objects with state, by name: plain JSON values, the same on every rank (`state_dict`,
                 `load_state_dict`), or files in a folder that all ranks write and read together (`save_state`,
-                `load_state`), which may be left out. Files count where it offers both. What has no state may be
-                passed too.
+                `load_state`), which may be left out. Files win if an object offers both. Objects without state may
+                be passed too.
 
         Raises:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
@@ -233,14 +233,14 @@ class Run:
         self._state.restore(named)
         folder.begin(to_yaml(config), accelerator, engine=self.engine.name)
         start_trackers(accelerator, config)
-        set_seed(config.train.seed, device_specific=True)  # each rank drops out units of its own
+        set_seed(config.train.seed, device_specific=True)  # each rank has its own dropout masks
         self._state.restore_random()
         self._log = ProgressLog(self)
         self._log.banner(task=ready.description, schedule=schedule)
 
     @property
     def averaging_options(self) -> dict[str, Any]:
-        """What an averager has to know besides model and rule: where the run resumes, and how averages are kept."""
+        """Arguments of an averager besides model and rule: where the run resumes, and how averages are kept."""
         section = self.config.averaging
         return {
             "first_step": self._state.first_step,
@@ -251,13 +251,13 @@ class Run:
 
     @property
     def applied_steps(self) -> int:
-        """Optimizer steps that changed the weights; those an overflow skipped do not count."""
+        """Optimizer steps that changed the weights; steps skipped for overflow do not count."""
         return self.engine.applied_steps()
 
     def evaluation_loaders(self, splits: Mapping[str, Dataset], collate: Collate) -> dict[str, Any]:
-        """Return loaders over every row of each split but ``train``.
+        """Return loaders over every row of each split except ``train``.
 
-        They draw from no generator of training, and obey signals between two batches.
+        They do not use training's random generators, and react to signals between batches.
         """
         size, workers = self.config.eval.per_device_eval_batch_size, self.config.train.dataloader_num_workers
         prepared = {
@@ -270,20 +270,20 @@ class Run:
         return {name: InterruptibleLoader(each, self._interruption) for name, each in prepared.items()}
 
     def steps(self, loader: DataLoader[Any], evaluate: Callable[..., Evaluations]) -> Iterator[Step]:
-        """Yield the optimizer steps from where the run is to its end (collective).
+        """Yield the optimizer steps from the current position to the end of the run (collective).
 
-        Between two steps the log, the evaluation and the checkpoint that are due are made.
+        Between steps, write the log, evaluate and save checkpoints when they are due.
 
         Args:
-            loader: of training batches, as prepared; one pass over it is an epoch.
-            evaluate: as of :meth:`finish`; called for ``validation``.
+            loader: prepared loader of training batches; one pass over it is an epoch.
+            evaluate: as for :meth:`finish`; called for ``validation``.
 
         Raises:
             Interrupted: the run was asked to end; on every rank, between two steps.
         """
         train, position = self.config.train, self.position
         self.model.train()
-        self._evaluate_where_due(evaluate)  # where the run was ended while it did
+        self._evaluate_where_due(evaluate)  # if the run was interrupted during an evaluation
         batches = step_batches(
             loader, train.gradient_accumulation_steps, epoch=position.epoch, skip=position.batches
         )
@@ -314,10 +314,10 @@ class Run:
         """Choose the window and the blend of averaged weights that score best on validation rows (collective).
 
         Args:
-            score: scores the weights that are in the model on the rows of a split.
+            score: scores the model's current weights on the rows of a split.
 
         Returns:
-            None where there is nothing to choose: another rule than ``windows`` and no blend to search, or no
+            None if there is nothing to choose: a rule other than ``windows`` and no blend to search, or no
             validation rows.
         """
         averager, target = self.averager, self.target
@@ -327,7 +327,7 @@ class Run:
         if not blends and not isinstance(averager.plan(), WindowsPlan):
             return None
         logger.info(
-            "choosing among windows and blends of averaged weights on validation data: an evaluation for each"
+            "choosing among windows and blends of averaged weights on validation data, with one evaluation for each"
         )
         with self.meter.paused():
             return search_windows(
@@ -350,10 +350,10 @@ class Run:
 
         Args:
             evaluate: scores the weights on the rows of a split; the second argument says which average.
-            splits: names of all that are evaluated.
-            window: what to average, where the rule leaves a choice.
+            splits: names of all splits to evaluate.
+            window: what to average, if the rule offers a choice.
             means: splits whose mean scores are reported as well, by the name of the mean.
-            write_outputs: writes into the folder what else comes of the evaluations; called before summary.json
+            write_outputs: writes other outputs of the evaluations to the folder; called before summary.json
                 says that the run has ended.
         """
         folder, step, seconds, ranks = self.folder, self.position.step, self.meter.seconds, self.engine.ranks
@@ -395,7 +395,7 @@ class Run:
         self.position.evaluated = True
 
     def _log_scores(self, split: str, scores: Mapping[str, Scores]) -> None:
-        """Log scores, those of averaged weights on validation rows with how far they are from the last ones."""
+        """Log scores; for averaged weights on validation rows, also their distance from the last weights."""
         if self.averager is not None and split == "validation" and "averaged" in scores:
             drift = {"drift": self.averager.drift(self.readout)}
             scores = {**scores, "averaged": scores["averaged"] | drift}

@@ -1,12 +1,12 @@
-"""All that changes during a run, to a checkpoint and back to the bit, which accelerate's `save_state` does not do.
+"""Saves everything that changes during a run to a checkpoint, and restores it bit for bit.
 
-It pickles generators, which is unsafe to open, keeps rank 0's copy of registered objects alone, and leaves a
-folder that looks complete where a rank has failed. In the engine a rank that fails alone must not leave the others
-waiting.
+accelerate's `save_state` does not: it pickles generators, which is unsafe to load, keeps only rank 0's copy of
+registered objects, and leaves a folder that looks complete after a rank has failed. Here, a rank that fails alone
+inside the engine does not leave the others waiting.
 
-Plain, DDP and FSDP2 runs leave torch's distributed checkpoints, which any of the three opens, at any number of
-ranks; files of DeepSpeed belong to one stage and one number of ranks. What DDP has to know of a model, so that a
-resumed run sums its gradients in the same order, is here as well.
+Plain, DDP and FSDP2 runs write torch's distributed checkpoints, which any of the three opens, on any number of
+ranks; DeepSpeed's files are tied to one stage and one number of ranks. What DDP needs to know about a model, so
+that a resumed run sums its gradients in the same order, is here as well.
 """
 
 from __future__ import annotations
@@ -66,41 +66,41 @@ LEAVE_WEIGHTS_UNUSED = frozenset(
         *("luke", "markuplm", "mra", "squeezebert", "t5gemma2", "xlnet"),
     }
 )
-"""Types with trained weights that rows of text give no gradient in some task: poolers, attention that is global."""
+"""Types with trained weights that get no gradient from rows of text in some task: poolers, global attention."""
 OTHER_PARTS = ("vision_config", "audio_config", "auto_map")
-"""Entries of a configuration with a part that text does not go through, or with code that may have one."""
+"""Configuration entries for a part that text does not go through, or for code that may have one."""
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def zero_stage(model: Any) -> int | None:
-    """DeepSpeed's stage of ZeRO of a model as prepared; None under another engine."""
+    """Return DeepSpeed's ZeRO stage of a prepared model; None under another engine."""
     return model.zero_optimization_stage() if hasattr(model, "load_checkpoint") else None
 
 
 def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write weights and optimizer state into a folder that is there (collective).
+    """Write weights and optimizer state into an existing folder (collective).
 
-    Frozen weights are left out: a resumed run has loaded them as it did the first time.
+    Frozen weights are left out: a resumed run loads them as it did the first time.
 
     Args:
-        model: as prepared.
+        model: the prepared model.
         module: the same, unwrapped.
         optimizer: torch's own, unwrapped.
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
-        Exception: whatever torch or DeepSpeed raise where this rank, or under torch any, could not write.
+        Exception: whatever torch or DeepSpeed raise if this rank (under torch, any rank) could not write.
     """
     if zero_stage(model) is not None:
         _save_deepspeed(model, folder)
         return
     with _first_fault():
-        # Where there is no state, torch would take a step for it, which everybody counts who counts steps.
+        # If there is no state, torch would take a step to create it, and step counters would count it.
         save(_state_dict(module, optimizer if optimizer.state else None), checkpoint_id=folder / TAG)
 
 
 def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Put the state that :func:`save_engine` wrote, with the same arguments, into model and optimizer (collective).
+    """Load what :func:`save_engine` wrote, with the same arguments, into model and optimizer (collective).
 
     Raises:
         StateError: DeepSpeed found no state.
@@ -123,10 +123,10 @@ def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
 
 
 def allow_unused_weights(accelerator: Accelerator, model: nn.Module) -> None:
-    """Have DDP look for weights without a gradient, which it would wait for, where a model's type has some.
+    """Make DDP look for weights without a gradient, if a model's type has some; it would wait for them otherwise.
 
     Args:
-        accelerator: nothing prepared yet; other engines than DDP take such weights as they are.
+        accelerator: nothing prepared yet; engines other than DDP need no change.
         model: a transformers model, or adapters on one.
     """
     config: Any = getattr(model, "config", None)
@@ -137,18 +137,18 @@ def allow_unused_weights(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, batch: dict[str, Any]) -> None:
-    """Take one backward pass for the sake of the order in which gradients arrive (collective under DDP).
+    """Run one backward pass so that DDP fixes its gradient buckets (collective under DDP).
 
-    After its first backward pass DDP puts gradients into other buckets, by the order in which they arrived. Of
-    three ranks and more, the rounding of a sum depends on where in its bucket an element lies; so a process that
-    resumes would take its first step with other last bits than the run it continues. Gradients are dropped
-    again; what else a pass moves (generators, buffers, the objective's count) has to be restored afterwards.
+    After its first backward pass DDP rebuilds its buckets, by the order in which gradients arrived. With three or
+    more ranks, the rounding of a sum depends on an element's place in its bucket; so without this, the first step
+    of a resumed process would differ in the last bits from the run it continues. The gradients are dropped;
+    whatever else the pass changes (generators, buffers, the objective's count) has to be restored afterwards.
 
     Args:
-        accelerator: that prepared the model.
-        model: as prepared; anything but DDP is left alone.
+        accelerator: the one that prepared the model.
+        model: the prepared model; anything but DDP is left alone.
         objective: loss of a micro-batch.
-        batch: inputs of the model, of any rows, on the host.
+        batch: inputs of the model, from any rows, on the host.
     """
     if isinstance(model, DistributedDataParallel):
         model.train()
@@ -157,11 +157,11 @@ def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, b
 
 
 def _save_deepspeed(model: Any, folder: Path) -> None:
-    """Have DeepSpeed write its files, and raise after the last of its barriers what went wrong before.
+    """Make DeepSpeed write its files, and raise errors only after the last of its barriers.
 
-    A rank that raised inside would leave the others waiting there. For the same reason rank 0 writes nothing alone:
-    neither the file `latest`, which a sealed folder does not need, nor the copies of DeepSpeed's scripts, which
-    `python -m deepspeed.utils.zero_to_fp32 ... --tag engine` has.
+    A rank that raised earlier would leave the others waiting there. For the same reason rank 0 writes nothing
+    alone: neither the file `latest`, which a sealed folder does not need, nor the copy of DeepSpeed's script, which
+    can be run as `python -m deepspeed.utils.zero_to_fp32 ... --tag engine`.
     """
     errors: list[Exception] = []
 
@@ -169,7 +169,7 @@ def _save_deepspeed(model: Any, folder: Path) -> None:
         def noted(*arguments: Any, **options: Any) -> None:
             try:
                 call(*arguments, **options)
-            except Exception as error:  # a full disk, say, which torch's writer makes a RuntimeError
+            except Exception as error:  # such as a full disk, which torch's writer turns into a RuntimeError
                 errors.append(error)
 
         return noted
@@ -194,9 +194,9 @@ def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 @contextmanager
 def _first_fault() -> Iterator[None]:
-    """Raise the first rank's fault itself, where torch raises, on all ranks, a traceback of each.
+    """Raise only the first rank's error, where torch would raise every rank's traceback on all ranks.
 
-    That one process saves alone, which torch warns of each time, is what was meant.
+    Silence torch's warning that one process saves alone, which is intended.
     """
     try:
         with warnings.catch_warnings():
@@ -208,17 +208,17 @@ def _first_fault() -> Iterator[None]:
 
 SUMS = "meter.sums"
 RANDOM, RANDOM_OF_DEVICE = "random", "random.device"
-"""Names in a rank's file: the text beside its tensors, and the tensor of the device's generator."""
+"""Names in a rank's file: the text stored with its tensors, and the tensor of the device's generator."""
 HYPERPARAMETERS = ("weight_decay", "betas", "eps")
-"""What AdamW has beside the rate, which the recipe sets at every step."""
+"""AdamW's options besides the learning rate, which the recipe sets at every step."""
 
 
 class RunState:
-    """All that changes during a run.
+    """Everything that changes during a run.
 
     Args:
-        run: prepared.
-        setup: of the run.
+        run: the prepared run.
+        setup: setup of the run.
     """
 
     def __init__(self, run: Run, setup: Setup):
@@ -231,24 +231,24 @@ class RunState:
 
     @property
     def first_step(self) -> int:
-        """Applied steps that the checkpoint had; 0 where the run begins anew."""
+        """Applied steps of the checkpoint; 0 if the run starts anew."""
         return self._resumed[1].applied_steps if self._resumed else 0
 
     def load_engine(self, checkpoint: RunCheckpoint) -> None:
-        """Put weights and optimizer state of a checkpoint into what the engine has prepared (collective).
+        """Load a checkpoint's weights and optimizer state into what the engine has prepared (collective).
 
         To be called before an averager is attached.
 
         Raises:
-            ConfigError: it is of another run.
-            StateError: the state does not fit this engine or number of ranks; on every rank, saying what does.
+            ConfigError: the checkpoint is from another run.
+            StateError: the state does not fit this engine or number of ranks, with the ones it fits; on every rank.
         """
         run, path, ranks = self.run, checkpoint.path, self._ranks
         record = RunRecord.read(checkpoint.manifest.content, path)
         with ranks.together():  # machines may have read models that differ
             require_same_run(record, self._setup, path)
         groups = run.optimizer.param_groups
-        # Section train says what they are; a loaded state would bring those it was saved with.
+        # Section train sets these; a loaded state would overwrite them with the saved ones.
         wanted = [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in groups]
         with ranks.together(f"{path / TAG}: the engine's state could not be loaded"):
             module: Any = run.accelerator.unwrap_model(run.model)
@@ -258,10 +258,10 @@ class RunState:
         self._resumed = checkpoint, record
 
     def restore(self, parts: Mapping[str, Any]) -> None:
-        """Continue from the checkpoint of :meth:`load_engine`, where there is one (collective).
+        """Continue from the checkpoint of :meth:`load_engine`, if there is one (collective).
 
         Args:
-            parts: what else has state, by name, as of `Run.begin`; what has none is passed over.
+            parts: other objects with state, by name, as for `Run.begin`; those without state are ignored.
 
         Raises:
             ConfigError, StateError: the checkpoint does not fit this run; on every rank.
@@ -295,9 +295,9 @@ class RunState:
             logger.warning("%s was written with other settings:\n  %s", path, "\n  ".join(changes))
 
     def restore_random(self) -> None:
-        """Put this rank's generators and sums of the log back, when nothing draws any more before the next step.
+        """Restore this rank's generators and log sums, once nothing else uses the generators before the next step.
 
-        On another number of ranks the generators are seeded anew.
+        With a different number of ranks the generators are reseeded.
         """
         if self._resumed is None:
             return
@@ -312,16 +312,16 @@ class RunState:
                     restore_random(tensors, text, self.run.accelerator.device)
         if before != ranks.world_size:
             logger.warning(
-                "%s was written by %d ranks and is read by %d: the order of rows continues, dropout begins anew",
+                "%s was written by %d ranks and is read by %d: the order of rows continues, dropout is reseeded",
                 *(path, before, ranks.world_size),
             )
             set_seed(self._setup.seed + self.run.position.step, device_specific=True)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, and delete those of which there are too many (collective).
+        """Write a checkpoint of this step, and delete surplus ones (collective).
 
         Raises:
-            StateError: a rank could not write; on every rank, and the checkpoints before are as they were.
+            StateError: a rank could not write; on every rank, with earlier checkpoints unchanged.
         """
         run, folder = self.run, self.run.folder.path
         record = RunRecord(
@@ -346,7 +346,7 @@ class RunState:
             logger.info("checkpoint-%d saved in %s", run.position.step, folder)
 
     def _write(self, folder: Path) -> Mapping[str, FileRecord]:
-        """This rank's files of a checkpoint; a failure of any rank is raised on all, at each part."""
+        """Write this rank's files of a checkpoint; after each part, any rank's failure is raised on all."""
         run, ranks = self.run, self._ranks
         with ranks.together(f"{folder / TAG}: the engine's state could not be written"):
             save_engine(run.model, run.engine.module, run.engine.inner_optimizer, folder)
@@ -370,7 +370,7 @@ class RunState:
         return records
 
     def _write_rank(self, folder: Path) -> dict[str, FileRecord]:
-        """What differs from rank to rank: generators, and sums of the log."""
+        """Write what differs between ranks: generators, and log sums."""
         tensors, text = capture_random(self.run.accelerator.device)
         tensors[SUMS] = self.run.meter.sums.cpu()
         name = _rank_file(self._ranks.rank)
@@ -379,9 +379,9 @@ class RunState:
 
 
 def capture_random(device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Take the state of Python's, numpy's and torch's generators, the device's included.
+    """Return the state of Python's, numpy's and torch's generators, including the device's.
 
-    Tensors by name, 1-dim (torch's state uint8, the others' words int64), and text beside them.
+    It is tensors by name, 1-dim (torch's state uint8, the others' words int64), and text.
     """
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
@@ -396,7 +396,7 @@ def capture_random(device: torch.device) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def restore_random(tensors: Mapping[str, Tensor], text: Mapping[str, str], device: torch.device) -> None:
-    """Put every generator back to where :func:`capture_random` found it."""
+    """Restore every generator to the state from :func:`capture_random`."""
     others = json.loads(text[RANDOM])
     (version, gauss), (name, *rest) = others["python"], others["numpy"]
     random.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
@@ -407,7 +407,7 @@ def restore_random(tensors: Mapping[str, Tensor], text: Mapping[str, str], devic
 
 
 def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Name the packages whose versions differ."""
+    """List the packages whose versions differ."""
     names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     return ", ".join(f"{name} {then.get(name)} to {now.get(name)}" for name in names) or "none did"
 

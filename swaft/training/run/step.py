@@ -1,11 +1,11 @@
-"""The optimizer steps of a recipe's loop: their batches, in which order, and what each counts; the sums of the log.
+"""The optimizer steps of a recipe's loop: their batches, the order and weight of each, and the log's sums.
 
-The order of rows is a function of the seed and the number of the pass, and of nothing else. A step of several
-batches on several ranks equals one on all rows at once: a loss is a mean over the rows that count (target tokens
-of a model that writes, examples of one that classifies), and engines take the mean of such means over micro-
-batches and ranks, which weighs a token the more, the fewer its micro-batch has. So each micro-batch's loss is
-scaled to the share of the step's rows that it holds. Rows that accelerate repeats at the end of an epoch, so that
-all ranks have equally many full micro-batches, are left out.
+The order of rows depends only on the seed and the number of the pass. A step of several batches on several ranks
+equals one on all rows at once: a loss is a mean over the rows that count (target tokens for a model that generates,
+examples for one that classifies), and engines take the mean of such means over micro-batches and ranks, in which
+a token weighs more the fewer its micro-batch has. So each micro-batch's loss is scaled by its share of the step's
+rows. Rows that accelerate repeats at the end of an epoch, to give all ranks equally many full micro-batches, are
+left out.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Order = Callable[[torch.Generator], Sequence[int]]
 
 
 class PassSampler(Sampler[int]):
-    """Yields every row once a pass, each pass in an order of its own, whatever was drawn before.
+    """Yields every row once per pass, each pass in its own order, whatever was drawn before.
 
-    So a run may begin with any pass, and every rank knows its order without being told.
+    So a run may start with any pass, and every rank knows its order without communication.
 
     Args:
         order: draws the rows of one pass.
-        num_rows: of a pass.
-        seed: of all passes; every rank needs the same.
+        num_rows: rows in a pass.
+        seed: seed of all passes; the same on every rank.
     """
 
     def __init__(self, order: Order, num_rows: int, *, seed: int):
@@ -59,16 +59,16 @@ class PassSampler(Sampler[int]):
         self._order, self._num_rows, self._seed = order, num_rows, seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Name the next pass; accelerate's loaders do so before each."""
+        """Set the number of the next pass; accelerate's loaders do so before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Rows of a pass."""
+        """Return the number of rows in a pass."""
         return self._num_rows
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the rows of one pass; the next one is another, if nobody names it."""
-        # torch's generators take 32 bits of a seed, so that seed + epoch would be other runs' passes.
+        """Yield the rows of one pass, and move on to the next."""
+        # torch's generators take 32 bits of a seed, and seed + epoch would repeat passes of runs with other seeds.
         mixed = int(np.random.SeedSequence((self._seed, self.epoch)).generate_state(1)[0])
         self.epoch += 1
         yield from self._order(torch.Generator().manual_seed(mixed))
@@ -82,15 +82,15 @@ def shuffled(num_rows: int, *, seed: int) -> PassSampler:
 
 
 def length_grouped(lengths: Sequence[int], *, batch_size: int, seed: int) -> PassSampler:
-    """Return a sampler of all rows, so that a batch holds inputs of like length and little of it is padding.
+    """Return a sampler of all rows in which a batch holds inputs of similar length, with little padding.
 
     Each pass is shuffled, then sorted by length within stretches of 50 batches (or a quarter of the rows, if that
-    is less); the longest row comes first, so a batch that does not fit the memory fails at once.
+    is less); the longest row comes first, so a batch that does not fit in memory fails at once.
 
     Args:
         lengths: tokens of each input.
         batch_size: rows of a micro-batch over all devices.
-        seed: of the orders.
+        seed: seed of the orders.
     """
     each = list(lengths)
     draw = partial(get_length_grouped_indices, each, batch_size)
@@ -98,18 +98,18 @@ def length_grouped(lengths: Sequence[int], *, batch_size: int, seed: int) -> Pas
 
 
 Collate = Callable[[list[Any]], dict[str, Any]]
-"""Makes a batch of rows."""
+"""Makes a batch from rows."""
 
 
 def loader_of(
     rows: Dataset, collate: Collate, *, batch_size: int, num_workers: int, sampler: Sampler[int] | None = None
 ) -> DataLoader[Any]:
-    """Return a loader that draws from no generator that training draws from, and whose workers outlive signals."""
+    """Return a loader that does not use training's random generators, and whose workers outlive signals."""
     return DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=batch_size,
         sampler=sampler,
-        generator=torch.Generator(),  # from which workers' seeds are drawn
+        generator=torch.Generator(),  # the source of the workers' seeds
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_rank,
@@ -119,7 +119,7 @@ def loader_of(
 def training_loader(
     rows: Dataset, collate: Collate, train: TrainConfig, *, world_size: int
 ) -> DataLoader[Any]:
-    """Return a loader over the training rows, in an order that is the same on every rank and can begin anywhere."""
+    """Return a loader over the training rows, in an order that is the same on every rank and can start anywhere."""
     batch_size, sampler = train.per_device_train_batch_size, shuffled(len(rows), seed=train.seed)
     if train.group_by_length:
         chunks = rows.select_columns("input_ids").iter(1000)
@@ -131,13 +131,13 @@ def training_loader(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank computes at once."""
+    """The rows that a rank computes at once."""
 
     inputs: dict[str, Any]
-    """Rows by column, each row once an epoch over all ranks. Where the others have the last of them, rows that this
-    rank repeats, because all ranks have to take part in every pass."""
+    """Rows by column, each row once per epoch over all ranks. If other ranks have the last rows, repeated rows,
+    because all ranks have to take part in every pass."""
     count: Tensor
-    """How many rows its loss is the mean of, 0-dim, on the batch's device; 0 for repeated rows."""
+    """Number of rows that its loss is the mean of, 0-dim, on the batch's device; 0 for repeated rows."""
 
 
 def step_batches(
@@ -145,16 +145,16 @@ def step_batches(
 ) -> Iterator[tuple[int, int, list[MicroBatch]]]:
     """Yield, epoch after epoch, the micro-batches of each optimizer step.
 
-    They are ``accumulation`` many, and fewer in the last step of an epoch whose length it does not divide.
+    A step has ``accumulation`` of them, or fewer at the end of an epoch whose length is not a multiple.
 
     Args:
-        loader: whose order depends on the number of the epoch alone.
-        accumulation: micro-batches of a step.
+        loader: a loader whose order depends only on the number of the epoch.
+        accumulation: micro-batches per step.
         epoch: number of the first epoch.
-        skip: micro-batches to leave out of it.
+        skip: micro-batches to skip in it.
 
     Yields:
-        Number of the epoch, micro-batches read of it, those of this step included, and the micro-batches.
+        Number of the epoch, micro-batches read from it, including this step's, and the micro-batches.
     """
     while True:
         if isinstance(loader, DataLoaderShard):
@@ -167,10 +167,10 @@ def step_batches(
 
 
 def _own_part(batch: Mapping[str, Any], loader: DataLoader[Any], number: int) -> MicroBatch:
-    """Return a micro-batch, by its number in the epoch from 0, without the rows that are repeats.
+    """Return a micro-batch, by its number in the epoch from 0, without repeated rows.
 
-    Ranks take a prepared loader's batches in turn, and accelerate fills the last ones with the first rows, after
-    those that are the rank's own. Nothing is repeated where the ranks do not share the loader.
+    Ranks take a prepared loader's batches in turn, and accelerate fills up the last ones with the first rows, after
+    the rank's own. Nothing is repeated if the ranks do not share the loader.
     """
     own, shared = None, getattr(loader, "batch_sampler", None)
     if isinstance(shared, BatchSamplerShard) and shared.batch_size is not None:
@@ -183,37 +183,37 @@ def _own_part(batch: Mapping[str, Any], loader: DataLoader[Any], number: int) ->
 
 
 def count_rows(batch: Mapping[str, Any]) -> Tensor:
-    """Return how many rows a batch's loss is the mean of, 0-dim, on the batch's device.
+    """Return the number of rows that a batch's loss is the mean of, 0-dim, on the batch's device.
 
     Args:
-        batch: ``labels`` (B,) or (B, T), class ids where IGNORE_INDEX does not count, or scores (floating point),
-            which all do. Without labels (answers to questions) every example counts.
+        batch: ``labels`` (B,) or (B, T): class ids, of which IGNORE_INDEX does not count, or scores (floating
+            point), which all count. Without labels (answers to questions) every example counts.
     """
     labels = batch.get("labels")
     if labels is None:
         first = next(iter(batch.values()))
         return torch.full(
             (), len(first), device=first.device
-        )  # filled there; a copy would make the host wait
+        )  # filled on the device; a copy would make the host wait
     if labels.is_floating_point():
         return torch.full((), labels.numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
 
 
 def count_tokens(batch: Mapping[str, Any], *, writes: bool) -> Tensor:
-    """Return how many tokens of a batch are no padding, 0-dim: those read, and the labels where it ``writes``.
+    """Return how many tokens of a batch are not padding, 0-dim: the inputs, and with ``writes`` the labels.
 
-    Packed rows have no mask, and what little padding there is behind them counts.
+    Packed rows have no mask, so the little padding after them counts.
     """
     read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).count_nonzero()
     return read + (batch["labels"] != IGNORE_INDEX).sum() if writes else read
 
 
 def loss_factors(counts: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
-    """Return the factor on each micro-batch's loss, so that the step's gradient is that of one mean (collective).
+    """Return the factor for each micro-batch's loss that makes the step's gradient that of one mean (collective).
 
     The engines divide each loss by ``gradient_accumulation_steps`` and average gradients over ranks; the factors
-    take both back. Equal counts give exactly 1, and the host waits for nothing.
+    undo both. Equal counts give exactly 1, and the host does not wait.
 
     Args:
         counts: rows of each of this rank's micro-batches.
@@ -233,13 +233,13 @@ class Position:
     """How far a run has come, between two optimizer steps."""
 
     step: int = 0
-    """Optimizer steps taken, skipped ones included."""
+    """Optimizer steps taken, including skipped ones."""
     epoch: int = 0
     """Passes over the training rows before this one."""
     batches: int = 0
     """Micro-batches of this pass that each rank has trained on."""
     evaluated: bool = True
-    """Whether the evaluation that was due after the step has been made."""
+    """Whether the evaluation due after the step has been done."""
     stopped: bool = False
     """Whether an evaluation has ended the run."""
 
@@ -256,8 +256,8 @@ class Step:
     """An optimizer step, from its micro-batches to the update.
 
     Args:
-        run: whose step it is.
-        number: from 1 on.
+        run: the run that the step belongs to.
+        number: number of the step, from 1.
         batches: its micro-batches.
     """
 
@@ -268,16 +268,16 @@ class Step:
         self._grad_norm: Tensor | None = None
 
     def micro_batches(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield each micro-batch, and what its loss has to be multiplied by (collective).
+        """Yield each micro-batch, and the factor by which to multiply its loss (collective).
 
-        The factors make the step's gradient that of one mean over all rows of all micro-batches and ranks, for a
-        loss that is a mean over the rows, or tokens, that count.
+        The factors make the step's gradient that of one mean over all rows of all micro-batches and ranks, if the
+        loss is a mean over the rows, or tokens, that count.
         """
         run, batches = self._run, self._batches
         factors = loss_factors([batch.count for batch in batches], run.accelerator)
         writes = run.config.task == "sequence to sequence"
         for batch, factor in zip(batches, factors, strict=True):
-            # accelerate would ask the loader, which has been read to the end of the step already.
+            # accelerate would ask the loader, which has already been read to the end of the step.
             run.accelerator.sync_gradients = batch is batches[-1]
             with nullcontext() if run.accelerator.sync_gradients else run.accelerator.no_sync(run.model):
                 yield without_row_id(batch.inputs), factor
@@ -285,9 +285,9 @@ class Step:
             self._logged = {}
 
     def log(self, **values: Any) -> None:
-        """Note numbers of this micro-batch, 0-dim; their means over rows are logged when it is due.
+        """Record numbers of this micro-batch, 0-dim; their means over rows are logged when a log line is due.
 
-        Names are the same at every micro-batch and on every rank, ``loss`` among them.
+        Names have to be the same at every micro-batch and on every rank, and include ``loss``.
         """
         self._logged |= values
 
@@ -295,9 +295,9 @@ class Step:
         """Run backward on the loss of a micro-batch.
 
         Raises:
-            TrainingError: on every rank, from the last backward of a step with a loss that is not finite: before
-                its weights can be averaged or saved, and, unless DeepSpeed takes the step itself, before there are
-                any.
+            TrainingError: a loss of the step is not finite. Raised on every rank, from the step's last backward:
+                before its weights can be averaged or saved, and, unless DeepSpeed takes the step itself, before the
+                weights are updated.
         """
         accelerator, meter = self._run.accelerator, self._run.meter
         meter.note_loss(loss)
@@ -313,9 +313,9 @@ class Step:
             )
 
     def clip_gradients(self) -> None:
-        """Clip the gradients to ``train.max_grad_norm``; 0 clips nothing.
+        """Clip the gradients to ``train.max_grad_norm``; 0 turns clipping off.
 
-        DeepSpeed clips by itself, inside backward, to the ``gradient_clipping`` of its configuration.
+        DeepSpeed does its own clipping, inside backward, to the ``gradient_clipping`` of its configuration.
         """
         run = self._run
         if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -323,14 +323,14 @@ class Step:
             self._grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit)
 
     def measured_grad_norm(self) -> float | None:
-        """Norm of the gradients before clipping, None where the engine does not measure it."""
+        """Return the norm of the gradients before clipping, None if the engine does not measure it."""
         measure: Any = getattr(self._run.model, "get_global_grad_norm", None)  # DeepSpeed's engine has it
         measured = self._grad_norm if measure is None else measure()
         return None if measured is None else float(measured)
 
 
 class Meter:
-    """Sums what is logged, on the device and without waiting for it, and times the training steps.
+    """Sums the logged values on the device, without waiting for it, and times the training steps.
 
     accelerate's own gathering would block every step.
     """
@@ -342,7 +342,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Seconds since training began, pauses excluded."""
+        """Seconds since training began, without pauses."""
         return time.monotonic() - self._started
 
     def add(self, values: Mapping[str, Tensor | float], *, count: Tensor, tokens: Tensor) -> None:
@@ -350,8 +350,8 @@ class Meter:
 
         Args:
             values: means over its rows by name, 0-dim tensors or plain numbers.
-            count: its rows, 0-dim; where it is 0, no token counts either.
-            tokens: its tokens, 0-dim.
+            count: number of its rows, 0-dim; if it is 0, no token counts either.
+            tokens: number of its tokens, 0-dim.
         """
         if tuple(values) != self.names:  # the first micro-batch, or a resumed recipe that logs something else
             self._begin(values)
@@ -368,17 +368,17 @@ class Meter:
         self._bad_losses += ~torch.isfinite(loss.detach())
 
     def send_bad_losses(self) -> SentCount:
-        """Send how many ranks had a loss that is not finite since the last optimizer step (collective).
+        """Start sending how many ranks had a loss that is not finite since the last optimizer step (collective).
 
-        One number is exchanged per optimizer step. It is on its way while the step's last backward pass runs, so
-        that the host does not wait for the device to be idle.
+        One number is exchanged per optimizer step, during the step's last backward pass, so that the host does not
+        wait for the device to be idle.
         """
         found: Any = self._accelerator.reduce(self._bad_losses, reduction="sum")
         self._bad_losses = torch.zeros_like(self._bad_losses)
         return SentCount(found > 0)
 
     def read(self) -> dict[str, float | None]:
-        """Return means over the rows of all ranks since the last call, and tokens a second; collective."""
+        """Return means over the rows of all ranks since the last call, and tokens per second (collective)."""
         total: Any = self._accelerator.reduce(self.sums, reduction="sum")
         *sums, count, tokens = total.tolist()
         since, self.logged_at_s = self.logged_at_s, self.seconds
@@ -394,7 +394,7 @@ class Meter:
         return {"names": list(self.names), "seconds": self.seconds, "logged_at_s": self.logged_at_s}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Count time on from :meth:`state_dict`; the sums are zero."""
+        """Continue the time from :meth:`state_dict`, with sums at zero."""
         self._begin(state["names"])
         self._started = time.monotonic() - state["seconds"]
         self.logged_at_s: float = state["logged_at_s"]
@@ -413,4 +413,4 @@ class Meter:
         self.names = tuple(names)
         """Names of the values that are logged, the same at every micro-batch."""
         self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=self._accelerator.device)
-        """Since the last line of the log: values times rows, rows, tokens; on the device, this rank's."""
+        """This rank's sums since the last log line, on the device: values times rows, rows, tokens."""
