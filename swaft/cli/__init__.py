@@ -1,4 +1,4 @@
-"""The ``swaft`` program, one file a command."""
+"""The ``swaft`` program, one file per command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swaft.errors import ConfigError
 
 
 def reading(read: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    """What an option's word is read by: a function, and what was expected where it raises a ValueError."""
+    """Return an argparse type from a function, and from what was expected if it raises a ValueError."""
 
     def read_word(word: str) -> Any:
         try:
@@ -31,10 +31,10 @@ COUNT = reading(_count, "a whole number of at least 1")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Reads the words of a command; what it does not understand is a ConfigError.
+    """Parses the words of a command; words that it does not understand are a ConfigError.
 
     Args:
-        command: its name, for messages.
+        command: name of the command, for messages.
     """
 
     def __init__(self, command: str):
@@ -45,6 +45,6 @@ class CommandParser(argparse.ArgumentParser):
         """Refuse the words.
 
         Raises:
-            ConfigError: with the command and the way to its help.
+            ConfigError: with the command and how to get its help.
         """
         raise ConfigError(f"swaft {self.command}: {message}; swaft {self.command} --help lists the options")

@@ -6,26 +6,27 @@ r"""Averages finished checkpoints to one Hugging Face folder, in bounded memory.
     swaft average a b c --evaluate 'python score.py {folder}' --higher-is-better --output soup
 
 A checkpoint is a Hugging Face folder with safetensors, a LoRA adapter folder (the updates are averaged, not their
-factors), a checkpoint of a swaft run under torch alone or DeepSpeed (its trained weights at that step; takes --base
-and --trust-pickle), a DeepSpeed checkpoint of ZeRO 1 to 3, or a state of averages that a run saved.
+factors), a checkpoint of a swaft run under torch alone or DeepSpeed (its trained weights at that step; needs --base
+and --trust-pickle), a DeepSpeed checkpoint of ZeRO 1 to 3, or a state of averages saved by a run.
 
-  --output FOLDER         where to write; it must not hold anything
-  --weights W,W,...       a number from 0 for each checkpoint, in any scale; without it all count alike
-  --last K                the last K checkpoints, by step, of the run folder that is named
+  --output FOLDER         where to write; must be empty or not exist
+  --weights W,W,...       a non-negative number for each checkpoint, in any scale; default: all count the same
+  --last K                the last K checkpoints, by step, of the given run folder
   --evaluate COMMAND      greedy soup: the best checkpoint first, then each that does not make the score worse; the
                           command's last line is the score of {folder}
   --higher-is-better, --lower-is-better
-                          which way the score goes
-  --dtype TYPE            float32 (default), bfloat16 or float16, rounded once, and how far that moved the weights
-  --max-shard-size SIZE   of a file of weights: 5GB (default), 500MB, 2GiB, ...
+                          direction of the score
+  --dtype TYPE            float32 (default), bfloat16 or float16, rounded once; how far that moved the weights is
+                          printed
+  --max-shard-size SIZE   largest size of a weights file: 5GB (default), 500MB, 2GiB, ...
   --base FOLDER           Hugging Face folder of the same model, for what the checkpoints lack: configuration,
                           tokenizer, frozen weights
-  --lora-rank R           of the new adapter; at the old rank times the number of checkpoints nothing is lost
-  --rule NAME             which average of a state that holds several
+  --lora-rank R           rank of the new adapter; at the old rank times the number of checkpoints nothing is lost
+  --rule NAME             which average, if a state holds several
   --trust-pickle          open files of DeepSpeed and of torch's engines, which can run any code that is in them
   --json                  print the result as JSON
 
-Exit code: 0; 1 where nothing was written.
+Exit code: 0; 1 if nothing was written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from swaft.storage.tensor_file import WRITTEN
 
 
 def run(words: Sequence[str]) -> int:
-    """Average the checkpoints that these words name, print what came of it, and return the exit code."""
+    """Average the given checkpoints, print the result, and return the exit code."""
     options = _parser().parse_args(list(words))
     paths = _paths(options)
     how: dict[str, Any] = {
@@ -96,7 +97,7 @@ def table(soup: Soup, choice: GreedyChoice | None, paths: Sequence[Path]) -> str
     rows.append(("rounding", f"{soup.rounding:.2e} of the weights' norm, at most {worst:.2e} ({name})"))
     if soup.truncation is not None:
         rows.append(
-            ("rank", f"off by {soup.truncation:.2e} of the mean update, for want of rank (--lora-rank)")
+            ("rank", f"off by {soup.truncation:.2e} of the mean update, for lack of rank (--lora-rank)")
         )
     rows += [("note", note) for note in soup.notes]
     size = sum(record.bytes for record in soup.files.values())
@@ -112,7 +113,7 @@ def _score(command: str, folder: Path) -> float:
 
 
 def _paths(options: argparse.Namespace) -> list[Path]:
-    """The checkpoints meant; also refuses options that contradict each other."""
+    """Return the checkpoints to average; refuse options that contradict each other."""
     if options.evaluate is not None and options.weights is not None:
         raise ConfigError("swaft average: --evaluate chooses by uniform means; expected it without --weights")
     if (options.evaluate is None) != (options.higher_is_better is None):
@@ -130,9 +131,7 @@ def _parser() -> CommandParser:
     parser = CommandParser("average")
     parser.add_argument("checkpoints", nargs="+")
     add_output_options(parser)
-    numbers = reading(
-        lambda text: [float(word) for word in text.split(",")], "numbers with commas between them"
-    )
+    numbers = reading(lambda text: [float(word) for word in text.split(",")], "numbers separated by commas")
     parser.add_argument("--weights", type=numbers)
     parser.add_argument("--last", type=COUNT)
     parser.add_argument("--evaluate")
@@ -145,7 +144,7 @@ def _parser() -> CommandParser:
 
 
 def add_output_options(parser: CommandParser) -> None:
-    """Add the options of the folder that is written, and of what is taken."""
+    """Add the options for the output folder, and for what to take."""
     for name in ("base", "rule"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--output", required=True)

@@ -1,8 +1,8 @@
-"""Prints versions and what the machine has, for a bug report.
+"""Prints versions and the machine's hardware, for a bug report.
 
     swaft env [--json]
 
-The versions are in env.json of every run folder, too, with device, ranks and engine of that run.
+The versions are also in env.json of every run folder, with device, ranks and engine of that run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
     if unknown:
         raise ConfigError(f"swaft env: '{unknown[0]}' is not understood; expected --json or nothing")
 
-    from swaft.training.run.folder import software  # only here: --help waits for no library
+    from swaft.training.run.folder import software  # here, so that --help does not wait for it
 
     facts = software() | machine()
     if "--json" in words:
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Return what this machine has: processors, memory in bytes, GPUs by name."""
+    """Return this machine's processors, memory in bytes, and GPUs by name."""
     import psutil
     import torch
 

@@ -1,23 +1,24 @@
-r"""Writes the averages that a run has saved as a Hugging Face folder, on one machine, whatever engine saved them.
+r"""Writes the averages saved by a run as a Hugging Face folder, on one machine, whatever engine saved them.
 
     swaft export runs/1 --dtype bfloat16 --output averaged
     swaft export runs/1/checkpoint-500 --base runs/1/best --output averaged
 
-What is named is a run folder, a checkpoint of a run or of transformers' Trainer, or a state that
-`averager.save_state` wrote. Of a finished run the final average is taken, of another the newest complete
-checkpoint; the step is printed. Every byte of a state is checked first, and in a checkpoint of a run also that the
+The source is a run folder, a checkpoint of a run or of transformers' Trainer, or a state that `averager.save_state`
+wrote. From a finished run the final average is taken, from an unfinished one the average in its newest complete
+checkpoint; the step is printed. Every byte of a state is checked first, and for a checkpoint of a run also that the
 averages are its own; the folder is read back before it gets its name.
 
-  --base FOLDER           Hugging Face folder of the same model, for configuration, tokenizer and frozen weights; of
-                          a LoRA run its adapter folder, then an adapter folder is written. A finished run, and a
-                          checkpoint of the Trainer, have all that themselves
-  --output FOLDER         where to write; it must not hold anything
-  --rule NAME             which average of a state that holds several
-  --dtype TYPE            float32 (default), bfloat16 or float16, rounded once, and how far that moved the weights
-  --max-shard-size SIZE   of a file of weights: 5GB (default), 500MB, 2GiB, ...
+  --base FOLDER           Hugging Face folder of the same model, for configuration, tokenizer and frozen weights;
+                          for a LoRA run its adapter folder, then an adapter folder is written. Not needed for a
+                          finished run or a checkpoint of the Trainer, which have all that themselves
+  --output FOLDER         where to write; must be empty or not exist
+  --rule NAME             which average, if a state holds several
+  --dtype TYPE            float32 (default), bfloat16 or float16, rounded once; how far that moved the weights is
+                          printed
+  --max-shard-size SIZE   largest size of a weights file: 5GB (default), 500MB, 2GiB, ...
   --json                  print the result as JSON
 
-Exit code: 0; 1 where nothing was written.
+Exit code: 0; 1 if nothing was written.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from swaft.storage.files import status
 from swaft.storage.sealed import MANIFEST, find_checkpoints
 
 FINAL_AVERAGED, SUMMARY = "final-averaged", "summary.json"
-"""What a run leaves at its end: a Hugging Face folder of its average, and then, last of all, its scores."""
+"""What a run writes at its end: a Hugging Face folder of its average, and last of all its scores."""
 OF_TRAINER = "averages"
 """Folder of averages in a checkpoint of transformers' Trainer, or of accelerate."""
 
 
 def run(words: Sequence[str]) -> int:
-    """Export the average that these words name, print what came of it, and return the exit code."""
+    """Export the given average, print the result, and return the exit code."""
     parser = CommandParser("export")
     parser.add_argument("average")
     add_output_options(parser)
@@ -58,13 +59,13 @@ def run(words: Sequence[str]) -> int:
             f"--rule {options.rule}: {source} is the one average of a finished run; leave --rule out"
         )
     base, checkpoint = options.base, source.parent
-    # accelerate's checkpoints may hold weights too, and nothing that says of which model.
+    # accelerate's checkpoints may hold weights too, but nothing that says of which model.
     says_which = any(status(checkpoint / name) is not None for name in (CONFIG, ADAPTER_CONFIG))
     if base is None and source.name == OF_TRAINER and says_which and holds_weights(checkpoint):
         base = str(checkpoint)
     if not is_final and base is None:
         parser.error(
-            f"--base is missing: {source} holds weights alone; name a Hugging Face folder of the same model, from "
+            f"--base is missing: {source} holds only weights; give a Hugging Face folder of the same model, from "
             "which configuration, tokenizer and frozen weights come"
         )
     soup = average(
@@ -88,23 +89,23 @@ def run(words: Sequence[str]) -> int:
 
 
 def ended_with_average(path: Path) -> bool:
-    """Whether a folder is that of a run that has come to its end and left the average that it came to.
+    """Whether a folder belongs to a finished run and holds its final average.
 
     Raises:
-        StateError: the folder cannot be looked into.
+        StateError: the folder cannot be read.
     """
     return status(path / SUMMARY) is not None and holds_weights(path / FINAL_AVERAGED)
 
 
 def saved_averages(path: Path) -> Path:
-    """The folder of averages that a path means.
+    """Return the folder of averages that a path refers to.
 
     Args:
         path: such a folder, a checkpoint of a run or of the Trainer, or a run folder.
 
     Raises:
         ConfigError: there are no averages there.
-        StateError: the folder cannot be looked into.
+        StateError: the folder cannot be read.
     """
     newest = find_checkpoints(path)[:1]
     for folder in (*(each / AVERAGES for each in (*newest, path)), path / OF_TRAINER):

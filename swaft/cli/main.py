@@ -1,7 +1,7 @@
 """The ``swaft`` program: finds the command and hands it the rest of the line.
 
-Every command is a module of this package with ``run(words) -> int``, imported when it is asked for, so that
-``swaft --help`` waits for no library.
+Every command is a module of this package with ``run(words) -> int``, imported when it is used, so that
+``swaft --help`` does not wait for libraries.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from swaft.errors import ConfigError, SwaftError
 
 COMMANDS = {
     "validate": "check a run before it starts: all problems at once, without a GPU",
-    "plan": "predict memory and time of a run on every rank, for any number of them",
-    "average": "average finished checkpoints to one Hugging Face folder, in bounded memory",
-    "export": "write the averages that a run has saved as a Hugging Face folder",
+    "plan": "predict memory and time of a run on every rank, for any number of ranks",
+    "average": "average finished checkpoints into one Hugging Face folder, in bounded memory",
+    "export": "write the averages saved by a run as a Hugging Face folder",
     "sweep": "run a recipe with several seeds and settings, and compare the runs",
     "report": "write one HTML page about a run, or about several side by side",
     "env": "versions and machine, for a bug report",
 }
 
 OF_RECIPES = ("accelerate", "datasets", "omegaconf", "tqdm", "transformers")
-"""Packages of the extra ``recipes``; ``average`` and ``export`` do without."""
+"""Packages of the extra ``recipes``; ``average`` and ``export`` do not need them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read the output has seen enough, as `head` has. Python would write what is left at its end.
+        # The reader closed the pipe, as `head` does. Without this, Python would write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -89,5 +89,5 @@ def usage() -> str:
     """Return what ``swaft --help`` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items()]
-    more = "swaft COMMAND --help says more; swaft --version names the version."
+    more = "swaft COMMAND --help says more; swaft --version prints the version."
     return "\n".join(["usage: swaft COMMAND ...", "", *lines, "", more])

@@ -3,20 +3,20 @@ r"""Predicts what a run takes on every rank, before it starts and without a GPU,
     swaft plan --config_file launch/accelerate/zero3.yaml --num_processes 16 recipes/seq2seq.py \
         --config recipes/configs/seq2seq/e2e.yaml
 
-That is the launch line with `swaft plan` in the place of `accelerate launch`. The model is built from its
-configuration without any weights, and one step of it is run on tensors without data. Numbers are those of the rank
-that holds most, at the fullest moment of each part of the run, with rows as long as the settings allow.
+That is the launch line with `swaft plan` instead of `accelerate launch`. The model is built from its configuration
+without any weights, and one of its steps is run on tensors without data. The numbers are for the rank with the most
+memory, at the peak of each part of the run, with rows as long as the settings allow.
 
-  --on_cpu              the ranks compute on the CPU, over gloo; else on a GPU each
+  --on_cpu              the ranks compute on the CPU, over gloo; default: on a GPU each
   --device_memory GIB   memory of a device, to say whether the run fits
   --host_memory GIB     memory of a machine, to say whether its ranks fit
-  --step_seconds S      a measured training step, to say which share of it averaging takes
+  --step_seconds S      measured time of a training step, to say which share of it averaging takes
   --json                print the same as JSON
 
-Rows led by `problem` are what does not fit and what would help, by `refused` what the run itself would refuse to
-start with (`swaft validate` has all of that).
+Lines starting with `problem` say what does not fit and what would help, lines with `refused` why the run itself
+would refuse to start (`swaft validate` reports all such reasons).
 
-Exit code: 0; 1 where something does not fit, or the run cannot be planned.
+Exit code: 0; 1 if something does not fit, or the run cannot be planned.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(words: Sequence[str]) -> int:
     """Plan the run that these words would launch, print the plan, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
 
-    from swaft.training.planning.plan import plan_recipe  # only here: --help waits for no library
+    from swaft.training.planning.plan import plan_recipe  # here, so that --help does not wait for it
 
     device, host = (
         None if gib is None else int(gib * GIB) for gib in (options.device_memory, options.host_memory)
@@ -51,7 +51,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def as_dict(found: RunPlan) -> dict[str, Any]:
-    """Return the plan as plain values; all memory in bytes."""
+    """Return the plan as plain values, with all memory in bytes."""
     totals = {
         "device_bytes": found.device_bytes,
         "host_bytes": found.host_bytes,
@@ -63,12 +63,12 @@ def as_dict(found: RunPlan) -> dict[str, Any]:
 
 
 def table(found: RunPlan, device: int | None = None, host: int | None = None) -> str:
-    """Return the plan as lines, each led by the part of the run that it is about, beside the bytes there are."""
+    """Return the plan as lines, each starting with its part of the run, compared with the memory there is."""
     return "\n".join(f"{part:<10} {line}" for part, line in _rows(found, device, host))
 
 
 def _rows(found: RunPlan, device: int | None, host: int | None) -> Iterator[tuple[str, str]]:
-    """Yield part and line of all that is planned."""
+    """Yield part and text of each line of the plan."""
     machines = f"{found.machines:,} machines x {found.ranks_a_machine} = " if found.machines > 1 else ""
     ranks = f"{machines}{found.world_size:,} {'CPU' if found.on_cpu else 'GPU'} rank"
     precision = "fp32" if found.precision == "no" else found.precision
@@ -106,8 +106,8 @@ def _averaging_lines(found: RunPlan) -> Iterator[str]:
     yield f"{plan.elements:,} elements a rank: {memory}, {sized(plan.copied_bytes)} copied an event"
     threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
     yield (
-        f"{plan.event_seconds:.3g} s of arithmetic an event on {threads}, behind the step, at the rate of this "
-        "machine now"
+        f"{plan.event_seconds:.3g} s of arithmetic an event on {threads}, behind the step, at this machine's "
+        "current rate"
     )
     if plan.share_of_step is None:
         yield "share of a step: not known; give a measured --step_seconds"

@@ -4,20 +4,21 @@ r"""Writes one self-contained HTML page about a run, or about several side by si
     swaft report runs/seed-1 runs/seed-2 runs/seed-3 --output seeds.html
 
 A run is a recipe's run folder, or an output folder, checkpoint or trainer_state.json of transformers' Trainer. The
-page holds the curves of training, last against averaged weights at every evaluation, what was chosen after
-training, generated samples, and the settings. Runs that differ in nothing but the seed are compared as pairs.
+page shows the training curves, last against averaged weights at every evaluation, what was chosen after
+training, generated samples, and the settings. Runs that differ only in the seed are compared as pairs.
 
   --surface       first compute, for every run, the loss along the line from the last weights through the averaged
                   ones and beyond, and over a plane with a random direction of the same length in every tensor; on
-                  validation rows, in fp32, on a GPU where there is one. Written into the run's folder as
-                  surface.json, which is replaced, and drawn from then on. Of a recipe's finished runs; start it
-                  where the run was started, if its files of rows are named by relative paths. In a Trainer's
+                  validation rows, in fp32, on a GPU if there is one. It is written to surface.json in the run's
+                  folder, replacing an earlier one, and drawn from then on. For finished runs of a recipe; start it
+                  where the run was started if its data files have relative paths. In a Trainer's
                   script, swaft.integrations.transformers.write_surface(trainer) does the same
-  --rows N        how many validation rows --surface takes, the first ones; default: 256
-  --output FILE   where to write; default: report.html in the run's folder, or here for several. It is replaced
-  --json          print where it is as JSON
+  --rows N        how many validation rows --surface uses, from the first on; default: 256
+  --output FILE   where to write; default: report.html in the run's folder, or here for several runs. An existing
+                  file is replaced
+  --json          print the path of the page as JSON
 
-Exit code: 0; 1 where nothing was written.
+Exit code: 0; 1 if nothing was written.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from swaft.errors import ConfigError
 
 
 def run(words: Sequence[str]) -> int:
-    """Write the page about the runs that these words name, print where it is, and return the exit code."""
+    """Write the page about the given runs, print its path, and return the exit code."""
     options = _parser().parse_args(list(words))
     try:
         from swaft.report.page import render

@@ -1,22 +1,23 @@
-r"""Runs a recipe with several seeds, and several values of settings, one run after the other; then compares them.
+r"""Runs a recipe with several seeds and several values of settings, one run after the other; then compares them.
 
     swaft sweep recipes/classification.py --config recipes/configs/classification/mrpc.yaml \
         train.output_dir=runs/mrpc --seeds 5 --set averaging.rule=ema,none
     swaft sweep --config_file launch/accelerate/zero2.yaml recipes/seq2seq.py ... --seeds 5 --slurm job.sbatch
 
-The line is that of `accelerate launch`, with `train.output_dir` naming the folder of all runs. Each run gets a
-folder inside, `averaging.rule=ema/seed-1` say. A run that has ended with the same line is left alone; one that
-was interrupted resumes: start the same line again. When the sweep is ended, so is the run in progress (SIGTERM, at
-which it writes a checkpoint). At the end there is a table, and a page of all runs, report.html (swaft report).
+The line is that of `accelerate launch`, with `train.output_dir` as the folder for all runs. Each run gets a
+folder inside it, such as `averaging.rule=ema/seed-1`. A run that has finished with the same line is left alone; one
+that was interrupted resumes: start the same line again. If the sweep is ended, so is the run in progress (with
+SIGTERM, at which it writes a checkpoint). At the end there is a table, and a page of all runs, report.html (swaft
+report).
 
-  --seeds N | A,B,...     how many seeds, from 1 on, or which
-  --set NAME=V,V,...      values of a setting, each with every seed; of several settings all combinations
-  --slurm FILE            run nothing: write an array job of the runs that have not ended. Submit it from the folder
-                          that holds launch/, with resources as launch/slurm/train.sbatch takes them. The line
-                          begins with --config_file FILE then. Once all have ended, the same line prints the table
-  --json                  print the result as JSON, and what the runs print on stderr
+  --seeds N | A,B,...     how many seeds, from 1 on, or which ones
+  --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations
+  --slurm FILE            run nothing: write an array job of the runs that have not finished. Submit it from the
+                          folder that holds launch/, with resources as for launch/slurm/train.sbatch. The line then
+                          has to start with --config_file FILE. Once all have finished, it prints the table
+  --json                  print the result as JSON, and the output of the runs on stderr
 
-Exit code: 0; 1 where a run failed (the others are run all the same), or nothing was run; 130 at Ctrl-C.
+Exit code: 0; 1 if a run failed (the others still run), or nothing was run; 130 on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from swaft.storage import write_durably
 
 OUTPUT = "train.output_dir="
 RECORD = "sweep.json"
-"""File of the lines that runs were started with, in the folder of all runs."""
+"""File with the lines that runs were started with, in the folder of all runs."""
 OF_THE_SWEEP = ("train.seed", "train.output_dir")
 """Settings that a sweep gives each run itself."""
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: which signal to get when the parent ends."""
+"""Option of Linux's prctl: which signal to get when the parent ends."""
 JOB = """\
 #!/bin/bash
 #SBATCH --job-name=swaft-sweep
@@ -63,7 +64,7 @@ esac
 cd "${{SLURM_SUBMIT_DIR:-.}}"
 exec bash launch/slurm/train.sbatch "$@" "${{line[@]}}"
 """
-"""Array job: each task hands its line to the script that starts one run, and saves it before the time is up."""
+"""Array job: each task passes its line to the script that starts one run, and saves it before time is up."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,16 @@ class SweepRun:
     folder: Path
     """Its run folder."""
     words: list[str]
-    """Its line, behind `accelerate launch`."""
+    """Its line, after `accelerate launch`."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether its scores are there."""
+        """Whether its scores exist."""
         return (self.folder / "summary.json").is_file()
 
 
 def run(words: Sequence[str]) -> int:
-    """Run all runs that have not ended, print how they compare, and return the exit code."""
+    """Run all runs that have not finished, print how they compare, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
     base, runs = plan_runs(line, options.seeds, options.set)
     record_lines(base, runs)
@@ -92,7 +93,7 @@ def run(words: Sequence[str]) -> int:
         text = f"{options.slurm}: {len(waiting)} of {len(runs)} runs; sbatch RESOURCES {options.slurm}"
         print(json.dumps({"job": str(options.slurm), "runs": len(waiting)}) if options.json else text)
         return 0
-    out = sys.stderr if options.json else sys.stdout  # of what the runs say
+    out = sys.stderr if options.json else sys.stdout  # for the output of the runs
     failed = []
     for number, each in enumerate(waiting, start=1):
         print(f"[{number} of {len(waiting)}] {each.folder}", file=out, flush=True)
@@ -116,11 +117,11 @@ def run(words: Sequence[str]) -> int:
 
 
 def launch(words: Sequence[str], out: IO[str]) -> int:
-    """Run `accelerate launch` and return its exit code; however this process ends, it is sent SIGTERM then.
+    """Run `accelerate launch` and return its exit code; it gets SIGTERM when this process ends, however it ends.
 
     Args:
-        words: behind `accelerate launch`.
-        out: file that what it prints goes to.
+        words: the words after `accelerate launch`.
+        out: file for its output.
     """
     libc, command = ctypes.CDLL(None), [sys.executable, "-m", "accelerate.commands.launch", *words]
 
@@ -135,12 +136,12 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
     """Return the folder of all runs, and the runs: every combination of values with every seed.
 
     Args:
-        line: words behind `accelerate launch`.
-        seeds: of the runs.
+        line: words after `accelerate launch`.
+        seeds: seeds of the runs.
         sets: ``name=value,value`` each.
 
     Raises:
-        ConfigError: there is no folder, or a set that names no values.
+        ConfigError: there is no folder, or a set without values.
     """
     folders = [word.removeprefix(OUTPUT) for word in line if word.startswith(OUTPUT)]
     if not folders:
@@ -168,7 +169,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
 
 
 def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
-    """Write down the line of every run, and refuse folders of runs that have ended with another line.
+    """Write down the line of every run, and refuse folders of runs that have finished with another line.
 
     Raises:
         ConfigError: names the first such folder and both lines.
@@ -197,7 +198,7 @@ def array_job(runs: Sequence[SweepRun]) -> str:
     """Return a SLURM script that starts one of these runs, at least one, in each task of an array.
 
     Raises:
-        ConfigError: a line that launch/slurm/train.sbatch does not take.
+        ConfigError: launch/slurm/train.sbatch does not accept a line.
     """
     for each in runs:
         if each.words[:1] != ["--config_file"] or [*each.words, "", "-"][2].startswith("-"):
@@ -210,7 +211,7 @@ def array_job(runs: Sequence[SweepRun]) -> str:
 
 
 def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
-    """Return the table of runs that have ended, a line a score, and write their page where matplotlib is there."""
+    """Return the table of finished runs, one line per score, and write their page if matplotlib is installed."""
     runs = [read_run(folder) for folder in folders]
     arms = arms_of(runs)
     lines = []
@@ -250,7 +251,7 @@ def _parser() -> CommandParser:
     parser = CommandParser("sweep")
     parser.add_argument(
         "--seeds",
-        type=reading(_seeds, "a number of seeds, or different seeds with commas between them"),
+        type=reading(_seeds, "a number of seeds, or different seeds separated by commas"),
         required=True,
     )
     parser.add_argument("--set", action="append", default=[])

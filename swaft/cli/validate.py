@@ -1,15 +1,15 @@
-r"""Checks a run before it starts, without a GPU: all problems at once, and what the run comes to.
+r"""Checks a run before it starts, without a GPU: reports all problems at once, and the facts of the run.
 
     swaft validate --config_file launch/accelerate/zero3.yaml --num_processes 16 recipes/seq2seq.py \
         --config recipes/configs/seq2seq/e2e.yaml train.learning_rate=1e-4
 
-That is the launch line with `swaft validate` in the place of `accelerate launch`. Nothing is started and nothing is
-written; data, the model's configuration and its tokenizer are loaded. Whether this machine could do it is not
-judged: the launch may be meant for another one.
+That is the launch line with `swaft validate` instead of `accelerate launch`. Nothing is started and nothing is
+written; data, the model's configuration and its tokenizer are loaded. Whether this machine could run it is not
+checked: the launch may be for another one.
 
   --json    print the same as JSON
 
-Exit code: 0 without problems, 1 with some.
+Exit code: 0 without problems, 1 with problems.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 def run(words: Sequence[str]) -> int:
     """Check the run that these words would launch, print what was found, and return the exit code."""
-    import datasets  # only here: --help waits for no library
+    import datasets  # here, so that --help does not wait for it
 
     from swaft.training.planning.preflight import check_run
 
     as_json = "--json" in words
-    datasets.disable_progress_bars()  # rows are read fast, and the table is what there is to see
+    datasets.disable_progress_bars()  # rows are read fast, and the output should be just the table
     found = check_run([word for word in words if word != "--json"])
     print(json.dumps(asdict(found), indent=2, default=str) if as_json else table(found))
     return 1 if found.problems else 0
 
 
 def table(found: Preflight) -> str:
-    """Return what was found as lines, each led by the part of the run that it is about."""
+    """Return what was found as lines, each starting with its part of the run."""
     rows = [*_rows(found.facts)]
     rows += [("unchecked", sentence) for sentence in found.unchecked]
     rows += [("problem", problem) for problem in found.problems or ["none"]]
@@ -45,7 +45,7 @@ def table(found: Preflight) -> str:
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield part and line of every fact."""
+    """Yield part and text of every fact."""
     if launch := facts.get("launch"):
         machines, ranks, precision = launch["machines"], launch["ranks"], launch["mixed_precision"]
         where = f"{machines} machines x {ranks // machines} = " if machines > 1 else ""

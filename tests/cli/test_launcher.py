@@ -117,7 +117,7 @@ def test_a_line_without_a_file_says_all_itself():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ((), "say how many with --num_processes"),
+        ((), "set how many with --num_processes"),
         (("--num_processes", "4"), "add --multi_gpu"),
         (("--multi_gpu", "--use_deepspeed", "--num_processes", "4"), "exclude each other"),
         (("--use_megatron_lm", "--num_processes", "4"), "does not train with --use_megatron_lm"),
@@ -145,7 +145,7 @@ def test_a_line_without_a_file_says_all_itself():
         ),
         (
             ("--config_file", "launch/accelerate/zero3.yaml", "--deepspeed_config_file", "nowhere.json"),
-            "'nowhere.json' is no file",
+            "'nowhere.json' is neither a file",
         ),
         (
             ("--use_deepspeed", "--zero_stage", "4", "--num_processes", "2"),

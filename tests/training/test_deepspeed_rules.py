@@ -70,7 +70,7 @@ def test_what_deepspeed_starts_with_is_no_problem(zero):
         (
             {"stage": 1},
             {"gradient_allreduce_op": "sum"},
-            "= sum, and the recipe takes the mean",
+            "= sum, but the recipe takes the mean",
         ),
         (
             {"stage": 2},
@@ -90,9 +90,9 @@ def test_what_deepspeed_starts_with_is_no_problem(zero):
         (
             {"stage": 2},
             {"data_types": {"param_dtype": "fp32"}},
-            "param_dtype = fp32, and the run computes in bf16",
+            "param_dtype = fp32, but the run computes in bf16",
         ),
-        ({"stage": 0}, {"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype = fp32, and the run"),
+        ({"stage": 0}, {"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype = fp32, but the run"),
         ({"stage": 2}, {"data_types": {"grad_accum_dtype": "fp23"}}, "expected fp32, bf16 or fp16"),
     ],
 )

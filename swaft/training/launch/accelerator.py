@@ -1,8 +1,8 @@
 """Starts accelerate so that the engine the launcher asked for is the engine that runs.
 
-On a machine without CUDA accelerate drops DeepSpeed where ``cpu=True`` is given, and believes every rank to be
-alone where no backend is; a plain launch without ``cpu=True`` leaves the ranks unwrapped. All three
-train, each wrongly and in silence, so the outcome is checked here.
+On a machine without CUDA accelerate drops DeepSpeed if ``cpu=True`` is given, and takes every rank to be
+alone if no backend is given; a plain launch without ``cpu=True`` leaves the ranks unwrapped. All three
+train, but silently do so wrongly, so the outcome is checked here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What accelerate is started with, as launcher, DeepSpeed file and recipe say it together."""
+    """What accelerate is started with, from launcher, DeepSpeed file and recipe together."""
 
     precision: str
     """``no``, ``bf16`` or ``fp16``."""
@@ -61,8 +61,8 @@ def resolve_engine(
     """Return what accelerate is started with, if launcher, DeepSpeed file and recipe do not contradict each other.
 
     Args:
-        train: section ``train``, which takes over what the launcher asks of FSDP2 and the recipe does itself.
-        environ: what the launcher left.
+        train: section ``train``; it is updated with the FSDP2 options that the recipe implements itself.
+        environ: environment variables set by the launcher.
         hidden_size: width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
 
     Raises:
@@ -80,11 +80,11 @@ def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerat
 
     Args:
         config: a recipe's configuration.
-        engine: what was asked for.
+        engine: the engine settings asked for.
 
     Raises:
-        ConfigError: for fp16 on a machine that cannot compute in it.
-        TrainingError: where accelerate started something else than the launcher asked for.
+        ConfigError: fp16 on a machine that cannot compute in it.
+        TrainingError: accelerate started something other than the launcher asked for.
     """
     train, track, deepspeed, fsdp2 = config.train, config.track, engine.deepspeed, engine.fsdp2
     refuse_fp16_on_cpu(engine.precision)
@@ -92,21 +92,21 @@ def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerat
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if deepspeed:
-        # accelerate refuses a launcher file that states a precision next to a DeepSpeed file. That precision, and
-        # every other value the guard is about, has been compared with the DeepSpeed file by now.
+        # accelerate refuses a launcher file that sets a precision next to a DeepSpeed file. By now that precision,
+        # and every other value this guard covers, has been compared with the DeepSpeed file.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-        # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames, and torch says so at every call.
+        # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated, with a warning at every call.
         renamed = r"`torch\.distributed\.\w+` is deprecated"
         warnings.filterwarnings("ignore", category=FutureWarning, message=renamed)
         if on_cpu:
             use_environment()
-    if fsdp2:  # else transformers leaves ranks with empty weights
+    if fsdp2:  # otherwise transformers leaves ranks with empty weights
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(
         mixed_precision=engine.precision,
         # accelerate reads cpu=True as "no DeepSpeed"; without DeepSpeed a CPU rank needs cpu=True for DDP.
         cpu=on_cpu and deepspeed is None,
-        # accelerate would partition the model while it loads unless this is off.
+        # Unless this is off, accelerate would partition the model while it loads.
         deepspeed_plugin=deepspeed
         and DeepSpeedPlugin(
             hf_ds_config=deepspeed.config, zero3_init_flag=partitions_at_load(os.environ, deepspeed.config)
@@ -133,10 +133,10 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
     """Return the number format to train in: ``no``, ``bf16`` or ``fp16``.
 
     ``auto`` takes the launcher's; a DeepSpeed file that switches a format on itself counts as the launcher's
-    word where the accelerate configuration says nothing.
+    choice if the accelerate configuration does not set one.
 
     Raises:
-        ConfigError: where two places say different things.
+        ConfigError: two places contradict each other.
     """
     launcher, wanted = environ.get("ACCELERATE_MIXED_PRECISION", "no"), train.mixed_precision
     stated = "mixed_precision" in environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
@@ -148,22 +148,22 @@ def resolve_precision(train: TrainConfig, environ: Mapping[str, str]) -> str:
         )
     if wanted not in ("auto", launcher) and "ACCELERATE_MIXED_PRECISION" in environ:
         raise ConfigError(
-            f"train.mixed_precision is {wanted}, the launcher's mixed_precision is {launcher}; "
+            f"train.mixed_precision is {wanted}, but the launcher's mixed_precision is {launcher}; "
             f"make them equal, or set train.mixed_precision=auto to take the launcher's"
         )
     return launcher if wanted == "auto" else wanted
 
 
 def refuse_fp16_on_cpu(precision: str) -> None:
-    """Refuse what this machine cannot train in: `resolve_precision` is asked on other machines too."""
+    """Refuse a precision this machine cannot train in: `resolve_precision` is used on other machines too."""
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("fp16 needs a CUDA device and there is none; use mixed precision bf16 or no")
+        raise ConfigError("fp16 needs a CUDA device, but there is none; use mixed precision bf16 or no")
 
 
 def resolve_deepspeed(
     train: TrainConfig, environ: Mapping[str, str], *, precision: str, hidden_size: int | None = None
 ) -> FilledConfig | None:
-    """Return the filled DeepSpeed configuration, or None where the launcher did not ask for DeepSpeed.
+    """Return the filled DeepSpeed configuration, or None if the launcher did not ask for DeepSpeed.
 
     ``hidden_size`` is the width of the model, for DeepSpeed's bucket sizes; None leaves them to accelerate.
 
@@ -174,7 +174,7 @@ def resolve_deepspeed(
         return None
     if environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         raise ConfigError(
-            "ACCELERATE_USE_CPU is true, which makes accelerate drop DeepSpeed in silence; "
+            "ACCELERATE_USE_CPU is true, which makes accelerate silently drop DeepSpeed; "
             "set use_cpu: false in the accelerate configuration (without a GPU the CPU is used anyway)"
         )
     config, source = launcher_config(environ)
@@ -200,7 +200,7 @@ def uses_deepspeed(environ: Mapping[str, str]) -> bool:
 
 
 def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
-    """Raise unless the engine and the number of ranks are those the launcher announced."""
+    """Raise unless the engine and the number of ranks are what the launcher announced."""
     world_size, seen = int(environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     started = accelerator.distributed_type
     asked = "DeepSpeed" if uses_deepspeed(environ) else "FSDP2" if uses_fsdp(environ) else None
@@ -222,11 +222,10 @@ def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
 
 
 def process_group(train: TrainConfig, *, on_cpu: bool) -> InitProcessGroupKwargs:
-    """Return how the ranks' process group is started: over gloo on CPUs, and given up after ``ddp_timeout``.
+    """Return how to start the ranks' process group: over gloo on CPUs, with ``ddp_timeout`` as its timeout.
 
-    Makes that time limit torch's default for every group of this process. Groups that others make, as DeepSpeed
-    does, take that default and not the limit of the first group; and accelerate leaves out a limit that equals its
-    own default.
+    Makes that timeout torch's default for every group of this process. Groups made by others, such as DeepSpeed,
+    take that default and not the first group's timeout; and accelerate drops a timeout that equals its own default.
     """
     timeout = timedelta(seconds=train.ddp_timeout)
     distributed_c10d.default_pg_timeout = timeout
@@ -236,12 +235,12 @@ def process_group(train: TrainConfig, *, on_cpu: bool) -> InitProcessGroupKwargs
 
 @contextmanager
 def whole_model_loading(accelerator: Accelerator) -> Iterator[None]:
-    """Context in which a model loads whole on every rank, also under ZeRO-3.
+    """Context in which a model loads whole on every rank, even under ZeRO-3.
 
     transformers partitions a model while it loads whenever a ZeRO-3 configuration is known, and accelerate
-    makes it known whatever ``zero3_init_flag`` says. A partitioned model shows empty weights: a spectral norm
-    cannot be put on its head, and nothing can be seen from the shapes. A launcher that says
-    ``zero3_init_flag: true`` gets its partitioning, for models that do not fit otherwise.
+    makes it known whatever ``zero3_init_flag`` says. The weights of a partitioned model look empty: a spectral norm
+    cannot be put on its head, and the shapes say nothing. A launcher that sets
+    ``zero3_init_flag: true`` gets its partitioning, for models that would not fit otherwise.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero3_init_flag:
@@ -267,6 +266,6 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def partitions_at_load(environ: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    """Whether every rank loads its part of the model only, under a filled DeepSpeed configuration."""
+    """Whether every rank loads only its shard of the model, under a filled DeepSpeed configuration."""
     wanted = environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
     return wanted and config["zero_optimization"].get("stage") == 3

@@ -1,8 +1,8 @@
-"""Fills a DeepSpeed file full of ``"auto"``: accelerate fills few, and has a number win over the recipe's, unsaid.
+"""Fills a DeepSpeed file full of ``"auto"``, as transformers' Trainer would, from the recipe.
 
-It fills ``gradient_clipping`` with 1.0 whatever the recipe says, and drops single values of its own file. Here
-every value comes from the recipe as in transformers' Trainer, a number that differs is a problem, and every value
-that was filled in is listed with its source.
+accelerate fills only a few, silently lets a number win over the recipe's, fills ``gradient_clipping`` with 1.0
+whatever the recipe says, and drops single values of its own file. Here every value comes from the recipe, a number
+that differs is a problem, and every value that was filled in is listed with its source.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from swaft.training.config import TrainConfig
 
 AUTO, MISSING = "auto", "missing"
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-"""DeepSpeed's schedulers that are a warm-up and what follows; others are nothing that a recipe trains with."""
+"""DeepSpeed's warmup schedulers; recipes train with no others."""
 OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
-"""Names that DeepSpeed still takes and accelerate does not know."""
+"""Names that DeepSpeed still accepts but accelerate does not know."""
 SHORT_NAMES = (
     *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold"),
     *("max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save"),
     *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
 )
-"""Names in ``zero_optimization`` that DeepSpeed takes with and without ``stage3_`` before them."""
+"""Names in ``zero_optimization`` that DeepSpeed accepts with and without the prefix ``stage3_``."""
 SIZES: dict[str, Callable[[int], int]] = {
     "reduce_bucket_size": lambda width: width * width,
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
@@ -39,16 +39,16 @@ SIZES: dict[str, Callable[[int], int]] = {
 OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 """Sections that may be null."""
 SECTIONS = ("bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params", *OFFLOADS)
-"""Entries of a file that are looked into."""
+"""Entries of a file that are sections to look into."""
 STAGES = (0, 1, 2, 3)
 
 Wanted = Mapping[str, tuple[Any, str]]
-"""By key of a file: the recipe's value, and the setting it comes from."""
+"""By key in the file: the recipe's value, and the setting it comes from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeValues:
-    """What the recipe knows and a DeepSpeed file may ask for."""
+    """The recipe's values that a DeepSpeed file may ask for."""
 
     train: TrainConfig
     """Section ``train``."""
@@ -61,10 +61,10 @@ class RecipeValues:
 
     @property
     def wanted(self) -> dict[str, Wanted]:
-        """What is looked at, by section of a file.
+        """The values to fill in or compare, by section of a file.
 
-        At the top: every key that is there once a file is filled. Then what AdamW is built with, and what the
-        recipe's rate has in common with a warm-up of DeepSpeed's. In ``zero_optimization`` a number is the user's.
+        At the top: every key that exists once a file is filled. Then AdamW's options, and what the recipe's
+        schedule has in common with DeepSpeed's warmup. In ``zero_optimization`` a number is the user's choice.
         """
         train, rows, width = self.train, self.train.per_device_train_batch_size, self.hidden_size
         accumulation, own = train.gradient_accumulation_steps, "the recipe's AdamW"
@@ -84,10 +84,10 @@ class RecipeValues:
             **{"adam_w_mode": (True, own), "bias_correction": (True, own), "amsgrad": (False, own)},
         }
         scheduler = {
-            "warmup_min_lr": (0, "where a warm-up begins"),
+            "warmup_min_lr": (0, "the start of the warmup"),
             "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
             "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
-            "warmup_type": ("linear", "the kind of warm-up"),
+            "warmup_type": ("linear", "the kind of warmup"),
             "total_num_steps": (train.max_steps, "train.max_steps"),
         }
         gather = "stage3_gather_16bit_weights_on_model_save"
@@ -104,10 +104,10 @@ class RecipeValues:
 
 @dataclass(frozen=True)
 class FilledConfig:
-    """A DeepSpeed configuration without open questions."""
+    """A DeepSpeed configuration without ``"auto"``."""
 
     config: dict[str, Any]
-    """What DeepSpeed is given."""
+    """The configuration that DeepSpeed gets."""
     rows: list[tuple[str, Any, str]]
     """Key, value and source of every value that was filled in."""
     problems: list[str] = field(default_factory=list)
@@ -118,12 +118,11 @@ def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """Return the DeepSpeed configuration that ``accelerate launch`` announced, and a name for it.
 
     Args:
-        environ: the process environment; the launcher sets ``ACCELERATE_DEEPSPEED_CONFIG_FILE`` where its
-            file names a JSON file, and single values such as ``ACCELERATE_DEEPSPEED_ZERO_STAGE`` where it
-            does not.
+        environ: the process environment; the launcher sets ``ACCELERATE_DEEPSPEED_CONFIG_FILE`` if its
+            file names a JSON file, and otherwise single values such as ``ACCELERATE_DEEPSPEED_ZERO_STAGE``.
 
     Raises:
-        ConfigError: where the file cannot be read, or names no stage of ZeRO.
+        ConfigError: the file cannot be read, or has no valid ZeRO stage.
     """
     named, source = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), "the accelerate configuration"
     if named == "none":
@@ -145,24 +144,24 @@ def _of_single_values(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_config(named: str) -> dict[str, Any]:
-    """Return the configuration in a JSON file, or in the base64 text DeepSpeed's own launcher passes on.
+    """Return the configuration in a JSON file, or in the base64 text that DeepSpeed's own launcher passes on.
 
     Raises:
-        ConfigError: where there is no such file, it is not JSON, or a section of it is none.
+        ConfigError: there is no such file, it is not JSON, or one of its sections is not a section.
     """
     is_file = os.path.isfile(named)
     try:
         raw = Path(named).read_bytes() if is_file else base64.urlsafe_b64decode(named)
         config = json.loads(raw.decode("utf-8"))
     except ValueError as error:
-        found = f"is not JSON ({error})" if is_file else "is no file, and no encoded JSON"
+        found = f"is not JSON ({error})" if is_file else "is neither a file nor encoded JSON"
         raise ConfigError(
             f"the DeepSpeed configuration {named!r} {found}; set deepspeed_config_file in the accelerate "
             "configuration to an existing JSON file"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise ConfigError(f'{named} has no "zero_optimization" section; add one that names the "stage"')
-    if "bfloat16" in config:  # an older name, which DeepSpeed reads where the other is missing
+        raise ConfigError(f'{named} has no "zero_optimization" section; add one that sets the "stage"')
+    if "bfloat16" in config:  # an older name, which DeepSpeed reads if the other is missing
         config.setdefault("bf16", config.pop("bfloat16"))
     found = {path: _entry(config, path) for path in SECTIONS}
     problems = [
@@ -176,14 +175,14 @@ def read_config(named: str) -> dict[str, Any]:
 
 
 def _entry(config: Any, path: str) -> Any:
-    """What a file has under a dotted name; an empty section where it, or what it should lie in, is missing."""
+    """Return the entry under a dotted name; an empty section if it, or one of its parents, is missing."""
     for name in path.split("."):
         config = config.get(name, {}) if isinstance(config, dict) else {}
     return config
 
 
 def declared_precision(config: Mapping[str, Any]) -> str | None:
-    """Return the precision the file switches on itself (``bf16`` or ``fp16``), None where it is left open."""
+    """Return the precision that the file itself switches on (``bf16`` or ``fp16``), None if it is left open."""
     on = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
     return on[0] if on else None
 
@@ -192,18 +191,18 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     """Fill every ``"auto"`` and collect every contradiction.
 
     Args:
-        config: the DeepSpeed configuration as its author wrote it; not changed.
+        config: the DeepSpeed configuration as its author wrote it; not modified.
         recipe: the values to fill in and to compare with.
         source: name of ``config`` in messages.
 
     Returns:
-        The filled configuration, the table of what was filled, and the problems (empty where it can be used).
+        The filled configuration, the table of what was filled, and the problems (empty if it can be used).
     """
     filled, rows, problems = copy.deepcopy(dict(config)), list[tuple[str, Any, str]](), list[str]()
     zero, wanted = filled["zero_optimization"], recipe.wanted
 
     def settle(prefix: str, *, fills: Sequence[str] = (AUTO,), compares: bool = True) -> None:
-        """Write the recipe's values where the file says one of `fills`; note what it says otherwise."""
+        """Write the recipe's values where the file has one of `fills`; report other values that differ."""
         for name, (value, setting) in wanted[prefix].items():
             *sections, leaf = f"{prefix}{name}".split(".")
             node = filled
@@ -233,7 +232,7 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         settle("optimizer.params.")
     else:
         problems.append(
-            f"{source} asks for the optimizer {trains_with}, the recipe trains with AdamW; "
+            f"{source} asks for the optimizer {trains_with}, but the recipe trains with AdamW; "
             f'remove the "optimizer" section from {source}'
         )
     kind = (scheduler or {}).get("type", SCHEDULERS[0])
@@ -269,7 +268,7 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    """Whether accelerate swaps the recipe's optimizer for DeepSpeed's on the host, which it does not say."""
+    """Whether accelerate silently replaces the recipe's optimizer by DeepSpeed's on the host."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
 
@@ -277,11 +276,11 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
 def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapping[str, Any]) -> list[str]:
     """Return the contradictions between single values in the accelerate configuration and everything else.
 
-    accelerate drops these values in silence once a DeepSpeed file is named, and lets its accumulation win
-    over the recipe's where none is.
+    accelerate silently drops these values if a DeepSpeed file is given, and lets its accumulation win
+    over the recipe's if none is.
 
     Args:
-        environ: what the launcher left.
+        environ: environment variables set by the launcher.
         train: section ``train``.
         zero: ``zero_optimization`` of the filled configuration.
     """
@@ -313,14 +312,14 @@ def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapp
 
 
 def _offloads(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the accelerate configuration offloads, by DeepSpeed's name of the part, and to which device."""
+    """Return what the accelerate configuration offloads, by DeepSpeed's name for the part, and to which device."""
     parts = ("offload_optimizer", "offload_param")
     devices = {part: environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none") for part in parts}
     return {part: device for part, device in devices.items() if device != "none"}
 
 
 def _open_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of the keys that still say ``auto``."""
+    """Yield the dotted names of the keys that are still ``auto``."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _open_keys(value, f"{prefix}{name}.")

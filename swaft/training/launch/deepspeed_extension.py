@@ -1,8 +1,8 @@
-"""Builds what DeepSpeed compiles at its first start without CUDA: a killed build makes later starts wait for ever.
+"""Builds what DeepSpeed compiles at its first start without CUDA: a killed build makes later starts wait forever.
 
-It compiles ``deepspeed_shm_comm`` for one to two minutes when the process group starts. Several ranks starting
-together wait on a ``lock`` file in the build folder, which a build that was killed leaves behind
-(pytorch/pytorch#189245). Run once, alone, after installing:
+DeepSpeed compiles ``deepspeed_shm_comm`` for one to two minutes when the process group starts. Ranks that start
+together wait on a ``lock`` file in the build folder, which a killed build leaves behind
+(pytorch/pytorch#189245). Run once, in a single process, after installing:
 
     python -m swaft.training.launch.deepspeed_extension
 
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 EXTENSION = "deepspeed_shm_comm"
 STALE_AFTER_S = 600.0
-"""Age of a lock that no process of this machine holds."""
+"""Age from which a lock that no process of this machine holds counts as left behind."""
 
 
 def use_environment() -> None:
-    """Keep extensions, and find the build tool, inside the virtual environment that runs.
+    """Keep extensions, and find the build tool, inside the running virtual environment.
 
-    The binary fits only the torch it was compiled against, so its home is the environment that holds that
-    torch, not the cache folder that all environments of a user share, unless this user may not write there;
-    ``TORCH_EXTENSIONS_DIR`` overrides. torch
-    looks for ``ninja`` on the path even where nothing is left to build, and an environment that is called by
-    its full path is not on it. It comes first: a ``ninja`` of another version takes all that this one has built
-    for out of date, and compiles it again. Outside a virtual environment nothing is changed.
+    The binary fits only the torch it was compiled against, so it belongs in the environment with that
+    torch, not in the cache folder shared by all of a user's environments, unless the user may not write there;
+    ``TORCH_EXTENSIONS_DIR`` overrides this. torch looks for ``ninja`` on the path even if nothing is left to build,
+    and an environment whose Python is called by its full path is not on it. It is put first: a ``ninja`` of another
+    version takes everything this one has built for out of date, and compiles it again. Outside a virtual
+    environment nothing is changed.
     """
     if sys.prefix != sys.base_prefix:
         home = Path(sys.prefix) / "torch_extensions"
@@ -49,7 +49,7 @@ def use_environment() -> None:
 
 
 def build_folder(extension: str = EXTENSION) -> Path:
-    """Return the folder torch builds an extension in (created where missing)."""
+    """Return the folder in which torch builds an extension (created if missing)."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(extension, verbose=False))
@@ -67,27 +67,27 @@ def reason_op_cannot_be_built(op: str) -> str | None:
         return "ninja is not installed here (pip install ninja)"
     if (build_folder(op) / f"{op}.so").exists() or shutil.which(get_cxx_compiler().split()[0]):
         return None
-    return f"there is no C++ compiler {get_cxx_compiler()} here; install one, or name one in CXX"
+    return f"there is no C++ compiler {get_cxx_compiler()} here; install one, or set CXX to one"
 
 
 def is_held(lock: Path) -> bool:
     """Whether a running process of this machine holds ``lock``: torch keeps the file open while it builds."""
     target = os.path.realpath(lock)
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
-        with suppress(OSError):  # the process has ended, or belongs to somebody else
+        with suppress(OSError):  # the process has ended, or belongs to another user
             if any(os.path.realpath(descriptor) == target for descriptor in descriptors.iterdir()):
                 return True
     return False
 
 
 def refuse_stale_lock(folder: Path) -> None:
-    """Raise where a lock left by a killed build would make DeepSpeed wait for ever.
+    """Raise if a lock left by a killed build would make DeepSpeed wait forever.
 
     A lock that no process here holds counts as left behind from `STALE_AFTER_S` on; a younger one may belong to
     another machine that shares the folder.
 
     Raises:
-        TrainingError: naming the file to delete.
+        TrainingError: names the file to delete.
     """
     lock = folder / "lock"
     try:
@@ -97,15 +97,15 @@ def refuse_stale_lock(folder: Path) -> None:
     if age_s > STALE_AFTER_S and not is_held(lock):
         raise TrainingError(
             f"DeepSpeed would wait for ever: {lock} is {age_s / 60:.0f} minutes old and no running build "
-            "holds it. A build that was killed left it behind. Delete that file, then run "
+            "holds it. A killed build left it behind. Delete that file, then run "
             f"`python -m swaft.training.launch.deepspeed_extension` once."
         )
 
 
 def refuse_left_locks(*, offloads_optimizer: bool) -> None:
-    """Raise where DeepSpeed would wait on this machine for a build that was killed, naming the file to delete.
+    """Raise if DeepSpeed would wait on this machine for a killed build; the error names the file to delete.
 
-    With ``offloads_optimizer`` it trains with its optimizer for the host, which it compiles too.
+    With ``offloads_optimizer`` DeepSpeed uses its optimizer for the host, which it compiles too.
     """
     use_environment()
     if reason_not_to_build() is None:
@@ -115,17 +115,17 @@ def refuse_left_locks(*, offloads_optimizer: bool) -> None:
 
 
 def remove_left_behind_lock(folder: Path) -> bool:
-    """Delete the lock of a killed build; keep that of a running one. Returns whether a file was deleted."""
+    """Delete the lock of a killed build, but not of a running one. Returns whether a file was deleted."""
     lock = folder / "lock"
     if not lock.exists() or is_held(lock):
         return False
     lock.unlink(missing_ok=True)
-    logger.warning("deleted %s, left behind by a build that was killed", lock)
+    logger.warning("deleted %s, left behind by a killed build", lock)
     return True
 
 
 def reason_not_to_build() -> str | None:
-    """Return why there is nothing to build on this machine, or None where there is."""
+    """Return why there is nothing to build on this machine, or None if there is."""
     if importlib.util.find_spec("deepspeed") is None:
         return "DeepSpeed is not installed"
     if sys.platform != "linux":
@@ -136,7 +136,7 @@ def reason_not_to_build() -> str | None:
 
 
 def main() -> int:
-    """Build the extension, in this process alone, or say why there is nothing to build. Returns the exit code."""
+    """Build the extension in this single process, or say why there is nothing to build. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     reason = reason_not_to_build()
     if reason:

@@ -1,7 +1,7 @@
-"""What DeepSpeed would refuse of a filled configuration, or pass over (a misspelt name), before any rank starts.
+"""Finds what DeepSpeed would refuse in a filled configuration, or ignore (a misspelt name), before any rank starts.
 
-DeepSpeed's own classes parse it, section by section, so that every faulty section is named. What they refuse only
-once an engine starts is found here too.
+DeepSpeed's own classes parse it, section by section, so that every faulty section is reported. What they refuse
+only once an engine starts is found here too.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from swaft.training.launch.deepspeed_extension import reason_op_cannot_be_built
 BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 """Without these DeepSpeed parses nothing."""
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-"""Sections that start a logger of DeepSpeed's, and the packages they need."""
+"""Sections that start one of DeepSpeed's loggers, and the packages they need."""
 MISSPELT = 0.85
-"""Likeness, as difflib has it, from which an unknown name is taken for a misspelt one."""
+"""Similarity (difflib) from which an unknown name is taken for a misspelt one."""
 
 
 def deepspeed_problems(config: Mapping[str, Any], *, source: str) -> tuple[list[str], list[str]]:
-    """Return what DeepSpeed, or swaft under DeepSpeed, refuses of a configuration.
+    """Return what DeepSpeed, or swaft under DeepSpeed, refuses in a configuration.
 
     Args:
-        config: filled; ``auto`` may be left where accelerate fills it.
+        config: the filled configuration; ``auto`` may be left where accelerate fills it.
         source: name of the configuration in messages.
 
     Returns:
@@ -37,8 +37,8 @@ def deepspeed_problems(config: Mapping[str, Any], *, source: str) -> tuple[list[
     if importlib.util.find_spec("deepspeed") is None:
         return ["the launcher asks for DeepSpeed, which is not installed; install swaft[deepspeed]"], []
     sound, found = dict[str, Any](BATCH), list[str]()
-    names = [name for name in config if name != "train_batch_size"]  # which asks for the ranks
-    for name in sorted(names, key=lambda name: name != "zero_optimization"):  # others ask for its stage
+    names = [name for name in config if name != "train_batch_size"]  # it needs the ranks
+    for name in sorted(names, key=lambda name: name != "zero_optimization"):  # others need its stage
         faults = list(_unparsed(sound | {name: config[name]}, name))
         found += faults
         sound |= {} if faults else {name: config[name]}
@@ -58,9 +58,9 @@ def deepspeed_problems(config: Mapping[str, Any], *, source: str) -> tuple[list[
 
 
 class _Read(dict[str, Any]):
-    """A section that remembers which entries DeepSpeed looks for, there or not.
+    """A section that remembers which entries DeepSpeed looks for, whether they exist or not.
 
-    Sections that DeepSpeed unpacks whole (its pydantic models, which know misspelt names themselves) remember none.
+    Sections that DeepSpeed unpacks whole (its pydantic models, which catch misspelt names) remember none.
     """
 
     def __init__(self, entries: Mapping[str, Any]):
@@ -85,7 +85,7 @@ class _Read(dict[str, Any]):
         return self  # so that `name in section.keys()` is remembered as well
 
     def misspelt(self) -> dict[str, str]:
-        """Return the entries nobody looked for that are nearly the name of one, and that name."""
+        """Return entries that nobody looked for but whose name nearly matches a known one, and that name."""
         near = {
             name: get_close_matches(name, self.asked, n=1, cutoff=MISSPELT) for name in {*self} - self.asked
         }
@@ -93,8 +93,8 @@ class _Read(dict[str, Any]):
 
 
 def _parse(entries: Mapping[str, Any]) -> Any:
-    """Return DeepSpeed's own reading of a configuration; what it says of it on stdout is said when it starts."""
-    from deepspeed.runtime.config import DeepSpeedConfig  # only here: takes seconds
+    """Return DeepSpeed's own parsed configuration, without its log lines, which appear again when it starts."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # imported here: takes seconds
 
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
@@ -106,7 +106,7 @@ def _parse(entries: Mapping[str, Any]) -> Any:
 
 
 def _unparsed(entries: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield what DeepSpeed refuses while it reads these entries, of which the named one may be at fault."""
+    """Yield what DeepSpeed refuses while it parses these entries, if the named one is at fault."""
     import deepspeed
     from pydantic import ValidationError
 
@@ -115,19 +115,19 @@ def _unparsed(entries: Mapping[str, Any], name: str) -> Iterator[str]:
         _parse(entries)
     except ValidationError as error:
         for fault in error.errors():
-            inside = fault["loc"][fault["loc"][:1] == (name,) :]  # monitors give their own name too
+            inside = fault["loc"][fault["loc"][:1] == (name,) :]  # monitors include their own name
             path = ".".join([name, *map(str, inside)])
             if fault["type"] == "extra_forbidden":
                 near = suggestion(str(fault["loc"][-1]), _settings(error.title, fault["loc"][:-1]))
                 yield f"sets {path}, which {by} does not have.{near or ' Remove it'}"
             else:
                 yield f"sets {path}, which {by} refuses: {fault['msg']}"
-    except Exception as error:  # assertions, its own types, and what a value of a wrong type leads to
+    except Exception as error:  # assertions, its own types, and errors from values of a wrong type
         yield f"sets {name}, which {by} refuses: {error or type(error).__name__}"
 
 
 def _settings(model_name: str, path: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Names that one of DeepSpeed's models takes, or a model inside of it."""
+    """Return the field names of one of DeepSpeed's models, or of a model nested in it."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel as Model
 
     model: Any = next((each for each in Model.__subclasses__() if each.__name__ == model_name), None)
@@ -140,7 +140,7 @@ def _settings(model_name: str, path: tuple[int | str, ...]) -> tuple[str, ...]:
 
 
 def _refused_at_the_start(parsed: Any) -> Iterator[str]:
-    """Yield what DeepSpeed parses and then fails on, or what makes a step another than the recipe's."""
+    """Yield what DeepSpeed parses but then fails on, or what makes a step differ from the recipe's."""
     from deepspeed.runtime.config import DtypeEnum
 
     zero, stage = parsed.zero_config, parsed.zero_optimization_stage
@@ -158,9 +158,9 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
             "zero_optimization.reduce_scatter = false; remove it"
         )
     if parsed.gradient_allreduce_op != "mean":
-        yield f"gradient_allreduce_op = {parsed.gradient_allreduce_op}, and the recipe takes the mean; remove it"
+        yield f"gradient_allreduce_op = {parsed.gradient_allreduce_op}, but the recipe takes the mean; remove it"
     if not parsed.managed_gradient_accumulation:
-        yield "managed_gradient_accumulation = false, and accelerate accumulates; remove it"
+        yield "managed_gradient_accumulation = false, but accelerate accumulates; remove it"
     on_host = offload is not None and offload.device == "cpu" and parsed.zero_force_ds_cpu_optimizer
     if on_host and (reason := reason_op_cannot_be_built("cpu_adam")):
         yield (
@@ -178,7 +178,7 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
             yield f"data_types.{name} = {value!r}; expected fp32, bf16 or fp16"
             continue
         if differs and (name == "param_dtype" or (name == "grad_accum_dtype" and stage == 0)):
-            yield f"data_types.{name} = {value}, and the run computes in {computes_in}; remove it"
+            yield f"data_types.{name} = {value}, but the run computes in {computes_in}; remove it"
     for section, package in MONITORS.items():
         monitor = getattr(parsed.monitor_config, section, None)
         if monitor is not None and monitor.enabled and importlib.util.find_spec(package) is None:

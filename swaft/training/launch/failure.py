@@ -1,10 +1,11 @@
-"""Ends a recipe with one message: a lost rank shows as gloo's addresses, in a traceback of each other rank, else.
+"""Ends a recipe with one message.
 
-None of those names it. And ranks whose launcher has ended would train on alone and hold the GPUs: they end with it.
+Without it, a lost rank shows only as gloo's addresses in a traceback of every other rank, none of which says which
+rank it was. And ranks whose launcher has ended would train on alone and hold the GPUs: they end with it.
 
-A run that is asked to end does so between two batches, where the ranks agree on it, so that all of them can save. A
-handler of signals sets a flag and does nothing else; whether any rank has it set is asked of all ranks at the same
-places: between optimizer steps, and between the batches of an evaluation.
+A run that is asked to end does so between two batches, where the ranks agree on it, so that all of them can save.
+The signal handler only sets a flag; the ranks ask each other whether any has it set, all at the same places: between
+optimizer steps, and between the batches of an evaluation.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from swaft.distributed import shared_ranks
 from swaft.errors import SwaftError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they end a job: torchrun hands on SIGTERM, and SLURM what `--signal` says."""
+"""Signals that schedulers send before they end a job: torchrun forwards SIGTERM, SLURM sends its `--signal`."""
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL: the run is not over; started again, it resumes."""
+"""EX_TEMPFAIL: the run has not finished; started again, it resumes."""
 
 
 class Interrupted(Exception):
@@ -53,32 +54,32 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Whether the run was asked to end, from entering this context on."""
+    """Context that records whether the run has been asked to end."""
 
     def __init__(self) -> None:
         self._ranks, self._asked = shared_ranks(), False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        """Begin to listen. Signals reach the main thread only; in any other there is nothing to listen to."""
+        """Install the signal handlers. Only the main thread gets signals, so in others this does nothing."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave the signals to whoever had them before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def check(self, failure: SwaftError | None = None) -> None:
-        """Raise where any rank was asked to end, or cannot continue (collective, one message).
+        """Raise if any rank was asked to end, or cannot continue (collective, one message).
 
         Args:
             failure: why this rank cannot continue.
 
         Raises:
             Interrupted: on every rank.
-            SwaftError: likewise, the failure of the first rank that has one.
+            SwaftError: the failure of the first rank that has one; on every rank.
         """
         failed, asked = self._ranks.sum([failure is not None, self._asked])
         if failed:
@@ -91,20 +92,20 @@ class Interruption:
 
 
 def leave_signals_to_the_rank(worker: int) -> None:
-    """Have a process that loads batches outlive the signals, which launchers send to all processes of a rank.
+    """Make a data loader worker ignore the signals, which launchers send to all processes of a rank.
 
-    To be given to a `DataLoader` as ``worker_init_fn``: torch's own handler ends a worker.
+    For a `DataLoader`'s ``worker_init_fn``: torch's own handler ends a worker.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class InterruptibleLoader:
-    """A loader that asks before each batch whether the run is to end.
+    """A loader that checks before each batch whether the run is to end.
 
     Args:
-        loader: with as many batches on every rank.
-        interruption: of the run.
+        loader: a loader with equally many batches on every rank.
+        interruption: the run's interruption.
     """
 
     def __init__(self, loader: Any, interruption: Interruption):
@@ -122,9 +123,9 @@ LAUNCHERS = {
     *("accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"),
     "deepspeed.launcher.launch",
 }
-"""Words by which the command line of a process that starts ranks is known; `accelerate launch` is another."""
+"""Words that identify the command line of a process that starts ranks, besides `accelerate launch`."""
 PR_SET_PDEATHSIG = 1
-"""Number of Linux's prctl by which a process gets a signal when its parent ends."""
+"""Option of Linux's prctl that sends a process a signal when its parent ends."""
 TAG = 7_305_881
 """Tag of a message that nobody sends."""
 LOST = {
@@ -138,23 +139,23 @@ LOST = {
         r"connection (?:closed|reset) by peer|broken pipe",
     ),
 }
-"""What has become of other ranks: what gloo then says of its connections, and torch of where all ranks meet first
-(MASTER_ADDR). Gloo says "Application timeout" where a rank that did not answer is asked again."""
+"""What happened to other ranks: gloo's messages about its connections, and torch's about the rendezvous
+(MASTER_ADDR). Gloo says "Application timeout" if a rank that did not answer is contacted again."""
 
 
 def run_and_report(run: Callable[[], None]) -> int:
-    """Run a recipe and return its exit code, with errors of `swaft.errors` and lost ranks reported in words.
+    """Run a recipe and return its exit code, with errors from `swaft.errors` and lost ranks reported in words.
 
     An error that all ranks agree on is reported by the main process only. Another rank waits a moment before it
-    reports its own: where the main process failed too, the launcher has ended this rank by then, and a rank
-    that failed alone is not silent. Of lost ranks it is reported which (`roll_call`). With SWAFT_TRACEBACK=1 every
-    message comes with the way to it.
+    reports its own: if the main process failed too, the launcher has ended this rank by then, and a rank
+    that failed alone still reports. Lost ranks are listed (`roll_call`). With SWAFT_TRACEBACK=1 every message comes
+    with its traceback.
 
     Args:
         run: the recipe. Any other exception passes through with its traceback.
 
     Returns:
-        0, 1 after an error, or `EXIT_CODE` where the run was asked to end and can resume.
+        0, 1 after an error, or `EXIT_CODE` if the run was asked to end and can resume.
     """
     end_with_launcher()
     try:
@@ -167,7 +168,7 @@ def run_and_report(run: Callable[[], None]) -> int:
             )
         return EXIT_CODE
     except KeyboardInterrupt:
-        # The launcher may end before this process has tidied up, which is to finish that.
+        # The launcher may end before this process has cleaned up; ignore its SIGTERM, so that it can finish.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except (SwaftError, RuntimeError) as error:
@@ -193,10 +194,9 @@ def run_and_report(run: Callable[[], None]) -> int:
 def leave(code: int) -> NoReturn:
     """End the process with ``code``.
 
-    One rank of several does not go through Python's own tear-down. After a failure that destroys the process
-    group, which can wait for ranks that are gone; after a good end it can abort the process, where one of gloo's
-    threads lets go of a tensor while the interpreter is being taken down. What is registered with `atexit` is
-    called, unless the run has failed.
+    With several ranks, Python's own teardown is skipped. After a failure it would destroy the process group, which
+    can wait for ranks that are gone; after a normal end it can abort the process, if one of gloo's threads releases
+    a tensor during interpreter shutdown. Functions registered with `atexit` are called, unless the run has failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if code in (0, EXIT_CODE):
@@ -208,9 +208,9 @@ def leave(code: int) -> NoReturn:
 
 
 def lost_ranks(error: BaseException | None) -> str | None:
-    """Return in words that other ranks are gone, where that is what an error comes from; else None.
+    """Return a message that other ranks are gone, if that is what caused an error; else None.
 
-    Only what gloo says of its connections counts, and what torch says of the place where all ranks meet first.
+    Only gloo's messages about its connections count, and torch's about the rendezvous.
     Under NCCL there is no such error: torch's watchdog writes its own and ends the process.
     """
     while (each := error) is not None:
@@ -219,8 +219,8 @@ def lost_ranks(error: BaseException | None) -> str | None:
             if found := re.search(patterns[meeting], str(each), re.IGNORECASE):
                 return (
                     f"other ranks {what}. Either a process of this run has ended, or the network to its machine is "
-                    "cut. Look first at what the other machines' processes said last and whether one was killed "
-                    "(memory, the scheduler), then at the network. What has been saved is whole; start the run "
+                    "cut. Look first at the last output of the other machines' processes and whether one was killed "
+                    "(memory, the scheduler), then at the network. What has been saved is intact; start the run "
                     "again.\n"
                     f"  ({str(each).splitlines()[0] if meeting else found[0]})"
                 )
@@ -233,7 +233,7 @@ def _is_first() -> bool:
 
 
 def _report(*messages: str) -> None:
-    """Say the last of some messages, and leave all where torchrun looks for what to print last of this rank."""
+    """Print the last of some messages, and put all where torchrun looks for this rank's final error."""
     where = "" if _is_first() else f" on rank {os.environ['RANK']}"
     sys.stderr.write(f"error{where}: {messages[-1]}\n")
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -246,15 +246,16 @@ def _report(*messages: str) -> None:
 
 
 def roll_call(wait_s: float) -> str:
-    """Say that this rank is there, wait for the others to do likewise, and return which did not.
+    """Announce this rank, wait for the others to do the same, and return which did not.
 
-    Every rank that notices a loss calls this, and lets go of its connections first, so that those that wait for it
-    notice too. Under NCCL they may not: a rank that is not named is there, one that is may be waiting. The meeting
-    place (MASTER_ADDR, MASTER_PORT) is asked over a connection of its own, since a thread that waits may be using
-    that of the process group, and in a thread of its own, since what has accepted a connection may never answer.
+    Every rank that notices a loss calls this, and closes its connections first, so that ranks waiting for it
+    notice too. Under NCCL they may not: a rank that is not listed is alive, but one that is may just be waiting.
+    The rendezvous store (MASTER_ADDR, MASTER_PORT) is queried over a separate connection, because a waiting thread
+    may be using that of the process group, and in a separate thread, because a store that has accepted a connection
+    may never answer.
 
     Args:
-        wait_s: seconds to wait for the others; it returns after about three times as many at most.
+        wait_s: seconds to wait for the others; the call takes at most about three times as long.
     """
     found: list[str] = []
     asking = threading.Thread(target=lambda: found.append(_ask_who_is_there(wait_s)), daemon=True)
@@ -267,29 +268,29 @@ def roll_call(wait_s: float) -> str:
 def _ask_who_is_there(wait_s: float) -> str:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # A launcher that starts the ranks anew keeps its store, and what was said in it.
+    # A launcher that restarts the ranks keeps its store, and the keys in it.
     there = f"swaft/there/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
     began = time.monotonic()
-    with suppress(Exception):  # whatever torch says of groups that are no more
+    with suppress(Exception):  # whatever torch raises for groups that no longer exist
         _close_connections()
     try:
         store = TCPStore(host, port, timeout=timedelta(seconds=wait_s), wait_for_workers=False)
         store.set(f"{there}{rank}", "")
         time.sleep(max(0.0, began + wait_s - time.monotonic()))
         absent = [str(other) for other in range(world_size) if not store.check([f"{there}{other}"])]
-    except RuntimeError:  # of torch: there is no connection, or it is gone
+    except RuntimeError:  # from torch: there is no connection, or it is gone
         return f"{host}:{port}, where the ranks met, does not answer: look first at the machine of rank 0"
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        time.sleep(wait_s)  # the place is in this process, and others may still be asking
+        time.sleep(wait_s)  # the store is in this process, and others may still be querying it
     if not absent:
         return f"all {world_size} ranks are there, so it is the network between them"
     return f"of {world_size} ranks these said nothing for {wait_s:g} s: {', '.join(absent)}"
 
 
 def _close_connections() -> None:
-    """Close this rank's connections of gloo, so that ranks that wait for it wait no longer.
+    """Close this rank's gloo connections, so that ranks stop waiting for it.
 
-    Gloo closes all connections of a group where a message does not come in time.
+    Gloo closes all connections of a group if a message does not arrive in time.
     """
     for group in list(_world.pg_map):
         if "gloo" not in dist.get_backend(group):
@@ -307,24 +308,24 @@ def _close_connections() -> None:
 
 
 def launch_command() -> list[str]:
-    """The command that started this run: that of the launcher where one started the ranks, else this process's."""
+    """Return the command that started this run: the launcher's if one started the ranks, else this process's."""
     started_by = [_command_line(parent) for parent in psutil.Process().parents()]
     launchers = [words for words in started_by if _is_launcher(words)]
     return launchers[-1] if launchers else sys.orig_argv
 
 
 def end_with_launcher() -> None:
-    """Have the system ask this process to end (SIGTERM) when the launcher that started it does.
+    """Make the system send this process SIGTERM when the launcher that started it ends.
 
-    A launcher ends at signals that it does not hand on: accelerate with one process at SIGTERM, torchrun at
-    SIGUSR1, all of them at SIGKILL. Its ranks would train on alone and hold the GPUs. Where no launcher is the
-    parent, as where a shell is, nothing is done: that a shell ends is no reason to.
+    Some signals end a launcher without being forwarded: SIGTERM for accelerate with one process, SIGUSR1 for
+    torchrun, SIGKILL for all. Its ranks would train on alone and hold the GPUs. If the parent is not a launcher
+    but, say, a shell, nothing is done: the end of a shell is no reason to end.
     """
     parent = psutil.Process().parent()
     if sys.platform != "linux" or parent is None or not _is_launcher(_command_line(parent)):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-    if os.getppid() != parent.pid:  # it has ended before it could be known
+    if os.getppid() != parent.pid:  # the launcher ended before the call above
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -340,5 +341,5 @@ def _is_launcher(words: list[str]) -> bool:
 def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:  # it has ended, or belongs to somebody else
+    except psutil.Error:  # it has ended, or belongs to another user
         return []

@@ -1,15 +1,15 @@
-"""FSDP2 as the launcher asked for it, done here where accelerate 1.15 would train wrongly without a word.
+"""FSDP2 as the launcher asked for it, done here where accelerate 1.15 would silently train wrongly.
 
-The launcher's file says what to shard and how; three things are done otherwise than in
+The launcher's file says what to shard and how; three things are done differently from
 `accelerate/utils/fsdp_utils.py` and `accelerate/state.py`:
 
-* accelerate shards the token embedding and the head apart from the rest. A tied pair that some third module
-  shares too, as the encoder of a T5 does, comes apart, and one of the copies is in no optimizer; an embedding that
-  lies in a block that is sharded as one, as BERT's does, is sharded twice and fails. Here blocks are sharded one
-  by one, and what lies outside of them together, so that what is tied stays tied.
-* accelerate sums gradients over ranks, and hands on what the model returns, in the format it computes in.
-* Without CUDA accelerate reads the plugin nowhere and starts DDP. All that it does later (accumulating, clipping)
-  asks its state, so the state is set as it would have been on GPUs.
+* accelerate shards the token embedding and the head separately from the rest. A tied pair that a third module
+  shares too, such as the encoder of a T5, is untied, and one of the copies is in no optimizer; an embedding
+  inside a block that is sharded as one, such as BERT's, is sharded twice and fails. Here blocks are sharded one
+  by one, and everything outside them together, so that tied weights stay tied.
+* accelerate sums gradients over ranks, and returns the model's outputs, in the format that the model computes in.
+* Without CUDA accelerate never reads the plugin and starts DDP. Everything it does later (accumulation, clipping)
+  depends on its state, so the state is set as it would have been on GPUs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 OBEYED_OTHERWISE = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading: every rank loads the whole model",
     "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: taken as train.gradient_checkpointing=true",
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "fsdp_activation_checkpointing_offload: nothing of it is offloaded",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "fsdp_activation_checkpointing_offload: nothing is offloaded",
 }
-"""What a launcher's file may ask for that comes to the same weights otherwise: accelerate's variable, and how."""
+"""Options of a launcher's file that are met in another way with the same weights: variable, and how."""
 
 
 def uses_fsdp(environ: Mapping[str, str]) -> bool:
@@ -48,11 +48,11 @@ def uses_fsdp(environ: Mapping[str, str]) -> bool:
 
 
 def obey_fsdp2(environ: Mapping[str, str], train: TrainConfig) -> None:
-    """Take over what the launcher's file asks of FSDP2 and the recipe does itself, and log how.
+    """Take over the FSDP2 options of the launcher's file that the recipe implements itself, and log how.
 
     Args:
-        environ: what the launcher left.
-        train: section ``train``; its ``gradient_checkpointing`` is switched on where the launcher wants that.
+        environ: environment variables set by the launcher.
+        train: section ``train``; its ``gradient_checkpointing`` is switched on if the launcher wants that.
     """
     for name, how in OBEYED_OTHERWISE.items() if uses_fsdp(environ) else ():
         if _is_on(environ, name):
@@ -65,17 +65,17 @@ def _is_on(environ: Mapping[str, str], name: str) -> bool:
 
 
 def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullyShardedDataParallelPlugin | None:
-    """Return accelerate's plugin for FSDP2, or None where the launcher did not ask for FSDP.
+    """Return accelerate's plugin for FSDP2, or None if the launcher did not ask for FSDP.
 
-    Weights and the sums of gradients, over micro-batches and over ranks, are fp32. A forward and its backward
-    compute in ``precision``; a loss that the model computes in fp32 leaves it as it is.
+    Weights and the sums of gradients, over micro-batches and over ranks, are fp32. Forward and backward
+    compute in ``precision``; a loss that the model computes in fp32 stays fp32.
 
     Args:
-        environ: what the launcher left.
+        environ: environment variables set by the launcher.
         precision: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
-        ConfigError: where the launcher asks for FSDP1, or for what would leave weights apart.
+        ConfigError: the launcher asks for FSDP1, or for something that would make weights differ between ranks.
     """
     if not uses_fsdp(environ):
         return None
@@ -87,14 +87,14 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
         )
     if _is_on(environ, "FSDP_IGNORED_MODULES"):
         raise ConfigError(
-            "the launcher asks for fsdp_ignored_modules: every rank would train those weights apart; remove it"
+            "the launcher asks for fsdp_ignored_modules: every rank would train those weights separately; remove it"
         )
     computes_in = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    # What one block hands to the next stays as it is, as under DeepSpeed: noise may be too small for 16 bits.
+    # Inputs of a block are not cast, as under DeepSpeed: noise may be too small for 16 bits.
     policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {name: value for name, value in environ.items() if name.startswith("FSDP_")}
     try:
-        # Where accelerate reads the rest.
+        # accelerate reads the rest from the environment.
         with patch_environment(**settings | dict.fromkeys(OBEYED_OTHERWISE, "false")):
             return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
     except ValueError as error:
@@ -102,9 +102,9 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
 
 
 def start_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Have an accelerator that started ranks without CUDA work as one that started with FSDP2."""
+    """Make an accelerator that started ranks without CUDA work like one that started with FSDP2."""
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning asks for a device
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning needs a device
     accelerator.state.fsdp_plugin = plugin
     for state in (accelerator.state, PartialState()):
         state.distributed_type = DistributedType.FSDP
@@ -116,18 +116,18 @@ def prepare(
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     loader: DataLoader[Any],
 ) -> tuple[nn.Module, Any, DataLoader[Any]]:
-    """Hand model, optimizer and loader over to the engine, as ``accelerator.prepare`` returns them (collective).
+    """Hand model, optimizer and loader to the engine, and return them as ``accelerator.prepare`` does (collective).
 
     Args:
         accelerator: nothing prepared yet.
         model: on the host, the same on every rank.
-        build_optimizer: makes the optimizer of a model's parameters.
+        build_optimizer: makes the optimizer for a model's parameters.
         loader: training batches.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(model, build_optimizer(model), loader)
     shard(model, accelerator.state.fsdp_plugin)  # type: ignore[arg-type]
-    # The optimizer comes after: sharding puts other parameters into the model.
+    # The optimizer comes after: sharding replaces the model's parameters.
     optimizer = accelerator.prepare_optimizer(build_optimizer(model))
     return model, optimizer, accelerator.prepare_data_loader(loader)
 
@@ -135,7 +135,7 @@ def prepare(
 def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     """Cut a model's parameters into rows over all ranks, in place (collective).
 
-    Every block that the launcher's policy names is gathered by itself, and the rest together with the model. A
+    Every block that the launcher's policy names is gathered separately, and the rest together with the model. A
     block with a parameter that is tied to one elsewhere belongs to the rest.
 
     Args:
@@ -143,7 +143,7 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
         plugin: from `resolve_fsdp2`.
 
     Raises:
-        TrainingError: where a trainable parameter is left whole, so that ranks would train it apart.
+        TrainingError: a trainable parameter is left whole, so that ranks would train it separately.
     """
     settings: dict[str, Any] = {
         "mp_policy": plugin.mixed_precision_policy,
@@ -152,7 +152,7 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     blocks = find_blocks(model, plugin)
     if not blocks:
         logger.warning(
-            "FSDP2 found no blocks to shard one by one, so all weights are gathered for every pass; name the "
+            "FSDP2 found no blocks to shard one by one, so all weights are gathered for every pass; list the "
             "classes of the model's layers in fsdp_transformer_layer_cls_to_wrap of the accelerate configuration"
         )
     for block in reversed(blocks):  # the inner ones first
@@ -161,16 +161,16 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise TrainingError(
-                f"{name!r} is whole although the launcher asked for FSDP2, so the ranks would train it apart; "
+                f"{name!r} is whole although the launcher asked for FSDP2, so the ranks would train it separately; "
                 "train this model under DDP or DeepSpeed"
             )
 
 
 def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
-    """Return the parts of a model, whole or on paper, that are gathered one by one, the outer ones first.
+    """Return the modules of a model, real or without data, that are gathered one by one, outer ones first.
 
     Raises:
-        ConfigError: the launcher names a class of layers that the model does not have.
+        ConfigError: the launcher names a layer class that the model does not have.
     """
     try:
         plugin.set_auto_wrap_policy(model)
@@ -184,7 +184,7 @@ def find_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> lis
 
 
 def blocks_of(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """Return the parts of a model that are blocks and share no parameter with what is outside of them.
+    """Return the modules of a model that are blocks and share no parameter with anything outside them.
 
     A container that is never called (`nn.ModuleList`, `nn.ModuleDict`) cannot be a block; its members are instead.
     """

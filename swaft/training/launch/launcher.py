@@ -2,7 +2,7 @@
 
 The options are parsed, filled from the launch file and turned into the ranks' environment by accelerate's own
 functions, so what is read here is what a launch would do. What those functions would take from this machine
-(how many GPUs it has, say) has to be said on the line, so that a launch on a cluster can be read on a laptop.
+(such as its number of GPUs) has to be given on the line, so that a launch on a cluster can be read on a laptop.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from swaft.training.config.values import not_allowed
 from swaft.training.launch.deepspeed_config import STAGES, launcher_config
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
-"""What a launch file may name as ``distributed_type``."""
+"""Allowed values of ``distributed_type`` in a launch file."""
 PRECISIONS = ("no", "bf16", "fp16", "fp8")
 COUNTS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
 NUMBERS_OR_AUTO = ("gradient_accumulation_steps", "gradient_clipping")
 SECTION_PREFIXES = {"deepspeed_config": "", "fsdp_config": "fsdp_", "dynamo_config": "dynamo_"}
-"""Sections of a launch file whose entries are options of the command line, and what their names begin with."""
+"""Sections of a launch file whose entries are command-line options, and the prefix of those options."""
 OLD_NAMES = ("fp16", "dynamo_backend")
-"""Entries of older launch files that accelerate still takes."""
+"""Entries of older launch files that accelerate still accepts."""
 PARADIGMS = ("cpu", "multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 
 
@@ -40,21 +40,21 @@ class Launch:
     """``one process``, ``DDP``, ``DeepSpeed ZeRO-0`` to ``DeepSpeed ZeRO-3``, or ``FSDP2`` (``FSDP1``, which the
     recipes refuse)."""
     stage: int | None
-    """DeepSpeed's stage of ZeRO, 0 to 3; None under another engine."""
+    """DeepSpeed's ZeRO stage, 0 to 3; None under another engine."""
     num_machines: int
     """Machines that train together."""
     world_size: int
     """Ranks that train together, on all machines."""
     environ: dict[str, str]
-    """Environment of the ranks, as far as it is the same for all: this process's, and what the launcher adds."""
+    """The part of the ranks' environment that all share: this process's, and what the launcher adds."""
 
 
 def read_launch(words: Sequence[str]) -> Launch:
-    """Return what ``accelerate launch`` would start with these words; nothing is started, no device is looked at.
+    """Return what ``accelerate launch`` would start with these words, without starting or querying a device.
 
     Raises:
-        ConfigError: with every problem of the options and of the launch file, or, where those are right, of what
-            they come to.
+        ConfigError: with every problem of the options and of the launch file, or, if there is none, of what they
+            lead to.
     """
     args = _parse(words)
     problems = [*_option_problems(args), *_file_problems(args)]
@@ -83,7 +83,7 @@ def read_launch(words: Sequence[str]) -> Launch:
 
 
 def _parse(words: Sequence[str]) -> Namespace:
-    from accelerate.commands.launch import launch_command_parser  # only here: takes seconds
+    from accelerate.commands.launch import launch_command_parser  # imported here: takes seconds
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"the launch line: {message}; `accelerate launch --help` lists the options")
@@ -95,21 +95,21 @@ def _parse(words: Sequence[str]) -> Namespace:
 
 @dataclass(frozen=True)
 class Script:
-    """What a launch line starts on every rank."""
+    """The script that a launch line starts on every rank."""
 
     path: str
     """A path, or a module's name."""
     arguments: list[str]
     """Its own arguments."""
     is_file: bool
-    """Whether it is a script that Python runs, and there."""
+    """Whether it is an existing script that Python runs."""
 
 
 def read_script(words: Sequence[str]) -> Script:
-    """Return what the words after ``accelerate launch`` start, whether or not the line is right otherwise.
+    """Return the script that the words after ``accelerate launch`` start, even if the line has other problems.
 
     Raises:
-        ConfigError: where the launcher's options cannot be separated from the script.
+        ConfigError: the launcher's options cannot be separated from the script.
     """
     args = _parse(words)
     is_file = not (args.module or args.no_python) and Path(args.training_script).is_file()
@@ -123,7 +123,7 @@ def _script_problems(args: Namespace) -> list[str]:
 
 
 def _option_problems(args: Namespace) -> list[str]:
-    """What is wrong with the line itself, or would be left to the devices of this machine."""
+    """Return what is wrong with the line itself, or would depend on this machine's devices."""
     from accelerate.commands.config.config_args import default_config_file
 
     problems = []
@@ -139,19 +139,19 @@ def _option_problems(args: Namespace) -> list[str]:
     if args.config_file is None and not Path(default_config_file).is_file():
         if args.num_processes is None:
             problems.append(
-                "the launch line: without a launch file accelerate starts a process for every GPU it finds; say "
-                "how many with --num_processes, or name a file with --config_file"
+                "the launch line: without a launch file accelerate starts a process for every GPU it finds; set "
+                "how many with --num_processes, or give a file with --config_file"
             )
         elif args.num_processes > 1 and not chosen:
             problems.append(
                 f"the launch line: without a launch file it depends on the machine whether {args.num_processes} "
-                "processes train together; add --multi_gpu, or name a file with --config_file"
+                "processes train together; add --multi_gpu, or give a file with --config_file"
             )
     return problems
 
 
 def _file_problems(args: Namespace) -> list[str]:
-    """What is wrong with the launch file; accelerate would report the first, or pass over it."""
+    """Return what is wrong with the launch file; accelerate would report the first problem, or none."""
     if args.config_file is None:
         return []
     path = args.config_file
@@ -191,7 +191,7 @@ def _bad_values(content: Mapping[Any, Any]) -> Iterator[str]:
         yield f"distributed_type: is missing; expected one of {', '.join(ENGINES)}"
     for name, choices in (("distributed_type", ENGINES), ("mixed_precision", PRECISIONS)):
         value = content.get(name)
-        if value is False:  # YAML reads an unquoted no so
+        if value is False:  # YAML's reading of an unquoted no
             yield f"{name}: an unquoted no is false in YAML; put it in quotes"
         elif value is not None and value not in choices:
             yield f"{name}: {not_allowed(str(value), choices)}"
@@ -214,9 +214,9 @@ def _bad_values(content: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _start(args: Namespace) -> tuple[str, dict[str, str]]:
-    """Let accelerate fill the options from the file; return which of its launchers starts, and its environment.
+    """Let accelerate fill the options from the file; return which of its launchers starts, and the environment.
 
-    Launchers are called ``simple``, ``torchrun`` and ``deepspeed``.
+    The launchers are ``simple``, ``torchrun`` and ``deepspeed``.
     """
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import (
@@ -227,7 +227,7 @@ def _start(args: Namespace) -> tuple[str, dict[str, str]]:
 
     try:
         args, defaults, precision_from_file = _validate_launch_command(args)
-        # Port 0 is any free one: whether the real one is free is a question about another machine.
+        # Port 0 is any free one: whether the real one is free depends on another machine.
         args.main_process_ip, args.main_process_port, args.machine_rank = "127.0.0.1", 0, 0
         if args.use_deepspeed and not args.cpu:
             stated = list(getattr(defaults, "deepspeed_config", None) or ())
@@ -242,10 +242,10 @@ def _start(args: Namespace) -> tuple[str, dict[str, str]]:
 
 
 def _start_problems(args: Namespace, launcher: str, world_size: int) -> Iterator[str]:
-    """Yield what accelerate would start without a word, though it is not what was asked for."""
+    """Yield what accelerate would silently start although it is not what was asked for."""
     asked, machines = int(args.num_processes), int(args.num_machines or 1)
     if asked < 1 or machines < 1:
-        yield f"num_processes is {asked} on {machines} machines; expected 1 at least of each"
+        yield f"num_processes is {asked} on {machines} machines; expected at least 1 of each"
     elif launcher == "simple" and (asked > 1 or machines > 1):
         reason = "--cpu" if args.cpu else "distributed_type NO (or MULTI_CPU)"
         yield (
@@ -253,7 +253,7 @@ def _start_problems(args: Namespace, launcher: str, world_size: int) -> Iterator
             "trains alone; use one of launch/accelerate/ (ddp_cpu.yaml without a GPU)"
         )
     elif launcher == "simple" and (args.use_deepspeed or args.use_fsdp):
-        yield "--cpu makes accelerate drop DeepSpeed and FSDP without a word; leave it out"
+        yield "--cpu makes accelerate silently drop DeepSpeed and FSDP; leave it out"
     elif world_size != asked:
         yield (
             f"num_processes is {asked}, the number on all machines together, but {machines} "

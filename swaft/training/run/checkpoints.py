@@ -86,7 +86,7 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
 
 
 def checkpoint_on_paper(wanted: str, folder: Path) -> RunCheckpoint | None:
-    """Return what :func:`choose_checkpoint` would choose, without other ranks and without checking its bytes.
+    """Return what :func:`choose_checkpoint` would choose, without other ranks or a check of its bytes.
 
     None: the run starts anew, or will itself decide which checkpoints are damaged.
     """
@@ -109,13 +109,13 @@ def _candidates(wanted: str, folder: Path) -> list[Path]:
     named = Path(wanted)
     if step_of(named) < 0 or not named.is_dir():
         raise ConfigError(
-            f"train.resume_from_checkpoint: {named} is not a folder called checkpoint-NUMBER; expected auto, none or "
-            "the path of a checkpoint"
+            f"train.resume_from_checkpoint: {named} is not a folder called checkpoint-NUMBER; expected auto, none "
+            "or the path of a checkpoint"
         )
     if there and step_of(there[0]) > step_of(named):
         raise ConfigError(
             f"train.output_dir: {folder} holds later checkpoints than {named.name} ({there[0].name}), which would "
-            "be overwritten; set train.resume_from_checkpoint=auto to resume from the last, or set a new folder"
+            "be overwritten; set train.resume_from_checkpoint=auto to resume from the last, or name a new folder"
         )
     return [named]
 
