@@ -80,7 +80,7 @@ def test_the_greedy_soup_keeps_what_helps(tmp_path, checkpoints, capsys):
         ),
         (
             ["a", "--weights", "0.2,x", "--output", "x"],
-            "--weights: '0.2,x' was found, expected numbers with commas",
+            "--weights: '0.2,x' was found, expected numbers separated by commas",
         ),
         (
             ["a", "--max-shard-size", "5 parsecs", "--output", "x"],

@@ -134,7 +134,7 @@ def test_a_line_without_a_file_says_all_itself():
             ("--config_file", "launch/accelerate/zero3.yaml", "--cpu", "--num_processes", "1"),
             "drop DeepSpeed",
         ),
-        (("--config_file", "launch/accelerate/ddp.yaml", "--num_processes", "0"), "expected 1 at least"),
+        (("--config_file", "launch/accelerate/ddp.yaml", "--num_processes", "0"), "expected at least 1"),
         (
             ("--config_file", "launch/accelerate/ddp_multinode.yaml", "--num_processes", "15"),
             "2 machines would start 14",

@@ -48,7 +48,7 @@ def test_a_precision_of_the_recipe_holds_where_no_launcher_speaks():
 
 def test_recipe_and_launcher_that_disagree_on_precision_are_both_named():
     with pytest.raises(
-        ConfigError, match=r"train\.mixed_precision is bf16, the launcher's mixed_precision is no"
+        ConfigError, match=r"train\.mixed_precision is bf16, but the launcher's mixed_precision is no"
     ):
         resolve_precision(settings(mixed_precision="bf16"), {"ACCELERATE_MIXED_PRECISION": "no"})
 

@@ -4,8 +4,8 @@ Without it, a lost rank shows only as gloo's addresses in a traceback of every o
 rank it was. And ranks whose launcher has ended would train on alone and hold the GPUs: they end with it.
 
 A run that is asked to end does so between two batches, where the ranks agree on it, so that all of them can save.
-The signal handler only sets a flag; the ranks ask each other whether any has it set, all at the same places: between
-optimizer steps, and between the batches of an evaluation.
+The signal handler only sets a flag; the ranks ask each other whether any has it set, all at the same places:
+between optimizer steps, and between the batches of an evaluation.
 """
 
 from __future__ import annotations
@@ -219,9 +219,9 @@ def lost_ranks(error: BaseException | None) -> str | None:
             if found := re.search(patterns[meeting], str(each), re.IGNORECASE):
                 return (
                     f"other ranks {what}. Either a process of this run has ended, or the network to its machine is "
-                    "cut. Look first at the last output of the other machines' processes and whether one was killed "
-                    "(memory, the scheduler), then at the network. What has been saved is intact; start the run "
-                    "again.\n"
+                    "cut. Look first at the last output of the other machines' processes and whether one was "
+                    "killed (memory, the scheduler), then at the network. What has been saved is intact; start the "
+                    "run again.\n"
                     f"  ({str(each).splitlines()[0] if meeting else found[0]})"
                 )
         error = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
