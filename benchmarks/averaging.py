@@ -1,4 +1,4 @@
-"""What weight averaging costs and how exact it is, beside what others do, side by side in one run.
+"""What weight averaging costs and how exact it is, next to other implementations, all in one run.
 
     python -m benchmarks.averaging                       # about 6 minutes on 2 quiet cores
     python -m benchmarks.averaging --section arithmetic  # one part again, put into the file of the last run

@@ -1,7 +1,7 @@
-"""How near one update of an average comes to what memory gives: the mark is an in-place ``a += b``.
+"""How close one update of an average comes to the memory bandwidth; the reference is an in-place ``a += b``.
 
 Every form works on the same host memory, far larger than the caches, in rounds of random order. Rates count the
-bytes that a form has to move: it may move more.
+bytes that a form has to move; it may move more.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BYTES = {
     "mul_, add_ (torch)": 12,  # it moves 20: two passes
 }
 SETTLE_S = 0.005
-"""Pause between forms: torch's threads spin a while after their work, on cores that the next form needs."""
+"""Pause between forms: torch's threads spin for a while after their work, on cores that the next form needs."""
 WEIGHT = 1e-3
 MANY_MEMBERS = SWA(start=0).plan(total_steps=1_000_000)
 
@@ -96,7 +96,7 @@ def _at(threads: int, numel: int, rounds: int) -> dict[str, object]:
 
 
 def _forms(workers: Workers, numel: int) -> dict[str, Callable[[], Any]]:
-    """Every form as a call, on the same two vectors; the updates go the way that training's go."""
+    """Every form as a call, on the same two vectors; the updates take the same path as in training."""
     member = torch.randn(numel, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     compensated, plain = (Lanes(MANY_MEMBERS, numel, workers, compensated=each) for each in (True, False))
     source = HostSource([Span(0, 0, 0, numel)], workers)
@@ -136,7 +136,7 @@ def _add(a: Any, b: Any) -> None:
 
 
 def _with_threads(threads: int, call: Callable[[], Any]) -> Callable[[], None]:
-    """A call with torch's thread count set around it alone: the count leaks into threads started later."""
+    """A call with torch's thread count set only around it: the count leaks into threads started later."""
 
     def run() -> None:
         before = torch.get_num_threads()

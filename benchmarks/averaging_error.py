@@ -1,4 +1,4 @@
-"""What 100,000 updates of an average lose to rounding: each arithmetic on the same walk, against float64."""
+"""What 100,000 updates of an average lose to rounding: each arithmetic on the same random walk, against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an averaging event costs on CPU ranks, beside other ways to average the same model in the same run."""
+"""What an averaging event costs on CPU ranks, next to other ways to average the same model in the same run."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ MODELS = {
     },
     "BERT-base, 110M": {},
 }
-"""That of the bars comes first, for time may run out."""
+"""The one with the bars comes first, because time may run out."""
 MICRO_BATCH = (32, 512)
 ACCUMULATED = (1, 4)
-"""Micro-batches of a step: 16k and 64k tokens."""
+"""Micro-batches per step: 16k and 64k tokens."""
 BARS = {"16384": 1.01, "65536": 1.005}
 PAIRED_S, LEAST_PAIRED_S = 25.0, 9.0
 """Seconds for the paired steps of one configuration: as many as there are, and under a time limit."""
@@ -61,7 +61,7 @@ BLOCK_S = 0.7
 
 
 def measure(*, quick: bool, device: str) -> dict[str, object]:
-    """Every model at every number of tokens a step, one process."""
+    """Every model at every number of tokens per step, in one process."""
     models, micro_batch = ({"tiny": TINY_BERT}, (2, 8)) if quick else (MODELS, MICRO_BATCH)
     configurations = {}
     for name, sizes in models.items():
@@ -151,7 +151,7 @@ def _configuration(
     averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=100_000, first_step=0)
     averager.wait()
     rule.switch.on = False
-    # Not of the whole device: that would wait for copies which training does not wait for.
+    # Not the whole device: that would wait for copies that training does not wait for.
     finish = (lambda: torch.cuda.current_stream().synchronize()) if on_card else (lambda: None)
     training = Training(step, averager, rule.switch, finish=finish)
     training.step()
@@ -204,7 +204,7 @@ def _configuration(
 
 
 def _copy_rates(engine: Engine, *, rounds: int) -> dict[str, object]:
-    """The rate of the staged copy, its check for infinities included, beside one plain copy to pinned memory."""
+    """The rate of the staged copy, including its check for infinities, next to one plain copy to pinned memory."""
     masters, numel = engine.masters(), engine.numel
     workers = Workers(device=engine.device)
     source = StagedSource(
@@ -247,13 +247,13 @@ def _copy_rates(engine: Engine, *, rounds: int) -> dict[str, object]:
 
 
 class _TimedEvents:
-    """`torch.cuda`, whose events also tell the time."""
+    """`torch.cuda`, with events that also record the time."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
     def Event(self) -> torch.cuda.Event:
-        """An event that keeps its time."""
+        """An event that records its time."""
         return torch.cuda.Event(enable_timing=True)
 
 

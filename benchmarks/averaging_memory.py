@@ -1,4 +1,4 @@
-"""Host memory of an average, an element: what swaft accounts for, and what the process has grown by."""
+"""Host memory of an average, per element: what swaft accounts for, and what the process has grown by."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PRECISIONS: tuple[Literal["compensated", "plain"], ...] = ("compensated", "plain
 
 
 def measure(*, quick: bool, device: str) -> dict[str, object]:
-    """Bytes an owned element in both forms, and pinned bytes."""
+    """Bytes per owned element in both forms, and pinned bytes."""
     rows, columns = (64, 64) if quick else (8192, 4096)
-    _grown("compensated", 64, 64, device)  # compiled code and thread stacks are no part of an average
+    _grown("compensated", 64, 64, device)  # compiled code and thread stacks are not part of an average
     return {
         "elements": rows * columns,
         "by precision": {each: _grown(each, rows, columns, device) for each in PRECISIONS},
@@ -39,7 +39,7 @@ def rows(result: dict) -> list[Sequence[object]]:
 def _grown(
     precision: Literal["compensated", "plain"], rows: int, columns: int, device: str
 ) -> dict[str, object]:
-    """Attach to a model of one matrix, average three members, and see what is held."""
+    """Attach to a model of one matrix, average three members, and measure the memory held."""
     weight = torch.nn.Linear(columns, rows, bias=False, device=device)
     optimizer = torch.optim.SGD(weight.parameters(), lr=0.1)
     weight.weight.grad = torch.ones_like(weight.weight)

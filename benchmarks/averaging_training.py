@@ -1,4 +1,4 @@
-"""What the measurements of an averaging event share: a rule with a switch, the others' averages, the clocks."""
+"""Shared by the measurements of an averaging event: a rule with a switch, other libraries' averages, clocks."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class SwitchedPlan(SettledPlan):
     switch: Switch
 
     def takes(self, step: int) -> bool:
-        """Whatever the step: what the switch says."""
+        """Return the state of the switch, whatever the step."""
         return self.switch.on
 
 
 @dataclass(frozen=True)
 class SwitchedSWA:
-    """SWA that can be told, between steps, to let steps pass: both kinds of step come from one run."""
+    """SWA that can be switched off and on between steps, so that both kinds of step come from one run."""
 
     switch: Switch = field(default_factory=Switch, repr=False)
 
@@ -71,7 +71,7 @@ class Training:
     """Returns once the device has done what the training thread gave it."""
 
     def event(self) -> None:
-        """Take the step that has just happened in, and wait until the average holds it."""
+        """Average the step that has just happened, and wait until the average holds it."""
         self.switch.on = True
         self.averager.step()
         self.averager.wait()
@@ -80,12 +80,12 @@ class Training:
 
 @dataclass
 class Other:
-    """Somebody else's average of the same model."""
+    """Another library's average of the same model."""
 
     update: Call
-    """One event, blocking as they have it."""
+    """One event, blocking as it is there."""
     nbytes: int
-    """Memory it holds, where the weights are unless it says otherwise."""
+    """Memory it holds, where the weights are unless stated otherwise."""
 
 
 def torch_average(live: nn.Module, *, multi_avg_fn: Callable | None = None) -> Other:
@@ -109,15 +109,15 @@ def timm_average(live: nn.Module) -> Other:
 def event_rounds(
     training: Training, others: dict[str, Other], *, rounds: int, together: Call
 ) -> dict[str, list[float]]:
-    """Seconds of a training step and of every event behind it, in rounds of random order.
+    """Seconds of a training step and of every event after it, in rounds of random order.
 
-    swaft's event runs alone here, from `step` until `wait` returns; `paired_blocks` has it behind the next step.
+    Here swaft's event runs alone, from `step` until `wait` returns; `paired_blocks` has it behind the next step.
 
     Args:
         training: see there.
-        others: by name.
-        rounds: measured, after one that warms up.
-        together: called before each measurement: a barrier, where there are ranks.
+        others: other averages by name.
+        rounds: rounds to measure, after one that warms up.
+        together: called before each measurement: a barrier, if there are ranks.
     """
     arms = {SWAFT: training.event, **{name: other.update for name, other in others.items()}}
     seconds: dict[str, list[float]] = {name: [] for name in (STEP, *arms)}
@@ -138,15 +138,15 @@ class Blocks:
     """Seconds of blocks of steps on one rank, and what their events cost the training thread."""
 
     steps: int
-    """Steps timed in each block; one more goes before, so that the block before it is left behind."""
+    """Steps timed in each block, after one more that separates it from the block before."""
     averaged: list[float]
-    """Seconds of a step, by pair, where every step is averaged."""
+    """Seconds per step, by pair, with every step averaged."""
     bare: list[float]
-    """Likewise where none is."""
+    """Seconds per step, by pair, with none averaged."""
     blocking: list[float]
-    """Seconds an event that the training thread spent in `step` or waiting before the optimizer, by pair."""
+    """Seconds per event that the training thread spent in `step` or waiting before the optimizer, by pair."""
     waits: float
-    """Waits an event, of those that the averager counts."""
+    """Waits per event, as counted by the averager."""
 
 
 def paired_blocks(training: Training, *, pairs: int, steps: int) -> Blocks:
@@ -206,7 +206,7 @@ def times_of(
     Args:
         seconds: of an event, until the average holds the member.
         step_s: seconds of a training step.
-        blocking: seconds an event that the training thread stood still; None: all of it.
+        blocking: seconds per event that the training thread was blocked; None: all of it.
     """
     standing = seconds if blocking is None else blocking
     return {

@@ -1,7 +1,7 @@
 """One rank of the CPU measurements of an averaging event (`benchmarks.averaging_event` starts it).
 
-Trains one model under DDP, ZeRO-2 and ZeRO-3 in turn, each beside the averages that others offer there, and writes
-what all ranks found.
+Trains one model under DDP, ZeRO-2 and ZeRO-3 in turn, each with the averages that other libraries offer there, and
+writes what all ranks found.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Traffic:
 
     calls: int = 0
     nbytes: int = 0
-    """Bytes of the tensors they fill, or sum in place."""
+    """Bytes of the tensors that they fill, or sum in place."""
 
 
 def main() -> None:
@@ -173,7 +173,7 @@ def build(
 
 
 def gathered_average(model: nn.Module, *, stage: int) -> Other:
-    """Every master whole on every rank at every event; rank 0 keeps the average.
+    """Gather every master whole on every rank at every event; rank 0 keeps the average.
 
     ZeRO-3: all parameters at once, as TRL does for its reference model (in fp32 the parameters are the masters'
     values). ZeRO-2: one parameter after another.
@@ -241,12 +241,12 @@ def count_collectives() -> Traffic:
 
 
 def slowest(mine: list[float]) -> list[float]:
-    """By measurement, the most that any rank found."""
+    """The largest value over ranks, for each measurement."""
     return [max(values) for values in zip(*_gather(mine), strict=True)]
 
 
 def over_ranks(nbytes: int) -> dict[str, int]:
-    """Bytes on the rank that has most, and on all."""
+    """Bytes on the rank that has most, and on all ranks."""
     everyone = _gather(nbytes)
     return {"most on a rank": max(everyone), "on all ranks": sum(everyone)}
 

@@ -25,7 +25,7 @@ class Section(Protocol):
         ...
 
     def rows(self, result: dict) -> list[Sequence[object]]:
-        """One line a figure, for people."""
+        """One line per figure, for people."""
         ...
 
 
@@ -46,7 +46,7 @@ def run(
         arguments: the command line, None for the process's own.
         about: the first line of ``--help``.
         widths: of the first column of the table and of the others.
-        head: what the file says beside machine and versions.
+        head: what the file says besides machine and versions.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument(
@@ -74,12 +74,12 @@ def run(
             [("skipped", found["skipped"])] if "skipped" in found else sections[part].rows(found)
         ):
             print(f"  {first:<{widths[0]}}", *(f"{column!s:<{widths[1]}}" for column in rest))
-        if path is not None:  # part by part: a later one that fails takes nothing with it
+        if path is not None:  # part by part: if a later one fails, nothing is lost
             path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _merged_into(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
-    """The old results, to be written over part by part: only where both come from one machine and its versions."""
+    """The old results, to be overwritten part by part: only if both come from one machine and its versions."""
     for key in new:
         if old.get(key) != new[key]:
             raise SystemExit(

@@ -1,7 +1,7 @@
-"""What a benchmark leaves out, with the reason: what would not fit into its time, or on its card.
+"""Leaves out of a benchmark, with the reason, what would not fit into its time or on its card.
 
-``SWAFT_BENCH_UNTIL`` is the time (`time.time`) after which nothing new is begun. ``SWAFT_BENCH_PARTIAL`` is a file
-that gets each result as it is found, one JSON line each, so that what is done survives a kill.
+``SWAFT_BENCH_UNTIL`` is the time (`time.time`) after which nothing new is started. ``SWAFT_BENCH_PARTIAL`` is a
+file that gets each result as it is found, one JSON line each, so that finished work survives a kill.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def seconds_left() -> float:
 
 
 def within(name: str, needs_s: float, measure: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """Return what a measurement finds, or that it was skipped: no time is left, or it takes more than the card has.
+    """Return what a measurement finds, or that it was skipped: no time is left, or it does not fit on the card.
 
     Args:
-        name: of what is measured, for the file of partial results.
-        needs_s: seconds that it takes at least.
+        name: name of what is measured, for the file of partial results.
+        needs_s: least number of seconds that it takes.
         measure: makes the measurement.
     """
     if seconds_left() < needs_s:

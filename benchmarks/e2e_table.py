@@ -1,10 +1,10 @@
 """Trains a small T5 from random weights on e2e, and writes the table of `recipes/README.md`, whatever comes out.
 
-    python -m benchmarks.e2e_table            # about 90 minutes on a core; a second call goes on
+    python -m benchmarks.e2e_table            # about 90 minutes on a core; a second call continues
     python -m benchmarks.e2e_table --table    # print the table from benchmarks/results/e2e.json
 
-Two trainings a seed, through the recipe as a user starts it: *decayed* (linear decay to 0, no averaging) and
-*constant* (constant rate after warm-up; its last weights are one arm, the mean of its second half the next). Both
+Two trainings per seed, through the recipe as a user starts it: *decayed* (linear decay to 0, no averaging) and
+*constant* (constant rate after warmup; its last weights are one arm, the mean of its second half the next). Both
 take the same number of optimizer steps, with the settings of recipes/configs/seq2seq/e2e.yaml. Nothing is chosen on
 any row: the test split is scored once, at the end.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the table of the committed results")
     if not parser.parse_args().table:
-        for seed in SEEDS:  # seed by seed: an early end leaves comparisons whole
+        for seed in SEEDS:  # seed by seed: if it ends early, comparisons are still complete
             for training, overrides in TRAININGS.items():
                 train_once(
                     RUNS / f"{training}-{seed}",
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def collect() -> dict[str, object]:
-    """Scores, steps and seconds of every training; its logs are copied beside the results."""
+    """Scores, steps and seconds of every training; its logs are copied next to the results."""
     trainings = {}
     for training in TRAININGS:
         for seed in SEEDS:
@@ -68,7 +68,7 @@ def collect() -> dict[str, object]:
 
 
 def table(results: dict) -> str:
-    """Markdown: each test score by seed with its mean and spread, an arm a row."""
+    """Markdown: each test score by seed with its mean and spread, one row per arm."""
     lines = ["| arm | " + " | ".join(f"{name} by seed: mean ± sd" for name in SCORES.values()) + " |"]
     lines.append("|---" * (1 + len(SCORES)) + "|")
     for arm, (training, weights) in ARMS.items():

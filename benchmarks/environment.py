@@ -22,7 +22,7 @@ PACKAGES = (
     "safetensors",
     "triton",
 )
-"""Whose versions a figure depends on."""
+"""Packages whose versions a figure depends on."""
 
 
 def version_of(package: str) -> str | None:
@@ -34,7 +34,7 @@ def version_of(package: str) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of those that are installed, swaft's own first."""
+    """Versions of the installed ones, swaft's own first."""
     return {"swaft": swaft.__version__} | {name: found for name in PACKAGES if (found := version_of(name))}
 
 

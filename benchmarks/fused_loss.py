@@ -1,11 +1,11 @@
-"""What the fused noise-stability loss costs and how exact it is, beside other ways to it, side by side in one run.
+"""What the fused noise-stability loss costs and how exact it is, next to other ways to compute it, all in one run.
 
     python -m benchmarks.fused_loss                      # at most 6 minutes on 2 quiet cores, 4 on a GPU
     python -m benchmarks.fused_loss --section error      # one part again, put into the file of the last run
     python -m benchmarks.fused_loss --quick              # every path on tiny sizes; writes nothing without --out
 
-Parts: ``speed`` (forward and backward by shape, beside the plain loss and the bare GEMMs; on a GPU beside Liger
-too), ``memory`` (peaks), ``error`` (against float64, by size of noise), ``chunks`` (what chunk_bytes changes) and
+Parts: ``speed`` (forward and backward by shape, next to the plain loss and the bare GEMMs; on a GPU also next to
+Liger), ``memory`` (peaks), ``error`` (against float64, by size of noise), ``chunks`` (what chunk_bytes changes) and
 ``training_step`` (a T5 under R3F against a plain step). Writes benchmarks/results/fused_loss.json, or
 fused_loss_<GPU>.json, and prints a table.
 """
@@ -33,7 +33,7 @@ SECTIONS: dict[str, command.Section] = {
     "training_step": fused_loss_training_step,
 }
 RIVALS = ("liger-kernel", "triton")
-"""Packages whose versions matter here beside those of every figure."""
+"""Packages whose versions matter here besides those of every figure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def rival_versions() -> dict[str, str | None]:
-    """Versions of the packages that are compared with; None: not installed."""
+    """Versions of the packages compared with; None: not installed."""
     return {name: version_of(name) for name in RIVALS}
 
 

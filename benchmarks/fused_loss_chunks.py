@@ -1,4 +1,4 @@
-"""What the size of a chunk changes: seconds, and the last bits of the result."""
+"""What the chunk size changes: seconds, and the last bits of the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT = "default"
 
 
 def measure(*, quick: bool, device: str) -> dict[str, object]:
-    """Every budget of bytes, and the one that swaft chooses."""
+    """Every budget in bytes, and the one that swaft chooses."""
     shape, budgets = QUICK if quick else GPU if device == "cuda" else CPU
     operands = make_operands(shape, dtype=dtype_of(device), device=device)
     named = {DEFAULT: None, **{str(budget): budget for budget in budgets}}

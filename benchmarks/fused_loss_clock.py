@@ -1,4 +1,4 @@
-"""Clocks of the fused loss: rounds of all arms in random order, on any device, with what failed beside."""
+"""Timing of the fused loss: rounds of all arms in random order, on any device, with failures recorded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Timings:
     """Seconds of every arm, by round."""
 
     warm_up: int
-    """Rounds before, not measured."""
+    """Rounds before the measured ones."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    """What `keep` made of the last result of each arm."""
+    """What `keep` returned for the last result of each arm."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Why an arm has no seconds."""
+    """Why an arm was not timed."""
 
 
 def interleaved(
@@ -37,15 +37,15 @@ def interleaved(
     may_fail: Sequence[str] = (),
     keep: Callable[[Any], Any] = lambda result: None,
 ) -> Timings:
-    """Time all arms round by round, each round in an order of its own.
+    """Time all arms round by round, each round in its own order.
 
     Args:
         arms: by name: a call, or the reason why there is none.
-        warm_up: rounds before, not measured.
-        rounds: measured at most; at least one is.
-        allowance_s: seconds for the measured rounds: none is begun that would probably end later.
-        may_fail: arms whose failure of any kind is noted; of the others only a lack of memory is.
-        keep: applied to each result outside the clock; the result itself is let go.
+        warm_up: rounds before the measured ones.
+        rounds: most rounds to measure; at least one is.
+        allowance_s: seconds for the measured rounds: none is started that would probably end later.
+        may_fail: arms for which any failure is recorded; for the others only lack of memory is.
+        keep: applied to each result outside the timing; the result itself is dropped.
     """
     timings = Timings(warm_up)
     running: dict[str, Callable[[], Any]] = {}
@@ -90,8 +90,8 @@ def times(timings: Timings, *, floor: str, mark: str) -> dict[str, dict[str, obj
 
     Args:
         timings: see there.
-        floor: the arm that nothing can be faster than.
-        mark: the arm that the others are compared with.
+        floor: the arm that no other can beat.
+        mark: the arm with which the others are compared.
     """
     found: dict[str, dict[str, object]] = {}
     for name, values in timings.seconds.items():
@@ -107,13 +107,13 @@ def times(timings: Timings, *, floor: str, mark: str) -> dict[str, dict[str, obj
 
 
 def finish() -> None:
-    """Return once the device has done what it was given."""
+    """Return once the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def release() -> None:
-    """Give memory that nothing refers to any more back to the device."""
+    """Return unreferenced memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Error of the divergence and its gradients against float64, from tiny noise to large, in both dtypes.
 
-The divergence alone: in the whole loss the cross entropy's gradient would hide it. Hidden states are standard
-normal, the noise on them too, times its size; 16-bit hidden states and weights are exact, their noise is fp32.
+Only the divergence: in the whole loss the cross entropy's gradient would hide it. Hidden states are standard
+normal, and so is the noise on them, times its size; 16-bit hidden states and weights are exact, with fp32 noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPE = Shape(128, 256, 8192)
 QUICK_SHAPE = Shape(16, 32, 500)
 IGNORED = -100
 BARS = {"torch.float32": 5e-6, "torch.bfloat16": 5e-3}
-"""What every error of the difference form stays under, at every noise."""
+"""Bound on every error of the difference form, at every noise."""
 DIFFERENCE, BLIND, DIRECT = (
     "swaft, difference form",
     "swaft, difference form of rounded operands",
@@ -84,7 +84,7 @@ def _at(shape: Shape, dtype: torch.dtype, noise: float, device: str) -> dict[str
 
 
 def _swaft(form: str) -> Callable[[Operands], Tensor]:
-    """The divergence of all rows, none of which counts for the cross entropy."""
+    """The divergence over all rows, none of which counts for the cross entropy."""
 
     def loss_of(operands: Operands) -> Tensor:
         return linear_cross_entropy_symmetric_kl(

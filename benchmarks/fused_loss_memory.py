@@ -1,6 +1,6 @@
-"""Peak memory of forward and backward of every way to the loss.
+"""Peak memory of forward and backward for every way to compute the loss.
 
-On a CPU each arm has a process of its own, which calls it once to settle and again with the peak set back:
+On a CPU each arm runs in its own process, which calls it once to settle and again with the peak reset:
 
     python -m benchmarks.fused_loss_memory '{"arm": "plain", "shape": [1024, 512, 32128]}'
 """
@@ -41,13 +41,13 @@ GPU_BAR = {"shape": GPU_SHAPES[0].name, "figure": f"{SWAFT}, {OVER_BOTH}", "at m
 TIMEOUT_S = 150.0
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SET_PEAK_BACK = "5"
-"""What the kernel takes as the order to set the peak of resident memory back to what is resident now."""
+"""What tells the kernel to reset the peak of resident memory to what is resident now."""
 LARGE_BLOCK = 1 << 20
-"""Blocks from this size on are taken from and given back to the kernel directly, so resident is what is in use."""
+"""Blocks from this size on are allocated from and returned to the kernel directly, so resident memory is in use."""
 
 
 def measure(*, quick: bool, device: str) -> dict[str, object]:
-    """Every arm at the shape of the bar; on a GPU at a wider one too."""
+    """Every arm at the shape of the bar; on a GPU also at a wider one."""
     if device == "cuda":
         shapes = (QUICK_SHAPE,) if quick else GPU_SHAPES
         names = (SWAFT, PLAIN, *(() if quick else (COMPILED,)), *LIGER)
@@ -168,7 +168,7 @@ def _nbytes(step: object) -> int:
 
 
 def _status(key: str) -> int:
-    """A line of this process's status, in bytes."""
+    """An entry of this process's status, in bytes."""
     lines = STATUS.read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 

@@ -1,9 +1,9 @@
-"""What the fused loss is predicted to take on an H100 or H200, and what its chunks were chosen by. Not measured.
+"""Predicted time of the fused loss on an H100 or H200, by which its chunks were chosen. Not measured.
 
 python -m benchmarks.fused_loss_model
 
-Products take the longer of their operations and of the memory they read and write; everything else is memory alone,
-read and written once, and nothing overlaps. bf16 operands, forward and backward, all gradients.
+Products take the longer of their operations and of the memory they read and write; everything else is only
+memory traffic, read and written once, and nothing overlaps. bf16 operands, forward and backward, all gradients.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 FLOPS = 700e12
-"""Operations a second that large bf16 products reach."""
+"""Operations per second that large bf16 products reach."""
 BANDWIDTH = 3e12
-"""Bytes a second that kernels reach, of 3.35e12 (H100) or 4.8e12 (H200)."""
+"""Bytes per second that kernels reach, of 3.35e12 (H100) or 4.8e12 (H200)."""
 RESIDENT = 264
-"""Rows that the row kernel has under way: two programs on each of 132 multiprocessors."""
+"""Rows that the row kernel processes at once: two programs on each of 132 multiprocessors."""
 UNALIGNED = 0.5
-"""Share of their speed that products have whose rows are no multiple of 16 bytes; a guess."""
+"""Share of full speed that products reach if their rows are not a multiple of 16 bytes; a guess."""
 ROW_BYTES = 22
-"""Of an element in the row kernel: two fp32 products read twice, three bf16 gradients written."""
+"""Bytes per element in the row kernel: two fp32 products read twice, three bf16 gradients written."""
 BUDGET = 1.8e9
-"""Bytes of everything of size V in a chunk."""
+"""Bytes of all tensors of size V in a chunk."""
 SHAPES = ((4096, 128256), (1024, 128256), (1024, 250112), (1024, 50265), (512, 32128))
 """Hidden size d and vocabulary V."""
 NUM_ROWS = 8192
@@ -29,16 +29,16 @@ NUM_ROWS = 8192
 
 @dataclass(frozen=True)
 class Design:
-    """How rows are put into chunks, and how often what has the size of W is passed over."""
+    """How rows are put into chunks, and how often tensors of the size of W are read or written."""
 
     product_rows: int | None
-    """Rows multiplied at a time in a chunk; None: all of it."""
+    """Rows multiplied at a time in a chunk; None: all of them."""
     weight_bytes: int
-    """Of an element of W, outside products: zeros, scale, cast, and the upstream gradient's factor."""
+    """Bytes per element of W, outside products: zeros, scale, cast, and the upstream gradient's factor."""
     first_is_written: bool
     """Whether the first chunk writes dW instead of adding to zeros."""
     is_padded: bool
-    """Whether rows begin at multiples of 64 elements."""
+    """Whether rows start at multiples of 64 elements."""
     two_reads: bool = True
     """Whether the row kernel reads its products twice; once, if a cluster of programs kept them."""
 
@@ -57,7 +57,7 @@ DESIGNS = {
 
 
 def chunk_rows(design: Design, vocabulary: int) -> tuple[int, int]:
-    """Rows multiplied at a time, and rows of a chunk, in the budget."""
+    """Rows multiplied at a time, and rows of a chunk, within the budget."""
     products, gradients = 8 * vocabulary, 6 * vocabulary
     both = max(128, int(BUDGET // (products + gradients)) // 128 * 128)
     few = min(both, design.product_rows or both)
@@ -67,10 +67,10 @@ def chunk_rows(design: Design, vocabulary: int) -> tuple[int, int]:
 
 
 def milliseconds(design: Design, width: int, vocabulary: int, rows: int = NUM_ROWS) -> dict[str, float]:
-    """What each part takes.
+    """Milliseconds of each part.
 
     Args:
-        design: of the loss.
+        design: design of the loss.
         width: hidden size d.
         vocabulary: V.
         rows: N.
@@ -104,7 +104,7 @@ def milliseconds(design: Design, width: int, vocabulary: int, rows: int = NUM_RO
 
 
 def share_of_the_floor(design: Design, width: int, vocabulary: int, rows: int = NUM_ROWS) -> float:
-    """The time of six products without anything else, over that of the loss."""
+    """The time of the six products alone, divided by that of the loss."""
     floor = 1e3 * 12 * rows * width * vocabulary / FLOPS
     return floor / sum(milliseconds(design, width, vocabulary, rows).values())
 

@@ -8,8 +8,8 @@ With z = h W^T and d = (h - h') W^T = z - z', p = softmax(z), q = softmax(z - d)
     g  = dJ/dz  = p (delta - K) + P,    g' = dJ/dz' = -(q (delta + K') + P),    g + g' = delta P - K p - K' q
     dh = g W,   dh' = g' W,   dW = g^T h + g'^T h' = (g + g')^T h - g'^T (h - h')
 
-d comes from a product of its own and dW from the split sum, so small differences lose few digits: against
-arithmetic of 80 digits everything is right to 1e-10 or better for noise from 1e-6 to 5.
+d comes from a separate product and dW from the split sum, so small differences lose few digits: against
+80-digit arithmetic everything is correct to 1e-10 or better for noise from 1e-6 to 5.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 22
-"""Logits held at a time."""
+"""Most logits held at a time."""
 
 
 class Divergence(NamedTuple):

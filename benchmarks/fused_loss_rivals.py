@@ -1,4 +1,4 @@
-"""The ways to get a noise-stability loss out of a linear head, each as one call of forward and backward.
+"""The ways to compute a noise-stability loss from a linear head, each as one call of forward and backward.
 
 loss = CE(h W^T, labels) + KL(p || q) + KL(q || p),  p = softmax(h W^T),  q = softmax(h' W^T), mean over rows.
 """
@@ -24,7 +24,7 @@ LIGER_CE, LIGER_CE_16, LIGER_JSD = (
 )
 LIGER = (LIGER_CE, LIGER_CE_16, LIGER_JSD)
 FOREIGN = (COMPILED, *LIGER)
-"""Arms whose failure is a finding, not a fault of the benchmark."""
+"""Arms whose failure is a result, not a bug in the benchmark."""
 ABOUT = {
     SWAFT: "swaft.functional.linear_cross_entropy_symmetric_kl, as it comes",
     PLAIN: "two F.linear, F.cross_entropy, two F.kl_div on fp32 (log-)softmax, gradients to both sides",
@@ -73,17 +73,17 @@ class Operands:
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         return self.hidden, self.noised_hidden, self.weight
 
 
 class Step(NamedTuple):
-    """What one forward and backward gave."""
+    """The result of one forward and backward."""
 
     loss: Tensor | None
     """0-dim, detached; None from an arm that computes none."""
     gradients: tuple[Tensor | None, ...]
-    """Of hidden, noised_hidden and weight; None where an arm gives none."""
+    """Gradients of hidden, noised_hidden and weight; None if an arm gives none."""
 
 
 Loss = Callable[[Operands], Tensor]
@@ -98,8 +98,8 @@ def make_operands(
     Args:
         shape: sizes.
         dtype: of hidden, noised_hidden and weight.
-        device: where they go.
-        noise: standard deviation of the noise on hidden, which itself has 1.
+        device: where to put them.
+        noise: standard deviation of the noise on hidden, whose own is 1.
         seed: of the generator.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -182,7 +182,7 @@ def arms(operands: Operands, names: tuple[str, ...]) -> dict[str, Arm | str]:
 
 
 def six_gemms(operands: Operands) -> Arm:
-    """The six GEMMs that no way around whole logits can do without, as one call."""
+    """The six GEMMs that even a method without whole logits needs, as one call."""
     hidden, noised, weight = (leaf.detach() for leaf in operands.leaves)
     logits = torch.empty(len(hidden), len(weight), dtype=weight.dtype, device=weight.device)
     gradients = torch.empty_like(hidden), torch.empty_like(noised), torch.empty_like(weight)
@@ -209,7 +209,7 @@ def _loss_of(name: str) -> Loss:
 
 
 def _compiled_loss() -> Loss:
-    torch.compiler.reset()  # else the shapes so far count towards the recompilations that are allowed
+    torch.compiler.reset()  # otherwise earlier shapes count towards the limit on recompilations
     compiled = torch.compile(_plain_loss_of_tensors, dynamic=False)
     return lambda o: compiled(o.hidden, o.noised_hidden, o.weight, o.labels)
 

@@ -1,4 +1,4 @@
-"""Seconds of forward and backward of every way to the loss, by shape; the floor is the six GEMMs alone."""
+"""Seconds of forward and backward for every way to compute the loss, by shape; the floor is the six GEMMs alone."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ROWS = {"cpu": 256, "cuda": 8192}
 BAR_SHAPE = Shape(1024, 512, 32128)
 """The shape of the CPU's bar."""
 FIRST = (Shape(8192, 4096, 128256), Shape(8192, 1024, 128256), Shape(8192, 1024, 250112))
-"""Measured first on a GPU, where time may run out: the bars there are for these."""
+"""Measured first on a GPU, where time may run out: the GPU's bars are for these."""
 BARS = {BAR_SHAPE.name: {f"{PLAIN} / {SWAFT}": 1.7}}
 COMPILED_WIDTH = 1024
-"""On a GPU torch.compile is measured at this width: at others it fuses the same things around other GEMMs."""
+"""On a GPU torch.compile is measured only at this width: at others it fuses the same things around other GEMMs."""
 LIMIT_S, LIMIT_BYTES = 20.0, 12e9
 """What one shape may take on a CPU."""
 TIMES_THE_FLOOR, LOGITS_OF_PLAIN = 5.0, 10
-"""Estimates for that limit: all arms together against the GEMMs alone, and the plain form's tensors of N x V."""
+"""Estimates for that limit: all arms together relative to the GEMMs alone, and N x V tensors of the plain form."""
 
 
 def measure(*, quick: bool, device: str) -> dict[str, object]:
@@ -82,7 +82,7 @@ def rows(result: dict) -> list[Sequence[object]]:
 
 
 def dtype_of(device: str) -> torch.dtype:
-    """Operands of this device: what one trains with there."""
+    """Dtype of the operands on this device: what one trains with there."""
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
@@ -129,7 +129,7 @@ def _columns(arm: dict) -> Sequence[object]:
 
 
 def _gemm_rate() -> float:
-    """Operations a second of a GEMM that is large enough to tell."""
+    """Operations per second of a sufficiently large GEMM."""
     a, b = torch.randn(256, 512), torch.randn(512, 8192)
     torch.mm(a, b)
     begun = time.perf_counter()
@@ -139,7 +139,7 @@ def _gemm_rate() -> float:
 
 
 def too_much(shape: Shape, rate: float) -> str | None:
-    """Why a shape is left out on a CPU that does `rate` operations a second; None: it is not."""
+    """Why a shape is left out on a CPU with `rate` operations per second; None: it is not."""
     seconds = TIMES_THE_FLOOR * shape.gemm_operations / rate
     nbytes = 4.0 * shape.vocabulary * (3 * shape.width + LOGITS_OF_PLAIN * shape.rows)
     if nbytes > LIMIT_BYTES:

@@ -22,12 +22,12 @@ PLAIN_STEP, TWO_SIDED, ONE_SIDED, WHOLE_LOGITS = (
     "R3F on whole logits",
 )
 BARS = {TWO_SIDED: 2.05, ONE_SIDED: 1.45}
-"""Times a plain step, on a GPU."""
+"""Bounds, as multiples of a plain step, on a GPU."""
 T5_SMALL = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
 CPU_T5 = {"vocab_size": 32128, "d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4}
 TINY_T5 = {"vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 BATCHES = {"cuda": (64, 128, 128), "cpu": (8, 32, 32)}
-"""Sentences, source tokens and target tokens of each."""
+"""Sentences, and source and target tokens of each."""
 SIGMA = 1e-5
 LEARNING_RATE = 1e-5
 

@@ -1,4 +1,4 @@
-"""How figures are summed up, alike in every benchmark."""
+"""How figures are summarised, the same in every benchmark."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def spread(values: Sequence[float]) -> dict[str, object]:
 
 
 def significant(value: float) -> float:
-    """A figure to six digits: more are noise."""
+    """A figure rounded to six digits: more are noise."""
     return float(f"{value:.6g}")

@@ -1,12 +1,12 @@
 """Fine-tunes two small tasks under each method and writes the table of `recipes/README.md`, wins and losses alike.
 
-    python -m benchmarks.method_table            # about 45 minutes on 2 cores; a second call goes on
+    python -m benchmarks.method_table            # about 45 minutes on 2 cores; a second call continues
     python -m benchmarks.method_table --table    # print the table from benchmarks/results/method_table.json
 
-Three trainings a task and seed, through the recipe as a user starts it: *decayed* (linear decay, no averaging),
-*constant* (constant rate after warm-up; its last weights are one arm, their average the next) and *R3F* (linear
+Three trainings per task and seed, through the recipe as a user starts it: *decayed* (linear decay, no averaging),
+*constant* (constant rate after warmup; its last weights are one arm, their average the next) and *R3F* (linear
 decay, the paper's noise). Every training takes the same number of optimizer steps. Nothing is chosen on any row:
-settings are those below, the validation split is not looked at, and the test split is scored once, at the end.
+settings are those below, the validation split is not used, and the test split is scored once, at the end.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the table of the committed results")
     if not parser.parse_args().table:
-        # One thread a training and one training a core: on so small a model threads wait more than they work.
+        # One thread per training and one training per core: on such a small model threads wait more than they work.
         with ThreadPoolExecutor(
             os.cpu_count()
-        ) as pool:  # seed by seed: an early end leaves comparisons whole
+        ) as pool:  # seed by seed: if it ends early, comparisons are still complete
             list(pool.map(run, *zip(*itertools.product(SEEDS, TASKS, TRAININGS), strict=True)))
         RESULTS.write_text(json.dumps(collect(), indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())))
 
 
 def run(seed: int, task: str, training: str) -> None:
-    """Train once, unless a finished run is there."""
+    """Train once, unless there is a finished run."""
     overrides = (*COMMON, *TRAININGS[training], f"train.seed={seed}")
     train_once(folder_of(task, training, seed), "classification", f"classification/{task}.yaml", overrides)
 
@@ -87,7 +87,7 @@ def collect() -> dict[str, object]:
 
 
 def table(results: dict) -> str:
-    """Markdown: mean and spread over seeds of the test score and loss, an arm a row."""
+    """Markdown: mean and spread over seeds of the test score and loss, one row per arm."""
     lines = [
         "| task | arm | accuracy by seed | mean ± sd | loss, mean | steps |",
         "|---|---|---|---|---|---|",

@@ -1,12 +1,12 @@
-"""Memory that `swaft plan` predicts, beside what ranks really take, on models and engines that run here.
+"""Memory that `swaft plan` predicts, next to what ranks really take, on models and engines that run here.
 
     python -m benchmarks.plan_accuracy            # about 10 minutes on 2 quiet cores, 3 GB at most
     python -m benchmarks.plan_accuracy --quick    # one tiny model in one process; writes nothing without --out
-    python -m benchmarks.plan_accuracy --predict  # 3 minutes: new predictions beside the peaks on file
+    python -m benchmarks.plan_accuracy --predict  # 3 minutes: new predictions next to the peaks on file
 
 Every engine is launched as users launch it, over gloo on the CPU. Its ranks train a tiny model first; then, for
-each model, what a rank has grown by at its fullest moment (VmHWM, reset, less VmRSS before the model is built) is
-held to the plan of the same launch line. glibc is told to give freed blocks back at once, so that the peak is one
+each model, a rank's growth at its peak (VmHWM, reset, less VmRSS before the model is built) is compared with the
+plan of the same launch line. glibc is configured to return freed blocks at once, so that the peak is one
 of live memory. Writes benchmarks/results/plan_accuracy.json, and prints a table.
 """
 
@@ -48,7 +48,7 @@ class Accuracy:
     """Predicted against measured, for every model under every engine."""
 
     def measure(self, *, quick: bool, device: str) -> dict[str, object]:
-        """Bytes of both, and the error of the prediction as a share of what was measured."""
+        """Bytes of both, and the error of the prediction as a share of the measurement."""
         models = {"tiny": WARM_UP} if quick else MODELS
         lines = {"one process": LINES["one process"]} if quick else LINES
         cases = {}
@@ -60,7 +60,7 @@ class Accuracy:
         return {"largest error": largest_error(cases), "cases": cases}
 
     def rows(self, result: dict) -> list[Sequence[object]]:
-        """One line a model and engine."""
+        """One line per model and engine."""
         return [
             (
                 f"{engine}, {name}",
@@ -74,10 +74,10 @@ class Accuracy:
 
 
 def measure_line(line: Sequence[str], names: Sequence[str]) -> dict[str, int]:
-    """Launch the ranks of a line, and return what the fullest of them took for each model, in bytes.
+    """Launch the ranks of a line, and return the most bytes that any of them took for each model.
 
     Raises:
-        RuntimeError: they failed or took too long, with the end of their output.
+        RuntimeError: they failed or took too long; the message has the end of their output.
     """
     use_environment()
     environment = os.environ | ALLOCATOR
@@ -109,7 +109,7 @@ def plan_of(line: Sequence[str], model: Model, *, on_cpu: bool = True) -> RunPla
 
 
 def compared(plan: RunPlan, measured: int) -> dict[str, object]:
-    """A prediction beside its measurement."""
+    """A prediction next to its measurement."""
     fullest = max(plan.phases, key=lambda phase: phase.host_bytes)
     return {
         "parameters": plan.parameters,
@@ -122,12 +122,12 @@ def compared(plan: RunPlan, measured: int) -> dict[str, object]:
 
 
 def largest_error(cases: dict[str, dict[str, dict]]) -> float:
-    """The largest error, of either sign."""
+    """The largest error in absolute value."""
     return max(abs(case["error"]) for each in cases.values() for case in each.values())
 
 
 def predict_again(path: Path = command.RESULTS / "plan_accuracy.json") -> None:
-    """Put what is predicted now beside the peaks that a results file has, say so in it, and print the table."""
+    """Put the current predictions next to the peaks in a results file, say so in it, and print the table."""
     use_environment()
     results = json.loads(path.read_text())
     found = results["accuracy"]

@@ -1,4 +1,4 @@
-"""The models and launch lines on which a plan is held to what ranks really take."""
+"""The models and launch lines for which a plan is compared with what ranks really take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Model:
     config: dict[str, Any]
     """Entries of its transformers configuration."""
     rows: int
-    """Of a batch."""
+    """Rows of a batch."""
     length: int
     """Tokens of a row."""
     target_length: int = 0
@@ -28,7 +28,7 @@ class Model:
     gradient_checkpointing: bool = False
 
     def configuration(self) -> Any:
-        """As transformers has it."""
+        """Return its transformers configuration."""
         return AutoConfig.for_model(**self.config)
 
     def build(self) -> Any:

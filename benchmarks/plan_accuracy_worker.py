@@ -1,4 +1,4 @@
-"""One rank of the measurements of `benchmarks.plan_accuracy`: trains each model a few steps, writes what it took.
+"""One rank of the measurements of `benchmarks.plan_accuracy`: trains each model for a few steps, writes its memory.
 
 accelerate launch ... benchmarks/plan_accuracy_worker.py FOLDER MODEL ...
 """
@@ -37,7 +37,7 @@ STEPS = 3
 def main() -> None:
     """Measure the models of these names, one after another."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    train_steps(WARM_UP)  # libraries, the process group, threads and compiled code are no part of a plan
+    train_steps(WARM_UP)  # libraries, the process group, threads and compiled code are not part of a plan
     found = {}
     for name in names:
         settle()
@@ -70,7 +70,7 @@ def train_steps(case: Model) -> None:
     for batch in loader:
         out = objective(model, batch)
         accelerator.backward(out.loss)
-        if not accelerator.state.deepspeed_plugin:  # DeepSpeed clips by itself
+        if not accelerator.state.deepspeed_plugin:  # DeepSpeed does its own clipping
             accelerator.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -81,7 +81,7 @@ def train_steps(case: Model) -> None:
 
 
 def settle() -> None:
-    """Give back what the model before has left."""
+    """Release what the previous model left."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 

@@ -18,19 +18,19 @@ def run_ranks(module: str, *arguments: str, ranks: int, threads: int, timeout_s:
 
     Args:
         module: as of ``python -m``.
-        arguments: what it is given.
+        arguments: its arguments.
         ranks: how many processes.
         threads: torch's threads in each.
         timeout_s: seconds after which all of them are killed.
 
     Raises:
-        RuntimeError: it failed or took too long, with the end of its output.
+        RuntimeError: it failed or took too long; the message has the end of its output.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
         "-m", module, *arguments,
     ]  # fmt: skip
-    with suppress(ModuleNotFoundError):  # what recipes need; without it DeepSpeed builds where torch says
+    with suppress(ModuleNotFoundError):  # needs the recipes' packages; else DeepSpeed builds in torch's folder
         from swaft.training.launch.deepspeed_extension import use_environment
 
         use_environment()

@@ -1,11 +1,11 @@
 """Runs every config of the recipes for a few steps, and writes the tables of `recipes/README.md`: cost and result.
 
-    python -m benchmarks.recipe_table            # 20 minutes on a core; a second call goes on
+    python -m benchmarks.recipe_table            # 20 minutes on a core; a second call continues
     python -m benchmarks.recipe_table --table    # print the tables from benchmarks/results/recipes.json
 
-Each is started as a user starts it, in one process and one thread, with the config as shipped but for the length of
-the run and the number of rows that are evaluated, which the table names. What does not run has its message in the
-table. Scores after so few steps say that the recipe works, not how well a method does.
+Each is started as a user starts it, in one process and one thread, with the config as shipped except for the length
+of the run and the number of evaluated rows, which the table states. If a config does not run, its message is in the
+table. Scores after so few steps show that the recipe works, not how well a method does.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def configs(recipe: str) -> list[str]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """Run a config once, unless its result is there; returns what it cost and what came out."""
+    """Run a config once, unless its result exists; return its cost and result."""
     folder, recipe = RUNS / name.replace("/", "-"), name.split("/")[0]
     kept = folder.with_suffix(".json")
     if kept.exists():
         return json.loads(kept.read_text())
-    if folder.exists():  # a run that was broken off
+    if folder.exists():  # an unfinished run
         folder.rename(folder.with_name(f"{folder.name}.broken-off-{time.time_ns()}"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     overrides = [*LENGTHS[recipe], *SHORTER.get(name, ())]
@@ -95,7 +95,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def tables(runs: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a table a recipe, a config a row."""
+    """Markdown: one table per recipe, one row per config."""
     lines = []
     for recipe, title in TITLES.items():
         lines += [

@@ -1,12 +1,12 @@
-"""Memory that `swaft average` takes: 20 checkpoints of a model of a billion parameters, held to 1 GiB.
+"""Memory that `swaft average` takes: 20 checkpoints of a model with a billion parameters, within 1 GiB.
 
     python -m benchmarks.soup_memory            # about 10 minutes on 2 busy cores, 8 GB of disk where TMPDIR says
     python -m benchmarks.soup_memory --quick    # a tiny model; writes nothing without --out
 
 The vocabulary is as large as those of multilingual models, so that a single tensor has 2 GiB. The checkpoints are
 one set of random weights under many names (symbolic links), read in full for each. What counts is the anonymous
-memory of the process (RssAnon in /proc, looked at every few milliseconds): the rest are pages of files, which the
-system takes back when it likes. Writes benchmarks/results/soup.json, and prints a table.
+memory of the process (RssAnon in /proc, sampled every few milliseconds): the rest is file pages, which the
+system can reclaim at any time. Writes benchmarks/results/soup.json, and prints a table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SoupMemory:
         }
 
     def rows(self, result: dict) -> list[Sequence[object]]:
-        """One line a number of checkpoints."""
+        """One line per number of checkpoints."""
         return [
             (
                 f"{count} checkpoints of {result['parameters']:,} parameters",
@@ -86,10 +86,10 @@ def write(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def average(folder: Path, count: int) -> dict[str, float]:
-    """Average so many checkpoints in a process of its own, and watch its memory.
+    """Average this many checkpoints in a separate process, and watch its memory.
 
     Raises:
-        RuntimeError: it failed, with the end of its output.
+        RuntimeError: it failed; the message has the end of its output.
     """
     inputs = [folder / f"in-{count}-{number}" for number in range(count)]
     for path in inputs:

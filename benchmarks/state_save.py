@@ -1,4 +1,4 @@
-"""How fast the averages are saved, hashing included, beside what the disk and the hash allow on the same machine.
+"""How fast the averages are saved, including hashing, compared with what disk and hash allow on the same machine.
 
     python -m benchmarks.state_save                      # a minute; 0.6 GB in the folder of --folder, deleted after
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(folder: Path, elements: int, rounds: int) -> dict[str, list[float]]:
-    """Bytes a second of each way, by round."""
+    """Bytes per second of each way, by round."""
     averager = averaged(elements)
     data = np.random.default_rng(0).integers(0, 256, 6 * elements, dtype=np.uint8)
     ways: dict[str, Callable[[Path], None]] = {
@@ -108,7 +108,7 @@ def write(path: Path, data: np.ndarray) -> None:
 
 
 def digest(data: np.ndarray) -> None:
-    """Hash in memory, as the manifest has it."""
+    """Hash in memory, as for the manifest."""
     with BlockHasher() as hasher:
         hasher.update(data)
         hasher.hexdigest()

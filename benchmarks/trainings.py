@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def train_once(folder: Path, recipe: str, config: str, overrides: Sequence[str]) -> None:
-    """Train in one process and one thread, unless a finished run is there.
+    """Train in one process and one thread, unless there is a finished run.
 
     Args:
         folder: run folder; the screen's output goes into log.txt there, once the run is over.
@@ -22,7 +22,7 @@ def train_once(folder: Path, recipe: str, config: str, overrides: Sequence[str])
     """
     if (folder / "summary.json").exists():
         return
-    if folder.exists():  # a run that was broken off: nothing of it counts
+    if folder.exists():  # an unfinished run, which does not count
         folder.rename(folder.with_name(f"{folder.name}.broken-off-{time.time_ns()}"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [

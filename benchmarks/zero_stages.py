@@ -1,10 +1,10 @@
-"""The losses of one run under ZeRO-2 and under ZeRO-3, in bf16: what is partitioned may not change what is learnt.
+"""The losses of one run under ZeRO-2 and ZeRO-3, in bf16: partitioning must not change what is learnt.
 
     python -m benchmarks.zero_stages        # 10 minutes on two cores
 
-60 steps of `e2e.yaml` on two CPU ranks, started as a user starts them. A loss of 4 to 8 in bf16 is a multiple of
-2**-5, of 2 to 4 one of 2**-6 (8 bits); differences are given in these units. The stages add the ranks' gradients up
-in another order, and a gradient that is rounded to bf16 the other way moves the weights a little elsewhere.
+60 steps of `e2e.yaml` on two CPU ranks, started as a user starts them. A loss between 4 and 8 in bf16 is a multiple
+of 2**-5, between 2 and 4 one of 2**-6 (8 bits); differences are given in these units. The stages sum the ranks'
+gradients in different orders, and a gradient that is rounded to bf16 the other way moves the weights slightly.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Tests, probes and benchmarks on a GPU, within a budget of seconds.
 
-    python -m benchmarks.gpu                    # all of it, in the order of what is worth most; 480 s
+    python -m benchmarks.gpu                    # all of it, most valuable first; 480 s
     python -m benchmarks.gpu probes averaging   # these parts
     python -m benchmarks.gpu --dry              # the same calls on tiny sizes, on a CPU: shows that they run
-    python -m benchmarks.gpu --wheels FOLDER    # with packages from `benchmarks.gpu.wheels`, where there is no pip
+    python -m benchmarks.gpu --wheels FOLDER    # with packages from `benchmarks.gpu.wheels`, if there is no pip
 
-It uses the environment that it runs in, and needs no installation of swaft. What is missing is listed, and the
-parts that need it are skipped. Every part has a limit of its own. Results go to ``--out`` (runs/gpu): summary.json
-with the packages and the exit code and seconds of every part, its log, the JSON of each benchmark, and
-partial.jsonl, which survives a kill. The exit code is 1 where a part failed or none ran.
+It uses the environment that it runs in, and swaft need not be installed. Missing packages are listed, and the
+parts that need them are skipped. Every part has its own time limit. Results go to ``--out`` (runs/gpu):
+summary.json with the packages and the exit code and seconds of every part, its log, the JSON of each benchmark, and
+partial.jsonl, which survives a kill. The exit code is 1 if a part failed or none ran.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ USED = (
     "pytest_timeout",
     "hypothesis",
 )
-"""Whose state is reported; those behind `NEEDED` are wanted by some parts."""
+"""Packages whose state is reported; those besides `NEEDED` are used by some parts."""
 ABSENT = ("missing", "does not import")
-"""How the state of a package begins that cannot be used."""
+"""Prefixes of the state of an unusable package."""
 IMPORTS = """
 import importlib, json, sys
 found = {}
@@ -65,7 +65,7 @@ AVERAGING_TESTS, LOSS_TESTS, DEEPSPEED_TESTS = (
     f"tests/gpu/test_{name}.py" for name in ("cuda", "fused_loss_cuda", "deepspeed_cuda")
 )
 _running: set[subprocess.Popen[bytes]] = set()
-"""The parts that run now, each the first of a process group of its own."""
+"""The running parts, each the leader of its own process group."""
 SANITIZED = f"{LOSS_TESTS}::test_the_kernels_touch_no_memory_but_theirs"
 
 
@@ -76,26 +76,26 @@ class Part:
     limit_s: int
     """Seconds after which it is ended."""
     words: tuple[str, ...]
-    """Behind the interpreter."""
+    """Words after the interpreter."""
     dry: tuple[str, ...] | None = None
-    """The same on a CPU; None: left out there."""
+    """The same for a CPU; None: left out there."""
     needs: tuple[str, ...] = field(default=())
     """Packages without which it is skipped."""
     beside: bool = False
-    """Whether it runs beside the part before it."""
+    """Whether it runs alongside the part before it."""
 
 
 def parts(out: Path) -> dict[str, Part]:
-    """Return all parts by name, those first that are worth most; the limits together are 480 s."""
+    """Return all parts by name, most valuable first; the limits add up to 480 s."""
 
     def bench(name: str, *sections: str) -> tuple[str, ...]:
         chosen = tuple(word for section in sections for word in ("--section", section))
         return ("-m", f"benchmarks.{name}", *chosen, "--out", str(out / f"{name}.json"))
 
     def tests(name: str, *words: str, dry: tuple[str, ...], needs: str = "", beside: bool = False) -> Part:
-        """Tests of a card, and what a CPU can do with them."""
+        """Tests for a card, and the part of them that a CPU can run."""
         call = ("-m", "pytest", "-v", "-rA", "-p", "no:randomly", "--timeout", "120")
-        call = (*call, "--continue-on-collection-errors")  # a file that needs more takes no other with it
+        call = (*call, "--continue-on-collection-errors")  # a file that fails to import stops no other
         packages = ("pytest", "pytest_timeout", "hypothesis", *needs.split())
         on_card = (*call, "-m", "gpu", f"--junitxml={out / name}.xml", *words)
         return Part(140, on_card, (*call, *dry), packages, beside)
@@ -150,7 +150,7 @@ def parts(out: Path) -> dict[str, Part]:
 
 
 def main() -> int:
-    """Run the parts that the command line names; 0 where one ran and none failed."""
+    """Run the parts given on the command line; return 0 if one ran and none failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -201,7 +201,7 @@ def main() -> int:
 
 
 def end_parts(number: int, _frame: object) -> None:
-    """End what runs, and then this process: nothing is left behind on the card."""
+    """End the running parts, then this process: nothing is left behind on the card."""
     for process in list(_running):
         os.killpg(process.pid, signal.SIGKILL)
     raise SystemExit(128 + number)
@@ -212,7 +212,7 @@ def environment_of(path: list[str], *, dry: bool) -> dict[str, str]:
 
     Args:
         path: folders that come first on Python's path.
-        dry: no card is used, though there may be one.
+        dry: use no card, even if there is one.
     """
     threads = str(max(1, (os.cpu_count() or 1) // 4))
     environment = os.environ | {
@@ -229,9 +229,9 @@ def environment_of(path: list[str], *, dry: bool) -> dict[str, str]:
 
 
 def importable(names: tuple[str, ...], environment: dict[str, str]) -> dict[str, str]:
-    """Return each package's version, or why it cannot be imported, as found by a process of its own.
+    """Return each package's version, or why it cannot be imported, as found by a separate process.
 
-    Beside torch stands the name of the "card", or "none".
+    With torch, also the name of the "card", or "none".
     """
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, *names],
@@ -248,7 +248,7 @@ def importable(names: tuple[str, ...], environment: dict[str, str]) -> dict[str,
 
 
 def side_by_side(names: list[str], known: dict[str, Part]) -> list[list[str]]:
-    """Return the parts in groups that run at once."""
+    """Return the parts in groups that run at the same time."""
     groups: list[list[str]] = []
     for name in names:
         if known[name].beside and groups:
@@ -268,7 +268,7 @@ def run_part(
     until: float,
     dry: bool,
 ) -> dict[str, object]:
-    """Run a part with what time is left, its output to a log; return what came of it."""
+    """Run a part within the time left, with its output in a log; return the result."""
     lacking = {need: packages[need] for need in (*NEEDED, *part.needs)}
     lacking = {need: state for need, state in lacking.items() if state.startswith(ABSENT)}
     if lacking:

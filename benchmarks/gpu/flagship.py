@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.flagship OUT.json [--quick]
 
 Steps with averaging every 1, 10 and 100 steps and without it, in turn; the loss fused and on whole logits; device
-memory, host memory, bytes copied and waits; how many sentences fit. Beside them lies what `swaft plan` predicts of
-the same run, from results/flagship_plan.json (`benchmarks.gpu.prediction`).
+memory, host memory, bytes copied and waits; how many sentences fit. The results include what `swaft plan` predicts
+for the same run, from results/flagship_plan.json (`benchmarks.gpu.prediction`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROUNDS = 6
 
 
 def main(out: Path, *, quick: bool) -> None:
-    """Measure part by part, and write what each found as soon as it is there."""
+    """Measure part by part, and write each result as soon as it is there."""
     device = torch.device("cpu" if quick or not torch.cuda.is_available() else "cuda")
     on_card = device.type == "cuda"
     sizes, batch = (T5_3B, BATCH) if on_card else (TINY, TINY_BATCH)
@@ -70,7 +70,7 @@ def measure(
     batch: tuple[int, int, int],
     device: torch.device,
 ) -> None:
-    """Add to the results what was found of every run, or why it was not made.
+    """Add to the results what was found for every run, or why it was not made.
 
     Raises:
         torch.OutOfMemoryError: the model does not fit.
@@ -109,7 +109,7 @@ def measure(
         )
     for name, measurement in measured.items():
         results[name] = within(name, 15.0 if device.type == "cuda" else 0.0, measurement)
-        optimizer.zero_grad()  # of a step that did not fit
+        optimizer.zero_grad()  # left by a step that did not fit
         gc.collect()
         write(out, results)
         print(name, results[name], flush=True)
@@ -118,13 +118,13 @@ def measure(
 
 
 def make_model(sizes: dict[str, int]) -> Any:
-    """Make the T5 with random weights, fp32, where torch makes tensors now."""
+    """Make the T5 with random weights, in fp32, on torch's current default device."""
     options: dict[str, Any] = {**sizes, "decoder_start_token_id": 0}
     return T5ForConditionalGeneration(T5Config(**options))
 
 
 def make_batch(sizes: dict[str, int], batch: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
-    """Make random token ids, no row of them padded."""
+    """Make random token ids, without padding."""
     sentences, source, target = batch
     return {
         "input_ids": torch.randint(2, sizes["vocab_size"], (sentences, source), device=device),
@@ -133,7 +133,7 @@ def make_batch(sizes: dict[str, int], batch: tuple[int, int, int], device: torch
 
 
 def beside(results: dict[str, Any]) -> list[str]:
-    """Print the peaks of device memory beside those that were predicted, and the averages' bytes."""
+    """Print the peaks of device memory next to the predicted ones, and the averages' bytes."""
     plan = results["predicted by swaft plan"]
     if plan is None:
         return []
@@ -150,12 +150,12 @@ def beside(results: dict[str, Any]) -> list[str]:
 
 
 def write(out: Path, results: dict[str, object]) -> None:
-    """Write what there is."""
+    """Write the results so far."""
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def averaging(model: Any, optimizer: Any, step: Callable[[], None], device: str) -> dict[str, object]:
-    """Blocks of steps that average every 1, 10 and 100 steps, or not at all, in turn; what the averages take."""
+    """Time blocks of steps that average every 1, 10 and 100 steps, or not at all, in turn; and averages' costs."""
     step()  # AdamW's states and the allocator's blocks are there before anything is measured
     host = psutil.Process().memory_info().rss
     rule = SwitchedSWA()
@@ -220,8 +220,8 @@ def sentences_that_fit(
     """Double the batch until it does not fit, or until no time is left: peaks of device memory by sentences.
 
     Args:
-        stepping: makes the step of a batch of so many sentences.
-        first: sentences to begin with.
+        stepping: makes the step for a batch of this many sentences.
+        first: sentences to start with.
         device: where it runs; on a CPU two batches are tried.
     """
     peaks: dict[str, object] = {}
@@ -249,7 +249,7 @@ def peak_of(step: Callable[[], None], device: str) -> int | None:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the card's current stream, where there is one."""
+    """Wait for the card's current stream, if there is one."""
     if device == "cuda":
         torch.cuda.current_stream().synchronize()
 

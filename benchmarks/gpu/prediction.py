@@ -1,9 +1,9 @@
-"""What `swaft plan` predicts for the runs of `benchmarks.gpu.flagship`, written where the planner's packages are.
+"""What `swaft plan` predicts for the runs of `benchmarks.gpu.flagship`, computed where the planner's packages are.
 
     python -m benchmarks.gpu.prediction           # a minute, on any machine; writes results/flagship_plan.json
 
-A card's machine may lack what a recipe reads its data with, so the prediction lies in the repository, and
-the flagship run prints it beside what it measures.
+The machine with the card may lack packages that recipes need, so the prediction is kept in the repository, and
+the flagship run prints it next to its measurements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def predictions(sizes: dict[str, int], batch: tuple[int, int, int]) -> dict[str,
         batch: sentences, source tokens, target tokens.
 
     Returns:
-        Bytes on the device and on the host by run, phase by phase, and of the averages.
+        Bytes on the device and on the host by run and phase, and bytes of the averages.
     """
     import swaft
     from swaft.training.config import AveragingConfig, NoiseConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""Short measurements beside the benchmarks: ceilings of the card, the loss by kernel, averaging events by size.
+"""Short measurements besides the benchmarks: limits of the card, the loss by kernel, averaging events by size.
 
 python -m benchmarks.gpu.probes OUT.json [--quick]
 """
@@ -29,13 +29,13 @@ SHAPES = (
 )
 """Rows, hidden size and vocabulary."""
 ELEMENTS = (110_000_000, 335_000_000, 1_000_000_000, 2_850_000_000)
-"""Of one averaged weight: BERT base, BERT large, and two of the size of T5-3B."""
+"""Elements of one averaged weight: BERT base, BERT large, and two of the size of T5-3B."""
 GEMM = ("gemm", "cutlass", "nvjet", "xmma")
 """Parts of the names of kernels that multiply matrices."""
 
 
 def main(out: Path, *, quick: bool) -> None:
-    """Make every probe, and write what each found as soon as it is there."""
+    """Run every probe, and write each result as soon as it is there."""
     device = "cpu" if quick or not torch.cuda.is_available() else "cuda"
     results: dict[str, object] = {"environment": environment(), "quick": quick}
     probes: dict[str, Callable[[], dict[str, object]]] = {}
@@ -72,7 +72,7 @@ def ceilings() -> dict[str, object]:
 
 
 def taken_for_granted() -> dict[str, object]:
-    """What the library relies on torch for, by number: errors against float64, and truths."""
+    """Check what the library relies on torch for: errors against float64, and yes-or-no facts."""
     a, b = (torch.randn(300, 129, device="cuda").bfloat16() for _ in range(2))
     wide = torch.mm(a, b.mT, out_dtype=torch.float32)
     exact = a.double() @ b.double().mT
@@ -92,7 +92,7 @@ def taken_for_granted() -> dict[str, object]:
 
 
 def loss_by_kernel(shape: tuple[int, int, int], device: str) -> dict[str, object]:
-    """Milliseconds of forward and backward of the loss, beside its six products alone, and by kind of kernel."""
+    """Milliseconds of forward and backward of the loss, of its six products alone, and by kind of kernel."""
     rows, width, vocabulary = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden = torch.randn(rows, width, device=device)
@@ -136,7 +136,7 @@ def loss_by_kernel(shape: tuple[int, int, int], device: str) -> dict[str, object
 
 
 def averaging_event(numel: int, device: str) -> dict[str, object]:
-    """What the training thread pays for an event, and how long it takes until the average holds the member."""
+    """Time that an event costs the training thread, and time until the average holds the member."""
     model = torch.nn.Linear(numel >> 10, 1 << 10, bias=False, device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=99)
@@ -165,7 +165,7 @@ def averaging_event(numel: int, device: str) -> dict[str, object]:
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 5) -> float:
-    """Return the median milliseconds of a call, after two that warm up."""
+    """Return the median milliseconds of a call, after two warmup calls."""
     for _ in range(2):
         call()
     times = []

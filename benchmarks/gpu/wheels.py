@@ -1,6 +1,6 @@
-"""Packages for a machine with a card and no pip: collected where pip works, unpacked there.
+"""Packages for a machine with a card but no pip: collected where pip works, unpacked there.
 
-python -m benchmarks.gpu.wheels FOLDER --python 3.12      # needs torch here, which DeepSpeed's build asks for
+python -m benchmarks.gpu.wheels FOLDER --python 3.12      # needs torch here, for DeepSpeed's build
 python3 -m benchmarks.gpu --wheels FOLDER                 # on the card's machine
 """
 
@@ -18,7 +18,7 @@ BINARY = (
     *("hjson", "pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions"),
     *("omegaconf", "liger-kernel"),
 )
-"""What such a machine lacks beside DeepSpeed, which comes as source alone."""
+"""What such a machine lacks besides DeepSpeed, which is distributed only as source."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -26,7 +26,7 @@ def collect(folder: Path, python: str) -> None:
     """Download the wheels at the tested versions, and build DeepSpeed's without its compiled parts.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         python: version on the card's machine, such as ``3.12``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def collect(folder: Path, python: str) -> None:
 
 
 def pinned(package: str) -> str:
-    """Return the package with the version that constraints.txt has, as pip takes it."""
+    """Return the package with its version from constraints.txt, in pip's form."""
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         name, _, version = line.partition("==")
         if version and name.lower().replace("_", "-") == package.lower().replace("_", "-"):
@@ -59,8 +59,8 @@ def unpack(folder: Path, into: Path) -> list[str]:
     """Unpack every wheel of a folder; return their names.
 
     Args:
-        folder: of the wheels.
-        into: folder that Python's path is to have.
+        folder: folder of the wheels.
+        into: folder to put on Python's path.
 
     Raises:
         FileNotFoundError: there is no wheel.

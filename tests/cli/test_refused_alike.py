@@ -314,7 +314,11 @@ def checkpoint(tmp_path) -> Path:
         (["train.max_steps=5"], "ddp", "is of a run with total_steps = 4, this one has 5"),
         ([], "zero2", "was written under torch alone by 2 ranks, but this run is DeepSpeed stage 2"),
         (["train.group_by_length=true"], "ddp", "grouped by None, and this run groups them by 8"),
-        (["train.resume_from_checkpoint=/nowhere/checkpoint-3"], "ddp", "/nowhere/checkpoint-3 is not a folder"),
+        (
+            ["train.resume_from_checkpoint=/nowhere/checkpoint-3"],
+            "ddp",
+            "/nowhere/checkpoint-3 is not a folder",
+        ),
     ],
 )
 def test_a_checkpoint_that_a_run_cannot_go_on_from_is_refused_alike(
