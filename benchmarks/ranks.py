@@ -30,7 +30,7 @@ def run_ranks(module: str, *arguments: str, ranks: int, threads: int, timeout_s:
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
         "-m", module, *arguments,
     ]  # fmt: skip
-    with suppress(ModuleNotFoundError):  # needs the recipes' packages; else DeepSpeed builds in torch's folder
+    with suppress(ModuleNotFoundError):  # needs the recipes' packages; else torch's folder is used
         from swaft.training.launch.deepspeed_extension import use_environment
 
         use_environment()
