@@ -85,7 +85,7 @@ def test_a_run_that_was_ended_in_its_first_checkpoint_says_that_it_begins_anew(r
     (tmp_path / "checkpoint-5" / "COMPLETE").unlink()
     assert choose_checkpoint("auto", tmp_path, ranks) is None
     assert "checkpoint-5 has no mark COMPLETE" in caplog.text
-    assert "the run starts anew" in caplog.text
+    assert "the run starts from scratch" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["file", "manifest.json", "COMPLETE"])

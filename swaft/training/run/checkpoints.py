@@ -44,7 +44,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint | None:
-    """Return the checkpoint that a run resumes from, with every byte checked; None: start anew (collective).
+    """Return the checkpoint to resume from, with every byte checked; None: start from scratch (collective).
 
     Args:
         wanted: ``none``; ``auto``: the newest complete checkpoint in the run folder, or if that is damaged the one
@@ -80,7 +80,8 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
     if damaged:
         raise StateError(
             f"no checkpoint in {folder} can be resumed from, the newest because: {damaged[0][1]}. Nothing was "
-            "changed. Start anew in a new train.output_dir, or set train.resume_from_checkpoint to an intact one"
+            "changed. Start a new run in a new train.output_dir, or set train.resume_from_checkpoint to an intact "
+            "one"
         )
     return None
 
@@ -88,7 +89,7 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
 def checkpoint_on_paper(wanted: str, folder: Path) -> RunCheckpoint | None:
     """Return what :func:`choose_checkpoint` would choose, without other ranks or a check of its bytes.
 
-    None: the run starts anew, or will itself decide which checkpoints are damaged.
+    None: the run starts from scratch, or will itself decide which checkpoints are damaged.
     """
     for path in _candidates(wanted, folder):
         with suppress(StateError) if wanted == "auto" else nullcontext():
@@ -171,7 +172,7 @@ def _warn_of_unfinished(unfinished: list[Path], complete: list[Path]) -> None:
             logger.warning(
                 "%s has no mark COMPLETE: it was never finished, and does not count; %s",
                 path,
-                f"the newest that does is {complete[0].name}" if complete else "the run starts anew",
+                f"the newest that does is {complete[0].name}" if complete else "the run starts from scratch",
             )
 
 

@@ -48,7 +48,7 @@ class RunFolder:
         path: path of the folder. ``final``, ``final_averaged`` and ``best`` in it are Hugging Face folders with the
             last weights, the averaged ones, and those that scored best on validation rows.
         is_main: whether this process writes.
-        checkpoint: what the run resumes from; None: it starts anew.
+        checkpoint: what the run resumes from; None: it starts from scratch.
     """
 
     def __init__(self, path: Path, *, is_main: bool, checkpoint: RunCheckpoint | None = None):

@@ -231,7 +231,7 @@ class RunState:
 
     @property
     def first_step(self) -> int:
-        """Applied steps of the checkpoint; 0 if the run starts anew."""
+        """Applied steps of the checkpoint; 0 if the run starts from scratch."""
         return self._resumed[1].applied_steps if self._resumed else 0
 
     def load_engine(self, checkpoint: RunCheckpoint) -> None:
