@@ -203,7 +203,7 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     comes from the column's type, else it is the largest id of the training rows plus one. Whole numbers that do not
     start with 0 (1 to 6) are class names, as texts are; if 0 is among them, negative ones are class names only if
     `do_regression` is False, and missing answers otherwise. Whole numbers stored as fractional ones (1.0) may be
-    either, and need `do_regression`. How whole numbers were read is logged.
+    either, and need `do_regression`. Names made of numbers, and ids that no training row has, are logged.
 
     Args:
         splits: rows by split, `train` among them, without those that have no label.

@@ -149,7 +149,7 @@ def start_trackers(accelerator: Accelerator, config: RecipeConfig) -> None:
     if config.track.report_to == "none":
         return
     track, run_name = config.track, config.track.run_name or Path(config.train.output_dir).name
-    # accelerate uses the project as the run's folder for tensorboard and as its name for aim, with no other way.
+    # accelerate takes the run's folder for tensorboard, and its name for aim, only from the project.
     projects = {"tensorboard": f"{track.project_name}/{run_name}", "aim": run_name}
     names = {tracker: {name: run_name} for tracker, name in RUN_NAMES.items()}
     if "CLEARML_TASK" in os.environ:  # takes precedence
