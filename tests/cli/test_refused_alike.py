@@ -313,7 +313,7 @@ def checkpoint(tmp_path) -> Path:
         (["train.seed=7"], "ddp", "is of a run with seed = 42, this one has 7"),
         (["train.max_steps=5"], "ddp", "is of a run with total_steps = 4, this one has 5"),
         ([], "zero2", "was written under torch alone by 2 ranks, but this run is DeepSpeed stage 2"),
-        (["train.group_by_length=true"], "ddp", "grouped by None, and this run groups them by 8"),
+        (["train.group_by_length=true"], "ddp", "grouped by None, but this run groups them by 8"),
         (
             ["train.resume_from_checkpoint=/nowhere/checkpoint-3"],
             "ddp",

@@ -166,7 +166,7 @@ def test_half_a_batch_is_refused():
 
 
 def test_rows_grouped_by_length_cannot_be_grouped_otherwise_within_a_pass():
-    with pytest.raises(ConfigError, match="grouped by None, and this run groups them by 16"):
+    with pytest.raises(ConfigError, match="grouped by None, but this run groups them by 16"):
         batches_read(RECORD, replace(SETUP, grouped_by=16))
     position = {**RECORD.parts["position"], "batches": 0}
     between = replace(RECORD, parts={**RECORD.parts, "position": position})

@@ -178,7 +178,7 @@ class RowsConfig(Section):
             if len(character) != 1 or character in '"\r\n':
                 yield "delimiter", f"{self.delimiter!r} is not one character; expected one such as ; or tab"
             elif not is_table and self.dataset_name is None:  # of a dataset it is seen when it is read
-                yield "delimiter", "is about csv and tsv files, but data.train_file is neither; remove it"
+                yield "delimiter", "is about csv and tsv files, but none is given; remove it"
 
 
 @dataclass(kw_only=True)
