@@ -1,7 +1,7 @@
 """The evidence: what averaging and noise buy on real tasks. `python -m benchmarks.study --help` says how to run it.
 
-    grid.py       which cells there are, in what order, and the rules for every choice
-    cell.py       one cell: a training of one task with one seed, and all that is read out of it
+    grid.py       which cells there are, in what order, and the rules by which anything is chosen
+    cell.py       one cell: a training of one task by one seed, and all that is read out of it
     tasks.py      rows of the tasks, in batches          model.py      the encoder, its scores, its weights rounded
     trainings.py  the objectives and schedules           rivals.py     SMART, FreeLB and distillation, in small
     loop.py       the training loop
@@ -12,6 +12,6 @@
     evidence.py   the page, from the rows                tables.py  figures.py  default.py  beyond.py   its parts
     arms.py       which rows stand side by side          statistics.py paired differences, intervals, tests
 
-It uses only swaft's public interface and plain torch, so rows made before and after a change of the recipes can be
-compared.
+The public interface of swaft and plain torch are all it uses, so rows made today and after a rebuilding of the
+recipes can stand side by side.
 """

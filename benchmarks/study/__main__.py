@@ -1,14 +1,14 @@
 """Command line of the study.
 
-nice -n 19 python -m benchmarks.study run       # start or continue the grid; stop it at any time
-python -m benchmarks.study run --jobs 12        # this many processes in parallel, on one card or many cores
-SWAFT_STUDY_PRECISION=fp32 python -m benchmarks.study run   # passes in fp32, if a processor is slow in bf16
+nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
+python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
+SWAFT_STUDY_PRECISION=fp32 python -m benchmarks.study run   # passes in fp32, where a processor is slow in bf16
 python -m benchmarks.study pack FOLDER          # model and tasks for a machine that has neither; there:
 SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 14 --seconds 460 --file card
 python -m benchmarks.study cost                 # measured seconds of a cell, task by task
 python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
 python -m benchmarks.study status               # how many cells of each phase there are
-python -m benchmarks.study evidence             # write docs/evidence.md, and update the quotes in README
+python -m benchmarks.study evidence             # draw docs/evidence.md, and bring up to date what README quotes
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in (*write(results_folder(), ROOT / "docs"), *requote(results_folder())):
             print(path)
         return 0
-    torch.set_num_threads(1)  # a cell gives the same bits however often it is made
+    torch.set_num_threads(1)  # a cell comes to the same bits however often it is made
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(torch.cuda.is_available())
     if given.command == "run":
@@ -78,12 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_grid(given: argparse.Namespace) -> int:
-    """Make cells until none is missing. A failed cell is recorded with its error's name, and the next one follows.
+    """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow.
 
     Args:
-        given: jobs (parallel processes, including this one), cells (for this process; None: all), seconds or until
-            (no cell is started that would end later, if it takes as long as this process's longest so far), file,
-            and retry (whether cells that failed before are made again).
+        given: jobs (processes side by side, this one counted), cells (of this process; None: all), seconds or until
+            (no cell is begun that would end later, if it takes as long as this process's longest so far), file, and
+            retry (whether cells that failed before are made again).
     """
     # A signal ends the other processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -99,7 +99,7 @@ def run_grid(given: argparse.Namespace) -> int:
             if cell is not None:
                 tried.add((cell.name, cell.fingerprint))
                 longest = max(longest, time.time() - began)
-            elif wait:  # cells that others are making may make further cells possible
+            elif wait:  # what others are making may open further cells
                 time.sleep(5)
             else:
                 break
@@ -112,15 +112,15 @@ def run_grid(given: argparse.Namespace) -> int:
 def _make_next(
     folder: Path, file: str | None, tried: set[tuple[str, str]] | None
 ) -> tuple[Cell | None, bool]:
-    """Make the most wanted cell that neither exists nor is held by another process.
+    """Make the most wanted cell that is neither there nor held by another process.
 
     Args:
-        folder: folder of the rows.
-        file: file for its rows; None: its own.
-        tried: None: a recorded failure is final. Otherwise it counts only for these cells.
+        folder: of the rows.
+        file: that its rows go to; None: its own.
+        tried: None: a recorded failure is final. Otherwise it counts for these cells alone.
 
     Returns:
-        The cell, or None if there is none; and whether others hold some.
+        The cell, or None where there is none; and whether others hold some.
     """
     wait = False
     for cell in _made(folder, tried).missing():
@@ -129,7 +129,7 @@ def _make_next(
                 wait = True
                 continue
             if _made(folder, tried).on(_here(), cell):
-                continue  # finished by another process in the meantime
+                continue  # finished by another process since
             began = time.perf_counter()
             found = make(cell)
             append(folder, file or cell.file, found)
@@ -144,7 +144,7 @@ def _here() -> str:
 
 
 def _made(folder: Path, tried: set[tuple[str, str]] | None = None) -> Made:
-    """Return what exists; a recorded failure counts, or with ``tried`` only for its cells."""
+    """What is there; a recorded failure counts, or counts for the cells of ``tried`` alone."""
     rows = read_rows(folder)
     if tried is not None:
         rows = [row for row in rows if "failed" not in row or (row["cell"], row["fingerprint"]) in tried]
@@ -152,17 +152,17 @@ def _made(folder: Path, tried: set[tuple[str, str]] | None = None) -> Made:
 
 
 def make(cell: Cell) -> list[Row]:
-    """Return the rows of a cell, or the one row that says why there are none."""
+    """The rows of a cell, or the one row that says why there are none."""
     try:
         return run_cell(cell)
-    except Exception as error:  # out of memory, a missing folder: other cells are made all the same
+    except Exception as error:  # out of memory, a folder that is missing: others are made all the same
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [{**identity(cell, "failed"), "of": 1, "failed": f"{type(error).__name__}: {error}"}]
 
 
 def print_cost(tasks: list[str], training: str) -> int:
-    """Print what one cell of each task takes, without keeping the rows."""
+    """Print what one cell of each task takes; nothing is kept."""
     print("task        steps  training CPU-s  in all s")
     for task in tasks:
         began = time.process_time()
@@ -176,7 +176,7 @@ def print_cost(tasks: list[str], training: str) -> int:
 
 
 def print_cell(cell: Cell, check: bool) -> int:
-    """Print a cell's rows; with ``check``, whether they equal those in the results, number for number."""
+    """Print a cell's rows; with ``check``, whether they are those of the results, number for number."""
     made = make(cell)
     for row in made:
         print(json.dumps(row))
@@ -194,7 +194,7 @@ def print_cell(cell: Cell, check: bool) -> int:
 
 
 def print_status() -> int:
-    """Print how many cells of each phase exist together with their baselines on one kind of machine."""
+    """Print how many cells of each phase are there, with their baselines on one kind of machine."""
     rows = read_rows(results_folder())
     made = _made(results_folder())
     for phase in PHASES:

@@ -16,11 +16,11 @@ SPLITS = {
     "cycle": "representational collapse: chains and cycles of tasks",
     "flatness": "flatness: loss under weight noise, along the line through the average, eigenvalues of the Hessian",
 }
-"""Measurements that the harness makes, in the words for a page that lacks them."""
+"""Measurements that the harness makes, and what a page without them says is missing."""
 
 
 def collapse(rows: Sequence[Row]) -> str:
-    """Scores of probes on frozen features, on other tasks and along chains; empty without rows."""
+    """What probes on frozen features reach, on other tasks and along chains; nothing without rows."""
     parts = []
     probed = _grouped(rows, "probe", lambda row: f"{row['training']}:{row['readout'].split(':')[0]}")
     if probed:
@@ -47,7 +47,7 @@ def collapse(rows: Sequence[Row]) -> str:
 
 
 def flatness(rows: Sequence[Row]) -> str:
-    """Loss under weight noise, and curvature, by arm; empty without rows."""
+    """Loss under weight noise, and curvature, by arm; nothing without rows."""
     found = _grouped(rows, "flatness", lambda row: row["arm"])
     points = {arm: of for arm, of in found.items() if not arm.endswith(":line")}
     if not points:
@@ -73,7 +73,7 @@ def _titled(place: str, lines: Sequence[str]) -> str:
 
 
 def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows of a split by a name, in the order of the trainings, from the kind of machine with the most rows."""
+    """Rows of a split by a name, in the order of the trainings; of the kind of machine that has the most."""
     measured = [row for row in rows if row["split"] == split and "failed" not in row]
     machine = max(sorted(map(kind_of, measured)), key=[*map(kind_of, measured)].count, default="")
     found: dict[str, list[Row]] = {}

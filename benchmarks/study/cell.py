@@ -1,4 +1,4 @@
-"""One cell: a training of one task with one seed, and all that is read out of it."""
+"""One cell: a training of one task by one seed, and all that is read out of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CYCLE = "cycle"
 
 @dataclass(frozen=True)
 class Cell:
-    """A training of one task with one seed. Its name is all that is needed to make it again."""
+    """A training of one task by one seed. Its name is all that is needed to make it again."""
 
     task: str
     training: str
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the arithmetic that its numbers come from."""
+        """Of the arithmetic that its numbers come from."""
         return fingerprint(self.training, device().type, PRECISION)
 
 
@@ -65,7 +65,7 @@ def parse_cell(name: str) -> Cell:
     """Read a cell's name.
 
     Raises:
-        ValueError: it is not a cell's name.
+        ValueError: it is none.
     """
     parts, splits = name.split("/"), (*READINGS, CYCLE)
     known = len(parts) == 6 and all(
@@ -86,7 +86,7 @@ def parse_cell(name: str) -> Cell:
 
 
 def run_cell(cell: Cell) -> list[Row]:
-    """Train, read out, score: one row per readout."""
+    """Train, read out, score: a row a readout."""
     _forget_peak()
     began, cpu_began = time.perf_counter(), time.process_time()
     found, settings = _cycle(cell) if cell.split == CYCLE else _measure(cell)
@@ -138,14 +138,14 @@ def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
 
 
 def _cycle(cell: Cell) -> tuple[dict[str, Row], Row]:
-    """Train along the chain of tasks that starts with the cell's; returns rows by stage, and settings."""
+    """Train along the chain of tasks that begins with the cell's; returns rows by stage, and settings."""
     regime = REGIMES[cell.regime]
     found = collapse.cycle(cell.task, TRAININGS[cell.training], regime=regime, rate=cell.rate, seed=cell.seed)
     return found, {"rows": regime.rows, "epochs": regime.epochs, "batch": regime.batch}
 
 
 def identity(cell: Cell, readout: str) -> Row:
-    """The entries that say which row it is, where it comes from, and how to make it again."""
+    """What says which row it is, where it comes from, and how to make it again."""
     return {
         "cell": cell.name, "task": cell.task, "arm": f"{cell.training}:{readout}", "training": cell.training,
         "readout": readout, "regime": cell.regime, "rate": cell.rate, "seed": cell.seed, "split": cell.split,
@@ -155,7 +155,7 @@ def identity(cell: Cell, readout: str) -> Row:
 
 
 def _forget_peak() -> None:
-    gc.collect()  # the previous cell is in reference cycles, and would count
+    gc.collect()  # the cell before this one lies in cycles, and would count
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -164,7 +164,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """Peak bytes since the cell began: on the card, or of this process."""
+    """Most bytes held since the cell began: on the card, or by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

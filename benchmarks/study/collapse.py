@@ -1,7 +1,7 @@
-"""Representational collapse: how useful an encoder is for other tasks after fine-tuning on one.
+"""Representational collapse: what fine-tuning on one task leaves of an encoder for others.
 
-Aghajanyan et al. 2021, section 4, with the tasks at hand. Representations are judged by the score of a linear probe
-on frozen, mean-pooled features, never by distances.
+Aghajanyan et al. 2021, section 4, with the tasks at hand. Representations are judged by what a linear probe on
+frozen, mean-pooled features reaches, never by distances.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from benchmarks.study.trainings import Training
 PROBED = ("trec", "cr", "cola", "subj", "mpqa", "mrpc")
 """Tasks of the first experiment, after training on another."""
 CHAIN = ("trec", "mrpc", "subj")
-"""Tasks that follow the first of a chain; one cycle."""
+"""Tasks that follow the first of a chain, one cycle."""
 CYCLES = 3
 PROBE_ROWS = 500
 PENALTIES = (1e-3, 1e-2, 1e-1)
-"""Weights of ``||W||²/2`` relative to the mean cross entropy, chosen on the validation rows."""
+"""Weights of ``||W||²/2`` beside the mean cross entropy, chosen on the validation rows."""
 
 
 def probe_others(
     model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
-    """The first experiment: probes on other tasks after training on one, for last weights and principal readout."""
+    """The first experiment: probes on other tasks after training on one, of the last weights and the principal."""
     found = {}
     for readout in principal_readouts(training):
         with in_place(model, trained.averager, readout):
@@ -43,10 +43,10 @@ def probe_others(
 
 
 def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: int) -> dict[str, Row]:
-    """The second and third experiment: one task after another, ``CYCLES`` times, each from where the last ended.
+    """The second and third experiment: a task after another, ``CYCLES`` times, each from where the last one ended.
 
-    Before each stage the next task is probed, after it the first task of the chain. A stage passes on the weights
-    of the training's principal readout; heads are new.
+    Before each stage the task that comes is probed, after it the first task of the chain. The weights that a stage
+    hands on are those of the training's principal readout; heads are new.
     """
     found: dict[str, Row] = {}
     tasks = [first, *(task for task in CHAIN if task != first)] * CYCLES
@@ -77,9 +77,9 @@ def probe(model: nn.Module, task: str, *, seed: int) -> dict[str, float]:
     """Test outcomes of a linear probe on an encoder's features.
 
     Args:
-        model: with the weights to judge; its head is not used.
-        task: task to probe for.
-        seed: seed of the ``PROBE_ROWS`` rows that the probe is trained on.
+        model: with the weights to be judged; its head is not used.
+        task: to probe for.
+        seed: of the ``PROBE_ROWS`` rows that the probe is trained on.
     """
     splits = load(task, rows=PROBE_ROWS, seed=seed)
     train, validation, test = (
@@ -123,7 +123,7 @@ def logistic_regression(inputs: Tensor, labels: Tensor, classes: int, penalty: f
         inputs: (N, d), float64.
         labels: (N,).
         classes: C.
-        penalty: penalty on all but the bias.
+        penalty: on all but the bias.
     """
     weight = torch.zeros(inputs.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")

@@ -1,4 +1,4 @@
-"""The figures of the page, as SVG; the same rows give the same text."""
+"""The figures of the page, as SVG, the same text for the same rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
 
 
 def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
-    """Every figure for which there are enough rows, by name.
+    """Every figure that the rows are enough for, by name.
 
     Args:
         kept: the rows.
-        arms: arms to show, from top to bottom.
+        arms: those to show, from top to bottom.
     """
     shown = []
     for arm in arms:

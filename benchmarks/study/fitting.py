@@ -1,4 +1,4 @@
-"""Trains a model for a cell, and the teachers of a distillation."""
+"""A model trained for a cell, and the teachers of a training that distils."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from benchmarks.study.trainings import TRAININGS, Training
 
 @dataclass(frozen=True)
 class Regime:
-    """How much data there is, and the budget: a number of epochs of one pass."""
+    """How much data there is, and the budget: so many epochs of one pass."""
 
     rows: int
     epochs: int
     batch: int
 
     def times(self, factor: int) -> Regime:
-        """The same with this many times the epochs."""
+        """The same with so many times the epochs."""
         return replace(self, epochs=factor * self.epochs)
 
 
@@ -47,14 +47,14 @@ def fit(
     """Train a model in place.
 
     Args:
-        model: the initial model.
-        splits: splits of the rows.
+        model: as it begins.
+        splits: of the rows.
         training: what to do.
         regime: the budget.
         rate: peak learning rate.
-        seed: seed of order, masks and noise.
-        averaged: names of the averages to keep; None: all. Averages do not affect training.
-        teacher: logits (N, C) of the training rows, for a distillation.
+        seed: of order, masks and noise.
+        averaged: names of the averages to keep; None: all. Averages leave training as it is.
+        teacher: logits (N, C) of the training rows, for a training that distils.
     """
     places = [
         batch
@@ -85,9 +85,9 @@ def fit(
 
 
 def teach(splits: Splits, training: Training, *, regime: Regime, rate: float, seed: int) -> Tensor | None:
-    """Teachers' logits (N, C) for the training rows, from the mean of their probabilities; None without teachers.
+    """Logits (N, C) that the teachers give to the training rows, of the mean of their probabilities; None without.
 
-    Teachers are trained on the same rows, at the same rate; each has its own head, order and masks.
+    Teachers are trained on the same rows, at the same rate; each has a head, an order and masks of its own.
     """
     chances = []
     for i, name in enumerate(training.teachers):
@@ -99,5 +99,5 @@ def teach(splits: Splits, training: Training, *, regime: Regime, rate: float, se
 
 
 def device() -> torch.device:
-    """The card, if there is one."""
+    """The card, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,18 +18,18 @@ from benchmarks.study.tasks import Splits, Task
 from benchmarks.study.trainings import Training
 
 RADII = (0.01, 0.02, 0.05, 0.1)
-"""Noise on each weight tensor, as a share of its root mean square."""
+"""Noise of each weight tensor, as a share of its root mean square."""
 DRAWS = 3
 LINE = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-"""Points on the line: 0 is the last weights, 1 the average."""
+"""Places on the line: 0 the last weights, 1 the average."""
 CURVATURE_ROWS = 128
 ITERATIONS = 8
-"""Iterations of the power iteration."""
+"""Of the power iteration."""
 PROBES = 4
-"""Random directions from which the trace is estimated."""
+"""Random directions by which the trace is estimated."""
 REACH, REACH_OF_TRACE = 1e-2, 0.5
-"""Length of the step whose central difference approximates the Hessian's product with a unit vector. Along random
-signs the curvature is small, and needs a longer step to stand out from rounding."""
+"""Length of the steps whose central difference stands for a Hessian's product with a unit vector. Along random
+signs the curvature is small, and takes a longer one to be told from rounding."""
 
 Vector = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ def curvature(model: nn.Module, rows: Rows) -> dict[str, float]:
 
 
 def top_eigenvalue(product: Callable[[Vector], Vector], direction: Vector) -> float:
-    """The eigenvalue of largest magnitude, by power iteration from a direction."""
+    """The eigenvalue of largest size, by power iteration from a direction."""
     value = 0.0
     for _ in range(ITERATIONS):
         direction = {name: part / _norm(direction) for name, part in direction.items()}
@@ -94,7 +94,7 @@ def _trace_term(product: Callable[[Vector, float], Vector], signs: Vector) -> fl
 
 
 def _gradient(model: nn.Module, rows: Rows, moved: Callable[[str, Tensor], Tensor]) -> Vector:
-    """Gradient of the mean loss at other weights; the weights are restored afterwards."""
+    """Gradient of the mean loss at other weights; the weights are as before afterwards."""
     was_training, where = model.training, next(model.parameters()).device
     model.eval()
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""A compact training loop: AdamW, warmup, gradient clipping, a call of the averager at every optimizer step."""
+"""A compact training loop: AdamW, warm-up, gradients clipped, every optimizer step shown to the averager."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Trained:
-    """The results of a training, besides the model."""
+    """What a training leaves behind, besides the model."""
 
     averager: Any
-    """None if nothing was averaged."""
+    """None where nothing was averaged."""
     steps: int
     seconds: float
     cpu_seconds: float
-    """CPU time of all threads of this process."""
+    """Of all threads of this process."""
     divergence: float
     """Mean over the steps of the last half."""
     noise_to_signal: float
-    """Mean over the steps of the last half."""
+    """Likewise."""
 
 
 def rate_at(step: int, total_steps: int, schedule: str) -> float:
-    """Learning rate of step ``step`` (from 0) of ``total_steps``, as a share of the peak."""
+    """Share of the peak rate that step ``step`` (from 0) of ``total_steps`` takes."""
     warm_up = max(1, round(WARM_UP * total_steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -58,14 +58,14 @@ def train(
 
     Args:
         model: on its device.
-        batches: one per step.
-        objective: from swaft.noise, or with the same interface.
+        batches: one a step.
+        objective: of swaft.noise, or called like them.
         schedule: decayed or constant.
         rate: peak learning rate.
         total_steps: number of batches.
-        rules: averaging rules by name; may be empty.
-        precision: precision of the passes, ``bf16`` (autocast; weights and optimizer are fp32) or ``fp32``.
-        seed: seed of the dropout masks.
+        rules: what is averaged, by name; may be empty.
+        precision: of the passes, ``bf16`` (autocast; weights and optimizer are fp32) or ``fp32``.
+        seed: of the dropout masks.
     """
     device = next(model.parameters()).device
     objective.prepare_model(model)

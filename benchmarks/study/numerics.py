@@ -1,4 +1,4 @@
-"""What distinguishes one arithmetic from another: the weights after a fixed tiny training, machine and versions."""
+"""What tells one arithmetic from another: the weights after a fixed tiny training, and machine and versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.study.trainings import TRAININGS
 PACKAGES = ("torch", "transformers", "numpy", "numba")
 STEPS, BATCH, LENGTH, CLASSES = 24, 4, 8, 3
 PRECISION = os.environ.get("SWAFT_STUDY_PRECISION", "bf16")
-"""Precision of the passes: bf16 or fp32, whichever is faster on a machine. Weights and optimizer are fp32."""
+"""Of the passes: bf16 or fp32, whichever a machine does faster. Weights and optimizer are fp32."""
 if PRECISION not in ("bf16", "fp32"):
     raise SystemExit(f"SWAFT_STUDY_PRECISION is {PRECISION!r}; expected bf16 or fp32")
 
@@ -30,13 +30,13 @@ if PRECISION not in ("bf16", "fp32"):
 def fingerprint(training: str, device: str, precision: str) -> str:
     """Hash of the weights and averages after ``STEPS`` steps of a training of a random encoder on random rows.
 
-    Whatever changes what a training computes (the library, torch, the processor) changes the hash, and whatever
-    does not change the numbers does not.
+    Whatever changes what a training computes (the library, torch, the processor) changes it, and what leaves the
+    numbers alone leaves it alone.
 
     Args:
         training: name of the training.
         device: ``cpu`` or ``cuda``.
-        precision: precision of the passes.
+        precision: of the passes.
     """
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor, and whether it multiplies bf16 natively, because numbers depend on it."""
+    """The processor, and whether it multiplies bf16 by itself, for numbers depend on it."""
     try:
         with open("/proc/cpuinfo") as lines:
             fields = dict(line.split(":", 1) for line in lines if ":" in line)

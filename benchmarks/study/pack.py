@@ -1,7 +1,7 @@
 """Model and tasks in one small folder, for a machine that has neither: token ids, and weights in fp16.
 
-`python -m benchmarks.study pack FOLDER` writes it; if `$SWAFT_STUDY_PACK` is set to it, nothing else is read.
-Rounded to fp16, the encoder is not bit for bit the usual starting point, so each row says what it started from, and
+`python -m benchmarks.study pack FOLDER` writes it; where `$SWAFT_STUDY_PACK` names it, nothing else is read.
+Rounded to fp16 the encoder is not bit for bit what others begin with, so each row names what it began with, and
 rows of a pack are compared with each other.
 """
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def packed() -> Path | None:
-    """The folder, if one is set."""
+    """The folder, where one is named."""
     folder = os.environ.get("SWAFT_STUDY_PACK")
     return Path(folder) if folder else None
 
@@ -36,7 +36,7 @@ def model_folder() -> str:
 
 
 def model_name() -> str:
-    """The name that rows give for their starting model."""
+    """What rows say they began with."""
     return "all-MiniLM-L6-v2" if packed() is None else "all-MiniLM-L6-v2, rounded to fp16"
 
 
@@ -44,7 +44,7 @@ def write(folder: Path) -> None:
     """Write model and tasks.
 
     Args:
-        folder: created if missing.
+        folder: made where it is missing.
     """
     from transformers import AutoModel
 

@@ -9,7 +9,7 @@ import swaft
 from benchmarks.study.trainings import Training
 
 MEMBERS = 80
-"""Approximate members of an average over the whole run: as good as all steps, and faster."""
+"""Members of an average over the whole run, about: as good as all steps, and quicker."""
 BLENDED = "tail-0.2"
 
 
@@ -26,10 +26,10 @@ class Readout:
 
 
 def rules_for(training: Training, total_steps: int) -> dict[str, Any]:
-    """The rules from which all averages of a training are read, by name; they share one copy of the weights.
+    """The rules that all averages of a training are read from, by name; they share one copy of the weights.
 
     Args:
-        training: determines which rules.
+        training: decides which.
         total_steps: optimizer steps of the run.
     """
     every = max(1, total_steps // MEMBERS)

@@ -1,8 +1,8 @@
-"""Small reference forms of the methods with which noise stability is compared: SMART, FreeLB, distillation.
+"""Small reference forms of the methods that noise stability is measured against: SMART, FreeLB, distillation.
 
-Objectives like swaft's: called with model and batch, they return loss, divergence and noise_to_signal. Noise
-is scaled as in R3F's preset ``relative``: a share of the root mean square of the token embeddings, here as the
-length of a token's noise divided by the root mean square length of a token.
+Objectives like those of swaft: called with model and batch, they give loss, divergence and noise_to_signal. Noise
+is sized as in R3F's preset ``relative``: a share of the root mean square of the token embeddings, here as the
+length of a token's noise over the root mean square length of a token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEACHER = "teacher_logits"
 
 @dataclass(frozen=True)
 class Output:
-    """What an objective returns."""
+    """What an objective gives."""
 
     loss: Tensor
     divergence: Tensor
@@ -28,7 +28,7 @@ class Output:
 
 
 class Rival:
-    """An objective that needs no preparation of the model."""
+    """An objective that asks nothing of a model beforehand."""
 
     def prepare_model(self, model: nn.Module) -> None:
         """Nothing to prepare."""
@@ -42,8 +42,8 @@ class Smart(Rival):
     passes.
 
     Args:
-        weight: weight of the term.
-        radius: radius of the noise, as a share.
+        weight: of the term.
+        radius: of the noise, as a share.
     """
 
     def __init__(self, weight: float = 1.0, radius: float = 0.3) -> None:
@@ -66,19 +66,19 @@ class Smart(Rival):
 class FreeLB(Rival):
     """FreeLB (Zhu et al. 2020, algorithm 1): the mean loss, and gradient, along an ascent of the noise.
 
-    Noise starts inside the ball and takes a normalised gradient step of the radius between passes, projected back
-    into the ball. All passes but the last run their backward here.
+    Noise begins inside the ball and takes a normalised gradient step of the radius between passes, back into
+    the ball. All passes but the last run their backward here.
 
     Args:
         steps: passes of the ascent.
-        radius: radius of the ball, as a share.
+        radius: of the ball, as a share.
     """
 
     def __init__(self, steps: int = 2, radius: float = 0.3) -> None:
         self.steps, self.radius = steps, radius
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Output:
-        """Run the passes; the caller's backward is only for the last one's share of the loss."""
+        """Run the passes; what is left to run backward on is the last one's share of the loss."""
         labels, noise, total = batch["labels"], None, 0.0
         for step in range(self.steps):
             embedded = embed(model, batch)
@@ -100,8 +100,8 @@ class Distillation(Rival):
     """Knowledge distillation (Hinton et al. 2015): (1 - share) cross entropy + share T² KL(teacher ‖ student).
 
     Args:
-        share: share of the teacher.
-        temperature: T, by which both distributions are softened.
+        share: of the teacher.
+        temperature: T, that both distributions are softened by.
     """
 
     def __init__(self, share: float = 0.5, temperature: float = 2.0) -> None:

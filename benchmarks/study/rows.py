@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 MEGABATCH = 8
-"""Number of batches whose rows are sorted by length before they are cut into batches, so that little is padding."""
+"""Batches of which the rows are sorted by length before they are cut into batches, so that little is padding."""
 EVALUATION_TOKENS = 2048
-"""Tokens of a batch without gradient, including padding."""
+"""Tokens of a batch without gradient, padding included."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids of texts, and what is to be learnt from them. Every field has one entry per row."""
+    """Token ids of texts, and what is to be learnt of them. Every field holds one entry a row."""
 
     ids: tuple[tuple[int, ...], ...]
     segments: tuple[tuple[int, ...], ...]
     """Token type ids."""
     labels: Tensor
-    """(N,) classes, int64; other kinds of task define their own."""
+    """(N,) classes, int64; other kinds of task say what is in it."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, chosen: np.ndarray) -> Self:
-        """The rows at these positions, in this order."""
+        """The rows at these places, in this order."""
         places = [int(place) for place in chosen]
 
         def picked(entries: Any) -> Any:
@@ -41,12 +41,12 @@ class Rows:
         return replace(self, **{field.name: picked(getattr(self, field.name)) for field in fields(self)})
 
     def batch(self, places: np.ndarray) -> dict[str, Tensor]:
-        """Keyword arguments of the model for the rows at these positions, padded to the longest of them."""
+        """Keyword arguments of the model for the rows at these places, padded to the longest of them."""
         rows = self.take(places)
         return rows.inputs() | {"labels": rows.labels}
 
     def inputs(self) -> dict[str, Tensor]:
-        """The model's inputs without the labels; (N, L) each."""
+        """What the model reads, without what it is to learn; (N, L) each."""
         mask = padded([(1,) * len(row) for row in self.ids])
         return {
             "input_ids": padded(self.ids),
@@ -63,7 +63,7 @@ def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
 
 
 def epoch_batches(rows: Rows, *, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Positions of the rows of each batch in an epoch: shuffled, with rows of similar length together."""
+    """Places of the rows of each batch of an epoch: shuffled, with rows of like length together."""
     generator = np.random.default_rng((seed, epoch))
     lengths = np.array([len(row) for row in rows.ids])
     order = generator.permutation(len(rows))
@@ -76,7 +76,7 @@ def epoch_batches(rows: Rows, *, size: int, seed: int, epoch: int) -> list[np.nd
 
 
 def evaluation_batches(rows: Rows) -> list[np.ndarray]:
-    """Positions of all rows, in batches of similar length."""
+    """Places of all rows, in batches of like length."""
     lengths = np.array([len(row) for row in rows.ids])
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0

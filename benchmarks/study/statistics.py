@@ -1,4 +1,4 @@
-"""Paired differences between arms, their intervals, sign tests, and false alarms by chance. Pure arrays."""
+"""Paired differences between arms, their intervals, sign tests, and what chance alone would show. Pure arrays."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Interval:
     low: float
     high: float
     count: int
-    """Number of pairs behind it."""
+    """Pairs behind it."""
 
     @property
     def clear(self) -> bool:
-        """Whether it excludes 0."""
+        """Whether it leaves out 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -37,19 +37,19 @@ class Comparison:
 
     by_task: Mapping[str, Interval]
     overall: Interval | None
-    """Interval of the mean over tasks, with tasks as well as seeds resampled; None for fewer than two tasks."""
+    """Of the mean over tasks, tasks resampled as well as seeds; None for fewer than two tasks."""
     lower: int
     """Pairs in which the arm's value is the lower one."""
     higher: int
     p_value: float
-    """p-value of the two-sided sign test over all pairs, without ties."""
+    """Of the two-sided sign test over all pairs; ties are left out."""
 
 
 def compare(pairs: Pairs) -> Comparison:
-    """Summarise the paired differences of one outcome.
+    """Sum up the paired differences of one outcome.
 
     Args:
-        pairs: pairs of every task that has at least two seeds.
+        pairs: of every task that has at least two seeds.
     """
     joined = np.concatenate(list(pairs.values()))
     lower, higher = int((joined < 0).sum()), int((joined > 0).sum())
@@ -63,13 +63,13 @@ def compare(pairs: Pairs) -> Comparison:
 
 
 def over_seeds(values: np.ndarray) -> Interval:
-    """Mean of one task's differences, with seeds resampled."""
+    """Mean of one task's differences, seeds resampled."""
     drawn = values[_generator().integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     return _interval(float(values.mean()), drawn, len(values))
 
 
 def over_tasks(pairs: Pairs) -> Interval:
-    """Mean over tasks of their mean differences; tasks are resampled, and the seeds of each drawn task too."""
+    """Mean over tasks of their mean differences; tasks are resampled, and the seeds of each task drawn."""
     tasks, generator = list(pairs.values()), _generator()
     slots = generator.integers(len(tasks), size=(RESAMPLES, len(tasks)))
     means = np.zeros(slots.shape)
@@ -82,7 +82,7 @@ def over_tasks(pairs: Pairs) -> Interval:
 
 
 def sign_test(lower: int, higher: int) -> float:
-    """Two-sided p-value of this many or more of one sign, if both were equally likely."""
+    """Two-sided p-value of as many or more of one sign, were both as likely."""
     n, k = lower + higher, min(lower, higher)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
@@ -99,11 +99,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
     """How often an arm differs from itself: the share of random splits of its seeds into two halves in which the
-    interval over tasks excludes 0. It should be 5 %.
+    interval over tasks leaves out 0. 5 % is what it should be.
 
     Args:
-        values: values of one arm, by task, one per seed.
-        splits: number of random splits.
+        values: of one arm, by task, one a seed.
+        splits: how many are drawn.
 
     Returns:
         None for fewer than two tasks of four seeds.

@@ -1,4 +1,4 @@
-"""The tasks: their rows, drawn from a seed, the initial model of each, and how it is scored."""
+"""The tasks: their rows, drawn by a seed, the model each begins with, and how it is scored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.study.rows import Rows, epoch_batches, evaluation_batches
 __all__ = ["Rows", "epoch_batches", "evaluation_batches"]
 
 MAX_LENGTH = 64
-"""Tokens to which a text to be classified, or a pair, is cut."""
+"""Tokens of a text to be classified, or of a pair, after which it is cut off."""
 VALIDATION_ROWS = 300
 TEST_ROWS = 700
 
@@ -33,7 +33,7 @@ class Task:
 
     name: str
     columns: tuple[str, ...]
-    """One column of texts, or two; for text generation, source and target."""
+    """One column of texts, or two; of text generation, source and target."""
     score: str = "accuracy"
     """The task's own score: accuracy, mcc or f1 of classes, f1 of answers, bleu of generated texts."""
     test: str = "test"
@@ -41,11 +41,11 @@ class Task:
     length: int = 1
     """Epochs, as a multiple of the regime's."""
     rows: int = 1
-    """Training rows, as a multiple of the regime's."""
+    """Training rows, likewise."""
     kind: str = "classes"
     """classes, answers, or texts from a `new` model or an `encoder`: texts-new, texts-encoder."""
     folder: str = ""
-    """Its folder, if that differs from its name."""
+    """Where that is not its name."""
 
     @property
     def generates(self) -> bool:
@@ -59,9 +59,9 @@ TASKS = {
         Task("trec", ("text",)),
         Task("cr", ("text",)),
         Task("sst2", ("sentence",)),
-        # After the other tasks' number of epochs, half of the 77 classes are still confused with one another.
+        # After the epochs of the others, half of the 77 classes are still taken for one another.
         Task("banking77", ("text",), length=3),
-        # cola has no test rows: its validation rows are the test, and its training rows provide validation rows.
+        # cola has no test rows: its validation rows are the test, and others are cut from its training rows.
         Task("cola", ("sentence",), "mcc", "validation"),
         Task("subj", ("text",)),
         Task("mpqa", ("text",)),
@@ -101,12 +101,12 @@ class Splits:
 def load(name: str, *, rows: int, seed: int) -> Splits:
     """Read a task, and draw its training rows.
 
-    Validation and test rows are the same for every seed: the first ones of a fixed shuffle.
+    Validation and test rows are the same for every seed, the first so many of a fixed shuffle.
 
     Args:
-        name: name of the task.
-        rows: number of training rows, or all if there are fewer.
-        seed: seed from which they are drawn.
+        name: of the task.
+        rows: training rows, or all where there are fewer.
+        seed: by which they are drawn.
 
     Raises:
         FileNotFoundError: the task's folder is not there.
@@ -124,7 +124,7 @@ def load(name: str, *, rows: int, seed: int) -> Splits:
 
 
 def new_model(task: Task, splits: Splits, seed: int, device: torch.device) -> nn.Module:
-    """The initial model of a task; its new weights are drawn from the seed."""
+    """The model that a task's training begins with; what is new in it is drawn by the seed."""
     if task.kind == "classes":
         return encoder.pretrained(splits.num_labels, seed, device)
     if task.kind == "answers":
@@ -133,7 +133,7 @@ def new_model(task: Task, splits: Splits, seed: int, device: torch.device) -> nn
 
 
 def predict(task: Task, model: nn.Module, rows: Any) -> Prediction:
-    """Predictions for rows with the model's current weights."""
+    """What the weights in place make of rows."""
     if task.generates:
         return texts.predict(model, rows, vocabulary(task.name))
     if task.kind == "answers":
@@ -143,7 +143,7 @@ def predict(task: Task, model: nn.Module, rows: Any) -> Prediction:
 
 
 def data_folder() -> Path:
-    """Folder of task folders: `$SWAFT_DATA`, else ../shared/data next to this checkout."""
+    """Folder of task folders: `$SWAFT_DATA`, else ../shared/data beside here."""
     return Path(os.environ.get("SWAFT_DATA", "../shared/data"))
 
 
@@ -153,7 +153,7 @@ def _first(rows: Rows, count: int) -> Rows:
 
 @lru_cache(maxsize=6)
 def read(name: str, split: str) -> Any:
-    """Every row of a split, from the pack if there is one.
+    """Every row of a split, from the pack where there is one.
 
     Raises:
         FileNotFoundError: the task's folder is not there.
@@ -190,7 +190,7 @@ def vocabulary(name: str) -> Any:
 
 
 def _columns(task: Task, split: str) -> Sequence[list[Any]]:
-    """The task's columns, and the classes if it has any."""
+    """The task's columns, and the classes where it has some."""
     import pyarrow.parquet as parquet
 
     path = data_folder() / (task.folder or task.name) / f"{split}.parquet"

@@ -1,4 +1,4 @@
-"""Text generation: an encoder-decoder, new or with the pretrained encoder, scored by loss per token and BLEU."""
+"""Text generation: an encoder-decoder, new or around the pretrained encoder, scored by loss a token and BLEU."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAX_LENGTH = 64
 """Tokens of a source, and of a target."""
 IGNORED = -100
 WIDTH, LAYERS, HEADS = 192, 3, 6
-"""Sizes of new parts: both halves of a new model, or the decoder for the pretrained encoder."""
+"""Sizes of whatever is new: both halves of a new model, or the decoder beside the pretrained encoder."""
 
 
 @dataclass(frozen=True)
 class Pairs(Rows):
-    """Sources and targets. ``labels`` and ``segments`` are empty."""
+    """Sources and targets. ``labels`` and ``segments`` hold nothing."""
 
     targets: tuple[tuple[int, ...], ...]
-    """Token ids, from a separate vocabulary, ``END`` last."""
+    """Token ids, of a vocabulary of their own, ``END`` last."""
     references: tuple[tuple[str, ...], ...]
-    """Reference texts."""
+    """Right texts."""
 
     def batch(self, places: Any) -> dict[str, Tensor]:
         """Keyword arguments of the model; ``labels`` (B, T), ``IGNORED`` beyond a target's end."""
@@ -37,19 +37,19 @@ class Pairs(Rows):
         return rows.inputs() | {"labels": padded(rows.targets, IGNORED)}
 
     def inputs(self) -> dict[str, Tensor]:
-        """Ids and mask (N, L), without token types, which a new model does not have."""
+        """Ids and mask (N, L); no token types, which a new model has none of."""
         return {name: tensor for name, tensor in super().inputs().items() if name != "token_type_ids"}
 
 
 def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: Any, target: Any) -> Pairs:
-    """Tokenize pairs of texts. Rows to be scored that share a source become one row with all their references.
+    """Tokenize pairs of texts. Of rows to be scored, those of one source become one row with all their references.
 
     Args:
-        sources: the texts to read.
-        targets: the texts to generate.
+        sources: the texts read.
+        targets: the texts to be generated.
         split: train, validation or test.
-        source: maps a source to its token ids.
-        target: maps a target to its token ids.
+        source: from a text to its token ids.
+        target: likewise.
     """
     if split == "train":
         rows = [(one, [other]) for one, other in zip(sources, targets, strict=True)]
@@ -83,11 +83,11 @@ def new_vocabulary(texts: Iterable[str]) -> Any:
 
 
 def predict(model: nn.Module, rows: Pairs, vocabulary: Any) -> Prediction:
-    """Logits (T, V) of every target token given the right ones before it; BLEU, from 0 to 1, of greedy search.
+    """Logits (T, V) of every target token after the right ones before it; BLEU, from 0 to 1, of greedy search.
 
     Args:
         model: an encoder-decoder.
-        rows: rows to score.
+        rows: to be scored.
         vocabulary: tokenizer of the targets.
     """
     logits, labels = [], []
@@ -106,7 +106,7 @@ def predict(model: nn.Module, rows: Pairs, vocabulary: Any) -> Prediction:
 
 
 def bleu(model: nn.Module, rows: Pairs, vocabulary: Any) -> float:
-    """Corpus BLEU, from 0 to 1, of texts from greedy search, with all references of each source."""
+    """Corpus BLEU, from 0 to 1, of what greedy search generates, with all references of each source."""
     import sacrebleu
 
     found: dict[int, str] = {}
@@ -124,9 +124,9 @@ def new_model(seed: int, device: torch.device, *, pretrained: bool) -> nn.Module
     """A small T5 with random weights, or the pretrained encoder with a small new decoder.
 
     Args:
-        seed: seed of the new weights.
-        device: device of the model.
-        pretrained: whether to use the pretrained encoder.
+        seed: of the new weights.
+        device: where it lies.
+        pretrained: which of the two.
     """
     from transformers import (
         AutoModel,
