@@ -1,4 +1,4 @@
-"""EMA in transformers' Trainer: one added line. Both sets of weights are scored; the averaged score picks the best."""
+"""EMA in transformers' Trainer: one added line. Both weights are evaluated; the averaged score picks the best."""
 
 from __future__ import annotations
 
