@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from swaft.errors import StateError, SwaftError
 ARRIVAL_TIMEOUT_S = 60.0
 """Seconds that ranks wait for each other after an error before those that came give up on the others; less where
 the training's own time limit is shorter."""
+PATIENCE = timedelta(hours=6)
+"""Ranks wait so long for one that writes a model alone: on a slow disk that takes longer than a collective may."""
 
 
 _SHARED: tuple[object, Ranks] | None = None
@@ -56,12 +59,20 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank, on every rank (collective; small picklable values)."""
+    @cached_property
+    def _patient(self) -> Any:
+        """A group with a longer time limit; a rank that is gone still shows at once (making it is collective)."""
+        return _gloo_group(at_least=PATIENCE)
+
+    def gather(self, value: Any, *, patiently: bool = False) -> list[Any]:
+        """Every rank's ``value``, by rank, on every rank (collective; small picklable values).
+
+        With ``patiently`` a rank may take up to ``PATIENCE`` to come here.
+        """
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self._patient if patiently else self._group)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -72,13 +83,14 @@ class Ranks:
         """A way of its own between the ranks, for a thread of its own (creating it is collective)."""
         return Channel(None if self._group is None else _gloo_group())
 
-    def raise_together(self, error: SwaftError | None) -> None:
+    def raise_together(self, error: SwaftError | None, *, patiently: bool = False) -> None:
         """Raise the first rank's error on every rank, so none continues alone and none is left waiting.
 
         Collective. Ranks without an error of their own raise the same type with the same message, and the
-        rank it was found on.
+        rank it was found on. With ``patiently`` a rank may take up to ``PATIENCE`` to come here.
         """
-        found = [(rank, each) for rank, each in enumerate(self.gather(error)) if each is not None]
+        errors = self.gather(error, patiently=patiently)
+        found = [(rank, each) for rank, each in enumerate(errors) if each is not None]
         if not found:
             return
         rank, first = found[0]
@@ -162,12 +174,12 @@ class Channel:
         self._group = None
 
 
-def _gloo_group(*, at_most: timedelta = timedelta.max) -> Any:
+def _gloo_group(*, at_least: timedelta = timedelta(), at_most: timedelta = timedelta.max) -> Any:
     """A gloo group of all ranks, which wait in it as long as in the training's own (creating it is collective)."""
     # Without a limit of its own torch gives a group 30 minutes, whatever that of the default group.
     world: Any = dist.group.WORLD
     limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
-    return dist.new_group(backend="gloo", timeout=min(limit, at_most))
+    return dist.new_group(backend="gloo", timeout=min(max(limit, at_least), at_most))
 
 
 def _in_one_line(error: Exception) -> str:

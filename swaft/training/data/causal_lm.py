@@ -399,6 +399,8 @@ def _chat_tokens(
         DataError: the template refuses the chat, or writes the messages before an answer differently once the
             answer is there.
     """
+    # Arrow gives every message the fields of all, and templates take one without a value for one that is there.
+    chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
         options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
