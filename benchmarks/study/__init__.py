@@ -1,4 +1,4 @@
-"""The evidence: what averaging and noise gain on real tasks. `python -m benchmarks.study --help` says how to run it.
+"""The evidence: what averaging and noise gain on real tasks. `python -m benchmarks.study --help` shows usage.
 
     grid.py       which cells there are, in what order, and the criteria for all choices
     cell.py       one cell: one task, training and seed, and everything measured on it
@@ -12,6 +12,6 @@
     evidence.py   the page, from the rows                tables.py  figures.py  default.py  beyond.py   its parts
     arms.py       which rows are compared                statistics.py paired differences, intervals, tests
 
-It uses only the public interface of swaft and plain torch, so rows made before and after a rewrite of the recipes can
-be compared.
+It uses only the public interface of swaft and plain torch, so rows made before and after a rewrite of the recipes
+can be compared.
 """

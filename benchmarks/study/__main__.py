@@ -81,9 +81,9 @@ def run_grid(given: argparse.Namespace) -> int:
     """Run cells until none is missing. A failed cell is recorded with its error, and the run goes on.
 
     Args:
-        given: jobs (processes in parallel, including this one), cells (of this process; None: all), seconds or until
-            (no cell is started that would end later if it took as long as this process's longest so far), file, and
-            retry (whether cells that failed before are run again).
+        given: jobs (processes in parallel, including this one), cells (of this process; None: all), seconds or
+            until (no cell is started that would end later if it took as long as this process's longest so far),
+            file, and retry (whether cells that failed before are run again).
     """
     # A signal ends the other processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -80,7 +80,8 @@ def parse_cell(name: str) -> Cell:
     )
     if not known:
         raise ValueError(
-            f"{name!r} is not a cell; expected task/training/regime/rate/seed/split, with one of {', '.join(splits)}"
+            f"{name!r} is not a cell; expected task/training/regime/rate/seed/split, the split one of "
+            f"{', '.join(splits)}"
         )
     return Cell(parts[0], parts[1], parts[2], float(parts[3]), int(parts[4]), parts[5])
 

@@ -1,7 +1,7 @@
 """Representational collapse: how useful an encoder fine-tuned on one task still is for others.
 
-Aghajanyan et al. 2021, section 4, with the available tasks. Representations are judged by the score of a linear probe
-on frozen, mean-pooled features, never by distances.
+Aghajanyan et al. 2021, section 4, with the available tasks. Representations are judged by the score of a linear
+probe on frozen, mean-pooled features, never by distances.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def probe_others(
 
 
 def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: int) -> dict[str, Row]:
-    """The second and third experiment: one task after another, ``CYCLES`` times, each starting where the last ended.
+    """The second and third experiments: one task after another, ``CYCLES`` times, each from where the last ended.
 
     Before each stage the next task is probed, after it the first task of the chain. A stage passes on the weights
     of the training's principal readout; heads are new.
