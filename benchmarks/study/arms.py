@@ -28,7 +28,7 @@ divided by the temperature that fits the validation rows best, which removes the
 task's own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
-"""The baseline for an arm of so many units: the one of equal cost, or the most expensive there is."""
+"""The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""
 FEWEST_SEEDS = 3
 ORDER = [
     (name, readout)
