@@ -114,6 +114,11 @@ def find_head(model: nn.Module) -> LanguageModelHead:
             f"{_SLOW_TWIN}"
         )
     module = _active_copy(network.get_output_embeddings())  # type: ignore[operator]
+    if hasattr(module, "_hf_hook"):
+        raise NoiseError(
+            f"{type(network).__name__} was loaded over several devices (device_map), and accelerate moves what its "
+            f"head is given; expected a model on one device: load it without device_map. {_SLOW_TWIN}"
+        )
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         raise NoiseError(
             f"The head of {type(network).__name__} is a {type(module).__name__} with a forward of its own; "

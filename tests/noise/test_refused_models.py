@@ -8,6 +8,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import VOCABULARY, causal_batch, generation_batch, t5
 from transformers import BartForCausalLM, T5ForConditionalGeneration
 
@@ -157,6 +158,13 @@ def test_a_batch_without_a_counted_label_proves_nothing_and_the_next_one_does():
     assert objective(model, nothing).loss == 0
     with pytest.raises(NoiseError, match="another one"):
         objective(model, batch)
+
+
+def test_a_model_over_several_devices_is_refused_by_what_loaded_it_so():
+    model = tiny.gpt2()
+    add_hook_to_module(model.get_output_embeddings(), AlignDevicesHook())
+    with pytest.raises(NoiseError, match="load it without device_map"):
+        R3F(sigma=0.1).prepare_model(model)
 
 
 def test_an_adapted_head_is_refused_before_training_and_trains_from_logits():

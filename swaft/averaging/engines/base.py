@@ -232,11 +232,11 @@ class Engine(ABC):
     @torch.no_grad()
     def write(self, shard: Tensor | None) -> None:
         """Copy a host shard (None: the masters) into the owned working elements, cast. Does not publish."""
-        if torch.cuda.is_initialized() and any(working.device.type == "cpu" for working in self.working()):
-            torch.cuda.synchronize()  # offloading starts copies from host memory to the device, and leaves them
+        _wait_for_device()  # offloading starts copies from host memory to the device, and leaves them
         values = self._owned(self.masters()) if shard is None else self._cut(shard)
         for working, value in zip(self._owned(self.working()), values, strict=True):
             working.copy_(value)
+        _wait_for_device()  # ZeRO-3 gathers on a stream of its own, which need not wait for this one
 
     @torch.no_grad()
     def read(self, buffers: list[Tensor]) -> Tensor:
@@ -296,6 +296,11 @@ def unknown_parameter(shape: torch.Size) -> LayoutError:
         "own parameters: build the optimizer after the last change of the model, and under ZeRO-3 compile the "
         "whole model or nothing"
     )
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def checksum(runs: Iterable[Tensor]) -> int:

@@ -17,10 +17,15 @@ often. ``benchmarks/fused_loss_model.py`` says what that is worth.
 
 from __future__ import annotations
 
+import logging
+import os
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import NamedTuple
 
 import torch
@@ -35,6 +40,8 @@ from swaft.noise.loss.rows import (
     empty_rows,
     task_rows,
 )
+
+logger = logging.getLogger(__name__)
 
 _CPU_CHUNK_BYTES = 96 * 2**20
 """What a chunk may take on a CPU: 256 rows at 32k classes in fp32, where the products run at full speed."""
@@ -69,8 +76,20 @@ def row_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel:
 
 @cache
 def has_triton() -> bool:
-    """Whether a GPU's kernels can be compiled here; without Triton the same comes of plain operations."""
-    return find_spec("triton") is not None
+    """Whether a GPU's kernels can be compiled here; without Triton the same comes of plain operations.
+
+    For the part that runs on the host, Triton needs a C compiler and Python's headers.
+    """
+    if find_spec("triton") is None:
+        return False
+    compiler = any(map(which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not (compiler and headers):
+        what = "Python's headers (python3-dev)" if compiler else "a C compiler (gcc, or one that CC names)"
+        logger.warning(
+            "the noise's and the losses' kernels run as plain operations, slower: Triton needs %s", what
+        )
+    return compiler and headers
 
 
 class Needs(NamedTuple):

@@ -384,7 +384,7 @@ def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None
                 z_loss=float(options.z_loss),
                 **variant(options),
                 num_warps=WARPS,
-                maxnreg=REGISTERS,
+                **({} if torch.version.hip else {"maxnreg": REGISTERS}),
             )
     return RowStatistics(*statistics.unbind(1))
 

@@ -74,6 +74,8 @@ class CausalDataConfig(RowsConfig):
 class CausalEvalConfig(EvalConfig):
     """When and how to evaluate: by the loss, the perplexity and the accuracy of the tokens that are learnt."""
 
+    per_device_eval_batch_size: Count = 8
+    """Rows per device and evaluation batch, whose logits are kept. Changes speed and memory, not the result."""
     metric: str = "auto"
     """There is no other choice: the loss."""
     num_samples: WholeNumber = 20

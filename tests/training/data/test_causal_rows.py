@@ -261,12 +261,13 @@ def test_the_evaluation_is_a_mean_over_tokens():
     ).eval()
     collate = CausalCollator(tokenizer())
     alone = SimpleNamespace(gather=lambda parts: parts, pad_across_processes=lambda part, **_: part)
-    found = evaluate_answers_given(model, [collate([row]) for row in rows], alone, num_rows=2)
     sums = []
     for row in rows:
         batch = collate([row])
         batch.pop("idx")
         sums.append(float(model(**batch).loss) * (len(row["labels"]) - 1))
+    model.loss_function = lambda **_: pytest.fail("the model computes a loss of its own, which nobody reads")
+    found = evaluate_answers_given(model, [collate([*rows])], alone, num_rows=2)
     assert found.scores["loss"] == pytest.approx(sum(sums) / 5, rel=1e-6)
 
 
