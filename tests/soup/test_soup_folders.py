@@ -315,7 +315,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(StateError, match=r"no checkpoint that can be averaged.*save_pretrained"):
         open_checkpoint(tmp_path)
-    with pytest.raises(StateError, match="is no folder"):
+    with pytest.raises(StateError, match="is not a folder"):
         open_checkpoint(tmp_path / "pytorch_model.bin")
 
 
