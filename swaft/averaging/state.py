@@ -300,9 +300,9 @@ def load_averages(
     found.refuse_other_run(expected, where=folder)
     if same_weights and found.weights != expected.weights:
         raise StateError(
-            f"{folder} was saved beside other weights, after {found.applied_steps} optimizer steps, than the "
-            "model has; load the checkpoint it belongs to first (model and optimizer), or say load_state(..., "
-            "same_weights=False) where the model is meant to be another"
+            f"{folder} was saved with other weights, after {found.applied_steps} optimizer steps, than the model "
+            "has now; load the checkpoint it belongs to first (model and optimizer), or pass load_state(..., "
+            "same_weights=False) to use different weights on purpose"
         )
     lanes = averages.lanes
     for rule in found.rules:

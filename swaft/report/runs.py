@@ -209,7 +209,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            _require(isinstance(record, dict), path, f"line {number} is no object")
+            _require(isinstance(record, dict), path, f"line {number} is not an object")
             yield record
         except ValueError as error:
             if number < len(lines):

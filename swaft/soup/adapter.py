@@ -147,7 +147,7 @@ def _plain_config(checkpoint: SavedWeights) -> dict[str, Any]:
         raise StateError(f"{where / ADAPTER_CONFIG}: r and lora_alpha: expected numbers")
     for key in VARIANTS:
         if config.get(key):
-            raise StateError(f"{where}: {key} is set, so its updates are no plain B A; expected plain LoRA")
+            raise StateError(f"{where}: {key} is set, so its updates are not plain B A; expected plain LoRA")
     ends = tuple(end for pair in FACTORS for end in pair)
     for name in checkpoint.specs:
         if "lora_" in name and not name.endswith((*ends, "lora_B.bias")):

@@ -91,14 +91,14 @@ def differences(first: Mapping[str, Spec], other: Mapping[str, Spec]) -> Iterato
     """The differences between the tensors of two checkpoints, one phrase each."""
     for name, spec in first.items():
         if name not in other:
-            yield f"{shown(name)} is in the first alone"
+            yield f"{shown(name)} is only in the first"
         elif spec.shape != other[name].shape:
             yield f"{shown(name)} has shape {list(spec.shape)} and {list(other[name].shape)}"
         elif _kind(spec) != _kind(other[name]):
             yield f"{shown(name)} is {spec.dtype} and {other[name].dtype}"
     for name in other:
         if name not in first:
-            yield f"{shown(name)} is in the second alone"
+            yield f"{shown(name)} is only in the second"
 
 
 def compare_configs(first: Path | None, other: Path | None) -> list[str]:

@@ -75,7 +75,7 @@ def open_checkpoint(
             "folder first, with save_pretrained"
         )
     raise StateError(
-        f"{path} is no checkpoint that can be averaged; expected a folder with model.safetensors or its index, "
+        f"{path} is not a checkpoint that can be averaged; expected a folder with model.safetensors or its index, "
         "with adapter_model.safetensors, a checkpoint of a swaft run, a DeepSpeed checkpoint of ZeRO 1 to 3, or a "
         "saved state of averages. For others (pytorch_model.bin, torch's distributed checkpoints), write a Hugging "
         "Face folder first, with save_pretrained"

@@ -198,7 +198,7 @@ def _equal(name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Ten
         other = checkpoint.read(name, *span)
         if first.dtype != other.dtype or not torch.equal(first.view(torch.uint8), other.view(torch.uint8)):
             raise StateError(
-                f"{name!r} is {first.dtype}, of which there is no mean, and differs between {members[0][1].path} "
+                f"{name!r} is {first.dtype}, which cannot be averaged, and differs between {members[0][1].path} "
                 f"and {checkpoint.path}; expected it to be equal. Quantised weights must be unpacked first"
             )
     return first

@@ -107,7 +107,7 @@ def status(path: str | PathLike[str]) -> os.stat_result | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:  # a NUL byte, or a character not allowed in file names
-            raise StateError(f"{os.fspath(path)!r} is no file name: {error}") from error
+            raise StateError(f"{os.fspath(path)!r} is not a valid file name: {error}") from error
 
 
 def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:

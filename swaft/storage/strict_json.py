@@ -28,14 +28,14 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         return content
 
     def refuse(constant: str) -> NoReturn:
-        raise StateError(f"{where}: found {constant}, which is no number of JSON")
+        raise StateError(f"{where}: found {constant}, which is not a JSON number")
 
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
         raise StateError(f"{where}: nested too deep") from None
     except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
-        raise StateError(f"{where}: no valid JSON: {error}") from error
+        raise StateError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise StateError(f"{where}: found a {type(content).__name__}, expected an object")
     return content

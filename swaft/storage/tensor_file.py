@@ -232,7 +232,7 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Spec], dict[str
         with explained(path, "read"), safe_open(f"/proc/self/fd/{descriptor}", "numpy"):
             pass
     except (SafetensorError, ValueError) as error:
-        raise StateError(f"{path} is no whole file of tensors: {str(error)[:300]}") from error
+        raise StateError(f"{path} is not a complete safetensors file: {str(error)[:300]}") from error
     with explained(path, "read"), open(descriptor, "rb", closefd=False) as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
         raw = file.read(begin - 8)

@@ -152,7 +152,7 @@ def test_a_distributed_checkpoint_that_no_run_has_sealed_is_refused(copy):
         open_checkpoint(copy / "engine", trust_pickle=True)
     (copy / "manifest.json").unlink()
     (copy / "COMPLETE").unlink()
-    with pytest.raises(StateError, match=r"is no checkpoint that can be averaged"):
+    with pytest.raises(StateError, match=r"is not a checkpoint that can be averaged"):
         open_checkpoint(copy, trust_pickle=True)
 
 

@@ -244,5 +244,5 @@ def test_a_checkpoint_that_is_damaged_is_an_error_that_names_it(tmp_path, damage
 def test_a_tag_that_is_no_folder_beside_it_is_not_followed(tmp_path, tag):
     path = checkpoint(tmp_path / "c", tensors_of(0), stage=2, world=1)
     (path / "latest").write_text(tag)
-    with pytest.raises(StateError, match="no checkpoint that can be averaged"):
+    with pytest.raises(StateError, match="not a checkpoint that can be averaged"):
         open_checkpoint(path, trust_pickle=True)

@@ -182,7 +182,7 @@ class Engine(ABC):
         held = dict(self.named_parameters())
         if gone := self.trainable.keys() - held.keys():
             raise LayoutError(
-                f"{min(gone)!r} was there when the averager was attached, and is now gone; attach a new averager "
+                f"{min(gone)!r} was there when the averager was attached, and is gone; attach a new averager "
                 "after the model is changed (adapters merged and unloaded, say)"
             )
         for name, parameter in held.items():

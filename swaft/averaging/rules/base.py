@@ -196,13 +196,13 @@ class SettledPlan(Plan):
         return self.kinds
 
     def updates(self, n: int) -> tuple[Update, ...]:
-        """As of :class:`Plan`."""
+        """See :class:`Plan`."""
         if self.fixed_length:
             self.refuse_surplus(n)
         return self.moves(n)
 
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
-        """As of :class:`Plan`."""
+        """See :class:`Plan`."""
         chosen.refuse_all_but()
         return self.average(num_members)
 
@@ -287,7 +287,7 @@ def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dic
         if not isinstance(name, str) or not name
     ]
     problems += [
-        f"rule: {rule!r} is no rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
+        f"rule: {rule!r} is not a rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
         for rule in rules.values()
         if isinstance(rule, type) or not hasattr(rule, "plan")
     ]

@@ -140,7 +140,7 @@ def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: 
     if not host_knows(wrong) or not bool(wrong.any()):
         return
     raise DataError(
-        f"{int(wrong.sum())} of {labels.numel()} labels are no class, the first of them "
+        f"{int(wrong.sum())} of {labels.numel()} labels are not valid classes, the first of them "
         f"{int(labels[wrong][0])}; expected 0 to {num_classes - 1}, or ignore_index={ignore_index} in rows "
         "that do not count."
     )
