@@ -268,9 +268,8 @@ class WeightAverager:
                 resume with different weights on purpose.
 
         Raises:
-            StateError: the folder is incomplete or damaged, or belongs to another model or to a run with other
-                rules. Raised on every rank; the averages are unchanged, unless a file was damaged after it had been
-                checked.
+            StateError: the folder is incomplete, damaged, of another model, or of a run with other rules; on every
+                rank. The averages are unchanged, unless a file was damaged after its check.
             AveragingError: averaging failed on a rank, or averaged weights are swapped in.
         """
         with self.engine.ranks.together():
