@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from swaft.errors import StateError, SwaftError
 ARRIVAL_TIMEOUT_S = 60.0
 """Seconds that ranks wait for each other after an error before they give up on the missing ones; less if the
 training's own time limit is shorter."""
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for one that writes a model alone: on a slow disk, this exceeds a collective's time limit."""
 
 
 _SHARED: tuple[object, Ranks] | None = None
@@ -56,12 +59,20 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, by rank, on every rank (collective; small picklable values)."""
+    @cached_property
+    def _patient(self) -> Any:
+        """A group with a longer time limit; a lost rank is still noticed at once (creating it is collective)."""
+        return _gloo_group(at_least=PATIENCE)
+
+    def gather(self, value: Any, *, patiently: bool = False) -> list[Any]:
+        """The values of all ranks, by rank, on every rank (collective; small picklable values).
+
+        With ``patiently``, a rank may take up to ``PATIENCE`` to arrive.
+        """
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self._patient if patiently else self._group)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -72,13 +83,15 @@ class Ranks:
         """A separate channel between the ranks, for use by another thread (creating it is collective)."""
         return Channel(None if self._group is None else _gloo_group())
 
-    def raise_together(self, error: SwaftError | None) -> None:
+    def raise_together(self, error: SwaftError | None, *, patiently: bool = False) -> None:
         """Raise the error of the lowest failing rank on every rank, so none continues alone and none is left
         waiting.
 
         Collective. All ranks raise the same type with the same message, with a note that names the failing rank.
+        With ``patiently`` a rank may take up to ``PATIENCE`` to come here.
         """
-        found = [(rank, each) for rank, each in enumerate(self.gather(error)) if each is not None]
+        errors = self.gather(error, patiently=patiently)
+        found = [(rank, each) for rank, each in enumerate(errors) if each is not None]
         if not found:
             return
         rank, first = found[0]
@@ -163,12 +176,12 @@ class Channel:
         self._group = None
 
 
-def _gloo_group(*, at_most: timedelta = timedelta.max) -> Any:
+def _gloo_group(*, at_least: timedelta = timedelta(), at_most: timedelta = timedelta.max) -> Any:
     """A gloo group of all ranks, with the time limit of the training's own group (creating it is collective)."""
     # Without an explicit limit, torch gives a group 30 minutes, whatever the limit of the default group.
     world: Any = dist.group.WORLD
     limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
-    return dist.new_group(backend="gloo", timeout=min(limit, at_most))
+    return dist.new_group(backend="gloo", timeout=min(max(limit, at_least), at_most))
 
 
 def _in_one_line(error: Exception) -> str:

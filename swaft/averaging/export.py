@@ -175,7 +175,7 @@ def _on_main(engine: Engine, action: Callable[[], Any], fault: str) -> Any:
                 result = action()
         except Exception as cause:  # whatever it is, the other ranks are waiting
             error = AveragingError(f"{fault}: {type(cause).__name__}: {cause}")
-    engine.ranks.raise_together(error)
+    engine.ranks.raise_together(error, patiently=True)
     return result
 
 

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from swaft.averaging.engines.base import checksum
 from swaft.averaging.engines.replicated import ReplicatedEngine, require_fp32
 from swaft.averaging.layout import Fragment
 from swaft.errors import LayoutError, UnsupportedEngineError
@@ -33,25 +32,6 @@ class FSDP2Engine(ReplicatedEngine):
     The module has been resharded first (:func:`reshard`); `parameters` stay sharded, whatever the module holds
     later.
     """
-
-    def prove_layout(self) -> None:
-        """As for every engine; also prove that the replicas of a shard hold the same weights (collective).
-
-        Raises:
-            LayoutError: on every rank.
-        """
-        super().prove_layout()
-        if self._num_replicas == 1:
-            return
-        replicas = dist.get_process_group_ranks(self._replicas)
-        found = self.ranks.gather((replicas, checksum(self.working())))
-        for rank, (others, bits) in enumerate(found):
-            if bits != found[others[0]][1]:
-                raise LayoutError(
-                    f"rank {rank} holds other weights than rank {others[0]}, and both are replicas of one shard "
-                    "(HSDP); expected the same model on all ranks before `fully_shard`: load it from the same "
-                    "files, or seed alike"
-                )
 
     def named_parameters(self, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter with its clean name, always sharded, whatever a forward has left in the module."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import PIECE, Engine, unknown_parameter
+from swaft.averaging.engines.base import PIECE, Engine, checksum, unknown_parameter
 from swaft.averaging.layout import Fragment, clean_name, cut, merge, slice_of
 from swaft.errors import LayoutError, UnsupportedEngineError
 
@@ -60,6 +60,26 @@ class ReplicatedEngine(Engine):
     def working(self) -> list[Tensor]:
         """The parameters, or what this rank holds of them, flattened."""
         return self._working()
+
+    def prove_layout(self) -> None:
+        """As for every engine; also prove that replicas hold the same weights, as each averages a part
+        (collective).
+
+        Raises:
+            LayoutError: on every rank.
+        """
+        super().prove_layout()
+        if self._num_replicas == 1:
+            return
+        replicas = dist.get_process_group_ranks(self._replicas)
+        found = self.ranks.gather((replicas, checksum(self.working())))
+        for rank, (others, bits) in enumerate(found):
+            if bits != found[others[0]][1]:
+                raise LayoutError(
+                    f"rank {rank} holds other weights than rank {others[0]}, and both should be replicas of one "
+                    "model, or of one shard (HSDP); expected all ranks to load the same files, or to seed alike, "
+                    "and to exchange the gradients of every step (no LocalSGD, no DDP over a part of the ranks)"
+                )
 
     @torch.no_grad()
     def publish(self) -> None:

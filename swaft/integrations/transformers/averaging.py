@@ -143,7 +143,8 @@ class WeightAveragingCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the averaged model and its tokenizer."""
         averager = self._attached
-        averager.wait()
+        with averager.engine.ranks.together():  # a full disk on one machine, say
+            averager.wait()
         averager.engine.stop()  # the model may be trained by another Trainer next
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)

@@ -49,7 +49,7 @@ class CausalDataConfig(RowsConfig):
     """Column with the text to learn; set it with `prompt_column`, or alone for texts without a prompt."""
     messages_column: str | None = None
     """Column with chats: lists of messages with a role and a content, written by the tokenizer's chat template. The
-    answers of the assistant are learnt."""
+    answers of the assistant are learnt, but for those with `weight: 0`."""
     prompt_prefix: str = ""
     """Put before every prompt."""
     prompt_suffix: str = ""
@@ -177,7 +177,8 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
 
     A prompt is tokenized as the tokenizer begins a text, an answer without special tokens; the end-of-text token
     follows it and is learnt. The first token of a row is never learnt: nothing stands before it. Of a chat the
-    messages of the assistant are learnt, but for one that begins it, which answers nothing.
+    messages of the assistant are learnt, but for one that begins it, which answers nothing, and those of the
+    weight 0.
 
     Args:
         split: rows that `find_columns` checked.
@@ -346,12 +347,17 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
         messages = chat if isinstance(chat, list) else []
         if not all(map(_is_message, messages)):
             yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
-        elif not any(each["role"] == "assistant" for each in messages[1:]):
+        elif not any(map(_is_learnt, messages[1:])):
             yield row, f"has no message of the assistant behind another {there}; expected one to learn"
 
 
 def _is_message(found: Any) -> bool:
     return isinstance(found, Mapping) and isinstance(found.get("content"), str) and "role" in found
+
+
+def _is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether an answer is one to learn: OpenAI's chats give one that is only context the weight 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _tokens(
@@ -393,6 +399,8 @@ def _chat_tokens(
         DataError: the template refuses the chat, or writes the messages before an answer differently once the
             answer is there.
     """
+    # Arrow gives every message the fields of all, and templates take one without a value for one that is there.
+    chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
         options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
@@ -408,7 +416,7 @@ def _chat_tokens(
     ids: list[int] = []
     labels: list[int] = []
     for place, message in enumerate(chat):
-        if message["role"] != "assistant" or place == 0:
+        if place == 0 or not _is_learnt(message):
             continue
         given, whole = ids_of(chat[:place], prompts=True), ids_of(chat[: place + 1])
         if whole[: len(given)] != given or given[: len(ids)] != ids:
