@@ -121,7 +121,7 @@ def test_losses_of_routers_are_refused_however_small(fused):
 
 def test_a_model_that_seeds_its_passes_itself_shares_no_masks():
     model, batch = of_kind(Reseeding), generation_batch()
-    with pytest.raises(NoiseError, match=r"seeds torch's random state anew.*masks='independent'"):
+    with pytest.raises(NoiseError, match=r"reseeds torch's random state.*masks='independent'"):
         R3F(sigma=0.1)(model, batch)
     assert R3F(sigma=0.1, masks="independent")(model, batch).divergence > 0
 
