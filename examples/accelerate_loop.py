@@ -16,13 +16,13 @@ STEPS = 40
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
-    """Made-up texts of six tokens; the class is told by the first."""
+    """Made-up texts of six tokens; the first token gives the class."""
     texts = torch.randint(1, 60, (160, 6))
     return [{"input_ids": text, "labels": text[0] % 3} for text in texts]
 
 
 def main(folder: Path) -> None:
-    """Train, evaluate both kinds of weights, save the averaged model."""
+    """Train, evaluate the last and the averaged weights, save the averaged model."""
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     model = BertForSequenceClassification(
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size=8))
 
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(half_life=0.1), total_steps=STEPS)
-    swaft.register_averager(accelerator, averager)  # save_state and load_state carry the averages from now on
+    swaft.register_averager(accelerator, averager)  # save_state and load_state now carry the averages
 
     while averager.applied_steps < STEPS:
         for batch in loader:
@@ -40,14 +40,14 @@ def main(folder: Path) -> None:
                 accelerator.backward(model(**batch).loss)
                 optimizer.step()
                 optimizer.zero_grad()
-            averager.step()  # on every micro-batch: it counts real steps only
+            averager.step()  # on every micro-batch: it counts only real steps
             if averager.applied_steps == STEPS:
                 break
     accelerator.save_state(str(folder / "checkpoint"))
 
     batch = next(iter(loader))
     last = accuracy(model, batch)
-    with averager.swapped_in():  # every rank enters
+    with averager.swapped_in():  # on every rank
         averaged = accuracy(model, batch)
     accelerator.print(f"accuracy of the last weights {last:.3f}, of the averaged ones {averaged:.3f}")
     averager.save_pretrained(folder / "final-averaged")  # a Hugging Face folder
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Share of rows whose class is found."""
+    """Share of rows classified correctly."""
     model.eval()
     return float((model(**batch).logits.argmax(-1) == batch["labels"]).float().mean())
 

@@ -1,4 +1,4 @@
-"""R3F in a loop of one's own: the loss of a step is the mean over its rows, however many micro-batches it has."""
+"""R3F in your own loop: the loss of a step is the mean over its rows, however many micro-batches it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPOCHS, ACCUMULATION = 4, 2
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
-    """Made-up texts of six tokens; the class is told by the first."""
+    """Made-up texts of six tokens; the first token gives the class."""
     texts = torch.randint(1, 60, (160, 6))
     return [{"input_ids": text, "labels": text[0] % 3} for text in texts]
 
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     objective.prepare_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size=8))
-    accelerator.register_for_checkpointing(objective)  # the step that its noise is drawn by
+    accelerator.register_for_checkpointing(objective)  # carries the step that its noise depends on
 
     for _ in range(EPOCHS):
         batches = iter(loader)
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
             total = accelerator.reduce(counted)  # rows of this step on all ranks
             means = ACCUMULATION * accelerator.num_processes  # what accelerate and the engine divide by
             for batch in step:
-                # Not accelerator.accumulate: the loader has been read ahead, so each may look like its last batch.
+                # Not accelerator.accumulate: the loader is read ahead, so any batch may look like its last one.
                 accelerator.sync_gradients = batch is step[-1]
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                     out = objective(model, batch)

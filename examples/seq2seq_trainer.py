@@ -25,7 +25,7 @@ def rows(number: int) -> Dataset:
 
 
 def main(folder: Path) -> None:
-    """Train and leave final-averaged/."""
+    """Train and write final-averaged/."""
     set_seed(0)
     trainer = Seq2SeqTrainer(
         model=T5ForConditionalGeneration(

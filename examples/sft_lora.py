@@ -19,7 +19,7 @@ WORDS = ["<pad>", "<s>", "</s>", "Q", "A", *map(str, range(40))]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a word."""
+    """A tokenizer with one token per word."""
     inner = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<pad>"))
     inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main(folder: Path) -> None:
-    """Train adapters to add small numbers, and leave their average."""
+    """Train adapters to add small numbers, and write their average."""
     set_seed(0)
     rows = [{"prompt": f"Q {a} {b}", "completion": f" A {a + b}"} for a in range(12) for b in range(12)]
     trainer = SFTTrainer(

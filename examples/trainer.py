@@ -13,7 +13,7 @@ import swaft
 
 
 def rows(number: int) -> Dataset:
-    """Made-up texts of six tokens; the class is told by the first."""
+    """Made-up texts of six tokens; the first token gives the class."""
     texts = torch.randint(1, 60, (number, 6))
     return Dataset.from_dict({"input_ids": texts.tolist(), "labels": (texts[:, 0] % 3).tolist()})
 
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
         eval_dataset=rows(40),
         callbacks=[swaft.WeightAveragingCallback(swaft.EMA(half_life=0.1))],  # the added line
     )
-    trainer.train()  # writes final-averaged/ into the folder
+    trainer.train()  # writes final-averaged/ to the folder
     with swaft.averaged_weights(trainer):
         print(trainer.evaluate())
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Starts the ranks of one machine of a run on one or several machines: run it once on each, with the same arguments.
+# Starts one machine's ranks, for a run on one or several machines: call it once on each, with the same arguments.
 #   launch/launch.sh --hosts node-a,node-b --gpus-per-node 8 [--rank R] [--port P] [--dry-run] \
 #       launch/accelerate/zero3_multinode.yaml recipes/classification.py \
 #       --config recipes/configs/classification/mrpc.yaml train.learning_rate=2e-5
-# --dry-run prints the command of every machine instead. Inside a SLURM task hosts, GPUs, rank and port are SLURM's.
+# --dry-run prints every machine's command instead. In a SLURM task, hosts, GPUs, rank and port come from SLURM.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ fail() {
 }
 
 hosts=() rank=${SLURM_NODEID:-} gpus=${SLURM_GPUS_ON_NODE:-} dry_run=''
-# Two jobs that share a machine must not meet at one port. Below 30000 the kernel hands out none by itself.
+# Two jobs on one machine must not share a port. The kernel assigns none below 30000 on its own.
 port=$((${SLURM_JOB_ID:-0} ? 10000 + ${SLURM_JOB_ID:-0} % 19000 : 29500))
 while [[ ${1-} == --* ]]; do
     case $1 in
@@ -22,7 +22,7 @@ while [[ ${1-} == --* ]]; do
         --rank) rank=${2-} ;;
         --gpus-per-node) gpus=${2-} ;;
         --port) port=${2-} ;;
-        *) fail "there is no option $1; options of the launch come first, those of the recipe after its name" ;;
+        *) fail "there is no option $1; launch options come first, recipe options after the recipe" ;;
     esac
     [[ -n ${2-} ]] || fail "$1 needs a value"
     shift 2
@@ -34,7 +34,7 @@ arguments=("$@")
 for file in "$launch_file" "$recipe"; do [[ -f $file ]] || fail "there is no file $file"; done
 
 if ((${#hosts[@]} == 0)) && [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
-    names=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # node[01-02] and the like are SLURM's to spell out
+    names=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # only SLURM can expand node[01-02] and the like
     mapfile -t hosts <<<"$names"
 fi
 if ((${#hosts[@]} == 0)); then hosts=(localhost); fi
@@ -43,15 +43,15 @@ if ((${#hosts[@]} == 1)); then rank=0; fi
 [[ -n $dry_run || ($rank =~ ^[0-9]+$ && $rank -lt ${#hosts[@]}) ]] ||
     fail "which of ${hosts[*]} is this? give --rank, from 0 to $((${#hosts[@]} - 1))"
 
-# What is set already wins. torchrun kills ranks 30 s after it was asked to end, too soon to save a large model.
+# Variables already set win. torchrun kills the ranks 30 s after it is asked to stop: too soon to save a large model.
 environment=(
     "PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}"
     "TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}"
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 )
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    # Many nodes have no way out to the Hub and wait long to find out. Nodes that build into one folder of a shared
-    # file system wait for each other's locks, and for that of a build that was killed for ever.
+    # Many nodes cannot reach the Hub, and take long to find out. Nodes that build into one folder of a shared file
+    # system wait for each other's locks, and wait forever for the lock of a build that was killed.
     local_disk=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/swaft-$UID-$SLURM_JOB_ID
     environment+=(
         "HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}"
@@ -59,20 +59,20 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
         "TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/triton}"
         "TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_disk/torch_extensions}"
     )
-    # SLURM sends SIGTERM to every process of a task. accelerate starts a single rank without torchrun and would end
-    # before it, whereupon SLURM kills the rank while it saves.
+    # SLURM sends SIGTERM to every process of a task. accelerate starts a single rank without torchrun, and would exit
+    # before the rank does; SLURM would then kill the rank while it saves.
     if ((${#hosts[@]} * gpus == 1)); then trap '' TERM; fi
 fi
 if [[ -d .venv/bin ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 
-# Sets `command` to that of machine $1.
+# Sets `command` to the command of machine $1.
 command_of() {
     command=(
         env "${environment[@]}" accelerate launch --config_file "$launch_file"
         --num_machines "${#hosts[@]}" --num_processes "$((${#hosts[@]} * gpus))" --main_process_port "$port"
     )
     if ((${#hosts[@]} > 1)); then
-        # accelerate's own way to several machines, pdsh, wants a host file and ssh.
+        # accelerate's default for several machines, pdsh, needs a host file and ssh.
         command+=(--machine_rank "$1" --main_process_ip "${hosts[0]}" --deepspeed_multinode_launcher standard)
     fi
     command+=("$recipe" "${arguments[@]}")
@@ -89,8 +89,8 @@ if [[ -n $dry_run ]]; then
     exit
 fi
 command_of "$rank"
-# One process compiles what DeepSpeed needs, before ranks race for it; with a GPU there is nothing to compile.
+# One process compiles what DeepSpeed needs, before the ranks race to do it; with a GPU there is nothing to compile.
 if grep -Eq "^distributed_type: *['\"]?DEEPSPEED" "$launch_file"; then
     env "${environment[@]}" python -m swaft.training.launch.deepspeed_extension
 fi
-exec "${command[@]}" # so that a signal reaches torchrun, which passes it on to the ranks
+exec "${command[@]}" # so that signals reach torchrun, which passes them on to the ranks

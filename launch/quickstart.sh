@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Fine-tunes the small embedded model on data that is on every machine, in one process, and scores the last weights
-# against the averaged ones. Needs no GPU and no network. Leaves runs/quickstart/; an older one is moved aside.
+# Fine-tunes the small embedded model in one process, on data that every machine has, and compares the scores of the
+# last and the averaged weights. Needs no GPU and no network. Writes runs/quickstart/; an older one is moved aside.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 accelerate=accelerate
 if [[ -x .venv/bin/accelerate ]]; then accelerate=.venv/bin/accelerate; fi
 config=recipes/configs/classification/quickstart.yaml
-# Threads that wait by spinning bring training to a crawl on a machine that is doing something else besides.
+# Threads that spin while they wait slow training to a crawl on a machine that is also doing something else.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 if [[ -e runs/quickstart ]]; then mv runs/quickstart "runs/quickstart-before-$(date +%Y%m%d-%H%M%S)"; fi
 

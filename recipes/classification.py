@@ -3,7 +3,7 @@
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/classification.py \
         --config recipes/configs/classification/mrpc.yaml averaging.rule=ema noise.kind=r3f
 
-The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It leaves a run folder with the
+The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It writes a run folder with the
 last weights (final/), the averaged ones (final-averaged/), and the scores of both (summary.json).
 """
 
@@ -39,24 +39,24 @@ Config = ClassificationConfig
 
 
 class PreparedTask(Prepared):
-    """What a run needs that neither a device nor other ranks have to do with."""
+    """What a run needs that depends on no device and no other rank."""
 
     task: Task
-    """What is learnt of the rows."""
+    """What is learned from the rows."""
     head: FittedHead
-    """The task in the order of the model's own head, where that is kept."""
+    """The task in the class order of the model's own head, if that head is kept."""
     collate: Collator
 
     @property
     def description(self) -> str:
-        """What is learnt, in words."""
+        """What is learned, in words."""
         return "regression" if self.task.is_regression else f"{self.task.num_labels} classes"
 
 
 def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
-    """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
+    """Find and check everything that needs no device and no other rank; problems are collected."""
     ready = PreparedTask()
-    with problems:  # what is wrong in a block ends it, and those that need something of it are left out
+    with problems:  # a problem ends its block, and later blocks that need something from it are skipped
         ready.task = describe_task(load_splits(config.data), config.data)
         ready.rows = ready.task.rows
     with problems:
@@ -94,13 +94,13 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     with problems:
         ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
     with problems:
-        if ready.head.order is not None:  # class ids as the kept head has them
+        if ready.head.order is not None:  # class ids in the kept head's order
             ready.metric = renumbered(ready.metric, ready.head.order)
     return ready
 
 
 def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
-    """Return the metric that the settings name, of the class that they call positive."""
+    """Return the metric the settings name, for the class they call positive."""
     return get_metric(
         config.eval.metric,
         task_name=config.data.task_name,
@@ -113,12 +113,12 @@ def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
 
 def train(config: ClassificationConfig) -> None:
     """Fine-tune, evaluate and save."""
-    # What can be wrong without any process group is found, all of it, before there is one.
+    # Everything that can be checked without a process group is checked before there is one.
     ready, start = start_of(config, prepare)
     task, tokenizer, objective = ready.head.task, ready.tokenizer, ready.objective
 
     with Run.start(config, start.engine) as run:
-        # Data: every split that is there, as token ids.
+        # Data: every split, as token ids.
         datasets = {
             name: tokenize(split, task, tokenizer, config.data.max_seq_length)
             for name, split in ready.rows.items()
@@ -129,7 +129,7 @@ def train(config: ClassificationConfig) -> None:
             model = load_with_head(config, ready.model_config, has_new_head=ready.head.is_new)
         objective.prepare_model(model)
 
-        # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
+        # Engine: accelerator.prepare, and the weights of a checkpoint if the run resumes.
         model, optimizer, loader = run.prepare(
             model,
             lambda model: build_optimizer(model, config.train),

@@ -1,11 +1,11 @@
-"""Fine-tunes a pretrained model to find the answers to questions in a text, and averages its weights.
+"""Fine-tunes a pretrained model for extractive question answering, and averages its weights.
 
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/question_answering.py \
         --config recipes/configs/question_answering/squad.yaml averaging.rule=ema noise.kind=r3f
 
-The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It leaves a run folder with the last
-weights (final/), the averaged ones (final-averaged/), the scores of both (summary.json), their answers as the
-official SQuAD scripts read them (predictions-*.json), and some of them to read (samples-*.jsonl).
+The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It writes a run folder with the last
+weights (final/), the averaged ones (final-averaged/), the scores of both (summary.json), their answers in the
+format of the official SQuAD scripts (predictions-*.json), and some samples of them (samples-*.jsonl).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Config = QuestionAnsweringConfig
 
 
 class PreparedQuestions(Prepared):
-    """What a run needs that neither a device nor other ranks have to do with."""
+    """What a run needs that depends on no device and no other rank."""
 
     has_unanswerable: bool
     """Whether "none" is an answer."""
@@ -57,14 +57,14 @@ class PreparedQuestions(Prepared):
 
     @property
     def description(self) -> str:
-        """What is learnt, in words."""
+        """What is learned, in words."""
         return f"finding answers, scored by {self.metric.name}"
 
 
 def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQuestions:
-    """Find and check everything that needs no device and no other rank; what is wrong goes on the list."""
+    """Find and check everything that needs no device and no other rank; problems are collected."""
     ready = PreparedQuestions()
-    with problems:  # what is wrong in a block ends it, and those that need something of it are left out
+    with problems:  # a problem ends its block, and later blocks that need something from it are skipped
         ready.rows = check_questions(load_splits(config.data), skip_bad_rows=config.data.skip_bad_rows)
     with problems:
         ready.has_unanswerable = may_have_no_answer(ready.rows, config.data.version_2_with_negative)
@@ -105,12 +105,12 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
 
 def train(config: QuestionAnsweringConfig) -> None:
     """Fine-tune, evaluate and save."""
-    # What can be wrong without any process group is found, all of it, before there is one.
+    # Everything that can be checked without a process group is checked before there is one.
     ready, start = start_of(config, prepare)
     tokenizer, objective = ready.tokenizer, ready.objective
 
     with Run.start(config, start.engine) as run:
-        # Data: every split that is there, as overlapping windows of token ids.
+        # Data: every split, as overlapping windows of token ids.
         windows = {
             name: tokenize_questions(split, tokenizer, config.data, training=name == "train")
             for name, split in ready.rows.items()
@@ -122,7 +122,7 @@ def train(config: QuestionAnsweringConfig) -> None:
             model = load_with_head(config, ready.model_config)
         objective.prepare_model(model)
 
-        # Engine: accelerator.prepare, and the weights of a checkpoint where the run resumes.
+        # Engine: accelerator.prepare, and the weights of a checkpoint if the run resumes.
         model, optimizer, loader = run.prepare(
             model,
             lambda model: build_optimizer(model, config.train),

@@ -1,7 +1,7 @@
 """swaft: fine-tuning that generalises better, by weight averaging and noise stability, at any scale.
 
-Importing this package imports nothing but itself: a name is fetched when it is asked for, so that `swaft --help`
-does not wait for torch.
+Importing this package imports nothing else: names are loaded on first use, so that `swaft --help` does not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _ELSEWHERE = {
     ),
     "register_averager": "integrations.accelerate",
 }
-"""Where the names come from that are not of `swaft.averaging`."""
+"""The modules of the names that are not from `swaft.averaging`."""
 
 
 def __getattr__(name: str) -> Any:

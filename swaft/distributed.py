@@ -1,7 +1,7 @@
-"""What the ranks agree on: small messages over gloo, apart from the training's own collectives.
+"""Agreement between ranks: small messages over gloo, separate from the training's own collectives.
 
-The averages live in host memory, and a message about an error must get through while the accelerator's
-communicator is busy or broken. So swaft keeps one gloo group of its own and never mixes into NCCL's order.
+The averages live in host memory, and a message about an error must get through while the accelerator's communicator
+is busy or broken. So swaft keeps its own gloo group and never interferes with the order of NCCL's operations.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ import torch.distributed as dist
 from swaft.errors import StateError, SwaftError
 
 ARRIVAL_TIMEOUT_S = 60.0
-"""Seconds that ranks wait for each other after an error before those that came give up on the others; less where
-the training's own time limit is shorter."""
+"""Seconds that ranks wait for each other after an error before they give up on the missing ones; less if the
+training's own time limit is shorter."""
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for one that writes a model alone: on a slow disk, this exceeds a collective's time limit."""
 
 
 _SHARED: tuple[object, Ranks] | None = None
 
 
 def shared_ranks() -> Ranks:
-    """The ranks of this process's default group, made once (collective the first time): groups cost threads."""
+    """The ranks of this process's default group, created once (collective the first time): groups cost threads."""
     global _SHARED
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if _SHARED is None or _SHARED[0] is not world:
@@ -34,9 +37,9 @@ def shared_ranks() -> Ranks:
 
 
 class Ranks:
-    """The processes that train together, and a gloo group between them (none where there is one process).
+    """The processes that train together, and a gloo group between them (none if there is only one process).
 
-    Creating it is collective: every rank must do so, in the same order as its other groups.
+    Creating it is collective: every rank must do so, in the same order relative to its other groups.
     """
 
     def __init__(self) -> None:
@@ -47,8 +50,8 @@ class Ranks:
         self._arrivals: Any = None
         if self.world_size > 1:
             self._group = _gloo_group()
-            # The time limit of a gloo operation is its group's, so waiting for a rank that may never come
-            # takes a group of its own.
+            # The time limit of a gloo operation is that of its group, so waiting for a rank that may never arrive
+            # needs a separate group.
             self._arrivals = _gloo_group(at_most=timedelta(seconds=ARRIVAL_TIMEOUT_S))
 
     @property
@@ -56,12 +59,20 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank, on every rank (collective; small picklable values)."""
+    @cached_property
+    def _patient(self) -> Any:
+        """A group with a longer time limit; a lost rank is still noticed at once (creating it is collective)."""
+        return _gloo_group(at_least=PATIENCE)
+
+    def gather(self, value: Any, *, patiently: bool = False) -> list[Any]:
+        """The values of all ranks, by rank, on every rank (collective; small picklable values).
+
+        With ``patiently``, a rank may take up to ``PATIENCE`` to arrive.
+        """
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self._patient if patiently else self._group)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -69,41 +80,43 @@ class Ranks:
         return Channel(self._group).sum(values)
 
     def channel(self) -> Channel:
-        """A way of its own between the ranks, for a thread of its own (creating it is collective)."""
+        """A separate channel between the ranks, for use by another thread (creating it is collective)."""
         return Channel(None if self._group is None else _gloo_group())
 
-    def raise_together(self, error: SwaftError | None) -> None:
-        """Raise the first rank's error on every rank, so none continues alone and none is left waiting.
+    def raise_together(self, error: SwaftError | None, *, patiently: bool = False) -> None:
+        """Raise the error of the lowest failing rank on every rank, so none continues alone and none is left
+        waiting.
 
-        Collective. Ranks without an error of their own raise the same type with the same message, and the
-        rank it was found on.
+        Collective. All ranks raise the same type with the same message, with a note that names the failing rank.
+        With ``patiently`` a rank may take up to ``PATIENCE`` to come here.
         """
-        found = [(rank, each) for rank, each in enumerate(self.gather(error)) if each is not None]
+        errors = self.gather(error, patiently=patiently)
+        found = [(rank, each) for rank, each in enumerate(errors) if each is not None]
         if not found:
             return
         rank, first = found[0]
         if rank == self.rank and error is not None:
-            first = error  # with its cause, which does not travel
+            first = error  # keeps its cause, which is not transferred
         if self.world_size > 1:
             first.add_note(f"found on rank {rank} of {self.world_size}")
         raise first
 
     @contextmanager
     def together(self, fault: str | None = None) -> Iterator[None]:
-        """Context whose `SwaftError` on any rank is raised on all of them, at its end (collective).
+        """Context that raises a `SwaftError` of any rank on all of them, at its end (collective).
 
-        The body makes no collective calls, or none that a rank leaves out when it fails.
+        The body must make no collective calls, except ones that a failing rank makes, too.
 
         Args:
-            fault: what is wrong where any other exception comes out of the body, such as "FILE could not be
-                written"; it then becomes a `StateError` of these words. None: others pass through on their rank.
+            fault: message for any other exception from the body, such as "FILE could not be written"; the exception
+                becomes a `StateError` with this text. None: other exceptions pass through on their rank.
         """
         error = None
         try:
             yield
         except SwaftError as found:
             error = found
-        except Exception as found:  # whatever it is, the other ranks wait to hear of it
+        except Exception as found:  # whatever it is, the other ranks are waiting
             if fault is None:
                 raise
             error = StateError(f"{fault}: {_in_one_line(found)}")
@@ -124,9 +137,10 @@ class Ranks:
             dist.barrier(group=self._group)
 
     def all_arrive(self) -> bool:
-        """Whether every rank reaches this point within ``ARRIVAL_TIMEOUT_S``; for the way out of an error.
+        """Whether every rank reaches this point within ``ARRIVAL_TIMEOUT_S``; for error handling.
 
-        Collective, but made for the case that it is not: where others wait elsewhere, this returns False.
+        Collective, but it also works if some ranks never call it: if others are waiting elsewhere, this returns
+        False.
         """
         if self._arrivals is None:
             return True
@@ -138,7 +152,7 @@ class Ranks:
 
 
 class Channel:
-    """Sums over a group of its own: messages of two threads over one could meet in another order elsewhere.
+    """Sums over a separate group: messages of two threads in one group could arrive in another order elsewhere.
 
     Args:
         group: a gloo group; None in one process.
@@ -156,18 +170,18 @@ class Channel:
         return message.tolist()
 
     def close(self) -> None:
-        """Give the group's threads and sockets back."""
+        """Release the group's threads and sockets."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
 
 
-def _gloo_group(*, at_most: timedelta = timedelta.max) -> Any:
-    """A gloo group of all ranks, which wait in it as long as in the training's own (creating it is collective)."""
-    # Without a limit of its own torch gives a group 30 minutes, whatever that of the default group.
+def _gloo_group(*, at_least: timedelta = timedelta(), at_most: timedelta = timedelta.max) -> Any:
+    """A gloo group of all ranks, with the time limit of the training's own group (creating it is collective)."""
+    # Without an explicit limit, torch gives a group 30 minutes, whatever the limit of the default group.
     world: Any = dist.group.WORLD
     limit: timedelta = world._get_backend(world._device_types[0]).options._timeout
-    return dist.new_group(backend="gloo", timeout=min(limit, at_most))
+    return dist.new_group(backend="gloo", timeout=min(max(limit, at_least), at_most))
 
 
 def _in_one_line(error: Exception) -> str:

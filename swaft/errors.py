@@ -1,4 +1,4 @@
-"""The errors swaft raises. Each message says what was found, what was expected, and which setting mends it."""
+"""The errors swaft raises. Each message says what was found, what was expected, and which setting fixes it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ class SwaftError(Exception):
 
 
 class ConfigError(SwaftError):
-    """A configuration that cannot run. Carries every problem found, not only the first.
+    """A configuration that cannot run. It lists every problem found, not only the first.
 
     Args:
-        problems: one complete message a problem.
+        problems: one complete message per problem.
     """
 
     def __init__(self, problems: list[str] | str):
@@ -20,7 +20,7 @@ class ConfigError(SwaftError):
         super().__init__("\n".join([f"{count} with this run:", *(f"  - {p}" for p in self.problems)]))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
-        """Survive the way to another rank: the problems, not the finished message."""
+        """Pickle the problems, not the finished message, so that the error reaches other ranks intact."""
         return type(self), (self.problems,)
 
 
@@ -29,28 +29,28 @@ class DataError(SwaftError):
 
 
 class AveragingError(SwaftError):
-    """Weight averaging that cannot start, or was used in a way that would give wrong weights."""
+    """Weight averaging cannot start, or was used in a way that would give wrong weights."""
 
 
 class UnsupportedEngineError(AveragingError):
-    """A training engine, or a mode of one, whose fp32 master weights cannot be averaged faithfully."""
+    """The fp32 master weights of a training engine, or of one of its modes, cannot be averaged faithfully."""
 
 
 class LayoutError(AveragingError):
-    """Master weights that are not where the engine adapter expects them."""
+    """Master weights are not where the engine adapter expects them."""
 
 
 class NoiseError(SwaftError):
-    """Noise that does not reach the network, or a model it cannot be given to."""
+    """Noise does not reach the network, or the model does not support it."""
 
 
 class TrainingError(SwaftError):
-    """Training that cannot continue: a loss that is not finite, say."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class StateError(SwaftError):
-    """Saved state that is damaged, incomplete, unsafe to open, or of another run."""
+    """Saved state is damaged, incomplete, unsafe to open, or belongs to another run."""
 
 
 class StateAccessError(StateError):
-    """State that may be sound, but cannot be opened or written now: refused by the system, or of a newer swaft."""
+    """Saved state may be intact, but cannot be used now: access was refused, or it is from a newer swaft."""

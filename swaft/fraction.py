@@ -1,4 +1,4 @@
-"""Fractions mean the decimal numbers that were written: 0.29 of 100 is 29, where a float's product is 28.999..."""
+"""Fractions mean the decimal numbers as written: 0.29 of 100 is 29, although the float product is 28.999..."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from numbers import Rational
 
 
 def share_of(whole: int, fraction: float | Rational) -> Fraction:
-    """The exact share ``fraction`` of ``whole``, to be rounded by whoever asks.
+    """The exact share ``fraction`` of ``whole``; the caller rounds it.
 
     Args:
         whole: what it is a share of.
-        fraction: a finite number; a float stands for the shortest decimal number that is read as it.
+        fraction: a finite number; a float stands for the shortest decimal number that parses to it.
     """
     return whole * Fraction(fraction if isinstance(fraction, Rational) else str(fraction))

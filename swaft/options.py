@@ -1,4 +1,4 @@
-'''Options declared once, as fields of a dataclass: the type says what is allowed, the string below what it is for.
+'''Options declared once, as dataclass fields: the type says what is allowed, the string below what it is for.
 
     @dataclass(frozen=True)
     class EMA:
@@ -7,9 +7,9 @@
         every: Count = 1
         """Optimizer steps between two members."""
 
-A type is int, float, bool, str, Literal, None, a collection, or a union of them; where int and float are both
-allowed, whole numbers have the range of int, others that of float. Python arguments are checked by this declaration
-(`require`), and the settings of the recipes, their checks and their help are made from it.
+A type is int, float, bool, str, Literal, None, a collection, or a union of these. If int and float are both
+allowed, whole numbers have the range of int, others that of float. Python arguments are checked against this
+declaration (`require`), and the recipes' settings, with their checks and help, are generated from it.
 '''
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from swaft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Finite numbers between bounds; ``low`` and ``high`` themselves are allowed, ``above`` and ``below`` not."""
+    """Finite numbers between bounds; ``low`` and ``high`` are inclusive, ``above`` and ``below`` exclusive."""
 
     low: float = -math.inf
     above: float = -math.inf
@@ -40,11 +40,11 @@ class Range:
     below: float = math.inf
 
     def __contains__(self, value: Any) -> bool:
-        """Whether a number is allowed; nan and the infinities never are."""
+        """Whether a number is allowed; NaN and infinities never are."""
         return self.low <= value <= self.high and self.above < value < self.below
 
     def __str__(self) -> str:
-        """Say what is allowed, to follow "a number": ", at least 0 and below 1"."""
+        """What is allowed, to be appended to "a number": ", at least 0 and below 1"."""
         bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
         told = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
         return told and f", {told}"
@@ -56,30 +56,31 @@ Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(low=0)]
 ShareBelowOne = Annotated[float, Range(low=0, below=1)]
 StepOrShare = Annotated[float, Range(low=0, high=1)] | WholeNumber
-"""A moment of a run: 0.5 is a share of it, 100 an optimizer step; so 1 is step 1, and 1.0 the end."""
+"""A point of a run: a float such as 0.5 is a share of it, an int such as 100 a step. So 1 is step 1 and 1.0 the
+end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a field of a dataclass may be."""
+    """The values that a dataclass field may have."""
 
     kinds: dict[type, Range]
-    """The types a value may have, None apart, and the range of numbers."""
+    """The types a value may have, except None, with the range for numbers."""
     choices: tuple[str, ...] = ()
-    """The texts a value may be; empty: any, where str is among the types."""
+    """The allowed texts; empty: any text, if str is among the types."""
     optional: bool = False
     """Whether None is allowed."""
     default: Any = MISSING
-    """`dataclasses.MISSING` where a value has to be given."""
+    """`dataclasses.MISSING` if a value is required."""
 
     @property
     def required(self) -> bool:
-        """Whether a value has to be given."""
+        """Whether a value is required."""
         return self.default is MISSING
 
     @classmethod
     def of(cls, hint: Any, default: Any = MISSING) -> Option:
-        """Read a type, as `typing.get_type_hints` gives it with its extras."""
+        """Read a type, as returned by `typing.get_type_hints` with extras."""
         members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         kinds, choices = dict[type, Range](), list[str]()
         for member in members:
@@ -93,7 +94,7 @@ class Option:
         return cls(kinds=kinds, choices=tuple(dict.fromkeys(choices)), optional=optional, default=default)
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value, to follow the option's name: "is 0, expected ..."; None: nothing."""
+        """What is wrong with a value, to follow the option's name: "is 0, expected ..."; None if nothing."""
         if self._allows(value):
             return None
         near = suggestion(value, self.choices) if isinstance(value, str) else ""
@@ -101,7 +102,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What is allowed, in words, None apart."""
+        """What is allowed, in words, except None."""
         words = {int: "a whole number", float: "a fraction" if int in self.kinds else "a number"}
         words |= {str: f"one of {', '.join(self.choices)}" if self.choices else "text", bool: "true or false"}
         return " or ".join(f"{words.get(kind, kind.__name__)}{bounds}" for kind, bounds in self.kinds.items())
@@ -128,23 +129,23 @@ def options_of(section: type) -> dict[str, Option]:
 
 
 def check(options: Any) -> list[tuple[str, str]]:
-    """Every option of a dataclass instance whose value is not allowed: its name, and "is 0, expected ..."."""
+    """Every option of a dataclass instance with an invalid value: its name, and "is 0, expected ..."."""
     declared = options_of(type(options)).items()
     return [(name, fault) for name, option in declared if (fault := option.fault(getattr(options, name)))]
 
 
 def require(options: Any) -> None:
-    """Refuse a dataclass instance with values that are not allowed.
+    """Refuse a dataclass instance with invalid values.
 
     Raises:
-        ConfigError: with all of them.
+        ConfigError: lists all of them.
     """
     if found := check(options):
         raise ConfigError([f"{name} {fault}" for name, fault in found])
 
 
 def value_faults(name: str, value: Any, hint: Any) -> list[str]:
-    """What is wrong with a single value of a type such as `Count`: nothing, or one message led by its name."""
+    """What is wrong with a single value of a type such as `Count`: an empty list, or one message with its name."""
     fault = Option.of(hint).fault(value)
     return [] if fault is None else [f"{name} {fault}"]
 
@@ -153,16 +154,16 @@ def require_value(name: str, value: Any, hint: Any) -> None:
     """Refuse a single value that its type does not allow.
 
     Raises:
-        ConfigError: led by its name.
+        ConfigError: starts with its name.
     """
     if faults := value_faults(name, value, hint):
         raise ConfigError(faults)
 
 
 def docs_of(section: type) -> dict[str, str]:
-    """What each option of a dataclass is for: the string that follows its field in the source, in one line."""
+    """The description of each option of a dataclass: the string after its field in the source, in one line."""
     texts: dict[str, str] = {}
-    for kind in filter(is_dataclass, reversed(section.__mro__)):  # what a class adds or changes comes last
+    for kind in filter(is_dataclass, reversed(section.__mro__)):  # a subclass's own come last
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
         for field, doc in pairwise(body):
             if (
@@ -176,6 +177,6 @@ def docs_of(section: type) -> dict[str, str]:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """` Did you mean 'x'?` for the known word nearest to this one, or nothing."""
+    """` Did you mean 'x'?` for the known word closest to this one, or an empty text."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""

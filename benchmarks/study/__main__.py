@@ -1,14 +1,14 @@
 """Command line of the study.
 
-nice -n 19 python -m benchmarks.study run       # start or go on with the grid; stop it at any time
-python -m benchmarks.study run --jobs 12        # so many processes side by side, on one card or many cores
-SWAFT_STUDY_PRECISION=fp32 python -m benchmarks.study run   # passes in fp32, where a processor is slow in bf16
-python -m benchmarks.study pack FOLDER          # model and tasks for a machine that has neither; there:
+nice -n 19 python -m benchmarks.study run       # start or continue the grid; stop it at any time
+python -m benchmarks.study run --jobs 12        # that many processes in parallel, on one GPU or many cores
+SWAFT_STUDY_PRECISION=fp32 python -m benchmarks.study run   # passes in fp32, for processors that are slow in bf16
+python -m benchmarks.study pack FOLDER          # model and tasks for a machine that has neither; run there:
 SWAFT_STUDY_PACK=FOLDER SWAFT_STUDY=ROWS python -m benchmarks.study run --jobs 14 --seconds 460 --file card
-python -m benchmarks.study cost                 # measured seconds of a cell, task by task
-python -m benchmarks.study cell NAME [--check]  # make one cell again, and compare it with its rows
-python -m benchmarks.study status               # how many cells of each phase there are
-python -m benchmarks.study evidence             # draw docs/evidence.md, and bring up to date what README quotes
+python -m benchmarks.study cost                 # measured seconds per cell, task by task
+python -m benchmarks.study cell NAME [--check]  # run one cell again, and compare it with its rows
+python -m benchmarks.study status               # how many cells of each phase are done
+python -m benchmarks.study evidence             # generate docs/evidence.md, and update what other pages quote
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="make every cell that is missing, most wanted first")
-    run.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    run.add_argument("--cells", type=int, default=None, help="stop after so many cells")
-    run.add_argument("--seconds", type=float, default=math.inf, help="end after so many, about")
-    run.add_argument("--until", type=float, help="end at this time, about, in seconds since 1970")
-    run.add_argument("--file", help="one file for all rows; otherwise one a task, regime and split")
-    run.add_argument("--retry", action="store_true", help="make cells again that are recorded as failed")
+    run = commands.add_parser("run", help="run every missing cell, most wanted first")
+    run.add_argument("--jobs", type=int, default=1, help="processes in parallel")
+    run.add_argument("--cells", type=int, default=None, help="stop after this many cells")
+    run.add_argument("--seconds", type=float, default=math.inf, help="stop after about this long")
+    run.add_argument("--until", type=float, help="stop at about this time, in seconds since 1970")
+    run.add_argument("--file", help="one file for all rows; otherwise one per task, regime and split")
+    run.add_argument("--retry", action="store_true", help="rerun cells recorded as failed")
     cost = commands.add_parser("cost", help="measure one cell of each task")
     cost.add_argument("--tasks", nargs="*", default=list(TASKS))
     cost.add_argument("--training", default="decayed")
-    one = commands.add_parser("cell", help="make one cell, and print its rows")
+    one = commands.add_parser("cell", help="run one cell, and print its rows")
     one.add_argument("name")
     one.add_argument("--check", action="store_true", help="compare it with its rows in the results")
     commands.add_parser("status", help="count cells")
-    commands.add_parser("evidence", help="draw the page from the rows, and bring quotes of it up to date")
+    commands.add_parser("evidence", help="generate the page from the rows, and update quotes of it")
     packed = commands.add_parser("pack", help="write model and tasks for a machine that has neither")
     packed.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in (*write(results_folder(), ROOT / "docs"), *requote(results_folder())):
             print(path)
         return 0
-    torch.set_num_threads(1)  # a cell comes to the same bits however often it is made
+    torch.set_num_threads(1)  # a cell gives the same bits every time it is run
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(torch.cuda.is_available())
     if given.command == "run":
@@ -78,12 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_grid(given: argparse.Namespace) -> int:
-    """Make cells until none is missing. A failed cell is recorded under its error's name, and others follow.
+    """Run cells until none is missing. A failed cell is recorded with its error, and the run goes on.
 
     Args:
-        given: jobs (processes side by side, this one counted), cells (of this process; None: all), seconds or until
-            (no cell is begun that would end later, if it takes as long as this process's longest so far), file, and
-            retry (whether cells that failed before are made again).
+        given: jobs (processes in parallel, including this one), cells (of this process; None: all), seconds or
+            until (no cell is started that would end later if it took as long as this process's longest so far),
+            file, and retry (whether cells that failed before are run again).
     """
     # A signal ends the other processes too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -99,7 +99,7 @@ def run_grid(given: argparse.Namespace) -> int:
             if cell is not None:
                 tried.add((cell.name, cell.fingerprint))
                 longest = max(longest, time.time() - began)
-            elif wait:  # what others are making may open further cells
+            elif wait:  # cells that others are running may make more available
                 time.sleep(5)
             else:
                 break
@@ -112,15 +112,15 @@ def run_grid(given: argparse.Namespace) -> int:
 def _make_next(
     folder: Path, file: str | None, tried: set[tuple[str, str]] | None
 ) -> tuple[Cell | None, bool]:
-    """Make the most wanted cell that is neither there nor held by another process.
+    """Run the most wanted cell that is neither done nor held by another process.
 
     Args:
         folder: of the rows.
-        file: that its rows go to; None: its own.
-        tried: None: a recorded failure is final. Otherwise it counts for these cells alone.
+        file: where its rows go; None: the cell's own file.
+        tried: None: a recorded failure is final. Otherwise a failure is final for these cells only.
 
     Returns:
-        The cell, or None where there is none; and whether others hold some.
+        The cell, or None if there is none; and whether others hold some.
     """
     wait = False
     for cell in _made(folder, tried).missing():
@@ -129,7 +129,7 @@ def _make_next(
                 wait = True
                 continue
             if _made(folder, tried).on(_here(), cell):
-                continue  # finished by another process since
+                continue  # another process has finished it since
             began = time.perf_counter()
             found = make(cell)
             append(folder, file or cell.file, found)
@@ -144,7 +144,7 @@ def _here() -> str:
 
 
 def _made(folder: Path, tried: set[tuple[str, str]] | None = None) -> Made:
-    """What is there; a recorded failure counts, or counts for the cells of ``tried`` alone."""
+    """What is done; recorded failures count, or with ``tried`` only those of these cells."""
     rows = read_rows(folder)
     if tried is not None:
         rows = [row for row in rows if "failed" not in row or (row["cell"], row["fingerprint"]) in tried]
@@ -152,17 +152,17 @@ def _made(folder: Path, tried: set[tuple[str, str]] | None = None) -> Made:
 
 
 def make(cell: Cell) -> list[Row]:
-    """The rows of a cell, or the one row that says why there are none."""
+    """The rows of a cell, or one row that says why there are none."""
     try:
         return run_cell(cell)
-    except Exception as error:  # out of memory, a folder that is missing: others are made all the same
+    except Exception as error:  # out of memory or a missing folder: the other cells are run all the same
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [{**identity(cell, "failed"), "of": 1, "failed": f"{type(error).__name__}: {error}"}]
 
 
 def print_cost(tasks: list[str], training: str) -> int:
-    """Print what one cell of each task takes; nothing is kept."""
+    """Print what one cell of each task costs; nothing is kept."""
     print("task        steps  training CPU-s  in all s")
     for task in tasks:
         began = time.process_time()
@@ -176,7 +176,7 @@ def print_cost(tasks: list[str], training: str) -> int:
 
 
 def print_cell(cell: Cell, check: bool) -> int:
-    """Print a cell's rows; with ``check``, whether they are those of the results, number for number."""
+    """Print a cell's rows; with ``check``, also whether they equal those in the results, number for number."""
     made = make(cell)
     for row in made:
         print(json.dumps(row))
@@ -194,7 +194,7 @@ def print_cell(cell: Cell, check: bool) -> int:
 
 
 def print_status() -> int:
-    """Print how many cells of each phase are there, with their baselines on one kind of machine."""
+    """Print how many cells of each phase are done, together with their baselines on the same kind of machine."""
     rows = read_rows(results_folder())
     made = _made(results_folder())
     for phase in PHASES:

@@ -1,4 +1,4 @@
-"""Question answering: the first and the last token of the answer in a text, scored as SQuAD 1.1 is."""
+"""Extractive question answering: the first and last token of the answer in a text, scored as in SQuAD 1.1."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from benchmarks.study.rows import Rows, evaluation_batches
 from swaft.training.evaluation.answering import exact_match, token_f1
 
 MAX_LENGTH = 192
-"""Tokens of question and text together; a row whose answer begins or ends beyond them is left out."""
+"""Tokens of question and text together; a row whose answer starts or ends beyond them is left out."""
 MAX_ANSWER = 30
-"""Tokens of an answer."""
+"""Most tokens in an answer."""
 
 
 @dataclass(frozen=True)
 class Questions(Rows):
-    """Questions with their texts; ``labels`` (N, 2) are the places of the answer's first and last token."""
+    """Questions with their texts; ``labels`` (N, 2) are the positions of the answer's first and last token."""
 
     texts: tuple[str, ...]
     offsets: tuple[tuple[tuple[int, int], ...], ...]
-    """Characters of its text that each token stands for; (0, 0) of a token of anything else."""
+    """The range of characters of the text that each token covers; (0, 0) for tokens outside the text."""
     answers: tuple[tuple[str, ...], ...]
     """Right answers."""
 
@@ -70,7 +70,7 @@ def read(columns: dict[str, list[Any]], tokenizer: Any) -> Questions:
 
 
 def predict(model: nn.Module, rows: Questions) -> Prediction:
-    """Logits of both ends over the places of each row, and exact match and F1 of the best spans, from 0 to 1."""
+    """Logits of both ends over the positions of each row; exact match and F1 of the best spans, from 0 to 1."""
     found = {}
     with encoder.evaluating(model) as where:
         for places in evaluation_batches(rows):
@@ -98,7 +98,7 @@ def predict(model: nn.Module, rows: Questions) -> Prediction:
 
 
 def best_answer(rows: Questions, row: int, ends: Tensor) -> str:
-    """The text of the span of the highest sum of logits, of at most ``MAX_ANSWER`` tokens of the text.
+    """The text of the span with the highest sum of logits, at most ``MAX_ANSWER`` tokens long.
 
     Args:
         rows: the questions.

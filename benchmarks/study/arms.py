@@ -1,4 +1,4 @@
-"""Rows as arms: what is kept side by side, and the paired differences of two arms."""
+"""Rows as arms: which rows are compared, and the paired differences of two arms."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OUTCOMES = {
     "score": "score, points",
     "ece": "calibration error, points",
 }
-"""What is compared. Loss: 100 times the difference of the logarithms, so per cent. Scaled: likewise, the logits
-divided by what fits the validation rows best, so that what is left is no matter of confidence. Score: the task's
-own."""
+"""What is compared. Loss: 100 times the difference of the logarithms, so per cent. Scaled: the same, with logits
+divided by the temperature that fits the validation rows best, which removes the effect of confidence. Score: the
+task's own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
-"""The arm that an arm of so many units is held against: of equal cost, or the dearest there is."""
+"""The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""
 FEWEST_SEEDS = 3
 ORDER = [
     (name, readout)
@@ -42,14 +42,14 @@ ORDER = [
 class Kept:
     """Test rows that are shown, and those that are not.
 
-    A training of a regime, task and seed comes from one kind of machine, and is held against the baseline made on
-    that kind: one that has both, and of several the one with the most of what shares this baseline. A training has
-    one arithmetic on each kind.
+    A training of a regime, task and seed comes from one kind of machine, and is compared with the baseline made on
+    that kind. The kind must have both; if several do, it is the one with the most rows that share this baseline. On
+    each kind a training has one arithmetic.
     """
 
     rows: list[Row]
     bases: list[Row]
-    """Of baselines, what only arms of another kind of machine are held against."""
+    """Baseline rows that serve only for comparison with arms from another kind of machine."""
     others: list[Row]
 
     def arms(self, regime: str) -> list[str]:
@@ -75,7 +75,7 @@ class Kept:
         tasks: Collection[str] = tuple(TASKS),
         rounding: str | None = None,
     ) -> Comparison | None:
-        """An arm minus another, paired by task, seed and kind of machine; None where no task has enough pairs."""
+        """An arm minus another, paired by task, seed and kind of machine; None if no task has enough pairs."""
         ours, theirs = (
             {(row["task"], row["seed"], kind_of(row)): _outcome_of(row, outcome, rounding) for row in rows}
             for rows in (_of(self.rows, regime, arm), _of(self.rows + self.bases, regime, base))
@@ -103,7 +103,7 @@ def _of(rows: Sequence[Row], regime: str, arm: str) -> list[Row]:
 
 
 def _outcome_of(row: Row, outcome: str, rounding: str | None) -> float | None:
-    """An outcome of a row; None where it was not measured."""
+    """An outcome of a row; None if it was not measured."""
     numbers = row["outcomes"] if rounding is None else row.get("rounded", {}).get(rounding)
     if numbers is None or _name_of(outcome, row["task"]) not in numbers:
         return None
@@ -124,7 +124,7 @@ def _name_of(outcome: str, task: str) -> str:
 
 
 def keep(rows: Sequence[Row]) -> Kept:
-    """Choose the test rows that are shown, each of a machine that has its baseline, too, where there is one."""
+    """Choose the test rows to show, each from a machine that also has its baseline, if there is one."""
     tested = [row for row in rows if row["split"] == "test" and "failed" not in row]
     counts = Counter((kind_of(row), row["training"], row["fingerprint"]) for row in tested)
     arithmetic = {each[:2]: each[2] for each in sorted(counts, key=lambda each: (counts[each], each[2]))}
@@ -142,12 +142,12 @@ def keep(rows: Sequence[Row]) -> Kept:
 
 
 def _made(row: Row) -> tuple[str, str, int, str]:
-    """What the readouts of one training have in common, on whatever machine."""
+    """What the readouts of one training have in common, on any machine."""
     return row["regime"], row["task"], row["seed"], row["training"]
 
 
 def _pair_of(row: Row) -> tuple[str, str, int, str, str]:
-    """What a row has in common with its baseline, and with all that is held against it."""
+    """What a row has in common with its baseline, and with everything compared to that."""
     return row["regime"], row["task"], row["seed"], _base_of(row), kind_of(row)
 
 

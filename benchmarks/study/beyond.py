@@ -14,18 +14,18 @@ from benchmarks.study.trainings import TRAININGS
 SPLITS = {
     "probe": "representational collapse: linear probes on other tasks after training on sst2",
     "cycle": "representational collapse: chains and cycles of tasks",
-    "flatness": "flatness: loss under weight noise, along the line through the average, eigenvalues of the Hessian",
+    "flatness": "flatness: loss under weight noise and on the line through the average, Hessian eigenvalues",
 }
-"""Measurements that the harness makes, and what a page without them says is missing."""
+"""Measurements of the harness, and what the page lists as missing without them."""
 
 
 def collapse(rows: Sequence[Row]) -> str:
-    """What probes on frozen features reach, on other tasks and along chains; nothing without rows."""
+    """Scores of probes on frozen features, on other tasks and along chains; empty without rows."""
     parts = []
     probed = _grouped(rows, "probe", lambda row: f"{row['training']}:{row['readout'].split(':')[0]}")
     if probed:
         tasks = sorted({row["probe"] for of in probed.values() for row in of})
-        lines = [line(["trained on sst2 by", *tasks]), line(["---"] * (1 + len(tasks)))]
+        lines = [line(["arm, trained on sst2", *tasks]), line(["---"] * (1 + len(tasks)))]
         for arm, of in probed.items():
             scores = [[_score(row) for row in of if row["probe"] == task] for task in tasks]
             lines.append(line([f"`{arm}`", *map(_mean, scores)]))
@@ -35,7 +35,7 @@ def collapse(rows: Sequence[Row]) -> str:
         stages = sorted({row["stage"] for of in chained.values() for row in of})
         for kind, place in (
             ("first", "on the first task of the chain, after each stage"),
-            ("next", "on the task that comes next, before each stage"),
+            ("next", "on the next task, before each stage"),
         ):
             lines = [line(["training", *map(str, stages)]), line(["---"] * (1 + len(stages)))]
             for arm, of in chained.items():
@@ -47,7 +47,7 @@ def collapse(rows: Sequence[Row]) -> str:
 
 
 def flatness(rows: Sequence[Row]) -> str:
-    """Loss under weight noise, and curvature, by arm; nothing without rows."""
+    """Loss under weight noise, and curvature, by arm; empty without rows."""
     found = _grouped(rows, "flatness", lambda row: row["arm"])
     points = {arm: of for arm, of in found.items() if not arm.endswith(":line")}
     if not points:
@@ -61,8 +61,8 @@ def flatness(rows: Sequence[Row]) -> str:
         told = [f"{statistics.mean(rise):+.4f}" for rise in rises]
         lines.append(line([f"`{arm}`", *told, *map(_mean, curves)]))
     return (
-        "## Flatness\n\nRise of the test loss (nats) under Gaussian noise on every weight tensor, as a share of "
-        "its root mean square; curvature of the training loss. Means over tasks and seeds.\n\n"
+        "## Flatness\n\nIncrease in test loss (nats) under Gaussian noise on every weight tensor, its size a share "
+        "of the tensor's root mean square; curvature of the training loss. Means over tasks and seeds.\n\n"
         + "\n".join(lines)
     )
 
@@ -73,7 +73,7 @@ def _titled(place: str, lines: Sequence[str]) -> str:
 
 
 def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows of a split by a name, in the order of the trainings; of the kind of machine that has the most."""
+    """Rows of a split by a name, in the order of the trainings, from the kind of machine that has the most."""
     measured = [row for row in rows if row["split"] == split and "failed" not in row]
     machine = max(sorted(map(kind_of, measured)), key=[*map(kind_of, measured)].count, default="")
     found: dict[str, list[Row]] = {}

@@ -1,4 +1,4 @@
-"""One cell: a training of one task by one seed, and all that is read out of it."""
+"""One cell: one task, training and seed, and everything measured on it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ READINGS = {
     "probe": collapse.probe_others,
     "flatness": flatness.measure,
 }
-"""What is done with a trained model, by split."""
+"""What is measured on a trained model, by split."""
 CYCLE = "cycle"
-"""The split of a chain of tasks, which trains several models and measures between them."""
+"""The split for chains of tasks: trains several models, and measures in between."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A training of one task by one seed. Its name is all that is needed to make it again."""
+    """One task, training and seed. Its name is all that is needed to run it again."""
 
     task: str
     training: str
@@ -52,12 +52,12 @@ class Cell:
 
     @property
     def file(self) -> str:
-        """Name of the file its rows go to."""
+        """Name of the file that its rows go to."""
         return f"{self.split}-{self.regime}-{self.task}"
 
     @property
     def fingerprint(self) -> str:
-        """Of the arithmetic that its numbers come from."""
+        """Fingerprint of the arithmetic that its numbers come from."""
         return fingerprint(self.training, device().type, PRECISION)
 
 
@@ -65,7 +65,7 @@ def parse_cell(name: str) -> Cell:
     """Read a cell's name.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a cell.
     """
     parts, splits = name.split("/"), (*READINGS, CYCLE)
     known = len(parts) == 6 and all(
@@ -80,13 +80,14 @@ def parse_cell(name: str) -> Cell:
     )
     if not known:
         raise ValueError(
-            f"{name!r} is no cell; expected task/training/regime/rate/seed/split, with one of {', '.join(splits)}"
+            f"{name!r} is not a cell; expected task/training/regime/rate/seed/split, the split one of "
+            f"{', '.join(splits)}"
         )
     return Cell(parts[0], parts[1], parts[2], float(parts[3]), int(parts[4]), parts[5])
 
 
 def run_cell(cell: Cell) -> list[Row]:
-    """Train, read out, score: a row a readout."""
+    """Train and score the readouts: one row each."""
     _forget_peak()
     began, cpu_began = time.perf_counter(), time.process_time()
     found, settings = _cycle(cell) if cell.split == CYCLE else _measure(cell)
@@ -107,7 +108,7 @@ def run_cell(cell: Cell) -> list[Row]:
 
 
 def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
-    """Train once, and read out; returns rows by readout, and settings."""
+    """Train once and measure; returns rows by readout, and settings."""
     task, training = TASKS[cell.task], TRAININGS[cell.training]
     regime = REGIMES[cell.regime].times(task.length)
     options = {"regime": regime, "rate": cell.rate, "seed": cell.seed}
@@ -138,14 +139,14 @@ def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
 
 
 def _cycle(cell: Cell) -> tuple[dict[str, Row], Row]:
-    """Train along the chain of tasks that begins with the cell's; returns rows by stage, and settings."""
+    """Train along the chain of tasks that starts with the cell's; returns rows by stage, and settings."""
     regime = REGIMES[cell.regime]
     found = collapse.cycle(cell.task, TRAININGS[cell.training], regime=regime, rate=cell.rate, seed=cell.seed)
     return found, {"rows": regime.rows, "epochs": regime.epochs, "batch": regime.batch}
 
 
 def identity(cell: Cell, readout: str) -> Row:
-    """What says which row it is, where it comes from, and how to make it again."""
+    """Fields that say which row it is, where it comes from, and how to reproduce it."""
     return {
         "cell": cell.name, "task": cell.task, "arm": f"{cell.training}:{readout}", "training": cell.training,
         "readout": readout, "regime": cell.regime, "rate": cell.rate, "seed": cell.seed, "split": cell.split,
@@ -155,7 +156,7 @@ def identity(cell: Cell, readout: str) -> Row:
 
 
 def _forget_peak() -> None:
-    gc.collect()  # the cell before this one lies in cycles, and would count
+    gc.collect()  # the previous cell lingers in reference cycles, and would count
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -164,7 +165,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """Most bytes held since the cell began: on the card, or by this process."""
+    """Peak bytes since the cell started: on the GPU, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

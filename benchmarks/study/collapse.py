@@ -1,7 +1,7 @@
-"""Representational collapse: what fine-tuning on one task leaves of an encoder for others.
+"""Representational collapse: how useful an encoder fine-tuned on one task still is for others.
 
-Aghajanyan et al. 2021, section 4, with the tasks at hand. Representations are judged by what a linear probe on
-frozen, mean-pooled features reaches, never by distances.
+Aghajanyan et al. 2021, section 4, with the available tasks. Representations are judged by the score of a linear
+probe on frozen, mean-pooled features, never by distances.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from benchmarks.study.tasks import TASKS, Splits, Task, load
 from benchmarks.study.trainings import Training
 
 PROBED = ("trec", "cr", "cola", "subj", "mpqa", "mrpc")
-"""Tasks of the first experiment, after training on another."""
+"""Tasks probed in the first experiment, after training on another."""
 CHAIN = ("trec", "mrpc", "subj")
-"""Tasks that follow the first of a chain, one cycle."""
+"""Tasks that follow the first one in a chain; one cycle."""
 CYCLES = 3
 PROBE_ROWS = 500
 PENALTIES = (1e-3, 1e-2, 1e-1)
-"""Weights of ``||W||²/2`` beside the mean cross entropy, chosen on the validation rows."""
+"""Weights of ``||W||²/2`` next to the mean cross entropy; one is chosen on the validation rows."""
 
 
 def probe_others(
     model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
-    """The first experiment: probes on other tasks after training on one, of the last weights and the principal."""
+    """The first experiment: probes on other tasks after training on one, for the last weights and the principal."""
     found = {}
     for readout in principal_readouts(training):
         with in_place(model, trained.averager, readout):
@@ -43,10 +43,10 @@ def probe_others(
 
 
 def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: int) -> dict[str, Row]:
-    """The second and third experiment: a task after another, ``CYCLES`` times, each from where the last one ended.
+    """The second and third experiments: one task after another, ``CYCLES`` times, each from where the last ended.
 
-    Before each stage the task that comes is probed, after it the first task of the chain. The weights that a stage
-    hands on are those of the training's principal readout; heads are new.
+    Before each stage the next task is probed, after it the first task of the chain. A stage passes on the weights
+    of the training's principal readout; heads are new.
     """
     found: dict[str, Row] = {}
     tasks = [first, *(task for task in CHAIN if task != first)] * CYCLES
@@ -78,8 +78,8 @@ def probe(model: nn.Module, task: str, *, seed: int) -> dict[str, float]:
 
     Args:
         model: with the weights to be judged; its head is not used.
-        task: to probe for.
-        seed: of the ``PROBE_ROWS`` rows that the probe is trained on.
+        task: the task to probe.
+        seed: of the ``PROBE_ROWS`` rows the probe is trained on.
     """
     splits = load(task, rows=PROBE_ROWS, seed=seed)
     train, validation, test = (

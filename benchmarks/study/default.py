@@ -1,4 +1,4 @@
-"""What the rules of grid.py come to: the averaging rule and the objective that are recommended."""
+"""What the rules in grid.py lead to: the recommended averaging rule and objective."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ QUOTE = re.compile(r"`([\w.-]+:[\w.+-]+)`: [^`]*? points of score")
 
 
 def choose_default(kept: Kept) -> list[str]:
-    """A paragraph for averaging and one for objectives: what is chosen, by how much, and what confirms it."""
+    """A paragraph each for averaging and objectives: what is chosen, by what margin, and what confirms it."""
     return [_tell(kept, units, kind) for units, kind in KINDS.items()]
 
 
 def best_arm(kept: Kept, units: int) -> str | None:
-    """The arm that the rule chooses on the choosing tasks.
+    """The arm that the criterion selects on the choosing tasks.
 
     Returns:
-        None where no arm is ahead with its interval clear of 0, or some main training is not measured on them all.
+        None if no arm is ahead with an interval that excludes 0, or a main training is not measured on all of them.
     """
     if not_measured(kept, units):
         return None
@@ -48,7 +48,7 @@ def best_arm(kept: Kept, units: int) -> str | None:
 
 
 def not_measured(kept: Kept, units: int) -> list[str]:
-    """The main trainings that are to be chosen among, and have not been measured on every choosing task."""
+    """The main trainings to choose among that have not been measured on every choosing task."""
     base = BASELINES[units]
     measured = {
         arm.partition(":")[0]
@@ -68,7 +68,7 @@ def _candidates(kept: Kept, units: int) -> list[str]:
 
 
 def _chosen_among(training: str, units: int) -> bool:
-    """Whether its cost is that of its passes, not that of more epochs or of teachers."""
+    """Whether its cost comes from its passes alone, not from more epochs or teachers."""
     return TRAININGS[training].passes == TRAININGS[training].units == units
 
 
@@ -80,8 +80,8 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
     arm = best_arm(kept, units)
     if arm is None:
         return (
-            f"**Recommended {kind}: none.** No arm is ahead of `{base}` on test loss with its interval clear of 0, "
-            "and no worse on the score, over the choosing tasks."
+            f"**Recommended {kind}: none.** Over the choosing tasks, no arm that is no worse than `{base}` on the "
+            "score beats it on test loss with an interval that excludes 0."
         )
     chosen = differences(kept, arm, base, CHOOSING)
     told = f"**Recommended {kind}: `{arm}`** against `{base}`. On the choosing tasks: {chosen}."
@@ -92,7 +92,7 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
 
 
 def quote(text: str, kept: Kept) -> str:
-    """A text in which what it quotes of arms, over all tasks, is as the rows say now."""
+    """The text with its quoted differences, over all tasks, updated to the current rows."""
 
     def told(match: re.Match[str]) -> str:
         arm = match[1]

@@ -1,4 +1,4 @@
-"""The figures of the page, as SVG, the same text for the same rows."""
+"""The figures of the page, as SVG; the same rows give the same text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
 
 
 def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
-    """Every figure that the rows are enough for, by name.
+    """Every figure for which there are enough rows, by name.
 
     Args:
         kept: the rows.
-        arms: those to show, from top to bottom.
+        arms: the arms to show, from top to bottom.
     """
     shown = []
     for arm in arms:
@@ -26,7 +26,7 @@ def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
 
 
 def _forest(shown: Sequence[tuple]) -> str:
-    """Mean differences over tasks and their intervals, and each task's own as a small mark."""
+    """Mean differences over tasks with their intervals, and each task's own difference as a small mark."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""A model trained for a cell, and the teachers of a training that distils."""
+"""Trains the model of a cell, and the teachers for distillation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from benchmarks.study.trainings import TRAININGS, Training
 
 @dataclass(frozen=True)
 class Regime:
-    """How much data there is, and the budget: so many epochs of one pass."""
+    """How much data there is, and the budget: the number of epochs with one pass."""
 
     rows: int
     epochs: int
     batch: int
 
     def times(self, factor: int) -> Regime:
-        """The same with so many times the epochs."""
+        """The same, with the number of epochs multiplied."""
         return replace(self, epochs=factor * self.epochs)
 
 
@@ -47,14 +47,14 @@ def fit(
     """Train a model in place.
 
     Args:
-        model: as it begins.
-        splits: of the rows.
-        training: what to do.
+        model: initial.
+        splits: the rows.
+        training: how to train.
         regime: the budget.
         rate: peak learning rate.
         seed: of order, masks and noise.
-        averaged: names of the averages to keep; None: all. Averages leave training as it is.
-        teacher: logits (N, C) of the training rows, for a training that distils.
+        averaged: names of the averages to keep; None: all. Averages do not affect training.
+        teacher: logits (N, C) for the training rows, for distillation.
     """
     places = [
         batch
@@ -85,9 +85,9 @@ def fit(
 
 
 def teach(splits: Splits, training: Training, *, regime: Regime, rate: float, seed: int) -> Tensor | None:
-    """Logits (N, C) that the teachers give to the training rows, of the mean of their probabilities; None without.
+    """Logits (N, C) of the mean of the teachers' probabilities on the training rows; None without teachers.
 
-    Teachers are trained on the same rows, at the same rate; each has a head, an order and masks of its own.
+    Teachers are trained on the same rows, at the same rate; each has its own head, order and masks.
     """
     chances = []
     for i, name in enumerate(training.teachers):
@@ -99,5 +99,5 @@ def teach(splits: Splits, training: Training, *, regime: Regime, rate: float, se
 
 
 def device() -> torch.device:
-    """The card, where there is one."""
+    """The GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Flatness around a readout: loss under weight noise, along the line through the average, and curvature."""
+"""Flatness around a readout: loss under weight noise and on the line through the average, and curvature."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ RADII = (0.01, 0.02, 0.05, 0.1)
 """Noise of each weight tensor, as a share of its root mean square."""
 DRAWS = 3
 LINE = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-"""Places on the line: 0 the last weights, 1 the average."""
+"""Positions on the line: 0 is the last weights, 1 the average."""
 CURVATURE_ROWS = 128
 ITERATIONS = 8
-"""Of the power iteration."""
+"""Steps of the power iteration."""
 PROBES = 4
-"""Random directions by which the trace is estimated."""
+"""Random directions for the estimate of the trace."""
 REACH, REACH_OF_TRACE = 1e-2, 0.5
-"""Length of the steps whose central difference stands for a Hessian's product with a unit vector. Along random
-signs the curvature is small, and takes a longer one to be told from rounding."""
+"""Length of the steps whose central difference stands for the Hessian's product with a unit vector. Along random
+signs the curvature is small, and only a longer step separates it from rounding."""
 
 Vector = dict[str, Tensor]
 
@@ -37,7 +37,7 @@ Vector = dict[str, Tensor]
 def measure(
     model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
-    """A row for the last weights and one for the average, on training and test rows; and one for the line."""
+    """One row for the last weights, one for the average, on training and test rows, and one for the line."""
     train = splits.train.take(torch.arange(min(len(splits.train), len(splits.test))).numpy())
     average = BLENDED if training.schedule == "decayed" else training.principal
     last = principal_readouts(training)[0]
@@ -77,7 +77,7 @@ def curvature(model: nn.Module, rows: Rows) -> dict[str, float]:
 
 
 def top_eigenvalue(product: Callable[[Vector], Vector], direction: Vector) -> float:
-    """The eigenvalue of largest size, by power iteration from a direction."""
+    """The eigenvalue of largest magnitude, by power iteration from a direction."""
     value = 0.0
     for _ in range(ITERATIONS):
         direction = {name: part / _norm(direction) for name, part in direction.items()}
@@ -94,7 +94,7 @@ def _trace_term(product: Callable[[Vector, float], Vector], signs: Vector) -> fl
 
 
 def _gradient(model: nn.Module, rows: Rows, moved: Callable[[str, Tensor], Tensor]) -> Vector:
-    """Gradient of the mean loss at other weights; the weights are as before afterwards."""
+    """Gradient of the mean loss at other weights; the weights are restored afterwards."""
     was_training, where = model.training, next(model.parameters()).device
     model.eval()
     model.zero_grad()

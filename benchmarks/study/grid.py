@@ -2,21 +2,22 @@
 
 Rules, written down before any row of a confirming task was made:
 
-* **Rate.** For every training and task the same search on the validation rows, with a seed that no reported cell
-  uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (last of a
-  decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. Of equal ones, the lower rate. The
-  regime of 500 rows is tuned by itself, in the same way. A rate found on one kind of machine holds on every kind.
+* **Rate.** The search on the validation rows is the same for every training and task, with a seed that no reported
+  cell uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (the last
+  weights of a decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. In a tie, the lower
+  rate. The regime with 500 rows is tuned separately, in the same way. A rate found on one kind of machine is used
+  on every kind.
 * **Machines.** A training is compared with its baseline of the same seed made on the same kind of machine. A pair
-  that is there on one kind is not made again on another.
-* **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs of one pass. A training of
-  two passes, and one that is twice as long, cost two. So comparisons at equal cost are that by construction.
-* **Default averaging rule.** Among the readouts of the decayed and of the constant training, that with the lowest
-  mean over the choosing tasks of the paired difference in test loss to `decayed:last`, whose mean difference in the
-  task's score is not below 0. Where none is ahead on loss with its 95 % interval over tasks clear of 0: the last
-  weights of the decayed training.
-* **Default objective.** Among all two-pass trainings, and readouts of them, likewise against `decayed2x:last`,
-  once the main ones are measured on every choosing task.
-* Confirming tasks are looked at once, after both are chosen, and then change nothing.
+  that exists on one kind is not run again on another.
+* **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs with one pass. A training
+  with two passes, or one twice as long, costs two. So compared costs are equal by construction.
+* **Default averaging rule.** Among the readouts of the decayed and the constant training whose mean difference in
+  the task's score is not below 0: the one with the lowest mean, over the choosing tasks, of the paired difference
+  in test loss from `decayed:last`. If none is ahead on loss with a 95 % interval over tasks that excludes 0: the
+  last weights of the decayed training.
+* **Default objective.** The same among the readouts of all two-pass trainings, against `decayed2x:last`, once the
+  main ones have been measured on every choosing task.
+* Confirming tasks are looked at once, after both choices, and then change nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.study.trainings import TRAININGS
 CHOOSING = ("sst2", "trec", "cr", "banking77")
 CONFIRMING = ("cola", "mpqa", "subj", "mrpc")
 GENERAL = ("squad", "e2e-new", "e2e-encoder", "tatoeba-new", "tatoeba-encoder")
-"""Beside the classification tasks: neither choose nor confirm, and show how far what is found reaches."""
+"""Besides classification: used neither to choose nor to confirm, but to show how far the findings generalise."""
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 FIRST_RATES = (1e-4, 2e-4)
 TUNING_SEED = 101
@@ -55,7 +56,7 @@ REST = tuple(name for name in TRAININGS if name not in MAIN)
 
 @dataclass(frozen=True)
 class Phase:
-    """Trainings that are tuned first, then run on some tasks by some seeds, seed by seed."""
+    """Trainings that are tuned first, then run on some tasks with some seeds, seed by seed."""
 
     trainings: Sequence[str]
     regime: str
@@ -89,7 +90,7 @@ def tuning_cell(training: str, regime: str, task: str, rate: float) -> Cell:
 
 
 def tried(training: str, regime: str, task: str, rows: Iterable[Row]) -> dict[float, float]:
-    """Loss of the principal readout by rate, of the rates tried; infinite where a cell failed or has no number."""
+    """Loss of the principal readout for each rate tried; infinite if the cell failed or the loss is NaN."""
     named = {tuning_cell(training, regime, task, rate).name: rate for rate in RATES}
     losses = {}
     for row in rows:
@@ -101,7 +102,7 @@ def tried(training: str, regime: str, task: str, rows: Iterable[Row]) -> dict[fl
 
 
 def missing_rates(losses: Mapping[float, float]) -> list[float]:
-    """The rates that the search tries next; none once it has ended."""
+    """The rates the search tries next; none once it has ended."""
     missing = [rate for rate in FIRST_RATES if rate not in losses]
     if missing:
         return missing
@@ -111,12 +112,12 @@ def missing_rates(losses: Mapping[float, float]) -> list[float]:
 
 
 def best_rate(losses: Mapping[float, float]) -> float:
-    """The rate of the lowest loss; of equal ones the lower."""
+    """The rate with the lowest loss; the lower one in a tie."""
     return min(losses, key=lambda rate: (losses[rate], rate))
 
 
 def chosen_rate(training: str, regime: str, task: str, rows: Iterable[Row]) -> float | None:
-    """The rate that the tuning rows choose; None while the search goes on, or where every rate fails."""
+    """The rate chosen by the tuning rows; None while the search goes on, or if every rate fails."""
     losses = tried(training, regime, task, rows)
     if missing_rates(losses):
         return None
@@ -125,7 +126,7 @@ def chosen_rate(training: str, regime: str, task: str, rows: Iterable[Row]) -> f
 
 
 def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
-    """The cells of a phase in the order they are made; those whose rate is still open are left out."""
+    """The cells of a phase in the order they run, without those whose rate is still open."""
     rates = {}
     for task in phase.tasks:
         for name in phase.trainings:
@@ -142,7 +143,7 @@ def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
 
 
 def all_cells(rows: Sequence[Row]) -> Iterator[Cell]:
-    """Every cell whose settings the tuning rows give, most wanted first, each once."""
+    """Every cell whose settings the tuning rows determine, most wanted first, each once."""
     seen = set()
     for phase in PHASES:
         for cell in cells_of(phase, rows):
@@ -152,10 +153,10 @@ def all_cells(rows: Sequence[Row]) -> Iterator[Cell]:
 
 
 class Made:
-    """Which cells are there, on which kind of machine, and which are left for this one.
+    """Which cells are done, on which kind of machine, and which are left for this one.
 
     Args:
-        rows: of all machines.
+        rows: rows from all machines.
         here: this kind of machine.
     """
 
@@ -167,23 +168,23 @@ class Made:
         self._names = {kind: {name for name, _ in done} for kind, done in self._done.items()}
 
     def missing(self) -> Iterator[Cell]:
-        """Cells to be made here, most wanted first, each after the baseline it needs here."""
+        """Cells to run here, most wanted first, each after the baseline it needs here."""
         for cell in all_cells(self._tuning):
             if not self.there(cell):
                 yield from (each for each in self._pair(cell) if not self.on(self._here, each))
 
     def there(self, cell: Cell) -> bool:
-        """Whether some kind of machine has a cell together with the baseline that it is compared with."""
+        """Whether some kind of machine has a cell together with the baseline it is compared with."""
         return any(all(self.on(kind, each) for each in self._pair(cell)) for kind in self._done)
 
     def on(self, kind: str, cell: Cell) -> bool:
-        """Whether a kind of machine has a cell; on this one, by the arithmetic that it has now."""
+        """Whether a kind of machine has a cell; on this kind, with the current arithmetic."""
         if kind == self._here:
             return (cell.name, cell.fingerprint) in self._done[kind]
         return cell.name in self._names[kind]
 
     def _pair(self, cell: Cell) -> list[Cell]:
-        """A cell after its baseline; alone where it is one, or where a rate is tried."""
+        """A cell after its baseline; only the cell if it is a baseline, or tries a rate."""
         if cell.split == "tuning":
             return [cell]
         units = TRAININGS[cell.training].units if cell.split == "test" else 1

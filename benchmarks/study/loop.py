@@ -1,4 +1,4 @@
-"""A compact training loop: AdamW, warm-up, gradients clipped, every optimizer step shown to the averager."""
+"""A compact training loop: AdamW, warmup, gradient clipping, and the averager called after every step."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves behind, besides the model."""
+    """What a training returns, besides the model."""
 
     averager: Any
-    """None where nothing was averaged."""
+    """None if nothing was averaged."""
     steps: int
     seconds: float
     cpu_seconds: float
     """Of all threads of this process."""
     divergence: float
-    """Mean over the steps of the last half."""
+    """Mean over the last half of the steps."""
     noise_to_signal: float
-    """Likewise."""
+    """The same mean."""
 
 
 def rate_at(step: int, total_steps: int, schedule: str) -> float:
-    """Share of the peak rate that step ``step`` (from 0) of ``total_steps`` takes."""
+    """Learning rate of step ``step`` (from 0) of ``total_steps``, as a share of the peak rate."""
     warm_up = max(1, round(WARM_UP * total_steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -58,12 +58,12 @@ def train(
 
     Args:
         model: on its device.
-        batches: one a step.
-        objective: of swaft.noise, or called like them.
+        batches: one per step.
+        objective: one of swaft.noise, or called like them.
         schedule: decayed or constant.
         rate: peak learning rate.
         total_steps: number of batches.
-        rules: what is averaged, by name; may be empty.
+        rules: averaging rules, by name; may be empty.
         precision: of the passes, ``bf16`` (autocast; weights and optimizer are fp32) or ``fp32``.
         seed: of the dropout masks.
     """
@@ -99,7 +99,7 @@ def train(
         divergences.append(output.divergence)
         signals.append(output.noise_to_signal)
     if len(divergences) != total_steps:
-        raise ValueError(f"{len(divergences)} batches were given for {total_steps} steps; expected as many")
+        raise ValueError(f"got {len(divergences)} batches for {total_steps} steps; expected one per step")
     if averager is not None:
         averager.wait()
     half = len(divergences) // 2

@@ -17,14 +17,14 @@ GROUP = 64
 
 
 def pretrained(num_labels: int, seed: int, device: torch.device) -> nn.Module:
-    """The embedded MiniLM with a classification head whose weights are drawn by the seed."""
+    """The embedded MiniLM with a classification head initialised from the seed."""
     from transformers import AutoModelForSequenceClassification
 
     return from_pack(AutoModelForSequenceClassification, seed, device, num_labels=num_labels)
 
 
 def from_pack(kind: Any, seed: int, device: torch.device, **options: Any) -> nn.Module:
-    """The encoder as one of transformers' ``Auto`` classes makes it, in fp32; what is new is drawn by the seed."""
+    """The encoder as one of transformers' ``Auto`` classes builds it, in fp32; new weights come from the seed."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -38,7 +38,7 @@ def from_pack(kind: Any, seed: int, device: torch.device, **options: Any) -> nn.
 
 
 def attention_on(device: str) -> str:
-    """How attention is computed: on a card by single operations, for only these have a backward of fixed bits."""
+    """Attention implementation: eager on a GPU, because only its backward pass gives the same bits every time."""
     return "eager" if device == "cuda" else "sdpa"
 
 
@@ -56,7 +56,7 @@ def logits_of(model: nn.Module, rows: Rows) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """The model without dropout and gradients for a while; yields its device."""
+    """Switch off dropout and gradients for a while; yields the model's device."""
     was_training = model.training
     model.eval()
     try:
@@ -68,7 +68,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 @contextmanager
 def changed(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """The model with other parameters for a while; the same bits afterwards."""
+    """Change the parameters for a while; afterwards they have the same bits as before."""
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -82,12 +82,12 @@ def changed(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterat
 
 
 def to_bf16(_: str, weight: Tensor) -> Tensor:
-    """Every weight to bf16, to nearest even."""
+    """Every weight to bf16, ties to even."""
     return weight.bfloat16().float()
 
 
 def to_int8(_: str, weight: Tensor) -> Tensor:
-    """Matrices (out, in) to 255 levels, symmetric, one scale an output channel; vectors stay."""
+    """Matrices (out, in) to 255 levels, symmetric, one scale per output channel; vectors are unchanged."""
     if weight.dim() < 2:
         return weight
     scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
@@ -95,7 +95,7 @@ def to_int8(_: str, weight: Tensor) -> Tensor:
 
 
 def to_int4(_: str, weight: Tensor) -> Tensor:
-    """Matrices (out, in) to 16 levels from least to greatest of each ``GROUP`` weights of a row; vectors stay."""
+    """Matrices (out, in) to 16 levels from min to max of each ``GROUP`` weights in a row; vectors are unchanged."""
     if weight.dim() < 2:
         return weight
     short = -weight.shape[-1] % GROUP

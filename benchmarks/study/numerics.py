@@ -1,4 +1,4 @@
-"""What tells one arithmetic from another: the weights after a fixed tiny training, and machine and versions."""
+"""Identifies the arithmetic: a hash of the weights after a fixed tiny training, and machine and versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.study.trainings import TRAININGS
 PACKAGES = ("torch", "transformers", "numpy", "numba")
 STEPS, BATCH, LENGTH, CLASSES = 24, 4, 8, 3
 PRECISION = os.environ.get("SWAFT_STUDY_PRECISION", "bf16")
-"""Of the passes: bf16 or fp32, whichever a machine does faster. Weights and optimizer are fp32."""
+"""Of the passes: bf16 or fp32, whichever is faster on the machine. Weights and optimizer are fp32."""
 if PRECISION not in ("bf16", "fp32"):
     raise SystemExit(f"SWAFT_STUDY_PRECISION is {PRECISION!r}; expected bf16 or fp32")
 
@@ -30,8 +30,8 @@ if PRECISION not in ("bf16", "fp32"):
 def fingerprint(training: str, device: str, precision: str) -> str:
     """Hash of the weights and averages after ``STEPS`` steps of a training of a random encoder on random rows.
 
-    Whatever changes what a training computes (the library, torch, the processor) changes it, and what leaves the
-    numbers alone leaves it alone.
+    It changes with anything that changes what a training computes (the library, torch, the processor), and with
+    nothing else.
 
     Args:
         training: name of the training.
@@ -71,7 +71,7 @@ def fingerprint(training: str, device: str, precision: str) -> str:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """The kind of machine that a row comes from, and its precision: only rows of one kind are paired."""
+    """The kind of machine a row comes from, with its precision: only rows of one kind are paired."""
     found = row["machine"]
     return ", ".join(
         str(found[part]) for part in ("card", "processor", "torch", "precision") if found.get(part)
@@ -80,7 +80,7 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 @cache
 def machine() -> dict[str, Any]:
-    """Processor, card, threads and versions."""
+    """Processor, GPU, threads and versions."""
     return {
         "processor": _processor(),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor, and whether it multiplies bf16 by itself, for numbers depend on it."""
+    """The processor, and whether it multiplies bf16 natively, because results depend on it."""
     try:
         with open("/proc/cpuinfo") as lines:
             fields = dict(line.split(":", 1) for line in lines if ":" in line)

@@ -1,4 +1,4 @@
-"""Numbers from logits: loss, accuracy, the task's own score, calibration. Pure tensors."""
+"""Numbers from logits: loss, accuracy, the task's own score, calibration. Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 
 BINS = 15
 TEMPERATURES = torch.logspace(-1, 1, 401, dtype=torch.float64)
-"""From which the best is taken, 1.2 % apart."""
+"""Candidates, 1.2 % apart."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a readout makes of some rows: logits (N, C) of all that is to be predicted, and what is right."""
+    """Predictions of a readout for some rows: logits (N, C) of everything to predict, and the right labels."""
 
     logits: Tensor
     labels: Tensor
     """(N,), int64."""
     score: Callable[[], dict[str, float]]
-    """The task's own score, and others of its kind, from 0 to 1; computed when asked for."""
+    """The task's own score and related ones, from 0 to 1; computed on demand."""
     scales: bool = True
-    """Whether a temperature is fitted: with a vocabulary for classes it takes too long."""
+    """Whether a temperature is fitted: with a vocabulary as classes it takes too long."""
 
     def outcomes(self, *, scored: bool = True) -> dict[str, float]:
-        """Nll (nats), accuracy and ece of the predictions; with ``scored`` the task's score as well."""
+        """Nll (nats), accuracy and ece of the predictions; with ``scored``, also the task's score."""
         found = outcomes(self.logits, self.labels, "accuracy")
         return found | (self.score() if scored else {})
 
@@ -41,7 +41,7 @@ def outcomes(logits: Tensor, labels: Tensor, score: str) -> dict[str, float]:
         score: the task's own, accuracy, mcc or f1.
 
     Returns:
-        nll (nats), accuracy, the score under its name, and ece, of ``BINS`` equal bins of the top probability.
+        nll (nats), accuracy, the score under its name, and ece, with ``BINS`` equal bins of the top probability.
     """
     logits = logits.double()
     predicted = logits.argmax(-1)
@@ -57,7 +57,7 @@ def outcomes(logits: Tensor, labels: Tensor, score: str) -> dict[str, float]:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """What logits (N, C) are best divided by, by the loss on these rows (Guo et al. 2017)."""
+    """The temperature for logits (N, C) with the lowest loss on these rows (Guo et al. 2017)."""
     logits = logits.double()
     losses = [float(F.cross_entropy(logits / t, labels)) for t in TEMPERATURES]
     return float(TEMPERATURES[min(range(len(losses)), key=losses.__getitem__)])
@@ -71,14 +71,14 @@ def calibration_error(confidence: Tensor, hits: Tensor) -> float:
 
 
 def matthews(predicted: Tensor, labels: Tensor) -> float:
-    """Matthews correlation of two classes; 0 where one of the two is constant."""
+    """Matthews correlation of two classes; 0 if predictions or labels are constant."""
     tp, fp, fn, tn = _counts(predicted, labels)
     below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / below**0.5 if below else 0.0
 
 
 def f1(predicted: Tensor, labels: Tensor) -> float:
-    """F1 of class 1; 0 where nothing of it is found."""
+    """F1 of class 1; 0 if none of it is found."""
     tp, fp, fn, _ = _counts(predicted, labels)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 

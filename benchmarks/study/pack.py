@@ -1,8 +1,8 @@
 """Model and tasks in one small folder, for a machine that has neither: token ids, and weights in fp16.
 
-`python -m benchmarks.study pack FOLDER` writes it; where `$SWAFT_STUDY_PACK` names it, nothing else is read.
-Rounded to fp16 the encoder is not bit for bit what others begin with, so each row names what it began with, and
-rows of a pack are compared with each other.
+`python -m benchmarks.study pack FOLDER` writes it. If `$SWAFT_STUDY_PACK` is set to it, nothing else is read. The
+encoder rounded to fp16 is not bit for bit the one that other runs start from, so each row records what it started
+from, and rows of a pack are compared with each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def packed() -> Path | None:
-    """The folder, where one is named."""
+    """The folder, if one is set."""
     folder = os.environ.get("SWAFT_STUDY_PACK")
     return Path(folder) if folder else None
 
@@ -36,7 +36,7 @@ def model_folder() -> str:
 
 
 def model_name() -> str:
-    """What rows say they began with."""
+    """The initial model, as recorded in rows."""
     return "all-MiniLM-L6-v2" if packed() is None else "all-MiniLM-L6-v2, rounded to fp16"
 
 
@@ -44,7 +44,7 @@ def write(folder: Path) -> None:
     """Write model and tasks.
 
     Args:
-        folder: made where it is missing.
+        folder: created if it is missing.
     """
     from transformers import AutoModel
 
@@ -96,7 +96,7 @@ def _file(name: str) -> Path:
     folder = packed()
     assert folder is not None
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder} holds no {name}; write the pack anew where the task's folder is")
+        raise FileNotFoundError(f"{folder} holds no {name}; write the pack again where the task's folder is")
     return folder / name
 
 

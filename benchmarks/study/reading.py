@@ -1,4 +1,4 @@
-"""What is measured on a trained model: outcomes of its readouts on the test rows, or on those that choose."""
+"""Measurements on a trained model: outcomes of its readouts on the test rows, or on the validation rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.study.trainings import Training
 def score_validation(
     model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
-    """Outcomes on the validation rows, of the readouts by which a rate may be chosen."""
+    """Outcomes on the validation rows, for the readouts by which a rate may be chosen."""
     found = {}
     for readout in principal_readouts(training):
         with in_place(model, trained.averager, readout):
@@ -32,7 +32,7 @@ def score_validation(
 def score_test(
     model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
-    """Outcomes on the test rows of every readout, and of that which the validation rows choose."""
+    """Outcomes on the test rows for every readout, and for the one chosen by the validation rows."""
     found: dict[str, Row] = {}
     validation = {}
     for readout in readouts_for(training):
@@ -64,7 +64,7 @@ def principal_readouts(training: Training) -> list[Readout]:
 
 @contextmanager
 def in_place(model: nn.Module, averager: Any, readout: Readout) -> Iterator[None]:
-    """The model with the weights of a readout, for a while."""
+    """Give the model the weights of a readout for a while."""
     if readout.rule is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What is read out of one training: its last weights, averages of them, and blends of the two."""
+"""The weights read out of one training: the last ones, averages, and blends of the two."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import swaft
 from benchmarks.study.trainings import Training
 
 MEMBERS = 80
-"""Members of an average over the whole run, about: as good as all steps, and quicker."""
+"""Approximate number of members of an average over the whole run: as good as all steps, and faster."""
 BLENDED = "tail-0.2"
 
 
 @dataclass(frozen=True)
 class Readout:
-    """``last + blend * (average - last)`` of one training."""
+    """``last + blend * (average - last)`` for one training."""
 
     name: str
     rule: str | None = None
     """Name of the average; None: the last weights."""
     blend: float = 1.0
     rounded: bool = False
-    """Whether it is also scored after rounding the weights."""
+    """Whether it is also scored with rounded weights."""
 
 
 def rules_for(training: Training, total_steps: int) -> dict[str, Any]:
     """The rules that all averages of a training are read from, by name; they share one copy of the weights.
 
     Args:
-        training: decides which.
+        training: determines which.
         total_steps: optimizer steps of the run.
     """
     every = max(1, total_steps // MEMBERS)
@@ -61,7 +61,7 @@ def rules_for(training: Training, total_steps: int) -> dict[str, Any]:
 
 
 def readouts_for(training: Training) -> list[Readout]:
-    """What is read out of a training, the last weights first."""
+    """The readouts of a training, the last weights first."""
     decayed = training.schedule == "decayed"
     found = [Readout("last", rounded=True)]
     main = "tail-0.1" if decayed else "swa-0.5"
@@ -73,7 +73,7 @@ def readouts_for(training: Training) -> list[Readout]:
 
 
 def searched(training: Training) -> tuple[str, ...]:
-    """The readouts among which the validation rows choose one, reported as the readout `chosen`."""
+    """The readouts from which the validation rows choose one, reported as the readout `chosen`."""
     if training.schedule == "decayed":
         return ("last", "tail-0.1", "tail-0.2") + (("swa-0.5",) if training.plain else ())
     return ("last", "swa-0.5", "swa-0.75") + (("swa-0.25",) if training.plain else ())

@@ -1,7 +1,7 @@
-"""Small reference forms of the methods that noise stability is measured against: SMART, FreeLB, distillation.
+"""Small reference forms of the methods that noise stability is compared with: SMART, FreeLB, distillation.
 
-Objectives like those of swaft: called with model and batch, they give loss, divergence and noise_to_signal. Noise
-is sized as in R3F's preset ``relative``: a share of the root mean square of the token embeddings, here as the
+Objectives like those of swaft: called with model and batch, they return loss, divergence and noise_to_signal.
+Noise is sized as in R3F's preset ``relative``, as a share of the root mean square of the token embeddings: here the
 length of a token's noise over the root mean square length of a token.
 """
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TEACHER = "teacher_logits"
-"""Key of a batch under which :class:`Distillation` finds the teacher's logits, (B, C)."""
+"""Batch key under which :class:`Distillation` finds the teacher's logits, (B, C)."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What an objective gives."""
+    """The output of an objective."""
 
     loss: Tensor
     divergence: Tensor
@@ -28,7 +28,7 @@ class Output:
 
 
 class Rival:
-    """An objective that asks nothing of a model beforehand."""
+    """An objective that needs no preparation of the model."""
 
     def prepare_model(self, model: nn.Module) -> None:
         """Nothing to prepare."""
@@ -37,13 +37,13 @@ class Rival:
 class Smart(Rival):
     """The smoothness term of SMART (Jiang et al. 2020, eqs. 1-2), one ascent step; without its proximal term.
 
-    loss = L(x) + weight * max over noise of KL(p‖q) + KL(q‖p); the maximum by one gradient step from random noise
-    of a hundredth of the radius, then on to the radius. Three forward and, with the ascent, about three backward
-    passes.
+    loss = L(x) + weight * max over noise of KL(p‖q) + KL(q‖p). The maximum is approximated by one step as long as
+    the radius, along the gradient at random noise of a hundredth of the radius. Three forward passes and, with the
+    ascent, about three backward passes.
 
     Args:
-        weight: of the term.
-        radius: of the noise, as a share.
+        weight: weight of the term.
+        radius: length of the noise, as a share.
     """
 
     def __init__(self, weight: float = 1.0, radius: float = 0.3) -> None:
@@ -64,21 +64,21 @@ class Smart(Rival):
 
 
 class FreeLB(Rival):
-    """FreeLB (Zhu et al. 2020, algorithm 1): the mean loss, and gradient, along an ascent of the noise.
+    """FreeLB (Zhu et al. 2020, algorithm 1): the mean loss and gradient along an ascent of the noise.
 
-    Noise begins inside the ball and takes a normalised gradient step of the radius between passes, back into
-    the ball. All passes but the last run their backward here.
+    The noise starts inside the ball. Between passes it takes a normalised gradient step as long as the radius, and
+    is projected back into the ball. All passes but the last run their backward pass here.
 
     Args:
         steps: passes of the ascent.
-        radius: of the ball, as a share.
+        radius: radius of the ball, as a share.
     """
 
     def __init__(self, steps: int = 2, radius: float = 0.3) -> None:
         self.steps, self.radius = steps, radius
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Output:
-        """Run the passes; what is left to run backward on is the last one's share of the loss."""
+        """Run the passes; the returned loss is the last one's share, for the caller's backward pass."""
         labels, noise, total = batch["labels"], None, 0.0
         for step in range(self.steps):
             embedded = embed(model, batch)
@@ -100,15 +100,15 @@ class Distillation(Rival):
     """Knowledge distillation (Hinton et al. 2015): (1 - share) cross entropy + share T² KL(teacher ‖ student).
 
     Args:
-        share: of the teacher.
-        temperature: T, that both distributions are softened by.
+        share: weight of the teacher's term.
+        temperature: T, which softens both distributions.
     """
 
     def __init__(self, share: float = 0.5, temperature: float = 2.0) -> None:
         self.share, self.temperature = share, temperature
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Output:
-        """Run one pass, and compare it with labels and teacher."""
+        """Run one pass, and compare it with the labels and the teacher."""
         teacher = batch[TEACHER].float() / self.temperature
         output = model(**{name: tensor for name, tensor in batch.items() if name != TEACHER})
         student = (output.logits.float() / self.temperature).log_softmax(-1)
@@ -129,7 +129,7 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def noised_logits(model: nn.Module, batch: dict[str, Tensor], embedded: Tensor) -> Tensor:
-    """Logits (B, C) from embeddings in place of ids."""
+    """Logits (B, C) from embeddings instead of ids."""
     arguments: dict[str, Any] = {k: v for k, v in batch.items() if k not in ("input_ids", "labels")}
     return model(inputs_embeds=embedded, **arguments).logits
 
@@ -139,5 +139,5 @@ def _length(embedded: Tensor, radius: float) -> Tensor:
 
 
 def _towards(direction: Tensor, length: Tensor) -> Tensor:
-    """Each token's vector at a given length; 0 stays 0."""
+    """Each token's vector scaled to a given length; 0 stays 0."""
     return direction * (length / direction.norm(dim=-1, keepdim=True).clamp(min=1e-30))

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 MEGABATCH = 8
-"""Batches of which the rows are sorted by length before they are cut into batches, so that little is padding."""
+"""Number of batches whose rows are sorted by length together before being split, to keep padding small."""
 EVALUATION_TOKENS = 2048
-"""Tokens of a batch without gradient, padding included."""
+"""Most tokens in an evaluation batch, including padding."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids of texts, and what is to be learnt of them. Every field holds one entry a row."""
+    """Token ids of texts, and what is to be learned from them. Every field holds one entry per row."""
 
     ids: tuple[tuple[int, ...], ...]
     segments: tuple[tuple[int, ...], ...]
     """Token type ids."""
     labels: Tensor
-    """(N,) classes, int64; other kinds of task say what is in it."""
+    """(N,) classes, int64; subclasses say what other tasks store here."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, chosen: np.ndarray) -> Self:
-        """The rows at these places, in this order."""
+        """The rows at these indices, in this order."""
         places = [int(place) for place in chosen]
 
         def picked(entries: Any) -> Any:
@@ -41,12 +41,12 @@ class Rows:
         return replace(self, **{field.name: picked(getattr(self, field.name)) for field in fields(self)})
 
     def batch(self, places: np.ndarray) -> dict[str, Tensor]:
-        """Keyword arguments of the model for the rows at these places, padded to the longest of them."""
+        """Keyword arguments of the model for the rows at these indices, padded to the longest of them."""
         rows = self.take(places)
         return rows.inputs() | {"labels": rows.labels}
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model reads, without what it is to learn; (N, L) each."""
+        """The inputs of the model, without labels; (N, L) each."""
         mask = padded([(1,) * len(row) for row in self.ids])
         return {
             "input_ids": padded(self.ids),
@@ -56,14 +56,14 @@ class Rows:
 
 
 def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
-    """Rows of numbers as one tensor (N, L), int64, the shorter ones filled up with ``value``."""
+    """Rows of numbers as one tensor (N, L), int64, shorter rows padded with ``value``."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
     )
 
 
 def epoch_batches(rows: Rows, *, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Places of the rows of each batch of an epoch: shuffled, with rows of like length together."""
+    """Row indices of each batch of an epoch: shuffled, with rows of similar length together."""
     generator = np.random.default_rng((seed, epoch))
     lengths = np.array([len(row) for row in rows.ids])
     order = generator.permutation(len(rows))
@@ -76,7 +76,7 @@ def epoch_batches(rows: Rows, *, size: int, seed: int, epoch: int) -> list[np.nd
 
 
 def evaluation_batches(rows: Rows) -> list[np.ndarray]:
-    """Places of all rows, in batches of like length."""
+    """Indices of all rows, in batches of similar length."""
     lengths = np.array([len(row) for row in rows.ids])
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0

@@ -1,4 +1,4 @@
-"""Paired differences between arms, their intervals, sign tests, and what chance alone would show. Pure arrays."""
+"""Paired differences between arms, their intervals, sign tests, and the rate of false alarms. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Pairs = Mapping[str, np.ndarray]
-"""Task to the paired differences of its seeds, (n,)."""
+"""From a task to the paired differences of its seeds, (n,)."""
 
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and the bootstrap interval around it."""
+    """A mean with its bootstrap interval."""
 
     mean: float
     low: float
@@ -27,7 +27,7 @@ class Interval:
 
     @property
     def clear(self) -> bool:
-        """Whether it leaves out 0."""
+        """Whether it excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -37,19 +37,19 @@ class Comparison:
 
     by_task: Mapping[str, Interval]
     overall: Interval | None
-    """Of the mean over tasks, tasks resampled as well as seeds; None for fewer than two tasks."""
+    """The mean over tasks, with tasks resampled as well as seeds; None for fewer than two tasks."""
     lower: int
     """Pairs in which the arm's value is the lower one."""
     higher: int
     p_value: float
-    """Of the two-sided sign test over all pairs; ties are left out."""
+    """From the two-sided sign test over all pairs; ties are left out."""
 
 
 def compare(pairs: Pairs) -> Comparison:
-    """Sum up the paired differences of one outcome.
+    """Summarise the paired differences of one outcome.
 
     Args:
-        pairs: of every task that has at least two seeds.
+        pairs: for every task with at least two seeds.
     """
     joined = np.concatenate(list(pairs.values()))
     lower, higher = int((joined < 0).sum()), int((joined > 0).sum())
@@ -63,13 +63,13 @@ def compare(pairs: Pairs) -> Comparison:
 
 
 def over_seeds(values: np.ndarray) -> Interval:
-    """Mean of one task's differences, seeds resampled."""
+    """Mean of one task's differences, with seeds resampled."""
     drawn = values[_generator().integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     return _interval(float(values.mean()), drawn, len(values))
 
 
 def over_tasks(pairs: Pairs) -> Interval:
-    """Mean over tasks of their mean differences; tasks are resampled, and the seeds of each task drawn."""
+    """Mean over tasks of their mean differences; tasks are resampled, and the seeds within each."""
     tasks, generator = list(pairs.values()), _generator()
     slots = generator.integers(len(tasks), size=(RESAMPLES, len(tasks)))
     means = np.zeros(slots.shape)
@@ -82,7 +82,7 @@ def over_tasks(pairs: Pairs) -> Interval:
 
 
 def sign_test(lower: int, higher: int) -> float:
-    """Two-sided p-value of as many or more of one sign, were both as likely."""
+    """Two-sided p-value of so uneven a split, or a more uneven one, if both signs were equally likely."""
     n, k = lower + higher, min(lower, higher)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
@@ -99,14 +99,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
     """How often an arm differs from itself: the share of random splits of its seeds into two halves in which the
-    interval over tasks leaves out 0. 5 % is what it should be.
+    interval over tasks excludes 0. It should be 5 %.
 
     Args:
-        values: of one arm, by task, one a seed.
-        splits: how many are drawn.
+        values: of one arm, by task, one per seed.
+        splits: number of random splits.
 
     Returns:
-        None for fewer than two tasks of four seeds.
+        The share; None for fewer than two tasks with four seeds.
     """
     usable = [task for task, of_seeds in values.items() if len(of_seeds) >= 4]
     if len(usable) < 2:

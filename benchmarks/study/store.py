@@ -1,7 +1,7 @@
-"""Rows on disk, one JSON line a readout, and claims on cells, for any number of processes at once.
+"""Rows on disk, one JSON line per readout, and claims on cells, for any number of processes at once.
 
-A cell's rows are appended in one write under a lock, and each says how many there are (``of``), so a cell counts
-once all of them are there. A line that was cut off is passed over by readers and cut away by the next writer.
+A cell's rows are appended in one write under a lock, and each records how many there are (``of``), so a cell counts
+only once all of them are there. Readers skip a truncated line, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import IO, Any
 Row = dict[str, Any]
 
 CLAIMS = ".claims"
-"""A file without content, of which a process locks a byte a cell. The kernel frees the locks of a dead process."""
+"""An empty file in which a process locks one byte per cell. The kernel frees the locks of a dead process."""
 
 
 def results_folder() -> Path:
-    """Where rows lie: `$SWAFT_STUDY`, else benchmarks/results/study in this checkout."""
+    """Where the rows are: `$SWAFT_STUDY`, else benchmarks/results/study in this checkout."""
     here = Path(__file__).parents[1] / "results" / "study"
     return Path(os.environ.get("SWAFT_STUDY", here))
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Every whole row, one a cell, readout and fingerprint; of several the latest. A failure is forgotten once its
-    cell has rows.
+    """Every complete row, the latest for each cell, readout and fingerprint. A failure is dropped once its cell has
+    rows.
     """
     found: dict[tuple[str, str, str], Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -40,7 +40,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def finished(rows: Iterable[Row]) -> set[tuple[str, str]]:
-    """(cell, fingerprint) of those that have all their rows, or are recorded as failed."""
+    """(cell, fingerprint) of the cells that have all their rows, or are recorded as failed."""
     counts: dict[tuple[str, str], int] = {}
     done = set()
     for row in rows:
@@ -52,18 +52,18 @@ def finished(rows: Iterable[Row]) -> set[tuple[str, str]]:
 
 
 def append(folder: Path, name: str, rows: list[Row]) -> None:
-    """Add the rows of a cell to a file, whole or not at all as far as readers see.
+    """Append the rows of a cell to a file; readers see all of them or none.
 
     Args:
-        folder: made where it is missing.
-        name: of the file, without its ending.
+        folder: created if it is missing.
+        name: name of the file, without extension.
         rows: of one cell.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
     with (folder / f"{name}.jsonl").open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END) and not _ends_a_line(file):  # a writer was stopped in the middle
+        if file.seek(0, os.SEEK_END) and not _ends_a_line(file):  # a writer was interrupted
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write(lines)
@@ -73,9 +73,9 @@ def append(folder: Path, name: str, rows: list[Row]) -> None:
 
 @contextmanager
 def claim(folder: Path, cell: str) -> Iterator[bool]:
-    """Hold a cell against other processes on this machine, if it is free; gives whether it is held.
+    """Claim a cell on this machine if it is free; yields whether the claim succeeded.
 
-    Locks of a process exclude other processes, not its own threads; a dead process holds none.
+    The lock excludes other processes, not threads of the same one; a dead process holds none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = int.from_bytes(hashlib.sha256(cell.encode()).digest()[:7], "big")

@@ -11,7 +11,7 @@ from benchmarks.study.tasks import TASKS
 
 
 def table(kept: Kept, regime: str, arms: Sequence[str], *, p_values: bool = False) -> str | None:
-    """Arms against the baseline of equal cost, an arm a row; None where there is none to show."""
+    """Arms against the baseline of equal cost, one row per arm; None if there is nothing to show."""
     found = []
     for arm in arms:
         base = BASELINES.get(cost_of(arm))
@@ -54,7 +54,7 @@ def absolute(kept: Kept, regime: str) -> list[str]:
 
 
 def by_task(kept: Kept, regime: str) -> list[str]:
-    """Task by task: difference in test loss, and in the score."""
+    """Task by task: differences in test loss and in the score."""
     tasks, parts = _tasks(kept, regime), []
     for outcome in ("loss", "score"):
         lines = [line([f"{OUTCOMES[outcome]}", *tasks]), line(["---"] * (len(tasks) + 1))]
@@ -76,7 +76,7 @@ def _tasks(kept: Kept, regime: str) -> list[str]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation; of one value the value alone."""
+    """Mean and standard deviation; for one value, just the value."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -84,7 +84,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def told_overall(comparison: Comparison | None) -> str:
-    """The mean over tasks and its interval; of one task its own, by name."""
+    """The mean over tasks and its interval; for a single task, its own, with the task's name."""
     if comparison is None:
         return ""
     if comparison.overall is None:
@@ -94,7 +94,7 @@ def told_overall(comparison: Comparison | None) -> str:
 
 
 def told(found: Interval) -> str:
-    """A mean and its interval, bold where that leaves out 0."""
+    """A mean and its interval, bold if the interval excludes 0."""
     text = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
     return f"**{text}**" if found.clear else text
 

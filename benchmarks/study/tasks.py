@@ -1,4 +1,4 @@
-"""The tasks: their rows, drawn by a seed, the model each begins with, and how it is scored."""
+"""The tasks: their rows, sampled by seed, the model each starts from, and how it is scored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.study.rows import Rows, epoch_batches, evaluation_batches
 __all__ = ["Rows", "epoch_batches", "evaluation_batches"]
 
 MAX_LENGTH = 64
-"""Tokens of a text to be classified, or of a pair, after which it is cut off."""
+"""Tokens after which a text to be classified, or a pair, is truncated."""
 VALIDATION_ROWS = 300
 TEST_ROWS = 700
 
@@ -33,23 +33,23 @@ class Task:
 
     name: str
     columns: tuple[str, ...]
-    """One column of texts, or two; of text generation, source and target."""
+    """One column of texts, or two; for text generation, source and target."""
     score: str = "accuracy"
-    """The task's own score: accuracy, mcc or f1 of classes, f1 of answers, bleu of generated texts."""
+    """The task's own score: accuracy, mcc or f1 for classes, f1 for answers, bleu for generated texts."""
     test: str = "test"
     """The split whose rows are reported."""
     length: int = 1
     """Epochs, as a multiple of the regime's."""
     rows: int = 1
-    """Training rows, likewise."""
+    """Training rows, as a multiple of the regime's."""
     kind: str = "classes"
     """classes, answers, or texts from a `new` model or an `encoder`: texts-new, texts-encoder."""
     folder: str = ""
-    """Where that is not its name."""
+    """The task's folder, if it is not named after the task."""
 
     @property
     def generates(self) -> bool:
-        """Whether what it scores are generated texts."""
+        """Whether it scores generated texts."""
         return self.kind.startswith("texts")
 
 
@@ -59,9 +59,9 @@ TASKS = {
         Task("trec", ("text",)),
         Task("cr", ("text",)),
         Task("sst2", ("sentence",)),
-        # After the epochs of the others, half of the 77 classes are still taken for one another.
+        # With as many epochs as the other tasks, half of the 77 classes are still confused.
         Task("banking77", ("text",), length=3),
-        # cola has no test rows: its validation rows are the test, and others are cut from its training rows.
+        # cola has no test rows: its validation rows serve as test, and part of its training rows as validation.
         Task("cola", ("sentence",), "mcc", "validation"),
         Task("subj", ("text",)),
         Task("mpqa", ("text",)),
@@ -93,20 +93,20 @@ class Splits:
 
     train: Rows
     validation: Rows
-    """Rows by which anything is chosen; they are never reported."""
+    """Rows used for every choice; they are never reported."""
     test: Rows
     num_labels: int
 
 
 def load(name: str, *, rows: int, seed: int) -> Splits:
-    """Read a task, and draw its training rows.
+    """Read a task, and sample its training rows.
 
-    Validation and test rows are the same for every seed, the first so many of a fixed shuffle.
+    Validation and test rows are the same for every seed: the first ones of a fixed shuffle.
 
     Args:
         name: of the task.
-        rows: training rows, or all where there are fewer.
-        seed: by which they are drawn.
+        rows: number of training rows; all of them if there are fewer.
+        seed: seed of the sample.
 
     Raises:
         FileNotFoundError: the task's folder is not there.
@@ -124,7 +124,7 @@ def load(name: str, *, rows: int, seed: int) -> Splits:
 
 
 def new_model(task: Task, splits: Splits, seed: int, device: torch.device) -> nn.Module:
-    """The model that a task's training begins with; what is new in it is drawn by the seed."""
+    """The model that a task's training starts from; its new weights come from the seed."""
     if task.kind == "classes":
         return encoder.pretrained(splits.num_labels, seed, device)
     if task.kind == "answers":
@@ -133,7 +133,7 @@ def new_model(task: Task, splits: Splits, seed: int, device: torch.device) -> nn
 
 
 def predict(task: Task, model: nn.Module, rows: Any) -> Prediction:
-    """What the weights in place make of rows."""
+    """Predictions of the current weights for some rows."""
     if task.generates:
         return texts.predict(model, rows, vocabulary(task.name))
     if task.kind == "answers":
@@ -143,7 +143,7 @@ def predict(task: Task, model: nn.Module, rows: Any) -> Prediction:
 
 
 def data_folder() -> Path:
-    """Folder of task folders: `$SWAFT_DATA`, else ../shared/data beside here."""
+    """Folder of task folders: `$SWAFT_DATA`, else ../shared/data."""
     return Path(os.environ.get("SWAFT_DATA", "../shared/data"))
 
 
@@ -153,7 +153,7 @@ def _first(rows: Rows, count: int) -> Rows:
 
 @lru_cache(maxsize=6)
 def read(name: str, split: str) -> Any:
-    """Every row of a split, from the pack where there is one.
+    """Every row of a split, from the pack if there is one.
 
     Raises:
         FileNotFoundError: the task's folder is not there.
@@ -182,7 +182,7 @@ def read(name: str, split: str) -> Any:
 
 @lru_cache(maxsize=4)
 def vocabulary(name: str) -> Any:
-    """Tokenizer of what a task generates, learnt from both sides of its training rows, or from the pack."""
+    """Tokenizer for a task's generated texts, trained on both sides of its training rows, or from the pack."""
     if packed() is not None:
         return read_vocabulary(name)
     sources, targets = _columns(TASKS[name], "train")
@@ -190,7 +190,7 @@ def vocabulary(name: str) -> Any:
 
 
 def _columns(task: Task, split: str) -> Sequence[list[Any]]:
-    """The task's columns, and the classes where it has some."""
+    """The task's columns, and the classes if it has any."""
     import pyarrow.parquet as parquet
 
     path = data_folder() / (task.folder or task.name) / f"{split}.parquet"

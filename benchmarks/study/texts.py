@@ -1,4 +1,4 @@
-"""Text generation: an encoder-decoder, new or around the pretrained encoder, scored by loss a token and BLEU."""
+"""Text generation: an encoder-decoder, new or around the pretrained encoder, scored by loss per token and BLEU."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from benchmarks.study.rows import Rows, evaluation_batches, padded
 VOCABULARY = 2048
 PAD, END = 0, 1
 MAX_LENGTH = 64
-"""Tokens of a source, and of a target."""
+"""Most tokens in a source, and in a target."""
 IGNORED = -100
 WIDTH, LAYERS, HEADS = 192, 3, 6
-"""Sizes of whatever is new: both halves of a new model, or the decoder beside the pretrained encoder."""
+"""Sizes of the new parts: both halves of a new model, or the decoder of the pretrained encoder."""
 
 
 @dataclass(frozen=True)
 class Pairs(Rows):
-    """Sources and targets. ``labels`` and ``segments`` hold nothing."""
+    """Sources and targets. ``labels`` and ``segments`` are placeholders."""
 
     targets: tuple[tuple[int, ...], ...]
-    """Token ids, of a vocabulary of their own, ``END`` last."""
+    """Token ids in the vocabulary of the targets, ``END`` last."""
     references: tuple[tuple[str, ...], ...]
-    """Right texts."""
+    """Right texts, one or more per row."""
 
     def batch(self, places: Any) -> dict[str, Tensor]:
-        """Keyword arguments of the model; ``labels`` (B, T), ``IGNORED`` beyond a target's end."""
+        """Keyword arguments of the model; ``labels`` (B, T), ``IGNORED`` after the end of a target."""
         rows = self.take(places)
         return rows.inputs() | {"labels": padded(rows.targets, IGNORED)}
 
     def inputs(self) -> dict[str, Tensor]:
-        """Ids and mask (N, L); no token types, which a new model has none of."""
+        """Ids and mask (N, L), without token types: a new model has none."""
         return {name: tensor for name, tensor in super().inputs().items() if name != "token_type_ids"}
 
 
 def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: Any, target: Any) -> Pairs:
-    """Tokenize pairs of texts. Of rows to be scored, those of one source become one row with all their references.
+    """Tokenize pairs of texts. Outside train, rows that share a source become one row with all their references.
 
     Args:
-        sources: the texts read.
-        targets: the texts to be generated.
+        sources: the texts to read.
+        targets: the texts to generate.
         split: train, validation or test.
-        source: from a text to its token ids.
-        target: likewise.
+        source: tokenizes a source, from text to token ids.
+        target: the same for a target.
     """
     if split == "train":
         rows = [(one, [other]) for one, other in zip(sources, targets, strict=True)]
@@ -68,7 +68,7 @@ def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: 
 
 
 def new_vocabulary(texts: Iterable[str]) -> Any:
-    """A byte-level BPE tokenizer of ``VOCABULARY`` tokens, learnt from texts."""
+    """A byte-level BPE tokenizer with ``VOCABULARY`` tokens, trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = Tokenizer(models.BPE())
@@ -83,11 +83,11 @@ def new_vocabulary(texts: Iterable[str]) -> Any:
 
 
 def predict(model: nn.Module, rows: Pairs, vocabulary: Any) -> Prediction:
-    """Logits (T, V) of every target token after the right ones before it; BLEU, from 0 to 1, of greedy search.
+    """Logits (T, V) of every target token given the right ones before it; BLEU, from 0 to 1, of greedy search.
 
     Args:
         model: an encoder-decoder.
-        rows: to be scored.
+        rows: rows to score.
         vocabulary: tokenizer of the targets.
     """
     logits, labels = [], []
@@ -106,7 +106,7 @@ def predict(model: nn.Module, rows: Pairs, vocabulary: Any) -> Prediction:
 
 
 def bleu(model: nn.Module, rows: Pairs, vocabulary: Any) -> float:
-    """Corpus BLEU, from 0 to 1, of what greedy search generates, with all references of each source."""
+    """Corpus BLEU, from 0 to 1, of greedy search, with all references of each source."""
     import sacrebleu
 
     found: dict[int, str] = {}
@@ -125,7 +125,7 @@ def new_model(seed: int, device: torch.device, *, pretrained: bool) -> nn.Module
 
     Args:
         seed: of the new weights.
-        device: where it lies.
+        device: where it goes.
         pretrained: which of the two.
     """
     from transformers import (

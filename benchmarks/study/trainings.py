@@ -1,4 +1,4 @@
-"""The trainings: what each minimises, by which schedule, and what it costs."""
+"""The trainings: what each minimises, with which schedule, and what it costs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Training:
 
     name: str
     schedule: str
-    """decayed: warm-up, then linearly to 0. constant: warm-up, then constant."""
+    """decayed: warmup, then linearly to 0. constant: warmup, then constant."""
     objective: Callable[[int], Any] = lambda seed: swaft.TaskLoss()
     """Makes the objective of a run from its seed."""
     passes: int = 1
-    """Forward and backward passes over a batch, a step."""
+    """Forward and backward passes over a batch, per step."""
     length: int = 1
-    """Epochs, as a multiple of the budget's."""
+    """Epochs, as a multiple of the regime's."""
     principal: str = "last"
-    """The readout by which its rate is chosen."""
+    """The readout by which its learning rate is chosen."""
     teachers: tuple[str, ...] = ()
-    """Trainings, each by a seed of its own, whose mean probabilities teach."""
+    """Trainings, each with its own seed, whose mean probabilities are the teacher's."""
     plain: bool = False
-    """Whether every readout is taken from it, rather than the few that matter."""
+    """Whether all readouts are taken from it, not only the main ones."""
 
     @property
     def units(self) -> int:
@@ -46,7 +46,7 @@ def _rdrop(seed: int) -> Any:
 
 _OBJECTIVES: dict[str, Callable[[int], Any]] = {
     "rdrop": _rdrop,
-    # What the released code did where its noise arrived: small noise, other dropout masks in the noised pass.
+    # What the released code did where its noise took effect: small noise, other dropout masks in the noised pass.
     "r3f-independent": _r3f(weight=1.0, sigma=1e-5, masks="independent", passes="doubled"),
     "r3f-relative-0.3": _r3f(weight=1.0, sigma=0.3, preset="relative"),
     "r3f-relative-0.1": _r3f(weight=1.0, sigma=0.1, preset="relative"),

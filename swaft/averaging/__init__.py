@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What only some need, imported when it is asked for."""
+    """Import `lora` and the search on first use: most runs need neither."""
     if name not in __all__:
         raise AttributeError(f"module 'swaft.averaging' has no attribute {name!r}")
     if name == "lora":

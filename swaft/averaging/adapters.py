@@ -1,4 +1,4 @@
-"""What peft makes of a model, and what an adapter folder of it holds."""
+"""How peft wraps a model, and what an adapter folder holds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from swaft.averaging.layout import clean_name
 from swaft.errors import AveragingError
 
 PROMPT = "prompt_embeddings"
-"""What stands for a prompt among the names of tensors."""
+"""Stands for a prompt among the names of tensors."""
 
 
 def is_peft(module: nn.Module) -> bool:
     """Whether peft wraps the model."""
-    # Looked for by name, so that a run without peft never imports it.
+    # Looked up by name, so that a run without peft never imports it.
     return any(cls.__name__ == "PeftModel" for cls in type(module).__mro__)
 
 
@@ -33,16 +33,17 @@ def folder_of(adapter: str, folder: Path) -> Path:
 
 
 def merged_layers(module: nn.Module) -> list[Any]:
-    """The layers into whose weight adapters are merged."""
+    """The layers whose weights have adapters merged into them."""
     return [part for part in module.modules() if getattr(part, "merged_adapters", None)]
 
 
 class AdapterFolder:
     """The adapter folder that peft would write, with tensors from elsewhere.
 
-    Peft picks what it saves from a state dict, by name, so it is shown one of empty marks. What it picks is known
-    by identity, and what is no mark it would have taken from the live model. What it computes of a prompt encoder
-    (prompt tuning, prefix tuning and their relatives) is computed by a copy of that encoder instead.
+    Peft picks what it saves from a state dict, by name, so it is given a state dict of empty marks. What it picks
+    is recognised by identity; anything that is not a mark would have come from the live model. What peft computes
+    from a prompt encoder (prompt tuning, prefix tuning and their relatives) is computed by a copy of that encoder
+    instead.
 
     Args:
         module: the `PeftModel`.
@@ -60,7 +61,7 @@ class AdapterFolder:
             f"{prefix}.{name}" if prefix else name: buffer
             for prefix, part in module.named_modules(remove_duplicate=False)
             for name, buffer in part.named_buffers(recurse=False)
-            if name not in part._non_persistent_buffers_set  # OFT has some among what peft picks by name
+            if name not in part._non_persistent_buffers_set  # OFT has some with names that peft picks
         }
         self._marks, self._prompt = {name: torch.empty(0) for name in tensors}, torch.empty(0)
         names = {id(mark): clean_name(name) for name, mark in self._marks.items()}
@@ -73,20 +74,20 @@ class AdapterFolder:
                 if id(value) not in names:
                     raise AveragingError(
                         f"peft takes {key!r} of adapter {adapter!r} ({type(config).__name__}) from the live model, "
-                        "so the folder would not hold the weights it is meant to; expected a method whose weights "
+                        "so the folder would not hold the averaged weights; expected a method whose weights "
                         "peft finds by name, such as LoRA"
                     )
             self._picked[adapter] = {clean_name(key): names[id(value)] for key, value in picked.items()}
 
     @property
     def names(self) -> set[str]:
-        """Clean names of the tensors that go into the folder, or that what goes into it is computed from."""
+        """Clean names of the tensors that go into the folder, or from which its content is computed."""
         picked = {name for names in self._picked.values() for name in names.values()}
         encoders = tuple(f"prompt_encoder.{adapter}." for adapter in self._picked)
         return picked - {PROMPT} | {clean_name(name) for name in self._marks if name.startswith(encoders)}
 
     def write(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
-        """Write configuration, a model card of peft's and tensors of every adapter.
+        """Write configuration, peft's model card and the tensors of every adapter.
 
         Args:
             folder: folder to write; every adapter but `default` gets a folder inside it.
@@ -107,7 +108,7 @@ class AdapterFolder:
 
     @contextmanager
     def _marked_prompts(self) -> Iterator[None]:
-        """Inside, peft gets a mark for a prompt, and no encoder runs: one in shards would wait for other ranks."""
+        """Inside, peft gets a mark for a prompt and runs no encoder: a sharded one would wait for other ranks."""
         self._module.get_prompt_embedding_to_save = lambda adapter: self._prompt
         try:
             yield
@@ -116,7 +117,7 @@ class AdapterFolder:
 
     @torch.no_grad()
     def _prompt_of(self, adapter: str, state_dict: dict[str, Tensor]) -> Tensor:
-        """What peft would save of a prompt encoder that holds the tensors."""
+        """What peft would save for a prompt encoder that holds these tensors."""
         encoder = self._module.prompt_encoder[adapter]
         holder = SimpleNamespace(
             prompt_encoder={adapter: copy_with(encoder, f"prompt_encoder.{adapter}.", state_dict)},
@@ -127,5 +128,5 @@ class AdapterFolder:
 
 
 def _plain(name: str) -> str:
-    """Name of the tensor that a part of a parametrization is for; other names as they are."""
+    """The name of the tensor that a part of a parametrization belongs to; other names unchanged."""
     return re.sub(r"\bparametrizations\.([^.]+)\..*", r"\1", name)

@@ -1,13 +1,13 @@
-"""The arithmetic of an average, elementwise, in plain tensor operations: the reference that `native.py` must equal.
+"""The arithmetic of an average, elementwise, in plain tensor operations: the reference that `native.py` must match.
 
-A plain fp32 running mean rots as its count grows: once ``w * (x - m)`` falls below half a unit in the last place
-of the mean, the update is lost. Here a running mean is the unevaluated sum of an fp32 word ``m`` and a bf16 word
-``c`` that holds what the fp32 word rounded away (Kahan 1965), 6 bytes an element. The rounded part is found as
-Dekker 1971 does, exact while the mean is larger than its step; where it is not, what is missed is of the size of
-the rounding of the step itself.
+A plain fp32 running mean loses accuracy as its count grows: once ``w * (x - m)`` falls below half a unit in the
+last place of the mean, the update is lost. Here a running mean is the unevaluated sum of an fp32 word ``m`` and a
+bf16 word ``c`` that holds what the fp32 word rounded away (Kahan 1965): 6 bytes per element. The rounding error is
+computed as in Dekker 1971, which is exact while the mean is larger than its step; otherwise, what is missed is
+about the size of the rounding of the step itself.
 
-Every operation is one IEEE operation an element (no fused multiply-add, no reduction), so the bits of an element
-depend on its own history alone: not on the chunk, the shard, the thread count or the engine.
+Every operation is one IEEE operation per element (no fused multiply-add, no reduction), so the bits of an element
+depend only on its own history: not on the chunk, the shard, the thread count or the engine.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def update_(m: Tensor, c: Tensor, x: Tensor, w: float) -> None:
 
 
 def nearest_bf16(values: Tensor) -> Tensor:
-    """Finite fp32 values rounded to bf16, ties away from zero (torch's own conversion takes them to even)."""
+    """Finite fp32 values rounded to bf16, ties away from zero (torch's own conversion rounds ties to even)."""
     return ((values.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def update_plain_(m: Tensor, x: Tensor, w: float) -> None:
-    """The same in fp32 alone, 4 bytes an element: ``m <- m + w * (x - m)``."""
+    """The same in fp32 only, 4 bytes per element: ``m <- m + w * (x - m)``."""
     if w == 1.0:
         m.copy_(x)
         return
@@ -69,7 +69,7 @@ def reference_mean(members: Iterable[Tensor], weights: Iterable[float]) -> Tenso
 
     Args:
         members: (n,), fp32 each.
-        weights: share of each member as it comes; the first is 1.
+        weights: share of each member as it arrives; the first is 1.
     """
     m = c = None
     for x, w in zip(members, weights, strict=False):

@@ -1,4 +1,4 @@
-"""The weight averager: rules, an engine and the averages in host memory, brought together behind a few calls."""
+"""The weight averager: a few calls on top of rules, an engine and the averages in host memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class WeightAverager:
-    """Averages the fp32 master weights of a training run, each rank its own shard, in host memory.
+    """Average the fp32 master weights of a training run in host memory; each rank averages its own shard.
 
         averager = swaft.WeightAverager(model, optimizer, total_steps=n)
         for batch in loader:
@@ -41,7 +41,7 @@ class WeightAverager:
             evaluate(model)
         averager.save_pretrained("final-averaged")
 
-    Copies and arithmetic run on threads of their own, behind the training step. Between :meth:`step` and the next
+    Copies and arithmetic run on background threads while training continues. Between :meth:`step` and the next
     optimizer step, weights may be changed by hand only after :meth:`wait`.
 
     Creating it is collective, and so are `step` after an optimizer step, `swapped_in`, `drift` and
@@ -49,23 +49,23 @@ class WeightAverager:
 
     Args:
         model: as `accelerator.prepare` returned it (or a plain module in one process).
-        optimizer: likewise.
-        rule: which steps enter the average, and with what weight; or several rules by name, which share one copy
-            of every member. Left out: an EMA with a half-life of a tenth of the run (docs/evidence.md).
+        optimizer: as `accelerator.prepare` returned it.
+        rule: which steps enter the average, and with what weight; or several rules by name, which share one copy of
+            each member. Default: an EMA with a half-life of a tenth of the run (docs/evidence.md).
         total_steps: optimizer steps of the whole run.
-        first_step: optimizer steps that the run has taken already. None: as many as DeepSpeed's engine has counted,
-            or the optimizer's state says (Adam's and its relatives').
-        precision: of a running mean. ``compensated`` takes 6 bytes an element and keeps 32 bits; ``plain`` takes
-            4 and loses digits in long runs (:meth:`forecast` says how many).
-        threads: threads that do the arithmetic on this rank; None: half of its share of the cores, at most 8.
-        spill_dir: folder, on a disk of this node, that finished blocks and snapshots move to; None keeps them in
-            memory.
+        first_step: optimizer steps the run has already taken. None: taken from the counter of DeepSpeed's engine,
+            or from the optimizer's state (Adam and its relatives).
+        precision: of the running means. ``compensated`` takes 6 bytes per element and keeps 32 bits; ``plain``
+            takes 4 and loses digits in long runs (:meth:`forecast` says how many).
+        threads: threads for the arithmetic on this rank; None: half of this rank's share of the cores, at most 8.
+        spill_dir: folder on a local disk of this node, to which finished blocks and snapshots are moved; None keeps
+            them in memory.
 
     Raises:
         ConfigError: a rule does not fit the run.
         UnsupportedEngineError, LayoutError: the engine's masters cannot be averaged faithfully.
-        AveragingError: the ranks were given different rules, the run is past `total_steps`, or the averages do
-            not fit into host memory.
+        AveragingError: the ranks were given different rules, the run is past `total_steps`, or the averages do not
+            fit in host memory.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class WeightAverager:
         threads: int | None = None,
         spill_dir: str | PathLike[str] | None = None,
     ):
-        # Compiled code takes a second to import, which only those pay who average.
+        # The compiled code takes a second to import; only runs that average should pay for it.
         from swaft.averaging.host import HostAverages
 
         rules = dict(rule) if isinstance(rule, Mapping) else {"average": rule}
@@ -97,7 +97,7 @@ class WeightAverager:
             spill_dir=None if spill_dir is None else Path(spill_dir),
         )
         self._statistics = Statistics(self.engine)
-        # All that writes to the masters waits until a member has been read.
+        # Everything that writes to the masters waits until the current member has been read.
         release = self._averages.pipeline.release_masters
         hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, release)
         self.engine.swap.readers.append(WeakMethod(release))
@@ -108,15 +108,15 @@ class WeightAverager:
             self._take_in(self.applied_steps)
 
     def step(self) -> None:
-        """Take the weights in if an optimizer step happened since the last call and a rule wants it.
+        """Add the weights to the averages if an optimizer step happened since the last call and a rule takes it.
 
-        Safe on every micro-batch: it counts steps that changed the weights, not calls. What is wrong with a member
-        is raised, on every rank, by the call after the next optimizer step, which takes that step in all the same:
-        whoever catches the error may continue.
+        Safe to call on every micro-batch: it counts steps that changed the weights, not calls. A problem with a
+        member is raised on every rank by the call after the next optimizer step. That call still takes in its own
+        step, so code that catches the error may continue.
 
         Raises:
             AveragingError: calls were missed while members were due, the step count went back, averaged weights are
-                swapped in, a member is one more than the rule planned, or the member before was refused.
+                swapped in, there are more members than the rule planned, or the previous member was refused.
         """
         applied, before = self.engine.applied_steps(), self.applied_steps
         if applied == before:
@@ -132,7 +132,7 @@ class WeightAverager:
             self._take_in(applied)
 
     def wait(self) -> None:
-        """Return once every member is in the average: from then on weights may be changed by hand.
+        """Block until every member is in the average; after that, weights may be changed by hand.
 
         Raises:
             AveragingError: the latest member was refused, or averaging failed on this rank.
@@ -147,22 +147,22 @@ class WeightAverager:
     def swapped_in(
         self, readout: str | Readout | None = None, *, blend: float | None = None
     ) -> Iterator[None]:
-        """The averaged weights in the model, for evaluation (collective; every rank enters and leaves).
+        """Put the averaged weights into the model, for evaluation (collective; every rank enters and leaves).
 
-        Training continues afterwards as if it had not happened, bit for bit, also when the body raises. Inside,
-        the parameters are the average; whatever would save them as the live ones (`state_dict`, DeepSpeed's and
-        accelerate's saving, pickling) or replace them (`load_state_dict`, loading a checkpoint, an optimizer
-        step) is refused. `copy.deepcopy(model)` is a model that keeps the average.
+        Training continues afterwards as if nothing had happened, bit for bit, even if the body raises. Inside, the
+        parameters are the average. Anything that would save them as the live weights (`state_dict`, DeepSpeed's and
+        accelerate's saving, pickling) or replace them (`load_state_dict`, loading a checkpoint, an optimizer step)
+        is refused. `copy.deepcopy(model)` returns a model that keeps the average.
 
         Args:
-            readout: which average: of the rule of this name, or as a `Readout` says: a window of it, for instance.
-                None: that of the first rule.
-            blend: puts ``last + blend * (average - last)`` in place, from -1 to 2: exactly the live weights at 0,
-                and the average at 1. None: as the readout says.
+            readout: which average: a rule's name, or a `Readout`, for a window of it, for instance. None: the
+                average of the first rule.
+            blend: uses ``last + blend * (average - last)``, from -1 to 2: exactly the live weights at 0, and
+                exactly the average at 1. None: the blend of the readout.
 
         Raises:
-            AveragingError: nothing is averaged yet, a swap is active, or the average never moved; on the way out,
-                weights were changed inside.
+            AveragingError: nothing is averaged yet, a swap is active, or the average never moved; on exit: weights
+                were changed inside.
         """
         chosen = self.chosen(readout, blend)
         shard = self.shard_together(chosen)
@@ -177,22 +177,22 @@ class WeightAverager:
         *,
         forward: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Compute the running statistics (BatchNorm's) that go with an average, from training rows (collective).
+        """Compute the running statistics (of BatchNorm) that belong to an average, from training rows (collective).
 
-        As `torch.optim.swa_utils.update_bn`, under every engine: the averaged weights are swapped in, the model
-        sees the batches in training mode without gradients, and a layer's statistics become the plain means of
-        those of all batches of all ranks. Until another member is taken in, `swapped_in` and `save_pretrained`
-        of this average use them; they are not in `save_state`. Training continues as if nothing had happened. A
-        model without such statistics is left alone.
+        Like `torch.optim.swa_utils.update_bn`, but under every engine: the averaged weights are swapped in, the
+        model runs the batches in training mode without gradients, and a layer's statistics become the plain means
+        of those of all batches on all ranks. Until the next member is taken in, `swapped_in` and `save_pretrained`
+        use them for this average; `save_state` does not store them. Training continues as if nothing had happened.
+        A model without such statistics is left alone.
 
         Args:
-            batches: of this rank, as many as on every other.
-            readout: as of :meth:`swapped_in`.
-            forward: called with each batch, to pass it through the model. None: a mapping is passed as keyword
-                arguments; of a list or tuple the first is passed.
+            batches: this rank's batches, as many as on every other rank.
+            readout: as for :meth:`swapped_in`.
+            forward: called with each batch, to run it through the model. None: a mapping is passed as keyword
+                arguments, and of a list or tuple the first element.
 
         Raises:
-            AveragingError: as of :meth:`swapped_in`; or the ranks have no batches, or not equally many.
+            AveragingError: as for :meth:`swapped_in`; or the ranks have no batches, or unequal numbers of them.
         """
         chosen = self.chosen(readout)
         with self.swapped_in(chosen):
@@ -212,15 +212,15 @@ class WeightAverager:
 
         Args:
             path: folder to write.
-            readout: as of :meth:`swapped_in`.
-            blend: likewise.
-            dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
-                torch's. Of any but fp32, what rounding takes away is logged.
-            max_shard_size: of one file, such as ``"5GB"``.
+            readout: as for :meth:`swapped_in`.
+            blend: as for :meth:`swapped_in`.
+            dtype: of the floating-point tensors in the folder: ``float32``, ``bfloat16`` or ``float16``, as a
+                string or a torch dtype. The rounding loss of a 16-bit dtype is logged.
+            max_shard_size: maximum size of one file, such as ``"5GB"``.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
-            ConfigError: for another dtype.
+            ConfigError: any other dtype.
         """
         chosen = self.chosen(readout, blend)
         shard = self.shard_together(chosen)
@@ -237,18 +237,18 @@ class WeightAverager:
         )
 
     def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the averages for a later run to resume from, under any engine and world size (collective).
+        """Save the averages, so that a later run can resume from them under any engine and world size (collective).
 
-        Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder is one of
-        tensors and text alone, complete once it holds a file ``COMPLETE``.
+        Every rank writes its own elements; nothing is gathered. Safe inside `swapped_in`. The folder holds only
+        tensors and text, and is complete once it contains a file ``COMPLETE``.
 
         Args:
-            path: folder to write. Without `overwrite` it must not exist, or be empty.
-            overwrite: replace a state that is there already, once the new one is complete: at no moment is there
-                neither. A folder that holds anything else is refused.
+            path: folder to write. Without `overwrite` it must not exist or must be empty.
+            overwrite: replace an existing state once the new one is complete, so that there is always one of the
+                two. A folder that holds anything else is refused.
 
         Raises:
-            StateError: it could not be written; on every rank, and nothing is left of it.
+            StateError: the state could not be written. Raised on every rank, and nothing is left behind.
             AveragingError: the latest member was refused, or averaging failed on a rank.
         """
         with self.engine.ranks.together():
@@ -257,19 +257,19 @@ class WeightAverager:
         save_averages(self.engine, self._averages, path, self.applied_steps, overwrite=overwrite)
 
     def load_state(self, path: str | PathLike[str], *, same_weights: bool = True) -> None:
-        """Resume from averages that :meth:`save_state` wrote, in whatever layout (collective).
+        """Resume from averages that :meth:`save_state` wrote, under any layout (collective).
 
-        To be called after model and optimizer were loaded, and before the first step. The step count continues from
-        that of the state.
+        Call it after the model and optimizer have been loaded and before the first step. The step count continues
+        from the saved one.
 
         Args:
             path: the folder.
-            same_weights: refuse averages that were saved beside other weights than the model has now; False
-                where it is meant to resume from others.
+            same_weights: refuse averages that were saved with other weights than the model has now; pass False to
+                resume with different weights on purpose.
 
         Raises:
-            StateError: the folder is incomplete or damaged, of another model, or of a run with other rules; on
-                every rank, and the averages are as they were unless a file was damaged after it had been checked.
+            StateError: the folder is incomplete, damaged, of another model, or of a run with other rules; on every
+                rank. The averages are unchanged, unless a file was damaged after its check.
             AveragingError: averaging failed on a rank, or averaged weights are swapped in.
         """
         with self.engine.ranks.together():
@@ -283,15 +283,15 @@ class WeightAverager:
 
     @property
     def state_dict(self) -> Any:
-        """There is none: `accelerator.register_for_checkpointing` would keep rank 0's alone, in silence.
+        """Not available: `accelerator.register_for_checkpointing` would silently keep only rank 0's averages.
 
         Raises:
-            AveragingError: as the attribute is looked up, saying what keeps the averages.
+            AveragingError: on attribute access; the message says how to save the averages.
         """
         raise AveragingError(
-            "the averages are spread over the ranks, and a state dict (as accelerator.register_for_checkpointing "
+            "the averages are sharded over the ranks, and a state dict (as accelerator.register_for_checkpointing "
             "keeps it) would hold those of rank 0; expected averager.save_state(path) and averager.load_state "
-            "by all of them, or register_averager(accelerator, averager) of swaft's integrations"
+            "on all ranks, or swaft.register_averager(accelerator, averager)"
         )
 
     @property
@@ -300,11 +300,11 @@ class WeightAverager:
         return tuple(self._plans)
 
     def plan(self, name: str | None = None) -> Plan:
-        """The averaging events of a rule."""
+        """The averaging events of a rule, as a `Plan`."""
         return self._plans[self._named(name)]
 
     def count(self, name: str | None = None) -> int:
-        """Members in the average of a rule so far, those on their way included."""
+        """Members in the average of a rule so far, including those still being processed."""
         return self._counts[self._named(name)]
 
     @property
@@ -318,11 +318,11 @@ class WeightAverager:
         return self._averages.pipeline.waits
 
     def forecast(self) -> Forecast:
-        """What the run's averages take on this rank: memory, bytes copied, time, and the plain form's error."""
+        """What the run's averages cost on this rank: memory, bytes copied, time, and the plain form's error."""
         return self._averages.forecast()
 
     def chosen(self, readout: str | Readout | None, blend: float | None = None) -> Readout:
-        """What is asked for, its rule by name.
+        """The requested readout, with its rule named and its blend filled in.
 
         Raises:
             AveragingError: no rule has that name, or there is no such blend.
@@ -332,20 +332,20 @@ class WeightAverager:
         return replace(chosen, rule=self._named(chosen.rule), blend=blend)
 
     def shard(self, readout: str | Readout | None = None) -> Tensor:
-        """This rank's elements of an average: (engine.numel,), fp32, host. Not to be changed; valid until the next
-        :meth:`step`.
+        """This rank's elements of an average: (engine.numel,), fp32, host. Do not modify it; it is valid until the
+        next :meth:`step`.
 
         Raises:
-            AveragingError: nothing is averaged yet, or a choice that the rule does not offer.
+            AveragingError: nothing is averaged yet, or the rule does not offer this choice.
         """
         chosen = self.chosen(readout)
         return blended(self.engine, self._ready(chosen).shard(chosen), chosen)
 
     def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
-        """What an average is the sum of: (coefficient, this rank's elements) pairs, as `shard` gives them.
+        """The terms an average is the sum of: (coefficient, this rank's elements) pairs, shaped as in `shard`.
 
-        For rules that keep members whole (LAWA), the tensors are those members; last come, in a blend, the last
-        weights. A scope is refused.
+        For rules that keep whole members (LAWA), the tensors are those members. In a blend, the last term is the
+        live weights. A scope is refused.
         """
         chosen = self.chosen(readout)
         if chosen.scope != "all":
@@ -361,7 +361,7 @@ class WeightAverager:
         return math.sqrt(self.engine.ranks.sum([total])[0])
 
     def _refuse_misuse(self, before: int, applied: int) -> None:
-        """Refuse a call of :meth:`step` after which an average would be of other weights than its rule says."""
+        """Refuse a call of :meth:`step` after which an average would no longer match its rule."""
         if self.engine.swap.active:
             raise AveragingError(
                 "`averager.step()` was called while averaged weights are swapped in, which would be averaged as if "
@@ -411,12 +411,12 @@ class WeightAverager:
         return name
 
     def _average(self, chosen: Readout) -> tuple[Readout, int]:
-        """What is chosen in one spelling, and how many members are in it."""
+        """The readout in canonical form, and how many members are in it."""
         average, members = self.plan(chosen.rule).resolved(self.count(chosen.rule), chosen)
         return average, len(members)
 
     def _ready(self, chosen: Readout) -> Lanes:
-        """The vectors of a rule, once every member is in them."""
+        """The lanes of a rule, once every member is in them."""
         self.wait()
         lanes = self._averages.lanes[self._named(chosen.rule)]
         if lanes.count == 0:

@@ -1,8 +1,8 @@
-"""What a model holds beside its trained weights: tensors derived from them, and statistics of what it was shown.
+"""What a model holds besides its trained weights: tensors derived from them, and statistics of its inputs.
 
 An average of weights has neither. What a parametrization derives from its weight (a spectral norm's singular
-vectors) is derived anew from the averaged weight. Running statistics (BatchNorm's) take a pass over training
-rows with the averaged weights in place, as in `torch.optim.swa_utils.update_bn`.
+vectors) is recomputed from the averaged weight. Running statistics (BatchNorm) need a pass over training rows with
+the averaged weights in place, as in `torch.optim.swa_utils.update_bn`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_PASSES = 1000
-"""Of a parametrization over one weight."""
+"""Maximum passes of a parametrization over one weight."""
 SETTLED = 1e-10
-"""Relative change of what a parametrization gives, from one pass to the next, at which it counts as settled."""
+"""A parametrization has settled once its output changes by less than this, relatively, from pass to pass."""
 
 Steps = list[tuple[str, nn.Module]]
-"""The parametrizations of one tensor in their order, each with the beginning of its names."""
+"""The parametrizations of one tensor, in order, each with the prefix of its names."""
 
 
 def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that training may change, by clean name: those in the state dict that are of a floating-point
-    type, or hold a single number. Masks and quantised weights are none.
+    """The buffers that training may change, by clean name: those in the state dict that are floating-point or hold
+    a single number. This excludes masks and quantised weights.
     """
     return {
         clean_name(f"{prefix}.{name}" if prefix else name): buffer
@@ -51,11 +51,11 @@ def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def parametrized(module: nn.Module) -> Iterator[tuple[str, str, Steps]]:
-    """Every parametrized tensor: its clean name, the beginning of its originals' names, its parametrizations."""
+    """Every parametrized tensor: its clean name, the prefix of its originals' names, its parametrizations."""
     for raw_prefix, part in module.named_modules():
         held: Any = part._modules.get(
             "parametrizations"
-        )  # its own: peft's wrappers answer for what they wrap
+        )  # read directly: peft's wrappers forward attributes to what they wrap
         if isinstance(held, nn.ModuleDict):
             prefix = f"{clean_name(raw_prefix)}." if raw_prefix else ""
             for name, steps in held.items():
@@ -69,13 +69,13 @@ def fold_parametrizations(
 ) -> dict[str, Tensor]:
     """A state dict in which every parametrized tensor is the plain tensor that evaluation mode computes.
 
-    `X.parametrizations.weight.original` and the parametrization's own tensors become `X.weight`, but for those that
-    transformers makes with every model of the class, and looks for in its folder.
+    `X.parametrizations.weight.original` and the parametrization's own tensors become `X.weight`. Exceptions are
+    parametrizations that transformers creates in every model of the class and expects in its folder.
 
     Args:
         module: the model with its parametrizations.
-        state_dict: whole tensors in host memory, by clean name; of a parametrization all or nothing.
-        derive: whether what parametrizations derive from weights is derived anew from those in the state dict.
+        state_dict: whole tensors in host memory, by clean name; of a parametrization, all or none.
+        derive: whether to recompute what parametrizations derive from weights, from those in the state dict.
     """
     folded, own = dict(state_dict), _own_parametrizations(module)
     for name, inside, steps in parametrized(module):
@@ -87,19 +87,19 @@ def fold_parametrizations(
 
 
 def _own_parametrizations(module: nn.Module) -> set[str]:
-    """The beginnings of names that a new transformers model of this class has parametrized, too (Wav2Vec2's)."""
+    """Name prefixes of tensors that are parametrized in any new transformers model of this class (Wav2Vec2)."""
     model: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
     if not hasattr(type(model), "config_class") or next(parametrized(model), None) is None:
         return set()
     prefix = "" if model is module else "base_model.model."
-    with suppress(TypeError), torch.device("meta"):  # a user's class may be made of more than a configuration
+    with suppress(TypeError), torch.device("meta"):  # a user's class may need more than a configuration
         return {f"{prefix}{inside}" for _, inside, _ in parametrized(type(model)(model.config))}
     return set()
 
 
 @torch.no_grad()
 def derive_buffers(engine: Engine) -> None:
-    """Derive the buffers of parametrizations anew from the weights that forwards see now (collective)."""
+    """Recompute the buffers of parametrizations from the weights that forwards see now (collective)."""
     parameters = dict(engine.named_parameters(aliases=True))
     for _, inside, steps in parametrized(engine.module):
         live = {f"{prefix}{key}": b for prefix, step in steps for key, b in step.named_buffers()}
@@ -115,7 +115,7 @@ def derive_buffers(engine: Engine) -> None:
 def _evaluated(
     inside: str, steps: Steps, tensors: Mapping[str, Tensor], *, derive: bool
 ) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Each parametrization of a tensor, as a copy on the host that holds the named tensors, and what it gives."""
+    """Each parametrization of a tensor, as a host copy that holds the given tensors, and its output."""
     values = [tensors[key] for key in sorted(tensors) if key.startswith(f"{inside}original")]
     for prefix, step in steps:
         copied = copy_with(step, prefix, tensors)
@@ -126,22 +126,22 @@ def _evaluated(
 
 
 def copy_with(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a part of the model on the host, in evaluation mode, with named tensors in the place of its own."""
-    # What a copy is to hold is shown to `deepcopy` beforehand: an engine may keep nothing in the model's own.
+    """A host copy of a submodule, in evaluation mode, with the given tensors in place of its own."""
+    # The copy's tensors are put into deepcopy's memo: under some engines the model's own tensors are empty.
     memo: dict[int, Any] = {}
     for key, held in (*module.named_parameters(), *module.named_buffers()):
         mine = tensors.get(prefix + key, held).detach().cpu().clone()
         memo[id(held)] = nn.Parameter(mine) if isinstance(held, nn.Parameter) else mine
     copied = copy.deepcopy(module, memo)
-    for part in copied.modules():  # ZeRO-3's count the passes of all ranks, and here one makes some alone
+    for part in copied.modules():  # ZeRO-3's hooks count passes on all ranks, but here one rank runs alone
         part._forward_pre_hooks.clear()
         part._forward_hooks.clear()
     return copied.eval()
 
 
 def _settle(step: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Pass weights through a parametrization in training mode, where it derives its buffers, until what it gives
-    has settled; in float64. One without buffers is left as it is.
+    """Run weights through a parametrization in training mode, where it updates its buffers, until its output has
+    settled; in float64. A parametrization without buffers is left alone.
     """
     if next(step.buffers(), None) is None:
         return
@@ -174,10 +174,10 @@ def running_statistics(module: nn.Module) -> dict[str, Any]:
 
 
 class Statistics:
-    """The buffers that belong to averages, and the warnings of buffers that belong to none.
+    """The buffers that belong to averages, and the warnings about buffers that belong to none.
 
     Args:
-        engine: whose model; of running statistics in it is warned at once.
+        engine: provides the model; running statistics in it cause a warning at once.
     """
 
     def __init__(self, engine: Engine):
@@ -194,25 +194,25 @@ class Statistics:
         self._sums = self._sum()
 
     def keep(self, average: Readout, members: int, buffers: dict[str, Tensor]) -> None:
-        """Have buffers go with an average of so many members, as `Plan.resolved` names it."""
+        """Use these buffers with an average, as given by `Plan.resolved`, while it has this many members."""
         self._kept[average] = (members, buffers)
 
     def of(self, average: Readout, members: int) -> dict[str, Tensor]:
-        """The buffers that go with an average; {} where those of training have to do, which is logged."""
+        """The buffers that go with an average; {} if the model's own must serve, which is logged."""
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
         if changed:
-            self._sums = {}  # warned of once
+            self._sums = {}  # warn only once
             self._warn(
                 "training has changed buffers, which are not averaged (%s): averaged weights are evaluated and "
-                "exported beside the last ones",
+                "exported together with the last ones",
                 ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else ""),
             )
         had, buffers = self._kept.get(average, (members, {}))
         others = [each for each in self._kept if each.rule == average.rule and each != average]
         if had != members:
             self._warn(
-                "the running statistics are those of an average of %d members, which has %d now, so the last ones "
+                "the running statistics are those of an average of %d members, which now has %d, so the last ones "
                 "are taken; call averager.update_bn(loader) again",
                 *(had, members),
             )
@@ -230,7 +230,7 @@ class Statistics:
             logger.warning(message, *values)
 
     def _sum(self) -> dict[str, str]:
-        """Sums of buffers of which nothing else is known, in words: what is no number is equal to itself, too."""
+        """Sums of all other buffers, as text, so that NaN equals itself."""
         return {
             name: str(float(buffer.sum(dtype=torch.float64)))
             for name, buffer in changing_buffers(self._engine.module).items()
@@ -246,21 +246,21 @@ def recompute_statistics(
 ) -> dict[str, Tensor]:
     """The running statistics of the weights that forwards see now, over batches of all ranks (collective).
 
-    As `torch.optim.swa_utils.update_bn`: the model is in training mode, and a layer's statistics are the plain
-    means of those of all batches, each rank having its own. Modes and random state are put back; the statistics
-    stay in the model.
+    As in `torch.optim.swa_utils.update_bn`, the model is in training mode, and a layer's statistics are the plain
+    means of those of all batches; each rank has its own batches. Modes and random state are restored; the
+    statistics stay in the model.
 
     Args:
-        engine: whose model.
-        batches: of this rank, as many as on every other.
-        forward: called with each. None: a mapping is the model's keyword arguments; of a list or tuple the first is
-            its input.
+        engine: provides the model.
+        batches: this rank's batches, as many as on every other rank.
+        forward: called with each batch. None: a mapping is passed as keyword arguments, and of a list or tuple the
+            first element.
 
     Returns:
-        clean name to buffer, host: what the layers hold now.
+        clean name to buffer, host: the new values.
 
     Raises:
-        AveragingError: there is no batch, or another number than on other ranks; on every rank.
+        AveragingError: there is no batch, or not the same number on every rank; raised on every rank.
     """
     layers = running_statistics(engine.module)
     if not layers:
@@ -276,7 +276,7 @@ def recompute_statistics(
                 layer.momentum = None  # a plain mean
             for number, batch in enumerate(_together(engine, batches), start=1):
                 for layer in layers.values():
-                    if isinstance(layer, _InstanceNorm):  # takes None for 0
+                    if isinstance(layer, _InstanceNorm):  # treats None as 0
                         layer.momentum = 1 / number
                 if forward is not None:
                     forward(batch)
@@ -301,7 +301,7 @@ def recompute_statistics(
 
 
 def _together(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
-    """This rank's batches, as long as every rank has one (collective): a rank alone would wait in a forward."""
+    """This rank's batches, as long as every rank has one (collective): one alone would hang in a forward."""
     remaining = iter(batches)
     for number in numbers_from(1):
         held = list(islice(remaining, 1))
@@ -311,7 +311,7 @@ def _together(engine: Engine, batches: Iterable[Any]) -> Iterator[Any]:
         if having < engine.ranks.world_size:
             raise AveragingError(
                 f"{having} of {engine.ranks.world_size} ranks have a batch number {number} for the running "
-                "statistics; expected the same number on every rank, at least 1: a loader as `accelerator.prepare` "
-                "returned it"
+                "statistics; expected the same number of batches on every rank, at least 1: a loader as "
+                "`accelerator.prepare` returned it"
             )
         yield from held

@@ -1,7 +1,7 @@
-"""A Hugging Face folder from weights that live in shards: gathered to rank 0 in bounded pieces, written once.
+"""A Hugging Face folder from sharded weights: gathered to rank 0 in bounded pieces, written once.
 
-A model wrapped by peft leaves a peft adapter folder, and of its frozen base nothing is gathered but what peft
-itself would save.
+A model wrapped by peft is written as a peft adapter folder; of its frozen base, only what peft itself would save is
+gathered.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from swaft.storage.tensor_file import dtype_of_weights
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "5GB"
-"""Of one file of weights at most, where nothing else is asked for."""
+"""Default maximum size of one file of weights."""
 
 
 def save_pretrained(
@@ -51,30 +51,31 @@ def save_pretrained(
 ) -> None:
     """Write a model folder that `AutoModel.from_pretrained` opens (collective; rank 0 writes).
 
-    A `PeftModel` leaves an adapter folder for `PeftModel.from_pretrained` instead, `modules_to_save` included. A
-    module that is no Hugging Face model leaves a folder with `model.safetensors` alone.
+    A `PeftModel` is written as an adapter folder for `PeftModel.from_pretrained` instead, including
+    `modules_to_save`. A module that is not a Hugging Face model gives a folder with only `model.safetensors`.
 
-    Trained weights come from the shard, frozen ones and buffers from the model as training has it, also inside
-    a swap. Tied names are written as the model ties them, and a parametrized weight (a spectral norm, say) as
-    the plain weight it evaluates to; what it derives from the weight is derived anew from a shard. What has
-    been written is read back and compared before the folder gets its name. Rank 0 keeps whole weights in memory
-    up to 1 GiB, and in a file beside the folder beyond.
+    Trained weights come from the shard; frozen weights and buffers come from the model as training has it, also
+    inside a swap. Tied names are written as the model ties them. A parametrized weight (spectral norm, say) is
+    written as the plain weight it evaluates to; given a shard, whatever it derives from the weight is recomputed.
+    The files are read back and compared before the folder gets its name. Rank 0 keeps whole weights in memory up to
+    1 GiB; beyond that, in a file next to the folder.
 
     Args:
         engine: whose model.
-        path: folder to write. It must not exist, or be empty.
-        shard: (engine.numel,), fp32, host: this rank's elements. Default: the masters, that is the last
-            weights as the optimizer holds them.
-        statistics: buffers that go with the shard in place of the model's, by clean name.
-        dtype: of floating-point tensors in the folder, ``float32``, ``bfloat16`` or ``float16``, by name or
-            torch's. Of any but fp32, what rounding takes away is logged.
-        max_shard_size: of one file, such as ``"5GB"``; the index of several is transformers' own.
+        path: folder to write. It must not exist or must be empty.
+        shard: (engine.numel,), fp32, host: this rank's elements. Default: the masters, i.e. the last weights as the
+            optimizer holds them.
+        statistics: buffers to use with the shard instead of the model's, by clean name.
+        dtype: of the floating-point tensors in the folder: ``float32``, ``bfloat16`` or ``float16``, as a string or
+            a torch dtype. The rounding loss of a 16-bit dtype is logged.
+        max_shard_size: maximum size of one file, such as ``"5GB"``; for several files, transformers writes its own
+            index.
         description: what the weights are, for the model card.
 
     Raises:
-        AveragingError: the folder holds files already or could not be written, or the model is of a peft method
+        AveragingError: the folder already holds files or could not be written, or the model uses a peft method
             whose weights peft reads from the live model; on every rank.
-        ConfigError: for another dtype.
+        ConfigError: any other dtype.
     """
     dtype = dtype_of_weights(dtype)
     refuse_occupied(engine, path)
@@ -105,7 +106,7 @@ def save_pretrained(
 
 
 def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype = torch.float32) -> None:
-    """Write a folder's model card: also over peft's, which is a form to be filled in."""
+    """Write a folder's model card, also over peft's, which is only an unfilled template."""
     stored = str(dtype).removeprefix("torch.")
     write_card(
         folder,
@@ -117,7 +118,7 @@ def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype 
 
 
 def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype) -> str:
-    """What rounding this rank's elements (engine.numel,) to a narrower type takes away, in words (collective)."""
+    """What is lost by rounding this rank's elements (engine.numel,) to a narrower dtype, in words (collective)."""
     lost = distance = size = 0.0
     for last, piece in beside_live(engine, shard):
         lost += _squares(piece - piece.to(dtype).float())
@@ -132,10 +133,10 @@ def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype) -> str:
 
 
 def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
-    """Refuse a path where something is, before anything is gathered for it (collective).
+    """Refuse an occupied path before anything is gathered for it (collective).
 
     Raises:
-        AveragingError: it is a file, a folder that is not empty, or where a disk is mounted; on every rank.
+        AveragingError: it is a file, a folder that is not empty, or a mount point; on every rank.
     """
     with engine.ranks.together():
         if engine.ranks.is_main and not is_free(Path(path)):
@@ -147,15 +148,15 @@ def refuse_occupied(engine: Engine, path: str | PathLike[str]) -> None:
 
 
 def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let rank 0 write a folder, so that a folder of this name is always a whole one (collective).
+    """Let rank 0 write a folder, so that a folder of this name is always complete (collective).
 
     Args:
         engine: whose ranks.
-        path: folder to write; :func:`refuse_occupied` has been asked.
+        path: folder to write; :func:`refuse_occupied` has been called for it.
         write: called on rank 0 with an empty folder to write into.
 
     Raises:
-        AveragingError: it could not be written; on every rank.
+        AveragingError: the folder could not be written; on every rank.
     """
 
     def write_new() -> None:
@@ -166,15 +167,15 @@ def write_folder(engine: Engine, path: str | PathLike[str], write: Callable[[Pat
 
 
 def _on_main(engine: Engine, action: Callable[[], Any], fault: str) -> Any:
-    """What an action returns on rank 0, None elsewhere; its error, in the words of the fault, is every rank's."""
+    """The result of an action on rank 0, None elsewhere; every rank raises its error, prefixed by `fault`."""
     result = error = None
     if engine.ranks.is_main:
         try:
             with engine.swap.lifted():  # transformers and peft ask the model for names
                 result = action()
-        except Exception as cause:  # whatever it is, the other ranks wait to hear of it
+        except Exception as cause:  # whatever it is, the other ranks are waiting
             error = AveragingError(f"{fault}: {type(cause).__name__}: {cause}")
-    engine.ranks.raise_together(error)
+    engine.ranks.raise_together(error, patiently=True)
     return result
 
 
@@ -189,23 +190,23 @@ def write_model(
     """Write a Hugging Face folder, or `model.safetensors` alone for any other module.
 
     Args:
-        module: whose configuration and names.
+        module: the model, which gives configuration and names.
         folder: to write.
         state_dict: whole tensors by name; floating-point ones in ``dtype``.
-        dtype: that the configuration is to name.
-        max_shard_size: of one file.
+        dtype: written into the configuration.
+        max_shard_size: maximum size of one file.
     """
     save: Any = getattr(module, "save_pretrained", None)
-    if save is not None and "state_dict" in inspect.signature(save).parameters:  # transformers', no other's
-        # It takes away from the dictionary what it has written.
+    if save is not None and "state_dict" in inspect.signature(save).parameters:  # only transformers' takes it
+        # It removes what it has written from the dictionary.
         save(folder, state_dict=dict(state_dict), max_shard_size=max_shard_size)
     else:
-        whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors holds no aliases
+        whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors refuses aliases
         save_file(whole, folder / "model.safetensors")
     if (folder / "config.json").exists():
         # transformers writes the dtype the model trains in, and would load these weights rounded to it.
         edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
-        # It leaves out the two labels that most types begin with, and BART begins with three.
+        # It leaves out the two default labels of most model types, but BART's default is three.
         config: Any = module.config
         if getattr(type(config).from_pretrained(folder), "id2label", None) != config.id2label:
             edit_json(folder / "config.json", id2label=config.id2label, label2id=config.label2id)
@@ -214,15 +215,15 @@ def write_model(
 def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
     """Read a folder's tensors back and compare them with what was to be written.
 
-    Where transformers writes tensors in another form than a model holds them (experts one by one, say), those are
-    held to their elements and sum of squares, all together.
+    If transformers writes tensors in another form than the model holds them (experts one by one, say), only their
+    total number of elements and total sum of squares are compared.
 
     Args:
-        folder: with files of safetensors.
-        state_dict: every tensor that was to be written; tied ones may be left out but for one of their names.
+        folder: contains safetensors files.
+        state_dict: every tensor that should have been written; of tied tensors, one name is enough.
 
     Raises:
-        AveragingError: a tensor is missing, or has another shape, type, bit or norm.
+        AveragingError: a tensor is missing, or its shape, dtype, bits or norm differ.
     """
     unseen = {tensor.data_ptr(): tensor for tensor in state_dict.values() if tensor.numel()}
     other_numel, other_squares = 0, 0.0
@@ -260,7 +261,7 @@ def _squares(tensor: Tensor) -> float:
 
 
 def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype, room: Scratch) -> dict[str, Tensor]:
-    """The floating-point tensors in another type; those that share their elements still do."""
+    """The state dict with its floating-point tensors cast; those that shared storage still do."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     for tensor in state_dict.values():
         place = (tensor.data_ptr(), tensor.shape)
@@ -283,15 +284,15 @@ def add_frozen(
     scratch: Scratch = MEMORY,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """A state dict on rank 0's host from whole trained tensors and the model's own (collective; {} elsewhere).
+    """A state dict on rank 0's host, from whole trained tensors and the model's own (collective; {} elsewhere).
 
     Args:
         engine: whose model.
-        trained: whole tensors by parameter name, on rank 0; what is frozen in the model but named here is taken
-            from here.
-        names: of the tensors wanted, as in `engine.state_names`; the same on every rank. Default: all.
-        scratch: where the copies are.
-        statistics: buffers in place of the model's, by clean name.
+        trained: whole tensors by parameter name, on rank 0; these take precedence over the model's, even if frozen
+            there.
+        names: the tensors wanted, named as in `engine.state_names`; the same on every rank. Default: all.
+        scratch: where the copies are kept.
+        statistics: buffers to use instead of the model's, by clean name.
 
     Returns:
         clean name to tensor; floating-point ones in fp32.
@@ -324,7 +325,7 @@ def _host(tensor: Tensor) -> Tensor:
 
 
 def adapter_folder(engine: Engine) -> tuple[AdapterFolder | None, set[str]]:
-    """The folder that peft would write, on rank 0, and on every rank the tensors that go into it (collective)."""
-    # Rank 0 alone asks: peft may look on the hub whether the vocabulary was resized.
+    """The folder that peft would write (rank 0), and the names of its tensors (every rank; collective)."""
+    # Only rank 0 asks: peft may query the hub to find out whether the vocabulary was resized.
     folder = _on_main(engine, lambda: AdapterFolder(engine.module), "no adapter folder can be written")
     return folder, engine.ranks.gather(folder and folder.names)[0]

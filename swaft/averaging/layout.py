@@ -1,6 +1,6 @@
 """Where the elements of the master weights lie: pure arithmetic on names, ranges and buffers.
 
-An element is known by parameter name and position in the flattened parameter, never by rank or buffer. A
+An element is identified by parameter name and position in the flattened parameter, never by rank or buffer. A
 :class:`Fragment` ties a range of such elements to the buffer that holds them on one rank; the *shard* is the
 concatenation of a rank's fragments, without any engine's padding.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 Range = tuple[str, int, int]
 """Elements [start, end) of a flattened parameter: (name, start, end)."""
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
-"""What torch.compile and torch's checkpoint wrapper put into the names of what they wrap in place."""
+"""What torch.compile and torch's checkpoint wrapper add to the names inside the modules they wrap."""
 
 
 def clean_name(name: str) -> str:
-    """The name that a parameter, buffer or module has in the model without wrappers around its parts."""
+    """The name that a parameter, buffer or module has in the model without any wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -50,11 +50,11 @@ class Fragment:
 
     @property
     def range(self) -> Range:
-        """Which elements they are, wherever they lie."""
+        """Which elements they are, independent of where they lie."""
         return self.name, self.start, self.end
 
     def part(self, first: int, last: int) -> list[Fragment]:
-        """Its elements from ``first`` up to ``last``, counted from its own beginning: one fragment, or none."""
+        """Its elements from ``first`` up to ``last``, counted from its start: one fragment, or none."""
         first, last = max(first, 0), min(last, self.numel)
         if first >= last:
             return []
@@ -81,12 +81,12 @@ class Span:
 
 
 def numel_of(spans: Iterable[Span]) -> int:
-    """Elements in all of some spans."""
+    """Total number of elements in spans."""
     return sum(span.numel for span in spans)
 
 
 def laid_out(ranges: Iterable[Range]) -> list[Fragment]:
-    """Ranges as fragments of one buffer, in which they lie end to end."""
+    """Ranges as fragments of one buffer that holds them end to end."""
     fragments, offset = [], 0
     for name, start, end in ranges:
         fragments.append(Fragment(name, start, end, 0, offset))
@@ -95,7 +95,7 @@ def laid_out(ranges: Iterable[Range]) -> list[Fragment]:
 
 
 def section(fragments: Iterable[Fragment], first: int, last: int) -> list[Fragment]:
-    """The elements from ``first`` up to ``last`` of a shard: what some fragments hold end to end."""
+    """The elements from ``first`` up to ``last`` of a shard, given as its fragments."""
     taken, position = [], 0
     for each in fragments:
         taken += each.part(first - position, last - position)
@@ -104,10 +104,10 @@ def section(fragments: Iterable[Fragment], first: int, last: int) -> list[Fragme
 
 
 def slice_of(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[Fragment]:
-    """The slice that one of ``world_size`` ranks takes of elements that all of them hold.
+    """One rank's slice of elements that ``world_size`` ranks all hold.
 
     Args:
-        fragments: the elements, in an order that these ranks share.
+        fragments: the elements, in the same order on all these ranks.
         rank: which slice.
         world_size: number of slices; they differ by at most one element.
     """
@@ -117,7 +117,7 @@ def slice_of(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[
 
 
 def merge(fragments: Iterable[Fragment]) -> list[Span]:
-    """The shard as few long runs: neighbouring fragments with no padding between them become one span."""
+    """The shard as a few long runs: neighbouring fragments with no padding between them become one span."""
     spans: list[Span] = []
     shard_offset = 0
     for fragment in fragments:
@@ -157,7 +157,7 @@ def check_coverage(fragments_by_rank: Sequence[Sequence[Fragment]], numels: Mapp
         numels: elements of every trainable parameter, by name.
 
     Raises:
-        LayoutError: an element is owned by no rank, by two, or does not exist.
+        LayoutError: an element is owned by no rank or by two, or does not exist.
     """
     ranges: dict[str, list[tuple[int, int, int]]] = {name: [] for name in numels}
     for rank, fragments in enumerate(fragments_by_rank):

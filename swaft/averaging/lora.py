@@ -1,4 +1,4 @@
-"""Averages of LoRA models (peft): the exact mean of the updates, beside the mean of the factors.
+"""Averages of LoRA models (peft): the exact mean of the updates, next to the mean of the factors.
 
 A layer with LoRA computes ``W + s B A``, with ``s`` its scaling. Averaging the factors, which is what an average of
 a LoRA model's weights does, gives ``s mean(B) mean(A)``. The mean of the updates is ``s mean(B A)`` (the difference
@@ -6,9 +6,9 @@ was raised in huggingface/peft#1155), and with coefficients ``c_i`` that sum to 
 
     mean(B A) = mean(B) mean(A) + sum_i c_i (B_i - mean(B)) (A_i - mean(A)),
 
-so what the mean of the factors misses is the covariance of the two factors over the members. It is nothing where
-only one of them moves. No matrix as large as a weight is needed to know any of this: two QR decompositions and the
-singular values of a core of (members + 1) * r rows and columns, in float64.
+so what the mean of the factors misses is the covariance of the two factors over the members. It is zero if only one
+of them moves. None of this needs a matrix as large as a weight: two QR decompositions and the singular values of a
+core of (members + 1) * r rows and columns are enough, in float64.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Norms(NamedTuple):
     gap: float
     """Of mean(B A) - mean(B) mean(A)."""
     lost: float
-    """Of mean(B A) - B' A' before it is rounded."""
+    """Of mean(B A) - B' A', before rounding."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Distance:
     """Relative distances from the exact mean of the updates, in the Frobenius norm."""
 
     overall: float
-    """Over all layers together, every update with its scaling."""
+    """Over all layers together, each update with its scaling."""
     by_layer: dict[str, float]
     """By ``layer:adapter``."""
 
     @classmethod
     def between(cls, norms: Mapping[str, Norms], layers: Iterable[LoraLayer], which: str) -> Distance:
-        """The distance whose norms are called ``gap`` or ``lost``, of the layers that have norms."""
+        """The distance made of the norms named ``gap`` or ``lost``, over the layers that have norms."""
         scalings = {layer.name: layer.scaling for layer in layers}
         difference = math.hypot(*(scalings[name] * getattr(each, which) for name, each in norms.items()))
         whole = math.hypot(*(scalings[name] * each.whole for name, each in norms.items()))
@@ -82,9 +82,9 @@ class ProductMean:
     rank: int | None
     """Rank of the new factors; None: each layer's own."""
     gap: Distance
-    """``||mean(B) mean(A) - mean(B A)|| / ||mean(B A)||``: what the mean of the factors is off by."""
+    """``||mean(B) mean(A) - mean(B A)|| / ||mean(B A)||``: the error of the mean of the factors."""
     truncation: Distance
-    """``||B' A' - mean(B A)|| / ||mean(B A)||``: what the new factors are off by, for want of rank."""
+    """``||B' A' - mean(B A)|| / ||mean(B A)||``: the error of the new factors, due to their limited rank."""
     factors: dict[str, tuple[Tensor, Tensor]]
     """``layer:adapter`` to the new (B', A'): fp32, as peft shapes them, on rank 0's host; {} elsewhere."""
     _engine: Engine
@@ -103,12 +103,12 @@ class ProductMean:
     def save_adapter(self, path: str | PathLike[str]) -> None:
         """Write the new factors as a peft adapter folder, fp32.
 
-        All else that was trained (`modules_to_save`, biases) is its plain mean. Where the rank is not the
-        configured one, `adapter_config.json` says so, with an alpha that leaves every scaling as it was.
+        Everything else that was trained (`modules_to_save`, biases) is its plain mean. If the rank is not the
+        configured one, `adapter_config.json` gets the new rank, with an alpha that keeps every scaling.
 
         Raises:
-            AveragingError: the folder holds files already, or the rank is another one and the adapter changes the
-                base model as it is loaded (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+            AveragingError: the folder already holds files, or the rank differs and the adapter changes the base
+                model when it is loaded (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
         """
         resized, configs = self._resized(), self._configs
         for adapter in resized:
@@ -118,7 +118,7 @@ class ProductMean:
         state_dict = export.add_frozen(self._engine, self._weights, names=names)
 
         def write(folder: Path) -> None:
-            assert adapter_folder is not None  # rank 0 alone writes
+            assert adapter_folder is not None  # only rank 0 writes
             adapter_folder.write(folder, fold_parametrizations(self._engine.module, state_dict, derive=True))
             export.describe(self._engine, folder, "weights averaged along a training run")
             for adapter, config in resized.items():
@@ -129,20 +129,21 @@ class ProductMean:
     def save_merged(self, path: str | PathLike[str]) -> None:
         """Write the base model with the exact mean update in its weights, fp32.
 
-        ``W + s mean(B A)`` is added up in float64, with nothing truncated, and rounded once. The active adapters
-        are in it. It is a folder of the base model: `AutoModel.from_pretrained` opens it, without peft.
+        ``W + s mean(B A)`` is summed in float64 without truncation and rounded once. It includes the active
+        adapters. The result is a folder of the base model, which `AutoModel.from_pretrained` opens without peft.
 
         Raises:
-            AveragingError: the folder holds files already, or the base model is quantised.
+            AveragingError: the folder already holds files, or the base model is quantised.
         """
         _save_merged(self._engine, path, self._layers, self._weights, self._members)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The new factors in the model, for evaluation (every rank enters and leaves), as `averager.swapped_in`.
+        """Put the new factors into the model, for evaluation, as `averager.swapped_in` does (every rank enters and
+        leaves).
 
         Raises:
-            AveragingError: the factors have another rank than the model's, or a swap is active.
+            AveragingError: the rank of the factors differs from the model's, or a swap is active.
         """
         if resized := self._resized():
             raise AveragingError(
@@ -158,7 +159,7 @@ class ProductMean:
         return self._engine.module.peft_config
 
     def _resized(self) -> dict[str, dict[str, Any]]:
-        """Adapters with a layer of another rank than the new factors', and what their configuration must say."""
+        """Adapters with a layer whose rank differs from the new one, and the configuration values they need."""
         if self.rank is None:
             return {}
         resized = {}
@@ -173,7 +174,8 @@ class ProductMean:
                 "rank_pattern": {},
                 "lora_alpha": alpha,
                 "alpha_pattern": {} if set(alphas.values()) == {alpha} else alphas,
-                # The factors are loaded, so how they began is of no matter, and some beginnings demand a rank.
+                # The factors are loaded, so their initialisation does not matter, and some initialisations demand a
+                # rank.
                 "init_lora_weights": bool(config.init_lora_weights),
             }
         return dict(sorted(resized.items()))
@@ -184,21 +186,21 @@ def product_mean(
 ) -> ProductMean:
     """The exact mean of the LoRA updates of the members that a rule keeps (collective).
 
-    Members are gathered to rank 0 one at a time, and of each its factors are kept. The mean of k updates of rank r
-    has rank k * r at most; new factors are the best of their rank (Eckart and Young 1936), balanced: with
-    ``mean(B A) = U S V^T``, ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``. At its own rank, a layer that trains one
-    of its factors alone keeps both as they are averaged, and one whose members are all the same keeps theirs: both
-    are exact.
+    Members are gathered to rank 0 one at a time, and only their factors are kept. The mean of k updates of rank r
+    has rank k * r at most; the new factors are the best of their rank (Eckart and Young 1936), balanced: with
+    ``mean(B A) = U S V^T``, ``B' = U sqrt(S)`` and ``A' = sqrt(S) V^T``. At its own rank, a layer that trains only
+    one of its factors keeps both averaged factors, and a layer whose members are all equal keeps theirs: both are
+    exact.
 
     Args:
-        averager: of a `PeftModel` with LoRA; every adapter that is trained is averaged.
-        readout: which average, as of `averager.swapped_in`. Its rule must keep members whole, as `LAWA` does.
-            A blend is exact, too: the last update is one more member, with the coefficient ``1 - blend``.
+        averager: of a `PeftModel` with LoRA; every trained adapter is averaged.
+        readout: which average, as for `averager.swapped_in`. Its rule must keep members whole, as `LAWA` does.
+            A blend is exact, too: the last update is one more member, with coefficient ``1 - blend``.
         rank: of the new factors, at least 1; None: each layer's own. At k * r nothing is lost.
 
     Raises:
         AveragingError: the rule keeps no members; the model has no LoRA; an update is not ``scaling * B @ A`` (DoRA
-            and other variants, grouped convolutions, expert stacks), or is one nobody has tried (quantised layers).
+            and other variants, grouped convolutions, expert stacks), or is untested (quantised layers).
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise AveragingError(f"rank is {rank!r}, expected a whole number of at least 1, or None")
@@ -243,11 +245,11 @@ def save_merged(
 ) -> None:
     """Write the base model with the mean of the factors in its weights, ``W + s mean(B) mean(A)`` (collective).
 
-    The cheap mean, for every rule; otherwise as :meth:`ProductMean.save_merged`. Arguments as of
+    The cheap mean, available for every rule; otherwise as :meth:`ProductMean.save_merged`. Arguments as for
     `averager.save_pretrained`.
 
     Raises:
-        AveragingError: as :func:`product_mean` of the model, or the folder holds files already.
+        AveragingError: for the same models as :func:`product_mean`, or the folder already holds files.
     """
     engine = averager.engine
     layers = lora_layers.find_layers(engine)
@@ -257,11 +259,11 @@ def save_merged(
 
 
 def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
-    """This rank's shard of tensors that are whole on rank 0: :func:`gather_trained` backwards (collective).
+    """This rank's shard of tensors that are whole on rank 0: the inverse of :func:`gather_trained` (collective).
 
     Args:
-        engine: whose layout.
-        weights: name to (parameter shape), fp32, host, on rank 0; not looked at elsewhere.
+        engine: provides the layout.
+        weights: name to (parameter shape), fp32, host, on rank 0; ignored elsewhere.
 
     Returns:
         (engine.numel,), fp32, host.
@@ -282,7 +284,7 @@ def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
 
 
 def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
-    """Refuse an average that is made of lanes in which members are mixed already."""
+    """Refuse an average made of lanes in which members are already mixed."""
     whole: set[int] = set()
     for n in range(num_members):
         for update in plan.updates(n):
@@ -302,9 +304,9 @@ def _gather_members(
     """The factors of every member by ``layer:adapter`` on rank 0 (collective; {} elsewhere).
 
     Args:
-        engine: whose model.
-        layers: whose factors.
-        wholes: (coefficient, trained tensors whole on rank 0), one a member; gathered as they are asked for.
+        engine: provides the model.
+        layers: the layers whose factors are gathered.
+        wholes: (coefficient, trained tensors whole on rank 0), one per member; gathered lazily.
     """
     factors = {name for layer in layers for name in (layer.up, layer.down)}
     frozen = export.add_frozen(engine, {}, names=factors - engine.trainable.keys())
@@ -321,7 +323,7 @@ def _gather_members(
 def _average(
     layer: LoraLayer, members: Members, trained: dict[str, Tensor], rank: int | None
 ) -> tuple[tuple[Tensor, Tensor], Norms]:
-    """New factors of a layer, and the norms."""
+    """The new factors of a layer, and its norms."""
     new_rank = rank or layer.rank
     up, down, norms = refactor(members, new_rank)
     _, first_up, first_down = members[0]
@@ -336,11 +338,11 @@ def _average(
 
 @torch.no_grad()
 def refactor(members: Members, rank: int) -> tuple[Tensor, Tensor, Norms]:
-    """The best factors of ``sum_i c_i B_i A_i`` of a rank, and what is lost, without forming the product.
+    """The best factors of a given rank for ``sum_i c_i B_i A_i``, and the loss, without forming the product.
 
     Args:
         members: (c_i, B_i, A_i), the coefficients summing to 1: (out, r, 1, ...) and (r, in, ...), fp32.
-        rank: of the new factors; where the product has less, they are filled up with zeros.
+        rank: of the new factors; if the product has a lower rank, they are padded with zeros.
 
     Returns:
         B' (out, rank, 1, ...) and A' (rank, in, ...), fp32, and the norms.
@@ -366,7 +368,7 @@ def refactor(members: Members, rank: int) -> tuple[Tensor, Tensor, Norms]:
 
 
 def _mean_and_deviations(coefficients: list[float], factors: list[Tensor]) -> Tensor:
-    """(n, r) matrices as one (n, (k + 1) r): their mean, then each less the mean; exactly 0 if all are equal."""
+    """(n, r) matrices as one (n, (k + 1) r): their mean, then each minus the mean; exactly 0 if all are equal."""
     first = factors[0]
     mean = first + sum(c * (each - first) for c, each in zip(coefficients, factors, strict=True))
     return torch.cat([mean, *(each - mean for each in factors)], dim=1)
@@ -388,7 +390,7 @@ def _save_merged(
     base: Any = engine.module.get_base_model()  # type: ignore[operator]
     if getattr(base, "hf_quantizer", None) is not None:
         raise AveragingError(
-            "the base model is quantised, and an update cannot be added to its weights without rounding it away; "
+            "the base model is quantised, and an update added to its weights would be rounded away; "
             "expected an adapter folder"
         )
     for layer in layers:
@@ -412,7 +414,7 @@ def _save_merged(
         pairs = [(merged[one], merged[other]) for one, other in tied.items() if {one, other} <= merged.keys()]
         untied = not all(torch.equal(one, other) for one, other in pairs)
         export.write_model(base, folder, merged)
-        if untied:  # only one of two tied weights was adapted, so they are two from now on
+        if untied:  # only one of two tied weights was adapted, so they now differ
             export.edit_json(folder / "config.json", tie_word_embeddings=False)
 
     export.write_folder(engine, path, write)

@@ -1,4 +1,4 @@
-"""The LoRA layers that peft makes in a model, and the base model with their updates in its weights."""
+"""The LoRA layers that peft creates in a model, and the base model with their updates merged."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from swaft.averaging.layout import clean_name
 from swaft.errors import AveragingError
 
 PREFIX = "base_model.model."
-"""What a name in a `PeftModel` has before the name in its base model."""
+"""The prefix that `PeftModel` puts before the names of its base model."""
 Members = list[tuple[float, Tensor, Tensor]]
-"""(coefficient c, B, A) of every member of a mean: fp32, host, as peft shapes them."""
+"""(coefficient c, B, A) of every member of a mean: fp32, host, in peft's shapes."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class LoraLayer:
     transposed: bool
     """Whether the base weight is stored as the transpose of B @ A: embeddings, and the Conv1D of GPT-2."""
     trained: bool
-    """Whether the adapter is trained, so that there is something to average."""
+    """Whether the adapter is trained, so there is something to average."""
     active: bool
-    """Whether forwards use the adapter, so that a merged model holds it."""
+    """Whether forwards use the adapter, so a merged model includes it."""
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ def find_layers(engine: Engine) -> list[LoraLayer]:
     """Every LoRA update that is trained or active, in the order of the model.
 
     Raises:
-        AveragingError: none is trained, or one is no plain product.
+        AveragingError: none is trained, or one is not a plain product.
     """
     engine.check_trainable()
     if not is_peft(engine.module):
@@ -102,7 +102,7 @@ def find_layers(engine: Engine) -> list[LoraLayer]:
 
 
 def _refuse_other_layer(path: str, tuner: Any) -> None:
-    """Refuse a layer whose updates are something else than ``scaling * B @ A``, or untried."""
+    """Refuse a layer whose updates are not ``scaling * B @ A``, or are untested."""
     from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear
 
     if type(tuner) not in (Linear, Embedding, Conv1d, Conv2d, Conv3d):
@@ -122,7 +122,7 @@ def _not_plain(path: str, reason: str) -> AveragingError:
 
 
 def refuse_changed_base(adapter: str, beginning: bool | str) -> None:
-    """Refuse an `init_lora_weights` that changes the base model, by its rank, whenever the adapter is loaded."""
+    """Refuse an `init_lora_weights` that changes the base model, by rank, each time the adapter is loaded."""
     if isinstance(beginning, str) and beginning not in ("gaussian", "eva", "orthogonal", "mica"):
         raise AveragingError(
             f"adapter {adapter!r} has init_lora_weights={beginning!r}, which changes the base model by its rank "
@@ -131,9 +131,9 @@ def refuse_changed_base(adapter: str, beginning: bool | str) -> None:
 
 
 def base_state_dict(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the base model, with its own names, from one of the `PeftModel` around it.
+    """A state dict of the base model, with its own names, from a state dict of the `PeftModel` around it.
 
-    `modules_to_save` and trained tokens of the active adapters are in it, LoRA factors are not.
+    It includes `modules_to_save` and trained tokens of the active adapters, but no LoRA factors.
 
     Args:
         module: the `PeftModel`.

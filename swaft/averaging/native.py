@@ -1,10 +1,10 @@
-"""The same arithmetic as `arithmetic.py`, bit for bit, in compiled loops that hold no interpreter lock.
+"""The same arithmetic as `arithmetic.py`, bit for bit, in compiled loops that release the GIL.
 
-A loop reads each element once and writes it once, at the rate of memory; tensor operations would pass over it ten
-times. Sources are given as addresses, so that one call serves many master buffers without copying them together
-and without a loop over parameters in Python. Everything else is flat numpy memory.
+A loop reads and writes each element once, at memory speed; tensor operations would pass over it ten times. Sources
+are given as addresses, so one call serves many master buffers without concatenating them and without a Python loop
+over parameters. Everything else is flat numpy memory.
 
-Compiled by numba without fast-math: LLVM then neither fuses a multiplication and an addition nor reorders a sum.
+Compiled by numba without fast-math, so LLVM neither fuses a multiplication with an addition nor reorders a sum.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ F32, F64, U16, U32, U64 = np.float32, np.float64, np.uint16, np.uint32, np.uint6
 
 
 def _compiled(signature: Any) -> Any:
-    """Compile now, once, for one signature; kept on disk where numba finds a place it may write to."""
+    """Compile now, once, for one signature; cached on disk if numba finds a writable folder."""
 
     def decorate(function: Any) -> Any:
         try:
             return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
-        except Exception:  # no folder to write to, or a damaged one: the cache is a convenience
+        except Exception:  # no writable folder, or a damaged cache: it is only a convenience
             return numba.njit(signature, nogil=True, error_model="numpy")(function)
 
     return decorate
@@ -34,7 +34,7 @@ def _compiled(signature: Any) -> Any:
 
 @intrinsic
 def _pointer(_: Any, address: Any) -> Any:
-    """An integer as an address."""
+    """An integer as a pointer."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -44,7 +44,7 @@ def _pointer(_: Any, address: Any) -> Any:
 
 @numba.njit(inline="always", error_model="numpy")
 def _run_at(address: Any, numel: Any) -> Any:
-    """The fp32 elements that begin at an address."""
+    """The fp32 elements that start at an address."""
     return numba.carray(_pointer(address), numel, F32)  # pyright: ignore
 
 
@@ -83,14 +83,14 @@ def _update_plain_run(m: Any, x: Any, w: Any) -> None:
 
 @_compiled(types.void(*_table, _f32, _u16, types.float64))
 def update(addresses: Any, offsets: Any, numels: Any, m: Any, c: Any, w: Any) -> None:
-    """`arithmetic.update_` over a table of runs, or `arithmetic.update_plain_` where there is no compensation.
+    """`arithmetic.update_` over a table of runs, or `arithmetic.update_plain_` without compensation.
 
     Args:
-        addresses: where each run of fp32 sources begins, in bytes.
+        addresses: byte address of each run of fp32 sources.
         offsets: first element of each run in ``m`` and ``c``.
         numels: elements in each run.
         m: fp32, the lane.
-        c: the bits of its bf16 compensation; empty: none.
+        c: the bits of its bf16 compensation; empty for none.
         w: share of the sources, rounded to fp32; exactly 1 copies them.
     """
     for run in range(addresses.size):
@@ -108,7 +108,7 @@ def update(addresses: Any, offsets: Any, numels: Any, m: Any, c: Any, w: Any) ->
 
 @_compiled(types.boolean(*_table))
 def all_finite(addresses: Any, offsets: Any, numels: Any) -> Any:
-    """Whether every source element is finite, and below 2**126; arguments as of `update`."""
+    """Whether every source element is finite and below 2**126 in size; arguments as for `update`."""
     for run in range(addresses.size):
         bits = _run_at(addresses[run], numels[run]).view(U32)
         largest = U32(0)
@@ -121,7 +121,7 @@ def all_finite(addresses: Any, offsets: Any, numels: Any) -> Any:
 
 @_compiled(types.uint64(*_table))
 def checksum(addresses: Any, offsets: Any, numels: Any) -> Any:
-    """A sum over the bits of every source element and its place; arguments as of `update`."""
+    """A sum over the bits of every source element, weighted by position; arguments as for `update`."""
     total = U64(0)
     for run in range(addresses.size):
         words = _run_at(addresses[run], numels[run]).view(U32)
@@ -133,7 +133,7 @@ def checksum(addresses: Any, offsets: Any, numels: Any) -> Any:
 
 @_compiled(types.void(types.float64[::1], types.float64, _f32, _u16))
 def accumulate(total: Any, coefficient: Any, m: Any, c: Any) -> None:
-    """``total <- total + coefficient * (m + c)`` in float64; an empty ``c`` is none."""
+    """``total <- total + coefficient * (m + c)`` in float64; an empty ``c`` means none."""
     if c.size == 0:
         for i in range(total.size):
             total[i] = total[i] + F64(m[i]) * coefficient

@@ -1,4 +1,4 @@
-"""A search for the weights to read out of a run: several are scored, and the best is kept."""
+"""A search for the best weights to read out of a run: several readouts are scored, and the best is kept."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class Tried:
     end: int
     """Step of the last member in it."""
     members: int
-    """How many there are."""
+    """Members in it."""
     score: float
-    """What the evaluation returned; on every rank that of rank 0."""
+    """What the evaluation returned on rank 0; the same on every rank."""
 
     def row(self) -> dict[str, Any]:
-        """The same as a row of a table: ``start``, ``end``, ``members``, ``blend``, ``scope`` and ``score``."""
+        """A row for a table, with ``start``, ``end``, ``members``, ``blend``, ``scope`` and ``score``."""
         window = {"start": self.start, "end": self.end, "members": self.members}
         return window | {"blend": self.readout.blend, "scope": self.readout.scope, "score": self.score}
 
 
 @dataclass(frozen=True)
 class ReadoutSearch:
-    """What a search found."""
+    """The result of a search."""
 
     best: Tried
-    """The best: ``averager.save_pretrained(path, found.best.readout)``."""
+    """The best one; to save it: ``averager.save_pretrained(path, found.best.readout)``."""
     tried: tuple[Tried, ...]
-    """Every readout that was tried, in that order."""
+    """Every readout that was tried, in order."""
 
 
 def search_windows(
@@ -57,26 +57,26 @@ def search_windows(
 ) -> ReadoutSearch:
     """Score several readouts of a run and return the best (collective).
 
-    One thing is chosen after the other, so that evaluations are few: the window (of the rule `Windows`), the blend
-    of its mean with the last weights, the weights which that is done to. By default the windows are, first, those
-    from every boundary to the latest member, then those from the best of these starts to every later boundary:
-    fewer than twice as many evaluations as there are blocks. Each blend and each scope is one more. The search
-    chooses by the data it is shown, so report the result on other data.
+    To keep evaluations few, choices are made one after the other: the window (of the rule `Windows`), the blend of
+    its mean with the last weights, then the scope. By default, the windows are first those from every boundary to
+    the latest member, then those from the best of these starts to every later boundary. That is fewer than two
+    evaluations per block. Each blend and each scope adds one evaluation. The search selects on the data it is
+    given, so report the result on other data.
 
     Args:
-        averager: with the rule `Windows`, or any other where blends or scopes are given.
-        evaluate: called on every rank while the weights are in the model; returns their score. That of rank 0
-            counts, on every rank.
-        name: which rule; None: the first.
-        better: the built-in ``max`` or ``min``. Of equal scores the longer window wins, then the later one, then
-            what was tried first. A score that is no number never wins.
+        averager: with the rule `Windows`, or any other rule if blends or scopes are given.
+        evaluate: called on every rank while the weights are in the model; returns their score. Rank 0's score is
+            used on all ranks.
+        name: of the rule; None: the first.
+        better: the built-in ``max`` or ``min``. Among equal scores, the longer window wins, then the later one,
+            then the one tried first. A NaN score never wins.
         windows: (start, end) pairs to try instead, each as `WindowsPlan.window` takes it.
-        blends: to try, each as `Readout.blend`; 0 is the last weights.
-        scopes: to try, each as `Readout.scope`.
+        blends: blends to try, see `Readout.blend`; 0 is the last weights.
+        scopes: scopes to try, see `Readout.scope`.
 
     Raises:
-        AveragingError: there is nothing to choose, nothing is averaged yet, a window does not fall on boundaries, a
-            blend or a scope does not exist for the model, or no score is a number.
+        AveragingError: there is nothing to choose, nothing is averaged yet, a window does not fall on boundaries,
+            the model does not support a blend or scope, or no score is a number.
     """
     plan, count = averager.plan(name), averager.count(name)
     if not isinstance(plan, WindowsPlan) and (windows or not (blends or scopes)):
@@ -92,7 +92,7 @@ def search_windows(
             f"step {plan.first_step}"
         )
     for blend in blends:
-        Readout(blend=blend)  # raises for one that does not exist
+        Readout(blend=blend)  # raises if it is out of range
     for scope in scopes:
         outside(averager.engine, Readout(scope=scope).scope)
     tried: dict[Readout, Tried] = {}

@@ -1,7 +1,8 @@
-"""What is made of a rank's shard: a blend with the last weights, and whole tensors on rank 0.
+"""What is made from a rank's shard: a blend with the last weights, and whole tensors on rank 0.
 
-The last weight and the average of an element lie on the same rank, so a blend sends nothing, and its bits are the
-same under every engine and any number of ranks. Whole tensors are sent in bounded pieces, and kept where they fit.
+The last weight and the average of an element lie on the same rank, so a blend needs no communication, and its bits
+are the same under every engine and any number of ranks. Whole tensors are sent in bounded pieces, and kept where
+they fit.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from swaft.averaging.rules import Readout
 from swaft.errors import AveragingError
 
 IN_MEMORY_BYTES = 1 << 30
-"""What whole weights may take of rank 0's memory; larger ones lie in a file that only this process sees."""
+"""How much of rank 0's memory whole weights may take; beyond that, they go to a file only this process sees."""
 
 
 class Scratch:
-    """Room for host tensors that are whole: memory, or pages of a nameless file, which the system may write out.
+    """Room for whole host tensors: memory, or pages of an unnamed file, which the system may write out.
 
-    Each tensor has a storage of its own, as safetensors wants it.
+    Each tensor has its own storage, as safetensors requires.
 
     Args:
-        folder: on whose disk the file is; made where there is none. None: memory alone.
+        folder: the file is created on this folder's disk; the folder is created if needed. None: memory only.
         num_bytes: of all tensors together.
     """
 
@@ -47,11 +48,11 @@ class Scratch:
         self._end = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """A new tensor, whatever torch's defaults are."""
+        """A new host tensor, whatever torch's default dtype and device are."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if self._file is None or num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        # On a full disk this is an error now, and no signal later.
+        # On a full disk, this raises now, instead of a signal later.
         os.posix_fallocate(self._file.fileno(), self._end, num_bytes)
         pages = mmap.mmap(self._file.fileno(), num_bytes, offset=self._end)
         grain = mmap.ALLOCATIONGRANULARITY
@@ -60,17 +61,17 @@ class Scratch:
 
 
 MEMORY = Scratch(None, 0)
-"""Room in memory, however much."""
+"""Room in memory, without limit."""
 
 
 @torch.no_grad()
 def blended(engine: Engine, average: Tensor, chosen: Readout) -> Tensor:
-    """This rank's elements of a blend, elementwise in fp32: exactly the last weights at 0, and the average at 1.
+    """This rank's elements of a blend, elementwise in fp32: exactly the last weights at 0, the average at 1.
 
     Args:
-        engine: whose last weights.
-        average: (engine.numel,), fp32, host; returned itself where it is what is chosen, and never changed.
-        chosen: says how far to go, and for which weights.
+        engine: provides the last weights.
+        average: (engine.numel,), fp32, host; never changed. Returned itself, not a copy, if nothing else is chosen.
+        chosen: how far to go, and for which weights.
 
     Returns:
         (engine.numel,), fp32, host.
@@ -91,17 +92,17 @@ def blended(engine: Engine, average: Tensor, chosen: Readout) -> Tensor:
 
 
 def outside(engine: Engine, scope: str) -> set[str]:
-    """Names of the trained parameters that a scope leaves as they are.
+    """Names of the trained parameters that a scope leaves unchanged.
 
-    Embeddings are those of every `torch.nn.Embedding`, with what is tied to them. The head is what a Hugging Face
-    model has beside its body.
+    Embeddings are those of every `torch.nn.Embedding`, with whatever is tied to them. The head is everything in a
+    Hugging Face model outside its body.
 
     Raises:
-        AveragingError: the model does not say what its head is, or the scope would leave none, or all, as they are.
+        AveragingError: the model does not say what its head is, or the scope would leave none or all unchanged.
     """
     if scope == "all":
         return set()
-    engine.release_gathered()  # FSDP2's gathered copies are other parameters than those that are trained
+    engine.release_gathered()  # FSDP2's gathered copies are not the parameters that are trained
     if scope == "no_embeddings":
         parts = [part for part in engine.module.modules() if isinstance(part, nn.Embedding)]
         kept = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -124,7 +125,7 @@ def outside(engine: Engine, scope: str) -> set[str]:
 
 
 def beside_live(engine: Engine, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's last weights and the same elements of a shard, in pieces of at most `PIECE`."""
+    """Pairs of this rank's last weights and the same elements of a shard, in pieces of at most `PIECE`."""
     position = 0
     for last in engine.live():
         yield last, shard[position : position + len(last)]
@@ -132,7 +133,7 @@ def beside_live(engine: Engine, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 
 def room_for(engine: Engine, parameters: Mapping[str, nn.Parameter], scratch: Scratch) -> dict[str, Tensor]:
-    """Whole fp32 tensors on rank 0, to be filled (collective; {} elsewhere).
+    """Empty whole fp32 tensors on rank 0 (collective; {} elsewhere).
 
     Raises:
         StateError: there is no room for them; on every rank.
@@ -147,9 +148,9 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
     """Every trained parameter whole on rank 0's host, from shards (collective; {} elsewhere).
 
     Args:
-        engine: whose layout.
+        engine: provides the layout.
         shard: (engine.numel,), fp32, host: this rank's elements.
-        scratch: where the whole tensors are.
+        scratch: where the whole tensors are kept.
 
     Returns:
         name to (parameter shape), fp32.
@@ -172,7 +173,7 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
 
 
 def messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
-    """The messages of every rank's shard, as ``shard.split`` cuts it: (rank, first element, what is in it)."""
+    """The messages of every rank's shard, as ``shard.split`` cuts it: (rank, first element, its fragments)."""
     for rank, fragments in enumerate(everyone):
         for first in range(0, sum(each.numel for each in fragments), PIECE):
             yield rank, first, section(fragments, first, first + PIECE)

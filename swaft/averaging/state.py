@@ -1,14 +1,14 @@
-"""The averages of a run on disk, in no engine's layout: saved under one, opened under any.
+"""The averages of a run on disk, independent of the engine: saved under one engine, opened under any.
 
-    folder/rank-00000.safetensors     one file a rank: its elements of every lane, flat
+    folder/rank-00000.safetensors     one file per rank: its elements of every lane, flat
         rule-0.lane-0.mean              (elements of the rank,) fp32
-        rule-0.lane-0.compensation      (elements of the rank,) bf16, beside a compensated mean
+        rule-0.lane-0.compensation      (elements of the rank,) bf16, for a compensated mean
         metadata["fragments"]           which elements those are: [[parameter, start, end], ...]
     folder/manifest.json              rules, counts, shapes of parameters, and the hash of every file
-    folder/COMPLETE                   last of all
+    folder/COMPLETE                   written last
 
-An element is known by the name of its parameter and its place in the flattened parameter (`layout.py`), so whoever
-opens the state takes what it owns from whichever files hold it. Values are copied, never converted.
+An element is identified by the name of its parameter and its position in the flattened parameter (`layout.py`), so
+a rank that opens the state reads its elements from whichever files hold them. Values are copied, never converted.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ if TYPE_CHECKING:
     from swaft.averaging.host.lanes import Lane
 
 KIND = "average"
-"""What the manifest of such a folder calls itself."""
+"""The kind in the manifest of such a folder."""
 FILES = re.compile(r"(rank-\d{5}\.safetensors|manifest\.json|COMPLETE)(\.tmp)?")
-"""What the files of a state are called."""
+"""The names of a state's files."""
 Steps = Annotated[int, options.Range(low=0, high=1 << 30)]
-"""Optimizer steps, as many as a state may claim."""
+"""Optimizer steps, up to the limit that a state may claim."""
 
 
 @dataclass(frozen=True)
 class RuleState:
-    """How far one rule has come."""
+    """How far one rule has got."""
 
     name: str
-    """What the run calls it."""
+    """The rule's name in the run."""
     rule: str
-    """Its ``repr``, which says all that it is."""
+    """Its ``repr``, which describes it completely."""
     count: Steps
     """Members in it."""
     lanes: dict[str, bool]
-    """Number of each lane there is, as text, and whether a compensation lies beside its mean."""
+    """The number of each lane, as text, and whether its mean has a compensation."""
     readout: dict[str, float]
-    """The average, where nothing is selected, as the share of each lane in it, by its number as text."""
+    """The default average, as the share of each lane in it, by lane number as text."""
 
 
 @dataclass(frozen=True)
 class AverageState:
-    """All of a run's averages but the vectors themselves: the ``content`` of the manifest."""
+    """Everything about a run's averages except the vectors: the ``content`` of the manifest."""
 
     rules: list[RuleState]
     total_steps: int
@@ -77,18 +77,18 @@ class AverageState:
     moved: bool
     """Whether members were seen to differ."""
     weights: str
-    """Sum of the bits of the master weights at that moment, whatever their layout (`sum_of_bits`)."""
+    """Sum of the bits of the master weights at that moment, independent of their layout (`sum_of_bits`)."""
     parameters: dict[str, list[int]]
     """Shape of every averaged parameter."""
     aliases: dict[str, str]
-    """Other names of tied parameters, and the one they are averaged under."""
+    """Other names of tied parameters, each with the name it is averaged under."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], *, where: Path) -> AverageState:
         """Read a manifest's content.
 
         Raises:
-            StateError: a field is missing, unknown, of the wrong type or out of range, naming it.
+            StateError: a field is missing, unknown, of the wrong type or out of range; names it.
         """
         state = _checked(cls, content, where)
         rules = [_checked(RuleState, rule, where) for rule in state.rules]
@@ -108,17 +108,17 @@ class AverageState:
         return replace(state, rules=rules)
 
     def refuse_other_run(self, expected: AverageState, *, where: Path) -> None:
-        """Refuse the state of a run with other rules, another precision or length, or of another model.
+        """Refuse the state of a run with other rules, another precision or length, or another model.
 
         Raises:
-            StateError: naming what differs.
+            StateError: says what differs.
         """
         found, wanted = ({rule.name: rule.rule for rule in state.rules} for state in (self, expected))
         if found != wanted:
             found, wanted = (", ".join(f"{k}: {v}" for k, v in rules.items()) for rules in (found, wanted))
             raise StateError(
-                f"{where} holds the rules {found}; this run averages by {wanted}. Set section averaging as it was, "
-                "or begin a new run"
+                f"{where} holds the rules {found}; this run averages by {wanted}. Set the averaging section as it "
+                "was, or begin a new run"
             )
         for field, setting in (
             ("total_steps", "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs)"),
@@ -145,7 +145,7 @@ class AverageState:
 
 
 def _checked(kind: type[Any], found: Any, where: Path) -> Any:
-    """A data class from a JSON object, once its fields are known to be complete, of their types and in range."""
+    """A dataclass from a JSON object, once its fields are known to be complete, well-typed and in range."""
     names = [field.name for field in fields(kind)]
     if not isinstance(found, Mapping) or sorted(found) != sorted(names):
         raise StateError(
@@ -158,7 +158,7 @@ def _checked(kind: type[Any], found: Any, where: Path) -> Any:
 
 
 def lane_name(rule: int, lane: int | str) -> str:
-    """What the vectors of a lane are called in a file, ``.mean`` and ``.compensation`` apart."""
+    """The name of a lane's vectors in a file, without ``.mean`` or ``.compensation``."""
     return f"rule-{rule}.lane-{lane}"
 
 
@@ -168,8 +168,8 @@ def write_rank(
     """Write one rank's file.
 
     Args:
-        folder: of the state; it exists.
-        rank: whose file.
+        folder: of the state; must exist.
+        rank: the rank whose file it is.
         fragments: the elements it owns, in shard order.
         vectors: name to (elements,), host.
 
@@ -177,7 +177,7 @@ def write_rank(
         The file's record by its name.
 
     Raises:
-        StateError: it could not be written.
+        StateError: the file could not be written.
     """
     name = f"rank-{rank:05d}.safetensors"
     metadata = {"fragments": json.dumps([each.range for each in fragments], separators=(",", ":"))}
@@ -188,16 +188,16 @@ def write_rank(
 def read_elements(
     folder: Path, names: Iterable[str], wanted: Sequence[Range], vectors: Mapping[str, Tensor]
 ) -> None:
-    """Fill vectors with the elements of some ranges, from whichever files hold them.
+    """Fill vectors with the elements of given ranges, from whichever files hold them.
 
     Args:
         folder: of the state.
-        names: of its files; those that are likeliest to hold the elements first.
+        names: of its files; those most likely to hold the elements first.
         wanted: ranges in the order of the vectors' elements.
-        vectors: name to (elements,), host, of the type they were saved in; written to.
+        vectors: name to (elements,), host, in the dtype they were saved in; written in place.
 
     Raises:
-        StateError: an element is in no file, or in two, or a file is not what its header says.
+        StateError: an element is in no file or in two, or a file does not match its header.
     """
     shard, places = laid_out(wanted), dict[str, list[Fragment]]()
     for place in shard:
@@ -231,17 +231,17 @@ def read_elements(
 
 
 def sum_of_bits(runs: Iterable[Tensor]) -> int:
-    """The sum, modulo 2**64, of the words of fp32 tensors: the same in whichever order and cuts they come."""
+    """The sum, modulo 2**64, of the words of fp32 tensors: the same however they are ordered or cut."""
     words = (run.detach().reshape(-1).cpu().numpy().view(np.uint32) for run in runs)
     return sum(int(each.sum(dtype=np.uint64)) for each in words) % (1 << 64)
 
 
 def _ranges(file: TensorFile) -> Iterator[Range]:
-    """Which elements a file holds, in the order of its vectors."""
+    """The elements that a file holds, in the order of its vectors."""
     try:
         ranges = json.loads(file.metadata["fragments"])
     except (KeyError, ValueError, RecursionError) as error:
-        raise StateError(f"{file.path}: metadata.fragments is no JSON: {error!r}") from error
+        raise StateError(f"{file.path}: metadata.fragments is not JSON: {error!r}") from error
     for each in ranges if isinstance(ranges, list) else [ranges]:
         types = list(map(type, each)) if isinstance(each, list) else []
         if types != [str, int, int] or not 0 <= each[1] <= each[2]:
@@ -255,13 +255,13 @@ def _ranges(file: TensorFile) -> Iterator[Range]:
 def save_averages(
     engine: Engine, averages: HostAverages, path: str | PathLike[str], applied_steps: int, *, overwrite: bool
 ) -> None:
-    """Write every rank's lanes into a folder, which is complete once all have (collective).
+    """Write every rank's lanes into a folder, which is complete once all ranks have written (collective).
 
-    Arguments and errors are those of `WeightAverager.save_state`, and ``applied_steps`` the optimizer steps so far.
+    Arguments and errors as for `WeightAverager.save_state`; ``applied_steps`` is the optimizer steps taken so far.
     """
     ranks, fragments = engine.ranks, engine.fragments
-    with ranks.together():  # a member may be torn on one rank
-        held = {name: lanes.held() for name, lanes in averages.lanes.items()}  # nothing moves them meanwhile
+    with ranks.together():  # a member may be incomplete on one rank
+        held = {name: lanes.held() for name, lanes in averages.lanes.items()}  # they do not move now
     state = _description(engine, averages, applied_steps, held)
     vectors = {
         name: vector
@@ -284,15 +284,15 @@ def load_averages(
 ) -> int:
     """Fill the lanes with this rank's elements of a saved state, whatever layout it was saved in (collective).
 
-    Arguments and errors are those of `WeightAverager.load_state`. The lanes are as before after an error that was
-    found before the first vector was read. Returns the optimizer steps that had been taken.
+    Arguments and errors as for `WeightAverager.load_state`. An error found before the first vector is read leaves
+    the lanes unchanged. Returns the number of optimizer steps taken when the state was saved.
     """
-    folder = standing(Path(os.path.realpath(path)))  # as what is saved goes where links lead
+    folder = standing(Path(os.path.realpath(path)))  # saving follows links, too
     manifest = open_together(engine.ranks, folder, kind=KIND)
     files = sorted(manifest.files)
     if not files:
         raise StateError(f"{folder}/manifest.json: files is empty, expected one of every rank that saved")
-    # Where nothing has changed, a rank's own file holds all it needs.
+    # If the layout has not changed, a rank's own file holds all it needs.
     own = engine.ranks.rank % len(files)
     files = files[own:] + files[:own]
     found = AverageState.from_json(manifest.content, where=folder / MANIFEST)
@@ -300,14 +300,14 @@ def load_averages(
     found.refuse_other_run(expected, where=folder)
     if same_weights and found.weights != expected.weights:
         raise StateError(
-            f"{folder} was saved beside other weights, after {found.applied_steps} optimizer steps, than the "
-            "model has; load the checkpoint it belongs to first (model and optimizer), or say load_state(..., "
-            "same_weights=False) where the model is meant to be another"
+            f"{folder} was saved with other weights, after {found.applied_steps} optimizer steps, than the model "
+            "has now; load the checkpoint it belongs to first (model and optimizer), or pass load_state(..., "
+            "same_weights=False) to use different weights on purpose"
         )
     lanes = averages.lanes
     for rule in found.rules:
         plan = lanes[rule.name].plan
-        members = range(min(rule.count, plan.num_members))  # no lane is new after those that were planned
+        members = range(min(rule.count, plan.num_members))  # no lane is created after the planned members
         moved = sorted({str(update.lane) for n in members for update in plan.updates(n)})
         if sorted(rule.lanes) != moved:
             raise StateError(
@@ -359,12 +359,12 @@ def _description(
 
 
 def weights_now(engine: Engine) -> str:
-    """The sum of the bits of the last weights, also while others are swapped in (collective)."""
+    """The sum of the bits of the last weights, also while averaged ones are swapped in (collective)."""
     return str(sum(engine.ranks.gather(sum_of_bits(engine.live()))) % (1 << 64))
 
 
 def _vectors(name: str, lane: Lane) -> dict[str, Tensor]:
-    """A lane's vectors by their names in a file."""
+    """A lane's vectors, by their names in a file."""
     vectors = {f"{name}.mean": lane.mean}
     if lane.compensation is not None:
         vectors[f"{name}.compensation"] = lane.compensation

@@ -1,12 +1,12 @@
-"""Averaged weights in place of the working weights for a while, and the live ones back, whatever happens inside.
+"""Puts averaged weights in place of the working weights, and restores the live ones, whatever happens inside.
 
-No backup copy is kept where the working weights are a cast of separate masters: they are cast again. Only where
-masters and weights are one does a stash stand in, sharded over the ranks like the average. Buffers that training
-changes are copied, and put back.
+If the working weights are a cast of separate masters, no backup is kept: the masters are cast again. Only if
+masters and weights are the same tensors are the live ones stashed, sharded over the ranks like the average. Buffers
+that training changes are copied and put back.
 
-What stands in for the weights belongs to the module (:class:`Swap`), so several averagers of one model know of it.
-The hooks that stay on a module are plain functions that look it up: so a module with an averager attached can be
-pickled and copied, and a copy has nothing to do with the swaps and averagers of the original.
+The state of a swap belongs to the module (:class:`Swap`), so several averagers of one model know of it. The hooks
+that stay on a module are plain functions that look this state up. So a module with an averager attached can be
+pickled and copied, and a copy is independent of the swaps and averagers of the original.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def swapped_in(
 ) -> Iterator[None]:
     """Put a shard in place of the working weights (collective on the way in and on the way out).
 
-    The masters and the optimizer are not touched where they are apart from the working weights. Random state
-    is not touched at all. Inside, whatever would hand out the weights as the live ones, or replace them, is refused
-    (`Swap.guard`); what is written past those calls is refused on the way out, when the live weights are back.
+    Masters that are separate from the working weights are not touched, nor is the optimizer, nor any random state.
+    Inside, calls that would hand out the weights as the live ones, or replace them, are refused (`Swap.guard`).
+    Writes that bypass these calls raise an error on exit, after the live weights are restored.
 
     Args:
-        engine: whose working weights.
+        engine: provides the working weights.
         shard: (engine.numel,), fp32, host: this rank's elements.
-        statistics: buffers that go with these weights, by clean name. Others stay as training has them.
-        derive: whether what parametrizations derive from weights is derived anew from these.
+        statistics: buffers to use with these weights, by clean name. Others stay as training has them.
+        derive: whether to recompute what parametrizations derive from the weights.
 
     Raises:
-        AveragingError: a swap is active already, LoRA adapters are merged into their base, or weights were changed
+        AveragingError: a swap is already active, LoRA adapters are merged into their base, or weights were changed
             inside.
     """
     if engine.swap.active:
@@ -72,7 +72,7 @@ def swapped_in(
         engine.swap.stash = engine.read(engine.masters())
     elif (
         engine.misplaced() is not None
-    ):  # a wrapper that has not stepped yet: weights that are no cast of masters
+    ):  # a wrapper that has not stepped yet: the weights are not a cast of the masters
         engine.swap.stash = engine.read(engine.working())
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     engine.swap.active = True
@@ -88,8 +88,8 @@ def swapped_in(
         yield
         error = _changed_inside(engine, written)
     except BaseException:
-        # The error may be this rank's alone. The others would then wait in a collective of their own, and
-        # restoring, which is collective too, would hang instead of letting the error out.
+        # The error may be on this rank only. The others would then be waiting in another collective, and restoring,
+        # which is collective too, would hang instead of letting the error out.
         if not engine.ranks.all_arrive():
             logger.error("the other ranks did not leave the swap; the live weights are not restored")
             raise
@@ -98,7 +98,7 @@ def swapped_in(
     try:
         _restore(engine)
     except BaseException:
-        # Ctrl-C, say. Alone, once more costs nothing; among ranks it would be a collective that others do not join.
+        # Ctrl-C, say. With one rank, restoring again costs nothing; with several, the others would not join it.
         if engine.ranks.world_size == 1:
             _restore(engine)
         raise
@@ -106,11 +106,11 @@ def swapped_in(
 
 
 def _changed_inside(engine: Engine, written: int) -> AveragingError | LayoutError | None:
-    """What is wrong with the weights as the body leaves them."""
+    """The error, if the body has left the weights in a wrong state."""
     if merged_layers(engine.module):
         return AveragingError(
             "LoRA adapters were merged while averaged weights were swapped in, and not unmerged; they have been "
-            "now, which leaves the base changed by rounding. Unmerge them before `swapped_in()` is left"
+            "now, but rounding has changed the base slightly. Unmerge them before leaving `swapped_in()`"
         )
     try:
         engine.check_trainable()
@@ -127,7 +127,7 @@ def _changed_inside(engine: Engine, written: int) -> AveragingError | LayoutErro
 
 @torch.no_grad()
 def _restore(engine: Engine) -> None:
-    for layer in merged_layers(engine.module):  # while the adapters are those that were merged
+    for layer in merged_layers(engine.module):  # while the adapters still hold what was merged
         layer.unmerge()
     engine.release_gathered()
     engine.write(engine.swap.stash)
@@ -139,42 +139,42 @@ def _restore(engine: Engine) -> None:
 
 
 def rescales(module: nn.Module) -> bool:
-    """Whether a forward alone changes weights: an embedding with a largest norm rescales its rows."""
+    """Whether a forward alone changes weights: an embedding with `max_norm` rescales its rows."""
     return any(getattr(part, "max_norm", None) is not None for part in module.modules())
 
 
 @dataclass
 class Swap:
-    """The state of one module, however many engines look at it."""
+    """The swap state of one module, shared by all engines that use it."""
 
     active: bool = False
-    """Whether other weights are in place of the live ones."""
+    """Whether other weights have replaced the live ones."""
     stash: Tensor | None = None
-    """The owned live elements while active, where the engine keeps no other copy of them."""
+    """The owned live elements while active, if the engine keeps no other copy of them."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
     """Copies of the live values of buffers while active, by clean name."""
     readers: list[WeakMethod[Callable[[], None]]] = field(default_factory=list)
-    """Called before weights are written to: each returns once it has read the live ones."""
+    """Called before weights are written; each returns once it has read the live ones."""
     _guards: ExitStack = field(default_factory=ExitStack)
     _lifted: bool = False
 
     def let_readers_finish(self) -> None:
-        """Return once nobody reads the live weights any more."""
+        """Block until nothing reads the live weights any more."""
         self.readers = [reader for reader in self.readers if reader() is not None]
         for reader in self.readers:
             if (finish := reader()) is not None:
                 finish()
 
     def guard(self, module: nn.Module, outer: nn.Module, calls: Iterable[str]) -> None:
-        """Refuse, until :meth:`end`, whatever hands out the weights under the live name, or replaces them.
+        """Refuse, until :meth:`end`, any call that hands out the weights as the live ones, or replaces them.
 
-        These are, of every part of the module, `state_dict`, `load_state_dict` and pickling. `copy.deepcopy` is
-        fine: the copy holds the average, and nothing refuses anything there.
+        These are `state_dict`, `load_state_dict` and pickling of every submodule. `copy.deepcopy` is allowed: the
+        copy holds the average, and nothing is refused on it.
 
         Args:
-            module: whose weights.
-            outer: what wraps it.
-            calls: of `outer`, which get at the weights without asking the module for a state dict.
+            module: the model.
+            outer: the engine around it, or the model itself.
+            calls: methods of `outer` that access the weights without the module's `state_dict`.
         """
         for part in module.modules():
             if isinstance(part, torch.jit.ScriptModule):  # takes no hooks
@@ -190,7 +190,7 @@ class Swap:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Refuse nothing inside: for who knows the live weights from those in the module."""
+        """Suspend the guard: for code that can tell the live weights from those in the module."""
         before, self._lifted = self._lifted, True
         try:
             yield
@@ -198,7 +198,7 @@ class Swap:
             self._lifted = before
 
     def refuse(self, owner: str, call: str) -> None:
-        """Raise what is wrong with a call, unless the guard is lifted."""
+        """Raise the error for a call, unless the guard is lifted."""
         if self._lifted:
             return
         if call.startswith("load"):
@@ -213,13 +213,13 @@ class Swap:
         )
 
     def end(self) -> None:
-        """The live weights are back."""
+        """End the swap: the live weights are back."""
         self._guards.close()
         self.active, self.stash, self.buffers = False, None, {}
 
 
 class _Refusal:
-    """A hook, or what stands in for a method: refuses to be called, and to be pickled with the module it is on."""
+    """A hook, or the replacement of a method: refuses to be called, and to be pickled along with its module."""
 
     def __init__(self, swap: Swap, owner: str, call: str):
         self._swap, self._owner, self._call = swap, owner, call
@@ -229,7 +229,7 @@ class _Refusal:
 
     def __reduce__(self) -> NoReturn:
         raise AveragingError(
-            f"a {self._owner} was pickled (torch.save, say) while averaged weights are swapped in, which would "
+            f"a {self._owner} was pickled (torch.save, say) while averaged weights are swapped in, so they would "
             "pass for the live ones; leave `swapped_in()` first, or copy it with copy.deepcopy: that makes a "
             "model which holds the average"
         )
@@ -239,7 +239,7 @@ class _Refusal:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """What stands in a copy where the original refuses."""
+    """Replaces a refusal in a copy of the module."""
 
 
 _SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
@@ -254,7 +254,7 @@ def swap_of(module: nn.Module) -> Swap:
 
 
 def _finish_reading(module: nn.Module, *_: object) -> None:
-    """What is loaded must not reach a member that is still being read."""
+    """Keep weights that are loaded from reaching a member that is still being read."""
     swap = _SWAPS.get(module)
     if swap is not None:
         swap.let_readers_finish()

@@ -1,1 +1,1 @@
-"""swaft inside other people's training: one module a project, imported only by those who use that project."""
+"""swaft inside other training frameworks: one module per framework, imported only by its users."""

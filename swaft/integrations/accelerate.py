@@ -10,7 +10,7 @@ from swaft.errors import ConfigError, StateError
 
 
 def register_averager(accelerator: Any, averager: WeightAverager) -> None:
-    """Have an accelerator's checkpoints carry the averages, every rank its own elements.
+    """Make an accelerator's checkpoints include the averages; every rank saves its own elements.
 
         averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(half_life=0.1), total_steps=n)
         register_averager(accelerator, averager)
@@ -21,12 +21,12 @@ def register_averager(accelerator: Any, averager: WeightAverager) -> None:
     A second averager's averages are in ``averages-1``, and so on.
 
     Args:
-        accelerator: an `accelerate.Accelerator`, its model and optimizer prepared.
+        accelerator: an `accelerate.Accelerator` whose model and optimizer are prepared.
         averager: of that model.
 
     Raises:
-        ConfigError: the averager is registered already.
-        StateError: from `load_state`: the folder has no averages, or those of other rules or weights.
+        ConfigError: the averager is already registered.
+        StateError: raised by `load_state` if the folder has no averages, or those of other rules or weights.
     """
     others = [each for each in accelerator._custom_objects if isinstance(each, _Carried)]
     if any(each.averager is averager for each in others):
@@ -40,8 +40,8 @@ def register_averager(accelerator: Any, averager: WeightAverager) -> None:
 class _Carried:
     """An averager among the objects of a checkpoint.
 
-    accelerate calls hooks on every rank, but before it has loaded anything; it loads registered objects on every
-    rank, after model and optimizer, but saves those of rank 0 alone. So a hook saves, and an object loads.
+    accelerate calls load hooks on every rank, but before it has loaded anything. It loads registered objects on
+    every rank, after model and optimizer, but saves only those of rank 0. So a hook saves, and an object loads.
     """
 
     def __init__(self, averager: WeightAverager, folder: str):
@@ -66,6 +66,6 @@ class _Carried:
         if state.get("averages") != self.folder:
             raise StateError(
                 f"{self._from.parent} holds no averages where they are expected ({state}); register the averager "
-                "and other objects in the order in which they were when the checkpoint was written"
+                "and other objects in the same order as when the checkpoint was written"
             )
         self.averager.load_state(self._from)

@@ -1,4 +1,4 @@
-"""Noise stability: objectives that ask for the same answer when the embeddings are disturbed."""
+"""Noise stability: objectives that require the same output when the embeddings are perturbed."""
 
 from __future__ import annotations
 

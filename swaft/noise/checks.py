@@ -1,4 +1,4 @@
-"""What a model is inside its wrappers, and what it must be for a noise-stability objective."""
+"""What a model is inside its wrappers, and what a noise-stability objective requires of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swaft.errors import NoiseError
 
 _UNSHIFTED = frozenset({"xlnet", "xlm", "flaubert"})
-"""Types of models without an encoder whose own loss holds each position to the label at it."""
+"""Types of models without an encoder whose own loss does not shift labels."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -28,17 +28,17 @@ def is_distributed() -> bool:
 
 
 def current_rank() -> int:
-    """Tell the rank of this process, 0 where there is no group."""
+    """The rank of this process; 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile, or the module's own ``compile``, has its forward."""
+    """Whether the forward is compiled, by torch.compile or the module's own ``compile``."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Walk from the model to what it wraps, from the outside in."""
+    """Walk from the model to the modules it wraps, from the outside in."""
     current: nn.Module | None = model
     while current is not None:
         yield current
@@ -58,19 +58,19 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether a model's logits at one position are held to the label of the next."""
+    """Whether a model's logits at one position are compared with the label of the next."""
     return is_causal(model) and _config(model, "model_type", "") not in _UNSHIFTED
 
 
 def check_model(model: nn.Module, objective: str) -> None:
-    """Refuse the models that two passes and a divergence make no sense for, or fail with.
+    """Refuse models for which two passes and a divergence make no sense or fail.
 
     Args:
         model: the model, wrapped or not.
         objective: the objective's name, for the message.
 
     Raises:
-        NoiseError: for regression, losses of routers, and reentrant gradient checkpointing.
+        NoiseError: regression, router losses, or reentrant gradient checkpointing.
     """
     if not generates(model) and _config(model, "num_labels", 2) == 1:
         raise _one_class(objective)
@@ -85,26 +85,26 @@ def check_model(model: nn.Module, objective: str) -> None:
 
 
 def check_one_mask(model: nn.Module) -> None:
-    """Refuse dropout where one doubled pass is to share its masks: both halves draw masks of their own.
+    """Refuse dropout in a doubled pass with shared masks: each half would draw its own masks.
 
     Raises:
-        NoiseError: naming a module that drops.
+        NoiseError: names a module with dropout.
     """
     for name, rate in _dropout_rates(model):
         raise NoiseError(
             f"passes='doubled' with masks='shared': {name} is {rate:g}, and one pass over the batch twice "
-            "draws other masks for each half. Expected no dropout: set the model's dropout to 0, "
+            "draws different masks for each half. Expected no dropout: set the model's dropout to 0, "
             "masks='independent', or passes='two'."
         )
 
 
 def check_two_masks(model: nn.Module, objective: str) -> None:
-    """Refuse a model without dropout where two passes differ in dropout alone (Llama, Qwen, Gemma as they come).
+    """Refuse a model without dropout if two passes differ only in dropout (Llama, Qwen, Gemma by default).
 
-    A rate in the configuration passes too, since a model may read it there.
+    A rate in the configuration is accepted, too, since a model may read it from there.
 
     Raises:
-        NoiseError: naming the configuration's settings of dropout.
+        NoiseError: names the configuration's dropout settings.
     """
     config = getattr(unwrap(model), "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
@@ -115,15 +115,15 @@ def check_two_masks(model: nn.Module, objective: str) -> None:
         return
     off = ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
     raise NoiseError(
-        f"{objective} without noise compares two passes that differ in their dropout masks alone, and "
+        f"{objective} without noise compares two passes that differ only in their dropout masks, and "
         f"{type(unwrap(model)).__name__} has no dropout ({off or 'none in its configuration'}): both would be the "
-        "same, the divergence 0, at twice the time. Set a dropout of its configuration, add noise "
+        "same, the divergence 0, at twice the cost. Set a dropout in its configuration, add noise "
         "(swaft.R3F with preset='relative' and sigma=0.5), or use swaft.TaskLoss."
     )
 
 
 def _dropout_rates(model: nn.Module) -> Iterator[tuple[str, float]]:
-    """Find what draws at random in a pass of training: its name and its rate."""
+    """Find every dropout in a training pass: its name and its rate."""
     for name, module in unwrap(model).named_modules():
         rates = {key: value for key, value in vars(module).items() if "drop" in key}
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -140,36 +140,36 @@ def check_seeds(model: nn.Module, *, reseeded: bool = False) -> None:
 
     Args:
         model: the model, wrapped or not.
-        reseeded: whether it was seen to do so; else a type that is known to is refused.
+        reseeded: whether it was seen to do so; otherwise only a type known to do so is refused.
 
     Raises:
-        NoiseError: as said.
+        NoiseError: as described.
     """
     if reseeded or _config(model, "model_type", "") == "reformer":
         raise NoiseError(
-            "The model seeds torch's random state anew in its forward pass (Reformer does), so two passes cannot "
+            "The model reseeds torch's random state in its forward pass (as Reformer does), so two passes cannot "
             "share their dropout masks. Set masks='independent'."
         )
 
 
 def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
-    """Refuse logits of one class, and labels that are not one a row.
+    """Refuse logits of one class, and labels that are not one per row.
 
     Args:
-        rows: logits (..., V), or the hidden states that they are made of (..., d).
+        rows: logits (..., V), or the hidden states that they are computed from (..., d).
         targets: the classes.
         objective: the objective's name, for the message.
 
     Raises:
-        NoiseError: naming what was found.
+        NoiseError: names what was found.
     """
     if rows.shape[-1] == 1:
         raise _one_class(objective)
     if targets.shape != rows.shape[:-1]:
         raise NoiseError(
             f"Labels of shape {tuple(targets.shape)} do not fit the model's rows, {tuple(rows.shape[:-1])}; "
-            f"{objective} expects one class index a row. Use swaft.TaskLoss() without label_smoothing for "
-            "several labels a row, and for rows without a label (the virtual tokens of prompt tuning)."
+            f"{objective} expects one class index per row. Use swaft.TaskLoss() without label_smoothing for "
+            "several labels per row, and for rows without a label (the virtual tokens of prompt tuning)."
         )
 
 
@@ -181,10 +181,10 @@ def _one_class(objective: str) -> NoiseError:
 
 
 def router_terms(terms: str, objective: str) -> NoiseError:
-    """The refusal of a loss that has terms of a mixture of experts beside the cross entropy."""
+    """The error for a loss that has mixture-of-experts terms in addition to the cross entropy."""
     return NoiseError(
-        f"The model adds {terms} of its routers to its loss, and {objective} computes the mean cross entropy "
-        "alone. Expected a loss without them. Set the model's output_router_logits=False, or use swaft.TaskLoss."
+        f"The model adds {terms} of its routers to its loss, and {objective} computes only the mean cross "
+        "entropy. Expected a loss without them. Set the model's output_router_logits=False, or use swaft.TaskLoss."
     )
 
 

@@ -16,45 +16,45 @@ from swaft.noise.generator import add_noise
 from swaft.noise.presets import NoiseSettings
 
 _FP32_BODIES = frozenset({"t5", "mt5", "umt5", "longt5"})
-"""Model types whose 16-bit body takes an fp32 embedding output and keeps it in an fp32 residual stream."""
+"""Model types whose 16-bit body accepts an fp32 embedding output and keeps it in an fp32 residual stream."""
 
 
 @dataclass(frozen=True)
 class EmbeddingSite:
-    """Where noise goes in: the encoder, its token embedding, and the type its body accepts."""
+    """Where noise goes in: the encoder, its token embedding, and the dtype its body accepts."""
 
     encoder: nn.Module
-    """The encoder stack of an encoder-decoder, or the whole model where there is but one stack."""
+    """The encoder stack of an encoder-decoder, or the whole model if there is only one stack."""
     embedding: nn.Module
-    """The token embedding whose output is noised."""
+    """The token embedding whose output gets noise."""
     takes_fp32: bool
     """Whether a 16-bit body accepts fp32 embeddings."""
     has_decoder: bool
-    """Whether a decoder may run the same embedding, so that only what runs inside the encoder is noised."""
+    """Whether a decoder may run the same embedding; then noise is added only inside the encoder."""
     padding_id: int | None
-    """The token that an encoder may pad its input with by itself; None: it cannot."""
+    """The token that an encoder may pad its own input with; None: it does not."""
     scale: float = 1.0
-    """Factor that the embedding applies to its rows by itself (mBART, M2M100, Gemma 3: the root of d); other models
-    that scale do it behind the embedding (Pegasus, Marian)."""
+    """Factor that the embedding itself applies to its rows (mBART, M2M100, Gemma 3: the square root of d); other
+    models that scale do so after the embedding (Pegasus, Marian)."""
 
     def dtype_for(self, output: torch.dtype) -> torch.dtype:
-        """Tell the widest type that may be handed on where the embedding gives ``output``."""
+        """The widest dtype that may be passed on if the embedding returns ``output``."""
         return _widened(output) if self.takes_fp32 else output
 
 
 @dataclass
 class Embedded:
-    """What one hooked pass saw: how often the hook fired, and the last output before and after it."""
+    """The record of one hooked pass: how often the hook fired, and the last output before and after it."""
 
     calls: int = 0
-    """How often the embedding ran over text; 1 after a pass."""
+    """How often the embedding ran on text; 1 after a pass."""
     clean: Tensor = field(default_factory=lambda: torch.empty(0))
-    """The embedding output that the noise was added to, in its own type, detached."""
+    """The embedding output that the noise was added to, in its own dtype, detached."""
     handed_on: Tensor = field(default_factory=lambda: torch.empty(0))
-    """What the body got instead, in the type it got it, detached."""
+    """What the body got instead, in the dtype it got, detached."""
 
     def noise_to_signal(self) -> Tensor:
-        """||handed_on - clean|| / ||clean||, the noise that the pass really had: 0-dim, fp32, on its device."""
+        """||handed_on - clean|| / ||clean||, the noise that the pass actually had: 0-dim, fp32, on its device."""
         return noise_to_signal(self.clean, self.handed_on)
 
     def changed(self) -> Tensor:
@@ -66,11 +66,11 @@ class Embedded:
 def find_site(model: nn.Module) -> EmbeddingSite:
     """Find the encoder's token embedding in a model, wrapped or not.
 
-    In an encoder-decoder the encoder has an embedding module of its own; the one that the whole model names
-    never runs (BART, T5), which is why it is not used.
+    In an encoder-decoder, the encoder has its own embedding module. The one that the whole model reports never runs
+    (BART, T5), so it is not used.
 
     Raises:
-        NoiseError: for a model without a token embedding, or with one that is no table (I-BERT's is quantised).
+        NoiseError: the model has no token embedding, or one that is not a table (I-BERT's is quantised).
     """
     network = unwrap(model)
     get_encoder = getattr(network, "get_encoder", None)
@@ -81,7 +81,7 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         embedding = encoder.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embedding = None
-    is_module = isinstance(embedding, nn.Module)  # Perceiver names a tensor
+    is_module = isinstance(embedding, nn.Module)  # Perceiver returns a tensor
     # Adapters wrap the table.
     if not is_module or not any(isinstance(module, nn.Embedding) for module in embedding.modules()):
         found = f"a {type(embedding).__name__}" if is_module else "no token embedding"
@@ -97,28 +97,28 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         takes_fp32=model_type in _FP32_BODIES,
         has_decoder=encoder is not network,
         padding_id=getattr(getattr(encoder, "config", None), "pad_token_id", None),
-        # Gemma's embed_scale is a buffer, which to read would make the host wait.
+        # Gemma's embed_scale is a buffer; reading it would make the host wait.
         scale=getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)),
     )
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """The noise of one step; called with an embedding output, it gives the sum of both, fp32 at the least."""
+    """The noise of one step; called with an embedding output, it returns the sum of both, in at least fp32."""
 
     site: EmbeddingSite | None
-    """Where it goes in; None where there is none."""
+    """Where it goes in; None without noise."""
     settings: NoiseSettings
     """Of the objective."""
     objective: str
     """Its name, for messages."""
     draw: Callable[..., Tensor] = add_noise
-    """`add_noise` of an embedding, noise and sigma, its place in the stream given."""
+    """`add_noise` as a function of embedding, noise and sigma, at the current place in the stream."""
     real: Tensor | None = None
-    """Which tokens are no padding (B, T), bool; None where the batch does not say."""
+    """Which tokens are not padding (B, T), bool; None if the batch does not say."""
 
     def __call__(self, embedding: Tensor) -> Tensor:
-        """Give the sum of an embedding output and noise, differentiable."""
+        """Return the sum of an embedding output and noise, differentiable."""
         assert self.site is not None
         scale = self.site.scale if self.settings.before_scale else 1.0
         sigma: float | Tensor = scale * self.settings.sigma
@@ -135,27 +135,27 @@ def embedding_hook(
     detach: bool = False,
     half: bool = False,
 ) -> Iterator[Embedded]:
-    """Run one pass with the embedding output replaced by its sum with noise, in the widest type accepted.
+    """Run one pass with noise added to the embedding output, in the widest dtype accepted.
 
-    The clean pass goes through the same hook without ``disturb``, so that both bodies compute in the same types.
-    An encoder that pads its input by itself, to whole blocks, may run the embedding once more for that padding
-    (LED, BigBird-Pegasus), which stays clean.
+    The clean pass goes through the same hook without ``disturb``, so that both passes compute in the same dtypes.
+    An encoder that pads its own input to whole blocks may run the embedding once more for that padding (LED,
+    BigBird-Pegasus), which stays clean.
 
     Args:
         site: where to hook.
-        disturb: gives the sum (fp32 at the least) of an embedding output and noise, differentiable; None for the
+        disturb: returns the sum (in at least fp32) of an embedding output and noise, differentiable; None for the
             clean pass.
-        detach: send no gradient into the embedding from what is disturbed.
-        half: disturb the second half of the rows only, and record that half.
+        detach: pass no gradient from the noised rows to the embedding.
+        half: add noise only to the second half of the rows, and record that half.
 
     Yields:
         The record of the pass, filled when the pass has run.
 
     Raises:
-        NoiseError: when the embedding did not run exactly once over text.
+        NoiseError: the embedding did not run exactly once on text.
     """
     record = Embedded()
-    # The encoder's embedding may be the decoder's, too, as after resize_token_embeddings.
+    # The encoder's embedding may also be the decoder's, as after resize_token_embeddings.
     inside = not site.has_decoder
 
     def enter(*_: object) -> None:
@@ -180,7 +180,7 @@ def embedding_hook(
         return handed_on if clean is None else torch.cat([clean.to(dtype), handed_on])
 
     handles = [site.embedding.register_forward_hook(hook)]
-    if site.has_decoder:  # elsewhere a wrapper may call the model's forward past its hooks, as adapters do
+    if site.has_decoder:  # without one, wrappers (adapters) may bypass the model's hooks
         handles += [
             site.encoder.register_forward_pre_hook(enter),
             site.encoder.register_forward_hook(leave),
@@ -195,23 +195,24 @@ def embedding_hook(
             f"The token embedding of {type(site.encoder).__name__} ran {record.calls} times in one forward "
             "pass; expected once. Pass input_ids (not inputs_embeds, which prompt tuning passes, too), leave out "
             "token_type_ids that share the embedding (GPT-2), and use a model that is not compiled; "
-            "swaft.RDrop and swaft.TaskLoss do without the embedding."
+            "swaft.RDrop and swaft.TaskLoss do not need the embedding."
         )
 
 
 def noise_to_signal(clean: Tensor, noised: Tensor) -> Tensor:
-    """||noised - clean|| / ||clean||, a 0-dim fp32 tensor; 0 where nothing differs."""
+    """||noised - clean|| / ||clean||, a 0-dim fp32 tensor; 0 if nothing differs."""
     wide = clean.to(_widened(clean.dtype))
     difference = torch.linalg.vector_norm(noised.to(wide.dtype) - wide)
     return (difference / torch.linalg.vector_norm(wide).clamp(min=torch.finfo(wide.dtype).tiny)).float()
 
 
 def root_mean_square(embedded: Tensor, real: Tensor | None = None) -> Tensor:
-    """sqrt(mean(x^2)) of embedded tokens (B, T, d), a 0-dim tensor, fp32 at the least.
+    """sqrt(mean(x^2)) of embedded tokens (B, T, d), a 0-dim tensor, in at least fp32.
 
     Args:
         embedded: the output of a token embedding.
-        real: which tokens to take (B, T), bool; None, or of another shape (an encoder has padded by itself): all.
+        real: which tokens to take (B, T), bool; all if None or of another shape (if the encoder has padded its
+            input).
     """
     squares = embedded.to(_widened(embedded.dtype)).square()
     if real is None or real.shape != squares.shape[:-1]:

@@ -1,9 +1,9 @@
-"""Random noise from a stream of its own, set by (seed, rank, step) alone: the same bits on every device.
+"""Random noise from a separate stream, determined by (seed, rank, step) only: the same bits on every device.
 
-Philox 4x32-10 (Salmon, Moraes, Dror and Shaw 2011) maps a counter to four random 32-bit words under a key, so
-every element of a tensor knows its noise from its own index. Element e of a stream takes word e % 4 of counter
-e // 4; the key is the stream's seed. ``philox_triton.py`` is the same on a GPU, bit for bit: everything here is
-integer arithmetic, or one correctly rounded fp32 operation after the other, in a fixed order.
+Philox 4x32-10 (Salmon, Moraes, Dror and Shaw 2011) maps a counter and a key to four random 32-bit words, so the
+noise of every element follows from its index. Element e of a stream takes word e % 4 of counter e // 4; the key is
+the stream's seed. ``philox_triton.py`` does the same on a GPU, bit for bit: everything here is integer arithmetic,
+or correctly rounded fp32 operations in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 UNIFORM_SCALE = 4.6566127342e-10
-"""A little below 2**-31, so that a 31-bit integer times it stays below 1 in fp32."""
+"""Slightly below 2**-31, so that a 31-bit integer times it stays below 1 in fp32."""
 SMALLEST_UNIFORM = 1e-7
-"""Where a uniform number is cut off from below before its logarithm is taken."""
+"""Lower bound of a uniform number before its logarithm is taken."""
 
 SQRT_GUESS = 0x1FBD1DF5
-"""Half the exponent bias of an fp32 number, as bits; its low bits spread the error of the guess evenly."""
+"""Half the exponent bias of an fp32 number, as bits; the low bits balance the error of the guess."""
 LOG2, HALF_PI = 0.6931471805599453, 1.5707963267948966
 ATANH = (1 / 3, 1 / 5, 1 / 7, 1 / 9)
-"""Coefficients of atanh(s) / s - 1 in s^2, from s^2 on."""
+"""Coefficients of atanh(s) / s - 1 in s^2, starting at s^2."""
 SIN = (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880)
 """Coefficients of sin(x) / x - 1 in x^2."""
 COS = (-1 / 2, 1 / 24, -1 / 720, 1 / 40320, -1 / 3628800)
 """Coefficients of cos(x) - 1 in x^2."""
 
 _BLOCK = 1 << 15
-"""Counters at a time: their words and products stay in a core's cache."""
+"""Counters per block: their words and products stay in a core's cache."""
 
 
 def splitmix64(value: int) -> int:
@@ -52,7 +52,7 @@ def splitmix64(value: int) -> int:
     Returns:
         An integer in [0, 2**64).
     """
-    value = (int(value) + 0x9E3779B97F4A7C15) & _MASK  # numpy's integers have an end
+    value = (int(value) + 0x9E3779B97F4A7C15) & _MASK  # numpy's integers would overflow
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
@@ -61,7 +61,7 @@ def splitmix64(value: int) -> int:
 def stream_seed(seed: int, rank: int, step: int) -> int:
     """Mix the seed of one rank's noise at one step: mix(mix(mix(seed) ^ rank) ^ step), mix = SplitMix64.
 
-    For a given seed, two steps of one rank or two ranks at one step never share it.
+    For a given seed, two steps of one rank, or two ranks at one step, never share it.
     """
     return splitmix64(splitmix64(splitmix64(seed) ^ rank) ^ step)
 
@@ -71,13 +71,14 @@ def add_noise(
 ) -> Tensor:
     """Add noise, uniform on [-sigma, sigma) or normal with standard deviation sigma, in fp32.
 
-    The noise is a function of (seed, rank, step) and of each element's index alone, bit for bit the same on every
-    kind of device. torch's global generators are neither read nor moved.
+    The noise depends only on (seed, rank, step) and on each element's index, and is bit for bit the same on every
+    kind of device. torch's global generators are neither read nor advanced.
 
     Args:
         embedding: any shape and floating dtype; the gradient of the result passes to it unchanged.
         noise: the distribution.
-        sigma: half width or standard deviation, a number or a 0-dim tensor on the embedding's device; constant.
+        sigma: half width or standard deviation; a number or a 0-dim tensor on the embedding's device, without
+            gradient.
         seed: seed of the run.
         rank: rank of this process.
         step: number of the micro-step.
@@ -86,7 +87,7 @@ def add_noise(
         The sum, same shape, fp32, or float64 for a float64 embedding.
 
     Raises:
-        ConfigError: for an unknown distribution, or tensors that do not fit.
+        ConfigError: the distribution is unknown, or the tensors do not fit.
     """
     if not embedding.is_floating_point():
         raise ConfigError(f"embedding is {embedding.dtype}; expected a floating dtype.")
@@ -183,8 +184,8 @@ def standard_noise(
 def _words(
     first: int, count: int, stream: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Words of counters ``first`` to ``first + count``: 64-bit counters, of which the upper two words are 0."""
-    # Relative to a multiple of 2**32 the index cannot overflow, and only one carry can occur.
+    """Words of counters ``first`` to ``first + count``: 64-bit counters, whose upper two words are 0."""
+    # Relative to a multiple of 2**32, the index cannot overflow, and only one carry can occur.
     index = torch.arange(first & _WORD, (first & _WORD) + count, device=device)
     zero = torch.zeros_like(index)
     counter = (index & _WORD, (index >> 32) + (first >> 32), zero, zero)
@@ -192,12 +193,12 @@ def _words(
 
 
 def _high(product: Tensor) -> Tensor:
-    """Upper word of a 64-bit product whose sign bit is a bit like any other."""
+    """Upper word of a 64-bit product, treated as unsigned."""
     return (product >> 32).bitwise_and_(_WORD)
 
 
 def uniform(word: Tensor) -> Tensor:
-    """A word to a number in [0, 1), fp32, as ``triton.language.rand`` maps it: words above 2**31 are mirrored."""
+    """Map a word to [0, 1), fp32, like ``triton.language.rand``: words above 2**31 are mirrored."""
     return torch.minimum(word, _WORD - word).float().mul_(UNIFORM_SCALE)
 
 
@@ -205,7 +206,7 @@ def box_muller(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normal numbers from two uniform ones (Box and Muller 1958).
 
     sqrt(-2 log u1) times (cos, sin) of 2 pi u2. Libraries differ in the last bit of log, sin, cos and even sqrt
-    (torch's own on a CPU, where MKL computes it), so these are made of additions, products and quotients, which do
+    (torch's own on a CPU, where MKL computes it), so these are built from sums, products and quotients, which do
     not differ.
     """
     radius = _sqrt(_log(u1.clamp(min=SMALLEST_UNIFORM)) * -2.0)
@@ -238,7 +239,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Square root of positive fp32 numbers, from half the exponent by Heron's steps: 4 %, 6e-4, 2e-7, exact."""
+    """Square root of positive fp32 numbers: half the exponent, then Heron's steps; errors 4 %, 6e-4, 2e-7, 0."""
     root = ((x.view(torch.int32) >> 1) + SQRT_GUESS).view(torch.float32)
     for _ in range(3):
         root = (root + x / root) * 0.5
@@ -246,7 +247,7 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """c0 + x (c1 + x (c2 + ...)), each step a product and a sum, each rounded."""
+    """c0 + x (c1 + x (c2 + ...)), each product and each sum rounded."""
     total = x * coefficients[-1] + coefficients[-2]
     for coefficient in reversed(coefficients[:-2]):
         total = total * x + coefficient

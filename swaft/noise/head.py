@@ -1,10 +1,10 @@
 """The language-model head of a Hugging Face model: found, described, replaced for a pass; and how a loss gets out.
 
-Engines watch the outputs of modules: ZeRO-3 and FSDP2 fetch a layer's weight in the backward pass when the
-gradient of its output arrives. A loss computed in the head has to leave as the head's output, therefore, or its
-gradient would find the weight partitioned. What the model does to that output on the way (adding a bias, a
-soft-cap, a scale, a cast) must not touch the loss. So only the order of the backward pass goes this way; the
-value, and the gradient that comes back, travel beside it.
+Engines hook the outputs of modules: ZeRO-3 and FSDP2 fetch a layer's weight in the backward pass when the gradient
+of its output arrives. So a loss computed in the head must leave as the head's output; otherwise its gradient would
+find the weight partitioned. What the model does to that output afterwards (a bias, a soft-cap, a scale, a cast)
+must not touch the loss. So this route only determines the order of the backward pass; the value of the loss and its
+gradient are passed around it.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ _SLOW_TWIN = "Set fused=False, which computes the loss from the logits of both p
 
 @dataclass(frozen=True)
 class LanguageModelHead:
-    """The linear layer that makes logits of hidden states, and what the model does to them afterwards.
+    """The linear layer that turns hidden states into logits, and what the model does to them afterwards.
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias) + logits_bias),
     softcap(z) = softcap * tanh(z / softcap)
     """
 
     linear: nn.Linear
-    """The layer itself, whose weight may be tied, and partitioned outside its forward."""
+    """The layer itself. Its weight may be tied, and may be partitioned outside its forward."""
     logit_scale: float = 1.0
     """Factor on the layer's output (Cohere, Granite)."""
     softcap: float | None = None
-    """Bound that tanh keeps the logits within (Gemma); None for none."""
+    """Bound on the logits, applied with tanh (Gemma); None for none."""
     logits_bias: Tensor | None = None
-    """A buffer (V,) that the model adds to the logits (BART and its kin)."""
+    """A buffer (V,) that the model adds to the logits (BART and relatives)."""
 
     def transform(self, output: Tensor) -> Tensor:
-        """Do to the layer's output what the model does to it; fp32 at the least."""
+        """Apply what the model does to the layer's output, in at least fp32."""
         logits = self.logit_scale * output.to(torch.promote_types(output.dtype, torch.float32))
         if self.logits_bias is not None:
             logits = logits + self.logits_bias
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def loss_arguments(self) -> dict[str, Any]:
-        """Give the fused linear loss this head; only inside its forward, where its weight is whole.
+        """Arguments of the fused linear loss for this head; only inside its forward, where its weight is whole.
 
         Raises:
-            NoiseError: for a weight that is split over ranks even there, or quantised.
+            NoiseError: the weight is split over ranks even there, or quantised.
         """
         weight, bias = self.linear.weight, self.linear.bias
-        # A fake tensor stands for a plain one, where memory is planned and in a compiler.
+        # A fake tensor stands for a plain one during memory planning and compilation.
         if type(weight) not in (Tensor, nn.Parameter, FakeTensor):
             raise NoiseError(
                 f"The head's weight is a {type(weight).__name__} in its own forward; expected a plain tensor, "
@@ -75,7 +75,7 @@ class LanguageModelHead:
         The layer stays where it is, so names, ties, hooks and partitioning are the model's own.
 
         Raises:
-            NoiseError: when the layer did not run exactly once.
+            NoiseError: the layer did not run exactly once.
         """
         calls = 0
 
@@ -99,21 +99,26 @@ class LanguageModelHead:
 def find_head(model: nn.Module) -> LanguageModelHead:
     """Find the language-model head of a model, wrapped or not, and what follows it.
 
-    What follows is read off the model's attributes, by the names that Hugging Face models share;
+    What follows the head is read from the model's attributes, by the names that Hugging Face models share;
     `swaft.noise.proof` compares it with what the model computes.
 
     Raises:
-        NoiseError: for a head that is not a plain linear layer: adapted, quantised, replaced, or compiled with the
+        NoiseError: the head is not a plain linear layer: it is adapted, quantised, replaced, or compiled with the
             model.
     """
     network = unwrap(model)
     if any(is_compiled(module) for module in (*layers(model), network)):
         raise NoiseError(
-            f"{type(network).__name__} is compiled whole, its head with it, which the fused loss has to get into; "
-            "expected it not to be. Compile its layers one by one (accelerate's use_regional_compilation). "
+            f"{type(network).__name__} is compiled whole, including its head, which the fused loss must replace; "
+            "expected an uncompiled head. Compile its layers one by one (accelerate's use_regional_compilation). "
             f"{_SLOW_TWIN}"
         )
     module = _active_copy(network.get_output_embeddings())  # type: ignore[operator]
+    if hasattr(module, "_hf_hook"):
+        raise NoiseError(
+            f"{type(network).__name__} was loaded over several devices (device_map), and accelerate moves what its "
+            f"head is given; expected a model on one device: load it without device_map. {_SLOW_TWIN}"
+        )
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         raise NoiseError(
             f"The head of {type(network).__name__} is a {type(module).__name__} with a forward of its own; "
@@ -132,7 +137,7 @@ def find_head(model: nn.Module) -> LanguageModelHead:
 
 
 def _active_copy(module: Any) -> Any:
-    """Look into peft's wrapper of modules_to_save, whose active copy is the one that trains."""
+    """The active copy in peft's wrapper of modules_to_save, which is the one that trains."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module
@@ -148,19 +153,19 @@ def _text_config(network: nn.Module) -> Any:
 
 
 def placeholder(hidden: Tensor) -> Tensor:
-    """Stand in for the logits of hidden states (..., d) where nobody needs them, (1, 1, 1)."""
+    """A substitute for the logits of hidden states (..., d) where they are not needed, (1, 1, 1)."""
     return hidden.new_zeros(1, 1, 1)
 
 
 class LossSlot:
-    """Carries one loss: ``leave`` inside the head, ``arrive`` where the model has returned."""
+    """Carries one loss out of the model: ``leave`` inside the head, ``arrive`` after the model has returned."""
 
     def __init__(self) -> None:
         self._loss: Tensor | None = None
         self._gradient: Tensor | None = None
 
     def leave(self, loss: Tensor) -> Tensor:
-        """Give what the head returns in place of its logits, (1, 1, 1): the number 0, which has a gradient.
+        """What the head returns instead of its logits, (1, 1, 1): a zero that takes part in autograd.
 
         Args:
             loss: 0-dim.
@@ -172,14 +177,14 @@ class LossSlot:
         """Take the loss out again.
 
         Args:
-            logits: what the model has made of the head's output.
+            logits: what the model made of the head's output.
 
         Returns:
-            The loss, 0-dim, differentiable where it was.
+            The loss, 0-dim, differentiable if it was.
 
         Raises:
-            NoiseError: for a model that cuts the gradient after its head, or trains weights there, which would
-                get none.
+            NoiseError: the model cuts the gradient after its head, or trains weights there, which would get no
+                gradient.
         """
         loss, self._loss = self._loss, None
         assert loss is not None, "no loss has left the head"
@@ -222,12 +227,12 @@ def _refuse_cut_or_trained_path(logits: Tensor) -> None:
             continue
         seen.add(node)
         if isinstance(node, _DDPSink._backward_cls):  # type: ignore[attr-defined]
-            waiting.append(node.next_functions[position])  # it hands on all outputs, each in its place
+            waiting.append(node.next_functions[position])  # it passes all outputs on, in order
             continue
         if isinstance(node, _Leave._backward_cls):  # type: ignore[attr-defined]
             connected = True
             continue
-        weight = getattr(node, "variable", None)  # of the node that accumulates a leaf's gradient
+        weight = getattr(node, "variable", None)  # set on nodes that accumulate a leaf's gradient
         if weight is not None:
             leaves.append(tuple(weight.shape))
         waiting.extend(node.next_functions)

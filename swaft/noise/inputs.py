@@ -1,4 +1,4 @@
-"""What passes of training are given and return: no labels, so that no model computes a loss of its own; logits."""
+"""Inputs and outputs of training passes: no labels in, so that no model computes its own loss; logits out."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ IGNORE_INDEX = -100
 """The label of a row that does not count, as in Hugging Face models."""
 
 POSITIONS = ("start_positions", "end_positions")
-"""The labels of a model that points at answers: their first and last tokens."""
+"""The labels of an extractive question-answering model: first and last tokens of the answers."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass is given, and what its logits are held to."""
+    """The inputs of a pass, and the targets of its logits."""
 
     arguments: dict[str, Any]
     """Keyword arguments of the model's forward."""
     targets: Tensor
-    """The class of each row of logits, int64; IGNORE_INDEX where none counts. (B,), (B, T) of tokens, or (B, 2) of
-    the first and the last token to point at."""
+    """The class of each row of logits, int64; IGNORE_INDEX for rows that do not count. Shape (B,), (B, T) for
+    tokens, or (B, 2) for the first and last token of an answer."""
 
     def doubled(self) -> dict[str, Any]:
-        """Give the arguments for one pass over the batch twice, (2B, ...)."""
+        """The arguments for one pass over the batch concatenated with itself, (2B, ...)."""
         rows = self.targets.shape[0]
         return {
             name: torch.cat([value, value]) if _is_per_row(value, rows) else value
@@ -41,11 +41,11 @@ class Inputs:
 
 
 def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
-    """Take the labels out of a batch, and put in what a model would have made of them.
+    """Take the labels out of a batch, and add the inputs that a model would have made from them.
 
     Raises:
-        NoiseError: for a batch without labels or with such as are no class indices, for one that asks for the last
-            logits alone, and for an encoder-decoder that cannot make its decoder's inputs.
+        NoiseError: the batch has no labels, has labels that are not class indices, or asks for only some of the
+            logits; or an encoder-decoder cannot make its decoder inputs.
     """
     targets = find_targets(model, batch)
     if targets is None:
@@ -66,10 +66,10 @@ def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
 
 
 def without_cache(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Ask a generating model for no cache, unless the batch says what it wants.
+    """Turn off a generating model's cache, unless the batch sets it.
 
-    Beside the memory it takes, a cache makes transformers overlook that texts are packed (position_ids that begin
-    anew, no mask), and let them attend to each other; so the pass with labels and those without must agree on it.
+    A cache takes memory. It also makes transformers overlook that texts are packed (position_ids that start again,
+    no mask), so that they attend to each other. So the pass with labels and those without must agree on it.
     """
     if "use_cache" in arguments or not generates(model):
         return arguments
@@ -80,7 +80,7 @@ def without_cache(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]
 
 
 def find_targets(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-    """Find what the rows of logits of a batch are held to, see ``Inputs``; None for a batch without labels."""
+    """The targets of a batch's rows of logits, see ``Inputs``; None for a batch without labels."""
     starts, ends = (batch.get(name) for name in POSITIONS)
     if isinstance(starts, Tensor) and isinstance(ends, Tensor):
         return _span_targets(starts, ends, batch)
@@ -91,29 +91,29 @@ def find_targets(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
 
 
 def count_items(targets: Tensor) -> Tensor:
-    """Count the rows that a loss is the mean of, 0-dim int64; scores (floating point) all count."""
+    """Count the rows that a loss is averaged over, 0-dim int64; floating-point scores all count."""
     if targets.is_floating_point():
         return torch.full((), targets.numel(), dtype=torch.int64, device=targets.device)
     return (targets != IGNORE_INDEX).sum()
 
 
 def real_tokens(arguments: dict[str, Any]) -> Tensor | None:
-    """Tell which tokens of the text that is noised are no padding (B, T), bool; None where nothing says so."""
+    """Which tokens of the noised text are not padding (B, T), bool; None if the batch does not say."""
     mask = arguments.get("attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def task_logits(output: Any) -> Any:
-    """Give the logits of a pass: the model's own, or those of first and last tokens as two rows a text.
+    """The logits of a pass: the model's own, or those of first and last tokens as two rows per text.
 
-    A row of the latter is a distribution over all tokens of the text as it was batched. Padding is among them,
-    because the question-answering heads of Hugging Face models do not mask it: their own loss has it, too.
+    In the second case, a row is a distribution over all tokens of the text as batched. This includes padding,
+    because the question-answering heads of Hugging Face models do not mask it: their own loss includes it, too.
 
     Args:
         output: what the model returned.
 
     Returns:
-        (..., V), or (B, 2, L) of a model that points at answers; None where there are none.
+        (..., V), or (B, 2, L) for extractive question answering; None if there are none.
     """
     starts, ends = (getattr(output, name, None) for name in ("start_logits", "end_logits"))
     if isinstance(starts, Tensor) and isinstance(ends, Tensor):
@@ -122,7 +122,7 @@ def task_logits(output: Any) -> Any:
 
 
 def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict[str, Any]:
-    """Cut a batch down to a few of its rows, such as have a label that counts where there are any."""
+    """Cut a batch down to a few rows, preferring rows with a label that counts."""
     labels = batch["labels"]
     counted = (prepare_inputs(model, batch).targets != IGNORE_INDEX).flatten(1).any(1)
     rows = counted.nonzero().flatten()[:at_most]
@@ -134,7 +134,7 @@ def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict
 
 
 def _check_batch(batch: dict[str, Any], targets: Tensor) -> None:
-    # Floating labels of more dimensions are several a row, which the check of the logits' rows refuses.
+    # Floating-point labels of more dimensions mean several per row, which check_rows refuses.
     if targets.dtype != torch.int64 and not (targets.is_floating_point() and targets.dim() > 1):
         raise NoiseError(
             f"The labels are {targets.dtype}; expected class indices, torch.int64. Convert them "
@@ -145,14 +145,14 @@ def _check_batch(batch: dict[str, Any], targets: Tensor) -> None:
         kept = batch.get(name)
         if isinstance(kept, Tensor) or kept:
             raise NoiseError(
-                f"The batch has {name}, with which the model makes logits of some positions alone; expected "
+                f"The batch has {name}, with which the model computes logits for only some positions; expected "
                 "logits of every position that has a label. Leave it out of the batch, and set the labels of the "
-                f"positions that are not to count to {IGNORE_INDEX}."
+                f"positions that should not count to {IGNORE_INDEX}."
             )
 
 
 def _span_targets(starts: Tensor, ends: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Make rows of positions, (B, 2), clamped as Hugging Face models do; past the text none counts."""
+    """Positions as targets, (B, 2), clamped as in Hugging Face models; positions past the text do not count."""
     text: Any = arguments.get("input_ids", arguments.get("inputs_embeds"))
     positions = torch.stack([starts, ends], dim=1).clamp(min=0)
     return positions.masked_fill(positions >= text.shape[1], IGNORE_INDEX)
@@ -164,7 +164,7 @@ def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     if callable(prepare):
         return prepare(labels)  # type: ignore[no-any-return]
     for kind in type(network).__mro__:
-        # What the forward of such a model calls by itself (M2M100 and NLLB, Blenderbot).
+        # What the forward of such a model calls itself (M2M100 and NLLB, Blenderbot).
         shift = getattr(sys.modules.get(kind.__module__), "shift_tokens_right", None)
         if shift is not None and "decoder_start_token_id" in inspect.signature(shift).parameters:
             config: Any = network.config

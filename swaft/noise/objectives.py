@@ -48,23 +48,23 @@ from swaft.options import NotNegative, ShareBelowOne, require
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """One micro-step's loss and what it is made of."""
+    """The loss of one micro-step and its parts."""
 
     loss: Tensor
-    """What to run backward on: task_loss + weight * divergence, a differentiable scalar."""
+    """The loss for ``backward``: task_loss + weight * divergence, a differentiable scalar."""
     task_loss: Tensor
     """The loss of the task alone, detached, 0-dim."""
     divergence: Tensor
     """The reduced divergence before its weight, detached, 0-dim."""
     noise_to_signal: Tensor
-    """||noised - clean|| / ||clean|| of the embedding output as handed on, detached, 0-dim."""
+    """||noised - clean|| / ||clean|| of the embedding output as passed on, detached, 0-dim."""
     changed: Tensor
     """Share of the embedding output's entries that the noise changed, detached, 0-dim."""
     num_items: Tensor
-    """How many rows the loss is the mean of (texts, answers' ends, target tokens), 0-dim int64: the weight of this
-    micro-batch among others."""
+    """Number of rows the loss is averaged over (texts, ends of answers, target tokens), 0-dim int64: the weight of
+    this micro-batch in gradient accumulation."""
     logits: Tensor | None
-    """Logits of the clean pass, detached, (B, 2, L) of first and last tokens; None where none were made."""
+    """Logits of the clean pass, detached; (B, 2, L) for first and last tokens; None if none were computed."""
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -74,20 +74,21 @@ class ObjectiveOutput:
 
 
 class Resumable:
-    """What a run that resumes needs of an objective, as ``accelerator.register_for_checkpointing`` takes it."""
+    """The state of an objective that a resumed run needs, for ``accelerator.register_for_checkpointing``."""
 
     step: int = 0
-    """Micro-steps trained so far; with seed and rank it sets the noise. 0 where there is none."""
+    """Micro-steps trained so far; together with seed and rank it determines the noise. `TaskLoss` leaves it at
+    0."""
 
     def state_dict(self) -> dict[str, int]:
-        """Give the state, the same on every rank."""
+        """Return the state, which is the same on every rank."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume at a state.
+        """Resume from a state.
 
         Raises:
-            StateError: for what is no state of an objective.
+            StateError: this is not the state of an objective.
         """
         step = state.get("step") if set(state) == {"step"} else None
         if not isinstance(step, int) or step < 0:
@@ -97,13 +98,13 @@ class Resumable:
 
 @dataclass(eq=False)
 class TaskLoss(Resumable):
-    """Plain fine-tuning: the model's own loss from one pass, or its smoothed twin.
+    """Plain fine-tuning: the model's own loss from one pass, or the same with label smoothing.
 
-    With smoothing the loss is the mean cross entropy of the counted rows, computed here; a model that trains
-    another loss is refused on the first batch, which is passed once more without gradient.
+    With smoothing, the loss is the mean cross entropy of the counted rows, computed here. A model that trains
+    another loss is refused on the first batch, which is run once more without gradients.
 
     Raises:
-        ConfigError: for a share out of range.
+        ConfigError: the share is out of range.
     """
 
     label_smoothing: ShareBelowOne = 0.0
@@ -114,17 +115,17 @@ class TaskLoss(Resumable):
         self._proved: WeakSet[nn.Module] = WeakSet()
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Nothing to prepare: what the model's own loss is shows on the first batch."""
+        """Nothing to prepare: the model's own loss is checked on the first batch."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run one pass.
 
         Args:
             model: the model as returned by ``accelerator.prepare``.
-            batch: keyword arguments of its forward, labels included.
+            batch: keyword arguments of its forward, including labels.
 
         Raises:
-            NoiseError: for a batch without labels, or with smoothing for a model whose own loss is no mean cross
+            NoiseError: the batch has no labels, or (with smoothing) the model's own loss is not the mean cross
                 entropy.
         """
         loss, logits, num_items = (self._smoothed if self.label_smoothing else self._own)(model, batch)
@@ -144,17 +145,17 @@ class TaskLoss(Resumable):
         loss = getattr(output, "loss", None)
         if loss is None:
             raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
-        if targets is None:  # labels of another name: a mean over texts
+        if targets is None:  # labels under another name: a mean over texts
             rows = len(next(iter(batch.values())))
             return loss, task_logits(output), torch.full((), rows, dtype=torch.int64, device=loss.device)
         num_items = count_items(targets)
-        # The mean of nothing is no number, and R3F's is 0.
+        # The mean over no rows is NaN, but 0 in R3F.
         return loss.masked_fill(num_items == 0, 0.0), task_logits(output), num_items
 
     def _smoothed(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         inputs = prepare_inputs(model, batch)
         if model not in self._proved:
-            of_proof = PRESETS["rdrop"][0]  # no noise, and no masks that passes would have to share
+            of_proof = PRESETS["rdrop"][0]  # no noise, and no masks to share between passes
             if prove(model, batch, Disturbance(None, of_proof, "label smoothing"), head=None):
                 self._proved.add(model)
         logits = task_logits(model(**inputs.arguments))
@@ -172,26 +173,26 @@ class TaskLoss(Resumable):
 class TwoPasses(Resumable):
     """A task loss and a divergence between two passes of one batch: what R3F, R4F and R-Drop have in common.
 
-    Where ``weight * divergence`` stays below one thousandth of the task loss, a warning among the first batches
-    says what to set: such a second pass costs its time and trains nothing.
+    If ``weight * divergence`` stays below one thousandth of the task loss, a warning during the first batches says
+    what to set: such a second pass costs time and trains nothing.
 
     Raises:
-        ConfigError: naming every invalid value.
+        ConfigError: names every invalid value.
     """
 
     weight: NotNegative = 1.0
-    """Factor on the divergence: the lambda of R3F's paper, the alpha of R-Drop's."""
+    """Factor on the divergence: lambda in the R3F paper, alpha in the R-Drop paper."""
     _: KW_ONLY
     preset: Preset | None = None
-    """Published form to follow, see ``swaft.noise.PRESETS``; None: "paper", for R-Drop "rdrop"."""
+    """Published variant to follow, see ``swaft.noise.PRESETS``; None: "paper", for R-Drop "rdrop"."""
     passes: Passes = "two"
-    """"two": one after the other; "doubled": one pass over the batch twice, which is faster for small batches; its
-    masks are independent, so shared ones need a model without dropout."""
+    """"two": one after the other; "doubled": one pass over the batch concatenated with itself, which is faster for
+    small batches. Its dropout masks are independent, so masks="shared" then needs a model without dropout."""
     fused: bool = True
-    """Compute the loss of a generating model from its hidden states, chunk by chunk, so that its logits are never
-    made. False: from the logits of both passes, which takes more memory."""
+    """Compute the loss of a generating model from its hidden states, chunk by chunk, so that its full logits are
+    never stored. False: from the logits of both passes, which takes more memory."""
     label_smoothing: ShareBelowOne = 0.0
-    """Share of the target of the task loss that is spread over all classes."""
+    """Share of the task loss's target that is spread over all classes."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -212,36 +213,36 @@ class TwoPasses(Resumable):
         """Check the model before training; call it before ``accelerator.prepare``.
 
         Raises:
-            NoiseError: when this model cannot be trained with the objective.
+            NoiseError: this model cannot be trained with the objective.
         """
         check_model(model, type(self).__name__)
         settings, *_ = self._fitted(model)
         self._check_masks(model, settings)
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
-        """Pick the settings that apply to a model: presets may differ between classifying and generating."""
+        """The settings that apply to a model: presets may differ between classification and generation."""
         return self.settings(generating=generates(model))
 
     def settings(self, *, generating: bool) -> NoiseSettings:
-        """Return what the preset and the given options come to, for models that generate text or others."""
+        """The settings that result from preset and options, for models that generate text or for others."""
         return self._generating if generating else self._classifying
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run the clean and the noised pass and combine them into one loss.
 
-        The first call with a model proves, by one or two more passes without gradient, that the model's own loss
-        is the one computed here, that its head is understood, and that the noise gets into the network; all ranks
-        must make it.
+        The first call with a model proves, with one or two extra passes without gradients, that the model's own
+        loss is the one computed here, that its head is understood, and that the noise reaches the network. All
+        ranks must make this call.
 
         Args:
             model: the model as returned by ``accelerator.prepare``, in train or eval mode.
-            batch: keyword arguments of its forward, labels included.
+            batch: keyword arguments of its forward, including labels.
 
         Raises:
-            NoiseError: when the noise does not reach the network, or the model does not fit the objective.
+            NoiseError: the noise does not reach the network, or the model does not fit the objective.
         """
         name = type(self).__name__
-        if model not in self._proved:  # what was checked before may have changed since
+        if model not in self._proved:  # the model may have changed since prepare_model
             check_model(model, name)
         inputs = prepare_inputs(model, batch)
         settings, site, head = self._fitted(model)
@@ -284,7 +285,7 @@ class TwoPasses(Resumable):
     def _fitted(
         self, model: nn.Module
     ) -> tuple[NoiseSettings, EmbeddingSite | None, LanguageModelHead | None]:
-        """The settings for a model, and where its noise goes in and its loss is computed, if anywhere."""
+        """The settings for a model, where its noise goes in, and the head that computes its loss, if any."""
         settings = self.settings_for(model)
         site = find_site(model) if settings.sigma > 0 else None
         return settings, site, find_head(model) if settings.fused and generates(model) else None
@@ -295,46 +296,48 @@ class R3F(TwoPasses):
     """Noise stability: the task loss plus the symmetric KL between a clean and a noised pass.
 
     loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
-    the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the
-    counted rows; a model that trains another loss is refused. A model that points at answers has two rows a
-    text, one for the first and one for the last token. One ``backward`` on the one loss.
+    the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the counted
+    rows; a model that trains another loss is refused. An extractive question-answering model has two rows per text,
+    one for the first and one for the last token of the answer. There is one loss, and one ``backward``.
     """
 
     noise: Noise | None = None
-    """Distribution of the noise; None: the preset's, uniform but for fairseq's where text is generated."""
+    """Distribution of the noise; None: the preset's, which is uniform except for "fairseq" with generated text."""
     sigma: NotNegative | None = None
-    """Half width or standard deviation of the noise; None: the preset's (1e-5, of "relative" 0.01). With
-    preset="relative" a share of the root mean square of the real tokens' embeddings; with "fairseq" before the
-    factor of embeddings that scale themselves."""
+    """Half width or standard deviation of the noise; None: the preset's (1e-5; 0.01 for "relative"). With
+    preset="relative", a share of the root mean square of the embeddings of non-padding tokens; with "fairseq",
+    before the factor of embeddings that scale their output."""
     _: KW_ONLY
     masks: Masks | None = None
     """Dropout masks of the two passes."""
     reduction: Reduction | None = None
-    """"mean": over the rows whose label counts; "batchmean": sum over all rows, padding too, by sentences."""
+    """"mean": over the rows whose label counts; "batchmean": sum over all rows, including padding, divided by the
+    number of sentences."""
     detach: Detach | None = None
-    """What the divergence holds constant in its gradient; with "noised" the noised pass runs first, without one."""
+    """What the divergence treats as constant in its gradient; with "noised", the noised pass runs first, without
+    gradients."""
 
     _OPTIONS: ClassVar = (*TwoPasses._OPTIONS, "noise", "sigma", "masks", "reduction", "detach")
 
 
 @dataclass(eq=False)
 class R4F(R3F):
-    """R3F with a spectrally normalised classification head, whose layers' Lipschitz constants are 1.
+    """R3F with a spectrally normalised classification head, so that its layers have Lipschitz constant 1.
 
-    Aghajanyan et al. 2021, eq. 5. ``prepare_model`` puts the normalisation on the model, its first vectors drawn
+    Aghajanyan et al. 2021, eq. 5. ``prepare_model`` adds the normalisation to the model, with initial vectors drawn
     from ``seed``; the export of `swaft.averaging` writes the plain weights it evaluates to.
     """
 
     _: KW_ONLY
     layers: Layers = "all"
-    """Which linear layers of the head: "all" (the paper), or the "last" (the released code)."""
+    """Which linear layers of the head: "all" (the paper), or only the "last" (the released code)."""
 
     def prepare_model(self, model: nn.Module) -> None:
         """Check the model and normalise its head in place; call it before ``accelerator.prepare``.
 
         Raises:
-            NoiseError: when this model cannot be trained with the objective.
-            ConfigError: when the model has no classification head of its own.
+            NoiseError: this model cannot be trained with the objective.
+            ConfigError: the model has no classification head of its own.
         """
         super().prepare_model(model)
         normalise_head(model, layers=self.layers, seed=self.seed)
@@ -343,11 +346,11 @@ class R4F(R3F):
         """Run both passes as R3F does.
 
         Raises:
-            NoiseError: as R3F, and for a model that was not prepared.
+            NoiseError: as R3F, or the model was not prepared.
         """
         if model not in self._proved and not normalised_layers(model):
             raise NoiseError(
-                "R4F found no spectrally normalised layer in the model; expected its head to be. "
+                "R4F found no spectrally normalised layer in the model; expected its head to be normalised. "
                 "Call objective.prepare_model(model) before accelerator.prepare."
             )
         return super().__call__(model, batch)
@@ -355,19 +358,20 @@ class R4F(R3F):
 
 @dataclass(eq=False)
 class RDrop(TwoPasses):
-    """Two passes that differ in their dropout masks only, the cross entropy taken over both (Liang et al. 2021).
+    """Two passes that differ only in their dropout masks, with the cross entropy taken over both (Liang et al.
+    2021).
 
-    ``divergence`` is (KL(p||q) + KL(q||p)) / 2, and ``weight`` is the alpha of whom ``preset`` names:
+    ``divergence`` is (KL(p||q) + KL(q||p)) / 2, and ``weight`` is alpha in the form that ``preset`` names:
 
     "rdrop", the authors' released text code:  loss = (L_1 + L_2) / 2 + weight * divergence
     "rdrop_paper", their equation 4:           loss =  L_1 + L_2      + weight * divergence
 
-    The same number weighs the divergence twice as much in the former: its 1 is the equation's 2. Nothing is drawn
-    from ``seed``. The paper's own code doubles the batch (``passes``).
+    The same number weighs the divergence twice as much in the former: 1 there is 2 in the equation. ``seed`` is not
+    used. The paper's own code doubles the batch (``passes``).
     """
 
     _: KW_ONLY
     preset: Literal["rdrop", "rdrop_paper"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Whose form; None: "rdrop"."""
+    """Which form; None: "rdrop"."""
 
     _PRESET: ClassVar[Preset] = "rdrop"

@@ -24,15 +24,15 @@ from swaft.noise.presets import NoiseSettings
 from swaft.noise.spectral import power_iteration_paused
 
 Forward = Callable[[], Any]
-"""Runs one pass and gives the model's output."""
+"""Runs one pass and returns the model's output."""
 
 Pair = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Puts what the last pass gave together with what there was before: (clean, noised)."""
+"""Combines the result of the last pass with that of the first: (clean, noised)."""
 
 
 @dataclass(frozen=True)
 class RngState:
-    """The state of torch's global generators, put back so that two passes draw the same dropout masks."""
+    """The state of torch's global generators, restored so that two passes draw the same dropout masks."""
 
     cpu: Tensor
     """The CPU generator's state, uint8."""
@@ -41,9 +41,9 @@ class RngState:
 
     @classmethod
     def capture(cls, model: nn.Module, batch: dict[str, Any]) -> RngState:
-        """Take the state as it is now, on the CPU and on the accelerators that hold the model or are given a batch.
+        """Take the current state, on the CPU and on the accelerators that hold the model or the batch.
 
-        FSDP2 with offloading keeps the parameters on the CPU and computes where the batch lies.
+        FSDP2 with offloading keeps the parameters on the CPU and computes where the batch is.
         """
         tensors = [*model.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
         devices = {tensor.device for tensor in tensors}
@@ -57,14 +57,14 @@ class RngState:
         )
 
     def restore(self) -> None:
-        """Put the state back: what is drawn next is what was drawn after ``capture``."""
+        """Restore the state: the next draws repeat those after ``capture``."""
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators.items():
             torch.get_device_module(device).set_rng_state(state, device)
 
 
 class SentCount:
-    """How many flags are set: a number that is sent to the host now, and read once more work has been queued.
+    """How many flags are set: the copy to the host starts now, and the number is read after more work is queued.
 
     Args:
         flags: bool, any shape.
@@ -77,12 +77,10 @@ class SentCount:
             pinned = torch.empty((), dtype=self._number.dtype, device="cpu", pin_memory=True)
             self._number = pinned.copy_(self._number, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(
-                torch.cuda.current_stream(flags.device)
-            )  # which need not be the current device
+            self._event.record(torch.cuda.current_stream(flags.device))  # not necessarily the current device
 
     def read(self) -> int:
-        """Wait for the number, that is for what was queued before it, and give it."""
+        """Wait for the work queued before the number, and return it."""
         if self._event is not None:
             self._event.synchronize()
         return int(self._number)
@@ -99,7 +97,7 @@ class LogitsForm:
     """Its name, for messages."""
 
     def observe(self, forward: Forward) -> Tensor:
-        """Run the first of two passes; returns what of it the loss needs, its logits."""
+        """Run the first of two passes; returns its logits, which the loss needs."""
         return self._checked(task_logits(forward()))
 
     def conclude(self, forward: Forward, pair: Pair) -> tuple[NoiseStabilityLoss, Tensor | None]:
@@ -119,10 +117,10 @@ class FusedForm(LogitsForm):
 
     head: LanguageModelHead
     num_counted: Callable[[], int]
-    """Gives the number of rows that enter the loss."""
+    """Returns the number of rows that enter the loss."""
 
     def observe(self, forward: Forward) -> Tensor:
-        """Run the first of two passes; returns what its head was given."""
+        """Run the first of two passes; returns the input of its head."""
         seen: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
@@ -175,9 +173,7 @@ def choose_form(
     """
     targets = inputs.targets
     options: dict[str, Any] = {
-        "divergence_weight": float(
-            weight * settings.scale / settings.task_scale
-        ),  # numpy's are none to a kernel
+        "divergence_weight": float(weight * settings.scale / settings.task_scale),  # a kernel refuses numpy's
         "label_smoothing": float(settings.label_smoothing),
         "ignore_index": IGNORE_INDEX,
         "detach": settings.detach,
@@ -189,7 +185,7 @@ def choose_form(
         options |= {"kl_mask": rows, "kl_normalizer": targets.shape[0]}
     if head is None:
         return LogitsForm(inputs, options, objective)
-    # Equal masks leave little between the passes, which only their difference shows; other masks leave much.
+    # With equal masks the passes differ little, so only their difference is accurate; otherwise they differ much.
     options["form"] = "difference" if settings.masks == "shared" else "direct"
     num_counted = targets.numel if everywhere else SentCount(targets != IGNORE_INDEX).read
     return FusedForm(inputs, options, objective, head, num_counted)
@@ -200,8 +196,8 @@ def run_passes(
 ) -> tuple[NoiseStabilityLoss, Tensor | None, Embedded | None]:
     """Run the passes of one step.
 
-    Two passes are a clean and a noised one; the noised one comes first where it needs no gradient, so that nothing
-    waits for it, and second otherwise. A doubled pass is both at once.
+    Two passes are a clean and a noised one. The noised pass comes first if it needs no gradients, so that no
+    activations wait for it, and second otherwise. A doubled pass is both at once.
 
     Args:
         model: the model as wrapped by the training engine.
@@ -209,8 +205,8 @@ def run_passes(
         noise: of the step.
 
     Returns:
-        The loss, differentiable, and its parts; logits of the clean pass, detached, or None where none were made;
-        what the embedding handed on in the noised pass, or None where there was no noise.
+        The loss, differentiable, and its parts; logits of the clean pass, detached, or None if none were computed;
+        the record of the embedding in the noised pass, or None without noise.
     """
     site, settings = noise.site, noise.settings
     arguments, noised_first = form.inputs.arguments, settings.one_sided
@@ -248,10 +244,10 @@ def run_passes(
 
 
 def _keep_buffers(model: nn.Module) -> None:
-    """Have DDP's next pass leave the buffers as the first pass of the step got them from rank 0.
+    """Stop DDP's next pass from broadcasting buffers again: the first pass of the step did so.
 
-    Sent again, they count as changed in torch before 2.13, and the backward of the first pass is refused.
+    In torch before 2.13, broadcasting again marks them as changed, and the backward of the first pass fails.
     """
     for layer in layers(model):
         if isinstance(layer, DistributedDataParallel):
-            layer.require_forward_param_sync = False  # the pass itself sets it again
+            layer.require_forward_param_sync = False  # the pass itself resets it

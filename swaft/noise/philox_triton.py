@@ -1,11 +1,11 @@
-"""Noise added to an embedding in one kernel: the bits of ``generator.py``, made where they are used.
+"""Noise added to an embedding in one kernel: the same bits as ``generator.py``, generated where they are used.
 
-Every fp32 operation below stands in the order of its twin there, and the kernel is compiled without fusing a
-product and a sum into one rounding, with quotients rounded to nearest.
+The fp32 operations below are in the same order as there. The kernel is compiled without fusing a product and a sum
+into one rounding, and with quotients rounded to nearest.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
-# (Triton's language has no types: what it returns is taken for nothing, and launch options for mistakes.)
+# (Triton's language has no types: pyright takes its return values for None, and launch options for mistakes.)
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swaft.noise import generator
 from swaft.noise.generator import Noise
 
 COUNTERS = 256
-"""Counters a program, four elements each."""
+"""Counters per program, four elements each."""
 WARPS = 4
 
 _UNIFORM_SCALE = tl.constexpr(generator.UNIFORM_SCALE)
@@ -103,10 +103,10 @@ def _noise_kernel(
 def noise_into(
     out: Tensor, embedding: Tensor | None, *, noise: Noise, sigma: Tensor, stream: int, first: int = 0
 ) -> None:
-    """Write embedding + sigma * noise, or the noise alone; the elements are those of ``philox.standard_noise``.
+    """Write embedding + sigma * noise, or only the noise; the elements are those of ``generator.standard_noise``.
 
     Args:
-        out: result, contiguous, fp32 or float64; the sum is taken in its type.
+        out: result, contiguous, fp32 or float64; the sum is computed in its dtype.
         embedding: what the noise is added to, contiguous, of the same shape and any floating dtype; None: nothing.
         noise: the distribution.
         sigma: half width or standard deviation, 0-dim, fp32, on the device of ``out``.

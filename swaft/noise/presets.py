@@ -1,4 +1,4 @@
-"""The published variants of the noise-stability objective as a table, and settings read off it."""
+"""The published variants of the noise-stability objective as a table, and how settings are read from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Preset = Literal["paper", "relative", "fairseq", "rdrop", "rdrop_paper"]
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """What tells one noise-stability objective from another: the options of `R3F`, and what presets alone set."""
+    """What distinguishes noise-stability objectives: the options of `R3F`, and what only presets set."""
 
     noise: Noise = "uniform"
     sigma: float = 1e-5
@@ -28,21 +28,21 @@ class NoiseSettings:
     fused: bool = True
     label_smoothing: float = 0.0
     relative: bool = False
-    """Whether sigma is a share of the root mean square of the embedding output, over tokens that are no padding."""
+    """Whether sigma is a share of the root mean square of the embedding output, over non-padding tokens."""
     before_scale: bool = False
-    """Whether sigma is the size before a factor that the embedding itself applies (mBART: the root of d)."""
+    """Whether sigma applies before a factor that the embedding itself applies (mBART: the square root of d)."""
     scale: float = 1.0
     """Factor on the reduced divergence, before the weight."""
     detach_embedding: bool = False
-    """Whether the noised pass sends no gradient into the token embeddings."""
+    """Whether the noised pass passes no gradient to the token embeddings."""
     ce_on_noised: bool = False
-    """Whether the task loss is the average of both passes' instead of the clean one's."""
+    """Whether the task loss is averaged over both passes instead of taken from the clean one."""
     task_scale: float = 1.0
-    """Factor on the task loss; 2 makes of the average of both passes' their sum."""
+    """Factor on the task loss; 2 turns the average over both passes into their sum."""
 
     @property
     def one_sided(self) -> bool:
-        """Whether nothing needs a gradient of the noised pass."""
+        """Whether nothing needs gradients of the noised pass."""
         return self.detach == "noised" and not self.ce_on_noised
 
 
@@ -61,34 +61,34 @@ PRESETS: dict[Preset, tuple[NoiseSettings, NoiseSettings]] = {
 }
 """Settings of each preset for models that classify, and for those that generate.
 
-paper: Aghajanyan et al. 2021, eqs. 3-4. relative: the same, the noise measured against the embeddings.
-fairseq: what the authors' released code asks for (examples/rxf); there the noise never reached RoBERTa, here
-it does. rdrop: Liang et al. 2021, which needs dropout and no noise, as their released text code has it, the cross
-entropies of both passes averaged; rdrop_paper: their equation 4, the cross entropies summed.
+paper: Aghajanyan et al. 2021, eqs. 3-4. relative: the same, with noise relative to the size of the embeddings.
+fairseq: the settings of the authors' released code (examples/rxf); there the noise never reached RoBERTa, here it
+does. rdrop: Liang et al. 2021 as in their released text code, with dropout and no noise, and the cross entropies of
+both passes averaged; rdrop_paper: their equation 4, with the cross entropies summed.
 """
 
 
 def resolve_settings(preset: Preset | None, *, generates: bool, **options: Any) -> NoiseSettings:
-    """Read a preset's settings off the table and put explicit values over them.
+    """Read a preset's settings from the table and override them with explicit values.
 
     Args:
         preset: None for "paper".
-        generates: whether the model generates text rather than classifies.
+        generates: whether the model generates text rather than classifying it.
         options: fields of NoiseSettings; None keeps the preset's value.
 
     Raises:
-        ConfigError: for values that contradict each other.
+        ConfigError: the values contradict each other.
     """
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(PRESETS[preset or "paper"][generates], **given)
     if settings.passes == "doubled" and settings.one_sided:
         raise ConfigError(
-            "passes='doubled' with detach='noised': a noised pass without gradient has to be a pass of its own; "
+            "passes='doubled' with detach='noised': a noised pass without gradients must be a separate pass; "
             "expected passes='two', or another detach."
         )
     if settings.sigma == 0 and settings.masks == "shared":
         raise ConfigError(
             "sigma=0 with masks='shared': nothing differs between the two passes, so the divergence is 0 at twice "
-            "the time. Set sigma, set masks='independent', or use swaft.TaskLoss."
+            "the cost. Set sigma, set masks='independent', or use swaft.TaskLoss."
         )
     return settings

@@ -1,6 +1,6 @@
-"""What is proved once, before training: that the loss is the model's own, and that the noise gets into it.
+"""What is proved once, before training: that the loss is the model's own, and that the noise reaches the model.
 
-And what is noticed among the first batches: whether the loss feels it.
+Also what is checked during the first batches: whether the noise has an effect on the loss.
 """
 
 from __future__ import annotations
@@ -49,54 +49,54 @@ from swaft.noise.presets import NoiseSettings
 logger = logging.getLogger(__name__)
 
 _ROWS = 2
-"""Rows of a batch that a generating model's proof is made on: its logits are too large for all."""
+"""Rows of a batch used to prove a generating model: its logits are too large for all rows."""
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss")
-"""How the names of a mixture of experts' own losses end in a Hugging Face model's output."""
+"""Suffixes of a mixture of experts' own losses in the output of a Hugging Face model."""
 
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 2e-2
-"""How far two computations of one number may be apart, relative; the second where the model rounds to 16 bits."""
+"""Allowed relative difference of two computations of one number; the second if the model rounds to 16 bits."""
 
 _CHANGES_HALF = {"uniform": 1.0, "normal": 0.5 / 0.6745}
 """Sigma, in units in the last place of an entry, at which adding noise changes it with probability 1/2."""
 
 
 _LOOKS = {8: 1e-9, 128: 1e-3}
-"""After how many batches of a run to look at the divergence, and the share of the task loss from which it is felt.
+"""When to check the divergence, in batches of a run, and the share of the task loss from which it has an effect.
 
-The share grows while a new head learns, at a relative sigma of 0.5 from 4e-6 to 2e-2 on the quick start, and from
-2e-8 to 6e-2 on two layers of its model, so the first look finds only what will never be felt.
+The share grows while a new head learns. At a relative sigma of 0.5 it grew from 4e-6 to 2e-2 on the quick start,
+and from 2e-8 to 6e-2 on two layers of its model. So the first check only finds what will never have an effect.
 """
 
 _AVERAGED = 8
-"""Batches that a look takes the mean of."""
+"""Number of batches that a check averages."""
 
 _FELT_SIGMA = 0.5
-"""The relative sigma from which on noise was felt (divergence 2e-2 on the trained model of the quick start)."""
+"""The relative sigma from which noise had an effect (divergence 2e-2 on the trained model of the quick start)."""
 
 
 def prove(
     model: nn.Module, batch: dict[str, Any], noise: Disturbance, *, head: LanguageModelHead | None
 ) -> bool:
-    """Hold the model's own loss, its logits and its first layer to what the objective takes them for.
+    """Check that the model's own loss, its logits and its first layer are what the objective assumes.
 
-    One clean pass with labels and, where there is noise, one noised pass with the same dropout masks; both without
-    gradient, on one or two rows where the model generates. Every rank must make them. Random state, buffers and
-    the training mode are left as found.
+    This takes one clean pass with labels and, if there is noise, one noised pass with the same dropout masks. Both
+    run without gradients, on one or two rows if the model generates. Every rank must run them. Random state,
+    buffers and the training mode are left unchanged.
 
     Args:
         model: the model as wrapped by the training engine.
-        batch: keyword arguments of its forward, labels included.
-        noise: of the step, and the objective's settings.
-        head: the head that the fused loss computes with; None where the loss is computed from logits.
+        batch: keyword arguments of its forward, including labels.
+        noise: of the step, with the objective's settings.
+        head: the head of the fused loss; None if the loss is computed from logits.
 
     Returns:
-        Whether the loss could be compared: False where no rank's batch has rows of more than one class, in whose
-        mean cross entropy weights of classes would show.
+        Whether the loss could be compared: False if no rank's batch has rows of more than one class, since class
+        weights show only in the mean cross entropy over several classes.
 
     Raises:
-        NoiseError: when the model trains another loss than the mean cross entropy, when its logits are not what the
-            head is taken to make, or when the noise does not arrive; on all ranks alike.
+        NoiseError: the model trains another loss than the mean cross entropy, its logits are not what the head is
+            assumed to compute, or the noise does not arrive; on all ranks.
     """
     rows = proof_rows(model, batch, at_most=_ROWS) if generates(model) else batch
     inputs = prepare_inputs(model, rows)
@@ -120,11 +120,11 @@ def prove(
             arrival = measure_arrival(noised, clean, noisy, noise)
             handed_on = noised.handed_on.dtype
             rng.restore()
-        # Weights that autocast cast here carry no gradient and must not serve the training pass.
+        # Weights that autocast has cast here have no gradient and must not be reused in the training pass.
         torch.clear_autocast_cache()
 
     figures = torch.cat([loss_figures, arrival])
-    if is_distributed():  # so that all ranks continue or none does
+    if is_distributed():  # so that either all ranks continue or none
         dist.all_reduce(figures, op=dist.ReduceOp.MAX)
     compared, loss_gap, logits_gap, *arrived = figures.tolist()
     if loss_gap > 1:
@@ -150,14 +150,14 @@ def _clean_pass(
     """Run the model with labels, its own head and its own loss.
 
     Returns:
-        (3,) fp32: 1 where the loss can be compared, and how far the loss and the logits are from what they are
-        taken to be, as multiples of the tolerance.
+        (3,) fp32: 1 if the loss can be compared; then the differences of the loss and of the logits from their
+        expected values, as multiples of the tolerance.
     """
     outputs: list[Tensor] = []
 
     def watched(hidden: Tensor) -> Tensor:
         assert head is not None
-        head.loss_arguments()  # refuses a weight that the fused loss cannot take
+        head.loss_arguments()  # raises for a weight that the fused loss cannot take
         outputs.append(nn.Linear.forward(head.linear, hidden))
         return outputs[-1]
 
@@ -182,29 +182,29 @@ def _clean_pass(
         transformed = head.transform(outputs[-1])
         logits_gap = (logits - transformed).abs().amax() / transformed.abs().amax()
     counted = targets[targets != IGNORE_INDEX]
-    # Weights of the classes cancel in the mean where there is one class; a batch of one row has no more.
+    # Class weights cancel in the mean if there is only one class; a batch of one row cannot have more.
     compared = (counted != counted[:1]).any() | (targets.numel() == 1)
-    # A loss or logits that are not numbers are for the training loop to find; no row that counts gives none.
+    # NaN losses or logits are left for the training loop to find; the loss is NaN too if no row counts.
     gaps = torch.stack([loss_gap, logits_gap]).nan_to_num(nan=0.0) / tolerance
     return torch.cat([compared.float().reshape(1), gaps.float()])
 
 
 def _check_output(output: Any, objective: str) -> None:
-    """Refuse an output without loss and logits, and one whose loss has terms of a mixture of experts.
+    """Refuse an output without loss or logits, or whose loss has terms of a mixture of experts.
 
     Args:
         output: what the model returned for a batch with labels.
         objective: the objective's name, for the message.
 
     Raises:
-        NoiseError: naming what was found.
+        NoiseError: names what was found.
     """
     if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
             "expected a Hugging Face model that classifies, points at answers or generates. Use swaft.TaskLoss."
         )
-    # Such a term may be too small beside the cross entropy to show in the loss.
+    # Such a term may be too small compared to the cross entropy to show in the loss.
     terms = [
         name for name, value in vars(output).items() if name.endswith(_ROUTER_LOSSES) and value is not None
     ]
@@ -214,7 +214,7 @@ def _check_output(output: Any, objective: str) -> None:
 
 @contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what forward passes do to buffers (running statistics, the vectors of a power iteration)."""
+    """Undo changes that forward passes make to buffers (running statistics, vectors of a power iteration)."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
@@ -224,20 +224,20 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
 
 
 class ArrivalFigures(NamedTuple):
-    """What became of the noise."""
+    """How much of the noise arrived."""
 
     at_embedding: float
-    """Noise-to-signal of the embedding output as handed on."""
+    """Noise-to-signal ratio of the embedding output as passed on."""
     changed: float
     """Share of its entries that changed."""
     at_layer: float
-    """Noise-to-signal of the first layer's input."""
+    """Noise-to-signal ratio of the first layer's input."""
     smallest_sigma: float
-    """The sigma at which half of the entries would change, absolute or as a share as the settings count sigma."""
+    """The sigma at which half of the entries would change, absolute or relative, as in the settings."""
 
 
 def measure_arrival(noised: Embedded, clean: list[Tensor], noisy: list[Tensor], noise: Disturbance) -> Tensor:
-    """Compare what the first layers were given in a clean and a noised pass that share their dropout masks.
+    """Compare the inputs of the first layers in a clean and a noised pass with the same dropout masks.
 
     Args:
         noised: record of the noised pass.
@@ -252,20 +252,20 @@ def measure_arrival(noised: Embedded, clean: list[Tensor], noisy: list[Tensor], 
     if noise.settings.relative:
         smallest = smallest / root_mean_square(noised.clean, noise.real)
     arrived = torch.stack([noise_to_signal(*pair) for pair in zip(clean, noisy, strict=True)])
-    first = arrived[(arrived > 0).int().argmax()]  # of the stacks that the noise gets to
+    first = arrived[(arrived > 0).int().argmax()]  # of the stacks that the noise reaches
     return torch.stack([noised.noise_to_signal(), noised.changed(), first, smallest.float()])
 
 
 def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtype) -> None:
-    """Log what survives of the noise, at INFO, or refuse to train where nothing does.
+    """Log how much of the noise survives, at INFO, or refuse to train if none does.
 
     Args:
-        figures: the largest of all ranks.
+        figures: the largest over all ranks.
         noise: of the noised pass.
-        dtype: type in which the embedding output is handed on.
+        dtype: of the embedding output as passed on.
 
     Raises:
-        NoiseError: when the noise is lost in rounding, or never enters the network.
+        NoiseError: the noise is lost in rounding, or never enters the network.
     """
     site, settings = noise.site, noise.settings
     assert site is not None
@@ -276,7 +276,7 @@ def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtyp
         raise NoiseError(
             f"Noise of sigma {settings.sigma:g} changes nothing in the {place} ({dtype}): it is lost in "
             "rounding, or the encoder ignores its embedding output. Expected a change. Half of the entries "
-            f"change from about sigma={smallest:.1e} on: set that or more, use a wider type, or use "
+            f"change from about sigma={smallest:.1e}: set that or more, use a wider dtype, or use "
             "swaft.TaskLoss."
         )
     if current_rank() == 0:
@@ -289,9 +289,9 @@ def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtyp
 
 
 class FirstBatches:
-    """What the divergence adds to the loss of a run's first batches; said once where it is not felt.
+    """What the divergence adds to the loss of a run's first batches; warns once if it has no effect.
 
-    Sums stay on the device, which is read once a look.
+    Sums stay on the device, which is read once per check.
     """
 
     def __init__(self) -> None:
@@ -299,7 +299,7 @@ class FirstBatches:
         self._looks = dict(_LOOKS)
 
     def add(self, task_loss: Tensor, weighted: Tensor, settings: NoiseSettings, objective: str) -> None:
-        """Add a training batch; warn where it is one to look at and the divergence is not felt.
+        """Add a training batch; if a check is due and the divergence has no effect, warn.
 
         Args:
             task_loss: of the batch, 0-dim, detached.
@@ -318,13 +318,13 @@ class FirstBatches:
         task, added = torch.stack(self._recent).mean(0).tolist()
         del self._looks[look]
         self._recent.clear()
-        if not added < felt * task:  # nor what is not a number
+        if not added < felt * task:  # also if NaN
             return
         self._looks.clear()
         if current_rank() == 0:
             logger.warning(
-                "%s is not felt: after %d batches weight x divergence is %.1e beside a task loss of %.2g%s. Below "
-                "one thousandth of it training is that without noise, at twice the cost. Set %s",
+                "%s has no effect: after %d batches weight x divergence is %.1e next to a task loss of %.2g%s. "
+                "Below one thousandth of it, training is the same as without noise, at twice the cost. Set %s",
                 *(objective, look, added, task, "; the two passes are the same" if added == 0 else ""),
                 _felt_settings(settings),
             )
@@ -342,11 +342,11 @@ def _felt_settings(settings: NoiseSettings) -> str:
 
 
 def smallest_surviving_sigma(record: Embedded, noise: Noise) -> Tensor:
-    """Estimate the sigma at which half of an embedding output's entries change in the type handed on.
+    """Estimate the sigma at which half of an embedding output's entries change in the dtype passed on.
 
-    An entry changes when the noise passes half its unit in the last place, eps * 2**floor(log2 |x|). For
-    uniform noise that happens with probability 1/2 at sigma = one unit, for normal noise at 0.74 units; the
-    estimate takes the median entry. Entries that are 0 (padding) are left out.
+    An entry changes when the noise exceeds half its unit in the last place, eps * 2**floor(log2 |x|). For uniform
+    noise this has probability 1/2 at sigma = one unit, for normal noise at 0.74 units; the estimate takes the
+    median entry. Entries that are 0 (padding) are left out.
 
     Returns:
         A 0-dim tensor; 0 when every entry is 0.
@@ -360,11 +360,11 @@ def smallest_surviving_sigma(record: Embedded, noise: Noise) -> Tensor:
 
 @contextmanager
 def layer_inputs(site: EmbeddingSite) -> Iterator[list[Tensor]]:
-    """Catch what the first layer that runs of each stack of an encoder is given in a pass.
+    """Record the input of the first layer that runs in each stack of an encoder during a pass.
 
     Yields:
-        A list that holds it, stack by stack as they run, when the pass has run. The first need not be the layers
-        that text goes through: embeddings may be made of several tables (MarkupLM).
+        A list that holds these inputs, in the order in which the stacks run, once the pass has run. The first stack
+        need not be the one that processes text: embeddings may be made of several tables (MarkupLM).
     """
     seen: dict[nn.ModuleList, Tensor] = {}
 
@@ -376,7 +376,7 @@ def layer_inputs(site: EmbeddingSite) -> Iterator[list[Tensor]]:
 
         return hook
 
-    # Some call the forward of a layer past its hooks (SqueezeBERT), so its parts are watched as well.
+    # Some models bypass a layer's hooks (SqueezeBERT), so its submodules are watched as well.
     handles = [
         module.register_forward_pre_hook(catch(stack), with_kwargs=True)
         for stack in _stacks(site.encoder)
@@ -398,7 +398,7 @@ def layer_inputs(site: EmbeddingSite) -> Iterator[list[Tensor]]:
 
 
 def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists of modules that lie in no other."""
+    """The module lists that are not inside another one."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield child

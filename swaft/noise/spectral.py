@@ -23,14 +23,15 @@ _INITIAL_ITERATIONS = 15
 class SpectralNorm(nn.Module):
     """Divide a weight by its largest singular value, found by power iteration (Miyato et al. 2018).
 
-    Value and state-dict names are those of ``torch.nn.utils.parametrizations.spectral_norm``. Two things
-    differ: the first vectors come from a generator of their own, so all ranks start alike and torch's random
-    state stays put; and sigma is not rounded to 16 bits, neither by autocast nor under DeepSpeed, which casts
-    the weight and leaves the vectors in fp32 (torch's refuses that), so what is exported is what was trained.
+    Values and state-dict names are those of ``torch.nn.utils.parametrizations.spectral_norm``. Two things differ.
+    The initial vectors come from a separate generator, so all ranks start with the same ones and torch's random
+    state is not touched. And sigma is not rounded to 16 bits, neither by autocast nor under DeepSpeed, which casts
+    the weight and leaves the vectors in fp32 (torch's version refuses that). So what is exported is what was
+    trained.
 
     Args:
         weight: the weight (out, in) to normalise.
-        seed: seed of the first vectors.
+        seed: seed of the initial vectors.
     """
 
     def __init__(self, weight: Tensor, *, seed: int = 0) -> None:
@@ -44,11 +45,11 @@ class SpectralNorm(nn.Module):
         self._iterate(weight, _INITIAL_ITERATIONS)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Divide the weight by its spectral norm; in training mode after one power iteration."""
+        """Divide the weight by its spectral norm; in training mode, after one power iteration."""
         with torch.autocast(weight.device.type, enabled=False):
             if self.training:
                 self._iterate(weight, 1)
-            # The next iteration writes in place, while this pass's backward still needs these values.
+            # The next iteration writes in place, and the backward of this pass still needs these values.
             return normalised_weight(weight, self._u.clone(), self._v.clone())
 
     @torch.no_grad()
@@ -60,7 +61,7 @@ class SpectralNorm(nn.Module):
 
 
 def normalised_weight(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """W / (u^T W v), computed in fp32 at the least and given in the weight's type."""
+    """W / (u^T W v), computed in at least fp32 and returned in the weight's dtype."""
     wide = _widened(weight)
     sigma = torch.vdot(u.to(wide.dtype), torch.mv(wide, v.to(wide.dtype)))
     return (wide / sigma).to(weight.dtype)
@@ -71,22 +72,22 @@ def _widened(weight: Tensor) -> Tensor:
 
 
 def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -> list[str]:
-    """Put spectral normalisation on the linear layers of a model's classification head, in place.
+    """Add spectral normalisation to the linear layers of a model's classification head, in place.
 
-    The head is what lies outside the base model. BERT's pooler belongs to the base model, so it is no part of
-    the head; RoBERTa's and BART's dense layer is. A layer that already has it is left alone.
+    The head is everything outside the base model. BERT's pooler belongs to the base model, so it is not part of the
+    head; RoBERTa's and BART's dense layer is. A layer that is already normalised is left alone.
 
     Args:
         model: a Hugging Face classification model, before the training engine wraps it.
-        layers: "all" linear layers (the paper: all weight matrices of the head), or the "last" (the released
+        layers: "all" linear layers (the paper: all weight matrices of the head), or only the "last" (the released
             code).
-        seed: seed of the power iterations' first vectors, the same on every rank.
+        seed: seed of the power iterations' initial vectors, the same on every rank.
 
     Returns:
         The names of the normalised layers.
 
     Raises:
-        ConfigError: for a model without a head of its own, or one that ZeRO-3 has already partitioned.
+        ConfigError: the model has no head of its own, or ZeRO-3 has already partitioned it.
     """
     head = _head(model)
     for name, linear in head[-1:] if layers == "last" else head:
@@ -104,7 +105,7 @@ def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -
 
 
 def normalised_layers(model: nn.Module) -> list[str]:
-    """List the names of the layers whose weight is spectrally normalised."""
+    """The names of the layers whose weight is spectrally normalised."""
     return [
         name
         for name, module in unwrap(model).named_modules()
@@ -115,7 +116,7 @@ def normalised_layers(model: nn.Module) -> list[str]:
 
 @contextmanager
 def power_iteration_paused(model: nn.Module) -> Iterator[None]:
-    """Normalise with the vectors as they are: one power iteration a step, though the step has two passes."""
+    """Keep the vectors fixed inside: one power iteration per step, although the step has two passes."""
     norms = [module for module in model.modules() if isinstance(module, SpectralNorm)]
     modes = [norm.training for norm in norms]
     for norm in norms:

@@ -11,31 +11,31 @@ import numpy as np
 from swaft.report.runs import RunLog, name_among
 
 NOT_OF_AN_ARM = ("train.seed", "train.output_dir", "track.run_name", "track.logging_dir")
-"""Settings in which repetitions of one arm differ."""
+"""Settings that may differ between repetitions of one arm."""
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of pairs, one minus the other."""
+    """The differences of pairs: one minus the other."""
 
     what: str
-    """Which minus which, of which score."""
+    """What is subtracted from what, and for which score."""
     values: tuple[float, ...]
-    """One a pair."""
+    """One per pair."""
     interval: tuple[float, float] | None
-    """95 %, over pairs resampled with replacement; None under three pairs."""
+    """95 % interval, from pairs resampled with replacement; None for fewer than three pairs."""
 
     @property
     def mean(self) -> float:
-        """Of all pairs."""
+        """Mean over all pairs."""
         return float(np.mean(self.values))
 
 
 def arms_of(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
-    """Group runs that differ in nothing but the seed, each group by the settings that set it apart.
+    """Group runs that differ only in the seed, and name each group by the settings that distinguish it.
 
-    Runs without settings (the Trainer's) are arms of their own, by name.
+    Runs without settings (the Trainer's) are separate arms, by name.
     """
     keys = [
         {name: value for name, (value, _) in run.settings.items() if name not in NOT_OF_AN_ARM}
@@ -54,7 +54,7 @@ def arms_of(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
 def compare(arms: Mapping[str, Sequence[RunLog]], split: str, score: str) -> list[Difference]:
     """Return the paired differences of a score: averaged minus last in every arm, and every arm minus the first.
 
-    Arms are paired by seed, and by what their runs recommend: the averaged weights where there are some.
+    Arms are paired by seed, using the weights that their runs recommend: the averaged weights, if there are any.
     """
     found = []
     for arm, runs in arms.items():
@@ -69,7 +69,7 @@ def compare(arms: Mapping[str, Sequence[RunLog]], split: str, score: str) -> lis
 
 
 def difference(what: str, pairs: Sequence[tuple[float | None, float | None]]) -> Difference:
-    """Return the differences of those pairs of which both are known, with a bootstrap interval of their mean."""
+    """Return the differences of the pairs with two known values, with a bootstrap interval of their mean."""
     values = np.array([a - b for a, b in pairs if a is not None and b is not None], dtype=np.float64)
     interval = None
     if len(values) >= 3:

@@ -1,4 +1,4 @@
-"""Figures of a run as SVG that follows the page: its text and axes take the page's colour, light or dark."""
+"""Figures of a run as SVG that adapts to the page: text and axes take the page's colour, light or dark."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from swaft.report.compare import Difference
 from swaft.report.runs import Curve
 
 POINTS = 300
-"""Points of a curve that are drawn; of more, the mean of every stretch, and its least and greatest as a band."""
+"""Maximum points of a curve; a longer curve is drawn as the mean of each stretch, with a band from minimum to
+maximum."""
 INK = "#010203"
 """Stands for the page's text colour until the figure is in the page."""
 STYLES = {"last": ("#2383c9", "-", "o"), "averaged": ("#d9660c", "--", "s"), "": ("#2383c9", "-", "")}
-"""Colour, line and marker of the kinds of weights: told apart without colour too, and seen on light and dark."""
+"""Colour, line and marker of the kinds of weights: distinct without colour, and visible on light and dark."""
 ON_COLOURS: Any = {
     "color": "white",
     "bbox": {"facecolor": "black", "alpha": 0.5, "edgecolor": "none", "pad": 1.5},
 }
-"""Text that is read on whatever colour lies below it."""
+"""Style of text that is readable on any colour."""
 FONT: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names of runs and settings are text
@@ -68,13 +69,13 @@ def curves(title: str, lines: Mapping[str, Curve], *, log: bool = False) -> str:
 
 
 def heat_map(title: str, rows: Sequence[Mapping[str, float]], across: str, down: str) -> str:
-    """Draw scores over two choices as a heat map, the numbers written in it where there is room.
+    """Draw scores over two choices as a heat map, with numbers if there is room.
 
     Args:
         title: of the figure.
         rows: ``score`` and the two choices each.
-        across: name of the choice that runs to the right.
-        down: name of the one that runs up.
+        across: name of the choice on the horizontal axis.
+        down: name of the choice on the vertical axis, which runs upwards.
     """
     columns, lines = (sorted({row[name] for row in rows}) for name in (across, down))
     table = np.full((len(lines), len(columns)), np.nan)
@@ -126,7 +127,7 @@ def line_through(title: str, surface: Mapping[str, Any]) -> str:
 
 
 def plane(title: str, surface: Mapping[str, Any]) -> str:
-    """Draw the loss over the plane of both weights and a random direction of the same length, as contours."""
+    """Draw the loss as contours over the plane of both weights and a random direction of the same length."""
     grid = surface["plane"]
     with matplotlib.rc_context(FONT):
         figure, axes = _axes(title)
@@ -142,7 +143,7 @@ def plane(title: str, surface: Mapping[str, Any]) -> str:
 
 
 def differences(title: str, found: Sequence[Difference]) -> str:
-    """Draw paired differences: every pair a point, the mean a bar, the interval a line."""
+    """Draw paired differences: a point for each pair, a bar for the mean, a line for the interval."""
     with matplotlib.rc_context(FONT):
         figure, axes = _axes(title, height=0.9 + 0.5 * len(found))
         axes.grid(visible=False, axis="y")
@@ -151,7 +152,7 @@ def differences(title: str, found: Sequence[Difference]) -> str:
                 axes.plot(each.interval, (place, place), "-", color=INK)
             axes.plot(each.mean, place, "|", color=INK, markersize=16)
             axes.plot(each.values, [place] * len(each.values), "o", color=STYLES["last"][0], markersize=5)
-            where = axes.get_yaxis_transform()  # the text begins at the left end of the axes
+            where = axes.get_yaxis_transform()  # the text starts at the left end of the axes
             axes.text(0.01, place + 0.25, each.what, transform=where, fontsize=8)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks([])
@@ -162,9 +163,9 @@ def differences(title: str, found: Sequence[Difference]) -> str:
 
 
 def thinned(points: Curve) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Return what to draw of a curve, as equally long lists: steps, means, and least and greatest values.
+    """Return what to draw of a curve, as lists of equal length: steps, means, minima and maxima.
 
-    Of a short curve it is every point; of a long one every stretch, at the last of its steps.
+    For a short curve, these are its points; for a long one, its stretches, each at its last step.
     """
     stretches = np.array_split(np.array(points, dtype=np.float64), min(len(points), POINTS))
     columns = ((part[-1, 0], part[:, 1].mean(), part[:, 1].min(), part[:, 1].max()) for part in stretches)
@@ -173,18 +174,18 @@ def thinned(points: Curve) -> tuple[list[float], list[float], list[float], list[
 
 
 def _axes(title: str, height: float = 2.7) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.8, height), layout="constrained")  # inches: as wide as a phone
+    figure = Figure(figsize=(4.8, height), layout="constrained")  # inches: the width of a phone
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)
     return figure, axes
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """Return the figure for a page: without XML's header, in the page's colour, with its title as its label."""
+    """Return the figure for a page: without the XML header, in the page's colour, labelled with its title."""
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)  # the white ground of the figure
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)  # the figure's white background
     svg = re.sub(r'<g id="patch_2">.*?</g>', "", svg, count=1, flags=re.S)  # and of its axes
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     label = f'role="img" aria-label="{escape(title)}"'

@@ -1,9 +1,9 @@
 """Loss along the line from one model through another, and over a plane around both.
 
-Two directions are walked: the one from the last weights to the averaged ones, and a random one that is as long. In
-every tensor the random direction is drawn from a normal distribution, made orthogonal to the difference between the
-two, and scaled to its length, as filter normalisation does for every filter (Li et al. 2018, section 4). So weights
-that training has hardly moved are hardly moved here.
+There are two directions: from the last weights to the averaged ones, and a random one of the same length. In every
+tensor, the random direction is drawn from a normal distribution, made orthogonal to the difference between the two
+weights, and scaled to its length, as filter normalisation does for every filter (Li et al. 2018, section 4). So
+weights that training has hardly moved are hardly moved here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LINE = tuple(step / 4 for step in range(-4, 9))
 ACROSS, UP = LINE[::2], (-1.0, -0.5, 0.0, 0.5, 1.0)
 """Positions in the plane, along the line and along the random direction."""
 SEED = 0
-"""Of the random direction."""
+"""Seed of the random direction."""
 
 
 @torch.no_grad()
@@ -34,9 +34,9 @@ def loss_surface(model: nn.Module, averaged: nn.Module, loss: Callable[[], float
     """Return the loss along the line through two models, and over the plane with a random direction.
 
     Args:
-        model: the last weights, in fp32; has them again afterwards.
-        averaged: the same model with the averaged ones.
-        loss: of the weights that are in ``model``.
+        model: the last weights, in fp32; restored afterwards.
+        averaged: the same model with the averaged weights.
+        loss: returns the loss of the weights currently in ``model``.
 
     Returns:
         ``line``: ``position`` and ``loss``, (13,) each. ``plane``: ``across`` (7,), ``up`` (5,), and ``loss``, 5
@@ -72,13 +72,13 @@ def loss_surface(model: nn.Module, averaged: nn.Module, loss: Callable[[], float
 
 
 def _floats(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what can be moved: parameters, and statistics beside them."""
+    """Yield what can be moved: parameters and floating-point statistics."""
     yield from model.parameters()
     yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
 
 
 def _direction(difference: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random tensor orthogonal to this one and as long; of one element there is none but zero."""
+    """Return a random tensor orthogonal to this one and of the same length; zero for a single element."""
     if difference.numel() == 1:
         return torch.zeros_like(difference)
     drawn = torch.randn(difference.shape, generator=generator).to(difference)
@@ -87,6 +87,6 @@ def _direction(difference: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def write_losses(run: Path, found: Mapping[str, Any], *, rows: int) -> None:
-    """Write what `loss_surface` found on so many validation rows into a run's folder, for its page."""
+    """Write the result of `loss_surface` on ``rows`` validation rows into a run's folder, for its page."""
     content = {"split": "validation", "rows": rows, "seed": SEED, **found}
     write_durably(run / SURFACE, (json.dumps(content, indent=1) + "\n").encode())

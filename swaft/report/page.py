@@ -20,7 +20,7 @@ TRAINING = {
     "grad_norm": "Gradient norm",
     "drift": "Distance of the average from the weights",
 }
-"""Numbers of the training log that have a figure, in this order."""
+"""Numbers of the training log that get a figure, in this order."""
 LOGARITHMIC = ("divergence", "grad_norm", "drift")
 
 STYLE = """
@@ -47,7 +47,7 @@ details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor
 
 
 def render(runs: Sequence[RunLog]) -> str:
-    """Return the page about these runs, each in a section of its own behind their comparison.
+    """Return the page about these runs: their comparison, then a section for each run.
 
     Args:
         runs: one or more.
@@ -135,7 +135,7 @@ def _windows(run: RunLog) -> str:
     means = [row for row in run.windows if row.get("blend", 1) == 1]
     blended = {(row["start"], row["end"]) for row in run.windows if row not in means}
     drawn = [figures.heat_map("Score of every window tried", means, "start", "end")]
-    if blended:  # the window that was chosen, or the only one
+    if blended:  # the chosen window, or the only one
         blends = [row for row in run.windows if (row["start"], row["end"]) in blended]
         drawn.append(figures.heat_map("Score of every blend tried", blends, "blend", "start"))
     return _figures("Chosen after training", drawn)
@@ -199,7 +199,7 @@ KINDS = ("last", "averaged")
 
 
 def _shared_scores(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
-    """Name the (split, score) pairs of the first run that every run has."""
+    """Return the (split, score) pairs of the first run that every run has."""
     return [
         (split, score)
         for split, kinds in runs[0].final.items()
@@ -218,7 +218,7 @@ def _figures(title: str, drawn: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, stacked: bool = False) -> str:
-    """Return a table; a stacked one has its cells below each other on a phone, each with its column's name."""
+    """Return a table; a stacked one shows its cells below each other on a phone, each with its column's name."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     names = [f' data-name="{escape(name)}"' if stacked else "" for name in head]
 

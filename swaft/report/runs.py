@@ -1,4 +1,4 @@
-"""What a run has written about itself: a recipe's run folder, or the state of transformers' Trainer."""
+"""The records of a run: a recipe's run folder, or the state of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from swaft.errors import ConfigError
 
 Curve = list[tuple[float, float]]
-"""(optimizer step, value) pairs in the order of the steps."""
+"""(optimizer step, value) pairs, ordered by step."""
 
 SURFACE = "surface.json"
 """File of a run folder that holds the losses between last and averaged weights, and around them."""
@@ -24,33 +24,33 @@ NOT_A_SCORE = re.compile(r"(runtime|per_second|epoch|model_preparation_time|num_
 
 @dataclass(frozen=True, kw_only=True)
 class RunLog:
-    """One run, as far as its files say."""
+    """One run, as far as its files describe it."""
 
     path: Path
     training: dict[str, Curve] = field(default_factory=dict)
-    """Curves of the training log, by the name of the number."""
+    """Curves of the training log, by name."""
     evaluations: dict[str, dict[str, dict[str, Curve]]] = field(default_factory=dict)
-    """Curves of scores: by split (``validation``), name of the score, and weights (``last``, ``averaged``)."""
+    """Curves of scores: by split (``validation``), score name, and weights (``last``, ``averaged``)."""
     final: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Scores at the end: by split, weights, and name of the score."""
+    """Final scores: by split, weights, and score name."""
     metric: str | None = None
     """The score that counts."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the run says of itself, by name."""
+    """Other facts that the run reports, by name."""
     settings: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """Every setting's value and where it came from, by full name (``train.seed``)."""
     windows: list[dict[str, float]] = field(default_factory=list)
-    """Averages tried after training: ``start`` and ``end`` (steps), ``score``, and ``blend`` where it was tried."""
+    """Averages tried after training: ``start`` and ``end`` (steps), ``score``, and ``blend`` if it was tried."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Generated texts by split, a row each: what was given, and what each kind of weights wrote."""
+    """Generated texts by split, one row each: the input, and the output of each kind of weights."""
     surface: dict[str, Any] | None = None
-    """What ``swaft report --surface`` has computed."""
+    """The result of ``swaft report --surface``."""
     notes: list[str] = field(default_factory=list)
-    """What a reader has to know: the run has not ended, a line was cut off."""
+    """Notes for the reader: the run has not ended, a line was truncated."""
 
     @property
     def name(self) -> str:
-        """What the page calls it."""
+        """The run's name on the page."""
         return self.path.resolve().name
 
 
@@ -83,12 +83,12 @@ def read_run(path: Path) -> RunLog:
 
 
 def folder_of(path: Path) -> Path:
-    """Return the folder of a run that is named by its trainer_state.json; another path as it is."""
+    """Return the run folder if the path is its trainer_state.json; otherwise the path itself."""
     return path.parent if path.is_file() and path.name == TRAINER_STATE else path
 
 
 def name_among(run: RunLog, runs: Sequence[RunLog]) -> str:
-    """Return what sets a run apart from the others: its name, after its parent's where another has the same."""
+    """Return a unique name for a run: its name, preceded by its parent's if another run has the same name."""
     same = sum(each.name == run.name for each in runs)
     return run.name if same == 1 else "/".join(run.path.resolve().parts[-2:])
 
@@ -153,7 +153,7 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
     _require(_is_nested(dict(enumerate(state["log_history"])), 2), state_file, "log_history holds no objects")
     for entry in state["log_history"]:
         step = entry.get("step")
-        scores = {  # a metric of the user's may be a list, or a text
+        scores = {  # a user's metric may be a list or a text
             name: value for name, value in entry.items() if _is_number(value) and not NOT_A_SCORE.search(name)
         }
         if "loss" in entry:
@@ -203,24 +203,22 @@ def _is_number(value: Any) -> bool:
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file; a last line that was cut off is left out, which is noted."""
+    """Yield the records of a file; a truncated last line is left out, with a note."""
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        lines = list(file)  # splitlines would split within a text, too, at its U+2028 say
+        lines = list(file)  # splitlines would also split inside texts, at U+2028 for example
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            _require(isinstance(record, dict), path, f"line {number} is no object")
+            _require(isinstance(record, dict), path, f"line {number} is not an object")
             yield record
         except ValueError as error:
             if number < len(lines):
-                raise ConfigError(
-                    f"{path}: line {number} is not JSON ({error}); mend or remove it"
-                ) from error
+                raise ConfigError(f"{path}: line {number} is not JSON ({error}); fix or remove it") from error
             notes.append(f"The last line of {path.name} is cut off, and left out.")
 
 
 def json_object(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None where there is no file.
+    """Return the object in a JSON file; None if there is no file.
 
     Raises:
         ConfigError: it holds something else.
@@ -242,17 +240,17 @@ def _require(is_right: bool, file: Path, wrong: str) -> None:
 
 
 def _is_nested(value: Any, depth: int) -> bool:
-    """Whether a value is mappings so many levels deep."""
+    """Whether a value consists of mappings nested ``depth`` levels deep."""
     return depth == 0 or (
         isinstance(value, dict) and all(_is_nested(each, depth - 1) for each in value.values())
     )
 
 
 def setting_values(path: Path) -> dict[str, Any]:
-    """Return the settings in a run's config.yaml by full name (``train.seed``); empty where there is none.
+    """Return the settings in a run's config.yaml by full name (``train.seed``); empty if there is none.
 
     Raises:
-        ConfigError: it is no YAML of sections.
+        ConfigError: it is not YAML with sections.
     """
     import yaml
 
@@ -272,10 +270,10 @@ def setting_values(path: Path) -> dict[str, Any]:
 
 
 def config_class(values: Mapping[str, Any]) -> type | None:
-    """Return the recipe's class of settings that has most of these settings; None where none has one of them.
+    """Return the recipe settings class that shares the most settings with these; None if none shares any.
 
     Args:
-        values: by full name. Those of another version of swaft may be a few more or fewer.
+        values: by full name. Another version of swaft may have a few more or fewer.
     """
     from swaft.training.data.causal_lm import CausalConfig
     from swaft.training.data.classification import ClassificationConfig
@@ -289,7 +287,7 @@ def config_class(values: Mapping[str, Any]) -> type | None:
 
 
 def _settings(path: Path) -> dict[str, tuple[Any, str]]:
-    """Return the value of every setting, and where it came from: command.txt names those of the command line."""
+    """Return the value of every setting, and where it came from: command.txt lists those of the command line."""
     command, values = path / "command.txt", setting_values(path)
     words = command.read_text(encoding="utf-8") if command.is_file() else ""
     given = set(re.findall(r"(?:^|[\s'\"-])([a-z_]+\.[a-z_0-9]+)(?=[=\s])", words))

@@ -1,6 +1,6 @@
 """Loss between the last and the averaged weights of a recipe's finished run, and around them, for its page.
 
-Both models are read from the run folder, and scored on validation rows as the recipe scores them.
+Both models are read from the run folder, and scored on validation rows in the same way as by the recipe.
 """
 
 from __future__ import annotations
@@ -60,26 +60,27 @@ class Scoring:
     """Validation rows, as token ids."""
     collate: Collate
     evaluate: Callable[..., Evaluation]
-    """Of a model, a loader and an accelerator."""
+    """Takes a model, a loader and an accelerator."""
     load: Callable[[Any], Any]
-    """Makes the model that a section ``model`` names."""
+    """Loads the model that a ``model`` section names."""
     num_rows: int
-    """Of the data; long ones may take several of `rows`."""
+    """Rows of the data; a long one may become several of `rows`."""
 
 
 def write_surface(run: Path, *, rows: int) -> None:
-    """Compute the losses of a finished run and write them into its folder, as surface.json, which is replaced.
+    """Compute the losses of a finished run and write them into its folder, as surface.json, replacing an existing
+    one.
 
-    Computed in fp32 by this process alone, on its accelerator where there is one. Takes four times the weights in
-    memory.
+    Computed in fp32 by this process only, on its accelerator if there is one. Takes four times the memory of the
+    weights.
 
     Args:
         run: a recipe's run folder with ``final/``, ``final-averaged/`` and config.yaml.
-        rows: validation rows at most, the first ones.
+        rows: maximum number of validation rows, from the start.
 
     Raises:
-        ConfigError: the folder has no averaged weights, or not all files, or its settings are of another version.
-        DataError: the rows cannot be found. Paths in config.yaml are read from here, as the run read them.
+        ConfigError: the folder has no averaged weights, lacks files, or has settings of another version.
+        DataError: the rows cannot be found. Paths in config.yaml are relative to the current folder, as in the run.
     """
     folders = [_require_folder(run, name) for name in ("final", "final-averaged")]
     config = _settings_of(run, rows)
@@ -109,7 +110,7 @@ def _require_folder(run: Path, name: str) -> Path:
 
 
 def _settings_of(run: Path, rows: int) -> Any:
-    """Read config.yaml, with at most so many validation rows."""
+    """Read config.yaml, with at most ``rows`` validation rows."""
     kind = config_class(setting_values(run))
     if kind is None:
         raise ConfigError(f"{run} has no config.yaml with settings of a recipe, which --surface needs")
@@ -123,18 +124,18 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _whole(model: AnyModelConfig, folder: Path) -> AnyModelConfig:
-    """Return the settings of the model in a folder, for what is whole there: all of it, or its tokenizer."""
+    """Return the settings to load from a folder what is complete there: the whole model, or its tokenizer."""
     new = {"config": None, "vocab_size": None} if isinstance(model, Seq2SeqModelConfig) else {}
     return replace(model, model_name_or_path=str(folder), tokenizer_name=None, use_peft=False, **new)
 
 
 def _source(model: AnyModelConfig, folder: Path) -> AnyModelConfig:
-    """Return the settings of the model in a folder; of an adapter, of its base model."""
+    """Return the settings of the model in a folder; for an adapter, of its base model."""
     return replace(model, use_peft=False) if _is_adapter(folder) else _whole(model, folder)
 
 
 def _of(config: Any, model: AnyModelConfig) -> Any:
-    """Return the settings of a run that only scores, with another section ``model``."""
+    """Return the settings of a run that only scores, with another ``model`` section."""
     return replace(config, model=model, train=replace(config.train, seed=SEED, gradient_checkpointing=False))
 
 
@@ -231,4 +232,4 @@ SCORING: dict[type, Callable[[Any, Any, Any], Scoring]] = {
     Seq2SeqConfig: _seq2seq,
     CausalConfig: _causal_lm,
 }
-"""How each recipe scores: of its settings, those of the model to load, and the tokenizer."""
+"""How each recipe scores, from its settings, those of the model to load, and the tokenizer."""

@@ -1,4 +1,4 @@
-"""Finished checkpoints averaged to one Hugging Face folder, tensor by tensor, in bounded memory."""
+"""Finished checkpoints averaged into one Hugging Face folder, tensor by tensor, in bounded memory."""
 
 from swaft.soup.kinds import last_checkpoints, open_checkpoint
 from swaft.soup.soup import (

@@ -1,7 +1,7 @@
 """The mean of LoRA adapters: of the updates B A, not of B and A.
 
-See `swaft/averaging/lora.py` for the mathematics. All else an adapter folder holds (`modules_to_save`, biases) is
-averaged like any weight.
+See `swaft/averaging/lora.py` for the mathematics. Everything else in an adapter folder (`modules_to_save`, biases)
+is averaged like any weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swaft.storage import Spec
 from swaft.storage.strict_json import shown
 
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
-"""How the names of A and B end."""
+"""The suffixes of the names of A and B."""
 VARIANTS = (
     "use_dora",
     "use_qalora",
@@ -33,20 +33,20 @@ VARIANTS = (
     "megatron_config",
     "arrow_config",
 )
-"""Settings with which an update is something else than scaling * B @ A, or is one nobody has tried."""
+"""Settings with which an update is not scaling * B @ A, or is untested."""
 
 
 class AdapterMean(Mean):
     """The weighted mean of LoRA adapters with the same configuration.
 
     Args:
-        members: as of :class:`Mean`, all adapters.
+        members: as for :class:`Mean`, all adapters.
         dtype: of the result.
-        rank: of the new factors; None: that of the adapters. At rank times members nothing is lost.
+        rank: of the new factors; None: that of the adapters. At rank times members, nothing is lost.
 
     Raises:
-        StateError: they are no plain LoRA, of different base models, or configured differently, or `rank` cannot be
-            set for them.
+        StateError: they are not plain LoRA, have different base models or configurations, or `rank` cannot be set
+            for them.
     """
 
     def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, *, rank: int | None = None):
@@ -59,7 +59,7 @@ class AdapterMean(Mean):
         self._norms: dict[str, Norms] = {}
 
     def slices(self, name: str) -> Iterator[Tensor]:
-        """As of :class:`Mean`."""
+        """See :class:`Mean`."""
         up = self._up.get(name, name)
         if up not in self._down:
             yield from super().slices(name)
@@ -72,7 +72,7 @@ class AdapterMean(Mean):
 
     @property
     def truncation(self) -> float:
-        """What the new factors are off by, for want of rank, relative to the mean update; of all layers alike."""
+        """The error of the new factors due to their limited rank, relative to the mean update, over all layers."""
         lost, whole = (math.hypot(*(norms[i] for norms in self._norms.values())) for i in (2, 0))
         return lost / whole if whole else 0.0
 
@@ -92,7 +92,7 @@ class AdapterMean(Mean):
         b, a, (whole, gap, lost) = refactor(members, self._specs[up].shape[1])
         if (
             gap == 0.0 and a.shape == members[0][2].shape
-        ):  # one of the two is the same in all: the means are exact
+        ):  # one of the two is equal in all adapters: the means are exact
             b, a = (torch.stack([m[0] * m[i].double() for m in members]).sum(0) for i in (1, 2))
             lost = 0.0
         if not (b.isfinite().all() and a.isfinite().all()):
@@ -103,7 +103,7 @@ class AdapterMean(Mean):
         return b, a
 
     def _resize(self, rank: int | None) -> None:
-        """Set another rank in the configuration and in the shapes, every scaling as it was."""
+        """Set another rank in the configuration and in the shapes, keeping every scaling."""
         config = self.config
         if rank is None or rank == config["r"]:
             return
@@ -138,7 +138,7 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
 
 
 def _plain_config(checkpoint: SavedWeights) -> dict[str, Any]:
-    """The configuration of an adapter, once it is known to be of plain LoRA."""
+    """The configuration of an adapter, after checking that it is plain LoRA."""
     where = checkpoint.path
     config = read_json(where / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
@@ -147,7 +147,7 @@ def _plain_config(checkpoint: SavedWeights) -> dict[str, Any]:
         raise StateError(f"{where / ADAPTER_CONFIG}: r and lora_alpha: expected numbers")
     for key in VARIANTS:
         if config.get(key):
-            raise StateError(f"{where}: {key} is set, so its updates are no plain B A; expected plain LoRA")
+            raise StateError(f"{where}: {key} is set, so its updates are not plain B A; expected plain LoRA")
     ends = tuple(end for pair in FACTORS for end in pair)
     for name in checkpoint.specs:
         if "lora_" in name and not name.endswith((*ends, "lora_B.bias")):

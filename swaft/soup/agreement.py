@@ -1,4 +1,4 @@
-"""Whether checkpoints are of one model, and what its weights are called: tied ones, and those of the base."""
+"""Whether checkpoints belong to one model, and the names of its weights: tied ones, and those of the base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swaft.storage import Spec
 from swaft.storage.strict_json import shown
 
 STRUCTURE = ("architectures", "model_type")
-"""Fields of a configuration that say which model it is."""
+"""Fields of a configuration that identify the model."""
 COMPUTED = (
     *(
         "hidden_act",
@@ -31,23 +31,23 @@ COMPUTED = (
     *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_parameters"),
 )
-"""Fields that change what a model computes of the same weights, whatever their shapes."""
+"""Fields that change what a model computes from the same weights, without changing their shapes."""
 TOKENIZER = "tokenizer.json"
 CLASSES = "id2label"
 """Field that says which output is which class."""
 PASSING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
-"""Fields that say nothing about what the weights mean."""
+"""Fields that do not affect the meaning of the weights."""
 BASE = {"base_model_name_or_path": None, "revision": "main"}
-"""Settings of an adapter that say to which weights the updates are to be added, and what they are if left out."""
+"""Settings of an adapter that identify its base weights, with the defaults they have if left out."""
 NOTED = ("lora_dropout",)
-"""Settings of an adapter's training alone, which are noted where they differ."""
+"""Settings that only affect an adapter's training; differences are noted."""
 PASSING_IN_ADAPTERS = ("inference_mode", "peft_version", "auto_mapping")
-"""Settings that say nothing about what the factors mean."""
+"""Settings that do not affect the meaning of the factors."""
 
 ADAPTER_PARTS = re.compile(
     r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"
 )
-"""Where a name inside a `PeftModel` says which adapter is meant; in the adapter's folder it does not."""
+"""The parts of names inside a `PeftModel` that identify the adapter; the adapter's folder omits them."""
 PARAMETRIZED = ".parametrizations."
 IN_THE_MODEL = (
     "Write it in a process that has the model: load it there (averages with averager.load_state), then call "
@@ -59,20 +59,20 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
     """Refuse checkpoints of different models.
 
     Args:
-        checkpoints: all that are averaged.
+        checkpoints: all checkpoints to average.
 
     Returns:
-        What differs between their configurations without making them different models, in words.
+        Differences between their configurations that do not make them different models, in words.
 
     Raises:
-        StateError: the kind of checkpoint, the architecture, a tensor's name, shape or type differs.
+        StateError: the kind of checkpoint, the architecture, or a tensor's name, shape or dtype differs.
     """
     first, notes = checkpoints[0], []
     for other in checkpoints[1:]:
         if first.is_adapter != other.is_adapter:
             whole, adapter = (other, first) if first.is_adapter else (first, other)
             raise StateError(
-                f"{adapter.path} is an adapter and {whole.path} a whole model; they have no average"
+                f"{adapter.path} is an adapter and {whole.path} a whole model; they cannot be averaged"
             )
         notes += compare_configs(first.files, other.files)
         if first.is_adapter:
@@ -88,25 +88,25 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
 
 
 def differences(first: Mapping[str, Spec], other: Mapping[str, Spec]) -> Iterator[str]:
-    """What differs between the tensors of two checkpoints, a phrase each."""
+    """The differences between the tensors of two checkpoints, one phrase each."""
     for name, spec in first.items():
         if name not in other:
-            yield f"{shown(name)} is in the first alone"
+            yield f"{shown(name)} is only in the first"
         elif spec.shape != other[name].shape:
             yield f"{shown(name)} has shape {list(spec.shape)} and {list(other[name].shape)}"
         elif _kind(spec) != _kind(other[name]):
             yield f"{shown(name)} is {spec.dtype} and {other[name].dtype}"
     for name in other:
         if name not in first:
-            yield f"{shown(name)} is in the second alone"
+            yield f"{shown(name)} is only in the second"
 
 
 def compare_configs(first: Path | None, other: Path | None) -> list[str]:
-    """What differs between the `config.json` of two folders, in words; nothing where one has none.
+    """The differences between the `config.json` of two folders, in words; empty if one has none.
 
     Raises:
-        StateError: they are of different architectures, compute another function of their weights, or have the same
-            classes in another order.
+        StateError: they have different architectures, compute different functions of their weights, or have the
+            same classes in another order.
     """
     if first is None or other is None or not all((path / CONFIG).exists() for path in (first, other)):
         return []
@@ -117,7 +117,7 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
     if ours != theirs and sorted(ours.values()) == sorted(theirs.values()):
         raise StateError(
             f"{other} has the classes of {first} in another order: {CONFIG}: {CLASSES} is {_told(two, CLASSES)}, "
-            f"expected {_told(one, CLASSES)}; an average would mix them. Train both from one head"
+            f"expected {_told(one, CLASSES)}; an average would mix them. Train both from the same head"
         )
     return notes
 
@@ -126,12 +126,12 @@ OFF_IN_ADAPTERS = {
     **dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_qalora", "use_dora", "use_rslora"), False),
     "qalora_group_size": 16, "rank_pattern": {}, "alpha_pattern": {},
 }  # fmt: skip
-"""What peft writes of options that are off, and older versions left out."""
+"""Values that peft writes for options that are off, and that older versions left out."""
 
 
 def _compare_adapters(first: Path, other: Path) -> list[str]:
-    """As :func:`compare_configs`, of two adapters; one that names no base may be of any."""
-    one, two = (  # what peft keeps as a set is a list in any order
+    """As :func:`compare_configs`, for two adapters; one that names no base may have any."""
+    one, two = (  # peft writes sets as lists in any order
         {
             k: sorted(v, key=repr) if isinstance(v, list) else v
             for k, v in (OFF_IN_ADAPTERS | read_json(each / ADAPTER_CONFIG)).items()
@@ -150,13 +150,13 @@ def _compare_adapters(first: Path, other: Path) -> list[str]:
 
 
 Settings = tuple[Path, Mapping[str, Any]]
-"""A folder, and the settings in its file of a name."""
+"""A folder, and the settings in one of its files."""
 
 
 def _differing(
     file: str, first: Settings, other: Settings, passing: Collection[str], refused: Callable[[str], bool]
 ) -> list[str]:
-    """What differs between two files of settings, in words; a setting that is refused is an error."""
+    """The differences between two settings files, in words; a difference in a refused setting is an error."""
     (here, one), (there, two) = first, other
     differing, notes = {key for key in (*one, *two) if one.get(key) != two.get(key)}, []
     for key in sorted(differing.difference(passing)):
@@ -171,7 +171,7 @@ def _differing(
 
 
 def _require_same_tokens(first: Path | None, other: Path | None) -> None:
-    """Refuse folders whose `tokenizer.json` gives an id to different tokens; each may have ids of its own."""
+    """Refuse folders whose `tokenizer.json` maps an id to different tokens; each may have extra ids."""
     if first is None or other is None or not all((path / TOKENIZER).exists() for path in (first, other)):
         return
     if filecmp.cmp(first / TOKENIZER, other / TOKENIZER, shallow=False):
@@ -182,12 +182,12 @@ def _require_same_tokens(first: Path | None, other: Path | None) -> None:
             raise StateError(
                 f"{other} numbers the tokens of {first} in another way: {TOKENIZER}: {number} is "
                 f"{shown(theirs[number])}, expected {shown(ours[number])}; an average would mix their embeddings. "
-                "Train both with one tokenizer"
+                "Train both with the same tokenizer"
             )
 
 
 def _tokens(path: Path) -> dict[int, str]:
-    """Token by id, as a `tokenizer.json` lists them, an object or a list of pairs."""
+    """Tokens by id, from a `tokenizer.json` that lists them as an object or as a list of pairs."""
     whole = read_json(path)
     model, added = whole.get("model"), whole.get("added_tokens")
     found = model.get("vocab") if isinstance(model, dict) else None
@@ -199,7 +199,7 @@ def _tokens(path: Path) -> dict[int, str]:
 
 
 def _kind(spec: Spec) -> tuple[bool, bool]:
-    """Whether numbers are floating, and whether they have a mean: those of 8 bits, scaled elsewhere, have none."""
+    """Whether numbers are floating-point, and whether they can be averaged: 8-bit ones, scaled apart, cannot."""
     return spec.dtype.is_floating_point, spec.dtype in AVERAGED
 
 
@@ -210,14 +210,15 @@ def _told(config: Mapping[str, Any], key: str) -> str:
 def without_tied(
     members: Sequence[SavedWeights], base: SavedWeights | None
 ) -> tuple[list[SavedWeights], SavedWeights | None]:
-    """Checkpoints of one model, but that none stores a tied tensor under a name that others leave out.
+    """Checkpoints of one model, with tied tensors removed under names that other checkpoints leave out.
 
-    A name that some lack is believed to be another one of a tensor that all have where both have the same bits,
-    unless the `config.json` of a member that lacks it, or the base's own, says that nothing is tied.
+    If some checkpoints lack a name, and its tensor has the same bits as one that all have, the name is taken for an
+    alias of that tensor. This does not happen if the `config.json` of a member that lacks it, or that of the base,
+    says that nothing is tied.
 
     Args:
-        members: that are averaged.
-        base: of which what they lack is taken, or None.
+        members: the checkpoints to average.
+        base: provides what they lack, or None.
     """
     if members[0].is_adapter:
         return list(members), base
@@ -237,11 +238,11 @@ def _unties(checkpoint: SavedWeights) -> bool:
 
 
 def _without_tied(checkpoint: SavedWeights, known: Collection[str]) -> SavedWeights:
-    """A checkpoint without those tensors that it has under a known name, too."""
+    """A checkpoint without the tensors that it also has under a known name."""
     kept = [name for name in checkpoint.specs if name in known]
     others = [name for name in checkpoint.specs if name not in known and name not in checkpoint.maybe_tied]
     tied = {}
-    for name in others:  # equal elements identify nothing
+    for name in others:  # constant tensors identify nothing
         values = checkpoint.read(name, *_middle(checkpoint.specs[name]))
         if bool((values != values[:1]).any()) and (found := _twin([checkpoint], name, kept)):
             tied[name] = found
@@ -249,24 +250,24 @@ def _without_tied(checkpoint: SavedWeights, known: Collection[str]) -> SavedWeig
 
 
 def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
-    """Hold checkpoints to the base that gives what they lack.
+    """Check checkpoints against the base that provides what they lack.
 
     Args:
-        members: of one model.
-        base: Hugging Face folder of that model, or the folder of its adapter.
+        members: checkpoints of one model.
+        base: Hugging Face folder of that model, or its adapter folder.
 
     Returns:
-        The same, by the names of the base.
+        The same checkpoints, with the names of the base.
 
     Raises:
-        StateError: the base is of another model, or does not know these weights under any name.
+        StateError: the base belongs to another model, or does not have these weights under any name.
     """
     first = members[0]
     for name in first.specs:
         if PARAMETRIZED in f".{name}" and name not in base.specs:
             raise StateError(
                 f"{first.path}: {name!r} is a weight before its parametrization (R4F's spectral norm, say), and "
-                f"what that makes of it only the model knows. {IN_THE_MODEL}"
+                f"only the model can compute the weight after it. {IN_THE_MODEL}"
             )
     if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
         members = _as_adapters(members, base)
@@ -284,9 +285,9 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
 
 
 def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]:
-    """Names that the base lacks, of what it has under another name: a folder has tied tensors once.
+    """Names that the base has under another name: a folder stores tied tensors only once.
 
-    It is believed of what has the same bits under both names in every member.
+    Two names are taken for tied if every member has the same bits under both.
     """
     names = members[0].specs
     sure = [n for n in names if n in base.specs and not any(n in member.maybe_tied for member in members)]
@@ -295,7 +296,7 @@ def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]
 
 
 def _twin(members: Sequence[SavedWeights], name: str, others: Iterable[str]) -> str | None:
-    """The first of some names under which every member has the same bits as under this one."""
+    """The first of ``others`` under which every member has the same bits as under ``name``."""
     return next((each for each in others if all(_same_bits(member, name, each) for member in members)), None)
 
 
@@ -304,7 +305,7 @@ def _same_bits(checkpoint: SavedWeights, name: str, other: str) -> bool:
     spans = [(start, min(start + SLICE, spec.numel)) for start in range(0, spec.numel, SLICE)]
     return checkpoint.specs[other] == spec and all(
         torch.equal(*(checkpoint.read(each, *span).view(torch.uint8) for each in (name, other)))
-        for span in [_middle(spec), *spans]  # a few elements tell most apart
+        for span in [_middle(spec), *spans]  # a few elements distinguish most
     )
 
 
@@ -328,7 +329,7 @@ def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedW
     names = {_plain(name): name for name in member.specs}
     if len(names) < len(member.specs):
         raise StateError(
-            f"{member.path}: two of its weights have one name in an adapter folder. {IN_THE_MODEL}"
+            f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
         )
     return [member.renamed(names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
 

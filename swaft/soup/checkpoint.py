@@ -1,4 +1,4 @@
-"""What every kind of checkpoint looks like from here: named tensors, read a slice at a time."""
+"""The common view of every kind of checkpoint: named tensors, read a slice at a time."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ NO_CONFIGURATION = (
     "holds weights alone; name a Hugging Face folder of the same model as --base, from which configuration, "
     "tokenizer and frozen weights come"
 )
-"""What is said of a checkpoint that needs a base."""
+"""Part of the message about a checkpoint that needs a base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedWeights:
-    """The weights of one checkpoint, of any kind. Holds no tensor; a context manager that lets go of files."""
+    """The weights of one checkpoint of any kind. Holds no tensor; a context manager that closes its files."""
 
     path: Path
     """The folder it was opened from."""
     specs: Mapping[str, Spec]
-    """Every tensor, in the order in which reading is cheapest."""
+    """Every tensor, in the cheapest order for reading."""
     read: Callable[[str, int, int], Tensor]
-    """Elements [start, end) of a flattened tensor: (end - start,), of its dtype, in memory of their own."""
+    """Returns elements [start, end) of a flattened tensor: (end - start,), in its dtype, in new memory."""
     close: Callable[[], object] = lambda: None
-    """Lets go of files."""
+    """Closes files."""
     label: str
     """What it is, for a model card."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of tied tensors, which are no tensors of their own, to their names in ``specs``."""
+    """Maps other names of tied tensors, which are not tensors of their own, to their names in ``specs``."""
     maybe_tied: Collection[str] = ()
-    """Names in ``specs`` that may be other names of tied tensors, where it does not say."""
+    """Names in ``specs`` that may be other names of tied tensors, if the checkpoint does not say."""
     files: Path | None = None
-    """Folder of configuration and tokenizer; None where it has none."""
+    """Folder of configuration and tokenizer; None if there is none."""
     is_adapter: bool = False
-    """Whether it is what peft keeps beside a base model."""
+    """Whether it is a peft adapter."""
 
     def renamed(self, names: Mapping[str, str], aliases: Mapping[str, str]) -> SavedWeights:
-        """Return the same weights by other names, or without some.
+        """Return the same weights under other names, or without some of them.
 
         Args:
-            names: of each tensor that is kept, to its name here.
-            aliases: other names of these.
+            names: maps the new name of each kept tensor to its name here.
+            aliases: other names of these tensors.
         """
         return replace(
             self,
@@ -56,7 +56,7 @@ class SavedWeights:
         )
 
     def without(self, tied: Mapping[str, str]) -> SavedWeights:
-        """Return the same weights, of which some names are other ones of tensors that are kept."""
+        """Return the same weights, with some names turned into aliases of tensors that are kept."""
         kept = {name: name for name in self.specs if name not in tied}
         return self.renamed(kept, {**self.aliases, **tied}) if tied else self
 

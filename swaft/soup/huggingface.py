@@ -1,4 +1,4 @@
-"""Hugging Face folders and peft adapter folders: `NAME.safetensors`, or shards of it with an index."""
+"""Hugging Face folders and peft adapter folders: `NAME.safetensors`, or shards with an index."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ ADAPTER = "adapter_model"
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 JSON_LIMIT = 256_000_000
-"""Most bytes of an index or a configuration."""
+"""Maximum bytes of an index or a configuration."""
 MOST_NESTED = 100
-"""How deep lists and objects may lie in each other there."""
+"""Maximum nesting depth of lists and objects in them."""
 NO_JSON = re.compile(rb"[:\[,]\s*(-?Infinity|NaN)\b")
-"""Numbers that Python writes into JSON, and JSON lacks."""
+"""Numbers that Python writes into JSON but JSON does not have."""
 
 
 def open_folder(path: Path) -> SavedWeights:
     """Open a folder of safetensors files; one of them is open at a time.
 
-    Files may be symbolic links, as they are in the hub's cache.
+    Files may be symbolic links, as in the hub's cache.
 
     Raises:
-        StateError: it has no such files, or they are damaged or at odds with the index.
+        StateError: it has no such files, or they are damaged or contradict the index.
     """
     with explained(path, "looked at"):
         is_adapter = (path / ADAPTER_CONFIG).exists()
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        StateError: it is missing, no such thing, or nested so deep that nobody could work with it.
+        StateError: it is missing, not a JSON object, or nested too deep.
     """
     raw = read_whole(_real(path), limit=JSON_LIMIT)
     try:
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if NO_JSON.search(raw) is None:
             raise
         raise StateError(
-            f"{error}. Versions of transformers before 5 wrote that; write the configuration anew with "
+            f"{error}. Versions of transformers before 5 wrote that; rewrite the configuration with "
             "AutoConfig.from_pretrained(...).save_pretrained(...) of this one"
         ) from error
     layer: list[Any] = [content]
@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_map(path: Path, stem: str) -> dict[str, str]:
-    """Tensor to file, as the index says; {"": file} where there is one file and no index."""
+    """Maps tensors to files, as in the index; {"": file} if there is one file and no index."""
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if single.exists():
         return {"": single.name}
@@ -123,5 +123,5 @@ def _real(path: Path) -> Path:
     with explained(path, "opened"):
         try:
             return path.resolve(strict=True)
-        except RuntimeError as error:  # as Python before 3.13 says it
+        except RuntimeError as error:  # raised by Python before 3.13
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error

@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a folder is, and which checkpoints a run left."""
+"""Which kind of checkpoint a folder is, and which checkpoints a run has left."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from swaft.storage.files import explained, status
 from swaft.storage.sealed import MANIFEST
 
 RUN = "run"
-"""What the manifest of a checkpoint of a swaft run calls itself."""
+"""The kind in the manifest of a swaft run's checkpoint."""
 ENGINE = "engine"
 """Folder of DeepSpeed's or torch's files inside such a checkpoint."""
 ENGINE_FILES = ("*.pt", "*.distcp", METADATA)
-"""Those in it that are opened."""
+"""The files in it that are opened."""
 AVERAGES = "average"
 """Folder of the averages inside such a checkpoint."""
 RANK_FILES = "rank-*.safetensors"
-"""Files inside such a checkpoint that each rank has written."""
+"""Files inside such a checkpoint, one per rank."""
 NUMBERED = re.compile(r"(.*?)([0-9]{1,18})")
 
 
 def open_checkpoint(
     path: Path, *, trust_pickle: bool = False, rule: str | None = None, has_base: bool = True
 ) -> SavedWeights:
-    """Open a checkpoint of any kind that is known.
+    """Open a checkpoint of any known kind.
 
     Args:
         path: its folder.
-        trust_pickle: whether files of Python pickle may be opened.
-        rule: of a state of averages, which of them.
-        has_base: whether configuration and tokenizer come from elsewhere. Else one that has none is refused in the
-            same message as one that may not be opened.
+        trust_pickle: whether Python pickle files may be opened.
+        rule: which average to take from a saved state of averages.
+        has_base: whether configuration and tokenizer come from elsewhere. If not, one message reports both a
+            missing configuration and files that may not be opened.
 
     Raises:
-        StateError: it is no checkpoint that is known, or damaged.
+        StateError: it is not a known kind of checkpoint, or is damaged.
     """
     with explained(path, "looked at"):
         is_folder = path.is_dir()
     if not is_folder:
-        raise StateError(f"{path} is no folder; expected the folder of a checkpoint")
+        raise StateError(f"{path} is not a folder; expected the folder of a checkpoint")
     if holds_weights(path):
         return open_folder(path)
     manifest = read_manifest(path, kind=None) if is_complete(path) else None
@@ -62,7 +62,7 @@ def open_checkpoint(
         is_zero = find_tag(engine) is not None
         if not is_zero and (engine == path or not (engine / METADATA).exists()):
             continue
-        # Before all of it is read, to be checked.
+        # Checked before all of it is read for verification.
         what = "a DeepSpeed checkpoint" if is_zero else "a distributed checkpoint of torch"
         _require_options(engine, what, trust_pickle, has_base)
         if manifest is not None and engine != path:
@@ -71,13 +71,13 @@ def open_checkpoint(
     if (path / METADATA).exists():
         raise StateError(
             f"{path} is a distributed checkpoint of torch without the manifest of a swaft run; expected one that "
-            "such a run wrote, named by the folder that its folder engine is in. Of others write a Hugging Face "
+            "such a run wrote: name the folder that contains its folder engine. For others, write a Hugging Face "
             "folder first, with save_pretrained"
         )
     raise StateError(
-        f"{path} is no checkpoint that can be averaged; expected a folder with model.safetensors or its index, "
+        f"{path} is not a checkpoint that can be averaged; expected a folder with model.safetensors or its index, "
         "with adapter_model.safetensors, a checkpoint of a swaft run, a DeepSpeed checkpoint of ZeRO 1 to 3, or a "
-        "saved state of averages. Of others (pytorch_model.bin, torch's distributed checkpoints) write a Hugging "
+        "saved state of averages. For others (pytorch_model.bin, torch's distributed checkpoints), write a Hugging "
         "Face folder first, with save_pretrained"
     )
 
@@ -88,15 +88,15 @@ def is_average(path: Path) -> bool:
 
 
 def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWeights:
-    """Open a state of running averages, which has the parameters that were trained, and none but those.
+    """Open a saved state of averages, which contains only the trained parameters.
 
     Args:
         path: the sealed folder.
-        manifest: its own.
+        manifest: its manifest.
         rule: which rule; None: the only one.
 
     Raises:
-        StateError: the folder is damaged, or nothing is averaged in it yet.
+        StateError: the folder is damaged, or nothing has been averaged in it yet.
     """
     verify(path, manifest)
     state = AverageState.from_json(manifest.content, where=path)
@@ -139,12 +139,12 @@ def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWe
 
 
 def _require_options(path: Path, what: str, trust_pickle: bool, has_base: bool) -> None:
-    """Name all at once that is lacking to open a checkpoint of pickle, before anything of it is opened."""
+    """Report everything that is missing to open a pickle checkpoint, before any of it is opened."""
     lacking = []
     if not trust_pickle:
         lacking.append(
             "its files are Python pickle, and opening one runs whatever code it holds. If you know who wrote it, "
-            "say --trust-pickle"
+            "pass --trust-pickle"
         )
     if not has_base and not (path / CONFIG).exists():
         lacking.append(f"it {NO_CONFIGURATION}")
@@ -153,29 +153,31 @@ def _require_options(path: Path, what: str, trust_pickle: bool, has_base: bool) 
 
 
 def _hold_to_run(path: Path) -> None:
-    """Hold averages that lie in a checkpoint of a run to the manifest of that checkpoint, as a resume does.
+    """Check averages inside a run's checkpoint against the manifest of that checkpoint, as resuming does.
 
-    Each of the two folders is whole by itself also where one of them comes from another step. Averages that lie
-    by themselves, and those in a folder that is no run's, have nothing to be held to.
+    Each of the two folders is complete on its own, even if one of them comes from another step. Averages outside of
+    a run's checkpoint have nothing to be checked against.
     """
     whole = path.absolute()
     if whole.name != AVERAGES:
         return
-    with explained(whole.parent, "looked into"):  # for whatever is left of a run's checkpoint there
+    with explained(whole.parent, "looked into"):  # for whatever remains of a run's checkpoint
         files = (status(whole.parent / MANIFEST), *whole.parent.glob(RANK_FILES))
         if not is_complete(whole.parent) and not any(files):
             return
-    manifest = read_manifest(whole.parent, kind=None)  # and with it, that of every sealed folder inside
+    manifest = read_manifest(whole.parent, kind=None)  # this also checks every sealed folder inside
     if manifest.kind == RUN and AVERAGES not in manifest.sealed:
-        raise StateError(f"{whole} is not among what {whole.parent} was written with; it is of another run")
+        raise StateError(
+            f"{whole} is not among what {whole.parent} was written with; it belongs to another run"
+        )
 
 
 def _verify_engine(path: Path, manifest: Manifest) -> None:
-    """Hold the engine's files in a checkpoint of a run to its manifest; one that it does not list is not opened."""
+    """Check the engine's files in a run's checkpoint against its manifest; unlisted files are not opened."""
     listed = [name for name in manifest.files if name.startswith(f"{ENGINE}/")]
     for file in sorted(file for pattern in ENGINE_FILES for file in (path / ENGINE).glob(pattern)):
         if f"{ENGINE}/{file.name}" not in listed:
-            raise StateError(f"{file} is not among the files that {path} was written with; take it away")
+            raise StateError(f"{file} is not among the files that {path} was written with; remove it")
     verify(path, manifest, names=listed)
 
 
@@ -183,11 +185,11 @@ def last_checkpoints(run: Path, count: int) -> list[Path]:
     """The last checkpoints of a run, the oldest first, by the step in their names.
 
     Args:
-        run: folder with folders called `checkpoint-500` or the like.
+        run: folder that contains folders named like `checkpoint-500`.
         count: how many.
 
     Raises:
-        StateError: there are fewer, or their names are not alike.
+        StateError: there are fewer, or their names do not match.
     """
     with explained(run, "listed"):
         found = [
@@ -195,7 +197,7 @@ def last_checkpoints(run: Path, count: int) -> list[Path]:
             for path in sorted(run.iterdir())
             if path.is_dir() and (match := NUMBERED.fullmatch(path.name))
         ]
-    if any(is_complete(path) for _, _, path in found):  # then one without a mark was never finished
+    if any(is_complete(path) for _, _, path in found):  # then one without a mark is unfinished
         found = [each for each in found if is_complete(each[2])]
     names = ", ".join(path.name for _, _, path in found) or "none"
     if len({prefix for prefix, _, _ in found}) > 1 or len({step for _, step, _ in found}) < len(found):

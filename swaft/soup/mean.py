@@ -1,4 +1,4 @@
-"""The mean of checkpoints, a slice at a time: added up in float64, rounded once."""
+"""The mean of checkpoints, a slice at a time: summed in float64, rounded once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from swaft.soup.checkpoint import SavedWeights
 from swaft.storage import Spec
 
 SLICE = 1 << 20
-"""Elements handled at once: about 30 MiB in all, whatever the model and however many the checkpoints."""
+"""Elements per slice: about 30 MiB in all, for any model and any number of checkpoints."""
 
 AVERAGED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types that are averaged. Others must be equal: counters, masks, and quantised weights."""
+"""Dtypes that are averaged. Tensors of other dtypes must be equal: counters, masks, and quantised weights."""
 
 Weighted = tuple[float, SavedWeights]
 """A checkpoint and its weight."""
@@ -25,25 +25,25 @@ Weighted = tuple[float, SavedWeights]
 
 @dataclass
 class Rounding:
-    """How far rounding has moved the weights: norms of the differences, relative to the norms of the means."""
+    """How far rounding has moved the weights: norms of the differences relative to norms of the means."""
 
     by_tensor: dict[str, tuple[float, float]] = field(default_factory=dict)
     """(sum of squared differences, sum of squares) by name."""
 
     def add(self, name: str, exact: Tensor, difference: Tensor) -> None:
-        """Take note of a slice: what it is, and by how much rounding changed it; (n,) each, float64."""
+        """Record a slice: its exact values, and how much rounding changed them; (n,) each, float64."""
         lost, whole = self.by_tensor.get(name, (0.0, 0.0))
         self.by_tensor[name] = (lost + float(difference.dot(difference)), whole + float(exact.dot(exact)))
 
     @property
     def overall(self) -> float:
-        """Of all weights together."""
+        """Over all weights together."""
         lost, whole = (math.fsum(each[i] for each in self.by_tensor.values()) for i in (0, 1))
         return _ratio(lost, whole)
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The tensor that it moved most, and how far."""
+        """The tensor that rounding moved most, and how far."""
         name = max(self.by_tensor, key=lambda name: _ratio(*self.by_tensor[name]), default="")
         return name, _ratio(*self.by_tensor.get(name, (0.0, 0.0)))
 
@@ -52,10 +52,10 @@ class Mean:
     """The weighted mean of checkpoints of one model, tensor by tensor.
 
     Args:
-        members: weight, 0 or more and not all 0, and checkpoint; the weights need not sum to 1. Those of weight 0
-            are not read.
+        members: pairs of weight (0 or more, not all 0) and checkpoint; the weights need not sum to 1. Checkpoints
+            of weight 0 are not read.
         dtype: of the averaged tensors.
-        base: of which what the members lack is taken.
+        base: provides the tensors that the members lack.
     """
 
     def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, base: SavedWeights | None = None):
@@ -70,17 +70,17 @@ class Mean:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """What is to be written."""
+        """The tensors to write."""
         return {
             name: Spec(self._dtype if spec.dtype in AVERAGED else spec.dtype, spec.shape)
             for name, spec in self._specs.items()
         }
 
     def slices(self, name: str) -> Iterator[Tensor]:
-        """The elements of a tensor as they are to be written, in order; a slice is good until the next.
+        """The elements of a tensor as they will be written, in order; a slice is valid until the next one.
 
         Raises:
-            StateError: a member is not finite, the type cannot hold the mean, or integers differ.
+            StateError: a member is not finite, the dtype cannot hold the mean, or integers differ.
         """
         spec, members = self._specs[name], self.members_of(name)
         for start in range(0, spec.numel, SLICE):
@@ -91,15 +91,15 @@ class Mean:
                 yield _equal(name, members, span)
 
     def members_of(self, name: str) -> Sequence[Weighted]:
-        """Those that hold a tensor."""
+        """The checkpoints that hold a tensor, with their weights."""
         if name in self._members[0][1].specs or self._base is None:
             return self._members
         return [(1.0, self._base)]
 
     def round(self, name: str, exact: Tensor) -> Tensor:
-        """Values of a tensor, (n,) in float64, as they are to be written; noted in :attr:`rounding`."""
+        """Values of a tensor, (n,) in float64, as they will be written; recorded in :attr:`rounding`."""
         rounded = written = round_once(exact, self._dtype)
-        if not _is_finite(rounded):  # a mask may be infinite, and has no part in the norms
+        if not _is_finite(rounded):  # a mask may be infinite, and is left out of the norms
             finite = exact.isfinite()
             exact, rounded = exact[finite], rounded[finite]
             if not _is_finite(rounded):
@@ -112,7 +112,7 @@ class Mean:
         return written
 
     def _mean(self, name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Tensor:
-        """(n,), float64: sum of weight times value, in the order of the members, by the sum of the weights."""
+        """(n,), float64: the sum of weight times value, in the members' order, over the sum of the weights."""
         total, part = (each[: span[1] - span[0]] for each in (self._total, self._part))
         for number, (weight, checkpoint) in enumerate(members):
             values = (part if number else total).copy_(checkpoint.read(name, *span))
@@ -127,10 +127,11 @@ class Mean:
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to the nearest, ties to even, in one rounding.
+    """Round float64 to nearest, ties to even, in a single rounding.
 
-    Torch rounds to a 16-bit type by way of float32, which is two roundings, and wrong where the first one makes a
-    tie. So here the first one is to odd: whatever is not exact gets an odd last bit, and is no tie for the second.
+    Torch rounds to a 16-bit dtype by way of float32. Those are two roundings, and the result is wrong if the first
+    one produces a tie. So here the first one rounds to odd: an inexact value gets an odd last bit, which is no tie
+    for the second.
 
     Args:
         values: (n,), float64.
@@ -147,27 +148,27 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_finite(values: Tensor) -> bool:
-    # What is not finite makes a sum that is not, and a sum is quick.
+    # Any non-finite value makes the sum non-finite, and a sum is fast.
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def _refuse_infinite(
     name: str, members: Sequence[Weighted], span: tuple[int, int], total: Tensor, *, copied: bool
 ) -> None:
-    """Refuse elements that are not finite, but for those of a mask; each is judged by itself.
+    """Refuse elements that are not finite, except those of a mask; each element is judged separately.
 
-    An element of a mask is infinite in all members alike. A single member has none beside it to compare with:
-    there a mask is a slice of nothing but 0 and minus infinity.
+    An element of a mask is the same infinity in all members. A single member has no others to compare with: there,
+    a mask is a slice that contains only 0 and minus infinity.
 
     Args:
         name: of the tensor.
         members: that hold it.
-        span: first element of the slice, and the one after its last.
+        span: first element of the slice, and one past its last.
         total: (n,), float64, their mean.
-        copied: whether it comes from the base, which is not averaged, and may hold any infinity.
+        copied: whether it comes from the base, which is not averaged and may hold any infinity.
 
     Raises:
-        StateError: naming the checkpoint and the element.
+        StateError: names the checkpoint and the element.
     """
     first = members[0][1].read(name, *span)
     masked = first.isinf()
@@ -197,7 +198,7 @@ def _equal(name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Ten
         other = checkpoint.read(name, *span)
         if first.dtype != other.dtype or not torch.equal(first.view(torch.uint8), other.view(torch.uint8)):
             raise StateError(
-                f"{name!r} is {first.dtype}, of which there is no mean, and differs between {members[0][1].path} "
+                f"{name!r} is {first.dtype}, which cannot be averaged, and differs between {members[0][1].path} "
                 f"and {checkpoint.path}; expected it to be equal. Quantised weights must be unpacked first"
             )
     return first

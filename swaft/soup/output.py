@@ -1,4 +1,4 @@
-"""A Hugging Face folder written as a stream, whole under its name or not there: weights, other files, a card."""
+"""A Hugging Face folder written as a stream, complete or absent: weights, other files, a model card."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ WEIGHTS = (
     ".gguf",
     ".index.json",
 )
-"""How the names of weights end, and of the state of training. They are not copied."""
+"""Suffixes of files of weights and of training state. They are not copied."""
 LEFT_NAMES = ("trainer_state.json", "noise.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
-"""Other files that are not copied: they tell of the checkpoint, and not of what is made of it."""
+"""Other files that are not copied: they describe the checkpoint, not the result."""
 
 
 def refuse_occupied(path: Path) -> None:
-    """Refuse a path where something is, or that names no folder.
+    """Refuse a path that is occupied, or cannot name a folder.
 
     Raises:
-        ConfigError: it has no last part of its own, as "." has not, or one that no file can have.
-        StateError: it is a file, or a folder that holds any.
+        ConfigError: it has no last part, like ".", or one that is not a valid file name.
+        StateError: it is a file, a folder that is not empty, or a mount point.
     """
     if path.name in ("", "..") or "\0" in str(path):
         raise ConfigError(f"--output is {str(path)!r}; expected the path of a new folder, such as runs/soup")
@@ -63,7 +63,7 @@ def refuse_occupied(path: Path) -> None:
 
 
 def plan_shards(specs: Mapping[str, Spec], most_bytes: int) -> list[Shard]:
-    """Which tensors go into which file: in their order, each file as full as may be, with one tensor at least."""
+    """Which tensors go into which file: in order, each file as full as possible, with at least one tensor."""
     shards: list[Shard] = [{}]
     room = most_bytes
     for name, spec in specs.items():
@@ -81,16 +81,16 @@ def write_weights(
     shards: list[Shard],
     slices: Callable[[str], Iterable[Tensor]],
 ) -> dict[str, FileRecord]:
-    """Write the files of weights, and their index where there are several.
+    """Write the files of weights, and an index if there are several.
 
     Args:
-        folder: that is there.
-        stem: how the files are called.
-        shards: what goes into each.
-        slices: the elements of a tensor, in order.
+        folder: an existing folder.
+        stem: the start of the file names.
+        shards: what goes into each file.
+        slices: returns the elements of a tensor, in order.
 
     Returns:
-        what the files of weights are, by name.
+        the records of the files of weights, by name.
     """
     records, weight_map = {}, {}
     for number, shard in enumerate(shards, start=1):
@@ -107,7 +107,7 @@ def write_weights(
 
 
 def check_weights(folder: Path, shards: list[Shard], records: Mapping[str, FileRecord]) -> None:
-    """Read files of weights back from the disk and hold them to what was written.
+    """Read files of weights back from the disk and compare them with what was written.
 
     Raises:
         StateError: a byte or a field of a header differs.
@@ -129,18 +129,19 @@ def fingerprint(records: Mapping[str, FileRecord]) -> str:
 
 
 def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -> list[str]:
-    """Copy configuration, tokenizer and code of a Hugging Face folder: all but weights and what training keeps.
+    """Copy configuration, tokenizer and code of a Hugging Face folder: everything except weights and training
+    state.
 
-    Folders inside are copied likewise, but for those that hold weights of their own, as the checkpoints of a run
-    do, and for links to folders. Links to files are followed, as in the hub's cache.
+    Subfolders are copied the same way, except those that hold weights of their own, such as a run's checkpoints,
+    and links to folders. Links to files are followed, as in the hub's cache.
 
     Args:
         source: the Hugging Face folder.
-        folder: to copy to; it is there.
-        left: names of files that are not copied, in folders inside not meant.
+        folder: existing folder to copy to.
+        left: names of files that are not copied; does not apply to subfolders.
 
     Returns:
-        What was left out that may be missed, in words.
+        What was left out but may be needed, in words.
 
     Raises:
         StateError: a file could not be read or written.
@@ -170,12 +171,12 @@ def describe(folder: Path, title: str, shares: Sequence[tuple[str, float]], dtyp
     Args:
         folder: of the weights.
         title: of the card.
-        shares: what was averaged, in words, and the part that each has in the mean.
+        shares: what was averaged, in words, and the share of each in the mean.
         dtype: of the weights.
         sha256: their hash, as in `average.json`.
 
     Raises:
-        StateError: it could not be written.
+        StateError: the card could not be written.
     """
     what = "the weighted mean of these checkpoints" if len(shares) > 1 else "the weights of this checkpoint"
     body = [
@@ -192,7 +193,7 @@ def describe(folder: Path, title: str, shares: Sequence[tuple[str, float]], dtyp
 
 
 def set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Say in `config.json`, where there is one, of which type the weights are; in the parts of it likewise."""
+    """Write the dtype of the weights into `config.json`, if there is one, and into its nested configurations."""
     if (folder / CONFIG).exists():
         config = read_json(folder / CONFIG) | {"dtype": None}
         write_json(folder / CONFIG, _with_dtype(config, str(dtype).removeprefix("torch.")))
@@ -207,7 +208,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size like `5GB`, `500MB` or `2GiB`, as the hub writes them.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a size.
     """
     units = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
     unit = next((unit for unit in units if text.upper().endswith(unit)), "")
@@ -229,7 +230,7 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _forget(path: Path) -> None:
-    """Have the system drop its copy of a file that is on the disk, so that reading it asks the disk."""
+    """Drop a file from the system's page cache, so that reading it reads the disk."""
     with open_regular(path) as file, explained(path, "read"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

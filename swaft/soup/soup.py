@@ -1,6 +1,6 @@
-"""Checkpoints in, one averaged Hugging Face folder out: of all of them, or of those that a score chooses.
+"""Checkpoints in, one averaged Hugging Face folder out: of all of them, or of those that a score selects.
 
-The greedy soup is that of Wortsman et al. 2022 (arXiv:2203.05482): a checkpoint stays in if it does no harm.
+The greedy soup follows Wortsman et al. 2022 (arXiv:2203.05482): a checkpoint stays in if it does no harm.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from swaft.storage.files import new_folder, place_beside
 from swaft.storage.tensor_file import dtype_of_weights
 
 FOLDER = "{folder}"
-"""What stands for a folder in a command that scores it."""
+"""The placeholder for the folder in an evaluation command."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Soup:
     output: Path
     """The folder."""
     sha256: str
-    """One hash of its weights, wherever it lies: `output.fingerprint`."""
+    """One hash of its weights, independent of its location: `output.fingerprint`."""
     shares: list[tuple[str, float]]
-    """Checkpoints, and what part each has in it; they sum to 1."""
+    """The checkpoints and the share of each; the shares sum to 1."""
     dtype: str
     """Of the averaged tensors."""
     tensors: int
@@ -72,11 +72,11 @@ class Soup:
     rounding: float
     """How far rounding to the dtype has moved the weights, relative to their norm."""
     worst_rounding: tuple[str, float]
-    """The tensor that it moved most, and how far."""
+    """The tensor that rounding moved most, and how far."""
     truncation: float | None
-    """Of LoRA adapters: what the new factors are off by for want of rank, relative to the mean update."""
+    """For LoRA adapters: the error of the new factors due to their limited rank, relative to the mean update."""
     notes: list[str]
-    """What differs between the configurations, and what was not copied."""
+    """Differences between the configurations, and files that were not copied."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -85,16 +85,16 @@ class Soup:
 
 @dataclass(frozen=True)
 class GreedyChoice:
-    """What was chosen, and why."""
+    """The selected candidates, and the scores behind the choice."""
 
     chosen: list[int]
-    """Numbers of the candidates, the best first."""
+    """Indices of the chosen candidates, the best first."""
     score: float
-    """Of the mean of the chosen."""
+    """Score of the mean of the chosen candidates."""
     alone: list[float]
     """Score of every candidate alone."""
     trials: list[tuple[int, float, bool]]
-    """(candidate, score of the mean with it, whether it stayed), in the order in which they were tried."""
+    """(candidate, score of the mean with it, whether it stayed), in the order of the trials."""
 
 
 def average(
@@ -112,22 +112,22 @@ def average(
     """Write the weighted mean of checkpoints of one model.
 
     Args:
-        checkpoints: folders, of any kind that :func:`open_checkpoint` knows.
-        output: folder to write. It must not exist, or be empty.
-        weights: 0 or more each, in any scale; None: the same for all.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, by name or torch's, to which the float64 mean is rounded
-            once.
-        max_shard_bytes: most bytes of a file of weights, unless a single tensor is larger.
-        base: Hugging Face folder of the same model, of which comes what the checkpoints lack: configuration,
-            tokenizer, frozen weights. Of a state of LoRA adapters: the adapter folder.
-        lora_rank: of the result, where the checkpoints are LoRA adapters; None: their own.
-        rule: of saved states of averages, which average of each.
-        trust_pickle: whether files of DeepSpeed and of torch's engines, which are Python pickle, may be opened.
+        checkpoints: folders of any kind that :func:`open_checkpoint` knows.
+        output: folder to write. It must not exist or must be empty.
+        weights: one per checkpoint, 0 or more, in any scale; None: equal weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, as a string or a torch dtype; the float64 mean is rounded
+            to it once.
+        max_shard_bytes: maximum bytes of a file of weights, unless a single tensor is larger.
+        base: Hugging Face folder of the same model, which provides what the checkpoints lack: configuration,
+            tokenizer, frozen weights. For a saved state of LoRA adapters: the adapter folder.
+        lora_rank: rank of the result, if the checkpoints are LoRA adapters; None: their own.
+        rule: which average to take from saved states of averages.
+        trust_pickle: whether engine files of DeepSpeed and torch, which are Python pickle, may be opened.
 
     Raises:
         ConfigError: an argument makes no sense.
-        StateError: a checkpoint is damaged, or of another model than the first; the folder could not be written.
-            Then there is none.
+        StateError: a checkpoint is damaged, or of another model than the first, or the folder could not be written.
+            No folder is left then.
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
@@ -187,19 +187,19 @@ def average_greedily(
     higher_is_better: bool,
     **how: Any,
 ) -> tuple[Soup, GreedyChoice]:
-    """Write the uniform mean of those checkpoints that :func:`choose_greedily` takes.
+    """Write the uniform mean of the checkpoints that :func:`choose_greedily` selects.
 
     Args:
-        checkpoints: folders, as of :func:`average`.
-        output: folder to write. While it is being chosen, means on trial lie in a hidden folder beside it, one at
-            a time.
-        score: of a Hugging Face folder.
-        higher_is_better: or lower.
-        how: as of :func:`average`, without weights.
+        checkpoints: folders, as for :func:`average`.
+        output: folder to write. During the selection, trial means are kept in a hidden folder next to it, one at a
+            time.
+        score: returns the score of a Hugging Face folder.
+        higher_is_better: whether higher scores are better, or lower ones.
+        how: as for :func:`average`, without weights.
 
     Raises:
-        ConfigError: as of :func:`average`.
-        StateError: likewise.
+        ConfigError: as for :func:`average`.
+        StateError: as for :func:`average`.
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     refuse_occupied(output)
@@ -220,21 +220,24 @@ def average_greedily(
 def choose_greedily(
     count: int, score: Callable[[Sequence[int]], float], *, higher_is_better: bool
 ) -> GreedyChoice:
-    """Begin with the best candidate, and try the others from the best down; one stays if the score gets no worse.
+    """Start with the best candidate, and try the others from the best down; one stays if the score gets no worse.
 
     Args:
-        count: of candidates, numbered from 0.
-        score: of the uniform mean of some of them; of one alone, of itself. Asked 2 count - 1 times.
-        higher_is_better: or lower.
+        count: number of candidates, which are numbered from 0.
+        score: returns the score of the uniform mean of some candidates, or of a single one. Called 2 count - 1
+            times.
+        higher_is_better: whether higher scores are better, or lower ones.
 
     Raises:
-        StateError: a score is no number, as that of weights that have diverged.
+        StateError: a score is NaN, as for weights that have diverged.
     """
     sign = 1.0 if higher_is_better else -1.0
 
     def asked(chosen: Sequence[int]) -> float:
         if math.isnan(found := score(chosen)):
-            raise StateError(f"the score of candidates {[*chosen]} is no number; leave out what has diverged")
+            raise StateError(
+                f"the score of candidates {[*chosen]} is not a number; leave out what has diverged"
+            )
         return found
 
     alone = [asked([each]) for each in range(count)]
@@ -250,14 +253,14 @@ def choose_greedily(
 
 
 def score_by_command(command: str, folder: Path) -> float:
-    """Run a command for a folder, and read the number that is the last line it prints.
+    """Run a command for a folder, and read the number in the last line it prints.
 
     Args:
-        command: words as in a shell, though no shell runs it; `{folder}` stands for the folder.
-        folder: to be scored.
+        command: words quoted as in a shell, but not run by a shell; `{folder}` stands for the folder.
+        folder: to score.
 
     Raises:
-        ConfigError: the command does not say {folder}.
+        ConfigError: the command does not contain {folder}.
         StateError: it fails, or prints no number.
     """
     words = [word.replace(FOLDER, str(folder)) for word in command_words(command)]
@@ -284,7 +287,7 @@ def command_words(command: str) -> list[str]:
     """Split a command into words, as a shell does.
 
     Raises:
-        ConfigError: {folder} is not in it, so it does not say what it scores, or its quotes do not close.
+        ConfigError: it does not contain {folder}, so it does not say what to score; or its quotes do not close.
     """
     try:
         words = shlex.split(command)
@@ -301,7 +304,7 @@ def command_words(command: str) -> list[str]:
 def _write(
     mean: Mean, folder: Path, stem: str, shards: list[Shard], dtype: torch.dtype
 ) -> dict[str, FileRecord]:
-    """Write the weights and what the configuration says of them; read the weights back from the disk."""
+    """Write the weights, with their dtype or rank in the configuration, and read the weights back from the disk."""
     if isinstance(mean, AdapterMean):
         write_json(folder / ADAPTER_CONFIG, mean.config)
     else:
@@ -317,7 +320,7 @@ def _refuse_unused(rule: str | None, paths: Sequence[Path]) -> None:
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Weights times the power of two that brings the largest to [1, 2), so that no product or sum overflows."""
+    """The weights, scaled by a power of two so that the largest is in [1, 2): no product or sum can overflow."""
     if count == 0:
         raise ConfigError("no checkpoint was named; expected one or more")
     if weights is None:
@@ -329,15 +332,15 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
             f"the weights are {', '.join(map(str, weights))}; expected numbers from 0, not all 0"
         )
     _, exponent = math.frexp(max(weights))
-    return [math.ldexp(weight, 1 - exponent) for weight in weights]  # changes no digit of theirs
+    return [math.ldexp(weight, 1 - exponent) for weight in weights]  # exact
 
 
 def _files(first: SavedWeights, base: SavedWeights | None) -> Path:
-    """Where configuration and tokenizer come from."""
+    """The folder that configuration and tokenizer come from."""
     there = [each.files for each in (first, base) if each is not None and each.files is not None]
     configured = [path for path in there if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists()]
     for path in configured or there:
         if (path / CONFIG).exists():
-            read_json(path / CONFIG)  # one that nobody can read is refused before the weights are written
+            read_json(path / CONFIG)  # an unreadable one is refused before the weights are written
         return path
     raise StateError(f"{first.path} {NO_CONFIGURATION}")

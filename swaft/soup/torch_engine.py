@@ -1,11 +1,11 @@
-"""Checkpoints of a run under torch alone, read in slices: torch's own loader puts the whole model into memory.
+"""Checkpoints of a run without DeepSpeed, read in slices: torch's own loader loads the whole model into memory.
 
-They are of one process, DDP or FSDP2, on any number of ranks.
+They come from one process, DDP or FSDP2, on any number of ranks.
 
-The files are those of torch's distributed checkpoints. `.metadata` is Python pickle, whose opening runs whatever
-code is in it, and says of every tensor which rows of it lie where: a chunk each, which is a whole `torch.save`
-inside a larger file. Torch opens those too, but only says where in the file the numbers are. They are copied from
-there, by way of files that are mapped, so that only a slice is ever in memory.
+The files are those of torch's distributed checkpoints. `.metadata` is Python pickle, and opening it runs whatever
+code it contains. It says which rows of each tensor are stored where, in chunks; each chunk is a whole `torch.save`
+inside a larger file. Torch also opens the chunks, but only to find where in the file the numbers are. They are
+copied from there through mapped files, so only a slice is ever in memory.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from swaft.soup.checkpoint import SavedWeights
 from swaft.storage import Spec
 from swaft.storage.files import require_regular
 
-if TYPE_CHECKING:  # for it takes seconds and 46 MiB, which other checkpoints do without
+if TYPE_CHECKING:  # it takes seconds and 46 MiB, which other checkpoints do not need
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 METADATA = ".metadata"
 MODEL = "model."
-"""How the names of weights begin."""
+"""The prefix of the names of weights."""
 OPTIMIZER = "optimizer.state."
-"""How the names of the optimizer's state begin; the weight's name follows, then that of the state."""
+"""The prefix of the names of optimizer state; the name of the weight follows, then that of the state."""
 
 
 def open_torch_engine(path: Path) -> SavedWeights:
-    """Open folder `engine` in a checkpoint of a run under torch alone, which unpickles one of its files.
+    """Open the folder `engine` in a checkpoint of a run without DeepSpeed. This unpickles one of its files.
 
-    Tied weights are in it under each of their names, and it does not say which those are. The optimizer has one of
-    them, so the others are among the names that it has nothing for.
+    Tied weights are stored under each of their names, without saying which names are tied. The optimizer has state
+    for only one of these names, so the others are among the names without optimizer state.
 
     Args:
         path: the folder; its files have been checked.
@@ -85,7 +85,7 @@ def open_torch_engine(path: Path) -> SavedWeights:
 
 
 def _read(chunks: list[Tensor], dtype: torch.dtype, start: int, end: int) -> Tensor:
-    """Copy elements [start, end) of a flattened tensor from its chunks, (rows, ..., bytes of an element) each."""
+    """Copy elements [start, end) of a flattened tensor from its chunks, (rows, ..., bytes per element) each."""
     parts, begin = [torch.empty(0, dtype.itemsize, dtype=torch.uint8)], 0
     for chunk in chunks:
         numel = math.prod(chunk.shape[:-1])
@@ -106,12 +106,12 @@ def _chunks(
 
     found, row, key = list[Tensor](), 0, f"{MODEL}{name}"
     for chunk in sorted(stored.chunks, key=lambda each: tuple(each.offsets)):
-        if not math.prod(chunk.sizes):  # of a rank that has no row of it
+        if not math.prod(chunk.sizes):  # from a rank without rows of it
             continue
         if tuple(chunk.offsets) != (row, *[0] * (len(stored.size) - 1))[: len(stored.size)] or (
             chunk.sizes[1:] != stored.size[1:]
         ):
-            raise ValueError(f"{key!r} lies in pieces that are no rows one after the other")
+            raise ValueError(f"{key!r} is stored in pieces that are not consecutive rows")
         row += chunk.sizes[0] if chunk.sizes else 1
         where: Any = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         found.append(_locate(path / where.relative_path, where, chunk.sizes, mapped))
@@ -121,9 +121,9 @@ def _chunks(
 
 
 def _locate(file: Path, where: Any, shape: torch.Size, mapped: Any) -> Tensor:
-    """View the chunk that was saved at a place of a file: (*shape, bytes of an element), uint8.
+    """View the chunk saved at a position in a file: (*shape, bytes per element), uint8.
 
-    Bytes, for in the file numbers lie at any byte.
+    It is viewed as bytes because the numbers in the file are not aligned.
     """
     from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -133,7 +133,7 @@ def _locate(file: Path, where: Any, shape: torch.Size, mapped: Any) -> Tensor:
     if saved.shape != shape:
         raise ValueError(f"{file} holds a chunk of shape {list(saved.shape)}; expected {list(shape)}")
     size, storage = saved.itemsize, saved.untyped_storage()
-    # On the device `meta`, torch reads no numbers, and says where they begin in what it was given.
+    # On the device `meta`, torch reads no numbers, but reports where they begin in its input.
     begin = where.offset + storage._checkpoint_offset
     raw: Tensor = mapped(file)[begin : begin + storage.nbytes()]
     strides = [stride * size for stride in saved.stride()]
@@ -142,9 +142,9 @@ def _locate(file: Path, where: Any, shape: torch.Size, mapped: Any) -> Tensor:
 
 
 def _map(file: Path) -> Tensor:
-    """Map the bytes of a file, which are read when they are asked for.
+    """Map the bytes of a file, which are read on access.
 
-    For reading alone: a mapping that torch makes could be written to, and the system promises memory for it.
+    The mapping is read-only: torch's own mapping would be writable, so the system would reserve memory for it.
     """
     require_regular(file)
     with file.open("rb") as stream, warnings.catch_warnings():

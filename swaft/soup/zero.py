@@ -1,9 +1,9 @@
-"""DeepSpeed's checkpoints of ZeRO 1 to 3, read in slices: its own reader puts the whole model into memory.
+"""DeepSpeed's checkpoints of ZeRO 1 to 3, read in slices: DeepSpeed's own reader loads the whole model into memory.
 
-What is read are the fp32 masters, from files and fields that DeepSpeed's `zero_to_fp32` knows. Every tensor is a
-list of views into files that torch maps, so that only a slice is ever copied.
+This reads the fp32 masters, from the files and fields that DeepSpeed's `zero_to_fp32` uses. Every tensor is a list
+of views into files that torch maps, so only a slice is ever copied.
 
-The files are Python pickle, whose opening runs whatever code is in them. So they are opened only on request.
+The files are Python pickle, and opening them runs whatever code they contain. So they are opened only on request.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OPTIMIZER_FILES = "*_optim_states.pt"
 
 
 def open_zero(path: Path) -> SavedWeights:
-    """Open a folder that `save_checkpoint` wrote, or one tag of it, which unpickles its files.
+    """Open a folder that `save_checkpoint` wrote, or one tag of it. This unpickles its files.
 
     Raises:
-        StateError: its files are not those of ZeRO stage 1, 2 or 3, all ranks included.
+        StateError: its files are not the complete files of all ranks of ZeRO stage 1, 2 or 3.
     """
     tag = find_tag(path)
     if tag is None:
@@ -39,18 +39,18 @@ def open_zero(path: Path) -> SavedWeights:
     try:
         from deepspeed.utils import zero_to_fp32
     except ImportError as error:
-        raise StateError(f"{path} is a DeepSpeed checkpoint; reading it takes swaft[deepspeed]") from error
+        raise StateError(f"{path} is a DeepSpeed checkpoint; reading it needs swaft[deepspeed]") from error
     try:
         states = [_load(file) for file in zero_to_fp32.get_model_state_files(str(tag))]
         files = zero_to_fp32.get_optim_files(str(tag))
         partitions = [_load(file)["optimizer_state_dict"] for file in files]
-        # Masters are pickled as leaves that want gradients: what is copied from them would want some too.
+        # Masters are pickled as leaves that require gradients; copies of them would, too.
         pieces = {
             name: (spec, [piece.detach() for piece in parts])
             for name, (spec, parts) in _tensors(partitions, states)
         }
         aliases = dict(states[0]["shared_params"])
-    except Exception as error:  # whatever unpickling meets
+    except Exception as error:  # unpickling can raise anything
         raise StateError(f"{tag} could not be read: {type(error).__name__}: {error}") from error
 
     def read(name: str, start: int, end: int) -> Tensor:
@@ -68,7 +68,7 @@ def open_zero(path: Path) -> SavedWeights:
 
 
 def find_tag(path: Path) -> Path | None:
-    """The folder of DeepSpeed's files in a checkpoint folder, None where there is none."""
+    """The folder of DeepSpeed's files in a checkpoint folder; None if there is none."""
     if any(path.glob(OPTIMIZER_FILES)):
         return path
     if not (path / "latest").is_file():
@@ -85,9 +85,9 @@ def _load(file: str) -> dict[str, Any]:
 def _tensors(
     partitions: Sequence[dict[str, Any]], states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, tuple[Spec, list[Tensor]]]]:
-    """Name, what the tensor is like, and flat views that are its elements, one after the other."""
+    """Name, spec, and flat views that hold the elements of a tensor, one after the other."""
     first, world_size = partitions[0], len(partitions)
-    stage = first.get("zero_stage", 1)  # the optimizer of bf16 with fp32 gradients does not say
+    stage = first.get("zero_stage", 1)  # missing in the bf16 optimizer with fp32 gradients
     counts = first["partition_count"]
     if world_size != (max(counts) if isinstance(counts, list) else counts):
         raise ValueError(f"files of {world_size} ranks are there; expected those of {counts}")
@@ -110,7 +110,7 @@ def _tensors(
 def _untrained(
     stage: int, states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, tuple[Spec, list[Tensor]]]]:
-    """Buffers and frozen weights, which only some stages list apart."""
+    """Buffers and frozen weights, which only some stages list separately."""
     module, frozen = states[0]["module"], states[0].get("frozen_param_shapes") or {}
     trained = {name for shapes in states[0]["param_shapes"] for name in shapes}
     whole = {*module} - {*trained, *frozen} if stage <= 2 else {*states[0]["buffer_names"]}
@@ -125,7 +125,7 @@ def _untrained(
 def _replicated(
     flat: Sequence[Sequence[Tensor]], paddings: Any, states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, Sequence[int], list[Tensor]]]:
-    """Stages 1 and 2: of every parameter group one long vector, which the ranks hold a part of each."""
+    """Stages 1 and 2: one long vector per parameter group, of which each rank holds a part."""
     for group, shapes in enumerate(states[0]["param_shapes"]):
         parts, offset = [partitions[group] for partitions in flat], 0
         for number, (name, shape) in enumerate(shapes.items()):
@@ -137,7 +137,7 @@ def _replicated(
 def _partitioned(
     flat: Sequence[Sequence[Tensor]], states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, Sequence[int], list[Tensor]]]:
-    """Stage 3: every parameter in as many equal parts as there are ranks, at the same place of each."""
+    """Stage 3: every parameter in as many equal parts as there are ranks, at the same offset on each rank."""
     offset = 0
     for shapes in states[0]["param_shapes"]:
         for name, shape in shapes.items():
@@ -155,7 +155,7 @@ def _require_used(used: int, there: int, alignment: int) -> None:
 
 
 def _window(parts: Sequence[Tensor], start: int, length: int) -> Iterator[Tensor]:
-    """Views that are elements [start, start + length) of flat tensors laid end to end."""
+    """Views of elements [start, start + length) of flat tensors laid end to end."""
     for part in parts:
         if length and start < part.numel():
             taken = min(length, part.numel() - start)

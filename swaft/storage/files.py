@@ -1,4 +1,4 @@
-"""Files that are whole under their name or not there, and files that are safe to open.
+"""Files that are complete or absent, and files that are safe to open.
 
 Whatever the system refuses becomes a :class:`StateError` that names the file and the system's reason, with the
 `OSError` as its cause.
@@ -22,15 +22,15 @@ from typing import BinaryIO
 from swaft.errors import StateAccessError, StateError
 
 TEMPORARY = ".tmp"
-"""What a file's name ends with while it is written. One that is left over from a crash means nothing."""
+"""Suffix of a file's name while it is being written. Leftovers from a crash are ignored."""
 
 _LOST = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-"""What the system says of a file that is damaged or gone, and not merely out of reach."""
+"""Error codes for files that are damaged or gone, not merely inaccessible."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be."""
+    """The expected size and digest of a file."""
 
     bytes: int
     """Its size."""
@@ -42,7 +42,7 @@ class FileRecord:
 def explained(path: str | PathLike[str], doing: str) -> Iterator[None]:
     """Turn an `OSError` inside the block into a :class:`StateAccessError`: "PATH could not be DOING: reason".
 
-    Where the disk has lost what it was given, or nothing is there, it is a plain `StateError`.
+    If the data is lost or the file is missing, it is a plain `StateError`.
     """
     try:
         yield
@@ -53,15 +53,15 @@ def explained(path: str | PathLike[str], doing: str) -> Iterator[None]:
 
 
 def open_regular(path: str | PathLike[str]) -> BinaryIO:
-    """Open an existing file for reading if it is nothing but a file; never waits, never follows a link.
+    """Open an existing regular file for reading; never blocks, never follows a link.
 
     Raises:
         StateError: it is missing, a symbolic link, a folder, a pipe, a device or a socket.
     """
-    require_regular(path)  # before the open: opening a device can have effects of its own
+    require_regular(path)  # before opening: opening a device can have side effects
     with explained(path, "opened"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = open(descriptor, "rb")  # noqa: SIM115 (whoever asked closes it)
+    file = open(descriptor, "rb")  # noqa: SIM115 (the caller closes it)
     try:
         _require(path, os.fstat(descriptor), "a regular file")
     except BaseException:
@@ -74,13 +74,13 @@ def require_regular(path: str | PathLike[str]) -> int:
     """Size of a regular file, without opening it.
 
     Raises:
-        StateError: it is missing, or anything else.
+        StateError: it is missing or not a regular file.
     """
     return _require(path, status(path), "a regular file").st_size
 
 
 def require_folder(path: str | PathLike[str]) -> None:
-    """Refuse what is no folder, a link to one included, with a `StateError`."""
+    """Raise a `StateError` unless a path is a folder; a link to a folder is refused, too."""
     _require(path, status(path), "a folder")
 
 
@@ -100,14 +100,14 @@ def _require(path: str | PathLike[str], facts: os.stat_result | None, kind: str)
 
 
 def status(path: str | PathLike[str]) -> os.stat_result | None:
-    """`os.lstat`, None where nothing has the name."""
+    """`os.lstat`; None if nothing has this name."""
     with explained(path, "looked at"):
         try:
             return os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError as error:  # a NUL byte, or a character that file names cannot have
-            raise StateError(f"{os.fspath(path)!r} is no file name: {error}") from error
+        except ValueError as error:  # a NUL byte, or a character not allowed in file names
+            raise StateError(f"{os.fspath(path)!r} is not a valid file name: {error}") from error
 
 
 def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
@@ -115,10 +115,10 @@ def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
 
     Args:
         path: of the file.
-        limit: most bytes it may have.
+        limit: maximum size in bytes.
 
     Raises:
-        StateError: it is no regular file, larger than the limit, or could not be read.
+        StateError: it is not a regular file, is larger than the limit, or could not be read.
     """
     with open_regular(path) as file, explained(path, "read"):
         size = os.fstat(file.fileno()).st_size
@@ -129,10 +129,10 @@ def read_whole(path: str | PathLike[str], *, limit: int) -> bytes:
 
 @contextmanager
 def place_beside(path: Path) -> Iterator[Path]:
-    """An empty folder beside a path, of a name that nobody has or will have; gone when the block ends.
+    """An empty folder next to a path, with a unique name; deleted when the block ends.
 
     Raises:
-        StateError: it could not be made.
+        StateError: it could not be created.
     """
     place = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
     with explained(place, "made"):
@@ -145,18 +145,18 @@ def place_beside(path: Path) -> Iterator[Path]:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a new folder may have a name: nothing has it, or a folder that is empty."""
+    """Whether a new folder may take this name: nothing has it, or only an empty folder."""
     with explained(path, "looked at"):
         return status(path) is None or (not path.is_symlink() and path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, of the same name in a hidden one beside; it is put in its place, on the disk to stay,
-    when the block ends, and is gone where an exception ends it.
+    """A folder to write into, with the same name but inside a hidden folder next to the path. When the block ends,
+    it is synced to disk and moved into place; an exception deletes it.
 
     Raises:
-        StateError: something has the name in the end, or the folder could not be made or named.
+        StateError: the name is taken at the end, or the folder could not be created or renamed.
     """
     empty = path.exists()
     with place_beside(path) as place:
@@ -169,9 +169,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise StateError(f"{path} is there already; nothing was changed in it")
         with explained(path, "named"):
             if not empty:
-                path.mkdir()  # fails where somebody else has taken the name meanwhile
+                path.mkdir()  # fails if somebody else has taken the name meanwhile
             try:
-                os.rename(unfinished, path)  # in the place of an empty folder, or it fails
+                os.rename(unfinished, path)  # replaces an empty folder, otherwise fails
             except BaseException:
                 if not empty:
                     with suppress(OSError):
@@ -181,24 +181,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path, what: str) -> Path:
-    """Path of the folder that will take the name of a path (``new``), or that had it (``old``)."""
+    """Path of the folder that will take a path's name (``new``), or that had it before (``old``)."""
     return path.with_name(f".{path.name}.{what}")
 
 
 def standing(path: Path) -> Path:
-    """The folder of a name; the old one, where :func:`replace_folder` was ended between two renames."""
+    """The folder with this name, or the old one if :func:`replace_folder` was interrupted between two renames."""
     old = beside(path, "old")
     return old if status(path) is None and status(old) is not None else path
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Give a folder the name of another, which may not be there, and delete that one.
+    """Move a folder to the name of another one, which may not exist, and delete that one.
 
-    The system exchanges the two names in one step. Where it cannot (NFS), there is none of that name for a moment,
-    and :func:`standing` finds the old one.
+    The system exchanges the two names in one step. If it cannot (NFS), the name is missing for a moment, and
+    :func:`standing` finds the old folder.
 
     Raises:
-        OSError: a name could not be given; the old folder is where it was, or where `standing` finds it.
+        OSError: a rename failed; the old folder is in its place, or where `standing` finds it.
     """
     old = beside(path, "old")
     if status(path) is None:
@@ -214,7 +214,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once, where the system can."""
+    """Exchange two names atomically; returns False if the system cannot."""
     call = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
@@ -222,16 +222,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def new_file(path: str | PathLike[str], *, replaces: bool = False) -> Iterator[int]:
-    """Descriptor of a file to write, which gets its name, on the disk to stay, when the block ends well.
+    """Descriptor of a file to write. When the block ends without an error, the file is synced and gets its name.
 
-    Until then it lies beside the name, in the place of one that a crash has left there.
+    Until then it has a temporary name next to the final one, replacing any leftover from a crash.
 
     Args:
-        path: of the file, in a folder that is there.
-        replaces: whether it may take the place of another, which keeps the name until then.
+        path: of the file, in an existing folder.
+        replaces: whether it may replace an existing file, which keeps its name until then.
 
     Raises:
-        StateError: something has the name, before or after, or the system refused a call, also one of the block's.
+        StateError: the name is taken, before or after the block, or the system refused a call, also one inside the
+            block.
     """
     path, temporary = Path(path), Path(f"{os.fspath(path)}{TEMPORARY}")
     if not replaces:
@@ -263,17 +264,17 @@ def _refuse_existing(path: Path) -> None:
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
-    """Write every byte, however few the system takes at once."""
+    """Write every byte, even if the system takes only a few at a time."""
     view = memoryview(data)
     while view.nbytes:
         view = view[os.write(descriptor, view) :]
 
 
 def write_durably(path: str | PathLike[str], data: bytes) -> None:
-    """Write a small file so that its name always stands for a whole one, the old or the new, also after a crash.
+    """Write a small file atomically: even after a crash, its name refers to a complete file, the old or the new.
 
     Raises:
-        StateError: it could not be written; what had the name still has it.
+        StateError: it could not be written; the old file, if any, is still there.
     """
     with new_file(path, replaces=True) as descriptor:
         write_all(descriptor, data)
@@ -286,7 +287,7 @@ def sync_file(path: str | PathLike[str]) -> None:
 
 
 def sync_tree(folder: str | PathLike[str]) -> None:
-    """Wait until all that is in a folder, and in the folders in it, is on the disk."""
+    """Wait until everything in a folder and its subfolders is on the disk."""
     for place, _, names in os.walk(folder):
         for name in names:
             sync_file(Path(place) / name)
@@ -300,7 +301,7 @@ def sync_folder(path: str | PathLike[str]) -> None:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems have no such call for folders
+            if error.errno != errno.EINVAL:  # some network file systems do not support this for folders
                 raise
         finally:
             os.close(descriptor)

@@ -1,7 +1,6 @@
-"""The digest of a file, a tree of depth one: hashed in one piece, it would take longer than a fast disk to write.
+"""The digest of a file, a hash tree of depth one: hashing in one piece would be slower than writing to a fast disk.
 
-It is the SHA-256 of the SHA-256 digests, one after the other, of the file's blocks of 4 MiB (the last may be
-shorter):
+It is the SHA-256 of the concatenated SHA-256 digests of the file's blocks of 4 MiB (the last may be shorter):
 
     outer = hashlib.sha256()
     with open(path, "rb") as file:
@@ -9,7 +8,7 @@ shorter):
             outer.update(hashlib.sha256(block).digest())
     print(outer.hexdigest())
 
-Of an empty file that is the SHA-256 of nothing.
+For an empty file, this is the SHA-256 of no bytes.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from os import PathLike
 from swaft.storage.files import FileRecord, explained, open_regular
 
 BLOCK_BYTES = 1 << 22
-"""Bytes of a block; part of the format."""
+"""Bytes per block; part of the format."""
 
 
 class BlockHasher:
-    """Digests bytes as they come: whole blocks in threads (hashlib lets go of the interpreter lock), parts at once.
+    """Digests bytes as they arrive: whole blocks in threads (hashlib releases the GIL), partial blocks immediately.
 
-    At most two blocks a thread are under way. What is given to :meth:`update` is not copied, so it must stay as it
-    is until :meth:`drain` or :meth:`hexdigest` returns.
+    At most two blocks per thread are in progress. Buffers given to :meth:`update` are not copied, so they must not
+    change until :meth:`drain` or :meth:`hexdigest` returns.
 
     Args:
-        threads: how many; None: as many as there are processors, four at most.
+        threads: number of threads; None: as many as there are processors, at most four.
     """
 
     def __init__(self, threads: int | None = None):
@@ -46,11 +45,11 @@ class BlockHasher:
 
     @property
     def room(self) -> int:
-        """Bytes until the end of the block that has begun."""
+        """Bytes until the end of the current block."""
         return BLOCK_BYTES - self._bytes % BLOCK_BYTES
 
     def update(self, buffer: bytes | bytearray | memoryview) -> None:
-        """Take the next bytes, any number of them, of a contiguous buffer."""
+        """Add the next bytes, any number of them, from a contiguous buffer."""
         view = memoryview(buffer)
         view = view.cast("B") if view.nbytes else view
         while view.nbytes:
@@ -65,19 +64,19 @@ class BlockHasher:
                 self._part = hashlib.sha256()
 
     def drain(self) -> None:
-        """Wait until no buffer that was given is looked at any more."""
+        """Wait until no buffer that was given is in use any more."""
         while self._under_way:
             self._outer.update(self._under_way.popleft()())
 
     def hexdigest(self) -> str:
-        """The tree digest of all bytes given; the last thing to ask for."""
+        """The tree digest of all bytes given; call it last."""
         if self.room < BLOCK_BYTES:
             self._end_block(self._part.digest)
         self.drain()
         return self._outer.hexdigest()
 
     def record(self) -> FileRecord:
-        """Size and digest of all bytes given, as :meth:`hexdigest`."""
+        """Size and digest of all bytes given; call it last."""
         return FileRecord(self._bytes, self.hexdigest())
 
     def close(self) -> None:
@@ -97,14 +96,14 @@ class BlockHasher:
 
 
 def hash_file(path: str | PathLike[str], *, threads: int | None = None) -> FileRecord:
-    """Size and digest of a file, read once, in memory of a few blocks.
+    """Size and digest of a file, read once, using the memory of a few blocks.
 
     Args:
         path: a regular file.
-        threads: as of :class:`BlockHasher`.
+        threads: as for :class:`BlockHasher`.
 
     Raises:
-        StateError: it is missing, anything but a regular file, or could not be read.
+        StateError: it is missing, not a regular file, or could not be read.
     """
     with open_regular(path) as file, explained(path, "read"), BlockHasher(threads) as hasher:
         while block := file.read(BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""The model card of a folder of weights, written without asking anybody."""
+"""The model card of a folder of weights, written without network access."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def write_card(
     """Write a model card into a folder.
 
     Args:
-        folder: of the weights.
-        title: of the card.
-        body: lines of Markdown that say what the weights are.
-        library: that opens them.
-        base_model: what they were made from; named where it can be a name on the hub.
+        folder: folder of the weights.
+        title: title of the card.
+        body: lines of Markdown that describe the weights.
+        library: the library that opens them.
+        base_model: what they were made from; mentioned if it can be a name on the hub.
 
     Raises:
-        StateError: it could not be written.
+        StateError: the card could not be written.
     """
     head = ["---", f"library_name: {library}", "tags:", "- swaft"]
     if is_hub_name(base_model):
@@ -36,12 +36,12 @@ def write_card(
 
 
 def is_hub_name(name: Any) -> bool:
-    """Whether this can be the name of a model on the hub, and is no folder of this machine."""
+    """Whether this can be the name of a model on the hub, and is not a local folder."""
     if not isinstance(name, str) or not name or name[0] in "/.~":
         return False
     return name.count("/") <= 1 and not os.path.exists(name)
 
 
 def in_one_line(text: str) -> str:
-    """A text without line breaks, which would end its line of Markdown."""
+    """The text without line breaks, which would break its line of Markdown."""
     return " ".join(text.split())

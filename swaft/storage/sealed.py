@@ -1,4 +1,4 @@
-"""A folder with a list of its files and a mark that says it is complete: whole, or not there.
+"""A folder with a list of its files and a mark that says it is complete.
 
     folder/manifest.json   {"format": "swaft", "version": 1, "kind": "...",
                             "files": {"relative/path": {"bytes": 12, "sha256": "64 hex digits"}},
@@ -7,10 +7,10 @@
     folder/COMPLETE        SHA-256 of manifest.json in hex, and a newline
 
 The digests of files are those of :mod:`swaft.storage.hashing`; those of manifests are plain SHA-256. The mark is
-written last and removed first, so a folder with a mark was once written whole, and what it lists accounts for
-every byte. Files that are not listed mean nothing.
+written last and removed first, so a folder with a mark was once written completely, and its list accounts for every
+byte. Files that are not listed are ignored.
 
-Nothing in a folder is trusted: not its names, its sizes, nor that its files are files.
+Nothing in a folder is trusted: neither its names, nor its sizes, nor that its files are regular files.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ VERSION = 1
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 MANIFEST_LIMIT = 256_000_000
-"""Most bytes of a manifest."""
+"""Maximum bytes of a manifest."""
 MOST_NESTED = 8
-"""How deep sealed folders may lie in each other."""
+"""Maximum nesting depth of sealed folders."""
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 FIELDS = ("format", "version", "kind", "files", "sealed", "content")
@@ -61,25 +61,26 @@ class Manifest:
     kind: str
     """What it is; a reader asks for the kind it understands."""
     files: Mapping[str, FileRecord]
-    """Relative path, with "/", to what the file must be."""
+    """Relative path, with "/", to the record of the file."""
     content: Mapping[str, Any]
-    """Whatever the writer has to say, as JSON."""
+    """Any content of the writer, as JSON."""
     sealed: Mapping[str, str] = field(default_factory=dict)
-    """Relative path of a sealed folder inside this one, to the hash of its manifest."""
+    """Relative path of a sealed folder inside this one to the hash of its manifest."""
     version: int = VERSION
     """Of the format."""
 
 
 def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
-    """Declare a folder complete: write its manifest, then the mark.
+    """Mark a folder complete: write its manifest, then the mark.
 
-    The files must be on the disk already, as :func:`write_tensors` and :func:`write_durably` leave them.
+    The files must already be synced to disk, as :func:`write_tensors` and :func:`write_durably` leave them.
 
     Returns:
         the hash of the manifest.
 
     Raises:
-        StateError: the folder is complete already, a file is not there in its recorded size, or the disk is full.
+        StateError: the folder is already complete, a file is missing or has another size than recorded, or the disk
+            is full.
     """
     folder = Path(folder)
     require_folder(folder)
@@ -100,14 +101,14 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
 
 
 def is_complete(folder: str | PathLike[str]) -> bool:
-    """Whether the mark is there. Cheap; nothing is checked."""
+    """Whether the mark exists. Cheap; nothing is checked."""
     return status(Path(folder) / COMPLETE) is not None
 
 
 def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
-    """Complete checkpoints in a folder, or the others, the newest first by the number in their names.
+    """Complete checkpoints in a folder (or the incomplete ones), newest first by the number in their names.
 
-    A folder that is not there holds none; one that cannot be looked into is a `StateError`.
+    A missing folder has none; a folder that cannot be read raises a `StateError`.
     """
     with explained(folder, "looked into"):
         inside = folder.iterdir() if folder.is_dir() else ()
@@ -116,23 +117,23 @@ def find_checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name; -1 where it is no checkpoint's."""
+    """The step in a checkpoint's name; -1 for other names."""
     match = _CHECKPOINT.fullmatch(path.name)
     return -1 if match is None else int(match[1])
 
 
 def read_manifest(folder: str | PathLike[str], *, kind: str | None) -> Manifest:
-    """Read the manifest of a complete folder, and hold to it everything but the content of the files.
+    """Read the manifest of a complete folder, and check everything against it except the content of the files.
 
-    That is: mark, hash, every field, that every file is a regular file inside the folder and of its size, and the
-    same of the sealed folders inside.
+    That is: the mark, the hash, every field, that every file is a regular file of the right size inside the folder,
+    and the same for sealed folders inside.
 
     Args:
-        folder: no symbolic link.
-        kind: what it must be; None: anything.
+        folder: not a symbolic link.
+        kind: the required kind; None: any.
 
     Raises:
-        StateError: anything is wrong, naming file and field, what was found and what was expected.
+        StateError: anything is wrong; names file and field, what was found and what was expected.
     """
     return _read(Path(folder), kind=kind, nested=0)[0]
 
@@ -143,12 +144,12 @@ def verify(
     *,
     names: Collection[str] | None = None,
 ) -> None:
-    """Hold every byte of a folder's files to its manifest.
+    """Check every byte of a folder's files against its manifest.
 
     Args:
-        folder: as of :func:`read_manifest`.
-        manifest: what that returned.
-        names: of the files and sealed folders to verify, by relative path; None: all.
+        folder: as for :func:`read_manifest`.
+        manifest: the manifest it returned.
+        names: relative paths of the files and sealed folders to verify; None: all.
 
     Raises:
         StateError: a file differs, or a name is not in the manifest.
@@ -171,10 +172,10 @@ def verify(
 
 
 def remove_sealed(folder: str | PathLike[str]) -> None:
-    """Delete a folder, the mark first: what a crash leaves of it is not complete.
+    """Delete a folder, the mark first, so that whatever a crash leaves is not complete.
 
     Raises:
-        StateError: it is no folder, or could not be deleted.
+        StateError: it is not a folder, or could not be deleted.
     """
     folder = Path(folder)
     require_folder(folder)
@@ -219,10 +220,10 @@ def _read_sealed(folder: Path, name: str, expected: str, *, nested: int) -> tupl
 
 
 def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
-    """Hold what lies in a folder to its manifest, without reading a file."""
+    """Check the content of a folder against its manifest, without reading a file."""
     names = [*manifest.files, *manifest.sealed]
     for parent in sorted({parent for name in names for parent in Path(name).parents if parent.parts}):
-        require_folder(folder / parent)  # and no link, which could lead anywhere
+        require_folder(folder / parent)  # not a link, which could lead anywhere
     for name, record in manifest.files.items():
         size = require_regular(folder / name)
         if size != record.bytes:
@@ -232,14 +233,14 @@ def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
 
 
 def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:
-    """Every field of a manifest, checked; pure."""
+    """Parse a manifest and check every field, without touching the disk."""
 
     def require(holds: bool, where: str, found: Any, expected: str) -> None:
         if not holds:
             raise StateError(f"{path}: {where}: found {shown(found)}, expected {expected}")
 
     def check_path(where: str, name: str) -> None:
-        """Refuse what leads out of the folder, or to the manifest itself."""
+        """Refuse paths that lead out of the folder, or to the manifest itself."""
         bad_parts = {"", ".", ".."} & set(name.split("/"))
         bad = bad_parts or "\\" in name or not name.isprintable() or name in (MANIFEST, COMPLETE)
         require(not bad, where, name, "a relative path inside the folder, without '..', backslashes or links")

@@ -1,4 +1,4 @@
-"""JSON that is believed only if it means one thing: no key twice, no NaN, no nesting without end."""
+"""JSON that is accepted only if it is unambiguous: no duplicate keys, no NaN, no unlimited nesting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         where: what it is, for messages.
 
     Raises:
-        StateError: it is not valid UTF-8 or JSON, no object, has a key twice, or is nested too deep.
+        StateError: it is not valid UTF-8 or JSON, not an object, has duplicate keys, or is nested too deep.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -28,20 +28,20 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         return content
 
     def refuse(constant: str) -> NoReturn:
-        raise StateError(f"{where}: found {constant}, which is no number of JSON")
+        raise StateError(f"{where}: found {constant}, which is not a JSON number")
 
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
         raise StateError(f"{where}: nested too deep") from None
-    except ValueError as error:  # no UTF-8, no JSON, or a number of thousands of digits
-        raise StateError(f"{where}: no valid JSON: {error}") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
+        raise StateError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise StateError(f"{where}: found a {type(content).__name__}, expected an object")
     return content
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """A value for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,7 @@
-"""Files of tensors in the safetensors format, where the library's own calls fall short.
+"""Files of tensors in the safetensors format, for cases that the library's own calls do not cover.
 
-Its writer wants every tensor in memory at once, and its reader maps files: one that is cut short while it is read
-kills the process. So both stream here, in memory of a slice. The header is checked by the library.
+The library's writer needs every tensor in memory at once. Its reader maps files, and a file that is truncated while
+being read kills the process. So both stream here, using the memory of a slice. The library checks the header.
 """
 
 from __future__ import annotations
@@ -49,43 +49,43 @@ METADATA = "__metadata__"
 
 
 WRITTEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The types that weights are written in, by the names that users give them."""
+"""The dtypes that weights can be written in, by the names that users pass."""
 
 
 def dtype_of_weights(dtype: str | torch.dtype) -> torch.dtype:
-    """Understand a type that weights are to be written in, ``"bfloat16"`` and ``torch.bfloat16`` alike.
+    """The dtype that weights are to be written in, from ``"bfloat16"`` or ``torch.bfloat16``.
 
     Raises:
-        ConfigError: for any but those of WRITTEN.
+        ConfigError: it is not one of WRITTEN.
     """
     found = WRITTEN.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise ConfigError(
-            f"dtype is {dtype!r}, expected one of {', '.join(WRITTEN)}, or torch's of that name"
+            f"dtype is {dtype!r}, expected one of {', '.join(WRITTEN)}, or the torch dtype of that name"
         )
     return found
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor is like."""
+    """The dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Spec:
-        """That of a tensor."""
+        """The spec of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of the elements."""
         return self.numel * self.dtype.itemsize
 
 
@@ -96,22 +96,22 @@ def write_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> FileRecord:
-    """Write a file of tensors front to back, hashing as it goes, as of `new_file`.
+    """Write a file of tensors front to back, hashing as it goes, in the way of `new_file`.
 
-    They lie by falling element size, as the safetensors library orders them, so that each is at a multiple of its
-    elements' size; beyond that in their order.
+    Tensors are ordered by decreasing element size, as in the safetensors library, so that each starts at a multiple
+    of its element size; otherwise they keep their order.
 
     Args:
-        path: of a file that does not exist yet, in a folder that does.
+        path: of a file that does not exist yet, in an existing folder.
         specs: of the tensors, by name.
-        values: the elements of a tensor, in order: contiguous tensors in host memory, of any size. Each has been
-            written when the next is asked for.
+        values: returns the elements of a tensor, in order, as contiguous host tensors of any size. Each is written
+            before the next is requested.
         metadata: text to text, for the header.
 
     Raises:
-        StateError: something has the name, or the file could not be written (disk full, read-only, quota), with the
-            system's error as the cause; or the values are not as many as their specs say.
-        ValueError: a dtype that the format lacks.
+        StateError: the name is taken; the file could not be written (disk full, read-only, quota), with the
+            system's error as the cause; or the number of values does not match the specs.
+        ValueError: the format does not support a dtype.
     """
     specs = dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
     header, announced = _make_header(specs, metadata or {})
@@ -137,13 +137,13 @@ def write_tensors(
 class TensorFile:
     """A file of tensors opened for reading in slices; a context manager.
 
-    `specs` has what each tensor is like, by name in the order in which they lie, `metadata` the texts beside them.
+    `specs` maps names to the specs of the tensors, in file order; `metadata` holds the texts of the header.
 
     Args:
-        path: a regular file, no symbolic link.
+        path: a regular file, not a symbolic link.
 
     Raises:
-        StateError: whatever is wrong with the file, naming the file and the field of its header.
+        StateError: the file is wrong in any way; names the file and the field of its header.
     """
 
     def __init__(self, path: str | PathLike[str]):
@@ -160,14 +160,14 @@ class TensorFile:
         Args:
             name: of the tensor.
             start: first element.
-            end: one past the last; None: to the tensor's end.
-            out: (end - start,), contiguous, host memory, of the tensor's dtype: where to put them.
+            end: one past the last element; None: the end of the tensor.
+            out: (end - start,), contiguous, in host memory, of the tensor's dtype: where to put the elements.
 
         Returns:
             (end - start,): `out`, or a new tensor.
 
         Raises:
-            StateError: the tensor has no such elements, or the file could not be read.
+            StateError: the tensor does not have these elements, or the file could not be read.
             ValueError: `out` does not fit.
         """
         if name not in self.specs:
@@ -195,7 +195,7 @@ class TensorFile:
         return out
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> TensorFile:
@@ -206,7 +206,7 @@ class TensorFile:
 
 
 def _make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """The head of a file, its length included, and how many bytes of tensors must follow."""
+    """The header of a file, including its length, and the number of bytes of tensors that must follow."""
     content: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     codes, position = {dtype: code for code, dtype in DTYPES.items()}, 0
     for name, spec in specs.items():
@@ -223,16 +223,16 @@ def _make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tupl
 
 
 def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Spec], dict[str, int], dict[str, str]]:
-    """Tensors by name in the order in which they lie, where in the file each begins, and the metadata.
+    """The specs of the tensors by name, in file order, the offset of each in the file, and the metadata.
 
-    The library has held the header to itself and to the size of the file before any of it is believed; what it lets
-    pass is refused here: a key twice, fields that nobody knows.
+    The library checks the header for consistency and against the size of the file first. What it accepts but should
+    not is refused here: duplicate keys and unknown fields.
     """
     try:
         with explained(path, "read"), safe_open(f"/proc/self/fd/{descriptor}", "numpy"):
             pass
     except (SafetensorError, ValueError) as error:
-        raise StateError(f"{path} is no whole file of tensors: {str(error)[:300]}") from error
+        raise StateError(f"{path} is not a complete safetensors file: {str(error)[:300]}") from error
     with explained(path, "read"), open(descriptor, "rb", closefd=False) as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
         raw = file.read(begin - 8)
@@ -256,7 +256,7 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Spec], dict[str
 
 
 def _bytes_of(data: Tensor) -> memoryview:
-    """A contiguous tensor in host memory as bytes, not copied."""
+    """A contiguous host tensor as bytes, without copying."""
     if data.device.type != "cpu" or not data.is_contiguous():
         raise ValueError(f"data on {data.device}, contiguous: {data.is_contiguous()}; expected host memory")
     view = data.detach().reshape(-1).view(torch.uint8).numpy().data

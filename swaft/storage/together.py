@@ -1,4 +1,4 @@
-"""Sealed folders that several ranks write together and read together: complete once every rank is done."""
+"""Sealed folders that several ranks write and read together: complete once every rank is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swaft.storage.sealed import COMPLETE, MANIFEST, Manifest, read_manifest, se
 from swaft.storage.strict_json import shown
 
 Write = Callable[[Path], Mapping[str, FileRecord]]
-"""Writes this rank's files into a folder, on the disk to stay, and returns their records by relative path."""
+"""Writes this rank's files into a folder, synced to disk, and returns their records by relative path."""
 
 
 def write_together(
@@ -30,22 +30,23 @@ def write_together(
     content: Mapping[str, Any],
     overwrites: re.Pattern[str] | None = None,
 ) -> None:
-    """Have every rank write its part of a new folder, and declare it complete after the last (collective).
+    """Let every rank write its part of a new folder, and mark it complete after the last (collective).
 
-    The folder has its name from the start and no mark until the end, so nothing is ever renamed that other ranks
-    write into. One that takes the place of another is written beside it, and has the name once it is complete: at
-    no moment is there neither. Sealed folders that `write` leaves right inside become part of it.
+    The folder has its name from the start but no mark until the end, so nothing is renamed while other ranks write
+    into it. A folder that replaces another is written next to it and takes the name once complete, so there is
+    always one of the two. Sealed folders that `write` leaves directly inside become part of it.
 
     Args:
-        ranks: who writes.
-        path: folder to write. It must not exist, or be empty.
+        ranks: the ranks that write.
+        path: folder to write. It must not exist or must be empty.
         kind: of the manifest.
-        write: called on every rank; may make collective calls, if it makes them whatever fails.
+        write: called on every rank; may make collective calls, if it makes them even after a failure.
         content: of the manifest, the same on every rank.
-        overwrites: names of the files that a folder may hold already, which is then replaced; None: none may.
+        overwrites: pattern of file names; an existing folder that holds only such files is replaced. None: no
+            folder is.
 
     Raises:
-        StateError: a rank could not write; on every rank, and the unfinished folder is removed.
+        StateError: a rank could not write. Raised on every rank, and the unfinished folder is removed.
     """
     folder = final = Path(path)
     if overwrites is not None:
@@ -55,7 +56,7 @@ def write_together(
         if ranks.is_main:
             if overwrites is not None:
                 _refuse_foreign(final, overwrites)
-                shutil.rmtree(folder, ignore_errors=True)  # what was ended while it was written
+                shutil.rmtree(folder, ignore_errors=True)  # left from an interrupted write
             if not is_free(folder):
                 raise StateError(f"{folder} holds files already; expected a new folder: name another path")
             with explained(folder, "made"):
@@ -74,26 +75,26 @@ def write_together(
                 if folder != final:
                     replace_folder(folder, final)
     except SwaftError:
-        if ranks.is_main:  # all ranks are here, so none writes any more
+        if ranks.is_main:  # all ranks are here, so none is still writing
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def open_together(ranks: Ranks, path: str | PathLike[str], *, kind: str) -> Manifest:
-    """Read a folder's manifest on every rank, and check every byte of its files, each by one rank (collective).
+    """Read a folder's manifest on every rank, and check every byte of its files, each on one rank (collective).
 
-    Folders sealed inside are checked likewise.
+    Sealed folders inside are checked the same way.
 
     Args:
-        ranks: who reads.
+        ranks: the ranks that read.
         path: of the folder.
-        kind: that its manifest must be of.
+        kind: that its manifest must have.
 
     Returns:
         The manifest, the same on every rank.
 
     Raises:
-        StateError: the folder is incomplete or damaged; on every rank, naming file and field.
+        StateError: the folder is incomplete or damaged; on every rank, names the file and field.
     """
     folder = Path(path)
     with ranks.together():
@@ -114,7 +115,7 @@ def _sha256(raw: bytes) -> str:
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, str]]:
-    """Every file that a manifest vouches for, with the folder and the manifest that lists it."""
+    """Every file that a manifest covers, with the folder and the manifest that lists it."""
     for name in sorted(manifest.files):
         yield folder, manifest, name
     for name in sorted(manifest.sealed):
@@ -122,7 +123,7 @@ def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, s
 
 
 def _refuse_foreign(folder: Path, known: re.Pattern[str]) -> None:
-    """Refuse to replace what somebody else has put there."""
+    """Refuse to replace a folder that holds anything else."""
     facts = status(folder)
     if facts is None:
         return

@@ -178,7 +178,7 @@ def test_statistics_belong_to_one_average_with_its_members_and_are_not_used_for_
     averager._counts["ema"] += 1  # as another member does
     with caplog.at_level("WARNING", logger="swaft"), averager.swapped_in("ema"):
         assert torch.equal(model[1].running_mean, live)
-    assert "of 41 members, which has 42 now" in caplog.text
+    assert "of 41 members, which now has 42" in caplog.text
 
 
 def test_statistics_belong_to_an_average_however_it_is_asked_for_and_to_no_blend_of_it(caplog):

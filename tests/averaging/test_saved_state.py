@@ -102,7 +102,7 @@ def test_finished_blocks_go_to_disk_again(tmp_path, mapped_files):
 def test_a_state_beside_other_weights_is_refused_unless_that_is_meant(tmp_path):
     half_way(tmp_path / "state", 6)
     _, _, averager = start()
-    with pytest.raises(StateError, match=r"saved beside other weights, after 6 optimizer steps"):
+    with pytest.raises(StateError, match=r"saved with other weights, after 6 optimizer steps"):
         averager.load_state(tmp_path / "state")
     assert averager.count("swa") == 0
     averager.load_state(tmp_path / "state", same_weights=False)

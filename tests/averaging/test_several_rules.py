@@ -328,9 +328,9 @@ def test_ranks_that_were_given_different_rules_are_told_which():
 
 
 def test_a_rule_given_by_its_name_is_refused_with_what_was_meant():
-    with pytest.raises(ConfigError, match=r"'swa' is no rule, expected swaft\.SWA"):
+    with pytest.raises(ConfigError, match=r"'swa' is not a rule, expected swaft\.SWA"):
         training("swa")
-    with pytest.raises(ConfigError, match=r"EMA'> is no rule, expected swaft\.SWA"):
+    with pytest.raises(ConfigError, match=r"EMA'> is not a rule, expected swaft\.SWA"):
         training(swaft.EMA)
 
 

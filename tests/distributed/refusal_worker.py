@@ -156,8 +156,16 @@ def torch_modes() -> Iterator[Check]:
         with torch.no_grad():
             next(model.parameters()).add_(dist.get_rank())
         model = fully_shard(model, mesh=mesh)
+        raised_on_every_rank(LayoutError, "replicas of one", lambda: attach_engine(model, adamw(model)))
+
+    def ddp_over_each_rank_alone():
+        alone = [dist.new_group([rank]) for rank in range(world_size)][dist.get_rank()]
+        model = uneven().requires_grad_(True)
+        model = nn.parallel.DistributedDataParallel(model, process_group=alone)
+        with torch.no_grad():
+            next(model.parameters()).add_(dist.get_rank())
         raised_on_every_rank(
-            LayoutError, "both are replicas of one shard", lambda: attach_engine(model, adamw(model))
+            LayoutError, "no DDP over a part of the ranks", lambda: attach_engine(model, adamw(model))
         )
 
     def a_part_of_the_ranks():
@@ -206,6 +214,7 @@ def torch_modes() -> Iterator[Check]:
         tensor_parallel,
         a_part_of_the_ranks,
         replicas_that_differ,
+        ddp_over_each_rank_alone,
         half,
         by_columns,
         shards_of_16_bits,

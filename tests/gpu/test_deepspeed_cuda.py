@@ -66,8 +66,8 @@ def build(case: str):
         optimizer = adamw(model)
     else:
         compiler = pytest.importorskip("torch.utils.cpp_extension", exc_type=ImportError)  # by setuptools
-        if compiler.CUDA_HOME is None:
-            pytest.skip(f"{kind} is compiled when it is first used, and there is no CUDA toolkit here")
+        if kind == "FusedAdam" and compiler.CUDA_HOME is None:
+            pytest.skip("FusedAdam is compiled when it is first used, and there is no CUDA toolkit here")
         from deepspeed.ops import adam
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -114,7 +114,7 @@ def test_objects_registered_in_another_order_are_refused(tmp_path):
     saving.registered().accelerator.save_state()
     loading = Loop(tmp_path, SWA).registered()
     loading.accelerator.register_for_checkpointing(swaft.R3F())
-    with pytest.raises(StateError, match="in the order"):
+    with pytest.raises(StateError, match="in the same order"):
         loading.accelerator.load_state()
 
 

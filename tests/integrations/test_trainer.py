@@ -283,7 +283,7 @@ def test_a_best_checkpoint_at_which_averaging_began_is_said_to_hold_one_step_alo
     )
     run.train()
     assert run.state.best_global_step == averaging.averager.plan().first_step
-    assert "final-averaged holds its weights, of one step alone" in caplog.text
+    assert "final-averaged holds its weights, of a single step" in caplog.text
 
 
 def test_checkpoints_without_averages_are_refused_where_the_best_one_is_loaded(tmp_path, averaging):

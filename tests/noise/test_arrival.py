@@ -201,7 +201,9 @@ def test_noise_that_will_never_be_felt_is_said_once_after_a_few_batches(caplog):
     model, objective = bert(), R3F()
     assert not warnings_of(objective, model, caplog, batches=7)
     [warning] = warnings_of(objective, model, caplog, batches=20)
-    found = re.search(r"R3F is not felt: after 8 batches weight x divergence is (\S+) beside a task", warning)
+    found = re.search(
+        r"R3F has no effect: after 8 batches weight x divergence is (\S+) next to a task", warning
+    )
     assert found is not None
     assert 0 < float(found[1]) < 1e-9
     assert "Set masks='independent'" in warning

@@ -8,6 +8,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import VOCABULARY, causal_batch, generation_batch, t5
 from transformers import BartForCausalLM, T5ForConditionalGeneration
 
@@ -120,7 +121,7 @@ def test_losses_of_routers_are_refused_however_small(fused):
 
 def test_a_model_that_seeds_its_passes_itself_shares_no_masks():
     model, batch = of_kind(Reseeding), generation_batch()
-    with pytest.raises(NoiseError, match=r"seeds torch's random state anew.*masks='independent'"):
+    with pytest.raises(NoiseError, match=r"reseeds torch's random state.*masks='independent'"):
         R3F(sigma=0.1)(model, batch)
     assert R3F(sigma=0.1, masks="independent")(model, batch).divergence > 0
 
@@ -157,6 +158,13 @@ def test_a_batch_without_a_counted_label_proves_nothing_and_the_next_one_does():
     assert objective(model, nothing).loss == 0
     with pytest.raises(NoiseError, match="another one"):
         objective(model, batch)
+
+
+def test_a_model_over_several_devices_is_refused_by_what_loaded_it_so():
+    model = tiny.gpt2()
+    add_hook_to_module(model.get_output_embeddings(), AlignDevicesHook())
+    with pytest.raises(NoiseError, match="load it without device_map"):
+        R3F(sigma=0.1).prepare_model(model)
 
 
 def test_an_adapted_head_is_refused_before_training_and_trains_from_logits():

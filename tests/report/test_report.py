@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_is_read_and_says_so(tmp_path):
         (shutil.rmtree, "no folder; expected a run"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "the run has logged nothing yet"),
         (lambda folder: [each.unlink() for each in folder.iterdir()], "holds neither; expected a run"),
-        (lambda folder: (folder / "metrics.jsonl").write_text("3\n{}\n"), "line 1 is no object"),
+        (lambda folder: (folder / "metrics.jsonl").write_text("3\n{}\n"), "line 1 is not an object"),
         (
             lambda folder: (folder / "summary.json").write_text('{"scores": {"test": {"accuracy": 1}}}'),
             "scores are not by split.*another version",

@@ -32,7 +32,7 @@ def test_lower_scores_are_better_where_that_is_said():
 @pytest.mark.parametrize("scores", [[math.nan, 0.5, 0.9], [0.5, math.nan, 0.9], [0.5, 0.9, 0.7, math.nan]])
 def test_a_score_that_is_no_number_is_refused(scores):
     scores = iter([*scores, 0.0])
-    with pytest.raises(StateError, match=r"the score of candidates \[.*\] is no number"):
+    with pytest.raises(StateError, match=r"the score of candidates \[.*\] is not a number"):
         choose_greedily(3, lambda chosen: next(scores), higher_is_better=True)
 
 

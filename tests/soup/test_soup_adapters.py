@@ -108,7 +108,7 @@ def test_one_adapter_averages_to_itself(tmp_path):
 DIFFERENT = {
     "alpha": ({"lora_alpha": 7}, "lora_alpha is 7, expected 6"),
     "targets": ({"target_modules": ["query"]}, "another .* than|target_modules"),
-    "rank": ({"r": 3}, "in the first alone|has shape|r is 3, expected 2"),
+    "rank": ({"r": 3}, "only in the first|has shape|r is 3, expected 2"),
     "rslora": ({"use_rslora": True}, "use_rslora is True, expected False"),
 }
 
@@ -173,7 +173,7 @@ def test_blocks_of_lora_are_refused(tmp_path):
     for path in paths:
         config = json.loads((path / "adapter_config.json").read_text()) | {"use_bdlora": {"nblocks": 2}}
         (path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(StateError, match="use_bdlora is set, so its updates are no plain B A"):
+    with pytest.raises(StateError, match="use_bdlora is set, so its updates are not plain B A"):
         average(paths, tmp_path / "out")
 
 
@@ -181,7 +181,7 @@ def test_another_variant_than_plain_lora_is_refused(tmp_path):
     paths = [
         adapter(tmp_path / str(i), i, the_base, use_dora=True, target_modules=["query"]) for i in range(2)
     ]
-    with pytest.raises(StateError, match="use_dora is set, so its updates are no plain B A"):
+    with pytest.raises(StateError, match="use_dora is set, so its updates are not plain B A"):
         average(paths, tmp_path / "out")
     for path in paths:
         config = json.loads((path / "adapter_config.json").read_text()) | {"use_dora": False}

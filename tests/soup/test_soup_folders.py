@@ -80,7 +80,7 @@ def test_a_head_that_is_not_tied_is_in_one_model_alone(tmp_path, fault):
         folder_of(tmp_path / "0", with_head(sources[0], head), config=config),
         folder_of(tmp_path / "1", sources[1], config=config),
     ]
-    with pytest.raises(StateError, match=r"'lm_head\.weight' is in the first alone"):
+    with pytest.raises(StateError, match=r"'lm_head\.weight' is only in the first"):
         average(paths, tmp_path / "out")
 
 
@@ -218,8 +218,8 @@ def test_links_as_in_the_cache_of_the_hub_are_followed(tmp_path):
 
 
 DIFFERENT = {
-    "a tensor too few": (lambda t: t.pop("layer.bias"), "'layer.bias' is in the first alone"),
-    "a tensor too many": (lambda t: t.update(more=torch.ones(1)), "'more' is in the second alone"),
+    "a tensor too few": (lambda t: t.pop("layer.bias"), "'layer.bias' is only in the first"),
+    "a tensor too many": (lambda t: t.update(more=torch.ones(1)), "'more' is only in the second"),
     "another shape": (lambda t: t.update(scale=torch.ones(1)), r"'scale' has shape \[\] and \[1\]"),
     "another type": (lambda t: t.update(scale=torch.tensor(1)), "'scale' is torch.float32 and torch.int64"),
     "a quantised tensor": (
@@ -313,9 +313,9 @@ def test_an_index_that_is_wrong_is_refused(tmp_path, name):
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(StateError, match=r"no checkpoint that can be averaged.*save_pretrained"):
+    with pytest.raises(StateError, match=r"not a checkpoint that can be averaged.*save_pretrained"):
         open_checkpoint(tmp_path)
-    with pytest.raises(StateError, match="is no folder"):
+    with pytest.raises(StateError, match="is not a folder"):
         open_checkpoint(tmp_path / "pytorch_model.bin")
 
 

@@ -219,7 +219,7 @@ def test_integers_that_differ_are_refused_by_name(tmp_path, name):
     tensors[name][1] = 7  # True, in the mask
     paths.append(folder_of(tmp_path / "other", tensors))
     with pytest.raises(
-        StateError, match=f"'{name}' is torch.*of which there is no mean, and differs between .*in0"
+        StateError, match=f"'{name}' is torch.*which cannot be averaged, and differs between .*in0"
     ):
         average(paths, tmp_path / "out")
 

@@ -141,7 +141,7 @@ def test_a_configuration_that_is_nested_without_end_is_refused(tmp_path):
 def test_a_number_that_json_lacks_is_refused_with_a_remedy(tmp_path):
     (path,) = folders(tmp_path, 1)
     (path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
-    with pytest.raises(StateError, match=r"found Infinity, which is no number of JSON.*save_pretrained"):
+    with pytest.raises(StateError, match=r"found Infinity, which is not a JSON number.*save_pretrained"):
         average([path], tmp_path / "out")
 
 

@@ -117,7 +117,7 @@ def test_all_that_is_lacking_is_named_at_once(run, tmp_path):
     with pytest.raises(StateError, match=r"holds weights alone; name .* as --base") as alone:
         average(run.paths, tmp_path / "out", trust_pickle=True)
     assert "--trust-pickle" not in str(alone.value)
-    with pytest.raises(StateError, match=r"say --trust-pickle") as alone:
+    with pytest.raises(StateError, match=r"pass --trust-pickle") as alone:
         average(run.paths, tmp_path / "out", base=run.base)
     assert "--base" not in str(alone.value)
 
@@ -152,7 +152,7 @@ def test_a_distributed_checkpoint_that_no_run_has_sealed_is_refused(copy):
         open_checkpoint(copy / "engine", trust_pickle=True)
     (copy / "manifest.json").unlink()
     (copy / "COMPLETE").unlink()
-    with pytest.raises(StateError, match=r"is no checkpoint that can be averaged"):
+    with pytest.raises(StateError, match=r"is not a checkpoint that can be averaged"):
         open_checkpoint(copy, trust_pickle=True)
 
 

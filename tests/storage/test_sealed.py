@@ -234,9 +234,9 @@ def test_a_manifest_is_refused_and_the_field_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"", "no valid JSON"),
+        (b"", "not valid JSON"),
         (b"[]", "found a list, expected an object"),
-        (b"\xff", "no valid JSON"),
+        (b"\xff", "not valid JSON"),
         (b'{"format": "swaft", "format": "swaft"}', "the key 'format' is there twice"),
         (b'{"format":' + b"[" * 200_000, "nested too deep"),
         (b'{"format": Infinity}', "found Infinity"),

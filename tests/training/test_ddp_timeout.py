@@ -40,6 +40,10 @@ def test_ranks_wait_for_each_other_on_the_way_out_no_longer_than_at_any_other_ti
     assert limit(_gloo_group(at_most=timedelta(seconds=60))) == timedelta(seconds=17)
 
 
+def test_ranks_wait_for_the_one_that_writes_a_model_longer_than_for_a_collective(default_group):
+    assert limit(_gloo_group(at_least=timedelta(hours=6))) == timedelta(hours=6)
+
+
 @pytest.mark.parametrize("seconds", [600, 1800])
 def test_a_limit_that_is_somebodys_default_is_handed_on_as_well(seconds, monkeypatch):
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):

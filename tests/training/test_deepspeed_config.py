@@ -75,7 +75,13 @@ def test_every_auto_of_a_trainer_style_file_is_filled_from_the_recipe():
         "gradient_clipping": 0.5,
         "train_batch_size": 64,
         "train_micro_batch_size_per_gpu": 8,
+        "timers": {"throughput": {"enabled": False}},
     }
+
+
+def test_a_files_own_timers_stay():
+    timers = {"throughput": {"enabled": True}}
+    assert filled({"zero_optimization": {"stage": 2}, "timers": timers}).config["timers"] == timers
 
 
 def test_filling_leaves_the_file_as_it_was_read():

@@ -44,6 +44,14 @@ def test_an_old_lock_that_a_running_build_holds_is_waited_for(tmp_path):
         extension.refuse_stale_lock(tmp_path)
 
 
+def test_a_lock_that_the_kernel_frees_is_neither_refused_nor_deleted(tmp_path, monkeypatch):
+    monkeypatch.delattr("torch.utils.cpp_extension.FileBaton")  # as from torch 2.14 on
+    lock = lock_of_age(tmp_path, 3600)
+    extension.refuse_stale_lock(tmp_path)
+    assert not extension.remove_left_behind_lock(tmp_path)
+    assert lock.exists()
+
+
 def test_no_lock_is_fine(tmp_path):
     extension.refuse_stale_lock(tmp_path)
 

@@ -1,8 +1,8 @@
-"""One adapter an engine: where its fp32 master weights live, and how forwards see a change of them.
+"""One adapter per engine: where its fp32 master weights live, and how forwards come to see a change of them.
 
-:func:`attach_engine` finds it for a model and optimizer, or refuses with the setting that is in the way.
+:func:`attach_engine` picks the adapter for a model and optimizer, or refuses and names the setting in the way.
 
-The choice looks at the objects, never at a configured stage number: stage 1 alone has two wrappers.
+It looks at the objects, never at a configured stage number: stage 1 alone has two wrappers.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["Engine", "attach_engine"]
 
 
 def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
-    """The adapter for what `accelerator.prepare` returned (collective).
+    """Return the adapter for what `accelerator.prepare` returned (collective).
 
     Args:
         model: a plain module, a DistributedDataParallel one, one sharded by FSDP2, or a DeepSpeed engine.
-        optimizer: its optimizer, wrapped by accelerate or not.
+        optimizer: its optimizer, with or without accelerate's wrapper.
 
     Raises:
-        UnsupportedEngineError: an engine or mode whose fp32 masters cannot be averaged faithfully.
+        UnsupportedEngineError: the fp32 masters of this engine or mode cannot be averaged faithfully.
         LayoutError: the masters are not where the adapter expects them, or a trainable parameter is in no
             optimizer group.
-        AveragingError: nothing to average.
+        AveragingError: there is nothing to average.
     """
     if _is_a(optimizer, "AcceleratedOptimizer"):
         optimizer = optimizer.optimizer
@@ -42,8 +42,8 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
         engine = attach_deepspeed(model)
     else:
         engine = _attach_torch(model, optimizer)
-    # DeepSpeed takes one optimizer step with zero gradients when it wraps a 16-bit model at stage 0: weight
-    # decay has moved the masters, and the weights are no cast of them until the first real step.
+    # When DeepSpeed wraps a 16-bit model at stage 0, it takes one optimizer step with zero gradients. Weight decay
+    # then moves the masters, and the weights are not a cast of them until the first real step.
     if engine.name != "deepspeed-zero0" or engine.masters_are_working() or engine.applied_steps() > 0:
         engine.prove_layout()
     if not engine.ranks.sum([engine.numel])[0]:
@@ -86,8 +86,8 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
     devices = {parameter.device for parameter in module.parameters() if parameter.requires_grad}
     if len(devices) > 1:
         raise UnsupportedEngineError(
-            f"the trained parameters lie on {', '.join(sorted(map(str, devices)))}, expected one device a process; "
-            "load the model without device_map"
+            f"the trained parameters lie on {', '.join(sorted(map(str, devices)))}, expected one device per "
+            "process; load the model without device_map"
         )
     return ReplicatedEngine(
         "ddp" if wrapped else "plain",
@@ -99,12 +99,12 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
 
 
 def _is_a(instance: object, class_name: str) -> bool:
-    # Looked for by name, so that a run without that engine never imports it.
+    # Looked up by name, so that a run without that engine never imports it.
     return any(cls.__name__ == class_name for cls in type(instance).__mro__)
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The module inside what wraps it (DDP, DataParallel, torch.compile), and whether DDP is among that."""
+    """The module inside its wrappers (DDP, DataParallel, torch.compile), and whether DDP is one of them."""
     wrapped = False
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):

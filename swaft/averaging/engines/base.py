@@ -1,8 +1,8 @@
 """What an engine adapter answers: which master elements this rank owns, where they lie, how forwards see them.
 
-An adapter knows its engine and nothing of rules. It offers two lists of flat tensors of the same geometry: the
-fp32 *masters* that the optimizer updates, and the *working* weights that forwards use. The two are one where
-the model trains in fp32.
+An adapter knows its engine and nothing about rules. It offers two lists of flat tensors of the same geometry: the
+fp32 *masters* that the optimizer updates, and the *working* weights that forwards use. If the model trains in fp32,
+the two are the same tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, LayoutError
 
 PIECE = 1 << 23
-"""Elements that are sent, copied or compared at a time: 32 MiB in fp32, so that no copy beside them takes 64."""
+"""Number of elements sent, copied or compared at a time: 32 MiB in fp32, so that a piece and its copy take 64."""
 
 
 class Engine(ABC):
@@ -33,22 +33,23 @@ class Engine(ABC):
     Args:
         name: name of the engine, such as ``deepspeed-zero3``.
         module: the unwrapped model.
-        inner_optimizer: the torch optimizer whose step writes the masters; ZeRO calls it once a buffer.
-        steps_seen: steps that DeepSpeed, or a counter on the optimizer, has seen change the weights.
+        inner_optimizer: the torch optimizer whose step writes the masters; ZeRO calls it once per buffer.
+        steps_seen: returns the number of steps that changed the weights, as counted by DeepSpeed or by a hook on
+            the optimizer.
     """
 
     lends_storage: bool = False
-    """Whether others may free the masters' storage between events, so that nobody may hold on to it."""
+    """Whether the engine may free the masters' storage between events, so that nothing else may keep it alive."""
     fragments: list[Fragment]
     """The elements this rank owns, in shard order."""
     swap: Swap
-    """What stands in for the working weights at the moment (see `swaft.averaging.swap`)."""
+    """What currently replaces the working weights, if anything (see `swaft.averaging.swap`)."""
     outer: Any
-    """What a forward is called on: the model, or DeepSpeed's engine around it."""
+    """The object whose forward is called: the model, or DeepSpeed's engine around it."""
     hands_out: tuple[str, ...] = ()
-    """Calls of `outer` that read or replace the weights without the model's own `state_dict`."""
+    """Methods of `outer` that read or replace the weights without the model's own `state_dict`."""
     state_names: tuple[str, ...]
-    """Clean names of the model's state dict, aliases of tied weights and persistent buffers included."""
+    """Clean names of the model's state dict, including aliases of tied weights and persistent buffers."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class Engine(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """The fp32 master buffers, flat, as they are now. Unless lent, the same list while none has moved."""
+        """The fp32 master buffers, flat, as now. Unless `lends_storage`, the same list while none has moved."""
 
     @abstractmethod
     def working(self) -> list[Tensor]:
@@ -81,43 +82,43 @@ class Engine(ABC):
 
     @abstractmethod
     def publish(self) -> None:
-        """Make every rank's next forward see what the ranks wrote into :meth:`working` (collective)."""
+        """Make the next forward on every rank see what the ranks wrote into :meth:`working` (collective)."""
 
     def applied_steps(self) -> int:
         """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
         return self._steps_before + self._steps_seen()
 
     def continue_from(self, step: int) -> None:
-        """Have the weights as they are now be those after ``step`` optimizer steps: a run resumes here."""
+        """Count the current weights as those after ``step`` optimizer steps: a run resumes here."""
         self._steps_before, self._attached_with = step - self._steps_seen(), None
 
     def watch_weights(self) -> None:
-        """Have :meth:`check_trainable` notice weights that change from now on before a step has been seen."""
+        """From now on, let :meth:`check_trainable` notice weights that change although no step was seen."""
         if not rescales(self.module):
             self._attached_with = self._steps_seen(), self.sum_of_working()
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Shape of the whole parameter, however little of it this rank holds."""
+        """Shape of the whole parameter, even if this rank holds only part of it."""
         return parameter.shape
 
     def stop(self) -> None:
-        """Averaging has ended: other optimizers may train the weights."""
-        getattr(self._steps_seen, "stop", lambda: None)()  # DeepSpeed counts by itself, and refuses nobody
+        """Averaging has ended: from now on, other optimizers may train the weights."""
+        getattr(self._steps_seen, "stop", lambda: None)()  # DeepSpeed counts by itself, refuses none
 
     def release_gathered(self) -> None:  # noqa: B027 (most engines gather nothing)
-        """Drop full copies gathered from shards, so that none outlives a change of the shards."""
+        """Drop full copies gathered from shards, so that none survives a change of the shards."""
 
     def gather_working(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter whole, as forwards see it, on every rank (collective where the engine shards it)."""
+        """The whole parameter, as forwards see it, on every rank (collective if the engine shards it)."""
         return parameter.detach()
 
     def named_parameters(self, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of the model by its clean name; tied ones once, or under each name with ``aliases``."""
+        """Every parameter of the model with its clean name; tied ones once, or under each name with ``aliases``."""
         for name, parameter in self.module.named_parameters(remove_duplicate=not aliases):
             yield clean_name(name), parameter
 
     def canonical_names(self) -> dict[str, str]:
-        """The first name of every parameter, by each of its names: tied ones have several."""
+        """Maps each name of a parameter to its first name: tied parameters have several."""
         first = {id(parameter): name for name, parameter in self.named_parameters()}
         return {name: first[id(parameter)] for name, parameter in self.named_parameters(aliases=True)}
 
@@ -134,7 +135,7 @@ class Engine(ABC):
         """Clean name of a parameter that the optimizer trains.
 
         Raises:
-            LayoutError: the model does not hold it.
+            LayoutError: the parameter does not belong to the model.
         """
         if id(parameter) not in self._names:
             raise unknown_parameter(self.full_shape(parameter))
@@ -146,12 +147,12 @@ class Engine(ABC):
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The shard as few long runs of the master buffers."""
+        """The shard as a few long runs of the master buffers."""
         return merge(self.fragments)
 
     @property
     def device(self) -> torch.device:
-        """Where the masters are; the host where there are none."""
+        """Where the masters are; the host if there are none."""
         return next((master.device for master in self.masters()), torch.device("cpu"))
 
     @property
@@ -160,28 +161,29 @@ class Engine(ABC):
         return sum(fragment.numel for fragment in self.fragments)
 
     def prove_layout(self) -> None:
-        """Prove that the fragments are what they say: every element owned once, every working bit a cast of
-        its master (collective).
+        """Prove that the fragments are correct: every element is owned once, and every owned working weight is, bit
+        for bit, a cast of its master (collective).
 
         Raises:
-            LayoutError: on every rank, naming the parameter.
+            LayoutError: on every rank; names the parameter.
         """
         fragments = self.ranks.gather(self.fragments)
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
         self.ranks.raise_together(self.misplaced())
 
     def check_trainable(self) -> None:
-        """Refuse a model that trains other parameters than it did at attach: an average would mix in last weights.
+        """Refuse a model that trains other parameters than it did at attach: the average would mix in unaveraged
+        weights.
 
         Raises:
-            LayoutError: naming a parameter that became trainable, was replaced, or is gone.
-            AveragingError: the weights have changed and no step was seen to change them.
+            LayoutError: a parameter became trainable, was replaced, or is gone; names it.
+            AveragingError: the weights have changed but no optimizer step was seen.
         """
         held = dict(self.named_parameters())
         if gone := self.trainable.keys() - held.keys():
             raise LayoutError(
-                f"{min(gone)!r} was there when the averager was attached, and is gone; attach a new averager after "
-                "the model is changed (adapters merged and unloaded, say)"
+                f"{min(gone)!r} was there when the averager was attached, and is gone; attach a new averager "
+                "after the model is changed (adapters merged and unloaded, say)"
             )
         for name, parameter in held.items():
             if name in self.trainable and parameter is not self.trainable[name]:
@@ -200,14 +202,14 @@ class Engine(ABC):
         steps, bits = self._attached_with
         if steps == self._steps_seen() and bits != self.sum_of_working():
             raise AveragingError(
-                "the weights have changed since the averager was attached, but no optimizer step was seen, so none "
-                "was averaged: steps inside a replayed CUDA graph cannot be seen. Call `optimizer.step()` outside "
-                "of the graph, and load weights before the averager is attached"
+                "the weights have changed since the averager was attached, but no optimizer step was seen, so "
+                "nothing was averaged: steps inside a replayed CUDA graph cannot be seen. Call `optimizer.step()` "
+                "outside of the graph, and load weights before the averager is attached"
             )
 
     @torch.no_grad()
     def misplaced(self) -> LayoutError | None:
-        """What is wrong where an owned working element is not, bit for bit, its master cast to its dtype."""
+        """The error, if any owned working element is not, bit for bit, its master cast to the working dtype."""
         masters, buffers = self.masters(), self.working()
         for piece in self._pieces:
             working = piece.of(buffers).detach()
@@ -232,11 +234,11 @@ class Engine(ABC):
     @torch.no_grad()
     def write(self, shard: Tensor | None) -> None:
         """Copy a host shard (None: the masters) into the owned working elements, cast. Does not publish."""
-        if torch.cuda.is_initialized() and any(working.device.type == "cpu" for working in self.working()):
-            torch.cuda.synchronize()  # offloading starts copies from host memory to the device, and leaves them
+        _wait_for_device()  # offloading starts copies from host to device and does not wait
         values = self._owned(self.masters()) if shard is None else self._cut(shard)
         for working, value in zip(self._owned(self.working()), values, strict=True):
             working.copy_(value)
+        _wait_for_device()  # ZeRO-3 gathers on a stream of its own, which need not wait for this one
 
     @torch.no_grad()
     def read(self, buffers: list[Tensor]) -> Tensor:
@@ -247,23 +249,23 @@ class Engine(ABC):
         return shard
 
     def live(self) -> Iterator[Tensor]:
-        """This rank's elements of the last weights, in shard order and bounded pieces on the host, fp32, also while
-        others are swapped in.
+        """This rank's elements of the last weights: fp32, on the host, in shard order and bounded pieces. Works
+        also while averaged weights are swapped in.
         """
         stash = self._stashed()
         yield from map(Tensor.cpu, self._owned(self.masters()) if stash is None else self._cut(stash))
 
     def live_shard(self) -> Tensor:
-        """What :meth:`live` gives, as one tensor."""
+        """The pieces of :meth:`live` as one tensor."""
         stash = self._stashed()
         return self.read(self.masters()) if stash is None else stash
 
     def sum_of_working(self) -> int:
-        """A sum over the bits of the owned working weights: another one says that somebody wrote to them."""
+        """A sum over the bits of the owned working weights: if it changes, something wrote to them."""
         return checksum(self._owned(self.working()))
 
     def _stashed(self) -> Tensor | None:
-        """The owned live elements where a swap has put others in place of the masters themselves."""
+        """The owned live elements, if a swap has overwritten the masters themselves."""
         return self.swap.stash if self.swap.stash is not None and self.masters_are_working() else None
 
     @cached_property
@@ -284,22 +286,28 @@ class Engine(ABC):
             )
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise AveragingError(
-                "an optimizer step is captured in a CUDA graph, and steps of a replayed graph cannot be seen, so "
-                "none would be averaged; capture forward and backward only, and call `optimizer.step()` outside"
+                "an optimizer step is being captured in a CUDA graph, and steps of a replayed graph cannot be "
+                "seen, so none would be averaged; capture forward and backward only, and call `optimizer.step()` "
+                "outside"
             )
 
 
 def unknown_parameter(shape: torch.Size) -> LayoutError:
-    """What is wrong where the optimizer trains something that the model does not name."""
+    """The error for an optimizer that trains a parameter the model does not have."""
     return LayoutError(
         f"the optimizer holds a parameter of shape {tuple(shape)} that the model does not; expected the model's "
-        "own parameters: build the optimizer after the last change of the model, and under ZeRO-3 compile the "
+        "own parameters: build the optimizer after the last change to the model, and under ZeRO-3 compile the "
         "whole model or nothing"
     )
 
 
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def checksum(runs: Iterable[Tensor]) -> int:
-    """A sum over the bits of flat tensors, whose order does not matter: eight bytes at a time, then the edges."""
+    """A sum over the bits of flat tensors, in any order: eight bytes at a time, then the edges."""
     sums = []
     for run in runs:
         ratio = 8 // run.element_size()

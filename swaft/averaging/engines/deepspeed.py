@@ -1,7 +1,7 @@
-"""DeepSpeed: where each stage keeps its fp32 masters, and the modes in which a "master" is not what it says.
+"""DeepSpeed: where each stage keeps its fp32 masters, and the modes whose "masters" are not true masters.
 
-Read in DeepSpeed 0.19.8 (`stage_1_and_2.py`, `bf16_optimizer.py`, `stage3.py`). The public fragment mapping is not
-used: with `round_robin_gradients` it names the wrong parameters, and it is rebuilt at every load. The layout is
+Based on DeepSpeed 0.19.8 (`stage_1_and_2.py`, `bf16_optimizer.py`, `stage3.py`). The public fragment mapping is not
+used: with `round_robin_gradients` it points to the wrong parameters, and it is rebuilt at every load. The layout is
 taken from the lists the buffers were made from, and proved bit for bit by :meth:`Engine.prove_layout`.
 """
 
@@ -24,14 +24,14 @@ DEEPSPEED_CALLS = (
     *("save_checkpoint", "load_checkpoint", "save_16bit_model"),
     "_zero3_consolidated_16bit_state_dict",  # which accelerate calls
 )
-"""Calls of a DeepSpeed engine that hand out weights or replace them."""
+"""Methods of a DeepSpeed engine that hand out or replace weights."""
 
 
 def attach_deepspeed(deepspeed_engine: Any) -> Engine:
-    """The adapter for a DeepSpeed engine, by the wrapper around its optimizer (collective).
+    """Return the adapter for a DeepSpeed engine, chosen by the wrapper around its optimizer (collective).
 
     Raises:
-        UnsupportedEngineError: its masters cannot be averaged faithfully, naming the setting.
+        UnsupportedEngineError: its masters cannot be averaged faithfully; names the setting.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -74,16 +74,16 @@ def attach_deepspeed(deepspeed_engine: Any) -> Engine:
 
 
 class ZeroEngine(Engine):
-    """Engines whose masters are a few flat partitions, one a parameter group or a sub-group.
+    """Engines whose masters are a few flat partitions, one per parameter group or sub-group.
 
-    DeepSpeed replaces the storage of these tensors (a checkpoint load, and `offload_states`, which is there to
-    free it), so they are fetched anew each time.
+    DeepSpeed replaces the storage of these tensors when it loads a checkpoint, and frees it in `offload_states`, so
+    they are fetched again each time.
 
     Args:
         name: name of the engine.
-        deepspeed_engine: what DeepSpeed made of the model.
+        deepspeed_engine: DeepSpeed's engine around the model.
         masters: attribute of its optimizer that lists the master partitions.
-        working: attribute that lists the working weights: likewise, or a partition a rank (stages 1 and 2).
+        working: attribute that lists the working weights: the same way, or one partition per rank (stages 1 and 2).
     """
 
     lends_storage = True
@@ -104,7 +104,7 @@ class ZeroEngine(Engine):
 class Zero12Engine(ZeroEngine):
     """`DeepSpeedZeroOptimizer`, stage 1 or 2, and `BF16_Optimizer`: stage 1 in bf16 with gradients summed in fp32.
 
-    A parameter group is flat, and cut into one partition a rank.
+    A parameter group is flat, and cut into one partition per rank.
     """
 
     def __init__(self, deepspeed_engine: Any, *, bf16_optimizer: bool = False):
@@ -151,7 +151,7 @@ class Zero12Engine(ZeroEngine):
 class Zero3Engine(ZeroEngine):
     """`DeepSpeedZeroOptimizer_Stage3`, optimizer and parameters on the device or in host memory.
 
-    Every parameter of a sub-group is cut into one padded slice a rank. The padding is uninitialised memory; no
+    Every parameter of a sub-group is cut into one padded slice per rank. The padding is uninitialised memory; no
     fragment covers it, so it is neither averaged nor checked nor saved.
     """
 
@@ -173,18 +173,18 @@ class Zero3Engine(ZeroEngine):
         return [tensor.detach() for tensor in getattr(self._zero, self._list_of_working)]
 
     def publish(self) -> None:
-        """Gather the always-resident small parameters anew and drop node-local copies (collective)."""
+        """Gather the always-resident small parameters again and drop node-local copies (collective)."""
         persistent = self._zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
         self._zero.invalidate_secondary_tensor()
 
     def release_gathered(self) -> None:
-        """Partition everything, so that no gathered copy of the weights outlives a change of the shards."""
+        """Partition everything, so that no gathered copy of the weights survives a change of the shards."""
         self._zero.empty_partition_cache()
 
     def gather_working(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter whole, as forwards see it, in host memory, on every rank (collective)."""
+        """The whole parameter, as forwards see it, in host memory, on every rank (collective)."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([parameter]):
@@ -196,7 +196,7 @@ class Zero3Engine(ZeroEngine):
 
 
 def deepspeed_steps(deepspeed_engine: Any) -> int:
-    """Steps DeepSpeed took less those it skipped; `was_step_applied` is stale between boundaries."""
+    """Steps DeepSpeed took, minus those it skipped; `was_step_applied` is stale between boundaries."""
     return deepspeed_engine.global_steps - deepspeed_engine.skipped_steps
 
 
@@ -204,10 +204,10 @@ def refused_settings(config: Any) -> list[str]:
     """Return the settings of a DeepSpeed configuration whose masters cannot be averaged faithfully.
 
     Args:
-        config: a `deepspeed.runtime.config.DeepSpeedConfig`; no engine need run yet.
+        config: a `deepspeed.runtime.config.DeepSpeedConfig`; no engine needs to exist yet.
 
     Returns:
-        The names of the settings, each with the reason where it needs one.
+        The names of the settings, with a reason where needed.
     """
     zero = config.zero_config
     optimizer, param = zero.offload_optimizer, zero.offload_param
@@ -244,7 +244,7 @@ def refuse_modes(deepspeed_engine: Any) -> None:
     """Refuse a DeepSpeed engine whose masters cannot be averaged faithfully.
 
     Raises:
-        UnsupportedEngineError: naming the setting.
+        UnsupportedEngineError: names the setting.
     """
     wrapper = deepspeed_engine.optimizer
     groups = getattr(wrapper, "real_dp_process_group", None) or getattr(
@@ -256,7 +256,7 @@ def refuse_modes(deepspeed_engine: Any) -> None:
         "hybrid_engine.enabled": type(deepspeed_engine).__name__ == "DeepSpeedHybridEngine",
         "pipeline parallelism (a PipelineModule)": deepspeed_engine.pipeline_parallelism,
         "expert parallelism (MoE layers)": deepspeed_engine.has_moe_layers,
-        # Under the second, some parameters are partitioned over fewer ranks than train.
+        # With sequence parallelism, some parameters are partitioned over fewer ranks than train.
         "tensor or sequence parallelism (an mpu)": (
             deepspeed_engine.mpu is not None or sizes - {dist.get_world_size()}
         ),

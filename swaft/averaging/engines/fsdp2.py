@@ -1,12 +1,12 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): the sharded fp32 parameters are the masters.
 
-Read in torch 2.13 (`torch/distributed/fsdp/_fully_shard`). Every parameter is a DTensor cut into rows over the
-ranks, unevenly where they do not divide; a forward gathers copies in the compute dtype and puts them into the
-module. The root's copies stay there after the forward, and a change of the shards is not seen until they are
-dropped. So everything is resharded before the module is looked at, and after the shards are written.
+Based on torch 2.13 (`torch/distributed/fsdp/_fully_shard`). Every parameter is a DTensor cut into rows over the
+ranks, unevenly if they do not divide; a forward gathers copies in the compute dtype and puts them into the module.
+The root's copies stay there after the forward, and a change of the shards is not seen until they are dropped. So
+everything is resharded before the module is inspected and after the shards are written.
 
-Over a mesh of two dimensions (HSDP) the rows are cut over the second, and the ranks along the first hold the same
-rows: these average a slice each.
+On a two-dimensional mesh (HSDP), the rows are cut over the second dimension. The ranks along the first dimension
+hold the same rows, and each averages a slice of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from swaft.averaging.engines.base import checksum
 from swaft.averaging.engines.replicated import ReplicatedEngine, require_fp32
 from swaft.averaging.layout import Fragment
 from swaft.errors import LayoutError, UnsupportedEngineError
@@ -30,35 +29,17 @@ from swaft.errors import LayoutError, UnsupportedEngineError
 class FSDP2Engine(ReplicatedEngine):
     """Parameters that `fully_shard` cut into rows, by hand or through accelerate.
 
-    The module was resharded before (:func:`reshard`); the parameters stay sharded whatever it holds at the moment.
+    The module has been resharded first (:func:`reshard`); `parameters` stay sharded, whatever the module holds
+    later.
     """
 
-    def prove_layout(self) -> None:
-        """As of every engine; and that the replicas of a shard hold the same (collective).
-
-        Raises:
-            LayoutError: on every rank.
-        """
-        super().prove_layout()
-        if self._num_replicas == 1:
-            return
-        replicas = dist.get_process_group_ranks(self._replicas)
-        found = self.ranks.gather((replicas, checksum(self.working())))
-        for rank, (others, bits) in enumerate(found):
-            if bits != found[others[0]][1]:
-                raise LayoutError(
-                    f"rank {rank} holds other weights than rank {others[0]}, and both are replicas of one shard "
-                    "(HSDP); expected the same model on all ranks before `fully_shard`: load it from the same "
-                    "files, or seed alike"
-                )
-
     def named_parameters(self, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter by its clean name, sharded whatever a forward has left in the module."""
+        """Every parameter with its clean name, always sharded, whatever a forward has left in the module."""
         self.release_gathered()
         yield from super().named_parameters(aliases=aliases)
 
     def publish(self) -> None:
-        """Have the next forward gather anew (collective where shards have replicas)."""
+        """Make the next forward gather again (collective if shards have replicas)."""
         super().publish()
         self.release_gathered()
 
@@ -67,14 +48,15 @@ class FSDP2Engine(ReplicatedEngine):
         reshard(self.module)
 
     def gather_working(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter whole, as forwards see it, in host memory, on every rank (collective where it is sharded)."""
+        """The whole parameter, as forwards see it, in host memory, on every rank (collective if it is sharded)."""
         if not isinstance(parameter, DTensor):
             return parameter.detach()
         return cast(DTensor, self._on_the_wire(parameter.detach())).full_tensor().cpu()
 
     @staticmethod
     def _tensors(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        # The local tensor of a DTensor is fetched the way FSDP2 itself does: `to_local()` is a call each.
+        # The local tensor of a DTensor is fetched as FSDP2 itself does it: `to_local()` would be a Python call for
+        # each.
         return list(map(_LOCAL, parameters))
 
     def _held_fragments(self) -> list[Fragment]:
@@ -94,12 +76,12 @@ class FSDP2Engine(ReplicatedEngine):
         return self._mesh.get_group(0), self._mesh.get_local_rank(0), self._mesh.size(0)
 
     def _on_the_wire(self, packed: Tensor) -> Tensor:
-        # An offloaded shard lies on the host, where the ranks' process group may have no backend.
+        # An offloaded shard is on the host, for which the ranks' process group may have no backend.
         return packed if self._mesh is None else packed.to(self._mesh.device_type)
 
 
 def reshard(module: nn.Module) -> None:
-    """Put the sharded parameters back into every part of a module that holds gathered ones."""
+    """Put the sharded parameters back into every submodule that holds gathered ones."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -109,7 +91,7 @@ def refuse_layout(name: str, parameter: nn.Parameter) -> None:
     """Refuse a trainable parameter that is not cut into rows over all ranks, in fp32.
 
     Raises:
-        UnsupportedEngineError: naming the parameter and the setting.
+        UnsupportedEngineError: names the parameter and the setting.
     """
     if not isinstance(parameter, DTensor):
         raise UnsupportedEngineError(
@@ -121,14 +103,14 @@ def refuse_layout(name: str, parameter: nn.Parameter) -> None:
     if mesh.size() != dist.get_world_size():
         raise UnsupportedEngineError(
             f"{name!r} is laid out over a mesh of shape {tuple(mesh.shape)} {mesh.mesh_dim_names or ''} with "
-            f"{dist.get_world_size()} ranks training: another parallelism beside FSDP2, which this version does "
+            f"{dist.get_world_size()} ranks training: a second kind of parallelism, which this version does "
             "not average; expected a mesh over all ranks, (shard) or (replicate, shard): accelerate without "
             "tp_size, cp_size and ep_size"
         )
     if parameter.placements not in ((Shard(0),), (Replicate(), Shard(0))):
         raise UnsupportedEngineError(
             f"{name!r} has the placement {parameter.placements}, expected (Shard(dim=0),), or (Replicate(), "
-            "Shard(dim=0)) over a mesh of two dimensions, the defaults of `fully_shard`; leave out its "
+            "Shard(dim=0)) on a two-dimensional mesh, the defaults of `fully_shard`; leave out its "
             "`shard_placement_fn`, and do not combine it with tensor parallelism"
         )
     policy = "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16); accelerate: mixed_precision=bf16"
@@ -139,7 +121,7 @@ _LOCAL = attrgetter("_local_tensor")
 
 
 def _row_fragments(name: str, parameter: DTensor, *, buffer: int) -> list[Fragment]:
-    """The rows that this rank holds of one parameter; none where there are fewer rows than ranks."""
+    """The rows of one parameter that this rank holds; none if there are fewer rows than ranks."""
     held = _LOCAL(parameter)
     shape, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements

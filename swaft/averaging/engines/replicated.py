@@ -1,7 +1,7 @@
 """Engines whose ranks hold the same weights: one process, DDP, DeepSpeed stage 0, and replicas of FSDP2's shards.
 
-Each of the ranks that hold the same averages one slice of it: 1/R of the memory and the work. Publishing sends
-each slice to the others.
+Each of the R ranks with the same weights averages one slice of them: 1/R of the memory and the work. Publishing
+sends each slice to the other ranks.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import PIECE, Engine, unknown_parameter
+from swaft.averaging.engines.base import PIECE, Engine, checksum, unknown_parameter
 from swaft.averaging.layout import Fragment, clean_name, cut, merge, slice_of
 from swaft.errors import LayoutError, UnsupportedEngineError
 
 
 class ReplicatedEngine(Engine):
-    """Weights that several ranks hold; the masters are the parameters themselves or tensors beside them.
+    """Weights that several ranks hold; the masters are the parameters themselves or separate tensors.
 
     Args:
         name: name of the engine.
         module: the unwrapped model.
         inner_optimizer: the torch optimizer that takes the steps.
-        parameters: the optimizer's parameters by master tensor, in an order that all ranks share.
-        masters: one fp32 tensor a list of parameters, which holds their elements end to end; ``None`` where the
+        parameters: the optimizer's parameters, grouped by master tensor, in the same order on all ranks.
+        masters: one fp32 tensor per list of parameters, holding their elements end to end; ``None`` if the
             parameters are their own masters.
-        steps_seen: steps that were taken.
+        steps_seen: returns the number of steps taken.
     """
 
     def __init__(
@@ -54,12 +54,32 @@ class ReplicatedEngine(Engine):
         self.fragments = slice_of(self._held, self._replica, self._num_replicas)
 
     def masters(self) -> list[Tensor]:
-        """The masters, one flat tensor a parameter."""
+        """The masters, one flat tensor per parameter."""
         return self._masters()
 
     def working(self) -> list[Tensor]:
         """The parameters, or what this rank holds of them, flattened."""
         return self._working()
+
+    def prove_layout(self) -> None:
+        """As for every engine; also prove that replicas hold the same weights, as each averages a part
+        (collective).
+
+        Raises:
+            LayoutError: on every rank.
+        """
+        super().prove_layout()
+        if self._num_replicas == 1:
+            return
+        replicas = dist.get_process_group_ranks(self._replicas)
+        found = self.ranks.gather((replicas, checksum(self.working())))
+        for rank, (others, bits) in enumerate(found):
+            if bits != found[others[0]][1]:
+                raise LayoutError(
+                    f"rank {rank} holds other weights than rank {others[0]}, and both should be replicas of one "
+                    "model, or of one shard (HSDP); expected all ranks to load the same files, or to seed alike, "
+                    "and to exchange the gradients of every step (no LocalSGD, no DDP over a part of the ranks)"
+                )
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -78,31 +98,31 @@ class ReplicatedEngine(Engine):
 
     @staticmethod
     def _tensors(parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-        """What this rank holds of the parameters, as it is now."""
+        """What this rank currently holds of the parameters."""
         return parameters
 
     def _held_fragments(self) -> list[Fragment]:
-        """What this rank holds, in an order that its replicas share."""
+        """What this rank holds, in the same order on all its replicas."""
         return [Fragment(self.name_of(p), 0, p.numel(), i, 0) for i, p in enumerate(self.parameters)]
 
     def _find_replicas(self) -> tuple[Any, int, int]:
-        """The group of ranks that hold the same as this one (None: all), its place among them, how many."""
+        """The group of ranks with the same weights (None: all ranks), this rank's place in it, and its size."""
         return None, self.ranks.rank, self.ranks.world_size
 
     def _on_the_wire(self, packed: Tensor) -> Tensor:
-        """A message where the group of the replicas can send it."""
+        """A message on a device from which the replicas' group can send it."""
         return packed
 
 
 class FlatViews:
-    """Flat views of tensors, made anew where one of them has other storage than before.
+    """Flat views of tensors, rebuilt whenever the storage of one of them has changed.
 
     `module.to`, `weight.data = weight.data.clamp(-1, 1)`, a loaded checkpoint and FSDP2's first forward replace
-    storage, and views of the old one would be averaged from then on. The views keep the old storage alive until
-    they are asked for again, so that no new one can be mistaken for it by its address.
+    storage, and views of the old storage would be averaged from then on. The views keep the old storage alive until
+    the next call, so that new storage cannot get the same address and be mistaken for it.
 
     Args:
-        tensors: gives the tensors as they are now; called every time, so without a loop in Python.
+        tensors: returns the current tensors; called every time, so it must avoid a Python loop.
         numels: elements of the views that each tensor is cut into; by default one view a tensor.
     """
 
@@ -115,7 +135,7 @@ class FlatViews:
         self._views: list[Tensor] = []
 
     def __call__(self) -> list[Tensor]:
-        """Flat tensors without gradient; the same list object while no storage has moved.
+        """Flat tensors without gradients; the same list object while no storage has moved.
 
         Raises:
             LayoutError: a tensor is not contiguous.
@@ -141,7 +161,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The optimizer's trainable parameters by name, each once, with the proof that the model trains no others."""
+    """The optimizer's trainable parameters by name, each once. Refuses a model that trains any others."""
     held = {
         id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
     }
@@ -151,14 +171,14 @@ def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.numel() and id(parameter) not in held:
             raise LayoutError(
-                f"{names[id(parameter)]!r} is trainable but in no optimizer group of the optimizer given; expected "
-                "one of all that is trained, in several groups say. Or freeze it with requires_grad_(False)"
+                f"{names[id(parameter)]!r} is trainable but in no parameter group of the given optimizer; expected "
+                "an optimizer that holds every trained parameter. Or freeze it with requires_grad_(False)"
             )
     return {names[identity]: parameter for identity, parameter in held.items()}
 
 
 def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    """The optimizer's parameters, one a list, where they are their own fp32 masters."""
+    """The optimizer's parameters, one per list; each is its own fp32 master."""
     parameters = optimized(module, optimizer)
     for name, parameter in parameters.items():
         require_fp32(
@@ -168,21 +188,21 @@ def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
 
 def require_fp32(name: str, dtype: torch.dtype, setting: str) -> None:
-    """Refuse a parameter that is trained in another type than fp32 and is its own master.
+    """Refuse a parameter that is its own master but is not trained in fp32.
 
     Args:
         name: of the parameter.
-        dtype: that it is trained in.
+        dtype: the dtype it is trained in.
         setting: what casts fp32 weights for the forward under this engine.
 
     Raises:
-        UnsupportedEngineError: with that setting.
+        UnsupportedEngineError: names that setting.
     """
     if dtype != torch.float32:
         reason = (
             "an average of such weights stops moving" if dtype.itemsize < 4 else "swaft averages fp32 alone"
         )
         raise UnsupportedEngineError(
-            f"{name!r} is trained in {dtype} with no fp32 master beside it, and {reason}; load the model in fp32 "
+            f"{name!r} is trained in {dtype} without a separate fp32 master, and {reason}; load the model in fp32 "
             f"and let mixed precision cast it ({setting})"
         )

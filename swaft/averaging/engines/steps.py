@@ -1,4 +1,4 @@
-"""Counts the optimizer steps of engines that keep no count of their own, by hooks that die with who set them."""
+"""Counts the optimizer steps of engines that keep no count, with hooks that die with the object that set them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _outlived: list[RemovableHandle] = []
-"""Hooks whose object is gone. The collector may find that out while torch goes through the very hooks, which
-must not change meanwhile; so they do nothing until somebody removes them."""
+"""Hooks whose object is gone. Garbage collection may run while torch iterates over these very hooks, which must not
+change meanwhile; so they stay, doing nothing, until they are removed."""
 
 
 def hook_weakly(
     register: Callable[[Callable[..., None]], RemovableHandle], method: Callable[..., None]
 ) -> None:
-    """Set a bound method as a hook that does not keep its object alive, and does nothing once that is gone.
+    """Register a bound method as a hook that does not keep its object alive, and does nothing once that is gone.
 
-    Called outside of an optimizer step; there hooks that have outlived their objects are removed, too.
+    Call it outside of an optimizer step. It also removes hooks that have outlived their objects.
 
     Args:
         register: takes a hook and returns a handle with `remove()`.
@@ -56,9 +56,10 @@ def _remove_outlived() -> None:
 
 
 def steps_taken(optimizer: Optimizer) -> int | None:
-    """The steps that an optimizer's state says it has taken; None where it has a state that does not say (SGD's).
+    """The number of steps recorded in an optimizer's state; None if it has a state without a count (SGD).
 
-    Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; of several the largest.
+    Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; the largest if they
+    differ.
     """
     held = [*optimizer.state.values(), *optimizer.param_groups]
     steps = [int(each["step"]) for each in held if "step" in each]
@@ -68,16 +69,16 @@ def steps_taken(optimizer: Optimizer) -> int | None:
 
 
 def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
-    """The optimizer steps that a run has taken, from which its engine continues to count (collective).
+    """Find how many optimizer steps a run has taken, and let its engine continue counting from there (collective).
 
     Args:
         engine: of the run.
-        first_step: the step, where it is known. None: as DeepSpeed has counted, or the optimizer's state says.
+        first_step: the step, if known. None: taken from DeepSpeed's counter or the optimizer's state.
         total_steps: optimizer steps of the whole run.
 
     Raises:
-        ConfigError: `first_step` is no number of steps.
-        AveragingError: they are more than the whole run has.
+        ConfigError: `first_step` is not a valid number of steps.
+        AveragingError: the step is past the end of the run.
     """
     counted = engine.outer is not engine.module
     source = "DeepSpeed has counted" if counted else "the optimizer's state says"
@@ -95,25 +96,25 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
         )
     if not engine.ranks.is_main:
         return step
-    guessed = first_step is None and not counted  # the state may be left from a run before this one
+    guessed = first_step is None and not counted  # the state may be left over from an earlier run
     if step:
         level = logging.WARNING if guessed else logging.INFO
         logger.log(level, "averaging begins at optimizer step %d of %d, as %s", step, total_steps, source)
     elif guessed and steps_taken(engine.inner_optimizer) is None:
         logger.warning(
-            "the optimizer (%s) has a state which does not say after how many steps, so they are counted from 0; "
-            "if the run continues an earlier one, name them in first_step",
+            "the optimizer (%s) has a state that does not say after how many steps, so they are counted from 0; "
+            "if the run continues an earlier one, pass their number as first_step",
             type(engine.inner_optimizer).__name__,
         )
     return step
 
 
 class StepCounter:
-    """Counts the steps that one optimizer really took, and refuses that another takes them instead.
+    """Counts the steps that one optimizer really took, and raises if another optimizer steps the same weights.
 
-    It begins with what the optimizer's state says (:func:`steps_taken`), at 0 where that says nothing, and
-    again when a state is loaded. It hooks the optimizers themselves, so neither a micro-batch nor a step that a
-    loss scaler skips is counted.
+    The count starts from the optimizer's state (:func:`steps_taken`), or from 0 if the state has no count, and
+    restarts from it when a state is loaded. It hooks the optimizers themselves, so neither a micro-batch nor a step
+    that a loss scaler skips is counted.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -127,8 +128,8 @@ class StepCounter:
         hook_weakly(optimizer.register_load_state_dict_post_hook, self._loaded)
 
     def __call__(self) -> int:
-        """Steps taken; asked outside of a step only."""
-        self._inside = False  # whatever a step has left that ended in an error
+        """Steps taken; call it only outside of a step."""
+        self._inside = False  # a step that ended in an error leaves it set
         _remove_outlived()
         return self.count
 
@@ -150,15 +151,15 @@ class StepCounter:
     def _after(self, optimizer: Optimizer, *_: object) -> None:
         if optimizer is self._optimizer:
             if not self._inside:
-                return  # of a subclass, whose `super().step()` is hooked too and has been counted
+                return  # a subclass: its `super().step()` is hooked too and has been counted
             self._inside = False
-            # A fused optimizer is called on an overflow too, and skips the step by itself; torch's scaler leaves
-            # its verdict on the optimizer for the time of the call.
+            # A fused optimizer is called on an overflow too and skips the step itself; during the call, torch's
+            # scaler leaves its verdict on the optimizer.
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is None or not bool(found_inf):
                 self.count += 1
         elif self._calls_before_others.pop(id(optimizer), None) == self._calls and not self._stopped:
-            # Ours did not step meanwhile, so the other is no wrapper around it but stands in its place.
+            # Ours did not step meanwhile, so the other is not a wrapper around it but a replacement.
             raise AveragingError(
                 f"another {type(optimizer).__name__} than the one the averager was attached to has stepped the "
                 "averaged parameters, and its steps would not be counted; attach a new averager after the "

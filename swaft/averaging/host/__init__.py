@@ -1,6 +1,6 @@
-"""One rank's averages in host memory, behind the training thread: lanes, threads that move them, a pipeline.
+"""One rank's averages in host memory, updated in the background: lanes, threads that move them, a pipeline.
 
-And what they will take, and what rounding would do to a mean over the whole run, before it.
+Also a forecast of their cost, and of what rounding would do to a mean over the whole run.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from swaft.averaging.layout import Span
 from swaft.averaging.rules import Plan
 
 STAGING_BYTES = 1 << 29
-"""Most pinned memory a rank takes: 512 MiB."""
+"""Maximum pinned memory per rank: 512 MiB."""
 RATE_SAMPLE = 1 << 22
-"""Elements on which the rate of the arithmetic is measured."""
+"""Number of elements used to measure the speed of the arithmetic."""
 DEVICE = attrgetter("device")
 WEIGHT_SCALE = 0.02
-"""Standard deviation of the simulated weights: that of a BERT or GPT-2 matrix."""
+"""Standard deviation of the simulated weights, as in a BERT or GPT-2 matrix."""
 DRIFT = 0.1
-"""Size of the steady part of a step beside its noise."""
+"""Size of the steady part of a step relative to its noise."""
 
 Mean = Callable[[np.ndarray, float], np.ndarray]
 """Takes a member (n,), fp32, and its weight; returns the mean so far."""
@@ -45,7 +45,7 @@ class RoundingError:
     displacement_share: float
     """Norm of the error, as a share of how far the exact mean has moved from the first member."""
     mean_ulps: float
-    """Mean error in units in the last place of fp32; a quarter is what rounding the exact mean costs."""
+    """Mean error in units in the last place of fp32; rounding the exact mean alone costs a quarter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,19 @@ class Forecast:
     elements: int
     """Elements this rank owns."""
     events: int
-    """Steps at which a member is copied; all rules share the copy."""
+    """Number of steps at which a member is copied; all rules share the copy."""
     host_bytes: int
-    """Most host memory the averages take."""
+    """Peak host memory of the averages."""
     pinned_bytes: int
-    """Pinned memory of the staging ring; 0 where the masters are in host memory."""
+    """Pinned memory of the staging ring; 0 if the masters are in host memory."""
     copied_bytes: int
-    """Bytes copied from the device an event: 4 an owned element, one way; 0 where they are in host memory."""
+    """Bytes copied from the device per event: 4 per owned element, one way; 0 if the masters are in host memory."""
     threads: int
-    """Threads of the arithmetic."""
+    """Threads that do the arithmetic."""
     seconds: float
-    """Seconds of arithmetic an event, at the rate measured now. Steps shorter than this have to wait for it."""
+    """Seconds of arithmetic per event, at the speed measured now. Shorter training steps have to wait for it."""
     plain_errors: dict[str, RoundingError]
-    """By rule: what the plain form loses over this run; empty for the compensated form, which keeps 32 bits."""
+    """By rule, the error of the plain form over this run; empty for the compensated form, which keeps 32 bits."""
 
     def __str__(self) -> str:
         sizes = (
@@ -75,9 +75,9 @@ class Forecast:
         )
         lines = [
             f"{self.events:,} events, {self.elements:,} elements on this rank",
-            "host memory {}, pinned {}, copied {} an event".format(*sizes),
-            f"{self.seconds:.3g} s of arithmetic an event on {self.threads} thread{'s' * (self.threads > 1)}, "
-            "behind the step; a shorter step waits for it",
+            "host memory {}, pinned {}, copied {} per event".format(*sizes),
+            f"{self.seconds:.3g} s of arithmetic per event on {self.threads} thread{'s' * (self.threads > 1)}, "
+            "in the background; a shorter training step waits for it",
         ]
         lines += [
             f"{name}: the plain form ends {error.displacement_share:.1e} of the average's displacement away "
@@ -91,14 +91,15 @@ class HostAverages:
     """The averages of one rank's shard, in its host memory (creating them is collective).
 
     Args:
-        engine: whose masters.
+        engine: provides the masters.
         plans: by name of the rule.
         compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
-        threads: as of `WeightAverager`.
-        spill_dir: likewise; finished lanes move there, in files without a name, which end with the process.
+        threads: as for `WeightAverager`.
+        spill_dir: as for `WeightAverager`; finished lanes move there, to unnamed files that vanish with the
+            process.
 
     Raises:
-        AveragingError: on every rank, where a node's memory is too small.
+        AveragingError: a node has too little memory; on every rank.
     """
 
     def __init__(
@@ -135,11 +136,11 @@ class HostAverages:
         )
 
     def submit(self, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
-        """Take the masters in for some rules, in the background; see `Pipeline.submit`."""
+        """Add the masters to the averages of some rules, in the background; see `Pipeline.submit`."""
         self.pipeline.submit(self._source(masters), masters, step=step, rules=rules)
 
     def forecast(self) -> Forecast:
-        """What the run's averages take on this rank; the optimizer's peak rate decides the plain form's error."""
+        """What the run's averages cost on this rank; the plain form's error follows from the peak learning rate."""
         plans = {name: lanes.plan for name, lanes in self.lanes.items()}
         groups, elements = self._engine.inner_optimizer.param_groups, self._engine.numel
         rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
@@ -165,14 +166,14 @@ class HostAverages:
         )
 
     def close(self) -> None:
-        """Finish what is under way and let the threads end."""
+        """Finish the work in progress and end the threads."""
         self._engine.stop()
         self.pipeline.close()
         self.workers.close()
         self._channel.close()
 
     def _source(self, masters: list[Tensor]) -> Source:
-        """Where the masters are now: offloading may have moved them since the last member."""
+        """The source for the masters as they are now: offloading may have moved them since the last member."""
         devices = set(map(DEVICE, masters)) - {torch.device("cpu")}
         if not devices:
             return self._host
@@ -190,17 +191,17 @@ class HostAverages:
 
 
 def seconds_an_element(workers: Workers, numel: int) -> float:
-    """Measure the seconds that one update of a running mean takes for each element.
+    """Measure how many seconds one update of a running mean takes per element.
 
     Args:
         workers: do the arithmetic.
-        numel: elements of a shard; up to `RATE_SAMPLE` of them are measured.
+        numel: elements of a shard; at most `RATE_SAMPLE` are measured.
     """
     numel = min(RATE_SAMPLE, numel) or 1
     member, mean, words = np.zeros(numel, np.float32), np.zeros(numel, np.float32), np.zeros(numel, np.uint16)
     tables = [table(part, [member.ctypes.data]) for part in shares([Span(0, 0, 0, numel)], workers)]
     seconds = []
-    for _ in range(4):  # the first touches the memory
+    for _ in range(4):  # the first run touches the memory
         begun = time.perf_counter()
         workers.run(native.update, [(*each, mean, words, 0.5) for each in tables])
         seconds.append(time.perf_counter() - begun)
@@ -210,18 +211,18 @@ def seconds_an_element(workers: Workers, numel: int) -> float:
 def simulate(
     plan: Plan, mean: Mean, *, learning_rate: float, numel: int = 256, seed: int = 0
 ) -> RoundingError:
-    """Follow a walk over a whole run with an arithmetic and with float64.
+    """Average a simulated run with a given arithmetic and in float64, and compare.
 
-    The error of a plain fp32 mean comes less from single roundings than from updates too small to register, so no
-    short formula gives it; a few hundred elements show it, which walk as under Adam: by about
-    the learning rate a step, part drift, part noise.
+    The error of a plain fp32 mean comes less from single roundings than from updates too small to register, so
+    there is no short formula for it. Simulating a few hundred elements shows it. They move as under Adam: by about
+    the learning rate per step, part drift, part noise.
 
     Args:
-        plan: of one running mean; gives the weights of the members, and their number.
+        plan: of one running mean; gives the number of members and their weights.
         mean: the arithmetic under test.
         learning_rate: size of a step.
-        numel: elements that walk.
-        seed: of the walk.
+        numel: number of simulated elements.
+        seed: of the random walk.
     """
     generator = np.random.default_rng(seed)
     member = (WEIGHT_SCALE * generator.standard_normal(numel)).astype(np.float32)
@@ -242,7 +243,7 @@ def simulate(
 
 
 def plain_mean() -> Mean:
-    """One running mean in its plain form, in the bits of :mod:`swaft.averaging.native`."""
+    """One running mean in the plain form, bit for bit as in :mod:`swaft.averaging.native`."""
     mean = np.empty(0, np.float32)
 
     def update(member: np.ndarray, weight: float) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""The vectors of one rule, in host memory: as long as this rank's shard, moved by table, read out as a sum.
+"""The vectors of one rule in host memory: as long as this rank's shard, moved by a plan, read out as a sum.
 
-Knows neither engines nor rules: it is given a `Plan`'s numbers and the addresses of a member.
+Knows neither engines nor rules: it gets the numbers of a `Plan` and the addresses of a member.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from swaft.errors import AveragingError
 from swaft.storage.files import write_all
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Runs of one member: addresses in bytes, first element in the shard, number of elements; int64 each."""
+"""Runs of one member: byte address, first element in the shard, number of elements; int64 each."""
 
 
 @dataclass
 class Lane:
-    """One vector: fp32, and in the compensated form a bf16 word beside it. Read only once it is `finished`."""
+    """One fp32 vector, with a bf16 compensation in the compensated form. Read-only once it is `finished`."""
 
     mean: Tensor
     """(numel,), fp32."""
@@ -40,11 +40,11 @@ class Lanes:
     """All lanes of one rule on one rank.
 
     Args:
-        plan: the rule's numbers.
+        plan: the rule's plan.
         numel: elements of the shard.
         workers: do the arithmetic.
-        compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
-        spill: folder that finished lanes move to; None keeps them in memory.
+        compensated: keep running means to 32 bits (6 bytes per element) instead of 24 (4 bytes).
+        spill: folder that finished lanes are moved to; None keeps them in memory.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Lanes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory held now."""
+        """Bytes of host memory currently held."""
         held = [lane for lane in self._lanes.values() if not lane.on_disk]
         return sum(
             each.nbytes for lane in held for each in (lane.mean, lane.compensation) if each is not None
         )
 
     def begin(self) -> tuple[Update, ...]:
-        """The updates of the next member; its elements come by :meth:`take` and it is closed by :meth:`end`."""
+        """Begin the next member and return its updates; :meth:`take` adds its elements, :meth:`end` closes it."""
         updates = self.plan.updates(self.count)
         self._torn = (
             f"member {self.count + 1} of this average was taken in only in part, because averaging failed"
@@ -79,14 +79,14 @@ class Lanes:
         return updates
 
     def take(self, updates: Iterable[Update], tables: Sequence[Table]) -> None:
-        """Move the lanes by the elements of the member that the tables list, one table a thread."""
+        """Move the lanes by the member's elements that the tables list, one table per thread."""
         for update in (each for each in updates if each.source is None):
             lane = self._lanes[update.lane]
             vectors = lane.mean.numpy(), bits(lane.compensation)
             self._workers.run(native.update, [(*table, *vectors, update.weight) for table in tables])
 
     def end(self, updates: Iterable[Update]) -> None:
-        """Close the member: copies between lanes, and finished lanes to disk."""
+        """Close the member: copy between lanes, and move finished lanes to disk."""
         for update in updates:
             if update.source is not None:
                 self._lanes[update.lane].mean.copy_(self._lanes[update.source].mean)
@@ -99,14 +99,14 @@ class Lanes:
         """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read.
 
         Raises:
-            AveragingError: an update broke off half way.
+            AveragingError: an update was interrupted.
         """
         self._refuse_torn()
         coefficients = self.plan.readout(self.count, chosen)
         return [(coefficient, self._lanes[i]) for i, coefficient in sorted(coefficients.items())]
 
     def shard(self, chosen: Readout = DEFAULT) -> Tensor:
-        """The average: (numel,), fp32. A single lane is returned itself, not copied."""
+        """The average: (numel,), fp32. If it is a single lane, that lane is returned, not a copy."""
         readout = self.readout(chosen)
         if len(readout) == 1 and readout[0][0] == 1.0:
             return readout[0][1].mean
@@ -117,23 +117,23 @@ class Lanes:
         return result
 
     def held(self) -> dict[int, Lane]:
-        """Every lane there is, by its number; those on disk are mapped, not read.
+        """Every existing lane, by its number; those on disk are mapped, not read.
 
         Raises:
-            AveragingError: as of :meth:`readout`.
+            AveragingError: as for :meth:`readout`.
         """
         self._refuse_torn()
         return dict(sorted(self._lanes.items()))
 
     def empty_lane(self, index: int) -> Lane:
-        """Memory for a lane, to be filled."""
+        """Allocate an unfilled lane."""
         compensation = None
         if self.plan.lanes[index] and self._compensated:
             compensation = torch.from_numpy(np.empty(self._numel, np.uint16)).view(torch.bfloat16)
         return Lane(_vector(self._numel), compensation)
 
     def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
-        """Resume from ``count`` members with these lanes, one at a time, in place of all there were."""
+        """Resume from ``count`` members with these lanes, read one at a time, replacing all existing lanes."""
         self._lanes = {}
         self._torn = "a state of this average was read only in part, because the rest is damaged"
         self.count = count
@@ -167,17 +167,17 @@ def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last
 
 
 def _vector(numel: int) -> Tensor:
-    # numpy asks for huge pages where torch does not, and the loops run through gigabytes.
+    # numpy asks for huge pages and torch does not; the loops run through gigabytes.
     return torch.from_numpy(np.empty(numel, np.float32))
 
 
 def bits(tensor: Tensor | None) -> np.ndarray:
-    """The words of a bf16 tensor, as uint16, in place; none of None."""
+    """The words of a bf16 tensor as a uint16 view; empty for None."""
     return np.empty(0, np.uint16) if tensor is None else tensor.view(torch.uint16).numpy()
 
 
 def moved_to_disk(tensor: Tensor, folder: Path) -> Tensor:
-    """Return the same values mapped from a new file without a name, which ends with the process.
+    """Return the same values, mapped from a new unnamed file that vanishes with the process.
 
     Args:
         tensor: (numel,), fp32 or bf16, in host memory.
@@ -189,7 +189,7 @@ def moved_to_disk(tensor: Tensor, folder: Path) -> Tensor:
     if not tensor.numel():  # an empty file cannot be mapped
         return tensor
     try:
-        # Written, not copied into the map: a full disk then is an error, where a map would end the process.
+        # Written, not copied into the map: then a full disk raises an error instead of killing the process.
         with TemporaryFile(dir=folder, buffering=0) as file:
             write_all(file.fileno(), tensor.view(torch.uint8).numpy().data)
             return torch.from_numpy(np.memmap(file, np.uint8, mode="c")).view(tensor.dtype)
@@ -200,7 +200,7 @@ def moved_to_disk(tensor: Tensor, folder: Path) -> Tensor:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise an `AveragingError` unless files can be made in a folder, which is made where there is none."""
+    """Raise an `AveragingError` unless files can be created in a folder; the folder is created if needed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()

@@ -1,7 +1,7 @@
-"""What a machine gives to averaging: threads near the masters' memory, and host memory that its ranks share.
+"""A machine's resources for averaging: threads near the masters' memory, and host memory that its ranks share.
 
-The threads are Python threads that spend their time in compiled loops without the interpreter lock. torch's own
-are left alone: under torchrun there is one, and a count set in one thread leaks into those started after it.
+The threads are Python threads that spend their time in compiled loops without the GIL. torch's own threads are not
+used: under torchrun there is one, and a thread count set in one thread leaks into those started after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swaft.errors import AveragingError
 from swaft.options import Count, require_value
 
 MAX_THREADS = 8
-"""Threads a rank takes by itself: more seldom help, since memory is shared by all ranks of a node."""
+"""Default maximum of threads per rank: more rarely help, since all ranks of a node share its memory bandwidth."""
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -36,7 +36,7 @@ class Workers:
 
     Args:
         threads: how many; None: half of this rank's share of the cores it may use, at most `MAX_THREADS`.
-        device: whose host memory the work is in.
+        device: the threads are kept near its host memory.
 
     Raises:
         ConfigError: fewer than one thread.
@@ -51,9 +51,9 @@ class Workers:
         )
 
     def run(self, function: Callable[..., Result], parts: Iterable[tuple]) -> list[Result]:
-        """Call ``function(*part)`` for every part, all at once; returns the results in order.
+        """Call ``function(*part)`` for every part in parallel; returns the results in order.
 
-        Nothing runs any more when this returns or raises: compiled loops read memory by its address.
+        Nothing is still running when this returns or raises: compiled loops read memory by its address.
         """
         futures: list[Future[Result]] = []
         try:
@@ -75,7 +75,7 @@ def default_threads() -> int:
 
 
 def cores_near(device: torch.device | None) -> set[int]:
-    """The cores this process may use that share a memory node with a device; all of them where that is unknown."""
+    """The cores this process may use that share a NUMA node with a device; all of them if that is unknown."""
     allowed = allowed_cores()
     if device is None or device.type != "cuda":
         return allowed
@@ -83,7 +83,7 @@ def cores_near(device: torch.device | None) -> set[int]:
     try:
         address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
         return parse_cores((PCI_DEVICES / address / "local_cpulist").read_text()) & allowed or allowed
-    except (AttributeError, OSError, ValueError):  # a device that has no such address, or a virtual one
+    except (AttributeError, OSError, ValueError):  # no such address, or a virtual device
         return allowed
 
 
@@ -102,16 +102,16 @@ def allowed_cores() -> set[int]:
 
 
 def _stay_on(cores: set[int]) -> None:
-    # Of the calling thread. Where it is forbidden, or no Linux, threads run wherever they are put.
+    # For the calling thread. If this is forbidden, or not Linux, threads run wherever the system puts them.
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(0, cores)
 
 
 def lane_bytes(plan: Plan, numel: int, *, compensated: bool, spilled: bool) -> int:
-    """Most bytes of host memory that a rule's lanes take during a run.
+    """Peak bytes of host memory that a rule's lanes take during a run.
 
     Args:
-        plan: the rule's numbers.
+        plan: the rule's plan.
         numel: elements of the shard.
         compensated: running means take 6 bytes an element, not 4.
         spilled: finished lanes move to disk.
@@ -128,19 +128,19 @@ def lane_bytes(plan: Plan, numel: int, *, compensated: bool, spilled: bool) -> i
 
 
 def available_bytes() -> int:
-    """Host memory this process may still take: the node's, or what its control groups leave of it."""
+    """Host memory this process may still take: the node's, or what its control groups leave."""
     return min([psutil.virtual_memory().available, *_cgroup_rooms()])
 
 
 def require_host_memory(ranks: Ranks, needed: int) -> None:
-    """Refuse, on every rank, what does not fit into the memory of a node (collective).
+    """Raise on every rank if the averages do not fit in the memory of a node (collective).
 
     Args:
         ranks: the ranks; those of one host share its memory.
         needed: bytes this rank will take.
 
     Raises:
-        AveragingError: naming the host, what is needed and what there is.
+        AveragingError: names the host, the memory needed and the memory available.
     """
     host = socket.gethostname()
     everyone = ranks.gather((host, needed, available_bytes()))
@@ -156,7 +156,7 @@ def require_host_memory(ranks: Ranks, needed: int) -> None:
 
 
 def _cgroup_rooms() -> list[int]:
-    """What every control group above this process leaves: its limit less its use, page cache not counted."""
+    """What every control group above this process leaves: its limit minus its use, not counting page cache."""
     rooms = []
     for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -168,7 +168,7 @@ def _cgroup_rooms() -> list[int]:
             continue
         own = root / path.lstrip("/")
         for folder in (each for each in (own, *own.parents) if each.is_relative_to(root)):
-            # Some groups are not to be seen, and "max" is no limit.
+            # Some groups cannot be read, and "max" means no limit.
             with contextlib.suppress(OSError, ValueError):
                 room = int((folder / limit_name).read_text()) - int((folder / use_name).read_text())
                 statistics = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())

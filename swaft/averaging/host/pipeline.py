@@ -1,4 +1,4 @@
-"""The way of a member from the masters into the lanes, behind the training thread.
+"""How a member gets from the masters into the lanes, behind the training thread.
 
     training thread                                    worker thread
     submit(masters)  ─────────────────────────────►    start the copies; all finite? all ranks at one step?
@@ -6,8 +6,8 @@
     release_masters(), before the optimizer writes     move the lanes piece by piece, release the masters
     raise_if_refused(), at the next applied step       close the member
 
-No member is ever dropped: where the masters are still in use when the optimizer wants to write, the step waits,
-and the wait is counted.
+No member is ever dropped: if the masters are still in use when the optimizer wants to write, the step waits, and
+the wait is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from swaft.errors import AveragingError
 VERSION = attrgetter("_version")
 WORD = 1 << 64
 POLL = 1e-3
-"""Seconds between two looks at whether the device still has work."""
+"""Seconds between two checks of whether the device still has work."""
 
 Sum = Callable[[list[float]], list[float]]
 """Elementwise sum over the ranks."""
@@ -40,47 +40,47 @@ Sum = Callable[[list[float]], list[float]]
 
 @dataclass
 class Waits:
-    """How often averaging blocked training: the training thread waited and the device had nothing to do."""
+    """How often averaging blocked training: the training thread waited while the device was idle."""
 
     count: int = 0
-    """Times that it did."""
+    """Number of waits."""
     seconds: float = 0.0
-    """Seconds, in all."""
+    """Total seconds waited."""
 
 
 @dataclass
 class Member:
-    """One averaging event on its way."""
+    """One averaging event in progress."""
 
     source: Source
-    """Where its elements come from."""
+    """Where its elements are read from."""
     masters: list[Tensor]
-    """The master buffers; nobody may write to them before `released`."""
+    """The master buffers; nothing may write to them before `released`."""
     ready: Any
     """Device event after which the masters are complete; None on the host."""
     step: int
-    """Applied step whose weights they are."""
+    """The applied step whose weights these are."""
     rules: tuple[str, ...]
     """The rules that take it."""
     versions: list[int]
     """How often each buffer had been written to when the member was submitted."""
     released: threading.Event = field(default_factory=threading.Event)
-    """All copies are issued, or (on the host) all elements read."""
+    """Set when all copies are issued, or (on the host) all elements read."""
     judged: threading.Event = field(default_factory=threading.Event)
-    """All ranks know whether it may enter the average."""
+    """Set when all ranks know whether it may enter the average."""
     done: threading.Event = field(default_factory=threading.Event)
-    """It is in the lanes, or will never be."""
+    """Set when it is in the lanes, or never will be."""
     refusal: AveragingError | None = None
     """Why it may not enter the average; the same on every rank."""
 
 
 class ChangeCheck:
-    """Whether the weights change at all: compares the bits of the members with the first's, until one differs.
+    """Checks that the weights change at all: compares the bits of each member with the first, until one differs.
 
-    A silent no-op is the worst fault there is.
+    A silent no-op would be the worst possible fault.
 
     Args:
-        workers: do the sums.
+        workers: compute the sums.
     """
 
     def __init__(self, workers: Workers):
@@ -91,7 +91,7 @@ class ChangeCheck:
         self._sum = 0
 
     def take(self, tables: Sequence[Table]) -> None:
-        """Look at a piece of a member."""
+        """Add a piece of a member."""
         if not self.seen:
             self._sum += sum(int(part) for part in self._workers.run(native.checksum, tables))
 
@@ -104,7 +104,7 @@ class ChangeCheck:
         self._sum = 0
 
     def restart(self, *, moved: bool) -> None:
-        """Begin anew, as after members of which it is known whether they differed."""
+        """Start again, as after earlier members of which it is known whether they differed (``moved``)."""
         self.seen, self.members, self._first = moved, 0, None
 
 
@@ -113,8 +113,8 @@ class Pipeline:
 
     Args:
         lanes: by name of the rule.
-        changes: watches whether members differ.
-        sum_over_ranks: called by the worker once a member, on every rank.
+        changes: checks whether members differ.
+        sum_over_ranks: called by the worker once per member, on every rank.
         world_size: number of ranks.
     """
 
@@ -134,7 +134,7 @@ class Pipeline:
     def submit(self, source: Source, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
         """Hand a member over; returns at once.
 
-        The masters must not change before :meth:`release_masters`, nor another member come before
+        The masters must not change before :meth:`release_masters`, and the next member must not be submitted before
         :meth:`raise_if_refused`.
 
         Raises:
@@ -147,7 +147,7 @@ class Pipeline:
         self._queue.put(self._latest)
 
     def release_masters(self, *_: object) -> None:
-        """Hook: return once the masters may be written to; to be called before anything does."""
+        """Hook: block until the masters may be written to; called before anything writes to them."""
         if self._latest is not None:
             self._until(self._latest.released, self._latest.source)
             self._latest.source.order_after_copies()
@@ -155,7 +155,7 @@ class Pipeline:
     def raise_if_refused(self) -> None:
         """Wait for the ranks' verdict on the latest member, and raise if it was refused.
 
-        The verdict is the same on every rank, so all of them raise at the same call.
+        The verdict is the same on every rank, so all of them raise in the same call.
 
         Raises:
             AveragingError: the member was not finite, the ranks are not at the same step, or a rank failed.
@@ -170,30 +170,30 @@ class Pipeline:
         """Wait until every member is in the lanes.
 
         Raises:
-            AveragingError: the latest member was refused, or (once) averaging failed on this rank. The members
-                before are still there.
+            AveragingError: the latest member was refused, or (raised once) averaging failed on this rank. Earlier
+                members are kept.
         """
         if self._latest is not None:
-            self._until(self._latest.done)  # asked for, not imposed on training
+            self._until(self._latest.done)  # requested by the caller, so not counted as a wait
             self.raise_if_refused()
         if self._failure is not None and not self._failure_raised:
             self._failure_raised = True
             raise self._broken() from self._failure
 
     def close(self) -> None:
-        """Take in what has been submitted and let the thread end."""
+        """Process what has been submitted and end the thread."""
         self._queue.put(None)
-        if self._thread is not threading.current_thread():  # garbage is collected on any thread
+        if self._thread is not threading.current_thread():  # garbage collection may call this on any thread
             self._thread.join(timeout=5.0)
 
     def _until(self, event: threading.Event, source: Source | None = None) -> None:
-        """Wait for an event; with the source of a member, the wait counts as far as its device has no work left."""
+        """Wait for an event; given a member's source, the wait is counted while its device is idle."""
         if event.is_set():
             return
         queued = None if source is None else source.mark_ready()
         idle_since = time.perf_counter() if queued is None else None
         while not event.wait(timeout=1.0 if queued is None else POLL):
-            # After `close`, or in a forked child, there is nobody left to set it.
+            # After `close`, or in a forked child, nothing is left to set it.
             if not self._thread.is_alive() and not event.is_set():
                 raise _ended()
             if queued is not None and idle_since is None and queued.query():
@@ -210,7 +210,7 @@ class Pipeline:
                 if member.refusal is None:
                     self._take_in(member)
             except Exception as error:  # whatever it is, training must neither hang nor continue unaware
-                self._failure = error  # which the next member's message reports to the other ranks
+                self._failure = error  # the next member's message reports it to the other ranks
                 if not member.judged.is_set():
                     member.refusal = self._broken()
             finally:
@@ -218,7 +218,7 @@ class Pipeline:
                 member.source.close()
                 for event in (member.done, member.judged, member.released):
                     event.set()
-                del member  # an idle thread holds on to nothing
+                del member  # an idle thread must not keep it alive
 
     def _judge(self, member: Member) -> None:
         finite = False
@@ -233,7 +233,7 @@ class Pipeline:
         world_size = self._world_size
         if healthies < world_size:
             member.refusal = self._broken()
-        elif steps * steps != world_size * squares:  # equal only where all steps are
+        elif steps * steps != world_size * squares:  # equal only if all steps are
             member.refusal = AveragingError(
                 f"this rank has taken {step} optimizer steps and others a different number ({steps / world_size:g} "
                 "on average); expected the same on every rank"
@@ -269,7 +269,7 @@ class Pipeline:
     def _broken(self) -> AveragingError:
         if self._failure is None:
             return AveragingError(
-                "averaging failed on another rank, so no more weights are averaged; see its log"
+                "averaging failed on another rank, so no more weights are averaged; see the log of that rank"
             )
         return AveragingError(
             f"averaging failed on this rank: {type(self._failure).__name__}: {self._failure}; no more weights are "
@@ -279,6 +279,6 @@ class Pipeline:
 
 def _ended() -> AveragingError:
     return AveragingError(
-        "the averager's thread has ended, because it was closed or the process is a fork of the one that trains; "
-        "attach a new averager, in the process that trains"
+        "the averager's thread has ended, because it was closed or this process is a fork of the training process; "
+        "attach a new averager in the training process"
     )

@@ -1,8 +1,8 @@
-"""A member on its way to the arithmetic: read in place where the masters are in host memory, staged where not.
+"""How a member reaches the arithmetic: read in place if the masters are in host memory, staged otherwise.
 
-Staging is a ring of pinned blocks. Copies run on a stream of their own, after the optimizer step that wrote the
-masters, and each is followed by an event; the optimizer may write again once the last copy has been issued and the
-training stream waits for that event.
+Staging uses a ring of pinned blocks. Copies run on a separate stream, after the optimizer step that wrote the
+masters, and each is followed by an event. The optimizer may write again once the last copy has been issued and the
+training stream waits for its event.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from swaft.averaging.layout import Span, cut, numel_of
 from swaft.errors import LayoutError
 
 MAX_BLOCKS = 8
-"""Blocks of the ring: enough that copies run while earlier blocks are being averaged."""
+"""Blocks of the ring: enough for copies to run while earlier blocks are being averaged."""
 LARGEST = 2.0**126
-"""Size from which a weight counts as not finite: the difference of two such could overflow in the arithmetic."""
+"""Weights this large count as not finite: the difference of two of them could overflow in the arithmetic."""
 MIN_BLOCK_NUMEL = 1 << 16
 """Smallest block: 256 KiB."""
 
@@ -47,19 +47,19 @@ class HostSource:
         self._tables: list[Table] = []
 
     def mark_ready(self) -> Any:
-        """An event after which the masters, as the calling thread has left them, are complete; None on the host."""
+        """An event after which the masters are complete, as the calling thread left them; None on the host."""
         return None
 
     def order_after_copies(self) -> None:
-        """Have what the calling thread does next to the masters come after the copies issued so far."""
+        """Order what the calling thread does next to the masters after the copies issued so far."""
 
     def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
-        """Begin with a member: take the addresses of the masters, anew where their storage has moved.
+        """Begin a member: take the addresses of the masters, again if their storage has moved.
 
         Args:
             masters: flat fp32 buffers, complete once ``ready`` has happened.
-            ready: of :meth:`mark_ready`.
-            released: called once, when the masters may change, copies in flight apart (`order_after_copies`).
+            ready: from :meth:`mark_ready`.
+            released: called once, when the masters may change, subject to `order_after_copies`.
         """
         self._released = released
         addresses = list(map(Tensor.data_ptr, masters))
@@ -69,17 +69,19 @@ class HostSource:
             self._described, self._tables = described, [table(part, addresses) for part in self._parts]
 
     def all_finite(self) -> bool:
-        """Whether every owned element of the member is finite, and below `LARGEST`."""
+        """Whether every owned element of the member is finite and below `LARGEST` in size."""
         return all(self._workers.run(native.all_finite, self._tables))
 
     def tables(self) -> Iterator[list[Table]]:
-        """The member in pieces, each a table a thread; here one, and the masters are in use until its end."""
+        """The member in pieces, with one table per thread; here there is one piece, and the masters are in use
+        until its end.
+        """
         if self._tables:
             yield self._tables
         self._released()
 
     def close(self) -> None:
-        """Let go of the masters' storage, which others may want to free; only addresses are held here."""
+        """Drop references to the masters' storage, so it can be freed; this source holds only addresses."""
 
 
 class StagedSource:
@@ -90,8 +92,8 @@ class StagedSource:
         workers: whose threads share the work.
         device: where the masters are.
         api: `torch.cuda` or another device module with streams and events.
-        limit_bytes: most memory the ring takes.
-        lent: others may free the masters' storage between members, so no view of it is kept.
+        limit_bytes: maximum memory of the ring.
+        lent: the engine may free the masters' storage between members, so no view of it is kept.
     """
 
     def __init__(
@@ -138,8 +140,8 @@ class StagedSource:
             self._api.current_stream(self._device).wait_event(self._last_copy)
 
     def open(self, masters: list[Tensor], ready: Any, released: Callable[[], None]) -> None:
-        """Let the copy stream wait for the masters, and start as many copies as there are blocks."""
-        self._api.set_device(self._device)  # a thread begins on card 0, and would make a context there
+        """Make the copy stream wait for the masters, and start as many copies as there are blocks."""
+        self._api.set_device(self._device)  # a thread starts on device 0, and would create a context there
         if masters is not self._masters:
             require_geometry(masters, self._spans)
             self._masters = masters
@@ -160,11 +162,11 @@ class StagedSource:
         """Whether every owned element is finite: one reduction on the device."""
         if self._verdict is None:
             return True
-        with self._api.stream(self._stream):  # the worker's own stream would be the one that trains
+        with self._api.stream(self._stream):  # the thread's default stream would be the training stream
             return bool((self._verdict < LARGEST).all())
 
     def tables(self) -> Iterator[list[Table]]:
-        """The member block by block, in shard order, each as soon as it has arrived."""
+        """The member block by block, in shard order, each block as soon as it has arrived."""
         ring = len(self._blocks)
         for i, part in enumerate(self._parts):
             self._copied[i % ring].synchronize()
@@ -176,7 +178,7 @@ class StagedSource:
                     self._released()
 
     def close(self) -> None:
-        """Let go of the masters' storage, where it is lent; else the next member's views are these."""
+        """Drop references to the masters' storage if it is lent; otherwise the next member reuses the views."""
         self._verdict = None
         if self._lent:
             self._masters, self._views = None, []
@@ -195,7 +197,7 @@ Source = HostSource | StagedSource
 
 
 def require_geometry(masters: Sequence[Tensor], spans: Sequence[Span]) -> None:
-    """Refuse master buffers that do not hold the spans: compiled loops would read past them.
+    """Refuse master buffers that do not contain the spans: compiled loops would read past them.
 
     Raises:
         LayoutError: a buffer is missing, too short, not flat, or not fp32.
@@ -217,16 +219,16 @@ def require_geometry(masters: Sequence[Tensor], spans: Sequence[Span]) -> None:
 
 
 def ring_bytes(numel: int, limit_bytes: int) -> int:
-    """Pinned memory that the ring of a shard takes."""
+    """Pinned memory of the ring for a shard, in bytes."""
     block_numel, blocks = ring_of(numel, limit_bytes)
     return 4 * block_numel * blocks
 
 
 def ring_of(numel: int, limit_bytes: int) -> tuple[int, int]:
-    """Elements of a block, and blocks, of the ring for a shard: (block_numel, blocks).
+    """The ring for a shard: (block_numel, blocks), i.e. elements per block and number of blocks.
 
-    A block is a power of two of bytes, because torch rounds pinned blocks up to one. A small shard gets blocks
-    enough for one member; a large one all that is allowed.
+    The size of a block in bytes is a power of two, because torch rounds pinned blocks up to one. A small shard gets
+    enough blocks for one member; a large shard gets all that is allowed.
     """
     largest = 1 << ((limit_bytes // MAX_BLOCKS // 4).bit_length() - 1)
     wanted = 1 << max(0, (-(-numel // MAX_BLOCKS) - 1).bit_length())
@@ -235,12 +237,12 @@ def ring_of(numel: int, limit_bytes: int) -> tuple[int, int]:
 
 
 def shares(spans: Sequence[Span], workers: Workers) -> list[list[Span]]:
-    """Spans in equal parts, one a thread."""
+    """Spans in equal parts, one per thread."""
     return cut(spans, max(1, -(-numel_of(spans) // workers.threads)))
 
 
 def table(chunk: Sequence[Span], addresses: Sequence[int]) -> Table:
-    """The runs of a chunk as addresses in buffers that begin at these, and positions in the shard."""
+    """The runs of a chunk, as addresses in buffers that start at ``addresses``, and positions in the shard."""
     runs = [(addresses[s.buffer] + 4 * s.offset, s.shard_offset, s.numel) for s in chunk]
     where, offsets, numels = np.array(runs, dtype=np.int64).T.copy()
     return where, offsets, numels

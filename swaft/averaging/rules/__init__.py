@@ -1,4 +1,4 @@
-"""Which optimizer steps enter an average, and with what weight. All of it is pure arithmetic."""
+"""Which optimizer steps enter an average, and with what weight: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RULES = {
     "power_ema": PowerEMA,
     "windows": Windows,
 }
-"""Every rule by the name it has in configurations."""
+"""Every rule, by its name in configurations."""
 RECOMMENDED = EMA()
-"""The rule that docs/evidence.md recommends, for a run at constant rate."""
+"""The rule that docs/evidence.md recommends, for a run with a constant learning rate."""
 
 __all__ = [
     "BEMA",

@@ -1,12 +1,12 @@
-"""What a rule says of a run: which optimizer steps are members, and what each does to the lanes. Pure arithmetic.
+"""What a rule says about a run: which optimizer steps are members, and what each does to the lanes.
 
-A *lane* is one vector as long as the weights, kept from the first member on. All a rule can do is move a lane
-towards a member or towards another lane,
+Pure arithmetic. A *lane* is one vector as long as the weights, kept from the first member on. All a rule can do is
+move a lane towards a member or towards another lane,
 
     lane <- lane + weight * (source - lane),          weight 1 copies,
 
-and say which linear combination of its lanes the average is. So every rule is a table of numbers, and whoever
-holds the vectors needs to know no rule.
+and say which linear combination of its lanes is the average. So every rule is a table of numbers, and the code that
+holds the vectors does not need to know the rules.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from swaft.fraction import share_of
 from swaft.options import Count, Range, StepOrShare, require, require_value, value_faults
 
 Precision = Literal["compensated", "plain"]
-"""Of running means: 6 bytes an element, exact to the last digits of fp32 in runs of any length; or 4 bytes, which
-loses digits in long runs."""
+"""Of running means: ``compensated`` takes 6 bytes per element and is exact to the last digits of fp32 in runs of
+any length; ``plain`` takes 4 bytes and loses digits in long runs."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +36,37 @@ class Update:
     weight: float
     """Share of the source, in (0, 1]; 1 copies it."""
     source: int | None = None
-    """Lane that is taken in, as it is after the updates before this one; None: the member itself."""
+    """The lane to move towards, in its state after the preceding updates; None: the member itself."""
 
 
 Blend = Annotated[float, Range(low=-1, high=2)]
 Scope = Literal["all", "no_embeddings", "no_head"]
-"""Which weights an average may stand for; the others stay the last ones."""
+"""Which weights an average may replace; the rest keep their last values."""
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Which weights are read out of a run: whose average, what its rule leaves to be chosen afterwards, and how far
-    to go from the last weights towards it.
+    """Which weights to read out of a run: which rule's average, the choices that its rule leaves open until
+    afterwards, and how far to go from the last weights towards it.
 
     Raises:
-        AveragingError: a blend out of range, or a scope that does not exist.
+        AveragingError: the blend is out of range, or there is no such scope.
     """
 
     rule: str | None = None
     """Name of the rule; None: the first."""
     _: KW_ONLY
     start: float | int | None = None
-    """First step of a window (`Windows`): a fraction of the run, or an int for a step; None: the first member."""
+    """First step of a window (`Windows`): a float is a fraction of the run, an int a step; None: the first
+    member."""
     end: float | int | None = None
-    """Last step of a window, likewise; None: the latest member."""
+    """Last step of a window, given the same way; None: the latest member."""
     sigma_rel: float | None = None
     """Relative width of the profile (`PowerEMA`); None: the first tracked one."""
     blend: Blend = 1.0
     """``last + blend * (average - last)``, from -1 to 2: 1 is the average, 0 the last weights, bit for bit."""
     scope: Scope = "all"
-    """Which weights that is done to; the others stay the last ones."""
+    """Which weights to blend; the rest keep their last values."""
 
     def __post_init__(self) -> None:
         if faults := value_faults("blend", self.blend, Blend) + value_faults("scope", self.scope, Scope):
@@ -73,7 +74,7 @@ class Readout:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What is chosen besides the rule, by name."""
+        """The choices that differ from their defaults, except the rule, by name."""
         return {
             each.name: value
             for each in fields(self)[1:]
@@ -84,24 +85,24 @@ class Readout:
         """Refuse a choice that a rule does not offer.
 
         Raises:
-            AveragingError: naming it and what is offered.
+            AveragingError: names the choice and what the rule offers.
         """
         for name in self.choices.keys() & {"start", "end", "sigma_rel"}:
             if name not in offered:
                 known = " or ".join(offered) or "no choice"
                 raise AveragingError(
-                    f"this rule's average was asked for by {name!r}; it offers {known} "
+                    f"this rule's average cannot be chosen by {name!r}; it offers {known} "
                     "(Windows takes start and end, PowerEMA sigma_rel)"
                 )
 
 
 DEFAULT = Readout()
-"""The average of the first rule as it is."""
+"""The average of the first rule, without any choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ABC):
-    """The averaging events of one run, and what each does.
+    """The averaging events of one run, and what each one does.
 
     Steps are applied optimizer steps: "step ``t``" is the weights after ``t`` updates, step 0 those before
     training. ``n`` always counts members, from 0.
@@ -114,10 +115,10 @@ class Plan(ABC):
     total_steps: int
     """Optimizer steps of the whole run."""
     rule: Any = None
-    """The rule whose events they are; its ``repr`` says all that it is."""
+    """The rule this plan was made from; its ``repr`` describes it completely."""
 
     def step_of(self, n: int) -> int:
-        """Step whose weights are member ``n``."""
+        """The step whose weights are member ``n``."""
         return self.first_step + n * self.every
 
     def takes(self, step: int) -> bool:
@@ -140,33 +141,34 @@ class Plan(ABC):
 
     @abstractmethod
     def updates(self, n: int) -> tuple[Update, ...]:
-        """What member ``n`` does to the lanes, in order. A lane's first update copies (weight 1)."""
+        """What member ``n`` does to the lanes, in order. The first update of a lane is a copy (weight 1)."""
 
     @abstractmethod
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The average after ``num_members`` members (at least 1): lane to coefficient.
 
         Raises:
-            AveragingError: a choice that the rule does not offer or cannot serve, naming what it can.
+            AveragingError: the rule does not offer the choice or cannot serve it; the message says what it can
+                serve.
         """
 
     def resolved(self, num_members: int, chosen: Readout) -> tuple[Readout, range]:
-        """A choice in one spelling, in whichever it was made, and the members whose average it is.
+        """The choice in canonical form, however it was spelled, and the members that it averages.
 
         Raises:
-            AveragingError: as of :meth:`readout`.
+            AveragingError: as for :meth:`readout`.
         """
         return chosen, range(num_members)
 
     def finished(self, n: int) -> tuple[int, ...]:
-        """Lanes that no later member changes, of those that member ``n`` changed: they may move to disk."""
+        """Lanes that member ``n`` changed and no later member will change: they may move to disk."""
         return ()
 
     def refuse_surplus(self, n: int) -> None:
-        """Refuse member ``n`` where it comes after those that the plan was made for.
+        """Refuse member ``n`` if the plan was made for fewer members.
 
         Raises:
-            AveragingError: naming the length the run was given.
+            AveragingError: names the number of steps that the plan was made for.
         """
         if n >= self.num_members:
             raise AveragingError(
@@ -177,36 +179,36 @@ class Plan(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SettledPlan(Plan):
-    """A plan whose average leaves nothing to be chosen after training; one running mean, if nothing is said."""
+    """A plan whose average leaves nothing to choose after training; by default, one running mean."""
 
     moves: Callable[[int], tuple[Update, ...]]
     """What member ``n`` does to the lanes, see :func:`one_mean`."""
     kinds: tuple[bool, ...] = (True,)
-    """As `Plan.lanes`."""
+    """See `Plan.lanes`."""
     average: Callable[[int], dict[int, float]] = lambda num_members: {0: 1.0}
-    """The average after so many members: lane to coefficient."""
+    """The average after a given number of members: lane to coefficient."""
     fixed_length: bool = False
-    """Whether it is made for `num_members` members, and no more."""
+    """Whether the plan works for `num_members` members and no more."""
 
     @property
     def lanes(self) -> tuple[bool, ...]:
-        """As of :class:`Plan`."""
+        """See :class:`Plan`."""
         return self.kinds
 
     def updates(self, n: int) -> tuple[Update, ...]:
-        """As of :class:`Plan`."""
+        """See :class:`Plan`."""
         if self.fixed_length:
             self.refuse_surplus(n)
         return self.moves(n)
 
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
-        """As of :class:`Plan`."""
+        """See :class:`Plan`."""
         chosen.refuse_all_but()
         return self.average(num_members)
 
 
 def one_mean(weight: Callable[[int], float]) -> Callable[[int], tuple[Update, ...]]:
-    """What members do to a single running mean; after the first they get ``weight(1), ...``; 0 leaves it alone."""
+    """What members do to a single running mean; after the first, they get ``weight(1), ...``; 0 changes nothing."""
 
     def moves(n: int) -> tuple[Update, ...]:
         share = 1.0 if n == 0 else weight(n)
@@ -216,7 +218,7 @@ def one_mean(weight: Callable[[int], float]) -> Callable[[int], tuple[Update, ..
 
 
 class Rule(Protocol):
-    """Anything that can plan the averaging events of a run. Its ``repr`` says all that it is."""
+    """Anything that can plan the averaging events of a run. Its ``repr`` must describe it completely."""
 
     def plan(self, total_steps: int) -> Plan:
         """The events of a run of ``total_steps`` optimizer steps.
@@ -229,13 +231,13 @@ class Rule(Protocol):
 
 
 def resolve_start(start: float | int, total_steps: int, *, name: str = "start") -> int:
-    """The step a start means: a float is ``floor(start * total_steps)``, exact for the decimal number that was
+    """The step that a start denotes: a float means ``floor(start * total_steps)``, exact for the decimal number as
     written; an int is the step itself.
 
     Args:
         start: the fraction or step.
         total_steps: optimizer steps of the whole run.
-        name: what messages call it.
+        name: what error messages call it.
 
     Raises:
         ConfigError: a fraction outside [0, 1], or a negative step.
@@ -245,10 +247,10 @@ def resolve_start(start: float | int, total_steps: int, *, name: str = "start") 
 
 
 def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, Any]:
-    """The arguments of a plan whose members are ``rule.every`` steps apart, from ``rule.start`` on.
+    """The arguments of a plan whose members are ``rule.every`` steps apart, starting at ``rule.start``.
 
     Args:
-        rule: a dataclass, all of whose options are checked.
+        rule: a dataclass; all of its options are checked.
         total_steps: optimizer steps of the whole run.
         skipped: members left out at the beginning.
 
@@ -276,16 +278,16 @@ def plan_all(rules: Mapping[str, Rule], total_steps: int, precision: str) -> dic
         precision: of running means.
 
     Raises:
-        ConfigError: with every rule, name or number that does not fit.
+        ConfigError: lists every rule, name or number that does not fit.
     """
     problems = value_faults("total_steps", total_steps, Count)
     problems += [
-        f"rule: {name!r} is no name of a rule, expected text that is not empty"
+        f"rule: {name!r} is not a valid rule name, expected text that is not empty"
         for name in rules
         if not isinstance(name, str) or not name
     ]
     problems += [
-        f"rule: {rule!r} is no rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
+        f"rule: {rule!r} is not a rule, expected swaft.SWA(...), say, or several by name: {{'swa': swaft.SWA(...)}}"
         for rule in rules.values()
         if isinstance(rule, type) or not hasattr(rule, "plan")
     ]

@@ -1,4 +1,4 @@
-"""The rules whose average is settled before training: SWA, EMA, Merge (one running mean), LAWA and BEMA."""
+"""The rules whose average is fixed before training: SWA, EMA, Merge (one running mean), LAWA and BEMA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Warmup = Literal["none", "ramp", "debias"]
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
 HALF_LIFE = 0.1
-"""Of an EMA, as a share of the run: what docs/evidence.md recommends."""
+"""Of an EMA, as a share of the run, as docs/evidence.md recommends."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SWA:
 
     Algorithm 1 of Lu et al. 2022 (Findings of EMNLP): ``W_SWA`` begins as the weights at switch-on, and every
     ``K`` steps after it ``W_SWA <- (n * W_SWA + W) / (n + 1)``, so the result is the mean of
-    ``floor(N / K) + 1`` weights, those at switch-on included.
+    ``floor(N / K) + 1`` weights, including those at switch-on.
     """
 
     start: StepOrShare = 0.5
@@ -48,29 +48,29 @@ class SWA:
 
 @dataclass(frozen=True)
 class EMA:
-    """Exponential moving average: ``mean <- decay * mean + (1 - decay) * weights``, begun at the first member."""
+    """Exponential moving average: ``mean <- decay * mean + (1 - decay) * weights``, started at the first member."""
 
     decay: Annotated[float, Range(above=0, below=1)] | None = None
-    """Share of the old mean that each event keeps. None: as `half_life` says."""
+    """Share of the old mean that each event keeps. None: derived from `half_life`."""
     start: StepOrShare = 0
     """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
     every: Count = 1
     """Optimizer steps between two members."""
     half_life: Annotated[float, Range(above=0, high=1)] | Count | None = None
-    """In place of `decay`: the time after which a member counts half as much. A float is a fraction of the run,
-    an int optimizer steps; each event then keeps ``0.5 ** (every / steps)``. 0.1 where neither is given."""
+    """Instead of `decay`: the time after which a member counts half as much. A float is a fraction of the run, an
+    int is optimizer steps; each event then keeps ``0.5 ** (every / steps)``. 0.1 if neither is given."""
     warmup: Warmup = "none"
-    """How a young average forgets where it began. ``none``: the first member keeps the share ``decay ** n``.
-    ``ramp``: the decay is at most ``(1 + n)/(10 + n)`` at member ``n`` from 0, as in TensorFlow's
-    ExponentialMovingAverage. ``debias``: weights ``(1 - decay)/(1 - decay ** (n + 1))``, which is Adam's bias
-    correction (Kingma & Ba 2015, section 3): the sum that begins at zero, divided by ``1 - decay ** (n + 1)``."""
+    """How a young average forgets its starting point. ``none``: the first member keeps the share ``decay ** n``.
+    ``ramp``: the decay is at most ``(1 + n)/(10 + n)`` at member ``n`` (counted from 0), as in TensorFlow's
+    ExponentialMovingAverage. ``debias``: weights ``(1 - decay)/(1 - decay ** (n + 1))``. This is Adam's bias
+    correction (Kingma & Ba 2015, section 3): a sum that starts at zero, divided by ``1 - decay ** (n + 1)``."""
 
     def __post_init__(self) -> None:
         if self.decay is None and self.half_life is None:
             object.__setattr__(self, "half_life", HALF_LIFE)  # so that the repr says it
 
     def plan(self, total_steps: int) -> SettledPlan:
-        """The events of a run, see `Rule.plan`; `decay` and `half_life` exclude each other."""
+        """The events of a run, see `Rule.plan`; `decay` and `half_life` are mutually exclusive."""
         steps, decay = spaced(self, total_steps), self.decay_in(total_steps)
         weights: dict[str, Callable[[int], float]] = {
             "none": lambda n: 1.0 - decay,
@@ -84,15 +84,15 @@ class EMA:
         """The share of the old mean that each event of a run keeps.
 
         Raises:
-            ConfigError: `decay` and `half_life` are both given, or the half-life makes no share between 0 and 1.
+            ConfigError: `decay` and `half_life` are both given, or the half-life gives no decay between 0 and 1.
         """
         half_life = self.half_life
         if half_life is None:
             return float(self.decay)  # type: ignore[arg-type]  # one of the two is there
         if self.decay is not None:
             raise ConfigError(
-                f"decay is {self.decay} and half_life is {half_life}; expected one of the two, since each gives "
-                "the other"
+                f"decay is {self.decay} and half_life is {half_life}; expected one of the two, since each "
+                "determines the other"
             )
         steps = float(half_life if isinstance(half_life, Integral) else share_of(total_steps, half_life))
         decay = 0.5 ** (self.every / steps)
@@ -106,18 +106,18 @@ class EMA:
 
 @dataclass(frozen=True)
 class Merge:
-    """The members merged by weights of your choice, or by those that imitate a decay of the learning rate.
+    """Members merged with weights of your choice, or with weights that imitate a learning rate decay.
 
     Tian et al. 2025, WSM (arXiv 2507.17634): the merge ``sum_i c_i theta_i``, ``sum_i c_i = 1``, of checkpoints
-    of a run at constant rate counts the update from member ``j - 1`` to ``j`` with ``w_j = sum_{i >= j} c_i``,
-    as if the rate had decayed by that factor. So a decay ``1 = w_0 >= w_1 >= ... >= w_k >= 0`` is imitated by
-    ``c_i = w_i - w_{i+1}``, ``c_k = w_k``.
+    of a run at a constant learning rate counts the update from member ``j - 1`` to ``j`` with ``w_j = sum_{i >= j}
+    c_i``, as if the learning rate had decayed by that factor. So a decay ``1 = w_0 >= w_1 >= ... >= w_k >= 0`` is
+    imitated by ``c_i = w_i - w_{i+1}``, ``c_k = w_k``.
     """
 
     weights: Sequence[float] | Decay
-    """The decay of the learning rate to imitate, with ``w_j = D(j / members)`` and ``D(x)`` one of ``linear``
-    (``1 - x``, which is the plain mean), ``cosine`` (``(1 + cos(pi x)) / 2``) and ``1-sqrt`` (``1 - sqrt(x)``). In
-    Python also the ``c_i`` themselves, one non-negative number a member."""
+    """The learning rate decay to imitate, with ``w_j = D(j / members)`` and ``D(x)`` one of ``linear`` (``1 - x``,
+    which is the plain mean), ``cosine`` (``(1 + cos(pi x)) / 2``) and ``1-sqrt`` (``1 - sqrt(x)``). In Python, also
+    the ``c_i`` themselves: one non-negative number per member."""
     start: StepOrShare = 0.5
     """First member, where the imitated decay begins; it ends with the run. A float is a fraction of the run, an
     int a step."""
@@ -125,15 +125,15 @@ class Merge:
     """Optimizer steps between two members."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, str):  # an array's repr leaves numbers out; a tuple's says them all
+        if not isinstance(self.weights, str):  # an array's repr omits numbers; a tuple's does not
             object.__setattr__(self, "weights", tuple(np.atleast_1d(self.weights).tolist()))
 
     def plan(self, total_steps: int) -> SettledPlan:
-        """The events of a run, see `Rule.plan`; numbers have to be as many as members.
+        """The events of a run, see `Rule.plan`; explicit weights must be as many as the members.
 
         A member's weight is ``c_n / (c_0 + ... + c_n)``; members before the first positive one replace each other.
         """
-        # The number of members has to be known before there can be weights.
+        # The number of members must be known before the weights can be computed.
         plan = SettledPlan(**spaced(self, total_steps), moves=lambda n: (), fixed_length=True)
         weights = self._weights(plan.num_members)
         totals = tuple(accumulate(weights))
@@ -151,8 +151,8 @@ class Merge:
             return tuple(earlier - later for earlier, later in pairwise(coefficients))
         if len(weights) != members:
             raise ConfigError(
-                f"weights are {len(weights)} numbers for {members} members; expected one a member (start and every "
-                "say how many there are)"
+                f"weights are {len(weights)} numbers for {members} members; expected one per member (start and "
+                "every determine how many there are)"
             )
         for i, weight in enumerate(weights):
             if not isinstance(weight, Real) or not 0.0 <= weight < math.inf:
@@ -168,21 +168,21 @@ class Merge:
 class LAWA:
     """Latest weight averaging: the plain mean of the last ``last`` members.
 
-    Kaddour 2022 (arXiv 2209.14981), with the ends of epochs as members; Sanyal et al. 2024 (arXiv 2306.03241) for
-    language models, with 5 checkpoints far apart and a high learning rate.
+    Kaddour 2022 (arXiv 2209.14981), with one member at the end of each epoch; Sanyal et al. 2024 (arXiv 2306.03241)
+    for language models, with 5 checkpoints far apart and a high learning rate.
     """
 
     last: Annotated[int, Range(low=2)] = 10
-    """Members in the mean, each kept whole at 4 bytes an element."""
+    """Members in the mean, each kept whole at 4 bytes per element."""
     start: StepOrShare = 0
     """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
     every: Count = 1
     """Optimizer steps between two members."""
 
     def plan(self, total_steps: int) -> SettledPlan:
-        """The events of a run, see `Rule.plan`; it has to have at least `last` members.
+        """The events of a run, see `Rule.plan`; the run must have at least `last` members.
 
-        The lanes are a ring of copies, in which a member takes the place of the oldest.
+        The lanes are a ring of copies: each member replaces the oldest.
         """
 
         def average(members: int) -> dict[int, float]:
@@ -197,7 +197,7 @@ class LAWA:
         )
         if plan.num_members < self.last:
             raise ConfigError(
-                f"last is {self.last}, but start={self.start} with every={self.every} makes {plan.num_members} "
+                f"last is {self.last}, but start={self.start} with every={self.every} gives {plan.num_members} "
                 f"members in {total_steps} steps; lower one of the three"
             )
         return plan
@@ -205,7 +205,7 @@ class LAWA:
 
 @dataclass(frozen=True)
 class BEMA:
-    """Bias-corrected exponential moving average: an EMA, pushed on by what training has moved since its start.
+    """Bias-corrected exponential moving average: an EMA, pushed on along what training has moved since its start.
 
     Block & Zhang 2025, "EMA Without the Lag" (arXiv 2508.00180), algorithm 1: at step ``t``
 
@@ -215,23 +215,24 @@ class BEMA:
     every ``phi`` steps after a burn-in of ``tau``, at whose end ``mean = theta_0 = theta_tau``. The defaults are
     the authors' and TRL's. TRL's BEMACallback computes these formulas, with ``t`` counted from the start of
     training, as here. The authors' code (abblock/bema) has ``1 + t - tau + rho`` in place of ``rho + gamma t``,
-    one step more where ``tau = 0``, and a floor of 1e-4 under ``beta``, reached after a hundred million steps.
+    which is one step more where ``tau = 0``, and a floor of 1e-4 for ``beta``, reached after a hundred million
+    steps.
     """
 
     ema_power: NotNegative = 0.5
-    """How fast the average slows down, ``kappa`` of the paper; 0 makes the mean the latest weights."""
+    """How fast the average slows down, the paper's ``kappa``; at 0 the mean is the latest weights."""
     bias_power: NotNegative = 0.2
-    """How fast the correction fades, ``eta``: 0 keeps it whole for good; the larger, the sooner it is gone."""
+    """How fast the correction fades, ``eta``: at 0 it never fades; the larger, the sooner it is gone."""
     lag: Count = 10
-    """How many steps old the run counts as when it begins, ``rho``."""
+    """The age, in steps, that the run is given at its start, ``rho``."""
     multiplier: NotNegative = 1.0
-    """What a step adds to the age of the run, ``gamma``."""
+    """How much each step adds to the age of the run, ``gamma``."""
     start: StepOrShare = 0
     """First member, ``theta_0`` (``tau``). A float is a fraction of the run, an int a step; 0 is the weights before
     training."""
     every: Count = 400
-    """Optimizer steps between two members (``phi``). The mean remembers some ``sqrt(t)`` members, so this
-    decides how far back it reaches."""
+    """Optimizer steps between two members (``phi``). The mean remembers about ``sqrt(t)`` members, so this decides
+    how far back it reaches."""
 
     def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`; the lanes are the running mean, the first and the latest member."""

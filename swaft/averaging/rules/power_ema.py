@@ -1,4 +1,4 @@
-"""Power-function averages, from which one of any length is put together after training."""
+"""Power-function averages, from which an average of any length can be reconstructed after training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from swaft.errors import AveragingError, ConfigError
 from swaft.options import Count, StepOrShare
 
 SIGMA_REL_LIMIT = 12**-0.5
-"""Relative width of the uniform profile, which no power-function profile reaches."""
+"""Relative width of the uniform profile, an upper limit that no power-function profile reaches."""
 
 MAX_PROFILE_ERROR = 0.1
-"""Largest relative error of a reconstructed profile that is handed out under the asked name."""
+"""Largest relative error at which a reconstructed profile may still stand for the requested one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class PowerEMAPlan(Plan):
     sigma_rel: tuple[float, ...]
     """Relative widths of the tracked profiles."""
     snapshots: int
-    """How often all of them are copied along the run, at most."""
+    """How many times, at most, all of them are copied along the run."""
 
     @cached_property
     def snapshot_counts(self) -> tuple[int, ...]:
         """Numbers of members after which snapshots are taken, evenly spaced.
 
-        None is taken at the end of the run: there the running means are its snapshot.
+        None is taken at the end of the run, where the running means themselves serve as the snapshot.
         """
         spaced = (j * self.num_members // (self.snapshots + 1) for j in range(1, self.snapshots + 1))
         return tuple(sorted(set(spaced) - {0}))
@@ -54,8 +54,8 @@ class PowerEMAPlan(Plan):
         return (True,) * tracked + (False,) * (tracked * len(self.snapshot_counts))
 
     def updates(self, n: int) -> tuple[Update, ...]:
-        """The member moves every running mean; at the counts of snapshots these are then copied."""
-        # 1 - (n / (n + 1)) ** (gamma + 1), without losing the digits of a power next to 1.
+        """The member moves every running mean; at the snapshot counts, the means are then copied."""
+        # 1 - (n / (n + 1)) ** (gamma + 1), without losing digits where the power is close to 1.
         log_share = math.log1p(-1.0 / (n + 1)) if n else -math.inf
         moves = [Update(i, -math.expm1((gamma + 1.0) * log_share)) for i, gamma in enumerate(self.gammas)]
         copies = [Update(lane, 1.0, source=i) for i, lane in enumerate(self._snapshot_after(n))]
@@ -68,9 +68,9 @@ class PowerEMAPlan(Plan):
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The average whose profile has the relative width ``sigma_rel``; without it, the first tracked one.
 
-        A tracked profile is its running mean. Any other is the least-squares fit of its profile by those of all
-        running means and snapshots at hand, under coefficients that sum to 1 (section 3.2 of the paper; there
-        with continuous profiles, here with the exact weights of all members).
+        A tracked profile is its running mean. Any other is a least-squares fit to its profile by the profiles of
+        all available running means and snapshots, with coefficients that sum to 1 (section 3.2 of the paper, which
+        uses continuous profiles; here, the exact weights of all members).
 
         Raises:
             AveragingError: the width is out of range, or the fit is off by more than `MAX_PROFILE_ERROR`.
@@ -80,9 +80,9 @@ class PowerEMAPlan(Plan):
         coefficients, error = self._fit(num_members, sigma)
         if error > MAX_PROFILE_ERROR:
             raise AveragingError(
-                f"the average of sigma_rel={sigma} over {num_members} members can be put together from these "
+                f"the average of sigma_rel={sigma} over {num_members} members can be reconstructed from these "
                 f"snapshots only with a relative error of {error:.2f}, expected at most {MAX_PROFILE_ERROR}; "
-                f"ask for one nearer to {' or '.join(map(str, self.sigma_rel))}, wait for more snapshots, or "
+                f"choose one closer to {' or '.join(map(str, self.sigma_rel))}, wait for more snapshots, or "
                 "take more of them (snapshots)"
             )
         return coefficients
@@ -92,7 +92,7 @@ class PowerEMAPlan(Plan):
         return replace(chosen, sigma_rel=self._sigma(chosen)), range(num_members)
 
     def profile_error(self, num_members: int, sigma_rel: float) -> float:
-        """How far the profile of :meth:`readout` is from the one asked for: ``|fit - wanted| / |wanted|``, L2.
+        """Distance of the profile of :meth:`readout` from the requested one: ``|fit - wanted| / |wanted|``, L2.
 
         Raises:
             AveragingError: the width is out of range.
@@ -117,10 +117,10 @@ class PowerEMAPlan(Plan):
                 f"sigma_rel is {sigma_rel!r}, expected a number above 0 and below {SIGMA_REL_LIMIT:.4f}"
             )
         wanted = profile(num_members, gamma_of(sigma_rel), num_members)
-        # A snapshot of this very count is its running mean over again, and says nothing new.
+        # A snapshot at this very count equals the running mean and adds nothing.
         counts = [num_members, *(count for count in self.snapshot_counts if count < num_members)]
         profiles = np.stack([profile(c, gamma, num_members) for c in counts for gamma in self.gammas], axis=1)
-        # With the first coefficient as what the others leave of 1, the constraint is gone.
+        # Setting the first coefficient to 1 minus the others removes the constraint.
         base, others = profiles[:, :1], profiles[:, 1:]
         solution = np.linalg.lstsq(others - base, wanted - base[:, 0], rcond=None)[0]
         coefficients = np.concatenate([[1.0 - solution.sum()], solution])
@@ -130,24 +130,24 @@ class PowerEMAPlan(Plan):
 
 @dataclass(frozen=True)
 class PowerEMA:
-    """Averages whose memory grows with the run; one of any length is made afterwards, without training again.
+    """Averages whose memory grows with the run; one of any length can be made afterwards, without retraining.
 
     Karras et al. 2024, EDM2 (arXiv 2312.02696), section 3: at member ``t``, counted from 1,
-    ``mean <- beta mean + (1 - beta) weights`` with ``beta = (1 - 1/t) ** (gamma + 1)``, so that a member counts
-    in proportion to ``t ** gamma``. ``sigma_rel`` is the standard deviation of that profile as a share of the
-    run; ``gamma`` follows from it.
+    ``mean <- beta mean + (1 - beta) weights`` with ``beta = (1 - 1/t) ** (gamma + 1)``, so a member counts in
+    proportion to ``t ** gamma``. ``sigma_rel`` is the standard deviation of that profile as a share of the run;
+    ``gamma`` follows from it.
     """
 
     sigma_rel: Sequence[float] = (0.05, 0.10)
-    """Relative widths of the profiles that are tracked, each above 0 and below 0.2887. Two, as in the paper, let
-    all others be put together."""
+    """Relative widths of the profiles that are tracked, each above 0 and below 0.2887. Two, as in the paper, are
+    enough to reconstruct all others."""
     start: StepOrShare = 0
-    """First member; the profiles stretch from it to the latest. A float is a fraction of the run, an int a step;
-    0 is the weights before training."""
+    """First member; the profiles stretch from the first member to the latest. A float is a fraction of the run, an
+    int a step; 0 is the weights before training."""
     every: Count = 1
     """Optimizer steps between two members."""
     snapshots: Count = 16
-    """Copies of each tracked average along the run, evenly spaced, at 4 bytes an element each."""
+    """Copies of each tracked average along the run, evenly spaced, at 4 bytes per element each."""
 
     def plan(self, total_steps: int) -> PowerEMAPlan:
         """The events of a run, see `Rule.plan`."""
@@ -174,8 +174,8 @@ def gamma_of(sigma_rel: float) -> float:
 def profile(count: int, gamma: float, length: int) -> np.ndarray:
     """Weight of each member in the running mean after ``count`` members: (length,), float64, 0 from ``count`` on.
 
-    Exact: the factors ``1 - weight`` are ``(i / (i + 1)) ** (gamma + 1)`` and telescope, which leaves member ``i``
-    the difference of ``(. / count) ** (gamma + 1)`` between ``i`` and ``i + 1``.
+    Exact: the factors ``1 - weight`` are ``(i / (i + 1)) ** (gamma + 1)``, so their product telescopes. The weight
+    of member ``i`` is the difference of ``(. / count) ** (gamma + 1)`` between ``i`` and ``i + 1``.
     """
     weights = np.zeros(length)
     weights[:count] = np.diff((np.arange(count + 1) / count) ** (gamma + 1.0))

@@ -13,16 +13,16 @@ from swaft.options import Count, Range, StepOrShare
 
 @dataclass(frozen=True, kw_only=True)
 class WindowsPlan(Plan):
-    """One running mean a block: of ``N`` members, block ``b`` holds ``b N // B`` to ``(b + 1) N // B - 1``."""
+    """One running mean per block: of ``N`` members, block ``b`` holds ``b N // B`` to ``(b + 1) N // B - 1``."""
 
     @property
     def blocks(self) -> int:
-        """Blocks of the run, ``B``: at most one a member."""
+        """Blocks of the run, ``B``: at most one per member."""
         return min(self.rule.blocks, self.num_members)
 
     @property
     def lanes(self) -> tuple[bool, ...]:
-        """One running mean a block."""
+        """One running mean per block."""
         return (True,) * self.blocks
 
     def updates(self, n: int) -> tuple[Update, ...]:
@@ -40,7 +40,7 @@ class WindowsPlan(Plan):
         """The plain mean of the members with ``start <= step <= end``, see :meth:`window`.
 
         Raises:
-            AveragingError: the window is empty, cuts a block, or reaches out of what the run keeps.
+            AveragingError: the window is empty, cuts a block, or extends beyond what the run keeps.
         """
         chosen.refuse_all_but("start", "end")
         window = self.window(num_members, chosen.start, chosen.end)
@@ -56,7 +56,7 @@ class WindowsPlan(Plan):
         return replace(chosen, start=self.step_of(members[0]), end=self.step_of(members[-1])), members
 
     def boundaries(self, num_members: int) -> list[tuple[int, int]]:
-        """Where windows may begin and end: steps of the first and of the last member of every block so far."""
+        """Where windows may start and end: steps of the first and last member of every block so far."""
         firsts = [self._first_of(block) for block in range(self.blocks)]
         return [
             (self.step_of(first), self.step_of(min(self._first_of(block + 1), num_members) - 1))
@@ -67,20 +67,20 @@ class WindowsPlan(Plan):
     def window(
         self, num_members: int, start: float | int | None = None, end: float | int | None = None
     ) -> range:
-        """The members with ``start <= step <= end`` among the first ``num_members``, once they are whole blocks.
+        """The members with ``start <= step <= end`` among the first ``num_members``, if they form whole blocks.
 
-        A block that is being filled counts as whole with the members it has. Steps between two members belong to
-        neither, so with ``every > 1`` several steps name the same boundary.
+        A block that is still being filled counts as whole with the members it has. Steps between two members belong
+        to neither, so with ``every > 1`` several steps denote the same boundary.
 
         Args:
             num_members: members so far, at least 1.
             start: a float is the fraction of the run ``floor(start * total_steps)``, an int the step itself; None:
                 the first member.
-            end: likewise; None: the latest member.
+            end: given the same way; None: the latest member.
 
         Raises:
-            AveragingError: the window is empty, cuts a block, or reaches out of what the run keeps; the message
-                names the nearest boundaries.
+            AveragingError: the window is empty, cuts a block, or extends beyond what the run keeps; the message
+                gives the nearest boundaries.
         """
         first_step = self.first_step if start is None else self._resolve(start, "start")
         last_step = self.total_steps if end is None else self._resolve(end, "end")
@@ -129,15 +129,16 @@ class WindowsPlan(Plan):
 
 @dataclass(frozen=True)
 class Windows:
-    """The plain mean over any window of the run, chosen after training among windows of whole blocks.
+    """The plain mean over a window of the run, chosen after training among the windows of whole blocks.
 
-    The run keeps the mean of every block; a window's mean is theirs, weighted by members. `search_windows` looks
-    for the best one on validation data. A window to the end of the run is what `SWA` gives for that start.
+    The run keeps the mean of every block; a window's mean is the mean of its blocks, weighted by their members.
+    `search_windows` finds the best window on validation data. A window that ends with the run equals `SWA` with the
+    same start.
     """
 
     blocks: Annotated[int, Range(low=2)] = 32
-    """Blocks of the run whose means are kept, at 6 bytes an element each, as equal in members as can be; fewer
-    where there are fewer members."""
+    """Number of blocks whose means are kept, at 6 bytes per element each, with member counts as equal as possible;
+    fewer if there are fewer members."""
     start: StepOrShare = 0
     """First member. A float is a fraction of the run, an int a step; 0 is the weights before training."""
     every: Count = 1

@@ -1,4 +1,4 @@
-"""Averages inside a Trainer: both weights evaluated, shards in its checkpoints, a folder at the end."""
+"""Averages inside a Trainer: both weights evaluated, averages in its checkpoints, a folder at the end."""
 
 from __future__ import annotations
 
@@ -36,44 +36,44 @@ STATE = "averages"
 EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
 PREFIX = "metric_key_prefix"
-"""Parameter of a Trainer's `evaluate` that scores are named by."""
+"""Parameter of a Trainer's `evaluate` that prefixes the names of scores."""
 
 
 class WeightAveragingCallback(TrainerCallback):
     """Averages the weights of a Trainer's run, evaluates both kinds of weights, and exports the averaged ones.
 
-    * It attaches when training begins, and takes in real optimizer steps.
-    * Every evaluation scores both weights. The scores of the averaged ones are in the same metrics, as
+    * It attaches when training begins, and counts only optimizer steps that change the weights.
+    * Every evaluation scores both weights. The scores of the averaged weights are in the same metrics, as
       ``eval_averaged_loss`` and so on, so ``metric_for_best_model="averaged_loss"`` and early stopping use them.
       ``eval_averaged_drift`` is how far the average is from the live weights.
-    * Every checkpoint holds the averages in its folder ``averages``, each rank its own elements; a run that resumes
-      continues them by itself.
+    * Every checkpoint holds the averages in its folder ``averages``, with each rank's own elements; a run that
+      resumes continues them automatically.
     * At the end the average is written to ``output_dir/final-averaged`` as a Hugging Face folder. With
-      ``load_best_model_at_end`` it is the average of the best checkpoint, as the model then has that checkpoint's
-      weights; of the whole run where that checkpoint is older than the first average.
+      ``load_best_model_at_end`` it is the average at the best checkpoint, since the model then has that
+      checkpoint's weights; or the average of the whole run if that checkpoint is older than the first member.
 
-    The live weights have the same bits as without the callback: an evaluation of averaged weights moves no random
-    state.
+    The live weights have the same bits as without the callback: evaluating averaged weights does not touch any
+    random state.
 
     Args:
         rule: which steps enter the average, and with what weight; or several rules by name, of which the first is
-            evaluated and exported. Left out: as in `swaft.WeightAverager`.
+            evaluated and exported. Default: as in `swaft.WeightAverager`.
         options: keyword arguments of `swaft.WeightAverager`: ``precision``, ``threads``, ``spill_dir``.
 
     Raises:
         ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, the best
-            model is chosen by the averaged score before anything is averaged, its averages would not be saved,
-            or the optimizer averages by itself (schedule-free).
-        StateError: when training resumes: the checkpoint has no averages (the message names the latest that has),
-            or those of other rules.
+            model is chosen by the averaged score before anything is averaged, its averages would not be saved, or
+            the optimizer itself averages (schedule-free).
+        StateError: when training resumes: the checkpoint has no averages (the message names the latest one that
+            has), or those of other rules.
     """
 
     def __init__(self, rule: Rule | Mapping[str, Rule] = RECOMMENDED, **options: Any):
         self.rule, self.options = rule, options
         self.averager: WeightAverager | None = None
-        """Of the run that trains, or trained last; None before the first."""
+        """The averager of the current or most recent run; None before the first."""
         self.averaged_scores: dict[str, float] = {}
-        """Of the evaluation that is under way; empty between evaluations."""
+        """Averaged scores of the evaluation in progress; empty between evaluations."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the prepared model, and resume from the checkpoint that the Trainer resumes from."""
@@ -90,8 +90,8 @@ class WeightAveragingCallback(TrainerCallback):
             )
         if args.load_best_model_at_end and args.save_only_model:
             raise ConfigError(
-                "load_best_model_at_end with save_only_model: checkpoints hold no averages, so that of the best "
-                "one would be lost; set save_only_model=False, or load_best_model_at_end=False"
+                "load_best_model_at_end with save_only_model: checkpoints hold no averages, so the average of the "
+                "best one would be lost; set save_only_model=False, or load_best_model_at_end=False"
             )
         self._export = Path(args.output_dir) / EXPORT
         if self._export.exists():
@@ -112,7 +112,7 @@ class WeightAveragingCallback(TrainerCallback):
         exchanging = type(self.averager.engine.inner_optimizer)
         if callable(getattr(exchanging, "eval", None)):
             raise ConfigError(
-                f"{exchanging.__name__} averages by itself, and exchanges the weights for evaluations (eval()); "
+                f"{exchanging.__name__} averages by itself, and swaps the weights for evaluations (eval()); "
                 "expected another optim, or no WeightAveragingCallback"
             )
         if state.global_step:
@@ -120,12 +120,12 @@ class WeightAveragingCallback(TrainerCallback):
         _require_average_when_chosen_by(args, state, self.averager, kwargs["train_dataloader"])
         if "evaluate" not in vars(self._trainer):
             self._trainer.evaluate = _evaluating_both(self._trainer)
-        # Callbacks that read scores (early stopping) come after this one, which adds those of the average.
+        # Callbacks that read scores (early stopping) must come after this one, which adds the averaged scores.
         callbacks = callbacks_of(self._trainer)
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the weights in, where the rule wants them."""
+        """Take the weights in, if the rule uses this step."""
         self._attached.step()
 
     def on_evaluate(
@@ -141,15 +141,17 @@ class WeightAveragingCallback(TrainerCallback):
             self._attached.save_state(checkpoint_of(args, state) / STATE, overwrite=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the averaged model, beside its tokenizer."""
+        """Write the averaged model and its tokenizer."""
         averager = self._attached
-        averager.wait()
+        with averager.engine.ranks.together():  # a full disk on one machine, say
+            averager.wait()
         averager.engine.stop()  # the model may be trained by another Trainer next
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)
         if not averager.num_averaged:
             logger.warning(
-                "nothing was averaged: training ended at step %d, before the rule's", state.global_step
+                "nothing was averaged: training ended at step %d, before the rule's first member",
+                state.global_step,
             )
             return
         averager.save_pretrained(self._export)
@@ -159,7 +161,7 @@ class WeightAveragingCallback(TrainerCallback):
                 tokenizer.save_pretrained(self._export)
 
     def _follow_best(self, checkpoint: Path, step: int) -> None:
-        """Load the averages of the best checkpoint, where there were some by then."""
+        """Load the averages of the best checkpoint, if averaging had begun by then."""
         first = self._attached.plan().first_step
         if step < first:
             logger.warning(
@@ -170,13 +172,13 @@ class WeightAveragingCallback(TrainerCallback):
             self._attached.load_state(_require_state(checkpoint))
             if self._attached.num_averaged == 1:
                 logger.warning(
-                    "averaging began at %s, the best checkpoint: %s holds its weights, of one step alone",
+                    "averaging began at %s, the best checkpoint: %s holds its weights, of a single step",
                     *(checkpoint, self._export),
                 )
             logger.info("%s holds the average of %s, the best checkpoint", self._export, checkpoint)
 
     def averager_of(self, trainer: Trainer) -> WeightAverager | None:
-        """Return the averager of a Trainer's run; None where it has not trained, or another did since."""
+        """Return the averager of a Trainer's run; None if it has not trained, or another Trainer has since."""
         return self.averager if self.averager is not None and self._trainer is trainer else None
 
     @property
@@ -187,14 +189,14 @@ class WeightAveragingCallback(TrainerCallback):
 
 @contextmanager
 def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None]:
-    """Give a Trainer's model its averaged weights, for an evaluation or a prediction (collective).
+    """Put the averaged weights into a Trainer's model, for an evaluation or a prediction (collective).
 
     Args:
         trainer: with a `WeightAveragingCallback`, during or after training.
         name: which rule's average; None: the first.
 
     Raises:
-        AveragingError: the trainer has no such callback, has not begun to train, or nothing is averaged yet.
+        AveragingError: the trainer has no such callback, has not started training, or nothing is averaged yet.
     """
     callback = next(iter(those_of_kind(trainer, WeightAveragingCallback)), None)
     if callback is None:
@@ -214,12 +216,12 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
 
 @contextmanager
 def _swapped_in(trainer: Any, averager: WeightAverager, name: str | None = None) -> Iterator[None]:
-    """The averaged weights in a Trainer's model, as the Trainer and TRL's look at it."""
+    """Put the averaged weights into a Trainer's model, with what the Trainer and TRL's trainers need for it."""
     args = trainer.args
     if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
-        # The evaluation casts the model, which inside the swap would be a write to it.
+        # The evaluation casts the model; inside the swap, this would count as a write to the weights.
         trainer.model.to(torch.float16 if args.fp16_full_eval else torch.bfloat16)
-    hands_on = hasattr(trainer, "_last_loaded_step")  # TRL's, which hand weights to vLLM once a step
+    hands_on = hasattr(trainer, "_last_loaded_step")  # TRL's, which send weights to vLLM once per step
     try:
         if hands_on:
             trainer._last_loaded_step = -1
@@ -231,12 +233,13 @@ def _swapped_in(trainer: Any, averager: WeightAverager, name: str | None = None)
 
 
 def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
-    """Wrap a Trainer's `evaluate`: first the averaged weights, in silence, then the live ones as always.
+    """Wrap a Trainer's `evaluate`: first the averaged weights, without telling callbacks, then the live ones as
+    usual.
 
-    The callback is looked up at each call, so that one which was taken out or exchanged is not evaluated.
+    The callback is looked up at each call, so one that was removed or replaced is not evaluated.
     """
     evaluate = trainer.evaluate
-    signature = inspect.signature(evaluate)  # of a subclass: run_qa.py's takes examples beside the data set
+    signature = inspect.signature(evaluate)  # subclasses differ: run_qa.py's also takes examples
     parameters = signature.parameters.values()
     takes_prefix = any(each.name == PREFIX or each.kind == each.VAR_KEYWORD for each in parameters)
 
@@ -246,12 +249,12 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
         averager = callback and callback.averager_of(trainer)
         if callback is None or averager is None or not averager.num_averaged:
             return evaluate(*args, **kwargs)
-        # A dictionary of datasets calls this again for each.
+        # A dictionary of datasets calls this again for each one.
         if averager.engine.swap.active or callback.averaged_scores:
             return evaluate(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         prefix = f"{(kwargs | call.arguments).get(PREFIX, 'eval')}_averaged"
-        if PREFIX in call.arguments:  # given, by name or by its place
+        if PREFIX in call.arguments:  # given by name or position
             call.arguments[PREFIX] = prefix
         elif takes_prefix:
             call = signature.bind(*args, **(kwargs | {PREFIX: prefix}))
@@ -269,10 +272,10 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
 
 
 def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAverager, loader: Any) -> None:
-    """Refuse to choose the best model by the averaged score of an evaluation at which nothing is averaged yet.
+    """Refuse to choose the best model by an averaged score if an evaluation comes before anything is averaged.
 
     Raises:
-        ConfigError: with the `eval_delay` that helps.
+        ConfigError: gives the `eval_delay` that fixes it.
     """
     chosen_by = (args.metric_for_best_model or "").removeprefix("eval_")
     first_member = averager.plan().first_step
@@ -284,7 +287,7 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
         per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         first = min(math.ceil(max(args.eval_delay, 1)) * per_epoch, state.max_steps)
         delay = min(math.ceil(first_member / per_epoch), state.max_steps / per_epoch)
-    else:  # nobody knows when its first epoch ends
+    else:  # the end of the first epoch is unknown
         first = delay = first_member
     if args.eval_on_start:
         raise ConfigError(
@@ -295,12 +298,12 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
         delay = math.floor(1e4 * delay) / 1e4
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} at an evaluation after {first:.0f} steps, but "
-            f"nothing is averaged before step {first_member}; set eval_delay={delay:g}, or begin to average earlier"
+            f"nothing is averaged before step {first_member}; set eval_delay={delay:g}, or start averaging earlier"
         )
 
 
 def _require_state(checkpoint: Path) -> Path:
-    """Return the averages of a checkpoint; without any, name the latest checkpoint beside it that has some."""
+    """Return the folder of a checkpoint's averages; if there is none, name the latest checkpoint that has one."""
     if is_complete(checkpoint / STATE):
         return checkpoint / STATE
     others = [each.parents[1] for each in checkpoint.parent.glob(f"checkpoint-*/{STATE}/COMPLETE")]
@@ -318,10 +321,10 @@ def _require_state(checkpoint: Path) -> Path:
 
 @contextmanager
 def _apart(trainer: Any, prefix: str) -> Iterator[None]:
-    """Keep an evaluation of averaged weights from being taken for one of the live ones.
+    """Keep an evaluation of averaged weights from being mistaken for one of the live weights.
 
-    Callbacks do not hear of it, but for the progress bar, which closes the bar of an evaluation then. What a
-    trainer adds to the log under a prefix of its own (TRL's ``eval_entropy``) is named as an averaged score.
+    Callbacks are not told about it, except the progress bar, which then closes the bar of the evaluation. What a
+    trainer adds to the log under its own prefix (TRL's ``eval_entropy``) is renamed to an averaged score.
     """
     handler = trainer.callback_handler
     bars = [each for each in handler.callbacks if isinstance(each, ProgressCallback)]
@@ -344,7 +347,7 @@ def _apart(trainer: Any, prefix: str) -> Iterator[None]:
 
 
 def _renamed(scores: dict[str, float], prefix: str) -> dict[str, float]:
-    """Return scores of averaged weights, the same dictionary, all of them under names of averaged ones."""
+    """Rename the scores of averaged weights to averaged names, in place; returns the same dictionary."""
     for name in [each for each in scores if each.startswith("eval_") and not each.startswith(prefix)]:
         scores[name.replace("eval_", "eval_averaged_", 1)] = scores.pop(name)
     return scores
@@ -352,7 +355,7 @@ def _renamed(scores: dict[str, float], prefix: str) -> dict[str, float]:
 
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """Leave every generator as it was: a loader draws a seed whenever it is iterated over."""
+    """Restore every random generator: a loader draws a seed each time it is iterated."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         yield

@@ -14,7 +14,7 @@ CallbackT = TypeVar("CallbackT", bound=TrainerCallback)
 
 
 def calling_trainer() -> tuple[Any, Path | None]:
-    """Find the Trainer whose loop calls a callback, and the folder that the loop resumes from, where it does."""
+    """Find the Trainer whose loop calls a callback, and the folder that the loop resumes from, if any."""
     frame = sys._getframe(1)
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer) and "resume_from_checkpoint" in frame.f_locals:
@@ -22,20 +22,20 @@ def calling_trainer() -> tuple[Any, Path | None]:
             return frame.f_locals["self"], None if folder is None else Path(folder)
         frame = frame.f_back
     raise ConfigError(
-        "a callback of swaft was called by no Trainer; pass it to Trainer(..., callbacks=[...])"
+        "a swaft callback was not called by a Trainer; pass it to Trainer(..., callbacks=[...])"
     )
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return the callbacks of a Trainer, in the order in which they are called; a list that may be changed."""
+    """Return the callbacks of a Trainer, in the order in which they are called; the list may be modified."""
     return trainer.callback_handler.callbacks
 
 
 def those_of_kind(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
-    """Return a Trainer's callbacks of one kind, in their order."""
+    """Return a Trainer's callbacks of one kind, in order."""
     return [each for each in callbacks_of(trainer) if isinstance(each, kind)]
 
 
 def checkpoint_of(args: Any, state: Any) -> Path:
-    """Return the folder in which a Trainer keeps the checkpoint of its present step."""
+    """Return the folder of a Trainer's checkpoint for the current step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

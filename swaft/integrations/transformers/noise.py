@@ -25,45 +25,44 @@ from swaft.noise.inputs import count_items, find_targets
 OBJECTIVE_STATE = "noise.json"
 """File of an objective's state inside a checkpoint of the Trainer."""
 OWN_LOSSES = ("SFTTrainer",)
-"""Trainers whose own loss is the one that a noise objective computes too: the mean cross entropy of the labels."""
+"""Trainers whose own loss is the same as a noise objective's task loss: the mean cross entropy of the labels."""
 REPLACED = ("compute_loss", "get_batch_samples", "log")
-"""Methods of a Trainer that a noise objective stands in for while it trains."""
+"""Methods of a Trainer that a noise objective replaces while it trains."""
 LOGGED = ("task_loss", "divergence", "noise_to_signal")
-"""What a line of the log gains, as means over its micro-batches."""
+"""Numbers added to each line of the log, as means over its micro-batches."""
 TRAIN_NOISE: WeakSet[Trainer] = WeakSet()
-"""The Trainers in which one does."""
+"""The Trainers in which a noise objective currently does so."""
 
 
 class NoiseCallback(TrainerCallback):
-    """Trains a noise objective in place of the Trainer's loss; evaluations keep the Trainer's own.
+    """Trains a noise objective instead of the Trainer's loss; evaluations keep the Trainer's own loss.
 
-    The loss of a step is the mean over the rows that count in it (texts, ends of answers, target tokens), on all
-    ranks and however many micro-batches it has. Log lines gain the means of ``task_loss``, ``divergence`` and
-    ``noise_to_signal`` on rank 0. The step that sets the noise is in every checkpoint, and is resumed from there.
+    The loss of a step is the mean over the rows that count in it (texts, ends of answers, target tokens), over all
+    ranks and micro-batches. Log lines gain the means of ``task_loss``, ``divergence`` and ``noise_to_signal`` on
+    rank 0. The step that determines the noise is saved in every checkpoint, and is resumed from there.
 
     Args:
         objective: such as ``swaft.R3F(preset="relative", sigma=0.5)``.
 
     Raises:
         NoiseError: when training begins: R4F, whose head the Trainer cannot save; a trainer with another loss than
-            the mean cross entropy of the labels (DPO, a subclass with a `compute_loss` of its own),
-            `compute_loss_func`, `label_smoothing_factor` (give it to the objective), or several devices in one
-            process.
+            the mean cross entropy of the labels (DPO, a subclass with its own `compute_loss`), `compute_loss_func`,
+            `label_smoothing_factor` (pass it to the objective instead), or several devices in one process.
         StateError: when training resumes: the checkpoint holds no state of an objective.
     """
 
     def __init__(self, objective: Any):
         self.objective = objective
         self._sums, self._seen = torch.zeros(len(LOGGED)), 0
-        self._own: dict[str, Any] = {}  # what the Trainer had set in place of its methods
+        self._own: dict[str, Any] = {}  # methods that had been replaced on the Trainer before
         self._counted = torch.ones(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the objective in place of the loss, and resume its step."""
+        """Replace the loss by the objective, and resume its step."""
         self._trainer, resumed_from = calling_trainer()
         if len(those_of_kind(self._trainer, NoiseCallback)) > 1:
             raise NoiseError("the Trainer has NoiseCallback twice; expected one objective")
-        self._put_back()  # what a training that failed has left
+        self._put_back()  # left over from a failed training
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             self.objective.load_state_dict(_read_objective_state(resumed_from or checkpoint_of(args, state)))
@@ -100,8 +99,8 @@ class NoiseCallback(TrainerCallback):
             out = self.objective(model, inputs)
             logged = torch.stack([out.logged[name].float() for name in LOGGED])
             self._sums, self._seen = (self._sums + logged if self._seen else logged), self._seen + 1
-            # The engine takes the mean over ranks. The Trainer divides by the micro-batches, unless it believes
-            # that the loss was divided by the items of the step.
+            # The engine averages over ranks. The Trainer divides by the number of micro-batches, unless it assumes
+            # that the loss is already divided by the items of the step.
             scaled = self._trainer.loss_is_scaled_for_ga
             if scaled is None:
                 scaled = self._trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -113,9 +112,9 @@ class NoiseCallback(TrainerCallback):
         return noisy
 
     def _counting(self, get_batch_samples: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the reading of a step's micro-batches: count the rows that its loss is the mean of, on all ranks.
+        """Wrap the reading of a step's micro-batches: count the rows that its loss is averaged over, on all ranks.
 
-        The Trainer's own count is of ``labels`` alone, and of all of them where a model shifts them by itself.
+        The Trainer's own count only uses ``labels``, and counts all of them even if the model shifts them.
         """
 
         @functools.wraps(get_batch_samples)
@@ -158,13 +157,13 @@ def _require_plain_loss(trainer: Trainer, objective: Any) -> None:
     """Refuse a trainer whose loss is not the mean cross entropy that a noise objective computes, and R4F.
 
     Raises:
-        NoiseError: naming what is in the way.
+        NoiseError: names what is in the way.
     """
     if isinstance(objective, R4F):
         raise NoiseError(
-            "R4F normalises the head by a parametrization, under whose names the Trainer would save weights that "
-            "from_pretrained does not find; expected R3F or RDrop. Train R4F with swaft's recipes, or call it in a "
-            "loop of your own"
+            "R4F normalises the head with a parametrization, and the Trainer would save its weights under names "
+            "that from_pretrained does not find; expected R3F or RDrop. Train R4F with swaft's recipes, or call it "
+            "in a loop of your own"
         )
     own: Any = vars(trainer).get("compute_loss", type(trainer).compute_loss)
     own = getattr(own, "__func__", own)
@@ -188,11 +187,11 @@ def _require_plain_loss(trainer: Trainer, objective: Any) -> None:
     if trainer.label_smoother is not None:
         factor = trainer.args.label_smoothing_factor
         raise NoiseError(
-            f"label_smoothing_factor={factor:g} would be passed over by the objective; set it to 0 and give the "
+            f"label_smoothing_factor={factor:g} would be ignored by the objective; set it to 0 and give the "
             f"objective label_smoothing={factor:g}"
         )
     if trainer.args.n_gpu > 1:
         raise NoiseError(
-            f"{trainer.args.n_gpu} devices in one process (DataParallel); start one process a device: torchrun "
+            f"{trainer.args.n_gpu} devices in one process (DataParallel); start one process per device: torchrun "
             f"--nproc_per_node {trainer.args.n_gpu}"
         )

@@ -16,19 +16,20 @@ from swaft.report.landscape import loss_surface, write_losses
 
 
 def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None) -> None:
-    """Compute what ``swaft report`` draws as flatness, and write it into the Trainer's ``output_dir`` (collective).
+    """Compute the losses that ``swaft report`` draws as flatness, and write them into the Trainer's ``output_dir``
+    (collective).
 
-    To be called after training, in one process or under DDP. It takes 41 evaluations of the loss on these rows, and
-    three times the weights in memory. The live weights are back afterwards.
+    Call it after training, in one process or under DDP. It takes 41 evaluations of the loss on these rows, and
+    three times the memory of the weights. The live weights are restored afterwards.
 
     Args:
         trainer: with a `WeightAveragingCallback`, after training.
-        rows: of the data set, the first ones.
-        eval_dataset: one data set; None: the Trainer's.
+        rows: number of rows to use, from the start of the data set.
+        eval_dataset: a single data set; None: the Trainer's.
 
     Raises:
         AveragingError: the trainer has averaged nothing.
-        ConfigError: its weights lie in shards, both kinds of weights are the same, or there is no one data set.
+        ConfigError: its weights are sharded, both kinds of weights are equal, or there is no single data set.
     """
     if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise ConfigError(
@@ -53,7 +54,7 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
     handler: Any = trainer.callback_handler
     handler.on_prediction_step = lambda args, state, control: (
         control
-    )  # one bar for all points, not one a point
+    )  # one bar for all points, not one per point
     try:
         found = loss_surface(model, averaged, loss)
     finally:

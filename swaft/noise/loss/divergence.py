@@ -11,7 +11,7 @@ from swaft.errors import NoiseError
 from swaft.noise.loss.options import Detach, LossOptions, check_logits, wide_dtype
 
 _SMALL = 0.5
-"""Where exp(x) - 1 passes from expm1 to the direct difference, which is the accurate one for large |x|."""
+"""Where exp(x) - 1 switches from expm1 to the direct difference, which is more accurate for large |x|."""
 
 
 def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "none") -> Tensor:
@@ -22,23 +22,23 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
     rows (padded vocabulary) counts as weight 0.
 
     Value and gradients are computed from d = logits - noised_logits rather than from two separate softmaxes:
-    in fp32 the error stays near 1e-7 relative to the exact value for the logits given. Logits rounded to
-    16 bits are upcast first, which cannot bring back what rounding took.
+    in fp32 the error stays near 1e-7 relative to the exact value for the logits given. Logits in 16 bits are upcast
+    first, which cannot recover what rounding lost.
 
     Args:
         logits: clean logits (..., V), any floating dtype; 16-bit ones are upcast to fp32.
         noised_logits: noised logits, same shape.
-        detach: what is held constant in the gradient. "none": nothing; "clean" / "noised": that side in both
+        detach: what is treated as constant in the gradient. "none": nothing; "clean" / "noised": that side in both
             terms; "target": the first argument of each KL, which gives half the gradient when rows are close.
 
     Returns:
         J (...), fp32, or float64 for float64 logits.
 
     Raises:
-        ConfigError: for an unknown ``detach``, or logits that do not fit each other.
+        ConfigError: ``detach`` is unknown, or the logits do not fit each other.
         NoiseError: in a second derivative.
     """
-    LossOptions(detach=detach)  # refuses an unknown one
+    LossOptions(detach=detach)  # raises if it is unknown
     check_logits(logits, noised_logits)
     dtype = wide_dtype(logits, noised_logits)
     logits, noised_logits = logits.to(dtype), noised_logits.to(dtype)
@@ -49,7 +49,7 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
 def symmetric_kl_of_difference(
     logits: Tensor, noised_logits: Tensor, difference: Tensor, *, detach: Detach = "none"
 ) -> Tensor:
-    """Symmetric KL of rows whose difference is known better than their subtraction gives it.
+    """Symmetric KL of rows whose difference is known more accurately than by subtracting them.
 
     Args:
         logits: clean logits (..., V), fp32 or float64.
@@ -64,10 +64,10 @@ def symmetric_kl_of_difference(
 
 
 class _SymmetricKL(torch.autograd.Function):
-    """The gradients come out of the same row statistics as the value, so forward computes both.
+    """The gradients use the same row statistics as the value, so forward computes both.
 
-    They are outputs as well, which ties a second derivative to this node: saved as mere constants, they would leave
-    the divergence out of it without a word.
+    The gradients are outputs as well, which ties a second derivative to this node. Saved as mere constants, they
+    would silently drop the divergence from it.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ class _SymmetricKL(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The product with a gradient that is differentiated no further."""
+    """The product with a gradient that cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, upstream: Tensor, gradient: Tensor) -> Tensor:
@@ -98,13 +98,13 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise NoiseError(
-            "The symmetric KL divergence was differentiated twice; expected once, since its gradients are made in "
-            "the forward pass. A gradient penalty needs a loss of its own: write it in plain operations."
+            "The symmetric KL divergence was differentiated twice; expected once, since its gradients are computed "
+            "in the forward pass. A gradient penalty needs a loss of its own: write it in plain operations."
         )
 
 
 class _Rows(NamedTuple):
-    """What value and gradients are made of, each (..., V)."""
+    """What value and gradients are computed from, each (..., V)."""
 
     p: Tensor
     q: Tensor
@@ -117,7 +117,7 @@ def _row_statistics(z: Tensor, noised_z: Tensor, difference: Tensor) -> _Rows:
     """p, q, P = p - q and delta = log p - log q, none of them by a cancelling subtraction.
 
     With c = d at the most probable class and x = d - c:  delta = x - Delta,  Delta = -log1p(E_p[expm1(-x)])
-    while that mean is small; rows further apart take Delta - c = log S - log S' with c = max z - max z'.
+    while that mean is small; rows further apart use Delta - c = log S - log S' with c = max z - max z'.
     """
     absent = (z == -torch.inf) & (noised_z == -torch.inf)
     difference = difference.masked_fill(absent, 0.0)
@@ -135,7 +135,7 @@ def _row_statistics(z: Tensor, noised_z: Tensor, difference: Tensor) -> _Rows:
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute softmax and its logarithm; torch's own add the terms of a wide row less accurately in fp32."""
+    """Softmax and its logarithm; torch's own sum wide rows less accurately in fp32."""
     shifted = z - z.amax(-1, keepdim=True)
     exponential = shifted.exp()
     total = exponential.sum(-1, keepdim=True)
@@ -160,7 +160,7 @@ def _gradients(rows: _Rows, detach: Detach) -> tuple[Tensor, Tensor]:
 
 
 def _centred(difference: Tensor, *, at: Tensor) -> Tensor:
-    """Take away the offset that two rows share: the difference at the most probable class."""
+    """Subtract the offset that two rows share: the difference at the most probable class."""
     return difference - difference.gather(-1, at.argmax(-1, keepdim=True))
 
 

@@ -1,26 +1,31 @@
-"""A language-model head and the loss of its logits, a chunk of rows at a time: no (N, V) tensor is ever made.
+"""A language-model head and the loss of its logits, a chunk of rows at a time: no (N, V) tensor is ever created.
 
-Gradients come with the forward pass, while a chunk's logits are there. Per chunk of R rows, stacked so that
-three matrix products do (h, h' hidden states, W the weight; G, G' gradients of the rows' two products):
+Gradients are computed in the forward pass, while a chunk's logits exist. Per chunk of R rows, stacked so that three
+matrix products suffice (h, h' hidden states, W the weight; G, G' gradients with respect to the two products):
 
     [noise; raw] = [h' - h; h] W^T    or [noised; raw] = [h'; h] W^T in the direct form
     [dh; dh'] = [G; G'] W
     dW += [G'; G + G']^T [h' - h; h]
 
-dW is G^T h + G'^T h', but as that plain sum it does not survive that G and G' are rounded to 16 bits where they
-nearly cancel; so the row kernel gives G + G' as well.
+dW is G^T h + G'^T h'. But G and G' are rounded to 16 bits and nearly cancel, so this plain sum would lose its
+accuracy. Therefore the row kernel also returns G + G'.
 
-On an accelerator the first product and the row kernel take a few rows of the chunk at a time, so that of the same
-memory more is left for gradients: every chunk reads and writes the whole of dW, which fewer, larger ones do less
-often. ``benchmarks/fused_loss_model.py`` says what that is worth.
+On an accelerator, the first product and the row kernel take a few rows of the chunk at a time, which leaves more of
+the memory for gradients. Every chunk reads and writes the whole of dW, so fewer, larger chunks do this less often.
+``benchmarks/fused_loss_model.py`` predicts the gain.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import NamedTuple
 
 import torch
@@ -36,15 +41,17 @@ from swaft.noise.loss.rows import (
     task_rows,
 )
 
+logger = logging.getLogger(__name__)
+
 _CPU_CHUNK_BYTES = 96 * 2**20
-"""What a chunk may take on a CPU: 256 rows at 32k classes in fp32, where the products run at full speed."""
+"""Memory of a chunk on a CPU: 256 rows at 32k classes in fp32, enough for the products to run at full speed."""
 _ACCELERATOR_CHUNK_BYTES = 1_800_000_000
-"""What a chunk may take elsewhere: some 4096 rows at 50k classes."""
+"""Memory of a chunk on other devices: about 4096 rows at 50k classes."""
 _ROWS_MULTIPLE = 128
 _PRODUCT_ROWS = 256
-"""Rows of a chunk that are multiplied at a time on an accelerator, both passes of them in one product: the fewest
-at which it does not wait for W, and one wave of the row kernel, of which two programs fit each of an H100's 132
-multiprocessors."""
+"""Rows of a chunk that are multiplied at a time on an accelerator, with both passes in one product. This is the
+smallest number at which the product does not wait for W, and one wave of the row kernel: two of its programs fit on
+each of an H100's 132 multiprocessors."""
 _PIECE = 2**24
 """Elements of a gradient that are scaled at a time."""
 
@@ -54,7 +61,7 @@ RowKernel = Callable[[RowInputs, LossOptions, RowGradients | None], RowStatistic
 
 
 def row_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel:
-    """Pick the kernel of a device: Triton's on CUDA in fp32, where Triton is installed; else torch's.
+    """Pick the kernel for a device: Triton's on CUDA in fp32, if Triton is installed; otherwise torch's.
 
     Args:
         device: where the logits are.
@@ -69,8 +76,20 @@ def row_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel:
 
 @cache
 def has_triton() -> bool:
-    """Whether a GPU's kernels can be compiled here; without Triton the same comes of plain operations."""
-    return find_spec("triton") is not None
+    """Whether GPU kernels can be compiled here; without Triton, plain operations give the same.
+
+    Triton also compiles code for the host, which needs a C compiler and Python's headers.
+    """
+    if find_spec("triton") is None:
+        return False
+    compiler = any(map(which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not (compiler and headers):
+        what = "Python's headers (python3-dev)" if compiler else "a C compiler (gcc, or one that CC names)"
+        logger.warning(
+            "noise and losses are computed by plain operations, which is slower: Triton needs %s", what
+        )
+    return compiler and headers
 
 
 class Needs(NamedTuple):
@@ -83,7 +102,7 @@ class Needs(NamedTuple):
 
 
 class LinearLoss(NamedTuple):
-    """Loss, row statistics and gradients of the loss; gradients not wanted are empty."""
+    """Loss, row statistics and gradients of the loss; gradients that are not needed are empty."""
 
     loss: Tensor
     statistics: Tensor
@@ -102,7 +121,7 @@ class LinearInputs(NamedTuple):
     noised_hidden: Tensor
     """h' (N, d)."""
     hidden_difference: Tensor | None
-    """h - h' (N, d), if known better than by subtraction."""
+    """h - h' (N, d), if known more accurately than by subtraction."""
     weight: Tensor
     """W (V, d)."""
     bias: Tensor | None
@@ -126,18 +145,20 @@ def linear_loss(
     num_counted: int | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearLoss:
-    """Loss of a head, with the gradients wanted.
+    """Loss of a head, with the requested gradients.
 
     loss = factor * sum_rows [ce (CE + k L^2) + kl J]
 
     Args:
         inputs: operands and row weights.
         options: of the loss.
-        needs: which gradients are wanted; without one only statistics are computed.
-        operand_dtype: what the operands of matrix products are rounded to; sums are fp32 (float64 for float64).
-            With float16 that is hidden states and weight; gradients leave its range, see ``_Arithmetic``.
-        num_counted: upper bound of the rows that count, if the host knows one. The loss is NaN when more do.
-        chunk_bytes: what everything of size V in a chunk may take.
+        needs: which gradients are wanted; if none, only statistics are computed.
+        operand_dtype: dtype that the operands of matrix products are rounded to; sums are fp32 (float64 for
+            float64). With float16, this applies to hidden states and weight; gradients do not fit its range, see
+            ``_Arithmetic``.
+        num_counted: upper bound on the number of rows that count, if the host knows one. The loss is NaN if more
+            do.
+        chunk_bytes: memory for everything of size V in a chunk.
     """
     index, factor = _counted_rows(inputs, num_counted)
     chunks = _Chunks(inputs, options, needs, _Arithmetic.of(inputs.hidden.device, operand_dtype), factor)
@@ -147,16 +168,16 @@ def linear_loss(
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """The types that a device computes in."""
+    """The dtypes that a device computes in."""
 
     given: torch.dtype
-    """What hidden states and weight are rounded to."""
+    """Dtype of hidden states and weight."""
     wide: torch.dtype
-    """Logits, statistics and sums."""
+    """Dtype of logits, statistics and sums."""
     gradient: torch.dtype
-    """What gradients and differences are rounded to; they leave the range of fp16, beside which it is bf16."""
+    """Dtype of gradients and differences. They do not fit the range of fp16, so with fp16 operands it is bf16."""
     narrow: bool
-    """Whether 16-bit matrices are multiplied as they are, into an fp32 result; only CUDA does."""
+    """Whether 16-bit matrices are multiplied directly into an fp32 result; only on CUDA."""
     rows: RowKernel
 
     @staticmethod
@@ -169,11 +190,11 @@ class _Arithmetic:
 
     @property
     def in_place(self) -> bool:
-        """Whether gradients take the place of the logits they come from."""
+        """Whether gradients overwrite the logits they are computed from."""
         return self.rows is torch_rows.rows and not (self.narrow and self.gradient != self.wide)
 
     def operand(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor rounded, as products take it."""
+        """The tensor, rounded, as an operand of products."""
         return tensor.to(dtype) if self.narrow else tensor.to(dtype).to(self.wide)
 
     def product(self, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
@@ -182,24 +203,24 @@ class _Arithmetic:
         return torch.mm(a, b, out_dtype=self.wide, out=out)
 
     def add_product_(self, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-        beta = 0 if first else 1  # with 0 what is there is not even read
+        beta = 0 if first else 1  # with 0, the old content is not even read
         if a.dtype == self.wide:
             total.addmm_(a, b, beta=beta)
         else:
             torch.addmm(total, a, b, beta=beta, out_dtype=self.wide, out=total)
 
     def round_(self, slab: Tensor) -> None:
-        """Round what the row kernel left in wider numbers than the product is to see."""
+        """Round gradients that the row kernel has left in a wider dtype than the products should use."""
         if slab.dtype != self.gradient:
             for block in slab.split(max(1, _ROWS_MULTIPLE // 16)):
                 block.copy_(block.to(self.gradient))
 
 
 class _Buffers:
-    """The memory of size V of one chunk, used again by every chunk.
+    """The memory of size V of one chunk, reused by every chunk.
 
-    Gradients are [G; G'; G + G'], or G alone where the noised pass has none. In place they share memory with the
-    products [noise; raw], in the order in which the row kernel can overwrite them.
+    Gradients are [G; G'; G + G'], or only G if the noised pass has none. In place, they share memory with the
+    products [noise; raw], in an order in which the row kernel can overwrite them.
     """
 
     def __init__(
@@ -230,7 +251,7 @@ class _Buffers:
         )
 
     def products(self, rows: int) -> Tensor:
-        """Where the products of some rows go (2R, V)."""
+        """The memory for the products of ``rows`` rows (2R, V)."""
         start = rows if self._in_place and self._parts == 3 else 0
         return self._products[start : start + 2 * rows]
 
@@ -240,7 +261,7 @@ class _Buffers:
         return self._gradients[start : start + self._parts * rows]
 
     def gradients(self, rows: int, few: slice) -> RowGradients | None:
-        """The slab's parts, each of a few of its rows; None for statistics only."""
+        """The parts of the slab, restricted to a few rows; None if only statistics are computed."""
         if not self._parts:
             return None
         clean, *others = self.slab(rows).unflatten(0, (self._parts, rows))[:, few]
@@ -248,7 +269,7 @@ class _Buffers:
 
 
 class _Chunks:
-    """Chunks of rows, one after the other, and what they add up to."""
+    """Processes chunks of rows one after the other and adds up their results."""
 
     def __init__(
         self,
@@ -274,7 +295,7 @@ class _Chunks:
         self.bias = zeros(inputs.weight[:, 0], needs.bias, wide)
 
     def take(self, index: Tensor | None, chunk_bytes: int | None) -> None:
-        """Compute the rows of these numbers, or all; the memory of the chunks is free again afterwards."""
+        """Compute the rows with these indices (None: all); the memory of the chunks is freed afterwards."""
         inputs, arithmetic = self.inputs, self.arithmetic
         count = inputs.hidden.shape[0] if index is None else index.numel()
         if count == 0:
@@ -283,7 +304,7 @@ class _Chunks:
         buffers = _Buffers(parts, arithmetic, inputs.weight, count, chunk_bytes)
         given = inputs.weight.to(arithmetic.given)
         weight = arithmetic.operand(given, arithmetic.given)
-        # Gradients and fp16 hidden states are multiplied with weights of different types.
+        # Gradients and fp16 hidden states are multiplied by weights of different dtypes.
         back_weight = (
             arithmetic.operand(given, arithmetic.gradient) if arithmetic.narrow and parts else weight
         )
@@ -313,11 +334,11 @@ class _Chunks:
                 self._multiply_back(slab, back_weight, numbers(start, stop), split_operands, first=start == 0)
 
     def _stacked_operands(self, chosen: slice | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the weight is multiplied with, and [h' - h; h] for its gradient, (2, R, d) both.
+        """The operands that the weight is multiplied by, and [h' - h; h] for its gradient, both (2, R, d).
 
-        Everything is rounded once, the difference after it is taken. fp16 has no numbers as small as differences
-        can be: on a CPU they are not rounded to it, and where it is multiplied each row of them has a unit of its
-        own, a power of two (R, 1), that the product is still to be multiplied by.
+        Everything is rounded once; the difference is rounded after it is taken. Differences can be too small for
+        fp16. On a CPU, they are not rounded to fp16. On devices that multiply in fp16, each row of differences is
+        divided by its own unit, a power of two (R, 1), and the product must be multiplied by that unit.
         """
         inputs, arithmetic = self.inputs, self.arithmetic
         hidden, noised_hidden = inputs.hidden[chosen], inputs.noised_hidden[chosen]
@@ -343,7 +364,7 @@ class _Chunks:
     def _multiply_back(
         self, slab: Tensor, weight: Tensor, chosen: slice | Tensor, split_operands: Tensor, *, first: bool
     ) -> None:
-        """Multiply a chunk's gradients into those of hidden states, weight and bias."""
+        """Propagate a chunk's gradients to hidden states, weight and bias."""
         rows, arithmetic, moves = split_operands.shape[1], self.arithmetic, self.options.noised_moves
         wanted = (
             (self.hidden, self.needs.hidden),
@@ -364,7 +385,7 @@ class _Chunks:
             self.bias.add_(slab[-rows:].sum(0, dtype=arithmetic.wide), alpha=1 / self.options.logit_scale)
 
     def result(self) -> LinearLoss:
-        """The loss, and gradients with the common factor in the types they are kept in."""
+        """The loss, and gradients including the common factor, in the dtypes they are stored in."""
         inputs, statistics = self.inputs, RowStatistics(*self.statistics)
         task = inputs.ce_weight * task_rows(statistics, self.options)
         loss = self.factor * (task + inputs.kl_weight * statistics.divergence).sum()
@@ -378,16 +399,16 @@ class _Chunks:
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type a gradient is kept in until backward: its own, or fp32 where a loss scale must come first."""
+    """The dtype a gradient is stored in until backward: its own, or fp32 if a loss scale must be applied first."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product with a 0-dim fp32 factor in a type of less or equal width, rounded once, in pieces.
+    """The product with a 0-dim fp32 factor, in a dtype of less or equal width, rounded once, in pieces.
 
-    The factor has a dimension, or on a GPU torch would round it to the type of a 16-bit gradient first: up to 0.2 %
-    off, in every element. So one operation reads, multiplies and rounds, and nothing of the gradient's size is
-    made but the result.
+    The factor is given a dimension; otherwise torch would, on a GPU, round it to the dtype of a 16-bit gradient
+    first: up to 0.2 % off, in every element. This way, one operation reads, multiplies and rounds, and only the
+    result has the gradient's size.
     """
     out = torch.empty_like(gradient, dtype=dtype)
     rows = max(1, _PIECE // max(1, gradient[:1].numel()))
@@ -397,7 +418,7 @@ def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _counted_rows(inputs: LinearInputs, num_counted: int | None) -> tuple[Tensor | None, Tensor]:
-    """Numbers of the rows to compute (None: all), and the factor, NaN where ``num_counted`` was too small."""
+    """Indices of the rows to compute (None: all), and the factor, NaN if ``num_counted`` was too small."""
     counted = (inputs.ce_weight != 0) | (inputs.kl_weight != 0)
     factor = inputs.factor
     if num_counted is not None:
@@ -409,9 +430,9 @@ def _counted_rows(inputs: LinearInputs, num_counted: int | None) -> tuple[Tensor
 
 
 def counted_first(counted: Tensor, num_counted: int | None) -> Tensor | None:
-    """Numbers of the first ``num_counted`` rows with the counted ones to the front; None for all rows.
+    """Indices of the first ``num_counted`` rows, with counted rows moved to the front; None for all rows.
 
-    A sort, and not a search, so that the host need not wait for how many there are.
+    This uses a sort instead of a search, so that the host does not wait for the number of counted rows.
     """
     if num_counted is None or num_counted >= counted.numel():
         return None

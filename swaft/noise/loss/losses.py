@@ -1,7 +1,7 @@
-"""The losses of logits and of hidden states. `swaft.functional` is where users find them.
+"""The losses of logits and of hidden states. Users find them in `swaft.functional`.
 
-That of logits is plain tensor operations in the papers' letters, differentiated by autograd; the fused loss is held
-to it. Letters: z, z' clean and noised logits; p, q their softmaxes; d = z - z'; L = log sum exp z;
+The loss of logits uses plain tensor operations in the papers' notation, differentiated by autograd; the fused loss
+is tested against it. Notation: z, z' clean and noised logits; p, q their softmaxes; d = z - z'; L = log sum exp z;
 J = KL(p||q) + KL(q||p).
 """
 
@@ -30,20 +30,20 @@ from swaft.noise.loss.weighting import row_weights
 
 
 class NoiseStabilityLoss(NamedTuple):
-    """A noise-stability loss, the terms it is made of, and those of every row."""
+    """A noise-stability loss, its terms, and the terms of every row."""
 
     loss: Tensor
-    """task_loss + divergence_weight * divergence, 0-dim; the only one that has a gradient."""
+    """task_loss + divergence_weight * divergence, 0-dim; the only field that has a gradient."""
     task_loss: Tensor
-    """The cross entropy and, where asked for, the z term, 0-dim."""
+    """The cross entropy and, if requested, the z term, 0-dim."""
     divergence: Tensor
     """The symmetric KL divergence, before its weight, 0-dim."""
     row_cross_entropy: Tensor
-    """Cross entropy of each row, without the z term, shaped like the labels; 0 where it counts for nothing."""
+    """Cross entropy of each row, without the z term, shaped like the labels; 0 in rows that do not count."""
     row_divergence: Tensor
-    """J of each row; 0 in rows that count for nothing."""
+    """J of each row; 0 in rows that do not count."""
     row_log_normalizer: Tensor
-    """L = log sum exp z of each row's clean logits; 0 in rows that count for nothing."""
+    """L = log sum exp z of each row's clean logits; 0 in rows that do not count."""
 
 
 def cross_entropy_symmetric_kl(
@@ -65,32 +65,32 @@ def cross_entropy_symmetric_kl(
     """Cross entropy of the clean logits plus the weighted symmetric KL between clean and noised logits.
 
     loss = CE(logits, labels) + divergence_weight * J  (R3F, Aghajanyan et al. 2021, eq. 3), both over the
-    rows whose label is not ``ignore_index``. Without such a row every term is 0, with zero gradients.
+    rows whose label is not ``ignore_index``. Without such rows, every term is 0, with zero gradients.
 
     Args:
         logits: clean logits (..., V); 16-bit ones are upcast to fp32.
         noised_logits: noised logits, same shape.
         labels: class indices (...), int64 or int32.
-        divergence_weight: the lambda of the paper.
-        label_smoothing: share of the target spread over all V classes, cross entropy only.
+        divergence_weight: lambda in the paper.
+        label_smoothing: share of the target spread over all V classes; cross entropy only.
         ignore_index: label of the rows that do not count.
         z_loss: k of the term k L^2 added to each row's cross entropy, L the log of the softmax normalizer.
-        token_weight: factor of each row in both terms and in their means (...), 0 or more; constant.
-        kl_mask: rows of the divergence (...), bool, if not those whose label counts.
-        kl_normalizer: what the sum of the divergences is divided by, a number or a 0-dim tensor, if not the
-            sum of its rows' weights; 0 leaves the divergence out. fairseq's R3F: kl_mask all True, the number
-            of sentences; ParlAI's: kl_mask all True, the number of rows whose label counts.
-        reduction: "mean" by the sum of the token weights, or "sum".
-        detach: what the divergence holds constant, see :func:`symmetric_kl`.
-        ce_on_noised: average the cross entropies of both passes (R-Drop) instead of the clean one's.
+        token_weight: factor of each row in both terms and in their means (...), 0 or more; gets no gradient.
+        kl_mask: rows of the divergence (...), bool; default: the rows whose label counts.
+        kl_normalizer: what the sum of the divergences is divided by, a number or a 0-dim tensor; default: the sum
+            of the weights of its rows. 0 leaves the divergence out. For fairseq's R3F: kl_mask all True, and the
+            number of sentences; for ParlAI's: kl_mask all True, and the number of rows whose label counts.
+        reduction: "mean", i.e. divided by the sum of the token weights, or "sum".
+        detach: what the divergence treats as constant, see :func:`symmetric_kl`.
+        ce_on_noised: average the cross entropies of both passes (R-Drop) instead of using only the clean one.
 
     Returns:
         The loss and its terms.
 
     Raises:
-        ConfigError: naming options out of range, tensors that do not fit, or factors that are negative.
-        DataError: for a label out of range. Labels and factors are looked at on a CPU; elsewhere, and compiled, a
-            wrong one makes the loss NaN.
+        ConfigError: options are out of range, tensors do not fit, or factors are negative; names each problem.
+        DataError: a label is out of range. Labels and factors are checked on a CPU; on other devices, and when
+            compiled, a wrong one makes the loss NaN.
         NoiseError: in a second derivative.
     """
     options = LossOptions(
@@ -147,29 +147,30 @@ def linear_cross_entropy_symmetric_kl(
     detach: Detach = "none",
     ce_on_noised: bool = False,
 ) -> NoiseStabilityLoss:
-    """Cross entropy plus symmetric KL of a language-model head, without ever holding its logits.
+    """Cross entropy plus symmetric KL of a language-model head, without ever storing its full logits.
 
-    z = softcap(logit_scale * hidden @ weight.T + bias), z' likewise of ``noised_hidden``, and then the loss of
-    :func:`cross_entropy_symmetric_kl`. Rows go through the head a chunk at a time, gradients are made in the
-    forward pass and kept for the backward, which can run once: no second derivatives.
+    z = softcap(logit_scale * hidden @ weight.T + bias), z' the same for ``noised_hidden``, and then the loss of
+    :func:`cross_entropy_symmetric_kl`. Rows go through the head a chunk at a time. Gradients are computed in the
+    forward pass and kept for the backward, so there are no second derivatives.
 
-    Sums are fp32 (float64 for float64). Under autocast the operands are cast inside, after the difference is
+    Sums are fp32 (float64 for float64). Under autocast, the operands are cast inside, after the difference is
     taken. Nothing makes the host wait for an accelerator.
 
     Args:
         hidden: clean hidden states h (..., d).
         noised_hidden: noised hidden states h' (..., d).
-        weight: of the head W (V, d).
+        weight: weight of the head W (V, d).
         labels: class indices (...), int64 or int32.
-        bias: of the head (V,).
-        hidden_difference: h - h' (..., d), if known better than the hidden states show it; constant, its gradient
-            goes to ``noised_hidden``. The wrong sign is an error; on an accelerator, and compiled, a NaN loss.
+        bias: bias of the head (V,).
+        hidden_difference: h - h' (..., d), if known more accurately than from the hidden states; constant, its
+            gradient goes to ``noised_hidden``. The wrong sign is an error; on an accelerator, and when compiled, a
+            NaN loss.
         logit_scale: alpha, more than 0; T5 with tied embeddings: d^-1/2.
-        softcap: kappa of z = kappa tanh(raw / kappa); None for none.
+        softcap: kappa in z = kappa tanh(raw / kappa); None for none.
         form: "difference" or "direct", see ``swaft.noise.loss.Form``.
-        num_counted: upper bound of the rows that count for either term, if the host knows one; others are left out
-            before any product (a CPU finds them itself). The loss is NaN if more rows count.
-        chunk_bytes: what a chunk's tensors of size V may take, None for a default; 128 rows fit at the least.
+        num_counted: upper bound on the number of rows that count for either term, if the host knows one; other rows
+            are left out before any product (a CPU finds them itself). The loss is NaN if more rows count.
+        chunk_bytes: memory for a chunk's tensors of size V, None for a default; a chunk has at least 128 rows.
         divergence_weight: as in :func:`cross_entropy_symmetric_kl`, like all that follow.
         label_smoothing: as there.
         ignore_index: as there.
@@ -182,7 +183,7 @@ def linear_cross_entropy_symmetric_kl(
         ce_on_noised: as there.
 
     Raises:
-        ConfigError, DataError: as :func:`cross_entropy_symmetric_kl`.
+        ConfigError, DataError: as for :func:`cross_entropy_symmetric_kl`.
         NoiseError: in a second derivative, in forward mode, or under a transform of torch.func.
     """
     options = LossOptions(
@@ -227,9 +228,9 @@ class LogitRows(NamedTuple):
     """What each row contributes, (...), differentiable."""
 
     task: Tensor
-    """CE + k L^2, averaged over both passes if asked for."""
+    """CE + k L^2, averaged over both passes if requested."""
     cross_entropy: Tensor
-    """CE alone, averaged likewise."""
+    """CE alone, averaged the same way."""
     divergence: Tensor
     """J."""
     log_normalizer: Tensor
@@ -244,9 +245,9 @@ def reference_rows(
     Args:
         logits: z (..., V), fp32 or float64.
         noised_logits: z', same shape and dtype.
-        difference: z - z', as exact as it is known; no gradient goes through it.
+        difference: z - z', as accurately as it is known; no gradient goes through it.
         labels: y (...), int64, each a valid index.
-        options: of the loss; scale, soft-cap and form are the head's.
+        options: of the loss; scale, soft-cap and form are ignored here.
     """
     log_normalizer, cross_entropy = _cross_entropy(logits, labels, options.label_smoothing)
     task = cross_entropy + options.z_loss * log_normalizer.square()
@@ -264,7 +265,7 @@ def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor,
     """L and CE = (1 - s)(L - z_y) + s (L - mean z) = log(1 + R) + s (z_y - mean z).
 
     R = sum_{i != y} exp(z_i - z_y) leaves the label out of the sum, since L - z_y loses all digits as p_y
-    comes close to 1, and so does p_y - 1 in its gradient.
+    approaches 1, and so does p_y - 1 in its gradient.
     """
     target = z.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     others = z.scatter(-1, labels.unsqueeze(-1), -torch.inf)
@@ -275,7 +276,7 @@ def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor,
 
 
 def _log_sum_exp(z: Tensor) -> Tensor:
-    """torch.logsumexp by pairwise sums, which keep 1e-7 in fp32 over a wide row; -inf for a row of -inf."""
+    """torch.logsumexp with pairwise sums, accurate to 1e-7 in fp32 for wide rows; -inf for a row of -inf."""
     maximum = z.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
     total = (z - maximum).exp().sum(-1)
     empty = total == 0

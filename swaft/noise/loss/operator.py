@@ -1,4 +1,4 @@
-"""The fused loss as an operator of torch: known to autograd, to torch.compile and to autocast."""
+"""The fused loss as a torch operator that autograd, torch.compile and autocast understand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import RowStatistics
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""``LinearLoss``, as an operator declares it."""
+"""``LinearLoss``, as the operator declares it."""
 _OPTIONS = ("label_smoothing", "z_loss", "detach", "ce_on_noised", "logit_scale", "softcap", "form")
-"""Options that the operator takes; the others are in the weights of the rows."""
+"""Options that the operator takes; the others are already in the row weights."""
 
 
 def fused_linear_loss(
@@ -29,7 +29,7 @@ def fused_linear_loss(
 ) -> tuple[Tensor, RowStatistics]:
     """Loss of a head, see ``linear_loss``; differentiable in hidden states, weight and bias.
 
-    Which gradients are needed is read from the tensors here: an operator cannot ask autograd.
+    The gradients needed are read from the tensors here, because an operator cannot ask autograd.
 
     Returns:
         The loss (0-dim, differentiable) and the row statistics (N,), detached.
@@ -50,20 +50,20 @@ def fused_linear_loss(
 
 
 def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
-    """Refuse what an operator would answer with gradients that are missing or zero."""
+    """Refuse transforms for which the operator would return missing or zero gradients."""
     if torch.compiler.is_compiling():
         return
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
         raise NoiseError(
             "linear_cross_entropy_symmetric_kl was called in forward mode or under a transform of torch.func "
-            "(grad, vmap, jvp); expected backward mode, whose gradients it makes itself. Use torch.autograd, "
-            "or write the loss with logits in plain operations."
+            "(grad, vmap, jvp); expected backward mode, for which it computes the gradients itself. Use "
+            "torch.autograd, or write the loss with logits in plain operations."
         )
 
 
 def _operand_dtype(inputs: LinearInputs) -> torch.dtype:
-    """The type matrix products take their operands in: autocast's, or the widest of the operands'."""
+    """The dtype of the operands of matrix products: autocast's, or the widest of the operands."""
     dtype = torch.promote_types(inputs.hidden.dtype, inputs.noised_hidden.dtype)
     dtype = torch.promote_types(dtype, inputs.weight.dtype)
     device = inputs.hidden.device.type
@@ -164,7 +164,7 @@ _fused.register_autograd(_backward, setup_context=_keep_gradients)
 
 @torch.library.custom_op("swaft::scale_saved_gradients", mutates_args=())
 def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Each gradient * factor, out of place: the saved ones serve again under retain_graph."""
+    """Each gradient * factor, out of place: retain_graph uses the saved gradients again."""
     return [times(gradient, factor, gradient.dtype) for gradient in gradients]
 
 
@@ -176,7 +176,7 @@ def _(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise NoiseError(
         "linear_cross_entropy_symmetric_kl was differentiated twice; expected once, since its gradients are "
-        "made in the forward pass. A gradient penalty needs a loss of its own: write it in plain operations."
+        "computed in the forward pass. A gradient penalty needs a loss of its own: write it in plain operations."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the noise-stability loss can be asked for, and what it refuses by name before anything is computed."""
+"""The options of the noise-stability loss, and the checks made before anything is computed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from swaft.errors import ConfigError
 
 Detach = Literal["none", "clean", "noised", "target"]
-"""What the divergence holds constant in its gradient: nothing; one pass; the first argument of each KL."""
+"""What the divergence treats as constant in its gradient: nothing; one pass; the first argument of each KL."""
 
 Form = Literal["difference", "direct"]
-"""How the noised logits come about.
+"""How the noised logits are computed.
 
-With "difference" z - z' is not a subtraction of logits but a product of its own, h - h' times the weight, and has
-its digits at every size of noise, also with 16-bit operands; with bf16 operands it serves spreads of z - z' up to
-about 2. "direct" takes z' from the head of h' itself: right where the passes are far apart (R-Drop, independent
-dropout masks), with bf16 operands from a spread of about 0.05 on.
+With "difference", z - z' is not a subtraction of logits but a separate product, h - h' times the weight. It is
+accurate at every size of noise, also with 16-bit operands; with bf16 operands, it works for spreads of z - z' up to
+about 2. "direct" computes z' as the head of h' itself. It is right if the passes are far apart (R-Drop, independent
+dropout masks); with bf16 operands, from a spread of about 0.05.
 """
 
 Reduction = Literal["mean", "sum"]
@@ -29,10 +29,10 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What can be asked of a loss; what the rows have in common comes first, then how much each of them counts.
+    """The options of a loss: first those common to all rows, then those that say how much each row counts.
 
     Raises:
-        ConfigError: naming every value out of range.
+        ConfigError: names every value out of range.
     """
 
     label_smoothing: float = 0.0
@@ -42,7 +42,7 @@ class LossOptions:
     detach: Detach = "none"
     """See ``Detach``."""
     ce_on_noised: bool = False
-    """Average the cross entropies (and z terms) of both passes (R-Drop) instead of taking the clean one's."""
+    """Average the cross entropies (and z terms) of both passes (R-Drop) instead of using only the clean one."""
     logit_scale: float = 1.0
     """alpha in raw = alpha h W^T + b (T5 with tied embeddings: d^-1/2)."""
     softcap: float | None = None
@@ -54,18 +54,18 @@ class LossOptions:
     ignore_index: int = -100
     """Label of the rows that do not count."""
     token_weight: Tensor | None = None
-    """Factor of each row (...), 0 or more where it counts, None for 1. A negative one makes the loss NaN where the
-    host cannot tell, and so does a negative ``kl_normalizer``."""
+    """Factor of each row (...), 0 or more in rows that count, None for 1. If the host cannot check it, a negative
+    factor makes the loss NaN; so does a negative ``kl_normalizer``."""
     kl_mask: Tensor | None = None
-    """Rows of the divergence (...), bool; None for those whose label counts."""
+    """Rows of the divergence (...), bool; None for the rows whose label counts."""
     kl_normalizer: float | Tensor | None = None
     """What the sum of the divergences is divided by; None for the sum of their weights (reduction "mean") or 1."""
     reduction: Reduction = "mean"
-    """"mean" divides the cross entropy by the sum of its weights, "sum" by nothing."""
+    """"mean" divides the cross entropy by the sum of its weights; "sum" does not divide."""
 
     @property
     def noised_moves(self) -> bool:
-        """Whether the loss has a gradient in the noised pass."""
+        """Whether the loss has a gradient through the noised pass."""
         return self.detach != "noised" or self.ce_on_noised
 
     def __post_init__(self) -> None:
@@ -86,16 +86,17 @@ class LossOptions:
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> list[str]:
-    """The problem of a value that is none of the choices, if it is one."""
+    """The problem if a value is not one of the choices; otherwise an empty list."""
     if value in choices:
         return []
     return [f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}."]
 
 
 def number_problems(name: str, value: float, expected: str, accepts: Callable[[float], bool]) -> list[str]:
-    """The problem of a number that is not finite or not accepted, if it is one.
+    """The problem if a number is not finite or not accepted; otherwise an empty list.
 
-    Finite is asked by comparing, for torch.compile follows that with a number it does not hold constant.
+    Finiteness is tested by comparison, because torch.compile can trace that for numbers it does not treat as
+    constant.
     """
     if isinstance(value, (int, float)) and -math.inf < value < math.inf and accepts(value):
         return []
@@ -103,10 +104,10 @@ def number_problems(name: str, value: float, expected: str, accepts: Callable[[f
 
 
 def check_logits(logits: Tensor, noised_logits: Tensor, labels: Tensor | None = None) -> None:
-    """Refuse logits that are not two of a kind, and labels that are not theirs.
+    """Refuse logits that do not match each other, and labels that do not match the logits.
 
     Raises:
-        ConfigError: naming every problem.
+        ConfigError: names every problem.
     """
     problems = _not_floating(logits=logits, noised_logits=noised_logits)
     problems += elsewhere("logits", logits, noised_logits=noised_logits, labels=labels)
@@ -127,7 +128,7 @@ def check_head(
     form: Form,
     **counts: int | None,
 ) -> None:
-    """Refuse operands of a head that do not fit, and numbers that are none.
+    """Refuse operands of a head that do not fit together, and invalid counts.
 
     Args:
         operands: hidden states, noised ones, weight, bias and hidden difference.
@@ -136,7 +137,7 @@ def check_head(
         counts: "num_counted" and "chunk_bytes".
 
     Raises:
-        ConfigError: naming every problem.
+        ConfigError: names every problem.
     """
     hidden, noised_hidden, weight, bias, hidden_difference = operands
     names = ("hidden", "noised_hidden", "weight", "bias", "hidden_difference")
@@ -172,13 +173,13 @@ def check_head(
 
 
 def check_direction(hidden: Tensor, noised_hidden: Tensor, hidden_difference: Tensor) -> Tensor:
-    """Refuse a difference of the wrong sign, which would push the two passes apart and look well.
+    """Refuse a difference of the wrong sign, which would push the two passes apart unnoticed.
 
-    Rounding may have taken the difference out of the hidden states, so it need not point where they differ; but it
-    cannot point the other way: cos(h - h', hidden_difference) is about 0 then, and -1 for the wrong sign.
+    Rounding may have removed the difference from the hidden states, so the two need not agree in direction. But
+    they cannot be opposite: cos(h - h', hidden_difference) is about 0 then, and -1 for the wrong sign.
 
     Returns:
-        Whether the sign is right (0-dim, bool), for devices that the host does not wait for.
+        Whether the sign is right (0-dim, bool), for devices on which the host does not wait to check.
 
     Raises:
         ConfigError: on a CPU, unless compiled.
@@ -187,7 +188,7 @@ def check_direction(hidden: Tensor, noised_hidden: Tensor, hidden_difference: Te
     found = (hidden.detach().to(dtype) - noised_hidden.detach().to(dtype)).flatten()
     given = hidden_difference.detach().to(dtype).flatten()
     lengths = torch.linalg.vector_norm(found) * torch.linalg.vector_norm(given)
-    right = ~(torch.dot(found, given) < -0.5 * lengths)  # NaN passes: the loss will say so
+    right = ~(torch.dot(found, given) < -0.5 * lengths)  # NaN passes: the loss will be NaN
     if host_knows(right) and not bool(right):
         raise ConfigError(
             "hidden_difference points against hidden - noised_hidden; expected that difference itself, clean "
@@ -205,7 +206,7 @@ def _not_floating(**tensors: Tensor | None) -> list[str]:
 
 
 def elsewhere(leader: str, like: Tensor, **tensors: Tensor | None) -> list[str]:
-    """Problems of the tensors that are not on the device of one."""
+    """The problems of tensors that are not on the device of ``like``."""
     return [
         f"{name} is on {tensor.device}; expected the device of {leader}, {like.device}."
         for name, tensor in tensors.items()
@@ -214,12 +215,12 @@ def elsewhere(leader: str, like: Tensor, **tensors: Tensor | None) -> list[str]:
 
 
 def host_knows(tensor: Tensor) -> bool:
-    """Whether a look at a tensor's values neither makes the host wait nor breaks a graph."""
+    """Whether reading a tensor's values neither makes the host wait nor breaks a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The widest type among tensors, fp32 at the least."""
+    """The widest dtype among tensors, at least fp32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

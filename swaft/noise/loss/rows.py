@@ -1,15 +1,15 @@
-"""Statistics and gradients of the loss for rows of logits, in torch, in place, a cacheful of rows at a time.
+"""Statistics and gradients of the loss for rows of logits, in torch, in place, in blocks that fit the cache.
 
-Letters as in ``losses.py``, and per row: w = exp(z - max z), S = sum w, R = S without the label,
-n = z' - z = -d, y = n - E_p[n] (the mean, because J, p and q ignore a common offset and so must rounding),
+Notation as in ``losses.py``, and per row: w = exp(z - max z), S = sum w, R = S without the label,
+n = z' - z = -d, y = n - E_p[n] (centred, because J, p and q ignore a common offset, and so must rounding),
 t = E_p[expm1(y)], delta = log p - log q = log(1 + t) - y, P = p - q, u = delta - K.
 
     J = sum P delta             L' = L + E_p[n] + log(1 + t)
     g = dJ/dz = p u + P         g' = dJ/dz' = -(q (u + J) + P)         g + g' = P u - J q
 
 While |t| < 1/2 (near rows) P = -p (expm1(y) - t) / (1 + t), which is exact to rounding however small n is.
-Far rows have a softmax of their own for z'. On a CPU a block of near rows takes a path of fewer passes over
-memory; elsewhere nothing may depend on the numbers, so every block takes the path that holds for both.
+Far rows have a separate softmax for z'. On a CPU, a block of near rows takes a path with fewer passes over memory.
+On other devices, no branch may depend on the values, so every block takes the path that works for both.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 from swaft.noise.loss.options import LossOptions
 
 _NEAR = 0.5
-"""Largest |t| of a near row, and largest |delta| where P comes from expm1."""
+"""Largest |t| of a near row, and largest |delta| for which P is computed with expm1."""
 _CPU_BLOCK_ELEMENTS = 2**20
-"""Elements a block on a CPU: few enough that five buffers stay in the shared cache, and as many as that allows,
-because threads wait for each other after every operation."""
+"""Elements per block on a CPU: as many as possible, because threads wait for each other after every operation, but
+few enough that five buffers stay in the shared cache."""
 _ACCELERATOR_BLOCK_ELEMENTS = 2**24
-"""Elements a block elsewhere."""
+"""Elements per block on other devices."""
 
 
 ROW_MULTIPLE = 64
-"""What rows begin at multiples of on an accelerator, in elements: for loads of 16 bytes and for tensor cores."""
+"""Alignment of rows on an accelerator, in elements: for 16-byte loads and tensor cores."""
 
 
 def empty_rows(count: int, classes: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make memory for a matrix (count, classes) whose rows begin at multiples of ``ROW_MULTIPLE`` elements."""
+    """Allocate a matrix (count, classes) whose rows start at multiples of ``ROW_MULTIPLE`` elements."""
     stride = -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE
     return torch.empty(count, stride, dtype=dtype, device=device)[:, :classes]
 
@@ -46,16 +46,17 @@ class RowGradients(NamedTuple):
     clean: Tensor
     """G, of the clean product."""
     noised: Tensor | None
-    """G', of the noised product; None where it is zero."""
+    """G', of the noised product; None if it is zero."""
     total: Tensor | None
-    """G + G', of second order in small noise, and so not the sum of rounded parts; None where it is G."""
+    """G + G'. It is of second order in small noise, so it is not computed as the sum of rounded parts; None if it
+    equals G."""
 
 
 class RowStatistics(NamedTuple):
-    """What each row contributes, unweighted (R,); 0 in rows that count for nothing."""
+    """What each row contributes, unweighted (R,); 0 in rows that do not count."""
 
     cross_entropy: Tensor
-    """CE, the average over both passes with ``ce_on_noised``; 0 in rows of the divergence alone."""
+    """CE, averaged over both passes with ``ce_on_noised``; 0 in rows that only count for the divergence."""
     divergence: Tensor
     """J."""
     log_normalizer: Tensor
@@ -65,16 +66,16 @@ class RowStatistics(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """Some rows of two products of hidden states and weight, and how much they count."""
+    """Rows of two products of hidden states and weight, and how much they count."""
 
     raw: Tensor
     """Clean hidden states times the weight (R, V), fp32 or float64, without scale, bias and soft-cap."""
     raw_noise: Tensor
     """Noised minus clean product (form "difference"), or the noised one ("direct"), (R, V)."""
     labels: Tensor
-    """Class indices (R,), int64; any number in rows whose ``ce_weight`` is 0."""
+    """Class indices (R,), int64; any value in rows whose ``ce_weight`` is 0."""
     bias: Tensor | None
-    """(V,), of the head."""
+    """Bias of the head (V,)."""
     ce_weight: Tensor
     """Factor (R,) of each row's cross entropy and z term in the loss."""
     kl_weight: Tensor
@@ -82,13 +83,13 @@ class RowInputs(NamedTuple):
 
 
 def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None) -> RowStatistics:
-    """Compute loss statistics of rows and, where asked for, the gradients of sum(ce CE + kl J).
+    """Compute loss statistics of rows and, if requested, the gradients of sum(ce CE + kl J).
 
     Args:
         inputs: the rows; both products are overwritten.
         options: of the loss.
-        gradients: where to write them, any dtype; ``total`` may lie in ``raw`` and ``noised`` in
-            ``raw_noise``. None: statistics only.
+        gradients: buffers for the gradients, any dtype; ``total`` may share memory with ``raw``, and ``noised``
+            with ``raw_noise``. None: statistics only.
     """
     raw, raw_noise, labels, bias, ce_weight, kl_weight = inputs
     count, classes = raw.shape
@@ -116,7 +117,7 @@ def task_rows(statistics: RowStatistics, options: LossOptions) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """Some rows: two buffers that arrive filled, free ones, and columns (R, 1)."""
+    """A block of rows: two filled buffers, free buffers, and columns (R, 1)."""
 
     z: Tensor
     y: Tensor
@@ -127,7 +128,7 @@ class _Block(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """A softmax before its division, and what the cross entropy takes from it; columns but for w."""
+    """A softmax before its division, and the values the cross entropy needs; all but w are columns."""
 
     w: Tensor
     total: Tensor
@@ -165,18 +166,18 @@ def _block(
         )
     if out is not None and parts is not None:
         _write(parts, slopes, options.logit_scale, out)
-    cross_entropy = torch.where(block.ce != 0, cross_entropy, 0.0)  # infinite, maybe: it had a label put in
+    cross_entropy = torch.where(block.ce != 0, cross_entropy, 0.0)  # may be infinite: its label is a filler
     statistics = (cross_entropy, divergence, clean.log_normalizer, noised_normalizer)
     return RowStatistics(*(torch.where(counts, value, 0.0) for value in statistics))
 
 
 def _may_branch(device: torch.device) -> bool:
-    """Whether the host may look at numbers of this device without waiting for it."""
+    """Whether the host may read values of this device without waiting for it."""
     return device.type == "cpu"
 
 
 def _logits(block: _Block, bias: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor] | None:
-    """Turn the two products into z and n in place; give the slope f = dz/draw and f' - f of a soft-cap."""
+    """Turn the two products into z and n in place; return the slope f = dz/draw and f' - f of a soft-cap."""
     z, n = block.z, block.y
     if options.form == "direct":
         n.sub_(z)
@@ -202,9 +203,9 @@ def _logits(block: _Block, bias: Tensor | None, options: LossOptions) -> tuple[T
 
 
 def _softmax(z: Tensor, label: Tensor, smoothing: float, *, out: Tensor) -> _Softmax:
-    """exp(z - max z), its sums with and without the label, and the cross entropy of it.
+    """exp(z - max z), its sums with and without the label, and its cross entropy.
 
-    CE = log(1 + R / w_y) for a probable label, where L - z_y would lose its digits, else L - z_y.
+    CE = log(1 + R / w_y) for a probable label, where L - z_y would lose its digits; otherwise L - z_y.
     """
     maximum = z.amax(-1, keepdim=True)
     target = z.gather(-1, label)
@@ -226,7 +227,7 @@ def _softmax(z: Tensor, label: Tensor, smoothing: float, *, out: Tensor) -> _Sof
 
 
 _Parts = tuple[Tensor, Tensor, Tensor]
-"""Gradients of a block with respect to logits, in its buffers: clean, noised, total."""
+"""Gradients of a block with respect to the logits, in its buffers: clean, noised, total."""
 
 
 def _near_rows(
@@ -271,7 +272,7 @@ def _any_rows(
     *,
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, _Parts | None]:
-    """J, L', CE and gradients of rows near and far."""
+    """J, L', CE and gradients of any rows, near or far."""
     z, y, (_, q, big_p) = block.z, block.y, block.scratch[:3]
     noised = _softmax(z.add_(y), block.label, options.label_smoothing, out=q)
     cross_entropy = clean.cross_entropy
@@ -341,7 +342,7 @@ def _cross_entropy_gradient(softmax: _Softmax, label: Tensor, ce: Tensor, option
 def _write(
     parts: _Parts, slopes: tuple[Tensor, Tensor] | None, logit_scale: float, out: list[Tensor | None]
 ) -> None:
-    """Take the gradients through soft-cap and scale, and put them where they are wanted."""
+    """Propagate the gradients through soft-cap and scale, and write them to their buffers."""
     clean, noised, total = parts
     if slopes is not None:
         slope, slope_change = slopes

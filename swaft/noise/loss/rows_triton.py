@@ -1,20 +1,20 @@
-"""The row kernel in Triton: one program a row, two passes over the vocabulary.
+"""The row kernel in Triton: one program per row, two passes over the vocabulary.
 
-The first pass sums what value and gradients are made of, the second writes the gradients. Formulas and signs are
-those of the torch kernel beside it (``rows.py``); what differs is how the sums are built up:
+The first pass computes the sums that value and gradients need; the second writes the gradients. Formulas and signs
+are those of the torch kernel (``rows.py``); what differs is how the sums are accumulated:
 
-* Every lane keeps a softmax of its own over the columns it meets, so the pass needs no barrier between tiles.
+* Every lane keeps its own softmax over the columns it sees, so the pass needs no barrier between tiles.
 * The differences d = z - z' are summed relative to a centre, d at the most probable class so far. A shift shared by
   the whole row then costs no digits. The centre moves when the maximum does, and the sums move with it, exactly.
 * The label stays out of the sums and joins at the end, so that L - z_y and p_y - 1 keep their digits as p_y -> 1.
-* Beside the sums that are accurate for close rows stands a softmax of the noised row, for rows far apart.
+* Next to the sums that are accurate for close rows, there is a softmax of the noised row, for rows far apart.
 
-Rows begin at multiples of ``ROW_MULTIPLE`` elements, and are read and written up to one, past their last class: so
-every load has 16 bytes whatever V is, and one compilation serves every number of rows and classes.
+Rows start at multiples of ``ROW_MULTIPLE`` elements, and are read and written up to the next multiple, past their
+last class. So every load has 16 bytes for any V, and one compilation serves every number of rows and classes.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
-# (Triton's language has no types: what it returns is taken for nothing, and launch options for mistakes.)
+# (Triton's language has no types: pyright takes its return values for None, and launch options for mistakes.)
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from swaft.noise.loss.options import LossOptions
 
 WARPS = 8
-"""Warps of a program."""
+"""Warps per program."""
 REGISTERS = 128
-"""Registers of a thread at most: two programs of 8 warps then fit a multiprocessor."""
+"""Maximum registers per thread: two programs of 8 warps then fit on a multiprocessor."""
 
 _UNIT = tl.constexpr(ROW_MULTIPLE)
 _LANES = tl.constexpr(128 * WARPS)
-"""Lanes of a tile: 4 numbers in fp32 a thread, one load of 16 bytes. A tile holds a few numbers of each lane, which
-are reduced within the thread; with more of them, or more lanes, the registers do not do."""
+"""Lanes of a tile: 4 fp32 numbers per thread, one load of 16 bytes. A tile holds a few numbers of each lane, which
+are reduced within the thread; with more numbers or more lanes, there are not enough registers."""
 _BLOCK = tl.constexpr(2 * 128 * WARPS)
-"""Columns at a time in the second pass."""
+"""Columns per iteration of the second pass."""
 _NEAR = tl.constexpr(0.5)
-"""Rows with |t| below it take the sums that are accurate for close rows."""
+"""Rows with |t| below this use the sums that are accurate for close rows."""
 _NOTHING = tl.constexpr(-1e30)
-"""Maximum of a lane that has met no column; finite, so that differences of maxima stay numbers."""
+"""Maximum of a lane that has seen no column; finite, so that differences of maxima are not NaN."""
 _NONE = tl.constexpr(float("-inf"))
-"""Logit of a column that is not there."""
+"""Logit of a column that does not exist."""
 _LOG2E = tl.constexpr(1.4426950408889634)
 _SMALL = tl.constexpr(0.25)
-"""Up to here exp(x) - 1 is a series; beyond, the subtraction costs two bits at most."""
+"""Below this, exp(x) - 1 uses a series; above, the subtraction costs two bits at most."""
 
 
 # Elementary functions that keep their digits near zero. CUDA's own cannot be called under Triton's interpreter, and
-# its fast logarithm is exact to 2^-22 in absolute terms only, where that of a number near 1 is wanted.
+# its fast logarithm has an absolute error of 2^-22, too much for numbers near 1.
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _logits(raw, raw_noise, bias, columns, mask, scale, cap, DIRECT: tl.constexp
 def _recentred(S, A, T, U, noised_S, noised_A, decay, growth, shift):
     """The sums with all clean weights times ``decay`` and the centre moved by ``shift``.
 
-    growth = decay exp(shift) is given, for decay may be 0 where it is not.
+    growth = decay exp(shift) is an argument, since decay may be 0 where growth is not.
     """
     gain = tl.where(
         tl.abs(shift) < _SMALL, decay * _expm1_series(shift), growth - decay
@@ -172,7 +172,7 @@ def _rows_kernel(
     kl_weight = tl.load(kl_weights + row)
     counts = (ce_weight != 0) | (kl_weight != 0)
     width = tl.cdiv(num_classes, _UNIT) * _UNIT
-    readable = tl.where(counts, width, 0)  # of a row that counts for nothing nothing is read
+    readable = tl.where(counts, width, 0)  # nothing is read of rows that do not count
     scale = tl.cast(scale, tl.float32)
     cap = tl.cast(cap, tl.float32)
     smoothing = tl.cast(smoothing, tl.float32)
@@ -242,7 +242,7 @@ def _rows_kernel(
         noised_S = noised_S * fade + tl.sum(noised_w, 0)
         noised_A = noised_A * fade + tl.sum(noised_w * x, 0)
 
-    # The lanes and the label, brought to one maximum M and one centre C.
+    # The lanes and the label, brought to a common maximum M and centre C.
     highest = tl.max(m, 0)
     C = tl.where(label_z >= highest, label_d, tl.max(tl.where(m == highest, c, _NONE), 0))
     M = tl.maximum(highest, label_z)
@@ -288,7 +288,7 @@ def _rows_kernel(
     if CE_ON_NOISED:
         cross_entropy = (cross_entropy + noised_cross_entropy) / 2
         ce_weight /= 2
-    # A label that is to count and is out of range makes the loss NaN; it cannot be raised from here.
+    # A label that counts but is out of range makes the loss NaN; no error can be raised from here.
     cross_entropy = tl.where(valid, cross_entropy, float("nan"))
     statistics += 4 * row
     tl.store(statistics, tl.where(ce_weight != 0, cross_entropy, 0.0))
@@ -297,7 +297,7 @@ def _rows_kernel(
     tl.store(statistics + 3, tl.where(counts, noised_L, 0.0))
 
     # Pass 2, with P = p - q:  dJ/dz = p (x - a) + P,  dJ/dz' = -(q (x - a') + P),  a' = E_q[x], and their sum
-    # (x - a) P - J q, which is of second order in the difference and must not be left to a subtraction.
+    # (x - a) P - J q, which is of second order in the difference and must not be computed by subtraction.
     if clean_gradient is not None:
         inverse_S, inverse_noised_S = 1 / S_row, 1 / noised_S_row
         p_y_minus_1, q_y_minus_1 = -others / S_row, -noised_others / noised_S_row  # p_y - 1, q_y - 1
@@ -349,12 +349,12 @@ def _rows_kernel(
 
 
 def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None) -> RowStatistics:
-    """Value of every row and, where buffers are given, its gradients; the torch kernel's twin in ``rows.py``.
+    """Value of every row and, if buffers are given, its gradients; the counterpart of the kernel in ``rows.py``.
 
     Args:
-        inputs: the rows, fp32, both products in memory like that of ``empty_rows``; they are left alone.
+        inputs: the rows, fp32, both products laid out as by ``empty_rows``; not modified.
         options: what is computed.
-        gradients: buffers (R, V) of one floating dtype, in such memory likewise, not those of the products; None:
+        gradients: buffers (R, V) of one floating dtype, laid out the same way, separate from the products; None:
             statistics only.
 
     Returns:
@@ -384,13 +384,13 @@ def rows(inputs: RowInputs, options: LossOptions, gradients: RowGradients | None
                 z_loss=float(options.z_loss),
                 **variant(options),
                 num_warps=WARPS,
-                maxnreg=REGISTERS,
+                **({} if torch.version.hip else {"maxnreg": REGISTERS}),
             )
     return RowStatistics(*statistics.unbind(1))
 
 
 def variant(options: LossOptions) -> dict[str, Any]:
-    """Compile-time arguments of the kernel: what changes its code, beside the arguments that are None."""
+    """Compile-time arguments of the kernel: what changes its code, apart from arguments that are None."""
     return {
         "DIRECT": options.form == "direct",
         "CAPPED": options.softcap is not None,
@@ -402,7 +402,7 @@ def variant(options: LossOptions) -> dict[str, Any]:
 
 
 def _row_stride(*matrices: torch.Tensor | None) -> int:
-    """The distance of rows that matrices have in common, in units of ``ROW_MULTIPLE``; 0 without one."""
+    """The common row stride of matrices, in units of ``ROW_MULTIPLE``; 0 without matrices."""
     strides = {matrix.stride(0) for matrix in matrices if matrix is not None}
     assert len(strides) <= 1, "matrices whose rows lie differently far apart"
     stride = max(strides, default=0)

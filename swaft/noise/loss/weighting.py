@@ -1,4 +1,4 @@
-"""How much every row counts: labels, token weights, masks and reductions made into one weight a row."""
+"""How much every row counts: labels, token weights, masks and reductions combined into one weight per row."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class RowWeights(NamedTuple):
     """Weights of N rows, fp32 (float64 for a float64 loss) on the labels' device."""
 
     labels: Tensor
-    """Class indices (N,); 0 where the cross entropy does not count, so always a valid index."""
+    """Class indices (N,); 0 in rows whose cross entropy does not count, so always a valid index."""
     cross_entropy: Tensor
     """omega (N,): token weight in counted rows, 0 elsewhere."""
     divergence: Tensor
     """omega' (N,): token weight in the rows of the divergence, 0 elsewhere."""
     task_normalizer: Tensor
-    """What the sum of the weighted cross entropies is divided by, 0-dim; 0 where nothing counts."""
+    """What the sum of the weighted cross entropies is divided by, 0-dim; 0 if nothing counts."""
     divergence_normalizer: Tensor
-    """What the sum of the weighted divergences is divided by, 0-dim; 0 where nothing counts."""
+    """What the sum of the weighted divergences is divided by, 0-dim; 0 if nothing counts."""
 
     @property
     def counts(self) -> Tensor:
@@ -31,10 +31,10 @@ class RowWeights(NamedTuple):
         return (self.cross_entropy != 0) | (self.divergence != 0)
 
     def in_loss(self, divergence_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights of the rows in one sum that is the loss, a factor common to all of them taken out.
+        """Weights of the rows in the loss, written as one sum with a common factor taken out.
 
-        loss = factor * sum_rows (ce CE + kl J).  The factor is 1 / task_normalizer where the cross entropy
-        counts, so that weights of the cross entropy are of order 1 whatever the number of rows.
+        loss = factor * sum_rows (ce CE + kl J). The factor is 1 / task_normalizer if the cross entropy counts, so
+        that the weights of the cross entropy are of order 1 for any number of rows.
 
         Returns:
             ce (N,), kl (N,) and factor (0-dim).
@@ -42,30 +42,30 @@ class RowWeights(NamedTuple):
         task_counts = self.task_normalizer != 0
         common = torch.where(task_counts, self.task_normalizer, self.divergence_normalizer)
         kl = self.divergence * (divergence_weight * common * _inverse(self.divergence_normalizer))
-        # A row of the divergence stays counted, and so has statistics, also where its weight comes to 0.
+        # A row of the divergence stays counted, and so has statistics, even if its weight becomes 0.
         kl = torch.where((self.divergence != 0) & (kl == 0), torch.finfo(kl.dtype).tiny, kl)
         return self.cross_entropy * task_counts, kl, _inverse(common)
 
     def reduce(self, task_rows: Tensor, divergence_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Task loss and divergence, 0-dim, from those of all rows (N,); 0 where nothing counts."""
+        """Task loss and divergence, 0-dim, from those of all rows (N,); 0 if nothing counts."""
         task_loss = (self.cross_entropy * task_rows).sum() * _inverse(self.task_normalizer)
         divergence = (self.divergence * divergence_rows).sum() * _inverse(self.divergence_normalizer)
         return task_loss, divergence
 
 
 def row_weights(labels: Tensor, options: LossOptions, *, num_classes: int, dtype: torch.dtype) -> RowWeights:
-    """Weigh the rows of a loss.
+    """Compute the weights of the rows of a loss.
 
     Args:
         labels: class indices (...), int64 or int32.
-        options: of the loss, some of which decide how much each row counts.
-        num_classes: V. Labels out of range are not read; they make the loss NaN where the host cannot tell.
+        options: of the loss; some decide how much each row counts.
+        num_classes: V. Labels out of range are not used as indices; if the host cannot check, they make the loss
+            NaN.
         dtype: of the weights.
 
     Raises:
-        ConfigError: for tensors that do not fit the labels, and, where the host can tell, for factors that are
-            negative or not finite.
-        DataError: for a label out of range, where the host can tell.
+        ConfigError: tensors do not fit the labels, or (if the host can check) factors are negative or not finite.
+        DataError: a label is out of range (if the host can check).
     """
     _check(labels, options)
     ignore_index, kl_mask, kl_normalizer = options.ignore_index, options.kl_mask, options.kl_normalizer
@@ -97,10 +97,10 @@ def row_weights(labels: Tensor, options: LossOptions, *, num_classes: int, dtype
 
 
 def _check(labels: Tensor, options: LossOptions) -> None:
-    """Refuse labels that are no class indices, and what does not fit them.
+    """Refuse labels that are not class indices, and tensors that do not fit them.
 
     Raises:
-        ConfigError: naming every problem.
+        ConfigError: names every problem.
     """
     problems = []
     if labels.dtype not in (torch.int64, torch.int32):
@@ -122,12 +122,12 @@ def _check(labels: Tensor, options: LossOptions) -> None:
             problems.append(
                 f"kl_normalizer has shape {tuple(normalizer.shape)}; expected a number or a 0-dim tensor."
             )
-        if normalizer.device.type != "cpu":  # a number that the host holds is at home everywhere
+        if normalizer.device.type != "cpu":  # a CPU scalar works with every device
             problems += elsewhere("the labels", labels, kl_normalizer=normalizer)
     elif normalizer is not None:
         problems += number_problems("kl_normalizer", normalizer, "0 or more", lambda n: n >= 0)
     problems += [
-        f"{name} requires a gradient; expected a constant, for it gets none. Detach it."
+        f"{name} requires a gradient; expected a constant, since it gets no gradient. Detach it."
         for name, factor in (("token_weight", options.token_weight), ("kl_normalizer", normalizer))
         if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled()
     ]
@@ -136,18 +136,18 @@ def _check(labels: Tensor, options: LossOptions) -> None:
 
 
 def _check_range(labels: Tensor, wrong: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse labels out of range, unless looking would make the host wait or break a graph."""
+    """Refuse labels out of range, unless checking would make the host wait or break a graph."""
     if not host_knows(wrong) or not bool(wrong.any()):
         return
     raise DataError(
-        f"{int(wrong.sum())} of {labels.numel()} labels are no class, the first of them "
+        f"{int(wrong.sum())} of {labels.numel()} labels are not valid classes, the first of them "
         f"{int(labels[wrong][0])}; expected 0 to {num_classes - 1}, or ignore_index={ignore_index} in rows "
         "that do not count."
     )
 
 
 def _not_negative(name: str, factors: Tensor) -> Tensor:
-    """Refuse factors that are negative or not finite; NaN in their place where the host would have to wait."""
+    """Refuse factors that are negative or not finite; if the host would have to wait, replace them by NaN."""
     wrong = ~((factors >= 0) & (factors < torch.inf))
     if host_knows(wrong) and bool(wrong.any()):
         raise ConfigError(

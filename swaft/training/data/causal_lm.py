@@ -49,7 +49,7 @@ class CausalDataConfig(RowsConfig):
     """Column with the text to learn; set it with `prompt_column`, or alone for texts without a prompt."""
     messages_column: str | None = None
     """Column with chats: lists of messages with a role and a content, formatted by the tokenizer's chat template.
-    The assistant's answers are learnt."""
+    The assistant's answers are learnt, except those with `weight: 0`."""
     prompt_prefix: str = ""
     """Text put before every prompt."""
     prompt_suffix: str = ""
@@ -74,6 +74,8 @@ class CausalDataConfig(RowsConfig):
 class CausalEvalConfig(EvalConfig):
     """When and how to evaluate: by the loss, perplexity and accuracy over the tokens that are learnt."""
 
+    per_device_eval_batch_size: Count = 8
+    """Rows per device and evaluation batch, whose logits are kept. Changes speed and memory, not the result."""
     metric: str = "auto"
     """The loss; there is no other choice."""
     num_samples: WholeNumber = 20
@@ -177,7 +179,8 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
 
     A prompt gets the special tokens with which the tokenizer starts a text, an answer gets none; the end-of-text
     token follows it and is learnt. The first token of a row is never learnt: nothing comes before it. In a chat,
-    the assistant's messages are learnt, except one that opens the chat, which answers nothing.
+    the assistant's messages are learnt, except one that opens the chat, which answers nothing, and those with
+    weight 0.
 
     Args:
         split: rows that `find_columns` checked.
@@ -346,12 +349,17 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
         messages = chat if isinstance(chat, list) else []
         if not all(map(_is_message, messages)):
             yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
-        elif not any(each["role"] == "assistant" for each in messages[1:]):
+        elif not any(map(_is_learnt, messages[1:])):
             yield row, f"has no message of the assistant after another {there}; expected one to learn"
 
 
 def _is_message(found: Any) -> bool:
     return isinstance(found, Mapping) and isinstance(found.get("content"), str) and "role" in found
+
+
+def _is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether an answer is one to learn: OpenAI's chats give one that is only context the weight 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _tokens(
@@ -393,6 +401,8 @@ def _chat_tokens(
         DataError: the template rejects the chat, or formats the messages before an answer differently once the
             answer follows.
     """
+    # Arrow gives every message all messages' fields, and templates treat a field without a value as present.
+    chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
         options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
@@ -408,7 +418,7 @@ def _chat_tokens(
     ids: list[int] = []
     labels: list[int] = []
     for place, message in enumerate(chat):
-        if message["role"] != "assistant" or place == 0:
+        if place == 0 or not _is_learnt(message):
             continue
         given, whole = ids_of(chat[:place], prompts=True), ids_of(chat[: place + 1])
         if whole[: len(given)] != given or given[: len(ids)] != ids:

@@ -342,13 +342,11 @@ def evaluate_answers_given(
     """
 
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits = model(**without_row_id(batch), use_cache=False).logits[:, :-1].float()
-        targets = batch["labels"][:, 1:]
-        losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        )
-        right = (logits.argmax(dim=-1) == targets).sum(dim=1)
-        return losses.sum(dim=1, dtype=torch.float64), right, (targets != IGNORED).sum(dim=1)
+        inputs = without_row_id(batch)
+        targets = inputs.pop("labels")[:, 1:]  # with them the model would compute a loss of its own
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        losses, right = zip(*map(_scored_row, logits, targets), strict=True)
+        return torch.stack(losses), torch.stack(right), (targets != IGNORED).sum(dim=1)
 
     sums, right, counts = measured_once(model, loader, accelerator, measure, num_rows=num_rows)
     loss = require_finite((sums.sum() / counts.sum()).item())
@@ -356,6 +354,13 @@ def evaluate_answers_given(
     return Evaluation(
         scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
     )
+
+
+def _scored_row(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and right tokens of one row, so that only one row's logits are copied at a time."""
+    logits = logits.float()
+    losses = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return losses.sum(dtype=torch.float64), (logits.argmax(dim=-1) == targets).sum()
 
 
 def write_answers(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import (
+    DataLoaderConfiguration,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -112,6 +113,7 @@ def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerat
             hf_ds_config=deepspeed.config, zero3_init_flag=partitions_at_load(os.environ, deepspeed.config)
         ),
         fsdp_plugin=fsdp2,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.gradient_accumulation_steps),
         kwargs_handlers=[process_group(train, on_cpu=on_cpu)] if "LOCAL_RANK" in os.environ else None,
         log_with=None if track.report_to == "none" else track.report_to,

@@ -70,6 +70,13 @@ def reason_op_cannot_be_built(op: str) -> str | None:
     return f"there is no C++ compiler {get_cxx_compiler()} here; install one, or set CXX to one"
 
 
+def locks_by_existing() -> bool:
+    """Whether a lock is the file itself. From torch 2.14 on the file stays, and the kernel frees a dead build's."""
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton")
+
+
 def is_held(lock: Path) -> bool:
     """Whether a running process of this machine holds ``lock``: torch keeps the file open while it builds."""
     target = os.path.realpath(lock)
@@ -90,6 +97,8 @@ def refuse_stale_lock(folder: Path) -> None:
         TrainingError: names the file to delete.
     """
     lock = folder / "lock"
+    if not locks_by_existing():
+        return
     try:
         age_s = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
@@ -117,7 +126,7 @@ def refuse_left_locks(*, offloads_optimizer: bool) -> None:
 def remove_left_behind_lock(folder: Path) -> bool:
     """Delete the lock of a killed build, but not of a running one. Returns whether a file was deleted."""
     lock = folder / "lock"
-    if not lock.exists() or is_held(lock):
+    if not locks_by_existing() or not lock.exists() or is_held(lock):
         return False
     lock.unlink(missing_ok=True)
     logger.warning("deleted %s, left behind by a killed build", lock)

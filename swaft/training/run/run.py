@@ -346,7 +346,7 @@ class Run:
         means: Mapping[str, Sequence[str]] | None = None,
         write_outputs: Callable[[dict[str, Evaluations]], None] = lambda found: None,
     ) -> None:
-        """Evaluate the last and the averaged weights on every split, and save both (collective).
+        """Save the last and the averaged weights, and evaluate both on every split (collective).
 
         Args:
             evaluate: scores the weights on the rows of a split; the second argument says which average.
@@ -362,12 +362,12 @@ class Run:
         if window:
             self._log.window(window)
             self.readout = window.best.readout
+        saved = self._save_weights()  # before the evaluation, which may need more memory than training did
         found = {split: evaluate(split, self.readout) for split in splits}
         found |= mean_evaluations(found, means or {})
         scores = {split: _scores(kinds) for split, kinds in found.items()}
         for split, kinds in scores.items():
             self._log_scores(split, kinds)
-        saved = self._save_weights()
         if self.best is not None:
             self.best.observe(step, scores["validation"], self.readout)
         write_outputs(found)

@@ -113,6 +113,7 @@ def loader_of(
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_rank,
+        pin_memory=torch.cuda.is_available(),  # else the host waits for every copy, and for all before it
     )
 
 

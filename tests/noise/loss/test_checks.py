@@ -118,7 +118,7 @@ def test_logits_without_classes_are_refused(shape):
 @pytest.mark.parametrize("label", [CLASSES, -1, 2**40])
 def test_a_label_out_of_range_is_refused_on_a_cpu(loss, label):
     with pytest.raises(
-        DataError, match=f"1 of 4 labels are no class, the first of them {label}; expected 0 to 8"
+        DataError, match=f"1 of 4 labels are not valid classes, the first of them {label}; expected 0 to 8"
     ):
         loss(labels=torch.tensor([0, -100, label, 1]))
 

@@ -48,6 +48,21 @@ def test_cuda_computes_rows_in_torch_where_triton_is_not_installed(monkeypatch):
     assert row_kernel(torch.device("cuda"), torch.float32) is torch_rows
 
 
+def test_triton_is_passed_over_with_a_warning_where_it_cannot_compile(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(linear, "find_spec", lambda name: name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level("WARNING"):
+        assert not linear.has_triton.__wrapped__()
+    assert "Triton needs a C compiler" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(linear, "find_spec", lambda name: name)
+    monkeypatch.setattr(linear.sysconfig, "get_path", lambda name: str(tmp_path))
+    with caplog.at_level("WARNING"):
+        assert not linear.has_triton.__wrapped__()
+    assert "Triton needs Python's headers" in caplog.text
+
+
 def test_cuda_computes_float64_rows_in_torch():
     assert row_kernel(torch.device("cuda"), torch.float64) is torch_rows
 

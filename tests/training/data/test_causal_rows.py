@@ -111,6 +111,27 @@ def test_the_special_tokens_of_a_template_are_special_and_those_that_a_message_s
         require_embedded([Dataset.from_list([row])], model, LlamaConfig(vocab_size=len(tokens) - 1))
 
 
+def test_what_a_message_has_no_value_for_does_not_reach_the_template():
+    tokens = tokenizer()
+    tokens.chat_template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{% if 'tool_calls' in m %}{{ m.tool_calls[0] }}{% endif %}"
+    )
+    chat = [{"tool_calls": None, **message} for message in CHAT]
+    columns = find_columns({"train": Dataset.from_list([{"messages": chat}])}, CausalDataConfig())
+    [row] = tokenize_rows(columns.rows["train"], tokens, columns, CausalDataConfig())
+    assert row["input_ids"] == ids("<user> a <bot> b </s>")
+
+
+def test_answers_of_the_weight_0_are_given_and_not_learnt():
+    chat = [("user", "a", None), ("assistant", "b", 0), ("user", "c", None), ("assistant", "d", 1)]
+    messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in chat]
+    row = made([{"messages": messages}])[0]
+    assert row["input_ids"] == ids("<user> a <bot> b </s> <user> c <bot> d </s>")
+    assert row["labels"] == [-100] * 8 + ids("d </s>")
+    with pytest.raises(DataError, match="no message of the assistant"):
+        made([{"messages": messages[:2]}])
+
+
 def test_what_the_assistant_says_first_is_given_and_not_learnt():
     chat = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
     row = made([{"messages": [{"role": role, "content": text} for role, text in chat]}])[0]
@@ -240,12 +261,13 @@ def test_the_evaluation_is_a_mean_over_tokens():
     ).eval()
     collate = CausalCollator(tokenizer())
     alone = SimpleNamespace(gather=lambda parts: parts, pad_across_processes=lambda part, **_: part)
-    found = evaluate_answers_given(model, [collate([row]) for row in rows], alone, num_rows=2)
     sums = []
     for row in rows:
         batch = collate([row])
         batch.pop("idx")
         sums.append(float(model(**batch).loss) * (len(row["labels"]) - 1))
+    model.loss_function = lambda **_: pytest.fail("the model computes a loss of its own, which nobody reads")
+    found = evaluate_answers_given(model, [collate([*rows])], alone, num_rows=2)
     assert found.scores["loss"] == pytest.approx(sum(sums) / 5, rel=1e-6)
 
 
