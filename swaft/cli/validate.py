@@ -63,7 +63,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         epochs = "" if steps["epochs"] is None else f"{steps['epochs']:g} epochs = "
         total = f"{'at least ' if steps['is_least'] else ''}{steps['total']:,} optimizer steps"
         rate = f"{steps['schedule']} at {steps['learning_rate']:g}"
-        yield "steps", f"{epochs}{total}, warm-up {steps['warmup']:,}, {rate}"
+        yield "steps", f"{epochs}{total}, warmup {steps['warmup']:,}, {rate}"
     if averaging := facts.get("averaging"):
         yield "averaging", _averaging(averaging)
     if noise := facts.get("noise"):

@@ -70,7 +70,7 @@ def test_the_table_tells_what_the_run_comes_to(validate):
         "launch     2 machines x 8 = 16 ranks, DeepSpeed ZeRO-3, bf16",
         "batch      4 per device x 2 accumulation x 16 ranks = 128",
         "model      19,874 parameters",
-        "steps      8 epochs = 8 optimizer steps, warm-up 1, constant_with_warmup at 2e-05",
+        "steps      8 epochs = 8 optimizer steps, warmup 1, constant_with_warmup at 2e-05",
         "averaging  swa, steps 2 to 8, every 1 -> 7 weights; 0.0 MiB of host memory per rank",
         "noise      r3f, uniform 1e-05 on the embeddings, weight 1 -> 2 forwards per micro-batch",
     ]
@@ -131,7 +131,7 @@ def test_everything_that_is_wrong_is_told_at_once_each_thing_once(validate, tmp_
         f"{file} has a scheduler (X)",
         f"{file} says gradient_clipping = 0.3",
         "holds a run that has finished",
-        "makes 60 of the run's 50 steps a warm-up",
+        "makes 60 of the run's 50 steps a warmup",
     ]
     code, printed = validate(
         "classification",

@@ -62,7 +62,7 @@ def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):
     assert [record["step"] for record in records(output, "validation/last")] == [10, 20, 30, 40, 50, 54]
     assert [record["step"] for record in records(output, "validation/averaged")] == [30, 40, 50, 54]
     rates = [record["learning_rate"] for record in records(output, "train")]
-    assert rates[1:] == [5e-3] * (len(rates) - 1)  # constant after warm-up, because weights are averaged
+    assert rates[1:] == [5e-3] * (len(rates) - 1)  # constant after warmup, because weights are averaged
     assert all(record["divergence"] > 0 for record in records(output, "train"))
 
     assert "Total optimization steps = 54" in finished.out

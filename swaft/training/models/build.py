@@ -153,7 +153,7 @@ class Schedule:
 
     def __str__(self) -> str:
         """Write it for the banner of a run."""
-        return f"{self.peak:g} {self.kind}, {self.warmup_steps} warm-up steps"
+        return f"{self.peak:g} {self.kind}, {self.warmup_steps} warmup steps"
 
     def _share(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -185,7 +185,7 @@ def build_schedule(train: TrainConfig, *, total_steps: int, averaging: bool) -> 
     if warmup_steps >= total_steps:
         raise ConfigError(
             f"train.warmup_steps={train.warmup_steps} makes {warmup_steps} of the run's {total_steps} steps a "
-            "warm-up, so the rate never reaches train.learning_rate; lower it (0 for none), or train longer"
+            "warmup, so the rate never reaches train.learning_rate; lower it (0 for none), or train longer"
         )
     return Schedule(kind=kind, peak=train.learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
 
