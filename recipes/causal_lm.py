@@ -33,8 +33,8 @@ from swaft.training.data.causal_lm import (
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens, require_length, values
 from swaft.training.evaluation.best import choose_target
-from swaft.training.evaluation.evaluate import Evaluation, write_samples
-from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
+from swaft.training.evaluation.evaluate import Evaluation, evaluate_answers_given, write_samples
+from swaft.training.evaluation.generation import write_answers
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model, require_embedded

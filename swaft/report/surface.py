@@ -37,8 +37,8 @@ from swaft.training.data.seq2seq import (
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import Collator, read_as_text
 from swaft.training.evaluation.answering import AnswerSearch, evaluate_answers, get_question_metric
-from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
-from swaft.training.evaluation.generation import evaluate_answers_given, evaluate_texts
+from swaft.training.evaluation.evaluate import Evaluation, evaluate_answers_given, evaluate_classes
+from swaft.training.evaluation.generation import evaluate_texts
 from swaft.training.metrics import get_metric
 from swaft.training.models.classes import describe_labels, fit_head
 from swaft.training.models.encoder_decoder import (

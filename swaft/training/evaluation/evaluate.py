@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from swaft.errors import TrainingError
+from swaft.training.data.texts import IGNORED
 from swaft.training.metrics import Metric, Scores
 from swaft.training.run.folder import RunFolder
 
@@ -71,6 +72,52 @@ def evaluate_classes(
         loss = nn.functional.cross_entropy(logits, labels)
     scores = metric.compute(predictions.numpy(), labels.numpy())
     return Evaluation(scores={**scores, "loss": require_finite(loss.item())})
+
+
+def evaluate_answers_given(
+    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, num_rows: int
+) -> Evaluation:
+    """Return ``loss``, ``perplexity`` and ``token_accuracy`` over the tokens that are learnt (collective).
+
+    They are sums over all tokens divided by their number, so they depend neither on batch size nor on ranks.
+
+    Args:
+        model: the prepared model; its training mode is restored.
+        loader: prepared loader of batches with ``labels`` (B, L) and ``idx`` (B,), row numbers from 0.
+        accelerator: the one that prepared both.
+        num_rows: rows in the dataset.
+
+    Raises:
+        TrainingError: rows are missing, or the loss is not finite; on every rank.
+    """
+
+    def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = without_row_id(batch)
+        targets = inputs.pop("labels")[:, 1:]  # with them the model would compute a loss of its own
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        right = (logits.argmax(dim=-1) == targets).sum(dim=1)
+        return summed_losses(logits, targets), right, (targets != IGNORED).sum(dim=1)
+
+    sums, right, counts = measured_once(model, loader, accelerator, measure, num_rows=num_rows)
+    loss = require_finite((sums.sum() / counts.sum()).item())
+    accuracy = (right.sum() / counts.sum()).item()
+    return Evaluation(
+        scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+    )
+
+
+def summed_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross entropy of each row, (B,) float64.
+
+    Args:
+        logits: (B, L, V). Copied one row at a time: of a large vocabulary the batch's may fill half of a GPU.
+        targets: (B, L), `IGNORED` where nothing counts.
+    """
+    each = [
+        nn.functional.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(each).sum(dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()

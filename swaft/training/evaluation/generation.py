@@ -6,7 +6,6 @@ Each text is scored against one or more references: ROUGE, BLEU and chrF, all fr
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from swaft.training.evaluation.evaluate import (
     Evaluation,
     measured_once,
     require_finite,
+    summed_losses,
     without_row_id,
 )
 from swaft.training.metrics import Metric, library, refuse_unfit
@@ -298,11 +298,8 @@ def evaluate_texts(
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         labels = batch["labels"]
         logits = model(**without_row_id(batch)).logits
-        losses = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
-        sums, counts = losses.sum(dim=1, dtype=torch.float64), (labels != IGNORED).sum(dim=1)
-        del logits, losses  # as wide as the vocabulary; generation needs the memory
+        sums, counts = summed_losses(logits, labels), (labels != IGNORED).sum(dim=1)
+        del logits  # as wide as the vocabulary; generation needs the memory
         if write is None:
             return sums, counts, counts
         tokens = write(batch)
@@ -322,45 +319,6 @@ def evaluate_texts(
         details={"intervals": scored.intervals, "signatures": scored.signatures, "generation": generation},
         outputs=texts,
     )
-
-
-def evaluate_answers_given(
-    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, num_rows: int
-) -> Evaluation:
-    """Return ``loss``, ``perplexity`` and ``token_accuracy`` over the tokens that are learnt (collective).
-
-    They are sums over all tokens divided by their number, so they depend neither on batch size nor on ranks.
-
-    Args:
-        model: the prepared model; its training mode is restored.
-        loader: prepared loader of batches with ``labels`` (B, L) and ``idx`` (B,), row numbers from 0.
-        accelerator: the one that prepared both.
-        num_rows: rows in the dataset.
-
-    Raises:
-        TrainingError: rows are missing, or the loss is not finite; on every rank.
-    """
-
-    def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = without_row_id(batch)
-        targets = inputs.pop("labels")[:, 1:]  # with them the model would compute a loss of its own
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        losses, right = zip(*map(_scored_row, logits, targets), strict=True)
-        return torch.stack(losses), torch.stack(right), (targets != IGNORED).sum(dim=1)
-
-    sums, right, counts = measured_once(model, loader, accelerator, measure, num_rows=num_rows)
-    loss = require_finite((sums.sum() / counts.sum()).item())
-    accuracy = (right.sum() / counts.sum()).item()
-    return Evaluation(
-        scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
-    )
-
-
-def _scored_row(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and right tokens of one row, so that only one row's logits are copied at a time."""
-    logits = logits.float()
-    losses = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(dtype=torch.float64), (logits.argmax(dim=-1) == targets).sum()
 
 
 def write_answers(

@@ -247,9 +247,7 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
     settle("zero_optimization.", compares=False)
     if "timers" not in filled:
         filled["timers"] = {"throughput": {"enabled": False}}
-        rows.append(
-            ("timers.throughput.enabled", False, "not in the file: it waits for the device at every pass")
-        )
+        rows.append(("timers.throughput.enabled", False, "it would wait for the device at every pass"))
     if offloads_optimizer(filled):
         rows.append(
             ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")

@@ -22,7 +22,8 @@ from swaft.training.data.causal_lm import (
     require_chat_template,
     tokenize_rows,
 )
-from swaft.training.evaluation.generation import evaluate_answers_given, write_answers
+from swaft.training.evaluation.evaluate import evaluate_answers_given
+from swaft.training.evaluation.generation import write_answers
 from swaft.training.models.checks import require_embedded
 from swaft.training.models.encoder_decoder import train_tokenizer
 
