@@ -249,9 +249,7 @@ def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -
         filled["timers"] = {"throughput": {"enabled": False}}
         rows.append(("timers.throughput.enabled", False, "it would wait for the device at every pass"))
     if offloads_optimizer(filled):
-        rows.append(
-            ("optimizer", "DeepSpeedCPUAdam", "in place of torch AdamW, because of offload_optimizer")
-        )
+        rows.append(("optimizer", "DeepSpeedCPUAdam", "replaces torch AdamW, because of offload_optimizer"))
     elif optimizer is not None:
         rows.append(("optimizer", "torch AdamW", "the recipe's, with the values of the file's block"))
     if scheduler is not None:

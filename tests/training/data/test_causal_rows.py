@@ -185,7 +185,7 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
         (
             [{"instruction": "a", "input": "b", "output": "c"}],
             {},
-            "have 'input' beside instruction and output",
+            "have 'input' besides instruction and output",
         ),
         ([{"messages": CHAT, "tools": "[{}]"}], {}, "a column 'tools', which is not written into the chats"),
         ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
