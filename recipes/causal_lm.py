@@ -26,10 +26,10 @@ from swaft.training.data.causal_lm import (
     CausalConfig,
     asked_rows,
     find_columns,
-    pack,
     require_chat_template,
     tokenize_rows,
 )
+from swaft.training.data.packing import pack
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens, require_length, values
 from swaft.training.evaluation.best import choose_target

@@ -226,39 +226,6 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
     return made
 
 
-def pack(rows: Dataset, max_length: int) -> Dataset:
-    """Pack rows into few of `max_length` tokens, the longest first, each where it fits; deterministic.
-
-    Args:
-        rows: from `tokenize_rows`.
-        max_length: most tokens of a packed row.
-
-    Returns:
-        A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every original row) and `idx`.
-    """
-    ids, labels = rows["input_ids"][:], rows["labels"][:]
-    lengths = [len(row) for row in ids]
-    min_length = min(lengths, default=0)
-    bins: list[list[int]] = []
-    room: dict[int, int] = {}  # room left in the bins that the shortest row still fits into, in bin order
-    for row in sorted(range(len(rows)), key=lambda row: (-lengths[row], row)):
-        place = next((place for place, left in room.items() if left >= lengths[row]), len(bins))
-        if place == len(bins):
-            bins.append([])
-        bins[place].append(row)
-        room[place] = room.get(place, max_length) - lengths[row]
-        if room[place] < min_length:
-            del room[place]
-    packed = {
-        "input_ids": [[token for row in members for token in ids[row]] for members in bins],
-        "labels": [[label for row in members for label in labels[row]] for members in bins],
-        "position_ids": [[place for row in members for place in range(lengths[row])] for members in bins],
-        "idx": list(range(len(bins))),
-    }
-    logger.info("%d rows are packed into %d of %d tokens at most", len(rows), len(bins), max_length)
-    return Dataset.from_dict(packed)
-
-
 def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
     """Return the first rows without their last answer, as prompts to generate it from.
 

@@ -18,10 +18,10 @@ from swaft.training.data.causal_lm import (
     CausalEvalConfig,
     asked_rows,
     find_columns,
-    pack,
     require_chat_template,
     tokenize_rows,
 )
+from swaft.training.data.packing import pack
 from swaft.training.evaluation.evaluate import evaluate_answers_given
 from swaft.training.evaluation.generation import write_answers
 from swaft.training.models.checks import require_embedded
