@@ -195,6 +195,7 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
     Raises:
         DataError: a row with nothing to learn within `data.max_length` tokens.
     """
+    columns = replace(columns, rows={})  # `map` pickles whatever the function holds
 
     def row_tokens(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         made = [

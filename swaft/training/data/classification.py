@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from unicodedata import normalize
 
@@ -185,6 +185,8 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (class ids, or floats for
         a regression) and `idx`, the row number in `split`.
     """
+
+    task = replace(task, rows={})  # `map` pickles whatever the function holds
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [rows[column] for column in task.text_columns]

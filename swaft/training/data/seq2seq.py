@@ -237,6 +237,7 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
     keep their rows, as in published scores.
     """
     has_lists = REFERENCES in split.column_names
+    columns = replace(columns, rows={})  # `map` pickles whatever the function holds
 
     def pair(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         sources, targets = rows[columns.source_column], rows[columns.target_column]
