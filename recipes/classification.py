@@ -119,8 +119,9 @@ def train(config: ClassificationConfig) -> None:
 
     with Run.start(config, start.engine) as run:
         # Data: every split, as token ids.
+        length, workers = config.data.max_seq_length, config.data.preprocessing_num_workers
         datasets = {
-            name: tokenize(split, task, tokenizer, config.data.max_seq_length)
+            name: tokenize(split, task, tokenizer, length, workers=workers)
             for name, split in ready.rows.items()
         }
 

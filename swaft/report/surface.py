@@ -162,7 +162,8 @@ def _classification(config: ClassificationConfig, model: ModelConfig, tokenizer:
     head = fit_head(describe_task(_splits(config), config.data), model, model_config)
     task, length = head.task, config.data.max_seq_length
     describe_labels(model_config, task, pad_token_id=tokenizer.pad_token_id)
-    rows = tokenize(task.rows["validation"], task, tokenizer, length)
+    workers = config.data.preprocessing_num_workers
+    rows = tokenize(task.rows["validation"], task, tokenizer, length, workers=workers)
     metric = get_metric("mse" if task.is_regression else "accuracy", is_regression=task.is_regression)
     return Scoring(
         rows,

@@ -27,6 +27,7 @@ from swaft.training.data.texts import (
     Collator,
     encode,
     good_rows,
+    map_rows,
     padded,
     read_as_text,
     require_column,
@@ -195,6 +196,7 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
     Raises:
         DataError: a row with nothing to learn within `data.max_length` tokens.
     """
+    workers, data = data.preprocessing_num_workers, replace(data, preprocessing_num_workers=None)
     columns = replace(columns, rows={})  # `map` pickles whatever the function holds
 
     def row_tokens(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -219,7 +221,7 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
     # Only special tokens spelled in messages become text: other control tokens (`<think>`) belong to answers.
     control, tokenizer.chat_control_tokens = tokenizer.chat_control_tokens, []
     try:
-        made = split.map(row_tokens, batched=True, with_indices=True, remove_columns=split.column_names)
+        made = map_rows(split, row_tokens, workers)
     finally:
         tokenizer.chat_control_tokens = control
     if tokenizer.chat_template is not None:

@@ -22,6 +22,7 @@ from swaft.training.config.values import split_names
 from swaft.training.data.texts import (
     BadRow,
     good_rows,
+    map_rows,
     named_columns,
     shortened,
     text_faults,
@@ -172,7 +173,14 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
     return Task(text_columns=text_columns, label_column=label_column, rows=rows, **vars(labels))
 
 
-def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+def tokenize(
+    split: Dataset,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    *,
+    workers: int | None = None,
+) -> Dataset:
     """Tokenize rows for the model, without padding.
 
     Args:
@@ -180,12 +188,12 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
         task: what `describe_task` found.
         tokenizer: the model's tokenizer.
         max_seq_length: tokens a row is cut to, special tokens included; in a pair, the longer text is cut.
+        workers: processes to use; None: this one.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (class ids, or floats for
         a regression) and `idx`, the row number in `split`.
     """
-
     task = replace(task, rows={})  # `map` pickles whatever the function holds
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -194,7 +202,7 @@ def tokenize(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
         label_of = float if task.is_regression else task.label_ids.__getitem__
         return encoded | {"labels": list(map(label_of, rows[task.label_column])), "idx": indices}
 
-    return split.map(encode, batched=True, with_indices=True, remove_columns=split.column_names)
+    return map_rows(split, encode, workers)
 
 
 def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:

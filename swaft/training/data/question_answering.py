@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -24,6 +24,7 @@ from swaft.training.data.texts import (
     BadRow,
     encode,
     good_rows,
+    map_rows,
     text_faults,
     values,
     without_letters,
@@ -188,12 +189,9 @@ def tokenize_questions(
                 "%d training questions left out: no answer is where answer_start says", len(split) - len(kept)
             )
             split = split.select(kept)
-    windows = split.map(
-        partial(_encode, tokenizer=tokenizer, data=data, training=training),
-        batched=True,
-        with_indices=True,
-        remove_columns=split.column_names,
-    )
+    workers, data = data.preprocessing_num_workers, replace(data, preprocessing_num_workers=None)
+    in_windows = partial(_encode, tokenizer=tokenizer, data=data, training=training)
+    windows = map_rows(split, in_windows, workers)
     return windows.add_column("idx", np.arange(len(windows)))
 
 

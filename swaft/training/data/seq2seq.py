@@ -30,6 +30,7 @@ from swaft.training.data.texts import (
     existing,
     good_rows,
     is_blank,
+    map_rows,
     named_columns,
     text_faults,
     usual_columns,
@@ -273,6 +274,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row
         number in `pairs`, and `source_length`, `target_length`: tokens before truncation.
     """
+    workers, data = data.preprocessing_num_workers, replace(data, preprocessing_num_workers=None)
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         sources = [data.source_prefix + text for text in rows["source"]]
@@ -285,7 +287,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
             "target_length": target_lengths,
         }
 
-    return pairs.map(encode, batched=True, with_indices=True, remove_columns=pairs.column_names)
+    return map_rows(pairs, encode, workers)
 
 
 def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:

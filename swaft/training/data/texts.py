@@ -10,12 +10,16 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import takewhile
+from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
+from filelock import FileLock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -26,8 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swaft.errors import DataError
+from swaft.errors import ConfigError, DataError
 from swaft.options import suggestion
+from swaft.training.data.files import cause
 
 ROWS_AT_ONCE = 1_000
 """Rows read in one go: much faster than one by one, and still little memory."""
@@ -240,6 +245,42 @@ def padded(rows: Sequence[Mapping[str, Any]], name: str, value: int) -> Tensor:
     """Return a column of token ids, (B, L) int64, padded on the right."""
     columns = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
     return pad_sequence(columns, batch_first=True, padding_value=value)
+
+
+def map_rows(split: Dataset, function: Callable[..., dict[str, list[Any]]], workers: int | None) -> Dataset:
+    """Return the columns that a function makes of batches of rows and of their numbers.
+
+    For rows in a file they go into the cache of `datasets`: of the ranks of a machine the first writes them, the
+    others wait and read.
+
+    Args:
+        split: the rows.
+        function: takes a batch of rows, a list per column, and their numbers. The cache is named by all that it
+            holds, and workers receive it, so it should hold little.
+        workers: processes to use (`data.preprocessing_num_workers`); None: this one.
+
+    Raises:
+        ConfigError: workers cannot receive the function.
+    """
+    try:
+        name = Hasher.hash((split._fingerprint, function))
+    except Exception as error:  # of any type: it comes from the tokenizer
+        if workers is not None:
+            raise ConfigError(
+                f"data.preprocessing_num_workers is {workers}, but the tokenizer cannot be sent to other processes "
+                f"({cause(error)}); remove the setting"
+            ) from error
+        name = None  # there is nothing for others to read
+    files = split.cache_files if name is not None else []
+    with FileLock(Path(files[0]["filename"]).with_name(f"cache-{name}.lock")) if files else nullcontext():
+        return split.map(
+            function,
+            batched=True,
+            with_indices=True,
+            remove_columns=split.column_names,
+            num_proc=workers,
+            new_fingerprint=name,
+        )
 
 
 def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:

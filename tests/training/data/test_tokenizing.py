@@ -1,8 +1,10 @@
-"""Rows of every family are tokenized in a way that scales: by small functions."""
+"""Rows of every family are tokenized in a way that scales: by small functions, in processes, once."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dill
@@ -10,7 +12,9 @@ import pytest
 from datasets import Dataset
 from tiny_tokenizer import tiny_tokenizer
 
+from swaft.errors import ConfigError, DataError
 from swaft.training.data import causal_lm, classification, question_answering, seq2seq
+from swaft.training.data.texts import map_rows
 
 pytestmark = pytest.mark.unit
 
@@ -69,3 +73,52 @@ def test_what_is_pickled_to_name_a_cache_holds_no_rows(family, monkeypatch):
     tokenize(Dataset.from_dict(columns), settings())
     assert pickled
     assert not any(b"needle" in each for each in pickled)
+
+
+def test_workers_change_neither_the_token_ids_nor_the_name_of_the_cache(family, tmp_path):
+    tokenize, settings, columns = family
+    Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    for rows in (Dataset.from_dict(columns), Dataset.from_parquet(str(tmp_path / "rows.parquet"))):
+        alone = tokenize(rows, settings())
+        together = tokenize(rows, settings(preprocessing_num_workers=2))
+        assert together.to_list() == alone.to_list()
+        assert together.cache_files == alone.cache_files
+
+
+def test_one_rank_of_a_machine_tokenizes_and_the_others_read(tmp_path):
+    Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "rows.parquet")
+    rows, calls = Dataset.from_parquet(str(tmp_path / "rows.parquet")), tmp_path / "calls"
+
+    def slow(texts: dict[str, list], indices: list[int]) -> dict[str, list]:
+        with calls.open("a") as file:
+            file.write("called\n")
+        time.sleep(0.3)
+        return {"length": list(map(len, texts["text"])), "idx": indices}
+
+    with ThreadPoolExecutor() as ranks:
+        found = list(ranks.map(lambda _: map_rows(rows, slow, None), range(3)))
+    assert calls.read_text() == "called\n"
+    assert {tuple(each["length"][:]) for each in found} == {tuple(map(len, TEXTS))}
+
+
+def test_a_tokenizer_that_other_processes_cannot_have_works_in_one_and_is_refused_in_several(tmp_path):
+    Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "rows.parquet")
+    unpicklable = (word for word in TEXTS)
+
+    def encode(texts: dict[str, list], indices: list[int]) -> dict[str, list]:
+        return {"idx": indices if unpicklable else []}
+
+    for rows in (Dataset.from_dict({"text": TEXTS}), Dataset.from_parquet(str(tmp_path / "rows.parquet"))):
+        assert map_rows(rows, encode, None)["idx"][:] == [0, 1, 2, 3, 4]
+        with pytest.raises(ConfigError, match=r"data\.preprocessing_num_workers is 2, .* cannot pickle"):
+            map_rows(rows, encode, 2)
+
+
+def test_an_error_of_a_worker_is_the_one_it_raised(tmp_path):
+    chats = [[{"role": role, "content": "a b"} for role in ("user", "assistant")]] * 4
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no chats here') }}"
+    columns = causal_lm.CausalColumns(answer=None, messages="messages")
+    data = causal_lm.CausalDataConfig(preprocessing_num_workers=2)
+    with pytest.raises(DataError, match=r"refuses the chat .*no chats here"):
+        causal_lm.tokenize_rows(Dataset.from_dict({"messages": chats}), tokenizer, columns, data)
