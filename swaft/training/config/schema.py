@@ -149,7 +149,7 @@ class RowsConfig(Section):
     """Use only this many test rows, from the first on; null: all."""
     preprocessing_num_workers: Count | None = None
     """Processes that tokenize the rows; null: one. Of the ranks of a machine the first tokenizes, and the others
-    read what it has cached; only rows in memory (csv, tsv) are tokenized by every rank, each with so many."""
+    read what it has cached; only rows in memory (SQuAD's json files) are tokenized by every rank."""
     split_special_tokens: bool = True
     """Read a special token spelled out in a text (`</s>`, `[SEP]`) as plain text; false: it keeps its special
     meaning, for texts that contain such tokens on purpose."""

@@ -9,16 +9,22 @@ import csv
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas
 from datasets import Dataset
+from datasets.fingerprint import Hasher
+from filelock import FileLock
 
+import swaft
 from swaft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -52,11 +58,31 @@ def require_utf8(path: str) -> None:
 
 
 def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
-    """Read a csv or tsv file."""
+    """Read a csv or tsv file; what pandas makes of it stays in the cache of `datasets`, not in memory."""
     quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
     expected = _count_rows(path, delimiter, has_quoting=has_quoting)
     if not expected:
         raise DataError(" has no rows")
+    found = os.stat(path)
+    key = (os.path.realpath(path), found.st_size, found.st_mtime_ns, delimiter, quoting)
+    name = Hasher.hash((*key, pandas.__version__, swaft.__version__))
+    file = Path(datasets.config.HF_DATASETS_CACHE, "swaft", f"{name}.arrow")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            cells = _cells(path, delimiter, quoting, expected).with_format("arrow")
+            cells.map(
+                lambda rows: rows,
+                batched=True,
+                features=cells.features,
+                cache_file_name=str(file),
+                new_fingerprint=name,
+            )
+    return Dataset.from_file(str(file))
+
+
+def _cells(path: str, delimiter: str, quoting: int, expected: int) -> Dataset:
+    """Return the rows of a table as pandas reads them."""
     # A text may well be "NA" or "null"; only an empty cell is missing. The type of a column has to fit all its
     # cells: if read in chunks, as `Dataset.from_csv` does, a chunk of only numbers would turn 007 into 7.
     read = partial(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 
+import datasets
+import pandas
 import pytest
 
 from swaft.errors import DataError
@@ -190,3 +192,17 @@ def test_a_column_has_one_type_however_many_rows_there_are(read):
     assert [row["text"] for row in read("rows.csv", table(",", texts))] == texts
     scores = read("scores.csv", "text,label\n" + "a,1\n" * 10_000 + "a,0.5\n")
     assert [row["label"] for row in scores[-2:]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_table_is_parsed_once_and_its_rows_stay_in_a_file(read, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text, parsed, read_csv = table("," if name == "a.csv" else "\t", SAID), [], pandas.read_csv
+    monkeypatch.setattr(pandas, "read_csv", lambda *a, **options: parsed.append(a) or read_csv(*a, **options))
+    first = read(name, text)
+    found = load_splits(DataConfig(train_file=str(tmp_path / name)))["train"]
+    assert found.to_list() == first
+    assert [file["filename"].startswith(str(tmp_path / "cache")) for file in found.cache_files] == [True]
+    assert len(parsed) == 1
+    assert read(name, text.replace("number 7,", "number 8,").replace("number 7\t", "number 8\t")) != first
+    assert len(parsed) == 2
