@@ -43,6 +43,8 @@ KIND = "average"
 """The kind in the manifest of such a folder."""
 FILES = re.compile(r"(rank-\d{5}\.safetensors|manifest\.json|COMPLETE)(\.tmp)?")
 """The names of a state's files."""
+MOST_OPEN = 32
+"""Files of a state that are open at a time."""
 Steps = Annotated[int, options.Range(low=0, high=1 << 30)]
 """Optimizer steps, up to the limit that a state may claim."""
 
@@ -185,49 +187,85 @@ def write_rank(
     return {name: write_tensors(folder / name, specs, lambda key: [vectors[key]], metadata=metadata)}
 
 
-def read_elements(
-    folder: Path, names: Iterable[str], wanted: Sequence[Range], vectors: Mapping[str, Tensor]
-) -> None:
-    """Fill vectors with the elements of given ranges, from whichever files hold them.
+class RankFiles:
+    """The files of a state's ranks, each parsed once, when it is first needed; a context manager that closes them.
 
     Args:
         folder: of the state.
-        names: of its files; those most likely to hold the elements first.
-        wanted: ranges in the order of the vectors' elements.
-        vectors: name to (elements,), host, in the dtype they were saved in; written in place.
-
-    Raises:
-        StateError: an element is in no file or in two, or a file does not match its header.
+        names: of its files; those most likely to hold the elements that will be read first.
     """
-    shard, places = laid_out(wanted), dict[str, list[Fragment]]()
-    for place in shard:
-        places.setdefault(place.name, []).append(place)
-    numel, filled = sum(place.numel for place in shard), list[tuple[int, int]]()
-    for file_name in names:
-        if sum(length for _, length in filled) >= numel:
-            break
-        with TensorFile(folder / file_name) as file:
-            for key, vector in vectors.items():
-                if (found := file.specs.get(key)) and found.dtype != vector.dtype:
-                    raise StateError(f"{file.path}: {key!r} is {found.dtype}, expected {vector.dtype}")
-            for held in laid_out(_ranges(file)):
-                for place in places.get(held.name, ()):
-                    for part in held.part(place.start - held.start, place.end - held.start):
+
+    def __init__(self, folder: Path, names: Sequence[str]):
+        self._folder, self._names = folder, names
+        self._held: dict[str, dict[str, list[Fragment]]] = {}
+        self._open: dict[str, TensorFile] = {}  # those used last come last
+
+    def read(self, wanted: Sequence[Range], vectors: Mapping[str, Tensor]) -> None:
+        """Fill vectors with the elements of given ranges, from whichever files hold them.
+
+        Args:
+            wanted: ranges in the order of the vectors' elements.
+            vectors: name to (elements,), host, in the dtype they were saved in; written in place.
+
+        Raises:
+            StateError: an element is in no file or in two, or a file does not match its header.
+        """
+        shard, filled = laid_out(wanted), list[tuple[int, int]]()
+        missing = numel = sum(place.numel for place in shard)
+        for name in self._names:
+            if missing <= 0:
+                break
+            held = self._fragments(name)
+            for place in shard:
+                for each in held.get(place.name, ()):
+                    for part in each.part(place.start - each.start, place.end - each.start):
                         first = place.offset + part.start - place.start
                         for key, vector in vectors.items():
-                            out = vector[first : first + part.numel]
-                            file.read(key, part.offset, part.offset + part.numel, out=out)
+                            self._copy(name, key, part.offset, vector[first : first + part.numel])
                         filled.append((first, part.numel))
-    position = 0
-    for offset, length in [*sorted(filled), (numel, 0)]:
-        if offset != position:
-            fault = "in no file" if offset > position else "in more than one file"
-            first = min(offset, position)
-            place = section(shard, first, first + 1)[0]
-            raise StateError(
-                f"{folder}: element {place.start} of {place.name!r} is {fault}, expected each in one"
-            )
-        position += length
+                        missing -= part.numel
+        position = 0
+        for offset, length in [*sorted(filled), (numel, 0)]:
+            if offset != position:
+                fault = "in no file" if offset > position else "in more than one file"
+                first = min(offset, position)
+                place = section(shard, first, first + 1)[0]
+                raise StateError(
+                    f"{self._folder}: element {place.start} of {place.name!r} is {fault}, expected each in one"
+                )
+            position += length
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> RankFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _opened(self, name: str) -> TensorFile:
+        self._open[name] = self._open.pop(name, None) or TensorFile(self._folder / name)
+        if len(self._open) > MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        return self._open[name]
+
+    def _fragments(self, name: str) -> Mapping[str, Sequence[Fragment]]:
+        """The elements that a file holds, by parameter."""
+        if name not in self._held:
+            held: dict[str, list[Fragment]] = {}
+            for each in laid_out(_ranges(self._opened(name))):
+                held.setdefault(each.name, []).append(each)
+            self._held[name] = held
+        return self._held[name]
+
+    def _copy(self, name: str, key: str, offset: int, out: Tensor) -> None:
+        file = self._opened(name)
+        if (found := file.specs.get(key)) and found.dtype != out.dtype:
+            raise StateError(f"{file.path}: {key!r} is {found.dtype}, expected {out.dtype}")
+        file.read(key, offset, offset + out.numel(), out=out)
 
 
 def sum_of_bits(runs: Iterable[Tensor]) -> int:
@@ -319,10 +357,10 @@ def load_averages(
     def filled(number: int, rule: RuleState) -> Iterator[tuple[int, Lane]]:
         for index in rule.lanes:
             lane = lanes[rule.name].empty_lane(int(index))
-            read_elements(folder, files, wanted, _vectors(lane_name(number, index), lane))
+            saved.read(wanted, _vectors(lane_name(number, index), lane))
             yield int(index), lane
 
-    with engine.ranks.together():
+    with engine.ranks.together(), RankFiles(folder, files) as saved:
         for number, rule in enumerate(found.rules):
             lanes[rule.name].restore(rule.count, filled(number, rule))
     averages.changes.restart(moved=found.moved)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swaft.averaging.state import KIND as AVERAGE
-from swaft.averaging.state import AverageState, lane_name, read_elements
+from swaft.averaging.state import AverageState, RankFiles, lane_name
 from swaft.errors import StateError
 from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
 from swaft.soup.huggingface import CONFIG, holds_weights, open_folder
@@ -111,12 +111,12 @@ def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWe
             f"{path}: nothing is averaged yet by {chosen.rule}, after {state.applied_steps} steps"
         )
     lanes = [(lane_name(number, lane), share, chosen.lanes[lane]) for lane, share in chosen.readout.items()]
-    files = sorted(manifest.files)
+    files = RankFiles(path, sorted(manifest.files))
 
     def read(name: str, start: int, end: int) -> Tensor:
         def vector(lane: str, dtype: torch.dtype) -> Tensor:
             values = torch.empty(end - start, dtype=dtype, device="cpu")
-            read_elements(path, files, [(name, start, end)], {lane: values})
+            files.read([(name, start, end)], {lane: values})
             return values
 
         if [share for _, share, _ in lanes] == [1.0]:
@@ -133,6 +133,7 @@ def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWe
         path=path,
         specs={name: Spec(torch.float32, tuple(shape)) for name, shape in state.parameters.items()},
         read=read,
+        close=files.close,
         label=f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights",
         aliases=state.aliases,
     )

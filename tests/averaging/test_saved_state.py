@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 
 import swaft
+from swaft.averaging import state
 from swaft.averaging.layout import Fragment
-from swaft.averaging.state import read_elements, write_rank
+from swaft.averaging.state import RankFiles, write_rank
 from swaft.errors import AveragingError, StateError
+from swaft.storage import TensorFile
 
 pytestmark = pytest.mark.unit
 
@@ -226,7 +228,8 @@ def test_elements_are_found_however_they_were_cut(tmp_path, before, after):
     files = sorted(path.name for path in (tmp_path / "state").iterdir())
     for ranges in CUTS[after]:
         vector = torch.full((sum(e - s for _, s, e in ranges),), -1.0)
-        read_elements(tmp_path / "state", files, ranges, {"x": vector})
+        with RankFiles(tmp_path / "state", files) as saved:
+            saved.read(ranges, {"x": vector})
         base = {"a": 0.0, "b": 100.0}
         expected = [torch.arange(base[n] + s, base[n] + e) for n, s, e in ranges]
         assert torch.equal(vector, torch.cat([torch.empty(0), *expected]))
@@ -243,8 +246,38 @@ def test_elements_that_are_missing_or_there_twice_are_named(tmp_path, cuts, mess
     make_ranks(tmp_path / "state", cuts)
     files = sorted(path.name for path in (tmp_path / "state").iterdir())
     vector = torch.empty(14)
-    with pytest.raises(StateError, match=message):
-        read_elements(tmp_path / "state", files, [("a", 0, 9), ("b", 0, 5)], {"x": vector})
+    with RankFiles(tmp_path / "state", files) as saved, pytest.raises(StateError, match=message):
+        saved.read([("a", 0, 9), ("b", 0, 5)], {"x": vector})
+
+
+def test_a_file_is_parsed_once_however_often_it_is_read_and_few_are_open_at_a_time(tmp_path, monkeypatch):
+    expected = make_ranks(tmp_path / "state", CUTS["crumbs"])
+    names = sorted(path.name for path in (tmp_path / "state").iterdir())
+    parsed, open_now, most_open = [], set(), []
+    ranges_of, open_file, close_file = state._ranges, TensorFile.__init__, TensorFile.close
+
+    def opened(self: TensorFile, path: Path) -> None:
+        open_file(self, path)
+        open_now.add(path)
+        most_open.append(len(open_now))
+
+    def closed(self: TensorFile) -> None:
+        close_file(self)
+        open_now.discard(self.path)
+
+    monkeypatch.setattr(state, "MOST_OPEN", 3)
+    monkeypatch.setattr(state, "_ranges", lambda file: parsed.append(file.path) or ranges_of(file))
+    monkeypatch.setattr(TensorFile, "__init__", opened)
+    monkeypatch.setattr(TensorFile, "close", closed)
+    with RankFiles(tmp_path / "state", names) as saved:
+        for _ in range(2):
+            for element in range(9):
+                value = torch.empty(1)
+                saved.read([("a", element, element + 1)], {"x": value})
+                assert value == expected[element]
+    assert len(parsed) == len(set(parsed)) == 9
+    assert max(most_open) == 3 + 1  # the next is opened before the last is closed
+    assert not open_now
 
 
 def test_a_copied_state_is_as_good_as_the_first(tmp_path):
