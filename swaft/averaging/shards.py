@@ -138,7 +138,7 @@ def room_for(engine: Engine, parameters: Mapping[str, nn.Parameter], scratch: Sc
     Raises:
         StateError: there is no room for them; on every rank.
     """
-    with engine.ranks.together("there is no room for the whole weights on rank 0"):
+    with engine.ranks.together("there is no room for the whole weights on rank 0", patiently=True):
         if engine.ranks.is_main:
             return {name: scratch.empty(engine.full_shape(each)) for name, each in parameters.items()}
     return {}

@@ -408,7 +408,9 @@ class Run:
         if self.averager:
             saved["averaged"] = folder.final_averaged
             self.averager.save_pretrained(folder.final_averaged, self.readout)
-        with self.engine.ranks.together(f"the tokenizer could not be written to {folder.path}"):
+        with self.engine.ranks.together(
+            f"the tokenizer could not be written to {folder.path}", patiently=True
+        ):
             for path in saved.values() if folder.is_main else ():
                 self._tokenizer.save_pretrained(path)
                 sync_tree(path)
