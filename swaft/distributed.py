@@ -6,8 +6,9 @@ is busy or broken. So swaft keeps its own gloo group and never interferes with t
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -49,6 +50,10 @@ class Ranks:
         self._arrivals: Any = None
         self._patient: Any = None
         if self.world_size > 1:
+            # Each group keeps a socket per rank open, so the usual 1024 descriptors are too few for 250 ranks.
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            with suppress(ValueError):  # macOS refuses its own "unlimited"
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             self._group = _gloo_group()
             # The time limit of a gloo operation is that of its group, so waiting for a rank that may never arrive
             # needs a separate group.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -71,6 +72,14 @@ def test_weights_on_their_way_to_a_slow_disk_have_the_time_of_the_disk(two_ranks
     with two_ranks.ranks.together("no room"):
         pass
     assert two_ranks.used[3] == {}
+
+
+def test_more_ranks_than_a_shells_limit_of_open_files_can_meet(request):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, before))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, before[1]), before[1]))
+    request.getfixturevalue("two_ranks")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
 
 
 @pytest.mark.parametrize("seconds", [600, 1800])
