@@ -89,6 +89,7 @@ def test_the_forecast_counts_what_the_run_will_take():
     assert forecast.elements == 5 * 7 + 7 + 7 * 3 + 3
     assert forecast.events == len({6, 8, 10, 12} | {3, 6, 9, 12})
     assert forecast.host_bytes == 2 * 6 * forecast.elements
+    assert forecast.swap_bytes == 4 * forecast.elements  # the masters are the weights, so a swap stashes them
     assert forecast.copied_bytes == forecast.pinned_bytes == 0  # the masters are in host memory
     assert forecast.seconds > 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from swaft.averaging import native
 from swaft.averaging.engines import Engine
 from swaft.averaging.host.lanes import Lanes, require_writable
-from swaft.averaging.host.machine import Workers, lane_bytes, require_host_memory
+from swaft.averaging.host.machine import Workers, lane_bytes, require_host_memory, swap_bytes
 from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes, shares, table
 from swaft.averaging.layout import Span
@@ -57,7 +57,9 @@ class Forecast:
     events: int
     """Number of steps at which a member is copied; all rules share the copy."""
     host_bytes: int
-    """Peak host memory of the averages."""
+    """Peak host memory of the averages while the run trains."""
+    swap_bytes: int
+    """More host memory while an average is swapped in, or weights are exported."""
     pinned_bytes: int
     """Pinned memory of the staging ring; 0 if the masters are in host memory."""
     copied_bytes: int
@@ -71,11 +73,12 @@ class Forecast:
 
     def __str__(self) -> str:
         sizes = (
-            f"{count / 2**20:,.1f} MiB" for count in (self.host_bytes, self.pinned_bytes, self.copied_bytes)
+            f"{count / 2**20:,.1f} MiB"
+            for count in (self.host_bytes, self.swap_bytes, self.pinned_bytes, self.copied_bytes)
         )
         lines = [
             f"{self.events:,} events, {self.elements:,} elements on this rank",
-            "host memory {}, pinned {}, copied {} per event".format(*sizes),
+            "host memory {}, {} more in a swap or an export, pinned {}, copied {} per event".format(*sizes),
             f"{self.seconds:.3g} s of arithmetic per event on {self.threads} thread{'s' * (self.threads > 1)}, "
             "in the background; a shorter training step waits for it",
         ]
@@ -118,7 +121,8 @@ class HostAverages:
             for plan in plans.values()
         )
         self.pinned_bytes = 0 if device.type == "cpu" else ring_bytes(numel, STAGING_BYTES)
-        require_host_memory(ranks, self.host_bytes + self.pinned_bytes)
+        self.swap_bytes = swap_bytes(plans.values(), numel, stashed=engine.masters_are_working())
+        require_host_memory(ranks, self.host_bytes + self.swap_bytes + self.pinned_bytes)
         with ranks.together():
             if spill_dir is not None:
                 require_writable(spill_dir)
@@ -154,6 +158,7 @@ class HostAverages:
             elements=elements,
             events=len(events),
             host_bytes=self.host_bytes,
+            swap_bytes=self.swap_bytes,
             pinned_bytes=self.pinned_bytes,
             copied_bytes=4 * elements if self.pinned_bytes else 0,
             threads=self.workers.threads,
