@@ -41,11 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from swaft.averaging.state import same_weights, weights_now
 from swaft.distributed import shared_ranks
+from swaft.environment import package_versions
 from swaft.errors import StateError
 from swaft.storage import FileRecord, Spec, TensorFile, hash_file, sync_file, sync_folder, write_tensors
 from swaft.training.config import flatten
 from swaft.training.run.checkpoints import AVERAGE, TAG, RunCheckpoint, delete_old, save_checkpoint
-from swaft.training.run.folder import package_versions
 from swaft.training.run.record import (
     RunRecord,
     Setup,
