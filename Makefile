@@ -47,8 +47,14 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfi
 test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
 	$(TESTS) -m "not gpu and not slow"
 
-test-full: venv  ## everything that runs without a GPU
-	$(TESTS) -m "not gpu"
+# A stamp for each folder that has passed on this commit, so that an interrupted run continues where it was.
+test-full: venv  ## everything that runs without a GPU, folder by folder; resumes if interrupted (hours)
+	done=runs/test-full/$$(git rev-parse HEAD); mkdir -p $$done; failed=0; \
+	for part in tests/*/ tests/test_*.py; do \
+	  stamp=$$done/$$(basename $$part); test -e $$stamp && continue; \
+	  $(TESTS) -m "not gpu" $$part; code=$$?; \
+	  if [ $$code = 0 ] || [ $$code = 5 ]; then touch $$stamp; else failed=1; fi; \
+	done; exit $$failed
 
 # Both ends of the version ranges in pyproject.toml, each in a fresh environment: the tests that touch other
 # libraries, and a few unit tests.

@@ -28,6 +28,7 @@ LENGTHS = {
     "classification": ("train.max_steps=30", "data.max_eval_samples=200", "data.max_predict_samples=200"),
     "question_answering": ("train.max_steps=20", "data.max_eval_samples=40", "data.max_predict_samples=40"),
     "seq2seq": ("train.max_steps=20", "data.max_eval_samples=16", "data.max_predict_samples=16"),
+    "causal_lm": ("train.max_steps=20", "data.max_eval_samples=100", "data.max_predict_samples=100"),
 }
 SHORTER = {
     "seq2seq/scitldr": ("train.per_device_train_batch_size=4",),
@@ -37,6 +38,7 @@ TITLES = {
     "classification": "Classification",
     "question_answering": "Question answering",
     "seq2seq": "Text generation",
+    "causal_lm": "Decoders",
 }
 
 

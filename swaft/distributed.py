@@ -6,10 +6,10 @@ is busy or broken. So swaft keeps its own gloo group and never interferes with t
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,21 +48,23 @@ class Ranks:
         self.world_size = dist.get_world_size() if distributed else 1
         self._group: Any = None
         self._arrivals: Any = None
+        self._patient: Any = None
         if self.world_size > 1:
+            # Each group keeps a socket per rank open, so the usual 1024 descriptors are too few for 250 ranks.
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            with suppress(ValueError):  # macOS refuses its own "unlimited"
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             self._group = _gloo_group()
             # The time limit of a gloo operation is that of its group, so waiting for a rank that may never arrive
             # needs a separate group.
             self._arrivals = _gloo_group(at_most=timedelta(seconds=ARRIVAL_TIMEOUT_S))
+            # A lost rank is still noticed at once. Made now, so that a failure comes now, not at the export.
+            self._patient = _gloo_group(at_least=PATIENCE)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
-
-    @cached_property
-    def _patient(self) -> Any:
-        """A group with a longer time limit; a lost rank is still noticed at once (creating it is collective)."""
-        return _gloo_group(at_least=PATIENCE)
 
     def gather(self, value: Any, *, patiently: bool = False) -> list[Any]:
         """The values of all ranks, by rank, on every rank (collective; small picklable values).
@@ -102,7 +104,7 @@ class Ranks:
         raise first
 
     @contextmanager
-    def together(self, fault: str | None = None) -> Iterator[None]:
+    def together(self, fault: str | None = None, *, patiently: bool = False) -> Iterator[None]:
         """Context that raises a `SwaftError` of any rank on all of them, at its end (collective).
 
         The body must make no collective calls, except ones that a failing rank makes, too.
@@ -110,6 +112,7 @@ class Ranks:
         Args:
             fault: message for any other exception from the body, such as "FILE could not be written"; the exception
                 becomes a `StateError` with this text. None: other exceptions pass through on their rank.
+            patiently: a rank may take up to ``PATIENCE`` for the body.
         """
         error = None
         try:
@@ -121,15 +124,15 @@ class Ranks:
                 raise
             error = StateError(f"{fault}: {_in_one_line(found)}")
             error.__cause__ = found
-        self.raise_together(error)
+        self.raise_together(error, patiently=patiently)
 
     def send(self, tensor: torch.Tensor, *, to: int) -> None:
-        """Send a host tensor to rank ``to``."""
-        dist.send(tensor, dst=to, group=self._group)
+        """Send a host tensor to rank ``to``, which may take up to ``PATIENCE`` to ask for it."""
+        dist.send(tensor, dst=to, group=self._patient)
 
     def receive(self, tensor: torch.Tensor, *, source: int) -> None:
-        """Receive a host tensor from rank ``source`` into ``tensor``."""
-        dist.recv(tensor, src=source, group=self._group)
+        """Receive a host tensor from rank ``source``, which may take up to ``PATIENCE``, into ``tensor``."""
+        dist.recv(tensor, src=source, group=self._patient)
 
     def barrier(self) -> None:
         """Wait for every rank (collective)."""

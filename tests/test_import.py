@@ -130,6 +130,8 @@ averager.load_state(state)
 with averager.swapped_in():
     assert torch.equal(model.weight, averaged)
 import swaft.soup
+from swaft.cli.main import main
+assert main(["env"]) == 0
 [getattr(swaft, name) for name in swaft.__all__ if name not in {INTEGRATIONS}]
 """
 

@@ -83,12 +83,13 @@ def save_pretrained(
     shard = engine.live_shard() if shard is None else shard
     if dtype != torch.float32:
         logger.info("%s: %s", path, rounded_away(engine, shard, dtype))
-    elements = sum(engine.full_shape(parameter).numel() for _, parameter in engine.named_parameters())
+    adapters, names = adapter_folder(engine) if is_peft(engine.module) else (None, None)
+    wanted = {**engine.trainable, **_frozen_sources(engine, names)}.values()
+    elements = sum(engine.full_shape(each).numel() for each in wanted if each.is_floating_point())
     num_bytes = elements * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
     make_room = partial(Scratch, Path(path).absolute().parent, num_bytes)
     room = _on_main(engine, make_room, f"{path} could not be written") or MEMORY
     trained = gather_trained(engine, shard, scratch=room)
-    adapters, names = adapter_folder(engine) if is_peft(engine.module) else (None, None)
     state_dict = add_frozen(engine, trained, names=names, scratch=room, statistics=statistics)
 
     def write(folder: Path) -> None:
@@ -301,8 +302,7 @@ def add_frozen(
     buffers = {clean_name(name): each for name, each in engine.module.named_buffers(remove_duplicate=False)}
     buffers |= {**engine.swap.buffers, **(statistics or {})}  # as training has them, also inside a swap
     wanted = [name for name in engine.state_names if names is None or name in names]
-    sources = {aliases[name] for name in wanted if name in aliases} - engine.trainable.keys()
-    frozen = {name: parameter for name, parameter in engine.named_parameters() if name in sources}
+    frozen = _frozen_sources(engine, names)
     floating = {name: parameter for name, parameter in frozen.items() if parameter.is_floating_point()}
     weights = room_for(engine, floating, scratch)
     for name, parameter in frozen.items():
@@ -317,6 +317,14 @@ def add_frozen(
         for name in wanted
         if name in aliases or name in buffers
     }
+
+
+def _frozen_sources(engine: Engine, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The untrained parameters behind the tensors wanted (arguments as for :func:`add_frozen`), by first name."""
+    aliases = engine.canonical_names()
+    wanted = [name for name in engine.state_names if name in aliases and (names is None or name in names)]
+    sources = {aliases[name] for name in wanted} - engine.trainable.keys()
+    return {name: parameter for name, parameter in engine.named_parameters() if name in sources}
 
 
 def _host(tensor: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def product_mean(
     members = _gather_members(engine, layers, ((c, gather_trained(engine, s)) for c, s in shards))
     trained = gather_trained(engine, average)
     averaged: dict[str, tuple[tuple[Tensor, Tensor], Norms]] = {}
-    with engine.ranks.together("the mean of the LoRA updates cannot be computed"):
+    with engine.ranks.together("the mean of the LoRA updates cannot be computed", patiently=True):
         if engine.ranks.is_main:
             averaged = {
                 layer.name: _average(layer, members[layer.name], trained, rank)

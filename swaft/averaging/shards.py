@@ -30,9 +30,9 @@ IN_MEMORY_BYTES = 1 << 30
 
 
 class Scratch:
-    """Room for whole host tensors: memory, or pages of an unnamed file, which the system may write out.
+    """Room for whole host tensors: memory, or pages of one unnamed file, which the system may write out.
 
-    Each tensor has its own storage, as safetensors requires.
+    Each tensor has its own storage, as safetensors requires. What goes beyond the announced bytes is in memory.
 
     Args:
         folder: the file is created on this folder's disk; the folder is created if needed. None: memory only.
@@ -40,24 +40,24 @@ class Scratch:
     """
 
     def __init__(self, folder: Path | None, num_bytes: int):
-        self._file = None
+        self._pages, self._end = None, 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         if folder is not None and num_bytes > IN_MEMORY_BYTES:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as the tensors)
-        self._end = 0
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # On a full disk, this raises now, instead of a signal later.
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                self._pages = mmap.mmap(file.fileno(), num_bytes)  # once: every map keeps a descriptor open
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """A new host tensor, whatever torch's default dtype and device are."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if self._file is None or num_bytes == 0:
+        numel, size = math.prod(shape), dtype.itemsize
+        start = -(-self._end // size) * size
+        end = start + numel * size
+        if self._pages is None or numel == 0 or end > len(self._pages):
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        # On a full disk, this raises now, instead of a signal later.
-        os.posix_fallocate(self._file.fileno(), self._end, num_bytes)
-        pages = mmap.mmap(self._file.fileno(), num_bytes, offset=self._end)
-        grain = mmap.ALLOCATIONGRANULARITY
-        self._end += -(-num_bytes // grain) * grain
-        return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+        self._end = end
+        return torch.frombuffer(self._pages, dtype=dtype, count=numel, offset=start).view(tuple(shape))
 
 
 MEMORY = Scratch(None, 0)
@@ -138,7 +138,7 @@ def room_for(engine: Engine, parameters: Mapping[str, nn.Parameter], scratch: Sc
     Raises:
         StateError: there is no room for them; on every rank.
     """
-    with engine.ranks.together("there is no room for the whole weights on rank 0"):
+    with engine.ranks.together("there is no room for the whole weights on rank 0", patiently=True):
         if engine.ranks.is_main:
             return {name: scratch.empty(engine.full_shape(each)) for name, each in parameters.items()}
     return {}

@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -396,8 +397,20 @@ def _description(
     )
 
 
+@contextmanager
+def same_weights(engine: Engine) -> Iterator[str]:
+    """:func:`weights_now`, summed once for everything inside, which must not change the weights (collective)."""
+    engine.known_sum = weights_now(engine)
+    try:
+        yield engine.known_sum
+    finally:
+        engine.known_sum = None
+
+
 def weights_now(engine: Engine) -> str:
     """The sum of the bits of the last weights, also while averaged ones are swapped in (collective)."""
+    if engine.known_sum is not None:
+        return engine.known_sum
     return str(sum(engine.ranks.gather(sum_of_bits(engine.live()))) % (1 << 64))
 
 

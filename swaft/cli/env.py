@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
     if unknown:
         raise ConfigError(f"swaft env: '{unknown[0]}' is not understood; expected --json or nothing")
 
-    from swaft.training.run.folder import software  # here, so that --help does not wait for it
+    from swaft.environment import software  # here, so that --help does not wait for it
 
     facts = software() | machine()
     if "--json" in words:

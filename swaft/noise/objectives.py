@@ -80,6 +80,9 @@ class Resumable:
     """Micro-steps trained so far; together with seed and rank it determines the noise. `TaskLoss` leaves it at
     0."""
 
+    def finish(self) -> None:
+        """Call at the end of training: after a short run this warns if its divergence had no effect."""
+
     def state_dict(self) -> dict[str, int]:
         """Return the state, which is the same on every rank."""
         return {"step": self.step}
@@ -270,6 +273,10 @@ class TwoPasses(Resumable):
             if self.weight > 0:
                 self._first_batches.add(out.task_loss, self.weight * out.divergence, settings, name)
         return out
+
+    def finish(self) -> None:
+        """Warn at the end of a short training if the divergence had no effect; a long one was warned before."""
+        self._first_batches.finish()
 
     def _draw(self, embedding: Tensor, **how: Any) -> Tensor:
         return add_noise(embedding, **how, seed=self.seed, rank=current_rank(), step=self.step)

@@ -6,6 +6,7 @@ Also what is checked during the first batches: whether the noise has an effect o
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -291,11 +292,11 @@ def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtyp
 class FirstBatches:
     """What the divergence adds to the loss of a run's first batches; warns once if it has no effect.
 
-    Sums stay on the device, which is read once per check.
+    Numbers stay on the device, which is read once per check.
     """
 
     def __init__(self) -> None:
-        self._batches, self._recent = 0, list[Tensor]()
+        self._batches, self._recent = 0, deque[Tensor](maxlen=_AVERAGED)
         self._looks = dict(_LOOKS)
 
     def add(self, task_loss: Tensor, weighted: Tensor, settings: NoiseSettings, objective: str) -> None:
@@ -309,15 +310,19 @@ class FirstBatches:
         """
         if not self._looks:
             return
-        self._batches += 1
-        look, felt = next(iter(self._looks.items()))
-        if self._batches > look - _AVERAGED:
-            self._recent.append(torch.stack([task_loss, weighted]))
-        if self._batches < look:
-            return
-        task, added = torch.stack(self._recent).mean(0).tolist()
-        del self._looks[look]
-        self._recent.clear()
+        self._batches, self._of = self._batches + 1, (settings, objective)
+        self._recent.append(torch.stack([task_loss, weighted]))
+        if self._batches in self._looks:
+            self._check(self._looks.pop(self._batches))
+
+    def finish(self) -> None:
+        """Do the last check now, if a run ends before it is due."""
+        if self._looks and self._recent:
+            self._check(self._looks.popitem()[1])
+
+    def _check(self, felt: float) -> None:
+        settings, objective = self._of
+        task, added = torch.stack([*self._recent]).mean(0).tolist()
         if not added < felt * task:  # also if NaN
             return
         self._looks.clear()
@@ -325,7 +330,8 @@ class FirstBatches:
             logger.warning(
                 "%s has no effect: after %d batches weight x divergence is %.1e next to a task loss of %.2g%s. "
                 "Below one thousandth of it, training is the same as without noise, at twice the cost. Set %s",
-                *(objective, look, added, task, "; the two passes are the same" if added == 0 else ""),
+                *(objective, self._batches, added, task),
+                "; the two passes are the same" if added == 0 else "",
                 _felt_settings(settings),
             )
 

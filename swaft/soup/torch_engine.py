@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,32 @@ MODEL = "model."
 """The prefix of the names of weights."""
 OPTIMIZER = "optimizer.state."
 """The prefix of the names of optimizer state; the name of the weight follows, then that of the state."""
+MAPPED = 16
+"""Files mapped at a time for each checkpoint, which has one per rank: each keeps a descriptor open."""
+
+Mapped = Callable[[Path], Tensor]
+"""The bytes of a file, mapped."""
+
+
+class Chunk(NamedTuple):
+    """Where some rows of a tensor are stored: (*shape of the rows, bytes per element), as a view of a file's bytes.
+
+    They are viewed as bytes because the numbers in the file are not aligned.
+    """
+
+    file: Path
+    begin: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements in it."""
+        return math.prod(self.shape[:-1])
+
+    def of(self, mapped: Mapped) -> Tensor:
+        """The view, uint8."""
+        return mapped(self.file).as_strided(self.shape, self.strides, self.begin)
 
 
 def open_torch_engine(path: Path) -> SavedWeights:
@@ -50,7 +77,7 @@ def open_torch_engine(path: Path) -> SavedWeights:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    mapped = cache(_map)
+    mapped = lru_cache(MAPPED)(_map)
     try:
         metadata = FileSystemReader(path).read_metadata()
         stored = {
@@ -77,34 +104,36 @@ def open_torch_engine(path: Path) -> SavedWeights:
     return SavedWeights(
         path=path,
         specs=specs,
-        read=lambda name, start, end: _read(chunks[name], specs[name].dtype, start, end),
+        read=lambda name, start, end: _read(chunks[name], mapped, specs[name].dtype, start, end),
         close=close,
         label=str(path),
         maybe_tied=specs.keys() - optimized,
     )
 
 
-def _read(chunks: list[Tensor], dtype: torch.dtype, start: int, end: int) -> Tensor:
-    """Copy elements [start, end) of a flattened tensor from its chunks, (rows, ..., bytes per element) each."""
+def _read(chunks: list[Chunk], mapped: Mapped, dtype: torch.dtype, start: int, end: int) -> Tensor:
+    """Copy elements [start, end) of a flattened tensor from its chunks."""
     parts, begin = [torch.empty(0, dtype.itemsize, dtype=torch.uint8)], 0
     for chunk in chunks:
-        numel = math.prod(chunk.shape[:-1])
-        first, last = max(start - begin, 0), min(end - begin, numel)
-        if first < last and chunk.is_contiguous():
-            parts.append(chunk.view(-1, dtype.itemsize)[first:last])
-        elif first < last:
-            parts.append(chunk[torch.unravel_index(torch.arange(first, last), chunk.shape[:-1])])
-        begin += numel
+        first, last = max(start - begin, 0), min(end - begin, chunk.numel)
+        begin += chunk.numel
+        if first >= last:
+            continue
+        view = chunk.of(mapped)
+        if view.is_contiguous():
+            parts.append(view.view(-1, dtype.itemsize)[first:last])
+        else:
+            parts.append(view[torch.unravel_index(torch.arange(first, last), view.shape[:-1])])
     return torch.cat(parts).view(dtype).reshape(-1)
 
 
 def _chunks(
-    path: Path, metadata: Metadata, name: str, stored: TensorStorageMetadata, mapped: Any
-) -> list[Tensor]:
-    """Views of the chunks of a tensor, as bytes, in the order of its elements."""
+    path: Path, metadata: Metadata, name: str, stored: TensorStorageMetadata, mapped: Mapped
+) -> list[Chunk]:
+    """The chunks of a tensor, in the order of its elements."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    found, row, key = list[Tensor](), 0, f"{MODEL}{name}"
+    found, row, key = list[Chunk](), 0, f"{MODEL}{name}"
     for chunk in sorted(stored.chunks, key=lambda each: tuple(each.offsets)):
         if not math.prod(chunk.sizes):  # from a rank without rows of it
             continue
@@ -115,16 +144,13 @@ def _chunks(
         row += chunk.sizes[0] if chunk.sizes else 1
         where: Any = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         found.append(_locate(path / where.relative_path, where, chunk.sizes, mapped))
-    if sum(math.prod(chunk.shape[:-1]) for chunk in found) != math.prod(stored.size):
+    if sum(chunk.numel for chunk in found) != math.prod(stored.size):
         raise ValueError(f"{key!r} of shape {list(stored.size)} lacks rows")
     return found
 
 
-def _locate(file: Path, where: Any, shape: torch.Size, mapped: Any) -> Tensor:
-    """View the chunk saved at a position in a file: (*shape, bytes per element), uint8.
-
-    It is viewed as bytes because the numbers in the file are not aligned.
-    """
+def _locate(file: Path, where: Any, shape: torch.Size, mapped: Mapped) -> Chunk:
+    """Find the chunk saved at a position in a file."""
     from torch.distributed.checkpoint.utils import _create_file_view
 
     with file.open("rb") as stream:
@@ -132,13 +158,12 @@ def _locate(file: Path, where: Any, shape: torch.Size, mapped: Any) -> Tensor:
         saved: Tensor = torch.load(part, map_location="meta", weights_only=True)
     if saved.shape != shape:
         raise ValueError(f"{file} holds a chunk of shape {list(saved.shape)}; expected {list(shape)}")
-    size, storage = saved.itemsize, saved.untyped_storage()
+    size, strides = saved.itemsize, saved.stride()
     # On the device `meta`, torch reads no numbers, but reports where they begin in its input.
-    begin = where.offset + storage._checkpoint_offset
-    raw: Tensor = mapped(file)[begin : begin + storage.nbytes()]
-    strides = [stride * size for stride in saved.stride()]
-    begin = raw.storage_offset() + int(saved.storage_offset()) * size
-    return raw.as_strided((*shape, size), (*strides, 1), begin)
+    begin = where.offset + saved.untyped_storage()._checkpoint_offset + int(saved.storage_offset()) * size
+    chunk = Chunk(file, begin, (*shape, size), (*(stride * size for stride in strides), 1))
+    chunk.of(mapped)  # raises if the file is too short
+    return chunk
 
 
 def _map(file: Path) -> Tensor:

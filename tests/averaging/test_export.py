@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -189,16 +190,29 @@ def test_a_shard_cut_from_whole_weights_is_the_shard_they_came_from():
     assert torch.equal(scatter_trained(engine, gather_trained(engine, shard)), shard)
 
 
-def test_whole_weights_that_are_too_large_for_memory_lie_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
+def test_whole_weights_that_are_too_large_for_memory_lie_in_one_file_that_nobody_sees(tmp_path, monkeypatch):
     monkeypatch.setattr("swaft.averaging.shards.IN_MEMORY_BYTES", 16)
-    room = Scratch(tmp_path, 17)
-    first, second = room.empty((3, 5)).fill_(1.0), room.empty((2,), torch.bfloat16).fill_(2.0)
-    assert first.sum() == 15
-    assert second.sum() == 4
-    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    before = len(os.listdir("/proc/self/fd"))
+    room = Scratch(tmp_path, 1 + 2 * 3 + 4 * 15 * 200)
+    odd, halves = room.empty((1,), torch.uint8), room.empty((3,), torch.bfloat16).fill_(2.0)
+    held = [room.empty((3, 5)).fill_(i) for i in range(200)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert halves.sum() == 6
+    assert [int(each.sum()) for each in held] == [15 * i for i in range(200)]
+    assert len({each.untyped_storage().data_ptr() for each in (odd, halves, *held)}) == 202
     assert list(tmp_path.iterdir()) == []
     maps = Path("/proc/self/maps").read_text()
-    assert sum(str(tmp_path) in line and "deleted" in line for line in maps.splitlines()) == 2
+    assert sum(str(tmp_path) in line and "deleted" in line for line in maps.splitlines()) == 1
+
+
+def test_an_adapter_is_sized_without_the_base_that_stays_where_it_is(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(export, "Scratch", lambda folder, num_bytes: sizes.append(num_bytes))
+    model = get_peft_model(bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 6)):
+        save_pretrained(engine_of(model), tmp_path / str(dtype), dtype=dtype)
+        written = load_file(tmp_path / str(dtype) / "adapter_model.safetensors").values()
+        assert sizes.pop() == size * sum(each.numel() for each in written)
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["file", "memory"])

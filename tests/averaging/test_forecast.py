@@ -42,6 +42,14 @@ def test_the_plain_form_would_miss_that_bar_and_its_forecast_says_so():
     assert error.mean_ulps > 100
 
 
+def test_a_forecast_for_a_long_run_simulates_its_beginning():
+    taken, mean = [], plain_mean()
+    plan = SWA(start=0).plan(500_000)
+    error = simulate(plan, lambda *each: taken.append(each) or mean(*each), learning_rate=1e-6, members=50)
+    assert error.members == len(taken) == 50
+    assert error == simulate(SWA(start=0).plan(49), plain_mean(), learning_rate=1e-6)
+
+
 def test_the_forecast_of_the_plain_form_follows_the_arithmetic_of_training_to_the_bit():
     generator = np.random.default_rng(0)
     kept, mean = None, plain_mean()

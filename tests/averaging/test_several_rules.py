@@ -72,14 +72,16 @@ def test_all_problems_of_all_rules_are_told_at_once():
     assert len(caught.value.problems) == 3
 
 
-def test_the_plain_form_is_the_same_mean_with_fewer_digits_and_says_what_it_loses():
+def test_the_plain_form_is_the_same_mean_with_fewer_digits_and_says_what_it_loses(monkeypatch):
     _, _, exact, recorded = training(swaft.SWA(start=0))
     _, _, plain, _ = training(swaft.SWA(start=0), precision="plain")
     oracle = torch.stack(recorded).double().mean(0)
     assert not torch.equal(plain.shard(), exact.shard())
     assert torch.allclose(plain.shard().double(), oracle, rtol=1e-6, atol=1e-8)
-    assert "plain form ends" in str(plain.forecast())
+    assert "after 9 members the plain form is" in str(plain.forecast())
     assert "plain form" not in str(exact.forecast())
+    monkeypatch.setattr("swaft.averaging.host.SIMULATED", 3)
+    assert "after 3 members the plain form is" in str(plain.forecast())
 
 
 def test_the_forecast_counts_what_the_run_will_take():
@@ -89,6 +91,7 @@ def test_the_forecast_counts_what_the_run_will_take():
     assert forecast.elements == 5 * 7 + 7 + 7 * 3 + 3
     assert forecast.events == len({6, 8, 10, 12} | {3, 6, 9, 12})
     assert forecast.host_bytes == 2 * 6 * forecast.elements
+    assert forecast.swap_bytes == 4 * forecast.elements  # the masters are the weights, so a swap stashes them
     assert forecast.copied_bytes == forecast.pinned_bytes == 0  # the masters are in host memory
     assert forecast.seconds > 0
 

@@ -41,9 +41,9 @@ ZERO_3 = [
     *("zero3 bf16, nothing resident, small sub-groups / bert", "zero3 bf16, optimizer offload / tied"),
     *("zero3 bf16, optimizer and parameter offload / bert", "zero3 bf16 / prompt"),
 ]
-THREE_RANKS = [
-    *("ddp fp32 / uneven", "zero0 bf16, fused / uneven", "zero1 bf16 / uneven", "zero2 bf16 / uneven"),
-    *("zero3 bf16 / uneven", "fsdp2 fp32 / uneven", "fsdp2 bf16 / uneven"),
+THREE_RANKS = ["zero2 bf16 / uneven", "zero3 bf16 / uneven", "fsdp2 bf16 / uneven"]
+MORE_ON_THREE_RANKS = [
+    *("ddp fp32 / uneven", "zero0 bf16, fused / uneven", "zero1 bf16 / uneven", "fsdp2 fp32 / uneven"),
 ]
 FOUR_RANKS = ["fsdp2 fp32, replicated / uneven", "fsdp2 bf16, replicated, offload / bert"]
 STARTS = {
@@ -51,6 +51,7 @@ STARTS = {
     "zero 0 1 2": (2, ZERO_012),
     "zero 3": (2, ZERO_3),
     "3 ranks": (3, THREE_RANKS),
+    "more on 3 ranks": (3, MORE_ON_THREE_RANKS),
     "2 x 2 ranks": (4, FOUR_RANKS),
 }
 
@@ -75,7 +76,7 @@ def findings(tmp_path_factory):
 @pytest.mark.parametrize(
     ("start", "case"),
     [
-        pytest.param(start, case, marks=[pytest.mark.slow] if start == "3 ranks" else [])
+        pytest.param(start, case, marks=[pytest.mark.slow] if start == "more on 3 ranks" else [])
         for start, (_, cases) in STARTS.items()
         for case in cases
     ],

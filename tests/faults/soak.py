@@ -3,9 +3,10 @@
     make soak                        200 runs over ZeRO-2, ZeRO-3 and DDP, about an hour on 2 cores
     python tests/faults/soak.py --runs 1000 --seed 7 --log soak.jsonl
 
-A log that is there is gone on with: a run's faults are a function of the seed and its number. The folder of a run
-that came to another end is kept. Exit code: 0 where all came to the same end, and no rank had to be ended because
-it waited longer than train.ddp_timeout for one that was killed.
+The log is runs/soak.jsonl. If it exists, it is continued, since a run's faults are a function of the seed and its
+number; remove it after a change of the code. The folder of a run that came to another end is kept. Exit code: 0
+where all came to the same end, and no rank had to be ended because it waited longer than train.ddp_timeout for one
+that was killed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> int:
     options = parse()
     log = options.log
     if not log.exists():
+        log.parent.mkdir(parents=True, exist_ok=True)
         append(log, {"seed": options.seed, "environment": environment()})
     records = [json.loads(line) for line in log.read_text().splitlines()]
     seed, done = records[0]["seed"], len(records) - 1
@@ -88,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200, help="runs in all")
     parser.add_argument("--seed", type=int, default=1, help="of all faults; the log's own where there is one")
-    parser.add_argument("--log", type=Path, default=ROOT / "benchmarks" / "results" / "soak.jsonl")
+    parser.add_argument("--log", type=Path, default=ROOT / "runs" / "soak.jsonl")
     return parser.parse_args()
 
 

@@ -49,7 +49,7 @@ def test_noise_lost_in_rounding_is_an_error_that_names_a_sigma_which_survives(no
     with pytest.raises(NoiseError, match=r"changes nothing in the embedding output.*bfloat16") as caught:
         R3F(noise=noise, sigma=1e-9)(model, batch)
 
-    found = re.search(r"sigma=(\S+) on", str(caught.value))
+    found = re.search(r"sigma=(\S+): set that", str(caught.value))
     assert found is not None
     out = R3F(noise=noise, sigma=float(found[1]))(model, batch)
     assert 0.3 < float(out.changed) < 0.6
@@ -59,7 +59,7 @@ def test_a_relative_sigma_is_named_as_a_share_too():
     model, batch = bert().bfloat16(), classification_batch()
     with pytest.raises(NoiseError) as caught:
         R3F(preset="relative", sigma=1e-8)(model, batch)
-    found = re.search(r"sigma=(\S+) on", str(caught.value))
+    found = re.search(r"sigma=(\S+): set that", str(caught.value))
     assert found is not None
     assert 1e-3 < float(found[1]) < 1e-1
 
@@ -68,7 +68,7 @@ def test_the_smallest_sigma_of_a_scaled_embedding_is_named_before_its_factor():
     model = bart(scale_embedding=True).bfloat16()
     with pytest.raises(NoiseError, match="changes nothing in the") as caught:
         R3F(preset="fairseq", sigma=1e-9)(model, generation_batch())
-    found = re.search(r"sigma=(\S+) on", str(caught.value))
+    found = re.search(r"sigma=(\S+): set that", str(caught.value))
     assert found is not None
     assert 0.2 < float(R3F(preset="fairseq", sigma=float(found[1]))(model, generation_batch()).changed) < 0.7
 
@@ -208,6 +208,15 @@ def test_noise_that_will_never_be_felt_is_said_once_after_a_few_batches(caplog):
     assert 0 < float(found[1]) < 1e-9
     assert "Set masks='independent'" in warning
     assert "preset='relative' with sigma=0.5 or more" in warning
+
+
+def test_a_run_that_ends_before_the_last_check_is_told_at_its_end(caplog):
+    model, objective = bert(), R3F(preset="relative", sigma=0.1)
+    assert not warnings_of(objective, model, caplog, batches=20)
+    objective.finish()
+    objective.finish()
+    [warning] = caplog.messages
+    assert "after 20 batches weight x divergence is" in warning
 
 
 @pytest.mark.parametrize(("last", "said"), [(1e-3, 1), (3e-3, 0), (float("nan"), 0)])

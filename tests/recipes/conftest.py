@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 from launching import load_recipe
 from tiny_inputs import save_model, save_rows
 from tiny_questions import save_questions, save_reader
-from tiny_texts import NEW_MODEL, save_pairs
+from tiny_texts import NEW_MODEL, save_decoder, save_pairs
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +73,38 @@ eval:
   num_beams: 2
   max_new_tokens: 12
   num_samples: 50
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answer_inputs(tmp_path_factory) -> Path:
+    """A folder with a decoder, prompts with answers, and a configuration that names them."""
+    folder = tmp_path_factory.mktemp("answer-inputs")
+    save_decoder(folder / "model")
+    save_pairs(folder / "train.csv", 90, seed=1)
+    save_pairs(folder / "validation.csv", 23, seed=2)
+    save_pairs(folder / "test.csv", 11, seed=3)
+    (folder / "run.yaml").write_text(
+        f"""\
+model: {{model_name_or_path: {folder / "model"}}}
+data:
+  train_file: {folder / "train.csv"}
+  validation_file: {folder / "validation.csv"}
+  test_file: {folder / "test.csv"}
+  prompt_column: source
+  answer_column: target
+  max_length: 16
+train:
+  output_dir: {folder / "unused"}
+  per_device_train_batch_size: 8
+  max_steps: 50
+  learning_rate: 2.0e-2
+  group_by_length: true
+averaging: {{rule: swa}}
+noise: {{kind: r3f}}
+eval: {{num_samples: 4, max_new_tokens: 4}}
 """
     )
     return folder

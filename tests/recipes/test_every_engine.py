@@ -23,12 +23,18 @@ pytestmark = pytest.mark.recipe
 LAUNCHERS = {  # by the name that the run folder gives the engine
     "plain": "single.yaml",
     "ddp": "ddp_cpu.yaml",
+    "deepspeed-zero0": "zero0_cpu.yaml",
     "deepspeed-zero1": "zero1_cpu.yaml",
     "deepspeed-zero2": "zero2_cpu.yaml",
     "deepspeed-zero3": "zero3_cpu.yaml",
     "fsdp2": "fsdp2_cpu.yaml",
 }
-RECIPES = {"classification": "inputs", "seq2seq": "text_inputs", "question_answering": "question_inputs"}
+RECIPES = {
+    "classification": "inputs",
+    "seq2seq": "text_inputs",
+    "question_answering": "question_inputs",
+    "causal_lm": "answer_inputs",
+}
 FACTORS: dict[str, tuple[Any, ...]] = {
     "engine": tuple(LAUNCHERS),
     "recipe": tuple(RECIPES),

@@ -15,6 +15,8 @@ from transformers import (
     BertTokenizer,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     MBart50Tokenizer,
     MBartTokenizer,
     NllbTokenizer,
@@ -74,6 +76,21 @@ def save_encoder_decoder(
         decoder_start_token_id=decoder_start_token_id,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_decoder(folder: Path) -> str:
+    """A GPT-2 of one thin layer, with the same words."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "a", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(vocabulary), n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from soup_folders import bits, folder_of, golden, loaded, same_bits
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter, save
 from torch_run_checkpoints import Net, stored, take_step, write_checkpoint
 
 from swaft.errors import StateError
-from swaft.soup import agreement, average, last_checkpoints, open_checkpoint
+from swaft.soup import agreement, average, last_checkpoints, open_checkpoint, torch_engine
 from swaft.soup import mean as soup_mean
 
 pytestmark = pytest.mark.unit
@@ -69,6 +71,21 @@ def test_every_slice_is_that_of_the_live_weights(run):
                 assert bits(found.read(name, start, end)) == bits(tensor.flatten()[start:end])
             assert bits(found.read(name, 0, spec.numel)) == bits(tensor)
             assert found.read(name, 1, 1).shape == (0,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_many_files_keeps_few_of_them_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_engine, "MAPPED", 2)
+    weights = {f"weight{i}": torch.full((3, i + 1), float(i)) for i in range(30)}
+    writer = FileSystemWriter(tmp_path, single_file_per_rank=False)
+    save({"model": weights}, storage_writer=writer, no_dist=True)
+    assert len(list(tmp_path.glob("*.distcp"))) == 30
+    before = len(os.listdir("/proc/self/fd"))
+    found = torch_engine.open_torch_engine(tmp_path)
+    assert all(found.read(name, 0, each.numel()).equal(each.flatten()) for name, each in weights.items())
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    found.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("slice_", [3, 1 << 20])

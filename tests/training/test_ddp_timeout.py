@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from swaft.distributed import _gloo_group
+from swaft import distributed
+from swaft.distributed import Ranks, _gloo_group
 from swaft.training.config import TrainConfig
 from swaft.training.launch.accelerator import process_group
 
@@ -42,6 +46,40 @@ def test_ranks_wait_for_each_other_on_the_way_out_no_longer_than_at_any_other_ti
 
 def test_ranks_wait_for_the_one_that_writes_a_model_longer_than_for_a_collective(default_group):
     assert limit(_gloo_group(at_least=timedelta(hours=6))) == timedelta(hours=6)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch) -> SimpleNamespace:
+    """Rank 0 of two, whose groups are their limits, and the groups it has used."""
+    made, used = [], []
+    monkeypatch.setattr(distributed, "_gloo_group", lambda **limits: made.append(limits) or limits)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for call in ("send", "recv", "all_gather_object"):
+        monkeypatch.setattr(dist, call, lambda *_, group, **__: used.append(group))
+    return SimpleNamespace(ranks=Ranks(), made=made, used=used)
+
+
+def test_weights_on_their_way_to_a_slow_disk_have_the_time_of_the_disk(two_ranks):
+    patient = {"at_least": distributed.PATIENCE}
+    assert patient in two_ranks.made  # now, and not at the end of the run
+    two_ranks.ranks.send(torch.zeros(1), to=1)
+    two_ranks.ranks.receive(torch.zeros(1), source=1)
+    with two_ranks.ranks.together("no room", patiently=True):
+        pass
+    assert two_ranks.used == [patient] * 3
+    with two_ranks.ranks.together("no room"):
+        pass
+    assert two_ranks.used[3] == {}
+
+
+def test_more_ranks_than_a_shells_limit_of_open_files_can_meet(request):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, before))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, before[1]), before[1]))
+    request.getfixturevalue("two_ranks")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
 
 
 @pytest.mark.parametrize("seconds", [600, 1800])

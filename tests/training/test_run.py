@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import swaft
+from swaft.averaging import state
 from swaft.errors import TrainingError
 from swaft.noise import TaskLoss
 from swaft.noise.passes import SentCount
@@ -156,6 +157,24 @@ def test_a_run_folder_with_an_older_config_resumes_to_the_bit_also_with_an_optim
     assert (folder / "config.yaml").read_text() == own
     for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_a_checkpoint_with_averages_sums_the_weights_once(run, tmp_path, monkeypatch):
+    sums, sum_of_bits = [], state.sum_of_bits
+    monkeypatch.setattr(state, "sum_of_bits", lambda runs: sums.append(sum_of_bits(runs)) or sums[-1])
+    folder = tmp_path / "averaged"
+    run(
+        make_classifier(),
+        make_rows(8),
+        rule=swaft.SWA(start=0),
+        output_dir=str(folder),
+        max_steps=6,
+        save_steps=2,
+    )
+    for path, each in zip(sorted(folder.glob("checkpoint-*")), sums, strict=True):
+        written = [json.loads((path / part / "manifest.json").read_text()) for part in (".", "average")]
+        assert [found["content"]["weights"] for found in written] == [str(each)] * 2
+    assert sums[0] != sums[1]
 
 
 def test_each_step_uses_the_rate_of_the_schedule_once(run):

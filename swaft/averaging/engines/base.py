@@ -44,6 +44,8 @@ class Engine(ABC):
     """The elements this rank owns, in shard order."""
     swap: Swap
     """What currently replaces the working weights, if anything (see `swaft.averaging.swap`)."""
+    known_sum: str | None = None
+    """The sum of the bits of the last weights, while they are known to stay the same (`swaft.averaging.state`)."""
     outer: Any
     """The object whose forward is called: the model, or DeepSpeed's engine around it."""
     hands_out: tuple[str, ...] = ()

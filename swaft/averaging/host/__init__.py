@@ -18,7 +18,7 @@ from torch import Tensor
 from swaft.averaging import native
 from swaft.averaging.engines import Engine
 from swaft.averaging.host.lanes import Lanes, require_writable
-from swaft.averaging.host.machine import Workers, lane_bytes, require_host_memory
+from swaft.averaging.host.machine import Workers, lane_bytes, require_host_memory, swap_bytes
 from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes, shares, table
 from swaft.averaging.layout import Span
@@ -31,6 +31,9 @@ RATE_SAMPLE = 1 << 22
 DEVICE = attrgetter("device")
 WEIGHT_SCALE = 0.02
 """Standard deviation of the simulated weights, as in a BERT or GPT-2 matrix."""
+SIMULATED = 20_000
+"""Most members of a run that a forecast simulates, its first: a third of a second. The whole run in fewer, larger
+steps would hide the updates that are too small to register."""
 DRIFT = 0.1
 """Size of the steady part of a step relative to its noise."""
 
@@ -40,8 +43,9 @@ Mean = Callable[[np.ndarray, float], np.ndarray]
 
 @dataclass(frozen=True)
 class RoundingError:
-    """Error of a mean at the end of a run."""
+    """Error of a mean after a number of members."""
 
+    members: int
     displacement_share: float
     """Norm of the error, as a share of how far the exact mean has moved from the first member."""
     mean_ulps: float
@@ -57,7 +61,9 @@ class Forecast:
     events: int
     """Number of steps at which a member is copied; all rules share the copy."""
     host_bytes: int
-    """Peak host memory of the averages."""
+    """Peak host memory of the averages while the run trains."""
+    swap_bytes: int
+    """More host memory while an average is swapped in, or weights are exported."""
     pinned_bytes: int
     """Pinned memory of the staging ring; 0 if the masters are in host memory."""
     copied_bytes: int
@@ -67,21 +73,23 @@ class Forecast:
     seconds: float
     """Seconds of arithmetic per event, at the speed measured now. Shorter training steps have to wait for it."""
     plain_errors: dict[str, RoundingError]
-    """By rule, the error of the plain form over this run; empty for the compensated form, which keeps 32 bits."""
+    """By rule, the error of the plain form at the end of the run, or after its first `SIMULATED` members; empty for
+    the compensated form, which keeps 32 bits."""
 
     def __str__(self) -> str:
         sizes = (
-            f"{count / 2**20:,.1f} MiB" for count in (self.host_bytes, self.pinned_bytes, self.copied_bytes)
+            f"{count / 2**20:,.1f} MiB"
+            for count in (self.host_bytes, self.swap_bytes, self.pinned_bytes, self.copied_bytes)
         )
         lines = [
             f"{self.events:,} events, {self.elements:,} elements on this rank",
-            "host memory {}, pinned {}, copied {} per event".format(*sizes),
+            "host memory {}, {} more in a swap or an export, pinned {}, copied {} per event".format(*sizes),
             f"{self.seconds:.3g} s of arithmetic per event on {self.threads} thread{'s' * (self.threads > 1)}, "
             "in the background; a shorter training step waits for it",
         ]
         lines += [
-            f"{name}: the plain form ends {error.displacement_share:.1e} of the average's displacement away "
-            f"({error.mean_ulps:,.1f} ulp; averaging.precision=compensated: 0.3)"
+            f"{name}: after {error.members:,} members the plain form is {error.displacement_share:.1e} of the "
+            f"average's displacement away ({error.mean_ulps:,.1f} ulp; averaging.precision=compensated: 0.3)"
             for name, error in self.plain_errors.items()
         ]
         return "\n".join(lines)
@@ -118,7 +126,8 @@ class HostAverages:
             for plan in plans.values()
         )
         self.pinned_bytes = 0 if device.type == "cpu" else ring_bytes(numel, STAGING_BYTES)
-        require_host_memory(ranks, self.host_bytes + self.pinned_bytes)
+        self.swap_bytes = swap_bytes(plans.values(), numel, stashed=engine.masters_are_working())
+        require_host_memory(ranks, self.host_bytes + self.swap_bytes + self.pinned_bytes)
         with ranks.together():
             if spill_dir is not None:
                 require_writable(spill_dir)
@@ -154,12 +163,13 @@ class HostAverages:
             elements=elements,
             events=len(events),
             host_bytes=self.host_bytes,
+            swap_bytes=self.swap_bytes,
             pinned_bytes=self.pinned_bytes,
             copied_bytes=4 * elements if self.pinned_bytes else 0,
             threads=self.workers.threads,
             seconds=updates * elements * seconds_an_element(self.workers, elements),
             plain_errors={
-                name: simulate(plan, plain_mean(), learning_rate=rate)
+                name: simulate(plan, plain_mean(), learning_rate=rate, members=SIMULATED)
                 for name, plan in plans.items()
                 if plan.lanes == (True,) and not self.compensated and rate > 0
             },
@@ -209,7 +219,13 @@ def seconds_an_element(workers: Workers, numel: int) -> float:
 
 
 def simulate(
-    plan: Plan, mean: Mean, *, learning_rate: float, numel: int = 256, seed: int = 0
+    plan: Plan,
+    mean: Mean,
+    *,
+    learning_rate: float,
+    members: int | None = None,
+    numel: int = 256,
+    seed: int = 0,
 ) -> RoundingError:
     """Average a simulated run with a given arithmetic and in float64, and compare.
 
@@ -221,6 +237,7 @@ def simulate(
         plan: of one running mean; gives the number of members and their weights.
         mean: the arithmetic under test.
         learning_rate: size of a step.
+        members: at most so many of the plan's members, the first ones; None: all.
         numel: number of simulated elements.
         seed: of the random walk.
     """
@@ -229,7 +246,8 @@ def simulate(
     drift = (learning_rate * DRIFT * generator.standard_normal(numel)).astype(np.float32)
     exact = first = member.astype(np.float64)
     result = mean(member, 1.0)
-    for n in range(1, plan.num_members):
+    members = min(plan.num_members, members or plan.num_members)
+    for n in range(1, members):
         noise = generator.standard_normal(numel, dtype=np.float32)
         member = member + (drift + np.float32(learning_rate) * noise)
         for weight in (update.weight for update in plan.updates(n)):
@@ -237,6 +255,7 @@ def simulate(
             result = mean(member, weight)
     error = np.abs(result - exact)
     return RoundingError(
+        members=members,
         displacement_share=float(np.linalg.norm(error) / np.linalg.norm(exact - first)),
         mean_ulps=float(np.mean(error / np.spacing(np.abs(exact).astype(np.float32)))),
     )

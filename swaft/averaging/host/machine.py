@@ -127,6 +127,18 @@ def lane_bytes(plan: Plan, numel: int, *, compensated: bool, spilled: bool) -> i
     return numel * peak
 
 
+def swap_bytes(plans: Iterable[Plan], numel: int, *, stashed: bool) -> int:
+    """Bytes of host memory that every run takes beside its lanes to evaluate an average and to export weights.
+
+    Args:
+        plans: the rules' plans; an average of several lanes is put together before it is used.
+        numel: elements of the shard.
+        stashed: a swap keeps the live weights, because masters and working weights are the same tensors.
+    """
+    swap = stashed + any(len(plan.lanes) > 1 for plan in plans)
+    return 4 * numel * max(swap, 1)  # an export of the last weights copies the shard
+
+
 def available_bytes() -> int:
     """Host memory this process may still take: the node's, or what its control groups leave."""
     return min([psutil.virtual_memory().available, *_cgroup_rooms()])

@@ -21,6 +21,7 @@ from swaft.integrations.transformers.calling import (
 )
 from swaft.noise import R4F
 from swaft.noise.inputs import count_items, find_targets
+from swaft.noise.objectives import Resumable
 
 OBJECTIVE_STATE = "noise.json"
 """File of an objective's state inside a checkpoint of the Trainer."""
@@ -75,6 +76,8 @@ class NoiseCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the Trainer its own loss back."""
+        if isinstance(self.objective, Resumable):
+            self.objective.finish()
         self._put_back()
 
     def _put_back(self) -> None:

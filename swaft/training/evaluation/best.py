@@ -166,7 +166,7 @@ class BestWeights:
         The weights are copied: files shared by several checkpoints would be damaged in all of them at once.
         """
         ranks = self._engine.ranks
-        with ranks.together(f"{path} could not be written"):
+        with ranks.together(f"{path} could not be written", patiently=True):
             if ranks.is_main:
                 kept = bool(self.found and self._keeps)
                 if kept:
@@ -182,7 +182,7 @@ class BestWeights:
         If section ``eval`` has changed so that old and new scores cannot be compared, the choice starts again.
         """
         ranks = self._engine.ranks
-        with ranks.together(f"{self._folder} could not be restored"):
+        with ranks.together(f"{self._folder} could not be restored", patiently=True):
             if not (path / STATE).exists():  # the checkpoint is from a run that did not choose
                 return
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ class BestWeights:
             self._averager.save_pretrained(new, readout)
         else:
             save_pretrained(self._engine, new)
-        with ranks.together(f"{self._folder} could not be written"):
+        with ranks.together(f"{self._folder} could not be written", patiently=True):
             if ranks.is_main:
                 self._tokenizer.save_pretrained(new)
                 self._put_in_place(new)

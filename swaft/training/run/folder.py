@@ -8,29 +8,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
 
-from swaft import __version__
 from swaft.distributed import shared_ranks
+from swaft.environment import software
 from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
 from swaft.training.launch.failure import launch_command
 from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, find_checkpoints
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "safetensors", "peft", "numpy")
 METRICS = "metrics.jsonl"
 OF_A_RUN = {"config.yaml", METRICS, "summary.json"}
 """Files that identify a run folder."""
@@ -176,25 +172,6 @@ def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
     }
 
 
-def software() -> dict[str, Any]:
-    """Return the software in use: versions, operating system, commit."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": package_versions(),
-        "git_commit": _git_commit(),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of those packages that results or bugs depend on and that are installed."""
-    versions = {"swaft": __version__}  # swaft may run from a source tree that is not installed
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
 def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> None:
     """Refuse a folder that cannot be this run's; nothing is created.
 
@@ -272,15 +249,6 @@ def _lock(path: Path) -> IO[bytes] | None:
 
 def _no_folder(path: Path, error: OSError) -> str:
     return f"train.output_dir: {path} cannot be made a folder ({error.strerror}); name another"
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the source tree that swaft runs from, None if it is installed without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _plain(value: Any) -> Any:

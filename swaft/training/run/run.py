@@ -29,6 +29,7 @@ from swaft.averaging import (
     search_windows,
 )
 from swaft.averaging.rules import WindowsPlan
+from swaft.noise.objectives import Resumable
 from swaft.storage import sync_tree
 from swaft.training.checks import Prepared
 from swaft.training.config import RecipeConfig, load_config, to_yaml
@@ -165,6 +166,7 @@ class Run:
             ConfigError, StateError: the checkpoint is from another run or engine.
         """
         self._open.enter_context(self._interruption)
+        self._objective = objective
         train, accelerator, world_size = self.config.train, self.accelerator, self.accelerator.num_processes
         self.num_parameters, self.num_rows = count_parameters(model), len(rows)
         architecture, frozen = fingerprint_architecture(model), fingerprint_frozen(model)
@@ -357,6 +359,8 @@ class Run:
                 says that the run has ended.
         """
         folder, step, seconds, ranks = self.folder, self.position.step, self.meter.seconds, self.engine.ranks
+        if isinstance(self._objective, Resumable):  # a copied recipe may have an objective of its own
+            self._objective.finish()
         if self.position.stopped:
             self._log.stopped_early()
         if window:
@@ -408,7 +412,9 @@ class Run:
         if self.averager:
             saved["averaged"] = folder.final_averaged
             self.averager.save_pretrained(folder.final_averaged, self.readout)
-        with self.engine.ranks.together(f"the tokenizer could not be written to {folder.path}"):
+        with self.engine.ranks.together(
+            f"the tokenizer could not be written to {folder.path}", patiently=True
+        ):
             for path in saved.values() if folder.is_main else ():
                 self._tokenizer.save_pretrained(path)
                 sync_tree(path)

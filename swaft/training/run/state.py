@@ -39,13 +39,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
 
-from swaft.averaging.state import weights_now
+from swaft.averaging.state import same_weights, weights_now
 from swaft.distributed import shared_ranks
+from swaft.environment import package_versions
 from swaft.errors import StateError
 from swaft.storage import FileRecord, Spec, TensorFile, hash_file, sync_file, sync_folder, write_tensors
 from swaft.training.config import flatten
 from swaft.training.run.checkpoints import AVERAGE, TAG, RunCheckpoint, delete_old, save_checkpoint
-from swaft.training.run.folder import package_versions
 from swaft.training.run.record import (
     RunRecord,
     Setup,
@@ -324,22 +324,23 @@ class RunState:
             StateError: a rank could not write; on every rank, with earlier checkpoints unchanged.
         """
         run, folder = self.run, self.run.folder.path
-        record = RunRecord(
-            setup=self._setup,
-            settings=self._settings,
-            applied_steps=run.applied_steps,
-            weights=weights_now(run.engine),
-            # Times differ from rank to rank.
-            parts=self._ranks.gather({name: part.state_dict() for name, part in self._plain.items()})[0],
-            versions=package_versions(),
-        )
-        written = save_checkpoint(
-            self._ranks,
-            folder,
-            run.position.step,
-            write=self._write,
-            content=asdict(record),
-        )
+        with same_weights(run.engine) as weights:
+            record = RunRecord(
+                setup=self._setup,
+                settings=self._settings,
+                applied_steps=run.applied_steps,
+                weights=weights,
+                # Times differ from rank to rank.
+                parts=self._ranks.gather({name: part.state_dict() for name, part in self._plain.items()})[0],
+                versions=package_versions(),
+            )
+            written = save_checkpoint(
+                self._ranks,
+                folder,
+                run.position.step,
+                write=self._write,
+                content=asdict(record),
+            )
         if self._ranks.is_main:
             delete_old(folder, run.config.train.save_total_limit)
         if written:

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from swaft import WeightAverager
 from swaft.averaging.host import machine
 from swaft.averaging.host.machine import Workers, cores_near, default_threads, parse_cores
-from swaft.averaging.rules import EMA, SWA
+from swaft.averaging.rules import EMA, LAWA, SWA
 from swaft.distributed import Ranks
 from swaft.errors import AveragingError, ConfigError
 
@@ -20,6 +21,30 @@ def test_a_running_mean_takes_six_bytes_an_element_and_four_in_the_plain_form():
     assert machine.lane_bytes(plan, 1000, compensated=True, spilled=False) == 6000
     assert machine.lane_bytes(plan, 1000, compensated=False, spilled=False) == 4000
     assert machine.lane_bytes(EMA().plan(100), 1000, compensated=True, spilled=True) == 6000
+
+
+@pytest.mark.parametrize(
+    ("rules", "stashed", "size"),
+    [
+        ([EMA()], False, 4),  # an export of the last weights
+        ([EMA()], True, 4),
+        ([EMA(), LAWA(last=3)], False, 4),
+        ([EMA(), LAWA(last=3)], True, 8),
+    ],
+)
+def test_what_a_swap_and_an_export_take_is_counted(rules, stashed, size):
+    plans = [rule.plan(100) for rule in rules]
+    assert machine.swap_bytes(plans, 1000, stashed=stashed) == 1000 * size
+
+
+def test_averages_that_leave_no_room_for_a_swap_are_refused_at_the_start(monkeypatch):
+    weight = torch.nn.Linear(1000, 1, bias=False)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=0.1)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 9_999)
+    with pytest.raises(AveragingError, match="averaging would take"):
+        WeightAverager(weight, optimizer, rule=EMA(), total_steps=99)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 10_000)
+    WeightAverager(weight, optimizer, rule=EMA(), total_steps=99).close()
 
 
 def test_what_does_not_fit_is_refused_with_what_there_is(monkeypatch):

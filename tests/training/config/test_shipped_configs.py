@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from swaft.averaging.rules import RECOMMENDED
 from swaft.training.config import TrainConfig, build_rule, load_config
@@ -34,6 +35,17 @@ def test_shipped_config_loads(path):
     if path.stem in TASKS:
         assert config.model.model_name_or_path == "demo"
         assert config.data.task_name == ("python_docstrings" if path.stem == "quickstart" else path.stem)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes/configs").rglob("*.yaml")), ids=lambda path: path.stem
+)
+def test_no_shipped_config_has_a_noise_without_effect(path):
+    noise = yaml.safe_load(path.read_text(encoding="utf-8")).get("noise", {})
+    if noise.get("kind") in ("r3f", "r4f"):
+        assert noise.get("masks") == "independent" or (
+            noise["preset"] == "relative" and noise["sigma"] >= 0.3
+        )
 
 
 def test_xnli_is_trained_on_english_and_evaluated_on_the_fifteen_languages_of_the_paper():
