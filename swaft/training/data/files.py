@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 import pandas
 from datasets import Dataset
 from datasets.fingerprint import Hasher

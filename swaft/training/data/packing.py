@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from pyarrow.compute import list_value_length
 
 from swaft.training.data.texts import ROWS_AT_ONCE
 
@@ -32,7 +31,7 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
         A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every original row) and `idx`.
     """
     chunks = rows.select_columns("input_ids").with_format("arrow").iter(ROWS_AT_ONCE)
-    lengths = np.concatenate([list_value_length(chunk["input_ids"]).to_numpy() for chunk in chunks])  # type: ignore[index]
+    lengths = np.concatenate([chunk["input_ids"].combine_chunks().value_lengths() for chunk in chunks])  # type: ignore[index]
     order, places = first_fit(lengths, max_length)
     order = order[np.argsort(places, kind="stable")]
     ends = np.cumsum(np.bincount(places))
