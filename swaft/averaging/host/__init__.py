@@ -169,9 +169,9 @@ class HostAverages:
             threads=self.workers.threads,
             seconds=updates * elements * seconds_an_element(self.workers, elements),
             plain_errors={
-                name: simulate(plan, plain_mean(), learning_rate=rate, members=SIMULATED)
+                name: error
                 for name, plan in plans.items()
-                if plan.lanes == (True,) and not self.compensated and rate > 0
+                if not self.compensated and (error := plain_error(plan, learning_rate=rate))
             },
         )
 
@@ -259,6 +259,13 @@ def simulate(
         displacement_share=float(np.linalg.norm(error) / np.linalg.norm(exact - first)),
         mean_ulps=float(np.mean(error / np.spacing(np.abs(exact).astype(np.float32)))),
     )
+
+
+def plain_error(plan: Plan, *, learning_rate: float) -> RoundingError | None:
+    """Estimate the error of the plain form of a rule's mean; None for a rule of other lanes, or without a rate."""
+    if plan.lanes != (True,) or not learning_rate:
+        return None
+    return simulate(plan, plain_mean(), learning_rate=learning_rate, members=SIMULATED)
 
 
 def plain_mean() -> Mean:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swaft.averaging.host import STAGING_BYTES, seconds_an_element
+from swaft.averaging.host import STAGING_BYTES, RoundingError, plain_error, seconds_an_element
 from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
@@ -47,6 +47,8 @@ class AveragingPlan:
     """Seconds of arithmetic per event, in the background, at this machine's measured rate."""
     share_of_step: float | None
     """``event_seconds`` divided by the time between two events; None: the time of a step is not known."""
+    plain_error: RoundingError | None
+    """Error of the average with ``averaging.precision=plain``; None for rules that keep no running mean."""
 
     @property
     def waits(self) -> bool | None:
@@ -169,7 +171,7 @@ def plan_run(
     weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
     phases, owned = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
     if rule_plan is not None:
-        averaging = _plan_averaging(rule_plan, config.averaging, owned, engine, step_seconds)
+        averaging = _plan_averaging(rule_plan, config, owned, engine, step_seconds)
         held = {"averages": averaging.host_bytes, "staging of the averages": averaging.pinned_bytes}
         start, *training = phases
         phases = [start, *(replace(phase, host={**phase.host, **held}) for phase in training)]
@@ -187,9 +189,10 @@ def plan_run(
 
 
 def _plan_averaging(
-    plan: Plan, settings: AveragingConfig, elements: int, engine: PlannedEngine, step_seconds: float | None
+    plan: Plan, config: Any, elements: int, engine: PlannedEngine, step_seconds: float | None
 ) -> AveragingPlan:
     """Return what averaging takes on a rank that owns this many master elements."""
+    settings: AveragingConfig = config.averaging
     workers = Workers(settings.threads)
     try:
         rate = seconds_an_element(workers, elements)
@@ -210,6 +213,7 @@ def _plan_averaging(
         threads=workers.threads,
         event_seconds=event_seconds,
         share_of_step=None if step_seconds is None else event_seconds / (plan.every * step_seconds),
+        plain_error=plain_error(plan, learning_rate=config.train.learning_rate),
     )
 
 
