@@ -350,7 +350,7 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
         ),
         (
             {**STOP, "averaging__rule": "merge", "averaging__weights": "cosine"},
-            "eval.early_stopping_patience: averaging.rule=merge weighs",
+            "eval.early_stopping_patience: averaging.rule=merge weights",
         ),
     ],
 )
