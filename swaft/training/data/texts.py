@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swaft.errors import ConfigError, DataError
+from swaft.errors import DataError
 from swaft.options import suggestion
 from swaft.training.data.files import cause
 
@@ -257,20 +257,17 @@ def map_rows(split: Dataset, function: Callable[..., dict[str, list[Any]]], work
         split: the rows.
         function: takes a batch of rows, a list per column, and their numbers. The cache is named by all that it
             holds, and workers receive it, so it should hold little.
-        workers: processes to use (`data.preprocessing_num_workers`); None: this one.
-
-    Raises:
-        ConfigError: workers cannot receive the function.
+        workers: processes to use (`data.preprocessing_num_workers`); None: this one. If they cannot receive the
+            function, a warning says so, and this one is used.
     """
     try:
         name = Hasher.hash((split._fingerprint, function))
     except Exception as error:  # of any type: it comes from the tokenizer
         if workers is not None:
-            raise ConfigError(
-                f"data.preprocessing_num_workers is {workers}, but the tokenizer cannot be sent to other processes "
-                f"({cause(error)}); remove the setting"
-            ) from error
-        name = None  # there is nothing for others to read
+            logger.warning(
+                "one process tokenizes the rows: others cannot receive the tokenizer (%s)", cause(error)
+            )
+        name = workers = None  # there is nothing for others to read
     files = split.cache_files if name is not None else []
     with FileLock(Path(files[0]["filename"]).with_name(f"cache-{name}.lock")) if files else nullcontext():
         return split.map(
