@@ -103,16 +103,16 @@ def _averaging_lines(found: RunPlan) -> Iterator[str]:
         return
     yield f"{plan.events:,} events from step {plan.first_step:,} of {plan.total_steps:,}, every {plan.every:,}"
     memory = f"{sized(plan.host_bytes)} of host memory, {sized(plan.pinned_bytes)} pinned"
-    yield f"{plan.elements:,} elements a rank: {memory}, {sized(plan.copied_bytes)} copied an event"
+    yield f"{plan.elements:,} elements per rank: {memory}, {sized(plan.copied_bytes)} copied per event"
     threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
     yield (
-        f"{plan.event_seconds:.3g} s of arithmetic an event on {threads}, behind the step, at this machine's "
+        f"{plan.event_seconds:.3g} s of arithmetic per event on {threads}, in the background, at this machine's "
         "current rate"
     )
     if plan.plain_error is not None:
         share = plan.plain_error.displacement_share
         yield (
-            f"averaging.precision=plain: 4 bytes an element, off by {share:.1e} of the average's displacement "
+            f"averaging.precision=plain: 4 bytes per element, off by {share:.1e} of the average's displacement "
             f"after {plan.plain_error.members:,} members"
         )
     if plan.share_of_step is None:

@@ -32,8 +32,8 @@ DEVICE = attrgetter("device")
 WEIGHT_SCALE = 0.02
 """Standard deviation of the simulated weights, as in a BERT or GPT-2 matrix."""
 SIMULATED = 20_000
-"""Most members of a run that a forecast simulates, its first: a third of a second. The whole run in fewer, larger
-steps would hide the updates that are too small to register."""
+"""How many members of a run, from the first on, a forecast simulates at most: a third of a second. Simulating the
+whole run in fewer, larger steps would hide the updates that are too small to register."""
 DRIFT = 0.1
 """Size of the steady part of a step relative to its noise."""
 
@@ -63,7 +63,7 @@ class Forecast:
     host_bytes: int
     """Peak host memory of the averages while the run trains."""
     swap_bytes: int
-    """More host memory while an average is swapped in, or weights are exported."""
+    """Additional host memory while an average is swapped in, or weights are exported."""
     pinned_bytes: int
     """Pinned memory of the staging ring; 0 if the masters are in host memory."""
     copied_bytes: int
@@ -101,7 +101,7 @@ class HostAverages:
     Args:
         engine: provides the masters.
         plans: by name of the rule.
-        compensated: keep running means to 32 bits (6 bytes an element) instead of 24 (4 bytes).
+        compensated: keep running means to 32 bits (6 bytes per element) instead of 24 (4 bytes).
         threads: as for `WeightAverager`.
         spill_dir: as for `WeightAverager`; finished lanes move there, to unnamed files that vanish with the
             process.

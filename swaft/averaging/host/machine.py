@@ -113,7 +113,7 @@ def lane_bytes(plan: Plan, numel: int, *, compensated: bool, spilled: bool) -> i
     Args:
         plan: the rule's plan.
         numel: elements of the shard.
-        compensated: running means take 6 bytes an element, not 4.
+        compensated: running means take 6 bytes per element, not 4.
         spilled: finished lanes move to disk.
     """
     size = {True: 6 if compensated else 4, False: 4}

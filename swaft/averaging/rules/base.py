@@ -137,7 +137,7 @@ class Plan(ABC):
     @property
     @abstractmethod
     def lanes(self) -> tuple[bool, ...]:
-        """The lanes: True for a running mean (6 bytes an element), False for plain copies (4 bytes)."""
+        """The lanes: True for a running mean (6 bytes per element), False for plain copies (4 bytes)."""
 
     @abstractmethod
     def updates(self, n: int) -> tuple[Update, ...]:

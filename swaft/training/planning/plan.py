@@ -275,7 +275,7 @@ def _remedies(found: RunPlan, engine: PlannedEngine, config: Any, *, on_host: bo
         "more ranks": trains and sharded,
         f"{higher} (launch/accelerate/zero3{kind}.yaml)": trains and not sharded,
         f"offloading (--deepspeed_config_file ds_configs/{file}.json)": file is not None and not on_host,
-        "averaging.precision=plain (4 bytes an element in place of 6)": on_host and compensated,
+        "averaging.precision=plain (4 bytes per element instead of 6)": on_host and compensated,
         "fewer ranks on each machine": on_host and found.ranks_a_machine > 1,
     }
     remedies = [remedy for remedy, helps in applies.items() if helps]
