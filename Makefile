@@ -49,7 +49,8 @@ test: venv  ## the tests, in at most 20 minutes on 2 cores without a GPU
 
 # A stamp for each folder that has passed on this commit, so that an interrupted run continues where it was.
 test-full: venv  ## everything that runs without a GPU, folder by folder; resumes if interrupted (hours)
-	done=runs/test-full/$$(git rev-parse HEAD); mkdir -p $$done; failed=0; \
+	commit=$$(git rev-parse HEAD) && change=$$(git diff HEAD | sha1sum | cut -c1-8) || exit 1; \
+	done=runs/test-full/$$commit-$$change; mkdir -p $$done; failed=0; \
 	for part in tests/*/ tests/test_*.py; do \
 	  stamp=$$done/$$(basename $$part); test -e $$stamp && continue; \
 	  $(TESTS) -m "not gpu" $$part; code=$$?; \

@@ -316,8 +316,8 @@ class FirstBatches:
             self._check(self._looks.pop(self._batches))
 
     def finish(self) -> None:
-        """Do the last check now, if a run ends before it is due."""
-        if self._looks and self._recent:
+        """Do the last check now, if a run ends before it is due, though not long before."""
+        if self._looks and 2 * self._batches >= max(self._looks):
             self._check(self._looks.popitem()[1])
 
     def _check(self, felt: float) -> None:

@@ -91,7 +91,9 @@ def write_surface(run: Path, *, rows: int) -> None:
     last, averaged = (_load(scoring, config.model, each).to(accelerator.device) for each in folders)
     batch_size = config.eval.per_device_eval_batch_size
     loader = accelerator.prepare_data_loader(
-        loader_of(scoring.rows, scoring.collate, batch_size=batch_size, num_workers=0)
+        loader_of(
+            scoring.rows, scoring.collate, batch_size=batch_size, num_workers=0, device=accelerator.device
+        )
     )
     found = loss_surface(last, averaged, lambda: scoring.evaluate(last, loader, accelerator).scores["loss"])
     write_losses(run, found, rows=scoring.num_rows)

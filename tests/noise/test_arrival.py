@@ -212,11 +212,14 @@ def test_noise_that_will_never_be_felt_is_said_once_after_a_few_batches(caplog):
 
 def test_a_run_that_ends_before_the_last_check_is_told_at_its_end(caplog):
     model, objective = bert(), R3F(preset="relative", sigma=0.1)
-    assert not warnings_of(objective, model, caplog, batches=20)
+    assert not warnings_of(objective, model, caplog, batches=63)
+    objective.finish()
+    assert not caplog.messages  # a head that still learns may make the difference
+    assert not warnings_of(objective, model, caplog, batches=1)
     objective.finish()
     objective.finish()
     [warning] = caplog.messages
-    assert "after 20 batches weight x divergence is" in warning
+    assert "after 64 batches weight x divergence is" in warning
 
 
 @pytest.mark.parametrize(("last", "said"), [(1e-3, 1), (3e-3, 0), (float("nan"), 0)])

@@ -73,8 +73,12 @@ def test_training_rows_of_like_length_come_together_in_every_recipe(make_acceler
             output_dir="unused", per_device_train_batch_size=4, group_by_length=group_by_length
         )
         loader = training_loader(
-            rows, lambda batch: [len(row["input_ids"]) for row in batch], settings, world_size=1
-        )  # fmt: skip
+            rows,
+            lambda batch: [len(row["input_ids"]) for row in batch],
+            settings,
+            world_size=1,
+            device=torch.device("cpu"),
+        )
         batches = list(loader)
         assert sorted(length for batch in batches for length in batch) == sorted(lengths)
         return sum(max(batch) - min(batch) for batch in batches) / len(batches)

@@ -12,19 +12,19 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets.config
 import pandas
+import transformers
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
-import swaft
 from swaft.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,33 @@ def cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@cache
+def reading_code() -> str:
+    """Return what changes with the code that reads and tokenizes rows: nothing cached outlives it."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return Hasher.hash([transformers.__version__, *(source.read_bytes() for source in sources)])
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[bool]:
+    """Let the ranks of a machine in one by one, and tell whether the lock is held.
+
+    Not every cache can be written to, and not every file system has locks; then all go in at once.
+    """
+    held = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except (OSError, NotImplementedError) as error:
+        logger.info("%s cannot be locked (%s)", lock, error)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        held.release()
 
 
 def require_utf8(path: str) -> None:
@@ -65,10 +92,11 @@ def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
         raise DataError(" has no rows")
     found = os.stat(path)
     key = (os.path.realpath(path), found.st_size, found.st_mtime_ns, delimiter, quoting)
-    name = Hasher.hash((*key, pandas.__version__, swaft.__version__))
+    name = Hasher.hash((*key, pandas.__version__, reading_code()))
     file = Path(datasets.config.HF_DATASETS_CACHE, "swaft", f"{name}.arrow")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
+    with alone(file.with_suffix(".lock")) as writable:
+        if not writable:
+            return _cells(path, delimiter, quoting, expected)
         if not file.exists():
             cells = _cells(path, delimiter, quoting, expected).with_format("arrow")
             cells.map(

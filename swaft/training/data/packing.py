@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
+from swaft.training.data.files import reading_code
 from swaft.training.data.texts import ROWS_AT_ONCE
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
     return Dataset.from_generator(
         packed,
         features=Features(FEATURES | {"idx": Value("int64")}),
-        fingerprint=Hasher.hash(("packed", rows._fingerprint, max_length)),
+        fingerprint=Hasher.hash((reading_code(), rows._fingerprint, max_length)),
         writer_batch_size=100,  # packed rows in memory at once
     )
 

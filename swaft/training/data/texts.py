@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from filelock import FileLock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -32,7 +31,7 @@ from transformers import (
 
 from swaft.errors import DataError
 from swaft.options import suggestion
-from swaft.training.data.files import cause
+from swaft.training.data.files import alone, cause, reading_code
 
 ROWS_AT_ONCE = 1_000
 """Rows read in one go: much faster than one by one, and still little memory."""
@@ -261,7 +260,7 @@ def map_rows(split: Dataset, function: Callable[..., dict[str, list[Any]]], work
             function, a warning says so, and this one is used.
     """
     try:
-        name = Hasher.hash((split._fingerprint, function))
+        name = Hasher.hash((reading_code(), split._fingerprint, function))
     except Exception as error:  # of any type: it comes from the tokenizer
         if workers is not None:
             logger.warning(
@@ -269,7 +268,7 @@ def map_rows(split: Dataset, function: Callable[..., dict[str, list[Any]]], work
             )
         name = workers = None  # there is nothing for others to read
     files = split.cache_files if name is not None else []
-    with FileLock(Path(files[0]["filename"]).with_name(f"cache-{name}.lock")) if files else nullcontext():
+    with alone(Path(files[0]["filename"]).with_name(f"cache-{name}.lock")) if files else nullcontext():
         return split.map(
             function,
             batched=True,

@@ -172,7 +172,7 @@ class Run:
         architecture, frozen = fingerprint_architecture(model), fingerprint_frozen(model)
         # From here on the weights may be sharded.
         allow_unused_weights(accelerator, model)
-        loader = training_loader(rows, collate, train, world_size=world_size)
+        loader = training_loader(rows, collate, train, world_size=world_size, device=accelerator.device)
         self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
         self.total_steps = count_optimizer_steps(train, len(loader))
         self.steps_per_epoch = count_epoch_steps(train, len(loader))
@@ -264,7 +264,7 @@ class Run:
         size, workers = self.config.eval.per_device_eval_batch_size, self.config.train.dataloader_num_workers
         prepared = {
             name: self.accelerator.prepare_data_loader(
-                loader_of(rows, collate, batch_size=size, num_workers=workers)
+                loader_of(rows, collate, batch_size=size, num_workers=workers, device=self.accelerator.device)
             )
             for name, rows in splits.items()
             if name != "train"

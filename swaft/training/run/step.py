@@ -102,7 +102,13 @@ Collate = Callable[[list[Any]], dict[str, Any]]
 
 
 def loader_of(
-    rows: Dataset, collate: Collate, *, batch_size: int, num_workers: int, sampler: Sampler[int] | None = None
+    rows: Dataset,
+    collate: Collate,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    sampler: Sampler[int] | None = None,
 ) -> DataLoader[Any]:
     """Return a loader that does not use training's random generators, and whose workers outlive signals."""
     return DataLoader(
@@ -113,12 +119,12 @@ def loader_of(
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_rank,
-        pin_memory=torch.cuda.is_available(),  # else the host waits for every copy, and for all before it
+        pin_memory=device.type == "cuda",  # else the host waits for every copy, and for all before it
     )
 
 
 def training_loader(
-    rows: Dataset, collate: Collate, train: TrainConfig, *, world_size: int
+    rows: Dataset, collate: Collate, train: TrainConfig, *, world_size: int, device: torch.device
 ) -> DataLoader[Any]:
     """Return a loader over the training rows, in an order that is the same on every rank and can start anywhere."""
     batch_size, sampler = train.per_device_train_batch_size, shuffled(len(rows), seed=train.seed)
@@ -127,7 +133,9 @@ def training_loader(
         lengths = [len(ids) for chunk in chunks for ids in chunk["input_ids"]]  # type: ignore[index]
         sampler = length_grouped(lengths, batch_size=batch_size * world_size, seed=train.seed)
     workers = train.dataloader_num_workers
-    return loader_of(rows, collate, batch_size=batch_size, num_workers=workers, sampler=sampler)
+    return loader_of(
+        rows, collate, batch_size=batch_size, num_workers=workers, device=device, sampler=sampler
+    )
 
 
 @dataclass(frozen=True)

@@ -206,3 +206,10 @@ def test_a_table_is_parsed_once_and_its_rows_stay_in_a_file(read, name, tmp_path
     assert len(parsed) == 1
     assert read(name, text.replace("number 7,", "number 8,").replace("number 7\t", "number 8\t")) != first
     assert len(parsed) == 2
+
+
+def test_without_a_cache_to_write_to_a_table_is_read_all_the_same(read, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file, where the folder of the cache should be")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "taken")
+    rows = read("a.csv", table(",", SAID))
+    assert rows == [{"text": text, "label": i % 2} for i, text in enumerate(SAID)]

@@ -125,3 +125,16 @@ def test_an_error_of_a_worker_is_the_one_it_raised(tmp_path):
     data = causal_lm.CausalDataConfig(preprocessing_num_workers=2)
     with pytest.raises(DataError, match=r"refuses the chat .*no chats here"):
         causal_lm.tokenize_rows(Dataset.from_dict({"messages": chats}), tokenizer, columns, data)
+
+
+def test_what_was_cached_by_other_code_is_not_used(tmp_path, monkeypatch):
+    Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "rows.parquet")
+    rows = Dataset.from_parquet(str(tmp_path / "rows.parquet"))
+
+    def lengths(texts: dict[str, list], indices: list[int]) -> dict[str, list]:
+        return {"length": [len(text) for text in texts["text"]]}
+
+    before = map_rows(rows, lengths, None)
+    assert map_rows(rows, lengths, None)._fingerprint == before._fingerprint
+    monkeypatch.setattr("swaft.training.data.texts.reading_code", lambda: "changed")
+    assert map_rows(rows, lengths, None)._fingerprint != before._fingerprint
