@@ -12,21 +12,25 @@ from tiny_questions import save_questions, save_reader
 from tiny_texts import NEW_MODEL, save_decoder, save_pairs
 
 
+def save_splits(save: Callable[..., object], folder: Path, ending: str, *, train: int) -> str:
+    """Write the rows of each split into a file, and return the settings that name the files."""
+    counts = {"train": train, "validation": 23, "test": 11}  # no multiples of any batch
+    for seed, (split, count) in enumerate(counts.items(), start=1):
+        save(folder / f"{split}.{ending}", count, seed=seed)
+    return "\n".join(f"  {split}_file: {folder / split}.{ending}" for split in counts)
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     """A folder with a model, data, and a configuration that names them."""
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model")
-    save_rows(folder / "train.csv", 70, seed=1)  # neither 70 nor 23 nor 11 is a multiple of any batch
-    save_rows(folder / "validation.csv", 23, seed=2)
-    save_rows(folder / "test.csv", 11, seed=3)
+    files = save_splits(save_rows, folder, "csv", train=70)
     (folder / "run.yaml").write_text(
         f"""\
 model: {{model_name_or_path: {folder / "model"}}}
 data:
-  train_file: {folder / "train.csv"}
-  validation_file: {folder / "validation.csv"}
-  test_file: {folder / "test.csv"}
+{files}
   max_seq_length: 16
 train:
   output_dir: {folder / "unused"}
@@ -46,16 +50,12 @@ eval: {{per_device_eval_batch_size: 4, eval_steps: 10}}
 def text_inputs(tmp_path_factory) -> Path:
     """A folder with pairs of texts, and a configuration that names them and a new model."""
     folder = tmp_path_factory.mktemp("text-inputs")
-    save_pairs(folder / "train.csv", 90, seed=1)
-    save_pairs(folder / "validation.csv", 23, seed=2)
-    save_pairs(folder / "test.csv", 11, seed=3)
+    files = save_splits(save_pairs, folder, "csv", train=90)
     (folder / "run.yaml").write_text(
         f"""\
 model: {{config: {NEW_MODEL}, vocab_size: 320}}
 data:
-  train_file: {folder / "train.csv"}
-  validation_file: {folder / "validation.csv"}
-  test_file: {folder / "test.csv"}
+{files}
   max_source_length: 32
   max_target_length: 32
 train:
@@ -83,16 +83,12 @@ def answer_inputs(tmp_path_factory) -> Path:
     """A folder with a decoder, prompts with answers, and a configuration that names them."""
     folder = tmp_path_factory.mktemp("answer-inputs")
     save_decoder(folder / "model")
-    save_pairs(folder / "train.csv", 90, seed=1)
-    save_pairs(folder / "validation.csv", 23, seed=2)
-    save_pairs(folder / "test.csv", 11, seed=3)
+    files = save_splits(save_pairs, folder, "csv", train=90)
     (folder / "run.yaml").write_text(
         f"""\
 model: {{model_name_or_path: {folder / "model"}}}
 data:
-  train_file: {folder / "train.csv"}
-  validation_file: {folder / "validation.csv"}
-  test_file: {folder / "test.csv"}
+{files}
   prompt_column: source
   answer_column: target
   max_length: 16
@@ -115,16 +111,12 @@ def question_inputs(tmp_path_factory) -> Path:
     """A folder with a model, questions about texts, and a configuration that names them."""
     folder = tmp_path_factory.mktemp("question-inputs")
     save_reader(folder / "model")
-    save_questions(folder / "train.jsonl", 90, seed=1)
-    save_questions(folder / "validation.jsonl", 23, seed=2)
-    save_questions(folder / "test.jsonl", 11, seed=3)
+    files = save_splits(save_questions, folder, "jsonl", train=90)
     (folder / "run.yaml").write_text(
         f"""\
 model: {{model_name_or_path: {folder / "model"}}}
 data:
-  train_file: {folder / "train.jsonl"}
-  validation_file: {folder / "validation.jsonl"}
-  test_file: {folder / "test.jsonl"}
+{files}
   max_seq_length: 20
   doc_stride: 6
 train:
