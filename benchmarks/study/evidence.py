@@ -33,9 +33,9 @@ from benchmarks.study.trainings import TRAININGS
 
 HEADLINES = (
     "decayed:tail-0.1", "decayed:tail-0.2", "decayed:chosen", "constant:last", "constant:swa-0.5",
-    "constant:swa-0.75", "constant:ema-0.1", "constant:chosen", "rdrop-decayed:last", "rdrop-constant:swa-0.5",
-    "r3f-independent-decayed:last", "r3f-independent-constant:swa-0.5", "r3f-relative-1.0-decayed:last",
-    "r3f-relative-1.0-constant:swa-0.5",
+    "constant:swa-0.75", "constant:ema-0.1", "constant:chosen", "constant2x:swa-0.5", "constant2x:ema-0.1",
+    "rdrop-decayed:last", "rdrop-constant:swa-0.5", "r3f-independent-decayed:last",
+    "r3f-independent-constant:swa-0.5", "r3f-relative-1.0-decayed:last", "r3f-relative-1.0-constant:swa-0.5",
 )  # fmt: skip
 ROOT = Path(__file__).parents[2]
 QUOTING = (ROOT / "README.md", ROOT / "docs" / "methods.md")

@@ -42,14 +42,16 @@ TUNING_SEED = 101
 SEEDS = tuple(range(1, 11))
 
 AVERAGING = ("decayed", "constant")
-LONGER = ("decayed2x", "rdrop-decayed", "rdrop-constant")
-NOISE = (
+LONGER = ("decayed2x", "constant2x")
+OBJECTIVES = (
+    "rdrop-decayed",
+    "rdrop-constant",
     "r3f-independent-decayed",
     "r3f-independent-constant",
     "r3f-relative-1.0-decayed",
     "r3f-relative-1.0-constant",
 )
-MAIN = AVERAGING + LONGER + NOISE
+MAIN = AVERAGING + LONGER + OBJECTIVES
 COLLAPSED = (*AVERAGING, "rdrop-decayed", "r3f-relative-1.0-decayed", "r4f-relative-1.0-decayed")
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 
@@ -68,8 +70,13 @@ class Phase:
 PHASES = (
     *(
         Phase(trainings, "main", (task,), SEEDS[:3])
-        for tasks in (CHOOSING, CONFIRMING)
-        for trainings in (AVERAGING, LONGER, NOISE)
+        for trainings, tasks in (
+            (AVERAGING, CHOOSING),
+            (("decayed2x", *OBJECTIVES), CHOOSING),
+            (AVERAGING, CONFIRMING),
+            (LONGER, CHOOSING + CONFIRMING),
+            (OBJECTIVES, CONFIRMING),
+        )
         for task in tasks
     ),
     Phase(MAIN, "main", CHOOSING, SEEDS),
