@@ -15,14 +15,19 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 
 from benchmarks.environment import environment
-from benchmarks.trainings import ROOT, train_once
+from benchmarks.ranks import ROOT
 
 RUNS = ROOT / "runs" / "e2e_table"
 RESULTS = ROOT / "benchmarks" / "results" / "e2e.json"
 LOGS = ROOT / "benchmarks" / "results" / "e2e"
 KEPT = ("log.txt", "metrics.jsonl", "summary.json", "config.yaml", "env.json")
+CONFIG = "recipes/configs/seq2seq/e2e.yaml"
 SEEDS = (1, 2, 3)
 TRAININGS = {
     "decayed": ("averaging.rule=none", "train.lr_scheduler_type=linear"),
@@ -43,14 +48,34 @@ def main() -> None:
     if not parser.parse_args().table:
         for seed in SEEDS:  # seed by seed: if it ends early, comparisons are still complete
             for training, overrides in TRAININGS.items():
-                train_once(
-                    RUNS / f"{training}-{seed}",
-                    "seq2seq",
-                    "seq2seq/e2e.yaml",
-                    (*overrides, f"train.seed={seed}"),
-                )
+                train(f"{training}-{seed}", (*overrides, f"train.seed={seed}"))
         RESULTS.write_text(json.dumps(collect(), indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())))
+
+
+def train(name: str, overrides: Sequence[str]) -> None:
+    """Train in one process and one thread, unless there is a finished run.
+
+    Args:
+        name: run folder below `RUNS`; the screen's output goes into log.txt there, once the run is over.
+        overrides: settings as ``section.name=value``.
+    """
+    folder = RUNS / name
+    if (folder / "summary.json").exists():
+        return
+    if folder.exists():  # an unfinished run, which does not count
+        folder.rename(folder.with_name(f"{folder.name}.broken-off-{time.time_ns()}"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", "launch/accelerate/single.yaml", "--num_cpu_threads_per_process", "1",
+        "recipes/seq2seq.py", "--config", CONFIG, *overrides, f"train.output_dir={folder}",
+    ]  # fmt: skip
+    print(name, flush=True)
+    log = folder.with_suffix(".log")
+    with log.open("w") as screen:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=screen)
+    log.rename(folder / "log.txt")
 
 
 def collect() -> dict[str, object]:
@@ -63,7 +88,7 @@ def collect() -> dict[str, object]:
                 (LOGS / name).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(RUNS / name / file, LOGS / name / file)
             trainings[f"{training} {seed}"] = json.loads((RUNS / name / "summary.json").read_text())
-    settings = {"config": "recipes/configs/seq2seq/e2e.yaml", "trainings": TRAININGS, "seeds": SEEDS}
+    settings = {"config": CONFIG, "trainings": TRAININGS, "seeds": SEEDS}
     return {"environment": environment(), "settings": settings, "trainings": trainings}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from benchmarks.trainings import ROOT
+from benchmarks.ranks import ROOT
 
 RUNS = ROOT / "runs" / "recipe_table"
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 from benchmarks.environment import environment
-from benchmarks.trainings import ROOT
+from benchmarks.ranks import ROOT
 
 STEPS = 60
 RUNS = ROOT / "runs" / "zero_stages"
