@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
@@ -23,7 +22,6 @@ from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.evaluation.generation import (
     evaluate_texts,
     generation_arguments,
-    generation_is_collective,
     get_generation_metric,
 )
 from swaft.training.models.encoder_decoder import (
@@ -123,23 +121,6 @@ def test_a_loss_that_is_not_finite_is_an_error(evaluated):
     evaluated.model.shared.weight.data[:] = float("nan")
     with pytest.raises(TrainingError, match="evaluation loss is nan"):
         evaluated.evaluate(2, generates=False)
-
-
-@pytest.mark.parametrize(
-    ("stage", "engine", "expected"),
-    [
-        (None, DistributedType.NO, False),
-        (None, DistributedType.MULTI_GPU, False),
-        (None, DistributedType.FSDP, True),
-        (0, DistributedType.DEEPSPEED, False),
-        (2, DistributedType.DEEPSPEED, False),
-        (3, DistributedType.DEEPSPEED, True),
-    ],
-)
-def test_ranks_generate_together_where_each_holds_a_shard_of_the_weights(stage, engine, expected):
-    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=engine)
-    assert generation_is_collective(accelerator) is expected  # type: ignore[arg-type]
 
 
 def test_what_the_settings_leave_open_the_model_decides():

@@ -379,14 +379,6 @@ def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig)
     return arguments if evaluation.num_beams is None else arguments | {"num_beams": evaluation.num_beams}
 
 
-def generation_is_collective(accelerator: Accelerator) -> bool:
-    """Whether ranks must make every forward pass of a generation together, because each holds a shard."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        return plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
 def batch_generator(
     model: nn.Module, accelerator: Accelerator, generation: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -399,15 +391,13 @@ def batch_generator(
     # FSDP2 gathers a model's own weights only for its forward; generate calls the encoder directly.
     if accelerator.distributed_type == DistributedType.FSDP and "generate" not in vars(network):
         register_fsdp_forward_method(network, "generate")
-    # Ranks that finish early continue with dummy passes, because the other ranks need their shards.
-    together = generation_is_collective(accelerator) and accelerator.num_processes > 1
 
     def write(batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", ROW_ID)}
         with accelerator.autocast():
-            generated = network.generate(
-                **inputs, do_sample=False, use_cache=True, synced_gpus=together, **generation
-            )
+            # Under ZeRO-3 and FSDP2, transformers lets ranks that finish early continue with dummy passes, because
+            # the other ranks need their shards.
+            generated = network.generate(**inputs, do_sample=False, use_cache=True, **generation)
         return generated[:, 1:]
 
     return write
