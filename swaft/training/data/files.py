@@ -113,23 +113,18 @@ def _cells(path: str, delimiter: str, quoting: int, expected: int) -> Dataset:
     """Return the rows of a table as pandas reads them."""
     # A text may well be "NA" or "null"; only an empty cell is missing. The type of a column has to fit all its
     # cells: if read in chunks, as `Dataset.from_csv` does, a chunk of only numbers would turn 007 into 7.
-    read = partial(
-        pandas.read_csv,
+    # Whole numbers stay whole, whatever their size, if a cell is empty: hence the nullable types.
+    cells = pandas.read_csv(
         path,
         sep=delimiter,
         quoting=quoting,
         keep_default_na=False,
         na_values=[""],
         low_memory=False,
+        dtype_backend="numpy_nullable",
     )
-    cells = read()
     if len(cells) != expected:
         raise DataError(f": {len(cells)} rows were read, but it has {expected}; save it as jsonl or parquet")
-    # pandas turns whole numbers into fractions if a cell is empty; class ids stay whole.
-    for name in cells.columns[(cells.dtypes == "float64") & cells.isna().any()]:
-        texts = read(usecols=[name], dtype=str)[name].dropna()
-        if all(text.strip().lstrip("+-").isdigit() for text in texts):
-            cells[name] = cells[name].astype("Int64")
     return Dataset.from_pandas(cells, preserve_index=False)
 
 

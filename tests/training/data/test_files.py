@@ -119,6 +119,11 @@ def test_blank_lines_are_no_rows_and_a_missing_cell_is_nothing(read):
     assert read("a.csv", "text,label\na,3.0\nb,\n")[0]["label"] == 3.0
 
 
+def test_a_whole_number_keeps_every_digit_beside_an_empty_cell(read):
+    rows = read("a.csv", f"text,id\na,{2**53 + 1}\nb,\nc,-7\n")
+    assert [row["id"] for row in rows] == [2**53 + 1, None, -7]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
