@@ -106,15 +106,11 @@ def save_parquet(path: Path, **columns: list) -> str:
         ({"source": ["a cat"], "target": [7]}, "row 0 of test has 7 in column 'target'; expected text"),
         ({"source": ["a cat"]}, "the test split has no column 'target', but train has"),
         (
-            {"id": [3, 3], "source": ["a cat", "a dog"], "target": ["chat", "chien"]},
-            "1 values of column 'id' are in several rows of test (3, ...)",
-        ),
-        (
             {"source": ["a cat", "a dog"], "target": ["chat", "chien"], "references": [["chat"], []]},
             "row 1 of test has [] in column 'references'",
         ),
     ],
-    ids=["blank source", "no target", "number", "no column", "repeated id", "no reference"],
+    ids=["blank source", "no target", "number", "no column", "no reference"],
 )
 def test_rows_that_cannot_be_used_are_named(refuse, tmp_path, columns, said):
     train, test = (

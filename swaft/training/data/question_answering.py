@@ -6,6 +6,7 @@ The settings specific to models that find answers in a text come first.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -118,6 +119,7 @@ def check_questions(splits: Mapping[str, Dataset], *, skip_bad_rows: bool = Fals
     }
     good = good_rows(splits, COLUMNS, _faults, skip=skip_bad_rows)
     for name, split in good.items():
+        _refuse_repeated_ids(split, name)
         _judge_places(split, name)
     return good
 
@@ -326,6 +328,15 @@ def _has_whole_ids(split: Dataset) -> bool:
     return "id" in split.column_names and str(getattr(split.features["id"], "dtype", "")).startswith(
         ("int", "uint")
     )
+
+
+def _refuse_repeated_ids(split: Dataset, name: str) -> None:
+    repeated = [question for question, count in Counter(values(split, "id")).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{len(repeated)} values of column 'id' are in several rows of {name} ({repeated[0]!r}, ...); "
+            "expected one row per id. Remove the repeated rows"
+        )
 
 
 def _judge_places(split: Dataset, name: str) -> None:

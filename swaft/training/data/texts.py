@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import takewhile
@@ -118,8 +117,7 @@ def good_rows(
         skip: leave out bad rows (`data.skip_bad_rows`), and splits but train that have no good row; False: refuse.
 
     Raises:
-        DataError: a missing column; the first bad row, if none are left out; no training row left; or an id (column
-            `id`) that several rows of a split share.
+        DataError: a missing column; the first bad row, if none are left out; or no training row left.
     """
     for name, split in splits.items():
         for column in columns:
@@ -152,9 +150,6 @@ def good_rows(
             kept[name] = split
         elif len(faults) < len(split):
             kept[name] = split.select([row for row in range(len(split)) if row not in faults])
-    for name, split in kept.items():
-        if "id" in split.column_names:
-            _refuse_repeated_ids(split, name)
     return kept
 
 
@@ -172,20 +167,6 @@ def shortened(names: list[str]) -> str:
 def existing(split: Dataset) -> str:
     """Say which columns there are."""
     return f"the columns are {', '.join(split.column_names)}"
-
-
-def _refuse_repeated_ids(split: Dataset, name: str) -> None:
-    ids = (
-        each if isinstance(each, int | str) else repr(each)
-        for each in values(split, "id")
-        if each is not None
-    )
-    repeated = [row_id for row_id, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{len(repeated)} values of column 'id' are in several rows of {name} ({repeated[0]!r}, ...); "
-            "expected one row per id. Remove the repeated rows, or rename the column if it is not an id"
-        )
 
 
 logger = logging.getLogger(__name__)

@@ -75,18 +75,12 @@ def test_bad_rows_are_left_out_when_asked():
         text=["a", None, "c", "d"],
         summary=["b", "b", "\n", "b"],
         references=[["b"], ["b"], ["b"], []],
-        id=["1"] * 4,
     )
     found = find(split, skip_bad_rows=True)
     assert found.rows["train"].to_list() == [split[0]]
     split = rows(translation=[{"en": "Go.", "fr": None}, {"en": "Go.", "fr": "Va !"}, None])
     found = find(split, source_lang="en", target_lang="fr", skip_bad_rows=True)
     assert found.rows["train"].to_list() == [split[1]]
-
-
-def test_repeated_ids_are_named():
-    with pytest.raises(DataError, match="1 values of column 'id' are in several rows of train"):
-        find(rows(id=["1", "2", "1"], text=["a"] * 3, summary=["b"] * 3))
 
 
 def test_rows_outside_train_that_share_a_source_become_one_with_all_references(caplog):
