@@ -12,10 +12,10 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbToken
 from swaft.errors import ConfigError
 from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, tokenize_pairs
 from swaft.training.models.encoder_decoder import (
+    generate_as_trained,
     language_codes,
     require_target_language,
     set_languages,
-    write_target_language,
 )
 
 pytestmark = pytest.mark.unit
@@ -95,10 +95,10 @@ def test_languages_that_nothing_uses_are_refused(columns, data):
 def test_languages_that_choose_the_texts_need_no_code():
     tokenizer = told(one_language(), "en", "fr", TRANSLATIONS)
     assert not hasattr(tokenizer, "src_lang")
-    model = m2m100()
-    model.generation_config.forced_bos_token_id = 7
-    write_target_language(model, tokenizer)
-    assert model.generation_config.forced_bos_token_id == 7
+    model, first = m2m100(), tokenizer(text_target="a").input_ids[0]
+    model.generation_config.forced_bos_token_id = first
+    generate_as_trained(model, tokenizer)
+    assert model.generation_config.forced_bos_token_id == first
 
 
 def test_codes_may_be_spelt_otherwise_than_their_tokens():
@@ -112,7 +112,7 @@ def test_codes_may_be_spelt_otherwise_than_their_tokens():
 def test_the_language_of_an_earlier_fine_tuning_is_replaced():
     tokenizer, model = told(nllb(), "eng_Latn", "fra_Latn"), m2m100()
     model.generation_config.forced_bos_token_id = 7
-    write_target_language(model, tokenizer)
+    generate_as_trained(model, tokenizer)
     french = tokenizer.convert_tokens_to_ids("fra_Latn")
     assert model.generation_config.forced_bos_token_id == french
     assert model.generation_config.decoder_start_token_id == model.config.decoder_start_token_id == 2

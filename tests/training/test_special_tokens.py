@@ -17,6 +17,7 @@ from transformers import (
     FunnelConfig,
     GemmaConfig,
     M2M100Config,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -40,6 +41,12 @@ def tokenizer(**options: Any) -> Any:
     for name, value in options.items():
         setattr(made, name, value)
     return made
+
+
+def of_one_language() -> Any:
+    """One with the same tokens that knows of no languages."""
+    made = tokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, **made.special_tokens_map)
 
 
 def test_a_configuration_and_its_parts_take_the_ids_of_the_tokenizer():
@@ -97,7 +104,7 @@ def test_a_model_generates_with_the_tokens_that_it_is_trained_with():
     generation.eos_token_id, generation.forced_eos_token_id, generation.forced_bos_token_id = [7, 5], 7, 8
     generation.decoder_start_token_id = 4
     follow_tokenizer(model.config, tokenizer())
-    generate_as_trained(model, tokenizer())
+    generate_as_trained(model, of_one_language())
     assert (generation.pad_token_id, generation.bos_token_id, generation.eos_token_id) == (1, 0, [2, 7, 5])
     assert generation.forced_eos_token_id == 2
     assert generation.forced_bos_token_id is None  # targets begin with no such token
@@ -107,11 +114,11 @@ def test_a_model_generates_with_the_tokens_that_it_is_trained_with():
 def test_a_start_that_only_the_generation_settings_know_is_trained_with():
     model = T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=None))
     model.generation_config.decoder_start_token_id = 5
-    generate_as_trained(model, tokenizer())
+    generate_as_trained(model, of_one_language())
     assert model.config.decoder_start_token_id == model.generation_config.decoder_start_token_id == 5
     without = T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=None))
     without.generation_config.decoder_start_token_id = None
-    generate_as_trained(without, tokenizer())
+    generate_as_trained(without, of_one_language())
     assert without.config.decoder_start_token_id is None
 
 

@@ -61,10 +61,11 @@ def require_generation_start(model: Seq2SeqModelConfig, model_config: Any, token
 
 
 def generate_as_trained(model: Any, tokenizer: Any) -> None:
-    """Make a model generate with the start, end and padding tokens that it is trained with.
+    """Make a model generate with the start, end and padding tokens, and in the language, that it is trained with.
 
     The model is an encoder-decoder whose configuration follows the tokenizer; its generation settings are saved
-    with it.
+    with it. mBART's decoder starts with the code of the language. Those of mBART-50, M2M100 and NLLB start with
+    another token, and the code is the first token of the text, which generation is forced to start with.
     """
     config, generation = model.config, model.generation_config
     labels = tokenizer(text_target="a").input_ids
@@ -74,15 +75,19 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
     _generate_with(generation, pad=tokenizer.pad_token_id, bos=tokenizer.bos_token_id, eos=end)
     if generation.forced_eos_token_id is not None:
         generation.forced_eos_token_id = end
-    if generation.forced_bos_token_id != labels[0]:
-        generation.forced_bos_token_id = None
+    code = language_codes(tokenizer)[tokenizer.tgt_lang] if knows_languages(tokenizer) else None
     starts = (getattr(holder, "decoder_start_token_id", None) for holder in (config, generation))
     start = next((token for token in starts if token is not None), None)
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if start is not None:
         config.decoder_start_token_id = start  # read by the model's own shift
-        start = start if shift is None else shift(torch.tensor([labels]))[0, 0].item()
+    if shift is not None and (start is not None or code is not None):
+        start = shift(torch.tensor([labels]))[0, 0].item()
     config.decoder_start_token_id = generation.decoder_start_token_id = start
+    if code is not None:
+        generation.forced_bos_token_id = None if code == start else code
+    elif generation.forced_bos_token_id != labels[0]:
+        generation.forced_bos_token_id = None
 
 
 def _generate_with(generation: Any, **tokens: int | None) -> None:
@@ -205,23 +210,6 @@ def require_target_language(model_config: Any, tokenizer: Any) -> None:
             f"targets, and the decoder of a {kind} does not start with it, so nothing says which "
             "language to write; for NLLB set legacy_behaviour to false in tokenizer_config.json"
         )
-
-
-def write_target_language(model: Any, tokenizer: Any) -> None:
-    """Make a multilingual model start its texts as its labels start.
-
-    mBART's decoder starts with the language code. The decoders of mBART-50, M2M100 and NLLB start with another
-    token, and the code is the first token of the text, which generation is forced to start with. This changes the
-    model's configuration and generation settings, which are saved with it.
-    """
-    if not knows_languages(tokenizer):
-        return
-    code = language_codes(tokenizer)[tokenizer.tgt_lang]
-    labels = torch.tensor([tokenizer(text_target="a").input_ids])
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    start = model.config.decoder_start_token_id if shift is None else shift(labels)[0, 0].item()
-    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
-    model.generation_config.forced_bos_token_id = None if code == start else code
 
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -361,7 +349,6 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
     loaded = load_form(config, model_config)
     if config.task == "sequence to sequence":
         generate_as_trained(loaded, tokenizer)
-        write_target_language(loaded, tokenizer)
     else:
         # Training does not use the cache, and packed rows would see each other through it.
         loaded.config.use_cache = False
