@@ -129,7 +129,7 @@ def choose_metric(config: Seq2SeqConfig, ready: PreparedPairs) -> Metric:
         or data.source_prefix.lower().startswith("translate ")
         or getattr(getattr(ready, "model_config", None), "model_type", "") == "marian"
     )
-    return get_generation_metric(config.eval.metric, task_name=data.task_name, translates=translates)
+    return get_generation_metric(config.eval.metric, translates=translates)
 
 
 def train(config: Seq2SeqConfig) -> None:

@@ -145,8 +145,8 @@ class Seq2SeqEvalConfig(EvalConfig):
     """When and how to evaluate."""
 
     metric: str = "auto"
-    """What to measure on generated texts: rouge, rougeL_coco, bleu, chrf, bleu_chrf or bleu_rouge; auto: the
-    usual one for the task, else bleu_chrf for translations and rouge for the rest."""
+    """What to measure on generated texts: rouge, rougeL_coco, bleu, chrf, bleu_chrf or bleu_rouge; auto:
+    bleu_chrf for translations and rouge for the rest."""
     predict_with_generate: bool = True
     """Generate a text for every row and score it. false: measure only the loss, which is much faster."""
     num_beams: Count | None = None

@@ -39,7 +39,6 @@ from swaft.training.metrics import Metric, library, refuse_unfit
 
 logger = logging.getLogger(__name__)
 
-TASK_METRICS = {"e2e": "bleu_rouge", "scitldr": "rouge", "tatoeba_en_fr": "bleu_chrf"}
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 RESAMPLES = 1000
 """Bootstrap samples for the intervals."""
@@ -71,22 +70,18 @@ class GenerationScores:
     """How each score was computed; scores with different signatures cannot be compared."""
 
 
-def get_generation_metric(
-    name: str = "auto", *, task_name: str | None = None, translates: bool = False
-) -> Metric:
+def get_generation_metric(name: str = "auto", *, translates: bool = False) -> Metric:
     """Return the metric of this name: it maps generated texts and their references to `GenerationScores`.
 
     Args:
-        name: one of `NAMES["generation"]`, or `auto`: the usual one for the task, bleu_chrf for other translations,
-            rouge for the rest.
-        task_name: name of the task, for `auto`.
+        name: one of `NAMES["generation"]`, or `auto`: bleu_chrf for translations, rouge for the rest.
         translates: whether texts are translated, for `auto`.
 
     Raises:
         ConfigError: an unknown name, or a metric for another kind of task.
     """
     if name == "auto":
-        name = TASK_METRICS.get(task_name or "", "bleu_chrf" if translates else "rouge")
+        name = "bleu_chrf" if translates else "rouge"
     refuse_unfit(name, "generation")
     return METRICS[name].require_modules()
 

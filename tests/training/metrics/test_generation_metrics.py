@@ -117,15 +117,9 @@ def test_texts_in_another_script_are_warned_of(caplog):
     assert "chrf" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("task", "name"),
-    [("e2e", "bleu_rouge"), ("scitldr", "rouge"), ("tatoeba_en_fr", "bleu_chrf"), (None, "rouge")],
-)
-def test_auto_is_the_usual_metric_of_the_task(task, name):
-    assert get_generation_metric(task_name=task).name == name
-    assert get_generation_metric(task_name=task, translates=True).name == (
-        "bleu_chrf" if task is None else name
-    )
+def test_auto_is_rouge_except_for_translations():
+    assert get_generation_metric().name == "rouge"
+    assert get_generation_metric(translates=True).name == "bleu_chrf"
 
 
 def test_metric_of_another_kind_of_task_is_refused():
