@@ -22,7 +22,6 @@ from swaft.training.data.question_answering import (
     may_have_no_answer,
     refuse_unusable_questions,
     require_offsets,
-    require_question_answering,
     tokenize_questions,
 )
 from swaft.training.data.sources import load_splits
@@ -72,7 +71,6 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
         refuse_unused_threshold(config.eval, has_unanswerable=ready.has_unanswerable)
     with problems:
         ready.model_config = load_model_config(config.model, num_labels=2)  # the first token and the last
-        require_question_answering(config.model, ready.model_config)
     with problems:
         ready.tokenizer = load_tokenizer(config.model)
         require_offsets(ready.tokenizer)

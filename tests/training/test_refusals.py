@@ -38,11 +38,12 @@ from swaft.training.data.seq2seq import Seq2SeqModelConfig
 from swaft.training.models.checks import (
     require_decoder_start,
     require_embeddings,
+    require_form,
     require_text,
     require_token_types,
 )
 from swaft.training.models.encoder_decoder import check_new_model, require_generation_start
-from swaft.training.models.pretrained import UNLIMITED, longest_input, longest_text
+from swaft.training.models.pretrained import FORMS, UNLIMITED, longest_input, longest_text
 
 pytestmark = pytest.mark.unit
 
@@ -217,3 +218,19 @@ def test_a_model_that_text_alone_does_not_train_is_refused(kind):
     with pytest.raises(ConfigError, match=f"a {kind} .*so rows of text alone do not train it"):
         require_text(PRETRAINED, AutoConfig.for_model(kind))
     require_text(PRETRAINED, BertConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        (M2M100Config(), "sequence classification"),
+        (M2M100Config(), "question answering"),
+        (BertConfig(), "sequence to sequence"),
+        (DebertaV2Config(), "causal language modelling"),
+    ],
+)
+def test_a_type_without_a_form_for_the_task_is_refused_unless_it_brings_its_own(config, task):
+    with pytest.raises(ConfigError, match=f"a {config.model_type} has no form for {task} in transformers"):
+        require_form(PRETRAINED, config, task)
+    config.auto_map = {FORMS[task].auto.__name__: "modeling.Model"}
+    require_form(PRETRAINED, config, task)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Value
-from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from swaft.errors import ConfigError, DataError
 from swaft.options import Count, Range, WholeNumber
@@ -203,20 +203,6 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         raise DataError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for; set "
             "model.tokenizer_name to a fast tokenizer"
-        )
-
-
-def require_question_answering(model: ModelConfig, model_config: Any) -> None:
-    """Refuse a type of model that has no question-answering form.
-
-    Raises:
-        ConfigError: names the type.
-    """
-    brings_its_own = "AutoModelForQuestionAnswering" in (getattr(model_config, "auto_map", None) or {})
-    if type(model_config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING and not brings_its_own:
-        raise ConfigError(
-            f"model.model_name_or_path: {model.model_name_or_path} is a {model_config.model_type}, of which "
-            "transformers has no question-answering form; use an encoder (bert, roberta, distilbert, deberta, ...)"
         )
 
 

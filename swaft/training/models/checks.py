@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from swaft.errors import ConfigError
 from swaft.training.checks import Prepared, Problems
 from swaft.training.config import AnyModelConfig, RecipeConfig
-from swaft.training.models.pretrained import half, model_path
+from swaft.training.models.pretrained import FORMS, half, model_path
 from swaft.training.models.special_tokens import follow_tokenizer
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -49,6 +49,8 @@ def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> No
     for require in (require_weights, require_text):
         with problems:
             require(config.model, ready.model_config)
+    with problems:
+        require_form(config.model, ready.model_config, config.task)
     with problems:
         if ready.tokenizer is not None:
             require_embeddings(config.model, ready.model_config, ready.tokenizer)
@@ -87,6 +89,21 @@ def require_text(model: AnyModelConfig, model_config: Any) -> None:
         raise ConfigError(
             f"{model.setting}: a {model_config.model_type} {reason}, so rows of text alone do not train it; "
             "use another model"
+        )
+
+
+def require_form(model: AnyModelConfig, model_config: Any, task: str) -> None:
+    """Refuse a type of model that has no form for a task in `FORMS`, neither in transformers nor in its own code.
+
+    Raises:
+        ConfigError: names the type and the task.
+    """
+    auto, has_head = FORMS[task].auto, FORMS[task].has_head
+    brings_its_own = auto.__name__ in (getattr(model_config, "auto_map", None) or {})
+    if type(model_config) not in auto._model_mapping and not brings_its_own:
+        usual = "an encoder (bert, roberta, distilbert, deberta, ...)" if has_head else "another model"
+        raise ConfigError(
+            f"{model.setting}: a {model_config.model_type} has no form for {task} in transformers; use {usual}"
         )
 
 

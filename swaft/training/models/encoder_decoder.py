@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     GenerationConfig,
@@ -254,15 +253,12 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
     """Return the transformers configuration of the pretrained decoder, or of the new one.
 
     Raises:
-        ConfigError: transformers has no form of the model that continues a text (an encoder), or its type has no
-            such entry.
+        ConfigError: the model is not a decoder, or its type has no such entry.
     """
     found = load_model_config(model) if model.config is None else _new_config(model)
-    brings_its_own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     reads_on = getattr(found, "is_decoder", False) or getattr(found, "causal", False)  # XLM says causal
     sees_all = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not reads_on
-    continues = brings_its_own or (type(found) in MODEL_FOR_CAUSAL_LM_MAPPING and not sees_all)
-    if found.is_encoder_decoder or not continues:
+    if found.is_encoder_decoder or sees_all:
         raise ConfigError(
             f"{model.setting}: {found.model_type} is not a decoder that continues a text; expected a model "
             "such as Llama, Qwen, Gemma or GPT-2 (encoder-decoders: recipes/seq2seq.py)"
