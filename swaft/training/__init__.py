@@ -2,11 +2,8 @@
 
 from importlib.util import find_spec
 
-try:  # find_spec instead of an import, so that a command's --help does not wait for libraries
-    if find_spec("omegaconf") is None:
-        raise ModuleNotFoundError("No module named 'omegaconf'")
-except ModuleNotFoundError as error:
+if find_spec("omegaconf") is None:  # not an import, so that a command's --help does not wait for libraries
     needed = (
         "swaft's recipes need accelerate, transformers, datasets and omegaconf: pip install 'swaft[recipes]'"
     )
-    raise ModuleNotFoundError(needed, name="omegaconf") from error
+    raise ModuleNotFoundError(needed, name="omegaconf")

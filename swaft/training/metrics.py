@@ -55,11 +55,6 @@ class Metric:
     modules: tuple[str, ...] = ()
     """Modules that it imports when it is computed."""
 
-    @property
-    def primary(self) -> str:
-        """The main number."""
-        return self.names[0]
-
     def require_modules(self) -> Metric:
         """Return the metric itself, if everything it imports is installed.
 
@@ -104,7 +99,6 @@ def library(module: str) -> Any:
         raise ConfigError(f"eval.metric: needs {package}: pip install 'swaft[metrics]' ({error})") from error
 
 
-METRIC_NAMES = NAMES["classification"] + NAMES["regression"]
 TASK_METRICS = {
     "cola": "matthews_correlation",
     "mrpc": "accuracy_f1",
@@ -128,8 +122,8 @@ def get_metric(
     The metric compares two arrays of class ids, or of scores, shape (rows,), and returns every number by name.
 
     Args:
-        name: one of `METRIC_NAMES`, or `auto`: GLUE's for a GLUE task, else pearson_spearman for a regression and
-            accuracy for classes.
+        name: one of `NAMES` for classification or regression, or `auto`: GLUE's for a GLUE task, else
+            pearson_spearman for a regression and accuracy for classes.
         task_name: name of the task, for `auto`.
         is_regression: whether the task's labels are scores.
         num_labels: number of classes; ignored for a regression.

@@ -40,11 +40,6 @@ from swaft.training.data.texts import encode as encode_texts
 
 logger = logging.getLogger(__name__)
 
-NO_NEW_TOKENIZER = (
-    "is the size of a new tokenizer, but none is trained if model.model_name_or_path or model.tokenizer_name "
-    "provides one; remove it"
-)
-
 
 @dataclass(kw_only=True)
 class Seq2SeqModelConfig(AnyModelConfig):
@@ -85,7 +80,8 @@ class Seq2SeqModelConfig(AnyModelConfig):
             advice = "set it to a pretrained model, or model.config for a new model"
             yield "model_name_or_path", f"no model named; {advice}"
         if self.vocab_size is not None and self.brings_tokenizer:
-            yield "vocab_size", NO_NEW_TOKENIZER
+            message = "is the size of a new tokenizer, but none is trained if model.model_name_or_path or"
+            yield "vocab_size", f"{message} model.tokenizer_name provides one; remove it"
         if new is None:
             return
         if self.use_peft:

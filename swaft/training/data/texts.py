@@ -32,6 +32,8 @@ from swaft.errors import DataError
 from swaft.options import suggestion
 from swaft.training.data.files import alone, cause, reading_code
 
+logger = logging.getLogger(__name__)
+
 ROWS_AT_ONCE = 1_000
 """Rows read in one go: much faster than one by one, and still little memory."""
 SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
@@ -168,8 +170,6 @@ def existing(split: Dataset) -> str:
     """Say which columns there are."""
     return f"the columns are {', '.join(split.column_names)}"
 
-
-logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of positions that the loss ignores."""
