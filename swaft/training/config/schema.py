@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
+from accelerate.utils import LoggerType
+
 from swaft.averaging.rules import RULES
 from swaft.averaging.rules.base import Blend, Precision
 from swaft.noise import R3F, R4F, RDrop
@@ -18,8 +20,6 @@ from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, St
 from swaft.training.config.values import DELIMITERS, borrows, not_allowed, split_names
 from swaft.training.metrics import unfit
 
-TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""What accelerate calls the trackers it can write to."""
 Fault = tuple[str, str]
 """Name of a setting within its section, and what is wrong with it."""
 
@@ -366,8 +366,8 @@ class TrackConfig(Section):
 
     def conflicts(self) -> Iterator[Fault]:
         """Yield an unknown tracker, and a run name that the tracker cannot take."""
-        if self.report_to not in ("none", "all", *TRACKERS):
-            yield "report_to", not_allowed(self.report_to, ("none", "all", *TRACKERS))
+        if self.report_to not in (trackers := ("none", *LoggerType.list())):
+            yield "report_to", not_allowed(self.report_to, trackers)
         if self.run_name is not None and self.report_to == "comet_ml":
             yield "run_name", f"is {self.run_name}, but accelerate passes no run name to comet_ml; remove it"
 
