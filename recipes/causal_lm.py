@@ -35,6 +35,7 @@ from swaft.training.data.texts import read_as_text, report_special_tokens, requi
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_answers_given, write_samples
 from swaft.training.evaluation.generation import write_answers
+from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model, require_embedded
@@ -131,7 +132,7 @@ def train(config: CausalConfig) -> None:
     ready, start = start_of(config, prepare)
     columns, objective = ready.columns, ready.objective
 
-    with Run.start(config, start.engine) as run:
+    with Run(config, build_accelerator(config, start.engine)) as run:
         # Data: every split, as token ids; only the answers are learned.
         tokenizer = ready.tokenizer
         if tokenizer is None:

@@ -26,6 +26,7 @@ from swaft.training.data.texts import (
 )
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
+from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.metrics import Metric, get_metric, renumbered
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
@@ -117,7 +118,7 @@ def train(config: ClassificationConfig) -> None:
     ready, start = start_of(config, prepare)
     task, tokenizer, objective = ready.head.task, ready.tokenizer, ready.objective
 
-    with Run.start(config, start.engine) as run:
+    with Run(config, build_accelerator(config, start.engine)) as run:
         # Data: every split, as token ids.
         length, workers = config.data.max_seq_length, config.data.preprocessing_num_workers
         datasets = {

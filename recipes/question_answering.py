@@ -36,6 +36,7 @@ from swaft.training.evaluation.answering import (
 )
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
+from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
 from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
@@ -107,7 +108,7 @@ def train(config: QuestionAnsweringConfig) -> None:
     ready, start = start_of(config, prepare)
     tokenizer, objective = ready.tokenizer, ready.objective
 
-    with Run.start(config, start.engine) as run:
+    with Run(config, build_accelerator(config, start.engine)) as run:
         # Data: every split, as overlapping windows of token ids.
         windows = {
             name: tokenize_questions(split, tokenizer, config.data, training=name == "train")

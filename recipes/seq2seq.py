@@ -37,6 +37,7 @@ from swaft.training.data.texts import (
 from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.evaluation.generation import evaluate_texts, generation_arguments, get_generation_metric
+from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.metrics import Metric
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
@@ -138,7 +139,7 @@ def train(config: Seq2SeqConfig) -> None:
     ready, start = start_of(config, prepare)
     pairs, model_config, objective = ready.rows, ready.model_config, ready.objective
 
-    with Run.start(config, start.engine) as run:
+    with Run(config, build_accelerator(config, start.engine)) as run:
         # Data: every split, as token ids.
         tokenizer = ready.tokenizer
         if tokenizer is None:

@@ -24,7 +24,6 @@ from swaft.training.config import load_config
 from swaft.training.launch import deepspeed_extension
 from swaft.training.launch.launcher import read_launch
 from swaft.training.planning.preflight import check_run
-from swaft.training.run import run
 from swaft.training.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
@@ -46,7 +45,7 @@ def launched(monkeypatch, configs) -> Callable[..., list[str]]:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
         else:
-            monkeypatch.setattr(run, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
+            monkeypatch.setattr(module, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
         try:
             module.train(load_config(module.Config, words[words.index(f"recipes/{recipe}.py") + 1 :]))
         except SwaftError as error:

@@ -35,11 +35,7 @@ from swaft.training.checks import Prepared
 from swaft.training.config import RecipeConfig, load_config, to_yaml
 from swaft.training.evaluation.best import BestWeights, watches_weights
 from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluations, without_row_id
-from swaft.training.launch.accelerator import (
-    EngineSettings,
-    build_accelerator,
-    whole_model_loading,
-)
+from swaft.training.launch.accelerator import whole_model_loading
 from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
 from swaft.training.launch.fsdp2 import prepare
 from swaft.training.models.build import count_epoch_steps, count_optimizer_steps, count_parameters
@@ -83,7 +79,7 @@ class Run:
 
     Args:
         config: the recipe's configuration.
-        accelerator: nothing prepared yet.
+        accelerator: from `build_accelerator`; nothing prepared yet.
 
     Raises:
         ConfigError, StateError: the run folder holds something else, or no intact checkpoint to resume from.
@@ -111,20 +107,6 @@ class Run:
         self.position = Position()
         self.readout = Readout(blend=config.averaging.blend)
         self._interruption, self._open = Interruption(), ExitStack()
-
-    @classmethod
-    def start(cls, config: RecipeConfig, engine: EngineSettings) -> Run:
-        """Start the engine that the launcher asked for, and claim the run's folder (collective).
-
-        Args:
-            config: the recipe's configuration.
-            engine: what accelerate is started with, from `swaft.training.checks.start_of`.
-
-        Raises:
-            ConfigError, StateError: as for the class.
-            TrainingError: accelerate started something other than the launcher asked for.
-        """
-        return cls(config, build_accelerator(config, engine))
 
     def __enter__(self) -> Run:
         return self
