@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from tiny_trainer import averaged, exported, numbers_tokenizer, rows, sft_trainer, trainer
+from peft import LoraConfig, get_peft_model
+from tiny_trainer import averaged, exported, model, numbers_tokenizer, rows, sft_trainer, trainer
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 import swaft
-from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
+from swaft.errors import AveragingError, ConfigError, NoiseError, StateError, UnsupportedEngineError
 from swaft.integrations.transformers import (
     NoiseCallback,
     WeightAveragingCallback,
@@ -71,6 +72,20 @@ def test_an_evaluation_before_anything_is_averaged_is_as_always(tmp_path, averag
 def test_two_callbacks_are_refused_before_training(tmp_path, averaging):
     with pytest.raises(ConfigError, match="twice"):
         trainer(tmp_path, averaging, WeightAveragingCallback(swaft.EMA())).train()
+
+
+def test_adapters_that_peft_leaves_in_16_bits_are_refused_until_they_are_cast(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, bf16=True, max_steps=2, eval_strategy="no", save_strategy="no")
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    run.model = run.model_wrapped = get_peft_model(model().to(torch.bfloat16), lora)
+    advice = r"dtype=torch\.float32\)\), or set p\.data = p\.data\.float\(\).*Trainer: bf16=True"
+    with pytest.raises(UnsupportedEngineError, match=advice):
+        run.train()
+    for p in run.model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    run.train()
+    assert averaging.averager.num_averaged == 2
 
 
 def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp_path, averaging):
