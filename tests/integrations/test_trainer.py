@@ -99,6 +99,21 @@ def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp
     assert torch.equal(averaging.averager.shard(), mean)
 
 
+def test_a_model_whose_training_failed_is_trained_by_another_trainer(tmp_path, averaging):
+    def fail(*_):
+        if first.state.global_step == 1:
+            raise RuntimeError("CUDA out of memory")
+
+    first = trainer(tmp_path / "a", averaging, max_steps=2, eval_strategy="no", save_strategy="no")
+    failing = first.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first.train()
+    failing.remove()
+    second = trainer(tmp_path / "b", max_steps=2, eval_strategy="no", save_strategy="no")
+    second.model = second.model_wrapped = first.model
+    second.train()
+
+
 @pytest.mark.parametrize("evaluates", [lambda run: run.evaluate(), lambda run: run.predict(run.eval_dataset)])
 def test_evaluations_in_16_bits_after_training_cast_both_weights(tmp_path, averaging, evaluates):
     run = trainer(tmp_path, averaging, bf16_full_eval=True)

@@ -109,6 +109,8 @@ class WeightAveragingCallback(TrainerCallback):
             first_step=state.global_step,
             **self.options,
         )
+        # The Trainer does not exchange its optimizer, and after a failed run another Trainer may train the model.
+        self.averager.engine.stop()
         exchanging = type(self.averager.engine.inner_optimizer)
         if callable(getattr(exchanging, "eval", None)):
             raise ConfigError(
@@ -145,7 +147,6 @@ class WeightAveragingCallback(TrainerCallback):
         averager = self._attached
         with averager.engine.ranks.together():  # a full disk on one machine, say
             averager.wait()
-        averager.engine.stop()  # the model may be trained by another Trainer next
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)
         if not averager.num_averaged:
