@@ -104,7 +104,18 @@ def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole
     assert averaging.averager is not None
     assert averaging.averager.num_averaged == 3
     assert (tmp_path / "final-averaged").is_dir()
-    assert "before averaging began at step 6" in caplog.text
+    assert "best checkpoint, was written before averaging began" in caplog.text
+
+
+def test_the_best_checkpoint_is_from_before_averaging_though_the_best_score_is_not(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, eval_steps=1, save_steps=2, load_best_model_at_end=True)
+    run.args.metric_for_best_model, run.args.greater_is_better = "score", True
+    run.compute_metrics = lambda _: {"score": {2: 1.0, 5: 2.0}.get(run.state.global_step, 0.0)}
+    run.train()
+    assert run.state.best_global_step == 5
+    assert Path(run.state.best_model_checkpoint).name == "checkpoint-2"
+    assert averaging.averager.num_averaged == 5
+    assert (tmp_path / "final-averaged").is_dir()
 
 
 def test_a_best_checkpoint_at_which_averaging_began_is_said_to_hold_one_step_alone(

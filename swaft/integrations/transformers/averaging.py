@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length
 
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import RECOMMENDED, Rule
+from swaft.averaging.state import KIND, AverageState
 from swaft.errors import AveragingError, ConfigError, StateError
 from swaft.integrations.transformers.calling import (
     callbacks_of,
@@ -26,7 +27,7 @@ from swaft.integrations.transformers.calling import (
     checkpoint_of,
     those_of_kind,
 )
-from swaft.storage import is_complete
+from swaft.storage import is_complete, read_manifest
 from swaft.storage.sealed import step_of
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class WeightAveragingCallback(TrainerCallback):
         with averager.engine.ranks.together():  # a full disk on one machine, say
             averager.wait()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)
+            self._follow_best(Path(state.best_model_checkpoint))
         if not averager.num_averaged:
             logger.warning(
                 "nothing was averaged: training ended at step %d, before the rule's first member",
@@ -161,16 +162,18 @@ class WeightAveragingCallback(TrainerCallback):
             if tokenizer is not None and averager.engine.ranks.rank == 0:
                 tokenizer.save_pretrained(self._export)
 
-    def _follow_best(self, checkpoint: Path, step: int) -> None:
+    def _follow_best(self, checkpoint: Path) -> None:
         """Load the averages of the best checkpoint, if averaging had begun by then."""
-        first = self._attached.plan().first_step
-        if step < first:
+        averages = _require_state(checkpoint)
+        # Not by the Trainer's steps: it counts those that a loss scaler skips, and its best may have no checkpoint.
+        held = AverageState.from_json(read_manifest(averages, kind=KIND).content, where=averages)
+        if not held.rules[0].count:
             logger.warning(
-                "the best checkpoint is of step %d, before averaging began at step %d: %s holds the average of the "
-                "whole run", step, first, self._export,
+                "%s, the best checkpoint, was written before averaging began: %s holds the average of the whole "
+                "run", checkpoint, self._export,
             )  # fmt: skip
         else:
-            self._attached.load_state(_require_state(checkpoint))
+            self._attached.load_state(averages)
             if self._attached.num_averaged == 1:
                 logger.warning(
                     "averaging began at %s, the best checkpoint: %s holds its weights, of a single step",
