@@ -285,24 +285,29 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
     first_member = averager.plan().first_step
     if not chosen_by.startswith("averaged_") or averager.num_averaged:
         return
-    if args.eval_strategy != "epoch":
-        first, delay = math.ceil(max(args.eval_delay, 1) / state.eval_steps) * state.eval_steps, first_member
-    elif has_length(loader):  # the last epoch may end before its rows do
-        per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-        first = min(math.ceil(max(args.eval_delay, 1)) * per_epoch, state.max_steps)
-        delay = min(math.ceil(first_member / per_epoch), state.max_steps / per_epoch)
-    else:  # the end of the first epoch is unknown
-        first = delay = first_member
     if args.eval_on_start:
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} with eval_on_start: nothing is averaged before "
             f"step {first_member}; set eval_on_start=False"
         )
-    if first < first_member:
-        delay = math.floor(1e4 * delay) / 1e4
+    if args.eval_strategy != "epoch":
+        every, unit = state.eval_steps, 1
+    elif has_length(loader):
+        every = unit = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    else:
+        return  # the end of the first epoch is unknown
+    needed, skips = first_member, ""
+    if args.fp16:
+        needed = min(first_member + every, state.max_steps)
+        skips = " (later, as fp16 skips the first steps until its loss scale fits)"
+    # The last epoch may end before its rows do.
+    first = min(math.ceil(max(args.eval_delay, 1) * unit / every) * every, state.max_steps)
+    if first < needed:
+        delay = math.floor(1e4 * min(math.ceil(needed / unit), state.max_steps / unit)) / 1e4
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} at an evaluation after {first:.0f} steps, but "
-            f"nothing is averaged before step {first_member}; set eval_delay={delay:g}, or start averaging earlier"
+            f"nothing is averaged before step {first_member}{skips}; set eval_delay={delay:g}, or start averaging "
+            "earlier"
         )
 
 
