@@ -191,6 +191,14 @@ def test_a_run_without_the_callbacks_is_not_resumed_with_them(tmp_path, averagin
         trainer(tmp_path, averaging).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("callback", [WeightAveragingCallback, lambda: NoiseCallback(swaft.R3F())])
+def test_checkpoints_of_which_callbacks_are_not_told_are_refused(tmp_path, callback):
+    run = trainer(tmp_path, callback())
+    run.args.enable_jit_checkpoint = True
+    with pytest.raises(ConfigError, match="set enable_jit_checkpoint=False"):
+        run.train()
+
+
 def test_a_search_over_settings_is_refused(tmp_path, averaging):
     run = trainer(tmp_path, averaging)
     run.hp_search_backend = "optuna"

@@ -25,6 +25,7 @@ from swaft.integrations.transformers.calling import (
     callbacks_of,
     calling_trainer,
     checkpoint_of,
+    require_told_of_checkpoints,
     those_of_kind,
 )
 from swaft.storage import is_complete, read_manifest
@@ -63,8 +64,9 @@ class WeightAveragingCallback(TrainerCallback):
 
     Raises:
         ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, the best
-            model is chosen by the averaged score before anything is averaged, its averages would not be saved, or
-            the optimizer itself averages (schedule-free).
+            model is chosen by the averaged score before anything is averaged, averages would be missing from
+            checkpoints (of the best model, or with ``enable_jit_checkpoint``), or the optimizer itself averages
+            (schedule-free).
         StateError: when training resumes: the checkpoint has no averages (the message names the latest one that
             has), or those of other rules.
     """
@@ -79,6 +81,7 @@ class WeightAveragingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the prepared model, and resume from the checkpoint that the Trainer resumes from."""
         self._trainer, resumed_from = calling_trainer()
+        require_told_of_checkpoints(args)
         if len(those_of_kind(self._trainer, WeightAveragingCallback)) > 1:
             raise ConfigError(
                 "the Trainer has WeightAveragingCallback twice; expected one: give it several rules by name, "
