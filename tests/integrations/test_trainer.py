@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_trainer import averaged, exported, model, numbers_tokenizer, rows, sft_trainer, trainer
-from transformers import Trainer
+from transformers import DataCollatorWithPadding, Trainer
 from trl import DPOConfig, DPOTrainer
 
 import swaft
@@ -28,9 +28,13 @@ def averaging() -> WeightAveragingCallback:
     return WeightAveragingCallback(swaft.SWA(start=0.5))
 
 
-def test_the_end_of_training_leaves_the_averaged_model_with_its_tokenizer(tmp_path, averaging):
+@pytest.mark.parametrize("held_by", ["trainer", "collator"])
+def test_the_end_of_training_leaves_the_averaged_model_with_its_tokenizer(tmp_path, averaging, held_by):
     run = trainer(tmp_path, averaging)
-    run.processing_class = numbers_tokenizer(60)
+    if held_by == "collator":
+        run.data_collator = DataCollatorWithPadding(numbers_tokenizer(60))
+    else:
+        run.processing_class = numbers_tokenizer(60)
     run.train()
     assert (tmp_path / "final-averaged" / "tokenizer.json").is_file()
     mean, written = averaged(run), exported(run)

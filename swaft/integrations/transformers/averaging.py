@@ -160,7 +160,8 @@ class WeightAveragingCallback(TrainerCallback):
             )
             return
         averager.save_pretrained(self._export)
-        tokenizer = self._trainer.processing_class
+        # As the Trainer's own checkpoints find it.
+        tokenizer = self._trainer.processing_class or getattr(self._trainer.data_collator, "tokenizer", None)
         with averager.engine.ranks.together(f"the tokenizer could not be written to {self._export}"):
             if tokenizer is not None and averager.engine.ranks.rank == 0:
                 tokenizer.save_pretrained(self._export)
