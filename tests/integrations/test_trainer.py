@@ -302,6 +302,17 @@ def test_the_page_of_a_trainers_run_has_the_loss_between_both_weights(tmp_path, 
     assert at[1.0] == pytest.approx(scores["eval_averaged_loss"], rel=1e-6)
 
 
+def test_an_evaluation_that_is_set_on_the_trainer_itself_scores_both_weights_once(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, max_steps=2, eval_strategy="no", save_strategy="no")
+    own, asked = run.evaluate, []
+    run.evaluate = lambda *args, **kwargs: asked.append(kwargs) or own(*args, **kwargs)
+    for _ in range(2):
+        run.args.output_dir = f"{run.args.output_dir}/again"
+        run.train()
+    assert {"eval_averaged_loss", "eval_loss"} <= run.evaluate().keys()
+    assert len(asked) == 2
+
+
 class OfExamples(Trainer):
     """Evaluates as transformers' run_qa.py does, and adds a score under a name of its own."""
 

@@ -37,6 +37,8 @@ STATE = "averages"
 """Folder of the averages inside a checkpoint of the Trainer."""
 EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
+SCORES_BOTH = "scores_both_weights"
+"""Mark of a Trainer's `evaluate` that scores the averaged weights, too."""
 PREFIX = "metric_key_prefix"
 """Parameter of a Trainer's `evaluate` that prefixes the names of scores."""
 
@@ -124,7 +126,7 @@ class WeightAveragingCallback(TrainerCallback):
         if state.global_step:
             self.averager.load_state(_require_state(resumed_from or checkpoint_of(args, state)))
         _require_average_when_chosen_by(args, state, self.averager, kwargs["train_dataloader"])
-        if "evaluate" not in vars(self._trainer):
+        if not getattr(self._trainer.evaluate, SCORES_BOTH, False):
             self._trainer.evaluate = _evaluating_both(self._trainer)
         # Callbacks that read scores (early stopping) must come after this one, which adds the averaged scores.
         callbacks = callbacks_of(self._trainer)
@@ -276,6 +278,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
         finally:
             callback.averaged_scores = {}
 
+    vars(both)[SCORES_BOTH] = True
     return both
 
 
