@@ -49,16 +49,25 @@ def test_the_names_are_at_the_top_level_too():
 
 def test_each_of_several_evaluation_sets_is_scored_with_both_weights_once(tmp_path, averaging):
     run = trainer(tmp_path, averaging)
-    run.eval_dataset = {"near": rows(16, 1), "far": rows(16, 2)}
+    run.eval_dataset = {"near": rows(16, 1), "eval": rows(16, 2)}
     run.train()
     names = [name for entry in run.state.log_history[-6:] for name in entry if name.endswith("_loss")]
     assert sorted(names) == [
-        "eval_averaged_far_loss",
+        "eval_averaged_eval_loss",
         "eval_averaged_near_loss",
-        "eval_far_loss",
+        "eval_eval_loss",
         "eval_near_loss",
         "train_loss",
     ]
+
+
+@pytest.mark.parametrize("name", ["f1", "eval_f1"])
+def test_averaged_scores_are_named_alike_however_the_metrics_name_theirs(tmp_path, averaging, name):
+    run = trainer(tmp_path, averaging, max_steps=2, metric_for_best_model="averaged_f1", eval_delay=1)
+    run.compute_metrics = lambda _: {name: 0.5}
+    run.train()
+    assert {"eval_f1", "eval_averaged_f1"} <= run.evaluate().keys()
+    assert any("eval_averaged_f1" in entry for entry in run.state.log_history)
 
 
 def test_an_evaluation_before_anything_is_averaged_is_as_always(tmp_path, averaging):

@@ -364,8 +364,14 @@ def _apart(trainer: Any, prefix: str) -> Iterator[None]:
 
 def _renamed(scores: dict[str, float], prefix: str) -> dict[str, float]:
     """Rename the scores of averaged weights to averaged names, in place; returns the same dictionary."""
-    for name in [each for each in scores if each.startswith("eval_") and not each.startswith(prefix)]:
-        scores[name.replace("eval_", "eval_averaged_", 1)] = scores.pop(name)
+    # compute_metrics may name its scores "eval_f1" itself, and a set of rows may be called "eval".
+    live = f"{prefix}_{prefix.removesuffix('averaged')}"
+    is_set = f"{live}runtime" in scores
+    for name in list(scores):
+        if name.startswith(live) and not is_set:
+            scores[f"{prefix}_{name.removeprefix(live)}"] = scores.pop(name)
+        elif name.startswith("eval_") and not name.startswith(prefix):
+            scores[name.replace("eval_", "eval_averaged_", 1)] = scores.pop(name)
     return scores
 
 
