@@ -84,6 +84,22 @@ def check_model(model: nn.Module, objective: str) -> None:
         )
 
 
+def check_uncompiled(model: nn.Module, objective: str) -> None:
+    """Refuse noise in a model that is compiled whole: torch would compile it anew for every pass, since each hooks
+    the embedding, and after a few give up and train it uncompiled.
+
+    Raises:
+        NoiseError: as described.
+    """
+    # accelerate's regional compilation keeps the original model in its attributes, and compiles each layer.
+    if any(is_compiled(each) and "_orig_mod" not in vars(each) for each in (*layers(model), unwrap(model))):
+        raise NoiseError(
+            f"{type(unwrap(model)).__name__} is compiled whole, including its token embedding, which {objective} "
+            "must hook; expected an uncompiled one. Leave out torch_compile, and compile its layers one by one "
+            "(`layer.compile()`); swaft.TaskLoss and RDrop do not need the embedding."
+        )
+
+
 def check_one_mask(model: nn.Module) -> None:
     """Refuse dropout in a doubled pass with shared masks: each half would draw its own masks.
 

@@ -15,6 +15,7 @@ from swaft.noise.checks import (
     check_one_mask,
     check_seeds,
     check_two_masks,
+    check_uncompiled,
     current_rank,
     generates,
 )
@@ -295,6 +296,8 @@ class TwoPasses(Resumable):
         """The settings for a model, where its noise goes in, and the head that computes its loss, if any."""
         settings = self.settings_for(model)
         site = find_site(model) if settings.sigma > 0 else None
+        if site:
+            check_uncompiled(model, type(self).__name__)
         return settings, site, find_head(model) if settings.fused and generates(model) else None
 
 
