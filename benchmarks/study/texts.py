@@ -48,8 +48,8 @@ def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: 
         sources: the texts to read.
         targets: the texts to generate.
         split: train, validation or test.
-        source: tokenizes a source, from text to token ids.
-        target: the same for a target.
+        source: tokenizes sources, from texts to token ids.
+        target: the same for targets.
     """
     if split == "train":
         rows = [(one, [other]) for one, other in zip(sources, targets, strict=True)]
@@ -59,10 +59,10 @@ def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: 
             grouped.setdefault(one, []).append(other)
         rows = list(grouped.items())
     return Pairs(
-        ids=tuple(tuple(source(one)[:MAX_LENGTH]) for one, _ in rows),
+        ids=tuple(tuple(ids[:MAX_LENGTH]) for ids in source([one for one, _ in rows])),
         segments=((),) * len(rows),
         labels=torch.zeros(len(rows), dtype=torch.long),
-        targets=tuple((*target(others[0])[: MAX_LENGTH - 1], END) for _, others in rows),
+        targets=tuple((*ids[: MAX_LENGTH - 1], END) for ids in target([others[0] for _, others in rows])),
         references=tuple(map(tuple, (others for _, others in rows))),
     )
 
