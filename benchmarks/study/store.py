@@ -30,7 +30,7 @@ def results_folder() -> Path:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Every complete row, the latest for each cell, readout, fingerprint and kind of machine, in the order of these.
+    """Every complete row, the latest for each cell, readout, fingerprint and kind of machine, in this order.
     A failure is dropped once its cell has rows.
     """
     found: dict[tuple[str, str, str, str], Row] = {}

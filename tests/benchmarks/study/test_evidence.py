@@ -109,6 +109,19 @@ def test_pairs_come_from_one_machine_and_one_arithmetic_and_others_are_named():
     )
 
 
+def test_rows_at_another_rate_than_the_chosen_one_are_left_out_and_none_while_it_is_open():
+    rows = made_up(tasks=("trec", "cr"))
+    wrong = [row("decayed:last", "trec", seed, 9.0, 0.1, rate=2e-4) for seed in range(7, 10)]
+    searched = [
+        row("decayed:last", "trec", grid.TUNING_SEED, nll, 0.9, split="tuning", rate=rate)
+        | {"cell": grid.tuning_cell("decayed", "main", "trec", rate).name}
+        for rate, nll in ((2e-4, 0.5), (5e-5, 0.4), (1e-4, 0.3))
+    ]
+    assert arms.keep([*rows, *wrong, *searched[:2]]).others == []
+    kept = arms.keep([*rows, *wrong, *searched])
+    assert (kept.others, len(kept.rows)) == (wrong, len(rows))
+
+
 def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():
     rows = [entry for entry in made_up(tasks=("trec", "cr")) if entry["task"] == "trec" or entry["seed"] != 2]
     second = {"processor": "another", "torch": "t"}
