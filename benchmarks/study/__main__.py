@@ -182,15 +182,23 @@ def print_cell(cell: Cell, check: bool) -> int:
         print(json.dumps(row))
     if not check:
         return 0
-    kept = {row["readout"]: row for row in read_rows(results_folder())
-            if row["cell"] == cell.name and row["fingerprint"] == cell.fingerprint}  # fmt: skip
-    same = all(
-        row["readout"] in kept
-        and all(row.get(part) == kept[row["readout"]].get(part) for part in ("outcomes", "rounded", "chosen"))
-        for row in made
-    )
-    print("the same numbers" if same else "other numbers, or no rows of this fingerprint", file=sys.stderr)
+    kept = [
+        row for row in read_rows(results_folder())
+        if (row["cell"], row["fingerprint"], kind_of(row)) == (cell.name, cell.fingerprint, _here())
+    ]  # fmt: skip
+    same = _reproducible(made) == _reproducible(kept)
+    other = "other numbers, or no rows of this fingerprint and kind of machine"
+    print("the same numbers" if same else other, file=sys.stderr)
     return 0 if same else 1
+
+
+def _reproducible(rows: list[Row]) -> dict[str, str]:
+    """By readout, what is the same whenever a cell is run, as JSON: NaN equals itself, and a tuple a list."""
+    varying = {"cost", "machine", "command"}
+    return {
+        row["readout"]: json.dumps({name: row[name] for name in row.keys() - varying}, sort_keys=True)
+        for row in rows
+    }
 
 
 def print_status() -> int:
