@@ -18,6 +18,7 @@ from benchmarks.study.fitting import REGIMES, device, fit, teach
 from benchmarks.study.numerics import PRECISION, fingerprint, machine
 from benchmarks.study.pack import model_name, packed
 from benchmarks.study.reading import score_test, score_validation
+from benchmarks.study.readouts import RECOMMENDED
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS, load, new_model
 from benchmarks.study.trainings import TRAININGS
@@ -118,7 +119,7 @@ def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
     teacher = teach(splits, training, **options)
     taught = time.process_time() - began
     model = new_model(task, splits, cell.seed, device())
-    averaged = None if cell.split in ("test", "flatness") else (training.principal,)
+    averaged = {"tuning": (training.principal,), "probe": (RECOMMENDED,)}.get(cell.split)
     trained = fit(model, splits, training, averaged=averaged, teacher=teacher, **options)
     try:
         found = READINGS[cell.split](model, trained, training, splits, task)

@@ -11,6 +11,8 @@ from benchmarks.study.trainings import Training
 MEMBERS = 80
 """Approximate number of members of an average over the whole run: as good as all steps, and faster."""
 BLENDED = "tail-0.2"
+RECOMMENDED = "ema-0.1"
+"""The average recommended for constant runs, which stands for them in the measurements beyond scores."""
 
 
 @dataclass(frozen=True)

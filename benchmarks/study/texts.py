@@ -142,7 +142,7 @@ def new_model(seed: int, device: torch.device, *, pretrained: bool) -> nn.Module
         torch.manual_seed(seed)
         config = T5Config(
             vocab_size=VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=4 * WIDTH, num_layers=LAYERS,
-            num_heads=HEADS, **special,
+            num_heads=HEADS, attn_implementation=encoder.attention_on(device.type), **special,
         )  # fmt: skip
         return T5ForConditionalGeneration(config).to(device)
     body = encoder.from_pack(AutoModel, seed, device, add_pooling_layer=False)
