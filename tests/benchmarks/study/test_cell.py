@@ -83,10 +83,13 @@ def test_a_failed_cell_is_made_again_when_asked_and_only_then(tiny_task, monkeyp
 
 
 @pytest.mark.parametrize("part", ["noise", "settings", "outcomes"])
-def test_a_check_finds_any_other_number_and_a_readout_that_is_not_made(tiny_task, monkeypatch, part):
+def test_a_check_finds_any_other_number_of_the_rows_and_a_readout_that_is_not_made(
+    tiny_task, monkeypatch, part
+):
     (row,) = rows = command.make(parse_cell(CR))
     monkeypatch.setattr(command, "run_cell", lambda cell: rows)
-    store.append(tiny_task / "results", "rows", [row | {"cost": {}, "command": ""}])
+    older = {name: row[name] for name in row.keys() - {part}}  # from before this was measured
+    store.append(tiny_task / "results", "rows", [older | {"cost": {}, "command": ""}])
     assert command.main(["cell", CR, "--check"]) == 0
     store.append(tiny_task / "results", "rows", [row | {part: {}}])
     assert command.main(["cell", CR, "--check"]) == 1
