@@ -128,6 +128,12 @@ def test_sources_of_the_encoder_are_cut_and_unpadded_whatever_was_read_before(ge
     assert cut == tuple((*row[:3], row[-1]) for row in first)
 
 
+def test_every_part_of_a_generating_model_has_the_attention_of_its_device(general_tasks, monkeypatch):
+    monkeypatch.setattr(encoder, "attention_on", {"cpu": "eager"}.get)
+    new, around = (texts.new_model(0, torch.device("cpu"), pretrained=each) for each in (False, True))
+    assert new.config._attn_implementation == around.decoder.config._attn_implementation == "eager"
+
+
 def test_bleu_of_the_right_texts_is_one(general_tasks):
     rows, vocabulary = tasks.read("e2e-new", "test"), tasks.vocabulary("e2e-new")
 
