@@ -19,7 +19,7 @@ Rules, written down before any row of a confirming task was made:
   all of them have been measured on every choosing task. It must also be ahead of the same readout of the plain
   loss, trained twice as long: what averaging gains is not the objective's.
 * Both are chosen from ``DECIDING_SEEDS`` alone, so that more seeds and trainings do not change them afterwards.
-* Confirming tasks are looked at once, after both choices, and then change nothing.
+* Confirming tasks are looked at once, after the choice that they confirm, and then change nothing.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ PHASES = (
         Phase(trainings, "main", (task,), DECIDING_SEEDS)
         for trainings, tasks in (
             (AVERAGING, CHOOSING),
-            (("decayed2x", *OBJECTIVES), CHOOSING),
             (AVERAGING, CONFIRMING),
+            (("decayed2x", *OBJECTIVES), CHOOSING),
             (LONGER, CHOOSING + CONFIRMING),
             (OBJECTIVES, CONFIRMING),
         )
