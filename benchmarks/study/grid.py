@@ -5,8 +5,8 @@ Rules, written down before any row of a confirming task was made:
 * **Rate.** The search on the validation rows is the same for every training and task, with a seed that no reported
   cell uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (the last
   weights of a decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. In a tie, the lower
-  rate. The regime with 500 rows is tuned separately, in the same way. A rate found on one kind of machine is used
-  on every kind.
+  rate. A cell that failed leaves its rate open. The regime with 500 rows is tuned separately, in the same way. A
+  rate found on one kind of machine is used on every kind.
 * **Machines.** A training is compared with its baseline of the same seed made on the same kind of machine. A pair
   that exists on one kind is not run again on another.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs with one pass. A training

@@ -114,8 +114,8 @@ def test_pairs_come_from_one_machine_and_one_arithmetic_and_others_are_named():
     assert found.overall is not None
     assert found.overall.mean == pytest.approx(-5.0, abs=1)
     assert (
-        "left out, from a second machine or other arithmetic: constant (constant), decayed (other)"
-        in evidence.page(rows, [])
+        "left out, from a second machine, at another rate, or other arithmetic: "
+        "constant (constant), decayed (other)" in evidence.page(rows, [])
     )
 
 
