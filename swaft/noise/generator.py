@@ -152,17 +152,14 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
     return a, b, c, d
 
 
-def standard_noise(
-    numel: int, *, noise: Noise, stream: int, device: torch.device | str = "cpu", first: int = 0
-) -> Tensor:
-    """Elements ``first`` to ``first + numel`` of a stream: uniform on [-1, 1) or standard normal.
+def standard_noise(numel: int, *, noise: Noise, stream: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first elements of a stream: uniform on [-1, 1) or standard normal.
 
     Args:
         numel: how many elements.
         noise: the distribution.
         stream: seed of the stream, in [0, 2**64).
         device: where to compute.
-        first: index of the first element, a multiple of 4 in [0, 2**66).
 
     Returns:
         The noise (numel,), fp32.
@@ -170,7 +167,7 @@ def standard_noise(
     out = torch.empty((-(-numel // 4), 4), dtype=torch.float32, device=device)
     for begin in range(0, len(out), _BLOCK):
         block = out[begin : begin + _BLOCK]
-        words = _words(first // 4 + begin, len(block), stream, out.device)
+        words = _words(begin, len(block), stream, out.device)
         if noise == "uniform":
             torch.stack([uniform(word).mul_(2).sub_(1) for word in words], dim=1, out=block)
         else:
@@ -185,11 +182,9 @@ def _words(
     first: int, count: int, stream: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Words of counters ``first`` to ``first + count``: 64-bit counters, whose upper two words are 0."""
-    # Relative to a multiple of 2**32, the index cannot overflow, and only one carry can occur.
-    index = torch.arange(first & _WORD, (first & _WORD) + count, device=device)
+    index = torch.arange(first, first + count, device=device)
     zero = torch.zeros_like(index)
-    counter = (index & _WORD, (index >> 32) + (first >> 32), zero, zero)
-    return philox(counter, (stream & _WORD, stream >> 32))
+    return philox((index & _WORD, index >> 32, zero, zero), (stream & _WORD, stream >> 32))
 
 
 def _high(product: Tensor) -> Tensor:
