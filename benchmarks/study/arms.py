@@ -23,9 +23,8 @@ OUTCOMES = {
     "score": "score, points",
     "ece": "calibration error, points",
 }
-"""What is compared. Loss: 100 times the difference of the logarithms, so per cent. Scaled: the same, with logits
-divided by the temperature that fits the validation rows best, which removes the effect of confidence. Score: the
-task's own."""
+"""What is compared. Loss: its relative change; means are geometric. Scaled: the same, with logits divided by the
+temperature that fits the validation rows best, which removes the effect of confidence. Score: the task's own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
 """The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""
@@ -73,9 +72,20 @@ class Kept:
         outcome: str,
         *,
         tasks: Collection[str] = tuple(TASKS),
+        seeds: Collection[int] | None = None,
         rounding: str | None = None,
     ) -> Comparison | None:
-        """An arm minus another, paired by task, seed and kind of machine; None if no task has enough pairs."""
+        """An arm minus another, paired by task, seed and kind of machine; None if no task has enough pairs.
+
+        Args:
+            regime: of both.
+            arm: training and readout.
+            base: what it is compared with.
+            outcome: one of `OUTCOMES`.
+            tasks: those to compare on.
+            seeds: those to compare on; None for all.
+            rounding: of the weights; None for the weights themselves.
+        """
         ours, theirs = (
             {(row["task"], row["seed"], kind_of(row)): _outcome_of(row, outcome, rounding) for row in rows}
             for rows in (_of(self.rows, regime, arm), _of(self.rows + self.bases, regime, base))
@@ -83,14 +93,16 @@ class Kept:
         found: dict[str, list[float]] = {}
         for at in sorted(ours.keys() & theirs.keys()):
             own, other = ours[at], theirs[at]
-            if own is not None and other is not None:
+            if own is not None and other is not None and (seeds is None or at[1] in seeds):
                 found.setdefault(at[0], []).append(own - other)
         pairs = {
             task: np.array(found[task])
             for task in TASKS  # in one order, for one interval
             if task in tasks and len(found.get(task, ())) >= FEWEST_SEEDS
         }
-        return compare(pairs) if pairs else None
+        if not pairs:
+            return None
+        return compare(pairs).rescaled(percent) if outcome in LOSSES else compare(pairs)
 
     def machines(self) -> dict[str, list[str]]:
         """The tasks measured on each kind of machine."""
@@ -111,11 +123,16 @@ def _outcome_of(row: Row, outcome: str, rounding: str | None) -> float | None:
 
 
 def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
-    """An outcome on the scale on which it is compared; "nll" is the loss itself, in nats."""
+    """An outcome on the scale on which it is averaged: losses as logarithms; "nll" is the loss itself, in nats."""
     found = numbers[_name_of(outcome, task)]
     if outcome == "nll":
         return found
-    return 100 * (math.log(max(found, 1e-12)) if outcome in LOSSES else found)
+    return math.log(max(found, 1e-12)) if outcome in LOSSES else 100 * found
+
+
+def percent(difference: float) -> float:
+    """The relative change, in per cent, that a difference of logarithms amounts to."""
+    return 100 * math.expm1(difference)
 
 
 def _name_of(outcome: str, task: str) -> str:
