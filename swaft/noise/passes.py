@@ -40,7 +40,8 @@ def random_state_kept(
     """
     tensors = [*model.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
     devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
-    return torch.random.fork_rng(devices, enabled=enabled)
+    kind = next((device.type for device in devices), "cuda")
+    return torch.random.fork_rng(devices, enabled=enabled, device_type=kind)
 
 
 class SentCount:
