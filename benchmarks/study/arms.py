@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.study.grid import at_chosen_rates
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.statistics import Comparison, compare
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS
-from benchmarks.study.trainings import TRAININGS
+from benchmarks.study.trainings import BASELINES, TRAININGS
 
 OUTCOMES = {
     "loss": "test loss, %",
@@ -26,8 +27,6 @@ OUTCOMES = {
 """What is compared. Loss: its relative change; means are geometric. Scaled: the same, with logits divided by the
 temperature that fits the validation rows best, which removes the effect of confidence. Score: the task's own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
-BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
-"""The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""
 FEWEST_SEEDS = 3
 ORDER = [
     (name, readout)
@@ -43,7 +42,7 @@ class Kept:
 
     A training of a regime, task and seed comes from one kind of machine, and is compared with the baseline made on
     that kind. The kind must have both; if several do, it is the one with the most rows that share this baseline. On
-    each kind a training has one arithmetic.
+    each kind a training has one arithmetic. Its rate is the chosen one, if the tuning rows choose one.
     """
 
     rows: list[Row]
@@ -143,9 +142,10 @@ def _name_of(outcome: str, task: str) -> str:
 def keep(rows: Sequence[Row]) -> Kept:
     """Choose the test rows to show, each from a machine that also has its baseline, if there is one."""
     tested = [row for row in rows if row["split"] == "test" and "failed" not in row]
-    counts = Counter((kind_of(row), row["training"], row["fingerprint"]) for row in tested)
+    right = at_chosen_rates(tested, rows)
+    counts = Counter((kind_of(row), row["training"], row["fingerprint"]) for row in right)
     arithmetic = {each[:2]: each[2] for each in sorted(counts, key=lambda each: (counts[each], each[2]))}
-    same = [row for row in tested if arithmetic[kind_of(row), row["training"]] == row["fingerprint"]]
+    same = [row for row in right if arithmetic[kind_of(row), row["training"]] == row["fingerprint"]]
     bases = {_pair_of(row): row for row in same if row["arm"] == _base_of(row)}
     shared = Counter(map(_pair_of, same))
     machine: dict[tuple[Any, ...], str] = {}

@@ -54,7 +54,7 @@ def write(results: Path, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    rows = sorted(read_rows(results), key=lambda row: (row["cell"], row["readout"], row["fingerprint"]))
+    rows = read_rows(results)
     drawn = figures.draw(keep(rows), HEADLINES)
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     written = [folder / "evidence.md"]
@@ -245,13 +245,15 @@ def _tuning(rows: Sequence[Row]) -> str:
                 told = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
                 if chosen is not None:
                     told[chosen] = f"**{told[chosen]}**"
+                    if chosen in (RATES[0], RATES[-1]):
+                        told[chosen] += " (edge)"
                 if told:
                     lines.append(line([f"`{training}`", *(told.get(rate, "") for rate in RATES)]))
             if len(lines) > 2:
                 parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", "\n".join(lines)]
     if not parts:
         return ""
-    told = "Loss on the validation rows, by learning rate. Bold: the chosen rate."
+    told = "Loss on the validation rows, by learning rate. Bold: the chosen rate; edge: the grid ends there."
     return "\n\n".join(["## Learning rates tried", told, *parts])
 
 
@@ -318,5 +320,7 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     notes = [f"* failed: `{row['cell']}`: {row['failed']}" for row in rows if "failed" in row]
     if kept.others:
         arms = sorted({f"{row['training']} ({row['fingerprint']})" for row in kept.others})
-        notes.append(f"* left out, from a second machine or other arithmetic: {', '.join(arms)}")
+        notes.append(
+            f"* left out, from a second machine, at another rate, or other arithmetic: {', '.join(arms)}"
+        )
     return "\n".join([*lines, "", *notes]).rstrip()

@@ -11,6 +11,8 @@ from benchmarks.study.trainings import Training
 MEMBERS = 80
 """Approximate number of members of an average over the whole run: as good as all steps, and faster."""
 BLENDED = "tail-0.2"
+RECOMMENDED = "ema-0.1"
+"""The average recommended for constant runs, which stands for them in the measurements beyond scores."""
 ROUNDED = ("tail-0.1", "swa-0.5", "ema-0.1")
 """The averages that are also scored with rounded weights, and by the texts they generate."""
 

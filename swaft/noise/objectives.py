@@ -225,11 +225,7 @@ class TwoPasses(Resumable):
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
         """The settings that apply to a model: presets may differ between classification and generation."""
-        return self.settings(generating=generates(model))
-
-    def settings(self, *, generating: bool) -> NoiseSettings:
-        """The settings that result from preset and options, for models that generate text or for others."""
-        return self._generating if generating else self._classifying
+        return self._generating if generates(model) else self._classifying
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run the clean and the noised pass and combine them into one loss.

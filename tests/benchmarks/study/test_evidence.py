@@ -114,9 +114,22 @@ def test_pairs_come_from_one_machine_and_one_arithmetic_and_others_are_named():
     assert found.overall is not None
     assert found.overall.mean == pytest.approx(-5.0, abs=1)
     assert (
-        "left out, from a second machine or other arithmetic: constant (constant), decayed (other)"
-        in evidence.page(rows, [])
+        "left out, from a second machine, at another rate, or other arithmetic: "
+        "constant (constant), decayed (other)" in evidence.page(rows, [])
     )
+
+
+def test_rows_at_another_rate_than_the_chosen_one_are_left_out_and_none_while_it_is_open():
+    rows = made_up(tasks=("trec", "cr"))
+    wrong = [row("decayed:last", "trec", seed, 9.0, 0.1, rate=2e-4) for seed in range(7, 10)]
+    searched = [
+        row("decayed:last", "trec", grid.TUNING_SEED, nll, 0.9, split="tuning", rate=rate)
+        | {"cell": grid.tuning_cell("decayed", "main", "trec", rate).name}
+        for rate, nll in ((2e-4, 0.5), (5e-5, 0.4), (1e-4, 0.3))
+    ]
+    assert arms.keep([*rows, *wrong, *searched[:2]]).others == []
+    kept = arms.keep([*rows, *wrong, *searched])
+    assert (kept.others, len(kept.rows)) == (wrong, len(rows))
 
 
 def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():
@@ -265,9 +278,35 @@ def test_probes_and_flatness_are_on_the_page_once_there_are_rows():
     ]
     page = evidence.page(rows, [])
     assert "| `decayed:last` | 90.00 |" in page
-    assert "| `decayed:last` | +0.2500 | 12.00 | 345.00 |" in page
+    assert "| `decayed:last` | 25.00 | 12.00 | 345.00 |" in page
     assert "linear probes on other tasks after" not in page
     assert "chains and cycles of tasks" in page
+
+
+def test_beyond_scores_arms_differ_by_pairs_and_the_line_is_shown():
+    flat = {"split": "flatness", "noise_radii": [0.1], "top_eigenvalue": 12.0, "trace": 345.0}
+    rows = []
+    for seed in range(1, 6):
+        for arm, rise in (("decayed:last", 0.25), ("constant:last", 0.2)):
+            nll = (
+                seed / 10
+            )  # a seed alone that the arm lacks, and the baseline's own level, change no difference
+            if (arm, seed) != ("constant:last", 5):
+                rows.append(
+                    row(arm, "trec", seed, 0.5, 0.9) | flat | {"test_nll": [nll, nll + rise + seed / 1000]}
+                )
+        losses = [[nll + 0.5, nll], [nll, nll + 0.5], [nll + 0.5, nll + 1]]
+        rows.append(
+            row("constant:line", "trec", seed, 0.5, 0.9)
+            | {"split": "flatness", "places": [-0.5, 0.0, 1.0], "train_and_test_nll": losses}
+        )
+    page = evidence.page(rows, [])
+    assert "| `decayed:last` | 25.30 | 12.00 | 345.00 |" in page
+    assert "| `constant:last` | **-5.00 [-5.00, -5.00]** |" in page
+    assert "| loss | -0.5 | 1 |" in page
+    for split, away, average in (("training", 50, 50), ("test", -50, 50)):
+        told = " | ".join(f"**{end:+.2f} [{end:+.2f}, {end:+.2f}]**" for end in (away, average))
+        assert f"| `constant`, {split} rows | {told} |" in page
 
 
 def test_the_committed_page_is_that_of_the_committed_rows(tmp_path):
