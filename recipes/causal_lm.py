@@ -25,6 +25,7 @@ from swaft.training.data.causal_lm import (
     CausalColumns,
     CausalConfig,
     asked_rows,
+    ends_of_answers,
     find_columns,
     report_rows,
     require_chat_template,
@@ -138,12 +139,13 @@ def train(config: CausalConfig) -> None:
             ready.datasets = tokenize_rows(columns.rows, tokenizer, columns, config.data)
         datasets = ready.datasets
         report_rows(datasets["train"], config.data)
+        ends = ends_of_answers(datasets["train"])
         if config.data.packing:
             datasets["train"] = pack(datasets["train"], config.data.max_length)
 
         # Model: the pretrained one, or a new one with random weights, the same on every rank.
         with run.loading():
-            model = load_text_model(config, ready.model_config, tokenizer)
+            model = load_text_model(config, ready.model_config, tokenizer, ends=ends)
         objective.prepare_model(model)
         collate = CausalCollator(tokenizer)
 

@@ -63,7 +63,10 @@ def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, pac
     with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
         model = load_text_model(config, decoder_config(section), tokenizer)
         assert model.training
-        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        end = tokenizer.eos_token_id
+        assert model.generation_config.eos_token_id == end
+        model = load_text_model(config, decoder_config(section), tokenizer, ends={end, 7})
+        assert model.generation_config.eos_token_id == [end, 7]
         assert tokenizer.padding_side == tokenizer.init_kwargs["padding_side"] == "left"
 
 

@@ -18,9 +18,11 @@ from swaft.errors import ConfigError, DataError
 from swaft.training.config import ModelConfig
 from swaft.training.data.causal_lm import (
     CausalCollator,
+    CausalColumns,
     CausalDataConfig,
     CausalEvalConfig,
     asked_rows,
+    ends_of_answers,
     find_columns,
     report_rows,
     require_chat_template,
@@ -163,6 +165,30 @@ def test_of_each_answer_of_a_chat_what_the_model_is_asked_to_write_is_learnt(mad
         report_rows(rows, CausalDataConfig(max_length=len(row["input_ids"]) - 1))
     assert ("1 answers before the last ones are learnt in part or not at all" in caplog.text) == bool(changed)
     assert "100.0 % are cut to" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("made", "content", "expected"),
+    [
+        (QWEN3, "b", {"<|im_end|>"}),
+        (("qwen2_5", "<|endoftext|>", "<|im_start|>", "<|im_end|>"), "b", {"<|im_end|>"}),
+        (GPT_OSS, "b", {"<|return|>"}),
+        (("glm4moe", "<|endoftext|>", "<|user|>", "<|assistant|>"), "b", set()),
+        (QWEN3, "b " * 200, set()),  # cut, so its end is not learnt
+    ],
+)
+def test_the_special_token_that_the_template_ends_answers_with_is_found(made, content, expected):
+    reader = reader_of(*made)
+    chats = [[CHAT[0], {"role": "assistant", "content": content}]]
+    columns = CausalColumns(answer=None, messages="messages")
+    rows = tokenized(
+        Dataset.from_dict({"messages": chats}), reader, columns, CausalDataConfig(max_length=300)
+    )
+    assert {reader.convert_ids_to_tokens(token) for token in ends_of_answers(rows)} == expected
+
+
+def test_texts_end_with_the_tokenizers_end_only():
+    assert ends_of_answers(made([{"text": "a b c"}])) == set()
 
 
 def test_chats_that_cannot_be_used_are_left_out_if_bad_rows_are(caplog):
