@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError, DataError
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
@@ -327,3 +328,7 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
 def _reason(error: Exception) -> str:
     """Return the message of an error in one line."""
     return " ".join(str(error).split())
+        if (
+            "tiktoken" in reason and not is_sentencepiece_available()
+        ):  # for transformers any vocabulary it cannot read
+            reason = "its tokenizer may be a sentencepiece model; pip install sentencepiece protobuf"
