@@ -96,8 +96,9 @@ def _generate_with(generation: Any, **tokens: int | None) -> None:
 def require_order(model: Any, setting: str, *, packs: bool) -> None:
     """Refuse a decoder in which a token sees later ones, or (``packs``) those of a row packed before its own.
 
-    Measured on eight tokens in fp32: for causal models of transformers the logits differ by at most 5e-7, for
-    others by 3e-3 or more.
+    Measured on eight tokens in fp32: relative to the largest, the logits of small causal models of transformers
+    differ by at most 5e-7. Those of others differ by 3e-3 or more, but for packed rows of LFM2, whose short
+    convolutions let through as little as 1e-4: so close to the limit, weights decide on which side they are.
 
     Args:
         model: whole, on the host, with random or pretrained weights.
