@@ -345,7 +345,10 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
         if not all(map(_is_message, messages)):
-            yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
+            yield (
+                row,
+                f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",
+            )
         elif not any(map(is_learnt, messages[1:])):
             yield row, f"has no message of the assistant after another {there}; expected one to learn"
 
@@ -362,7 +365,10 @@ def _renumbered(rows: Dataset, before: int) -> Dataset:
 
 
 def _is_message(found: Any) -> bool:
-    return isinstance(found, Mapping) and isinstance(found.get("content"), str) and "role" in found
+    if not isinstance(found, Mapping) or "role" not in found:
+        return False
+    content = found.get("content")
+    return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
 
 
 def _tokens(

@@ -231,6 +231,18 @@ def test_what_a_message_has_no_value_for_does_not_reach_the_template():
     assert row["input_ids"] == ids("<user> a <bot> b </s>")
 
 
+def test_an_answer_may_be_a_call_of_a_tool_without_a_content():
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    chat = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    reader = reader_of(*QWEN3)
+    columns = find_columns({"train": Dataset.from_list([{"messages": chat}])}, CausalDataConfig())
+    [row] = tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
+    learnt = reader.decode([each for each in row["labels"] if each != -100])
+    assert '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call><|im_end|>' in learnt
+    with pytest.raises(DataError, match=r"expected messages with a role and a content \(or tool_calls\)"):
+        made([{"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": []}]}])
+
+
 def test_answers_of_the_weight_0_are_given_and_not_learnt():
     chat = [("user", "a", None), ("assistant", "b", 0), ("user", "c", None), ("assistant", "d", 1)]
     messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in chat]
