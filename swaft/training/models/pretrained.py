@@ -113,7 +113,8 @@ def load_model_config(model: AnyModelConfig, **settings: Any) -> Any:
 def load_tokenizer(model: AnyModelConfig) -> Any:
     """Return the tokenizer: ``model.tokenizer_name`` if set, else the model's own.
 
-    A tokenizer without a padding token pads with its end-of-text token; the attention mask hides it either way.
+    A tokenizer without a padding token pads with its end-of-text token: the attention mask tells the two apart, and
+    `load_form` sees to it that the token's embedding is trained.
 
     Raises:
         ConfigError: there is no tokenizer, it does not read plain text (LayoutLMv3's needs boxes), or it knows no
@@ -193,9 +194,16 @@ def load_form(config: RecipeConfig, model_config: Any, **settings: Any) -> Any:
     model, form = config.model, FORMS[config.task]
     with naming_settings(model):
         if model.described is not None:
-            return form.auto.from_config(model_config, dtype=torch.float32)
-        settings |= {"config": model_config, "trust_remote_code": model.trust_remote_code}
-        return form.auto.from_pretrained(model_path(model), dtype="float32", **settings)
+            loaded = form.auto.from_config(model_config, dtype=torch.float32)
+        else:
+            settings |= {"config": model_config, "trust_remote_code": model.trust_remote_code}
+            loaded = form.auto.from_pretrained(model_path(model), dtype="float32", **settings)
+    text = loaded.config.get_text_config()
+    padding, end = (getattr(text, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+    if padding is not None and padding in (end if isinstance(end, list) else [end]):
+        # An embedding has no gradient for its padding, which ends texts here, too.
+        loaded.get_input_embeddings().padding_idx = None
+    return loaded
 
 
 def load_with_head(config: Any, model_config: Any, *, has_new_head: bool = False) -> Any:
