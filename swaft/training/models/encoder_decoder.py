@@ -276,6 +276,12 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
     sees_all = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not reads_on
     continues = brings_its_own or (type(found) in MODEL_FOR_CAUSAL_LM_MAPPING and not sees_all)
     if found.is_encoder_decoder or not continues:
+        part = getattr(found, "text_config", None)
+        if type(part) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ConfigError(
+                f"{model.setting}: a {found.model_type} also reads images or sound; expected a decoder of text "
+                f"alone. Save its text model, a {part.model_type}, in a folder of its own, and name that"
+            )
         raise ConfigError(
             f"{model.setting}: {found.model_type} is not a decoder that continues a text; expected a model "
             "such as Llama, Qwen, Gemma or GPT-2 (encoder-decoders: recipes/seq2seq.py)"

@@ -328,6 +328,9 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
                 f"model.model_name_or_path: {model.model_name_or_path} has a head of another size than this task "
                 "needs (see the report above); for a new head set model.ignore_mismatched_sizes=true"
             ) from error
+        # transformers takes any vocabulary that it cannot read for tiktoken's.
+        if "tiktoken" in reason and not is_sentencepiece_available():
+            reason = "its tokenizer may be a sentencepiece model; pip install sentencepiece protobuf"
         raise ConfigError(
             f"model.{setting}: {getattr(model, setting)} cannot be loaded: {reason[:500]}"
         ) from error
@@ -336,7 +339,3 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
 def _reason(error: Exception) -> str:
     """Return the message of an error in one line."""
     return " ".join(str(error).split())
-        if (
-            "tiktoken" in reason and not is_sentencepiece_available()
-        ):  # for transformers any vocabulary it cannot read
-            reason = "its tokenizer may be a sentencepiece model; pip install sentencepiece protobuf"
