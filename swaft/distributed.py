@@ -134,11 +134,6 @@ class Ranks:
         """Receive a host tensor from rank ``source``, which may take up to ``PATIENCE``, into ``tensor``."""
         dist.recv(tensor, src=source, group=self._patient)
 
-    def barrier(self) -> None:
-        """Wait for every rank (collective)."""
-        if self._group is not None:
-            dist.barrier(group=self._group)
-
     def all_arrive(self) -> bool:
         """Whether every rank reaches this point within ``ARRIVAL_TIMEOUT_S``; for error handling.
 

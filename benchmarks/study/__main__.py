@@ -176,21 +176,27 @@ def print_cost(tasks: list[str], training: str) -> int:
 
 
 def print_cell(cell: Cell, check: bool) -> int:
-    """Print a cell's rows; with ``check``, also whether they equal those in the results, number for number."""
+    """Print a cell's rows; with ``check``, also whether all that its rows in the results hold is found again."""
     made = make(cell)
     for row in made:
         print(json.dumps(row))
     if not check:
         return 0
-    kept = {row["readout"]: row for row in read_rows(results_folder())
-            if row["cell"] == cell.name and row["fingerprint"] == cell.fingerprint}  # fmt: skip
-    same = all(
-        row["readout"] in kept
-        and all(row.get(part) == kept[row["readout"]].get(part) for part in ("outcomes", "rounded", "chosen"))
-        for row in made
-    )
-    print("the same numbers" if same else "other numbers, or no rows of this fingerprint", file=sys.stderr)
+    ours = {row["readout"]: _reproducible(row) for row in made}
+    kept = {
+        row["readout"]: _reproducible(row) for row in read_rows(results_folder())
+        if (row["cell"], row["fingerprint"], kind_of(row)) == (cell.name, cell.fingerprint, _here())
+    }  # fmt: skip
+    same = ours.keys() == kept.keys() and all(kept[name].items() <= ours[name].items() for name in kept)
+    other = "other numbers, or no rows of this fingerprint and kind of machine"
+    print("the same numbers" if same else other, file=sys.stderr)
     return 0 if same else 1
+
+
+def _reproducible(row: Row) -> dict[str, str]:
+    """What is the same whenever a cell is run, each part as JSON: NaN equals itself, and a tuple a list."""
+    varying = {"cost", "machine", "command"}
+    return {part: json.dumps(row[part], sort_keys=True) for part in row.keys() - varying}
 
 
 def print_status() -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.study.grid import at_chosen_rates
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.statistics import Comparison, compare
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS
-from benchmarks.study.trainings import TRAININGS
+from benchmarks.study.trainings import BASELINES, TRAININGS
 
 OUTCOMES = {
     "loss": "test loss, %",
@@ -23,12 +24,9 @@ OUTCOMES = {
     "score": "score, points",
     "ece": "calibration error, points",
 }
-"""What is compared. Loss: 100 times the difference of the logarithms, so per cent. Scaled: the same, with logits
-divided by the temperature that fits the validation rows best, which removes the effect of confidence. Score: the
-task's own."""
+"""What is compared. Loss: its relative change; means are geometric. Scaled: the same, with logits divided by the
+temperature that fits the validation rows best, which removes the effect of confidence. Score: the task's own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
-BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
-"""The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""
 FEWEST_SEEDS = 3
 ORDER = [
     (name, readout)
@@ -44,7 +42,7 @@ class Kept:
 
     A training of a regime, task and seed comes from one kind of machine, and is compared with the baseline made on
     that kind. The kind must have both; if several do, it is the one with the most rows that share this baseline. On
-    each kind a training has one arithmetic.
+    each kind a training has one arithmetic. Its rate is the chosen one, if the tuning rows choose one.
     """
 
     rows: list[Row]
@@ -73,9 +71,20 @@ class Kept:
         outcome: str,
         *,
         tasks: Collection[str] = tuple(TASKS),
+        seeds: Collection[int] | None = None,
         rounding: str | None = None,
     ) -> Comparison | None:
-        """An arm minus another, paired by task, seed and kind of machine; None if no task has enough pairs."""
+        """An arm minus another, paired by task, seed and kind of machine; None if no task has enough pairs.
+
+        Args:
+            regime: of both.
+            arm: training and readout.
+            base: what it is compared with.
+            outcome: one of `OUTCOMES`.
+            tasks: those to compare on.
+            seeds: those to compare on; None for all.
+            rounding: of the weights; None for the weights themselves.
+        """
         ours, theirs = (
             {(row["task"], row["seed"], kind_of(row)): _outcome_of(row, outcome, rounding) for row in rows}
             for rows in (_of(self.rows, regime, arm), _of(self.rows + self.bases, regime, base))
@@ -83,14 +92,16 @@ class Kept:
         found: dict[str, list[float]] = {}
         for at in sorted(ours.keys() & theirs.keys()):
             own, other = ours[at], theirs[at]
-            if own is not None and other is not None:
+            if own is not None and other is not None and (seeds is None or at[1] in seeds):
                 found.setdefault(at[0], []).append(own - other)
         pairs = {
             task: np.array(found[task])
             for task in TASKS  # in one order, for one interval
             if task in tasks and len(found.get(task, ())) >= FEWEST_SEEDS
         }
-        return compare(pairs) if pairs else None
+        if not pairs:
+            return None
+        return compare(pairs).rescaled(percent) if outcome in LOSSES else compare(pairs)
 
     def machines(self) -> dict[str, list[str]]:
         """The tasks measured on each kind of machine."""
@@ -111,11 +122,16 @@ def _outcome_of(row: Row, outcome: str, rounding: str | None) -> float | None:
 
 
 def value_of(numbers: dict[str, float], task: str, outcome: str) -> float:
-    """An outcome on the scale on which it is compared; "nll" is the loss itself, in nats."""
+    """An outcome on the scale on which it is averaged: losses as logarithms; "nll" is the loss itself, in nats."""
     found = numbers[_name_of(outcome, task)]
     if outcome == "nll":
         return found
-    return 100 * (math.log(max(found, 1e-12)) if outcome in LOSSES else found)
+    return math.log(max(found, 1e-12)) if outcome in LOSSES else 100 * found
+
+
+def percent(difference: float) -> float:
+    """The relative change, in per cent, that a difference of logarithms amounts to."""
+    return 100 * math.expm1(difference)
 
 
 def _name_of(outcome: str, task: str) -> str:
@@ -126,9 +142,10 @@ def _name_of(outcome: str, task: str) -> str:
 def keep(rows: Sequence[Row]) -> Kept:
     """Choose the test rows to show, each from a machine that also has its baseline, if there is one."""
     tested = [row for row in rows if row["split"] == "test" and "failed" not in row]
-    counts = Counter((kind_of(row), row["training"], row["fingerprint"]) for row in tested)
+    right = at_chosen_rates(tested, rows)
+    counts = Counter((kind_of(row), row["training"], row["fingerprint"]) for row in right)
     arithmetic = {each[:2]: each[2] for each in sorted(counts, key=lambda each: (counts[each], each[2]))}
-    same = [row for row in tested if arithmetic[kind_of(row), row["training"]] == row["fingerprint"]]
+    same = [row for row in right if arithmetic[kind_of(row), row["training"]] == row["fingerprint"]]
     bases = {_pair_of(row): row for row in same if row["arm"] == _base_of(row)}
     shared = Counter(map(_pair_of, same))
     machine: dict[tuple[Any, ...], str] = {}

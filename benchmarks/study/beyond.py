@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from benchmarks.study.arms import FEWEST_SEEDS
+from benchmarks.study.grid import at_chosen_rates
 from benchmarks.study.numerics import kind_of
+from benchmarks.study.statistics import compare
 from benchmarks.study.store import Row
-from benchmarks.study.tables import line
+from benchmarks.study.tables import line, told, told_overall
 from benchmarks.study.tasks import TASKS
-from benchmarks.study.trainings import TRAININGS
+from benchmarks.study.trainings import BASELINES, TRAININGS
 
 SPLITS = {
     "probe": "representational collapse: linear probes on other tasks after training on sst2",
@@ -17,6 +22,13 @@ SPLITS = {
     "flatness": "flatness: loss under weight noise and on the line through the average, Hessian eigenvalues",
 }
 """Measurements of the harness, and what the page lists as missing without them."""
+PAIRED = (
+    "Its first line has the baseline's means over tasks and seeds, the others the paired differences from it, with "
+    "95 % intervals."
+)
+
+Values = Mapping[tuple[str, int], float]
+"""By task and seed."""
 
 
 def collapse(rows: Sequence[Row]) -> str:
@@ -25,56 +37,112 @@ def collapse(rows: Sequence[Row]) -> str:
     probed = _grouped(rows, "probe", lambda row: f"{row['training']}:{row['readout'].split(':')[0]}")
     if probed:
         tasks = sorted({row["probe"] for of in probed.values() for row in of})
-        lines = [line(["arm, trained on sst2", *tasks]), line(["---"] * (1 + len(tasks)))]
-        for arm, of in probed.items():
-            scores = [[_score(row) for row in of if row["probe"] == task] for task in tasks]
-            lines.append(line([f"`{arm}`", *map(_mean, scores)]))
-        parts.append(_titled("on other tasks", lines))
+        columns = {
+            task: lambda row, task=task: _score(row) if row["probe"] == task else None for task in tasks
+        }
+        parts += [_titled("on other tasks"), _table("arm, trained on sst2", probed, BASELINES[1], columns)]
     chained = _grouped(rows, "cycle", lambda row: row["training"])
-    if chained:
-        stages = sorted({row["stage"] for of in chained.values() for row in of})
-        for kind, place in (
-            ("first", "on the first task of the chain, after each stage"),
-            ("next", "on the next task, before each stage"),
-        ):
-            lines = [line(["training", *map(str, stages)]), line(["---"] * (1 + len(stages)))]
-            for arm, of in chained.items():
-                mine = [row for row in of if row["readout"].endswith(kind)]
-                scores = [[_score(row) for row in mine if row["stage"] == stage] for stage in stages]
-                lines.append(line([f"`{arm}`", *map(_mean, scores)]))
-            parts.append(_titled(place, lines))
+    stages = sorted({row["stage"] for of in chained.values() for row in of})
+    for kind, place in (
+        ("first", "on the first task of the chain, after each stage"),
+        ("next", "on the next task, before each stage"),
+    ):
+        if chained:
+            columns = {
+                str(stage): lambda row, at=f"{stage:02}:{kind}": _score(row) if row["readout"] == at else None
+                for stage in stages
+            }
+            base = BASELINES[1].partition(":")[0]
+            parts += [_titled(place), _table("training", chained, base, columns)]
     return "\n\n".join(["## Representational collapse", *parts]) if parts else ""
 
 
 def flatness(rows: Sequence[Row]) -> str:
-    """Loss under weight noise, and curvature, by arm; empty without rows."""
+    """Loss under weight noise and on the line through the average, and curvature, by arm; empty without rows."""
     found = _grouped(rows, "flatness", lambda row: row["arm"])
     points = {arm: of for arm, of in found.items() if not arm.endswith(":line")}
     if not points:
         return ""
     radii = next(iter(points.values()))[0]["noise_radii"]
-    head = ["arm", *(f"noise {radius:g}" for radius in radii), "top eigenvalue", "trace"]
-    lines = [line(head), line(["---"] * len(head))]
-    for arm, of in points.items():
-        rises = [[row["test_nll"][i + 1] - row["test_nll"][0] for row in of] for i in range(len(radii))]
-        curves = [[row[name] for row in of] for name in ("top_eigenvalue", "trace")]
-        told = [f"{statistics.mean(rise):+.4f}" for rise in rises]
-        lines.append(line([f"`{arm}`", *told, *map(_mean, curves)]))
-    return (
-        "## Flatness\n\nIncrease in test loss (nats) under Gaussian noise on every weight tensor, its size a share "
-        "of the tensor's root mean square; curvature of the training loss. Means over tasks and seeds.\n\n"
-        + "\n".join(lines)
-    )
+    columns = {
+        f"noise {radius:g}": lambda row, i=i: 100 * (row["test_nll"][i + 1] - row["test_nll"][0])
+        for i, radius in enumerate(radii)
+    } | {name: lambda row, name=name: row[name.replace(" ", "_")] for name in ("top eigenvalue", "trace")}
+    parts = [
+        "## Flatness",
+        "Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, its size a share of the "
+        f"tensor's root mean square; curvature of the training loss. {PAIRED}",
+        _table("arm", points, BASELINES[1], columns),
+    ]
+    lines = {arm.partition(":")[0]: of for arm, of in found.items() if arm not in points}
+    if lines:
+        parts += [
+            "Loss (0.01 nats) on the line from the last weights (0) through the average (1), as the difference "
+            "from the last weights, with 95 % intervals.",
+            _along(lines),
+        ]
+    return "\n\n".join(parts)
 
 
-def _titled(place: str, lines: Sequence[str]) -> str:
-    table = "\n".join(lines)
-    return f"Score of a linear probe {place}, in points, mean over seeds.\n\n{table}"
+def _along(lines: Mapping[str, Sequence[Row]]) -> str:
+    """Training and test loss along the line, by training."""
+    places = next(iter(lines.values()))[0]["places"]
+    away = [i for i, place in enumerate(places) if place]
+    told_all = [line(["loss", *(f"{places[i]:g}" for i in away)]), line(["---"] * (1 + len(away)))]
+    for training, of in lines.items():
+        for side, rows in enumerate(("training", "test")):
+            losses = [
+                _values(of, lambda row, i=i, side=side: 100 * row["train_and_test_nll"][i][side])
+                for i in range(len(places))
+            ]
+            differences = [_difference(losses[i], losses[places.index(0)]) for i in away]
+            told_all.append(line([f"`{training}`, {rows} rows", *differences]))
+    return "\n".join(told_all)
+
+
+def _titled(place: str) -> str:
+    return f"Score of a linear probe {place}, in points. {PAIRED}"
+
+
+def _table(
+    title: str,
+    arms: Mapping[str, Sequence[Row]],
+    base: str,
+    columns: Mapping[str, Callable[[Row], float | None]],
+) -> str:
+    """One line per arm and one column per number: the baseline's means, then paired differences from it."""
+    told_all = [line([title, *columns]), line(["---"] * (1 + len(columns)))]
+    theirs = {name: _values(arms.get(base, ()), value) for name, value in columns.items()}
+    if base in arms:
+        means = [f"{statistics.mean(found.values()):.2f}" if found else "" for found in theirs.values()]
+        told_all.append(line([f"`{base}`", *means]))
+    for arm in arms:
+        if arm != base:
+            differences = [_difference(_values(arms[arm], columns[name]), theirs[name]) for name in columns]
+            told_all.append(line([f"`{arm}`", *differences]))
+    return "\n".join(told_all)
+
+
+def _values(rows: Sequence[Row], value: Callable[[Row], float | None]) -> Values:
+    return {(row["task"], row["seed"]): found for row in rows if (found := value(row)) is not None}
+
+
+def _difference(ours: Values, theirs: Values) -> str:
+    """The mean of the paired differences, with its interval if there are tasks enough."""
+    found: dict[str, list[float]] = {}
+    for at in sorted(ours.keys() & theirs.keys()):
+        found.setdefault(at[0], []).append(ours[at] - theirs[at])
+    pairs = {task: np.array(each) for task, each in found.items() if len(each) >= FEWEST_SEEDS}
+    if len(pairs) == 1:
+        return told(*compare(pairs).by_task.values())
+    return told_overall(compare(pairs)) if pairs else ""
 
 
 def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """Rows of a split by a name, in the order of the trainings, from the kind of machine that has the most."""
-    measured = [row for row in rows if row["split"] == split and "failed" not in row]
+    """Rows of a split at the chosen rates by a name, in the order of the trainings, from the kind of machine that
+    has the most.
+    """
+    measured = at_chosen_rates([row for row in rows if row["split"] == split and "failed" not in row], rows)
     machine = max(sorted(map(kind_of, measured)), key=[*map(kind_of, measured)].count, default="")
     found: dict[str, list[Row]] = {}
     order = list(TRAININGS)
@@ -86,7 +154,3 @@ def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dic
 
 def _score(row: Row) -> float:
     return 100 * row["outcomes"][TASKS[row["probe"]].score]
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f}" if values else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import resource
+import shlex
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from benchmarks.study import collapse, flatness
 from benchmarks.study.fitting import REGIMES, device, fit, teach
 from benchmarks.study.numerics import PRECISION, fingerprint, machine
-from benchmarks.study.pack import model_name
+from benchmarks.study.pack import model_name, packed
 from benchmarks.study.reading import score_test, score_validation
+from benchmarks.study.readouts import RECOMMENDED
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS, load, new_model
 from benchmarks.study.trainings import TRAININGS
@@ -117,7 +119,7 @@ def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
     teacher = teach(splits, training, **options)
     taught = time.process_time() - began
     model = new_model(task, splits, cell.seed, device())
-    averaged = None if cell.split in ("test", "flatness") else (training.principal,)
+    averaged = {"tuning": (training.principal,), "probe": (RECOMMENDED,)}.get(cell.split)
     trained = fit(model, splits, training, averaged=averaged, teacher=teacher, **options)
     try:
         found = READINGS[cell.split](model, trained, training, splits, task)
@@ -147,11 +149,12 @@ def _cycle(cell: Cell) -> tuple[dict[str, Row], Row]:
 
 def identity(cell: Cell, readout: str) -> Row:
     """Fields that say which row it is, where it comes from, and how to reproduce it."""
+    pack = f"SWAFT_STUDY_PACK={shlex.quote(str(packed()))} " if packed() else ""
     return {
         "cell": cell.name, "task": cell.task, "arm": f"{cell.training}:{readout}", "training": cell.training,
         "readout": readout, "regime": cell.regime, "rate": cell.rate, "seed": cell.seed, "split": cell.split,
         "fingerprint": cell.fingerprint, "machine": machine(),
-        "command": f"SWAFT_STUDY_PRECISION={PRECISION} python -m benchmarks.study cell {cell.name}",
+        "command": f"{pack}SWAFT_STUDY_PRECISION={PRECISION} python -m benchmarks.study cell {cell.name}",
     }  # fmt: skip
 
 

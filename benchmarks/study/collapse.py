@@ -14,8 +14,9 @@ from benchmarks.study import model as encoder
 from benchmarks.study.fitting import Regime, device, fit
 from benchmarks.study.loop import Trained
 from benchmarks.study.outcomes import outcomes
-from benchmarks.study.reading import in_place, principal_readouts
-from benchmarks.study.rows import Rows, evaluation_batches
+from benchmarks.study.reading import in_place, recommended_readouts
+from benchmarks.study.readouts import RECOMMENDED
+from benchmarks.study.rows import Rows
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS, Splits, Task, load
 from benchmarks.study.trainings import Training
@@ -33,9 +34,9 @@ PENALTIES = (1e-3, 1e-2, 1e-1)
 def probe_others(
     model: nn.Module, trained: Trained, training: Training, splits: Splits, task: Task
 ) -> dict[str, Row]:
-    """The first experiment: probes on other tasks after training on one, for the last weights and the principal."""
+    """The first experiment: probes on other tasks after training on one, for the last weights and the average."""
     found = {}
-    for readout in principal_readouts(training):
+    for readout in recommended_readouts(training):
         with in_place(model, trained.averager, readout):
             for task in PROBED:
                 found[f"{readout.name}:{task}"] = {"probe": task, "outcomes": probe(model, task, seed=0)}
@@ -46,7 +47,7 @@ def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: 
     """The second and third experiments: one task after another, ``CYCLES`` times, each from where the last ended.
 
     Before each stage the next task is probed, after it the first task of the chain. A stage passes on the weights
-    of the training's principal readout; heads are new.
+    of the recommended average, or the last ones of a decayed training; heads are new.
     """
     found: dict[str, Row] = {}
     tasks = [first, *(task for task in CHAIN if task != first)] * CYCLES
@@ -58,10 +59,8 @@ def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: 
         if carried is not None:
             model.base_model.load_state_dict(carried, strict=False)
         found[f"{stage:02}:next"] = {"probe": task, "stage": stage, "outcomes": probe(model, task, seed=0)}
-        trained = fit(
-            model, splits, training, regime=budget, rate=rate, seed=seed, averaged=(training.principal,)
-        )
-        with in_place(model, trained.averager, principal_readouts(training)[-1]):
+        trained = fit(model, splits, training, regime=budget, rate=rate, seed=seed, averaged=(RECOMMENDED,))
+        with in_place(model, trained.averager, recommended_readouts(training)[-1]):
             carried = {name: weight.detach().clone() for name, weight in model.base_model.named_parameters()}
             found[f"{stage:02}:first"] = {
                 "probe": first,
@@ -99,21 +98,13 @@ def probe(model: nn.Module, task: str, *, seed: int) -> dict[str, float]:
 
 def features(model: nn.Module, rows: Rows) -> Tensor:
     """Mean-pooled last hidden states (N, d), float64, without dropout."""
-    where, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    parts, order = [], []
-    with torch.no_grad():
-        for places in evaluation_batches(rows):
-            batch = {
-                name: tensor.to(where) for name, tensor in rows.batch(places).items() if name != "labels"
-            }
-            hidden = model.base_model(**batch).last_hidden_state  # type: ignore[operator]
-            mask = batch["attention_mask"][..., None]
-            parts.append(((hidden * mask).sum(1) / mask.sum(1)).double().cpu())
-            order += places.tolist()
-    model.train(was_training)
-    joined = torch.cat(parts)
-    return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
+
+    def pooled(batch: dict[str, Tensor]) -> Tensor:
+        hidden = model.base_model(**batch).last_hidden_state  # type: ignore[operator]
+        mask = batch["attention_mask"][..., None]
+        return ((hidden * mask).sum(1) / mask.sum(1)).double()
+
+    return encoder.each_row(model, rows, pooled)
 
 
 def logistic_regression(inputs: Tensor, labels: Tensor, classes: int, penalty: float) -> Tensor:

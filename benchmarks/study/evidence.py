@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study import beyond, figures
-from benchmarks.study.arms import BASELINES, Kept, cost_of, keep
+from benchmarks.study.arms import BASELINES, Kept, cost_of, keep, percent
 from benchmarks.study.cell import parse_cell
 from benchmarks.study.default import choose_default, quote
 from benchmarks.study.fitting import REGIMES
@@ -40,7 +40,8 @@ HEADLINES = (
 ROOT = Path(__file__).parents[2]
 QUOTING = (ROOT / "README.md", ROOT / "docs" / "methods.md")
 """Handwritten pages that quote arms in the form of `quote`."""
-NOT_BUILT = ("any model but all-MiniLM-L6-v2, and any machine with a GPU",)
+TOGETHER = {"choosing": CHOOSING, "confirming": CONFIRMING, "question answering and generation": GENERAL}
+"""Tasks over which means are taken, by what they are for."""
 
 
 def write(results: Path, folder: Path) -> list[Path]:
@@ -53,7 +54,7 @@ def write(results: Path, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    rows = sorted(read_rows(results), key=lambda row: (row["cell"], row["readout"], row["fingerprint"]))
+    rows = read_rows(results)
     drawn = figures.draw(keep(rows), HEADLINES)
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     written = [folder / "evidence.md"]
@@ -104,26 +105,42 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
 
 def _answer(kept: Kept, drawn: Sequence[str]) -> str:
     lines = ["## The answer so far", *choose_default(kept)]
-    shown = table(kept, "main", [arm for arm in HEADLINES if arm in kept.arms("main")])
-    if shown is None:
+    shown = _over_tasks(kept, "main", [arm for arm in HEADLINES if arm in kept.arms("main")], level=3)
+    if not shown:
         return "\n\n".join([*lines, "No pair of arms has been measured on three seeds yet."])
     lines.append(
-        "Paired differences from the decayed baseline of equal cost (its last weights; it is trained twice as "
-        "long if the arm takes two passes), mean over tasks and 95 % interval. Below 0 is better for the losses, "
+        "Paired differences from the last weights of a decayed run of equal cost (trained twice as long if the arm "
+        "costs two passes or more), mean over tasks and 95 % interval. Below 0 is better for the losses, "
         "above 0 for the score. Temperature scaling, with one temperature fitted on the validation rows, removes "
         "differences in loss that are due to confidence alone. Bold: the interval excludes 0."
     )
-    lines.append(shown)
     lines += [f"![paired differences of the main arms](evidence/{name}.svg)" for name in drawn]
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *shown])
+
+
+def _over_tasks(
+    kept: Kept, regime: str, arms: Sequence[str], *, level: int, p_values: bool = False
+) -> list[str]:
+    """A table with its title for each group of tasks that has pairs."""
+    parts = []
+    for purpose, tasks in TOGETHER.items():
+        shown = table(kept, regime, arms, tasks=tasks, p_values=p_values)
+        if shown:
+            parts += [f"{'#' * level} {purpose.capitalize()} tasks: {', '.join(tasks)}", shown]
+    return parts
 
 
 def _every_arm(kept: Kept) -> str:
     parts = ["## Every arm"]
     for regime, settings in REGIMES.items():
-        shown = table(kept, regime, kept.arms(regime), p_values=True)
+        shown = _over_tasks(kept, regime, kept.arms(regime), level=4, p_values=True)
         if shown:
-            parts += [f"### {settings.rows:,} training rows", shown, *by_task(kept, regime)]
+            parts += [
+                f"### {settings.rows:,} training rows",
+                *shown,
+                "#### Task by task",
+                *by_task(kept, regime),
+            ]
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
@@ -147,10 +164,10 @@ def _rounding(kept: Kept) -> str:
     for arm in kept.arms("main"):
         for rounding in ROUNDINGS:
             own = _cost_of_rounding(kept, arm, rounding)
-            base = BASELINES.get(cost_of(arm))
+            base = BASELINES[cost_of(arm)]
             against = (
-                kept.comparison("main", arm, base, "loss", rounding=rounding)
-                if base and base != arm
+                kept.comparison("main", arm, base, "loss", rounding=rounding, tasks=CHOOSING + CONFIRMING)
+                if base != arm
                 else None
             )
             if own is not None:
@@ -162,7 +179,7 @@ def _rounding(kept: Kept) -> str:
 
 def _cost_of_rounding(kept: Kept, arm: str, rounding: str) -> float | None:
     whole, rounded = (kept.values("main", arm, "loss", name) for name in (None, rounding))
-    return statistics.mean(rounded[key] - whole[key] for key in rounded) if rounded else None
+    return percent(statistics.mean(rounded[key] - whole[key] for key in rounded)) if rounded else None
 
 
 def _cost(kept: Kept) -> str:
@@ -190,8 +207,9 @@ def _cost(kept: Kept) -> str:
         return ""
     return (
         "## Cost\n\nOne unit is a forward and a backward pass over every training row, for the baseline's number "
-        "of epochs. CPU-seconds are for training with all the averages that the readouts need; in a run that "
-        "keeps only one, averaging takes a fraction of that.\n\n" + "\n".join(lines)
+        "of epochs. CPU-seconds are for training with all the averages that the readouts need, and memory is that "
+        "of the process with all of them while it trains and scores; a run that keeps one average takes a fraction "
+        "of both.\n\n" + "\n".join(lines)
     )
 
 
@@ -211,7 +229,7 @@ def _false_alarms(kept: Kept) -> str:
     return (
         "## The baseline against itself\n\nThe seeds of the decayed baseline are split at random into two halves, "
         "which are compared as arms are. The share of splits in which the interval over tasks excludes 0 is "
-        f"{told}; it should be 5 %. These comparisons have half as many pairs as the tables above."
+        f"{told}; it should be at most 5 %. These comparisons have half as many pairs as the tables above."
     )
 
 
@@ -227,13 +245,15 @@ def _tuning(rows: Sequence[Row]) -> str:
                 told = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
                 if chosen is not None:
                     told[chosen] = f"**{told[chosen]}**"
+                    if chosen in (RATES[0], RATES[-1]):
+                        told[chosen] += " (edge)"
                 if told:
                     lines.append(line([f"`{training}`", *(told.get(rate, "") for rate in RATES)]))
             if len(lines) > 2:
                 parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", "\n".join(lines)]
     if not parts:
         return ""
-    told = "Loss on the validation rows, by learning rate. Bold: the chosen rate."
+    told = "Loss on the validation rows, by learning rate. Bold: the chosen rate; edge: the grid ends there."
     return "\n\n".join(["## Learning rates tried", told, *parts])
 
 
@@ -252,16 +272,19 @@ def _method(kept: Kept) -> str:
         f"fp32 weights, passes in the precision given with the machine. Regimes: {budgets}. Some tasks train for "
         f"more epochs: {longer}. The seed determines the training rows, their order, the head and the dropout "
         f"masks, the same for every arm. Test: at most {TEST_ROWS} rows per task; {VALIDATION_ROWS} validation "
-        "rows are used for choosing, and are never reported. "
+        "rows choose learning rates and the readout `chosen`, and are never reported. "
         f"{', '.join(GENERAL)}: extractive question answering and text generation, used neither to choose nor to "
         "confirm. The generation tasks train on 4 times as many rows, with a new T5 of 3 encoder and 3 decoder "
         "layers (`-new`), or with the pretrained encoder and a new decoder of 3 layers (`-encoder`).\n\n"
-        "Learning rates are chosen for each training and task; readouts and defaults are chosen on "
-        f"{', '.join(CHOOSING)}; {', '.join(CONFIRMING)} confirm them. The rules were written down before any row "
-        "of the confirming tasks was made: [grid.py](../benchmarks/study/grid.py). Every row gives the command "
-        "that reproduces it. Intervals are 95 % bootstrap intervals. Those over tasks resample tasks as well as "
-        "seeds; with few tasks they are narrower than they should be. p-values are from two-sided sign tests over "
-        "all pairs, adjusted for the number of arms in the table (Holm)."
+        "Learning rates are chosen for each training and task; defaults are chosen on the test rows of "
+        f"{', '.join(CHOOSING)}, and confirmed on {', '.join(CONFIRMING)}. The rules were written down before any "
+        "row of the confirming tasks was made: [grid.py](../benchmarks/study/grid.py). Every row gives the command "
+        "that reproduces it. Intervals are 95 %: from the lower to the upper end of a bootstrap interval, which "
+        "resamples seeds and, over tasks, the tasks too, and of Student's t, which allows for how few seeds or "
+        "tasks there are. Losses are compared by their ratio, so their means are geometric. p-values are from "
+        "two-sided sign tests over tasks, adjusted for the number of arms in the table (Holm); four tasks alone "
+        "cannot give less than 0.125. Every learning rate rests on one seed and a grid with steps of 2; where "
+        "the chosen rate is the grid's first or last, a better one may lie beyond it."
     )
 
 
@@ -275,7 +298,8 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     ]
     lines = [
         "## What was not tested\n",
-        *(f"* {missing}" for missing in NOT_BUILT),
+        "* any model but all-MiniLM-L6-v2",
+        *(["* any machine with a GPU"] if not any(row["machine"].get("card") for row in rows) else []),
         *untouched,
         "\nCells of the grid, done of planned:\n",
         line(["training", *(f"{settings.rows:,} rows" for settings in REGIMES.values())]),
@@ -296,5 +320,7 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     notes = [f"* failed: `{row['cell']}`: {row['failed']}" for row in rows if "failed" in row]
     if kept.others:
         arms = sorted({f"{row['training']} ({row['fingerprint']})" for row in kept.others})
-        notes.append(f"* left out, from a second machine or other arithmetic: {', '.join(arms)}")
+        notes.append(
+            f"* left out, from a second machine, at another rate, or other arithmetic: {', '.join(arms)}"
+        )
     return "\n".join([*lines, "", *notes]).rstrip()

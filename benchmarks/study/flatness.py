@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.study.loop import Trained
 from benchmarks.study.model import changed, logits_of
-from benchmarks.study.reading import in_place, principal_readouts
-from benchmarks.study.readouts import BLENDED, Readout
+from benchmarks.study.reading import in_place
+from benchmarks.study.readouts import BLENDED, RECOMMENDED, Readout
 from benchmarks.study.rows import Rows, evaluation_batches
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import Splits, Task
@@ -39,10 +39,9 @@ def measure(
 ) -> dict[str, Row]:
     """One row for the last weights, one for the average, on training and test rows, and one for the line."""
     train = splits.train.take(torch.arange(min(len(splits.train), len(splits.test))).numpy())
-    average = BLENDED if training.schedule == "decayed" else training.principal
-    last = principal_readouts(training)[0]
+    average = BLENDED if training.schedule == "decayed" else RECOMMENDED
     found: dict[str, Row] = {}
-    for readout in (last, Readout(average, average)):
+    for readout in (Readout("last"), Readout(average, average)):
         with in_place(model, trained.averager, readout):
             found[readout.name] = {
                 "noise_radii": RADII,

@@ -5,8 +5,8 @@ Rules, written down before any row of a confirming task was made:
 * **Rate.** The search on the validation rows is the same for every training and task, with a seed that no reported
   cell uses: ``FIRST_RATES``, then half or twice the better one, until the loss of the principal readout (the last
   weights of a decayed training, SWA from 0.5 of a constant one) rises or the ``RATES`` end. In a tie, the lower
-  rate. The regime with 500 rows is tuned separately, in the same way. A rate found on one kind of machine is used
-  on every kind.
+  rate. A cell that failed leaves its rate open. The regime with 500 rows is tuned separately, in the same way. A
+  rate found on one kind of machine is used on every kind.
 * **Machines.** A training is compared with its baseline of the same seed made on the same kind of machine. A pair
   that exists on one kind is not run again on another.
 * **Budget.** Epochs are not chosen by score: one budget is the regime's number of epochs with one pass. A training
@@ -14,10 +14,12 @@ Rules, written down before any row of a confirming task was made:
 * **Default averaging rule.** Among the readouts of the decayed and the constant training whose mean difference in
   the task's score is not below 0: the one with the lowest mean, over the choosing tasks, of the paired difference
   in test loss from `decayed:last`. If none is ahead on loss with a 95 % interval over tasks that excludes 0: the
-  last weights of the decayed training.
-* **Default objective.** The same among the readouts of all two-pass trainings, against `decayed2x:last`, once the
-  main ones have been measured on every choosing task.
-* Confirming tasks are looked at once, after both choices, and then change nothing.
+  last weights of the decayed training. The readout chosen on validation rows is no rule, and not among them.
+* **Default objective.** The same among the readouts of the main two-pass trainings, against `decayed2x:last`, once
+  all of them have been measured on every choosing task. It must also be ahead of the same readout of the plain
+  loss, trained twice as long: what averaging gains is not the objective's.
+* Both are chosen from ``DECIDING_SEEDS`` alone, so that more seeds and trainings do not change them afterwards.
+* Confirming tasks are looked at once, after the choice that they confirm, and then change nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
-from benchmarks.study.arms import BASELINES
 from benchmarks.study.cell import Cell
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.store import Row, finished
-from benchmarks.study.trainings import TRAININGS
+from benchmarks.study.trainings import BASELINES, TRAININGS
+
+DIVERGED = "are not finite"
+"""In the error of a training that averages weights, once they are not finite."""
 
 CHOOSING = ("sst2", "trec", "cr", "banking77")
 CONFIRMING = ("cola", "mpqa", "subj", "mrpc")
@@ -40,6 +45,7 @@ RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 FIRST_RATES = (1e-4, 2e-4)
 TUNING_SEED = 101
 SEEDS = tuple(range(1, 11))
+DECIDING_SEEDS = SEEDS[:3]
 
 AVERAGING = ("decayed", "constant")
 LONGER = ("decayed2x", "constant2x")
@@ -69,11 +75,11 @@ class Phase:
 
 PHASES = (
     *(
-        Phase(trainings, "main", (task,), SEEDS[:3])
+        Phase(trainings, "main", (task,), DECIDING_SEEDS)
         for trainings, tasks in (
             (AVERAGING, CHOOSING),
-            (("decayed2x", *OBJECTIVES), CHOOSING),
             (AVERAGING, CONFIRMING),
+            (("decayed2x", *OBJECTIVES), CHOOSING),
             (LONGER, CHOOSING + CONFIRMING),
             (OBJECTIVES, CONFIRMING),
         )
@@ -97,15 +103,24 @@ def tuning_cell(training: str, regime: str, task: str, rate: float) -> Cell:
 
 
 def tried(training: str, regime: str, task: str, rows: Iterable[Row]) -> dict[float, float]:
-    """Loss of the principal readout for each rate tried; infinite if the cell failed or the loss is NaN."""
+    """Loss of the principal readout for each rate tried; infinite if it is NaN, or if the training diverged.
+
+    A cell that failed for another reason says nothing about its rate, so the search waits until it is made.
+    """
     named = {tuning_cell(training, regime, task, rate).name: rate for rate in RATES}
     losses = {}
     for row in rows:
         rate = named.get(row["cell"])
-        if rate is not None and ("failed" in row or row["readout"] == TRAININGS[training].principal):
-            loss = math.inf if "failed" in row else row["outcomes"]["nll"]
+        if rate is not None and _diverged(row):
+            losses[rate] = math.inf
+        elif rate is not None and row["readout"] == TRAININGS[training].principal:
+            loss = row["outcomes"]["nll"]
             losses[rate] = math.inf if math.isnan(loss) else loss
     return losses
+
+
+def _diverged(row: Row) -> bool:
+    return DIVERGED in row.get("failed", "")
 
 
 def missing_rates(losses: Mapping[float, float]) -> list[float]:
@@ -132,6 +147,13 @@ def chosen_rate(training: str, regime: str, task: str, rows: Iterable[Row]) -> f
     return best if math.isfinite(losses[best]) else None
 
 
+def at_chosen_rates(some: Sequence[Row], rows: Iterable[Row]) -> list[Row]:
+    """Those of some rows whose rate is the one chosen by the tuning rows among all, or still open."""
+    tuning = [row for row in rows if row["split"] == "tuning"]
+    chosen = cache(lambda training, regime, task: chosen_rate(training, regime, task, tuning))
+    return [row for row in some if chosen(row["training"], row["regime"], row["task"]) in (None, row["rate"])]
+
+
 def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
     """The cells of a phase in the order they run, without those whose rate is still open."""
     rates = {}
@@ -151,34 +173,37 @@ def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
 
 def all_cells(rows: Sequence[Row]) -> Iterator[Cell]:
     """Every cell whose settings the tuning rows determine, most wanted first, each once."""
+    return _once(cell for phase in PHASES for cell in cells_of(phase, rows))
+
+
+def _once(cells: Iterable[Cell]) -> Iterator[Cell]:
     seen = set()
-    for phase in PHASES:
-        for cell in cells_of(phase, rows):
-            if cell not in seen:
-                seen.add(cell)
-                yield cell
+    for cell in cells:
+        if cell not in seen:
+            seen.add(cell)
+            yield cell
 
 
 class Made:
     """Which cells are done, on which kind of machine, and which are left for this one.
 
     Args:
-        rows: rows from all machines.
+        rows: rows from all machines. A failure counts where it happened, elsewhere only if the training diverged.
         here: this kind of machine.
     """
 
     def __init__(self, rows: Sequence[Row], here: str):
         self._tuning = [row for row in rows if row["cell"].endswith("/tuning")]
         self._here = here
-        kinds = {kind_of(row) for row in rows}
-        self._done = {kind: finished(row for row in rows if kind_of(row) == kind) for kind in kinds | {here}}
+        made = [row for row in rows if "failed" not in row or _diverged(row) or kind_of(row) == here]
+        kinds = {kind_of(row) for row in made}
+        self._done = {kind: finished(row for row in made if kind_of(row) == kind) for kind in kinds | {here}}
         self._names = {kind: {name for name, _ in done} for kind, done in self._done.items()}
 
     def missing(self) -> Iterator[Cell]:
-        """Cells to run here, most wanted first, each after the baseline it needs here."""
-        for cell in all_cells(self._tuning):
-            if not self.there(cell):
-                yield from (each for each in self._pair(cell) if not self.on(self._here, each))
+        """Cells to run here, most wanted first, each once and after the baseline it needs here."""
+        wanted = (cell for cell in all_cells(self._tuning) if not self.there(cell))
+        return _once(each for cell in wanted for each in self._pair(cell) if not self.on(self._here, each))
 
     def there(self, cell: Cell) -> bool:
         """Whether some kind of machine has a cell together with the baseline it is compared with."""

@@ -44,14 +44,19 @@ def attention_on(device: str) -> str:
 
 def logits_of(model: nn.Module, rows: Rows) -> Tensor:
     """Logits (N, C) of every row, fp32, on the host, without dropout."""
+    return each_row(model, rows, lambda batch: model(**batch).logits.float())
+
+
+def each_row(model: nn.Module, rows: Rows, compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+    """What is computed from the model's inputs, for every row (N, ...), on the host, without dropout."""
     parts, order = [], []
     with evaluating(model) as device:
         for places in evaluation_batches(rows):
             batch = {name: tensor.to(device) for name, tensor in rows.take(places).inputs().items()}
-            parts.append(model(**batch).logits.float().cpu())
+            parts.append(compute(batch).cpu())
             order += places.tolist()
-    logits = torch.cat(parts)
-    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+    joined = torch.cat(parts)
+    return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
 
 
 @contextmanager

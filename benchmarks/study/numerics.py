@@ -14,6 +14,7 @@ import torch
 from benchmarks.environment import version_of
 from benchmarks.study.loop import train
 from benchmarks.study.model import attention_on
+from benchmarks.study.pack import model_name, packed
 from benchmarks.study.readouts import rules_for
 from benchmarks.study.rivals import TEACHER
 from benchmarks.study.trainings import TRAININGS
@@ -71,20 +72,21 @@ def fingerprint(training: str, device: str, precision: str) -> str:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """The kind of machine a row comes from, with its precision: only rows of one kind are paired."""
+    """The kind of machine a row comes from, with its precision and the model of a pack: only rows of one kind are
+    paired.
+    """
     found = row["machine"]
-    return ", ".join(
-        str(found[part]) for part in ("card", "processor", "torch", "precision") if found.get(part)
-    )
+    parts = ("card", "processor", "torch", "precision", "model")
+    return ", ".join(str(found[part]) for part in parts if found.get(part))
 
 
-@cache
 def machine() -> dict[str, Any]:
-    """Processor, GPU, threads and versions."""
+    """Processor, GPU, threads and versions; with a pack also its model."""
     return {
         "processor": _processor(),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "precision": PRECISION,
+        **({"model": model_name()} if packed() else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},

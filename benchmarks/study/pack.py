@@ -1,8 +1,8 @@
 """Model and tasks in one small folder, for a machine that has neither: token ids, and weights in fp16.
 
 `python -m benchmarks.study pack FOLDER` writes it. If `$SWAFT_STUDY_PACK` is set to it, nothing else is read. The
-encoder rounded to fp16 is not bit for bit the one that other runs start from, so each row records what it started
-from, and rows of a pack are compared with each other.
+encoder rounded to fp16 is not bit for bit the one that other runs start from, so a pack counts as another kind of
+machine: its rows are compared with each other.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.study.loop import Trained
 from benchmarks.study.model import ROUNDINGS, changed
 from benchmarks.study.outcomes import outcomes, temperature
-from benchmarks.study.readouts import Readout, readouts_for, searched
+from benchmarks.study.readouts import RECOMMENDED, Readout, readouts_for, searched
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import Splits, Task, predict
 from benchmarks.study.trainings import Training
@@ -60,6 +60,11 @@ def score_test(
 def principal_readouts(training: Training) -> list[Readout]:
     """The last weights, and the readout by which a training is judged."""
     return [readout for readout in readouts_for(training) if readout.name in {"last", training.principal}]
+
+
+def recommended_readouts(training: Training) -> list[Readout]:
+    """The last weights, and the recommended average of a constant training."""
+    return [readout for readout in readouts_for(training) if readout.name in {"last", RECOMMENDED}]
 
 
 @contextmanager

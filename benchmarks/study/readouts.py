@@ -11,6 +11,10 @@ from benchmarks.study.trainings import Training
 MEMBERS = 80
 """Approximate number of members of an average over the whole run: as good as all steps, and faster."""
 BLENDED = "tail-0.2"
+RECOMMENDED = "ema-0.1"
+"""The average recommended for constant runs, which stands for them in the measurements beyond scores."""
+ROUNDED = ("tail-0.1", "swa-0.5", "ema-0.1")
+"""The averages that are also scored with rounded weights, and by the texts they generate."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Readout:
     """Name of the average; None: the last weights."""
     blend: float = 1.0
     rounded: bool = False
-    """Whether it is also scored with rounded weights."""
+    """Whether it is also scored with rounded weights, and by the texts it generates."""
 
 
 def rules_for(training: Training, total_steps: int) -> dict[str, Any]:
@@ -64,8 +68,7 @@ def readouts_for(training: Training) -> list[Readout]:
     """The readouts of a training, the last weights first."""
     decayed = training.schedule == "decayed"
     found = [Readout("last", rounded=True)]
-    main = "tail-0.1" if decayed else "swa-0.5"
-    found += [Readout(name, name, rounded=name == main) for name in rules_for(training, 1000)]
+    found += [Readout(name, name, rounded=name in ROUNDED) for name in rules_for(training, 1000)]
     if decayed:
         blends = (-0.3, 0.3, 0.6, 1.5) if training.plain else (1.5,)
         found += [Readout(f"blend{blend:+g}", BLENDED, blend) for blend in blends]

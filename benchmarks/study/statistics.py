@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
 Pairs = Mapping[str, np.ndarray]
 """From a task to the paired differences of its seeds, (n,)."""
 
+FEWEST_TASKS = 4
+"""For a mean over tasks with an interval; with fewer, the interval says next to nothing."""
 RESAMPLES = 4000
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap interval."""
+    """A mean with its interval: from the lower to the upper end of the bootstrap's interval and Student's t.
+
+    A bootstrap over three or four values is far too narrow; t allows for how few there are.
+    """
 
     mean: float
     low: float
@@ -30,6 +35,10 @@ class Interval:
         """Whether it excludes 0."""
         return self.low > 0 or self.high < 0
 
+    def rescaled(self, scale: Callable[[float], float]) -> Interval:
+        """The same on another scale, which must increase."""
+        return Interval(scale(self.mean), scale(self.low), scale(self.high), self.count)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -37,12 +46,22 @@ class Comparison:
 
     by_task: Mapping[str, Interval]
     overall: Interval | None
-    """The mean over tasks, with tasks resampled as well as seeds; None for fewer than two tasks."""
+    """The mean over tasks, with tasks resampled as well as seeds; None for fewer than `FEWEST_TASKS`."""
     lower: int
-    """Pairs in which the arm's value is the lower one."""
+    """Tasks in which the arm's mean is the lower one."""
     higher: int
     p_value: float
-    """From the two-sided sign test over all pairs; ties are left out."""
+    """From the two-sided sign test over tasks; ties are left out. Seeds of one task are no independent cases."""
+
+    @property
+    def count(self) -> int:
+        """Pairs behind it."""
+        return sum(found.count for found in self.by_task.values())
+
+    def rescaled(self, scale: Callable[[float], float]) -> Comparison:
+        """The same on another scale, which must increase and keep 0."""
+        by_task = {task: found.rescaled(scale) for task, found in self.by_task.items()}
+        return replace(self, by_task=by_task, overall=self.overall and self.overall.rescaled(scale))
 
 
 def compare(pairs: Pairs) -> Comparison:
@@ -51,21 +70,21 @@ def compare(pairs: Pairs) -> Comparison:
     Args:
         pairs: for every task with at least two seeds.
     """
-    joined = np.concatenate(list(pairs.values()))
-    lower, higher = int((joined < 0).sum()), int((joined > 0).sum())
+    means = np.array([values.mean() for values in pairs.values()])
+    lower, higher = int((means < 0).sum()), int((means > 0).sum())
     return Comparison(
         by_task={task: over_seeds(values) for task, values in pairs.items()},
-        overall=over_tasks(pairs) if len(pairs) > 1 else None,
+        overall=over_tasks(pairs) if len(pairs) >= FEWEST_TASKS else None,
         lower=lower,
         higher=higher,
-        p_value=sign_test(lower, higher),
+        p_value=float(stats.binomtest(lower, lower + higher).pvalue) if lower + higher else 1.0,
     )
 
 
 def over_seeds(values: np.ndarray) -> Interval:
     """Mean of one task's differences, with seeds resampled."""
     drawn = values[_generator().integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    return _interval(float(values.mean()), drawn, len(values))
+    return _interval(values, drawn, len(values))
 
 
 def over_tasks(pairs: Pairs) -> Interval:
@@ -77,14 +96,7 @@ def over_tasks(pairs: Pairs) -> Interval:
         places = np.nonzero(slots == i)
         drawn = values[generator.integers(len(values), size=(len(places[0]), len(values)))]
         means[places] = drawn.mean(1)
-    centre = float(np.mean([values.mean() for values in tasks]))
-    return _interval(centre, means.mean(1), sum(map(len, tasks)))
-
-
-def sign_test(lower: int, higher: int) -> float:
-    """Two-sided p-value of so uneven a split, or a more uneven one, if both signs were equally likely."""
-    n, k = lower + higher, min(lower, higher)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    return _interval(np.array([values.mean() for values in tasks]), means.mean(1), sum(map(len, tasks)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -99,7 +111,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
     """How often an arm differs from itself: the share of random splits of its seeds into two halves in which the
-    interval over tasks excludes 0. It should be 5 %.
+    interval over tasks excludes 0. It should be at most 5 %.
 
     Args:
         values: of one arm, by task, one per seed.
@@ -122,9 +134,11 @@ def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
     return alarms / splits
 
 
-def _interval(mean: float, drawn: np.ndarray, count: int) -> Interval:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high), count)
+def _interval(values: np.ndarray, drawn: np.ndarray, count: int) -> Interval:
+    """The interval of a mean of values, given the means of their resamples."""
+    mean, low, high = values.mean(), *np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values)
+    return Interval(float(mean), float(min(low, mean - half)), float(max(high, mean + half)), count)
 
 
 def _generator() -> np.random.Generator:

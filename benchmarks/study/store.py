@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.study.numerics import kind_of
+
 Row = dict[str, Any]
 
 CLAIMS = ".claims"
@@ -28,19 +30,26 @@ def results_folder() -> Path:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Every complete row, the latest for each cell, readout and fingerprint. A failure is dropped once its cell has
-    rows.
+    """Every complete row, the latest for each cell, readout, fingerprint and kind of machine, in this order.
+    A failure is dropped once its cell has rows.
     """
-    found: dict[tuple[str, str, str], Row] = {}
+    found: dict[tuple[str, str, str, str], Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in _whole_lines(path):
-            found[row["cell"], row["readout"], row["fingerprint"]] = row
-    made = {(cell, fingerprint) for (cell, _, fingerprint), row in found.items() if "failed" not in row}
-    return [row for (cell, _, mark), row in found.items() if "failed" not in row or (cell, mark) not in made]
+            found[row["cell"], row["readout"], row["fingerprint"], kind_of(row)] = row
+    made = {(cell, *source) for (cell, _, *source), row in found.items() if "failed" not in row}
+    return [
+        row for (cell, _, *source), row in sorted(found.items())
+        if "failed" not in row or (cell, *source) not in made
+    ]  # fmt: skip
 
 
 def finished(rows: Iterable[Row]) -> set[tuple[str, str]]:
-    """(cell, fingerprint) of the cells that have all their rows, or are recorded as failed."""
+    """(cell, fingerprint) of the cells that have all their rows, or are recorded as failed.
+
+    Args:
+        rows: from one kind of machine.
+    """
     counts: dict[tuple[str, str], int] = {}
     done = set()
     for row in rows:
@@ -99,5 +108,5 @@ def _whole_lines(path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and {"cell", "readout", "fingerprint", "of"} <= row.keys():
+        if isinstance(row, dict) and {"cell", "readout", "fingerprint", "machine", "of"} <= row.keys():
             yield row

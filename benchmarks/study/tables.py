@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
 from benchmarks.study.statistics import Comparison, Interval, holm
 from benchmarks.study.tasks import TASKS
 
 
-def table(kept: Kept, regime: str, arms: Sequence[str], *, p_values: bool = False) -> str | None:
-    """Arms against the baseline of equal cost, one row per arm; None if there is nothing to show."""
+def table(
+    kept: Kept, regime: str, arms: Sequence[str], *, tasks: Collection[str], p_values: bool = False
+) -> str | None:
+    """Arms against their baselines over some tasks, one row per arm; None if there is nothing to show."""
     found = []
     for arm in arms:
-        base = BASELINES.get(cost_of(arm))
+        base = BASELINES[cost_of(arm)]
         comparisons = {
-            outcome: kept.comparison(regime, arm, base, outcome) if base and base != arm else None
+            outcome: kept.comparison(regime, arm, base, outcome, tasks=tasks) if base != arm else None
             for outcome in OUTCOMES
         }
         if comparisons["loss"]:
@@ -26,12 +28,12 @@ def table(kept: Kept, regime: str, arms: Sequence[str], *, p_values: bool = Fals
     head = ["arm", "against", *OUTCOMES.values(), "tasks, pairs"]
     adjusted = holm([comparisons["loss"].p_value for _, _, comparisons in found])
     if p_values:
-        head += ["loss lower : higher", "p, Holm"]
+        head += ["tasks with lower : higher loss", "p, Holm"]
     lines = [line(head), line(["---"] * len(head))]
     for (arm, base, comparisons), p_value in zip(found, adjusted, strict=True):
         loss = comparisons["loss"]
         cells = [f"`{arm}`", f"`{base}`", *(told_overall(comparisons[outcome]) for outcome in OUTCOMES)]
-        cells.append(f"{len(loss.by_task)}, {loss.lower + loss.higher}")
+        cells.append(f"{len(loss.by_task)}, {loss.count}")
         if p_values:
             cells += [f"{loss.lower} : {loss.higher}", f"{p_value:.2g}"]
         lines.append(line(cells))
@@ -59,8 +61,8 @@ def by_task(kept: Kept, regime: str) -> list[str]:
     for outcome in ("loss", "score"):
         lines = [line([f"{OUTCOMES[outcome]}", *tasks]), line(["---"] * (len(tasks) + 1))]
         for arm in kept.arms(regime):
-            base = BASELINES.get(cost_of(arm))
-            comparison = kept.comparison(regime, arm, base, outcome) if base and base != arm else None
+            base = BASELINES[cost_of(arm)]
+            comparison = kept.comparison(regime, arm, base, outcome) if base != arm else None
             if comparison:
                 intervals = [comparison.by_task.get(task) for task in tasks]
                 lines.append(line([f"`{arm}`", *(told(found) if found else "" for found in intervals)]))
@@ -84,12 +86,11 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def told_overall(comparison: Comparison | None) -> str:
-    """The mean over tasks and its interval; for a single task, its own, with the task's name."""
+    """The mean over tasks and its interval; of too few tasks, each one's mean."""
     if comparison is None:
         return ""
     if comparison.overall is None:
-        ((task, found),) = comparison.by_task.items()
-        return f"{told(found)} ({task})"
+        return ", ".join(f"{found.mean:+.2f} ({task})" for task, found in comparison.by_task.items())
     return told(comparison.overall)
 
 

@@ -165,9 +165,15 @@ def read(name: str, split: str) -> Any:
     columns = _columns(task, split)
     if task.generates:
         target = vocabulary(name)
-        source = target if task.kind == "texts-new" else _tokenizer()._tokenizer
-        first, second = ((lambda text, by=by: by.encode(text).ids) for by in (source, target))
-        return texts.read(*columns, split=split, source=first, target=second)
+
+        def in_vocabulary(some: list[str]) -> list[list[int]]:
+            return [found.ids for found in target.encode_batch(some)]
+
+        def in_encoder(some: list[str]) -> list[list[int]]:
+            return _tokenizer()(some, truncation=True, max_length=texts.MAX_LENGTH)["input_ids"]
+
+        source = in_vocabulary if task.kind == "texts-new" else in_encoder
+        return texts.read(*columns, split=split, source=source, target=in_vocabulary)
     if task.kind == "answers":
         return answers.read(dict(zip(task.columns, columns, strict=True)), _tokenizer())
     *texts_read, labels = columns

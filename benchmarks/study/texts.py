@@ -48,8 +48,8 @@ def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: 
         sources: the texts to read.
         targets: the texts to generate.
         split: train, validation or test.
-        source: tokenizes a source, from text to token ids.
-        target: the same for a target.
+        source: tokenizes sources, from texts to token ids.
+        target: the same for targets.
     """
     if split == "train":
         rows = [(one, [other]) for one, other in zip(sources, targets, strict=True)]
@@ -59,10 +59,10 @@ def read(sources: Sequence[str], targets: Sequence[str], *, split: str, source: 
             grouped.setdefault(one, []).append(other)
         rows = list(grouped.items())
     return Pairs(
-        ids=tuple(tuple(source(one)[:MAX_LENGTH]) for one, _ in rows),
+        ids=tuple(tuple(ids[:MAX_LENGTH]) for ids in source([one for one, _ in rows])),
         segments=((),) * len(rows),
         labels=torch.zeros(len(rows), dtype=torch.long),
-        targets=tuple((*target(others[0])[: MAX_LENGTH - 1], END) for _, others in rows),
+        targets=tuple((*ids[: MAX_LENGTH - 1], END) for ids in target([others[0] for _, others in rows])),
         references=tuple(map(tuple, (others for _, others in rows))),
     )
 
@@ -142,7 +142,7 @@ def new_model(seed: int, device: torch.device, *, pretrained: bool) -> nn.Module
         torch.manual_seed(seed)
         config = T5Config(
             vocab_size=VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=4 * WIDTH, num_layers=LAYERS,
-            num_heads=HEADS, **special,
+            num_heads=HEADS, attn_implementation=encoder.attention_on(device.type), **special,
         )  # fmt: skip
         return T5ForConditionalGeneration(config).to(device)
     body = encoder.from_pack(AutoModel, seed, device, add_pooling_layer=False)

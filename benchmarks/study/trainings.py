@@ -77,3 +77,5 @@ TRAININGS = {
         Training("distilled-ensemble", "decayed", lambda seed: Distillation(), teachers=("decayed",) * 3),
     )
 }
+BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
+"""The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""

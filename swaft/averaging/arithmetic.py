@@ -12,7 +12,7 @@ depend only on its own history: not on the chunk, the shard, the thread count or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -51,13 +51,14 @@ def update_plain_(m: Tensor, x: Tensor, w: float) -> None:
     m.copy_(m + (x - m) * w)
 
 
-def combine(lanes: Sequence[tuple[float, Tensor, Tensor | None]]) -> Tensor:
+def combine(lanes: Iterable[tuple[float, Tensor, Tensor | None]]) -> Tensor:
     """A linear combination of lanes, summed in float64 in the given order and rounded once to fp32.
 
     Args:
-        lanes: (coefficient, m, c) each; ``c`` is None for a lane without compensation.
+        lanes: (coefficient, m, c) each, one or more, taken one at a time; ``c`` is None for a lane without
+            compensation.
     """
-    total = torch.zeros_like(lanes[0][1], dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for coefficient, m, c in lanes:
         value = m.double() if c is None else m.double() + c.double()
         total = total + value * coefficient

@@ -80,7 +80,24 @@ def check_model(model: nn.Module, objective: str) -> None:
         raise NoiseError(
             f"{type(unwrap(model)).__name__} checkpoints its activations reentrantly, which fails under DDP and "
             f"ZeRO when a step has two forward passes, as with {objective}. Expected the non-reentrant kind: set "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            'gradient_checkpointing_kwargs={"use_reentrant": False}; where TRL sets it back (LoRA under ZeRO-3), '
+            "set gradient_checkpointing=False."
+        )
+
+
+def check_uncompiled(model: nn.Module, objective: str) -> None:
+    """Refuse noise in a model that is compiled whole: torch would compile it anew for every pass, since each hooks
+    the embedding, and after a few give up and train it uncompiled.
+
+    Raises:
+        NoiseError: as described.
+    """
+    # accelerate's regional compilation keeps the original model in its attributes, and compiles each layer.
+    if any(is_compiled(each) and "_orig_mod" not in vars(each) for each in (*layers(model), unwrap(model))):
+        raise NoiseError(
+            f"{type(unwrap(model)).__name__} is compiled whole, including its token embedding, which {objective} "
+            "must hook; expected an uncompiled one. Leave out torch_compile, and compile its layers one by one "
+            "(`layer.compile()`); swaft.TaskLoss and RDrop do not need the embedding."
         )
 
 
@@ -184,7 +201,8 @@ def router_terms(terms: str, objective: str) -> NoiseError:
     """The error for a loss that has mixture-of-experts terms in addition to the cross entropy."""
     return NoiseError(
         f"The model adds {terms} of its routers to its loss, and {objective} computes only the mean cross "
-        "entropy. Expected a loss without them. Set the model's output_router_logits=False, or use swaft.TaskLoss."
+        "entropy. Expected a loss without them. Set the model's output_router_logits=False (with TRL: "
+        "SFTConfig(router_aux_loss_coef=0.0)), or use swaft.TaskLoss."
     )
 
 

@@ -110,7 +110,7 @@ def find_head(model: nn.Module) -> LanguageModelHead:
     if any(is_compiled(module) for module in (*layers(model), network)):
         raise NoiseError(
             f"{type(network).__name__} is compiled whole, including its head, which the fused loss must replace; "
-            "expected an uncompiled head. Compile its layers one by one (accelerate's use_regional_compilation). "
+            "expected an uncompiled head. Compile its layers one by one (`layer.compile()`). "
             f"{_SLOW_TWIN}"
         )
     module = _active_copy(network.get_output_embeddings())  # type: ignore[operator]

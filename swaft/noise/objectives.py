@@ -15,6 +15,7 @@ from swaft.noise.checks import (
     check_one_mask,
     check_seeds,
     check_two_masks,
+    check_uncompiled,
     current_rank,
     generates,
 )
@@ -226,11 +227,7 @@ class TwoPasses(Resumable):
 
     def settings_for(self, model: nn.Module) -> NoiseSettings:
         """The settings that apply to a model: presets may differ between classification and generation."""
-        return self.settings(generating=generates(model))
-
-    def settings(self, *, generating: bool) -> NoiseSettings:
-        """The settings that result from preset and options, for models that generate text or for others."""
-        return self._generating if generating else self._classifying
+        return self._generating if generates(model) else self._classifying
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run the clean and the noised pass and combine them into one loss.
@@ -297,6 +294,8 @@ class TwoPasses(Resumable):
         """The settings for a model, where its noise goes in, and the head that computes its loss, if any."""
         settings = self.settings_for(model)
         site = find_site(model) if settings.sigma > 0 else None
+        if site:
+            check_uncompiled(model, type(self).__name__)
         return settings, site, find_head(model) if settings.fused and generates(model) else None
 
 

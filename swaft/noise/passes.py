@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,37 +30,18 @@ Pair = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Combines the result of the last pass with that of the first: (clean, noised)."""
 
 
-@dataclass(frozen=True)
-class RngState:
-    """The state of torch's global generators, restored so that two passes draw the same dropout masks."""
+def random_state_kept(
+    model: nn.Module, batch: dict[str, Any], *, enabled: bool = True
+) -> AbstractContextManager[None]:
+    """Context that restores torch's global generators at its end, so the next pass draws the same dropout masks.
 
-    cpu: Tensor
-    """The CPU generator's state, uint8."""
-    accelerators: dict[torch.device, Tensor]
-    """The state of each accelerator's generator, uint8."""
-
-    @classmethod
-    def capture(cls, model: nn.Module, batch: dict[str, Any]) -> RngState:
-        """Take the current state, on the CPU and on the accelerators that hold the model or the batch.
-
-        FSDP2 with offloading keeps the parameters on the CPU and computes where the batch is.
-        """
-        tensors = [*model.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
-        devices = {tensor.device for tensor in tensors}
-        return cls(
-            cpu=torch.get_rng_state(),
-            accelerators={
-                device: torch.get_device_module(device).get_rng_state(device)
-                for device in devices
-                if device.type not in ("cpu", "meta")
-            },
-        )
-
-    def restore(self) -> None:
-        """Restore the state: the next draws repeat those after ``capture``."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.accelerators.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+    Those of the CPU and of the accelerators that hold the model or the batch: FSDP2 with offloading keeps the
+    parameters on the CPU and computes where the batch is.
+    """
+    tensors = [*model.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    return torch.random.fork_rng(devices, enabled=enabled, device_type=kind)
 
 
 class SentCount:
@@ -229,11 +210,11 @@ def run_passes(
             lambda both: both.chunk(2),  # type: ignore[arg-type, return-value]
         )
     else:
-        rng = RngState.capture(model, arguments)
-        with torch.no_grad() if noised_first else nullcontext():
+        with (
+            random_state_kept(model, arguments, enabled=settings.masks == "shared"),
+            torch.no_grad() if noised_first else nullcontext(),
+        ):
             first = form.observe(lambda: forward(arguments, noised=noised_first))
-        if settings.masks == "shared":
-            rng.restore()
         _keep_buffers(model)
         with power_iteration_paused(model):
             loss, logits = form.conclude(

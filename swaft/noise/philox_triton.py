@@ -75,12 +75,10 @@ def _box_muller(u1, u2):
     )
 
 
-@triton.jit(do_not_specialize=["stream", "first_counter"])
-def _noise_kernel(
-    embedding, out, sigma, numel, stream, first_counter, NORMAL: tl.constexpr, COUNTERS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["stream"])
+def _noise_kernel(embedding, out, sigma, numel, stream, NORMAL: tl.constexpr, COUNTERS: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * COUNTERS
-    counter = first_counter + place + tl.arange(0, COUNTERS)
+    counter = place + tl.arange(0, COUNTERS)
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = low * 0
     first, second, third, fourth = tl.philox(stream, low, high, zero, zero)
@@ -94,24 +92,20 @@ def _noise_kernel(
 
     element = place * 4 + tl.arange(0, 4 * COUNTERS)
     mask = element < numel
-    if embedding is not None:
-        wide = out.dtype.element_ty
-        noise = tl.load(embedding + element, mask=mask, other=0.0).to(wide) + noise.to(wide)
-    tl.store(out + element, noise, mask=mask)
+    wide = out.dtype.element_ty
+    noised = tl.load(embedding + element, mask=mask, other=0.0).to(wide) + noise.to(wide)
+    tl.store(out + element, noised, mask=mask)
 
 
-def noise_into(
-    out: Tensor, embedding: Tensor | None, *, noise: Noise, sigma: Tensor, stream: int, first: int = 0
-) -> None:
-    """Write embedding + sigma * noise, or only the noise; the elements are those of ``generator.standard_noise``.
+def noise_into(out: Tensor, embedding: Tensor, *, noise: Noise, sigma: Tensor, stream: int) -> None:
+    """Write embedding + sigma * noise; the elements of the noise are those of ``generator.standard_noise``.
 
     Args:
         out: result, contiguous, fp32 or float64; the sum is computed in its dtype.
-        embedding: what the noise is added to, contiguous, of the same shape and any floating dtype; None: nothing.
+        embedding: what the noise is added to, contiguous, of the same shape and any floating dtype.
         noise: the distribution.
         sigma: half width or standard deviation, 0-dim, fp32, on the device of ``out``.
         stream: seed of the stream, in [0, 2**64).
-        first: index of the first element in the stream, a multiple of 4.
     """
     if not out.numel():
         return
@@ -122,7 +116,6 @@ def noise_into(
             sigma,
             out.numel(),
             stream - (1 << 64) if stream >> 63 else stream,  # always an int64, so one compilation serves all
-            first // 4,
             NORMAL=noise == "normal",
             COUNTERS=COUNTERS,
             num_warps=WARPS,

@@ -68,11 +68,11 @@ both passes averaged; rdrop_paper: their equation 4, with the cross entropies su
 """
 
 
-def resolve_settings(preset: Preset | None, *, generates: bool, **options: Any) -> NoiseSettings:
+def resolve_settings(preset: Preset, *, generates: bool, **options: Any) -> NoiseSettings:
     """Read a preset's settings from the table and override them with explicit values.
 
     Args:
-        preset: None for "paper".
+        preset: its name.
         generates: whether the model generates text rather than classifying it.
         options: fields of NoiseSettings; None keeps the preset's value.
 
@@ -80,7 +80,7 @@ def resolve_settings(preset: Preset | None, *, generates: bool, **options: Any) 
         ConfigError: the values contradict each other.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    settings = replace(PRESETS[preset or "paper"][generates], **given)
+    settings = replace(PRESETS[preset][generates], **given)
     if settings.passes == "doubled" and settings.one_sided:
         raise ConfigError(
             "passes='doubled' with detach='noised': a noised pass without gradients must be a separate pass; "

@@ -44,7 +44,7 @@ from swaft.noise.inputs import (
     task_logits,
     without_cache,
 )
-from swaft.noise.passes import RngState
+from swaft.noise.passes import random_state_kept
 from swaft.noise.presets import NoiseSettings
 
 logger = logging.getLogger(__name__)
@@ -103,16 +103,17 @@ def prove(
     inputs = prepare_inputs(model, rows)
     noise = replace(noise, real=real_tokens(inputs.arguments))
     site, settings, objective = noise.site, noise.settings, noise.objective
-    rng, seed = RngState.capture(model, batch), torch.initial_seed()
     with torch.no_grad(), _buffers_restored(model):
-        with layer_inputs(site) if site else nullcontext([]) as clean:
-            loss_figures = _clean_pass(model, rows, noise, head)
-        if settings.masks == "shared":
-            check_seeds(model, reseeded=torch.initial_seed() != seed)
-        rng.restore()
+        with random_state_kept(model, batch):
+            seed = torch.initial_seed()
+            with layer_inputs(site) if site else nullcontext([]) as clean:
+                loss_figures = _clean_pass(model, rows, noise, head)
+            if settings.masks == "shared":
+                check_seeds(model, reseeded=torch.initial_seed() != seed)
         arrival, handed_on = torch.zeros(4, device=loss_figures.device), torch.float32
         if site is not None:
             with (
+                random_state_kept(model, batch),
                 layer_inputs(site) as noisy,
                 embedding_hook(site, noise) as noised,
                 head.replaced(placeholder) if head else nullcontext(),
@@ -120,7 +121,6 @@ def prove(
                 model(**inputs.arguments)
             arrival = measure_arrival(noised, clean, noisy, noise)
             handed_on = noised.handed_on.dtype
-            rng.restore()
         # Weights that autocast has cast here have no gradient and must not be reused in the training pass.
         torch.clear_autocast_cache()
 

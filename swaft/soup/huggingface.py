@@ -22,8 +22,6 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 JSON_LIMIT = 256_000_000
 """Maximum bytes of an index or a configuration."""
-MOST_NESTED = 100
-"""Maximum nesting depth of lists and objects in them."""
 NO_JSON = re.compile(rb"[:\[,]\s*(-?Infinity|NaN)\b")
 """Numbers that Python writes into JSON but JSON does not have."""
 
@@ -82,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     raw = read_whole(_real(path), limit=JSON_LIMIT)
     try:
-        content = parse_object(raw, str(path))
+        return parse_object(raw, str(path))
     except StateError as error:
         if NO_JSON.search(raw) is None:
             raise
@@ -90,13 +88,6 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{error}. Versions of transformers before 5 wrote that; rewrite the configuration with "
             "AutoConfig.from_pretrained(...).save_pretrained(...) of this one"
         ) from error
-    layer: list[Any] = [content]
-    for _ in range(MOST_NESTED):
-        inside = [value for each in layer for value in (each.values() if isinstance(each, dict) else each)]
-        layer = [value for value in inside if isinstance(value, dict | list)]
-    if layer:
-        raise StateError(f"{path}: nested more than {MOST_NESTED} deep; expected a configuration")
-    return content
 
 
 def _weight_map(path: Path, stem: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swaft.averaging.arithmetic import combine
 from swaft.averaging.state import KIND as AVERAGE
 from swaft.averaging.state import AverageState, RankFiles, lane_name
 from swaft.errors import StateError
@@ -121,13 +122,14 @@ def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWe
 
         if [share for _, share, _ in lanes] == [1.0]:
             return vector(f"{lanes[0][0]}.mean", torch.float32)
-        total = torch.zeros(end - start, dtype=torch.float64, device="cpu")
-        for lane, share, compensated in lanes:  # as `Lanes.shard`: in float64, rounded once
-            value = vector(f"{lane}.mean", torch.float32).double()
-            if compensated:
-                value += vector(f"{lane}.compensation", torch.bfloat16).double()
-            total += value * share
-        return total.float()
+        return combine(
+            (
+                share,
+                vector(f"{lane}.mean", torch.float32),
+                vector(f"{lane}.compensation", torch.bfloat16) if compensated else None,
+            )
+            for lane, share, compensated in lanes
+        )
 
     return SavedWeights(
         path=path,

@@ -60,14 +60,7 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
     """
     require_regular(path)  # before opening: opening a device can have side effects
     with explained(path, "opened"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = open(descriptor, "rb")  # noqa: SIM115 (the caller closes it)
-    try:
-        _require(path, os.fstat(descriptor), "a regular file")
-    except BaseException:
-        file.close()
-        raise
-    return file
+        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
 
 
 def require_regular(path: str | PathLike[str]) -> int:

@@ -31,13 +31,10 @@ class BlockHasher:
 
     At most two blocks per thread are in progress. Buffers given to :meth:`update` are not copied, so they must not
     change until :meth:`drain` or :meth:`hexdigest` returns.
-
-    Args:
-        threads: number of threads; None: as many as there are processors, at most four.
     """
 
-    def __init__(self, threads: int | None = None):
-        threads = threads or min(4, os.cpu_count() or 1)
+    def __init__(self) -> None:
+        threads = min(4, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="swaft-hash")
         self._most = 2 * threads
         self._under_way: deque[Callable[[], bytes]] = deque()
@@ -95,17 +92,16 @@ class BlockHasher:
         self._under_way.append(digest)
 
 
-def hash_file(path: str | PathLike[str], *, threads: int | None = None) -> FileRecord:
+def hash_file(path: str | PathLike[str]) -> FileRecord:
     """Size and digest of a file, read once, using the memory of a few blocks.
 
     Args:
         path: a regular file.
-        threads: as for :class:`BlockHasher`.
 
     Raises:
         StateError: it is missing, not a regular file, or could not be read.
     """
-    with open_regular(path) as file, explained(path, "read"), BlockHasher(threads) as hasher:
+    with open_regular(path) as file, explained(path, "read"), BlockHasher() as hasher:
         while block := file.read(BLOCK_BYTES):
             hasher.update(block)
         return hasher.record()

@@ -46,8 +46,6 @@ MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 MANIFEST_LIMIT = 256_000_000
 """Maximum bytes of a manifest."""
-MOST_NESTED = 8
-"""Maximum nesting depth of sealed folders."""
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 FIELDS = ("format", "version", "kind", "files", "sealed", "content")
@@ -89,11 +87,7 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
     content = {"format": FORMAT, **asdict(manifest)}
     content = {name: content[name] for name in FIELDS}
     raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    if len(raw) > MANIFEST_LIMIT:
-        raise StateError(
-            f"{folder / MANIFEST} would have {len(raw):,} bytes; expected at most {MANIFEST_LIMIT:,}"
-        )
-    _check_held(folder, _parse(raw, folder / MANIFEST, kind=manifest.kind), nested=0)
+    _check_held(folder, _parse(raw, folder / MANIFEST, kind=manifest.kind))
     digest = hashlib.sha256(raw).hexdigest()
     write_durably(folder / MANIFEST, raw)
     write_durably(folder / COMPLETE, f"{digest}\n".encode())
@@ -135,7 +129,7 @@ def read_manifest(folder: str | PathLike[str], *, kind: str | None) -> Manifest:
     Raises:
         StateError: anything is wrong; names file and field, what was found and what was expected.
     """
-    return _read(Path(folder), kind=kind, nested=0)[0]
+    return _read(Path(folder), kind=kind)[0]
 
 
 def verify(
@@ -165,7 +159,7 @@ def verify(
                     f"{expected.bytes:,} of {expected.sha256} (the tree digest of swaft.storage.hashing)"
                 )
         elif name in manifest.sealed:
-            inner, _ = _read_sealed(folder, name, manifest.sealed[name], nested=1)
+            inner = _read_sealed(folder, name, manifest.sealed[name])
             verify(folder / name, inner)
         else:
             raise StateError(f"{folder / MANIFEST} lists no {name!r}")
@@ -187,7 +181,7 @@ def remove_sealed(folder: str | PathLike[str]) -> None:
     sync_folder(folder.parent)
 
 
-def _read(folder: Path, *, kind: str | None, nested: int) -> tuple[Manifest, str]:
+def _read(folder: Path, *, kind: str | None) -> tuple[Manifest, str]:
     """A checked manifest and its hash."""
     require_folder(folder)
     if not is_complete(folder):
@@ -203,23 +197,21 @@ def _read(folder: Path, *, kind: str | None, nested: int) -> tuple[Manifest, str
             f"{mark[:80]!r}"
         )
     manifest = _parse(raw, folder / MANIFEST, kind=kind)
-    _check_held(folder, manifest, nested=nested)
+    _check_held(folder, manifest)
     return manifest, digest
 
 
-def _read_sealed(folder: Path, name: str, expected: str, *, nested: int) -> tuple[Manifest, str]:
-    if nested > MOST_NESTED:
-        raise StateError(f"{folder}: sealed folders lie more than {MOST_NESTED} deep in each other")
-    inner, digest = _read(folder / name, kind=None, nested=nested)
+def _read_sealed(folder: Path, name: str, expected: str) -> Manifest:
+    inner, digest = _read(folder / name, kind=None)
     if digest != expected:
         raise StateError(
             f"{folder / name / MANIFEST} is not the one that {folder / MANIFEST} lists: its SHA-256 is {digest}, "
             f"expected {expected}"
         )
-    return inner, digest
+    return inner
 
 
-def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
+def _check_held(folder: Path, manifest: Manifest) -> None:
     """Check the content of a folder against its manifest, without reading a file."""
     names = [*manifest.files, *manifest.sealed]
     for parent in sorted({parent for name in names for parent in Path(name).parents if parent.parts}):
@@ -229,7 +221,7 @@ def _check_held(folder: Path, manifest: Manifest, *, nested: int) -> None:
         if size != record.bytes:
             raise StateError(f"{folder / name} has {size:,} bytes; expected {record.bytes:,}")
     for name, digest in manifest.sealed.items():
-        _read_sealed(folder, name, digest, nested=nested + 1)
+        _read_sealed(folder, name, digest)
 
 
 def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:

@@ -23,7 +23,7 @@ from torch import Tensor
 from swaft.errors import ConfigError, StateError
 from swaft.storage.files import FileRecord, explained, new_file, open_regular, write_all
 from swaft.storage.hashing import BlockHasher
-from swaft.storage.strict_json import parse_object, shown
+from swaft.storage.strict_json import shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -225,34 +225,28 @@ def _make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tupl
 def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Spec], dict[str, int], dict[str, str]]:
     """The specs of the tensors by name, in file order, the offset of each in the file, and the metadata.
 
-    The library checks the header for consistency and against the size of the file first. What it accepts but should
-    not is refused here: duplicate keys and unknown fields.
+    The library checks the header for consistency and against the size of the file.
     """
+    specs, starts = dict[str, Spec](), dict[str, int]()
     try:
-        with explained(path, "read"), safe_open(f"/proc/self/fd/{descriptor}", "numpy"):
-            pass
+        with explained(path, "read"), safe_open(f"/proc/self/fd/{descriptor}", "numpy") as header:
+            position = 8 + int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            for name in header.offset_keys():  # without gaps
+                found = header.get_slice(name)
+                code, shape = found.get_dtype(), tuple(found.get_shape())
+                if code not in DTYPES:
+                    raise StateError(
+                        f"{path}: header: {shown(name)}: dtype: found {shown(code)}, expected one of "
+                        f"{', '.join(DTYPES)}"
+                    )
+                specs[name], starts[name] = Spec(DTYPES[code], shape), position
+                position += specs[name].nbytes
+            metadata = header.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise StateError(f"{path} is not a complete safetensors file: {str(error)[:300]}") from error
-    with explained(path, "read"), open(descriptor, "rb", closefd=False) as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        raw = file.read(begin - 8)
-    content = parse_object(raw, f"{path}: header")
-    metadata, specs, starts = content.pop(METADATA, {}), dict[str, Spec](), dict[str, int]()
-    if metadata is None:
-        raise StateError(f"{path}: header: {METADATA}: expected an object of texts")
-    for name, found in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-        if found.keys() > {"dtype", "shape", "data_offsets"}:
-            raise StateError(
-                f"{path}: header: {shown(name)}: expected an object of dtype, shape and data_offsets"
-            )
-        if found["dtype"] not in DTYPES:
-            raise StateError(
-                f"{path}: header: {shown(name)}: dtype: found {shown(found['dtype'])}, expected one of "
-                f"{', '.join(DTYPES)}"
-            )
-        specs[name] = Spec(DTYPES[found["dtype"]], tuple(found["shape"]))
-        starts[name] = begin + found["data_offsets"][0]
-    return specs, starts, metadata
+    # The library orders tensors without elements at random.
+    in_order = sorted(specs, key=lambda name: (starts[name], specs[name].nbytes, name))
+    return {name: specs[name] for name in in_order}, starts, metadata
 
 
 def _bytes_of(data: Tensor) -> memoryview:

@@ -91,7 +91,7 @@ class Rehearsal:
         if self._ranks.is_main:
             for each in self._old:
                 shutil.copytree(each, self._kept / each.name, copy_function=os.link)
-        self._ranks.barrier()
+        self._ranks.gather(None)
 
     def failing_calls(self, kind: str) -> Iterator[dict[str, Any]]:
         """Let each call of each rank fail (collective)."""
@@ -120,7 +120,7 @@ class Rehearsal:
         for size in range(SIZES):
             if self._ranks.is_main:
                 _fill(filler, _free(self._folder) - needed * size // SIZES)
-            self._ranks.barrier()
+            self._ranks.gather(None)
             yield {"free": f"{size}/{SIZES} of {needed:,} bytes", **self._try(partial(self._empty, filler))}
 
     def _try(self, mend: Callable[[], None]) -> dict[str, Any]:
@@ -160,19 +160,19 @@ class Rehearsal:
 
     def _put_back(self) -> None:
         """Have the checkpoints that there were before the save."""
-        self._ranks.barrier()
+        self._ranks.gather(None)
         if self._ranks.is_main:
             shutil.rmtree(self._new, ignore_errors=True)
             for each in self._old:
                 if not is_complete(each):
                     shutil.rmtree(each, ignore_errors=True)
                     shutil.copytree(self._kept / each.name, each, copy_function=os.link)
-        self._ranks.barrier()
+        self._ranks.gather(None)
 
     def _empty(self, filler: Path) -> None:
         if self._ranks.is_main:
             filler.unlink()
-        self._ranks.barrier()
+        self._ranks.gather(None)
 
 
 def _third(calls: list[str]) -> list[int]:

@@ -10,7 +10,7 @@ import swaft
 from swaft.averaging import host
 from swaft.averaging.arithmetic import reference_mean
 from swaft.averaging.host.source import MIN_BLOCK_NUMEL
-from swaft.noise.passes import RngState
+from swaft.noise.passes import random_state_kept
 
 
 def batch(step: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -67,9 +67,8 @@ def test_two_passes_with_shared_masks_and_no_noise_are_the_same_to_the_bit(devic
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast), torch.no_grad():
             return model(**rows).logits
 
-    state = RngState.capture(model, rows)
-    first = logits()
-    state.restore()
+    with random_state_kept(model, rows):
+        first = logits()
     assert torch.equal(logits(), first)
     assert not torch.equal(logits(), first)
 

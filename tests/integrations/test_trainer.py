@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
-from tiny_trainer import numbers_tokenizer, rows, sft_trainer, trainer
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-)
+from peft import LoraConfig, get_peft_model
+from tiny_trainer import averaged, exported, model, numbers_tokenizer, rows, sft_trainer, trainer
+from transformers import DataCollatorWithPadding, Trainer
 from trl import DPOConfig, DPOTrainer
 
 import swaft
-from swaft.errors import AveragingError, ConfigError, NoiseError, StateError
+from swaft.errors import AveragingError, ConfigError, NoiseError, StateError, UnsupportedEngineError
 from swaft.integrations.transformers import (
     NoiseCallback,
     WeightAveragingCallback,
@@ -32,21 +28,16 @@ def averaging() -> WeightAveragingCallback:
     return WeightAveragingCallback(swaft.SWA(start=0.5))
 
 
-def exported(run: Trainer) -> dict[str, torch.Tensor]:
-    return load_file(Path(run.args.output_dir) / "final-averaged" / "model.safetensors")
-
-
-def averaged(callback: WeightAveragingCallback, run: Trainer) -> dict[str, torch.Tensor]:
-    with averaged_weights(run):
-        return {name: value.clone() for name, value in run.model.named_parameters()}
-
-
-def test_the_end_of_training_leaves_the_averaged_model_with_its_tokenizer(tmp_path, averaging):
+@pytest.mark.parametrize("held_by", ["trainer", "collator"])
+def test_the_end_of_training_leaves_the_averaged_model_with_its_tokenizer(tmp_path, averaging, held_by):
     run = trainer(tmp_path, averaging)
-    run.processing_class = numbers_tokenizer(60)
+    if held_by == "collator":
+        run.data_collator = DataCollatorWithPadding(numbers_tokenizer(60))
+    else:
+        run.processing_class = numbers_tokenizer(60)
     run.train()
     assert (tmp_path / "final-averaged" / "tokenizer.json").is_file()
-    mean, written = averaged(averaging, run), exported(run)
+    mean, written = averaged(run), exported(run)
     assert all(torch.equal(mean[name], written[name]) for name in mean)
 
 
@@ -56,61 +47,27 @@ def test_the_names_are_at_the_top_level_too():
     assert swaft.NoiseCallback is NoiseCallback
 
 
-def test_the_best_checkpoint_is_chosen_by_the_averaged_score_and_its_average_is_exported(tmp_path, averaging):
-    run = trainer(
-        tmp_path,
-        averaging,
-        max_steps=12,
-        save_steps=2,
-        eval_delay=7,
-        learning_rate=0.1,
-        load_best_model_at_end=True,
-        metric_for_best_model="averaged_loss",
-        greater_is_better=True,  # the largest loss of this run is not its last
-    )
-    run.train()
-    scores = {e["step"]: e["eval_averaged_loss"] for e in run.state.log_history if "eval_averaged_loss" in e}
-    best = max(scores, key=lambda step: scores[step])
-    assert best < 12, scores  # else nothing is shown
-    assert run.state.best_metric == scores[best]
-    assert Path(run.state.best_model_checkpoint) == tmp_path / f"checkpoint-{best}"
-    with averaged_weights(run):
-        assert run.evaluate()["eval_loss"] == pytest.approx(scores[best])
-    mean, written = averaged(averaging, run), exported(run)
-    assert all(torch.equal(mean[name], written[name]) for name in mean)
-
-
-def test_early_stopping_goes_by_the_averaged_score_wherever_it_stands_in_the_list(
-    tmp_path, averaging, caplog
-):
-    stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
-    run = trainer(
-        tmp_path,
-        stopping,
-        averaging,
-        eval_delay=4,
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="averaged_loss",
-        greater_is_better=False,
-    )
-    run.train()
-    assert "did not find eval_averaged_loss" not in caplog.text
-    assert run.state.global_step == 6  # the second score is not ten better than the first
-
-
 def test_each_of_several_evaluation_sets_is_scored_with_both_weights_once(tmp_path, averaging):
     run = trainer(tmp_path, averaging)
-    run.eval_dataset = {"near": rows(16, 1), "far": rows(16, 2)}
+    run.eval_dataset = {"near": rows(16, 1), "eval": rows(16, 2)}
     run.train()
     names = [name for entry in run.state.log_history[-6:] for name in entry if name.endswith("_loss")]
     assert sorted(names) == [
-        "eval_averaged_far_loss",
+        "eval_averaged_eval_loss",
         "eval_averaged_near_loss",
-        "eval_far_loss",
+        "eval_eval_loss",
         "eval_near_loss",
         "train_loss",
     ]
+
+
+@pytest.mark.parametrize("name", ["f1", "eval_f1"])
+def test_averaged_scores_are_named_alike_however_the_metrics_name_theirs(tmp_path, averaging, name):
+    run = trainer(tmp_path, averaging, max_steps=2, metric_for_best_model="averaged_f1", eval_delay=1)
+    run.compute_metrics = lambda _: {name: 0.5}
+    run.train()
+    assert {"eval_f1", "eval_averaged_f1"} <= run.evaluate().keys()
+    assert any("eval_averaged_f1" in entry for entry in run.state.log_history)
 
 
 def test_an_evaluation_before_anything_is_averaged_is_as_always(tmp_path, averaging):
@@ -130,35 +87,18 @@ def test_two_callbacks_are_refused_before_training(tmp_path, averaging):
         trainer(tmp_path, averaging, WeightAveragingCallback(swaft.EMA())).train()
 
 
-def test_choosing_by_the_average_before_there_is_one_is_refused_before_training(tmp_path, averaging):
-    settings = {"load_best_model_at_end": True, "metric_for_best_model": "averaged_loss", "save_steps": 2}
-    with pytest.raises(ConfigError, match="eval_delay=4"):
-        trainer(tmp_path, averaging, **settings).train()
-
-
-@pytest.mark.parametrize(
-    ("epochs", "start", "delay"), [(2.5, 7, 2), (2.5, 9, 2.5), (2.5, 4, None), (1.5, 5, 1.5)]
-)
-def test_epochs_are_counted_in_steps_where_the_last_one_is_not_whole(tmp_path, epochs, start, delay):
-    # 4 steps an epoch.
-    run = trainer(
-        tmp_path,
-        WeightAveragingCallback(swaft.SWA(start=start)),
-        max_steps=-1,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=16,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        metric_for_best_model="averaged_loss",
-        load_best_model_at_end=True,
-    )
-    if delay is None:
+def test_adapters_that_peft_leaves_in_16_bits_are_refused_until_they_are_cast(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, bf16=True, max_steps=2, eval_strategy="no", save_strategy="no")
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    run.model = run.model_wrapped = get_peft_model(model().to(torch.bfloat16), lora)
+    advice = r"dtype=torch\.float32\)\), or set p\.data = p\.data\.float\(\).*Trainer: bf16=True"
+    with pytest.raises(UnsupportedEngineError, match=advice):
         run.train()
-        return
-    with pytest.raises(
-        ConfigError, match=f"after 4 steps, .* before step {start}; set eval_delay={delay:g}, "
-    ):
-        run.train()
+    for p in run.model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    run.train()
+    assert averaging.averager.num_averaged == 2
 
 
 def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp_path, averaging):
@@ -170,6 +110,21 @@ def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp
     second.model = second.model_wrapped = first.model
     second.train()
     assert torch.equal(averaging.averager.shard(), mean)
+
+
+def test_a_model_whose_training_failed_is_trained_by_another_trainer(tmp_path, averaging):
+    def fail(*_):
+        if first.state.global_step == 1:
+            raise RuntimeError("CUDA out of memory")
+
+    first = trainer(tmp_path / "a", averaging, max_steps=2, eval_strategy="no", save_strategy="no")
+    failing = first.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first.train()
+    failing.remove()
+    second = trainer(tmp_path / "b", max_steps=2, eval_strategy="no", save_strategy="no")
+    second.model = second.model_wrapped = first.model
+    second.train()
 
 
 @pytest.mark.parametrize("evaluates", [lambda run: run.evaluate(), lambda run: run.predict(run.eval_dataset)])
@@ -249,6 +204,14 @@ def test_a_run_without_the_callbacks_is_not_resumed_with_them(tmp_path, averagin
         trainer(tmp_path, averaging).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("callback", [WeightAveragingCallback, lambda: NoiseCallback(swaft.R3F())])
+def test_checkpoints_of_which_callbacks_are_not_told_are_refused(tmp_path, callback):
+    run = trainer(tmp_path, callback())
+    run.args.enable_jit_checkpoint = True
+    with pytest.raises(ConfigError, match="set enable_jit_checkpoint=False"):
+        run.train()
+
+
 def test_a_search_over_settings_is_refused(tmp_path, averaging):
     run = trainer(tmp_path, averaging)
     run.hp_search_backend = "optuna"
@@ -260,35 +223,6 @@ def test_a_callback_that_no_trainer_calls_says_where_it_belongs(tmp_path, averag
     run = trainer(tmp_path)
     with pytest.raises(ConfigError, match=r"pass it to Trainer\(\.\.\., callbacks="):
         averaging.on_train_begin(run.args, run.state, run.control)
-
-
-def test_a_best_checkpoint_from_before_averaging_leaves_the_average_of_the_whole_run(tmp_path, caplog):
-    averaging = WeightAveragingCallback(swaft.SWA(start=0.75))
-    settings = {"load_best_model_at_end": True, "save_steps": 2, "metric_for_best_model": "loss"}
-    run = trainer(tmp_path, averaging, learning_rate=0.3, **settings)
-    run.train()
-    assert run.state.best_global_step < 6, run.state.log_history  # else nothing is shown
-    assert averaging.averager is not None
-    assert averaging.averager.num_averaged == 3
-    assert (tmp_path / "final-averaged").is_dir()
-    assert "before averaging began at step 6" in caplog.text
-
-
-def test_a_best_checkpoint_at_which_averaging_began_is_said_to_hold_one_step_alone(
-    tmp_path, averaging, caplog
-):
-    settings = {"load_best_model_at_end": True, "save_steps": 2, "eval_delay": 4}
-    run = trainer(
-        tmp_path, averaging, metric_for_best_model="averaged_drift", greater_is_better=False, **settings
-    )
-    run.train()
-    assert run.state.best_global_step == averaging.averager.plan().first_step
-    assert "final-averaged holds its weights, of a single step" in caplog.text
-
-
-def test_checkpoints_without_averages_are_refused_where_the_best_one_is_loaded(tmp_path, averaging):
-    with pytest.raises(ConfigError, match="save_only_model=False"):
-        trainer(tmp_path, averaging, load_best_model_at_end=True, save_only_model=True, save_steps=2).train()
 
 
 def test_trls_preference_trainer_averages_and_refuses_noise(tmp_path, averaging):
@@ -375,6 +309,17 @@ def test_the_page_of_a_trainers_run_has_the_loss_between_both_weights(tmp_path, 
     at = dict(zip(surface["line"]["position"], surface["line"]["loss"], strict=True))
     assert at[0.0] == pytest.approx(scores["eval_loss"], rel=1e-6)
     assert at[1.0] == pytest.approx(scores["eval_averaged_loss"], rel=1e-6)
+
+
+def test_an_evaluation_that_is_set_on_the_trainer_itself_scores_both_weights_once(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, max_steps=2, eval_strategy="no", save_strategy="no")
+    own, asked = run.evaluate, []
+    run.evaluate = lambda *args, **kwargs: asked.append(kwargs) or own(*args, **kwargs)
+    for _ in range(2):
+        run.args.output_dir = f"{run.args.output_dir}/again"
+        run.train()
+    assert {"eval_averaged_loss", "eval_loss"} <= run.evaluate().keys()
+    assert len(asked) == 2
 
 
 class OfExamples(Trainer):

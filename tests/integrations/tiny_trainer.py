@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,6 +21,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from swaft.integrations.transformers import averaged_weights
 
 STEPS = 8
 
@@ -79,6 +82,17 @@ def trainer(
         eval_dataset=rows(16, 1),
         callbacks=list(callbacks),
     )
+
+
+def exported(run: Trainer) -> dict[str, torch.Tensor]:
+    """What training has left in final-averaged."""
+    return load_file(Path(run.args.output_dir) / "final-averaged" / "model.safetensors")
+
+
+def averaged(run: Trainer) -> dict[str, torch.Tensor]:
+    """The averaged weights of a run."""
+    with averaged_weights(run):
+        return {name: value.clone() for name, value in run.model.named_parameters()}
 
 
 def sft_trainer(folder: Path, *callbacks: Any, dropout: float = 0.1, **settings: Any) -> Trainer:

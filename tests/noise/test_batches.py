@@ -11,7 +11,7 @@ from swaft.errors import NoiseError
 from swaft.noise import R3F, RDrop, TaskLoss
 from swaft.noise.embedding import root_mean_square
 from swaft.noise.inputs import real_tokens
-from swaft.noise.passes import RngState
+from swaft.noise.passes import random_state_kept
 
 pytestmark = pytest.mark.unit
 
@@ -114,7 +114,8 @@ def test_masks_are_shared_on_the_device_of_the_batch_where_parameters_are_offloa
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Generators())
     offloaded = torch.nn.Linear(2, 2)
-    RngState.capture(offloaded, {"input_ids": torch.zeros(2).as_subclass(OnDevice), "flag": True}).restore()
+    with random_state_kept(offloaded, {"input_ids": torch.zeros(2).as_subclass(OnDevice), "flag": True}):
+        assert not restored
     assert restored == [("state of cuda:1", torch.device("cuda:1"))]
 
 

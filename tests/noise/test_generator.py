@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from swaft.errors import ConfigError
 from swaft.noise.generator import add_noise, splitmix64, stream_seed
 
 pytestmark = pytest.mark.unit
@@ -96,18 +95,3 @@ def test_the_gradient_passes_noise_unchanged(dtype):
 
 def test_an_empty_embedding_stays_empty():
     assert add_noise(torch.empty(0, 8), noise="normal", sigma=0.1, seed=1, rank=2, step=3).shape == (0, 8)
-
-
-@pytest.mark.parametrize(
-    ("embedding", "options", "found"),
-    [
-        (torch.zeros(3), {"noise": "gaussian"}, "noise is 'gaussian'; expected one of uniform, normal"),
-        (torch.zeros(3), {"sigma": torch.ones(3)}, r"sigma has shape \(3,\)"),
-        (torch.zeros(3), {"sigma": torch.tensor(0.1, device="meta")}, "is on meta; expected a number"),
-        (torch.zeros(3, dtype=torch.long), {}, "embedding is torch.int64; expected a floating dtype"),
-    ],
-)
-def test_what_noise_cannot_be_made_of_is_refused(embedding, options, found):
-    arguments = {"noise": "normal", "sigma": 0.1, "seed": 1, "rank": 0, "step": 0}
-    with pytest.raises(ConfigError, match=found):
-        add_noise(embedding, **(arguments | options))

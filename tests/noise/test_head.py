@@ -295,8 +295,8 @@ def test_a_model_that_is_compiled_whole_is_refused_and_one_with_compiled_layers_
     whole = t5()
     if in_place:
         whole.compile(backend="eager")
-    with pytest.raises(NoiseError, match=r"compiled whole.*fused=False"):
-        R3F(sigma=0.1).prepare_model(whole if in_place else torch.compile(whole, backend="eager"))  # type: ignore[arg-type]
+    with pytest.raises(NoiseError, match=r"compiled whole.*head.*fused=False"):
+        RDrop().prepare_model(whole if in_place else torch.compile(whole, backend="eager"))  # type: ignore[arg-type]
 
 
 def test_a_copy_of_the_head_that_an_adapter_trains_is_the_one_used():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from swaft.noise.generator import box_muller, philox, standard_noise, uniform
+from swaft.noise.generator import _words, box_muller, philox, standard_noise, uniform
 
 pytestmark = pytest.mark.unit
 
@@ -31,17 +31,19 @@ def test_the_words_are_those_its_authors_published(counter, key, expected):
     assert [int(word) for word in words] == list(expected)
 
 
-def test_an_element_does_not_depend_on_where_the_drawing_began():
+def test_an_element_does_not_depend_on_how_many_are_drawn():
     whole = standard_noise(400_000, noise="normal", stream=7)
-    assert torch.equal(standard_noise(100, noise="normal", stream=7, first=200_000), whole[200_000:200_100])
+    assert torch.equal(standard_noise(200_003, noise="normal", stream=7), whole[:200_003])
     assert torch.equal(standard_noise(3, noise="normal", stream=7), whole[:3])
 
 
-def test_elements_past_the_low_word_of_the_counter_do_not_repeat():
-    beyond = 4 << 32
-    across = standard_noise(64, noise="uniform", stream=7, first=beyond - 32)
-    assert torch.equal(across[32:], standard_noise(32, noise="uniform", stream=7, first=beyond))
-    assert not torch.equal(across[32:], standard_noise(32, noise="uniform", stream=7))
+def test_words_past_the_low_word_of_the_counter_do_not_repeat():
+    begun, across, beyond = (
+        torch.stack(_words(first, count, 7, torch.device("cpu")))
+        for first, count in ((0, 8), ((1 << 32) - 8, 16), (1 << 32, 8))
+    )
+    assert torch.equal(across[:, 8:], beyond)
+    assert not torch.equal(beyond, begun)
 
 
 def test_both_halves_of_the_seed_count():

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from swaft.errors import ConfigError
 from swaft.noise import PRESETS, R3F, R4F, NoiseSettings, RDrop
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 
 def test_no_preset_is_the_paper():
-    assert resolve_settings(None, generates=False) == NoiseSettings()
+    assert R3F().settings_for(torch.nn.Linear(1, 1)) == NoiseSettings()
     assert NoiseSettings() == NoiseSettings(
         noise="uniform", sigma=1e-5, masks="shared", reduction="mean", detach="none"
     )
@@ -117,8 +118,8 @@ def test_a_doubled_pass_cannot_be_one_sided():
 
 
 def test_nothing_but_the_noised_side_constant_is_one_sided():
-    assert resolve_settings(None, generates=True, detach="noised").one_sided
-    assert not resolve_settings(None, generates=True, detach="target").one_sided
+    assert resolve_settings("paper", generates=True, detach="noised").one_sided
+    assert not resolve_settings("paper", generates=True, detach="target").one_sided
     assert not resolve_settings("rdrop", generates=True, detach="noised").one_sided
 
 

@@ -9,6 +9,7 @@ import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils.other import compile_regions
 from tiny_models import VOCABULARY, causal_batch, generation_batch, t5
 from transformers import BartForCausalLM, T5ForConditionalGeneration
 
@@ -115,7 +116,7 @@ def test_labels_that_are_not_shifted_as_in_barts_decoder_are_another_loss():
 @pytest.mark.parametrize("fused", [True, False])
 def test_losses_of_routers_are_refused_however_small(fused):
     model = tiny.mixtral(output_router_logits=True, router_aux_loss_coef=1e-6)
-    with pytest.raises(NoiseError, match=r"adds losses of its routers.*output_router_logits=False"):
+    with pytest.raises(NoiseError, match=r"adds losses of its routers.*=False.*router_aux_loss_coef=0\.0"):
         R3F(sigma=0.1, fused=fused)(model, causal_batch())
 
 
@@ -183,3 +184,20 @@ def test_a_quantised_head_is_refused():
     model.lm_head = torch.ao.nn.quantized.dynamic.Linear(16, VOCABULARY)
     with pytest.raises(NoiseError, match=r"do not quantise it"):
         R3F(sigma=0.1).prepare_model(model)
+
+
+@pytest.mark.parametrize("build", [tiny.bert, tiny.t5])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_noise_in_a_model_that_is_compiled_whole_is_refused(build, in_place):
+    model = build()
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    with pytest.raises(NoiseError, match=r"compiled whole.*token embedding.*torch_compile"):
+        R3F(sigma=0.1, fused=False).prepare_model(model)
+    RDrop(fused=False).prepare_model(model)
+
+
+def test_noise_in_a_model_whose_regions_accelerate_compiles_is_not():
+    R3F(sigma=0.1).prepare_model(compile_regions(tiny.bert(), backend="eager"))

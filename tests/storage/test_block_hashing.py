@@ -24,10 +24,11 @@ def as_documented(data: bytes) -> str:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_digest_of_a_file_is_the_documented_one(tmp_path, size, threads):
+def test_the_digest_of_a_file_is_the_documented_one(tmp_path, monkeypatch, size, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
     data = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(data)
-    record = hash_file(tmp_path / "file", threads=threads)
+    record = hash_file(tmp_path / "file")
     assert (record.bytes, record.sha256) == (size, as_documented(data))
 
 
@@ -35,7 +36,7 @@ def test_the_digest_of_a_file_is_the_documented_one(tmp_path, size, threads):
 def test_the_digest_does_not_depend_on_the_pieces_that_bytes_come_in(seed):
     draw = random.Random(seed)
     data = draw.randbytes(2 * BLOCK_BYTES + 777)
-    with BlockHasher(2) as hasher:
+    with BlockHasher() as hasher:
         position = 0
         while position < len(data):
             size = draw.choice([0, 1, 17, 5000, 1 << 16, 700_001, BLOCK_BYTES])
@@ -49,7 +50,7 @@ def test_the_digest_does_not_depend_on_the_pieces_that_bytes_come_in(seed):
 @pytest.mark.parametrize("size", [5, 1 << 16, BLOCK_BYTES, 2 * BLOCK_BYTES + 5])
 def test_a_buffer_may_change_after_it_was_drained(size):
     buffer = bytearray(b"a" * size)
-    with BlockHasher(2) as hasher:
+    with BlockHasher() as hasher:
         for letter in b"abc":
             buffer[:] = bytes([letter]) * size
             hasher.update(buffer)
@@ -57,10 +58,11 @@ def test_a_buffer_may_change_after_it_was_drained(size):
         assert hasher.hexdigest() == as_documented(b"a" * size + b"b" * size + b"c" * size)
 
 
-def test_a_file_is_hashed_in_memory_of_a_few_blocks(tmp_path):
+def test_a_file_is_hashed_in_memory_of_a_few_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     os.truncate(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY), 40 * BLOCK_BYTES)
     tracemalloc.start()
-    hash_file(tmp_path / "file", threads=2)
+    hash_file(tmp_path / "file")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 7 * BLOCK_BYTES
@@ -68,7 +70,7 @@ def test_a_file_is_hashed_in_memory_of_a_few_blocks(tmp_path):
 
 def test_single_bytes_are_hashed_in_memory_of_a_few_blocks():
     tracemalloc.start()
-    with BlockHasher(1) as hasher:
+    with BlockHasher() as hasher:
         hasher.update(b"x" * (1 << 16))
         for _ in range(300_000):
             hasher.update(b"x")

@@ -28,23 +28,16 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-ENTRY = json.dumps(entry()).encode()
-
 HOSTILE = {
     "no object": (b"[]      ", "invalid type: sequence"),
     "no JSON": (b"{nonsense", "invalid JSON"),
     "no UTF-8": (b'{"\xff": 1}', "invalid UTF-8"),
     "text behind the object": (b"{} {}", "trailing characters"),
-    "a key twice": (b'{"a": %s, "a": %s}' % (ENTRY, ENTRY), "key 'a' is there twice"),
     "a field twice": (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "duplicate field `dtype`"),
     "nested without end": (b'{"a":' + b"[" * 100_000, "recursion limit exceeded"),
     "NaN": (b'{"a": NaN}', "invalid JSON"),
     "a number of 5,000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "number out of range"),
     "an entry that is no object": ({"a": 3}, "invalid type: integer `3`"),
-    "a field too many": (
-        {"a": entry() | {"more": 1}},
-        "'a': expected an object of dtype, shape and data_offsets",
-    ),
     "a field too few": ({"a": {"dtype": "F32", "shape": [2]}}, "missing field `data_offsets`"),
     "an unknown dtype": ({"a": entry("F33")}, "unknown variant `F33`"),
     "a dtype that torch lacks": (
@@ -78,7 +71,6 @@ HOSTILE = {
     "bytes left over": ({"a": entry("U8", [4], [0, 4])}, "file not fully covered"),
     "metadata that is no text": ({"__metadata__": {"a": 1}, "a": entry()}, "expected a string"),
     "metadata that is a list": ({"__metadata__": [], "a": entry()}, "expected a map"),
-    "metadata that is nothing": ({"__metadata__": None, "a": entry()}, "__metadata__: expected an object"),
 }
 """Header, and what is said of it: most by the safetensors library, in a message of ours that names the file."""
 

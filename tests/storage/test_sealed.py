@@ -256,21 +256,6 @@ def test_a_manifest_of_10_gb_is_not_read(tmp_path):
         read_manifest(tmp_path / "x", kind="test")
 
 
-def test_sealed_folders_do_not_lie_in_each_other_without_end(tmp_path):
-    digest = make_inner(tmp_path / "0")
-    for depth in range(1, 12):
-        folder = tmp_path / str(depth)
-        folder.mkdir()
-        shutil.move(tmp_path / str(depth - 1), folder / "in")
-        remark(folder, b"{}")
-        edit_manifest(
-            folder, format="swaft", version=1, kind="k", files={}, sealed={"in": digest}, content={}
-        )
-        digest = (folder / "COMPLETE").read_text().strip()
-    with pytest.raises(StateError, match="more than 8 deep"):
-        read_manifest(tmp_path / "11", kind="k")
-
-
 def test_damage_inside_a_sealed_folder_inside_is_found(tmp_path):
     manifest = make_folder(tmp_path / "x")
     (tmp_path / "x" / "inner" / "note.txt").write_bytes(b"insyde")

@@ -68,6 +68,13 @@ def test_names_keep_the_order_in_which_they_were_written(tmp_path):
         assert list(file.specs) == ["c", "a", "b"]
 
 
+def test_tensors_without_elements_have_one_order_however_often_the_file_is_opened(tmp_path):
+    names = [f"{number}" for number in range(9)]
+    write(tmp_path / "x.safetensors", {name: torch.ones(0) for name in names})
+    with TensorFile(tmp_path / "x.safetensors") as file:
+        assert list(file.specs) == names
+
+
 def test_a_file_without_tensors_is_a_file(tmp_path):
     write(tmp_path / "x.safetensors", {})
     assert load_file(tmp_path / "x.safetensors") == {}

@@ -182,7 +182,9 @@ def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     parameters = optimized(module, optimizer)
     for name, parameter in parameters.items():
         require_fp32(
-            name, parameter.dtype, "train.mixed_precision=bf16, or DeepSpeed, which keeps fp32 masters"
+            name,
+            parameter.dtype,
+            "Trainer: bf16=True; accelerate, recipes: mixed_precision=bf16; or DeepSpeed, which keeps fp32 masters",
         )
     return [[parameter] for parameter in parameters.values()]
 
@@ -204,5 +206,7 @@ def require_fp32(name: str, dtype: torch.dtype, setting: str) -> None:
         )
         raise UnsupportedEngineError(
             f"{name!r} is trained in {dtype} without a separate fp32 master, and {reason}; load the model in fp32 "
-            f"and let mixed precision cast it ({setting})"
+            "(from_pretrained(..., dtype=torch.float32)), or set p.data = p.data.float() for the parameters that "
+            "require a gradient before training begins (adapters of a 16-bit model), and let mixed precision cast "
+            f"them in the forward ({setting})"
         )

@@ -32,8 +32,6 @@ class Lane:
     """(numel,), fp32."""
     compensation: Tensor | None
     """(numel,), bf16; None for copies and in the plain form."""
-    on_disk: bool = False
-    """Whether both are mapped from files."""
 
 
 class Lanes:
@@ -58,14 +56,6 @@ class Lanes:
         self._compensated = compensated
         self._spill = spill
         self._lanes: dict[int, Lane] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory currently held."""
-        held = [lane for lane in self._lanes.values() if not lane.on_disk]
-        return sum(
-            each.nbytes for lane in held for each in (lane.mean, lane.compensation) if each is not None
-        )
 
     def begin(self) -> tuple[Update, ...]:
         """Begin the next member and return its updates; :meth:`take` adds its elements, :meth:`end` closes it."""
@@ -155,7 +145,7 @@ class Lanes:
             return
         lane = self._lanes[index]
         compensation = None if lane.compensation is None else moved_to_disk(lane.compensation, self._spill)
-        self._lanes[index] = Lane(moved_to_disk(lane.mean, self._spill), compensation, on_disk=True)
+        self._lanes[index] = Lane(moved_to_disk(lane.mean, self._spill), compensation)
 
 
 def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last: int) -> None:

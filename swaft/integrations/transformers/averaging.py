@@ -19,14 +19,16 @@ from transformers.trainer_utils import has_length
 
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import RECOMMENDED, Rule
+from swaft.averaging.state import KIND, AverageState
 from swaft.errors import AveragingError, ConfigError, StateError
 from swaft.integrations.transformers.calling import (
     callbacks_of,
     calling_trainer,
     checkpoint_of,
+    require_told_of_checkpoints,
     those_of_kind,
 )
-from swaft.storage import is_complete
+from swaft.storage import is_complete, read_manifest
 from swaft.storage.sealed import step_of
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ STATE = "averages"
 """Folder of the averages inside a checkpoint of the Trainer."""
 EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
+SCORES_BOTH = "scores_both_weights"
+"""Mark of a Trainer's `evaluate` that scores the averaged weights, too."""
 PREFIX = "metric_key_prefix"
 """Parameter of a Trainer's `evaluate` that prefixes the names of scores."""
 
@@ -62,8 +66,9 @@ class WeightAveragingCallback(TrainerCallback):
 
     Raises:
         ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, the best
-            model is chosen by the averaged score before anything is averaged, its averages would not be saved, or
-            the optimizer itself averages (schedule-free).
+            model is chosen by the averaged score before anything is averaged, averages would be missing from
+            checkpoints (of the best model, or with ``enable_jit_checkpoint``), or the optimizer itself averages
+            (schedule-free).
         StateError: when training resumes: the checkpoint has no averages (the message names the latest one that
             has), or those of other rules.
     """
@@ -78,6 +83,7 @@ class WeightAveragingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the prepared model, and resume from the checkpoint that the Trainer resumes from."""
         self._trainer, resumed_from = calling_trainer()
+        require_told_of_checkpoints(args)
         if len(those_of_kind(self._trainer, WeightAveragingCallback)) > 1:
             raise ConfigError(
                 "the Trainer has WeightAveragingCallback twice; expected one: give it several rules by name, "
@@ -109,6 +115,8 @@ class WeightAveragingCallback(TrainerCallback):
             first_step=state.global_step,
             **self.options,
         )
+        # The Trainer does not exchange its optimizer, and after a failed run another Trainer may train the model.
+        self.averager.engine.stop()
         exchanging = type(self.averager.engine.inner_optimizer)
         if callable(getattr(exchanging, "eval", None)):
             raise ConfigError(
@@ -118,7 +126,7 @@ class WeightAveragingCallback(TrainerCallback):
         if state.global_step:
             self.averager.load_state(_require_state(resumed_from or checkpoint_of(args, state)))
         _require_average_when_chosen_by(args, state, self.averager, kwargs["train_dataloader"])
-        if "evaluate" not in vars(self._trainer):
+        if not getattr(self._trainer.evaluate, SCORES_BOTH, False):
             self._trainer.evaluate = _evaluating_both(self._trainer)
         # Callbacks that read scores (early stopping) must come after this one, which adds the averaged scores.
         callbacks = callbacks_of(self._trainer)
@@ -145,9 +153,8 @@ class WeightAveragingCallback(TrainerCallback):
         averager = self._attached
         with averager.engine.ranks.together():  # a full disk on one machine, say
             averager.wait()
-        averager.engine.stop()  # the model may be trained by another Trainer next
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._follow_best(Path(state.best_model_checkpoint), state.best_global_step)
+            self._follow_best(Path(state.best_model_checkpoint))
         if not averager.num_averaged:
             logger.warning(
                 "nothing was averaged: training ended at step %d, before the rule's first member",
@@ -155,21 +162,24 @@ class WeightAveragingCallback(TrainerCallback):
             )
             return
         averager.save_pretrained(self._export)
-        tokenizer = self._trainer.processing_class
+        # As the Trainer's own checkpoints find it.
+        tokenizer = self._trainer.processing_class or getattr(self._trainer.data_collator, "tokenizer", None)
         with averager.engine.ranks.together(f"the tokenizer could not be written to {self._export}"):
             if tokenizer is not None and averager.engine.ranks.rank == 0:
                 tokenizer.save_pretrained(self._export)
 
-    def _follow_best(self, checkpoint: Path, step: int) -> None:
+    def _follow_best(self, checkpoint: Path) -> None:
         """Load the averages of the best checkpoint, if averaging had begun by then."""
-        first = self._attached.plan().first_step
-        if step < first:
+        averages = _require_state(checkpoint)
+        # Not by the Trainer's steps: it counts those that a loss scaler skips, and its best may have no checkpoint.
+        held = AverageState.from_json(read_manifest(averages, kind=KIND).content, where=averages)
+        if not held.rules[0].count:
             logger.warning(
-                "the best checkpoint is of step %d, before averaging began at step %d: %s holds the average of the "
-                "whole run", step, first, self._export,
+                "%s, the best checkpoint, was written before averaging began: %s holds the average of the whole "
+                "run", checkpoint, self._export,
             )  # fmt: skip
         else:
-            self._attached.load_state(_require_state(checkpoint))
+            self._attached.load_state(averages)
             if self._attached.num_averaged == 1:
                 logger.warning(
                     "averaging began at %s, the best checkpoint: %s holds its weights, of a single step",
@@ -268,6 +278,7 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
         finally:
             callback.averaged_scores = {}
 
+    vars(both)[SCORES_BOTH] = True
     return both
 
 
@@ -281,24 +292,29 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
     first_member = averager.plan().first_step
     if not chosen_by.startswith("averaged_") or averager.num_averaged:
         return
-    if args.eval_strategy != "epoch":
-        first, delay = math.ceil(max(args.eval_delay, 1) / state.eval_steps) * state.eval_steps, first_member
-    elif has_length(loader):  # the last epoch may end before its rows do
-        per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-        first = min(math.ceil(max(args.eval_delay, 1)) * per_epoch, state.max_steps)
-        delay = min(math.ceil(first_member / per_epoch), state.max_steps / per_epoch)
-    else:  # the end of the first epoch is unknown
-        first = delay = first_member
     if args.eval_on_start:
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} with eval_on_start: nothing is averaged before "
             f"step {first_member}; set eval_on_start=False"
         )
-    if first < first_member:
-        delay = math.floor(1e4 * delay) / 1e4
+    if args.eval_strategy != "epoch":
+        every, unit = state.eval_steps, 1
+    elif has_length(loader):
+        every = unit = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    else:
+        return  # the end of the first epoch is unknown
+    needed, skips = first_member, ""
+    if args.fp16:
+        needed = min(first_member + every, state.max_steps)
+        skips = " (later, as fp16 skips the first steps until its loss scale fits)"
+    # The last epoch may end before its rows do.
+    first = min(math.ceil(max(args.eval_delay, 1) * unit / every) * every, state.max_steps)
+    if first < needed:
+        delay = math.floor(1e4 * min(math.ceil(needed / unit), state.max_steps / unit)) / 1e4
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model} at an evaluation after {first:.0f} steps, but "
-            f"nothing is averaged before step {first_member}; set eval_delay={delay:g}, or start averaging earlier"
+            f"nothing is averaged before step {first_member}{skips}; set eval_delay={delay:g}, or start averaging "
+            "earlier"
         )
 
 
@@ -348,8 +364,14 @@ def _apart(trainer: Any, prefix: str) -> Iterator[None]:
 
 def _renamed(scores: dict[str, float], prefix: str) -> dict[str, float]:
     """Rename the scores of averaged weights to averaged names, in place; returns the same dictionary."""
-    for name in [each for each in scores if each.startswith("eval_") and not each.startswith(prefix)]:
-        scores[name.replace("eval_", "eval_averaged_", 1)] = scores.pop(name)
+    # compute_metrics may name its scores "eval_f1" itself, and a set of rows may be called "eval".
+    live = f"{prefix}_{prefix.removesuffix('averaged')}"
+    is_set = f"{live}runtime" in scores
+    for name in list(scores):
+        if name.startswith(live) and not is_set:
+            scores[f"{prefix}_{name.removeprefix(live)}"] = scores.pop(name)
+        elif name.startswith("eval_") and not name.startswith(prefix):
+            scores[name.replace("eval_", "eval_averaged_", 1)] = scores.pop(name)
     return scores
 
 

@@ -26,6 +26,19 @@ def calling_trainer() -> tuple[Any, Path | None]:
     )
 
 
+def require_told_of_checkpoints(args: Any) -> None:
+    """Refuse checkpoints that a Trainer writes without telling its callbacks, as on SIGTERM.
+
+    Raises:
+        ConfigError: as described.
+    """
+    if args.enable_jit_checkpoint:
+        raise ConfigError(
+            "enable_jit_checkpoint writes a checkpoint without telling callbacks, so it would lack what swaft "
+            "saves and no run could resume from it; set enable_jit_checkpoint=False, and save_steps to lose little"
+        )
+
+
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return the callbacks of a Trainer, in the order in which they are called; the list may be modified."""
     return trainer.callback_handler.callbacks

@@ -17,6 +17,7 @@ from swaft.integrations.transformers.calling import (
     callbacks_of,
     calling_trainer,
     checkpoint_of,
+    require_told_of_checkpoints,
     those_of_kind,
 )
 from swaft.noise import R4F
@@ -49,6 +50,7 @@ class NoiseCallback(TrainerCallback):
         NoiseError: when training begins: R4F, whose head the Trainer cannot save; a trainer with another loss than
             the mean cross entropy of the labels (DPO, a subclass with its own `compute_loss`), `compute_loss_func`,
             `label_smoothing_factor` (pass it to the objective instead), or several devices in one process.
+        ConfigError: when training begins, with ``enable_jit_checkpoint``: its checkpoint would hold no step.
         StateError: when training resumes: the checkpoint holds no state of an objective.
     """
 
@@ -61,6 +63,7 @@ class NoiseCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Replace the loss by the objective, and resume its step."""
         self._trainer, resumed_from = calling_trainer()
+        require_told_of_checkpoints(args)
         if len(those_of_kind(self._trainer, NoiseCallback)) > 1:
             raise NoiseError("the Trainer has NoiseCallback twice; expected one objective")
         self._put_back()  # left over from a failed training

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks.study import __main__ as command
-from benchmarks.study import grid, pack, tasks
+from benchmarks.study import grid, pack, store, tasks
 from benchmarks.study import model as encoder
-from benchmarks.study.cell import parse_cell, run_cell
+from benchmarks.study.cell import Cell, identity, parse_cell, run_cell
+from benchmarks.study.numerics import kind_of
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.store import finished, read_rows
 from benchmarks.study.trainings import TRAININGS
@@ -81,6 +82,30 @@ def test_a_failed_cell_is_made_again_when_asked_and_only_then(tiny_task, monkeyp
     assert [row["readout"] for row in read_rows(tiny_task / "results")] == ["last"]
 
 
+@pytest.mark.parametrize("part", ["noise", "settings", "outcomes"])
+def test_a_check_finds_any_other_number_of_the_rows_and_a_readout_that_is_not_made(
+    tiny_task, monkeypatch, part
+):
+    (row,) = rows = command.make(parse_cell(CR))
+    monkeypatch.setattr(command, "run_cell", lambda cell: rows)
+    older = {name: row[name] for name in row.keys() - {part}}  # from before this was measured
+    store.append(tiny_task / "results", "rows", [older | {"cost": {}, "command": ""}])
+    assert command.main(["cell", CR, "--check"]) == 0
+    store.append(tiny_task / "results", "rows", [row | {part: {}}])
+    assert command.main(["cell", CR, "--check"]) == 1
+    store.append(tiny_task / "results", "rows", [row, row | {"readout": "another"}])
+    assert command.main(["cell", CR, "--check"]) == 1
+
+
+def test_rows_of_a_pack_are_another_kind_of_machine_and_their_command_names_it(monkeypatch):
+    ours = identity(parse_cell(CR), "last")
+    monkeypatch.setenv("SWAFT_STUDY_PACK", "/a pack")
+    theirs = identity(parse_cell(CR), "last")
+    assert kind_of(theirs) == f"{kind_of(ours)}, all-MiniLM-L6-v2, rounded to fp16"
+    assert theirs["command"] == f"SWAFT_STUDY_PACK='/a pack' {ours['command']}"
+    assert theirs["fingerprint"] == ours["fingerprint"]
+
+
 def test_a_device_out_of_memory_is_recorded_by_name(tiny_task, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
@@ -88,6 +113,11 @@ def test_a_device_out_of_memory_is_recorded_by_name(tiny_task, monkeypatch):
     monkeypatch.setattr(encoder, "pretrained", exhausted)
     (row,) = command.make(parse_cell(CR))
     assert row["failed"].startswith("OutOfMemoryError: tried to allocate")
+
+
+def test_a_training_that_diverges_is_recorded_as_such(tiny_task):
+    (row,) = command.make(Cell("cr", "constant", "main", 1e30, 1, "tuning"))
+    assert grid.DIVERGED in row["failed"]
 
 
 def test_a_pack_holds_the_same_rows_and_an_encoder_to_begin_with(tiny_task, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,11 @@ from torch import nn
 
 from benchmarks.study import collapse, flatness
 from benchmarks.study.cell import parse_cell, run_cell
+from benchmarks.study.reading import recommended_readouts
+from benchmarks.study.readouts import rules_for
 from benchmarks.study.tasks import Rows
+from benchmarks.study.trainings import TRAININGS
+from swaft.averaging.rules import RECOMMENDED
 
 pytestmark = pytest.mark.unit
 
@@ -84,9 +89,15 @@ def one_probe(monkeypatch):
     monkeypatch.setattr(flatness, "PROBES", 1)
 
 
+def test_beyond_scores_a_constant_run_is_judged_by_the_recommended_average():
+    (_, average) = recommended_readouts(TRAININGS["constant"])
+    assert replace(rules_for(TRAININGS["constant"], 100)[average.name], every=1) == RECOMMENDED
+    assert [readout.name for readout in recommended_readouts(TRAININGS["decayed"])] == ["last"]
+
+
 def test_probes_chains_and_flatness_come_to_rows(tiny_task, one_probe):
     probed = run_cell(parse_cell("cr/constant/main/0.0002/1/probe"))
-    assert [row["readout"] for row in probed] == ["last:cr", "swa-0.5:cr"]
+    assert [row["readout"] for row in probed] == ["last:cr", "ema-0.1:cr"]
     chained = run_cell(parse_cell("cr/constant/main/0.0002/1/cycle"))
     assert [row["readout"] for row in chained] == ["00:next", "00:first", "01:next", "01:first"]
     losses = [row["outcomes"]["nll"] for row in chained]

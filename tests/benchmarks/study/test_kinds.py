@@ -115,6 +115,25 @@ def test_rows_to_be_generated_have_all_references_of_their_source(general_tasks)
     assert test.targets[0][-1] == texts.END
 
 
+def test_sources_of_the_encoder_are_cut_and_unpadded_whatever_was_read_before(general_tasks, monkeypatch):
+    tasks._tokenizer.cache_clear()  # as in a new process, the tokenizer pads as its file says
+    first = tasks.read("e2e-encoder", "test").ids
+    tasks.read("squad", "test")
+    tasks.read.cache_clear()
+    assert tasks.read("e2e-encoder", "test").ids == first
+    assert {len(row) for row in first} == {6}  # name [ word ] between the special tokens
+    monkeypatch.setattr(texts, "MAX_LENGTH", 4)
+    tasks.read.cache_clear()
+    cut = tasks.read("e2e-encoder", "test").ids
+    assert cut == tuple((*row[:3], row[-1]) for row in first)
+
+
+def test_every_part_of_a_generating_model_has_the_attention_of_its_device(general_tasks, monkeypatch):
+    monkeypatch.setattr(encoder, "attention_on", {"cpu": "eager"}.get)
+    new, around = (texts.new_model(0, torch.device("cpu"), pretrained=each) for each in (False, True))
+    assert new.config._attn_implementation == around.decoder.config._attn_implementation == "eager"
+
+
 def test_bleu_of_the_right_texts_is_one(general_tasks):
     rows, vocabulary = tasks.read("e2e-new", "test"), tasks.vocabulary("e2e-new")
 

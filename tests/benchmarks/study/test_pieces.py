@@ -178,12 +178,41 @@ def test_another_precision_is_another_kind_of_machine_and_another_arithmetic():
     assert len({fingerprint("decayed", "cpu", each) for each in ("bf16", "fp32")}) == 2
 
 
-def test_a_rate_at_which_a_cell_failed_or_diverged_is_not_chosen():
+def test_a_rate_at_which_a_training_diverged_is_not_chosen_and_one_at_which_it_failed_is_awaited():
     rows = tuning_rows({1e-4: 0.9, 2e-4: math.nan, 5e-5: 0.95})
     assert grid.chosen_rate("constant", "main", "trec", rows) == 1e-4
-    rows[0] = {**rows[0], "readout": "failed", "failed": "OutOfMemoryError"}
+    whole, failed = rows[0], {"cell": rows[0]["cell"], "readout": "failed"}
+    rows[0] = failed | {"failed": "OutOfMemoryError: tried to allocate"}
+    assert grid.chosen_rate("constant", "main", "trec", rows) is None
+    assert grid.missing_rates(grid.tried("constant", "main", "trec", rows)) == [1e-4]
+    assert grid.chosen_rate("constant", "main", "trec", [*rows, whole]) == 1e-4
+    rows[0] = failed | {"failed": "AveragingError: the weights after step 9 are not finite on 1 of 1 ranks"}
     rows += tuning_rows({2.5e-5: 0.97})
     assert grid.chosen_rate("constant", "main", "trec", rows) == 5e-5
+
+
+def test_a_cell_that_failed_elsewhere_is_made_here_and_one_that_failed_here_is_not():
+    (row,) = tuning_rows({1e-4: 0.3}, "decayed", "sst2")
+    row |= {"readout": "failed", "of": 1, "machine": {"processor": "there"}}
+    row |= {"fingerprint": parse_cell(row["cell"]).fingerprint}
+    for failed, made_in in (("MemoryError", ["here"]), ("the weights after step 9 are not finite", [])):
+        rows = [row | {"failed": failed}]
+        found = [
+            kind for kind in ("here", "there") if next(grid.Made(rows, kind).missing()).name == row["cell"]
+        ]
+        assert found == made_in
+
+
+def test_a_baseline_that_several_arms_wait_for_is_wanted_once():
+    trainings = {"decayed2x": "last", "rdrop-decayed": "last", "rdrop-constant": "swa-0.5"}
+    rows = [
+        row | {"readout": readout, "fingerprint": "f", "of": 1, "machine": {"processor": "there"}}
+        for training, readout in trainings.items()
+        for row in tuning_rows({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.4}, training)
+    ]
+    missing = list(grid.Made(rows, "here").missing())
+    assert {f"trec/{name}/main/0.0002/1/test" for name in trainings} < {cell.name for cell in missing}
+    assert len(set(missing)) == len(missing)
 
 
 def test_no_tuning_seed_is_reported_and_no_confirming_task_is_chosen_on():

@@ -23,7 +23,8 @@ with claim(Path(sys.argv[1]), "a") as held:
 
 
 def rows_of(cell: str, count: int = 2) -> list[dict]:
-    return [{"cell": cell, "readout": f"r{i}", "fingerprint": "f", "of": count, "i": i} for i in range(count)]
+    same = {"cell": cell, "fingerprint": "f", "machine": {"processor": "p"}, "of": count}
+    return [{**same, "readout": f"r{i}", "i": i} for i in range(count)]
 
 
 def test_a_row_cut_in_the_middle_is_dropped_and_its_cell_is_made_again(tmp_path):
@@ -44,6 +45,19 @@ def test_of_rows_made_twice_the_latest_count_and_another_arithmetic_is_another_r
     append(tmp_path, "rows", [{**rows_of("a", 1)[0], "i": 7}])
     append(tmp_path, "rows", [{**rows_of("a", 1)[0], "fingerprint": "g"}])
     assert sorted((row["fingerprint"], row["i"]) for row in read_rows(tmp_path)) == [("f", 7), ("g", 0)]
+
+
+def test_rows_of_two_kinds_of_machine_are_both_kept_in_one_order_whichever_file_they_are_in(tmp_path):
+    (here,), there = rows_of("a", 1), {"machine": {"processor": "another"}}
+    for first, second in (("a", "b"), ("b", "a")):
+        append(tmp_path / first, "a", [here | {"failed": "OutOfMemoryError"}])
+        append(tmp_path / first, first, [here])
+        append(tmp_path / first, second, [here | there])
+    pairs = [read_rows(tmp_path / folder) for folder in "ab"]
+    assert pairs == [[here | there, here]] * 2
+    elsewhere = {**here, **there, "cell": "b", "failed": "MemoryError"}
+    append(tmp_path / "a", "c", [{**here, "cell": "b"}, elsewhere])
+    assert elsewhere in read_rows(tmp_path / "a")
 
 
 def test_a_cell_held_by_another_process_is_free_once_that_process_is_dead(tmp_path):

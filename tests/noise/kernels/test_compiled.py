@@ -138,7 +138,6 @@ def test_the_noise_kernel_fuses_no_product_with_a_sum(noise, capability, tmp_pat
             "sigma": "*fp32",
             "numel": "i32:16",
             "stream": "i64",
-            "first_counter": "i32",
         },
         {"NORMAL": noise == "normal", "COUNTERS": philox_triton.COUNTERS},
         capability,
