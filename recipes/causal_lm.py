@@ -25,7 +25,9 @@ from swaft.training.data.causal_lm import (
     CausalColumns,
     CausalConfig,
     asked_rows,
+    ends_of_answers,
     find_columns,
+    report_rows,
     require_chat_template,
     tokenize_rows,
 )
@@ -88,7 +90,8 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     with problems:
         require_chat_template(ready.tokenizer, ready.columns)
         if ready.tokenizer is not None:
-            ready.datasets = tokenized(ready.columns, ready.tokenizer, config)
+            ready.datasets = tokenize_rows(ready.columns.rows, ready.tokenizer, ready.columns, config.data)
+            ready.rows = {**ready.datasets}  # without the chats that cannot be used, if those are left out
             require_embedded(ready.datasets.values(), config.model, ready.model_config)
     with problems:
         if ready.tokenizer is not None:
@@ -115,11 +118,6 @@ def require_steps(config: CausalConfig) -> None:
         )
 
 
-def tokenized(columns: CausalColumns, tokenizer: Any, config: CausalConfig) -> dict[str, Dataset]:
-    """Return every split as token ids; only the answers are learned."""
-    return {name: tokenize_rows(rows, tokenizer, columns, config.data) for name, rows in columns.rows.items()}
-
-
 def texts_of(columns: CausalColumns) -> Iterator[str]:
     """Yield every text of the training rows, for a new tokenizer."""
     for name in columns.names:
@@ -139,14 +137,16 @@ def train(config: CausalConfig) -> None:
             tokenizer = new_tokenizer(config.model, run.accelerator, texts=lambda: texts_of(columns))
             read_as_text(tokenizer, config.data.split_special_tokens)
             report_special_tokens(columns.rows, columns.names, tokenizer)
-            ready.datasets = tokenized(columns, tokenizer, config)
+            ready.datasets = tokenize_rows(columns.rows, tokenizer, columns, config.data)
         datasets = ready.datasets
+        report_rows(datasets["train"], config.data)
+        ends = ends_of_answers(datasets["train"])
         if config.data.packing:
             datasets["train"] = pack(datasets["train"], config.data.max_length)
 
         # Model: the pretrained one, or a new one with random weights, the same on every rank.
         with run.loading():
-            model = load_text_model(config, ready.model_config, tokenizer)
+            model = load_text_model(config, ready.model_config, tokenizer, ends=ends)
         objective.prepare_model(model)
         collate = CausalCollator(tokenizer)
 

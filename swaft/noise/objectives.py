@@ -65,7 +65,8 @@ class ObjectiveOutput:
     """Number of rows the loss is averaged over (texts, ends of answers, target tokens), 0-dim int64: the weight of
     this micro-batch in gradient accumulation."""
     logits: Tensor | None
-    """Logits of the clean pass, detached; (B, 2, L) for first and last tokens; None if none were computed."""
+    """Logits of the clean pass, detached; (B, 2, L) for first and last tokens; None if none were computed, and from
+    `TaskLoss` for a model that generates text."""
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -141,7 +142,8 @@ class TaskLoss(Resumable):
             noise_to_signal=nothing,
             changed=nothing,
             num_items=num_items,
-            logits=None if logits is None else logits.detach(),
+            # Those of a text fill gigabytes, which would stay with the output until after the next forward pass.
+            logits=None if logits is None or generates(model) else logits.detach(),
         )
 
     def _own(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -218,14 +218,15 @@ def _seq2seq(config: Seq2SeqConfig, model: Seq2SeqModelConfig, tokenizer: Any) -
 
 def _causal_lm(config: CausalConfig, model: Seq2SeqModelConfig, tokenizer: Any) -> Scoring:
     columns = find_columns(_splits(config), config.data)
-    rows = tokenize_rows(columns.rows["validation"], tokenizer, columns, config.data)
+    split = {"validation": columns.rows["validation"]}
+    rows = tokenize_rows(split, tokenizer, columns, config.data)["validation"]
     model_config = decoder_config(model)
     return Scoring(
         rows,
         CausalCollator(tokenizer),
         partial(evaluate_answers_given, num_rows=len(rows)),
         lambda model: load_text_model(_of(config, model), model_config, tokenizer),
-        len(columns.rows["validation"]),
+        len(rows),
     )
 
 

@@ -323,7 +323,11 @@ def check_locks(start: Start) -> None:
 def check_loading(start: Start) -> None:
     """Refuse to load a model in shards if a setting needs whole weights."""
     model, noise, deepspeed = start.config.model, start.config.noise, start.engine.deepspeed
-    settings = {"model.use_peft=true": model.use_peft, "noise.kind=r4f": noise.kind == "r4f"}
+    settings = {
+        "model.use_peft=true": model.use_peft,
+        "noise.kind=r4f": noise.kind == "r4f",
+        "data.packing=true": getattr(start.config.data, "packing", False),  # tried out on the loaded model
+    }
     asked = [setting for setting, is_on in settings.items() if is_on]
     if asked and deepspeed is not None and partitions_at_load(start.environ, deepspeed.config):
         raise ConfigError(

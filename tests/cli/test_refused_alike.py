@@ -77,7 +77,6 @@ OF_A_LAUNCH = {
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
     "models/encoder_decoder.py: require_order": "it is measured on weights, and there are none on paper",
-    "data/causal_lm.py: row_tokens": "a new tokenizer makes other tokens of each training set",
 }
 """What a launch asks besides `swaft validate`, and why that cannot be known before."""
 
@@ -273,13 +272,22 @@ def test_a_launch_file_is_refused_alike(content, expected, line, launched, tmp_p
     assert launched("classification", words) == [problem]
 
 
-@pytest.mark.parametrize("override", ["noise.kind=r4f", "model.use_peft=true"])
-def test_what_needs_a_whole_model_is_refused_alike_where_zero3_loads_it_in_parts(override, line, launched):
-    words = line("classification", override, options=("--zero3_init_flag", "true"))
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [
+        ("classification", "noise.kind=r4f"),
+        ("classification", "model.use_peft=true"),
+        ("causal_lm", "data.packing=true"),
+    ],
+)
+def test_what_needs_a_whole_model_is_refused_alike_where_zero3_loads_it_in_parts(
+    recipe, override, line, launched
+):
+    words = line(recipe, override, "train.max_steps=4", options=("--zero3_init_flag", "true"))
     [problem] = check_run(words).problems
     assert override in problem
     assert "set zero3_init_flag: false" in problem
-    assert launched("classification", words) == [problem]
+    assert launched(recipe, words) == [problem]
 
 
 def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):

@@ -313,7 +313,8 @@ def test_an_output_is_detached_but_for_its_loss():
     for name in ("task_loss", "divergence", "noise_to_signal", "changed", "num_items", "logits"):
         assert not getattr(out, name).requires_grad
         assert getattr(out, name).dim() == (2 if name == "logits" else 0)
-    assert R3F(sigma=0.1)(t5(), generation_batch()).logits is None
+    for objective in (R3F(sigma=0.1), TaskLoss(), TaskLoss(label_smoothing=0.1)):
+        assert objective(t5(), generation_batch()).logits is None
 
 
 def test_plain_fine_tuning_has_the_same_shape_and_no_divergence():

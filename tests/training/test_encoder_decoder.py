@@ -63,13 +63,36 @@ def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, pac
     with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
         model = load_text_model(config, decoder_config(section), tokenizer)
         assert model.training
-        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        end = tokenizer.eos_token_id
+        assert model.generation_config.eos_token_id == end
+        model = load_text_model(config, decoder_config(section), tokenizer, ends={end, 7})
+        assert model.generation_config.eos_token_id == [end, 7]
         assert tokenizer.padding_side == tokenizer.init_kwargs["padding_side"] == "left"
 
 
 def test_an_encoder_is_no_decoder():
     with pytest.raises(ConfigError, match="bert is not a decoder that continues a text"):
         decoder_config(Seq2SeqModelConfig(config=SMALL | {"model_type": "bert"}))
+
+
+def test_of_a_model_that_reads_images_the_text_model_is_asked_for():
+    with pytest.raises(ConfigError, match=r"a mistral3 also reads images .* Save its text model, a mistral,"):
+        decoder_config(Seq2SeqModelConfig(config={"model_type": "mistral3"}))
+
+
+@pytest.mark.parametrize("pad", ["</s>", "<pad>"])
+def test_the_embedding_of_the_end_is_learnt_where_it_pads_too(pad):
+    section = Seq2SeqModelConfig(config=SMALL | {"model_type": "llama"}, vocab_size=300)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(TEXTS, 300), pad_token=pad, eos_token="</s>"
+    )
+    config = CausalConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused"))
+    model = load_text_model(config, decoder_config(section), tokenizer)
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = torch.tensor([[5, end, 6, 7]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad[end].any()
+    assert model.get_input_embeddings().padding_idx == (None if padding == end else padding)
 
 
 def test_the_same_texts_train_the_same_tokenizer():

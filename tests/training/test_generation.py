@@ -95,6 +95,12 @@ def test_the_loss_is_the_mean_over_tokens_whatever_the_batch_size(evaluated):
         assert found.outputs == ()
 
 
+def test_what_the_checkpoint_says_of_generation_is_among_the_details(evaluated):
+    evaluated.model.generation_config.update(min_length=2, num_beams=5)
+    found = json.loads(json.dumps(evaluated.evaluate(2).details["generation"]))
+    assert found.items() >= {"min_length": 2, "max_new_tokens": 4, "num_beams": 2}.items()
+
+
 def test_texts_are_those_of_generate_in_the_order_of_the_rows(evaluated):
     found = evaluated.evaluate(2)
     assert list(found.outputs) == list(evaluated.evaluate(5).outputs)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3Tokenizer
+from transformers.utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
 from swaft.training.config import ModelConfig, TrainConfig
@@ -49,6 +50,17 @@ def model(tmp_path) -> ModelConfig:
 
     BertModel(tiny_config()).save_pretrained(tmp_path / "model")
     return ModelConfig(model_name_or_path=str(tmp_path / "model"))
+
+
+@pytest.mark.skipif(is_sentencepiece_available(), reason="sentencepiece is installed")
+def test_a_tokenizer_of_sentencepiece_alone_names_the_package_that_it_needs(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"vocab_type": "spm"}')
+    (tmp_path / "spm.model").write_bytes(b"\n\x0e\n\x05[PAD]\x15")
+    with pytest.raises(
+        ConfigError, match=r"model\.model_name_or_path: .* pip install sentencepiece protobuf"
+    ):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
 
 
 def test_the_labels_of_the_task_are_written_into_the_configuration():

@@ -14,13 +14,13 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from datasets import ClassLabel, Dataset, Value
-from jinja2 import TemplateError
 from torch import Tensor
 
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
-from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig
+from swaft.training.data.chats import TokenRow, chat_tokens, is_learnt
+from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
 from swaft.training.data.texts import (
     IGNORED,
     BadRow,
@@ -175,45 +175,55 @@ def require_chat_template(tokenizer: Any, columns: CausalColumns) -> None:
         )
 
 
-def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: CausalDataConfig) -> Dataset:
+def tokenize_rows(
+    splits: Mapping[str, Dataset], tokenizer: Any, columns: CausalColumns, data: CausalDataConfig
+) -> dict[str, Dataset]:
     """Turn rows into token ids, unpadded.
 
     A prompt gets the special tokens with which the tokenizer starts a text, an answer gets none; the end-of-text
     token follows it and is learnt. The first token of a row is never learnt: nothing comes before it. In a chat,
-    the assistant's messages are learnt, except one that opens the chat, which answers nothing, and those with
-    weight 0.
+    the assistant's messages are learnt, except one that opens the chat, which answers nothing, those with weight 0,
+    and what the template formats differently in later turns (see `chat_tokens`).
 
     Args:
-        split: rows that `find_columns` checked.
+        splits: rows that `find_columns` checked, by split.
         tokenizer: the model's.
         columns: what `find_columns` found.
         data: section ``data``.
 
     Returns:
-        A dataset with `input_ids`, `labels` (token ids, `IGNORED` where nothing is learnt) and `idx`, the row
-        number.
+        Datasets with `input_ids`, `labels` (token ids, `IGNORED` where nothing is learnt), `idx`, the row
+        number, and for `report_rows` and `ends_of_answers` the other fields of `TokenRow`.
 
     Raises:
-        DataError: a row with nothing to learn within `data.max_length` tokens.
+        DataError: a row that the chat template refuses, or with nothing to learn within `data.max_length` tokens,
+            unless `data.skip_bad_rows` leaves out such rows.
     """
-    workers, data = data.preprocessing_num_workers, replace(data, preprocessing_num_workers=None)
-    columns = replace(columns, rows={})  # `map` pickles whatever the function holds
+    workers, skip = data.preprocessing_num_workers, data.skip_bad_rows
+    # `map` pickles whatever the function holds, to name its cache.
+    data, columns = (
+        replace(data, preprocessing_num_workers=None, skip_bad_rows=False),
+        replace(columns, rows={}),
+    )
 
     def row_tokens(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        made = [
-            (ids[: data.max_length], labels[: data.max_length])
-            for ids, labels in _tokens(rows, tokenizer, columns, data)
-        ]
-        for row, (_, labels) in zip(indices, made, strict=True):
-            if all(label == IGNORED for label in labels):
-                raise DataError(
-                    f"row {row} has no token to learn within data.max_length={data.max_length}: the messages "
-                    "before its first answer fill it; raise data.max_length, or remove the row"
-                )
+        made = list(_tokens(rows, tokenizer, columns, data))
+        cut = [(row.ids[: data.max_length], row.labels[: data.max_length]) for row in made]
+        full = (
+            f"has no token to learn within data.max_length={data.max_length}: the messages before its first answer "
+            "fill it; raise data.max_length"
+        )
         return {
-            "input_ids": [ids for ids, _ in made],
-            "labels": [labels for _, labels in made],
+            "input_ids": [ids for ids, _ in cut],
+            "labels": [labels for _, labels in cut],
             "idx": indices,
+            "length": [row.length for row in made],
+            "end": [row.end if row.length <= data.max_length else IGNORED for row in made],
+            "changed": [row.changed for row in made],
+            "fault": [
+                row.fault or full * all(label == IGNORED for label in labels)
+                for row, (_, labels) in zip(made, cut, strict=True)
+            ],
         }
 
     # If the template's own special tokens were read as text, chats would be learnt and generated without any.
@@ -221,12 +231,29 @@ def tokenize_rows(split: Dataset, tokenizer: Any, columns: CausalColumns, data: 
     # Only special tokens spelled in messages become text: other control tokens (`<think>`) belong to answers.
     control, tokenizer.chat_control_tokens = tokenizer.chat_control_tokens, []
     try:
-        made = map_rows(split, row_tokens, workers)
+        made = {name: map_rows(split, row_tokens, workers) for name, split in splits.items()}
     finally:
         tokenizer.chat_control_tokens = control
     if tokenizer.chat_template is not None:
         read_as_text(tokenizer, False)  # the saved tokenizer keeps this setting
-    return made
+    kept = good_rows(made, (), _untrainable, skip=skip)
+    return {name: _renumbered(rows.remove_columns("fault"), len(made[name])) for name, rows in kept.items()}
+
+
+def report_rows(train: Dataset, data: CausalDataConfig) -> None:
+    """Log how long the training rows are, how many are cut, and how many answers are not learnt as a whole."""
+    log_lengths("rows", train["length"][:], data.max_length)
+    if changed := sum(train["changed"]):
+        logger.info(
+            "%d answers before the last ones are learnt in part or not at all: the chat template formats them "
+            "differently once the chat goes on",
+            changed,
+        )
+
+
+def ends_of_answers(train: Dataset) -> set[int]:
+    """Return the special tokens with which the chat template ends answers; none if the rows are no chats."""
+    return {*train.unique("end")} - {IGNORED}
 
 
 def asked_rows(rows: Dataset, number: int, tokenizer: Any) -> Dataset:
@@ -318,30 +345,45 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
         if not all(map(_is_message, messages)):
-            yield row, f"has {chat!r:.80} {there}; expected messages with a role and a content"
-        elif not any(map(_is_learnt, messages[1:])):
+            yield (
+                row,
+                f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",
+            )
+        elif not any(map(is_learnt, messages[1:])):
             yield row, f"has no message of the assistant after another {there}; expected one to learn"
 
 
+def _untrainable(split: Dataset) -> Iterator[BadRow]:
+    return ((row, fault) for row, fault in enumerate(values(split, "fault")) if fault)
+
+
+def _renumbered(rows: Dataset, before: int) -> Dataset:
+    """Return the rows of a split with row numbers from 0, if there were more of them before."""
+    if len(rows) == before:
+        return rows
+    return rows.remove_columns("idx").add_column("idx", range(len(rows)))
+
+
 def _is_message(found: Any) -> bool:
-    return isinstance(found, Mapping) and isinstance(found.get("content"), str) and "role" in found
-
-
-def _is_learnt(message: Mapping[str, Any]) -> bool:
-    """Whether an answer is one to learn: OpenAI's chats give one that is only context the weight 0."""
-    return message["role"] == "assistant" and message.get("weight") != 0
+    if not isinstance(found, Mapping) or "role" not in found:
+        return False
+    content = found.get("content")
+    return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
 
 
 def _tokens(
     rows: Mapping[str, list[Any]], tokenizer: Any, columns: CausalColumns, data: CausalDataConfig
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield ids and labels of each row."""
+) -> Iterator[TokenRow]:
+    """Yield the token ids of each row."""
     if columns.messages is not None:
         # Telling them apart takes a hundred times as long, so it is done only if a message spells one.
         special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
         for chat in rows[columns.messages]:
             spelt = data.split_special_tokens and special.search(str(chat)) is not None
-            yield _chat_tokens(chat, tokenizer, plain=spelt)
+            try:
+                yield chat_tokens(chat, tokenizer, plain=spelt)
+            except DataError as error:  # a column of Arrow cannot begin with a thousand empty lists
+                yield TokenRow([0], [IGNORED], 1, fault=str(error))
         return
     answers = rows[columns.answer]  # type: ignore[index]
     prompts = rows[columns.prompt] if columns.prompt is not None else [""] * len(answers)
@@ -352,51 +394,10 @@ def _tokens(
     for before, answer in zip(given, learnt, strict=True):
         before = before[:-1] if before and before[-1] == end else before  # some end every text
         after = [*answer] if end is None else [*answer, end]
+        length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]
         before = before[max(0, len(before) + len(after) - data.max_length) :]
         ids = [*before, *after]
         labels = [IGNORED] * len(before) + after
-        yield ids, [IGNORED, *labels[1:]]
-
-
-def _chat_tokens(
-    chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: bool
-) -> tuple[list[int], list[int]]:
-    """Return ids and labels of a chat: what the template adds for a message of the assistant is learnt.
-
-    With ``plain``, a special token spelled in a message is text; those of the template never are.
-
-    Raises:
-        DataError: the template rejects the chat, or formats the messages before an answer differently once the
-            answer follows.
-    """
-    # Arrow gives every message all messages' fields, and templates treat a field without a value as present.
-    chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
-
-    def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
-        options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
-        try:
-            return list(tokenizer.apply_chat_template(messages, **options))
-        except (TemplateError, TypeError, ValueError) as error:
-            # The last two come from the template's own code, or from keeping special tokens apart.
-            raise DataError(
-                f"the chat template of {type(tokenizer).__name__} refuses the chat {chat!r:.200}: {error}; fix or "
-                "remove such chats, or use another template"
-            ) from error
-
-    ids: list[int] = []
-    labels: list[int] = []
-    for place, message in enumerate(chat):
-        if place == 0 or not _is_learnt(message):
-            continue
-        given, whole = ids_of(chat[:place], prompts=True), ids_of(chat[: place + 1])
-        if whole[: len(given)] != given or given[: len(ids)] != ids:
-            raise DataError(
-                f"the chat template of {type(tokenizer).__name__} writes the messages before an answer differently "
-                "once the answer is there, so what is learnt cannot be told from what is given; use another "
-                "template, or columns with prompts and answers"
-            )
-        labels += [IGNORED] * (len(given) - len(ids)) + whole[len(given) :]
-        ids = whole
-    return ids, [IGNORED, *labels[1:]]
+        yield TokenRow(ids, [IGNORED, *labels[1:]], length)

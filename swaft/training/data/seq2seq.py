@@ -6,7 +6,7 @@ The settings specific to models that read one text and write another come first.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -289,12 +289,17 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
 def report_lengths(train: Dataset, data: Seq2SeqDataConfig) -> None:
     """Log how long the training texts are, in tokens including special ones, and how many of them are cut."""
     for kind in ("source", "target"):
-        limit, lengths = getattr(data, f"max_{kind}_length"), np.asarray(train[f"{kind}_length"][:])
-        logger.info(
-            "%ss: %.0f tokens on average, 95 %% up to %.0f, longest %d; %.1f %% are cut to %d",
-            *(kind, lengths.mean(), np.percentile(lengths, 95), lengths.max()),
-            *(100 * np.mean(lengths > limit), limit),
-        )
+        log_lengths(f"{kind}s", train[f"{kind}_length"][:], getattr(data, f"max_{kind}_length"))
+
+
+def log_lengths(what: str, counted: Sequence[int], limit: int) -> None:
+    """Log how long some texts are, in tokens before they are cut, and how many of them are cut to a limit."""
+    lengths = np.asarray(counted)
+    logger.info(
+        "%s: %.0f tokens on average, 95 %% up to %.0f, longest %d; %.1f %% are cut to %d",
+        *(what, lengths.mean(), np.percentile(lengths, 95), lengths.max()),
+        *(100 * np.mean(lengths > limit), limit),
+    )
 
 
 def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:

@@ -5,7 +5,7 @@ An encoder-decoder generates as it is trained: same start, end and padding token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from operator import attrgetter
@@ -100,8 +100,9 @@ def _generate_with(generation: Any, **tokens: int | None) -> None:
 def require_order(model: Any, setting: str, *, packs: bool) -> None:
     """Refuse a decoder in which a token sees later ones, or (``packs``) those of a row packed before its own.
 
-    Measured on eight tokens in fp32: for causal models of transformers the logits differ by at most 5e-7, for
-    others by 3e-3 or more.
+    Measured on eight tokens in fp32: relative to the largest, the logits of small causal models of transformers
+    differ by at most 5e-7. Those of others differ by 3e-3 or more, but for packed rows of LFM2, whose short
+    convolutions let through as little as 1e-4: so close to the limit, weights decide on which side they are.
 
     Args:
         model: whole, on the host, with random or pretrained weights.
@@ -328,7 +329,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
+def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Collection[int] = ()) -> Any:
     """Return the pretrained model, or a new one with random weights, in fp32.
 
     Args:
@@ -336,6 +337,7 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
         model_config: from `encoder_decoder_config` or `decoder_config`; a new model's takes the tokenizer's size
             and special tokens, unless ``model.config`` says otherwise.
         tokenizer: the model's, or from `new_tokenizer`; a multilingual one after `set_languages`.
+        ends: further tokens with which a decoder learns to end its answers, from `ends_of_answers`.
 
     Raises:
         ConfigError: the model cannot be loaded, or `require_order` refuses it.
@@ -351,7 +353,12 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any) -> Any:
         if _can_be_measured(loaded):
             require_order(loaded, config.model.setting, packs=config.data.packing)
         pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
-        _generate_with(loaded.generation_config, pad=pad, bos=bos, eos=eos)
+        generation = loaded.generation_config
+        _generate_with(generation, pad=pad, bos=bos, eos=eos)
+        known = generation.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if more := sorted({*ends} - {*known}):  # Qwen's base models end texts, and its template answers
+            generation.eos_token_id = [*known, *more]
         # For generation from the saved folder; `CausalCollator` ignores the padding side.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
@@ -88,7 +89,8 @@ def load_model_config(model: AnyModelConfig, **settings: Any) -> Any:
 def load_tokenizer(model: AnyModelConfig) -> Any:
     """Return the tokenizer: ``model.tokenizer_name`` if set, else the model's own.
 
-    A tokenizer without a padding token pads with its end-of-text token; the attention mask hides it either way.
+    A tokenizer without a padding token pads with its end-of-text token: the attention mask tells the two apart, and
+    `load_form` sees to it that the token's embedding is trained.
 
     Raises:
         ConfigError: there is no tokenizer, it does not read plain text (LayoutLMv3's needs boxes), or it knows no
@@ -168,9 +170,16 @@ def load_form(config: RecipeConfig, model_config: Any, **settings: Any) -> Any:
     model, form = config.model, FORMS[config.task]
     with naming_settings(model):
         if model.described is not None:
-            return form.auto.from_config(model_config, dtype=torch.float32)
-        settings |= {"config": model_config, "trust_remote_code": model.trust_remote_code}
-        return form.auto.from_pretrained(model_path(model), dtype="float32", **settings)
+            loaded = form.auto.from_config(model_config, dtype=torch.float32)
+        else:
+            settings |= {"config": model_config, "trust_remote_code": model.trust_remote_code}
+            loaded = form.auto.from_pretrained(model_path(model), dtype="float32", **settings)
+    text = loaded.config.get_text_config()
+    padding, end = (getattr(text, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+    if padding is not None and padding in (end if isinstance(end, list) else [end]):
+        # An embedding has no gradient for its padding, which ends texts here, too.
+        loaded.get_input_embeddings().padding_idx = None
+    return loaded
 
 
 def load_with_head(config: Any, model_config: Any, *, has_new_head: bool = False) -> Any:
@@ -295,6 +304,9 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
                 f"model.model_name_or_path: {model.model_name_or_path} has a head of another size than this task "
                 "needs (see the report above); for a new head set model.ignore_mismatched_sizes=true"
             ) from error
+        # transformers takes any vocabulary that it cannot read for tiktoken's.
+        if "tiktoken" in reason and not is_sentencepiece_available():
+            reason = "its tokenizer may be a sentencepiece model; pip install sentencepiece protobuf"
         raise ConfigError(
             f"model.{setting}: {getattr(model, setting)} cannot be loaded: {reason[:500]}"
         ) from error

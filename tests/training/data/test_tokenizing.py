@@ -35,7 +35,7 @@ def paired(rows: Dataset, data: Any) -> Dataset:
 
 def continued(rows: Dataset, data: Any) -> Dataset:
     columns = causal_lm.find_columns({"train": rows}, data)
-    return causal_lm.tokenize_rows(columns.rows["train"], tiny_tokenizer(), columns, data)
+    return causal_lm.tokenize_rows(columns.rows, tiny_tokenizer(), columns, data)["train"]
 
 
 def asked(rows: Dataset, data: Any) -> Dataset:
@@ -117,14 +117,12 @@ def test_a_tokenizer_that_other_processes_cannot_receive_works_in_one_which_is_s
         caplog.clear()
 
 
-def test_an_error_of_a_worker_is_the_one_it_raised(tmp_path):
-    chats = [[{"role": role, "content": "a b"} for role in ("user", "assistant")]] * 4
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no chats here') }}"
-    columns = causal_lm.CausalColumns(answer=None, messages="messages")
-    data = causal_lm.CausalDataConfig(preprocessing_num_workers=2)
-    with pytest.raises(DataError, match=r"refuses the chat .*no chats here"):
-        causal_lm.tokenize_rows(Dataset.from_dict({"messages": chats}), tokenizer, columns, data)
+def test_an_error_of_a_worker_is_the_one_it_raised():
+    def refuse(texts: dict[str, list], indices: list[int]) -> dict[str, list]:
+        raise DataError("no such texts here")
+
+    with pytest.raises(DataError, match="no such texts here"):
+        map_rows(Dataset.from_dict({"text": TEXTS}), refuse, 2)
 
 
 def test_what_was_cached_by_other_code_is_not_used(tmp_path, monkeypatch):

@@ -1,0 +1,103 @@
+"""Chats as token ids: what a chat template writes for the assistant's answers is learnt, the rest is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from operator import eq
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from swaft.errors import DataError
+from swaft.training.data.texts import IGNORED
+
+
+class TokenRow(NamedTuple):
+    """A row as token ids, before it is cut to `data.max_length`."""
+
+    ids: list[int]
+    """Token ids."""
+    labels: list[int]
+    """The same, `IGNORED` where nothing is learnt."""
+    length: int
+    """Tokens before anything was cut off."""
+    end: int = IGNORED
+    """Special token that ends the last answer of a chat; `IGNORED`: there is none, or the row is no chat."""
+    changed: int = 0
+    """Answers of a chat that the template formats differently later on: learnt in part, or not at all."""
+    fault: str = ""
+    """Why the row cannot be used."""
+
+
+def is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether a message is an answer to learn: OpenAI's chats give one that is only context the weight 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: bool) -> TokenRow:
+    """Turn a chat into token ids, up to its last answer.
+
+    Many templates format the last answer differently from earlier ones: they drop the thoughts of earlier ones, or
+    end only the last one with the end of the text. Of each answer, those tokens are learnt that the model has to
+    write when it is asked for this answer, with the same tokens before them: of the last answer all, with its end.
+
+    Args:
+        chat: messages with a role, and an answer to learn after the first.
+        tokenizer: the model's, with a chat template.
+        plain: whether a special token spelled in a message is text; those of the template never are.
+
+    Raises:
+        DataError: the template refuses the chat, or does not continue its own prompt with the last answer. The
+            message is a predicate, as in `BadRow`.
+    """
+    # Arrow gives every message all messages' fields, and templates treat a field without a value as present.
+    chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
+    template = f"the chat template of {type(tokenizer).__name__}"
+
+    def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
+        options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
+        try:
+            return list(tokenizer.apply_chat_template(messages, **options))
+        except (TemplateError, TypeError, ValueError) as error:
+            # The last two come from the template's own code, or from keeping special tokens apart.
+            raise DataError(f"has a chat that {template} refuses ({error}): {chat!r:.200}") from error
+
+    places = [place for place, message in enumerate(chat) if place > 0 and is_learnt(message)]
+    ids = ids_of(chat[: places[-1] + 1])
+    labels, changed = [IGNORED] * len(ids), 0
+    for place in places:
+        is_last = place == places[-1]
+        given = ids_of(chat[:place], prompts=True)
+        asked, agreed = ids if is_last else ids_of(chat[: place + 1]), 0
+        if given == ids[: len(given)]:
+            agreed = _agreement(asked, ids)
+            labels[len(given) : agreed] = ids[len(given) : agreed]
+        elif is_last:
+            begin = _agreement(given, ids)
+            prompt, answer = (tokenizer.decode(each[begin:])[:40] for each in (given, ids))
+            raise DataError(
+                f"has an answer that cannot be told from the messages before it: {template} asks for it with "
+                f"{prompt!r}, and then writes {answer!r} in that place; use another template, or columns with "
+                "prompts and answers"
+            )
+        changed += agreed < len(asked)
+    return TokenRow(ids, [IGNORED, *labels[1:]], len(ids), _end(labels, tokenizer), changed)
+
+
+def _agreement(some: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many tokens two rows begin with alike."""
+    return sum(1 for _ in takewhile(bool, map(eq, some, others)))
+
+
+def _end(labels: Sequence[int], tokenizer: Any) -> int:
+    """Return the special token at the end of the labels, where only white space may follow it, or `IGNORED`."""
+    # Llama's <|eot_id|> is special as an added token only.
+    added = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    special = {*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    for token in reversed(labels):
+        if token in special or token == IGNORED:
+            return token
+        if tokenizer.decode([token]).strip():
+            break
+    return IGNORED
