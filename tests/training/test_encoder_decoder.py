@@ -75,11 +75,6 @@ def test_an_encoder_is_no_decoder():
         decoder_config(Seq2SeqModelConfig(config=SMALL | {"model_type": "bert"}))
 
 
-def test_of_a_model_that_reads_images_the_text_model_is_asked_for():
-    with pytest.raises(ConfigError, match=r"a mistral3 also reads images .* Save its text model, a mistral,"):
-        decoder_config(Seq2SeqModelConfig(config={"model_type": "mistral3"}))
-
-
 @pytest.mark.parametrize("pad", ["</s>", "<pad>"])
 def test_the_embedding_of_the_end_is_learnt_where_it_pads_too(pad):
     section = Seq2SeqModelConfig(config=SMALL | {"model_type": "llama"}, vocab_size=300)

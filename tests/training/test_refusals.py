@@ -234,3 +234,8 @@ def test_a_type_without_a_form_for_the_task_is_refused_unless_it_brings_its_own(
         require_form(PRETRAINED, config, task)
     config.auto_map = {FORMS[task].auto.__name__: "modeling.Model"}
     require_form(PRETRAINED, config, task)
+
+
+def test_of_a_model_that_reads_images_the_text_model_is_asked_for():
+    with pytest.raises(ConfigError, match=r"a mistral3 also reads images .* Save its text model, a mistral,"):
+        require_form(PRETRAINED, AutoConfig.for_model("mistral3"), "causal language modelling")

@@ -104,8 +104,8 @@ def require_form(model: AnyModelConfig, model_config: Any, task: str) -> None:
         part = getattr(model_config, "text_config", None)
         if type(part) in auto._model_mapping:
             raise ConfigError(
-                f"{model.setting}: a {model_config.model_type} also reads images or sound; expected a model of text "
-                f"alone. Save its text model, a {part.model_type}, in a folder of its own, and name that"
+                f"{model.setting}: a {model_config.model_type} also reads images or sound; expected a model of "
+                f"text alone. Save its text model, a {part.model_type}, in a folder of its own, and name that"
             )
         usual = "an encoder (bert, roberta, distilbert, deberta, ...)" if has_head else "another model"
         raise ConfigError(
