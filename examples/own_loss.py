@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     model = BertForSequenceClassification(
         BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=3)
     )
-    objective = swaft.R3F(preset="relative", sigma=0.5)
+    objective = swaft.R3F(preset="relative")
     objective.prepare_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size=8))

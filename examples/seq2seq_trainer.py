@@ -53,9 +53,7 @@ def main(folder: Path) -> None:
         eval_dataset=rows(40),
         callbacks=[
             swaft.WeightAveragingCallback(swaft.EMA(half_life=0.1)),
-            swaft.NoiseCallback(
-                swaft.R3F(preset="relative", sigma=0.5)
-            ),  # the fused loss: no logits are kept
+            swaft.NoiseCallback(swaft.R3F(preset="relative")),  # the fused loss: no logits are kept
         ],
     )
     trainer.train()

@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         callbacks=[
             swaft.WeightAveragingCallback(swaft.EMA(half_life=0.1)),
-            swaft.NoiseCallback(swaft.R3F(preset="relative", sigma=0.5)),
+            swaft.NoiseCallback(swaft.R3F(preset="relative")),
         ],
     )  # fmt: skip
     trainer.train()

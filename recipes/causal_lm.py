@@ -1,7 +1,7 @@
 """Fine-tunes a decoder (Llama, Qwen, Gemma, GPT-2) on prompts with answers, chats or texts; averages its weights.
 
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/causal_lm.py \
-        --config recipes/configs/causal_lm/smol_chat.yaml averaging.rule=ema noise.kind=rdrop
+        --config recipes/configs/causal_lm/smol_chat.yaml averaging.rule=ema
 
 The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. The loss is on the answers only. It
 writes a run folder with the last weights (final/), the averaged ones (final-averaged/), the scores of both

@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained model to classify texts or text pairs (or to score them), and averages its weights.
 
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/classification.py \
-        --config recipes/configs/classification/mrpc.yaml averaging.rule=ema noise.kind=rdrop
+        --config recipes/configs/classification/mrpc.yaml averaging.rule=ema
 
 The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It writes a run folder with the
 last weights (final/), the averaged ones (final-averaged/), and the scores of both (summary.json).

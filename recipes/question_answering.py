@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained model for extractive question answering, and averages its weights.
 
     accelerate launch --config_file launch/accelerate/zero3.yaml recipes/question_answering.py \
-        --config recipes/configs/question_answering/squad.yaml averaging.rule=ema noise.kind=rdrop
+        --config recipes/configs/question_answering/squad.yaml averaging.rule=ema
 
 The same file runs in one process, under DDP, DeepSpeed ZeRO 0 to 3 and FSDP2. It writes a run folder with the last
 weights (final/), the averaged ones (final-averaged/), the scores of both (summary.json), their answers in the

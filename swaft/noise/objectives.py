@@ -312,7 +312,7 @@ class R3F(TwoPasses):
     noise: Noise | None = None
     """Distribution of the noise; None: the preset's, which is uniform except for "fairseq" with generated text."""
     sigma: NotNegative | None = None
-    """Half width or standard deviation of the noise; None: the preset's (1e-5; 0.01 for "relative"). With
+    """Half width or standard deviation of the noise; None: the preset's (1e-5; 1 for "relative"). With
     preset="relative", a share of the root mean square of the embeddings of non-padding tokens; with "fairseq",
     before the factor of embeddings that scale their output."""
     _: KW_ONLY

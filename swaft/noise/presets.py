@@ -47,7 +47,7 @@ class NoiseSettings:
 
 
 _PAPER = NoiseSettings()
-_RELATIVE = NoiseSettings(sigma=0.01, relative=True)
+_RELATIVE = NoiseSettings(sigma=1.0, relative=True)  # large enough to have an effect: docs/methods.md
 _FAIRSEQ = NoiseSettings(masks="independent", reduction="batchmean", before_scale=True)
 _RDROP = NoiseSettings(sigma=0.0, masks="independent", scale=0.5, ce_on_noised=True)
 _RDROP_PAPER = replace(_RDROP, task_scale=2.0)

@@ -55,7 +55,7 @@ class Reader:
             "train_on": self.train,
             "evaluate": lambda model: {},
             "accuracy": lambda model, validation: 0.5,
-            "objective": swaft.R3F(preset="relative", sigma=0.5),
+            "objective": swaft.R3F(preset="relative"),
             "rule": swaft.SWA(start=0.5),
             "n": STEPS,
             "total_steps": STEPS,

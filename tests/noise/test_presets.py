@@ -23,7 +23,7 @@ def test_no_preset_is_the_paper():
 
 def test_relative_measures_sigma_against_the_embeddings():
     settings = resolve_settings("relative", generates=False)
-    assert (settings.sigma, settings.relative, settings.masks) == (0.01, True, "shared")
+    assert (settings.sigma, settings.relative, settings.masks) == (1.0, True, "shared")
 
 
 def test_fairseq_differs_between_classifying_and_generating_as_the_released_code_does():
