@@ -15,9 +15,12 @@ from benchmarks.study.trainings import TRAININGS
 KINDS = {1: "averaging", 2: "objective"}
 PLAIN = {"decayed": "decayed2x", "constant": "constant2x"}
 """By schedule, the training with the plain loss that costs as much as one with a two-pass objective."""
-ON = {"": CHOOSING, " on the confirming tasks": CONFIRMING}
+ALL = CHOOSING + CONFIRMING
+ON = {"": CHOOSING, " on the confirming tasks": CONFIRMING, " on all eight tasks": ALL}
 """The tasks a quote is about, by the words that follow the arm."""
-QUOTE = re.compile(r"`([\w.-]+:[\w.+-]+)`( on the confirming tasks)?: [^`]*? points of score")
+QUOTE = re.compile(
+    r"`([\w.-]+:[\w.+-]+)`( on the confirming tasks| on all eight tasks)?: [^`]*? points of score"
+)
 """An arm with its differences, as other pages quote them."""
 
 
@@ -44,14 +47,14 @@ def best_arm(kept: Kept, units: int) -> str | None:
 
 def not_measured(kept: Kept, units: int) -> list[str]:
     """The trainings that the choice depends on and that are not measured on every choosing task."""
-    measured = {arm.partition(":")[0] for arm, loss, _ in _measured(kept, units) if _covers(loss)}
+    measured = {arm.partition(":")[0] for arm, loss, _ in _measured(kept, units) if covers(loss)}
     own = BASELINES[units].partition(":")[0]
     missing = [name for name in MAIN if _chosen_among(name, units) and name not in measured | {own}]
     return missing or sorted(
         {
             PLAIN[TRAININGS[arm.partition(":")[0]].schedule]
             for arm, _, _ in _ahead(kept, units)
-            if not all(map(_covers, _against_plain(kept, arm)))
+            if not all(map(covers, _against_plain(kept, arm)))
         }
     )
 
@@ -68,7 +71,7 @@ def cross_validated(kept: Kept, units: int) -> float | None:
                 statistics.mean(each.mean for each in found.by_task.values()) for found in (loss, score)
             )
             for arm, loss, score in _measured(kept, units, others)
-            if _covers(loss, others)
+            if covers(loss, others)
         }
         able = [arm for arm, (_, score) in means.items() if score >= 0]
         if not able:
@@ -102,7 +105,7 @@ def _ahead(kept: Kept, units: int) -> list[tuple[str, Comparison, Comparison]]:
     return [
         (arm, loss, score)
         for arm, loss, score in _measured(kept, units)
-        if _covers(loss) and loss.overall is not None and loss.overall.high < 0 and _mean(score) >= 0
+        if covers(loss) and loss.overall is not None and loss.overall.high < 0 and _mean(score) >= 0
     ]
 
 
@@ -137,8 +140,9 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
         )
     chosen = differences(kept, arm, base, CHOOSING)
     told = f"**Recommended {kind}: `{arm}`** against `{base}`. On the choosing tasks: {chosen}."
-    if _covers(kept.comparison("main", arm, base, "loss", tasks=CONFIRMING), CONFIRMING):
-        return f"{told} On the confirming tasks: {differences(kept, arm, base, CONFIRMING)}."
+    if covers(kept.comparison("main", arm, base, "loss", tasks=CONFIRMING), CONFIRMING):
+        told += f" On the confirming tasks: {differences(kept, arm, base, CONFIRMING)}."
+        return f"{told} On all eight: {differences(kept, arm, base, ALL)}."
     told += " The confirming tasks have not all been measured yet."
     fair = cross_validated(kept, units)
     if fair is not None:
@@ -150,7 +154,7 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
 
 
 def quote(text: str, kept: Kept) -> str:
-    """The text with the differences it quotes, on choosing or confirming tasks, updated to the current rows."""
+    """The text with the differences it quotes, on the tasks that it names, updated to the current rows."""
 
     def told(match: re.Match[str]) -> str:
         arm, on = match[1], match[2] or ""
@@ -175,5 +179,6 @@ def differences(kept: Kept, arm: str, base: str, tasks: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def _covers(comparison: Comparison | None, tasks: Sequence[str] = CHOOSING) -> bool:
+def covers(comparison: Comparison | None, tasks: Sequence[str] = CHOOSING) -> bool:
+    """Whether an arm is measured on all of these tasks."""
     return comparison is not None and comparison.by_task.keys() >= set(tasks)

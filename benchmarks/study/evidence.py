@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.study import beyond, figures
 from benchmarks.study.arms import BASELINES, Kept, cost_of, keep, percent
 from benchmarks.study.cell import parse_cell
-from benchmarks.study.default import choose_default, quote
+from benchmarks.study.default import ALL, choose_default, covers, quote
 from benchmarks.study.fitting import REGIMES
 from benchmarks.study.grid import (
     CHOOSING,
@@ -105,7 +105,8 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
 
 def _answer(kept: Kept, drawn: Sequence[str]) -> str:
     lines = ["## The answer so far", *choose_default(kept)]
-    shown = _over_tasks(kept, "main", [arm for arm in HEADLINES if arm in kept.arms("main")], level=3)
+    arms = [arm for arm in HEADLINES if arm in kept.arms("main")]
+    shown = _over_tasks(kept, "main", arms, level=3)
     if not shown:
         return "\n\n".join([*lines, "No pair of arms has been measured on three seeds yet."])
     lines.append(
@@ -115,6 +116,13 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
         "differences in loss that are due to confidence alone. Bold: the interval excludes 0."
     )
     lines += [f"![paired differences of the main arms](evidence/{name}.svg)" for name in drawn]
+    everywhere = [
+        arm
+        for arm in arms
+        if covers(kept.comparison("main", arm, BASELINES[cost_of(arm)], "loss", tasks=ALL), ALL)
+    ]
+    if both := table(kept, "main", everywhere, tasks=ALL):
+        lines += [f"### All eight tasks: {', '.join(ALL)}", both]
     return "\n\n".join([*lines, *shown])
 
 
@@ -166,7 +174,7 @@ def _rounding(kept: Kept) -> str:
             own = _cost_of_rounding(kept, arm, rounding)
             base = BASELINES[cost_of(arm)]
             against = (
-                kept.comparison("main", arm, base, "loss", rounding=rounding, tasks=CHOOSING + CONFIRMING)
+                kept.comparison("main", arm, base, "loss", rounding=rounding, tasks=ALL)
                 if base != arm
                 else None
             )

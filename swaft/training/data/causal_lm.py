@@ -361,7 +361,7 @@ def _renumbered(rows: Dataset, before: int) -> Dataset:
     """Return the rows of a split with row numbers from 0, if there were more of them before."""
     if len(rows) == before:
         return rows
-    return rows.remove_columns("idx").add_column("idx", range(len(rows)))
+    return rows.remove_columns("idx").add_column("idx", [*range(len(rows))])
 
 
 def _is_message(found: Any) -> bool:

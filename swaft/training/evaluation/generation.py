@@ -310,7 +310,8 @@ def evaluate_texts(
     scored = metric.compute(texts, references)
     length = (tokens != padding).sum(dim=1).double().mean().item()
     # The checkpoint's own settings count as well: a least length, a penalty, beams.
-    settings = {**accelerator.unwrap_model(model).generation_config.to_diff_dict(), **generation}
+    network: Any = accelerator.unwrap_model(model)
+    settings = {**network.generation_config.to_diff_dict(), **generation}
     return Evaluation(
         scores={**scored.scores, "loss": loss, "gen_len": length},
         details={"intervals": scored.intervals, "signatures": scored.signatures, "generation": settings},

@@ -101,7 +101,7 @@ def require_form(model: AnyModelConfig, model_config: Any, task: str) -> None:
     auto, has_head = FORMS[task].auto, FORMS[task].has_head
     brings_its_own = auto.__name__ in (getattr(model_config, "auto_map", None) or {})
     if type(model_config) not in auto._model_mapping and not brings_its_own:
-        part = getattr(model_config, "text_config", None)
+        part: Any = getattr(model_config, "text_config", None)
         if type(part) in auto._model_mapping:
             raise ConfigError(
                 f"{model.setting}: a {model_config.model_type} also reads images or sound; expected a model of "

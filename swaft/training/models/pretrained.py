@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import is_sentencepiece_available
+from transformers.utils.import_utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
