@@ -124,12 +124,8 @@ def test_a_label_of_validation_that_training_never_saw_is_named(refuse, tmp_path
         ({"text": [3, 4], "label": [0, 1]}, "row 0 of test has 3 in column 'text'; expected text"),
         ({"label": [0, 1]}, "the test split has no column 'text', but train has"),
         ({"text": ["a"], "label": [[1]]}, "column 'label' of test holds list values"),
-        (
-            {"id": ["x", "x"], "text": ["a", "b"], "label": [0, 1]},
-            "1 values of column 'id' are in several rows of test ('x', ...)",
-        ),
     ],
-    ids=["nan label", "no text", "number", "no column", "list label", "repeated id"],
+    ids=["nan label", "no text", "number", "no column", "list label"],
 )
 def test_rows_that_cannot_be_used_are_named(refuse, tmp_path, columns, said):
     Dataset.from_dict(columns).to_parquet(str(tmp_path / "test.parquet"))

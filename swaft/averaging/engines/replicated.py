@@ -184,7 +184,7 @@ def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[
         require_fp32(
             name,
             parameter.dtype,
-            "Trainer: bf16=True; accelerate, recipes: mixed_precision=bf16; or DeepSpeed, which keeps fp32 masters",
+            "Trainer: bf16=True; recipes: train.mixed_precision=bf16; or DeepSpeed, which keeps fp32 masters",
         )
     return [[parameter] for parameter in parameters.values()]
 

@@ -44,7 +44,7 @@ def test_no_shipped_config_has_a_noise_without_effect(path):
     noise = yaml.safe_load(path.read_text(encoding="utf-8")).get("noise", {})
     if noise.get("kind") in ("r3f", "r4f"):
         assert noise.get("masks") == "independent" or (
-            noise["preset"] == "relative" and noise["sigma"] >= 0.3
+            noise["preset"] == "relative" and noise.get("sigma", 1.0) >= 0.3
         )
 
 
