@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m swaft.training.launch.deepspeed_extension
 	touch $@
 
-quickstart: venv  ## fine-tune the embedded model, compare last and averaged weights (3 to 6 minutes on 2 cores)
+quickstart: venv  ## fine-tune the embedded model, compare last and averaged weights (2 to 4 minutes on 2 cores)
 	launch/quickstart.sh
 
 quality: venv  ## lint, format check and type check
