@@ -133,6 +133,13 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
         names = ", ".join(f"`{name}`" for name in missing)
         return f"**Recommended {kind}: open.** Not measured yet on all choosing tasks, three seeds each: {names}."
     arm = best_arm(kept, units)
+    if arm is None and (ahead := _ahead(kept, units)):
+        names = ", ".join(f"`{each}`" for each, _, _ in ahead)
+        return (
+            f"**Recommended {kind}: none.** Over the choosing tasks {names} beat `{base}` on test loss, but not the "
+            "same readout of the plain loss trained twice as long, which costs the same: what they gain is the "
+            "averaging's."
+        )
     if arm is None:
         return (
             f"**Recommended {kind}: none.** Over the choosing tasks, no arm that is no worse than `{base}` on the "

@@ -232,7 +232,7 @@ def test_an_objective_must_gain_more_than_its_readout_does_with_the_plain_loss()
     assert best(**{"constant2x:ema-0.1": 0.45})[0] == "rdrop-constant:ema-0.1"
     arm, page = best(**{"constant2x:ema-0.1": 0.35})
     assert arm is None
-    assert "**Recommended objective: none.**" in page
+    assert "**Recommended objective: none.** Over the choosing tasks `rdrop-constant:ema-0.1` beat" in page
 
 
 def test_what_is_chosen_is_also_told_as_a_choice_that_never_saw_the_task():
