@@ -136,8 +136,8 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
     if arm is None and (ahead := _ahead(kept, units)):
         names = ", ".join(f"`{each}`" for each, _, _ in ahead)
         return (
-            f"**Recommended {kind}: none.** Over the choosing tasks {names} beat `{base}` on test loss, but not the "
-            "same readout of the plain loss trained twice as long, which costs the same: what they gain is the "
+            f"**Recommended {kind}: none.** Over the choosing tasks {names} beat `{base}` on test loss, but not "
+            "the same readout of the plain loss trained twice as long, which costs the same: what they gain is the "
             "averaging's."
         )
     if arm is None:

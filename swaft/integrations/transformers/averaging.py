@@ -37,6 +37,8 @@ STATE = "averages"
 """Folder of the averages inside a checkpoint of the Trainer."""
 EXPORT = "final-averaged"
 """Folder of the averaged model inside the Trainer's `output_dir`."""
+FP16_SKIPS = 20
+"""Steps that a loss scale which begins at 2**16, and is halved at each skip, may skip at first, and a few more."""
 SCORES_BOTH = "scores_both_weights"
 """Mark of a Trainer's `evaluate` that scores the averaged weights, too."""
 PREFIX = "metric_key_prefix"
@@ -305,7 +307,7 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
         return  # the end of the first epoch is unknown
     needed, skips = first_member, ""
     if args.fp16:
-        needed = min(first_member + every, state.max_steps)
+        needed = min(first_member + FP16_SKIPS, state.max_steps)
         skips = " (later, as fp16 skips the first steps until its loss scale fits)"
     # The last epoch may end before its rows do.
     first = min(math.ceil(max(args.eval_delay, 1) * unit / every) * every, state.max_steps)

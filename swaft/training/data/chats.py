@@ -12,6 +12,9 @@ from jinja2 import TemplateError
 from swaft.errors import DataError
 from swaft.training.data.texts import IGNORED
 
+SILENT = {"role": "assistant", "content": ""}
+"""An answer that only calls tools, without its calls."""
+
 
 class TokenRow(NamedTuple):
     """A row as token ids, before it is cut to `data.max_length`."""
@@ -48,8 +51,8 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
         plain: whether a special token spelled in a message is text; those of the template never are.
 
     Raises:
-        DataError: the template refuses the chat, or does not continue its own prompt with the last answer. The
-            message is a predicate, as in `BadRow`.
+        DataError: the template refuses the chat, leaves out calls of tools that are an answer, or does not continue
+            its own prompt with the last answer. The message is a predicate, as in `BadRow`.
     """
     # Arrow gives every message all messages' fields, and templates treat a field without a value as present.
     chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
@@ -70,6 +73,8 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
         is_last = place == places[-1]
         given = ids_of(chat[:place], prompts=True)
         asked, agreed = ids if is_last else ids_of(chat[: place + 1]), 0
+        if "content" not in chat[place] and asked == ids_of([*chat[:place], SILENT]):
+            raise DataError(f"has a tool call that {template} does not write: {chat[place]!r:.200}")
         if given == ids[: len(given)]:
             agreed = _agreement(asked, ids)
             labels[len(given) : agreed] = ids[len(given) : agreed]

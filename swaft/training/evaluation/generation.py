@@ -311,7 +311,7 @@ def evaluate_texts(
     length = (tokens != padding).sum(dim=1).double().mean().item()
     # The checkpoint's own settings count as well: a least length, a penalty, beams.
     network: Any = accelerator.unwrap_model(model)
-    settings = {**network.generation_config.to_diff_dict(), **generation}
+    settings = {**network.generation_config.to_diff_dict(), **generation, "do_sample": False}
     return Evaluation(
         scores={**scored.scores, "loss": loss, "gen_len": length},
         details={"intervals": scored.intervals, "signatures": scored.signatures, "generation": settings},

@@ -239,6 +239,13 @@ def test_an_answer_may_be_a_call_of_a_tool_without_a_content():
     [row] = tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
     learnt = reader.decode([each for each in row["labels"] if each != -100])
     assert '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call><|im_end|>' in learnt
+    reader.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    )
+    with pytest.raises(
+        DataError, match=r"row 0 of train has a tool call that the chat template of .* does not write"
+    ):
+        tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
     with pytest.raises(DataError, match=r"expected messages with a role and a content \(or tool_calls\)"):
         made([{"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": []}]}])
 
