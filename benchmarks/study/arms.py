@@ -103,6 +103,11 @@ class Kept:
             return None
         return compare(pairs).rescaled(percent) if outcome in LOSSES else compare(pairs)
 
+    def from_baseline(self, regime: str, arm: str, outcome: str, **which: Any) -> Comparison | None:
+        """An arm minus its baseline, on the tasks, seeds and rounding of `comparison`; None for a baseline."""
+        base = BASELINES[cost_of(arm)]
+        return None if base == arm else self.comparison(regime, arm, base, outcome, **which)
+
     def machines(self) -> dict[str, list[str]]:
         """The tasks measured on each kind of machine."""
         found = sorted({(kind_of(row), list(TASKS).index(row["task"])) for row in self.rows})

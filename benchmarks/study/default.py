@@ -77,7 +77,7 @@ def cross_validated(kept: Kept, units: int) -> float | None:
         if not able:
             return None
         arm = min(able, key=lambda arm: means[arm][0])
-        loss = kept.comparison("main", arm, BASELINES[units], "loss", tasks=[task], seeds=DECIDING_SEEDS)
+        loss = kept.from_baseline("main", arm, "loss", tasks=[task], seeds=DECIDING_SEEDS)
         if loss is None:
             return None
         found.append(loss.by_task[task].mean)
@@ -93,7 +93,7 @@ def _measured(
         if arm == BASELINES[units] or readout == "chosen" or not _chosen_among(training, units):
             continue
         loss, score = (
-            kept.comparison("main", arm, BASELINES[units], outcome, tasks=tasks, seeds=DECIDING_SEEDS)
+            kept.from_baseline("main", arm, outcome, tasks=tasks, seeds=DECIDING_SEEDS)
             for outcome in ("loss", "score")
         )
         if loss is not None and score is not None:
@@ -145,11 +145,11 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
             f"**Recommended {kind}: none.** Over the choosing tasks, no arm that is no worse than `{base}` on the "
             f"score beats it on test loss with an interval that excludes 0. `{base}` costs the same: use that."
         )
-    chosen = differences(kept, arm, base, CHOOSING)
+    chosen = differences(kept, arm, CHOOSING)
     told = f"**Recommended {kind}: `{arm}`** against `{base}`. On the choosing tasks: {chosen}."
-    if covers(kept.comparison("main", arm, base, "loss", tasks=CONFIRMING), CONFIRMING):
-        told += f" On the confirming tasks: {differences(kept, arm, base, CONFIRMING)}."
-        return f"{told} On all eight: {differences(kept, arm, base, ALL)}."
+    if covers(kept.from_baseline("main", arm, "loss", tasks=CONFIRMING), CONFIRMING):
+        told += f" On the confirming tasks: {differences(kept, arm, CONFIRMING)}."
+        return f"{told} On all eight: {differences(kept, arm, ALL)}."
     told += " The confirming tasks have not all been measured yet."
     fair = cross_validated(kept, units)
     if fair is not None:
@@ -165,20 +165,20 @@ def quote(text: str, kept: Kept) -> str:
 
     def told(match: re.Match[str]) -> str:
         arm, on = match[1], match[2] or ""
-        return f"`{arm}`{on}: {differences(kept, arm, BASELINES[cost_of(arm)], ON[on])}"
+        return f"`{arm}`{on}: {differences(kept, arm, ON[on])}"
 
     return QUOTE.sub(told, text)
 
 
-def differences(kept: Kept, arm: str, base: str, tasks: Sequence[str]) -> str:
-    """An arm minus another in test loss and score, with 95 % intervals over these tasks.
+def differences(kept: Kept, arm: str, tasks: Sequence[str]) -> str:
+    """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks.
 
     Raises:
         ValueError: too few of the tasks have been measured.
     """
     parts = []
     for outcome, unit in (("loss", "% of test loss"), ("score", "points of score")):
-        comparison = kept.comparison("main", arm, base, outcome, tasks=tasks)
+        comparison = kept.from_baseline("main", arm, outcome, tasks=tasks)
         if comparison is None or comparison.overall is None:
             raise ValueError(f"{arm} is measured on too few of {', '.join(tasks)} to be quoted")
         found = comparison.overall

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study import beyond, figures
-from benchmarks.study.arms import BASELINES, Kept, cost_of, keep, percent
+from benchmarks.study.arms import BASELINES, Kept, keep, percent
 from benchmarks.study.cell import parse_cell
 from benchmarks.study.default import ALL, choose_default, covers, quote
 from benchmarks.study.fitting import REGIMES
@@ -116,11 +116,7 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
         "differences in loss that are due to confidence alone. Bold: the interval excludes 0."
     )
     lines += [f"![paired differences of the main arms](evidence/{name}.svg)" for name in drawn]
-    everywhere = [
-        arm
-        for arm in arms
-        if covers(kept.comparison("main", arm, BASELINES[cost_of(arm)], "loss", tasks=ALL), ALL)
-    ]
+    everywhere = [arm for arm in arms if covers(kept.from_baseline("main", arm, "loss", tasks=ALL), ALL)]
     if both := table(kept, "main", everywhere, tasks=ALL):
         lines += [f"### All eight tasks: {', '.join(ALL)}", both]
     return "\n\n".join([*lines, *shown])
@@ -172,12 +168,7 @@ def _rounding(kept: Kept) -> str:
     for arm in kept.arms("main"):
         for rounding in ROUNDINGS:
             own = _cost_of_rounding(kept, arm, rounding)
-            base = BASELINES[cost_of(arm)]
-            against = (
-                kept.comparison("main", arm, base, "loss", rounding=rounding, tasks=ALL)
-                if base != arm
-                else None
-            )
+            against = kept.from_baseline("main", arm, "loss", rounding=rounding, tasks=ALL)
             if own is not None:
                 lines.append(line([f"`{arm}`", rounding, f"{own:+.2f}", told_overall(against)]))
     if len(lines) == 2:

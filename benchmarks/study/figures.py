@@ -6,8 +6,8 @@ import io
 import re
 from collections.abc import Sequence
 
-from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
-from benchmarks.study.grid import CHOOSING, CONFIRMING
+from benchmarks.study.arms import OUTCOMES, Kept
+from benchmarks.study.default import ALL
 
 
 def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
@@ -19,11 +19,7 @@ def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
     """
     shown = []
     for arm in arms:
-        base = BASELINES[cost_of(arm)]
-        comparisons = [
-            kept.comparison("main", arm, base, outcome, tasks=CHOOSING + CONFIRMING)
-            for outcome in ("loss", "score")
-        ]
+        comparisons = [kept.from_baseline("main", arm, outcome, tasks=ALL) for outcome in ("loss", "score")]
         if all(comparison is not None and comparison.overall is not None for comparison in comparisons):
             shown.append((arm, comparisons))
     return {"main": _forest(shown)} if shown else {}

@@ -16,13 +16,9 @@ def table(
     """Arms against their baselines over some tasks, one row per arm; None if there is nothing to show."""
     found = []
     for arm in arms:
-        base = BASELINES[cost_of(arm)]
-        comparisons = {
-            outcome: kept.comparison(regime, arm, base, outcome, tasks=tasks) if base != arm else None
-            for outcome in OUTCOMES
-        }
+        comparisons = {outcome: kept.from_baseline(regime, arm, outcome, tasks=tasks) for outcome in OUTCOMES}
         if comparisons["loss"]:
-            found.append((arm, base, comparisons))
+            found.append((arm, BASELINES[cost_of(arm)], comparisons))
     if not found:
         return None
     head = ["arm", "against", *OUTCOMES.values(), "tasks, pairs"]
@@ -61,8 +57,7 @@ def by_task(kept: Kept, regime: str) -> list[str]:
     for outcome in ("loss", "score"):
         lines = [line([f"{OUTCOMES[outcome]}", *tasks]), line(["---"] * (len(tasks) + 1))]
         for arm in kept.arms(regime):
-            base = BASELINES[cost_of(arm)]
-            comparison = kept.comparison(regime, arm, base, outcome) if base != arm else None
+            comparison = kept.from_baseline(regime, arm, outcome)
             if comparison:
                 intervals = [comparison.by_task.get(task) for task in tasks]
                 lines.append(line([f"`{arm}`", *(told(found) if found else "" for found in intervals)]))

@@ -323,7 +323,7 @@ def test_pages_quote_what_the_committed_rows_say():
         assert QUOTE.search(text), path
         assert quote(text, kept) == text, f"{path} is old: run `make evidence`"
     assert quote("`constant:swa-0.5`: 1 [2, 3] % of test loss, 4 [5, 6] points of score.", kept).endswith(
-        f"`constant:swa-0.5`: {differences(kept, 'constant:swa-0.5', 'decayed:last', grid.CHOOSING)}."
+        f"`constant:swa-0.5`: {differences(kept, 'constant:swa-0.5', grid.CHOOSING)}."
     )
     with pytest.raises(ValueError, match="measured on too few of sst2, trec, cr, banking77"):
         quote("`smart-decayed:last`: 1 [2, 3] % of test loss, 4 [5, 6] points of score.", kept)
