@@ -87,6 +87,10 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
     content = {"format": FORMAT, **asdict(manifest)}
     content = {name: content[name] for name in FIELDS}
     raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    if len(raw) > MANIFEST_LIMIT:  # nothing would read it
+        raise StateError(
+            f"{folder / MANIFEST} would have {len(raw):,} bytes; expected at most {MANIFEST_LIMIT:,}"
+        )
     _check_held(folder, _parse(raw, folder / MANIFEST, kind=manifest.kind))
     digest = hashlib.sha256(raw).hexdigest()
     write_durably(folder / MANIFEST, raw)
