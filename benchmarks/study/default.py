@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.study.arms import BASELINES, Kept, cost_of
 from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, MAIN
-from benchmarks.study.statistics import Comparison
+from benchmarks.study.statistics import Comparison, can_be_below
 from benchmarks.study.trainings import TRAININGS
 
 KINDS = {1: "averaging", 2: "objective"}
@@ -47,9 +47,7 @@ def best_arm(kept: Kept, units: int) -> str | None:
 
 def not_measured(kept: Kept, units: int) -> list[str]:
     """The trainings that the choice depends on and that are not measured on every choosing task."""
-    measured = {arm.partition(":")[0] for arm, loss, _ in _measured(kept, units) if covers(loss)}
-    own = BASELINES[units].partition(":")[0]
-    missing = [name for name in MAIN if _chosen_among(name, units) and name not in measured | {own}]
+    missing = [name for name, hopeful in _unfinished(kept, units).items() if hopeful]
     return missing or sorted(
         {
             PLAIN[TRAININGS[arm.partition(":")[0]].schedule]
@@ -57,6 +55,26 @@ def not_measured(kept: Kept, units: int) -> list[str]:
             if not all(map(covers, _against_plain(kept, arm)))
         }
     )
+
+
+def _unfinished(kept: Kept, units: int) -> dict[str, bool]:
+    """The trainings to choose among that are not measured on every choosing task, and whether one of their readouts
+    can still be ahead, whatever the other tasks give.
+    """
+    own = BASELINES[units].partition(":")[0]
+    losses: dict[str, list[Comparison]] = {name: [] for name in MAIN if _chosen_among(name, units)}
+    for arm, loss, _ in _measured(kept, units):
+        losses[arm.partition(":")[0]].append(loss)
+    return {
+        name: not found or any(map(_can_be_ahead, found))
+        for name, found in losses.items()
+        if name != own and not any(map(covers, found))
+    }
+
+
+def _can_be_ahead(loss: Comparison) -> bool:
+    known = [math.log1p(found.mean / 100) for found in loss.by_task.values()]
+    return can_be_below(known, len(CHOOSING))
 
 
 def cross_validated(kept: Kept, units: int) -> float | None:
@@ -141,10 +159,14 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
             "averaging's."
         )
     if arm is None:
-        return (
+        told = (
             f"**Recommended {kind}: none.** Over the choosing tasks, no arm that is no worse than `{base}` on the "
             f"score beats it on test loss with an interval that excludes 0. `{base}` costs the same: use that."
         )
+        if lost := _unfinished(kept, units):
+            names = ", ".join(f"`{name}`" for name in lost)
+            told += f" Not measured on all of them, because no result on the rest could change that: {names}."
+        return told
     chosen = differences(kept, arm, CHOOSING)
     told = f"**Recommended {kind}: `{arm}`** against `{base}`. On the choosing tasks: {chosen}."
     if covers(kept.from_baseline("main", arm, "loss", tasks=CONFIRMING), CONFIRMING):

@@ -16,8 +16,9 @@ Rules, written down before any row of a confirming task was made:
   in test loss from `decayed:last`. If none is ahead on loss with a 95 % interval over tasks that excludes 0: the
   last weights of the decayed training. The readout chosen on validation rows is no rule, and not among them.
 * **Default objective.** The same among the readouts of the main two-pass trainings, against `decayed2x:last`, once
-  all of them have been measured on every choosing task. It must also be ahead of the same readout of the plain
-  loss, trained twice as long: what averaging gains is not the objective's.
+  all of them have been measured on every choosing task, or cannot be ahead whatever the remaining tasks give. It
+  must also be ahead of the same readout of the plain loss, trained twice as long: what averaging gains is not the
+  objective's.
 * Both are chosen from ``DECIDING_SEEDS`` alone, so that more seeds and trainings do not change them afterwards.
 * Confirming tasks are looked at once, after the choice that they confirm, and then change nothing.
 """

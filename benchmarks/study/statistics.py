@@ -99,6 +99,22 @@ def over_tasks(pairs: Pairs) -> Interval:
     return _interval(np.array([values.mean() for values in tasks]), means.mean(1), sum(map(len, tasks)))
 
 
+def can_be_below(known: Sequence[float], count: int) -> bool:
+    """Whether there are values for the missing tasks that put the interval over all of them below 0.
+
+    Student's t excludes 0 if the squared sum of n means exceeds c times the sum of their squares. Each missing one
+    raises the ratio of the two by at most 1 (Cauchy's inequality).
+
+    Args:
+        known: means of the tasks that have been measured.
+        count: n, of all tasks.
+    """
+    quantile = _quantile(count)
+    needed = quantile**2 * count / (count - 1 + quantile**2)
+    total, squares = sum(known), sum(value**2 for value in known)
+    return count - len(known) + (total**2 / squares if total < 0 else 0) > needed
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, step by step (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -137,8 +153,13 @@ def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
 def _interval(values: np.ndarray, drawn: np.ndarray, count: int) -> Interval:
     """The interval of a mean of values, given the means of their resamples."""
     mean, low, high = values.mean(), *np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values)
+    half = _quantile(len(values)) * stats.sem(values)
     return Interval(float(mean), float(min(low, mean - half)), float(max(high, mean + half)), count)
+
+
+def _quantile(count: int) -> float:
+    """Student's t at this level, for the mean of so many values."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
 
 
 def _generator() -> np.random.Generator:

@@ -210,6 +210,41 @@ def test_more_epochs_are_no_objective_and_none_is_chosen_before_every_main_one_i
     )
 
 
+def test_a_training_that_can_no_longer_win_need_not_be_measured_everywhere():
+    twice = [name for name in grid.MAIN if grid.TRAININGS[name].passes == 2]
+    rows = [
+        row(f"{name}:last", task, seed, 0.5 + seed / 1000, 0.9)
+        for task in grid.CHOOSING
+        for seed in (1, 2, 3)
+        for name in ("decayed2x", *twice[1:])
+    ]
+    tried = {
+        task: [row(f"{twice[0]}:last", task, seed, 0.4, 0.9) for seed in (1, 2, 3)] for task in grid.CHOOSING
+    }
+    rows += tried["trec"] + tried["cr"]
+    assert f"three seeds each: `{twice[0]}`." in evidence.page(rows, [])
+    for entry in tried["cr"]:
+        entry["outcomes"]["nll"] = 0.6
+    page = evidence.page(rows, [])
+    assert "**Recommended objective: none.**" in page
+    assert f"because no result on the rest could change that: `{twice[0]}`." in page
+
+
+def test_an_interval_can_be_below_0_just_if_some_values_of_the_missing_tasks_make_it_so():
+    generator = np.random.default_rng(0)
+    found = set()
+    for _ in range(60):
+        known = generator.normal(-1, 1, 3)
+        tried = np.linspace(-20, 20, 4001)
+        means = np.stack([np.broadcast_to(value, tried.shape) for value in known] + [tried])
+        high = means.mean(0) + 3.182446 * means.std(0, ddof=1) / 2
+        found.add(bool((high < 0).any()))
+        assert statistics.can_be_below(list(known), 4) == (high < 0).any()
+    assert found == {True, False}
+    assert statistics.can_be_below([-0.1], 4)
+    assert not statistics.can_be_below([0.1], 4)
+
+
 def test_an_objective_must_gain_more_than_its_readout_does_with_the_plain_loss():
     twice = [name for name in grid.MAIN if grid.TRAININGS[name].passes == 2]
     losses = {"decayed2x:last": 0.5, **{f"{name}:last": 0.6 for name in twice}, "rdrop-constant:ema-0.1": 0.4}
