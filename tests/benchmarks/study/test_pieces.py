@@ -123,8 +123,10 @@ def tuning_rows(losses: dict[float, float], training: str = "constant", task: st
         ({1e-4: 0.3, 2e-4: 0.2}, [4e-4]),
         ({1e-4: 0.2, 2e-4: 0.2}, [5e-5]),
         ({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.25}, []),
-        ({1e-4: 0.4, 2e-4: 0.3, 4e-4: 0.2, 8e-4: 0.1}, []),
-        ({1e-4: math.inf, 2e-4: math.inf, 5e-5: math.inf, 2.5e-5: 0.1}, []),
+        ({1e-4: 0.4, 2e-4: 0.3, 4e-4: 0.2, 8e-4: 0.1}, [1.6e-3]),
+        ({rate: 1 - rate for rate in grid.RATES}, []),
+        ({rate: 1 + rate for rate in grid.RATES}, []),
+        ({1e-4: math.inf, 2e-4: math.inf, 5e-5: math.inf, 2.5e-5: 0.1}, [1.25e-5]),
     ],
 )
 def test_the_search_for_a_rate_goes_downhill_until_the_loss_rises_or_the_rates_end(known, following):
