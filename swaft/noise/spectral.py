@@ -1,4 +1,4 @@
-"""R4F: spectral normalisation of the classification head. `swaft.averaging.export` folds it into the weight."""
+"""R4F: spectral normalisation of the classification head, and folding it into plain weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, NoiseError
 from swaft.noise.checks import unwrap
 from swaft.noise.generator import stream_seed
 
@@ -102,6 +102,25 @@ def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -
             linear, "weight", SpectralNorm(linear.weight.detach(), seed=seed)
         )
     return normalised_layers(model)
+
+
+def fold_head(model: nn.Module) -> None:
+    """Replace each spectrally normalised weight of a model by the plain weight it evaluates to, in place.
+
+    Raises:
+        NoiseError: the weights are sharded, so no rank can evaluate them outside a forward pass.
+    """
+    network = unwrap(model)
+    for name in normalised_layers(network):
+        linear: nn.Module = network.get_submodule(name)
+        original = linear.parametrizations.weight.original  # type: ignore[union-attr]
+        if original.numel() == 0 or hasattr(original, "device_mesh"):
+            raise NoiseError(
+                f"R4F: the weight of {name} is sharded over the ranks; expected a whole one. Under ZeRO-3 and FSDP2 "
+                "write the model by swaft.averaging.save_pretrained(averager.engine, path), which folds the head"
+            )
+        with power_iteration_paused(linear):
+            parametrize.remove_parametrizations(linear, "weight")
 
 
 def normalised_layers(model: nn.Module) -> list[str]:
