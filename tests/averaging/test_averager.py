@@ -265,6 +265,25 @@ def test_an_optimizer_of_another_model_is_refused():
         )
 
 
+def test_what_an_optimizer_trains_outside_of_the_model_is_left_out_with_a_warning(caplog):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([*criterion.parameters(), *model.parameters()], lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=2)
+    assert "2 of the optimizer's 6 trained parameters are not in the model" in caplog.text
+    part = swaft.WeightAverager(model[0], optimizer, rule=swaft.SWA(start=0), total_steps=2)
+    members = [flat(model)]
+    for _ in range(2):
+        criterion(model(torch.ones(1, 3))).square().sum().backward()
+        optimizer.step()
+        averager.step()
+        part.step()
+        members.append(flat(model))
+    mean = torch.stack(members).double().mean(0).float()
+    assert torch.allclose(averager.shard(), mean, atol=1e-7)
+    assert torch.allclose(part.shard(), mean[: part.engine.numel], atol=1e-7)
+
+
 def test_frozen_parameters_are_not_averaged_and_tied_ones_once():
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False))
     model[2].weight = model[0].weight

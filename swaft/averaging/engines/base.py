@@ -140,7 +140,12 @@ class Engine(ABC):
             LayoutError: the parameter does not belong to the model.
         """
         if id(parameter) not in self._names:
-            raise unknown_parameter(self.full_shape(parameter))
+            shape = tuple(self.full_shape(parameter))
+            raise LayoutError(
+                f"the optimizer holds a parameter of shape {shape} that the model does not; expected the model's "
+                "own parameters: build the optimizer after the last change to the model, put whatever else it "
+                "trains (a loss with weights) into the model, and under ZeRO-3 compile the whole model or nothing"
+            )
         return self._names[id(parameter)]
 
     @cached_property
@@ -292,15 +297,6 @@ class Engine(ABC):
                 "seen, so none would be averaged; capture forward and backward only, and call `optimizer.step()` "
                 "outside"
             )
-
-
-def unknown_parameter(shape: torch.Size) -> LayoutError:
-    """The error for an optimizer that trains a parameter the model does not have."""
-    return LayoutError(
-        f"the optimizer holds a parameter of shape {tuple(shape)} that the model does not; expected the model's "
-        "own parameters: build the optimizer after the last change to the model, and under ZeRO-3 compile the "
-        "whole model or nothing"
-    )
 
 
 def _wait_for_device() -> None:

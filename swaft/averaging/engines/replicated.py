@@ -6,6 +6,7 @@ sends each slice to the other ranks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -15,9 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swaft.averaging.engines.base import PIECE, Engine, checksum, unknown_parameter
+from swaft.averaging.engines.base import PIECE, Engine, checksum
 from swaft.averaging.layout import Fragment, clean_name, cut, merge, slice_of
+from swaft.distributed import shared_ranks
 from swaft.errors import LayoutError, UnsupportedEngineError
+
+logger = logging.getLogger(__name__)
 
 
 class ReplicatedEngine(Engine):
@@ -161,20 +165,33 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The optimizer's trainable parameters by name, each once. Refuses a model that trains any others."""
+    """The trainable parameters of a model by name, each once, in the optimizer's order.
+
+    Whatever else the optimizer trains (a loss with weights, a second model) is left out, with a warning.
+
+    Raises:
+        LayoutError: the optimizer lacks a trainable parameter of the model.
+    """
     held = {
         id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
     }
     names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
-    for identity in held.keys() - names.keys():
-        raise unknown_parameter(held[identity].shape)
+    foreign = held.keys() - names.keys()
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.numel() and id(parameter) not in held:
+            also = f", which holds {len(foreign)} that the model does not" if foreign else ""
             raise LayoutError(
-                f"{names[id(parameter)]!r} is trainable but in no parameter group of the given optimizer; expected "
-                "an optimizer that holds every trained parameter. Or freeze it with requires_grad_(False)"
+                f"{names[id(parameter)]!r} is trainable but in no parameter group of the given optimizer{also}; "
+                "expected an optimizer that holds every trained parameter: build it after the last change to the "
+                "model. Or freeze the parameter with requires_grad_(False)"
             )
-    return {names[identity]: parameter for identity, parameter in held.items()}
+    if foreign and shared_ranks().is_main:
+        logger.warning(
+            "%d of the optimizer's %d trained parameters are not in the model that was given to the averager "
+            "(%s), so they are not averaged",
+            *(len(foreign), len(held), type(module).__name__),
+        )
+    return {names[identity]: parameter for identity, parameter in held.items() if identity not in foreign}
 
 
 def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
