@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swaft.averaging import export
 from swaft.averaging.buffers import Statistics, recompute_statistics
 from swaft.averaging.engines import attach_engine
-from swaft.averaging.engines.steps import begin, hook_weakly
+from swaft.averaging.engines.steps import begin
 from swaft.averaging.rules import RECOMMENDED, Plan, Readout, Rule
 from swaft.averaging.rules.base import plan_all
 from swaft.averaging.shards import beside_live, blended
@@ -49,7 +49,7 @@ class WeightAverager:
 
     Args:
         model: as `accelerator.prepare` returned it (or a plain module in one process).
-        optimizer: as `accelerator.prepare` returned it.
+        optimizer: as `accelerator.prepare` returned it; if there are several, a list in the order they step.
         rule: which steps enter the average, and with what weight; or several rules by name, which share one copy of
             each member. Default: an EMA with a half-life of a tenth of the run (docs/evidence.md).
         total_steps: optimizer steps of the whole run.
@@ -99,7 +99,7 @@ class WeightAverager:
         self._statistics = Statistics(self.engine)
         # Everything that writes to the masters waits until the current member has been read.
         release = self._averages.pipeline.release_masters
-        hook_weakly(self.engine.inner_optimizer.register_step_pre_hook, release)
+        self.engine.before_steps(release)
         self.engine.swap.readers.append(WeakMethod(release))
         self.close = finalize(self, self._averages.close)
         self._counts = dict.fromkeys(self._plans, 0)

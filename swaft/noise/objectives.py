@@ -339,8 +339,8 @@ class R4F(R3F):
 
     Aghajanyan et al. 2021, eq. 5. ``prepare_model`` adds the normalisation to the model, with initial vectors drawn
     from ``seed``. While it is there, the model's own ``save_pretrained`` writes the head under names that
-    ``from_pretrained`` does not find, so the folder opens with a random head: call ``fold_model`` first. The exports of
-    `swaft.averaging` write the plain weights without it.
+    ``from_pretrained`` does not find, so the folder opens with a random head: call ``fold_model`` first. The
+    exports of `swaft.averaging` write the plain weights without it.
     """
 
     _: KW_ONLY

@@ -116,8 +116,8 @@ def fold_head(model: nn.Module) -> None:
         original = linear.parametrizations.weight.original  # type: ignore[union-attr]
         if original.numel() == 0 or hasattr(original, "device_mesh"):
             raise NoiseError(
-                f"R4F: the weight of {name} is sharded over the ranks; expected a whole one. Under ZeRO-3 and FSDP2 "
-                "write the model by swaft.averaging.save_pretrained(averager.engine, path), which folds the head"
+                f"R4F: the weight of {name} is sharded over the ranks; expected a whole one. Under ZeRO-3 and "
+                "FSDP2 write the model by swaft.averaging.save_pretrained(averager.engine, path), which folds it"
             )
         with power_iteration_paused(linear):
             parametrize.remove_parametrizations(linear, "weight")

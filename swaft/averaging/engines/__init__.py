@@ -7,6 +7,7 @@ It looks at the objects, never at a configured stage number: stage 1 alone has t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
 
     Args:
         model: a plain module, a DistributedDataParallel one, one sharded by FSDP2, or a DeepSpeed engine.
-        optimizer: its optimizer, with or without accelerate's wrapper.
+        optimizer: its optimizer, with or without accelerate's wrapper; if there are several (Muon and AdamW, say),
+            a sequence in the order they step. DeepSpeed has one, which is taken from its engine.
 
     Raises:
         UnsupportedEngineError: the fp32 masters of this engine or mode cannot be averaged faithfully.
@@ -34,14 +36,15 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
             optimizer group.
         AveragingError: there is nothing to average.
     """
-    if _is_a(optimizer, "AcceleratedOptimizer"):
-        optimizer = optimizer.optimizer
     if _is_a(model, "DeepSpeedEngine"):
         from swaft.averaging.engines.deepspeed import attach_deepspeed
 
         engine = attach_deepspeed(model)
     else:
-        engine = _attach_torch(model, optimizer)
+        given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        engine = _attach_torch(
+            model, [each.optimizer if _is_a(each, "AcceleratedOptimizer") else each for each in given]
+        )
     # When DeepSpeed wraps a 16-bit model at stage 0, it takes one optimizer step with zero gradients. Weight decay
     # then moves the masters, and the weights are not a cast of them until the first real step.
     if engine.name != "deepspeed-zero0" or engine.masters_are_working() or engine.applied_steps() > 0:
@@ -51,11 +54,14 @@ def attach_engine(model: nn.Module, optimizer: Any) -> Engine:
     return engine
 
 
-def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
-    if not isinstance(optimizer, torch.optim.Optimizer):
+def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
+    if not optimizers or not all(isinstance(each, torch.optim.Optimizer) for each in optimizers):
+        found = (
+            "a " + ", a ".join(type(each).__name__ for each in optimizers) if optimizers else "an empty list"
+        )
         raise UnsupportedEngineError(
-            f"the optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; pass model and "
-            "optimizer as `accelerator.prepare` returned them"
+            f"the optimizer is {found}, expected a torch.optim.Optimizer, or several in a list, the last to step "
+            "at the end; pass model and optimizer as `accelerator.prepare` returned them"
         )
     module, wrapped = _unwrap(model)
     parts = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
@@ -68,11 +74,11 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
         from swaft.averaging.engines.fsdp2 import FSDP2Engine, refuse_layout, reshard
 
         reshard(module)
-        parameters = optimized(module, optimizer)
+        parameters = optimized(module, optimizers)
         for name, parameter in parameters.items():
             refuse_layout(name, parameter)
         each = [[parameter] for parameter in parameters.values()]
-        return FSDP2Engine("fsdp2", module, optimizer, parameters=each, steps_seen=StepCounter(optimizer))
+        return FSDP2Engine("fsdp2", module, optimizers, parameters=each, steps_seen=StepCounter(*optimizers))
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
         raise UnsupportedEngineError(
             "the parameters are DTensors, but not by `fully_shard`: tensor parallelism, which this version does "
@@ -92,9 +98,9 @@ def _attach_torch(model: nn.Module, optimizer: Any) -> Engine:
     return ReplicatedEngine(
         "ddp" if wrapped else "plain",
         module,
-        optimizer,
-        parameters=optimized_fp32(module, optimizer),
-        steps_seen=StepCounter(optimizer),
+        optimizers,
+        parameters=optimized_fp32(module, optimizers),
+        steps_seen=StepCounter(*optimizers),
     )
 
 

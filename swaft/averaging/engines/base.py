@@ -8,7 +8,7 @@ the two are the same tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,7 @@ class Engine(ABC):
     Args:
         name: name of the engine, such as ``deepspeed-zero3``.
         module: the unwrapped model.
-        inner_optimizer: the torch optimizer whose step writes the masters; ZeRO calls it once per buffer.
+        inner_optimizers: the torch optimizers whose steps write the masters; ZeRO calls its one once per buffer.
         steps_seen: returns the number of steps that changed the weights, as counted by DeepSpeed or by a hook on
             the optimizer.
     """
@@ -57,12 +57,12 @@ class Engine(ABC):
         self,
         name: str,
         module: nn.Module,
-        inner_optimizer: torch.optim.Optimizer,
+        inner_optimizers: Sequence[torch.optim.Optimizer],
         steps_seen: Callable[[], int],
     ):
         self.name = name
         self.module = self.outer = module
-        self.inner_optimizer = inner_optimizer
+        self.inner_optimizers = tuple(inner_optimizers)
         self.ranks = shared_ranks()
         self._steps_seen, self._steps_before = steps_seen, 0
         self._attached_with: tuple[int, int] | None = None
@@ -72,7 +72,7 @@ class Engine(ABC):
                 "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
             )
         self.state_names = tuple(clean_name(name) for name in module.state_dict())
-        hook_weakly(inner_optimizer.register_step_pre_hook, self._before_step)
+        self.before_steps(self._before_step)
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
@@ -102,6 +102,11 @@ class Engine(ABC):
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter, even if this rank holds only part of it."""
         return parameter.shape
+
+    def before_steps(self, method: Callable[..., None]) -> None:
+        """Call a bound method before every step of an optimizer, while its object lives (`hook_weakly`)."""
+        for optimizer in self.inner_optimizers:
+            hook_weakly(optimizer.register_step_pre_hook, method)
 
     def stop(self) -> None:
         """Averaging has ended: from now on, other optimizers may train the weights."""
@@ -156,6 +161,11 @@ class Engine(ABC):
     def spans(self) -> list[Span]:
         """The shard as a few long runs of the master buffers."""
         return merge(self.fragments)
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer that ends a step: the only one, or the last of several."""
+        return self.inner_optimizers[-1]
 
     @property
     def device(self) -> torch.device:

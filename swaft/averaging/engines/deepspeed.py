@@ -55,7 +55,7 @@ def attach_deepspeed(deepspeed_engine: Any) -> Engine:
         parameters = [[parameter] for group in wrapper.fp16_groups for parameter in group]
         masters = [master for group in wrapper.fp32_groups for master in group]
     elif isinstance(wrapper, torch.optim.Optimizer):
-        optimizer, parameters = wrapper, optimized_fp32(deepspeed_engine.module, wrapper)
+        optimizer, parameters = wrapper, optimized_fp32(deepspeed_engine.module, [wrapper])
     else:
         raise UnsupportedEngineError(
             f"DeepSpeed trains with {type(wrapper).__name__}, whose masters this version does not average; use a "
@@ -64,7 +64,7 @@ def attach_deepspeed(deepspeed_engine: Any) -> Engine:
     engine = ReplicatedEngine(
         "deepspeed-zero0",
         deepspeed_engine.module,
-        optimizer,
+        [optimizer],
         parameters=parameters,
         masters=masters,
         steps_seen=partial(deepspeed_steps, deepspeed_engine),
@@ -91,7 +91,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, name: str, deepspeed_engine: Any, *, masters: str, working: str):
         steps = partial(deepspeed_steps, deepspeed_engine)
-        super().__init__(name, deepspeed_engine.module, deepspeed_engine.optimizer.optimizer, steps)
+        super().__init__(name, deepspeed_engine.module, [deepspeed_engine.optimizer.optimizer], steps)
         self.outer = deepspeed_engine
         self._zero = deepspeed_engine.optimizer
         self._list_of_masters, self._list_of_working = masters, working

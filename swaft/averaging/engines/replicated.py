@@ -30,8 +30,8 @@ class ReplicatedEngine(Engine):
     Args:
         name: name of the engine.
         module: the unwrapped model.
-        inner_optimizer: the torch optimizer that takes the steps.
-        parameters: the optimizer's parameters, grouped by master tensor, in the same order on all ranks.
+        inner_optimizers: the torch optimizers that take the steps.
+        parameters: their parameters, grouped by master tensor, in the same order on all ranks.
         masters: one fp32 tensor per list of parameters, holding their elements end to end; ``None`` if the
             parameters are their own masters.
         steps_seen: returns the number of steps taken.
@@ -41,13 +41,13 @@ class ReplicatedEngine(Engine):
         self,
         name: str,
         module: nn.Module,
-        inner_optimizer: torch.optim.Optimizer,
+        inner_optimizers: Sequence[torch.optim.Optimizer],
         *,
         parameters: Sequence[Sequence[nn.Parameter]],
         masters: Sequence[Tensor] | None = None,
         steps_seen: Callable[[], int],
     ):
-        super().__init__(name, module, inner_optimizer, steps_seen)
+        super().__init__(name, module, inner_optimizers, steps_seen)
         self.parameters = list(chain.from_iterable(parameters))
         self._working = self._masters = FlatViews(partial(self._tensors, self.parameters))
         if masters is not None:
@@ -164,17 +164,16 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
 
 
-def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The trainable parameters of a model by name, each once, in the optimizer's order.
+def optimized(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a model by name, each once, in the order of its optimizers.
 
-    Whatever else the optimizer trains (a loss with weights, a second model) is left out, with a warning.
+    Whatever else they train (a loss with weights, a second model) is left out, with a warning.
 
     Raises:
-        LayoutError: the optimizer lacks a trainable parameter of the model.
+        LayoutError: a trainable parameter of the model is in none of them.
     """
-    held = {
-        id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()
-    }
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(p): p for group in groups for p in group["params"] if p.requires_grad and p.numel()}
     names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
     foreign = held.keys() - names.keys()
     for parameter in module.parameters():
@@ -182,8 +181,9 @@ def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
             also = f", which holds {len(foreign)} that the model does not" if foreign else ""
             raise LayoutError(
                 f"{names[id(parameter)]!r} is trainable but in no parameter group of the given optimizer{also}; "
-                "expected an optimizer that holds every trained parameter: build it after the last change to the "
-                "model. Or freeze the parameter with requires_grad_(False)"
+                "expected an optimizer that holds every trained parameter, built after the last change to the "
+                "model, or all that train it, as a list: WeightAverager(model, [muon, adamw], ...). Or freeze the "
+                "parameter with requires_grad_(False)"
             )
     if foreign and shared_ranks().is_main:
         logger.warning(
@@ -194,9 +194,11 @@ def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {names[identity]: parameter for identity, parameter in held.items() if identity not in foreign}
 
 
-def optimized_fp32(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    """The optimizer's parameters, one per list; each is its own fp32 master."""
-    parameters = optimized(module, optimizer)
+def optimized_fp32(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> list[list[nn.Parameter]]:
+    """:func:`optimized`, one per list; each is its own fp32 master."""
+    parameters = optimized(module, optimizers)
     for name, parameter in parameters.items():
         require_fp32(
             name,

@@ -55,15 +55,16 @@ def _remove_outlived() -> None:
         _outlived.pop().remove()
 
 
-def steps_taken(optimizer: Optimizer) -> int | None:
-    """The number of steps recorded in an optimizer's state; None if it has a state without a count (SGD).
+def steps_taken(*optimizers: Optimizer) -> int | None:
+    """The number of steps recorded in the state of optimizers; None if they have a state without a count (SGD).
 
     Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; the largest if they
     differ.
     """
-    held = [*optimizer.state.values(), *optimizer.param_groups]
-    steps = [int(each["step"]) for each in held if "step" in each]
-    if not steps and any(optimizer.state.values()):
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    steps = [int(each["step"]) for each in (*states, *groups) if "step" in each]
+    if not steps and any(states):
         return None
     return max(steps, default=0)
 
@@ -100,7 +101,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
     if step:
         level = logging.WARNING if guessed else logging.INFO
         logger.log(level, "averaging begins at optimizer step %d of %d, as %s", step, total_steps, source)
-    elif guessed and steps_taken(engine.inner_optimizer) is None:
+    elif guessed and steps_taken(*engine.inner_optimizers) is None:
         logger.warning(
             "the optimizer (%s) has a state that does not say after how many steps, so they are counted from 0; "
             "if the run continues an earlier one, pass their number as first_step",
@@ -110,22 +111,23 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
 
 
 class StepCounter:
-    """Counts the steps that one optimizer really took, and raises if another optimizer steps the same weights.
+    """Counts the steps that optimizers really took, and raises if another optimizer steps the same weights.
 
-    The count starts from the optimizer's state (:func:`steps_taken`), or from 0 if the state has no count, and
-    restarts from it when a state is loaded. It hooks the optimizers themselves, so neither a micro-batch nor a step
-    that a loss scaler skips is counted.
+    Of several that train together, the last one's steps are counted. The count starts from their state
+    (:func:`steps_taken`), or from 0 if the state has no count, and restarts from it when a state is loaded. It
+    hooks the optimizers themselves, so neither a micro-batch nor a step that a loss scaler skips is counted.
     """
 
-    def __init__(self, optimizer: Optimizer):
-        self.count = steps_taken(optimizer) or 0
-        self._optimizer = optimizer
+    def __init__(self, *optimizers: Optimizer):
+        self.count = steps_taken(*optimizers) or 0
+        self._optimizers = optimizers
         self._calls = 0
         self._inside = self._stopped = False
         self._calls_before_others: dict[int, int] = {}
         hook_weakly(register_optimizer_step_pre_hook, self._before)
         hook_weakly(register_optimizer_step_post_hook, self._after)
-        hook_weakly(optimizer.register_load_state_dict_post_hook, self._loaded)
+        for optimizer in optimizers:
+            hook_weakly(optimizer.register_load_state_dict_post_hook, self._loaded)
 
     def __call__(self) -> int:
         """Steps taken; call it only outside of a step."""
@@ -137,26 +139,26 @@ class StepCounter:
         """Let other optimizers step the weights from now on."""
         self._stopped = True
 
-    def _loaded(self, optimizer: Optimizer) -> None:
-        known = steps_taken(optimizer)
+    def _loaded(self, _: Optimizer) -> None:
+        known = steps_taken(*self._optimizers)
         self.count = self.count if known is None else known
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
-        if optimizer is self._optimizer:
+        if optimizer in self._optimizers:
             self._calls += 1
             self._inside = True
-        elif not self._inside and self._parameters_of(self._optimizer) & self._parameters_of(optimizer):
+        elif not self._inside and self._parameters_of(*self._optimizers) & self._parameters_of(optimizer):
             self._calls_before_others[id(optimizer)] = self._calls
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
-        if optimizer is self._optimizer:
+        if optimizer in self._optimizers:
             if not self._inside:
                 return  # a subclass: its `super().step()` is hooked too and has been counted
             self._inside = False
             # A fused optimizer is called on an overflow too and skips the step itself; during the call, torch's
             # scaler leaves its verdict on the optimizer.
             found_inf = getattr(optimizer, "found_inf", None)
-            if found_inf is None or not bool(found_inf):
+            if optimizer is self._optimizers[-1] and (found_inf is None or not bool(found_inf)):
                 self.count += 1
         elif self._calls_before_others.pop(id(optimizer), None) == self._calls and not self._stopped:
             # Ours did not step meanwhile, so the other is not a wrapper around it but a replacement.
@@ -167,5 +169,6 @@ class StepCounter:
             )
 
     @staticmethod
-    def _parameters_of(optimizer: Optimizer) -> set[int]:
-        return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    def _parameters_of(*optimizers: Optimizer) -> set[int]:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return {id(parameter) for group in groups for parameter in group["params"]}

@@ -151,7 +151,8 @@ class HostAverages:
     def forecast(self) -> Forecast:
         """What the run's averages cost on this rank; the plain form's error follows from the peak learning rate."""
         plans = {name: lanes.plan for name, lanes in self.lanes.items()}
-        groups, elements = self._engine.inner_optimizer.param_groups, self._engine.numel
+        elements = self._engine.numel
+        groups = [group for each in self._engine.inner_optimizers for group in each.param_groups]
         rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
         events = {
             step

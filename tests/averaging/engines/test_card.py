@@ -22,7 +22,7 @@ class Cast(Engine):
 
     def __init__(self, numel: int):
         model = nn.Linear(numel, 1, bias=False).bfloat16()
-        super().__init__("cast", model, torch.optim.SGD(model.parameters(), lr=0.1), lambda: 0)
+        super().__init__("cast", model, [torch.optim.SGD(model.parameters(), lr=0.1)], lambda: 0)
         self.master = model.weight.detach().float().view(-1)
         self.fragments = [Fragment("weight", 0, numel, 0, 0)]
 

@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 import swaft
 from swaft.averaging import attach_engine
 from swaft.averaging.engines.steps import StepCounter
-from swaft.errors import AveragingError, ConfigError
+from swaft.errors import AveragingError, ConfigError, LayoutError, UnsupportedEngineError
 
 pytestmark = pytest.mark.unit
 
@@ -258,3 +258,46 @@ def test_a_state_that_does_not_say_its_step_is_counted_from_0_with_a_warning_unl
     sgd.step()
     swaft.WeightAverager(plain, sgd, rule=swaft.SWA(), total_steps=16)
     assert "does not say" not in caplog.text  # there is nothing to know it by
+
+
+def trained_by_two():
+    """A model whose matrix one optimizer trains and whose bias another, and the two."""
+    model = nn.Linear(3, 3)
+    model(torch.ones(1, 3)).sum().backward()
+    return model, [torch.optim.Muon([model.weight], lr=0.1), torch.optim.AdamW([model.bias], lr=0.1)]
+
+
+def test_a_step_of_several_optimizers_ends_when_the_last_has_stepped():
+    model, optimizers = trained_by_two()
+    averager = swaft.WeightAverager(model, optimizers, rule=swaft.SWA(start=0), total_steps=2)
+    members = [torch.cat([model.weight.flatten(), model.bias]).detach()]
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.step()
+            averager.step()  # after the first as after a micro-batch
+        members.append(torch.cat([model.weight.flatten(), model.bias]).detach())
+    assert (averager.applied_steps, averager.num_averaged) == (2, 3)
+    assert torch.allclose(averager.shard(), torch.stack(members).double().mean(0).float(), atol=1e-7)
+    assert swaft.WeightAverager(model, optimizers, total_steps=4).applied_steps == 2  # as AdamW's state says
+
+
+def test_nothing_is_written_past_a_swap_by_any_of_several_optimizers():
+    model, optimizers = trained_by_two()
+    averager = swaft.WeightAverager(model, optimizers, rule=swaft.SWA(start=0), total_steps=2)
+    for optimizer in optimizers:
+        with (
+            averager.swapped_in(),
+            pytest.raises(AveragingError, match="while the averaged weights are swapped in"),
+        ):
+            optimizer.step()
+    averager.step()
+    with pytest.raises(AveragingError, match="another SGD"):
+        torch.optim.SGD([model.weight], lr=0.1).step()
+
+
+def test_one_of_several_optimizers_is_refused_and_the_list_named():
+    model, (muon, _) = trained_by_two()
+    with pytest.raises(LayoutError, match=r"'bias' is trainable but.*\(model, \[muon, adamw\]"):
+        attach_engine(model, muon)
+    with pytest.raises(UnsupportedEngineError, match="an empty list, expected"):
+        attach_engine(model, [])
