@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -125,9 +125,8 @@ def check_two_masks(model: nn.Module, objective: str) -> None:
     """
     config = getattr(unwrap(model), "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
-    settings = {
-        key: value for each in (config, text) if each for key, value in vars(each).items() if "drop" in key
-    }
+    values = [each if isinstance(each, Mapping) else getattr(each, "__dict__", {}) for each in (config, text)]
+    settings = {key: value for each in values for key, value in each.items() if "drop" in str(key)}
     if next(_dropout_rates(model), None) or any(map(_is_rate, settings.values())):
         return
     off = ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,12 @@ def real_tokens(arguments: dict[str, Any]) -> Tensor | None:
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def part(output: Any, name: str) -> Any:
+    """A named part of what a model returned: an attribute, or the value of a mapping; None if there is none."""
+    value = getattr(output, name, None)
+    return output.get(name) if value is None and isinstance(output, Mapping) else value
+
+
 def task_logits(output: Any) -> Any:
     """The logits of a pass: the model's own, or those of first and last tokens as two rows per text.
 
@@ -115,10 +122,10 @@ def task_logits(output: Any) -> Any:
     Returns:
         (..., V), or (B, 2, L) for extractive question answering; None if there are none.
     """
-    starts, ends = (getattr(output, name, None) for name in ("start_logits", "end_logits"))
+    starts, ends = (part(output, name) for name in ("start_logits", "end_logits"))
     if isinstance(starts, Tensor) and isinstance(ends, Tensor):
         return torch.stack([starts, ends], dim=1)
-    return getattr(output, "logits", None)
+    return part(output, "logits")
 
 
 def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from swaft.noise.inputs import (
     IGNORE_INDEX,
     count_items,
     find_targets,
+    part,
     prepare_inputs,
     real_tokens,
     task_logits,
@@ -153,9 +154,12 @@ class TaskLoss(Resumable):
 
     def _own(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         output, targets = model(**without_cache(model, batch)), find_targets(model, batch)
-        loss = getattr(output, "loss", None)
+        loss = part(output, "loss")
         if loss is None:
-            raise NoiseError("The model returned no loss; expected one. Put labels into the batch.")
+            raise NoiseError(
+                f"The model's output, {type(output).__name__}, has no loss; expected .loss or ['loss']. Put labels "
+                "into the batch, and have the model return its loss by name (return_dict=True)."
+            )
         if targets is None:  # labels under another name: a mean over texts
             rows = len(next(iter(batch.values())))
             return loss, task_logits(output), torch.full((), rows, dtype=torch.int64, device=loss.device)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from swaft.noise.checks import check_rows, layers
 from swaft.noise.embedding import Disturbance, Embedded, embedding_hook
 from swaft.noise.head import LanguageModelHead, LossSlot, placeholder
-from swaft.noise.inputs import IGNORE_INDEX, Inputs, task_logits
+from swaft.noise.inputs import IGNORE_INDEX, Inputs, part, task_logits
 from swaft.noise.loss.losses import (
     NoiseStabilityLoss,
     cross_entropy_symmetric_kl,
@@ -132,7 +132,7 @@ class FusedForm(LogitsForm):
 
         with self.head.replaced(compute):
             output = forward()
-        return results[0]._replace(loss=slot.arrive(output.logits)), None
+        return results[0]._replace(loss=slot.arrive(part(output, "logits"))), None
 
 
 def choose_form(

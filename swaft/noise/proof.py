@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from swaft.noise.generator import Noise
 from swaft.noise.head import LanguageModelHead, placeholder
 from swaft.noise.inputs import (
     IGNORE_INDEX,
+    part,
     prepare_inputs,
     proof_rows,
     real_tokens,
@@ -177,7 +178,7 @@ def _clean_pass(
     tolerance = _TOLERANCE_16_BIT if rounds else _TOLERANCE
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     expected = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
-    loss_gap = (output.loss - expected).abs() / (1 + expected.abs())
+    loss_gap = (part(output, "loss") - expected).abs() / (1 + expected.abs())
     logits_gap = torch.zeros_like(loss_gap)
     if head is not None:
         transformed = head.transform(outputs[-1])
@@ -200,15 +201,15 @@ def _check_output(output: Any, objective: str) -> None:
     Raises:
         NoiseError: names what was found.
     """
-    if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
+    if not isinstance(task_logits(output), Tensor) or part(output, "loss") is None:
         raise NoiseError(
-            f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
-            "expected a Hugging Face model that classifies, points at answers or generates. Use swaft.TaskLoss."
+            f"The model's output, {type(output).__name__}, lacks .loss or .logits (or the same as keys), which "
+            f"{objective} needs; expected a Hugging Face model that classifies, points at answers or generates and "
+            "returns both by name (return_dict=True). Or use swaft.TaskLoss, which needs only the loss."
         )
     # Such a term may be too small compared to the cross entropy to show in the loss.
-    terms = [
-        name for name, value in vars(output).items() if name.endswith(_ROUTER_LOSSES) and value is not None
-    ]
+    names = dict.fromkeys([*dir(output), *(output if isinstance(output, Mapping) else ())])
+    terms = [name for name in names if name.endswith(_ROUTER_LOSSES) and part(output, name) is not None]
     if terms:
         raise router_terms(", ".join(terms), objective)
 

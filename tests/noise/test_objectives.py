@@ -419,7 +419,7 @@ def test_a_batch_without_labels_is_refused():
     del batch["labels"]
     with pytest.raises(NoiseError, match="no labels"):
         R3F()(bert(), batch)
-    with pytest.raises(NoiseError, match="no loss"):
+    with pytest.raises(NoiseError, match="has no loss"):
         TaskLoss()(bert(), batch)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import bert, classification_batch
+from tiny_models import bert, causal_batch, classification_batch, gpt2
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from swaft.errors import NoiseError
-from swaft.noise import R3F, RDrop
+from swaft.noise import R3F, RDrop, TaskLoss
 
 pytestmark = pytest.mark.unit
 
@@ -52,3 +54,55 @@ def test_what_is_logged_holds_no_graph():
     out = R3F(sigma=0.1)(bert(), classification_batch())
     assert out.loss.requires_grad
     assert not any(value.requires_grad for value in out.logged.values())
+
+
+def returning(model, form):
+    """The model, whose forward hands its output on in another form."""
+    forward = model.forward
+    model.forward = lambda **inputs: form(forward(**inputs))
+    return model
+
+
+Named = namedtuple("Named", ["loss", "logits"])
+FORMS = {
+    "dictionary": dict,
+    "named tuple": lambda output: Named(output.loss, output.logits),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "objective",
+    [TaskLoss(), TaskLoss(label_smoothing=0.1), R3F(preset="relative"), RDrop()],
+    ids=["plain", "smoothed", "R3F", "RDrop"],
+)
+@pytest.mark.parametrize(("build", "batch"), [(bert, classification_batch()), (gpt2, causal_batch())])
+def test_loss_and_logits_are_read_from_whatever_names_them(form, objective, build, batch):
+    losses = []
+    for model in (build(), returning(build(), form)):
+        torch.manual_seed(1)
+        objective.step = 0
+        losses.append(objective(model, batch).loss)
+    assert torch.equal(*losses)
+
+
+def test_a_routers_loss_in_a_dictionary_is_refused():
+    model = returning(bert(), lambda output: {**output, "aux_loss": torch.tensor(0.0)})
+    with pytest.raises(NoiseError, match="adds aux_loss of its routers"):
+        R3F(preset="relative")(model, classification_batch())
+
+
+def test_a_loss_without_a_name_is_asked_for_by_name():
+    model = returning(bert(), lambda output: output.to_tuple())
+    for objective in (TaskLoss(), R3F(preset="relative")):
+        with pytest.raises(NoiseError, match=r"tuple.*return_dict=True"):
+            objective(model, classification_batch())
+
+
+def test_a_configuration_that_is_a_dictionary_is_read_for_its_dropout():
+    model = WithoutConfiguration(0.0)
+    model.config = {"hidden": 8, "dropout": 0.0}
+    with pytest.raises(NoiseError, match=r"has no dropout \(dropout=0\.0\)"):
+        RDrop().prepare_model(model)
+    model.config["dropout"] = 0.5
+    RDrop().prepare_model(model)
