@@ -123,14 +123,18 @@ class AverageState:
                 f"{where} holds the rules {found}; this run averages by {wanted}. Set the averaging section as it "
                 "was, or begin a new run"
             )
-        for field, setting in (
-            ("total_steps", "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs)"),
-            ("precision", "averaging.precision"),
+        for field, setting, more in (
+            (
+                "total_steps",
+                "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs)",
+                " (rules other than Merge and Windows go on past it; if the run has, attach with first_step=0)",
+            ),
+            ("precision", "averaging.precision", ""),
         ):
             if getattr(self, field) != getattr(expected, field):
                 raise StateError(
                     f"{where}: {field} is {getattr(self, field)!r} there and {getattr(expected, field)!r} in this "
-                    f"run; set {setting} as it was, or begin a new run"
+                    f"run; set {setting} as it was{more}, or begin a new run"
                 )
         here = expected.parameters
         problems = [f"{name!r} is not in it" for name in here if name not in self.parameters]

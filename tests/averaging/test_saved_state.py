@@ -309,3 +309,30 @@ def test_a_state_that_was_saved_through_a_link_is_read_through_it(tmp_path):
     averager.save_state(tmp_path / "link", overwrite=True)
     averager.load_state(tmp_path / "link")
     assert averager.count("swa") == 4
+
+
+def test_a_run_past_its_end_is_resumed_and_trained_on_as_the_refusals_say(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(7, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def attached(**options):
+        return swaft.WeightAverager(model, optimizer, rule=swaft.EMA(decay=0.9), **options)
+
+    unbroken = attached(total_steps=5)
+    train(model, optimizer, unbroken, 0, 8)
+    unbroken.save_state(tmp_path / "state")
+    with pytest.raises(AveragingError, match=r"step 8.*past its total_steps=5.*first_step=0.*`load_state`"):
+        attached(total_steps=5)
+    with pytest.raises(
+        StateError, match=r"total_steps is 5 there and 20.*as it was.*attach with first_step=0"
+    ):
+        attached(total_steps=20).load_state(tmp_path / "state")
+
+    resumed = attached(total_steps=5, first_step=0)
+    resumed.load_state(tmp_path / "state")
+    assert (resumed.applied_steps, resumed.num_averaged) == (8, 9)
+    for step in (8, 9):
+        train(model, optimizer, unbroken, step, step + 1)
+        resumed.step()
+    assert torch.equal(resumed.shard(), unbroken.shard())

@@ -93,7 +93,7 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
         raise AveragingError(
             f"the run is at optimizer step {step}, as {source}, past its total_steps={total_steps}; expected "
             "the steps of the whole run, those before this process included, or first_step=0 if a new run begins "
-            "here"
+            "here, or if `load_state` resumes one that has passed its end"
         )
     if not engine.ranks.is_main:
         return step
