@@ -211,16 +211,16 @@ class WeightAverager:
         """Write an average as a Hugging Face folder (collective; rank 0 writes).
 
         Args:
-            path: folder to write.
+            path: folder to write. A model with a format of its own (SentenceTransformer) gives a warning, and only
+                `model.safetensors`: call `copy.deepcopy(model).save_pretrained` inside :meth:`swapped_in` instead.
             readout: as for :meth:`swapped_in`.
             blend: as for :meth:`swapped_in`.
-            dtype: of the floating-point tensors in the folder: ``float32``, ``bfloat16`` or ``float16``, as a
-                string or a torch dtype. The rounding loss of a 16-bit dtype is logged.
+            dtype: of the floating-point tensors, as for `swaft.averaging.save_pretrained`.
             max_shard_size: maximum size of one file, such as ``"5GB"``.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
-            ConfigError: any other dtype.
+            ConfigError: there is no such dtype.
         """
         chosen = self.chosen(readout, blend)
         shard = self.shard_together(chosen)

@@ -52,7 +52,9 @@ def save_pretrained(
     """Write a model folder that `AutoModel.from_pretrained` opens (collective; rank 0 writes).
 
     A `PeftModel` is written as an adapter folder for `PeftModel.from_pretrained` instead, including
-    `modules_to_save`. A module that is not a Hugging Face model gives a folder with only `model.safetensors`.
+    `modules_to_save`. A module that is not a Hugging Face model gives a folder with only `model.safetensors`. If it
+    has a format of its own (SentenceTransformer), a warning says so: call `copy.deepcopy(model).save_pretrained`,
+    and for an average do that inside `swapped_in()`.
 
     Trained weights come from the shard; frozen weights and buffers come from the model as training has it, also
     inside a swap. Tied names are written as the model ties them. A parametrized weight (spectral norm, say) is
@@ -197,11 +199,18 @@ def write_model(
         dtype: written into the configuration.
         max_shard_size: maximum size of one file.
     """
-    save: Any = getattr(module, "save_pretrained", None)
-    if save is not None and "state_dict" in inspect.signature(save).parameters:  # only transformers' takes it
+    save = _saves_a_state_dict(module)
+    if save is not None:
         # It removes what it has written from the dictionary.
         save(folder, state_dict=dict(state_dict), max_shard_size=max_shard_size)
     else:
+        if hasattr(module, "save_pretrained"):
+            logger.warning(
+                "the save_pretrained of %s takes no state_dict, so the folder holds only model.safetensors, which "
+                "may not open as one of its own; for such a folder call copy.deepcopy(model).save_pretrained(path), "
+                "and for an average do that inside `with averager.swapped_in():`",
+                type(module).__name__,
+            )
         whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors refuses aliases
         save_file(whole, folder / "model.safetensors")
     if (folder / "config.json").exists():
@@ -211,6 +220,21 @@ def write_model(
         config: Any = module.config
         if getattr(type(config).from_pretrained(folder), "id2label", None) != config.id2label:
             edit_json(folder / "config.json", id2label=config.id2label, label2id=config.label2id)
+
+
+def _saves_a_state_dict(module: nn.Module) -> Callable[..., Any] | None:
+    """The method that writes a given state dict as a folder of a module; None if there is none."""
+    save = getattr(module, "save_pretrained", None)
+    taken = inspect.signature(save).parameters if callable(save) else {}
+    if "state_dict" in taken:  # only transformers' takes it
+        return save
+    transformers = next((cls for cls in type(module).__mro__ if cls.__name__ == "PreTrainedModel"), None)
+    if transformers is None:
+        return None
+    # A model's own method, around that of transformers. If it does not pass the state dict on, what is read back
+    # differs, and is refused.
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    return save if passes_on else partial(transformers.save_pretrained, module)  # type: ignore[attr-defined]
 
 
 def check_written(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
