@@ -207,8 +207,8 @@ def write_model(
         if hasattr(module, "save_pretrained"):
             logger.warning(
                 "the save_pretrained of %s takes no state_dict, so the folder holds only model.safetensors, which "
-                "may not open as one of its own; for such a folder call copy.deepcopy(model).save_pretrained(path), "
-                "and for an average do that inside `with averager.swapped_in():`",
+                "may not open as one of its own; for that, call copy.deepcopy(model).save_pretrained(path), and "
+                "for an average do that inside `with averager.swapped_in():`",
                 type(module).__name__,
             )
         whole = {name: tensor.clone() for name, tensor in state_dict.items()}  # safetensors refuses aliases

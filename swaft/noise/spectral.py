@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +112,8 @@ def fold_head(model: nn.Module) -> None:
     """
     network = unwrap(model)
     for name in normalised_layers(network):
-        linear: nn.Module = network.get_submodule(name)
-        original = linear.parametrizations.weight.original  # type: ignore[union-attr]
+        linear: Any = network.get_submodule(name)
+        original = linear.parametrizations.weight.original
         if original.numel() == 0 or hasattr(original, "device_mesh"):
             raise NoiseError(
                 f"R4F: the weight of {name} is sharded over the ranks; expected a whole one. Under ZeRO-3 and "
