@@ -54,7 +54,6 @@ def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
     assert plan["averaging"]["elements"] * 16 >= plan["trainable"]
     assert plan["averaging"]["copied_bytes"] == 4 * plan["averaging"]["elements"]
     assert plan["waits_for_averaging"] is False
-    assert 0 < plan["averaging"]["plain_error"]["displacement_share"] < 1e-2
     assert plan["device_bytes"] == max(sum(phase["device"].values()) for phase in plan["phases"])
 
 
