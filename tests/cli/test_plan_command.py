@@ -57,6 +57,11 @@ def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
     assert plan["device_bytes"] == max(sum(phase["device"].values()) for phase in plan["phases"])
 
 
+def test_a_model_that_the_objective_refuses_is_not_planned(configs, tmp_path, capsys):
+    assert main(words(configs, tmp_path, "noise.kind=r3f", "data.do_regression=true")) == 1
+    assert "section noise: R3F needs at least two classes" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_named_and_fails(configs, tmp_path, capsys):
     assert main(words(configs, tmp_path, "--host_memory", "0.00001")) == 1
     assert "the 16 ranks of a machine would take" in capsys.readouterr().out
