@@ -61,6 +61,9 @@ def steps_taken(optimizer: Optimizer) -> int | None:
     Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; the largest if they
     differ.
     """
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        # Its own state is what it has loaded, with None for the parameters of other ranks.
+        optimizer = getattr(optimizer, "optim", optimizer)
     held = [*optimizer.state.values(), *optimizer.param_groups]
     steps = [int(each["step"]) for each in held if "step" in each]
     if not steps and any(optimizer.state.values()):

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import optimizer as torch_optimizer
 
 import swaft
@@ -202,6 +203,24 @@ def test_a_run_that_is_joined_in_the_middle_is_counted_from_where_the_optimizer_
         optimizer.step()
         averager.step()
     assert (averager.applied_steps, averager.num_averaged) == (16, 5)
+
+
+def test_a_run_of_zero_redundancy_is_counted_by_the_state_of_this_rank(tmp_path):
+    where = f"file://{tmp_path / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        build = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
+        model, optimizer = standing_at(12, build)
+        assert StepCounter(optimizer)() == 12
+        optimizer.consolidate_state_dict()
+        state = optimizer.state_dict()
+        model, resumed = trained_by(build)
+        resumed._param_to_rank[model.bias] = 1  # as if another rank kept the state of the bias
+        resumed.load_state_dict(state)
+        assert None in resumed.state.values()
+        assert StepCounter(resumed)() == 12
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_start_that_has_passed_is_an_error_and_no_other_window():
