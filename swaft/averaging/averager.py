@@ -115,8 +115,9 @@ class WeightAverager:
         step, so code that catches the error may continue.
 
         Raises:
-            AveragingError: calls were missed while members were due, the step count went back, averaged weights are
-                swapped in, there are more members than the rule planned, or the previous member was refused.
+            AveragingError: calls were missed while members were due, the step count went back, a newer averager
+                has taken over with another optimizer, averaged weights are swapped in, there are more members than
+                the rule planned, or the previous member was refused.
         """
         applied, before = self.engine.applied_steps(), self.applied_steps
         if applied == before:

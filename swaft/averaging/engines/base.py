@@ -71,6 +71,7 @@ class Engine(ABC):
             raise AveragingError(
                 "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
             )
+        self.swap.let_readers_finish()  # an older averager's, whose optimizer may not be the one that steps now
         self.state_names = tuple(clean_name(name) for name in module.state_dict())
         hook_weakly(inner_optimizer.register_step_pre_hook, self._before_step)
 
@@ -87,7 +88,17 @@ class Engine(ABC):
         """Make the next forward on every rank see what the ranks wrote into :meth:`working` (collective)."""
 
     def applied_steps(self) -> int:
-        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
+        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps.
+
+        Raises:
+            AveragingError: another optimizer trains the weights now, and a newer averager is attached to it.
+        """
+        if getattr(self._steps_seen, "superseded", False):  # DeepSpeed counts by itself
+            raise AveragingError(
+                "the weights are trained by another optimizer now, and a newer averager is attached to it, so this "
+                "averager takes in nothing more; call `step()` of the newer one (what this one has averaged can "
+                "still be read)"
+            )
         return self._steps_before + self._steps_seen()
 
     def continue_from(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 _outlived: list[RemovableHandle] = []
 """Hooks whose object is gone. Garbage collection may run while torch iterates over these very hooks, which must not
 change meanwhile; so they stay, doing nothing, until they are removed."""
+_counters: weakref.WeakSet[StepCounter] = weakref.WeakSet()
+_ages = itertools.count()
+"""Which of two counters is the newer one."""
 
 
 def hook_weakly(
@@ -115,6 +119,9 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
 class StepCounter:
     """Counts the steps that one optimizer really took, and raises if another optimizer steps the same weights.
 
+    Unless a newer counter counts the steps of that other optimizer: then this one is `superseded`, and silent. So
+    training may begin again although something still holds the old averager (a traceback, a notebook's output).
+
     The count starts from the optimizer's state (:func:`steps_taken`), or from 0 if the state has no count, and
     restarts from it when a state is loaded. It hooks the optimizers themselves, so neither a micro-batch nor a step
     that a loss scaler skips is counted.
@@ -122,7 +129,11 @@ class StepCounter:
 
     def __init__(self, optimizer: Optimizer):
         self.count = steps_taken(optimizer) or 0
+        self.superseded = False
+        """Whether the weights are trained by another optimizer now, whose steps a newer counter counts."""
         self._optimizer = optimizer
+        self._age = next(_ages)
+        _counters.add(self)
         self._calls = 0
         self._inside = self._stopped = False
         self._calls_before_others: dict[int, int] = {}
@@ -163,11 +174,16 @@ class StepCounter:
                 self.count += 1
         elif self._calls_before_others.pop(id(optimizer), None) == self._calls and not self._stopped:
             # Ours did not step meanwhile, so the other is not a wrapper around it but a replacement.
-            raise AveragingError(
-                f"another {type(optimizer).__name__} than the one the averager was attached to has stepped the "
-                "averaged parameters, and its steps would not be counted; attach a new averager after the "
-                "optimizer is rebuilt, and delete the old one"
-            )
+            self.superseded = self._stopped = any(each._counts_instead(self, optimizer) for each in _counters)
+            if not self.superseded:
+                raise AveragingError(
+                    f"another {type(optimizer).__name__} than the one the averager was attached to has stepped "
+                    "the averaged parameters, and its steps would not be counted; attach a new averager after "
+                    "the optimizer is rebuilt"
+                )
+
+    def _counts_instead(self, older: StepCounter, optimizer: Optimizer) -> bool:
+        return self._optimizer is optimizer and self._age > older._age and not self._stopped
 
     @staticmethod
     def _parameters_of(optimizer: Optimizer) -> set[int]:

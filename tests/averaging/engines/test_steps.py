@@ -141,6 +141,27 @@ def test_an_optimizer_rebuilt_after_attaching_is_refused():
     assert averager.num_averaged == 1
 
 
+def test_training_begins_again_with_a_new_optimizer_and_averager_while_the_old_one_is_still_held():
+    """As when a cell of a notebook is run again: a traceback or an accelerator holds the first averager."""
+    model, held = trained_by()[0], []
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        held.append(swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9))
+        for _ in range(2):
+            optimizer.step()
+            held[-1].step()
+    assert [each.num_averaged for each in held] == [3, 3, 3]
+    for each in held[:2]:
+        with pytest.raises(
+            AveragingError, match="another optimizer now, and a newer averager is attached to it"
+        ):
+            each.step()
+        with each.swapped_in():  # what it has averaged can be read
+            assert torch.equal(torch.cat([p.flatten() for p in model.parameters()]), each.shard())
+    held[-1].close()
+    torch.optim.AdamW(model.parameters()).step()
+
+
 def test_a_new_optimizer_is_free_once_the_averager_of_the_old_one_is_gone():
     model, optimizer = trained_by()
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
