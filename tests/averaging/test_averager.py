@@ -191,6 +191,14 @@ def test_a_parameter_that_becomes_trainable_later_is_refused_by_name():
     model[0].requires_grad_(True)
     with pytest.raises(LayoutError, match=r"'0\.weight' became trainable"), averager.swapped_in():
         pass
+    model(torch.ones(1, 2)).sum().backward()
+    for _ in range(2):
+        optimizer.step()
+        with pytest.raises(LayoutError, match=r"'0\.weight' became trainable"):
+            averager.step()
+    assert averager.num_averaged == 1
+    model[0].requires_grad_(False)  # what was averaged by then is not lost
+    averager.shard_together(averager.chosen(None))
 
 
 def test_a_step_that_a_fused_optimizer_skips_by_itself_is_not_counted():
@@ -291,8 +299,10 @@ def test_a_compiled_model_is_averaged_like_any_other():
 def calls_of_one_event(num_layers: int) -> int:
     """Function calls, Python's and C's, of one averaging event in the steady state."""
     model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(num_layers))
+    frozen = nn.ModuleList(nn.Linear(4, 4) for _ in range(num_layers)).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=99)
+    both = nn.ModuleList([model, frozen])
+    averager = swaft.WeightAverager(both, optimizer, rule=swaft.SWA(start=0), total_steps=99)
     counted = 0
 
     def profile(frame, event, argument):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from swaft.errors import AveragingError, LayoutError
 
 PIECE = 1 << 23
 """Number of elements sent, copied or compared at a time: 32 MiB in fp32, so that a piece and its copy take 64."""
+TRAINS = attrgetter("requires_grad")
 
 
 class Engine(ABC):
@@ -66,12 +68,14 @@ class Engine(ABC):
         self.ranks = shared_ranks()
         self._steps_seen, self._steps_before = steps_seen, 0
         self._attached_with: tuple[int, int] | None = None
+        self._proved = False
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
                 "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
             )
         self.swap.let_readers_finish()  # an older averager's, whose optimizer may not be the one that steps now
+        self._frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         self.state_names = tuple(clean_name(name) for name in module.state_dict())
         hook_weakly(inner_optimizer.register_step_pre_hook, self._before_step)
 
@@ -104,6 +108,7 @@ class Engine(ABC):
     def continue_from(self, step: int) -> None:
         """Count the current weights as those after ``step`` optimizer steps: a run resumes here."""
         self._steps_before, self._attached_with = step - self._steps_seen(), None
+        self._proved = False
 
     def watch_weights(self) -> None:
         """From now on, let :meth:`check_trainable` notice weights that change although no step was seen."""
@@ -183,6 +188,21 @@ class Engine(ABC):
         fragments = self.ranks.gather(self.fragments)
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
         self.ranks.raise_together(self.misplaced())
+
+    def prove_member(self, step: int) -> None:
+        """Refuse to average the weights after a step if they are not those that were attached to.
+
+        The layout is proved once more at the first event after a step (collective): by then, the optimizer has
+        written to the masters.
+
+        Raises:
+            LayoutError: a parameter has become trainable, or a working weight is not a cast of its master.
+        """
+        if any(map(TRAINS, self._frozen)):
+            self.check_trainable()
+        if not self._proved and step > 0:
+            self.prove_layout()
+            self._proved = True
 
     def check_trainable(self) -> None:
         """Refuse a model that trains other parameters than it did at attach: the average would mix in unaveraged
