@@ -395,7 +395,7 @@ class WeightAverager:
                     f"attached after that step; attach it before step {first} of the run, load the averages that "
                     "were saved then (averager.load_state), or choose a later averaging.start"
                 )
-        self.engine.prove_member(step)
+        self.engine.prove_member(step, is_first=not any(self._counts.values()))
         self._averages.submit(self.engine.masters(), step=step, rules=taking)
         self._counts |= {name: self._counts[name] + 1 for name in taking}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -181,6 +182,29 @@ def test_storage_that_is_replaced_at_every_step_is_followed():
         members.append(flat(model))
     expected = torch.stack(members).double().mean(0).float()
     assert torch.allclose(averager.shard(), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "loaded", ["others", "the same", "others, with their averages", "others, before a start"]
+)
+def test_weights_loaded_over_the_first_member_are_refused(tmp_path, loaded):
+    def attached():
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rule = swaft.SWA(start=1 if loaded.endswith("start") else 0)
+        return model, optimizer, swaft.WeightAverager(model, optimizer, rule=rule, total_steps=4)
+
+    (before, _, old), (model, optimizer, averager) = attached(), attached()
+    model.load_state_dict((model if loaded == "the same" else before).state_dict())
+    if loaded.endswith("averages"):
+        old.save_state(tmp_path / "state")
+        averager.load_state(tmp_path / "state")
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        refused = pytest.raises(AveragingError, match="load weights before the averager is attached")
+        with refused if loaded == "others" else nullcontext():
+            averager.step()
 
 
 def test_a_parameter_that_becomes_trainable_later_is_refused_by_name():

@@ -68,7 +68,9 @@ class Engine(ABC):
         self.ranks = shared_ranks()
         self._steps_seen, self._steps_before = steps_seen, 0
         self._attached_with: tuple[int, int] | None = None
-        self._proved = False
+        self._first_step, self._proved = 0, False
+        self._loads: int | None = None
+        self._loaded_over = False
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
@@ -108,12 +110,14 @@ class Engine(ABC):
     def continue_from(self, step: int) -> None:
         """Count the current weights as those after ``step`` optimizer steps: a run resumes here."""
         self._steps_before, self._attached_with = step - self._steps_seen(), None
-        self._proved = False
+        self._first_step, self._proved = step, False
+        self._loaded_over = False
 
     def watch_weights(self) -> None:
-        """From now on, let :meth:`check_trainable` notice weights that change although no step was seen."""
+        """From now on, notice weights that change although no step was seen."""
         if not rescales(self.module):
             self._attached_with = self._steps_seen(), self.sum_of_working()
+            self._loads = self.swap.loads
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter, even if this rank holds only part of it."""
@@ -189,18 +193,24 @@ class Engine(ABC):
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
         self.ranks.raise_together(self.misplaced())
 
-    def prove_member(self, step: int) -> None:
+    def prove_member(self, step: int, *, is_first: bool) -> None:
         """Refuse to average the weights after a step if they are not those that were attached to.
 
         The layout is proved once more at the first event after a step (collective): by then, the optimizer has
         written to the masters.
 
+        Args:
+            step: the applied step.
+            is_first: whether no rule has a member yet.
+
         Raises:
             LayoutError: a parameter has become trainable, or a working weight is not a cast of its master.
+            AveragingError: the first member is weights over which others were loaded.
         """
         if any(map(TRAINS, self._frozen)):
             self.check_trainable()
-        if not self._proved and step > 0:
+        if not self._proved and step > self._first_step:
+            self.ranks.raise_together(_loaded_over() if self._loaded_over and not is_first else None)
             self.prove_layout()
             self._proved = True
 
@@ -323,6 +333,10 @@ class Engine(ABC):
                 "seen, so none would be averaged; capture forward and backward only, and call `optimizer.step()` "
                 "outside"
             )
+        if self._loads is not None:  # the first step since the weights are watched
+            if self._attached_with is not None and self.swap.loads > self._loads:
+                self._loaded_over = self._attached_with[1] != self.sum_of_working()
+            self._loads = None
 
 
 def unknown_parameter(shape: torch.Size) -> LayoutError:
@@ -331,6 +345,14 @@ def unknown_parameter(shape: torch.Size) -> LayoutError:
         f"the optimizer holds a parameter of shape {tuple(shape)} that the model does not; expected the model's "
         "own parameters: build the optimizer after the last change to the model, and under ZeRO-3 compile the "
         "whole model or nothing"
+    )
+
+
+def _loaded_over() -> AveragingError:
+    return AveragingError(
+        "other weights were loaded (load_state_dict) after the averager was attached and before the first step, so "
+        "the first member of the average is not what was trained; load weights before the averager is attached, or "
+        "load the averages that belong to them (averager.load_state)"
     )
 
 
