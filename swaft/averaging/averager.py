@@ -56,7 +56,7 @@ class WeightAverager:
         first_step: optimizer steps the run has already taken. None: taken from the counter of DeepSpeed's engine,
             or from the optimizer's state (Adam and its relatives).
         precision: of the running means. ``compensated`` takes 6 bytes per element and keeps 32 bits; ``plain``
-            takes 4 and loses digits in long runs (:meth:`forecast` says how many).
+            takes 4 and loses digits in long runs (docs/methods.md).
         threads: threads for the arithmetic on this rank; None: half of this rank's share of the cores, at most 8.
         spill_dir: folder on a local disk of this node, to which finished blocks and snapshots are moved; None keeps
             them in memory.
@@ -319,7 +319,7 @@ class WeightAverager:
         return self._averages.pipeline.waits
 
     def forecast(self) -> Forecast:
-        """What the run's averages cost on this rank: memory, bytes copied, time, and the plain form's error."""
+        """What the run's averages cost on this rank: memory, bytes copied, and time."""
         return self._averages.forecast()
 
     def chosen(self, readout: str | Readout | None, blend: float | None = None) -> Readout:

@@ -109,12 +109,6 @@ def _averaging_lines(found: RunPlan) -> Iterator[str]:
         f"{plan.event_seconds:.3g} s of arithmetic per event on {threads}, in the background, at this machine's "
         "current rate"
     )
-    if plan.plain_error is not None:
-        share = plan.plain_error.displacement_share
-        yield (
-            f"averaging.precision=plain: 4 bytes per element, off by {share:.1e} of the average's displacement "
-            f"after {plan.plain_error.members:,} members"
-        )
     if plan.share_of_step is None:
         yield "share of a step: not known; give a measured --step_seconds"
     else:

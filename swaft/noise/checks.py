@@ -97,7 +97,8 @@ def check_uncompiled(model: nn.Module, objective: str) -> None:
         raise NoiseError(
             f"{type(unwrap(model)).__name__} is compiled whole, including its token embedding, which {objective} "
             "must hook; expected an uncompiled one. Leave out torch_compile, and compile its layers one by one "
-            "(`layer.compile()`); swaft.TaskLoss and RDrop do not need the embedding."
+            "(`layer.compile()`); swaft.RDrop and swaft.TaskLoss (noise.kind=rdrop or none) do not need the "
+            "embedding."
         )
 
 
@@ -135,7 +136,8 @@ def check_two_masks(model: nn.Module, objective: str) -> None:
         f"{objective} without noise compares two passes that differ only in their dropout masks, and "
         f"{type(unwrap(model)).__name__} has no dropout ({off or 'none in its configuration'}): both would be the "
         "same, the divergence 0, at twice the cost. Set a dropout in its configuration, add noise "
-        "(swaft.R3F with preset='relative' and sigma=0.5), or use swaft.TaskLoss."
+        "(swaft.R3F, noise.kind=r3f, with preset='relative' and sigma=0.5), or use swaft.TaskLoss "
+        "(noise.kind=none)."
     )
 
 
@@ -185,15 +187,16 @@ def check_rows(rows: Tensor, targets: Tensor, objective: str) -> None:
     if targets.shape != rows.shape[:-1]:
         raise NoiseError(
             f"Labels of shape {tuple(targets.shape)} do not fit the model's rows, {tuple(rows.shape[:-1])}; "
-            f"{objective} expects one class index per row. Use swaft.TaskLoss() without label_smoothing for "
-            "several labels per row, and for rows without a label (the virtual tokens of prompt tuning)."
+            f"{objective} expects one class index per row. For several labels per row, and for rows without a "
+            "label (the virtual tokens of prompt tuning), use swaft.TaskLoss without label smoothing "
+            "(noise.kind=none)."
         )
 
 
 def _one_class(objective: str) -> NoiseError:
     return NoiseError(
         f"{objective} needs at least two classes, and the model has one output (regression), over which "
-        "every softmax is 1 and the divergence 0. Use swaft.TaskLoss."
+        "every softmax is 1 and the divergence 0. Use swaft.TaskLoss (noise.kind=none)."
     )
 
 
@@ -202,7 +205,7 @@ def router_terms(terms: str, objective: str) -> NoiseError:
     return NoiseError(
         f"The model adds {terms} of its routers to its loss, and {objective} computes only the mean cross "
         "entropy. Expected a loss without them. Set the model's output_router_logits=False (with TRL: "
-        "SFTConfig(router_aux_loss_coef=0.0)), or use swaft.TaskLoss."
+        "SFTConfig(router_aux_loss_coef=0.0)), or use swaft.TaskLoss (noise.kind=none)."
     )
 
 

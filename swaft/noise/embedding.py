@@ -88,7 +88,7 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         raise NoiseError(
             f"{type(network).__name__} names {found} to add noise to; expected a Hugging Face text model whose "
             "get_input_embeddings() gives a torch.nn.Embedding. Use swaft.RDrop, which needs none, or "
-            "swaft.TaskLoss."
+            "swaft.TaskLoss (noise.kind=rdrop or none)."
         )
     model_type = getattr(getattr(network, "config", None), "model_type", None)
     return EmbeddingSite(
@@ -195,7 +195,7 @@ def embedding_hook(
             f"The token embedding of {type(site.encoder).__name__} ran {record.calls} times in one forward "
             "pass; expected once. Pass input_ids (not inputs_embeds, which prompt tuning passes, too), leave out "
             "token_type_ids that share the embedding (GPT-2), and use a model that is not compiled; "
-            "swaft.RDrop and swaft.TaskLoss do not need the embedding."
+            "swaft.RDrop and swaft.TaskLoss (noise.kind=rdrop or none) do not need the embedding."
         )
 
 

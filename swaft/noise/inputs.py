@@ -138,8 +138,8 @@ def _check_batch(batch: dict[str, Any], targets: Tensor) -> None:
     if targets.dtype != torch.int64 and not (targets.is_floating_point() and targets.dim() > 1):
         raise NoiseError(
             f"The labels are {targets.dtype}; expected class indices, torch.int64. Convert them "
-            "(labels.long()), or use swaft.TaskLoss() without label_smoothing where they are "
-            "numbers to predict."
+            "(labels.long()), or, where they are numbers to predict, use swaft.TaskLoss without label smoothing "
+            "(noise.kind=none)."
         )
     for name in ("logits_to_keep", "num_logits_to_keep"):
         kept = batch.get(name)

@@ -89,6 +89,6 @@ def resolve_settings(preset: Preset, *, generates: bool, **options: Any) -> Nois
     if settings.sigma == 0 and settings.masks == "shared":
         raise ConfigError(
             "sigma=0 with masks='shared': nothing differs between the two passes, so the divergence is 0 at twice "
-            "the cost. Set sigma, set masks='independent', or use swaft.TaskLoss."
+            "the cost. Set sigma, set masks='independent', or use swaft.TaskLoss (noise.kind=none)."
         )
     return settings

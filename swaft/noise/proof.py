@@ -132,7 +132,8 @@ def prove(
         raise NoiseError(
             f"{objective} computes the mean cross entropy of the counted rows, and the model's own loss is "
             "another one (weighted, smoothed, with more terms, or of other rows), which would be replaced. "
-            "Expected a model whose loss is the mean cross entropy. Use swaft.TaskLoss."
+            "Expected a model whose loss is the mean cross entropy. Use swaft.TaskLoss without label smoothing "
+            "(noise.kind=none)."
         )
     if head is not None and logits_gap > 1:
         raise NoiseError(
@@ -203,7 +204,8 @@ def _check_output(output: Any, objective: str) -> None:
     if not isinstance(task_logits(output), Tensor) or getattr(output, "loss", None) is None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits, which {objective} needs; "
-            "expected a Hugging Face model that classifies, points at answers or generates. Use swaft.TaskLoss."
+            "expected a Hugging Face model that classifies, points at answers or generates. Use swaft.TaskLoss "
+            "(noise.kind=none)."
         )
     # Such a term may be too small compared to the cross entropy to show in the loss.
     terms = [
@@ -278,7 +280,7 @@ def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtyp
             f"Noise of sigma {settings.sigma:g} changes nothing in the {place} ({dtype}): it is lost in "
             "rounding, or the encoder ignores its embedding output. Expected a change. Half of the entries "
             f"change from about sigma={smallest:.1e}: set that or more, use a wider dtype, or use "
-            "swaft.TaskLoss."
+            "swaft.TaskLoss (noise.kind=none)."
         )
     if current_rank() == 0:
         logger.info(
@@ -399,7 +401,8 @@ def layer_inputs(site: EmbeddingSite) -> Iterator[list[Tensor]]:
     if not inputs:
         raise NoiseError(
             f"No layer of {type(site.encoder).__name__} ran in a forward pass; expected a torch.nn.ModuleList of "
-            "layers, so that the noise can be followed there. Use swaft.RDrop or swaft.TaskLoss."
+            "layers, so that the noise can be followed there. Use swaft.RDrop or swaft.TaskLoss "
+            "(noise.kind=rdrop or none)."
         )
 
 

@@ -142,6 +142,6 @@ def _head(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     if generates or not head:
         raise ConfigError(
             f"R4F: {type(network).__name__} has no classification head with weights of its own; "
-            "expected one to normalise. Use swaft.R3F."
+            "expected one to normalise. Use swaft.R3F (noise.kind=r3f)."
         )
     return head

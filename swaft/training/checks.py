@@ -36,6 +36,7 @@ from swaft.training.launch.accelerator import (
 )
 from swaft.training.launch.deepspeed_config import offloads_optimizer
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
+from swaft.training.launch.failure import message_of
 from swaft.training.models.build import Schedule, build_schedule, planned_steps
 from swaft.training.models.pretrained import hidden_size
 from swaft.training.run.checkpoints import AVERAGE, checkpoint_on_paper
@@ -120,7 +121,7 @@ class Problems:
     ) -> bool:
         """End the block, and put its problem on the list if it has one."""
         if isinstance(error, SwaftError):
-            self.add(error.problems if isinstance(error, ConfigError) else [str(error)])
+            self.add(error.problems if isinstance(error, ConfigError) else [message_of(error)])
         return isinstance(error, SwaftError | MissingPart)
 
     def add(self, problems: Iterable[str]) -> None:

@@ -54,8 +54,12 @@ def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
     assert plan["averaging"]["elements"] * 16 >= plan["trainable"]
     assert plan["averaging"]["copied_bytes"] == 4 * plan["averaging"]["elements"]
     assert plan["waits_for_averaging"] is False
-    assert 0 < plan["averaging"]["plain_error"]["displacement_share"] < 1e-2
     assert plan["device_bytes"] == max(sum(phase["device"].values()) for phase in plan["phases"])
+
+
+def test_a_model_that_the_objective_refuses_is_not_planned(configs, tmp_path, capsys):
+    assert main(words(configs, tmp_path, "noise.kind=r3f", "data.do_regression=true")) == 1
+    assert "section noise: R3F needs at least two classes" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_named_and_fails(configs, tmp_path, capsys):

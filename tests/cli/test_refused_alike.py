@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from launching import load_recipe
 from tiny_inputs import save_rows
 
-from swaft.errors import ConfigError, SwaftError
 from swaft.storage import Manifest, seal
+from swaft.training.checks import Problems
 from swaft.training.config import load_config
 from swaft.training.launch import deepspeed_extension
 from swaft.training.launch.launcher import read_launch
@@ -46,11 +46,9 @@ def launched(monkeypatch, configs) -> Callable[..., list[str]]:
             GradientState._reset_state()
         else:
             monkeypatch.setattr(module, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
-        try:
+        with (problems := Problems()):
             module.train(load_config(module.Config, words[words.index(f"recipes/{recipe}.py") + 1 :]))
-        except SwaftError as error:
-            return error.problems if isinstance(error, ConfigError) else [str(error)]
-        return []
+        return problems.found
 
     return call
 
@@ -152,7 +150,7 @@ def test_validate_asks_everything_that_may_refuse_a_launch(recipe, line, launche
         ("classification", "averaging.start=99999", "0 weights would be averaged"),
         ("classification", "averaging.decay=0.9", "averaging.rule=swa does not use"),
         ("classification", "noise.layers=all", "noise.layers is all, which noise.kind=r3f does not use"),
-        ("classification", "noise.sigma=0", "noise.sigma=0 with noise.masks=shared: nothing differs"),
+        ("classification", "noise.sigma=0", "section noise: sigma=0 with masks='shared': nothing differs"),
         ("classification", "train.warmup_steps=9999", "so the rate never reaches train.learning_rate"),
         ("classification", "train.mixed_precision=fp16", "the launcher's mixed_precision is bf16"),
         ("seq2seq", "eval.metric=accuracy", "accuracy does not fit a generation task"),
@@ -189,9 +187,9 @@ def test_what_is_wrong_with_a_setting_is_refused_alike(recipe, override, expecte
         (
             "seq2seq",
             ["noise.kind=rdrop", "model.config={model_type: t5, dropout_rate: 0.0}"],
-            "T5ForConditionalGeneration has no dropout (dropout_rate=0.0",
+            "section noise: RDrop without noise compares",
         ),
-        ("classification", ["data.do_regression=true"], "R3F needs at least two classes"),
+        ("classification", ["data.do_regression=true"], "section noise: R3F needs at least two classes"),
         ("classification", ["model.use_peft=true", "model.lora_target_modules=none_such"], "none_such"),
     ],
 )

@@ -32,7 +32,7 @@ def refuse(refusal, classification, inputs):
         ("eval.metric=bleu", "eval.metric: bleu does not fit a classification"),
         ("eval.metric=squad", "eval.metric: squad does not fit a classification"),
         ("eval.metric=pearson_spearman", "pearson_spearman does not fit a classification"),
-        ("averaging.start=500", "averaging.start"),
+        ("averaging.start=500", "section averaging: start=500 with every=1"),
         ("train.learning_rate=-1", "train.learning_rate"),
         ("train.learning_rte=1", "Did you mean 'train.learning_rate'?"),
         ("noise.sigma=0.1", "noise.sigma is 0.1, which noise.kind=none does not use"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from swaft.errors import ConfigError, TrainingError
+from swaft.errors import ConfigError, NoiseError, TrainingError
 from swaft.training.launch import failure
 from swaft.training.launch.failure import run_and_report
 
@@ -32,6 +32,11 @@ def test_an_error_of_swaft_is_one_message_without_traceback(capsys):
     assert run_and_report(failing(ConfigError(["first: wrong", "second: wrong"]))) == 1
     said = capsys.readouterr().err
     assert said == "error: 2 problems with this run:\n  - first: wrong\n  - second: wrong\n"
+
+
+def test_an_error_of_an_objective_is_reported_with_the_section_of_its_settings(capsys):
+    run_and_report(failing(NoiseError("Set fused=False.")))
+    assert capsys.readouterr().err == "error: section noise: Set fused=False.\n"
 
 
 def test_where_an_error_was_found_is_said_too(capsys):

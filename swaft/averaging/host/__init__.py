@@ -1,12 +1,12 @@
 """One rank's averages in host memory, updated in the background: lanes, threads that move them, a pipeline.
 
-Also a forecast of their cost, and of what rounding would do to a mean over the whole run.
+Also a forecast of their cost.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -29,32 +29,11 @@ STAGING_BYTES = 1 << 29
 RATE_SAMPLE = 1 << 22
 """Number of elements used to measure the speed of the arithmetic."""
 DEVICE = attrgetter("device")
-WEIGHT_SCALE = 0.02
-"""Standard deviation of the simulated weights, as in a BERT or GPT-2 matrix."""
-SIMULATED = 20_000
-"""How many members of a run, from the first on, a forecast simulates at most: a third of a second. Simulating the
-whole run in fewer, larger steps would hide the updates that are too small to register."""
-DRIFT = 0.1
-"""Size of the steady part of a step relative to its noise."""
-
-Mean = Callable[[np.ndarray, float], np.ndarray]
-"""Takes a member (n,), fp32, and its weight; returns the mean so far."""
-
-
-@dataclass(frozen=True)
-class RoundingError:
-    """Error of a mean after a number of members."""
-
-    members: int
-    displacement_share: float
-    """Norm of the error, as a share of how far the exact mean has moved from the first member."""
-    mean_ulps: float
-    """Mean error in units in the last place of fp32; rounding the exact mean alone costs a quarter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Memory, traffic and rounding of one rank's averages over the whole run."""
+    """Memory, traffic and time of one rank's averages over the whole run."""
 
     elements: int
     """Elements this rank owns."""
@@ -72,9 +51,6 @@ class Forecast:
     """Threads that do the arithmetic."""
     seconds: float
     """Seconds of arithmetic per event, at the speed measured now. Shorter training steps have to wait for it."""
-    plain_errors: dict[str, RoundingError]
-    """By rule, the error of the plain form at the end of the run, or after its first `SIMULATED` members; empty for
-    the compensated form, which keeps 32 bits."""
 
     def __str__(self) -> str:
         sizes = (
@@ -86,11 +62,6 @@ class Forecast:
             "host memory {}, {} more in a swap or an export, pinned {}, copied {} per event".format(*sizes),
             f"{self.seconds:.3g} s of arithmetic per event on {self.threads} thread{'s' * (self.threads > 1)}, "
             "in the background; a shorter training step waits for it",
-        ]
-        lines += [
-            f"{name}: after {error.members:,} members the plain form is {error.displacement_share:.1e} of the "
-            f"average's displacement away ({error.mean_ulps:,.1f} ulp; averaging.precision=compensated: 0.3)"
-            for name, error in self.plain_errors.items()
         ]
         return "\n".join(lines)
 
@@ -149,16 +120,10 @@ class HostAverages:
         self.pipeline.submit(self._source(masters), masters, step=step, rules=rules)
 
     def forecast(self) -> Forecast:
-        """What the run's averages cost on this rank; the plain form's error follows from the peak learning rate."""
-        plans = {name: lanes.plan for name, lanes in self.lanes.items()}
-        groups, elements = self._engine.inner_optimizer.param_groups, self._engine.numel
-        rate = float(max(group.get("initial_lr", group.get("lr", 0.0)) for group in groups))
-        events = {
-            step
-            for plan in plans.values()
-            for step in range(plan.first_step, plan.total_steps + 1, plan.every)
-        }
-        updates = max(sum(len(plan.updates(1)) for plan in plans.values()), 1)
+        """What the run's averages cost on this rank."""
+        plans, elements = [lanes.plan for lanes in self.lanes.values()], self._engine.numel
+        events = {step for plan in plans for step in range(plan.first_step, plan.total_steps + 1, plan.every)}
+        updates = max(sum(len(plan.updates(1)) for plan in plans), 1)
         return Forecast(
             elements=elements,
             events=len(events),
@@ -168,11 +133,6 @@ class HostAverages:
             copied_bytes=4 * elements if self.pinned_bytes else 0,
             threads=self.workers.threads,
             seconds=updates * elements * seconds_an_element(self.workers, elements),
-            plain_errors={
-                name: error
-                for name, plan in plans.items()
-                if not self.compensated and (error := plain_error(plan, learning_rate=rate))
-            },
         )
 
     def close(self) -> None:
@@ -216,65 +176,3 @@ def seconds_an_element(workers: Workers, numel: int) -> float:
         workers.run(native.update, [(*each, mean, words, 0.5) for each in tables])
         seconds.append(time.perf_counter() - begun)
     return min(seconds[1:]) / numel
-
-
-def simulate(
-    plan: Plan,
-    mean: Mean,
-    *,
-    learning_rate: float,
-    members: int | None = None,
-    numel: int = 256,
-    seed: int = 0,
-) -> RoundingError:
-    """Average a simulated run with a given arithmetic and in float64, and compare.
-
-    The error of a plain fp32 mean comes less from single roundings than from updates too small to register, so
-    there is no short formula for it. Simulating a few hundred elements shows it. They move as under Adam: by about
-    the learning rate per step, part drift, part noise.
-
-    Args:
-        plan: of one running mean; gives the number of members and their weights.
-        mean: the arithmetic under test.
-        learning_rate: size of a step.
-        members: at most so many of the plan's members, the first ones; None: all.
-        numel: number of simulated elements.
-        seed: of the random walk.
-    """
-    generator = np.random.default_rng(seed)
-    member = (WEIGHT_SCALE * generator.standard_normal(numel)).astype(np.float32)
-    drift = (learning_rate * DRIFT * generator.standard_normal(numel)).astype(np.float32)
-    exact = first = member.astype(np.float64)
-    result = mean(member, 1.0)
-    members = min(plan.num_members, members or plan.num_members)
-    for n in range(1, members):
-        noise = generator.standard_normal(numel, dtype=np.float32)
-        member = member + (drift + np.float32(learning_rate) * noise)
-        for weight in (update.weight for update in plan.updates(n)):
-            exact = exact + weight * (member - exact)
-            result = mean(member, weight)
-    error = np.abs(result - exact)
-    return RoundingError(
-        members=members,
-        displacement_share=float(np.linalg.norm(error) / np.linalg.norm(exact - first)),
-        mean_ulps=float(np.mean(error / np.spacing(np.abs(exact).astype(np.float32)))),
-    )
-
-
-def plain_error(plan: Plan, *, learning_rate: float) -> RoundingError | None:
-    """Estimate the error of the plain form of a rule's mean; None for a rule of other lanes, or without a rate."""
-    if plan.lanes != (True,) or not learning_rate:
-        return None
-    return simulate(plan, plain_mean(), learning_rate=learning_rate, members=SIMULATED)
-
-
-def plain_mean() -> Mean:
-    """One running mean in the plain form, bit for bit as in :mod:`swaft.averaging.native`."""
-    mean = np.empty(0, np.float32)
-
-    def update(member: np.ndarray, weight: float) -> np.ndarray:
-        nonlocal mean
-        mean = member.copy() if weight == 1.0 else mean + (member - mean) * np.float32(weight)
-        return mean
-
-    return update

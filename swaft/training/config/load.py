@@ -27,17 +27,21 @@ from swaft.averaging.rules import RULES, Plan, Rule
 from swaft.errors import ConfigError
 from swaft.options import Option, check, docs_of, options_of
 from swaft.training.config.schema import AveragingConfig, RecipeConfig, Section
-from swaft.training.config.values import chosen_options, coerce, sections, settings, type_name, written
+from swaft.training.config.values import (
+    chosen_options,
+    coerce,
+    sections,
+    settings,
+    settings_of,
+    type_name,
+    written,
+)
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_OF_ARGUMENTS = {name: f"averaging.{name}" for rule in RULES.values() for name in options_of(rule)}
-SETTINGS_OF_ARGUMENTS["total_steps"] = "train.max_steps, train.num_train_epochs"
-"""The setting behind each argument of a rule or its plan."""
-
 
 def check_config(config: Any) -> list[str]:
-    """Return every problem of a configuration; each message starts with the full name of its setting.
+    """Return every problem of a configuration; each message starts with the name of its setting or section.
 
     Args:
         config: a `RecipeConfig`, or any other dataclass of section dataclasses.
@@ -86,17 +90,10 @@ def plan_rule(rule: Rule | None, total_steps: int) -> Plan | None:
     """Return the averaging events of a run of ``total_steps`` optimizer steps, None without a rule.
 
     Raises:
-        ConfigError: the rule does not fit; the message names the settings instead of the rule's arguments.
+        ConfigError: the rule does not fit.
     """
-
-    def setting(argument: re.Match[str]) -> str:
-        return SETTINGS_OF_ARGUMENTS.get(argument[0], argument[0])
-
-    try:
+    with settings_of("averaging"):
         return None if rule is None else rule.plan(total_steps)
-    except ConfigError as error:
-        arguments = r"(?<![\w.])\w+(?=[=)]| is )"  # every=2, (every), every is
-        raise ConfigError([re.sub(arguments, setting, problem) for problem in error.problems]) from error
 
 
 USAGE = """\

@@ -6,7 +6,8 @@ OmegaConf's structured configurations would treat 1 and 1.0 as the same start, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, Union, get_args, get_type_hints
 
@@ -173,6 +174,15 @@ def chosen_options(section: Any, kind: type | None, choice: str) -> dict[str, An
     if problems:
         raise ConfigError(problems)
     return options
+
+
+@contextmanager
+def settings_of(section: str) -> Iterator[None]:
+    """Put the name of a section before the problems of a rule or objective, whose arguments are its settings."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([f"section {section}: {problem}" for problem in error.problems]) from error
 
 
 def _setting_types(kind: type, name: str) -> list[Any]:

@@ -40,7 +40,7 @@ from torch.distributed import (
 from torch.distributed.distributed_c10d import _world
 
 from swaft.distributed import shared_ranks
-from swaft.errors import SwaftError
+from swaft.errors import NoiseError, SwaftError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that schedulers send before they end a job: torchrun forwards SIGTERM, SLURM sends its `--signal`."""
@@ -178,7 +178,7 @@ def run_and_report(run: Callable[[], None]) -> int:
         if os.environ.get("SWAFT_TRACEBACK") == "1":
             traceback.print_exception(error)
         notes = () if lost else getattr(error, "__notes__", ())
-        message = (lost or str(error)) + "".join(f"\n  ({note})" for note in notes)
+        message = (lost or message_of(error)) + "".join(f"\n  ({note})" for note in notes)
         if _is_first():
             _report(message)
         if lost:
@@ -189,6 +189,11 @@ def run_and_report(run: Callable[[], None]) -> int:
             _report(message)
         return 1
     return 0
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's message; if it is about an objective, it starts with the section of its settings."""
+    return f"section noise: {error}" if isinstance(error, NoiseError) else str(error)
 
 
 def leave(code: int) -> NoReturn:

@@ -8,23 +8,19 @@ bookkeeping. The shapes, and the rate of zero in the first warmup step, are the 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from swaft.errors import ConfigError, NoiseError
+from swaft.errors import ConfigError
 from swaft.fraction import share_of
-from swaft.noise import R3F, R4F, ObjectiveOutput, RDrop, TaskLoss
+from swaft.noise import R3F, R4F, RDrop, TaskLoss
 from swaft.training.config import NoiseConfig, TrainConfig
-from swaft.training.config.values import chosen_options
+from swaft.training.config.values import chosen_options, settings_of
 
 _KINDS: dict[str, type] = {"none": TaskLoss, "rdrop": RDrop, "r3f": R3F, "r4f": R4F}
-_NAMES = "weight|preset|noise|sigma|masks|reduction|detach|passes|fused|layers"
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -80,50 +76,14 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         label_smoothing: share of the task loss's target that is spread over all classes.
 
     Raises:
-        ConfigError: an option is set that the objective would not use.
+        ConfigError: an option is set that the objective would not use, or options contradict each other.
     """
     kind = _KINDS[noise.kind]
     options = chosen_options(noise, kind, f"noise.kind={noise.kind}")
-    named: Any = type(kind.__name__, (_NamesSettings, kind), {})
     if kind is not TaskLoss:
         options |= {"weight": noise.weight, "seed": seed}
-    with settings_named():
-        return named(label_smoothing=label_smoothing, **options)
-
-
-class _NamesSettings:
-    """Mixin put before an objective's class: its errors name the settings that its arguments come from."""
-
-    def prepare_model(self, model: nn.Module) -> None:
-        with settings_named():
-            super().prepare_model(model)  # type: ignore[misc]
-
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
-        with settings_named():
-            return super().__call__(model, batch)  # type: ignore[misc, no-any-return]
-
-
-@contextmanager
-def settings_named() -> Iterator[None]:
-    """Reraise errors of `swaft.noise` with the names of the settings in section ``noise``."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError([in_settings(problem) for problem in error.problems]) from error
-    except NoiseError as error:
-        raise NoiseError(in_settings(str(error))) from error
-
-
-def in_settings(message: str) -> str:
-    """Replace the arguments and classes of `swaft.noise` in a message by the settings of section ``noise``."""
-    for name, kind in _KINDS.items():
-        message = re.sub(rf"\bswaft\.{kind.__name__}\b", f"noise.kind={name}", message)
-    message = re.sub(rf"^({_NAMES}) is ", r"noise.\1 is ", message)
-    return re.sub(
-        rf"(?<![\w.])({_NAMES})=(?:'(\w+)'|(True|False)|)",
-        lambda m: f"noise.{m[1]}={m[2] or (m[3] or '').lower()}",
-        message,
-    )
+    with settings_of("noise"):
+        return kind(label_smoothing=label_smoothing, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

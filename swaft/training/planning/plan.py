@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swaft.averaging.host import STAGING_BYTES, RoundingError, plain_error, seconds_an_element
+from swaft.averaging.host import STAGING_BYTES, seconds_an_element
 from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
@@ -47,8 +47,6 @@ class AveragingPlan:
     """Seconds of arithmetic per event, in the background, at this machine's measured rate."""
     share_of_step: float | None
     """``event_seconds`` divided by the time between two events; None: the time of a step is not known."""
-    plain_error: RoundingError | None
-    """Error of the average with ``averaging.precision=plain``; None for rules that keep no running mean."""
 
     @property
     def waits(self) -> bool | None:
@@ -213,7 +211,6 @@ def _plan_averaging(
         threads=workers.threads,
         event_seconds=event_seconds,
         share_of_step=None if step_seconds is None else event_seconds / (plan.every * step_seconds),
-        plain_error=plain_error(plan, learning_rate=config.train.learning_rate),
     )
 
 

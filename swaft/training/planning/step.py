@@ -20,8 +20,9 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, NoiseError
 from swaft.training.config import TrainConfig
+from swaft.training.launch.failure import message_of
 from swaft.training.models.pretrained import FORMS, naming_settings, with_adapters, with_checkpointing
 from swaft.training.planning.memory import PlannedEngine, Weight
 
@@ -126,7 +127,8 @@ def trace_training_step(
         The weights, in the order of ``model.parameters()``, and the most bytes of `trace_step`.
 
     Raises:
-        ConfigError: the step depends on values that are not there; names the operation.
+        ConfigError: the objective refuses the model, or the step depends on values that are not there; names the
+            operation.
     """
     try:
         with OnPaper(), _kernels(engine):
@@ -146,6 +148,8 @@ def trace_training_step(
             ]
             batch = dict(make_batch())
             return weights, trace_step(model, lambda: objective(model, batch))
+    except NoiseError as error:
+        raise ConfigError(message_of(error)) from error
     except UNKNOWN as error:
         raise ConfigError(
             f"the model's step cannot be planned: {error.func} depends on the data, or cannot run without data "
