@@ -103,7 +103,7 @@ class WeightAverager:
         self.engine.swap.readers.append(WeakMethod(release))
         self.close = finalize(self, self._averages.close)
         self._counts = dict.fromkeys(self._plans, 0)
-        self._since, self._proved = self.applied_steps, False
+        self._since = self.applied_steps
         if any(plan.first_step == self.applied_steps for plan in self._plans.values()):
             self._take_in(self.applied_steps)
 
@@ -115,8 +115,9 @@ class WeightAverager:
         step, so code that catches the error may continue.
 
         Raises:
-            AveragingError: calls were missed while members were due, the step count went back, averaged weights are
-                swapped in, there are more members than the rule planned, or the previous member was refused.
+            AveragingError: calls were missed while members were due, the step count went back, a newer averager
+                has taken over with another optimizer, averaged weights are swapped in, there are more members than
+                the rule planned, or the previous member was refused.
         """
         applied, before = self.engine.applied_steps(), self.applied_steps
         if applied == before:
@@ -279,7 +280,7 @@ class WeightAverager:
         self.applied_steps = load_averages(self.engine, self._averages, path, same_weights=same_weights)
         self.engine.continue_from(self.applied_steps)
         self._recount()
-        self._since, self._proved = self.applied_steps, False
+        self._since = self.applied_steps
 
     @property
     def state_dict(self) -> Any:
@@ -394,9 +395,7 @@ class WeightAverager:
                     f"attached after that step; attach it before step {first} of the run, load the averages that "
                     "were saved then (averager.load_state), or choose a later averaging.start"
                 )
-        if not self._proved and step > 0:
-            self.engine.prove_layout()  # once more, now that the optimizer has written to the masters
-            self._proved = True
+        self.engine.prove_member(step, is_first=not any(self._counts.values()))
         self._averages.submit(self.engine.masters(), step=step, rules=taking)
         self._counts |= {name: self._counts[name] + 1 for name in taking}
 

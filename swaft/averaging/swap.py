@@ -77,8 +77,7 @@ def swapped_in(
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     engine.swap.active = True
     try:
-        engine.write(shard)
-        engine.publish()
+        _put_in(engine, shard)
         for name, values in (statistics or {}).items():
             buffers[name].copy_(values)
         if derive:
@@ -103,6 +102,13 @@ def swapped_in(
             _restore(engine)
         raise
     engine.ranks.raise_together(error)
+
+
+def _put_in(engine: Engine, shard: Tensor | None) -> None:
+    """Let forwards see a shard from now on (None: the masters)."""
+    engine.write(shard)
+    engine.publish()
+    torch.clear_autocast_cache()  # inside an outer autocast, forwards would use the casts of the weights before
 
 
 def _changed_inside(engine: Engine, written: int) -> AveragingError | LayoutError | None:
@@ -130,8 +136,7 @@ def _restore(engine: Engine) -> None:
     for layer in merged_layers(engine.module):  # while the adapters still hold what was merged
         layer.unmerge()
     engine.release_gathered()
-    engine.write(engine.swap.stash)
-    engine.publish()
+    _put_in(engine, engine.swap.stash)
     for name, buffer in changing_buffers(engine.module).items():
         if name in engine.swap.buffers:
             buffer.copy_(engine.swap.buffers[name])
@@ -155,6 +160,8 @@ class Swap:
     """Copies of the live values of buffers while active, by clean name."""
     readers: list[WeakMethod[Callable[[], None]]] = field(default_factory=list)
     """Called before weights are written; each returns once it has read the live ones."""
+    loads: int = 0
+    """How often weights have been loaded into the module (`load_state_dict`)."""
     _guards: ExitStack = field(default_factory=ExitStack)
     _lifted: bool = False
 
@@ -257,4 +264,5 @@ def _finish_reading(module: nn.Module, *_: object) -> None:
     """Keep weights that are loaded from reaching a member that is still being read."""
     swap = _SWAPS.get(module)
     if swap is not None:
+        swap.loads += 1
         swap.let_readers_finish()

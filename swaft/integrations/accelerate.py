@@ -18,7 +18,8 @@ def register_averager(accelerator: Any, averager: WeightAverager) -> None:
         accelerator.save_state("step-500")   # the averages are in its folder "averages"
         accelerator.load_state("step-500")   # and are resumed with model and optimizer
 
-    A second averager's averages are in ``averages-1``, and so on.
+    A second averager's averages are in ``averages-1``, and so on. An averager of the same model with a new
+    optimizer replaces the old one, so a notebook's cell may be run again.
 
     Args:
         accelerator: an `accelerate.Accelerator` whose model and optimizer are prepared.
@@ -31,6 +32,11 @@ def register_averager(accelerator: Any, averager: WeightAverager) -> None:
     others = [each for each in accelerator._custom_objects if isinstance(each, _Carried)]
     if any(each.averager is averager for each in others):
         raise ConfigError("the averager is registered already; expected one call of register_averager for it")
+    for each in others:
+        old, new = each.averager.engine, averager.engine
+        if old.module is new.module and old.inner_optimizer is not new.inner_optimizer:
+            each.averager = averager
+            return
     carried = _Carried(averager, f"averages-{len(others)}" if others else "averages")
     accelerator.register_save_state_pre_hook(carried.save)
     accelerator.register_load_state_pre_hook(carried.remember)

@@ -57,6 +57,7 @@ def loss_surface(model: nn.Module, averaged: nn.Module, loss: Callable[[], float
     def at(position: float, up: float = 0.0) -> float:
         for (here, start, there), direction in zip(moved, directions, strict=True):
             here.copy_(torch.lerp(start, there, position).add_(direction, alpha=up))
+        torch.clear_autocast_cache()  # inside an outer autocast, casts of the weights before would be used
         progress.update()
         return loss()
 
@@ -65,6 +66,7 @@ def loss_surface(model: nn.Module, averaged: nn.Module, loss: Callable[[], float
         plane = [[at(position, up) if up else along[position] for position in ACROSS] for up in UP]
     for here, start, _ in moved:
         here.copy_(start)
+    torch.clear_autocast_cache()
     return {
         "line": {"position": list(along), "loss": list(along.values())},
         "plane": {"across": list(ACROSS), "up": list(UP), "loss": plane},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -183,6 +184,29 @@ def test_storage_that_is_replaced_at_every_step_is_followed():
     assert torch.allclose(averager.shard(), expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "loaded", ["others", "the same", "others, with their averages", "others, before a start"]
+)
+def test_weights_loaded_over_the_first_member_are_refused(tmp_path, loaded):
+    def attached():
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rule = swaft.SWA(start=1 if loaded.endswith("start") else 0)
+        return model, optimizer, swaft.WeightAverager(model, optimizer, rule=rule, total_steps=4)
+
+    (before, _, old), (model, optimizer, averager) = attached(), attached()
+    model.load_state_dict((model if loaded == "the same" else before).state_dict())
+    if loaded.endswith("averages"):
+        old.save_state(tmp_path / "state")
+        averager.load_state(tmp_path / "state")
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        refused = pytest.raises(AveragingError, match="load weights before the averager is attached")
+        with refused if loaded == "others" else nullcontext():
+            averager.step()
+
+
 def test_a_parameter_that_becomes_trainable_later_is_refused_by_name():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
@@ -191,6 +215,14 @@ def test_a_parameter_that_becomes_trainable_later_is_refused_by_name():
     model[0].requires_grad_(True)
     with pytest.raises(LayoutError, match=r"'0\.weight' became trainable"), averager.swapped_in():
         pass
+    model(torch.ones(1, 2)).sum().backward()
+    for _ in range(2):
+        optimizer.step()
+        with pytest.raises(LayoutError, match=r"'0\.weight' became trainable"):
+            averager.step()
+    assert averager.num_averaged == 1
+    model[0].requires_grad_(False)  # what was averaged by then is not lost
+    averager.shard_together(averager.chosen(None))
 
 
 def test_a_step_that_a_fused_optimizer_skips_by_itself_is_not_counted():
@@ -310,8 +342,10 @@ def test_a_compiled_model_is_averaged_like_any_other():
 def calls_of_one_event(num_layers: int) -> int:
     """Function calls, Python's and C's, of one averaging event in the steady state."""
     model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(num_layers))
+    frozen = nn.ModuleList(nn.Linear(4, 4) for _ in range(num_layers)).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=99)
+    both = nn.ModuleList([model, frozen])
+    averager = swaft.WeightAverager(both, optimizer, rule=swaft.SWA(start=0), total_steps=99)
     counted = 0
 
     def profile(frame, event, argument):

@@ -192,6 +192,7 @@ def test_damage_is_named_and_the_average_is_as_it_was(tmp_path, file, damage):
     model.load_state_dict(weights)
     with pytest.raises(StateError, match=str(tmp_path / "state")):
         averager.load_state(tmp_path / "state")
+    model.load_state_dict(start()[0].state_dict())  # the weights of the first member
     train(model, optimizer, averager, 0, 2)
     assert averager.count("ema") == 2
 

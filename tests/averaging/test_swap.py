@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,29 @@ def test_a_swap_leaves_no_hook_on_the_model():
     assert held == [
         (len(part._state_dict_pre_hooks), len(part._load_state_dict_pre_hooks)) for part in model.modules()
     ]
+
+
+def test_one_autocast_around_everything_sees_the_weights_that_are_in_the_model():
+    """Autocast keeps the 16-bit casts of weights until its outermost region ends, also without gradients."""
+    model = nested().eval()
+    averager, rows = averaged(model), torch.randn(4, 6)
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def outputs():
+        with autocast():
+            found = [model(rows)]
+        for readout in (None, swaft.Readout(blend=0.5)):
+            with averager.swapped_in(readout), autocast():
+                found.append(model(rows))
+            with autocast():
+                found.append(model(rows))
+        return found
+
+    expected = outputs()
+    assert not torch.equal(expected[0], expected[1])
+    with autocast():
+        assert all(map(torch.equal, outputs(), expected))
 
 
 def test_statistics_that_an_evaluation_in_training_mode_changes_are_put_back(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,24 @@ def test_an_averager_is_registered_once(tmp_path):
     loop = Loop(tmp_path, SWA).registered()
     with pytest.raises(ConfigError, match="registered already"):
         loop.registered()
+
+
+def test_averagers_of_a_new_optimizer_take_the_places_of_those_before(tmp_path):
+    """As when a cell of a notebook is run again, with the model and the accelerator of an earlier cell."""
+    loop = Loop(tmp_path, SWA, EMA).registered()
+    loop.train(0, 2)
+    old = [weakref.ref(averager) for averager in loop.averagers]
+    loop.optimizer = loop.accelerator.prepare(torch.optim.AdamW(loop.model.parameters(), lr=1e-2))
+    loop.averagers = [
+        swaft.WeightAverager(loop.model, loop.optimizer, rule=rule, total_steps=STEPS) for rule in (SWA, EMA)
+    ]
+    loop.registered().train(0, 3)
+    assert [each() for each in old] == [None, None]
+    loop.accelerator.save_state()
+    written = tmp_path / "checkpoints" / "checkpoint_0"
+    assert sorted(path.name for path in written.glob("averages*")) == ["averages", "averages-1"]
+    for name, averager in zip(("averages", "averages-1"), loop.averagers, strict=True):
+        averager.load_state(written / name)
 
 
 def test_an_averager_without_an_optimizer_yet_is_refused():

@@ -16,7 +16,7 @@ from torch import nn
 
 from swaft.cli.main import main
 from swaft.errors import ConfigError
-from swaft.report.landscape import loss_surface
+from swaft.report.landscape import LINE, loss_surface
 from swaft.report.runs import read_run
 
 FEW = ("train.max_steps=8", "averaging.rule=swa")
@@ -98,6 +98,21 @@ def test_a_bowl_around_the_average_is_seen_as_one():
     across, up = np.array(plane["across"]), np.array(plane["up"])[:, None]
     assert np.array(plane["loss"]) == pytest.approx(square * ((1 - across) ** 2 + up**2), rel=1e-5)
     assert torch.equal(last.weight, before)
+
+
+@pytest.mark.unit
+def test_one_autocast_around_a_surface_changes_nothing_of_it():
+    last, averaged = bowl()
+    rows = torch.randn(8, 40)
+
+    def loss() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return last(rows).float().square().mean().item()
+
+    expected = loss_surface(last, averaged, loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss_surface(last, averaged, loss) == expected
+        assert loss() == expected["line"]["loss"][LINE.index(0)]
 
 
 @pytest.mark.unit

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from swaft.errors import AveragingError, LayoutError
 
 PIECE = 1 << 23
 """Number of elements sent, copied or compared at a time: 32 MiB in fp32, so that a piece and its copy take 64."""
+TRAINS = attrgetter("requires_grad")
 
 
 class Engine(ABC):
@@ -66,11 +68,16 @@ class Engine(ABC):
         self.ranks = shared_ranks()
         self._steps_seen, self._steps_before = steps_seen, 0
         self._attached_with: tuple[int, int] | None = None
+        self._first_step, self._proved = 0, False
+        self._loads: int | None = None
+        self._loaded_over = False
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
                 "averaged weights are swapped in; expected to be attached outside `swapped_in()`"
             )
+        self.swap.let_readers_finish()  # an older averager's, whose optimizer may not be the one that steps now
+        self._frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         self.state_names = tuple(clean_name(name) for name in module.state_dict())
         self.before_steps(self._before_step)
 
@@ -87,17 +94,30 @@ class Engine(ABC):
         """Make the next forward on every rank see what the ranks wrote into :meth:`working` (collective)."""
 
     def applied_steps(self) -> int:
-        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps."""
+        """Optimizer steps that really changed the weights: neither micro-batches nor skipped steps.
+
+        Raises:
+            AveragingError: another optimizer trains the weights now, and a newer averager is attached to it.
+        """
+        if getattr(self._steps_seen, "superseded", False):  # DeepSpeed counts by itself
+            raise AveragingError(
+                "the weights are trained by another optimizer now, and a newer averager is attached to it, so this "
+                "averager takes in nothing more; call `step()` of the newer one (what this one has averaged can "
+                "still be read)"
+            )
         return self._steps_before + self._steps_seen()
 
     def continue_from(self, step: int) -> None:
         """Count the current weights as those after ``step`` optimizer steps: a run resumes here."""
         self._steps_before, self._attached_with = step - self._steps_seen(), None
+        self._first_step, self._proved = step, False
+        self._loaded_over = False
 
     def watch_weights(self) -> None:
-        """From now on, let :meth:`check_trainable` notice weights that change although no step was seen."""
+        """From now on, notice weights that change although no step was seen."""
         if not rescales(self.module):
             self._attached_with = self._steps_seen(), self.sum_of_working()
+            self._loads = self.swap.loads
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter, even if this rank holds only part of it."""
@@ -187,6 +207,27 @@ class Engine(ABC):
         fragments = self.ranks.gather(self.fragments)
         check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
         self.ranks.raise_together(self.misplaced())
+
+    def prove_member(self, step: int, *, is_first: bool) -> None:
+        """Refuse to average the weights after a step if they are not those that were attached to.
+
+        The layout is proved once more at the first event after a step (collective): by then, the optimizer has
+        written to the masters.
+
+        Args:
+            step: the applied step.
+            is_first: whether no rule has a member yet.
+
+        Raises:
+            LayoutError: a parameter has become trainable, or a working weight is not a cast of its master.
+            AveragingError: the first member is weights over which others were loaded.
+        """
+        if any(map(TRAINS, self._frozen)):
+            self.check_trainable()
+        if not self._proved and step > self._first_step:
+            self.ranks.raise_together(_loaded_over() if self._loaded_over and not is_first else None)
+            self.prove_layout()
+            self._proved = True
 
     def check_trainable(self) -> None:
         """Refuse a model that trains other parameters than it did at attach: the average would mix in unaveraged
@@ -307,6 +348,18 @@ class Engine(ABC):
                 "seen, so none would be averaged; capture forward and backward only, and call `optimizer.step()` "
                 "outside"
             )
+        if self._loads is not None:  # the first step since the weights are watched
+            if self._attached_with is not None and self.swap.loads > self._loads:
+                self._loaded_over = self._attached_with[1] != self.sum_of_working()
+            self._loads = None
+
+
+def _loaded_over() -> AveragingError:
+    return AveragingError(
+        "other weights were loaded (load_state_dict) after the averager was attached and before the first step, so "
+        "the first member of the average is not what was trained; load weights before the averager is attached, or "
+        "load the averages that belong to them (averager.load_state)"
+    )
 
 
 def _wait_for_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 _outlived: list[RemovableHandle] = []
 """Hooks whose object is gone. Garbage collection may run while torch iterates over these very hooks, which must not
 change meanwhile; so they stay, doing nothing, until they are removed."""
+_counters: weakref.WeakSet[StepCounter] = weakref.WeakSet()
+_ages = itertools.count()
+"""Which of two counters is the newer one."""
 
 
 def hook_weakly(
@@ -61,8 +65,10 @@ def steps_taken(*optimizers: Optimizer) -> int | None:
     Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; the largest if they
     differ.
     """
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    # A ZeroRedundancyOptimizer's own state is what it has loaded, with None for the parameters of other ranks.
+    own = [each.optim if type(each).__name__ == "ZeroRedundancyOptimizer" else each for each in optimizers]
+    states = [state for optimizer in own for state in optimizer.state.values()]
+    groups = [group for optimizer in own for group in optimizer.param_groups]
     steps = [int(each["step"]) for each in (*states, *groups) if "step" in each]
     if not steps and any(states):
         return None
@@ -116,11 +122,18 @@ class StepCounter:
     Of several that train together, the last one's steps are counted. The count starts from their state
     (:func:`steps_taken`), or from 0 if the state has no count, and restarts from it when a state is loaded. It
     hooks the optimizers themselves, so neither a micro-batch nor a step that a loss scaler skips is counted.
+
+    If a newer counter counts the steps of that other optimizer, this one is `superseded`, and silent. So training
+    may begin again although something still holds the old averager (a traceback, a notebook's output).
     """
 
     def __init__(self, *optimizers: Optimizer):
         self.count = steps_taken(*optimizers) or 0
+        self.superseded = False
+        """Whether the weights are trained by another optimizer now, whose steps a newer counter counts."""
         self._optimizers = optimizers
+        self._age = next(_ages)
+        _counters.add(self)
         self._calls = 0
         self._inside = self._stopped = False
         self._calls_before_others: dict[int, int] = {}
@@ -162,11 +175,16 @@ class StepCounter:
                 self.count += 1
         elif self._calls_before_others.pop(id(optimizer), None) == self._calls and not self._stopped:
             # Ours did not step meanwhile, so the other is not a wrapper around it but a replacement.
-            raise AveragingError(
-                f"another {type(optimizer).__name__} than the one the averager was attached to has stepped the "
-                "averaged parameters, and its steps would not be counted; attach a new averager after the "
-                "optimizer is rebuilt, and delete the old one"
-            )
+            self.superseded = self._stopped = any(each._counts_instead(self, optimizer) for each in _counters)
+            if not self.superseded:
+                raise AveragingError(
+                    f"another {type(optimizer).__name__} than the one the averager was attached to has stepped "
+                    "the averaged parameters, and its steps would not be counted; attach a new averager after "
+                    "the optimizer is rebuilt"
+                )
+
+    def _counts_instead(self, older: StepCounter, optimizer: Optimizer) -> bool:
+        return optimizer in self._optimizers and self._age > older._age and not self._stopped
 
     @staticmethod
     def _parameters_of(*optimizers: Optimizer) -> set[int]:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import optimizer as torch_optimizer
 
 import swaft
@@ -140,6 +141,27 @@ def test_an_optimizer_rebuilt_after_attaching_is_refused():
     assert averager.num_averaged == 1
 
 
+def test_training_begins_again_with_a_new_optimizer_and_averager_while_the_old_one_is_still_held():
+    """As when a cell of a notebook is run again: a traceback or an accelerator holds the first averager."""
+    model, held = trained_by()[0], []
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        held.append(swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9))
+        for _ in range(2):
+            optimizer.step()
+            held[-1].step()
+    assert [each.num_averaged for each in held] == [3, 3, 3]
+    for each in held[:2]:
+        with pytest.raises(
+            AveragingError, match="another optimizer now, and a newer averager is attached to it"
+        ):
+            each.step()
+        with each.swapped_in():  # what it has averaged can be read
+            assert torch.equal(torch.cat([p.flatten() for p in model.parameters()]), each.shard())
+    held[-1].close()
+    torch.optim.AdamW(model.parameters()).step()
+
+
 def test_a_new_optimizer_is_free_once_the_averager_of_the_old_one_is_gone():
     model, optimizer = trained_by()
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
@@ -202,6 +224,24 @@ def test_a_run_that_is_joined_in_the_middle_is_counted_from_where_the_optimizer_
         optimizer.step()
         averager.step()
     assert (averager.applied_steps, averager.num_averaged) == (16, 5)
+
+
+def test_a_run_of_zero_redundancy_is_counted_by_the_state_of_this_rank(tmp_path):
+    where = f"file://{tmp_path / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        build = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
+        model, optimizer = standing_at(12, build)
+        assert StepCounter(optimizer)() == 12
+        optimizer.consolidate_state_dict()
+        state = optimizer.state_dict()
+        model, resumed = trained_by(build)
+        resumed._param_to_rank[model.bias] = 1  # as if another rank kept the state of the bias
+        resumed.load_state_dict(state)
+        assert None in resumed.state.values()
+        assert StepCounter(resumed)() == 12
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_start_that_has_passed_is_an_error_and_no_other_window():
