@@ -53,7 +53,6 @@ def main(folder: Path) -> None:
         accelerator.print(
             f"task loss {out.task_loss:.3f}, divergence {out.divergence:.2e}, noise {out.noise_to_signal:.2f}"
         )
-    objective.fold_model(model)  # R4F's head becomes a plain one, which from_pretrained finds
     accelerator.unwrap_model(model).save_pretrained(folder / "final")
 
 

@@ -160,8 +160,6 @@ class Swap:
     """Copies of the live values of buffers while active, by clean name."""
     readers: list[WeakMethod[Callable[[], None]]] = field(default_factory=list)
     """Called before weights are written; each returns once it has read the live ones."""
-    loads: int = 0
-    """How often weights have been loaded into the module (`load_state_dict`)."""
     _guards: ExitStack = field(default_factory=ExitStack)
     _lifted: bool = False
 
@@ -264,5 +262,4 @@ def _finish_reading(module: nn.Module, *_: object) -> None:
     """Keep weights that are loaded from reaching a member that is still being read."""
     swap = _SWAPS.get(module)
     if swap is not None:
-        swap.loads += 1
         swap.let_readers_finish()

@@ -44,7 +44,7 @@ from swaft.noise.presets import (
     resolve_settings,
 )
 from swaft.noise.proof import FirstBatches, prove
-from swaft.noise.spectral import Layers, fold_head, normalise_head, normalised_layers
+from swaft.noise.spectral import Layers, normalise_head, normalised_layers
 from swaft.options import NotNegative, ShareBelowOne, require
 
 
@@ -85,11 +85,6 @@ class Resumable:
 
     def finish(self) -> None:
         """Call at the end of training: after a short run this warns if its divergence had no effect."""
-
-    def fold_model(self, model: nn.Module) -> None:
-        """Call after the last step and before the model's own ``save_pretrained``: `R4F` makes its head a plain one
-        again. The other objectives add nothing to a model, so this changes nothing.
-        """
 
     def state_dict(self) -> dict[str, int]:
         """Return the state, which is the same on every rank."""
@@ -343,8 +338,8 @@ class R4F(R3F):
 
     Aghajanyan et al. 2021, eq. 5. ``prepare_model`` adds the normalisation to the model, with initial vectors drawn
     from ``seed``. While it is there, the model's own ``save_pretrained`` writes the head under names that
-    ``from_pretrained`` does not find, so the folder opens with a random head: call ``fold_model`` first. The
-    exports of `swaft.averaging` write the plain weights without it.
+    ``from_pretrained`` does not find; docs/methods.md shows how to end it. The exports of `swaft.averaging` write
+    the plain weights it evaluates to.
     """
 
     _: KW_ONLY
@@ -360,18 +355,6 @@ class R4F(R3F):
         """
         super().prepare_model(model)
         normalise_head(model, layers=self.layers, seed=self.seed)
-
-    def fold_model(self, model: nn.Module) -> None:
-        """Replace the normalised weights by the plain ones they evaluate to, in place, so that the model's own
-        ``save_pretrained`` writes them. Call it after the last step: it ends the normalisation.
-
-        Args:
-            model: wrapped or not; or a copy of it, to train on.
-
-        Raises:
-            NoiseError: the weights are sharded (ZeRO-3, FSDP2); the message says how to write such a model.
-        """
-        fold_head(model)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run both passes as R3F does.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from swaft.errors import ConfigError, NoiseError
+from swaft.errors import ConfigError
 from swaft.noise.checks import unwrap
 from swaft.noise.generator import stream_seed
 
@@ -102,25 +102,6 @@ def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -
             linear, "weight", SpectralNorm(linear.weight.detach(), seed=seed)
         )
     return normalised_layers(model)
-
-
-def fold_head(model: nn.Module) -> None:
-    """Replace each spectrally normalised weight of a model by the plain weight it evaluates to, in place.
-
-    Raises:
-        NoiseError: the weights are sharded, so no rank can evaluate them outside a forward pass.
-    """
-    network = unwrap(model)
-    for name in normalised_layers(network):
-        linear: Any = network.get_submodule(name)
-        original = linear.parametrizations.weight.original
-        if original.numel() == 0 or hasattr(original, "device_mesh"):
-            raise NoiseError(
-                f"R4F: the weight of {name} is sharded over the ranks; expected a whole one. Under ZeRO-3 and "
-                "FSDP2 write the model by swaft.averaging.save_pretrained(averager.engine, path), which folds it"
-            )
-        with power_iteration_paused(linear):
-            parametrize.remove_parametrizations(linear, "weight")
 
 
 def normalised_layers(model: nn.Module) -> list[str]:

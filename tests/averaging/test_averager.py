@@ -185,17 +185,20 @@ def test_storage_that_is_replaced_at_every_step_is_followed():
 
 
 @pytest.mark.parametrize(
-    "loaded", ["others", "the same", "others, with their averages", "others, before a start"]
+    "loaded", ["others", "a part", "the same", "others, with their averages", "others, before a start"]
 )
 def test_weights_loaded_over_the_first_member_are_refused(tmp_path, loaded):
     def attached():
-        model = nn.Linear(2, 2)
+        model = nn.Sequential(nn.Linear(2, 2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         rule = swaft.SWA(start=1 if loaded.endswith("start") else 0)
         return model, optimizer, swaft.WeightAverager(model, optimizer, rule=rule, total_steps=4)
 
     (before, _, old), (model, optimizer, averager) = attached(), attached()
-    model.load_state_dict((model if loaded == "the same" else before).state_dict())
+    if loaded == "a part":
+        model[0].load_state_dict(before[0].state_dict())
+    else:
+        model.load_state_dict((model if loaded == "the same" else before).state_dict())
     if loaded.endswith("averages"):
         old.save_state(tmp_path / "state")
         averager.load_state(tmp_path / "state")
@@ -203,7 +206,7 @@ def test_weights_loaded_over_the_first_member_are_refused(tmp_path, loaded):
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
         refused = pytest.raises(AveragingError, match="load weights before the averager is attached")
-        with refused if loaded == "others" else nullcontext():
+        with refused if loaded in ("others", "a part") else nullcontext():
             averager.step()
 
 
@@ -314,6 +317,9 @@ def test_what_an_optimizer_trains_outside_of_the_model_is_left_out_with_a_warnin
     mean = torch.stack(members).double().mean(0).float()
     assert torch.allclose(averager.shard(), mean, atol=1e-7)
     assert torch.allclose(part.shard(), mean[: part.engine.numel], atol=1e-7)
+    criterion.weight.device_mesh = object()  # FSDP2's, which may gather the model's weights with it
+    with pytest.raises(LayoutError, match=r"outside of the model.*sharded by FSDP2"):
+        swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=2)
 
 
 def test_frozen_parameters_are_not_averaged_and_tied_ones_once():

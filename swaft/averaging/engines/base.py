@@ -69,8 +69,7 @@ class Engine(ABC):
         self._steps_seen, self._steps_before = steps_seen, 0
         self._attached_with: tuple[int, int] | None = None
         self._first_step, self._proved = 0, False
-        self._loads: int | None = None
-        self._loaded_over = False
+        self._changed_before_step = False
         self.swap = swap_of(module)
         if self.swap.active:
             raise AveragingError(
@@ -111,13 +110,12 @@ class Engine(ABC):
         """Count the current weights as those after ``step`` optimizer steps: a run resumes here."""
         self._steps_before, self._attached_with = step - self._steps_seen(), None
         self._first_step, self._proved = step, False
-        self._loaded_over = False
+        self._changed_before_step = False
 
     def watch_weights(self) -> None:
         """From now on, notice weights that change although no step was seen."""
         if not rescales(self.module):
             self._attached_with = self._steps_seen(), self.sum_of_working()
-            self._loads = self.swap.loads
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the whole parameter, even if this rank holds only part of it."""
@@ -220,12 +218,13 @@ class Engine(ABC):
 
         Raises:
             LayoutError: a parameter has become trainable, or a working weight is not a cast of its master.
-            AveragingError: the first member is weights over which others were loaded.
+            AveragingError: the first member is weights that were replaced before the first step.
         """
         if any(map(TRAINS, self._frozen)):
             self.check_trainable()
         if not self._proved and step > self._first_step:
-            self.ranks.raise_together(_loaded_over() if self._loaded_over and not is_first else None)
+            replaced = self._changed_before_step and not is_first
+            self.ranks.raise_together(_replaced_before_step() if replaced else None)
             self.prove_layout()
             self._proved = True
 
@@ -348,17 +347,16 @@ class Engine(ABC):
                 "seen, so none would be averaged; capture forward and backward only, and call `optimizer.step()` "
                 "outside"
             )
-        if self._loads is not None:  # the first step since the weights are watched
-            if self._attached_with is not None and self.swap.loads > self._loads:
-                self._loaded_over = self._attached_with[1] != self.sum_of_working()
-            self._loads = None
+        if self._attached_with is not None:  # the first step since the weights are watched
+            self._changed_before_step = self._attached_with[1] != self.sum_of_working()
+            self._attached_with = None
 
 
-def _loaded_over() -> AveragingError:
+def _replaced_before_step() -> AveragingError:
     return AveragingError(
-        "other weights were loaded (load_state_dict) after the averager was attached and before the first step, so "
-        "the first member of the average is not what was trained; load weights before the averager is attached, or "
-        "load the averages that belong to them (averager.load_state)"
+        "the weights were replaced (load_state_dict, say) after the averager was attached and before the first "
+        "step, so the first member of the average is not what was trained; load weights before the averager is "
+        "attached, or load the averages that belong to them (averager.load_state)"
     )
 
 

@@ -170,7 +170,7 @@ def optimized(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
     Whatever else they train (a loss with weights, a second model) is left out, with a warning.
 
     Raises:
-        LayoutError: a trainable parameter of the model is in none of them.
+        LayoutError: a trainable parameter of the model is in none of them, or what else they train is sharded.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(p): p for group in groups for p in group["params"] if p.requires_grad and p.numel()}
@@ -185,6 +185,12 @@ def optimized(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
                 "model, or all that train it, as a list: WeightAverager(model, [muon, adamw], ...). Or freeze the "
                 "parameter with requires_grad_(False)"
             )
+    if any(hasattr(held[identity], "device_mesh") for identity in foreign):
+        raise LayoutError(
+            f"the optimizer trains {len(foreign)} parameters outside of the model that was given to the averager, "
+            "sharded by FSDP2, which may keep gathered weights of the model with theirs; expected the whole model. "
+            "Give the averager all that is trained together, or the model an optimizer of its own"
+        )
     if foreign and shared_ranks().is_main:
         logger.warning(
             "%d of the optimizer's %d trained parameters are not in the model that was given to the averager "

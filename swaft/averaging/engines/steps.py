@@ -184,7 +184,7 @@ class StepCounter:
                 )
 
     def _counts_instead(self, older: StepCounter, optimizer: Optimizer) -> bool:
-        return optimizer in self._optimizers and self._age > older._age and not self._stopped
+        return optimizer in self._optimizers and self._age > older._age
 
     @staticmethod
     def _parameters_of(*optimizers: Optimizer) -> set[int]:

@@ -264,7 +264,7 @@ def spaced(rule: Any, total_steps: int, *, skipped: int = 0) -> dict[str, Any]:
         raise ConfigError(
             f"start={rule.start} with every={rule.every} puts the first member at step {first} of {total_steps}, "
             f"so {members} weights would be averaged; expected at least 2: start earlier (start), average more "
-            f"often (every) or train longer than {total_steps} steps"
+            "often (every) or train longer (total_steps; recipes: train.max_steps or train.num_train_epochs)"
         )
     return {"first_step": first, "every": rule.every, "total_steps": total_steps, "rule": rule}
 

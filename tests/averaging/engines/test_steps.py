@@ -162,6 +162,20 @@ def test_training_begins_again_with_a_new_optimizer_and_averager_while_the_old_o
     torch.optim.AdamW(model.parameters()).step()
 
 
+def test_the_newer_averager_takes_over_even_where_it_lets_other_optimizers_step():
+    """As the Trainer's does, whose optimizer may be exchanged."""
+    model, optimizer = trained_by()
+    held = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    optimizer.step()
+    held.step()
+    newer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = swaft.WeightAverager(model, newer, rule=swaft.SWA(start=0), total_steps=9)
+    averager.engine.stop()
+    newer.step()
+    averager.step()
+    assert averager.num_averaged == 2
+
+
 def test_a_new_optimizer_is_free_once_the_averager_of_the_old_one_is_gone():
     model, optimizer = trained_by()
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
@@ -333,6 +347,16 @@ def test_nothing_is_written_past_a_swap_by_any_of_several_optimizers():
     averager.step()
     with pytest.raises(AveragingError, match="another SGD"):
         torch.optim.SGD([model.weight], lr=0.1).step()
+
+
+def test_weights_that_only_the_first_of_several_optimizers_has_changed_so_far_are_no_unseen_step():
+    model, (muon, adamw) = trained_by_two()
+    averager = swaft.WeightAverager(model, [muon, adamw], rule=swaft.SWA(start=0), total_steps=2)
+    muon.step()  # and the other one is skipped, as an overflow of its gradients would make it
+    averager.step()
+    with averager.swapped_in():
+        pass
+    assert averager.num_averaged == 1
 
 
 def test_one_of_several_optimizers_is_refused_and_the_list_named():
