@@ -190,9 +190,9 @@ def test_what_is_wrong_with_a_member_is_raised_by_the_step_after_it():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
     start = averager.shard().clone()
+    one_step(model, optimizer)
     with torch.no_grad():
         model.weight[0, 0] = torch.nan
-    one_step(model, optimizer)
     averager.step()
     one_step(model, optimizer)
     with pytest.raises(AveragingError, match="after step 1 are not finite"):

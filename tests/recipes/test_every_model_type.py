@@ -26,6 +26,7 @@ from transformers import (
 from swaft.errors import ConfigError, SwaftError
 from swaft.training.checks import ROUTE_AMONG_MODULES, keep_all_layers
 from swaft.training.config import load_config
+from swaft.training.launch.failure import message_of
 from swaft.training.models.checks import NOT_FROM_TEXT
 from swaft.training.models.pretrained import GROWING, longest_input
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
@@ -165,7 +166,7 @@ def launch(recipe: ModuleType, settings: list[str], reopen: type) -> list[str]:
     except ConfigError as error:
         return error.problems
     except SwaftError as error:
-        return [str(error)]
+        return [message_of(error)]
     summary = json.loads((Path(config.train.output_dir) / "summary.json").read_text())
     scores = summary["scores"]["validation"]
     assert all(math.isfinite(scores[weights]["loss"]) for weights in ("last", "averaged"))
