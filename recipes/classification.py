@@ -93,7 +93,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+        ready.target = choose_target(config.eval, ready.metric.names, ready.rows, config.averaging)
     with problems:
         if ready.head.order is not None:  # class ids in the kept head's order
             ready.metric = renumbered(ready.metric, ready.head.order)

@@ -117,7 +117,8 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+        names = ready.metric.names if ready.metric else ()
+        ready.target = choose_target(config.eval, names, ready.rows, config.averaging)
     return ready
 
 

@@ -52,7 +52,7 @@ def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(classific
     problems = Problems()
     classification.prepare(config, problems)
     [problem] = problems.found
-    assert "eval.metric_for_best_model: this run has no score 'f2'; expected one of accuracy" in problem
+    assert "this run has no score 'f2' to choose weights by; expected one of accuracy" in problem
 
 
 @pytest.mark.parametrize(
