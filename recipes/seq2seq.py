@@ -21,6 +21,7 @@ from swaft.training.config import build_rule
 from swaft.training.data.seq2seq import (
     PairColumns,
     Seq2SeqConfig,
+    bleu_language,
     find_pairs,
     read_pairs,
     report_lengths,
@@ -131,7 +132,8 @@ def choose_metric(config: Seq2SeqConfig, ready: PreparedPairs) -> Metric:
         or data.source_prefix.lower().startswith("translate ")
         or getattr(getattr(ready, "model_config", None), "model_type", "") == "marian"
     )
-    return get_generation_metric(config.eval.metric, translates=translates)
+    language = bleu_language(data.target_lang) or bleu_language(ready.columns.target_lang)
+    return get_generation_metric(config.eval.metric, translates=translates, language=language)
 
 
 def train(config: Seq2SeqConfig) -> None:
