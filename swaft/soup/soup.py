@@ -31,7 +31,7 @@ from swaft.soup.huggingface import (
     open_folder,
     read_json,
 )
-from swaft.soup.kinds import is_average, open_checkpoint
+from swaft.soup.kinds import is_average, is_copy_of_masters, open_checkpoint
 from swaft.soup.mean import Mean
 from swaft.soup.output import (
     Shard,
@@ -141,6 +141,8 @@ def average(
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
             members.append(stack.enter_context(found))
         _refuse_unused(rule, paths)
+        if base is None and not members[0].is_adapter and (paths[0] / ADAPTER_CONFIG).exists():
+            base = paths[0]  # an adapter's masters have the names of training; its folder has peft's
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)
@@ -207,8 +209,9 @@ def average_greedily(
         trial = place / "trial"
 
         def scored(chosen: Sequence[int]) -> float:
-            if len(chosen) == 1 and holds_weights(paths[chosen[0]]):
-                return score(paths[chosen[0]])
+            first = paths[chosen[0]]
+            if len(chosen) == 1 and holds_weights(first) and not is_copy_of_masters(first):
+                return score(first)
             shutil.rmtree(trial, ignore_errors=True)
             average([paths[each] for each in chosen], trial, **how)
             return score(trial)
