@@ -146,14 +146,15 @@ def average(
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)
+        is_copied = len(members) == 1 and not members[0].is_adapter and lora_rank is None
         files = _files(members[0], whole)
         if whole is not None:
             notes += compare_configs(whole.files, members[0].files)
             members = fit_to_base(members, whole)
         stem = ADAPTER if any(each and each.is_adapter for each in (members[0], whole)) else MODEL
         weighted = list(zip(weights, members, strict=True))
-        if members[0].is_adapter:
-            mean = AdapterMean(weighted, dtype, rank=lora_rank)
+        if members[0].is_adapter and not is_copied:  # a single state is copied, of any variant of LoRA
+            mean = AdapterMean(weighted, dtype, whole, rank=lora_rank)
         elif lora_rank is not None:
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
         else:
