@@ -117,7 +117,8 @@ def average(
         weights: one per checkpoint, 0 or more, in any scale; None: equal weights.
         dtype: ``float32``, ``bfloat16`` or ``float16``, as a string or a torch dtype; the float64 mean is rounded
             to it once.
-        max_shard_bytes: maximum bytes of a file of weights, unless a single tensor is larger.
+        max_shard_bytes: maximum bytes of a file of weights, unless a single tensor is larger. An adapter is always
+            one file.
         base: Hugging Face folder of the same model, which provides what the checkpoints lack: configuration,
             tokenizer, frozen weights. For a saved state of LoRA adapters: the adapter folder.
         lora_rank: rank of the result, if the checkpoints are LoRA adapters; None: their own.
@@ -161,7 +162,8 @@ def average(
             mean = Mean(weighted, dtype, whole)
         with new_folder(output) as folder:
             notes += copy_files(files, folder)
-            records = _write(mean, folder, stem, plan_shards(mean.specs, max_shard_bytes), dtype)
+            most = math.inf if stem == ADAPTER else max_shard_bytes  # peft opens a single file only
+            records = _write(mean, folder, stem, plan_shards(mean.specs, most), dtype)
             shares = [weight / math.fsum(weights) for weight in weights]
             soup = Soup(
                 output=output,
