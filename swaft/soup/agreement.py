@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -320,18 +321,16 @@ def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedW
             "the adapter folder of the run as --base (its best, final or final-averaged), and an adapter folder "
             "will be written"
         )
-    if len(members) > 1:
-        raise StateError(
-            f"{members[0].path} holds the weights of a LoRA adapter; the mean of factors is not the mean of "
-            "updates. Write each as an adapter folder with swaft export, then average those folders"
-        )
-    (member,) = members
-    names = {_plain(name): name for name in member.specs}
-    if len(names) < len(member.specs):
-        raise StateError(
-            f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
-        )
-    return [member.renamed(names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
+    adapters = []
+    for member in members:
+        names = {_plain(name): name for name in member.specs}
+        if len(names) < len(member.specs):
+            raise StateError(
+                f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
+            )
+        aliases = {_plain(name): _plain(other) for name, other in member.aliases.items()}
+        adapters.append(replace(member.renamed(names, aliases), is_adapter=True, files=base.files))
+    return adapters
 
 
 def _plain(name: str) -> str:

@@ -62,7 +62,7 @@ def refuse_occupied(path: Path) -> None:
         raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
 
 
-def plan_shards(specs: Mapping[str, Spec], most_bytes: int) -> list[Shard]:
+def plan_shards(specs: Mapping[str, Spec], most_bytes: float) -> list[Shard]:
     """Which tensors go into which file: in order, each file as full as possible, with at least one tensor."""
     shards: list[Shard] = [{}]
     room = most_bytes

@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from soup_folders import bits, folder_of, golden, loaded, same_bits
 from torch import Tensor
 
 from swaft.distributed import Ranks
 from swaft.errors import StateError
-from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.soup import average, average_greedily, last_checkpoints, open_checkpoint
 from swaft.storage import hash_file
 from swaft.training.run.checkpoints import save_checkpoint
 
@@ -37,21 +38,21 @@ def padded(values: Tensor, numel: int) -> Tensor:
     return torch.cat([values, torch.full([numel - len(values)], math.nan)])
 
 
-def checkpoint(path, tensors, *, stage, world, tag="global_step7"):
+def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS, frozen_names=FROZEN):
     """Write what `save_checkpoint` writes, as far as `zero_to_fp32` reads it."""
     folder = path / tag
     folder.mkdir(parents=True)
     (path / "latest").write_text(tag)
     common = {
-        "buffer_names": ["counter"],
-        "module": {"counter": tensors["counter"]},
-        "param_shapes": [{name: tensors[name].shape for name in group} for group in GROUPS],
+        "buffer_names": [name for name in tensors if name == "counter"],
+        "module": {name: tensors[name] for name in tensors if name == "counter"},
+        "param_shapes": [{name: tensors[name].shape for name in group} for group in groups],
         "shared_params": {"tied.weight": "embed.weight"},
-        "frozen_param_shapes": {name: tensors[name].shape for name in FROZEN},
+        "frozen_param_shapes": {name: tensors[name].shape for name in frozen_names},
         "ds_version": "0.0",
     }
     parts: list[list[Tensor]] = [[] for _ in range(world)]
-    for group in GROUPS:
+    for group in groups:
         if stage == 3:
             pieces: list[list[Tensor]] = [[] for _ in range(world)]
             for name in group:
@@ -74,7 +75,7 @@ def checkpoint(path, tensors, *, stage, world, tag="global_step7"):
             {"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
         frozen = {}
-        for name in FROZEN:
+        for name in frozen_names:
             share = math.ceil(tensors[name].numel() / world)
             whole = padded(tensors[name].flatten(), share * world)
             frozen[name] = whole.split(share)[rank].clone() if stage == 3 else tensors[name]
@@ -133,6 +134,52 @@ def test_one_checkpoint_averages_to_its_masters(tmp_path, stage):
     path = checkpoint(tmp_path / "c", tensors, stage=stage, world=2)
     average([path], tmp_path / "out", base=folder_of(tmp_path / "base", tensors_of(1)), trust_pickle=True)
     assert same_bits(loaded(tmp_path / "out"), tensors)
+
+
+def trainer_checkpoint(path, tensors, dtype=torch.bfloat16):
+    """Write what transformers' Trainer leaves under DeepSpeed: the working weights, and DeepSpeed's files."""
+    copy = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    return checkpoint(folder_of(path, copy), tensors, stage=2, world=2)
+
+
+def test_the_masters_are_averaged_and_not_the_16_bit_copy_next_to_them(tmp_path):
+    sources = [tensors_of(0), tensors_of(1)]
+    paths = [trainer_checkpoint(tmp_path / f"checkpoint-{i}", source) for i, source in enumerate(sources)]
+    with pytest.raises(StateError, match=r"only a 16-bit copy of the fp32 weights .* pass --trust-pickle$"):
+        average(paths, tmp_path / "out")
+    average(last_checkpoints(tmp_path, 2), tmp_path / "out", trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), golden(sources))
+
+
+def test_a_fp32_folder_is_read_as_it_is_although_deepspeeds_files_are_next_to_it(tmp_path):
+    path = trainer_checkpoint(tmp_path / "checkpoint-1", tensors_of(0), torch.float32)
+    average([path], tmp_path / "out")
+    assert same_bits(loaded(tmp_path / "out"), tensors_of(0))
+
+
+def test_a_greedy_soup_scores_the_masters_alone_too(tmp_path):
+    sources = [tensors_of(0), tensors_of(1)]
+    paths = [trainer_checkpoint(tmp_path / f"checkpoint-{i}", source) for i, source in enumerate(sources)]
+    scored = []
+
+    def score(folder):
+        scored.append(loaded(folder))
+        return -len(scored)
+
+    average_greedily(paths, tmp_path / "out", score=score, higher_is_better=True, trust_pickle=True)
+    assert all(same_bits(*pair) for pair in zip(scored, [*sources, golden(sources)], strict=True))
+
+
+def test_the_masters_of_an_adapter_take_the_names_in_its_own_folder(tmp_path):
+    torch.manual_seed(0)
+    names = {f"layer.lora_{x}.default.weight": f"layer.lora_{x}.weight" for x in "AB"}
+    masters = dict(zip(names, (torch.randn(2, 3), torch.randn(5, 2)), strict=True))
+    path = tmp_path / "checkpoint-1"
+    checkpoint(path, masters, stage=2, world=2, groups=[[*names]], frozen_names=[])
+    save_file({names[n]: t.bfloat16() for n, t in masters.items()}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    average([path], tmp_path / "out", trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), {names[n]: t for n, t in masters.items()})
 
 
 def run_checkpoint(run, step, tensors):
