@@ -32,6 +32,7 @@ from swaft.training.data.texts import (
     Collator,
     read_as_text,
     refuse_rows_without_tokens,
+    refuse_split_settings,
     report_special_tokens,
     require_length,
 )
@@ -91,6 +92,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
         if ready.tokenizer is not None:
             read_as_text(ready.tokenizer, config.data.split_special_tokens)
             Collator(ready.tokenizer)
+            refuse_split_settings(ready.tokenizer, config.data, "source_prefix")
             report_special_tokens(ready.rows, ("source", "target"), ready.tokenizer)
     check_model(ready, config, problems)
     for side in ("source", "target"):

@@ -19,6 +19,8 @@ from swaft.errors import AveragingError
 
 PROMPT = "prompt_embeddings"
 """Stands for a prompt among the names of tensors."""
+GENERATION = "generation_config.json"
+"""File with the tokens and settings that a model generates with."""
 
 
 def is_peft(module: nn.Module) -> bool:
@@ -35,6 +37,31 @@ def folder_of(adapter: str, folder: Path) -> Path:
 def merged_layers(module: nn.Module) -> list[Any]:
     """The layers whose weights have adapters merged into them."""
     return [part for part in module.modules() if getattr(part, "merged_adapters", None)]
+
+
+def how_to_open(module: Any, folder: Path) -> list[str]:
+    """How to open a written adapter folder with what peft does not read from it: lines of Markdown.
+
+    Args:
+        module: the `PeftModel`; if its base is a classifier, the lines hold the class names, which are in no file.
+        folder: where `AdapterFolder` wrote it.
+    """
+    base, lines = module.get_base_model(), list[str]()
+    name = type(base).__name__
+    if name.endswith("Classification"):
+        keys = ("num_labels", "id2label", "problem_type")
+        given = ", ".join(f"{key}={value!r}" for key in keys if (value := getattr(base.config, key, None)))
+        known = re.search("For(Sequence|Token)Classification$", name)
+        opener = f"AutoPeftModel{known[0] if known else ''}"
+        lines += ["", "The class names are in no other file. Open the folder with them:", "", "```python"]
+        lines += [f"from peft import {opener}", ""]
+        lines += [f"model = {opener}.from_pretrained({folder.name!r}, {given})", "```"]
+    if (folder / GENERATION).exists():
+        lines += ["", f"peft does not read `{GENERATION}`. Once the model is loaded:", "", "```python"]
+        lines += ["from transformers import GenerationConfig", ""]
+        read = f"GenerationConfig.from_pretrained({folder.name!r})"
+        lines += [f"model.get_base_model().generation_config = {read}", "```"]
+    return lines
 
 
 class AdapterFolder:
@@ -87,7 +114,10 @@ class AdapterFolder:
         return picked - {PROMPT} | {clean_name(name) for name in self._marks if name.startswith(encoders)}
 
     def write(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
-        """Write configuration, peft's model card and the tensors of every adapter.
+        """Write configuration, peft's model card, the tensors of every adapter, and how the model generates.
+
+        Peft itself leaves `generation_config.json` out. There is no `config.json`: transformers would take the
+        folder for a whole model.
 
         Args:
             folder: folder to write; every adapter but `default` gets a folder inside it.
@@ -105,6 +135,10 @@ class AdapterFolder:
             save_file(
                 tensors, folder_of(adapter, folder) / "adapter_model.safetensors", metadata={"format": "pt"}
             )
+        generation = getattr(self._module.get_base_model(), "generation_config", None)
+        if generation is not None:
+            # Its own `save_pretrained` refuses some settings that do no harm, and the weights would be lost.
+            generation.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
 
     @contextmanager
     def _marked_prompts(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swaft.averaging.adapters import AdapterFolder, is_peft
+from swaft.averaging.adapters import AdapterFolder, how_to_open, is_peft
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
 from swaft.averaging.engines.base import PIECE
@@ -110,12 +110,13 @@ def save_pretrained(
 
 def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder's model card, also over peft's, which is only an unfilled template."""
-    stored = str(dtype).removeprefix("torch.")
+    stored, adapts = str(dtype).removeprefix("torch."), is_peft(engine.module)
+    body = [f"This folder holds {description}, in {stored}, written by swaft."]
     write_card(
         folder,
         title=folder.name,
-        body=[f"This folder holds {description}, in {stored}, written by swaft."],
-        library="peft" if is_peft(engine.module) else "transformers",
+        body=[*body, *(how_to_open(engine.module, folder) if adapts else ())],
+        library="peft" if adapts else "transformers",
         base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
     )
 

@@ -16,6 +16,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import swaft
 from swaft.averaging import lora, save_pretrained
@@ -106,6 +107,63 @@ def test_the_folder_of_an_average_answers_as_the_model_with_it_swapped_in(varian
     )
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
     assert torch.equal(logits(model), last)
+
+
+def opened_as_its_card_says(folder, monkeypatch, before=""):
+    """The model, by the Python code in the folder's model card, run next to the folder."""
+    monkeypatch.chdir(folder.parent)
+    parts = (folder / "README.md").read_text().split("```python\n")[1:]
+    found = {}
+    exec(before + "".join(part.split("```")[0] for part in parts), found)
+    return found["model"]
+
+
+def saved_three_ways(model, folder):
+    """Folders of the last weights, the mean of the factors, and the mean of the updates."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=0.3)
+    averager = swaft.WeightAverager(model, optimizer, rule=LAWA(last=2), total_steps=2)
+    for _ in range(2):
+        for parameter in weights:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        averager.step()
+    last, factors, updates = (folder / name for name in ("last", "factors", "updates"))
+    save_pretrained(averager.engine, last)
+    averager.save_pretrained(factors)
+    lora.product_mean(averager).save_adapter(updates)
+    return last, factors, updates
+
+
+def test_the_card_of_a_classifier_opens_its_adapter_with_the_names_of_its_classes(tmp_path, monkeypatch):
+    names = {0: "sports", 1: 'the "news"', 2: "it's art\n"}
+    body = bert().base_model
+    body.config.num_labels = 2
+    body.save_pretrained(tmp_path / "body")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body", num_labels=3, id2label=names)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    folders = saved_three_ways(model, tmp_path)
+    for folder in folders:
+        opened = opened_as_its_card_says(folder, monkeypatch)
+        assert opened.config.id2label == names
+        assert not {"config.json", "generation_config.json"} & {path.name for path in folder.iterdir()}
+    assert torch.equal(logits(opened_as_its_card_says(folders[0], monkeypatch)), logits(model))
+
+
+def test_an_adapter_of_a_writer_keeps_how_the_model_generates(tmp_path, monkeypatch):
+    gpt2().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    # A fault that transformers refuses to save, but reads.
+    base.generation_config.update(eos_token_id=[0, 7], forced_bos_token_id=5, temperature=0.9)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    for folder in saved_three_ways(model, tmp_path):
+        assert not (folder / "config.json").exists()
+        load = "from peft import AutoPeftModelForCausalLM as A\n"
+        load += f"model = A.from_pretrained({folder.name!r})\n"
+        opened = opened_as_its_card_says(folder, monkeypatch, load)
+        opened.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=1)
+        used = opened.get_base_model().generation_config
+        assert (used.eos_token_id, used.forced_bos_token_id) == ([0, 7], 5)
 
 
 @pytest.mark.parametrize(

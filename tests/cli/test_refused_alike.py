@@ -74,6 +74,8 @@ OF_A_LAUNCH = {
     "run/folder.py: _lock": "another run may be at work there",
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
+    "data/texts.py: refuse_split_settings": "a new tokenizer is there only then; prepare asks it about the model's",
+    "models/encoder_decoder.py: require_saving": "training changes the settings that are loaded with the weights",
     "models/encoder_decoder.py: require_order": "it is measured on weights, and there are none on paper",
 }
 """What a launch asks besides `swaft validate`, and why that cannot be known before."""

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import EncoderDecoderConfig, PreTrainedTokenizerFast
+from transformers import (
+    EncoderDecoderConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from swaft.errors import ConfigError
 from swaft.training.data.causal_lm import CausalConfig, CausalDataConfig
@@ -68,6 +75,35 @@ def test_a_decoder_whose_tokens_see_what_they_should_not_is_refused(entries, pac
         model = load_text_model(config, decoder_config(section), tokenizer, ends={end, 7})
         assert model.generation_config.eos_token_id == [end, 7]
         assert tokenizer.padding_side == tokenizer.init_kwargs["padding_side"] == "left"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, None),
+        ({"temperature": 0.9, "do_sample": False}, r"generation_config\.json of .*model .*`temperature`"),
+        (
+            {"temperature": 0.9, "length_penalty": 2.0},
+            r"generation_config\.json of .*model .*`length_penalty`",
+        ),
+    ],
+)
+def test_generation_settings_that_could_not_be_saved_are_mended_or_refused_before_training(
+    settings, reason, tmp_path
+):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(TEXTS, 300), pad_token="<pad>", eos_token="</s>"
+    )
+    folder, config = tmp_path / "model", SMALL | {"num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    section = Seq2SeqModelConfig(model_name_or_path=str(folder))
+    config = CausalConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused"))
+    with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
+        model = load_text_model(config, decoder_config(section), tokenizer)
+        model.save_pretrained(tmp_path / "final")
+        kept = GenerationConfig.from_pretrained(tmp_path / "final")
+        assert (kept.do_sample, kept.temperature, kept.top_p) == (True, 0.9, 0.6)
 
 
 def test_an_encoder_is_no_decoder():

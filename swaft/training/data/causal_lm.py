@@ -30,6 +30,7 @@ from swaft.training.data.texts import (
     map_rows,
     padded,
     read_as_text,
+    refuse_split_settings,
     require_column,
     text_faults,
     usual_columns,
@@ -197,7 +198,8 @@ def tokenize_rows(
 
     Raises:
         DataError: a row that the chat template refuses, or with nothing to learn within `data.max_length` tokens,
-            unless `data.skip_bad_rows` leaves out such rows.
+            unless `data.skip_bad_rows` leaves out such rows; a special token in `data.prompt_prefix` or
+            `data.prompt_suffix` that would be read as text.
     """
     workers, skip = data.preprocessing_num_workers, data.skip_bad_rows
     # `map` pickles whatever the function holds, to name its cache.
@@ -228,6 +230,7 @@ def tokenize_rows(
 
     # If the template's own special tokens were read as text, chats would be learnt and generated without any.
     read_as_text(tokenizer, data.split_special_tokens and columns.messages is None)
+    refuse_split_settings(tokenizer, data, "prompt_prefix", "prompt_suffix")
     # Only special tokens spelled in messages become text: other control tokens (`<think>`) belong to answers.
     control, tokenizer.chat_control_tokens = tokenizer.chat_control_tokens, []
     try:

@@ -372,6 +372,33 @@ def report_special_tokens(
         encode(tokenizer, [text for *_, texts in found for text in texts], verbose=False)
 
 
+def refuse_split_settings(tokenizer: PreTrainedTokenizerBase, data: Any, *settings: str) -> None:
+    """Refuse special tokens in settings that hold a text to put around every row, if they would be read as text.
+
+    A setting spells a token on purpose, and the saved tokenizer may read it as special again.
+
+    Args:
+        tokenizer: the model's, after `read_as_text`.
+        data: section ``data``.
+        settings: its settings to check.
+
+    Raises:
+        DataError: names the setting.
+    """
+    for name in settings:
+        text = getattr(data, name)
+        if not tokenizer.split_special_tokens or not text:
+            continue
+        if (
+            encode(tokenizer, [text])["input_ids"]
+            != tokenizer([text], split_special_tokens=False)["input_ids"]
+        ):
+            raise DataError(
+                f"data.{name} is {text!r}, whose special tokens would be read as plain text; set "
+                "data.split_special_tokens=false, which applies to the rows as well, or take the tokens out"
+            )
+
+
 def _can_split(tokenizer: Any) -> bool:
     if not isinstance(tokenizer, PreTrainedTokenizer):
         return isinstance(

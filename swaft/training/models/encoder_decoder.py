@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from operator import attrgetter
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -94,6 +95,36 @@ def _generate_with(generation: Any, **tokens: int | None) -> None:
         if found is not None:
             name = f"{kind}_token_id"
             setattr(generation, name, put_first(found, getattr(generation, name)))
+
+
+def require_saving(generation: Any, model: Seq2SeqModelConfig) -> None:
+    """Refuse generation settings that transformers would refuse to save with the trained model.
+
+    It saves what it has loaded, faults included, but not once a token has changed. Older checkpoints have settings
+    for sampling without `do_sample`, which is then set; evaluation never samples.
+
+    Args:
+        generation: settings of the loaded model, as they will be saved.
+        model: section ``model``, for the message.
+
+    Raises:
+        ConfigError: says what is wrong with them.
+    """
+    says_nothing = generation.do_sample is None
+    with TemporaryDirectory() as folder:
+        try:
+            generation.save_pretrained(folder)
+        except ValueError as error:
+            if says_nothing:
+                generation.do_sample = True
+                with suppress(ValueError):
+                    generation.save_pretrained(folder)
+                    return
+            raise ConfigError(
+                f"{model.setting}: the generation_config.json of {model_path(model) or 'the new model'} (if it has "
+                "none, its config.json) could not be saved with the trained model; correct it in a copy of the "
+                f"model: {' '.join(str(error).split())[:500]}"
+            ) from error
 
 
 @torch.no_grad()
@@ -341,7 +372,8 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Col
         ends: further tokens with which a decoder learns to end its answers, from `ends_of_answers`.
 
     Raises:
-        ConfigError: the model cannot be loaded, or `require_order` refuses it.
+        ConfigError: the model cannot be loaded, its generation settings cannot be saved, or `require_order` refuses
+            it.
     """
     if config.model.config is not None:
         _fit_to_tokenizer(model_config, tokenizer, said=config.model.config)
@@ -362,6 +394,7 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Col
             generation.eos_token_id = [*known, *more]
         # For generation from the saved folder; `CausalCollator` ignores the padding side.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    require_saving(loaded.generation_config, config.model)
     loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)
     return with_adapters(loaded, config.model, task=config.task)
 

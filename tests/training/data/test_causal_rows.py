@@ -106,6 +106,14 @@ def test_the_special_tokens_of_a_template_are_special_and_those_that_a_message_s
         [row] = tokenized(Dataset.from_list([{"messages": spelt}]), tokens, columns, data)
         assert row["input_ids"].count(tokens.eos_token_id) == ends
     assert not tokens.split_special_tokens  # nor in the folder that it is saved to
+    prompts = CausalColumns(answer="completion", prompt="prompt")
+    rows = Dataset.from_list([{"prompt": "the cat", "completion": "a cat"}])
+    with pytest.raises(DataError, match=r"data.prompt_suffix is '<\|im_start\|>'"):
+        tokenized(rows, tokens, prompts, CausalDataConfig(prompt_suffix="<|im_start|>"))
+    data = CausalDataConfig(prompt_suffix="<|im_start|>", split_special_tokens=False)
+    assert (
+        tokens.convert_tokens_to_ids("<|im_start|>") in tokenized(rows, tokens, prompts, data)[0]["input_ids"]
+    )
     # Tokens of the template that are not special, `<think>` say, are the answer's own.
     tokens.add_tokens(["<think>"])
     tokens.chat_template = tokens.chat_template.replace(

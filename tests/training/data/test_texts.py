@@ -20,7 +20,13 @@ from swaft.errors import DataError
 from swaft.training.data.question_answering import QuestionAnsweringDataConfig as Data
 from swaft.training.data.question_answering import tokenize_questions
 from swaft.training.data.seq2seq import Seq2SeqDataConfig, tokenize_pairs
-from swaft.training.data.texts import Collator, encode, read_as_text, report_special_tokens
+from swaft.training.data.texts import (
+    Collator,
+    encode,
+    read_as_text,
+    refuse_split_settings,
+    report_special_tokens,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -115,6 +121,18 @@ def test_a_word_that_is_a_special_token_needs_one_for_unknown_words():
     rows = Dataset.from_dict({"text": ["w1", "w1 </s>"]})
     with pytest.raises(DataError, match=r"a text spells </s>"):  # known before any row is tokenized
         report_special_tokens({"train": rows}, ["text"], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"), [(words, "a [SEP] b"), (unigram, "w1 <extra_id_0>"), (bytes_with_a_word, "</s>a")]
+)
+def test_a_special_token_in_a_setting_is_refused_where_it_would_be_text(make, text):
+    tokenizer, data = make(), Seq2SeqDataConfig(source_prefix=text)
+    refuse_split_settings(tokenizer, data, "source_prefix")
+    read_as_text(tokenizer, True)
+    with pytest.raises(DataError, match=r"data\.source_prefix is .*set data\.split_special_tokens=false"):
+        refuse_split_settings(tokenizer, data, "source_prefix")
+    refuse_split_settings(tokenizer, Seq2SeqDataConfig(source_prefix="w1 a: <url>"), "source_prefix")
 
 
 def test_an_answer_beside_a_spelled_token_keeps_its_characters():
