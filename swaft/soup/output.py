@@ -45,6 +45,8 @@ WEIGHTS = (
 """Suffixes of files of weights and of training state. They are not copied."""
 LEFT_NAMES = ("trainer_state.json", "noise.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
 """Other files that are not copied: they describe the checkpoint, not the result."""
+MODULES = "modules.json"
+"""Lists the subfolders that sentence-transformers opens along with the folder."""
 
 
 def refuse_occupied(path: Path) -> None:
@@ -144,10 +146,11 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
         What was left out but may be needed, in words.
 
     Raises:
-        StateError: a file could not be read or written.
+        StateError: a file could not be read or written, or a subfolder with weights is a part of the model.
     """
     notes = []
     with explained(source, "copied"):
+        modules = (source / MODULES).read_text(errors="replace") if (source / MODULES).exists() else ""
         for path in sorted(source.iterdir()):
             if path.name.startswith("."):
                 continue
@@ -156,6 +159,13 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
                     shutil.copyfile(path, folder / path.name)
             elif path.is_dir() and not path.is_symlink():
                 if held := _first_weights(path):
+                    if f'"{path.name}"' in modules:
+                        raise StateError(
+                            f"{path} holds weights of its own ({held}), which are not averaged, and {MODULES} "
+                            "lists it as a part of the model, which would not open without it. Average such models "
+                            "in Python: open them with SentenceTransformer, load the mean of their state_dict() "
+                            "into one of them, and call its save_pretrained"
+                        )
                     notes.append(f"{path} is not copied: it holds weights of its own ({held})")
                     continue
                 (folder / path.name).mkdir()
