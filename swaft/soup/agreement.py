@@ -260,7 +260,8 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
         The same checkpoints, with the names of the base.
 
     Raises:
-        StateError: the base belongs to another model, or does not have these weights under any name.
+        StateError: the base belongs to another model, does not have these weights under any name, or stores them
+            in a form that only the model can compute.
     """
     first = members[0]
     for name in first.specs:
@@ -277,11 +278,37 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
         found = base.specs.get(name)
         if found is None or found.shape != spec.shape:
             what = f"of shape {list(found.shape)} there" if found else "missing there"
-            raise StateError(
-                f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
-                f"is {what}"
-            )
+            what = f"{name!r} of shape {list(spec.shape)} is {what}"
+            if form := _other_form(base):
+                raise StateError(
+                    f"{first.path} does not fit --base {base.path}: {what}; {form}, and only the model can turn "
+                    f"one into the other. {IN_THE_MODEL}"
+                )
+            raise StateError(f"--base {base.path} is another model than {first.path}: {what}")
     return members
+
+
+def _other_form(base: SavedWeights) -> str | None:
+    """In what way a folder of this kind differs from the model in memory, in words; None if it does not."""
+    if base.files is None or not (base.files / CONFIG).exists():
+        return None
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # then nothing says which models are converted
+        return None
+    kinds = _model_types(read_json(base.files / CONFIG))
+    kind = next((each for each in kinds if get_checkpoint_conversion_mapping(each)), None)
+    return kind and f"transformers stores the weights of {kind} under other names than they have in memory"
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """What transformers looks a conversion up by: classes and model types, also of nested configurations."""
+    for name in (*(config.get("architectures") or ()), config.get("model_type")):
+        if isinstance(name, str):
+            yield name
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)
 
 
 def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from soup_folders import bert, folder_of, loaded, same_bits
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import swaft
 from swaft.averaging import export
@@ -101,7 +102,11 @@ def test_a_damaged_state_is_refused(tmp_path):
 def trained_bert(prepare):
     """A small classifier, made ready by `prepare` and trained for four random steps."""
     torch.manual_seed(0)
-    model = prepare(bert(0))
+    return averaged(prepare(bert(0)))
+
+
+def averaged(model):
+    """The averager of a model that is trained for four random steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
@@ -167,6 +172,21 @@ def test_a_parametrized_weight_is_refused_with_a_way_to_export_it(tmp_path):
     averager.save_state(tmp_path / "state")
     averager.save_pretrained(tmp_path / "own")
     message = r"'classifier.parametrizations.weight.original' is a weight before .*averager.load_state"
+    with pytest.raises(StateError, match=message):
+        average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
+
+
+def test_a_model_that_transformers_stores_under_other_names_is_refused_with_a_way_to_export_it(tmp_path):
+    config = Qwen3MoeConfig(
+        **{"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 4},
+        **{"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2},
+    )
+    averager = averaged(Qwen3MoeForCausalLM(config))
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    message = (
+        r"state does not fit .*gate_up_proj.*stores the weights of qwen3_moe under .*averager.load_state"
+    )
     with pytest.raises(StateError, match=message):
         average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
 
