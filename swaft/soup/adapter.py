@@ -1,7 +1,7 @@
 """The mean of LoRA adapters: of the updates B A, not of B and A.
 
 See `swaft/averaging/lora.py` for the mathematics. Everything else in an adapter folder (`modules_to_save`, biases)
-is averaged like any weight.
+is averaged like any weight. A single adapter, of whatever method, stays as it is.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ class AdapterMean(Mean):
         rank: of the new factors; None: that of the adapters. At rank times members, nothing is lost.
 
     Raises:
-        StateError: they are not plain LoRA, have different base models or configurations, or `rank` cannot be set
-            for them.
+        StateError: several, or one that gets a rank, are not plain LoRA; they have different base models or
+            configurations; or `rank` cannot be set for them.
     """
 
     def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, *, rank: int | None = None):
         super().__init__(members, dtype)
-        self.config = _plain_config(members[0][1])
+        first = members[0][1]
+        alone = len(members) == 1 and rank is None
+        self.config = read_json(first.path / ADAPTER_CONFIG) if alone else _plain_config(first)
         self._resize(rank)
-        self._down = dict(_pairs(self._specs))
+        self._down = {} if alone else dict(_pairs(self._specs))
         self._up = {down: up for up, down in self._down.items()}
         self._kept: tuple[str, Tensor, Tensor] | None = None
         self._norms: dict[str, Norms] = {}

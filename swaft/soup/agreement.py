@@ -45,9 +45,9 @@ PASSING_IN_ADAPTERS = ("inference_mode", "peft_version", "auto_mapping")
 """Settings that do not affect the meaning of the factors."""
 
 ADAPTER_PARTS = re.compile(
-    r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"
+    r"\.modules_to_save\.default\b|(?<=\.lora_magnitude_vector)\.default\.weight$|\.default(?=(\.\w+)?$)"
 )
-"""The parts of names inside a `PeftModel` that identify the adapter; the adapter's folder omits them."""
+"""The parts of names inside a `PeftModel` that the folder of its adapter `default` omits."""
 PARAMETRIZED = ".parametrizations."
 IN_THE_MODEL = (
     "Write it in a process that has the model: load it there (averages with averager.load_state), then call "
@@ -270,7 +270,8 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
                 f"{first.path}: {name!r} is a weight before its parametrization (R4F's spectral norm, say), and "
                 f"only the model can compute the weight after it. {IN_THE_MODEL}"
             )
-    if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
+    adapted = (name for name in first.specs if name not in base.specs and ADAPTER_PARTS.search(name))
+    if not first.is_adapter and any(adapted):
         members = _as_adapters(members, base)
     tied = _tied(members, base)
     members = [member.without(tied) for member in members]
@@ -290,6 +291,11 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
 
 def _other_form(base: SavedWeights) -> str | None:
     """In what way a folder of this kind differs from the model in memory, in words; None if it does not."""
+    if base.is_adapter:
+        method = read_json(base.path / ADAPTER_CONFIG).get("peft_type")
+        return (
+            None if method == "LORA" else f"peft stores {shown(method)} in another form than it has in memory"
+        )
     if base.files is None or not (base.files / CONFIG).exists():
         return None
     try:
@@ -343,7 +349,7 @@ def _middle(spec: Spec) -> tuple[int, int]:
 def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
     if not base.is_adapter:
         raise StateError(
-            f"{members[0].path} holds the weights of a LoRA adapter, and --base {base.path} is a whole model; name "
+            f"{members[0].path} holds the weights of an adapter, and --base {base.path} is a whole model; name "
             "the adapter folder of the run as --base (its best, final or final-averaged), and an adapter folder "
             "will be written"
         )
@@ -363,4 +369,4 @@ def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedW
 
 def _plain(name: str) -> str:
     """The name that a weight of a `PeftModel` has in the folder of its adapter `default`."""
-    return ADAPTER_PARTS.sub(lambda match: match[1] or "", name)
+    return ADAPTER_PARTS.sub("", name)

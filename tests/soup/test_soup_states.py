@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from soup_folders import bert, folder_of, loaded, same_bits
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -150,12 +158,42 @@ def test_the_average_of_a_lora_run_is_the_adapter_folder_that_the_run_exports(tm
     assert torch.equal(trained, loaded(tmp_path / "own")["base_model.model.classifier.weight"])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="SEQ_CLS", r=2, use_dora=True, target_modules=["query"]),
+        IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[]),
+        OFTConfig(task_type="SEQ_CLS", oft_block_size=4, target_modules=["query"]),
+        LoHaConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]),
+    ],
+    ids=["dora", "ia3", "oft", "loha"],
+)
+def test_an_adapter_of_any_method_is_exported_from_its_state_and_from_its_folder(tmp_path, config):
+    averager = trained_bert(lambda model: get_peft_model(model, config))
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    export.save_pretrained(averager.engine, tmp_path / "last")
+    average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "last")
+    average([tmp_path / "own"], tmp_path / "again")
+    for found in ("out", "again"):
+        assert same_bits(loaded(tmp_path / found), loaded(tmp_path / "own"))
+    assert not same_bits(loaded(tmp_path / "own"), loaded(tmp_path / "last"))
+
+
+def test_a_prompt_is_refused_with_its_method_and_a_way_to_export_it(tmp_path):
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    averager = trained_bert(lambda model: get_peft_model(model, config))
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    message = r"state does not fit .*peft stores 'PROMPT_TUNING' in another form .*averager.load_state"
+    with pytest.raises(StateError, match=message):
+        average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
+
+
 def test_the_averages_of_a_lora_run_ask_for_its_adapter_folder(tmp_path):
     trained_bert(with_adapter).save_state(tmp_path / "state")
     bert(0).save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        StateError, match=r"state holds the weights of a LoRA adapter.*adapter folder of the run"
-    ):
+    with pytest.raises(StateError, match=r"state holds the weights of an adapter.*adapter folder of the run"):
         average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "base")
 
 
