@@ -359,12 +359,21 @@ def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedW
             "updates. Write each as an adapter folder with swaft export, then average those folders"
         )
     (member,) = members
-    names = {_plain(name): name for name in member.specs}
-    if len(names) < len(member.specs):
+    # DeepSpeed also saves what is frozen, and an adapter folder omits most of it. What is trained must be in both.
+    kept = [name for name in member.specs if name not in member.untrained or _plain(name) in base.specs]
+    names = {_plain(name): name for name in kept}
+    aliases = {_plain(name): _plain(other) for name, other in member.aliases.items()}
+    if len(names) < len(kept):
         raise StateError(
             f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
         )
-    return [member.renamed(names, {_plain(n): _plain(other) for n, other in member.aliases.items()})]
+    lacking = next((name for name in base.specs if name not in names and name not in aliases), None)
+    if len(kept) < len(member.specs) and lacking:
+        raise StateError(
+            f"--base {base.path} holds {lacking!r}, which {member.path} lacks although it holds frozen weights; "
+            "name the adapter folder of the same run as --base"
+        )
+    return [member.renamed(names, aliases)]
 
 
 def _plain(name: str) -> str:
