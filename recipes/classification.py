@@ -16,7 +16,7 @@ from swaft.averaging.rules import Readout
 from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
 from swaft.training.data.classification import ClassificationConfig, Task, describe_task, tokenize
-from swaft.training.data.sources import language_groups, load_splits
+from swaft.training.data.sources import language_groups, load_splits, task_of
 from swaft.training.data.texts import (
     Collator,
     read_as_text,
@@ -93,7 +93,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+        ready.target = choose_target(config.eval, ready.metric.names, ready.rows, config.averaging)
     with problems:
         if ready.head.order is not None:  # class ids in the kept head's order
             ready.metric = renumbered(ready.metric, ready.head.order)
@@ -104,7 +104,7 @@ def choose_metric(config: ClassificationConfig, task: Task) -> Metric:
     """Return the metric the settings name, for the class they call positive."""
     return get_metric(
         config.eval.metric,
-        task_name=config.data.task_name,
+        task_name=task_of(config.data),
         is_regression=task.is_regression,
         num_labels=task.num_labels,
         label_names=task.label_names,

@@ -30,6 +30,7 @@ from swaft.training.evaluation.answering import (
     AnswerSearch,
     evaluate_answers,
     get_question_metric,
+    refuse_score_of_no_question,
     refuse_unused_threshold,
     report_windows,
     write_predictions,
@@ -98,7 +99,8 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
+        ready.target = choose_target(config.eval, ready.metric.names, ready.rows, config.averaging)
+        refuse_score_of_no_question(config.eval, ready.rows)
     return ready
 
 

@@ -18,7 +18,7 @@ and --trust-pickle), a DeepSpeed checkpoint of ZeRO 1 to 3, or a state of averag
                           direction of the score
   --dtype TYPE            float32 (default), bfloat16 or float16, rounded once; how far that moved the weights is
                           printed
-  --max-shard-size SIZE   largest size of a weights file: 5GB (default), 500MB, 2GiB, ...
+  --max-shard-size SIZE   largest size of a weights file: 5GB (default), 500MB, 2GiB, ...; an adapter is one file
   --base FOLDER           Hugging Face folder of the same model, for what the checkpoints lack: configuration,
                           tokenizer, frozen weights
   --lora-rank R           rank of the new adapter; at the old rank times the number of checkpoints nothing is lost

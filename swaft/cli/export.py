@@ -15,7 +15,7 @@ averages are its own; the folder is read back before it gets its name.
   --rule NAME             which average, if a state holds several
   --dtype TYPE            float32 (default), bfloat16 or float16, rounded once; how far that moved the weights is
                           printed
-  --max-shard-size SIZE   largest size of a weights file: 5GB (default), 500MB, 2GiB, ...
+  --max-shard-size SIZE   largest size of a weights file: 5GB (default), 500MB, 2GiB, ...; an adapter is one file
   --json                  print the result as JSON
 
 Exit code: 0; 1 if nothing was written.

@@ -1,13 +1,13 @@
 """The mean of LoRA adapters: of the updates B A, not of B and A.
 
 See `swaft/averaging/lora.py` for the mathematics. Everything else in an adapter folder (`modules_to_save`, biases)
-is averaged like any weight. A single adapter, of whatever method, stays as it is.
+is averaged like any weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,20 +42,26 @@ class AdapterMean(Mean):
     Args:
         members: as for :class:`Mean`, all adapters.
         dtype: of the result.
+        base: adapter folder that provides the tensors that the members lack.
         rank: of the new factors; None: that of the adapters. At rank times members, nothing is lost.
 
     Raises:
-        StateError: several, or one that gets a rank, are not plain LoRA; they have different base models or
-            configurations; or `rank` cannot be set for them.
+        StateError: they are not plain LoRA, have different base models or configurations, or `rank` cannot be set
+            for them.
     """
 
-    def __init__(self, members: Sequence[Weighted], dtype: torch.dtype, *, rank: int | None = None):
-        super().__init__(members, dtype)
-        first = members[0][1]
-        alone = len(members) == 1 and rank is None
-        self.config = read_json(first.path / ADAPTER_CONFIG) if alone else _plain_config(first)
+    def __init__(
+        self,
+        members: Sequence[Weighted],
+        dtype: torch.dtype,
+        base: SavedWeights | None = None,
+        *,
+        rank: int | None = None,
+    ):
+        super().__init__(members, dtype, base)
+        self.config = _plain_config(members[0][1], self._specs)
         self._resize(rank)
-        self._down = {} if alone else dict(_pairs(self._specs))
+        self._down = dict(_pairs(self._specs))
         self._up = {down: up for up, down in self._down.items()}
         self._kept: tuple[str, Tensor, Tensor] | None = None
         self._norms: dict[str, Norms] = {}
@@ -82,10 +88,7 @@ class AdapterMean(Mean):
         members = []
         total = math.fsum(weight for weight, _ in self._members)
         for weight, checkpoint in self._members:
-            b, a = (
-                checkpoint.read(name, 0, spec.numel).float().reshape(spec.shape)
-                for name, spec in ((name, checkpoint.specs[name]) for name in (up, down))
-            )
+            b, a = (self._factor(checkpoint, name) for name in (up, down))
             if not (b.isfinite().all() and a.isfinite().all()):
                 raise StateError(
                     f"{checkpoint.path}: {up!r} or {down!r} is not finite. Leave that checkpoint out"
@@ -103,6 +106,11 @@ class AdapterMean(Mean):
             )
         self._norms[up] = Norms(whole, gap, lost)
         return b, a
+
+    def _factor(self, checkpoint: SavedWeights, name: str) -> Tensor:
+        """A factor of one adapter, in fp32; one that was frozen in training may be in the base alone."""
+        holder = checkpoint if self._base is None or name in checkpoint.specs else self._base
+        return holder.read(name, 0, holder.specs[name].numel).float().reshape(holder.specs[name].shape)
 
     def _resize(self, rank: int | None) -> None:
         """Set another rank in the configuration and in the shapes, keeping every scaling."""
@@ -139,9 +147,9 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
                 yield name, down
 
 
-def _plain_config(checkpoint: SavedWeights) -> dict[str, Any]:
+def _plain_config(checkpoint: SavedWeights, names: Collection[str]) -> dict[str, Any]:
     """The configuration of an adapter, after checking that it is plain LoRA."""
-    where = checkpoint.path
+    where = checkpoint.files or checkpoint.path
     config = read_json(where / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise StateError(f"{where}: peft_type is {shown(config.get('peft_type'))}; expected LORA")
@@ -151,7 +159,7 @@ def _plain_config(checkpoint: SavedWeights) -> dict[str, Any]:
         if config.get(key):
             raise StateError(f"{where}: {key} is set, so its updates are not plain B A; expected plain LoRA")
     ends = tuple(end for pair in FACTORS for end in pair)
-    for name in checkpoint.specs:
+    for name in names:
         if "lora_" in name and not name.endswith((*ends, "lora_B.bias")):
             raise StateError(f"{where}: {name!r} is of a variant of LoRA; expected plain LoRA")
     return config

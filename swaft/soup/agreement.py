@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,9 +294,9 @@ def _other_form(base: SavedWeights) -> str | None:
     """In what way a folder of this kind differs from the model in memory, in words; None if it does not."""
     if base.is_adapter:
         method = read_json(base.path / ADAPTER_CONFIG).get("peft_type")
-        return (
-            None if method == "LORA" else f"peft stores {shown(method)} in another form than it has in memory"
-        )
+        if method in (None, "LORA"):
+            return None
+        return f"peft stores {shown(method)} in another form than it has in memory"
     if base.files is None or not (base.files / CONFIG).exists():
         return None
     try:
@@ -353,27 +354,24 @@ def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedW
             "the adapter folder of the run as --base (its best, final or final-averaged), and an adapter folder "
             "will be written"
         )
-    if len(members) > 1:
-        raise StateError(
-            f"{members[0].path} holds the weights of a LoRA adapter; the mean of factors is not the mean of "
-            "updates. Write each as an adapter folder with swaft export, then average those folders"
-        )
-    (member,) = members
-    # DeepSpeed also saves what is frozen, and an adapter folder omits most of it. What is trained must be in both.
-    kept = [name for name in member.specs if name not in member.untrained or _plain(name) in base.specs]
-    names = {_plain(name): name for name in kept}
-    aliases = {_plain(name): _plain(other) for name, other in member.aliases.items()}
-    if len(names) < len(kept):
-        raise StateError(
-            f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
-        )
-    lacking = next((name for name in base.specs if name not in names and name not in aliases), None)
-    if len(kept) < len(member.specs) and lacking:
-        raise StateError(
-            f"--base {base.path} holds {lacking!r}, which {member.path} lacks although it holds frozen weights; "
-            "name the adapter folder of the same run as --base"
-        )
-    return [member.renamed(names, aliases)]
+    adapters = []
+    for member in members:
+        # DeepSpeed also saves what is frozen, and an adapter folder omits most of it. What is trained is in both.
+        kept = [name for name in member.specs if name not in member.untrained or _plain(name) in base.specs]
+        names = {_plain(name): name for name in kept}
+        if len(names) < len(kept):
+            raise StateError(
+                f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
+            )
+        aliases = {_plain(name): _plain(other) for name, other in member.aliases.items()}
+        lacking = next((name for name in base.specs if name not in names and name not in aliases), None)
+        if len(kept) < len(member.specs) and lacking:
+            raise StateError(
+                f"--base {base.path} holds {lacking!r}, which {member.path} lacks, though it holds frozen weights; "
+                "name the adapter folder of the same run as --base"
+            )
+        adapters.append(replace(member.renamed(names, aliases), is_adapter=True, files=base.files))
+    return adapters
 
 
 def _plain(name: str) -> str:

@@ -13,7 +13,7 @@ from swaft.averaging.state import KIND as AVERAGE
 from swaft.averaging.state import AverageState, RankFiles, lane_name
 from swaft.errors import StateError
 from swaft.soup.checkpoint import NO_CONFIGURATION, SavedWeights
-from swaft.soup.huggingface import CONFIG, holds_weights, open_folder
+from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, holds_weights, open_folder
 from swaft.soup.torch_engine import METADATA, open_torch_engine
 from swaft.soup.zero import find_tag, open_zero
 from swaft.storage import Manifest, Spec, is_complete, read_manifest, verify
@@ -52,7 +52,8 @@ def open_checkpoint(
         is_folder = path.is_dir()
     if not is_folder:
         raise StateError(f"{path} is not a folder; expected the folder of a checkpoint")
-    if holds_weights(path):
+    copied = is_copy_of_masters(path)
+    if holds_weights(path) and not copied:
         return open_folder(path)
     manifest = read_manifest(path, kind=None) if is_complete(path) else None
     if manifest is not None and manifest.kind == AVERAGE:
@@ -65,6 +66,8 @@ def open_checkpoint(
             continue
         # Checked before all of it is read for verification.
         what = "a DeepSpeed checkpoint" if is_zero else "a distributed checkpoint of torch"
+        if copied:
+            what += ", whose safetensors are only a 16-bit copy of the fp32 weights in DeepSpeed's files"
         _require_options(engine, what, trust_pickle, has_base)
         if manifest is not None and engine != path:
             _verify_engine(path, manifest)
@@ -81,6 +84,17 @@ def open_checkpoint(
         "saved state of averages. For others (pytorch_model.bin, torch's distributed checkpoints), write a Hugging "
         "Face folder first, with save_pretrained"
     )
+
+
+def is_copy_of_masters(path: Path) -> bool:
+    """Whether a folder's safetensors are 16-bit and DeepSpeed's fp32 masters are in it, too.
+
+    transformers' Trainer writes both. The copy has lost much of what a few steps change, so it is never averaged.
+    """
+    if not holds_weights(path) or find_tag(path) is None:
+        return False
+    with open_folder(path) as copy:
+        return any(spec.dtype in (torch.bfloat16, torch.float16) for spec in copy.specs.values())
 
 
 def is_average(path: Path) -> bool:
@@ -149,7 +163,7 @@ def _require_options(path: Path, what: str, trust_pickle: bool, has_base: bool) 
             "its files are Python pickle, and opening one runs whatever code it holds. If you know who wrote it, "
             "pass --trust-pickle"
         )
-    if not has_base and not (path / CONFIG).exists():
+    if not has_base and not any((path / name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
         lacking.append(f"it {NO_CONFIGURATION}")
     if lacking:
         raise StateError(f"{path} is {what}: {'. And '.join(lacking)}")

@@ -64,7 +64,25 @@ def refuse_occupied(path: Path) -> None:
         raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
 
 
-def plan_shards(specs: Mapping[str, Spec], most_bytes: int) -> list[Shard]:
+def refuse_modules(source: Path) -> None:
+    """Refuse a folder of sentence-transformers that has weights in subfolders, which are not averaged.
+
+    Raises:
+        StateError: a subfolder that its `modules.json` lists holds weights, or a file could not be read.
+    """
+    with explained(source, "looked into"):
+        listed = (source / MODULES).read_text(errors="replace") if (source / MODULES).exists() else ""
+        for path in sorted(source.iterdir()) if listed else ():
+            if f'"{path.name}"' in listed and (held := _first_weights(path)):
+                raise StateError(
+                    f"{path} holds weights of its own ({held}), which are not averaged, and {MODULES} lists it as "
+                    "a part of the model, which would not open without it. Average such models in Python: open them "
+                    "with SentenceTransformer, load the mean of their state_dict() into one of them, and call its "
+                    "save_pretrained"
+                )
+
+
+def plan_shards(specs: Mapping[str, Spec], most_bytes: float) -> list[Shard]:
     """Which tensors go into which file: in order, each file as full as possible, with at least one tensor."""
     shards: list[Shard] = [{}]
     room = most_bytes
@@ -146,11 +164,10 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
         What was left out but may be needed, in words.
 
     Raises:
-        StateError: a file could not be read or written, or a subfolder with weights is a part of the model.
+        StateError: a file could not be read or written.
     """
     notes = []
     with explained(source, "copied"):
-        modules = (source / MODULES).read_text(errors="replace") if (source / MODULES).exists() else ""
         for path in sorted(source.iterdir()):
             if path.name.startswith("."):
                 continue
@@ -159,13 +176,6 @@ def copy_files(source: Path, folder: Path, left: Collection[str] = LEFT_NAMES) -
                     shutil.copyfile(path, folder / path.name)
             elif path.is_dir() and not path.is_symlink():
                 if held := _first_weights(path):
-                    if f'"{path.name}"' in modules:
-                        raise StateError(
-                            f"{path} holds weights of its own ({held}), which are not averaged, and {MODULES} "
-                            "lists it as a part of the model, which would not open without it. Average such models "
-                            "in Python: open them with SentenceTransformer, load the mean of their state_dict() "
-                            "into one of them, and call its save_pretrained"
-                        )
                     notes.append(f"{path} is not copied: it holds weights of its own ({held})")
                     continue
                 (folder / path.name).mkdir()

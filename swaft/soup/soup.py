@@ -9,8 +9,8 @@ import math
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,7 @@ from swaft.soup.huggingface import (
     open_folder,
     read_json,
 )
-from swaft.soup.kinds import is_average, open_checkpoint
+from swaft.soup.kinds import is_average, is_copy_of_masters, open_checkpoint
 from swaft.soup.mean import Mean
 from swaft.soup.output import (
     Shard,
@@ -40,6 +40,7 @@ from swaft.soup.output import (
     describe,
     fingerprint,
     plan_shards,
+    refuse_modules,
     refuse_occupied,
     set_config_dtype,
     write_json,
@@ -117,7 +118,8 @@ def average(
         weights: one per checkpoint, 0 or more, in any scale; None: equal weights.
         dtype: ``float32``, ``bfloat16`` or ``float16``, as a string or a torch dtype; the float64 mean is rounded
             to it once.
-        max_shard_bytes: maximum bytes of a file of weights, unless a single tensor is larger.
+        max_shard_bytes: maximum bytes of a file of weights, unless a single tensor is larger. An adapter is always
+            one file.
         base: Hugging Face folder of the same model, which provides what the checkpoints lack: configuration,
             tokenizer, frozen weights. For a saved state of LoRA adapters: the adapter folder.
         lora_rank: rank of the result, if the checkpoints are LoRA adapters; None: their own.
@@ -130,52 +132,36 @@ def average(
             No folder is left then.
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
-    weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
-    if lora_rank is not None and lora_rank < 1:
-        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
     refuse_occupied(output)
-    with ExitStack() as stack:
-        members = list[SavedWeights]()
-        for path in paths:
-            has_base = base is not None or (bool(members) and members[0].files is not None)
-            found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
-            members.append(stack.enter_context(found))
-        _refuse_unused(rule, paths)
-        whole = None if base is None else stack.enter_context(open_folder(Path(base)))
-        members, whole = without_tied(members, whole)
-        notes = require_same_model(members)
-        files = _files(members[0], whole)
-        if whole is not None:
-            notes += compare_configs(whole.files, members[0].files)
-            members = fit_to_base(members, whole)
-        stem = ADAPTER if any(each and each.is_adapter for each in (members[0], whole)) else MODEL
-        weighted = list(zip(weights, members, strict=True))
-        if members[0].is_adapter:
-            mean = AdapterMean(weighted, dtype, rank=lora_rank)
-        elif lora_rank is not None:
-            raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
-        else:
-            mean = Mean(weighted, dtype, whole)
-        with new_folder(output) as folder:
-            notes += copy_files(files, folder)
-            records = _write(mean, folder, stem, plan_shards(mean.specs, max_shard_bytes), dtype)
-            shares = [weight / math.fsum(weights) for weight in weights]
-            soup = Soup(
-                output=output,
-                sha256=fingerprint(records),
-                shares=list(zip(map(str, paths), shares, strict=True)),
-                dtype=str(dtype).removeprefix("torch."),
-                tensors=len(mean.specs),
-                elements=sum(spec.numel for spec in mean.specs.values()),
-                files=records,
-                rounding=mean.rounding.overall,
-                worst_rounding=mean.rounding.worst,
-                truncation=mean.truncation if isinstance(mean, AdapterMean) else None,
-                notes=notes,
-            )
-            write_json(folder / "average.json", {k: v for k, v in soup.as_dict().items() if k != "output"})
-            labelled = [(member.label, share) for member, share in zip(members, shares, strict=True)]
-            describe(folder, output.name, labelled, soup.dtype, soup.sha256)
+    opened = _opened(
+        paths,
+        weights=weights,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        base=base,
+        lora_rank=lora_rank,
+        rule=rule,
+        trust_pickle=trust_pickle,
+    )
+    with opened as found, new_folder(output) as folder:
+        mean, notes = found.mean, found.notes + copy_files(found.files, folder)
+        records = _write(mean, folder, found.stem, found.shards, found.dtype)
+        soup = Soup(
+            output=output,
+            sha256=fingerprint(records),
+            shares=[(str(path), share) for path, (_, share) in zip(paths, found.shares, strict=True)],
+            dtype=str(found.dtype).removeprefix("torch."),
+            tensors=len(mean.specs),
+            elements=sum(spec.numel for spec in mean.specs.values()),
+            files=records,
+            rounding=mean.rounding.overall,
+            worst_rounding=mean.rounding.worst,
+            truncation=mean.truncation if isinstance(mean, AdapterMean) else None,
+            notes=notes,
+        )
+        write_json(folder / "average.json", {k: v for k, v in soup.as_dict().items() if k != "output"})
+        labelled = [(member.label, share) for member, share in found.shares]
+        describe(folder, output.name, labelled, soup.dtype, soup.sha256)
     return soup
 
 
@@ -203,12 +189,15 @@ def average_greedily(
     """
     paths, output = [Path(path) for path in checkpoints], Path(output)
     refuse_occupied(output)
+    with _opened(paths, **how):
+        pass  # what cannot be averaged is refused before the first score
     with place_beside(output) as place:
         trial = place / "trial"
 
         def scored(chosen: Sequence[int]) -> float:
-            if len(chosen) == 1 and holds_weights(paths[chosen[0]]):
-                return score(paths[chosen[0]])
+            first = paths[chosen[0]]
+            if len(chosen) == 1 and holds_weights(first) and not is_copy_of_masters(first):
+                return score(first)
             shutil.rmtree(trial, ignore_errors=True)
             average([paths[each] for each in chosen], trial, **how)
             return score(trial)
@@ -299,6 +288,73 @@ def command_words(command: str) -> list[str]:
             "'python score.py {folder}'"
         )
     return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """Checkpoints that can be averaged, open, and what their average will be."""
+
+    mean: Mean
+    dtype: torch.dtype
+    shares: list[tuple[SavedWeights, float]]
+    files: Path
+    stem: str
+    shards: list[Shard]
+    notes: list[str]
+
+
+@contextmanager
+def _opened(
+    paths: Sequence[Path],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | torch.dtype = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    base: str | PathLike[str] | None = None,
+    lora_rank: int | None = None,
+    rule: str | None = None,
+    trust_pickle: bool = False,
+) -> Iterator[_Opened]:
+    """Open checkpoints and check all that can be checked without reading every weight; see :func:`average`."""
+    weights, dtype = _checked_weights(weights, len(paths)), dtype_of_weights(dtype)
+    if lora_rank is not None and lora_rank < 1:
+        raise ConfigError(f"lora_rank is {lora_rank}, expected 1 or more")
+    with ExitStack() as stack:
+        members = list[SavedWeights]()
+        for path in paths:
+            has_base = base is not None or (bool(members) and members[0].files is not None)
+            found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
+            members.append(stack.enter_context(found))
+        _refuse_unused(rule, paths)
+        if base is None and not members[0].is_adapter and (paths[0] / ADAPTER_CONFIG).exists():
+            base = paths[0]  # an adapter's masters have the names of training; its folder has peft's
+        whole = None if base is None else stack.enter_context(open_folder(Path(base)))
+        members, whole = without_tied(members, whole)
+        notes = require_same_model(members)
+        is_copied = len(members) == 1 and lora_rank is None
+        files = _files(members[0], whole)
+        refuse_modules(files)
+        if whole is not None:
+            notes += compare_configs(whole.files, members[0].files)
+            members = fit_to_base(members, whole)
+        weighted = list(zip(weights, members, strict=True))
+        if members[0].is_adapter and not is_copied:  # a single one is copied, of any method of peft
+            mean = AdapterMean(weighted, dtype, whole, rank=lora_rank)
+        elif lora_rank is not None:
+            raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")
+        else:
+            mean = Mean(weighted, dtype, whole)
+        is_adapter = any(each and each.is_adapter for each in (members[0], whole))
+        yield _Opened(
+            mean=mean,
+            dtype=dtype,
+            shares=[(member, weight / math.fsum(weights)) for weight, member in weighted],
+            files=files,
+            stem=ADAPTER if is_adapter else MODEL,
+            # peft opens a single file only
+            shards=plan_shards(mean.specs, math.inf if is_adapter else max_shard_bytes),
+            notes=notes,
+        )
 
 
 def _write(

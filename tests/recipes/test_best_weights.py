@@ -84,7 +84,7 @@ def test_the_loss_may_decide(run):
     [
         (
             ["eval.metric_for_best_model=rouge1", "eval.keep_best=last"],
-            "no score 'rouge1'; expected one of accuracy, loss",
+            "no score 'rouge1' to choose weights by; expected one of accuracy, loss",
         ),
         (
             ["eval.keep_best=last", "data.train_file={inputs}/train.csv"],

@@ -8,6 +8,7 @@ from launching import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swaft.cli.main import main
+from swaft.training.checks import Problems, read_recipe
 from swaft.training.config import build_rule, load_config
 from swaft.training.data.causal_lm import CausalConfig
 from swaft.training.models.build import build_objective
@@ -44,6 +45,20 @@ def test_shipped_config_loads(path):
 def test_validate_knows_what_a_launch_refuses(override, message, capsys, tmp_path):
     assert main(["validate", *SMOKE, f"train.output_dir={tmp_path}/x", override]) == 1
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_a_score_other_than_the_loss_may_decide(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a cat", "completion": "sleeps"}) + "\n")
+    given = [f"data.{split}_file={rows}" for split in ("train", "validation")]
+    given += ["data.prompt_column=prompt", "data.answer_column=completion", "eval.keep_best=last"]
+    given += ["eval.eval_steps=2", "eval.metric_for_best_model=token_accuracy"]
+    problems = Problems()
+    ready = read_recipe(ROOT / "recipes/causal_lm.py").prepare(
+        load_config(CausalConfig, [*SMOKE[1:], *given]), problems
+    )
+    assert (problems.found, ready.target.chosen, ready.target.better) == ([], "token_accuracy", max)
 
 
 @pytest.mark.unit

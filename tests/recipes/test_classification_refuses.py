@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +52,22 @@ def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(classific
     problems = Problems()
     classification.prepare(config, problems)
     [problem] = problems.found
-    assert "eval.metric_for_best_model: this run has no score 'f2'; expected one of accuracy" in problem
+    assert "this run has no score 'f2' to choose weights by; expected one of accuracy" in problem
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric"),
+    [
+        (("data.dataset_name=nyu-mll/glue", "data.dataset_config_name=cola"), "matthews_correlation"),
+        (("data.dataset_name=glue", "data.dataset_config_name=mrpc"), "accuracy_f1"),
+        (("data.task_name=qqp",), "accuracy_f1"),
+        (("data.dataset_name=mine/glue", "data.dataset_config_name=cola"), "accuracy"),
+    ],
+)
+def test_a_task_of_glue_has_its_metric_however_it_is_named(classification, inputs, rows, metric):
+    config = load_config(classification.Config, ["--config", str(inputs / "run.yaml"), *rows])
+    task = SimpleNamespace(is_regression=False, num_labels=2, label_names=("no", "yes"))
+    assert classification.choose_metric(config, task).name == metric
 
 
 def test_the_metric_follows_a_kept_head_whose_order_is_another(classification, inputs, tmp_path):

@@ -9,6 +9,9 @@ from tiny_questions import make_questions, save_questions, save_rows
 from tiny_texts import save_encoder_decoder
 from transformers import MarianConfig
 
+from swaft.training.checks import Problems
+from swaft.training.config import load_config
+
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 
 
@@ -42,6 +45,26 @@ def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):
     said = refuse("averaging.rule=windows", "eval.metric_for_best_model=f2", "data.max_seq_length=10000")
     assert "this run has no score 'f2'" in said
     assert "but the model reads at most" in said
+
+
+@pytest.mark.parametrize(
+    ("share", "refused", "accepted", "reason"),
+    [
+        (0.0, "NoAns_f1", "HasAns_f1", "every validation question has an answer"),
+        (1.0, "HasAns_exact", "NoAns_exact", "no validation question has an answer"),
+    ],
+)
+def test_weights_are_chosen_by_questions_that_validation_has(
+    question_answering, question_inputs, refuse, tmp_path, share, refused, accepted, reason
+):
+    rows = save_questions(tmp_path / "rows.jsonl", 6, seed=3, unanswerable=share)
+    given = ("eval.metric=squad_v2", f"data.validation_file={rows}", "averaging.rule=windows")
+    said = refuse(*given, f"eval.metric_for_best_model={refused}")
+    assert f"eval.metric_for_best_model is {refused}, but {reason}; choose another" in said
+    chosen = ["--config", str(question_inputs / "run.yaml"), *given, f"eval.metric_for_best_model={accepted}"]
+    problems = Problems()
+    ready = question_answering.prepare(load_config(question_answering.Config, chosen), problems)
+    assert (problems.found, ready.target.chosen, ready.target.better) == ([], accepted, max)
 
 
 def changed(path: Path, **changes) -> tuple[str, str]:

@@ -73,6 +73,23 @@ def test_translations_are_scored_by_bleu_and_chrf_unless_told_otherwise(
     assert seq2seq.prepare(load_config(seq2seq.Config, given), Problems()).metric.name == metric
 
 
+@pytest.mark.parametrize("column", ["translation", "plain"])
+def test_bleu_follows_the_language_of_the_rows_or_of_the_settings(seq2seq, text_inputs, tmp_path, column):
+    texts = {"en": "we are all glad", "zh": "我们都很高兴见到你们"}
+    row = (
+        {"translation": texts} if column == "translation" else {"source": texts["en"], "target": texts["zh"]}
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    given = [f"data.{split}_file={rows}" for split in ("train", "validation", "test")]
+    given += ["data.source_lang=en", "data.target_lang=zh", "eval.metric=auto"]
+    problems = Problems()
+    config = load_config(seq2seq.Config, ["--config", str(text_inputs / "run.yaml"), *given])
+    metric = seq2seq.prepare(config, problems).metric
+    assert problems.found == []
+    assert metric.compute([texts["zh"]], [[texts["zh"]]]).scores["bleu"] == pytest.approx(100)
+
+
 def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):
     new = "model.config={model_type: t5, num_layer: 1}"
     said = refuse("averaging.rule=windows", "eval.metric_for_best_model=f2", new)

@@ -63,6 +63,27 @@ def test_the_written_folder_is_the_mean_of_the_chosen(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in0", "in1", "in2", "out"]
 
 
+MISFITS = {
+    "a base that is not there": ({"base": "nowhere"}, "nowhere"),
+    "a rank for whole models": ({"lora_rank": 4}, "lora_rank is set"),
+    "a rule without averages": ({"rule": "swa"}, "rule is 'swa'"),
+    "a checkpoint of another model": ({}, "only in the first"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_what_cannot_be_averaged_is_refused_before_the_first_score(tmp_path, what):
+    how, message = MISFITS[what]
+    paths = folders(tmp_path, 2)
+    if not how:
+        tensors = random_tensors(2)
+        del tensors["layer.bias"]
+        paths.append(folder_of(tmp_path / "other", tensors))
+    with pytest.raises((StateError, ConfigError), match=message):
+        average_greedily(paths, tmp_path / "out", score=pytest.fail, higher_is_better=True, **how)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_score_that_fails_leaves_nothing(tmp_path):
     paths = folders(tmp_path, 2)
 

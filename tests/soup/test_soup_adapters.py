@@ -105,6 +105,14 @@ def test_one_adapter_averages_to_itself(tmp_path):
     assert all(torch.equal(found[name], own[name]) for name in own)
 
 
+def test_an_adapter_is_one_file_that_peft_opens_whatever_its_size(tmp_path):
+    paths = [adapter(tmp_path / str(seed), seed, the_base) for seed in range(2)]
+    average(paths, tmp_path / "whole", lora_rank=4)
+    average(paths, tmp_path / "out", lora_rank=4, max_shard_bytes=100)
+    assert [path.name for path in (tmp_path / "out").glob("*safetensors*")] == ["adapter_model.safetensors"]
+    assert distance(updates(tmp_path / "out"), updates(tmp_path / "whole")) == 0.0
+
+
 DIFFERENT = {
     "alpha": ({"lora_alpha": 7}, "lora_alpha is 7, expected 6"),
     "targets": ({"target_modules": ["query"]}, "another .* than|target_modules"),

@@ -11,7 +11,7 @@ from soup_folders import CONFIG, bert, folder_of, folders, golden, loaded, rando
 from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from swaft.errors import StateError
-from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.soup import average, average_greedily, last_checkpoints, open_checkpoint
 from swaft.soup.mean import Mean
 from swaft.soup.output import parse_size, plan_shards
 from swaft.storage import hash_file
@@ -190,10 +190,11 @@ def test_a_module_of_sentence_transformers_with_weights_of_its_own_is_refused_be
         (paths[0] / module).mkdir()
         (paths[0] / module / file).write_text("{}")
     monkeypatch.setattr(Mean, "slices", lambda *arguments: pytest.fail("weights were averaged"))
-    with pytest.raises(
-        StateError, match=r"2_Dense holds weights of its own .*open them with SentenceTransformer"
-    ):
+    message = r"2_Dense holds weights of its own .*open them with SentenceTransformer"
+    with pytest.raises(StateError, match=message):
         average(paths, tmp_path / "out")
+    with pytest.raises(StateError, match=message):
+        average_greedily(paths, tmp_path / "out", score=pytest.fail, higher_is_better=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in0", "in1"]
 
 

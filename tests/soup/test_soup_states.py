@@ -107,17 +107,18 @@ def test_a_damaged_state_is_refused(tmp_path):
         open_checkpoint(tmp_path / "state")
 
 
-def trained_bert(prepare):
+def trained_bert(prepare, seed=0):
     """A small classifier, made ready by `prepare` and trained for four random steps."""
     torch.manual_seed(0)
-    return averaged(prepare(bert(0)))
+    return averaged(prepare(bert(0)), seed)
 
 
-def averaged(model):
+def averaged(model, seed=0):
     """The averager of a model that is trained for four random steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    torch.manual_seed(seed)
     for _ in range(4):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
@@ -197,12 +198,38 @@ def test_the_averages_of_a_lora_run_ask_for_its_adapter_folder(tmp_path):
         average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "base")
 
 
-def test_the_averages_of_several_lora_runs_are_exported_one_by_one_first(tmp_path):
-    averager = trained_bert(with_adapter)
-    averager.save_state(tmp_path / "state")
-    averager.save_pretrained(tmp_path / "own")
-    with pytest.raises(StateError, match=r"is not the mean of updates. Write each .* with swaft export"):
-        average([tmp_path / "state"] * 2, tmp_path / "out", base=tmp_path / "own")
+@pytest.mark.parametrize("rank", [None, 4])
+def test_the_averages_of_several_lora_runs_are_averaged_as_their_adapter_folders_are(tmp_path, rank):
+    states, folders = ([tmp_path / f"{kind}{seed}" for seed in range(2)] for kind in ("state", "own"))
+    for seed, (state, folder) in enumerate(zip(states, folders, strict=True)):
+        averager = trained_bert(with_adapter, seed)
+        averager.save_state(state)
+        averager.save_pretrained(folder)
+    soup = average(states, tmp_path / "out", base=folders[0], weights=[1, 2], lora_rank=rank)
+    expected = average(folders, tmp_path / "expected", weights=[1, 2], lora_rank=rank)
+    assert same_bits(loaded(tmp_path / "out"), loaded(tmp_path / "expected"))
+    assert soup.truncation == expected.truncation
+    assert (soup.truncation > 0.01) == (rank is None)
+    configs = ((tmp_path / name / "adapter_config.json").read_text() for name in ("out", "expected"))
+    assert next(configs) == next(configs)
+
+
+def test_a_factor_that_was_frozen_comes_from_the_base(tmp_path):
+    def with_frozen_down(model):
+        model = with_adapter(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        return model
+
+    for seed in range(2):
+        averager = trained_bert(with_frozen_down, seed)
+        averager.save_state(tmp_path / f"state{seed}")
+        averager.save_pretrained(tmp_path / f"own{seed}")
+    average([tmp_path / "state0", tmp_path / "state1"], tmp_path / "out", base=tmp_path / "own0")
+    found, *own = (loaded(tmp_path / name) for name in ("out", "own0", "own1"))
+    name = next(name for name in found if name.endswith("query.lora_B.weight"))
+    assert torch.equal(found[name], torch.stack([each[name] for each in own]).double().mean(0).float())
+    assert torch.equal(found[name.replace("_B", "_A")], own[0][name.replace("_B", "_A")])
 
 
 def test_a_parametrized_weight_is_refused_with_a_way_to_export_it(tmp_path):

@@ -179,21 +179,31 @@ class WithAdapter(nn.Module):
     def __init__(self):
         super().__init__()
         self.lora_A = nn.ModuleDict({"default": nn.Linear(3, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 5, bias=False)})
+
+    def factors(self) -> dict[str, Tensor]:
+        """A copy, under the names of an adapter folder."""
+        return {f"layer.{name.replace('default.', '')}": p.clone() for name, p in self.state_dict().items()}
 
 
-def test_adapters_take_their_folder_as_the_base_and_come_one_at_a_time(run, tmp_path):
-    net = nn.ModuleDict({"layer": WithAdapter()})
-    paths = [
-        write_checkpoint(tmp_path / "lora", step, net, torch.optim.AdamW(net.parameters())) for step in (1, 2)
-    ]
+def test_adapters_take_their_folder_as_the_base_and_their_updates_are_averaged(run, tmp_path):
+    net, paths, trained = nn.ModuleDict({"layer": WithAdapter()}), [], []
+    for step in (1, 2):
+        for parameter in net.parameters():
+            nn.init.normal_(parameter)
+        trained.append(net["layer"].factors())
+        paths.append(write_checkpoint(tmp_path / "lora", step, net, torch.optim.AdamW(net.parameters())))
     with pytest.raises(StateError, match=r"weights of an adapter.*name the adapter folder .* as --base"):
         average(paths[:1], tmp_path / "out", base=run.base, trust_pickle=True)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    weight = net["layer"].lora_A["default"].weight.detach().clone()
-    save_file({"layer.lora_A.weight": torch.zeros(2, 3)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(StateError, match="the mean of factors is not the mean of updates"):
-        average(paths, tmp_path / "out", base=adapter, trust_pickle=True)
-    average(paths[:1], tmp_path / "out", base=adapter, trust_pickle=True)
-    assert same_bits(loaded(tmp_path / "out"), {"layer.lora_A.weight": weight})
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    save_file({n: torch.zeros_like(t) for n, t in trained[0].items()}, adapter / "adapter_model.safetensors")
+    average(paths[:1], tmp_path / "one", base=adapter, trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "one"), trained[0])
+    average(paths, tmp_path / "out", base=adapter, trust_pickle=True, lora_rank=4)  # alpha / r stays 2
+    found, *each = (
+        t["layer.lora_B.weight"].double() @ t["layer.lora_A.weight"].double()
+        for t in (loaded(tmp_path / "out"), *trained)
+    )
+    assert torch.allclose(found, sum(each) / 2, atol=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swaft.distributed import Ranks
 from swaft.errors import StateError
-from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.soup import average, average_greedily, last_checkpoints, open_checkpoint
 from swaft.storage import hash_file
 from swaft.training.run.checkpoints import save_checkpoint
 
@@ -39,17 +39,17 @@ def padded(values: Tensor, numel: int) -> Tensor:
     return torch.cat([values, torch.full([numel - len(values)], math.nan)])
 
 
-def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS, all_frozen=FROZEN):
+def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS, frozen_names=FROZEN):
     """Write what `save_checkpoint` writes, as far as `zero_to_fp32` reads it."""
     folder = path / tag
     folder.mkdir(parents=True)
     (path / "latest").write_text(tag)
     common = {
-        "buffer_names": ["counter"],
-        "module": {"counter": tensors["counter"]},
+        "buffer_names": [name for name in tensors if name == "counter"],
+        "module": {name: tensors[name] for name in tensors if name == "counter"},
         "param_shapes": [{name: tensors[name].shape for name in group} for group in groups],
         "shared_params": {"tied.weight": "embed.weight"},
-        "frozen_param_shapes": {name: tensors[name].shape for name in all_frozen},
+        "frozen_param_shapes": {name: tensors[name].shape for name in frozen_names},
         "ds_version": "0.0",
     }
     parts: list[list[Tensor]] = [[] for _ in range(world)]
@@ -76,7 +76,7 @@ def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS
             {"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
         frozen = {}
-        for name in all_frozen:
+        for name in frozen_names:
             share = math.ceil(tensors[name].numel() / world)
             whole = padded(tensors[name].flatten(), share * world)
             frozen[name] = whole.split(share)[rank].clone() if stage == 3 else tensors[name]
@@ -137,6 +137,52 @@ def test_one_checkpoint_averages_to_its_masters(tmp_path, stage):
     assert same_bits(loaded(tmp_path / "out"), tensors)
 
 
+def trainer_checkpoint(path, tensors, dtype=torch.bfloat16):
+    """Write what transformers' Trainer leaves under DeepSpeed: the working weights, and DeepSpeed's files."""
+    copy = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    return checkpoint(folder_of(path, copy), tensors, stage=2, world=2)
+
+
+def test_the_masters_are_averaged_and_not_the_16_bit_copy_next_to_them(tmp_path):
+    sources = [tensors_of(0), tensors_of(1)]
+    paths = [trainer_checkpoint(tmp_path / f"checkpoint-{i}", source) for i, source in enumerate(sources)]
+    with pytest.raises(StateError, match=r"only a 16-bit copy of the fp32 weights .* pass --trust-pickle$"):
+        average(paths, tmp_path / "out")
+    average(last_checkpoints(tmp_path, 2), tmp_path / "out", trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), golden(sources))
+
+
+def test_a_fp32_folder_is_read_as_it_is_although_deepspeeds_files_are_next_to_it(tmp_path):
+    path = trainer_checkpoint(tmp_path / "checkpoint-1", tensors_of(0), torch.float32)
+    average([path], tmp_path / "out")
+    assert same_bits(loaded(tmp_path / "out"), tensors_of(0))
+
+
+def test_a_greedy_soup_scores_the_masters_alone_too(tmp_path):
+    sources = [tensors_of(0), tensors_of(1)]
+    paths = [trainer_checkpoint(tmp_path / f"checkpoint-{i}", source) for i, source in enumerate(sources)]
+    scored = []
+
+    def score(folder):
+        scored.append(loaded(folder))
+        return -len(scored)
+
+    average_greedily(paths, tmp_path / "out", score=score, higher_is_better=True, trust_pickle=True)
+    assert all(same_bits(*pair) for pair in zip(scored, [*sources, golden(sources)], strict=True))
+
+
+def test_the_masters_of_an_adapter_take_the_names_in_its_own_folder(tmp_path):
+    torch.manual_seed(0)
+    names = {f"layer.lora_{x}.default.weight": f"layer.lora_{x}.weight" for x in "AB"}
+    masters = dict(zip(names, (torch.randn(2, 3), torch.randn(5, 2)), strict=True))
+    path = tmp_path / "checkpoint-1"
+    checkpoint(path, masters, stage=2, world=2, groups=[[*names]], frozen_names=[])
+    save_file({names[n]: t.bfloat16() for n, t in masters.items()}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    average([path], tmp_path / "out", trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), {names[n]: t for n, t in masters.items()})
+
+
 def run_checkpoint(run, step, tensors):
     """Write what a run of a recipe leaves under DeepSpeed: its files in `engine`, sealed, and no `latest`."""
 
@@ -173,7 +219,7 @@ def test_an_adapter_is_taken_from_a_checkpoint_that_also_holds_the_frozen_weight
     }
     trained, frozen = list(tensors)[:3], list(tensors)[3:5]
     path = checkpoint(
-        tmp_path / "c", tensors, stage=stage, world=2, groups=[trained[:2], trained[2:]], all_frozen=frozen
+        tmp_path / "c", tensors, stage=stage, world=2, groups=[trained[:2], trained[2:]], frozen_names=frozen
     )
     plain = [name.replace(".modules_to_save", "").replace(".default", "") for name in trained]
     base = {name: torch.zeros_like(tensors[own]) for name, own in zip(plain, trained, strict=True)}
@@ -190,7 +236,9 @@ def test_an_adapter_is_taken_from_a_checkpoint_that_also_holds_the_frozen_weight
     assert same_bits(loaded(tmp_path / "out"), expected)
     with pytest.raises(StateError, match=r"head.weight' of shape \[3, 4\] is missing there"):
         average([path], tmp_path / "no", base=tmp_path / "less", trust_pickle=True)
-    with pytest.raises(StateError, match=r"more holds 'x', which .*c lacks .*adapter folder of the same run"):
+    with pytest.raises(
+        StateError, match=r"more holds 'x', which .*c lacks, .*adapter folder of the same run"
+    ):
         average([path], tmp_path / "no", base=tmp_path / "more", trust_pickle=True)
 
 

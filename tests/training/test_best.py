@@ -14,7 +14,7 @@ from swaft.training import metrics
 from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation import answering, generation
 from swaft.training.evaluation.best import BestWeights, Target, choose_target
-from swaft.training.metrics import Metric
+from swaft.training.evaluation.evaluate import LIKELIHOOD_SCORES
 
 pytestmark = pytest.mark.unit
 
@@ -255,26 +255,41 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
 
 
 def test_a_score_that_there_is_not_is_refused_before_training():
-    main = Metric("accuracy_f1", ("accuracy", "f1"), max)
+    main = ("accuracy", "f1")
     chosen = choose_target(EvalConfig(metric_for_best_model="f1"), main, ["train"])
     assert (chosen.chosen, chosen.better) == ("f1", max)
     chosen = choose_target(EvalConfig(metric_for_best_model="loss"), main, ["train"])
     assert (chosen.chosen, chosen.better) == ("loss", min)
     assert choose_target(EvalConfig(), main, ["train"]).chosen == "accuracy"
-    with pytest.raises(ConfigError, match="no score 'rouge1'; expected one of accuracy, f1, loss"):
+    with pytest.raises(ConfigError, match=r"no score 'rouge1' to .*; expected one of accuracy, f1, loss$"):
         choose_target(EvalConfig(metric_for_best_model="rouge1"), main, ["train"])
+
+
+def test_decoders_are_chosen_by_any_of_their_scores():
+    found = {
+        name: choose_target(EvalConfig(metric_for_best_model=name), LIKELIHOOD_SCORES, ["train"])
+        for name in LIKELIHOOD_SCORES
+    }
+    assert {name: target.better for name, target in found.items()} == {
+        "loss": min,
+        "perplexity": min,
+        "token_accuracy": max,
+    }
+    assert {target.score for target in found.values()} == {"loss"}
+    with pytest.raises(ConfigError, match=r"expected one of loss, perplexity, token_accuracy$"):
+        choose_target(EvalConfig(metric_for_best_model="accuracy"), LIKELIHOOD_SCORES, ["train"])
 
 
 @pytest.mark.parametrize("asked", [{"keep_best": "last"}, {"early_stopping_patience": 1}])
 def test_weights_cannot_be_judged_without_validation_rows(asked):
-    main = Metric("accuracy", ("accuracy",), max)
+    main = ("accuracy",)
     with pytest.raises(ConfigError, match=f"eval.{next(iter(asked))}: .* there are none"):
         choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "test"])
     choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])
 
 
 def test_a_blend_is_searched_on_validation_rows():
-    searched, main = AveragingConfig(rule="swa", search_blend=True), Metric("accuracy", ("accuracy",), max)
+    searched, main = AveragingConfig(rule="swa", search_blend=True), ("accuracy",)
     with pytest.raises(ConfigError, match=r"averaging\.search_blend: .* there are none"):
         choose_target(EvalConfig(), main, ["train", "test"], searched)
     choose_target(EvalConfig(), main, ["train", "validation"], searched)
@@ -282,4 +297,4 @@ def test_a_blend_is_searched_on_validation_rows():
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_every_metric_knows_the_names_of_its_scores(metric):
-    assert choose_target(EvalConfig(), metric, []).better is (min if metric.name == "mse" else max)
+    assert choose_target(EvalConfig(), metric.names, []).better is (min if metric.name == "mse" else max)

@@ -65,8 +65,9 @@ def steps_taken(*optimizers: Optimizer) -> int | None:
     Read from the ``step`` of parameters or groups, where Adam and its relatives keep it; the largest if they
     differ.
     """
+    given: tuple[Any, ...] = optimizers
     # A ZeroRedundancyOptimizer's own state is what it has loaded, with None for the parameters of other ranks.
-    own = [each.optim if type(each).__name__ == "ZeroRedundancyOptimizer" else each for each in optimizers]
+    own = [each.optim if type(each).__name__ == "ZeroRedundancyOptimizer" else each for each in given]
     states = [state for optimizer in own for state in optimizer.state.values()]
     groups = [group for optimizer in own for group in optimizer.param_groups]
     steps = [int(each["step"]) for each in (*states, *groups) if "step" in each]

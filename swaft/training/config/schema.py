@@ -320,7 +320,7 @@ class EvalConfig(Section):
     averaged, or either (the averaged if they tie); none: no such folder."""
     metric_for_best_model: str | None = None
     """Score that decides between weights, for `keep_best`, early stopping and the windows of averaging; lower is
-    better for loss and mse. null: the main score of `metric`."""
+    better for loss, perplexity and mse. null: the main score of `metric`; the loss if there is none."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations in a row in which the weights that `keep_best` watches (none: either) did
     not score better. With averaging, evaluations count only once there is an average. null: train to the end."""

@@ -6,6 +6,7 @@ The settings specific to models that read one text and write another come first.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -110,7 +111,7 @@ class Seq2SeqDataConfig(RowsConfig):
     """Language to read: a key of the column `translation`, or for a multilingual model its code (en_XX, eng_Latn).
     A code matches the key before its `_`; if the key differs, set `source_column` as well."""
     target_lang: str | None = None
-    """Language to write."""
+    """Language to write. BLEU splits Chinese, Japanese and Korean into words by it, whatever the model."""
     source_prefix: str = ""
     """Text put before every source. T5 gets its task this way: "summarize: ", "translate English to French: "."""
     max_source_length: Annotated[int, Range(low=2)] = 512
@@ -186,6 +187,12 @@ USUAL_COLUMNS = (
 )
 TRANSLATION = "translation"
 """Column that holds a text for each language, by its code."""
+SPLIT_BY_A_TOKENIZER = {
+    **dict.fromkeys(("zh", "zho", "cmn", "yue"), "zh"),
+    **dict.fromkeys(("ja", "jpn"), "ja"),
+    **dict.fromkeys(("ko", "kor"), "ko"),
+}
+"""Languages that BLEU splits with a tokenizer of their own: the first part of a code -> sacrebleu's code."""
 REFERENCES = "references"
 """Column that lists all reference texts of a row."""
 
@@ -222,6 +229,11 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
     names = (columns.source_column, columns.target_column)
     rows = good_rows(splits, names, partial(_faults, columns=columns), skip=data.skip_bad_rows)
     return replace(columns, rows=rows)
+
+
+def bleu_language(code: str | None) -> str:
+    """Return sacrebleu's code of a language that BLEU splits with a tokenizer of its own; "" for all others."""
+    return SPLIT_BY_A_TOKENIZER.get(re.split("[_-]", code or "")[0].lower(), "")
 
 
 def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:

@@ -28,6 +28,7 @@ Splits = dict[str, Dataset]
 
 DEMO_TASK = "python_docstrings"
 GLUE = "nyu-mll/glue"
+GLUE_NAMES = (GLUE, "glue")
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
 # A split's name in the source -> its name here. MNLI has two validation sets.
@@ -98,6 +99,11 @@ def language_groups(splits: Mapping[str, Any], data: RowsConfig) -> dict[str, li
         same = [name, *(f"{name}_{language}" for language in data.languages)]
         groups[f"{name}_mean"] = [split for split in same if split in splits]
     return {name: same for name, same in groups.items() if len(same) > 1}
+
+
+def task_of(data: RowsConfig) -> str | None:
+    """Return the name of the task: `task_name`, or the configuration of GLUE on the hub; None: it has no name."""
+    return data.dataset_config_name if data.dataset_name in GLUE_NAMES else data.task_name
 
 
 def data_folder() -> Path | None:
@@ -202,7 +208,7 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
     if left := [str(split) for split in found if split not in SPLIT_NAMES]:
         logger.info("%s: the splits %s are not read", name, ", ".join(left))
-    if name in (GLUE, "glue"):  # labels of its test splits are withheld (-1): there is nothing to score
+    if name in GLUE_NAMES:  # labels of its test splits are withheld (-1): there is nothing to score
         kept.pop("test", None)
     return kept
 

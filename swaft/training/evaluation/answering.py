@@ -187,9 +187,11 @@ def _best_threshold(gains: Iterable[tuple[float, float]]) -> tuple[float, float]
     return best, threshold
 
 
+SQUAD_V2_SCORES = ("f1", "exact", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1")
+"""Without the scores at the best thresholds, which are no results."""
 METRICS = {
     "squad": Metric("squad", ("f1", "exact_match"), score_squad),
-    "squad_v2": Metric("squad_v2", ("f1", "exact", "HasAns_exact", "HasAns_f1"), score_squad_v2),
+    "squad_v2": Metric("squad_v2", SQUAD_V2_SCORES, score_squad_v2),
 }
 
 
@@ -330,6 +332,20 @@ def refuse_unused_threshold(settings: QuestionAnsweringEvalConfig, *, has_unansw
         raise ConfigError(
             f"eval.null_score_diff_threshold is {threshold}, but every question has an answer; remove it, or set "
             "data.version_2_with_negative=true if questions may have none"
+        )
+
+
+def refuse_score_of_no_question(settings: QuestionAnsweringEvalConfig, splits: Mapping[str, Dataset]) -> None:
+    """Refuse to choose weights by a score of questions (HasAns, NoAns) of which validation has none."""
+    chosen, rows = settings.metric_for_best_model or "", splits.get("validation")
+    kind = chosen.partition("_")[0]
+    if rows is None or kind not in ("HasAns", "NoAns"):
+        return
+    if all(bool(answers["text"]) != (kind == "HasAns") for answers in values(rows, "answers")):
+        how_many = "no" if kind == "HasAns" else "every"
+        raise ConfigError(
+            f"eval.metric_for_best_model is {chosen}, but {how_many} validation question has an answer; choose "
+            "another score, f1 for instance"
         )
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
 from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation.evaluate import Scores
-from swaft.training.metrics import Metric
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 """File with the best score so far, next to the best weights in a checkpoint."""
-LOWER_IS_BETTER = ("loss", "mse")
+LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 """The scores for which lower is better; for all others higher is."""
 
 
@@ -63,21 +62,28 @@ def watches_weights(evaluation: EvalConfig) -> bool:
 
 def choose_target(
     evaluation: EvalConfig,
-    metric: Metric | None,
+    names: Sequence[str],
     splits: Collection[str],
     averaging: AveragingConfig | None = None,
 ) -> Target:
-    """Return what decides between weights: a score of the metric, or the loss if there is no metric.
+    """Return what decides between weights: the score that the settings name, else the main one.
+
+    Args:
+        evaluation: section ``eval``.
+        names: scores that every evaluation reports, the main one first; there is always the loss as well.
+        splits: names of the splits.
+        averaging: section ``averaging``.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.
     """
-    known = [*(metric.names if metric else ()), "loss"]
+    known = list(dict.fromkeys([*names, "loss"]))
     chosen = evaluation.metric_for_best_model or known[0]
     problems = []
     if chosen not in known:
         problems.append(
-            f"eval.metric_for_best_model: this run has no score '{chosen}'; expected one of {', '.join(known)}"
+            f"eval.metric_for_best_model: this run has no score '{chosen}' to choose weights by; expected one of "
+            f"{', '.join(known)}"
         )
     asked = {
         "eval.eval_steps": evaluation.eval_steps is not None,

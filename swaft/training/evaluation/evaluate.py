@@ -21,6 +21,8 @@ from swaft.training.metrics import Metric, Scores
 from swaft.training.run.folder import RunFolder
 
 ROW_ID = "idx"
+LIKELIHOOD_SCORES = ("loss", "perplexity", "token_accuracy")
+"""Names of the scores of `evaluate_answers_given`; the first is the main one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def evaluate_classes(
 def evaluate_answers_given(
     model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, num_rows: int
 ) -> Evaluation:
-    """Return ``loss``, ``perplexity`` and ``token_accuracy`` over the tokens that are learnt (collective).
+    """Return `LIKELIHOOD_SCORES` over the tokens that are learnt (collective).
 
     They are sums over all tokens divided by their number, so they depend neither on batch size nor on ranks.
 
@@ -101,9 +103,8 @@ def evaluate_answers_given(
     sums, right, counts = measured_once(model, loader, accelerator, measure, num_rows=num_rows)
     loss = require_finite((sums.sum() / counts.sum()).item())
     accuracy = (right.sum() / counts.sum()).item()
-    return Evaluation(
-        scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
-    )
+    found = (loss, math.exp(min(loss, 700.0)), accuracy)
+    return Evaluation(scores=dict(zip(LIKELIHOOD_SCORES, found, strict=True)))
 
 
 def summed_losses(logits: Tensor, targets: Tensor) -> Tensor:

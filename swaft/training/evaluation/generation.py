@@ -24,6 +24,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from swaft.errors import ConfigError
 from swaft.training.data.causal_lm import CausalDataConfig, CausalEvalConfig
 from swaft.training.data.seq2seq import Seq2SeqDataConfig, Seq2SeqEvalConfig
 from swaft.training.data.texts import IGNORED
@@ -49,6 +50,9 @@ COCO_BETA = 1.2
 # anything but a lowercase letter. A text with line breaks is taken to have one sentence per line already.
 SENTENCE_END = re.compile(r"""(?<=[.!?])(["'”’)\]]*)\s+(?=[^\sa-z])""")
 
+# Five letters or marks in a row of scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese.
+UNSPACED = re.compile("[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uff01-\uff9f]{5}")
+
 # Close to the Penn Treebank tokens of the COCO scripts, whose tokenizer is a Java program.
 CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b")
 COCO_TOKEN = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-.']\w+|,\d+)*|[^\w\s]")
@@ -70,20 +74,24 @@ class GenerationScores:
     """How each score was computed; scores with different signatures cannot be compared."""
 
 
-def get_generation_metric(name: str = "auto", *, translates: bool = False) -> Metric:
+def get_generation_metric(name: str = "auto", *, translates: bool = False, language: str = "") -> Metric:
     """Return the metric of this name: it maps generated texts and their references to `GenerationScores`.
 
     Args:
         name: one of `NAMES["generation"]`, or `auto`: bleu_chrf for translations, rouge for the rest.
         translates: whether texts are translated, for `auto`.
+        language: that of the texts, from `bleu_language`; BLEU splits Chinese, Japanese and Korean accordingly.
 
     Raises:
-        ConfigError: an unknown name, or a metric for another kind of task.
+        ConfigError: an unknown name, a metric for another kind of task, or a package that is not installed.
     """
     if name == "auto":
         name = "bleu_chrf" if translates else "rouge"
     refuse_unfit(name, "generation")
-    return METRICS[name].require_modules()
+    metric = _table(language)[name].require_modules()
+    if "bleu" in metric.names:
+        _sacrebleu("bleu", language)  # as early as it is chosen, before any training
+    return metric
 
 
 def bootstrap_intervals(values: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
@@ -210,17 +218,40 @@ def _means(rows: list[dict[str, float]], signature: str) -> GenerationScores:
     return GenerationScores(means, intervals, dict.fromkeys(names, signature))
 
 
-def _of_corpus(name: str, predictions: Sequence[str], references: References) -> GenerationScores:
-    """Score with sacrebleu: BLEU with WMT's tokenization (13a), or chrF; both case-sensitive, as in WMT."""
-    metric = getattr(library("sacrebleu"), name.upper())()
+def _sacrebleu(name: str, language: str) -> Any:
+    """Return sacrebleu's metric: BLEU with WMT's tokenization (13a, or the language's own), or chrF.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    kind = getattr(library("sacrebleu"), name.upper())
+    try:
+        return kind(trg_lang=language) if language else kind()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"eval.metric: BLEU in language {language} needs a package: pip install 'sacrebleu[{language}]'; or set "
+            "eval.metric=chrf"
+        ) from error
+
+
+def _of_corpus(
+    name: str, predictions: Sequence[str], references: References, *, language: str = ""
+) -> GenerationScores:
+    """Score with sacrebleu: BLEU or chrF, both case-sensitive, as in WMT."""
+    metric = _sacrebleu(name, language)
+    unsplit = sum(all(map(UNSPACED.search, row)) for row in references)
+    if name == "bleu" and not language and unsplit:
+        logger.warning(
+            "%d of %d rows have no reference with spaces between words; BLEU takes each run of letters for a word, "
+            "and may give right texts 0. Use eval.metric=chrf, or for Chinese and Japanese set data.source_lang "
+            "and data.target_lang",
+            *(unsplit, len(references)),
+        )
     # sacrebleu takes one list of all first references, one of all second ones, ...: None if a row has fewer.
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
     score = float(metric.corpus_score(list(predictions), columns).score)
     return GenerationScores({name: score}, {}, {name: str(metric.get_signature())})
-
-
-_bleu, _chrf = partial(_of_corpus, "bleu"), partial(_of_corpus, "chrf")
 
 
 def _joined(*parts: Callable[..., GenerationScores]) -> Callable[..., GenerationScores]:
@@ -239,23 +270,29 @@ def _joined(*parts: Callable[..., GenerationScores]) -> Callable[..., Generation
 
 
 ROUGE, SACREBLEU = ("rouge_score.tokenizers", "rouge_score.rouge_scorer"), ("sacrebleu",)
-METRICS = {
-    metric.name: metric
-    for metric in (
+
+
+def _table(language: str = "") -> dict[str, Metric]:
+    """Return the metrics by name, with BLEU's tokenizer for a language."""
+    bleu, chrf = partial(_of_corpus, "bleu", language=language), partial(_of_corpus, "chrf")
+    metrics = (
         Metric("rouge", ("rougeL", "rouge1", "rouge2", "rougeLsum"), _rouge, modules=ROUGE),
-        Metric("bleu", ("bleu",), _bleu, modules=SACREBLEU),
-        Metric("chrf", ("chrf",), _chrf, modules=SACREBLEU),
+        Metric("bleu", ("bleu",), bleu, modules=SACREBLEU),
+        Metric("chrf", ("chrf",), chrf, modules=SACREBLEU),
         Metric("rougeL_coco", ("rougeL_coco",), _rouge_l_coco),
-        Metric("bleu_chrf", ("bleu", "chrf"), _joined(_bleu, _chrf), modules=SACREBLEU),
+        Metric("bleu_chrf", ("bleu", "chrf"), _joined(bleu, chrf), modules=SACREBLEU),
         # The scores of the E2E challenge, and the usual ROUGE-L next to its namesake.
         Metric(
             "bleu_rouge",
             ("bleu", "rougeL_coco", "rougeL"),
-            _joined(_bleu, _rouge_l_coco, partial(_rouge, names=("rougeL",))),
+            _joined(bleu, _rouge_l_coco, partial(_rouge, names=("rougeL",))),
             modules=(*ROUGE, *SACREBLEU),
         ),
     )
-}
+    return {metric.name: metric for metric in metrics}
+
+
+METRICS = _table()
 
 
 def evaluate_texts(

@@ -25,7 +25,7 @@ from transformers import (
 
 from swaft.errors import ConfigError
 from swaft.options import suggestion
-from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, Seq2SeqModelConfig
+from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, Seq2SeqModelConfig, bleu_language
 from swaft.training.data.texts import shortened
 from swaft.training.models.checks import START_WITH_THE_END, embedding_rows, require_decoder_start
 from swaft.training.models.pretrained import (
@@ -152,11 +152,12 @@ def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns)
             languages that nothing uses.
     """
     if not knows_languages(tokenizer):
-        if data.source_lang is not None and (data.source_column is not None or columns.source_lang is None):
+        selects = data.source_column is None and columns.source_lang is not None
+        if data.source_lang is not None and not selects and not bleu_language(data.target_lang):
             raise ConfigError(
                 f"data.source_lang: {data.source_lang} is used by nothing: it does not select texts from a "
-                "column 'translation', and the model's tokenizer puts no language codes into them; leave "
-                "data.source_lang and data.target_lang out"
+                "column 'translation', the model's tokenizer puts no language codes into them, and BLEU has no "
+                f"tokenizer for {data.target_lang}; leave data.source_lang and data.target_lang out"
             )
         return
     codes = list(language_codes(tokenizer))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from swaft.errors import ConfigError
+from swaft.training.data.seq2seq import bleu_language
 from swaft.training.evaluation.generation import (
     METRICS,
     bootstrap_intervals,
@@ -115,6 +116,55 @@ def test_texts_in_another_script_are_warned_of(caplog):
     assert scores["rouge1"] == 50
     assert "1 of 2 rows" in caplog.text
     assert "chrf" in caplog.text
+
+
+CHINESE = ["我今天很高兴见到你们所有人。", "他们昨天去了北京旅游。"]
+
+
+def test_the_right_chinese_texts_have_a_bleu_of_100(caplog):
+    language = bleu_language("zho_Hans")
+    result = get_generation_metric(translates=True, language=language).compute(
+        CHINESE, [[text] for text in CHINESE]
+    )
+    assert result.scores == {"bleu": pytest.approx(100), "chrf": pytest.approx(100)}
+    assert "tok:zh" in result.signatures["bleu"]
+    assert caplog.text == ""
+
+
+def test_bleu_of_texts_without_spaces_is_warned_of(caplog):
+    references = [[CHINESE[0]], ["the cat sat"], ["วันนี้อากาศดีมาก"], ["今日はとても寒い。", "it is cold"]]
+    with caplog.at_level(logging.WARNING, logger="swaft"):
+        get_generation_metric("bleu").compute(["x"] * 4, references)
+        get_generation_metric("chrf").compute(["x"] * 4, references)
+    [record] = caplog.records
+    assert "2 of 4 rows have no reference with spaces between words" in record.message
+    assert "eval.metric=chrf" in record.message
+    assert "data.target_lang" in record.message
+
+
+@pytest.mark.parametrize(
+    ("code", "language"),
+    [
+        ("zh_CN", "zh"),
+        ("zho_Hant", "zh"),
+        ("zh-TW", "zh"),
+        ("ja_XX", "ja"),
+        ("kor_Hang", "ko"),
+        ("fr", ""),
+        (None, ""),
+    ],
+)
+def test_languages_that_bleu_splits_are_known_by_every_code(code, language):
+    assert bleu_language(code) == language
+
+
+def test_a_missing_tokenizer_for_a_language_names_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
+    for name in ("auto", "bleu", "bleu_rouge"):
+        with pytest.raises(ConfigError, match=r"sacrebleu\[ja\].* eval\.metric=chrf"):
+            get_generation_metric(name, translates=True, language="ja")
+    assert get_generation_metric("chrf", language="ja").name == "chrf"
 
 
 def test_auto_is_rouge_except_for_translations():
