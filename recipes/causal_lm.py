@@ -35,12 +35,7 @@ from swaft.training.data.packing import pack
 from swaft.training.data.sources import load_splits
 from swaft.training.data.texts import read_as_text, report_special_tokens, require_length, values
 from swaft.training.evaluation.best import choose_target
-from swaft.training.evaluation.evaluate import (
-    LIKELIHOOD_SCORES,
-    Evaluation,
-    evaluate_answers_given,
-    write_samples,
-)
+from swaft.training.evaluation.evaluate import TOKEN_SCORES, Evaluation, evaluate_answers_given, write_samples
 from swaft.training.evaluation.generation import write_answers
 from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
@@ -111,7 +106,7 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, LIKELIHOOD_SCORES, ready.rows, config.averaging)
+        ready.target = choose_target(config.eval, TOKEN_SCORES, ready.rows, config.averaging)
     return ready
 
 

@@ -14,7 +14,7 @@ from swaft.training import metrics
 from swaft.training.config import AveragingConfig, EvalConfig
 from swaft.training.evaluation import answering, generation
 from swaft.training.evaluation.best import BestWeights, Target, choose_target
-from swaft.training.evaluation.evaluate import LIKELIHOOD_SCORES
+from swaft.training.evaluation.evaluate import TOKEN_SCORES
 
 pytestmark = pytest.mark.unit
 
@@ -267,8 +267,8 @@ def test_a_score_that_there_is_not_is_refused_before_training():
 
 def test_decoders_are_chosen_by_any_of_their_scores():
     found = {
-        name: choose_target(EvalConfig(metric_for_best_model=name), LIKELIHOOD_SCORES, ["train"])
-        for name in LIKELIHOOD_SCORES
+        name: choose_target(EvalConfig(metric_for_best_model=name), TOKEN_SCORES, ["train"])
+        for name in TOKEN_SCORES
     }
     assert {name: target.better for name, target in found.items()} == {
         "loss": min,
@@ -277,7 +277,7 @@ def test_decoders_are_chosen_by_any_of_their_scores():
     }
     assert {target.score for target in found.values()} == {"loss"}
     with pytest.raises(ConfigError, match=r"expected one of loss, perplexity, token_accuracy$"):
-        choose_target(EvalConfig(metric_for_best_model="accuracy"), LIKELIHOOD_SCORES, ["train"])
+        choose_target(EvalConfig(metric_for_best_model="accuracy"), TOKEN_SCORES, ["train"])
 
 
 @pytest.mark.parametrize("asked", [{"keep_best": "last"}, {"early_stopping_patience": 1}])

@@ -21,7 +21,7 @@ from swaft.training.metrics import Metric, Scores
 from swaft.training.run.folder import RunFolder
 
 ROW_ID = "idx"
-LIKELIHOOD_SCORES = ("loss", "perplexity", "token_accuracy")
+TOKEN_SCORES = ("loss", "perplexity", "token_accuracy")
 """Names of the scores of `evaluate_answers_given`; the first is the main one."""
 
 
@@ -79,7 +79,7 @@ def evaluate_classes(
 def evaluate_answers_given(
     model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, num_rows: int
 ) -> Evaluation:
-    """Return `LIKELIHOOD_SCORES` over the tokens that are learnt (collective).
+    """Return `TOKEN_SCORES` over the tokens that are learnt (collective).
 
     They are sums over all tokens divided by their number, so they depend neither on batch size nor on ranks.
 
@@ -104,7 +104,7 @@ def evaluate_answers_given(
     loss = require_finite((sums.sum() / counts.sum()).item())
     accuracy = (right.sum() / counts.sum()).item()
     found = (loss, math.exp(min(loss, 700.0)), accuracy)
-    return Evaluation(scores=dict(zip(LIKELIHOOD_SCORES, found, strict=True)))
+    return Evaluation(scores=dict(zip(TOKEN_SCORES, found, strict=True)))
 
 
 def summed_losses(logits: Tensor, targets: Tensor) -> Tensor:

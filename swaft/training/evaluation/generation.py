@@ -229,8 +229,8 @@ def _sacrebleu(name: str, language: str) -> Any:
         return kind(trg_lang=language) if language else kind()
     except RuntimeError as error:
         raise ConfigError(
-            f"eval.metric: BLEU in language {language} needs a package: pip install 'sacrebleu[{language}]'; or set "
-            "eval.metric=chrf"
+            f"eval.metric: BLEU in language {language} needs a package: pip install 'sacrebleu[{language}]', "
+            "or set eval.metric=chrf"
         ) from error
 
 
