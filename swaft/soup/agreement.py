@@ -46,9 +46,9 @@ PASSING_IN_ADAPTERS = ("inference_mode", "peft_version", "auto_mapping")
 """Settings that do not affect the meaning of the factors."""
 
 ADAPTER_PARTS = re.compile(
-    r"\.modules_to_save\.default\b|(?<=\.)(lora_\w+|trainable_tokens_delta)\.default(?=\.|$)"
+    r"\.modules_to_save\.default\b|(?<=\.lora_magnitude_vector)\.default\.weight$|\.default(?=(\.\w+)?$)"
 )
-"""The parts of names inside a `PeftModel` that identify the adapter; the adapter's folder omits them."""
+"""The parts of names inside a `PeftModel` that the folder of its adapter `default` omits."""
 PARAMETRIZED = ".parametrizations."
 IN_THE_MODEL = (
     "Write it in a process that has the model: load it there (averages with averager.load_state), then call "
@@ -261,7 +261,8 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
         The same checkpoints, with the names of the base.
 
     Raises:
-        StateError: the base belongs to another model, or does not have these weights under any name.
+        StateError: the base belongs to another model, does not have these weights under any name, or stores them
+            in a form that only the model can compute.
     """
     first = members[0]
     for name in first.specs:
@@ -270,7 +271,8 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
                 f"{first.path}: {name!r} is a weight before its parametrization (R4F's spectral norm, say), and "
                 f"only the model can compute the weight after it. {IN_THE_MODEL}"
             )
-    if not first.is_adapter and any(ADAPTER_PARTS.search(name) for name in first.specs):
+    adapted = (name for name in first.specs if name not in base.specs and ADAPTER_PARTS.search(name))
+    if not first.is_adapter and any(adapted):
         members = _as_adapters(members, base)
     tied = _tied(members, base)
     members = [member.without(tied) for member in members]
@@ -278,11 +280,42 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
         found = base.specs.get(name)
         if found is None or found.shape != spec.shape:
             what = f"of shape {list(found.shape)} there" if found else "missing there"
-            raise StateError(
-                f"--base {base.path} is another model than {first.path}: {name!r} of shape {list(spec.shape)} "
-                f"is {what}"
-            )
+            what = f"{name!r} of shape {list(spec.shape)} is {what}"
+            if form := _other_form(base):
+                raise StateError(
+                    f"{first.path} does not fit --base {base.path}: {what}; {form}, and only the model can turn "
+                    f"one into the other. {IN_THE_MODEL}"
+                )
+            raise StateError(f"--base {base.path} is another model than {first.path}: {what}")
     return members
+
+
+def _other_form(base: SavedWeights) -> str | None:
+    """In what way a folder of this kind differs from the model in memory, in words; None if it does not."""
+    if base.is_adapter:
+        method = read_json(base.path / ADAPTER_CONFIG).get("peft_type")
+        if method in (None, "LORA"):
+            return None
+        return f"peft stores {shown(method)} in another form than it has in memory"
+    if base.files is None or not (base.files / CONFIG).exists():
+        return None
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # then nothing says which models are converted
+        return None
+    kinds = _model_types(read_json(base.files / CONFIG))
+    kind = next((each for each in kinds if get_checkpoint_conversion_mapping(each)), None)
+    return kind and f"transformers stores the weights of {kind} under other names than they have in memory"
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """What transformers looks a conversion up by: classes and model types, also of nested configurations."""
+    for name in (*(config.get("architectures") or ()), config.get("model_type")):
+        if isinstance(name, str):
+            yield name
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)
 
 
 def _tied(members: Sequence[SavedWeights], base: SavedWeights) -> dict[str, str]:
@@ -317,22 +350,30 @@ def _middle(spec: Spec) -> tuple[int, int]:
 def _as_adapters(members: list[SavedWeights], base: SavedWeights) -> list[SavedWeights]:
     if not base.is_adapter:
         raise StateError(
-            f"{members[0].path} holds the weights of a LoRA adapter, and --base {base.path} is a whole model; name "
+            f"{members[0].path} holds the weights of an adapter, and --base {base.path} is a whole model; name "
             "the adapter folder of the run as --base (its best, final or final-averaged), and an adapter folder "
             "will be written"
         )
     adapters = []
     for member in members:
-        names = {_plain(name): name for name in member.specs}
-        if len(names) < len(member.specs):
+        # DeepSpeed also saves what is frozen, and an adapter folder omits most of it. What is trained is in both.
+        kept = [name for name in member.specs if name not in member.untrained or _plain(name) in base.specs]
+        names = {_plain(name): name for name in kept}
+        if len(names) < len(kept):
             raise StateError(
                 f"{member.path}: two of its weights have the same name in an adapter folder. {IN_THE_MODEL}"
             )
         aliases = {_plain(name): _plain(other) for name, other in member.aliases.items()}
+        lacking = next((name for name in base.specs if name not in names and name not in aliases), None)
+        if len(kept) < len(member.specs) and lacking:
+            raise StateError(
+                f"--base {base.path} holds {lacking!r}, which {member.path} lacks, though it holds frozen weights; "
+                "name the adapter folder of the same run as --base"
+            )
         adapters.append(replace(member.renamed(names, aliases), is_adapter=True, files=base.files))
     return adapters
 
 
 def _plain(name: str) -> str:
     """The name that a weight of a `PeftModel` has in the folder of its adapter `default`."""
-    return ADAPTER_PARTS.sub(lambda match: match[1] or "", name)
+    return ADAPTER_PARTS.sub("", name)

@@ -35,6 +35,8 @@ class SavedWeights:
     """Maps other names of tied tensors, which are not tensors of their own, to their names in ``specs``."""
     maybe_tied: Collection[str] = ()
     """Names in ``specs`` that may be other names of tied tensors, if the checkpoint does not say."""
+    untrained: Collection[str] = ()
+    """Names in ``specs`` of frozen weights and buffers, if the checkpoint tells them from what was trained."""
     files: Path | None = None
     """Folder of configuration and tokenizer; None if there is none."""
     is_adapter: bool = False
@@ -53,6 +55,7 @@ class SavedWeights:
             read=lambda name, start, end: self.read(names[name], start, end),
             aliases=aliases,
             maybe_tied={name for name, own in names.items() if own in self.maybe_tied},
+            untrained={name for name, own in names.items() if own in self.untrained},
         )
 
     def without(self, tied: Mapping[str, str]) -> SavedWeights:

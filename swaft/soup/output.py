@@ -45,6 +45,8 @@ WEIGHTS = (
 """Suffixes of files of weights and of training state. They are not copied."""
 LEFT_NAMES = ("trainer_state.json", "noise.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
 """Other files that are not copied: they describe the checkpoint, not the result."""
+MODULES = "modules.json"
+"""Lists the subfolders that sentence-transformers opens along with the folder."""
 
 
 def refuse_occupied(path: Path) -> None:
@@ -60,6 +62,24 @@ def refuse_occupied(path: Path) -> None:
         raise StateError(f"{path} is where a disk is mounted; name a new folder inside it as --output")
     if not is_free(path):
         raise StateError(f"{path} is there already; nothing was changed in it. Name a new folder as --output")
+
+
+def refuse_modules(source: Path) -> None:
+    """Refuse a folder of sentence-transformers that has weights in subfolders, which are not averaged.
+
+    Raises:
+        StateError: a subfolder that its `modules.json` lists holds weights, or a file could not be read.
+    """
+    with explained(source, "looked into"):
+        listed = (source / MODULES).read_text(errors="replace") if (source / MODULES).exists() else ""
+        for path in sorted(source.iterdir()) if listed else ():
+            if f'"{path.name}"' in listed and (held := _first_weights(path)):
+                raise StateError(
+                    f"{path} holds weights of its own ({held}), which are not averaged, and {MODULES} lists it as "
+                    "a part of the model, which would not open without it. Average such models in Python: open them "
+                    "with SentenceTransformer, load the mean of their state_dict() into one of them, and call its "
+                    "save_pretrained"
+                )
 
 
 def plan_shards(specs: Mapping[str, Spec], most_bytes: float) -> list[Shard]:

@@ -40,6 +40,7 @@ from swaft.soup.output import (
     describe,
     fingerprint,
     plan_shards,
+    refuse_modules,
     refuse_occupied,
     set_config_dtype,
     write_json,
@@ -330,13 +331,14 @@ def _opened(
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)
-        is_copied = len(members) == 1 and not members[0].is_adapter and lora_rank is None
+        is_copied = len(members) == 1 and lora_rank is None
         files = _files(members[0], whole)
+        refuse_modules(files)
         if whole is not None:
             notes += compare_configs(whole.files, members[0].files)
             members = fit_to_base(members, whole)
         weighted = list(zip(weights, members, strict=True))
-        if members[0].is_adapter and not is_copied:  # a single state is copied, of any variant of LoRA
+        if members[0].is_adapter and not is_copied:  # a single one is copied, of any method of peft
             mean = AdapterMean(weighted, dtype, whole, rank=lora_rank)
         elif lora_rank is not None:
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")

@@ -50,6 +50,7 @@ def open_zero(path: Path) -> SavedWeights:
             for name, (spec, parts) in _tensors(partitions, states)
         }
         aliases = dict(states[0]["shared_params"])
+        trained = {name for shapes in states[0]["param_shapes"] for name in shapes}
     except Exception as error:  # unpickling can raise anything
         raise StateError(f"{tag} could not be read: {type(error).__name__}: {error}") from error
 
@@ -63,6 +64,7 @@ def open_zero(path: Path) -> SavedWeights:
         read=read,
         label=str(path),
         aliases=aliases,
+        untrained=pieces.keys() - trained,
         files=path if (path / CONFIG).exists() else None,
     )
 

@@ -199,11 +199,14 @@ def test_another_variant_than_plain_lora_is_refused(tmp_path):
 
 
 def test_another_method_than_lora_is_refused(tmp_path):
-    path = adapter(tmp_path / "a", 0, the_base)
-    config = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
-    (path / "adapter_config.json").write_text(json.dumps(config))
+    paths = [adapter(tmp_path / str(i), i, the_base) for i in range(2)]
+    for path in paths:
+        config = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
+        (path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(StateError, match="peft_type is 'IA3'; expected LORA"):
-        average([path], tmp_path / "out")
+        average(paths, tmp_path / "out")
+    with pytest.raises(StateError, match="peft_type is 'IA3'; expected LORA"):
+        average(paths[:1], tmp_path / "out", lora_rank=4)
 
 
 def test_a_rank_is_refused_where_layers_have_ranks_of_their_own(tmp_path):

@@ -11,7 +11,8 @@ from soup_folders import CONFIG, bert, folder_of, folders, golden, loaded, rando
 from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from swaft.errors import StateError
-from swaft.soup import average, last_checkpoints, open_checkpoint
+from swaft.soup import average, average_greedily, last_checkpoints, open_checkpoint
+from swaft.soup.mean import Mean
 from swaft.soup.output import parse_size, plan_shards
 from swaft.storage import hash_file
 
@@ -177,6 +178,24 @@ def test_folders_inside_are_copied_but_for_those_with_weights_of_their_own(tmp_p
     assert not (tmp_path / "out" / "elsewhere").exists()
     (note,) = soup.notes
     assert note.endswith("2_Dense is not copied: it holds weights of its own (deep/pytorch_model.bin)")
+
+
+def test_a_module_of_sentence_transformers_with_weights_of_its_own_is_refused_before_anything_is_averaged(
+    tmp_path, monkeypatch
+):
+    paths = folders(tmp_path, 2)
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    (paths[0] / "modules.json").write_text(json.dumps(modules))
+    for module, file in [("1_Pooling", "config.json"), ("2_Dense", "model.safetensors")]:
+        (paths[0] / module).mkdir()
+        (paths[0] / module / file).write_text("{}")
+    monkeypatch.setattr(Mean, "slices", lambda *arguments: pytest.fail("weights were averaged"))
+    message = r"2_Dense holds weights of its own .*open them with SentenceTransformer"
+    with pytest.raises(StateError, match=message):
+        average(paths, tmp_path / "out")
+    with pytest.raises(StateError, match=message):
+        average_greedily(paths, tmp_path / "out", score=pytest.fail, higher_is_better=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in0", "in1"]
 
 
 def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):

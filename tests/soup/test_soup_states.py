@@ -4,8 +4,17 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from soup_folders import bert, folder_of, loaded, same_bits
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import swaft
 from swaft.averaging import export
@@ -101,7 +110,11 @@ def test_a_damaged_state_is_refused(tmp_path):
 def trained_bert(prepare, seed=0):
     """A small classifier, made ready by `prepare` and trained for four random steps."""
     torch.manual_seed(0)
-    model = prepare(bert(0))
+    return averaged(prepare(bert(0)), seed)
+
+
+def averaged(model, seed=0):
+    """The averager of a model that is trained for four random steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
@@ -146,12 +159,42 @@ def test_the_average_of_a_lora_run_is_the_adapter_folder_that_the_run_exports(tm
     assert torch.equal(trained, loaded(tmp_path / "own")["base_model.model.classifier.weight"])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="SEQ_CLS", r=2, use_dora=True, target_modules=["query"]),
+        IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[]),
+        OFTConfig(task_type="SEQ_CLS", oft_block_size=4, target_modules=["query"]),
+        LoHaConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]),
+    ],
+    ids=["dora", "ia3", "oft", "loha"],
+)
+def test_an_adapter_of_any_method_is_exported_from_its_state_and_from_its_folder(tmp_path, config):
+    averager = trained_bert(lambda model: get_peft_model(model, config))
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    export.save_pretrained(averager.engine, tmp_path / "last")
+    average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "last")
+    average([tmp_path / "own"], tmp_path / "again")
+    for found in ("out", "again"):
+        assert same_bits(loaded(tmp_path / found), loaded(tmp_path / "own"))
+    assert not same_bits(loaded(tmp_path / "own"), loaded(tmp_path / "last"))
+
+
+def test_a_prompt_is_refused_with_its_method_and_a_way_to_export_it(tmp_path):
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    averager = trained_bert(lambda model: get_peft_model(model, config))
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    message = r"state does not fit .*peft stores 'PROMPT_TUNING' in another form .*averager.load_state"
+    with pytest.raises(StateError, match=message):
+        average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
+
+
 def test_the_averages_of_a_lora_run_ask_for_its_adapter_folder(tmp_path):
     trained_bert(with_adapter).save_state(tmp_path / "state")
     bert(0).save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        StateError, match=r"state holds the weights of a LoRA adapter.*adapter folder of the run"
-    ):
+    with pytest.raises(StateError, match=r"state holds the weights of an adapter.*adapter folder of the run"):
         average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "base")
 
 
@@ -194,6 +237,21 @@ def test_a_parametrized_weight_is_refused_with_a_way_to_export_it(tmp_path):
     averager.save_state(tmp_path / "state")
     averager.save_pretrained(tmp_path / "own")
     message = r"'classifier.parametrizations.weight.original' is a weight before .*averager.load_state"
+    with pytest.raises(StateError, match=message):
+        average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
+
+
+def test_a_model_that_transformers_stores_under_other_names_is_refused_with_a_way_to_export_it(tmp_path):
+    config = Qwen3MoeConfig(
+        **{"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 4},
+        **{"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2},
+    )
+    averager = averaged(Qwen3MoeForCausalLM(config))
+    averager.save_state(tmp_path / "state")
+    averager.save_pretrained(tmp_path / "own")
+    message = (
+        r"state does not fit .*gate_up_proj.*stores the weights of qwen3_moe under .*averager.load_state"
+    )
     with pytest.raises(StateError, match=message):
         average([tmp_path / "state"], tmp_path / "out", base=tmp_path / "own")
 

@@ -193,7 +193,7 @@ def test_adapters_take_their_folder_as_the_base_and_their_updates_are_averaged(r
             nn.init.normal_(parameter)
         trained.append(net["layer"].factors())
         paths.append(write_checkpoint(tmp_path / "lora", step, net, torch.optim.AdamW(net.parameters())))
-    with pytest.raises(StateError, match=r"weights of a LoRA adapter.*name the adapter folder .* as --base"):
+    with pytest.raises(StateError, match=r"weights of an adapter.*name the adapter folder .* as --base"):
         average(paths[:1], tmp_path / "out", base=run.base, trust_pickle=True)
     adapter = tmp_path / "adapter"
     adapter.mkdir()

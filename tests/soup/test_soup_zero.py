@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 
@@ -204,6 +205,41 @@ def test_checkpoints_of_a_run_under_deepspeed_are_averaged(tmp_path):
     assert same_bits(loaded(tmp_path / "out"), golden(sources[1:]))
     average(paths[:1], tmp_path / "first", base=base, trust_pickle=True)
     assert same_bits(loaded(tmp_path / "first"), sources[0])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_adapter_is_taken_from_a_checkpoint_that_also_holds_the_frozen_weights(tmp_path, stage):
+    tensors = {
+        "base_model.model.q.lora_A.default.weight": torch.randn(2, 4),
+        "base_model.model.q.lora_B.default.weight": torch.randn(4, 2),
+        "base_model.model.head.modules_to_save.default.weight": torch.randn(3, 4),
+        "base_model.model.q.base_layer.weight": torch.randn(4, 4),
+        "base_model.model.head.original_module.weight": torch.randn(3, 4),
+        "counter": torch.arange(4),
+    }
+    trained, frozen = list(tensors)[:3], list(tensors)[3:5]
+    path = checkpoint(
+        tmp_path / "c", tensors, stage=stage, world=2, groups=[trained[:2], trained[2:]], frozen_names=frozen
+    )
+    plain = [name.replace(".modules_to_save", "").replace(".default", "") for name in trained]
+    base = {name: torch.zeros_like(tensors[own]) for name, own in zip(plain, trained, strict=True)}
+    for folder, held in [
+        ("last", base),
+        ("less", dict(list(base.items())[:2])),
+        ("more", base | {"x": torch.ones(1)}),
+    ]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        save_file(held, tmp_path / folder / "adapter_model.safetensors")
+    average([path], tmp_path / "out", base=tmp_path / "last", trust_pickle=True)
+    expected = {name: tensors[own] for name, own in zip(plain, trained, strict=True)}
+    assert same_bits(loaded(tmp_path / "out"), expected)
+    with pytest.raises(StateError, match=r"head.weight' of shape \[3, 4\] is missing there"):
+        average([path], tmp_path / "no", base=tmp_path / "less", trust_pickle=True)
+    with pytest.raises(
+        StateError, match=r"more holds 'x', which .*c lacks, .*adapter folder of the same run"
+    ):
+        average([path], tmp_path / "no", base=tmp_path / "more", trust_pickle=True)
 
 
 def test_a_checkpoint_of_a_run_is_not_unpickled_without_consent(tmp_path):
