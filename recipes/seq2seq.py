@@ -120,8 +120,9 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        names = ready.metric.names if ready.metric else ()
-        ready.target = choose_target(config.eval, names, ready.rows, config.averaging)
+        ready.target = choose_target(
+            config.eval, getattr(ready.metric, "names", ()), ready.rows, config.averaging
+        )
     return ready
 
 

@@ -76,9 +76,9 @@ def refuse_modules(source: Path) -> None:
             if f'"{path.name}"' in listed and (held := _first_weights(path)):
                 raise StateError(
                     f"{path} holds weights of its own ({held}), which are not averaged, and {MODULES} lists it as "
-                    "a part of the model, which would not open without it. Average such models in Python: open them "
-                    "with SentenceTransformer, load the mean of their state_dict() into one of them, and call its "
-                    "save_pretrained"
+                    "a part of the model, which would not open without it. Average such models in Python: open "
+                    "them with SentenceTransformer, load the mean of their state_dict() into one of them, and call "
+                    "its save_pretrained"
                 )
 
 
