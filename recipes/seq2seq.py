@@ -21,7 +21,6 @@ from swaft.training.config import build_rule
 from swaft.training.data.seq2seq import (
     PairColumns,
     Seq2SeqConfig,
-    bleu_language,
     find_pairs,
     read_pairs,
     report_lengths,
@@ -120,9 +119,8 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(
-            config.eval, getattr(ready.metric, "names", ()), ready.rows, config.averaging
-        )
+        scores = ready.metric.names if ready.metric else ()
+        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging)
     return ready
 
 
@@ -135,7 +133,7 @@ def choose_metric(config: Seq2SeqConfig, ready: PreparedPairs) -> Metric:
         or data.source_prefix.lower().startswith("translate ")
         or getattr(getattr(ready, "model_config", None), "model_type", "") == "marian"
     )
-    language = bleu_language(data.target_lang) or bleu_language(ready.columns.target_lang)
+    language = data.target_lang or ready.columns.target_lang
     return get_generation_metric(config.eval.metric, translates=translates, language=language)
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from swaft.errors import ConfigError
 from swaft.training.data.causal_lm import CausalDataConfig, CausalEvalConfig
-from swaft.training.data.seq2seq import Seq2SeqDataConfig, Seq2SeqEvalConfig
+from swaft.training.data.seq2seq import Seq2SeqDataConfig, Seq2SeqEvalConfig, bleu_language
 from swaft.training.data.texts import IGNORED
 from swaft.training.evaluation.evaluate import (
     ROW_ID,
@@ -74,13 +74,15 @@ class GenerationScores:
     """How each score was computed; scores with different signatures cannot be compared."""
 
 
-def get_generation_metric(name: str = "auto", *, translates: bool = False, language: str = "") -> Metric:
+def get_generation_metric(
+    name: str = "auto", *, translates: bool = False, language: str | None = None
+) -> Metric:
     """Return the metric of this name: it maps generated texts and their references to `GenerationScores`.
 
     Args:
         name: one of `NAMES["generation"]`, or `auto`: bleu_chrf for translations, rouge for the rest.
         translates: whether texts are translated, for `auto`.
-        language: that of the texts, from `bleu_language`; BLEU splits Chinese, Japanese and Korean accordingly.
+        language: that of the texts, or a model's code for it; BLEU splits Chinese, Japanese and Korean accordingly.
 
     Raises:
         ConfigError: an unknown name, a metric for another kind of task, or a package that is not installed.
@@ -88,9 +90,10 @@ def get_generation_metric(name: str = "auto", *, translates: bool = False, langu
     if name == "auto":
         name = "bleu_chrf" if translates else "rouge"
     refuse_unfit(name, "generation")
-    metric = _table(language)[name].require_modules()
+    split_as = bleu_language(language)
+    metric = _table(split_as)[name].require_modules()
     if "bleu" in metric.names:
-        _sacrebleu("bleu", language)  # as early as it is chosen, before any training
+        _sacrebleu("bleu", split_as)  # as early as it is chosen, before any training
     return metric
 
 
