@@ -67,7 +67,10 @@ def open_checkpoint(
         # Checked before all of it is read for verification.
         what = "a DeepSpeed checkpoint" if is_zero else "a distributed checkpoint of torch"
         if copied:
-            what += ", whose safetensors are only a 16-bit copy of the fp32 weights in DeepSpeed's files"
+            what += (
+                ", whose safetensors are only a 16-bit copy of the fp32 weights in DeepSpeed's files (to average "
+                "the copy all the same, move it to a folder without them)"
+            )
         _require_options(engine, what, trust_pickle, has_base)
         if manifest is not None and engine != path:
             _verify_engine(path, manifest)

@@ -326,8 +326,10 @@ def _opened(
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
             members.append(stack.enter_context(found))
         _refuse_unused(rule, paths)
-        if base is None and not members[0].is_adapter and (paths[0] / ADAPTER_CONFIG).exists():
-            base = paths[0]  # an adapter's masters have the names of training; its folder has peft's
+        if base is None and is_copy_of_masters(paths[0]):
+            base = paths[
+                0
+            ]  # masters have the names of training; the copy next to them has those of the folder
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)

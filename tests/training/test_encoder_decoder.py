@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ def test_generation_settings_that_could_not_be_saved_are_mended_or_refused_befor
     (folder / "generation_config.json").write_text(json.dumps(settings))
     section = Seq2SeqModelConfig(model_name_or_path=str(folder))
     config = CausalConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused"))
+    adapted = replace(config, model=replace(section, use_peft=True))  # such a folder takes any
+    load_text_model(adapted, decoder_config(section), tokenizer)
     with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
         model = load_text_model(config, decoder_config(section), tokenizer)
         model.save_pretrained(tmp_path / "final")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from operator import attrgetter
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -110,21 +109,22 @@ def require_saving(generation: Any, model: Seq2SeqModelConfig) -> None:
     Raises:
         ConfigError: says what is wrong with them.
     """
+    if getattr(generation, "_original_object_hash", None) == hash(generation):  # as `save_pretrained` sees it
+        return
     says_nothing = generation.do_sample is None
-    with TemporaryDirectory() as folder:
-        try:
-            generation.save_pretrained(folder)
-        except ValueError as error:
-            if says_nothing:
-                generation.do_sample = True
-                with suppress(ValueError):
-                    generation.save_pretrained(folder)
-                    return
-            raise ConfigError(
-                f"{model.setting}: the generation_config.json of {model_path(model) or 'the new model'} (if it has "
-                "none, its config.json) could not be saved with the trained model; correct it in a copy of the "
-                f"model: {' '.join(str(error).split())[:500]}"
-            ) from error
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        if says_nothing:
+            generation.do_sample = True
+            with suppress(ValueError):
+                generation.validate(strict=True)
+                return
+        raise ConfigError(
+            f"{model.setting}: the generation_config.json of {model_path(model) or 'the new model'} (if it has "
+            "none, its config.json) could not be saved with the trained model; correct it in a copy of the "
+            f"model: {' '.join(str(error).split())[:500]}"
+        ) from error
 
 
 @torch.no_grad()
@@ -394,7 +394,8 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Col
             generation.eos_token_id = [*known, *more]
         # For generation from the saved folder; `CausalCollator` ignores the padding side.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    require_saving(loaded.generation_config, config.model)
+    if not config.model.use_peft:  # a folder of adapters takes any
+        require_saving(loaded.generation_config, config.model)
     loaded = with_checkpointing(loaded, config.train.gradient_checkpointing)
     return with_adapters(loaded, config.model, task=config.task)
 
