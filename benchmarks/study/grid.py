@@ -51,7 +51,7 @@ CHEAPEST = ("mpqa", "cola", "trec", "sst2", "cr", "subj")
 GENERAL = ("squad", "e2e-new", "e2e-encoder", "tatoeba-new", "tatoeba-encoder")
 """Besides classification: used neither to choose nor to confirm, but to show how far the findings generalise."""
 RATES = (6.25e-6, 1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
-"""Wide enough that the search ends inside: at 2.5e-5 the loss of some longer runs was still falling."""
+"""At 2.5e-5, once the lowest, the loss of some longer runs was still falling."""
 FIRST_RATES = (1e-4, 2e-4)
 TUNING_SEED = 101
 SEEDS = tuple(range(1, 11))

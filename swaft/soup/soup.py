@@ -327,9 +327,8 @@ def _opened(
             members.append(stack.enter_context(found))
         _refuse_unused(rule, paths)
         if base is None and is_copy_of_masters(paths[0]):
-            base = paths[
-                0
-            ]  # masters have the names of training; the copy next to them has those of the folder
+            # Masters have the names of training, and the copy next to them has those of the folder.
+            base = paths[0]
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)

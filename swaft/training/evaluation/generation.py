@@ -242,8 +242,8 @@ def _of_corpus(
 ) -> GenerationScores:
     """Score with sacrebleu: BLEU or chrF, both case-sensitive, as in WMT."""
     metric = _sacrebleu(name, language)
-    unsplit = sum(all(map(UNSPACED.search, row)) for row in references)
-    if name == "bleu" and not language and unsplit:
+    splits_at_spaces = name == "bleu" and not language
+    if splits_at_spaces and (unsplit := sum(all(map(UNSPACED.search, row)) for row in references)):
         logger.warning(
             "%d of %d rows have no reference with spaces between words; BLEU takes each run of letters for a word, "
             "and may give right texts 0. Use eval.metric=chrf, or for Chinese and Japanese set data.source_lang "
