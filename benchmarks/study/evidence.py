@@ -277,7 +277,7 @@ def _method(kept: Kept) -> str:
         "layers (`-new`), or with the pretrained encoder and a new decoder of 3 layers (`-encoder`).\n\n"
         "Learning rates are chosen for each training and task; defaults are chosen on the test rows of "
         f"{', '.join(CHOOSING)}, and confirmed on {', '.join(CONFIRMING)}. The rules were written down before any "
-        "row of the confirming tasks was made, and amended twice since: "
+        "row of the confirming tasks was made, and amended since: "
         "[grid.py](../benchmarks/study/grid.py). Every row gives the command "
         "that reproduces it. Intervals are 95 %: from the lower to the upper end of a bootstrap interval, which "
         "resamples seeds and, over tasks, the tasks too, and of Student's t, which allows for how few seeds or "

@@ -130,7 +130,14 @@ def tuning_rows(losses: dict[float, float], training: str = "constant", task: st
     ],
 )
 def test_the_search_for_a_rate_goes_downhill_until_the_loss_rises_or_the_rates_end(known, following):
-    assert grid.missing_rates(known) == following
+    assert grid.missing_rates(known, "main") == following
+
+
+def test_with_few_rows_the_search_ends_only_when_two_rates_on_either_side_are_worse():
+    assert grid.missing_rates({5e-5: 0.3, 1e-4: 0.2, 2e-4: 0.3}, "small") == [2.5e-5, 4e-4]
+    lower_valley = {1.25e-5: 0.3, 2.5e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2, 2e-4: 0.3, 4e-4: 0.4}
+    assert grid.missing_rates(lower_valley, "small") == [6.25e-6]
+    assert grid.missing_rates({6.25e-6: 0.4, **lower_valley}, "small") == []
 
 
 def test_reported_cells_wait_for_a_rate_and_take_the_one_of_the_lowest_loss():
@@ -186,7 +193,7 @@ def test_a_rate_at_which_a_training_diverged_is_not_chosen_and_one_at_which_it_f
     whole, failed = rows[0], {"cell": rows[0]["cell"], "readout": "failed"}
     rows[0] = failed | {"failed": "OutOfMemoryError: tried to allocate"}
     assert grid.chosen_rate("constant", "main", "trec", rows) is None
-    assert grid.missing_rates(grid.tried("constant", "main", "trec", rows)) == [1e-4]
+    assert grid.missing_rates(grid.tried("constant", "main", "trec", rows), "main") == [1e-4]
     assert grid.chosen_rate("constant", "main", "trec", [*rows, whole]) == 1e-4
     rows[0] = failed | {"failed": "AveragingError: the weights after step 9 are not finite on 1 of 1 ranks"}
     rows += tuning_rows({2.5e-5: 0.97})
