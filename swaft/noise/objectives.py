@@ -377,8 +377,8 @@ class RDrop(TwoPasses):
 
     ``divergence`` is (KL(p||q) + KL(q||p)) / 2, and ``weight`` is alpha in the form that ``preset`` names:
 
-    "rdrop", the authors' released text code:  loss = (L_1 + L_2) / 2 + weight * divergence
-    "rdrop_paper", their equation 4:           loss =  L_1 + L_2      + weight * divergence
+    "rdrop", the example of their README:             loss = (L_1 + L_2) / 2 + weight * divergence
+    "rdrop_paper", equation 4 and their fairseq code: loss =  L_1 + L_2      + weight * divergence
 
     The same number weighs the divergence twice as much in the former: 1 there is 2 in the equation. ``seed`` is not
     used. The paper's own code doubles the batch (``passes``).

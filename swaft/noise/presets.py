@@ -63,8 +63,8 @@ PRESETS: dict[Preset, tuple[NoiseSettings, NoiseSettings]] = {
 
 paper: Aghajanyan et al. 2021, eqs. 3-4. relative: the same, with noise relative to the size of the embeddings.
 fairseq: the settings of the authors' released code (examples/rxf); there the noise never reached RoBERTa, here it
-does. rdrop: Liang et al. 2021 as in their released text code, with dropout and no noise, and the cross entropies of
-both passes averaged; rdrop_paper: their equation 4, with the cross entropies summed.
+does. rdrop: Liang et al. 2021 as in the example of their README, with dropout and no noise, and the cross entropies
+of both passes averaged; rdrop_paper: their equation 4 and their fairseq code, with the cross entropies summed.
 """
 
 

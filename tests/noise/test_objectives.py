@@ -170,7 +170,7 @@ def test_rdrop_averages_both_task_losses_and_halves_the_divergence():
 
 @pytest.mark.parametrize(("preset", "expected"), [("rdrop", 0.5), ("rdrop_paper", 1.0)])
 @pytest.mark.parametrize(("build", "batch"), [(bert, classification_batch), (t5, generation_batch)])
-def test_rdrops_alpha_is_that_of_its_released_code_or_of_its_equation_by_name(build, batch, preset, expected):
+def test_rdrops_alpha_is_that_of_its_readme_or_of_its_equation_by_name(build, batch, preset, expected):
     model, batch, alpha = build().double(), batch(), 5.0
     out, gradients = run(RDrop(alpha, preset=preset), model, batch)
 
