@@ -82,8 +82,9 @@ def find_site(model: nn.Module) -> EmbeddingSite:
     except (AttributeError, NotImplementedError):
         embedding = None
     is_module = isinstance(embedding, nn.Module)  # Perceiver returns a tensor
-    # Adapters wrap the table.
-    if not is_module or not any(isinstance(module, nn.Embedding) for module in embedding.modules()):
+    inside = embedding.modules() if is_module else ()  # adapters wrap the table, and do not pass on its attributes
+    table = next((module for module in inside if isinstance(module, nn.Embedding)), None)
+    if table is None:
         found = f"a {type(embedding).__name__}" if is_module else "no token embedding"
         raise NoiseError(
             f"{type(network).__name__} names {found} to add noise to; expected a Hugging Face text model whose "
@@ -98,7 +99,7 @@ def find_site(model: nn.Module) -> EmbeddingSite:
         has_decoder=encoder is not network,
         padding_id=getattr(getattr(encoder, "config", None), "pad_token_id", None),
         # Gemma's embed_scale is a buffer; reading it would make the host wait.
-        scale=getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)),
+        scale=getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)),
     )
 
 

@@ -201,6 +201,25 @@ def test_fairseqs_noise_goes_in_before_the_factor_of_a_scaled_embedding(build, s
     assert float(released / literal) == pytest.approx(16**0.5 if scales_itself else 1, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("build", "adapter"),
+    [
+        (mbart, {"target_modules": ["embed_tokens"]}),
+        (gemma2, {"target_modules": ["embed_tokens"]}),
+        (gemma2, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
+    ],
+)
+def test_the_factor_of_a_scaled_embedding_is_found_inside_an_adapter(build, adapter):
+    from peft import LoraConfig, get_peft_model
+
+    model = build(dropout=0.0, **({"scale_embedding": True} if build is mbart else {}))
+    batch = causal_batch()
+    objective = R3F(preset="fairseq", noise="normal", sigma=1e-3, fused=False)
+    plain = objective(model.eval(), batch).noise_to_signal  # eval: the noise of the first step both times
+    adapted = get_peft_model(model, LoraConfig(r=2, **adapter))
+    torch.testing.assert_close(objective(adapted.eval(), batch).noise_to_signal, plain)
+
+
 def test_the_second_half_of_a_doubled_batch_is_noised_and_recorded():
     model, batch = bert(dropout=0.0), classification_batch()
     twice = {name: torch.cat([value, value]) for name, value in batch.items()}
