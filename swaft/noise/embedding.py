@@ -53,14 +53,22 @@ class Embedded:
     handed_on: Tensor = field(default_factory=lambda: torch.empty(0))
     """What the body got instead, in the dtype it got, detached."""
 
-    def noise_to_signal(self) -> Tensor:
-        """||handed_on - clean|| / ||clean||, the noise that the pass actually had: 0-dim, fp32, on its device."""
-        return noise_to_signal(self.clean, self.handed_on)
+    def noise_to_signal(self, real: Tensor | None = None) -> Tensor:
+        """||handed_on - clean|| / ||clean||, the noise that the pass actually had: 0-dim, fp32, on its device.
 
-    def changed(self) -> Tensor:
-        """The share of the entries that the noise changed: 0-dim, fp32, on its device."""
-        wide = _widened(self.clean.dtype)
-        return (self.handed_on.to(wide) != self.clean.to(wide)).mean(dtype=torch.float32)
+        Args:
+            real: which tokens to take, as in `root_mean_square`.
+        """
+        rows, pair = _real_rows(self.clean, real), (self.clean, self.handed_on)
+        return noise_to_signal(*(pair if rows is None else (each * rows for each in pair)))
+
+    def changed(self, real: Tensor | None = None) -> Tensor:
+        """The share of the same tokens' entries that the noise changed: 0-dim, fp32, on its device."""
+        rows, wide = _real_rows(self.clean, real), _widened(self.clean.dtype)
+        changed = self.handed_on.to(wide) != self.clean.to(wide)
+        if rows is None:
+            return changed.mean(dtype=torch.float32)
+        return (changed & rows).sum().float() / (rows.sum().clamp(min=1) * changed.shape[-1])
 
 
 def find_site(model: nn.Module) -> EmbeddingSite:
@@ -215,11 +223,16 @@ def root_mean_square(embedded: Tensor, real: Tensor | None = None) -> Tensor:
         real: which tokens to take (B, T), bool; all if None or of another shape (if the encoder has padded its
             input).
     """
-    squares = embedded.to(_widened(embedded.dtype)).square()
-    if real is None or real.shape != squares.shape[:-1]:
+    squares, rows = embedded.to(_widened(embedded.dtype)).square(), _real_rows(embedded, real)
+    if rows is None:
         return squares.mean().sqrt()
-    taken = real.sum().clamp(min=1) * squares.shape[-1]
-    return ((squares * real.unsqueeze(-1)).sum() / taken).sqrt()
+    taken = rows.sum().clamp(min=1) * squares.shape[-1]
+    return ((squares * rows).sum() / taken).sqrt()
+
+
+def _real_rows(embedded: Tensor, real: Tensor | None) -> Tensor | None:
+    """Which tokens of (B, T, d) to take, (B, T, 1), bool; None for all, see `root_mean_square`."""
+    return None if real is None or real.shape != embedded.shape[:-1] else real.unsqueeze(-1)
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

@@ -59,9 +59,10 @@ class ObjectiveOutput:
     divergence: Tensor
     """The reduced divergence before its weight, detached, 0-dim."""
     noise_to_signal: Tensor
-    """||noised - clean|| / ||clean|| of the embedding output as passed on, detached, 0-dim."""
+    """||noised - clean|| / ||clean|| of the embedding output as passed on, over non-padding tokens, detached,
+    0-dim."""
     changed: Tensor
-    """Share of the embedding output's entries that the noise changed, detached, 0-dim."""
+    """Share of the same tokens' entries that the noise changed, detached, 0-dim."""
     num_items: Tensor
     """Number of rows the loss is averaged over (texts, ends of answers, target tokens), 0-dim int64: the weight of
     this micro-batch in gradient accumulation."""
@@ -266,8 +267,8 @@ class TwoPasses(Resumable):
             loss=settings.task_scale * loss.loss,
             task_loss=settings.task_scale * loss.task_loss,
             divergence=divergence,
-            noise_to_signal=embedded.noise_to_signal() if embedded else nothing,
-            changed=embedded.changed() if embedded else nothing,
+            noise_to_signal=embedded.noise_to_signal(noise.real) if embedded else nothing,
+            changed=embedded.changed(noise.real) if embedded else nothing,
             num_items=count_items(inputs.targets),
             logits=logits,
         )

@@ -257,7 +257,8 @@ def measure_arrival(noised: Embedded, clean: list[Tensor], noisy: list[Tensor], 
         smallest = smallest / root_mean_square(noised.clean, noise.real)
     arrived = torch.stack([noise_to_signal(*pair) for pair in zip(clean, noisy, strict=True)])
     first = arrived[(arrived > 0).int().argmax()]  # of the stacks that the noise reaches
-    return torch.stack([noised.noise_to_signal(), noised.changed(), first, smallest.float()])
+    at_embedding, changed = noised.noise_to_signal(noise.real), noised.changed(noise.real)
+    return torch.stack([at_embedding, changed, first, smallest.float()])
 
 
 def judge_arrival(figures: ArrivalFigures, noise: Disturbance, dtype: torch.dtype) -> None:

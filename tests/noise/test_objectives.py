@@ -255,6 +255,19 @@ def test_a_relative_sigma_is_a_share_of_the_embeddings_root_mean_square():
     assert float(out.changed) > 0.99
 
 
+@pytest.mark.parametrize("passes", ["two", "doubled"])
+def test_the_size_of_the_noise_is_that_of_real_tokens(passes):
+    model, batch = bert(dropout=0.0), classification_batch(rows=64)
+    batch["attention_mask"][1:, 3:] = 0
+    real = batch["attention_mask"] == 1
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[1] = 1e4  # of padding: noise of this sigma vanishes in it
+        batch["input_ids"][~real] = 1
+    out = R3F(preset="relative", noise="normal", sigma=0.3, passes=passes)(model, batch)
+    assert float(out.noise_to_signal) == pytest.approx(0.3, rel=0.05)
+    assert float(out.changed) > 0.99
+
+
 def test_noise_is_set_by_seed_and_step_and_comes_back_when_a_run_resumes():
     batch = classification_batch()
 
