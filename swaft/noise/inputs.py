@@ -99,9 +99,13 @@ def count_items(targets: Tensor) -> Tensor:
 
 
 def real_tokens(arguments: dict[str, Any]) -> Tensor | None:
-    """Which tokens of the noised text are not padding (B, T), bool; None if the batch does not say."""
+    """Which tokens of the noised texts are not padding, bool; None if the batch does not say.
+
+    Returns:
+        (B, T); (B * C, T) for C choices, which a model embeds as texts of their own.
+    """
     mask = arguments.get("attention_mask")
-    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return mask.flatten(0, -2) != 0 if isinstance(mask, Tensor) and mask.dim() in (2, 3) else None
 
 
 def part(output: Any, name: str) -> Any:

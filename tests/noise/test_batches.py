@@ -78,6 +78,12 @@ def test_the_size_of_embeddings_is_that_of_real_tokens():
     assert root_mean_square(embedded, torch.zeros_like(everything)) == 0
 
 
+def test_the_choices_of_a_text_have_padding_of_their_own():
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]])  # two texts of two choices
+    assert torch.equal(real_tokens({"attention_mask": mask}), mask.view(4, 3).bool())
+    assert real_tokens({"attention_mask": mask.unsqueeze(1)}) is None  # (B, heads, T, T)
+
+
 @pytest.mark.parametrize("objective", [R3F(sigma=0.1), RDrop(), TaskLoss(0.1)])
 @pytest.mark.parametrize(
     ("build", "batch", "found"),

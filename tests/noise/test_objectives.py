@@ -18,7 +18,7 @@ from tiny_models import (
     roberta,
     t5,
 )
-from transformers import BertForSequenceClassification
+from transformers import BertForMultipleChoice, BertForSequenceClassification
 
 from swaft.errors import NoiseError, StateError
 from swaft.functional import cross_entropy_symmetric_kl
@@ -266,6 +266,18 @@ def test_the_size_of_the_noise_is_that_of_real_tokens(passes):
     out = R3F(preset="relative", noise="normal", sigma=0.3, passes=passes)(model, batch)
     assert float(out.noise_to_signal) == pytest.approx(0.3, rel=0.05)
     assert float(out.changed) > 0.99
+
+
+def test_a_relative_sigma_leaves_out_the_padding_of_choices():
+    texts, found = classification_batch(rows=8), []
+    texts["attention_mask"][:, 3:], texts["input_ids"][:, 3:] = 0, 1
+    batch = {name: texts[name].view(2, 4, 8) for name in ("input_ids", "attention_mask")}
+    for size_of_padding in (0.0, 9.0):
+        torch.manual_seed(0)
+        model = BertForMultipleChoice(bert(dropout=0.0).config).train()
+        torch.nn.init.constant_(model.bert.embeddings.word_embeddings.weight[1], size_of_padding)
+        found.append(R3F(preset="relative")(model, {**batch, "labels": torch.tensor([0, 3])}).divergence)
+    assert found[0] == found[1] > 0
 
 
 def test_noise_is_set_by_seed_and_step_and_comes_back_when_a_run_resumes():
