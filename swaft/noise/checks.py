@@ -52,6 +52,11 @@ def generates(model: nn.Module) -> bool:
     return bool(can_generate()) if callable(can_generate) else False
 
 
+def _classifies(model: nn.Module) -> bool:
+    """Whether the number of a model's classes is the ``num_labels`` of its configuration, by its class's name."""
+    return any(kind.__name__.endswith("Classification") for kind in type(unwrap(model)).__mro__)
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether a model generates text without an encoder."""
     return generates(model) and not _config(model, "is_encoder_decoder", False)
@@ -72,7 +77,7 @@ def check_model(model: nn.Module, objective: str) -> None:
     Raises:
         NoiseError: regression, router losses, or reentrant gradient checkpointing.
     """
-    if not generates(model) and _config(model, "num_labels", 2) == 1:
+    if _classifies(model) and _config(model, "num_labels", 2) == 1:  # others are seen by their logits: check_rows
         raise _one_class(objective)
     if generates(model) and _config(model, "output_router_logits", False):
         raise router_terms("losses", objective)

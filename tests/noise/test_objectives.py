@@ -18,7 +18,7 @@ from tiny_models import (
     roberta,
     t5,
 )
-from transformers import BertForMultipleChoice, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForMultipleChoice, BertForSequenceClassification
 
 from swaft.errors import NoiseError, StateError
 from swaft.functional import cross_entropy_symmetric_kl
@@ -368,6 +368,17 @@ def test_regression_is_refused_at_the_first_call_too():
     batch = {**classification_batch(), "labels": torch.rand(4)}
     with pytest.raises(NoiseError, match="at least two classes"):
         R3F()(bert(num_labels=1), batch)
+
+
+def test_a_configuration_of_one_label_does_not_concern_a_model_with_other_classes():
+    config, batch = bert(num_labels=1).config, classification_batch()
+    masked = {**batch, "labels": batch["input_ids"]}
+    choices = {**{name: value.view(2, 2, -1) for name, value in masked.items()}, "labels": torch.tensor([0, 1])}
+    for kind, rows in ((BertForMaskedLM, masked), (BertForMultipleChoice, choices)):
+        assert RDrop()(kind(config).train(), rows).loss.isfinite()
+    single = {**{name: value.unsqueeze(1) for name, value in masked.items()}, "labels": torch.zeros(4).long()}
+    with pytest.raises(NoiseError, match="at least two classes"):
+        RDrop()(BertForMultipleChoice(config).train(), single)
 
 
 def test_a_causal_model_counts_as_generating():
