@@ -52,6 +52,12 @@ def generates(model: nn.Module) -> bool:
     return bool(can_generate()) if callable(can_generate) else False
 
 
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model's classes are the tokens of its vocabulary: it generates text, or fills in masked tokens."""
+    get_head = getattr(unwrap(model), "get_output_embeddings", None)
+    return generates(model) or (callable(get_head) and get_head() is not None)
+
+
 def _classifies(model: nn.Module) -> bool:
     """Whether the number of a model's classes is the ``num_labels`` of its configuration, by its class's name."""
     return any(kind.__name__.endswith("Classification") for kind in type(unwrap(model)).__mro__)

@@ -18,6 +18,7 @@ from swaft.noise.checks import (
     check_uncompiled,
     current_rank,
     generates,
+    predicts_tokens,
 )
 from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site
 from swaft.noise.generator import Noise, add_noise
@@ -68,7 +69,7 @@ class ObjectiveOutput:
     this micro-batch in gradient accumulation."""
     logits: Tensor | None
     """Logits of the clean pass, detached; (B, 2, L) for first and last tokens; None if none were computed, and from
-    `TaskLoss` for a model that generates text."""
+    `TaskLoss` for a model that predicts tokens."""
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ class TaskLoss(Resumable):
             changed=nothing,
             num_items=num_items,
             # Those of a text fill gigabytes, which would stay with the output until after the next forward pass.
-            logits=None if logits is None or generates(model) else logits.detach(),
+            logits=None if logits is None or predicts_tokens(model) else logits.detach(),
         )
 
     def _own(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -200,8 +201,9 @@ class TwoPasses(Resumable):
     """"two": one after the other; "doubled": one pass over the batch concatenated with itself, which is faster for
     small batches. Its dropout masks are independent, so masks="shared" then needs a model without dropout."""
     fused: bool = True
-    """Compute the loss of a generating model from its hidden states, chunk by chunk, so that its full logits are
-    never stored. False: from the logits of both passes, which takes more memory."""
+    """Compute the loss of a model that predicts tokens (one that generates text, a masked language model) from its
+    hidden states, chunk by chunk, so that its full logits are never stored. False: from the logits of both passes,
+    which takes more memory."""
     label_smoothing: ShareBelowOne = 0.0
     """Share of the task loss's target that is spread over all classes."""
     seed: int = 0
@@ -301,7 +303,7 @@ class TwoPasses(Resumable):
         site = find_site(model) if settings.sigma > 0 else None
         if site:
             check_uncompiled(model, type(self).__name__)
-        return settings, site, find_head(model) if settings.fused and generates(model) else None
+        return settings, site, find_head(model) if settings.fused and predicts_tokens(model) else None
 
 
 @dataclass(eq=False)

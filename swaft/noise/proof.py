@@ -22,8 +22,8 @@ from swaft.noise.checks import (
     check_rows,
     check_seeds,
     current_rank,
-    generates,
     is_distributed,
+    predicts_tokens,
     router_terms,
 )
 from swaft.noise.embedding import (
@@ -51,7 +51,7 @@ from swaft.noise.presets import NoiseSettings
 logger = logging.getLogger(__name__)
 
 _ROWS = 2
-"""Rows of a batch used to prove a generating model: its logits are too large for all rows."""
+"""Rows of a batch used to prove a model that predicts tokens: its logits are too large for all rows."""
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss")
 """Suffixes of a mixture of experts' own losses in the output of a Hugging Face model."""
@@ -83,7 +83,7 @@ def prove(
     """Check that the model's own loss, its logits and its first layer are what the objective assumes.
 
     This takes one clean pass with labels and, if there is noise, one noised pass with the same dropout masks. Both
-    run without gradients, on one or two rows if the model generates. Every rank must run them. Random state,
+    run without gradients, on one or two rows if the model predicts tokens. Every rank must run them. Random state,
     buffers and the training mode are left unchanged.
 
     Args:
@@ -100,7 +100,7 @@ def prove(
         NoiseError: the model trains another loss than the mean cross entropy, its logits are not what the head is
             assumed to compute, or the noise does not arrive; on all ranks.
     """
-    rows = proof_rows(model, batch, at_most=_ROWS) if generates(model) else batch
+    rows = proof_rows(model, batch, at_most=_ROWS) if predicts_tokens(model) else batch
     inputs = prepare_inputs(model, rows)
     noise = replace(noise, real=real_tokens(inputs.arguments))
     site, settings, objective = noise.site, noise.settings, noise.objective
@@ -183,7 +183,10 @@ def _clean_pass(
     logits_gap = torch.zeros_like(loss_gap)
     if head is not None:
         transformed = head.transform(outputs[-1])
-        logits_gap = (logits - transformed).abs().amax() / transformed.abs().amax()
+        if transformed.shape == logits.shape:
+            logits_gap = (logits - transformed).abs().amax() / transformed.abs().amax()
+        else:  # a layer before the head (some DeBERTa)
+            logits_gap = torch.full_like(loss_gap, torch.inf)
     counted = targets[targets != IGNORE_INDEX]
     # Class weights cancel in the mean if there is only one class; a batch of one row cannot have more.
     compared = (counted != counted[:1]).any() | (targets.numel() == 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from swaft.errors import ConfigError
-from swaft.noise.checks import unwrap
+from swaft.noise.checks import predicts_tokens, unwrap
 from swaft.noise.generator import stream_seed
 
 Layers = Literal["all", "last"]
@@ -131,15 +131,13 @@ def power_iteration_paused(model: nn.Module) -> Iterator[None]:
 def _head(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     network = unwrap(model)
     base = getattr(network, "base_model", network)
-    get_output_embeddings = getattr(network, "get_output_embeddings", None)
-    generates = callable(get_output_embeddings) and get_output_embeddings() is not None
     inside = {id(module) for module in base.modules()}
     head = [
         (name, module)
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear) and id(module) not in inside
     ]
-    if generates or not head:
+    if predicts_tokens(network) or not head:
         raise ConfigError(
             f"R4F: {type(network).__name__} has no classification head with weights of its own; "
             "expected one to normalise. Use swaft.R3F (noise.kind=r3f)."

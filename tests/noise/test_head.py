@@ -38,9 +38,10 @@ CAUSAL = [
     tiny.gemma3,
     tiny.mixtral,
 ]
+MASKED = [tiny.masked_bert, tiny.masked_roberta]
 MODELS = [
     *(pytest.param(build, generation_batch, id=build.__name__) for build in SEQ2SEQ),
-    *(pytest.param(build, causal_batch, id=build.__name__) for build in CAUSAL),
+    *(pytest.param(build, causal_batch, id=build.__name__) for build in (*CAUSAL, *MASKED)),
 ]
 OBJECTIVES = {
     "r3f": lambda **options: R3F(sigma=0.1, **options),
@@ -209,7 +210,13 @@ def short(batch, rows: int):
 
 @pytest.mark.parametrize("options", [{}, {"detach": "noised"}, {"passes": "doubled"}])
 @pytest.mark.parametrize(
-    ("build", "batch"), [(t5, generation_batch), (tiny.bart, generation_batch), (tiny.gpt2, causal_batch)]
+    ("build", "batch"),
+    [
+        (t5, generation_batch),
+        (tiny.bart, generation_batch),
+        (tiny.gpt2, causal_batch),
+        (tiny.masked_bert, causal_batch),
+    ],
 )
 def test_no_tensor_as_large_as_the_logits_is_ever_made(build, batch, options, monkeypatch):
     monkeypatch.setattr("swaft.noise.loss.linear._CPU_CHUNK_BYTES", 2**20)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils.other import compile_regions
 from tiny_models import VOCABULARY, causal_batch, generation_batch, t5
-from transformers import BartForCausalLM, T5ForConditionalGeneration
+from transformers import BartForCausalLM, DebertaV2Config, DebertaV2ForMaskedLM, T5ForConditionalGeneration
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F, RDrop
@@ -100,6 +100,15 @@ def test_a_head_that_is_not_understood_is_refused_and_trains_from_logits(kind, m
     assert "forward" not in vars(model.lm_head)
     with nullcontext() if kind is not Untrained else pytest.raises(RuntimeError):
         R3F(sigma=0.1, fused=False)(model, batch).loss.backward()
+
+
+def test_a_masked_model_that_names_a_layer_before_its_head_is_refused_and_trains_from_logits():
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DebertaV2Config(vocab_size=VOCABULARY, hidden_size=16, legacy=False, **sizes)
+    model = DebertaV2ForMaskedLM(config).train()
+    with pytest.raises(NoiseError, match=r"does more to its logits.*fused=False"):
+        RDrop()(model, causal_batch())
+    assert RDrop(fused=False)(model, causal_batch()).divergence > 0
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -10,6 +10,7 @@ from transformers import (
     BartForConditionalGeneration,
     BartForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BlenderbotConfig,
     BlenderbotForConditionalGeneration,
@@ -42,6 +43,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     RobertaConfig,
+    RobertaForMaskedLM,
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -58,6 +60,16 @@ def bert(*, dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> BertFor
 def roberta(*, dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> RobertaForSequenceClassification:
     torch.manual_seed(seed)
     return RobertaForSequenceClassification(_encoder_config(RobertaConfig, dropout, num_labels)).train()
+
+
+def masked_bert(*, dropout: float = 0.1, seed: int = 0) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    return BertForMaskedLM(_encoder_config(BertConfig, dropout, num_labels=1)).train()
+
+
+def masked_roberta(*, dropout: float = 0.1, seed: int = 0) -> RobertaForMaskedLM:
+    torch.manual_seed(seed)
+    return RobertaForMaskedLM(_encoder_config(RobertaConfig, dropout, num_labels=1)).train()
 
 
 def bart(
