@@ -120,7 +120,8 @@ class NoiseCallback(TrainerCallback):
     def _counting(self, get_batch_samples: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the reading of a step's micro-batches: count the rows that its loss is averaged over, on all ranks.
 
-        The Trainer's own count only uses ``labels``, and counts all of them even if the model shifts them.
+        The Trainer only counts ``labels``, of which question answering has none, and only for models that take the
+        number. Versions before 5.23 may include the first token of a text, which no model that shifts predicts.
         """
 
         @functools.wraps(get_batch_samples)
