@@ -31,6 +31,8 @@ class Inputs:
     targets: Tensor
     """The class of each row of logits, int64; IGNORE_INDEX for rows that do not count. Shape (B,), (B, T) for
     tokens, or (B, 2) for the first and last token of an answer."""
+    weights: Tensor | None = None
+    """Factor of each row in a mean, shaped like the targets, where they are first and last tokens; None: 1."""
 
     def doubled(self) -> dict[str, Any]:
         """The arguments for one pass over the batch concatenated with itself, (2B, ...)."""
@@ -57,7 +59,9 @@ def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
     _check_batch(batch, targets)
     arguments = {name: value for name, value in batch.items() if name not in POSITIONS}
     labels = arguments.pop("labels", None)
-    if labels is None or not generates(model):
+    if all(isinstance(batch.get(name), Tensor) for name in POSITIONS):
+        return Inputs(arguments, targets, _end_weights(targets))
+    if not generates(model):
         return Inputs(arguments, targets)
     arguments = without_cache(model, arguments)
     given = (arguments.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
@@ -96,6 +100,32 @@ def count_items(targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return torch.full((), targets.numel(), dtype=torch.int64, device=targets.device)
     return (targets != IGNORE_INDEX).sum()
+
+
+def mean_cross_entropy(logits: Tensor, inputs: Inputs, *, label_smoothing: float = 0.0) -> Tensor:
+    """The mean cross entropy of the counted rows as Hugging Face models compute it, 0-dim; NaN if no row counts.
+
+    Args:
+        logits: of the task (..., V), in at least fp32.
+        inputs: their targets and weights.
+        label_smoothing: share of the target that is spread over all classes.
+    """
+
+    def reduced(reduction: str) -> Tensor:
+        return F.cross_entropy(
+            logits.flatten(0, -2),
+            inputs.targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+    mean = reduced("mean")
+    if inputs.weights is None:
+        return mean
+    # Added, so that weights of 1 change no bit.
+    change = ((inputs.weights.flatten() - 1) * reduced("none")).sum()
+    return mean + change / count_items(inputs.targets).clamp(min=1)
 
 
 def real_tokens(arguments: dict[str, Any]) -> Tensor | None:
@@ -167,6 +197,16 @@ def _span_targets(starts: Tensor, ends: Tensor, arguments: dict[str, Any]) -> Te
     text: Any = arguments.get("input_ids", arguments.get("inputs_embeds"))
     positions = torch.stack([starts, ends], dim=1).clamp(min=0)
     return positions.masked_fill(positions >= text.shape[1], IGNORE_INDEX)
+
+
+def _end_weights(targets: Tensor) -> Tensor:
+    """Factors (B, 2) that make one mean over all counted ends the mean of two: one over first tokens, one over last.
+
+    That is the loss of Hugging Face models. The factors are 1 if as many count of both, or none of one.
+    """
+    counted = (targets != IGNORE_INDEX).sum(0)
+    means = (counted > 0).sum()
+    return torch.where(counted > 0, counted.sum() / (means * counted), 1.0).expand_as(targets)
 
 
 def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site
 from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
 from swaft.noise.inputs import (
-    IGNORE_INDEX,
     count_items,
     find_targets,
+    mean_cross_entropy,
     part,
     prepare_inputs,
     real_tokens,
@@ -171,12 +171,7 @@ class TaskLoss(Resumable):
             if prove(model, batch, Disturbance(None, of_proof, "label smoothing"), head=None):
                 self._proved.add(model)
         logits = task_logits(model(**inputs.arguments))
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(),
-            inputs.targets.flatten(),
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=self.label_smoothing,
-        )
+        loss = mean_cross_entropy(logits.float(), inputs, label_smoothing=self.label_smoothing)
         num_items = count_items(inputs.targets)
         return loss.masked_fill(num_items == 0, 0.0), logits, num_items
 
@@ -313,7 +308,8 @@ class R3F(TwoPasses):
     loss = L(x) + weight * J(f(x), f(x + z)),  z ~ U(-sigma, sigma) or N(0, sigma^2) on the token embeddings of
     the encoder, or of a causal model (Aghajanyan et al. 2021, eqs. 3-4). L is the mean cross entropy of the counted
     rows; a model that trains another loss is refused. An extractive question-answering model has two rows per text,
-    one for the first and one for the last token of the answer. There is one loss, and one ``backward``.
+    one for the first and one for the last token of the answer, and L is the mean of their two means. There is one
+    loss, and one ``backward``.
     """
 
     noise: Noise | None = None

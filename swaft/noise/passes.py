@@ -157,6 +157,7 @@ def choose_form(
         "divergence_weight": float(weight * settings.scale / settings.task_scale),  # a kernel refuses numpy's
         "label_smoothing": float(settings.label_smoothing),
         "ignore_index": IGNORE_INDEX,
+        "token_weight": inputs.weights,
         "detach": settings.detach,
         "ce_on_noised": settings.ce_on_noised,
     }

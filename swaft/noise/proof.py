@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
@@ -38,6 +37,7 @@ from swaft.noise.generator import Noise
 from swaft.noise.head import LanguageModelHead, placeholder
 from swaft.noise.inputs import (
     IGNORE_INDEX,
+    mean_cross_entropy,
     part,
     prepare_inputs,
     proof_rows,
@@ -170,15 +170,15 @@ def _clean_pass(
     ):
         output = model(**without_cache(model, rows))
     _check_output(output, noise.objective)
-    targets = prepare_inputs(model, rows).targets
-    logits = task_logits(output)
+    inputs, logits = prepare_inputs(model, rows), task_logits(output)
+    targets = inputs.targets
     check_rows(logits, targets, noise.objective)
 
     dtypes = {parameter.dtype for parameter in model.parameters()} | {each.dtype for each in outputs}
     rounds = any(dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point)
     tolerance = _TOLERANCE_16_BIT if rounds else _TOLERANCE
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    expected = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
+    expected = mean_cross_entropy(logits, inputs)
     loss_gap = (part(output, "loss") - expected).abs() / (1 + expected.abs())
     logits_gap = torch.zeros_like(loss_gap)
     if head is not None:

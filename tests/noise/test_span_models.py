@@ -158,8 +158,9 @@ def test_one_doubled_pass_gives_the_loss_of_two():
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-def test_positions_past_the_text_do_not_count_as_in_the_models_own_loss():
-    rows = batch(starts=(3, LENGTH, 0), ends=(4, LENGTH + 2, 0))
+@pytest.mark.parametrize("starts", [(3, LENGTH, 0), (3, 1, 0), (LENGTH, LENGTH, 0)])
+def test_positions_past_the_text_do_not_count_as_in_the_models_own_loss(starts):
+    rows = batch(starts=starts, ends=(4, LENGTH + 2, 0))
     out, gradients = run(R3F(weight=0.0, sigma=0.1), bert(), rows)
     plain, expected = run(TaskLoss(), bert(), rows)
     torch.testing.assert_close(out.loss, plain.loss)
@@ -167,9 +168,12 @@ def test_positions_past_the_text_do_not_count_as_in_the_models_own_loss():
     assert out.divergence != run(R3F(sigma=0.1), bert(), batch())[0].divergence
 
 
-def test_an_answer_of_which_one_end_alone_counts_is_refused():
-    with pytest.raises(NoiseError, match="the model's own loss is another one"):
-        R3F(sigma=0.1)(bert(), batch(starts=(3, LENGTH, 0)))
+def test_a_batch_in_which_only_last_tokens_count_has_their_mean():
+    model = bert(dropout=0.0)
+    out, _ = run(R3F(sigma=0.1), model, batch(starts=(LENGTH,) * 3))
+    expected = cross_entropy(model(**inputs_of(batch())).end_logits, batch()["end_positions"])
+    torch.testing.assert_close(out.task_loss, expected.detach())
+    assert 0 < out.divergence < torch.inf
 
 
 def test_r4f_normalises_the_layer_that_points():
@@ -182,11 +186,13 @@ def test_r4f_normalises_the_layer_that_points():
     assert len(gradients) == len(list(model.parameters()))
 
 
-def test_smoothed_labels_are_spread_over_the_tokens_of_the_text():
-    model, rows = bert(dropout=0.0), batch()
+@pytest.mark.parametrize("ends", [(4, 1, 0), (4, LENGTH, 0)])
+def test_smoothed_labels_are_spread_over_the_tokens_of_the_text(ends):
+    model, rows = bert(dropout=0.0), batch(ends=ends)
     out = TaskLoss(0.2)(model, rows)
     clean = model(**rows)
-    spread = -sum(log_softmax(clean[f"{end}_logits"], -1).mean() for end in ("start", "end")) / 2
+    counted = {"start": slice(None), "end": rows["end_positions"] < LENGTH}
+    spread = -sum(log_softmax(clean[f"{end}_logits"][at], -1).mean() for end, at in counted.items()) / 2
     torch.testing.assert_close(out.loss, 0.8 * clean.loss + 0.2 * spread)
 
 
