@@ -92,7 +92,7 @@ def find_site(model: nn.Module) -> EmbeddingSite:
     is_module = isinstance(embedding, nn.Module)  # Perceiver returns a tensor
     inside = embedding.modules() if is_module else ()  # adapters wrap the table, and do not pass on its attributes
     table = next((module for module in inside if isinstance(module, nn.Embedding)), None)
-    if table is None:
+    if not is_module or table is None:
         found = f"a {type(embedding).__name__}" if is_module else "no token embedding"
         raise NoiseError(
             f"{type(network).__name__} names {found} to add noise to; expected a Hugging Face text model whose "

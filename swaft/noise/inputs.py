@@ -200,7 +200,7 @@ def _span_targets(starts: Tensor, ends: Tensor, arguments: dict[str, Any]) -> Te
 
 
 def _end_weights(targets: Tensor) -> Tensor:
-    """Factors (B, 2) that make one mean over all counted ends the mean of two: one over first tokens, one over last.
+    """Factors (B, 2) that make the mean over all counted ends one of two means, over first and over last tokens.
 
     That is the loss of Hugging Face models. The factors are 1 if as many count of both, or none of one.
     """
