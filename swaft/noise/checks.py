@@ -83,7 +83,8 @@ def check_model(model: nn.Module, objective: str) -> None:
     Raises:
         NoiseError: regression, router losses, or reentrant gradient checkpointing.
     """
-    if _classifies(model) and _config(model, "num_labels", 2) == 1:  # others are seen by their logits: check_rows
+    # Other models with one class are found by their logits: check_rows.
+    if _classifies(model) and _config(model, "num_labels", 2) == 1:
         raise _one_class(objective)
     if generates(model) and _config(model, "output_router_logits", False):
         raise router_terms("losses", objective)

@@ -90,7 +90,8 @@ def find_site(model: nn.Module) -> EmbeddingSite:
     except (AttributeError, NotImplementedError):
         embedding = None
     is_module = isinstance(embedding, nn.Module)  # Perceiver returns a tensor
-    inside = embedding.modules() if is_module else ()  # adapters wrap the table, and do not pass on its attributes
+    # Adapters wrap the table, and do not pass on its attributes.
+    inside = embedding.modules() if is_module else ()
     table = next((module for module in inside if isinstance(module, nn.Embedding)), None)
     if not is_module or table is None:
         found = f"a {type(embedding).__name__}" if is_module else "no token embedding"

@@ -261,7 +261,7 @@ def test_the_size_of_the_noise_is_that_of_real_tokens(passes):
     batch["attention_mask"][1:, 3:] = 0
     real = batch["attention_mask"] == 1
     with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight[1] = 1e4  # of padding: noise of this sigma vanishes in it
+        model.bert.embeddings.word_embeddings.weight[1] = 1e4  # padding, in which the noise vanishes
         batch["input_ids"][~real] = 1
     out = R3F(preset="relative", noise="normal", sigma=0.3, passes=passes)(model, batch)
     assert float(out.noise_to_signal) == pytest.approx(0.3, rel=0.05)
@@ -373,7 +373,10 @@ def test_regression_is_refused_at_the_first_call_too():
 def test_a_configuration_of_one_label_does_not_concern_a_model_with_other_classes():
     config, batch = bert(num_labels=1).config, classification_batch()
     masked = {**batch, "labels": batch["input_ids"]}
-    choices = {**{name: value.view(2, 2, -1) for name, value in masked.items()}, "labels": torch.tensor([0, 1])}
+    choices = {
+        **{name: value.view(2, 2, -1) for name, value in masked.items()},
+        "labels": torch.tensor([0, 1]),
+    }
     for kind, rows in ((BertForMaskedLM, masked), (BertForMultipleChoice, choices)):
         assert RDrop()(kind(config).train(), rows).loss.isfinite()
     single = {**{name: value.unsqueeze(1) for name, value in masked.items()}, "labels": torch.zeros(4).long()}
