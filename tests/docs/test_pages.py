@@ -162,3 +162,20 @@ def test_of_several_micro_batches_only_the_last_takes_the_step(tmp_path, monkeyp
     )
     reader.follow(example)
     assert steps == [False, True]  # under DeepSpeed, backward steps wherever this is true
+
+
+def test_links_lead_to_files_and_headings_that_exist():
+    lost = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            file, _, heading = link.partition("#")
+            there = page.parent / file if file else page
+            if not there.exists() or (heading and heading not in anchors(there)):
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not lost
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page in links."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
