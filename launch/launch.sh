@@ -44,10 +44,12 @@ if ((${#hosts[@]} == 1)); then rank=0; fi
     fail "which of ${hosts[*]} is this? give --rank, from 0 to $((${#hosts[@]} - 1))"
 
 # Variables already set win. torchrun kills the ranks 30 s after it is asked to stop: too soon to save a large model.
+# SIGUSR1, which batch systems send before the time limit, would end torchrun at once.
 environment=(
     "PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}"
     "TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}"
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
+    "PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 )
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
     # Many nodes cannot reach the Hub, and take long to find out. Nodes that build into one folder of a shared file
@@ -59,9 +61,9 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
         "TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/triton}"
         "TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_disk/torch_extensions}"
     )
-    # SLURM sends SIGTERM to every process of a task. accelerate starts a single rank without torchrun, and would exit
+    # SLURM sends signals to every process of a task. accelerate starts a single rank without torchrun, and would exit
     # before the rank does; SLURM would then kill the rank while it saves.
-    if ((${#hosts[@]} * gpus == 1)); then trap '' TERM; fi
+    if ((${#hosts[@]} * gpus == 1)); then trap '' TERM USR1; fi
 fi
 if [[ -d .venv/bin ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 

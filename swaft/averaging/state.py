@@ -32,13 +32,14 @@ from swaft.averaging.layout import Fragment, Range, laid_out, section
 from swaft.errors import StateError
 from swaft.storage import FileRecord, Spec, TensorFile, write_tensors
 from swaft.storage.files import standing
-from swaft.storage.sealed import MANIFEST
+from swaft.storage.sealed import MANIFEST, read_manifest
 from swaft.storage.strict_json import shown
 from swaft.storage.together import open_together, write_together
 
 if TYPE_CHECKING:
     from swaft.averaging.host import HostAverages
     from swaft.averaging.host.lanes import Lane
+    from swaft.averaging.rules import Rule
 
 KIND = "average"
 """The kind in the manifest of such a folder."""
@@ -399,6 +400,17 @@ def _description(
         parameters={name: list(engine.full_shape(p)) for name, p in engine.trainable.items()},
         aliases={name: first for name, first in names.items() if first != name and first in engine.trainable},
     )
+
+
+def refuse_other_rule(folder: Path, rule: Rule, *, precision: str) -> None:
+    """Refuse a state that a run with one rule could not continue, judged by its manifest alone.
+
+    Raises:
+        StateError: the manifest is damaged, or the rule or precision is another; says what differs.
+    """
+    found = AverageState.from_json(read_manifest(folder, kind=KIND).content, where=folder / MANIFEST)
+    of_run = replace(found.rules[0], name="average", rule=repr(rule))
+    found.refuse_other_run(replace(found, rules=[of_run], precision=precision), where=folder)
 
 
 @contextmanager

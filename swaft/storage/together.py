@@ -64,6 +64,10 @@ def write_together(
     try:
         records: Mapping[str, FileRecord] = {}
         with ranks.together(f"{final} could not be written"):
+            if not folder.is_dir():
+                raise StateError(
+                    "it is not on this machine; name a folder on a file system that all machines share"
+                )
             records = write(folder)
         written = ranks.gather(records)
         with ranks.together(f"{final} could not be written"):

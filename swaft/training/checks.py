@@ -26,6 +26,7 @@ from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedConfig
 
 from swaft.averaging.rules import Plan, Rule
+from swaft.averaging.state import refuse_other_rule
 from swaft.errors import ConfigError, SwaftError
 from swaft.training.config import TrainConfig, plan_rule, to_yaml
 from swaft.training.launch.accelerator import (
@@ -40,7 +41,7 @@ from swaft.training.launch.failure import message_of
 from swaft.training.models.build import Schedule, build_schedule, planned_steps
 from swaft.training.models.pretrained import hidden_size
 from swaft.training.run.checkpoints import AVERAGE, checkpoint_on_paper
-from swaft.training.run.folder import refuse_used
+from swaft.training.run.folder import refuse_used, resume_from
 from swaft.training.run.record import (
     RunRecord,
     batches_read,
@@ -355,7 +356,9 @@ def check_folder(start: Start) -> None:
 def check_checkpoint(start: Start) -> None:
     """Refuse a checkpoint that this run cannot resume from, judged by its manifest and the settings."""
     train, deepspeed, rule = start.train, start.engine.deepspeed, start.ready.rule
-    found = checkpoint_on_paper(train.resume_from_checkpoint, Path(train.output_dir))
+    folder = Path(train.output_dir)
+    resume = resume_from(folder, resume=train.resume_from_checkpoint, config_yaml=to_yaml(start.config))
+    found = checkpoint_on_paper(resume, folder)
     if found is None:
         return
     path, manifest = found
@@ -367,6 +370,8 @@ def check_checkpoint(start: Start) -> None:
         now = replace(now, total_steps=start.total_steps)
     require_same_run(before, now, path)
     require_averages(before, path, there=AVERAGE in manifest.sealed, wanted=rule is not None)
+    if rule is not None:
+        refuse_other_rule(path / AVERAGE, rule, precision=start.config.averaging.precision)
     batches_read(before, now)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,9 @@ from accelerate.state import AcceleratorState, GradientState
 from launching import load_recipe
 from tiny_inputs import save_rows
 
+import swaft
+from swaft.averaging.rules import Rule
+from swaft.averaging.state import AverageState, RuleState
 from swaft.storage import Manifest, seal
 from swaft.training.checks import Problems
 from swaft.training.config import load_config
@@ -71,7 +75,8 @@ OF_A_LAUNCH = {
     "config/load.py: load_config": "raises what both have read",
     "launch/accelerator.py: refuse_fp16_on_cpu": "the launch may be meant for another machine",
     "run/folder.py: _claim": "another run may have come in between",
-    "run/folder.py: _lock": "another run may be at work there",
+    "run/folder.py: _require_shared": "another machine may not see it",
+    "run/folder.py: _wait_for": "another run may be at work there",
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
     "data/texts.py: refuse_split_settings": "a new tokenizer is there only then; prepare asks it about the model's",
@@ -301,14 +306,26 @@ def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """A checkpoint of a run of four steps under DDP on two ranks."""
+    return saved(tmp_path / "run" / "checkpoint-1")
+
+
+def saved(path: Path, **averages: Rule) -> Path:
     setup = {"stage": None, "world_size": 2, "per_device_train_batch_size": 4, "rows_per_step": 16}
     digests = dict.fromkeys(("rows_sha256", "architecture_sha256", "frozen_sha256"), "a" * 64)
     setup |= {"grouped_by": None, "total_steps": 4, "rows": 70, "seed": 42, **digests}
     content = dict.fromkeys((field.name for field in fields(RunRecord)), None)
     content |= {"setup": setup, "parts": {"position": {"batches": 2}}, "settings": {"averaging.rule": "none"}}
-    path = tmp_path / "run" / "checkpoint-1"
     path.mkdir(parents=True)
-    seal(path, Manifest(kind="run", files={}, content=content))
+    state = {"total_steps": 4, "precision": "compensated", "applied_steps": 1, "moved": False, "weights": "0"}
+    sealed = {}
+    for name, rule in averages.items():
+        rules = [RuleState(name, repr(rule), count=0, lanes={}, readout={})]
+        (path / "average").mkdir()
+        content_there = asdict(AverageState(rules, parameters={}, aliases={}, **state))
+        seal(path / "average", Manifest(kind="average", files={}, content=content_there))
+        manifest = (path / "average" / "manifest.json").read_bytes()
+        sealed["average"] = hashlib.sha256(manifest).hexdigest()
+    seal(path, Manifest(kind="run", files={}, content=content, sealed=sealed))
     return path
 
 
@@ -346,6 +363,26 @@ def test_a_checkpoint_that_a_run_cannot_go_on_from_is_refused_alike(
     [problem] = problems
     assert expected in problem
     assert launched("classification", words) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["start=0.5"], None),
+        (["start=0.75"], "this run averages by average: SWA(start=0.75"),
+        (["start=0.5", "precision=plain"], "set averaging.precision as it was"),
+    ],
+)
+def test_averages_that_a_run_cannot_continue_are_refused_alike(settings, expected, line, launched, tmp_path):
+    folder = saved(tmp_path / "run" / "checkpoint-1", average=swaft.SWA(start=0.5)).parent
+    same = ("train.max_steps=4", "train.seed=42", f"train.output_dir={folder}", "train.warmup_steps=0")
+    words = line(
+        "classification", *same, *(f"averaging.{each}" for each in ["rule=swa", *settings]), launch="ddp"
+    )
+    problems = check_run(words).problems
+    assert (problems == []) if expected is None else (expected in problems[0])
+    if expected is not None:
+        assert launched("classification", words) == problems
 
 
 @pytest.mark.parametrize("offloads", [False, True])

@@ -13,6 +13,7 @@ import sys
 import time
 
 TOLD = (
+    "PET_",
     "SLURM_",
     "SRUN_",
     "HF_",
@@ -55,13 +56,15 @@ def srun(words: list[str]) -> int:
 
 def record(name: str, words: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if key.startswith(TOLD)}
-    ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    ignored = [
+        each.name for each in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(each) is signal.SIG_IGN
+    ]
     line = {
         "name": name,
         "words": words,
         "pid": os.getpid(),
         "environment": environment,
-        "ignores_term": ignored,
+        "ignores": ignored,
     }
     with open(os.environ["RECORD"], "a") as file:
         file.write(json.dumps(line) + "\n")

@@ -84,6 +84,7 @@ def test_what_is_run_is_what_the_dry_run_printed(cluster):
     assert call["words"] == words[words.index("accelerate") + 1 :]
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240" in words
     assert call["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "240"
+    assert call["environment"]["PET_SIGNALS_TO_HANDLE"].split(",")[-1] == "SIGUSR1"
 
 
 def test_accelerate_takes_the_place_of_the_script_so_that_signals_reach_it(cluster):

@@ -89,11 +89,22 @@ def test_srun_gets_the_processors_that_sbatch_was_told(cluster, told):
     assert cluster.calls("srun")[0]["environment"].get("SRUN_CPUS_PER_TASK") == told
 
 
-@pytest.mark.parametrize(("code", "requeued"), [("143", True), ("0", False)])
+OF_AN_ARRAY = {"SLURM_ARRAY_JOB_ID": JOB["SLURM_JOB_ID"], "SLURM_ARRAY_TASK_ID": "3"}
+"""One task has the array's id as its own job id, which by itself means all tasks."""
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued", "array", "name"),
+    [
+        ("143", True, {}, JOB["SLURM_JOB_ID"]),
+        ("0", False, {}, JOB["SLURM_JOB_ID"]),
+        ("143", True, OF_AN_ARRAY, f"{JOB['SLURM_JOB_ID']}_3"),
+    ],
+)
 def test_before_the_time_is_up_ranks_are_asked_to_end_and_what_is_unfinished_is_queued_again(
-    cluster, code, requeued
+    cluster, code, requeued, array, name
 ):
-    environment = cluster.environment(nodes=2, STEP_RUNS=code)
+    environment = cluster.environment(nodes=2, STEP_RUNS=code, **array)
     process = cluster.start("slurm/train.sbatch", *RUN, environment=environment)
     until = time.monotonic() + 30
     while len(cluster.calls("accelerate")) < 2 and time.monotonic() < until:
@@ -101,9 +112,9 @@ def test_before_the_time_is_up_ranks_are_asked_to_end_and_what_is_unfinished_is_
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=30)
     assert process.returncode == int(code), said
-    assert [call["words"] for call in cluster.calls("scancel")] == [["--signal=TERM", JOB["SLURM_JOB_ID"]]]
+    assert [call["words"] for call in cluster.calls("scancel")] == [["--signal=TERM", name]]
     queued = [call["words"] for call in cluster.calls("scontrol") if call["words"][0] == "requeue"]
-    assert queued == ([["requeue", JOB["SLURM_JOB_ID"]]] if requeued else [])
+    assert queued == ([["requeue", name]] if requeued else [])
 
 
 @pytest.mark.parametrize(("gpus", "alone"), [("1", True), ("2", False)])
@@ -111,7 +122,7 @@ def test_the_launcher_of_a_single_rank_outlives_the_signal_that_the_rank_saves_a
     environment = cluster.environment(nodes=1, SLURM_GPUS_ON_NODE=gpus, SLURM_JOB_NODELIST=NODES[0])
     cluster.run("slurm/train.sbatch", *RUN, environment=environment)
     (call,) = cluster.calls("accelerate")
-    assert call["ignores_term"] is alone
+    assert call["ignores"] == (["SIGTERM", "SIGUSR1"] if alone else [])
 
 
 @pytest.mark.parametrize("script", ["slurm/train.sbatch", "slurm/array.sbatch"])

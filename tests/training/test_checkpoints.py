@@ -167,9 +167,15 @@ def test_what_is_no_checkpoint_is_named(ranks, tmp_path, named):
         choose_checkpoint(str(tmp_path / named), tmp_path, ranks)
 
 
-def test_the_old_ones_go_and_what_is_left_of_unfinished_ones(ranks, tmp_path):
-    save(ranks, tmp_path, 5, 10, 15)
+def test_the_old_ones_go_and_what_is_left_of_unfinished_ones_goes_before_its_space_is_needed(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10)
     checkpoint_path(tmp_path, 12).mkdir()
+
+    def write(path: Path):
+        assert find_checkpoints(tmp_path, complete=False) == [path]
+        return {}
+
+    save_checkpoint(ranks, tmp_path, 15, write=write, content={})
     delete_old(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-15"}
     delete_old(tmp_path, None)

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
+from swaft.distributed import shared_ranks
 from swaft.errors import ConfigError
 from swaft.training.config import load_config, to_yaml
 from swaft.training.data.classification import ClassificationConfig
+from swaft.training.run.checkpoints import save_checkpoint
 from swaft.training.run.folder import RunFolder, environment
 
 pytestmark = pytest.mark.unit
@@ -170,6 +176,50 @@ def test_a_process_that_waited_for_a_run_to_end_leaves_what_it_left(
     with pytest.raises(ConfigError, match=r"has finished|holds another run already"):
         RunFolder.create(tmp_path, make_accelerator(), resume=resume)
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_where_only_writable_files_or_none_can_be_locked_the_folder_is_locked_or_that_is_said(
+    make_accelerator, tmp_path, monkeypatch, caplog, locks
+):
+    real = fcntl.flock
+
+    def as_on_nfs(file, operation):
+        if not (locks and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_RDWR):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return real(file, operation)
+
+    monkeypatch.setattr("swaft.training.run.folder.fcntl.flock", as_on_nfs)
+    monkeypatch.setattr("swaft.training.run.folder.LOCK_PATIENCE_S", 0.2)
+    first = RunFolder.create(tmp_path, make_accelerator())
+    with pytest.raises(ConfigError, match="another process") if locks else nullcontext():
+        RunFolder.create(tmp_path, make_accelerator())
+    assert ("another run may write to it too" in caplog.text) is not locks
+    del first
+
+
+def test_a_folder_that_other_machines_do_not_see_is_refused(make_accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr("swaft.training.run.folder.SHARED_PATIENCE_S", 0.0)
+    monkeypatch.setattr("swaft.training.run.folder.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("swaft.training.run.folder._claim", lambda path, **_: None)  # on another machine
+    with pytest.raises(ConfigError, match="name one on a file system that all machines share"):
+        RunFolder.create(tmp_path / "run", make_accelerator())
+
+
+def test_a_run_that_started_from_anothers_checkpoint_goes_on_from_its_own(make_accelerator, tmp_path):
+    def save(folder: Path, step: int) -> Path:
+        save_checkpoint(shared_ranks(), folder, step, write=lambda path: {}, content={})
+        return folder / f"checkpoint-{step}"
+
+    first, run = save(tmp_path / "first", 5), tmp_path / "run"
+    branch = {"resume": str(first), "config_yaml": "train: {}\n"}
+    assert RunFolder.create(run, make_accelerator(), **branch).checkpoint.path == first
+    made(run, "config.yaml")
+    own = save(run, 7)
+    assert RunFolder.create(run, make_accelerator(), **branch).checkpoint.path == own
+    for other in ({"config_yaml": "train: {seed: 1}\n"}, {"resume": str(save(run, 6))}):
+        with pytest.raises(ConfigError, match=r"holds later checkpoints than checkpoint-\d \(checkpoint-7\)"):
+            RunFolder.create(run, make_accelerator(), **{**branch, **other})
 
 
 def test_no_lock_is_put_into_a_folder_of_others(make_accelerator, tmp_path):

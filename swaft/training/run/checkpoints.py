@@ -139,7 +139,8 @@ def save_checkpoint(
     path, there = checkpoint_path(folder, step), False
     with ranks.together():
         if ranks.is_main and not (there := is_complete(path)):
-            shutil.rmtree(path, ignore_errors=True)  # left by a killed run
+            for left in find_checkpoints(folder, complete=False):  # by a killed run; its space may be needed
+                shutil.rmtree(left, ignore_errors=True)
     if ranks.gather(there)[0]:
         return False
     write_together(ranks, path, kind=KIND, write=write, content=content)
@@ -147,12 +148,9 @@ def save_checkpoint(
 
 
 def delete_old(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints (None: keep all), and all unfinished ones.
-
-    To be called by one process, when the newest is complete. Log what cannot be deleted.
-    """
+    """Delete all but the newest ``keep`` complete checkpoints (None: keep all), by one process; log what fails."""
     try:
-        complete, unfinished = find_checkpoints(folder), find_checkpoints(folder, complete=False)
+        complete = find_checkpoints(folder)
     except StateError as error:
         logger.warning("%s; no checkpoint is deleted", error)
         return
@@ -161,8 +159,6 @@ def delete_old(folder: Path, keep: int | None) -> None:
             remove_sealed(path)
         except StateError as error:
             logger.warning("%s; it is kept", error)
-    for path in unfinished:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _warn_of_unfinished(unfinished: list[Path], complete: list[Path]) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shlex
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,12 +29,16 @@ from swaft.storage.files import TEMPORARY
 from swaft.training.launch.failure import launch_command
 from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, find_checkpoints
 
+logger = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
 OF_A_RUN = {"config.yaml", METRICS, "summary.json"}
 """Files that identify a run folder."""
 LOCK = ".lock"
 LOCK_PATIENCE_S = 10.0
 """Seconds to wait for processes of a killed run, such as data loader workers, to end."""
+SHARED_PATIENCE_S = 60.0
+"""Seconds to wait for a new file to appear on other machines: NFS remembers for that long that it was missing."""
 
 
 class RunFolder:
@@ -67,7 +73,8 @@ class RunFolder:
 
         Only the main process looks and creates, so no rank sees what another has just made. With a `resume`, the
         folder may already hold this run if it is unfinished: one with checkpoints, or one started with the same
-        configuration that ended before the first checkpoint.
+        configuration that ended before the first checkpoint. A run that started from another run's checkpoint, and
+        is started again in the same way, goes on from its own.
 
         Args:
             path: path of the folder.
@@ -76,7 +83,8 @@ class RunFolder:
             config_yaml: this run's configuration.
 
         Raises:
-            ConfigError: the folder holds something else, or cannot be made; on every rank.
+            ConfigError: the folder holds something else, cannot be made, or is not shared by all machines; on every
+                rank.
             StateError: no checkpoint that may be resumed from is intact; on every rank.
         """
         path, ranks = Path(path), shared_ranks()
@@ -84,7 +92,10 @@ class RunFolder:
         with ranks.together(f"train.output_dir: {path} cannot be claimed"):
             if folder.is_main:
                 folder._lock = _claim(path, resume=resume, config_yaml=config_yaml)
-        folder.checkpoint = choose_checkpoint(resume, path, ranks)
+        with ranks.together():
+            _require_shared(path)
+        wanted = resume_from(path, resume=resume, config_yaml=config_yaml)
+        folder.checkpoint = choose_checkpoint(wanted, path, ranks)
         return folder
 
     def write_text(self, name: str, text: str) -> None:
@@ -197,11 +208,8 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
             f"train.output_dir: {path} holds a run that has finished; nothing was changed there. Name a new "
             "folder for another"
         )
-    if not held or (resumes and find_checkpoints(path)):
+    if not held or (resumes and (find_checkpoints(path) or _is_same_run(path, config_yaml))):
         return
-    with suppress(OSError):  # a run with the same configuration may have started there
-        if resumes and (path / "config.yaml").read_text(encoding="utf-8") == config_yaml:
-            return
     what = "another run already" if OF_A_RUN & {*held} else "other files"
     some = f"{', '.join(held[:3])}{', ...' if held[3:] else ''}"
     problem = f"train.output_dir: {path} holds {what} ({some}); nothing was changed there. Name a new folder"
@@ -210,6 +218,38 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
         some = ", ".join(unfinished)
         problem += f". No checkpoint there can be resumed from: {some} never got the mark COMPLETE"
     raise ConfigError(problem)
+
+
+def resume_from(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> str:
+    """Return what a run resumes from: ``resume``, or ``auto`` if that was only where this run started.
+
+    Args:
+        path: path of the folder.
+        resume: ``train.resume_from_checkpoint``.
+        config_yaml: this run's configuration.
+    """
+    path = Path(path)
+    starts = resume not in ("auto", "none") and Path(resume).absolute().parent != path.absolute()
+    return "auto" if starts and _is_same_run(path, config_yaml) and find_checkpoints(path) else resume
+
+
+def _is_same_run(path: Path, config_yaml: str) -> bool:
+    """Whether a run with the same configuration has started in a folder."""
+    with suppress(OSError):
+        return (path / "config.yaml").read_text(encoding="utf-8") == config_yaml
+    return False
+
+
+def _require_shared(path: Path) -> None:
+    """Refuse a folder that other machines do not see; to be called on every rank, after the main one's lock."""
+    deadline = time.monotonic() + SHARED_PATIENCE_S
+    while not (path / LOCK).exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"train.output_dir: {path} on {socket.gethostname()} is not the folder the main process writes to; "
+                "name one on a file system that all machines share"
+            )
+        time.sleep(1.0)
 
 
 def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
@@ -226,25 +266,37 @@ def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
 
 
 def _lock(path: Path) -> IO[bytes] | None:
-    """Keep two processes on this machine out of one folder; the lock ends with the process, however it ends."""
-    # Opened for reading: a file system with a file open for writing cannot be remounted read-only.
-    file = os.fdopen(os.open(path / LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
+    """Keep two processes out of one folder; the lock ends with the process, however it ends."""
+    # For reading if possible: a file system with a file open for writing cannot be remounted read-only. NFS locks
+    # only what is open for writing.
+    for mode in (os.O_RDONLY, os.O_RDWR):
+        file = os.fdopen(os.open(path / LOCK, mode | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
+        try:
+            _wait_for(file, path)
+        except OSError as error:
+            file.close()
+            problem = error.strerror
+        else:
+            return file
+    logger.warning(
+        "%s is on a file system without locks (%s): another run may write to it too", path, problem
+    )
+    return None
+
+
+def _wait_for(lock: IO[bytes], path: Path) -> None:
+    """Lock a folder's file, waiting for its holder at most `LOCK_PATIENCE_S`."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            if time.monotonic() < deadline:
-                time.sleep(0.1)
-                continue
-            file.close()
-            raise ConfigError(
-                f"train.output_dir: another process is writing to {path}; wait for it, or name another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            file.close()
-            return None
-        return file
+            if time.monotonic() > deadline:
+                lock.close()
+                raise ConfigError(
+                    f"train.output_dir: another process is writing to {path}; wait for it, or name another folder"
+                ) from error
+            time.sleep(0.1)
 
 
 def _no_folder(path: Path, error: OSError) -> str:
