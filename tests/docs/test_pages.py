@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
@@ -17,11 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import swaft
-from swaft.averaging import lora
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
-STEPS = 240
+STEPS = 241  # no fraction of it is a boundary of blocks by chance
 BLOCK = re.compile(r"^ *```python\n(.*?)^ *```", re.S | re.M)
 
 
@@ -46,9 +44,7 @@ class Reader:
         logits = torch.randn(3, 5, requires_grad=True)
         self.names: dict[str, Any] = {
             "swaft": swaft,
-            "lora": lora,
             "torch": torch,
-            "transformers": transformers,
             "Accelerator": lambda **given: Accelerator(cpu=True),
             "Trainer": lambda *_, **given: self.trainer(folder, **given),
             "accelerator": self.accelerator,
@@ -155,3 +151,31 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
             raise AssertionError(f"example {number} of {page.name} failed:\n{example}") from error
         for folder in tmp_path.iterdir():  # the next example may write to the same names
             folder.rename(folder.with_name(f"example-{number}-{folder.name}"))
+
+
+def test_of_several_micro_batches_only_the_last_takes_the_step(tmp_path, monkeypatch):
+    page = ROOT / "docs/methods.md"
+    (example,) = [each for each in BLOCK.findall(page.read_text()) if "for batch in batches" in each]
+    reader, steps = Reader(page, tmp_path), []
+    monkeypatch.setattr(
+        reader.accelerator, "backward", lambda _: steps.append(reader.accelerator.sync_gradients)
+    )
+    reader.follow(example)
+    assert steps == [False, True]  # under DeepSpeed, backward steps wherever this is true
+
+
+def test_links_lead_to_files_and_headings_that_exist():
+    lost = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            file, _, heading = link.partition("#")
+            there = page.parent / file if file else page
+            if not there.exists() or (heading and heading not in anchors(there)):
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not lost
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page in links."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

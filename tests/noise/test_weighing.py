@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from tiny_models import bart, bert, causal_batch, classification_batch, generation_batch, gpt2, t5
 from transformers import Trainer, TrainingArguments
 
+from swaft.integrations.transformers import NoiseCallback
 from swaft.noise import R3F, RDrop, TaskLoss, objectives
 
 pytestmark = pytest.mark.unit
@@ -62,19 +63,6 @@ def test_micro_batches_weighed_by_their_rows_are_one_batch():
     torch.testing.assert_close(gradients(model), expected)
 
 
-class NoiseTrainer(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        out = self.objective(model, inputs)
-        loss = out.loss
-        if num_items_in_batch is not None:
-            loss = loss * out.num_items / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
-
-
 @pytest.mark.parametrize(("build", "batch"), [(bart, generation_batch), *(case[:2] for case in CASES[::2])])
 def test_a_trainer_that_accumulates_takes_the_step_of_one_batch(build, batch, tmp_path, monkeypatch):
     monkeypatch.setattr(objectives, "add_noise", lambda embedding, **_: 1.5 * embedding)
@@ -83,7 +71,7 @@ def test_a_trainer_that_accumulates_takes_the_step_of_one_batch(build, batch, tm
 
     def trained(size):
         model = build(dropout=0.0)
-        trainer = NoiseTrainer(
+        trainer = Trainer(
             model,
             TrainingArguments(
                 output_dir=str(tmp_path),
@@ -100,8 +88,8 @@ def test_a_trainer_that_accumulates_takes_the_step_of_one_batch(build, batch, tm
                 disable_tqdm=True,
             ),
             train_dataset=dataset,
+            callbacks=[NoiseCallback(R3F(preset="relative", sigma=0.5))],
         )
-        trainer.objective = R3F(preset="relative", sigma=0.5)
         trainer.train()
         return list(model.parameters())
 
