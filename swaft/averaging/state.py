@@ -405,12 +405,15 @@ def _description(
 def refuse_other_rule(folder: Path, rule: Rule, *, precision: str) -> None:
     """Refuse a state that a run with one rule could not continue, judged by its manifest alone.
 
+    A state of rules that a script has named itself is left to `load_averages`, which knows them.
+
     Raises:
         StateError: the manifest is damaged, or the rule or precision is another; says what differs.
     """
     found = AverageState.from_json(read_manifest(folder, kind=KIND).content, where=folder / MANIFEST)
-    of_run = replace(found.rules[0], name="average", rule=repr(rule))
-    found.refuse_other_run(replace(found, rules=[of_run], precision=precision), where=folder)
+    if [each.name for each in found.rules] == ["average"]:
+        rules = [replace(found.rules[0], rule=repr(rule))]
+        found.refuse_other_run(replace(found, rules=rules, precision=precision), where=folder)
 
 
 @contextmanager

@@ -64,10 +64,11 @@ def write_together(
     try:
         records: Mapping[str, FileRecord] = {}
         with ranks.together(f"{final} could not be written"):
-            if not folder.is_dir():
+            if not folder.is_dir():  # found out by all ranks before one of them waits inside `write`
                 raise StateError(
                     "it is not on this machine; name a folder on a file system that all machines share"
                 )
+        with ranks.together(f"{final} could not be written"):
             records = write(folder)
         written = ranks.gather(records)
         with ranks.together(f"{final} could not be written"):

@@ -76,7 +76,7 @@ OF_A_LAUNCH = {
     "launch/accelerator.py: refuse_fp16_on_cpu": "the launch may be meant for another machine",
     "run/folder.py: _claim": "another run may have come in between",
     "run/folder.py: _require_shared": "another machine may not see it",
-    "run/folder.py: _wait_for": "another run may be at work there",
+    "run/folder.py: _locked": "another run may be at work there",
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
     "data/texts.py: refuse_split_settings": "a new tokenizer is there only then; prepare asks it about the model's",
@@ -366,15 +366,18 @@ def test_a_checkpoint_that_a_run_cannot_go_on_from_is_refused_alike(
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "name", "expected"),
     [
-        (["start=0.5"], None),
-        (["start=0.75"], "this run averages by average: SWA(start=0.75"),
-        (["start=0.5", "precision=plain"], "set averaging.precision as it was"),
+        (["start=0.5"], "average", None),
+        (["start=0.75"], "mine", None),  # of a script that names its rules; it compares them itself
+        (["start=0.75"], "average", "this run averages by average: SWA(start=0.75"),
+        (["start=0.5", "precision=plain"], "average", "set averaging.precision as it was"),
     ],
 )
-def test_averages_that_a_run_cannot_continue_are_refused_alike(settings, expected, line, launched, tmp_path):
-    folder = saved(tmp_path / "run" / "checkpoint-1", average=swaft.SWA(start=0.5)).parent
+def test_averages_that_a_run_cannot_continue_are_refused_alike(
+    settings, name, expected, line, launched, tmp_path
+):
+    folder = saved(tmp_path / "run" / "checkpoint-1", **{name: swaft.SWA(start=0.5)}).parent
     same = ("train.max_steps=4", "train.seed=42", f"train.output_dir={folder}", "train.warmup_steps=0")
     words = line(
         "classification", *same, *(f"averaging.{each}" for each in ["rule=swa", *settings]), launch="ddp"

@@ -99,6 +99,7 @@ OF_AN_ARRAY = {"SLURM_ARRAY_JOB_ID": JOB["SLURM_JOB_ID"], "SLURM_ARRAY_TASK_ID":
         ("143", True, {}, JOB["SLURM_JOB_ID"]),
         ("0", False, {}, JOB["SLURM_JOB_ID"]),
         ("143", True, OF_AN_ARRAY, f"{JOB['SLURM_JOB_ID']}_3"),
+        ("143", True, OF_AN_ARRAY | {"SLURM_ARRAY_JOB_ID": "1"}, JOB["SLURM_JOB_ID"]),
     ],
 )
 def test_before_the_time_is_up_ranks_are_asked_to_end_and_what_is_unfinished_is_queued_again(

@@ -122,3 +122,30 @@ def test_a_link_stays_one_and_its_folder_is_replaced(tmp_path):
     write(tmp_path / "link", 2.0)
     assert (tmp_path / "link").is_symlink()
     assert value_in(tmp_path / "real") == 2.0
+
+
+class Elsewhere(Ranks):
+    """A rank on a machine that does not see the folder that rank 0 has made."""
+
+    is_main = False
+
+
+def test_a_folder_that_one_machine_does_not_see_is_refused_before_any_rank_waits_for_others_in_it(tmp_path):
+    written = []
+    with pytest.raises(
+        StateError, match="not on this machine; name a folder on a file system that all machines"
+    ):
+        write_together(Elsewhere(), tmp_path / "new", kind="test", write=written.append, content={})
+    meetings = []
+
+    class Counted(Ranks):
+        def raise_together(self, error, **how):
+            meetings.append(error)
+            super().raise_together(error, **how)
+
+    def write(folder):
+        written.append(len(meetings))
+        return {}
+
+    write_together(Counted(), tmp_path / "seen", kind="test", write=write, content={})
+    assert written == [2]  # made by rank 0, seen by all

@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,9 +92,12 @@ class RunFolder:
         with ranks.together(f"train.output_dir: {path} cannot be claimed"):
             if folder.is_main:
                 folder._lock = _claim(path, resume=resume, config_yaml=config_yaml)
+        wanted = resume
         with ranks.together():
             _require_shared(path)
-        wanted = resume_from(path, resume=resume, config_yaml=config_yaml)
+            if folder.is_main:
+                wanted = resume_from(path, resume=resume, config_yaml=config_yaml)
+        wanted = ranks.gather(wanted)[0]
         folder.checkpoint = choose_checkpoint(wanted, path, ranks)
         return folder
 
@@ -267,36 +270,36 @@ def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:
 
 def _lock(path: Path) -> IO[bytes] | None:
     """Keep two processes out of one folder; the lock ends with the process, however it ends."""
+    os.close(os.open(path / LOCK, os.O_RDONLY | os.O_CREAT, 0o644))
     # For reading if possible: a file system with a file open for writing cannot be remounted read-only. NFS locks
     # only what is open for writing.
     for mode in (os.O_RDONLY, os.O_RDWR):
-        file = os.fdopen(os.open(path / LOCK, mode | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")
         try:
-            _wait_for(file, path)
+            return _locked(path, mode)
         except OSError as error:
-            file.close()
             problem = error.strerror
-        else:
-            return file
-    logger.warning(
-        "%s is on a file system without locks (%s): another run may write to it too", path, problem
-    )
+    logger.warning("%s has no lock (%s): another run may write to it too", path, problem)
     return None
 
 
-def _wait_for(lock: IO[bytes], path: Path) -> None:
-    """Lock a folder's file, waiting for its holder at most `LOCK_PATIENCE_S`."""
+def _locked(path: Path, mode: int) -> IO[bytes]:
+    """Open a folder's lock and take it, waiting for its holder at most `LOCK_PATIENCE_S`."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise ConfigError(
-                    f"train.output_dir: another process is writing to {path}; wait for it, or name another folder"
-                ) from error
-            time.sleep(0.1)
+    with ExitStack() as on_failure:
+        file = on_failure.enter_context(os.fdopen(os.open(path / LOCK, mode | os.O_CLOEXEC), "rb"))
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"train.output_dir: another process is writing to {path}; wait for it, or name another "
+                        f"folder. If its machine is gone, delete {path / LOCK}"
+                    ) from error
+                time.sleep(0.1)
+            else:
+                on_failure.pop_all()
+                return file
 
 
 def _no_folder(path: Path, error: OSError) -> str:

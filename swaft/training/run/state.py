@@ -283,14 +283,15 @@ class RunState:
                 f"packages that have changed since: {_changed(record.versions, package_versions())}"
             )
         position = {**record.parts["position"], "batches": batches_read(record, self._setup)}
-        for name, part in self.in_files.items():
-            part.load_state(path / name)
         for name, state in {**record.parts, "position": position}.items():
             with self._ranks.together(f"{path}: the state of '{name}' does not fit"):
                 if name in self._plain:
                     self._plain[name].load_state_dict(state)
+        # Parts in files change the run folder (`best`, the log), so they come once the others have fitted.
+        for name, part in self.in_files.items():
+            part.load_state(path / name)
         with self._ranks.together(f"{run.folder.path} could not be written"):
-            run.folder.restore_metrics(path)  # once nothing refuses the checkpoint: it drops later steps
+            run.folder.restore_metrics(path)
         if changes := list(changed_settings(record, self._setup, self._settings)):
             logger.warning("%s was written with other settings:\n  %s", path, "\n  ".join(changes))
 
