@@ -10,11 +10,19 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils.other import compile_regions
-from tiny_models import VOCABULARY, causal_batch, generation_batch, t5
-from transformers import BartForCausalLM, DebertaV2Config, DebertaV2ForMaskedLM, T5ForConditionalGeneration
+from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, generation_batch, t5
+from transformers import (
+    BartForCausalLM,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    T5ForConditionalGeneration,
+)
 
 from swaft.errors import NoiseError
-from swaft.noise import R3F, RDrop
+from swaft.noise import R3F, R4F, RDrop, TaskLoss
 
 pytestmark = pytest.mark.unit
 
@@ -210,3 +218,92 @@ def test_noise_in_a_model_that_is_compiled_whole_is_refused(build, in_place):
 
 def test_noise_in_a_model_whose_regions_accelerate_compiles_is_not():
     R3F(sigma=0.1).prepare_model(compile_regions(tiny.bert(), backend="eager"))
+
+
+@pytest.mark.parametrize("objective", [R3F(), R4F(), RDrop()])
+def test_regression_is_refused_before_training(objective):
+    with pytest.raises(NoiseError, match=r"at least two classes.*swaft\.TaskLoss"):
+        objective.prepare_model(bert(num_labels=1))
+
+
+def test_regression_is_refused_at_the_first_call_too():
+    batch = {**classification_batch(), "labels": torch.rand(4)}
+    with pytest.raises(NoiseError, match="at least two classes"):
+        R3F()(bert(num_labels=1), batch)
+
+
+def test_a_configuration_of_one_label_does_not_concern_a_model_with_other_classes():
+    config, batch = bert(num_labels=1).config, classification_batch()
+    masked = {**batch, "labels": batch["input_ids"]}
+    choices = {
+        **{name: value.view(2, 2, -1) for name, value in masked.items()},
+        "labels": torch.tensor([0, 1]),
+    }
+    for kind, rows in ((BertForMaskedLM, masked), (BertForMultipleChoice, choices)):
+        assert RDrop()(kind(config).train(), rows).loss.isfinite()
+    single = {**{name: value.unsqueeze(1) for name, value in masked.items()}, "labels": torch.zeros(4).long()}
+    with pytest.raises(NoiseError, match="at least two classes"):
+        RDrop()(BertForMultipleChoice(config).train(), single)
+
+
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": True}, {"preserve_rng_state": True}])
+def test_reentrant_checkpointing_is_refused(kwargs):
+    model = bert()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    with pytest.raises(NoiseError, match=r'kwargs=\{"use_reentrant": False\}.*gradient_checkpointing=False'):
+        R3F().prepare_model(model)
+
+
+def test_several_labels_a_row_are_refused():
+    model = bert()
+    model.config.problem_type = "multi_label_classification"
+    batch = {**classification_batch(), "labels": torch.ones(4, 3)}
+    with pytest.raises(NoiseError, match=r"Labels of shape \(4, 3\) do not fit the model's rows, \(4,\)"):
+        R3F(sigma=0.1)(model, batch)
+
+
+class WeightedClassifier(BertForSequenceClassification):
+    """Weights the classes in its loss; counts its passes."""
+
+    passes = 0
+
+    def forward(self, *args, **kwargs):
+        self.passes += 1
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            weights = torch.tensor([1.0, 2.0, 3.0])
+            output.loss = F.cross_entropy(output.logits, kwargs["labels"], weights)
+        return output
+
+
+def test_class_weights_that_cancel_in_a_batch_of_one_class_are_found_in_the_next():
+    model, objective, batch = WeightedClassifier(bert().config), R3F(sigma=0.1), classification_batch()
+    objective(model, {**batch, "labels": torch.ones_like(batch["labels"])})
+    with pytest.raises(NoiseError, match=r"own loss is another one.*swaft\.TaskLoss"):
+        objective(model, batch)
+
+
+def test_batches_of_one_row_prove_the_loss_once():
+    model, objective = WeightedClassifier(bert().config), R3F(sigma=0.1)
+    for passes in (4, 6):  # class weights cancel in one row, so its loss is the mean cross entropy
+        objective(model, classification_batch(rows=1))
+        assert model.passes == passes
+
+
+def test_a_batch_without_labels_is_refused():
+    batch = classification_batch()
+    del batch["labels"]
+    with pytest.raises(NoiseError, match="no labels"):
+        R3F()(bert(), batch)
+    with pytest.raises(NoiseError, match="has no loss"):
+        TaskLoss()(bert(), batch)
+
+
+def test_a_model_without_a_task_head_is_refused():
+    class Headless(BertForSequenceClassification):
+        def forward(self, labels=None, **kwargs):  # type: ignore[override]
+            return self.bert(**kwargs)
+
+    model = Headless(bert().config)
+    with pytest.raises(NoiseError, match=r"lacks \.loss or \.logits"):
+        R3F(sigma=0.1)(model, classification_batch())
