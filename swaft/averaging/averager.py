@@ -21,7 +21,7 @@ from swaft.averaging.engines.steps import begin
 from swaft.averaging.rules import RECOMMENDED, Plan, Readout, Rule
 from swaft.averaging.rules.base import plan_all
 from swaft.averaging.shards import beside_live, blended
-from swaft.averaging.state import load_averages, save_averages
+from swaft.averaging.state import UNNAMED, load_averages, save_averages
 from swaft.averaging.swap import swapped_in
 from swaft.errors import AveragingError
 
@@ -83,7 +83,7 @@ class WeightAverager:
         # The compiled code takes a second to import; only runs that average should pay for it.
         from swaft.averaging.host import HostAverages
 
-        rules = dict(rule) if isinstance(rule, Mapping) else {"average": rule}
+        rules = dict(rule) if isinstance(rule, Mapping) else {UNNAMED: rule}
         self._plans = plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
         _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 KIND = "average"
 """The kind in the manifest of such a folder."""
+UNNAMED = "average"
+"""The name of a rule that a run was given without one."""
 FILES = re.compile(r"(rank-\d{5}\.safetensors|manifest\.json|COMPLETE)(\.tmp)?")
 """The names of a state's files."""
 MOST_OPEN = 32
@@ -411,7 +413,7 @@ def refuse_other_rule(folder: Path, rule: Rule, *, precision: str) -> None:
         StateError: the manifest is damaged, or the rule or precision is another; says what differs.
     """
     found = AverageState.from_json(read_manifest(folder, kind=KIND).content, where=folder / MANIFEST)
-    if [each.name for each in found.rules] == ["average"]:
+    if [each.name for each in found.rules] == [UNNAMED]:
         rules = [replace(found.rules[0], rule=repr(rule))]
         found.refuse_other_run(replace(found, rules=rules, precision=precision), where=folder)
 

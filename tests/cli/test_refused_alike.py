@@ -310,6 +310,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def saved(path: Path, **averages: Rule) -> Path:
+    """Write such a checkpoint, with the state of these averages."""
     setup = {"stage": None, "world_size": 2, "per_device_train_batch_size": 4, "rows_per_step": 16}
     digests = dict.fromkeys(("rows_sha256", "architecture_sha256", "frozen_sha256"), "a" * 64)
     setup |= {"grouped_by": None, "total_steps": 4, "rows": 70, "seed": 42, **digests}
@@ -318,11 +319,11 @@ def saved(path: Path, **averages: Rule) -> Path:
     path.mkdir(parents=True)
     state = {"total_steps": 4, "precision": "compensated", "applied_steps": 1, "moved": False, "weights": "0"}
     sealed = {}
-    for name, rule in averages.items():
-        rules = [RuleState(name, repr(rule), count=0, lanes={}, readout={})]
+    if averages:
+        rules = [RuleState(name, repr(rule), 0, lanes={}, readout={}) for name, rule in averages.items()]
+        inner = AverageState(rules, parameters={}, aliases={}, **state)
         (path / "average").mkdir()
-        content_there = asdict(AverageState(rules, parameters={}, aliases={}, **state))
-        seal(path / "average", Manifest(kind="average", files={}, content=content_there))
+        seal(path / "average", Manifest(kind="average", files={}, content=asdict(inner)))
         manifest = (path / "average" / "manifest.json").read_bytes()
         sealed["average"] = hashlib.sha256(manifest).hexdigest()
     seal(path, Manifest(kind="run", files={}, content=content, sealed=sealed))
