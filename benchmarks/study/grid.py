@@ -78,6 +78,7 @@ OBJECTIVES = (
 )
 MAIN = AVERAGING + LONGER + OBJECTIVES
 COLLAPSED = (*AVERAGING, "rdrop-decayed", "r3f-relative-1.0-decayed", "r4f-relative-1.0-decayed")
+RIVALS = ("smart-decayed", "freelb-decayed", "distilled-longer", "distilled-ensemble")
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 
 
@@ -101,7 +102,14 @@ PHASES = (
     *_each(LONGER, CHOOSING),
     Phase(AVERAGING, "small", CHEAPEST[:4], DECIDING_SEEDS),
     Phase(AVERAGING, "main", CHEAPEST, SEEDS),
-    *_each(AVERAGING, GENERAL),
+    *_each(AVERAGING, GENERAL[:1]),
+    # At least something of every kind: the cheapest tasks, few seeds.
+    Phase(AVERAGING, "main", CHOOSING[:3], DECIDING_SEEDS, "flatness"),
+    Phase(COLLAPSED, "main", ("sst2",), DECIDING_SEEDS, "probe"),
+    *_each(RIVALS, CHOOSING[:2]),
+    *_each(AVERAGING, GENERAL[1:2]),
+    Phase(COLLAPSED, "small", ("sst2",), DECIDING_SEEDS, "cycle"),
+    *_each(AVERAGING, GENERAL[2:]),
     *_each(OBJECTIVES, CHOOSING),
     *_each(LONGER, CONFIRMING),
     *_each(OBJECTIVES, CONFIRMING),
@@ -112,8 +120,7 @@ PHASES = (
     Phase(REST, "main", CHOOSING, SEEDS[:5]),
     Phase(REST, "main", CONFIRMING, SEEDS[:5]),
     Phase(COLLAPSED, "main", ("sst2",), SEEDS[:5], "probe"),
-    Phase(COLLAPSED, "small", ("sst2",), SEEDS[:3], "cycle"),
-    Phase(AVERAGING, "main", CHOOSING, SEEDS[:3], "flatness"),
+    Phase(AVERAGING, "main", CHOOSING, DECIDING_SEEDS, "flatness"),
 )
 
 
