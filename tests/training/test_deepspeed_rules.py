@@ -87,6 +87,7 @@ def test_what_deepspeed_starts_with_is_no_problem(zero):
         ({"stage": 1, "allgather_bucket_size": 5}, {}, "allgather_bucket_size = 5; expected an even number"),
         ({"stage": 3}, {"prescale_gradients": True}, "reduce_scatter = false"),
         ({"stage": 2}, {"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"stage": 2}, {"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer.decoupled"),
         (
             {"stage": 2},
             {"data_types": {"param_dtype": "fp32"}},

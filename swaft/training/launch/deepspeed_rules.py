@@ -161,6 +161,8 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
         yield f"gradient_allreduce_op = {parsed.gradient_allreduce_op}, but the recipe takes the mean; remove it"
     if not parsed.managed_gradient_accumulation:
         yield "managed_gradient_accumulation = false, but accelerate accumulates; remove it"
+    if (parsed.checkpoint_config.get("writer") or {}).get("decoupled"):
+        yield "checkpoint.writer.decoupled, which still writes when the checkpoint should be complete; remove it"
     on_host = offload is not None and offload.device == "cpu" and parsed.zero_force_ds_cpu_optimizer
     if on_host and (reason := reason_op_cannot_be_built("cpu_adam")):
         yield (
