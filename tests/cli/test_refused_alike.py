@@ -156,7 +156,7 @@ def test_validate_asks_everything_that_may_refuse_a_launch(recipe, line, launche
         ("classification", "model.tokenizer_name=/nowhere", "cannot be loaded"),
         ("classification", "averaging.start=99999", "0 weights would be averaged"),
         ("classification", "averaging.decay=0.9", "averaging.rule=swa does not use"),
-        ("classification", "noise.layers=all", "noise.layers is all, which noise.kind=r3f does not use"),
+        ("classification", "noise.layers=all", "noise.layers: is all, which noise.kind=r3f does not use"),
         ("classification", "noise.sigma=0", "section noise: sigma=0 with masks='shared': nothing differs"),
         ("classification", "train.warmup_steps=9999", "so the rate never reaches train.learning_rate"),
         ("classification", "train.mixed_precision=fp16", "the launcher's mixed_precision is bf16"),

@@ -36,7 +36,7 @@ def refuse(refusal, classification, inputs):
         ("averaging.start=500", "section averaging: start=500 with every=1"),
         ("train.learning_rate=-1", "train.learning_rate"),
         ("train.learning_rte=1", "Did you mean 'train.learning_rate'?"),
-        ("noise.sigma=0.1", "noise.sigma is 0.1, which noise.kind=none does not use"),
+        ("noise.sigma=0.1", "noise.sigma: is 0.1, which noise.kind=none does not use"),
         ("data.max_seq_length=512", "data.max_seq_length is 512"),
         ("model.model_name_or_path=/nowhere/at/all", "model.model_name_or_path"),
         ("track.report_to=aim", "track.report_to is aim, which is not installed"),

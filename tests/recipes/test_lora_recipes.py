@@ -116,7 +116,7 @@ def test_a_writer_learns_by_adapters_and_its_folder_writes_what_the_run_reported
             ["model.use_peft=true", "model.lora_target_modules=q_proj"],
             "model.lora_target_modules: q_proj fits no layer",
         ),
-        (["model.lora_r=8"], "model.lora_r: 8 is about LoRA, and model.use_peft=false"),
+        (["model.lora_r=8"], "model.lora_r: is 8, which model.use_peft=false does not use"),
         (["model.use_peft=true", "model.lora_target_modules=query,,value"], "holds an empty name"),
     ],
 )

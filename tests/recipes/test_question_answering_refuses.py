@@ -34,7 +34,7 @@ def refuse(refusal, question_answering, question_inputs):
         (("eval.max_answer_length=0",), "eval.max_answer_length: is 0"),
         (("train.max_answer_length=10",), "Did you mean 'eval.max_answer_length'?"),
         (("model.model_name_or_path=/nowhere/at/all",), "/nowhere/at/all cannot be loaded"),
-        (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma is 0.1, which noise.kind=none does not use"),
+        (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma: is 0.1, which noise.kind=none does not use"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(refuse, overrides, expected):

@@ -47,7 +47,7 @@ def pretrained(folder: str | Path) -> tuple[str, ...]:
         (("model.config={model_type: t5, num_layer: 1}",), "Did you mean 'num_layers'?"),
         (("model.config={model_type: bert}",), "bert is not an encoder-decoder"),
         (("model.config={model_type: bart, max_position_embeddings: 16}",), "reads at most 16 tokens"),
-        (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma is 0.1, which noise.kind=none does not use"),
+        (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma: is 0.1, which noise.kind=none does not use"),
         (("train.label_smoothing=0.1",), "Did you mean 'train.label_smoothing_factor'?"),
     ],
 )

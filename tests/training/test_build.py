@@ -52,7 +52,7 @@ def test_options_that_are_set_win_over_the_preset():
 
 @pytest.mark.parametrize("kind", ["none", "rdrop"])
 def test_an_option_that_would_be_ignored_is_an_error(kind):
-    with pytest.raises(ConfigError, match=r"noise\.sigma is 0\.1"):
+    with pytest.raises(ConfigError, match=r"noise\.sigma: is 0\.1"):
         build_objective(NoiseConfig(kind=kind, sigma=0.1), seed=1)
 
 
@@ -61,13 +61,13 @@ def test_how_the_passes_are_run_is_an_option_of_every_objective(kind):
     built = build_objective(NoiseConfig(kind=kind, passes="doubled", fused=False), seed=0)
     settings = built.settings_for(make_classifier())
     assert (settings.passes, settings.fused) == ("doubled", False)
-    with pytest.raises(ConfigError, match=r"noise\.fused is False, which noise\.kind=none does not use"):
+    with pytest.raises(ConfigError, match=r"noise\.fused: is false, which noise\.kind=none does not use"):
         build_objective(NoiseConfig(fused=False), seed=0)
 
 
 def test_an_option_of_r4f_alone_is_refused_by_r3f_and_taken_by_r4f():
     assert build_objective(NoiseConfig(kind="r4f", layers="last"), seed=0).layers == "last"
-    with pytest.raises(ConfigError, match=r"noise\.layers is last, which noise\.kind=r3f does not use"):
+    with pytest.raises(ConfigError, match=r"noise\.layers: is last, which noise\.kind=r3f does not use"):
         build_objective(NoiseConfig(kind="r3f", layers="last"), seed=0)
 
 

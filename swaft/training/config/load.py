@@ -80,7 +80,7 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
         ConfigError: an option is set that the rule would not use, or one that it needs is missing.
     """
     kind = RULES.get(averaging.rule)
-    options = chosen_options(averaging, kind, f"averaging.rule={averaging.rule}")
+    options = chosen_options(averaging, kind)
     if averaging.start is not None:
         options["start"] = averaging.start
     return None if kind is None else kind(every=averaging.every, **options)
@@ -150,7 +150,7 @@ class Reading(Generic[ConfigT]):
     origins: dict[str, str]
     """Where each setting comes from, by its full name: the path of a file, or ``command line``."""
     replaced: list[str]
-    """Which rows replaced which, as sentences."""
+    """Which rows or choices replaced which settings, as sentences."""
     problems: list[str]
     """Everything that is wrong."""
 
@@ -159,7 +159,8 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     """Return the checked configuration that a command line asks for.
 
     Accepts `--config FILE` (repeatable, later files win), overrides as `a.b=c`, `--a.b=c` or `--a.b c`,
-    and `--help` and `--print_config`, which print and exit 0. Logs which rows replace others.
+    and `--help` and `--print_config`, which print and exit 0. Logs which settings of earlier
+    files are replaced by other rows, or by another choice that does not use them.
 
     Args:
         config_class: a dataclass of section dataclasses, such as `ClassificationConfig`.
@@ -188,7 +189,7 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
         argv: config files and overrides, as for `load_config`.
     """
     known, problems = settings(config_class), list[str]()
-    values, origins, replaced = _merge(_read_layers(argv, problems))
+    values, origins, replaced = _merge(_read_layers(argv, problems), config_class)
     typed = dict[str, Any]()
     for name, value in _fill_in(values, known, problems).items():
         if value is None and _is_section(name, known):
@@ -213,7 +214,13 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
         parts[section][setting] = value
     config = config_class(**{name: kind(**parts[name]) for name, kind in sections(config_class).items()})
     faulty = _leaders(problems)
-    problems += [problem for problem in check_config(config) if not _leaders([problem]) & faulty]
+    # If a choice has a problem, it is not known which settings of its section are used.
+    unsure = tuple(f"{choice.split('.')[0]}." for choice in _choices(config_class) if choice in faulty)
+    problems += [
+        problem
+        for problem in check_config(config)
+        if not _leaders([problem]) & faulty and not problem.startswith(unsure)
+    ]
     return Reading(config=config, origins=origins, replaced=replaced, problems=problems)
 
 
@@ -315,32 +322,58 @@ def _read_file(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _merge(
-    layers: Sequence[tuple[str, Mapping[str, Any]]],
+    layers: Sequence[tuple[str, Mapping[str, Any]]], config_class: type
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Merge the layers; later ones override earlier ones.
 
     A layer that sets a source of rows (a task, a dataset, a training file) replaces the whole source of the
-    layers before it, so that one config's validation file is never combined with another's training file.
+    layers before it, so that one config's validation file is never combined with another's training file. One that
+    makes the choice of a section (``noise.kind``) replaces the earlier settings that the choice does not use.
 
     Returns:
-        Full name to value, full name to origin, and a sentence about each source that was replaced.
+        Full name to value, full name to origin, and a sentence about each source or choice that replaced something.
     """
     values, origins, replaced = dict[str, Any](), dict[str, str](), list[str]()
     for origin, layer in layers:
-        named = [f"{name}={layer[name]}" for name in ROW_SOURCES if layer.get(name) is not None]
-        dropped = [
-            f"{name}={values[name]} ({origins[name]})"
-            for name in ROW_SETTINGS
-            if named and values.get(name) not in (None, layer.get(name))
-        ]
-        if dropped:
-            replaced.append(f"{' and '.join(named)} ({origin}) replaces {', '.join(dropped)}")
-        for name in ROW_SETTINGS if named else ():
-            values.pop(name, None)
-            origins.pop(name, None)
+        for reason, names in _replacing(layer, values, config_class):
+            dropped = [
+                f"{name}={written(values[name])} ({origins[name]})"
+                for name in names
+                if values.get(name) not in (None, layer.get(name))
+            ]
+            if dropped:
+                replaced.append(f"{reason} ({origin}) replaces {', '.join(dropped)}")
+            for name in names:
+                values.pop(name, None)
+                origins.pop(name, None)
         values |= layer
         origins |= dict.fromkeys(layer, origin)
     return values, origins, replaced
+
+
+def _replacing(
+    layer: Mapping[str, Any], values: Mapping[str, Any], config_class: type
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what in a layer replaces settings of the layers before it, with these values, and which settings."""
+    if named := [f"{name}={layer[name]}" for name in ROW_SOURCES if layer.get(name) is not None]:
+        yield " and ".join(named), ROW_SETTINGS
+    known = settings(config_class)
+    for choice, kind in _choices(config_class).items():
+        try:
+            chosen = written(coerce(layer[choice], known[choice]))
+        except (KeyError, ValueError):  # the layer makes no choice, or none that is known yet
+            continue
+        others = {f"{choice.partition('.')[0]}.{name}": name for name in kind.users}
+        set_before = {
+            full: kind.users_of(name, values[full]) for full, name in others.items() if full in values
+        }
+        yield f"{choice}={chosen}", [full for full, users in set_before.items() if chosen not in users]
+
+
+def _choices(config_class: type) -> dict[str, type[Section]]:
+    """Return the sections in which one setting decides which others are used, by the full name of that setting."""
+    kinds = sections(config_class).values()
+    return {kind.choice: kind for kind in kinds if issubclass(kind, Section) and kind.choice}
 
 
 def _fill_in(values: dict[str, Any], known: Mapping[str, Option], problems: list[str]) -> dict[str, Any]:

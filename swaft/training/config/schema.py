@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from accelerate.utils import LoggerType
@@ -16,8 +16,17 @@ from accelerate.utils import LoggerType
 from swaft.averaging.rules import RULES
 from swaft.averaging.rules.base import Blend, Precision
 from swaft.noise import R3F, R4F, RDrop
-from swaft.options import Count, NotNegative, Positive, Range, ShareBelowOne, StepOrShare, WholeNumber
-from swaft.training.config.values import DELIMITERS, borrows, not_allowed, split_names
+from swaft.options import (
+    Count,
+    NotNegative,
+    Positive,
+    Range,
+    ShareBelowOne,
+    StepOrShare,
+    WholeNumber,
+    options_of,
+)
+from swaft.training.config.values import DELIMITERS, Users, borrows, not_allowed, split_names, written
 from swaft.training.metrics import unfit
 
 Fault = tuple[str, str]
@@ -34,6 +43,10 @@ class Section:
 
     paths: ClassVar[tuple[str, ...]] = ()
     """Settings that name a file or folder, in which `~` is the user's home, as in transformers."""
+    choice: ClassVar[str] = ""
+    """Full name of the setting that decides which of the others are used (`averaging.rule`); empty: all are."""
+    users: ClassVar[Users] = {}
+    """Which values of that setting use another one, by the name of the other; one that is not listed always is."""
 
     def __post_init__(self) -> None:
         for name in self.paths:
@@ -42,13 +55,29 @@ class Section:
 
     def conflicts(self) -> Iterator[Fault]:
         """Yield settings that are each allowed but do not work together."""
-        yield from ()
+        section, _, leaf = self.choice.partition(".")
+        chosen = written(getattr(self, leaf)) if leaf else ""
+        for name in self.users:
+            value, default = getattr(self, name), options_of(type(self))[name].default
+            if value != default and chosen not in (users := self.users_of(name, value)):
+                reason = f"is {written(value)}, which {self.choice}={chosen} does not use"
+                use = f"({', '.join(users)} {'do' if len(users) > 1 else 'does'})"
+                yield name, f"{reason} {use}; remove it, or set {section}.{name}={written(default)}"
+
+    @classmethod
+    def users_of(cls, name: str, value: Any) -> list[str]:
+        """Return the values of `choice`, as YAML writes them, that use a setting with this value."""
+        return [user for user, texts in cls.users[name].items() if not texts or value in texts]
 
 
 @dataclass(kw_only=True)
 class AdapterConfig(Section):
     """Whether to train low-rank adapters instead of the weights themselves."""
 
+    choice: ClassVar[str] = "model.use_peft"
+    users: ClassVar[Users] = {
+        name: {"true": ()} for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+    }
     use_peft: bool = False
     """Train LoRA adapters and the new head, with the pretrained weights frozen; `final/` and
     `final-averaged/` are then adapter folders. LoRA needs a higher `train.learning_rate`, 1e-4 to 5e-4."""
@@ -63,15 +92,12 @@ class AdapterConfig(Section):
     peft chooses for the architecture, mostly the attention's queries and values."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield adapter options that are set although no adapters are trained."""
+        """Yield adapter options that are set although no adapters are trained, and names that are empty."""
+        yield from super().conflicts()
         names = self.lora_target_modules
         if names is not None and not all(split_names(names)):
             advice = "write comma-separated names (query,value), or all-linear"
             yield "lora_target_modules", f"'{names}' holds an empty name; {advice}"
-        for each in () if self.use_peft else fields(AdapterConfig):
-            if (value := getattr(self, each.name)) != each.default:
-                advice = "set model.use_peft=true, or remove it"
-                yield each.name, f"{value} is about LoRA, and model.use_peft=false; {advice}"
 
 
 @dataclass(kw_only=True)
@@ -257,6 +283,12 @@ class TrainConfig(Section):
 class AveragingConfig(Section):
     """Which weights to average during the run. null leaves the choice to the rule."""
 
+    choice: ClassVar[str] = "averaging.rule"
+    users: ClassVar[Users] = {
+        # Not windows: a window is chosen by the score of its mean.
+        "blend": {name: () for name in RULES if name != "windows"},
+        "search_blend": dict.fromkeys(RULES, ()),
+    }
     paths: ClassVar[tuple[str, ...]] = ("spill_dir",)
     rule: Literal["none", "swa", "ema", "lawa", "merge", "bema", "power_ema", "windows"] = "none"
     """swa: the uniform mean of the weights; ema: their exponential moving average; lawa: the mean of the last
@@ -278,20 +310,16 @@ class AveragingConfig(Section):
     """Threads that do the averaging alongside training; null: half of this rank's cores, at most 8."""
     blend: Blend = 1.0
     """How far the averaged weights go from the last weights towards the average, from -1 to 2: 1 is the average, 0
-    the last weights."""
+    the last weights. Not for windows, which are chosen by the score of their mean; `search_blend` follows it."""
     search_blend: bool = False
     """Choose the blend after training from 0, 0.3, 0.6, 1 and 1.5, with one evaluation on validation rows each."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield blends without an average, or chosen in two ways."""
-        if self.rule == "none" and (self.blend != 1 or self.search_blend):
-            message = "there is no average to blend with; set averaging.rule, or remove it"
-            yield "search_blend" if self.search_blend else "blend", message
-        elif self.blend != 1 and self.search_blend:
+        """Yield options of other rules, and a blend chosen in two ways."""
+        unused = [*super().conflicts()]
+        yield from unused
+        if not unused and self.blend != 1 and self.search_blend:
             yield "blend", "is chosen by averaging.search_blend; remove one of the two"
-        elif self.blend != 1 and self.rule == "windows":
-            message = "with averaging.rule=windows a window is chosen by the score of its mean; set "
-            yield "blend", message + "averaging.search_blend=true to choose the blend after it, or remove it"
 
 
 @dataclass(kw_only=True)
@@ -299,6 +327,7 @@ class AveragingConfig(Section):
 class NoiseConfig(Section):
     """The noise-stability objective. null leaves the choice to the preset."""
 
+    choice: ClassVar[str] = "noise.kind"
     kind: Literal["none", "r3f", "r4f", "rdrop"] = "none"
     """r3f: a clean and a noised pass, with a symmetric KL between them; r4f: r3f with a spectral norm on the
     head; rdrop: two dropout masks instead of noise; none: the task's loss alone."""

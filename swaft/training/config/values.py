@@ -20,6 +20,10 @@ from swaft.options import Option, docs_of, options_of, suggestion
 
 SectionT = TypeVar("SectionT", bound=type)
 
+Users = Mapping[str, Mapping[str, Collection[str]]]
+"""Which values of a section's choice use its other settings: by setting and value, the texts that may be set; none
+listed: any value (R-Drop has presets of its own)."""
+
 NULL_TEXTS = ("null", "None")
 DELIMITERS = {"tab": "\t", "\\t": "\t"}
 """Names that `data.delimiter` accepts for a character that is hard to type."""
@@ -121,7 +125,8 @@ def borrows(
     """Return a decorator that gives a section, not yet a dataclass, the options of the classes it describes.
 
     They are null by default, which leaves the choice to the class. Options that the section declares itself are
-    skipped, and so are types that no setting can have (a sequence, say).
+    not added, and neither are types that no setting can have (a sequence, say). ``users`` of the section gets the
+    classes that have each option, with the texts that each takes.
 
     Args:
         kinds: the classes, by their name in the section.
@@ -132,9 +137,14 @@ def borrows(
     def decorate(section: SectionT) -> SectionT:
         own = list(section.__annotations__.items())
         place = [name for name, _ in own].index(after) + 1
-        borrowed, docs = dict[str, Any](), dict[str, str]()
+        borrowed, docs, all_users = (
+            dict[str, Any](),
+            dict[str, str](),
+            dict[str, Mapping[str, Collection[str]]](),
+        )
         for name in dict.fromkeys(name for kind in kinds.values() for name in options_of(kind)):
             users = {called: kind for called, kind in kinds.items() if name in options_of(kind)}
+            all_users[name] = {called: options_of(kind)[name].choices for called, kind in users.items()}
             types = [each for kind in users.values() for each in _setting_types(kind, name)]
             if types and name not in {*dict(own), *but}:
                 borrowed[name] = Union[(*types, None)]
@@ -142,33 +152,29 @@ def borrows(
                 setattr(section, name, None)
         section.__annotations__ = dict([*own[:place], *borrowed.items(), *own[place:]])
         section.borrowed_docs = docs  # type: ignore[attr-defined]
+        known = {**section.users, **all_users}  # type: ignore[attr-defined]
+        section.users = {name: users for name, users in known.items() if name in section.__annotations__}  # type: ignore[attr-defined]
         return section
 
     return decorate
 
 
-def chosen_options(section: Any, kind: type | None, choice: str) -> dict[str, Any]:
+def chosen_options(section: Any, kind: type | None) -> dict[str, Any]:
     """Return the options that a section with `borrows` sets for the class it chooses.
 
     Args:
         section: an instance; null leaves the choice to the class.
         kind: the class; None: no class is chosen, so no borrowed option may be set.
-        choice: the setting that chooses the class, with its value: ``averaging.rule=swa``.
 
     Raises:
-        ConfigError: an option is set that the class would not use, or one that it needs is missing.
+        ConfigError: options are set that clash or that the class would not use, or one that it needs is missing.
     """
     options = {name: value for name in section.borrowed_docs if (value := getattr(section, name)) is not None}
-    known = {} if kind is None else options_of(kind)
-    prefix = choice.partition(".")[0]
-    problems = [
-        f"{prefix}.{name} is {value}, which {choice} does not use; remove it"
-        for name, value in options.items()
-        if name not in known
-    ]
+    prefix, _, leaf = section.choice.partition(".")
+    problems = [f"{prefix}.{name}: {fault}" for name, fault in section.conflicts()]
     problems += [
-        f"{prefix}.{name} is null, which {choice} needs; set it"
-        for name, option in known.items()
+        f"{prefix}.{name} is null, which {section.choice}={getattr(section, leaf)} needs; set it"
+        for name, option in ({} if kind is None else options_of(kind)).items()
         if option.required and name in section.borrowed_docs and name not in options
     ]
     if problems:

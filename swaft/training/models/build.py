@@ -79,7 +79,7 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         ConfigError: an option is set that the objective would not use, or options contradict each other.
     """
     kind = _KINDS[noise.kind]
-    options = chosen_options(noise, kind, f"noise.kind={noise.kind}")
+    options = chosen_options(noise, kind)
     if kind is not TaskLoss:
         options |= {"weight": noise.weight, "seed": seed}
     with settings_of("noise"):

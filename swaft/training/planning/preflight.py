@@ -65,7 +65,7 @@ class Looked(Parts):
     config: Any
     """The recipe's configuration, without sections that have a faulty value."""
     replaced: list[str]
-    """Which rows replaced which."""
+    """Which rows or choices replaced which settings."""
     notes: list[str]
     """What a run would log about how it reads rows and classes."""
     ready: Prepared

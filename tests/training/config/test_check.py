@@ -169,7 +169,8 @@ def test_rows_have_to_come_from_exactly_one_place():
         (AveragingConfig(rule="bema", every=400), 99, False),
         (AveragingConfig(rule="power_ema"), 99, True),
         (AveragingConfig(rule="windows"), 99, True),
-        (AveragingConfig(rule="none", start=200), 99, True),
+        (AveragingConfig(rule="none", start=200), 99, False),
+        (AveragingConfig(rule="none", threads=2, precision="plain", spill_dir="/tmp"), 99, True),
     ],
 )
 def test_average_that_would_stay_empty_is_found_once_the_length_is_known(section, total_steps, fits):
@@ -293,8 +294,8 @@ def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model__lora_r": 8}, "model.lora_r: 8 is about LoRA, and model.use_peft=false"),
-        ({"model__lora_target_modules": "query"}, "model.lora_target_modules: query is about LoRA"),
+        ({"model__lora_r": 8}, "model.lora_r: is 8, which model.use_peft=false does not use (true does)"),
+        ({"model__lora_target_modules": "query"}, "model.lora_target_modules: is query, which model"),
         ({"model__use_peft": True, "model__lora_r": 0}, "model.lora_r: is 0, expected"),
         ({"model__use_peft": True, "model__lora_alpha": 0}, "model.lora_alpha: is 0, expected"),
         ({"model__use_peft": True, "model__lora_dropout": 1.0}, "model.lora_dropout: is 1.0, expected"),
@@ -338,15 +339,25 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
         ({"eval__keep_best": "averaged", "eval__eval_steps": 5}, "eval.keep_best: averaged needs averaged"),
         ({"eval__keep_best": "either", "eval__eval_steps": 5}, "eval.keep_best: either needs averaged"),
         ({"eval__metric_for_best_model": "loss"}, "eval.metric_for_best_model: loss decides between"),
-        ({"averaging__blend": 0.3}, "averaging.blend: there is no average to blend with"),
-        ({"averaging__search_blend": True}, "averaging.search_blend: there is no average"),
+        ({"averaging__blend": 0.3}, "averaging.blend: is 0.3, which averaging.rule=none"),
+        (
+            {"averaging__start": 0.25},
+            "averaging.start: is 0.25, which averaging.rule=none does not use (swa, ",
+        ),
+        ({"averaging__every": 10}, "averaging.every: is 10, which averaging.rule=none"),
+        (
+            {"noise__weight": 2.0},
+            "noise.weight: is 2.0, which noise.kind=none does not use (r3f, r4f, rdrop do)",
+        ),
+        ({"noise__kind": "rdrop", "noise__sigma": 0.1}, "noise.sigma: is 0.1, which noise.kind=rdrop"),
+        ({"averaging__search_blend": True}, "averaging.search_blend: is true, which averaging"),
         (
             {**AVERAGED, "averaging__blend": 0.3, "averaging__search_blend": True},
             "averaging.blend: is chosen",
         ),
         (
             {"averaging__rule": "windows", "averaging__blend": 0.3},
-            "averaging.blend: with averaging.rule=windows",
+            "averaging.blend: is 0.3, which averaging.rule=windows does not use",
         ),
         (
             {**STOP, "averaging__rule": "merge", "averaging__weights": "cosine"},
@@ -354,7 +365,7 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
         ),
     ],
 )
-def test_choosing_between_weights_that_cannot_be_is_one_problem(changes, expected):
+def test_settings_that_do_not_go_together_are_one_problem(changes, expected):
     [problem] = check_config(config(**changes))
     assert problem.startswith(expected)
 

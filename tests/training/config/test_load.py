@@ -65,16 +65,19 @@ def test_scientific_notation_is_a_float_in_files_and_on_the_command_line(tmp_pat
 def test_steps_and_fractions_stay_apart(tmp_path, setting, text):
     section, leaf = setting.split(".")
     path = write(tmp_path, "a.yaml", f"{section}:\n  {leaf}: {text}\n")
-    for config in (load(f"{setting}={text}"), load("--config", path)):
+    for config in (
+        load(f"{setting}={text}", "averaging.rule=swa"),
+        load("--config", path, "averaging.rule=swa"),
+    ):
         value = getattr(getattr(config, section), leaf)
         assert type(value) is (float if "." in text else int)
         assert value == float(text)
 
 
 def test_one_is_a_step_and_one_point_zero_a_fraction():
-    step, fraction = load("averaging.start=1").averaging.start, load("averaging.start=1.0").averaging.start
-    assert type(step) is int
-    assert type(fraction) is float
+    step, fraction = (load("averaging.rule=swa", f"averaging.start={text}") for text in ("1", "1.0"))
+    assert type(step.averaging.start) is int
+    assert type(fraction.averaging.start) is float
 
 
 @pytest.mark.parametrize("word", ["no", "off", "No", "false"])
@@ -286,7 +289,8 @@ def test_a_tilde_is_the_users_home_in_settings_that_name_files(monkeypatch):
     ["plain", "no", "null", "1e-5", "a: b # c", "word " * 40, "x\ny", "'q\"", "${a.b}", "\\${a}", "ü", "$"],
 )
 def test_yaml_reads_back_to_the_same_configuration(tmp_path, text):
-    config = load("averaging.start=1", "train.warmup_steps=0.25", "noise.kind=r3f", "noise.sigma=1e-5")
+    averaging, noise = ("averaging.rule=swa", "averaging.start=1"), ("noise.kind=r3f", "noise.sigma=1e-5")
+    config = load(*averaging, "train.warmup_steps=0.25", *noise)
     config.train.output_dir = text
     path = write(tmp_path, "a.yaml", to_yaml(config, {"train.output_dir": "somewhere"}))
     again = load_config(ClassificationConfig, ["--config", path])

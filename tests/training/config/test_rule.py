@@ -49,10 +49,11 @@ def test_an_option_of_another_rule_is_an_error():
     with pytest.raises(ConfigError) as caught:
         build_rule(AveragingConfig(rule="swa", decay=0.9, last=3))
     assert caught.value.problems == [
-        "averaging.decay is 0.9, which averaging.rule=swa does not use; remove it",
-        "averaging.last is 3, which averaging.rule=swa does not use; remove it",
+        f"averaging.{name}: is {value}, which averaging.rule=swa does not use ({user} does); remove it, or set "
+        f"averaging.{name}=null"
+        for name, value, user in (("decay", 0.9, "ema"), ("last", 3, "lawa"))
     ]
-    with pytest.raises(ConfigError, match=r"averaging\.blocks is 8, which averaging\.rule=none"):
+    with pytest.raises(ConfigError, match=r"averaging\.blocks: is 8, which averaging\.rule=none"):
         build_rule(AveragingConfig(blocks=8))
 
 

@@ -10,9 +10,14 @@ import pytest
 import yaml
 
 from swaft.averaging.rules import RECOMMENDED
+from swaft.noise import TaskLoss
 from swaft.training.config import TrainConfig, build_rule, load_config
+from swaft.training.data.causal_lm import CausalConfig
 from swaft.training.data.classification import ClassificationConfig
+from swaft.training.data.question_answering import QuestionAnsweringConfig
+from swaft.training.data.seq2seq import Seq2SeqConfig
 from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
+from swaft.training.models.build import build_objective
 
 pytestmark = pytest.mark.unit
 
@@ -21,6 +26,23 @@ CONFIGS = sorted((ROOT / "recipes/configs/classification").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 TASKS = {"mrpc", "rte", "cola", "sst2", "stsb", "banking77", "trec", "cr", "subj", "mpqa", "quickstart"}
 OF_THE_HUB = {"xnli"}
+EVERY_FAMILY = sorted((ROOT / "recipes/configs").rglob("*.yaml"))
+FAMILIES = {
+    "classification": ClassificationConfig,
+    "question_answering": QuestionAnsweringConfig,
+    "seq2seq": Seq2SeqConfig,
+    "causal_lm": CausalConfig,
+}
+SWITCHES = (
+    *(
+        "noise.kind=none",
+        "noise.kind=rdrop",
+        "averaging.rule=none",
+        "averaging.rule=swa",
+        "averaging.rule=windows",
+    ),
+    "model.use_peft=false",
+)
 
 
 def test_there_is_a_config_for_every_task():
@@ -37,9 +59,7 @@ def test_shipped_config_loads(path):
         assert config.data.task_name == ("python_docstrings" if path.stem == "quickstart" else path.stem)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes/configs").rglob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", EVERY_FAMILY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_no_shipped_config_has_a_noise_without_effect(path):
     noise = yaml.safe_load(path.read_text(encoding="utf-8")).get("noise", {})
     if noise.get("kind") in ("r3f", "r4f"):
@@ -55,15 +75,18 @@ def test_xnli_is_trained_on_english_and_evaluated_on_the_fifteen_languages_of_th
     assert len({"en", *(data.eval_languages or "").split(",")}) == 15
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_config_can_be_switched_to_plain_fine_tuning(path):
-    from swaft.noise import TaskLoss
-    from swaft.training.models.build import build_objective
-
-    config = load_config(
-        ClassificationConfig, ["--config", str(path), "averaging.rule=none", "noise.kind=none"]
+@pytest.mark.parametrize("path", EVERY_FAMILY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_config_takes_every_switch_and_what_its_header_recommends(path):
+    [line] = re.findall(
+        "^# Override as section.name=value: (.*)", path.read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert isinstance(build_objective(config.noise, seed=0), TaskLoss)
+    recommended = line.split(". ")[0].rstrip(".").split(", ")
+    assert all("=" in override for override in recommended)
+    for override in dict.fromkeys([*SWITCHES, *recommended]):
+        config = load_config(FAMILIES[path.parent.name], ["--config", str(path), override])
+        assert (build_rule(config.averaging) is None) == (override == "averaging.rule=none")
+        objective = build_objective(config.noise, seed=0)
+        assert isinstance(objective, TaskLoss) == (config.noise.kind == "none")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
