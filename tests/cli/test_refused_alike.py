@@ -22,11 +22,13 @@ from tiny_inputs import save_rows
 import swaft
 from swaft.averaging.rules import Rule
 from swaft.averaging.state import AverageState, RuleState
+from swaft.errors import ConfigError
 from swaft.storage import Manifest, seal
 from swaft.training.checks import Problems
 from swaft.training.config import load_config
 from swaft.training.launch import deepspeed_extension
 from swaft.training.launch.launcher import read_launch
+from swaft.training.planning.plan import plan_recipe
 from swaft.training.planning.preflight import check_run
 from swaft.training.run.record import RunRecord
 
@@ -205,6 +207,32 @@ def test_what_does_not_fit_the_model_is_refused_alike(recipe, overrides, expecte
     [problem] = check_run(words).problems
     assert expected in problem
     assert launched(recipe, words, starts=True) == [problem]
+
+
+NO_CHECKPOINTING = "model.config={model_type: openai-gpt, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}"
+
+
+def test_activations_that_a_model_cannot_recompute_are_refused_alike(line, launched, tmp_path):
+    overrides = (
+        "train.gradient_checkpointing=true",
+        NO_CHECKPOINTING,
+        f"train.output_dir={tmp_path / 'run'}",
+    )
+    words = line("causal_lm", *overrides, launch="single")
+    [problem] = check_run(words).problems
+    assert problem.startswith(
+        "train.gradient_checkpointing: is true, but OpenAIGPTLMHeadModel does not support"
+    )
+    with pytest.raises(ConfigError) as planned:
+        plan_recipe(words)
+    assert planned.value.problems == launched("causal_lm", words, starts=True) == [problem]
+
+
+def test_activations_that_a_launch_file_wants_recomputed_are_refused_too(line, tmp_path):
+    file = tmp_path / "launch.yaml"
+    file.write_text(FSDP + "{fsdp_version: 2, fsdp_activation_checkpointing: true}")
+    [problem] = check_run(line("causal_lm", NO_CHECKPOINTING, options=("--config_file", str(file)))).problems
+    assert problem.startswith("train.gradient_checkpointing: is true, but")
 
 
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")

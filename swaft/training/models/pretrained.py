@@ -202,9 +202,18 @@ def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
     """Return the model, with activations recomputed in the backward pass if wanted.
 
     Non-reentrant: the reentrant form fails when a step runs the model twice, as the noise objectives do.
+
+    Raises:
+        ConfigError: transformers cannot do that with this model (ALBERT, MPNet, XLNet, ...).
     """
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(
+                f"train.gradient_checkpointing: is true, but {_reason(error)[:200].rstrip('.')}; set it to false "
+                "(and fsdp_activation_checkpointing: false in the launch file)"
+            ) from error
     return model
 
 

@@ -35,6 +35,7 @@ from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
 from swaft.training.models.build import ParameterCount, count_parameters
+from swaft.training.models.pretrained import with_checkpointing
 from swaft.training.planning.step import OnPaper, planned_model
 
 SILENCED = (
@@ -123,6 +124,8 @@ def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
     with problems, fake:  # problems with adapters appear here
         run.model = planned_model(run.config, copy.deepcopy(ready.model_config)).build()
         run.size = count_parameters(run.model)
+    with problems, fake:
+        with_checkpointing(run.model, run.config.train.gradient_checkpointing)
     with problems, fake:
         ready.objective.prepare_model(run.model)
     with problems:
