@@ -288,9 +288,22 @@ def test_weights_cannot_be_judged_without_validation_rows(asked):
     choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])
 
 
-def test_a_blend_is_searched_on_validation_rows():
-    searched, main = AveragingConfig(rule="swa", search_blend=True), ("accuracy",)
-    with pytest.raises(ConfigError, match=r"averaging\.search_blend: .* there are none"):
+@pytest.mark.parametrize(
+    ("searched", "expected"),
+    [
+        (
+            AveragingConfig(rule="swa", search_blend=True),
+            r"averaging\.search_blend: .* there are none; .* remove it",
+        ),
+        (
+            AveragingConfig(rule="windows"),
+            r"averaging\.rule=windows: .* there are none; .* choose another rule",
+        ),
+    ],
+)
+def test_a_blend_or_a_window_is_chosen_on_validation_rows(searched, expected):
+    main = ("accuracy",)
+    with pytest.raises(ConfigError, match=expected):
         choose_target(EvalConfig(), main, ["train", "test"], searched)
     choose_target(EvalConfig(), main, ["train", "validation"], searched)
 

@@ -90,10 +90,11 @@ def choose_target(
         "eval.keep_best": evaluation.keep_best != "none",
         "eval.early_stopping_patience": evaluation.early_stopping_patience is not None,
         "averaging.search_blend": averaging is not None and averaging.search_blend,
+        "averaging.rule=windows": averaging is not None and averaging.rule == "windows",
     }
     problems += [
         f"{name}: weights are scored on validation rows, and there are none; add some "
-        "(data.validation_file), or remove it"
+        f"(data.validation_file), or {'choose another rule' if 'rule' in name else 'remove it'}"
         for name, is_asked in asked.items()
         if is_asked and "validation" not in splits
     ]
