@@ -147,7 +147,8 @@ class PowerEMA:
     every: Count = 1
     """Optimizer steps between two members."""
     snapshots: Count = 16
-    """Copies of each tracked average along the run, evenly spaced, at 4 bytes per element each."""
+    """Copies of each tracked average along the run, evenly spaced, at 4 bytes per element each. Averages of other
+    widths are put together from them (`swaft.Readout`); a tracked one needs none."""
 
     def plan(self, total_steps: int) -> PowerEMAPlan:
         """The events of a run, see `Rule.plan`."""

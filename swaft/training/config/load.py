@@ -23,7 +23,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from swaft.averaging.rules import RULES, Plan, Rule
+from swaft.averaging.rules import RULES, Plan, PowerEMA, Rule
 from swaft.errors import ConfigError
 from swaft.options import Option, check, docs_of, options_of
 from swaft.training.config.schema import AveragingConfig, RecipeConfig, Section
@@ -83,6 +83,10 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
     options = chosen_options(averaging, kind)
     if averaging.start is not None:
         options["start"] = averaging.start
+    if averaging.sigma_rel is not None:
+        # Tracked, so exact at every evaluation; with another one, from which other widths can be put together.
+        others = [each for each in PowerEMA().sigma_rel if each != averaging.sigma_rel]
+        options["sigma_rel"] = (averaging.sigma_rel, others[-1])
     return None if kind is None else kind(every=averaging.every, **options)
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import LoggerType
 
 from swaft.averaging.rules import RULES
 from swaft.averaging.rules.base import Blend, Precision
+from swaft.averaging.rules.power_ema import SIGMA_REL_LIMIT
 from swaft.noise import R3F, R4F, RDrop
 from swaft.options import (
     Count,
@@ -301,6 +302,9 @@ class AveragingConfig(Section):
     every: Count = 1
     """Optimizer steps between averaged weights. 1, because averaging does not slow down the step; bema was
     published with 400, lawa with checkpoints far apart."""
+    sigma_rel: Annotated[float, Range(above=0, below=SIGMA_REL_LIMIT)] | None = None
+    """Width of the average's profile, its standard deviation as a share of the run; a wide one remembers earlier
+    weights. (power_ema only; null: 0.05)"""
     precision: Precision = "compensated"
     """Precision of running means. compensated: 6 bytes per element, exact to the last digits of fp32 in runs of
     any length; plain: 4 bytes, loses digits in long runs."""

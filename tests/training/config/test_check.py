@@ -78,6 +78,8 @@ def test_defaults_have_no_problem():
         ("averaging__multiplier", -1.0),
         ("averaging__snapshots", 0),
         ("averaging__blocks", 1),
+        ("averaging__sigma_rel", 0.0),
+        ("averaging__sigma_rel", 0.3),
         ("averaging__precision", "half"),
         ("averaging__threads", 0),
         ("averaging__blend", 2.5),
@@ -344,6 +346,7 @@ AVERAGED = {"averaging__rule": "swa", "eval__eval_steps": 10}
             {"averaging__start": 0.25},
             "averaging.start: is 0.25, which averaging.rule=none does not use (swa, ",
         ),
+        ({**AVERAGED, "averaging__sigma_rel": 0.1}, "averaging.sigma_rel: is 0.1, which averaging.rule=swa"),
         ({"averaging__every": 10}, "averaging.every: is 10, which averaging.rule=none"),
         (
             {"noise__weight": 2.0},
