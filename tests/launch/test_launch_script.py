@@ -13,6 +13,7 @@ pytestmark = pytest.mark.unit
 FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch" / "slurm").iterdir()]
 ZERO3 = ("launch/accelerate/zero3_multinode.yaml", "recipes/classification.py")
+SINGLE = "launch/accelerate/single.yaml"
 TWO = ("--hosts", "node-a.rack,b_2", "--gpus-per-node", "8")
 
 
@@ -55,7 +56,9 @@ def test_a_dry_run_prints_the_command_of_every_machine_and_starts_nothing(cluste
 
 
 @pytest.mark.parametrize("hosts", ["one", "one,two,three"])
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem != "single"], ids=lambda path: path.stem
+)
 def test_accelerate_understands_the_command_for_every_launch_file(cluster, path, hosts):
     file = f"launch/accelerate/{path.name}"
     words = ("--dry-run", "--hosts", hosts, "--gpus-per-node", "2", file, ZERO3[1], "--config", "x.yaml")
@@ -95,6 +98,12 @@ def test_accelerate_takes_the_place_of_the_script_so_that_signals_reach_it(clust
     assert cluster.calls("accelerate")[0]["pid"] == process.pid
 
 
+def test_a_file_for_one_process_starts_one(cluster):
+    words = ("--gpus-per-node", "1", SINGLE, ZERO3[1])
+    assert cluster.run("launch.sh", *words, environment=cluster.environment(nodes=0)).returncode == 0
+    assert value_of("--num_processes", cluster.calls("accelerate")[0]["words"]) == "1"
+
+
 def test_deepspeeds_extension_is_built_by_one_process_first_where_the_file_asks_for_deepspeed(cluster):
     environment = cluster.environment(nodes=0)
     cluster.run("launch.sh", "--gpus-per-node", "2", *ZERO3, environment=environment)
@@ -122,6 +131,11 @@ def test_no_rank_starts_where_the_extension_cannot_be_built(cluster):
         (("--gpus-per-node", "many", *ZERO3), "give --gpus-per-node"),
         (("--gpus-per-node", "2", ZERO3[0]), "give a file of launch/accelerate/ and a recipe"),
         (("--gpus-per-node", "2", "zero4.yaml", ZERO3[1]), "there is no file zero4.yaml"),
+        (
+            ("--gpus-per-node", "2", SINGLE, ZERO3[1]),
+            f"1 hosts x 2 GPUs, but {SINGLE} has distributed_type NO, which trains on one; expected another file",
+        ),
+        ((*TWO[:-1], "1", "--rank", "0", SINGLE, ZERO3[1]), "2 hosts x 1 GPUs, but"),
         (("--nodes", "2", *ZERO3), "there is no option --nodes"),
         (("--rank",), "--rank needs a value"),
     ],
