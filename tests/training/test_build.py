@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_training import make_classifier
+from transformers import T5Config, T5ForConditionalGeneration
 
 from swaft.errors import ConfigError
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
@@ -21,6 +22,19 @@ def test_biases_and_other_vectors_are_not_decayed():
     assert [id(p) for p in plain["params"]] == [id(model.head.bias)]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert optimizer.defaults["betas"] == (0.9, 0.98)
+
+
+def test_a_matrix_that_is_a_bias_by_its_name_is_not_decayed():
+    small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    model = T5ForConditionalGeneration(T5Config(**small))
+    decayed, plain = build_optimizer(model, TrainConfig(output_dir="unused")).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = {
+        f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        for half in ("encoder", "decoder")
+    }
+    assert {names[id(p)] for p in plain["params"] if p.ndim == 2} == expected
+    assert all(p.ndim == 2 for p in decayed["params"])
 
 
 def test_a_matrix_that_zero3_has_emptied_is_decayed_and_counted_as_the_matrix_it_is():

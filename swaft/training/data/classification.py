@@ -41,8 +41,8 @@ class DataConfig(RowsConfig):
     text_column: str | None = None
     """Column with the (first) text; null: found by its usual name (sentence, sentence1, text, ...)."""
     text_pair_column: str | None = None
-    """Column with the second text of a pair; null: no pair if `text_column` is set, else found by its usual name, if
-    there is one."""
+    """Column with the second text of a pair; null: no pair if `text_column` is set, else found by its usual name,
+    if there is one."""
     label_column: str | None = None
     """Column with the answer; null: `label` or `labels`."""
     do_regression: bool | None = None

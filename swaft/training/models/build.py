@@ -26,12 +26,14 @@ _KINDS: dict[str, type] = {"none": TaskLoss, "rdrop": RDrop, "r3f": R3F, "r4f": 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, without decay on biases and normalisation weights.
 
-    Those are the parameters with fewer than two dimensions.
+    Those are the parameters with fewer than two dimensions, and as in transformers those with "bias" in their name
+    (T5's ``relative_attention_bias`` is a matrix).
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decays = {name for name, p in trainable if len(whole_shape(p)) >= 2 and "bias" not in name.lower()}
     groups = [
-        {"params": [p for p in trainable if len(whole_shape(p)) >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trainable if len(whole_shape(p)) < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if name in decays], "weight_decay": train.weight_decay},
+        {"params": [p for name, p in trainable if name not in decays], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
