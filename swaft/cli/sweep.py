@@ -11,7 +11,8 @@ SIGTERM, at which it writes a checkpoint). At the end there is a table, and a pa
 report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which ones
-  --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations
+  --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations; a
+                          value with commas in double quotes: --set 'model.lora_target_modules="query,value",all-linear'
   --slurm FILE            run nothing: write an array job of the runs that have not finished. Submit it from the
                           folder that holds launch/, with resources as for launch/slurm/train.sbatch. The line then
                           has to start with --config_file FILE. Once all have finished, it prints the table
@@ -22,6 +23,7 @@ Exit code: 0; 1 if a run failed (the others still run), or nothing was run; 130 
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import itertools
 import json
@@ -41,11 +43,10 @@ from swaft.report.compare import arms_of, compare
 from swaft.report.runs import json_object, read_run
 from swaft.storage import write_durably
 
-OUTPUT = "train.output_dir="
+OUTPUT, SEED = "train.output_dir", "train.seed"
+"""Settings that a sweep gives each run itself."""
 RECORD = "sweep.json"
 """File with the lines that runs were started with, in the folder of all runs."""
-OF_THE_SWEEP = ("train.seed", "train.output_dir")
-"""Settings that a sweep gives each run itself."""
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: which signal to get when the parent ends."""
 JOB = """\
@@ -141,31 +142,47 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
         sets: ``name=value,value`` each.
 
     Raises:
-        ConfigError: there is no folder, or a set without values.
+        ConfigError: there is no folder, or a seed, or a set without values.
     """
-    folders = [word.removeprefix(OUTPUT) for word in line if word.startswith(OUTPUT)]
-    if not folders:
-        raise ConfigError("no folder for the runs; add train.output_dir=runs/sweep, say, to the line")
+    own, rest = _taken_out(line, OUTPUT, SEED)
+    if not own.get(OUTPUT):
+        raise ConfigError(f"no folder for the runs; add {OUTPUT}=runs/sweep, say, to the line")
+    if SEED in own:
+        raise ConfigError(
+            f"{SEED} is {own[SEED]}, but a sweep gives each run its own; remove it, and set --seeds"
+        )
+    choices = dict[str, list[str]]()
     for each in sets:
-        name, _, values = each.partition("=")
-        if "." not in name or not all(values.split(",")) or name in OF_THE_SWEEP:
+        name, _, text = each.partition("=")
+        [values] = csv.reader([text]) if text else [[""]]
+        if "." not in name or not all(values) or name in (OUTPUT, SEED):
             raise ConfigError(
                 f"--set {each} names no setting with values; expected averaging.rule=ema,none, say"
             )
-    names = [each.partition("=")[0] for each in sets]
-    if len({*names}) < len(names):
-        raise ConfigError("--set names a setting twice; write its values in one: --set NAME=VALUE,VALUE")
-    base, rest = Path(folders[-1]).expanduser(), [word for word in line if not word.startswith(OUTPUT)]
-    choices = [
-        [f"{name}={value}" for value in dict.fromkeys(values.split(","))]
-        for name, _, values in (each.partition("=") for each in sets)
-    ]
+        if name in choices:
+            raise ConfigError("--set names a setting twice; write its values in one: --set NAME=VALUE,VALUE")
+        choices[name] = [f"{name}={value}" for value in dict.fromkeys(values)]
+    base = Path(own[OUTPUT]).expanduser()
     runs = []
-    for chosen in itertools.product(*choices):
+    for chosen in itertools.product(*choices.values()):
         for seed in seeds:
             folder = base / ",".join(chosen) / f"seed-{seed}"
-            runs.append(SweepRun(folder, [*rest, *chosen, f"train.seed={seed}", f"{OUTPUT}{folder}"]))
+            runs.append(SweepRun(folder, [*rest, *chosen, f"{SEED}={seed}", f"{OUTPUT}={folder}"]))
     return base, runs
+
+
+def _taken_out(line: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
+    """Return the values of these settings, in all forms that recipes read (`load_config`), and the rest."""
+    found, rest, words = dict[str, str](), list[str](), list(line)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name in names and (equals or word.startswith("--")):
+            found[name] = value if equals else "".join(words[:1])
+            words = words if equals else words[1:]
+        else:
+            rest.append(word)
+    return found, rest
 
 
 def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:

@@ -61,6 +61,30 @@ def test_every_combination_runs_with_every_seed_and_is_compared_at_the_end(tmp_p
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    "form", [["train.output_dir={}"], ["--train.output_dir={}"], ["--train.output_dir", "{}"]]
+)
+def test_the_folder_may_be_written_as_recipes_read_it(tmp_path, form):
+    words = [word.format(tmp_path) for word in form]
+    base, [run] = sweep.plan_runs(["recipe.py", *words, "--train.max_steps", "4"], [1], [])
+    assert base == tmp_path
+    assert run.words == [
+        "recipe.py", "--train.max_steps", "4", "train.seed=1", f"train.output_dir={tmp_path}/seed-1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [["train.seed=7"], ["--train.seed", "7"]])
+def test_a_seed_on_the_line_is_refused_because_every_run_gets_its_own(form):
+    with pytest.raises(ConfigError, match=r"train\.seed is 7, but .*; remove it, and set --seeds"):
+        sweep.plan_runs(["recipe.py", "train.output_dir=x", *form], [1, 2], [])
+
+
+def test_a_value_in_double_quotes_may_hold_commas(tmp_path):
+    name = "model.lora_target_modules"
+    _, runs = sweep.plan_runs(["train.output_dir=x"], [1], [f'{name}="query,value",all-linear'])
+    assert [run.words[0] for run in runs] == [f"{name}=query,value", f"{name}=all-linear"]
+
+
 def test_a_run_that_has_ended_is_left_alone(tmp_path, launched):
     words = ["sweep", "recipe.py", f"train.output_dir={tmp_path}", "--seeds"]
     assert main([*words, "1"]) == 0
