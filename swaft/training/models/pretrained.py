@@ -119,8 +119,12 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
 
 
 def longest_text(model_config: Any, tokenizer: Any) -> int:
-    """Return how many tokens an encoder can read: the tokenizer's limit, and at most the model's positions."""
-    return min(tokenizer.model_max_length, longest_input(model_config, tokenizer))
+    """Return how many tokens an encoder can read: the tokenizer's limit, and at most the model's positions.
+
+    The limit is that of the models the tokenizer was made for; one with relative positions (T5) has none.
+    """
+    most = longest_input(model_config, tokenizer)
+    return most if most == UNLIMITED else min(tokenizer.model_max_length, most)
 
 
 def longest_input(model_config: Any, tokenizer: Any, *, decoder: bool = False) -> int:
