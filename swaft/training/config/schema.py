@@ -240,7 +240,7 @@ class TrainConfig(Section):
     """Gradients are scaled down to this L2 norm; 0 turns clipping off."""
     lr_scheduler_type: Literal["auto", "linear", "cosine", "constant_with_warmup", "constant"] = "auto"
     """Learning rate schedule. auto: constant after warmup if averaging is on, because a rate that
-    decays to zero leaves averaging nothing to average; otherwise linear decay."""
+    decays to zero leaves averaging nothing to average; otherwise linear decay. constant: without warmup."""
     warmup_steps: ShareBelowOne | WholeNumber = 0.06
     """Length of the warmup: a fraction below 1 is a share of the run, a whole number is steps.
     RoBERTa was fine-tuned with 0.06."""
