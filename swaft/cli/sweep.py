@@ -12,7 +12,7 @@ report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which ones
   --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations; a
-                          value with commas in double quotes: --set 'model.lora_target_modules="query,value",all-linear'
+                          value with commas in quotes: --set 'model.lora_target_modules="query,value",all-linear'
   --slurm FILE            run nothing: write an array job of the runs that have not finished. Submit it from the
                           folder that holds launch/, with resources as for launch/slurm/train.sbatch. The line then
                           has to start with --config_file FILE. Once all have finished, it prints the table
