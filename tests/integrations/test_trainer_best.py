@@ -70,6 +70,12 @@ def test_choosing_by_the_average_before_there_is_one_is_refused_before_training(
         trainer(tmp_path, averaging, **settings).train()
 
 
+def test_a_trainer_that_never_evaluates_may_name_an_averaged_score(tmp_path, averaging):
+    settings = {"eval_strategy": "no", "save_strategy": "no", "metric_for_best_model": "averaged_loss"}
+    trainer(tmp_path, averaging, **settings).train()
+    assert (tmp_path / "final-averaged").is_dir()
+
+
 def test_fp16_may_skip_twenty_steps_before_the_first_evaluation(tmp_path, averaging):
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "averaged_loss", "save_steps": 2}
     run = trainer(tmp_path, averaging, eval_delay=4, **settings)

@@ -299,6 +299,8 @@ def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAvera
             f"metric_for_best_model={args.metric_for_best_model} with eval_on_start: nothing is averaged before "
             f"step {first_member}; set eval_on_start=False"
         )
+    if args.eval_strategy == "no":
+        return
     if args.eval_strategy != "epoch":
         every, unit = state.eval_steps, 1
     elif has_length(loader):
