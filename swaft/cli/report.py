@@ -30,10 +30,17 @@ from pathlib import Path
 from swaft.cli import COUNT, CommandParser
 from swaft.errors import ConfigError
 
+SURFACE_ROWS = 256
+"""How many validation rows a surface uses by default."""
+
 
 def run(words: Sequence[str]) -> int:
     """Write the page about the given runs, print its path, and return the exit code."""
     options = _parser().parse_args(list(words))
+    if options.rows is not None and not options.surface:
+        raise ConfigError(
+            f"--rows {options.rows} is for --surface, which is not given; add it, or remove --rows"
+        )
     try:
         from swaft.report.page import render
     except ModuleNotFoundError as error:
@@ -49,7 +56,7 @@ def run(words: Sequence[str]) -> int:
         from swaft.report.surface import write_surface
 
         for folder in folders:
-            write_surface(folder, rows=options.rows)
+            write_surface(folder, rows=options.rows or SURFACE_ROWS)
         runs = [read_run(folder) for folder in folders]
     page = render(runs)
     try:
@@ -64,7 +71,7 @@ def _parser() -> CommandParser:
     parser = CommandParser("report")
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--surface", action="store_true")
-    parser.add_argument("--rows", type=COUNT, default=256)
+    parser.add_argument("--rows", type=COUNT)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", action="store_true")
     return parser

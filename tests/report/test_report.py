@@ -224,6 +224,13 @@ def test_the_command_writes_the_page_beside_the_run_and_prints_where(tmp_path, c
     assert "expected a run" in capsys.readouterr().err
 
 
+def test_rows_without_a_surface_to_use_them_are_refused(tmp_path, capsys):
+    folder = recipe_run(tmp_path / "run")
+    assert main(["report", str(folder), "--rows", "8"]) == 1
+    assert "--rows 8 is for --surface" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+
+
 def test_the_page_of_a_run_of_ten_thousand_steps_is_under_3_megabytes(tmp_path):
     assert len(render([read_run(recipe_run(tmp_path / "run", steps=10_000))])) < 3_000_000
 
