@@ -17,7 +17,7 @@ EVERY_ENGINE = [
 ]
 
 
-PLAIN = ("averaging.rule=none", "eval.keep_best=last")
+PLAIN = ("averaging.rule=none", "averaging.start=null", "eval.keep_best=last")
 
 
 def weight_norm(folder: Path) -> float:

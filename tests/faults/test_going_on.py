@@ -111,7 +111,7 @@ def test_each_step_takes_and_leaves_what_it_did_in_the_unbroken_run(runs, what):
 
 
 def test_a_run_that_averages_nothing_goes_on_likewise(started, run_inputs, tmp_path):
-    settings = ("averaging.rule=none", "eval.keep_best=last")
+    settings = ("averaging.rule=none", "averaging.start=null", "eval.keep_best=last")
     runs = end_and_go_on(started, run_inputs, tmp_path, "plain", signal.SIGTERM, *settings)
     for unbroken, before, after in runs.pairs:
         assert len(after) == STEPS - ASKED_AT
