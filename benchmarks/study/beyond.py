@@ -34,7 +34,7 @@ Values = Mapping[tuple[str, int], float]
 def collapse(rows: Sequence[Row]) -> str:
     """Scores of probes on frozen features, on other tasks and along chains; empty without rows."""
     parts = []
-    probed = _grouped(rows, "probe", lambda row: f"{row['training']}:{row['readout'].split(':')[0]}")
+    probed = _grouped(rows, "probe", _probed)
     if probed:
         tasks = sorted({row["probe"] for of in probed.values() for row in of})
         columns = {
