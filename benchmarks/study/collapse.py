@@ -58,8 +58,9 @@ def probe_others(
 def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: int) -> dict[str, Row]:
     """The second and third experiments: one task after another, ``CYCLES`` times, each from where the last ended.
 
-    All stages train at the same rate, and every cycle on the same rows. Before each stage the next task is probed, after it the first task of the chain. A stage passes on the weights
-    of the recommended average, or the last ones of a decayed training; heads are new.
+    All stages train at the same rate, and every cycle on the same rows. Before each stage the next task is probed,
+    after it the first task of the chain. A stage passes on the weights of the recommended average, or the last ones
+    of a decayed training; heads are new.
     """
     found: dict[str, Row] = {}
     tasks = [first, *(task for task in CHAIN if task != first)] * CYCLES

@@ -48,7 +48,9 @@ def measure(
                 "train_nll": [_under_noise(model, train, radius) for radius in (0.0, *RADII)],
                 "test_nll": [_under_noise(model, splits.test, radius) for radius in (0.0, *RADII)],
                 **curvature(
-                    model, train.take(torch.arange(min(len(train), CURVATURE_ROWS)).numpy()), seed=trained.seed
+                    model,
+                    train.take(torch.arange(min(len(train), CURVATURE_ROWS)).numpy()),
+                    seed=trained.seed,
                 ),
             }
     line = []
