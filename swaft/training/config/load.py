@@ -367,11 +367,13 @@ def _replacing(
             chosen = written(coerce(layer[choice], known[choice]))
         except (KeyError, ValueError):  # the layer makes no choice, or none that is known yet
             continue
-        others = {f"{choice.partition('.')[0]}.{name}": name for name in kind.users}
-        set_before = {
-            full: kind.users_of(name, values[full]) for full, name in others.items() if full in values
-        }
-        yield f"{choice}={chosen}", [full for full, users in set_before.items() if chosen not in users]
+        unused = list[str]()
+        for name in kind.users:
+            value = values.get(full := f"{choice.partition('.')[0]}.{name}")
+            # A value that is still to be filled in may be any.
+            users = kind.users[name] if "${" in str(value) else kind.users_of(name, value)
+            unused += [full] if chosen not in users else []
+        yield f"{choice}={chosen}", unused
 
 
 def _choices(config_class: type) -> dict[str, type[Section]]:

@@ -73,6 +73,14 @@ def test_a_choice_that_is_not_known_yet_drops_nothing_and_is_one_problem_at_most
     )
 
 
+def test_a_value_that_is_filled_in_later_is_dropped_only_if_no_value_would_be_used(tmp_path, monkeypatch):
+    path = tmp_path / "a.yaml"
+    path.write_text("noise: {kind: r3f, preset: '${oc.env:MY_PRESET}', sigma: '${oc.env:MY_SIGMA}'}\n")
+    monkeypatch.setenv("MY_PRESET", "rdrop_paper")
+    found = read("--config", str(path), "noise.kind=rdrop")
+    assert (found.problems, found.config.noise.preset) == ([], "rdrop_paper")
+
+
 def test_one_layer_that_sets_a_choice_and_what_it_does_not_use_is_refused(first):
     [problem] = read("--config", first, "averaging.rule=swa", "averaging.decay=0.9").problems
     assert problem == (
