@@ -221,7 +221,10 @@ def _read_json(path: str) -> Dataset:
             with suppress(ValueError, KeyError):  # json lines with a column `data`, or a nested `data`
                 rows = json.load(file)["data"]
     if rows is None:
-        read = Dataset.from_json(glob.escape(path))
+        # One chunk: a later one would be cast to the types of the first, its texts written as json if they differ.
+        # Nor are rows with an id, a source and a model an agent's traces, which `datasets` would convert.
+        whole = max(1, os.path.getsize(path))
+        read = Dataset.from_json(glob.escape(path), chunksize=whole, parse_agent_traces=False)
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder
+import pyarrow
+from datasets import Dataset, DatasetDict, Features, concatenate_datasets, load_dataset, load_dataset_builder
 
 from swaft.errors import DataError
 from swaft.fraction import share_of
@@ -214,27 +215,52 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
 
 
 def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
-    """Read a dataset from the hub or a folder; csv and tsv files such that no row or text is lost."""
+    """Read a dataset from the hub or a folder; local tables and json files such that no row or text is lost."""
     saved = _saved_files(name)
     source: Any = ("arrow", None, None, saved) if saved else (name, config_name)  # path, name, folder, files
     builder: Any = load_dataset_builder(*source)
-    if builder.name != "csv":
-        if delimiter is not None:
-            raise DataError(f"data.delimiter: is about csv and tsv files, but {name} has none; remove it")
+    if builder.name != "csv" and delimiter is not None:
+        raise DataError(f"data.delimiter: is about csv and tsv files, but {name} has none; remove it")
+    if builder.name not in ("csv", "json"):
         return load_dataset(*source)
     files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
-    if all(Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())):
-        tables = {
-            split: [_load_file(path, "data.dataset_name", delimiter) for path in paths]
-            for split, paths in files.items()
-        }
-        return DatasetDict({split: concatenate_datasets(each) for split, each in tables.items()})
+    if all(
+        Path(path).is_file() and Path(path).suffix.lower() in FILE_READERS for path in chain(*files.values())
+    ):
+        return DatasetDict({split: _load_shards(paths, delimiter) for split, paths in files.items()})
+    if builder.name == "json":
+        return load_dataset(*source)
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
     if builder.config.sep == "\t":
         options["quoting"] = csv.QUOTE_NONE
     if delimiter is not None:
         options["sep"] = DELIMITERS.get(delimiter, delimiter)
     return load_dataset(*source, **options)
+
+
+def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
+    """Read files one by one, and join their rows; whole numbers become fractional where another file has such."""
+    shards = [_load_file(path, "data.dataset_name", delimiter) for path in paths]
+    types: dict[str, pyarrow.Schema] = {}
+    for path, shard in zip(paths, shards, strict=True):
+        for field in shard.features.arrow_schema.remove_metadata():
+            here = pyarrow.schema([field])
+            try:
+                there = types.setdefault(field.name, here)
+                types[field.name] = pyarrow.unify_schemas([there, here], promote_options="permissive")
+            except pyarrow.ArrowTypeError as error:
+                raise DataError(
+                    f"data.dataset_name: column '{field.name}' of {path} holds {field.type}, but in the files "
+                    f"before it {there.field(0).type}; write it with one type, or join the files to one"
+                ) from error
+    joined = {name: Features.from_arrow_schema(schema)[name] for name, schema in types.items()}
+    wanted = [Features({name: joined[name] for name in shard.column_names}) for shard in shards]
+    return concatenate_datasets(
+        [
+            shard if shard.features == features else shard.cast(features)
+            for shard, features in zip(shards, wanted, strict=True)
+        ]
+    )
 
 
 def _saved_files(name: str) -> dict[str, list[str]]:

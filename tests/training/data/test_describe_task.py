@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from datetime import date
 from typing import Any
 
 import pytest
@@ -80,6 +81,30 @@ def test_row_without_text_is_named(value):
         DataError, match=rf"row {1 if value is None else 0} of train .* 'text'; expected text"
     ):
         describe_task({"train": split([0, 1], text=text)}, DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ([3, 4], "has 3 in column 'text'; expected text, .* type int; write the texts as json lines"),
+        ([date(2021, 3, 4)] * 2, "type date; write the texts as parquet"),
+        (
+            [{"0": "a" * 1000, "1": "b"}] * 2,
+            r".{,150}write texts, and one object per row: df\.to_json\(FILE, orient='records'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_column_of_another_type_is_refused_and_not_left_out_row_by_row(text, said, skip):
+    splits = {"train": split([0, 1]), "validation": split([0, 1], text=text)}
+    with pytest.raises(DataError, match="row 0 of validation .*" + said):
+        describe_task(splits, DataConfig(skip_bad_rows=skip))
+
+
+def test_texts_among_values_of_other_types_are_refused_since_json_decodes_them():
+    rows = Dataset.from_dict({"text": ['"a"', "b", 7], "label": [0, 1, 1]}, on_mixed_types="use_json")
+    with pytest.raises(DataError, match=r"row 2 of train has 7 in column 'text'.*values of several types"):
+        describe_task({"train": rows}, DataConfig(skip_bad_rows=True))
 
 
 def test_fractions_make_a_regression():

@@ -199,6 +199,19 @@ def test_a_column_has_one_type_however_many_rows_there_are(read):
     assert [row["label"] for row in scores[-2:]] == [1.0, 0.5]
 
 
+def test_a_text_of_a_json_file_of_several_chunks_is_as_written_whatever_stands_beside_it(read):
+    written = [{"text": "x" * 1_000, "label": "pos"}] * 11_000 + [{"text": "x", "label": 3}]
+    labels = {
+        row["label"] for row in read("a.jsonl", "".join(map(json.dumps, written)).replace("}{", "}\n{"))
+    }
+    assert labels == {"pos", 3}
+
+
+def test_chats_with_an_id_a_source_and_a_model_are_no_traces_of_an_agent(read):
+    chat = {"id": "1", "source": "s", "model": "m", "system_prompt": "p", "messages": [{"role": "user"}]}
+    assert read("a.jsonl", json.dumps(chat)) == [chat]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 def test_a_table_is_parsed_once_and_its_rows_stay_in_a_file(read, name, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

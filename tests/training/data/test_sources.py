@@ -302,6 +302,23 @@ def test_a_folder_of_tables_is_read_as_its_files_are_one_by_one(tmp_path):
         load_splits(DataConfig(dataset_name=str(tmp_path)))
 
 
+def test_a_folder_of_json_files_is_read_file_by_file_and_a_column_has_one_type(tmp_path):
+    write(tmp_path / "train-0.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": None}])
+    write(tmp_path / "train-1.jsonl", [{"text": "c", "label": 0.5, "more": "x"}])
+    splits = load_splits(DataConfig(dataset_name=str(tmp_path)))
+    assert splits["train"]["label"][:] == [0.0, None, 0.5]
+    assert splits["train"]["more"][:] == [None, None, "x"]
+    write(tmp_path / "train-1.jsonl", [{"text": "c", "label": "pos"}, {"text": "d", "label": 3}])
+    with pytest.raises(DataError, match=r"column 'label' of .*train-1\.jsonl holds .*json.*before it int64"):
+        load_splits(DataConfig(dataset_name=str(tmp_path)))
+
+
+def test_whole_and_fractional_scores_of_two_tables_are_joined(tmp_path):
+    (tmp_path / "train-0.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "train-1.csv").write_text("text,label\nc,0.5\n")
+    assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("separator", "delimiter", "options"),
     [("\t", None, {"quoting": csv.QUOTE_NONE}), (",", None, {}), (",", ";", {"sep": ";"})],
