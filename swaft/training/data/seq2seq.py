@@ -28,6 +28,7 @@ from swaft.training.config.schema import (
 )
 from swaft.training.data.texts import (
     BadRow,
+    ColumnFault,
     existing,
     good_rows,
     is_blank,
@@ -323,7 +324,13 @@ def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
         if languages:
             return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
         unusual = "no pair of columns has usual names for source and target; {}; set data.source_column and "
-        source, target = usual_columns(train, USUAL_COLUMNS, unusual + "data.target_column")
+        unusual += "data.target_column"
+        if TRANSLATION in train.column_names:
+            unusual += (
+                f" (column '{TRANSLATION}' is none of translations: expected a text for each language in an "
+            )
+            unusual += "object, which json lines and parquet keep, and csv does not)"
+        source, target = usual_columns(train, USUAL_COLUMNS, unusual)
         return PairColumns(source, target)
     if {source, target} <= set(languages):
         return PairColumns(TRANSLATION, TRANSLATION, source, target)
@@ -359,6 +366,13 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
         yield from text_faults(split, columns.source_column)
         yield from text_faults(split, columns.target_column)
     for row, texts in enumerate(values(split, columns.source_column) if columns.source_lang else ()):
+        if isinstance(texts, str):
+            yield (
+                row,
+                ColumnFault(
+                    f"has the text {texts!r:.80} as its translation; expected a text for each language"
+                ),
+            )
         for language in (columns.source_lang, columns.target_lang):
             text = (texts or {}).get(language)
             if not isinstance(text, str) or is_blank(text):

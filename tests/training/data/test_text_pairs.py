@@ -94,6 +94,14 @@ def test_rows_outside_train_that_share_a_source_become_one_with_all_references(c
     assert "4 rows of validation share 2 sources" in caplog.text
 
 
+def test_translations_written_as_texts_are_said_to_be_texts():
+    texts = rows(translation=['{"en": "Go.", "fr": "Va !"}'])
+    with pytest.raises(DataError, match="'translation' is none of translations: expected a text for each"):
+        find(texts, source_lang="en", target_lang="fr")
+    with pytest.raises(DataError, match=r"row 0 of validation has the text .* expected a text for each lang"):
+        find(TRANSLATIONS, texts, source_lang="en", target_lang="fr", skip_bad_rows=True)
+
+
 def test_training_rows_stay_single():
     found = read_pairs(E2E, "train", find(E2E))
     assert found["target"][:] == E2E["human_reference"][:]
