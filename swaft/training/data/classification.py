@@ -276,7 +276,14 @@ def _kind(rows: list[Any], split: str, column: str) -> type:
         if all(isinstance(value, members) for value in rows):
             return kind
     raise DataError(
-        f"column '{column}' of {split} holds {type(rows[0]).__name__} values; expected class ids, texts or scores. "
+        f"column '{column}' of {split} holds {first} values; expected class ids, texts or scores. "
+    first = type(rows[0]).__name__
+    other = next(((row, value) for row, value in enumerate(rows) if type(value) is not type(rows[0])), None)
+    if other is not None:
+        raise DataError(
+            f"column '{column}' of {split} holds the {first} {rows[0]!r:.80} in row 0, but the "
+            f"{type(other[1]).__name__} {other[1]!r:.80} in row {other[0]}; write all as texts, or all as numbers"
+        )
         "Name another column with data.label_column"
     )
 

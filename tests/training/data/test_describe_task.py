@@ -243,6 +243,9 @@ def test_a_single_class_is_refused():
         with pytest.raises(DataError, match="nothing to classify"):
             describe(labels)
 
+    mixed = Dataset.from_dict({"text": ["a"] * 3, "label": [0, 1, "pos"]}, on_mixed_types="use_json")
+    with pytest.raises(DataError, match="the int 0 in row 0, but the str 'pos' in row 2; write all as texts"):
+        describe_task({"train": mixed}, DataConfig())
 
 def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
     for texts in (["1.5", "2", "nan"], ["1,5", "2"]):
