@@ -227,8 +227,8 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
     kind = kinds["train"]
     for name, other in kinds.items():
-        # If train has scores, whole numbers are scores too: a small split may contain no fraction.
-        if other is not kind and not (kind is float and other is int):
+        # Numbers go together: a small split of scores may contain no fraction, and class ids may be stored as such.
+        if (other is str) != (kind is str):
             raise DataError(
                 f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "
                 "expected the same kind in every split"
