@@ -112,6 +112,8 @@ MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may imply whatever the number of rows; larger ids are taken for other numbers."""
 TRUTH = ["False", "True"]
 """Class names of a boolean column."""
+SPELLINGS_OF_NONE = ("na", "n/a", "nan", "none", "null", r"\n")
+"""How programs write a missing value as text, in lower case."""
 KINDS = {int: "whole numbers", float: "fractional numbers", str: "texts"}
 """Kinds of labels, in words."""
 
@@ -275,8 +277,6 @@ def _kind(rows: list[Any], split: str, column: str) -> type:
     for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
         if all(isinstance(value, members) for value in rows):
             return kind
-    raise DataError(
-        f"column '{column}' of {split} holds {first} values; expected class ids, texts or scores. "
     first = type(rows[0]).__name__
     other = next(((row, value) for row, value in enumerate(rows) if type(value) is not type(rows[0])), None)
     if other is not None:

@@ -258,7 +258,6 @@ def test_an_answer_may_be_a_call_of_a_tool_without_a_content():
         made([{"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": []}]}])
 
 
-def test_answers_of_the_weight_0_are_given_and_not_learnt():
 def test_a_call_of_a_tool_is_learnt_without_the_arguments_of_other_tools():
     calls = [{"name": "clock", "arguments": {"zone": "a"}}, {"name": "map", "arguments": {"at": [{"x": 1}]}}]
     chats = [[CHAT[0], {"role": "assistant", "tool_calls": [{"function": call}]}] for call in calls]
