@@ -311,22 +311,37 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
         advice = "and data.answer_column, or data.messages_column"
         found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual + advice)
         if found in USUAL_MESSAGES:
-            return CausalColumns(answer=None, messages=found[0])
+            columns["messages"] = found[0]
+        else:
+            columns |= {"answer": found[-1], "prompt": found[0] if len(found) > 1 else None}
         _refuse_unread(train, found)
-        columns |= {"answer": found[-1], "prompt": found[0] if len(found) > 1 else None}
     return CausalColumns(**columns)
 
 
-def _refuse_unread(train: Dataset, found: Sequence[str]) -> None:
+UNREAD = ("input", "context", "system", "system_prompt", "history")
+"""Columns with a part of the prompt, which would not be read."""
+
+
+def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
     """Refuse rows like Alpaca's and Dolly's, whose prompt has a second part in a column of its own."""
     more = next(
-        (each for each in ("input", "context") if len(found) > 1 and each in train.column_names), None
+    if found in USUAL_TEXTS:
+        return
+    there = (each for each in UNREAD if each in train.column_names)
+        (each for each in there if any(str(value or "").strip() for value in values(train, each))), None
     )
-    if more is not None and any(isinstance(text, str) and text.strip() for text in values(train, more)):
-        raise DataError(
-            f"the rows have '{more}' besides {' and '.join(found)}, which would not be read; put it into the "
-            f"prompt's column, or leave it out with data.prompt_column={found[0]} data.answer_column={found[-1]}"
-        )
+    if more is None:
+        return
+    put, named = (
+        f"put it into the column '{found[0]}'",
+        f"data.prompt_column={found[0]} data.answer_column={found[-1]}",
+    )
+    if found in USUAL_MESSAGES:
+        put, named = "put it into the chats as messages", f"data.messages_column={found[0]}"
+    raise DataError(
+        f"the rows have '{more}' besides {' and '.join(found)}, which would not be read; {put}, or leave it out "
+        f"with {named}"
+    )
 
 
 def _class_names_as_text(split: Dataset, column: str) -> Dataset:
