@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Json, Value
 from torch import Tensor
 
 from swaft.errors import DataError
@@ -25,6 +25,7 @@ from swaft.training.data.texts import (
     IGNORED,
     BadRow,
     Collator,
+    ColumnFault,
     encode,
     good_rows,
     map_rows,
@@ -324,10 +325,10 @@ UNREAD = ("input", "context", "system", "system_prompt", "history")
 
 def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
     """Refuse rows like Alpaca's and Dolly's, whose prompt has a second part in a column of its own."""
-    more = next(
     if found in USUAL_TEXTS:
         return
     there = (each for each in UNREAD if each in train.column_names)
+    more = next(
         (each for each in there if any(str(value or "").strip() for value in values(train, each))), None
     )
     if more is None:
@@ -360,9 +361,23 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     if columns.messages is None:
         return
     there = f"in column '{columns.messages}'"
+    feature = getattr(split.features[columns.messages], "feature", None)
+    if isinstance(feature, dict) and isinstance(feature.get("content"), Json):
+        # Json decodes a text such as "7" to a number.
+        found = next(
+            ((row, chat) for row, chat in enumerate(values(split, columns.messages)) if chat), (0, [])
+        )
+        kinds = "contents of several types"
+        yield (
+            found[0],
+            ColumnFault(f"has {found[1]!r:.80} {there}, which has {kinds}; write each of them as a text"),
+        )
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
-        if not all(map(_is_message, messages)):
+        if isinstance(chat, str):
+            kept = "a list of messages, which json lines and parquet keep, and csv does not"
+            yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
+        elif not all(map(_is_message, messages)):
             yield (
                 row,
                 f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",

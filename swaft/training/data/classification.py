@@ -284,6 +284,8 @@ def _kind(rows: list[Any], split: str, column: str) -> type:
             f"column '{column}' of {split} holds the {first} {rows[0]!r:.80} in row 0, but the "
             f"{type(other[1]).__name__} {other[1]!r:.80} in row {other[0]}; write all as texts, or all as numbers"
         )
+    raise DataError(
+        f"column '{column}' of {split} holds {first} values; expected class ids, texts or scores. "
         "Name another column with data.label_column"
     )
 
@@ -335,6 +337,12 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
     known = sorted(set(labels["train"]))
     names = [label if isinstance(label, str) else str(int(label)) for label in known]
     ids = {label: number for number, label in enumerate(known)}
+    if missing := [name for name in names if name.strip().casefold() in SPELLINGS_OF_NONE]:
+        logger.warning(
+            "%s: %s is a class; if it marks rows without a label, leave their cells empty, and set "
+            "data.skip_bad_rows=true",
+            *(column, shortened([repr(name) for name in missing])),
+        )
     expected = f"expected one of {shortened(names)} (data.max_train_samples may cut labels off)"
     _require_each(labels, column, ids.__contains__, f", which no training row has; {expected}")
     alike: dict[str, str] = {}

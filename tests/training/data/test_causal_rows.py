@@ -286,6 +286,7 @@ def test_chats_with_contents_of_several_types_or_written_as_texts_are_refused(sk
             find_columns({"train": rows}, CausalDataConfig(skip_bad_rows=skip))
 
 
+def test_answers_of_the_weight_0_are_given_and_not_learnt():
     chat = [("user", "a", None), ("assistant", "b", 0), ("user", "c", None), ("assistant", "d", 1)]
     messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in chat]
     row = made([{"messages": messages}])[0]
@@ -352,6 +353,16 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
             "have 'input' besides instruction and output",
         ),
         ([{"messages": CHAT, "tools": "[{}]"}], {}, "a column 'tools', which is not written into the chats"),
+        (
+            [{"messages": CHAT, "system": "a"}],
+            {},
+            "put it into the chats as messages, or .*messages_column=mess",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "history": [["c", "d"]]}],
+            {},
+            "'history' besides prompt and compl",
+        ),
         ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
         ([{"text": "a", "x": "b"}], {"answer_column": "z"}, "no column 'z'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "no message of the assistant"),

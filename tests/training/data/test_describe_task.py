@@ -134,6 +134,13 @@ def test_whole_numbers_in_a_small_split_of_a_regression_are_scores():
     assert describe([0.5, 4.0], [1, 2]).is_regression
 
 
+def test_whole_numbers_in_train_and_fractional_ones_elsewhere_are_what_is_asked_for():
+    assert describe([0, 1, 2], [0.5, 1.0], do_regression=True).is_regression
+    assert describe([0, 1, 2], [2.0, 1.0]).num_labels == 3
+    with pytest.raises(DataError, match=r"of validation holds fractional numbers.*data\.do_regression=true"):
+        describe([0, 1, 2], [0.5, 1.0])
+
+
 def test_texts_are_classes_in_sorted_order_of_the_training_rows():
     task = describe(["pos", "neg", "pos", "mid"], ["neg", "mid"])
     assert (task.label_names, task.num_labels, task.is_regression) == (["mid", "neg", "pos"], 3, False)
@@ -236,6 +243,9 @@ def test_labels_of_different_kinds_are_refused():
         describe([0, 1], ["a", "b"])
     with pytest.raises(DataError, match="column 'label' of train holds list values"):
         describe([[0], [1]])
+    mixed = Dataset.from_dict({"text": ["a"] * 3, "label": [0, 1, "pos"]}, on_mixed_types="use_json")
+    with pytest.raises(DataError, match="the int 0 in row 0, but the str 'pos' in row 2; write all as texts"):
+        describe_task({"train": mixed}, DataConfig())
 
 
 def test_a_single_class_is_refused():
@@ -243,9 +253,6 @@ def test_a_single_class_is_refused():
         with pytest.raises(DataError, match="nothing to classify"):
             describe(labels)
 
-    mixed = Dataset.from_dict({"text": ["a"] * 3, "label": [0, 1, "pos"]}, on_mixed_types="use_json")
-    with pytest.raises(DataError, match="the int 0 in row 0, but the str 'pos' in row 2; write all as texts"):
-        describe_task({"train": mixed}, DataConfig())
 
 def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
     for texts in (["1.5", "2", "nan"], ["1,5", "2"]):
@@ -262,6 +269,12 @@ def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
 def test_truth_values_are_classes_of_that_name():
     assert describe([True, False]).label_names == ["False", "True"]
     assert describe([True, False], [True]).label_ids[True] == 1
+
+
+@pytest.mark.parametrize("name", ["NA", "n/a", "NaN", "None", "null", "\\N"])
+def test_a_class_spelled_as_a_missing_value_is_said(name, caplog):
+    assert describe(["pos", "neg", name]).num_labels == 3
+    assert f"label: {name!r} is a class; if it marks rows without a label, leave" in caplog.text
 
 
 def test_one_class_in_two_unicode_forms_is_said(caplog):
