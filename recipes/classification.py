@@ -59,7 +59,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     ready = PreparedTask()
     with problems:  # a problem ends its block, and later blocks that need something from it are skipped
         ready.task = describe_task(load_splits(config.data), config.data)
-        ready.rows = ready.task.rows
+        ready.columns, ready.rows = ready.task, ready.task.rows
     with problems:
         ready.tokenizer = load_tokenizer(config.model)
         read_as_text(ready.tokenizer, config.data.split_special_tokens)

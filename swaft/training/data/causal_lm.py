@@ -126,6 +126,10 @@ class CausalColumns:
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
     """Rows by split, without those left out."""
 
+    def __str__(self) -> str:
+        """Return the columns."""
+        return " -> ".join(self.names)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All columns to read."""

@@ -143,6 +143,13 @@ class Task(Labels):
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
     """Rows by split, without those left out."""
 
+    def __str__(self) -> str:
+        """Return the columns, and the classes."""
+        names = self.label_names or [str(number) for number in range(self.num_labels)]
+        classes = f"{self.num_labels} classes: {shortened([f'{name:.40}' for name in names])}"
+        found = "scores" if self.is_regression else classes
+        return f"{', '.join(self.text_columns)} -> {self.label_column}, {found}"
+
 
 def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
     """Find the columns and the labels of a task, and check them in every row of every split.

@@ -213,6 +213,12 @@ class PairColumns:
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
     """Rows by split, without those left out."""
 
+    def __str__(self) -> str:
+        """Return the columns, or the languages."""
+        if self.source_lang is not None:
+            return f"{self.source_lang} -> {self.target_lang}"
+        return f"{self.source_column} -> {self.target_column}"
+
 
 def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairColumns:
     """Find the columns of a generation task, and check them in every row of every split.

@@ -110,6 +110,7 @@ def test_texts_among_values_of_other_types_are_refused_since_json_decodes_them()
 def test_fractions_make_a_regression():
     task = describe([0.5, 4.0], [1.0, 2.0])
     assert (task.is_regression, task.num_labels, task.label_names) == (True, 1, None)
+    assert str(task) == "text -> label, scores"
 
 
 def test_whole_numbers_stored_as_fractions_may_be_either_so_they_are_asked_about():
@@ -273,7 +274,8 @@ def test_truth_values_are_classes_of_that_name():
 
 @pytest.mark.parametrize("name", ["NA", "n/a", "NaN", "None", "null", "\\N"])
 def test_a_class_spelled_as_a_missing_value_is_said(name, caplog):
-    assert describe(["pos", "neg", name]).num_labels == 3
+    task = describe(["pos", "neg", name])
+    assert str(task) == f"text -> label, 3 classes: {', '.join(sorted(['pos', 'neg', name]))}"
     assert f"label: {name!r} is a class; if it marks rows without a label, leave" in caplog.text
 
 
