@@ -77,7 +77,10 @@ def test_the_table_tells_what_the_run_comes_to(validate):
     assert any(line.split() == [
         "ds", "gradient_clipping", "1.0", "(auto", "->", "train.max_grad_norm)"
     ] for line in lines)  # fmt: skip
-    assert lines[-2:] == ["data       train 70 rows, validation 23 rows; text -> label, 2 classes: 0, 1", "problem    none"]
+    assert lines[-2:] == [
+        "data       train 70 rows, validation 23 rows; text -> label, 2 classes: 0, 1",
+        "problem    none",
+    ]
 
 
 def test_long_questions_are_several_rows_to_train_on_so_the_steps_are_the_least(validate):
@@ -258,7 +261,9 @@ def test_how_rows_and_classes_are_taken_is_told(validate, tmp_path):
     settings = ("data.delimiter=;", "data.validation_fraction=0.25", "data.skip_bad_rows=true")
     code, printed = validate("classification", f"data.train_file={rows}", *settings)
     assert code == 0, printed
-    assert "data       train 30 rows, validation 10 rows; text -> label, 6 classes: 1, 2, 3, 4, 5, 6" in printed
+    assert (
+        "data       train 30 rows, validation 10 rows; text -> label, 6 classes: 1, 2, 3, 4, 5, 6" in printed
+    )
     assert "notes      validation rows: 10 of 41, taken from train at random" in printed
     assert "notes      1 of 31 rows of train are left out: 30 (row 30 has nothing in column 'text'" in printed
     assert "notes      label: whole numbers without 0 are names of 6 classes: 1, 2, 3, 4, 5, 6" in printed
