@@ -15,7 +15,13 @@ import swaft
 from swaft.averaging.rules import Readout
 from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
-from swaft.training.data.classification import ClassificationConfig, Task, describe_task, tokenize
+from swaft.training.data.classification import (
+    ClassificationConfig,
+    Task,
+    describe_task,
+    report_lengths,
+    tokenize,
+)
 from swaft.training.data.sources import language_groups, load_splits, task_of
 from swaft.training.data.texts import (
     Collator,
@@ -125,6 +131,7 @@ def train(config: ClassificationConfig) -> None:
             name: tokenize(split, task, tokenizer, length, workers=workers)
             for name, split in ready.rows.items()
         }
+        report_lengths(datasets["train"], length)
 
         # Model: the pretrained body with a new head, the same on every rank.
         with run.loading():

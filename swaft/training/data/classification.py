@@ -214,6 +214,15 @@ def tokenize(
     return map_rows(split, encode, workers)
 
 
+def report_lengths(train: Dataset, max_seq_length: int) -> None:
+    """Log how long tokenized training rows are, and how many have `max_seq_length` tokens: longer ones are cut."""
+    lengths = list(map(len, values(train, "input_ids")))
+    logger.info(
+        "rows: %.0f tokens on average; %.1f %% have data.max_seq_length=%d tokens, to which longer ones are cut",
+        *(sum(lengths) / len(lengths), 100 * lengths.count(max_seq_length) / len(lengths), max_seq_length),
+    )
+
+
 def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
     """Read the labels of a task, and check every row of every split.
 
