@@ -21,7 +21,7 @@ from typing import Any
 import datasets.config
 import pandas
 import transformers
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
@@ -243,8 +243,11 @@ def _refuse_other_delimiter(header: list[str], delimiter: str) -> None:
             )
 
 
-def _read_json(path: str) -> Dataset:
-    """Read json lines, a list of rows, or an object whose `data` holds the rows: flat ones, or SQuAD's articles."""
+def _read_json(path: str, features: Features | None = None) -> Dataset:
+    """Read json lines, a list of rows, or an object whose `data` holds the rows: flat ones, or SQuAD's articles.
+
+    Columns have the types of `features`; None: those that their values show.
+    """
     rows = None
     with open(path, encoding="utf-8-sig") as file:
         if re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
@@ -255,12 +258,15 @@ def _read_json(path: str) -> Dataset:
         # One chunk: a later one would be cast to the types of the first, its texts written as json if they differ.
         # Nor are rows with an id, a source and a model an agent's traces, which `datasets` would convert.
         whole = max(1, os.path.getsize(path))
-        read = Dataset.from_json(glob.escape(path), chunksize=whole, parse_agent_traces=False)
+        read = Dataset.from_json(
+            glob.escape(path), features=features, chunksize=whole, parse_agent_traces=False
+        )
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:
         read = Dataset.from_dict(
-            {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+            {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))},
+            features,
         )
     return Dataset.from_list(list(_questions(read))) if "paragraphs" in read.column_names else read
 

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import Dataset, DatasetDict, Features, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Json,
+    List,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 
 from swaft.errors import DataError
 from swaft.fraction import share_of
@@ -51,6 +60,12 @@ SCRIPT = (
     "--local-dir DIR, then data.dataset_name=DIR/CONFIGURATION"
 )
 """Advice without a network, and for a dataset that is a Python script, which datasets no longer runs."""
+FOLDERS = "data.dataset_name reads a folder of several files, and compressed ones"
+FORMATS = (
+    "expected files of one format, with names that start with their split (train-0.csv, validation.csv), or what "
+    "DatasetDict.save_to_disk writes"
+)
+"""Advice for a path that is no file, and for a folder that cannot be read."""
 
 
 def load_splits(data: RowsConfig) -> Splits:
@@ -177,13 +192,15 @@ def _load_task(task_name: str) -> Splits:
     )
 
 
-def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset:
+def _load_file(path: str, setting: str, delimiter: str | None = None, **options: Any) -> Dataset:
     suffix = Path(path).suffix.lower()
     if suffix not in FILE_READERS:
-        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
+        expected = f"expected one of {', '.join(FILE_READERS)} ({FOLDERS})"
+        raise DataError(f"{setting}: {path} ends in '{suffix}'; {expected}")
     if not Path(path).is_file():
-        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
-    options = {"delimiter": DELIMITERS.get(delimiter, delimiter)} if delimiter and suffix in TABLES else {}
+        raise DataError(f"{setting}: there is no file {Path(path).absolute()} ({FOLDERS})")
+    if delimiter and suffix in TABLES:
+        options["delimiter"] = DELIMITERS.get(delimiter, delimiter)
     try:
         if suffix != ".parquet":
             require_utf8(path)
@@ -202,6 +219,9 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     except Exception as error:  # hub, network and cache each raise their own types
         which = f"{name} ({config_name})" if config_name else name
         reason = cause(error)
+        if name[:1] in (".", "/", "~") or Path(name).exists():
+            there = f"cannot be read: {reason}; {FORMATS}" if Path(name).is_dir() else "is no folder"
+            raise DataError(f"data.dataset_name: {which} {there}") from error
         mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
         raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
     if not isinstance(found, DatasetDict):
@@ -241,26 +261,42 @@ def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> 
 def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
     """Read files one by one, and join their rows; whole numbers become fractional where another file has such."""
     shards = [_load_file(path, "data.dataset_name", delimiter) for path in paths]
-    types: dict[str, pyarrow.Schema] = {}
+    joint: dict[str, Any] = {}
     for path, shard in zip(paths, shards, strict=True):
-        for field in shard.features.arrow_schema.remove_metadata():
-            here = pyarrow.schema([field])
+        for column, feature in shard.features.items():
             try:
-                there = types.setdefault(field.name, here)
-                types[field.name] = pyarrow.unify_schemas([there, here], promote_options="permissive")
+                joint[column] = _joint_type(joint.get(column, feature), feature)
             except pyarrow.ArrowTypeError as error:
                 raise DataError(
-                    f"data.dataset_name: column '{field.name}' of {path} holds {field.type}, but in the files "
-                    f"before it {there.field(0).type}; write it with one type, or join the files to one"
+                    f"data.dataset_name: column '{column}' of {path} has another type than in the files before it "
+                    f"({error}); write it with one type, or join the files to one"
                 ) from error
-    joined = {name: Features.from_arrow_schema(schema)[name] for name, schema in types.items()}
-    wanted = [Features({name: joined[name] for name in shard.column_names}) for shard in shards]
-    return concatenate_datasets(
-        [
-            shard if shard.features == features else shard.cast(features)
-            for shard, features in zip(shards, wanted, strict=True)
-        ]
-    )
+    wanted = [Features({name: joint[name] for name in shard.column_names}) for shard in shards]
+    return concatenate_datasets(list(map(_as_type, shards, paths, wanted)))
+
+
+def _as_type(shard: Dataset, path: str, features: Features) -> Dataset:
+    if shard.features == features:
+        return shard
+    if Path(path).suffix.lower() in TABLES or "Json(" not in repr(features):
+        return shard.cast(features)
+    # A cast would write what is Json already as a text inside of Json.
+    return _load_file(path, "data.dataset_name", features=features)
+
+
+def _joint_type(one: Any, other: Any) -> Any:
+    """Return the type that values of both types have: an object of any keys (Json) if one of the two is."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {
+            key: _joint_type(one.get(key, other.get(key)), other.get(key, one.get(key)))
+            for key in one | other
+        }
+    if isinstance(one, List) and isinstance(other, List):
+        return List(_joint_type(one.feature, other.feature))
+    if {type(one), type(other)} in ({Json, dict}, {Json, List}):
+        return Json()
+    schemas = [Features(each=each).arrow_schema.remove_metadata() for each in (one, other)]
+    return Features.from_arrow_schema(pyarrow.unify_schemas(schemas, promote_options="permissive"))["each"]
 
 
 def _saved_files(name: str) -> dict[str, list[str]]:

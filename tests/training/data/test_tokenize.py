@@ -46,7 +46,9 @@ def test_longer_text_of_a_pair_is_cut():
 def test_how_many_training_rows_may_be_cut_is_told(caplog):
     with caplog.at_level(logging.INFO, logger="swaft"):
         report_lengths(tokenized(PAIRS, 8), 8)
-    assert "rows: 7 tokens on average; 50.0 % have data.max_seq_length=8 tokens, to which longer" in caplog.text
+    assert (
+        "rows: 7 tokens on average; 50.0 % have data.max_seq_length=8 tokens, to which longer" in caplog.text
+    )
 
 
 def test_selected_rows_are_numbered_from_zero():
