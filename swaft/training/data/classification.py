@@ -112,6 +112,8 @@ MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may imply whatever the number of rows; larger ids are taken for other numbers."""
 TRUTH = ["False", "True"]
 """Class names of a boolean column."""
+LEFT_OUT = "data.max_train_samples and data.validation_fraction may leave train no row of a label"
+"""What may be the matter with a label that no training row has."""
 SPELLINGS_OF_NONE = ("na", "n/a", "nan", "none", "null", r"\n")
 """How programs write a missing value as text, in lower case."""
 KINDS = {int: "whole numbers", float: "fractional numbers", str: "texts"}
@@ -359,7 +361,7 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
             "data.skip_bad_rows=true",
             *(column, shortened([repr(name) for name in missing])),
         )
-    expected = f"expected one of {shortened(names)} (data.max_train_samples may cut labels off)"
+    expected = f"expected one of {shortened(names)} ({LEFT_OUT})"
     _require_each(labels, column, ids.__contains__, f", which no training row has; {expected}")
     alike: dict[str, str] = {}
     for name in names:
@@ -402,7 +404,7 @@ def _read_ids(
         *(ids, column, range(num_labels).__contains__),
         f"; expected 0 to {num_labels - 1}, the labels of the {'column type' if names else 'training rows'} (-1 "
         "usually marks a row without its answer: leave such rows out; if it is a class, set "
-        "data.do_regression=false)",
+        f"data.do_regression=false; {LEFT_OUT})",
     )
     unseen = [str(number) for number in range(num_labels) if number not in found]
     if unseen and names is None:

@@ -235,6 +235,8 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
     columns = _find(splits["train"], data)
     names = (columns.source_column, columns.target_column)
     rows = good_rows(splits, names, partial(_faults, columns=columns), skip=data.skip_bad_rows)
+    if data.validation_fraction is not None and "validation" in rows:
+        _report_shared_sources(rows, columns)
     return replace(columns, rows=rows)
 
 
@@ -388,6 +390,22 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
         listed = isinstance(texts, list) and texts
         if not listed or not all(isinstance(text, str) and text.strip() for text in texts):
             yield row, f"has {texts!r} in column '{REFERENCES}'; {expected}"
+
+
+def _report_shared_sources(rows: Mapping[str, Dataset], columns: PairColumns) -> None:
+    """Warn if validation rows that were drawn from train have sources that are also trained on."""
+
+    def sources(split: Dataset) -> Iterator[str]:
+        found = values(split, columns.source_column)
+        return (texts[columns.source_lang] for texts in found) if columns.source_lang else found
+
+    trained = set(map(hash, sources(rows["train"])))
+    if shared := sum(hash(source) in trained for source in sources(rows["validation"])):
+        logger.warning(
+            "%d of %d validation rows have a source that training rows have too, since data.validation_fraction "
+            "draws rows; to score unseen sources, set data.validation_file",
+            *(shared, len(rows["validation"])),
+        )
 
 
 def _cut(
