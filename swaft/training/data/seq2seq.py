@@ -381,6 +381,7 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
                     f"has the text {texts!r:.80} as its translation; expected a text for each language"
                 ),
             )
+            continue
         for language in (columns.source_lang, columns.target_lang):
             text = (texts or {}).get(language)
             if not isinstance(text, str) or is_blank(text):
