@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.study.arms import FEWEST_SEEDS
+from benchmarks.study.collapse import PRETRAINED
+from benchmarks.study.flatness import ITERATIONS, PROBES
 from benchmarks.study.grid import at_chosen_rates
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.statistics import compare
 from benchmarks.study.store import Row
-from benchmarks.study.tables import line, told, told_overall
+from benchmarks.study.tables import line, told
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trainings import BASELINES, TRAININGS
 
@@ -34,23 +36,35 @@ Values = Mapping[tuple[str, int], float]
 def collapse(rows: Sequence[Row]) -> str:
     """Scores of probes on frozen features, on other tasks and along chains; empty without rows."""
     parts = []
-    probed = _grouped(rows, "probe", lambda row: f"{row['training']}:{row['readout'].split(':')[0]}")
+    probed = _grouped(rows, "probe", _probed)
     if probed:
         tasks = sorted({row["probe"] for of in probed.values() for row in of})
         columns = {
             task: lambda row, task=task: _score(row) if row["probe"] == task else None for task in tasks
         }
-        parts += [_titled("on other tasks"), _table("arm, trained on sst2", probed, BASELINES[1], columns)]
+        parts += [
+            _titled("on other tasks", f"`{PRETRAINED}` is the encoder before training."),
+            _table("arm, trained on sst2", probed, BASELINES[1], columns),
+        ]
     chained = _grouped(rows, "cycle", lambda row: row["training"])
-    stages = sorted({row["stage"] for of in chained.values() for row in of})
     for kind, place in (
         ("first", "on the first task of the chain, after each stage"),
         ("next", "on the next task, before each stage"),
     ):
+        stages = sorted(
+            {
+                (row["stage"], row["probe"])
+                for of in chained.values()
+                for row in of
+                if row["readout"].endswith(kind)
+            }
+        )
         if chained:
             columns = {
-                str(stage): lambda row, at=f"{stage:02}:{kind}": _score(row) if row["readout"] == at else None
-                for stage in stages
+                f"{stage} {probed}": lambda row, at=f"{stage:02}:{kind}": (
+                    _score(row) if row["readout"] == at else None
+                )
+                for stage, probed in stages
             }
             base = BASELINES[1].partition(":")[0]
             parts += [_titled(place), _table("training", chained, base, columns)]
@@ -71,7 +85,8 @@ def flatness(rows: Sequence[Row]) -> str:
     parts = [
         "## Flatness",
         "Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, its size a share of the "
-        f"tensor's root mean square; curvature of the training loss. {PAIRED}",
+        "tensor's root mean square; curvature of the training loss (the eigenvalue after "
+        f"{ITERATIONS} power iterations, so rather too small; the trace from {PROBES} random vectors). {PAIRED}",
         _table("arm", points, BASELINES[1], columns),
     ]
     lines = {arm.partition(":")[0]: of for arm, of in found.items() if arm not in points}
@@ -100,8 +115,16 @@ def _along(lines: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(told_all)
 
 
-def _titled(place: str) -> str:
-    return f"Score of a linear probe {place}, in points. {PAIRED}"
+def _probed(row: Row) -> str:
+    readout = row["readout"].partition(":")[0]
+    return PRETRAINED if readout == PRETRAINED else f"{row['training']}:{readout}"
+
+
+def _titled(place: str, more: str = "") -> str:
+    rate = "All arms train at the baseline's rate, though two passes or twice the steps cost twice as much."
+    return " ".join(
+        [f"Score of a linear probe {place}, in points. {rate} {PAIRED}", *([more] if more else [])]
+    )
 
 
 def _table(
@@ -133,9 +156,13 @@ def _difference(ours: Values, theirs: Values) -> str:
     for at in sorted(ours.keys() & theirs.keys()):
         found.setdefault(at[0], []).append(ours[at] - theirs[at])
     pairs = {task: np.array(each) for task, each in found.items() if len(each) >= FEWEST_SEEDS}
-    if len(pairs) == 1:
-        return told(*compare(pairs).by_task.values())
-    return told_overall(compare(pairs)) if pairs else ""
+    if not pairs:
+        return ""
+    found = compare(pairs)
+    if found.overall is not None:
+        return told(found.overall)
+    names = {task: f" ({task})" if len(pairs) > 1 else "" for task in pairs}
+    return ", ".join(f"{told(each)}{names[task]}" for task, each in found.by_task.items())
 
 
 def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dict[str, list[Row]]:

@@ -116,7 +116,7 @@ def _measure(cell: Cell) -> tuple[dict[str, Row], Row]:
     options = {"regime": regime, "rate": cell.rate, "seed": cell.seed}
     splits = load(cell.task, rows=regime.rows * task.rows, seed=cell.seed)
     began = time.process_time()
-    teacher = teach(splits, training, **options)
+    teacher = teach(splits, training, task=cell.task, regime=regime, seed=cell.seed)
     taught = time.process_time() - began
     model = new_model(task, splits, cell.seed, device())
     averaged = {"tuning": (training.principal,), "probe": (RECOMMENDED,)}.get(cell.split)

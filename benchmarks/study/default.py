@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from benchmarks.study.arms import BASELINES, Kept, cost_of
 from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, MAIN
@@ -167,19 +167,20 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
             names = ", ".join(f"`{name}`" for name in lost)
             told += f" Not measured on all of them, because no result on the rest could change that: {names}."
         return told
-    chosen = differences(kept, arm, CHOOSING)
-    told = f"**Recommended {kind}: `{arm}`** against `{base}`. On the choosing tasks: {chosen}."
-    if covers(kept.from_baseline("main", arm, "loss", tasks=CONFIRMING), CONFIRMING):
-        told += f" On the confirming tasks: {differences(kept, arm, CONFIRMING)}."
-        return f"{told} On all eight: {differences(kept, arm, ALL)}."
-    told += " The confirming tasks have not all been measured yet."
-    fair = cross_validated(kept, units)
-    if fair is not None:
+    told = (
+        f"**Recommended {kind}: `{arm}`** against `{base}`. Chosen by seeds {DECIDING_SEEDS[0]} to "
+        f"{DECIDING_SEEDS[-1]} of the choosing tasks: {differences(kept, arm, CHOOSING, seeds=DECIDING_SEEDS)}."
+    )
+    if (fair := cross_validated(kept, units)) is not None:
         told += (
-            " The choice on these tasks' test rows flatters what is chosen: an arm chosen by the same rule on "
-            f"three of the tasks changes the loss of the fourth by {fair:+.2f} %, on average."
+            " The choice flatters what is chosen: an arm chosen by the same rule on three of the tasks changes the "
+            f"loss of the fourth by {fair:+.2f} %, on average."
         )
-    return told
+    told += f" With all seeds, on the choosing tasks: {differences(kept, arm, CHOOSING)}"
+    if not covers(kept.from_baseline("main", arm, "loss", tasks=CONFIRMING), CONFIRMING):
+        return f"{told}. The confirming tasks have not all been measured yet."
+    told += f"; on the confirming tasks: {differences(kept, arm, CONFIRMING)}"
+    return f"{told}; on all eight: {differences(kept, arm, ALL)}."
 
 
 def quote(text: str, kept: Kept) -> str:
@@ -192,15 +193,21 @@ def quote(text: str, kept: Kept) -> str:
     return QUOTE.sub(told, text)
 
 
-def differences(kept: Kept, arm: str, tasks: Sequence[str]) -> str:
+def differences(kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection[int] | None = None) -> str:
     """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks.
+
+    Args:
+        kept: the rows.
+        arm: training and readout.
+        tasks: those to compare on.
+        seeds: those to compare on; None for all.
 
     Raises:
         ValueError: too few of the tasks have been measured.
     """
     parts = []
     for outcome, unit in (("loss", "% of test loss"), ("score", "points of score")):
-        comparison = kept.from_baseline("main", arm, outcome, tasks=tasks)
+        comparison = kept.from_baseline("main", arm, outcome, tasks=tasks, seeds=seeds)
         if comparison is None or comparison.overall is None:
             raise ValueError(f"{arm} is measured on too few of {', '.join(tasks)} to be quoted")
         found = comparison.overall

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.study.arms import OUTCOMES, Kept
-from benchmarks.study.default import ALL
+from benchmarks.study.default import ALL, covers
 
 
 def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
@@ -20,7 +20,7 @@ def draw(kept: Kept, arms: Sequence[str]) -> dict[str, str]:
     shown = []
     for arm in arms:
         comparisons = [kept.from_baseline("main", arm, outcome, tasks=ALL) for outcome in ("loss", "score")]
-        if all(comparison is not None and comparison.overall is not None for comparison in comparisons):
+        if all(covers(comparison, ALL) for comparison in comparisons):
             shown.append((arm, comparisons))
     return {"main": _forest(shown)} if shown else {}
 

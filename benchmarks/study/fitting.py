@@ -14,7 +14,7 @@ from benchmarks.study.numerics import PRECISION
 from benchmarks.study.readouts import rules_for
 from benchmarks.study.rivals import TEACHER
 from benchmarks.study.tasks import Splits, epoch_batches
-from benchmarks.study.trainings import TRAININGS, Training
+from benchmarks.study.trainings import TEACHER_RATES, TRAININGS, Training
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,16 @@ def fit(
     )
 
 
-def teach(splits: Splits, training: Training, *, regime: Regime, rate: float, seed: int) -> Tensor | None:
+def teach(splits: Splits, training: Training, *, task: str, regime: Regime, seed: int) -> Tensor | None:
     """Logits (N, C) of the mean of the teachers' probabilities on the training rows; None without teachers.
 
-    Teachers are trained on the same rows, at the same rate; each has its own head, order and masks.
+    Teachers are trained on the same rows, at their own rates; each has its own head, order and masks.
     """
     chances = []
     for i, name in enumerate(training.teachers):
         own = 1000 * (seed + 1) + i
         teacher = encoder.pretrained(splits.num_labels, own, device())
+        rate = TEACHER_RATES[name][task]
         fit(teacher, splits, TRAININGS[name], regime=regime, rate=rate, seed=own, averaged=())
         chances.append(encoder.logits_of(teacher, splits.train).softmax(-1))
     return torch.stack(chances).mean(0).clamp(min=1e-12).log() if chances else None

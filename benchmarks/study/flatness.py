@@ -47,7 +47,11 @@ def measure(
                 "noise_radii": RADII,
                 "train_nll": [_under_noise(model, train, radius) for radius in (0.0, *RADII)],
                 "test_nll": [_under_noise(model, splits.test, radius) for radius in (0.0, *RADII)],
-                **curvature(model, train.take(torch.arange(min(len(train), CURVATURE_ROWS)).numpy())),
+                **curvature(
+                    model,
+                    train.take(torch.arange(min(len(train), CURVATURE_ROWS)).numpy()),
+                    seed=trained.seed,
+                ),
             }
     line = []
     for place in LINE:
@@ -57,9 +61,15 @@ def measure(
     return found
 
 
-def curvature(model: nn.Module, rows: Rows) -> dict[str, float]:
-    """Top eigenvalue and trace of the Hessian of the mean loss on some rows, without dropout."""
-    generator = torch.Generator().manual_seed(0)
+def curvature(model: nn.Module, rows: Rows, *, seed: int) -> dict[str, float]:
+    """Top eigenvalue and trace of the Hessian of the mean loss on some rows, without dropout.
+
+    Args:
+        model: with the weights to be judged.
+        rows: rows of the loss.
+        seed: of the directions, so that the spread over seeds contains the error of the estimates.
+    """
+    generator = torch.Generator().manual_seed(seed)
 
     def product(direction: Vector, reach: float = REACH) -> Vector:
         ahead, behind = (
@@ -76,10 +86,11 @@ def curvature(model: nn.Module, rows: Rows) -> dict[str, float]:
 
 
 def top_eigenvalue(product: Callable[[Vector], Vector], direction: Vector) -> float:
-    """The eigenvalue of largest magnitude, by power iteration from a direction."""
+    """The eigenvalue of largest magnitude, by power iteration from a direction; rather too small than too large."""
     value = 0.0
     for _ in range(ITERATIONS):
-        direction = {name: part / _norm(direction) for name, part in direction.items()}
+        length = _norm(direction)
+        direction = {name: part / length for name, part in direction.items()}
         image = product(direction)
         value, direction = _dot(direction, image), image
     return value

@@ -77,7 +77,16 @@ OBJECTIVES = (
     "r3f-relative-1.0-constant",
 )
 MAIN = AVERAGING + LONGER + OBJECTIVES
-COLLAPSED = (*AVERAGING, "rdrop-decayed", "r3f-relative-1.0-decayed", "r4f-relative-1.0-decayed")
+COLLAPSED = (
+    *AVERAGING,
+    "decayed2x",
+    "rdrop-decayed",
+    "r3f-relative-1.0-decayed",
+    "r4f-relative-1.0-decayed",
+)
+SAME_RATE = ("probe", "cycle")
+"""Splits in which every training has the baseline's rate: how far a training changes the encoder depends on the
+rate above all."""
 RIVALS = ("smart-decayed", "freelb-decayed", "distilled-longer", "distilled-ensemble")
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 
@@ -108,7 +117,6 @@ PHASES = (
     Phase(COLLAPSED, "main", ("sst2",), DECIDING_SEEDS, "probe"),
     *_each(RIVALS, CHOOSING[:2]),
     *_each(AVERAGING, GENERAL[1:2]),
-    Phase(COLLAPSED, "small", ("sst2",), DECIDING_SEEDS, "cycle"),
     *_each(AVERAGING, GENERAL[2:]),
     *_each(OBJECTIVES, CHOOSING),
     *_each(LONGER, CONFIRMING),
@@ -120,6 +128,7 @@ PHASES = (
     Phase(REST, "main", CHOOSING, SEEDS[:5]),
     Phase(REST, "main", CONFIRMING, SEEDS[:5]),
     Phase(COLLAPSED, "main", ("sst2",), SEEDS[:5], "probe"),
+    Phase(COLLAPSED, "main", ("sst2",), DECIDING_SEEDS, "cycle"),
     Phase(AVERAGING, "main", CHOOSING, DECIDING_SEEDS, "flatness"),
 )
 
@@ -178,14 +187,23 @@ def at_chosen_rates(some: Sequence[Row], rows: Iterable[Row]) -> list[Row]:
     """Those of some rows whose rate is the one chosen by the tuning rows among all, or still open."""
     tuning = [row for row in rows if row["split"] == "tuning"]
     chosen = cache(lambda training, regime, task: chosen_rate(training, regime, task, tuning))
-    return [row for row in some if chosen(row["training"], row["regime"], row["task"]) in (None, row["rate"])]
+    return [
+        row
+        for row in some
+        if chosen(tuned(row["training"], row["split"]), row["regime"], row["task"]) in (None, row["rate"])
+    ]
+
+
+def tuned(training: str, split: str) -> str:
+    """The training whose rate a training has in a split."""
+    return BASELINES[1].partition(":")[0] if split in SAME_RATE else training
 
 
 def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
     """The cells of a phase in the order they run, without those whose rate is still open."""
     rates = {}
     for task in phase.tasks:
-        for name in phase.trainings:
+        for name in dict.fromkeys(tuned(name, phase.split) for name in phase.trainings):
             losses = tried(name, phase.regime, task, rows)
             for rate in (*losses, *missing_rates(losses, phase.regime)):
                 yield tuning_cell(name, phase.regime, task, rate)
@@ -193,7 +211,7 @@ def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:
     for seed in phase.seeds:
         for task in phase.tasks:
             for name in phase.trainings:
-                rate = rates[task, name]
+                rate = rates[task, tuned(name, phase.split)]
                 if rate is not None:
                     yield Cell(task, name, phase.regime, rate, seed, phase.split)
 

@@ -24,6 +24,8 @@ class Trained:
 
     averager: Any
     """None if nothing was averaged."""
+    seed: int
+    """Of its dropout masks."""
     steps: int
     seconds: float
     cpu_seconds: float
@@ -105,6 +107,7 @@ def train(
     half = len(divergences) // 2
     return Trained(
         averager=averager,
+        seed=seed,
         steps=total_steps,
         seconds=time.perf_counter() - began,
         cpu_seconds=time.process_time() - cpu_began,

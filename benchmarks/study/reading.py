@@ -43,7 +43,7 @@ def score_test(
                 row["temperature"] = temperature(validated.logits, validated.labels)
                 scaled = outcomes(tested.logits / row["temperature"], tested.labels, "accuracy")
                 row["outcomes"]["nll_scaled"] = scaled["nll"]
-            if readout.name in searched(training):
+            if readout.name in searched(training) and (readout.rounded or not task.generates):
                 validation[readout.name] = validated.outcomes(scored=False)["nll"]
             if readout.rounded:
                 row["rounded"] = {}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from benchmarks.study.arms import BASELINES, OUTCOMES, Kept, cost_of
+from benchmarks.study.fitting import REGIMES
+from benchmarks.study.grid import RATES, chosen_rate, tried
 from benchmarks.study.statistics import Comparison, Interval, holm
+from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS
+from benchmarks.study.trainings import TRAININGS
 
 
 def table(
@@ -34,6 +38,38 @@ def table(
             cells += [f"{loss.lower} : {loss.higher}", f"{p_value:.2g}"]
         lines.append(line(cells))
     return "\n".join(lines)
+
+
+def summary(kept: Kept, arms: Sequence[str], groups: Mapping[str, Collection[str]]) -> str | None:
+    """Loss and score of arms against their baselines, over groups of tasks; None if there is nothing to show.
+
+    An arm has a mean over a group if it is measured on all of its tasks.
+    """
+    head = [f"{OUTCOMES[outcome]}: {group}" for outcome in ("loss", "score") for group in groups]
+    lines = [line(["arm", "against", *head, "pairs"]), line(["---"] * (3 + len(head)))]
+    for arm in arms:
+        found = {
+            (outcome, group): kept.from_baseline("main", arm, outcome, tasks=tasks)
+            for outcome in ("loss", "score")
+            for group, tasks in groups.items()
+        }
+        whole = {at: each for at, each in found.items() if each and each.by_task.keys() >= set(groups[at[1]])}
+        if whole:
+            cells = [told_overall(whole.get(at)) for at in found]
+            count = max(each.count for each in whole.values())
+            lines.append(line([f"`{arm}`", f"`{BASELINES[cost_of(arm)]}`", *cells, str(count)]))
+    return "\n".join(lines) if len(lines) > 2 else None
+
+
+def by_task_and_mean(kept: Kept, arms: Sequence[str], base: str, tasks: Sequence[str]) -> str | None:
+    """Test loss of arms against one baseline, task by task and over all; None if there is nothing to show."""
+    lines = [line([f"test loss against `{base}`, %", *tasks, "mean"]), line(["---"] * (2 + len(tasks)))]
+    for arm in arms:
+        found = kept.comparison("main", arm, base, "loss", tasks=tasks)
+        if found and arm != base:
+            means = [f"{found.by_task[task].mean:+.2f}" if task in found.by_task else "" for task in tasks]
+            lines.append(line([f"`{arm}`", *means, told(found.overall) if found.overall else ""]))
+    return "\n".join(lines) if len(lines) > 2 else None
 
 
 def absolute(kept: Kept, regime: str) -> list[str]:
@@ -64,6 +100,46 @@ def by_task(kept: Kept, regime: str) -> list[str]:
         if len(lines) > 2:
             parts.append("\n".join(lines))
     return parts
+
+
+def rates(rows: Sequence[Row]) -> list[str]:
+    """The chosen learning rates, one table per regime."""
+    parts = []
+    for regime in REGIMES:
+        chosen = {
+            training: [chosen_rate(training, regime, task, rows) for task in TASKS] for training in TRAININGS
+        }
+        lines = [line(["training", *TASKS]), line(["---"] * (len(TASKS) + 1))]
+        for training, of in chosen.items():
+            if any(of):
+                cells = [f"{rate:g}{_edge(rate)}" if rate else "" for rate in of]
+                lines.append(line([f"`{training}`", *cells]))
+        if len(lines) > 2:
+            parts += [f"{REGIMES[regime].rows:,} training rows:", "\n".join(lines)]
+    return parts
+
+
+def rates_tried(rows: Sequence[Row]) -> list[str]:
+    """Every learning rate tried, one table per task, the chosen one in bold."""
+    parts = []
+    for regime in REGIMES:
+        for task in TASKS:
+            lines = [line(["training", *(f"{rate:g}" for rate in RATES)]), line(["---"] * (len(RATES) + 1))]
+            for training in TRAININGS:
+                losses = tried(training, regime, task, rows)
+                chosen = chosen_rate(training, regime, task, rows)
+                told = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
+                if chosen is not None:
+                    told[chosen] = f"**{told[chosen]}**{_edge(chosen)}"
+                if told:
+                    lines.append(line([f"`{training}`", *(told.get(rate, "") for rate in RATES)]))
+            if len(lines) > 2:
+                parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", "\n".join(lines)]
+    return parts
+
+
+def _edge(rate: float) -> str:
+    return " (edge)" if rate in (RATES[0], RATES[-1]) else ""
 
 
 def _tasks(kept: Kept, regime: str) -> list[str]:

@@ -151,7 +151,7 @@ def _first(rows: Rows, count: int) -> Rows:
     return rows.take(np.random.default_rng(0).permutation(len(rows))[:count])
 
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=64)
 def read(name: str, split: str) -> Any:
     """Every row of a split, from the pack if there is one.
 

@@ -47,7 +47,7 @@ def test_top_eigenvalue_and_trace_are_those_of_the_whole_hessian(monkeypatch):
     rows = Rows(ids, tuple((0,) * 4 for _ in ids), torch.from_numpy(generator.integers(2, size=12)))
     model = Bag().double()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    found = flatness.curvature(model, rows)
+    found = flatness.curvature(model, rows, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
     flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -98,6 +98,10 @@ def test_beyond_scores_a_constant_run_is_judged_by_the_recommended_average():
 def test_probes_chains_and_flatness_come_to_rows(tiny_task, one_probe):
     probed = run_cell(parse_cell("cr/constant/main/0.0002/1/probe"))
     assert [row["readout"] for row in probed] == ["last:cr", "ema-0.1:cr"]
+    beside_the_baseline = run_cell(parse_cell("cr/decayed/main/0/1/probe"))
+    assert [row["readout"] for row in beside_the_baseline] == ["pretrained:cr", "last:cr"]
+    before, after = (row["outcomes"] for row in beside_the_baseline)
+    assert before == after  # at a rate of 0 nothing is learned
     chained = run_cell(parse_cell("cr/constant/main/0.0002/1/cycle"))
     assert [row["readout"] for row in chained] == ["00:next", "00:first", "01:next", "01:first"]
     losses = [row["outcomes"]["nll"] for row in chained]

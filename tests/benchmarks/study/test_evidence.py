@@ -14,7 +14,7 @@ from benchmarks.study.cell import Cell
 from benchmarks.study.default import QUOTE, best_arm, differences, quote
 from benchmarks.study.readouts import rules_for
 from benchmarks.study.store import read_rows
-from benchmarks.study.trainings import TRAININGS
+from benchmarks.study.trainings import TEACHER_RATES, TRAININGS
 from swaft.averaging.rules import RECOMMENDED
 
 pytestmark = pytest.mark.unit
@@ -276,7 +276,7 @@ def test_what_is_chosen_is_also_told_as_a_choice_that_never_saw_the_task():
 
 def test_losses_and_scores_themselves_are_shown_with_their_spread_from_the_first_seed_on():
     rows = [row("decayed:last", "trec", seed, nll, 0.9) for seed, nll in ((1, 0.3), (2, 0.5))]
-    page = evidence.page([*rows, row("constant:last", "trec", 1, 0.25, 0.91)], [])
+    page = evidence.details([*rows, row("constant:last", "trec", 1, 0.25, 0.91)])
     assert "| `decayed:last` | 0.4000 ± 0.1414 |" in page
     assert "| `constant:last` | 0.2500 |" in page
     assert "| `constant:last` | 91.00 |" in page
@@ -300,8 +300,8 @@ def test_the_page_is_the_same_for_the_same_rows_in_any_order(tmp_path):
         (results / "rows.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in turn))
         pages.append([path.read_text() for path in evidence.write(results, tmp_path)])
     assert pages[0] == pages[1]
-    assert len(pages[0]) == 2  # a figure too
-    assert "On the confirming tasks: -4." in pages[0][0]
+    assert len(pages[0]) == 3  # the tables and a figure too
+    assert "on the confirming tasks: -4." in pages[0][0]
 
 
 def test_probes_and_flatness_are_on_the_page_once_there_are_rows():
@@ -364,6 +364,12 @@ def test_pages_quote_what_the_committed_rows_say():
         quote("`smart-decayed:last`: 1 [2, 3] % of test loss, 4 [5, 6] points of score.", kept)
 
 
+def test_teachers_train_at_the_rates_that_the_committed_rows_choose():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "study")
+    for teacher, rates in TEACHER_RATES.items():
+        assert rates == {task: grid.chosen_rate(teacher, "main", task, rows) for task in grid.CHOOSING}
+
+
 def test_the_default_rule_is_the_one_that_the_committed_rows_recommend():
     arm = best_arm(arms.keep(read_rows(ROOT / "benchmarks" / "results" / "study")), 1)
     training, _, readout = arm.partition(":")
@@ -373,6 +379,6 @@ def test_the_default_rule_is_the_one_that_the_committed_rows_recommend():
 
 def test_of_one_task_the_table_shows_that_task_by_name():
     page = evidence.page([entry for entry in made_up() if entry["task"] == "cr"], [])
-    head = page[: page.index("## Every arm")]
-    assert head.count("(cr)") >= 4
-    assert "[" not in head[head.index("| `constant") :]
+    table = page[page.index("#### Choosing tasks") : page.index("## Cost")]
+    assert table.count("(cr)") >= 4
+    assert "[" not in table

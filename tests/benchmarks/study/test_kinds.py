@@ -134,6 +134,18 @@ def test_every_part_of_a_generating_model_has_the_attention_of_its_device(genera
     assert new.config._attn_implementation == around.decoder.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("task", ["e2e-new", "e2e-encoder"])
+def test_a_model_generates_from_the_logits_it_was_trained_on(general_tasks, task):
+    splits = tasks.load(task, rows=8, seed=0)
+    model = tasks.new_model(tasks.TASKS[task], splits, 0, torch.device("cpu")).eval()
+    batch = splits.test.batch(np.array([0]))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        trained = model(**batch, labels=labels).logits[:, 0]
+        found = model.generate(**batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    assert torch.allclose(found.logits[0], trained, atol=1e-5)
+
+
 def test_bleu_of_the_right_texts_is_one(general_tasks):
     rows, vocabulary = tasks.read("e2e-new", "test"), tasks.vocabulary("e2e-new")
 
@@ -153,6 +165,7 @@ def test_cells_of_other_kinds_have_their_readouts_and_score(general_tasks, cell)
     rows = run_cell(parse_cell(f"{cell}/main/0.0002/1/test"))
     named = {row["readout"]: row for row in rows}
     assert task.score in named["last"]["outcomes"]
+    assert task.score in named["chosen"]["outcomes"]
     assert ("nll_scaled" in named["last"]["outcomes"]) is (task.kind == "answers")
     assert named["last"]["rounded"].keys() == {"bf16", "int8", "int4"}
     assert len({row["outcomes"]["nll"] for row in rows if row["readout"] != "chosen"}) >= 3

@@ -17,6 +17,7 @@ from benchmarks.study.model import GROUP, changed, to_int4, to_int8
 from benchmarks.study.numerics import fingerprint, kind_of
 from benchmarks.study.outcomes import BINS, calibration_error, outcomes, temperature
 from benchmarks.study.tasks import Rows, epoch_batches, evaluation_batches
+from benchmarks.study.trainings import TRAININGS
 
 pytestmark = pytest.mark.unit
 
@@ -108,8 +109,9 @@ def tuning_rows(losses: dict[float, float], training: str = "constant", task: st
     return [
         {
             "cell": grid.tuning_cell(training, "main", task, rate).name,
-            "readout": "swa-0.5",
+            "readout": TRAININGS[training].principal,
             "outcomes": {"nll": nll},
+            "split": "tuning",
         }
         for rate, nll in losses.items()
     ]
@@ -152,6 +154,19 @@ def test_reported_cells_wait_for_a_rate_and_take_the_one_of_the_lowest_loss():
     reported = [cell for cell in made if cell.split == "test"]
     assert {(cell.task, cell.training, cell.rate) for cell in reported} == {("trec", "constant", 2e-4)}
     assert len(set(made)) == len(made)
+
+
+def test_probes_train_at_the_baselines_rate_whatever_suits_their_training():
+    rows = tuning_rows({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.4}) + tuning_rows(
+        {5e-5: 0.3, 1e-4: 0.2, 2e-4: 0.4}, training="decayed"
+    )
+    phase = grid.Phase(("constant", "rdrop-decayed"), "main", ("trec",), (1,), "probe")
+    cells = list(grid.cells_of(phase, rows))
+    assert {cell.training for cell in cells if cell.split == "tuning"} == {"decayed"}
+    probes = [cell for cell in cells if cell.split == "probe"]
+    assert {(cell.training, cell.rate) for cell in probes} == {("constant", 1e-4), ("rdrop-decayed", 1e-4)}
+    made = [{"training": "constant", "split": "probe", "regime": "main", "task": "trec", "rate": 1e-4}]
+    assert grid.at_chosen_rates(made, rows) == made
 
 
 def test_a_pair_that_another_machine_has_is_not_made_again_and_an_arm_alone_is_made_with_its_baseline():
