@@ -15,7 +15,13 @@ import swaft
 from swaft.averaging.rules import Readout
 from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
-from swaft.training.data.classification import ClassificationConfig, Task, describe_task, tokenize
+from swaft.training.data.classification import (
+    ClassificationConfig,
+    Task,
+    describe_task,
+    report_lengths,
+    tokenize,
+)
 from swaft.training.data.sources import language_groups, load_splits, task_of
 from swaft.training.data.texts import (
     Collator,
@@ -59,7 +65,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     ready = PreparedTask()
     with problems:  # a problem ends its block, and later blocks that need something from it are skipped
         ready.task = describe_task(load_splits(config.data), config.data)
-        ready.rows = ready.task.rows
+        ready.columns, ready.rows = ready.task, ready.task.rows
     with problems:
         ready.tokenizer = load_tokenizer(config.model)
         read_as_text(ready.tokenizer, config.data.split_special_tokens)
@@ -125,6 +131,7 @@ def train(config: ClassificationConfig) -> None:
             name: tokenize(split, task, tokenizer, length, workers=workers)
             for name, split in ready.rows.items()
         }
+        report_lengths(datasets["train"], length)
 
         # Model: the pretrained body with a new head, the same on every rank.
         with run.loading():

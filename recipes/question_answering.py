@@ -55,6 +55,7 @@ class PreparedQuestions(Prepared):
     """Whether "none" is an answer."""
     collate: Collator
     cuts_rows = True
+    columns = "question, context -> answers"
 
     @property
     def description(self) -> str:

@@ -72,10 +72,8 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     width = max((len(row["key"]) for row in deepspeed), default=0)
     yield from (("ds", f"{row['key']:<{width}}  {row['value']!s:<8}  ({row['source']})") for row in deepspeed)
     if data := facts.get("data"):
-        yield (
-            "data",
-            ", ".join(f"{name} {_count(rows, 'row')}" for name, rows in data.items()) + ", columns ok",
-        )
+        rows = ", ".join(f"{name} {_count(number, 'row')}" for name, number in data.items())
+        yield "data", "; ".join(filter(None, (rows, facts.get("columns"))))
     for part in ("rows", "notes"):
         yield from ((part, sentence) for sentence in facts.get(part, ()))
 

@@ -77,7 +77,10 @@ def test_the_table_tells_what_the_run_comes_to(validate):
     assert any(line.split() == [
         "ds", "gradient_clipping", "1.0", "(auto", "->", "train.max_grad_norm)"
     ] for line in lines)  # fmt: skip
-    assert lines[-2:] == ["data       train 70 rows, validation 23 rows, columns ok", "problem    none"]
+    assert lines[-2:] == [
+        "data       train 70 rows, validation 23 rows; text -> label, 2 classes: 0, 1",
+        "problem    none",
+    ]
 
 
 def test_long_questions_are_several_rows_to_train_on_so_the_steps_are_the_least(validate):
@@ -103,7 +106,7 @@ def test_json_holds_the_same(validate):
     assert (facts["averaging"]["first_step"], facts["averaging"]["members"]) == (10, 31)
     assert facts["noise"]["kind"] == "r3f"
     assert facts["averaging"]["host_bytes_a_rank"] == 6 * -(-facts["model"]["trained"] // 2)
-    assert facts["data"] == {"train": 70, "validation": 23}
+    assert (facts["data"], facts["columns"]) == ({"train": 70, "validation": 23}, "source -> target")
     assert "ds" not in facts
 
 
@@ -257,17 +260,19 @@ def test_how_rows_and_classes_are_taken_is_told(validate, tmp_path):
     settings = ("data.delimiter=;", "data.validation_fraction=0.25", "data.skip_bad_rows=true")
     code, printed = validate("classification", f"data.train_file={rows}", *settings)
     assert code == 0, printed
-    assert "data       train 30 rows, validation 10 rows, columns ok" in printed
+    assert (
+        "data       train 30 rows, validation 10 rows; text -> label, 6 classes: 1, 2, 3, 4, 5, 6" in printed
+    )
     assert "notes      validation rows: 10 of 41, taken from train at random" in printed
     assert "notes      1 of 31 rows of train are left out: 30 (row 30 has nothing in column 'text'" in printed
     assert "notes      label: whole numbers without 0 are names of 6 classes: 1, 2, 3, 4, 5, 6" in printed
 
 
-def test_columns_are_not_called_right_beside_one_that_is_missing(validate):
+def test_columns_are_not_told_beside_one_that_is_missing(validate):
     code, printed = validate("classification", "data.label_column=lable")
     assert code == 1
     assert "there is no column 'lable'" in printed
-    assert "columns ok" not in printed
+    assert "\ndata " not in printed
 
 
 def test_rows_in_the_place_of_others_are_told(validate, configs):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Json, Value
 from torch import Tensor
 
 from swaft.errors import DataError
@@ -25,6 +25,7 @@ from swaft.training.data.texts import (
     IGNORED,
     BadRow,
     Collator,
+    ColumnFault,
     encode,
     good_rows,
     map_rows,
@@ -124,6 +125,10 @@ class CausalColumns:
     """Column with chats."""
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
     """Rows by split, without those left out."""
+
+    def __str__(self) -> str:
+        """Return the columns."""
+        return " -> ".join(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -311,22 +316,37 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
         advice = "and data.answer_column, or data.messages_column"
         found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual + advice)
         if found in USUAL_MESSAGES:
-            return CausalColumns(answer=None, messages=found[0])
+            columns["messages"] = found[0]
+        else:
+            columns |= {"answer": found[-1], "prompt": found[0] if len(found) > 1 else None}
         _refuse_unread(train, found)
-        columns |= {"answer": found[-1], "prompt": found[0] if len(found) > 1 else None}
     return CausalColumns(**columns)
 
 
-def _refuse_unread(train: Dataset, found: Sequence[str]) -> None:
+UNREAD = ("input", "context", "system", "system_prompt", "history")
+"""Columns with a part of the prompt, which would not be read."""
+
+
+def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
     """Refuse rows like Alpaca's and Dolly's, whose prompt has a second part in a column of its own."""
+    if found in USUAL_TEXTS:
+        return
+    there = (each for each in UNREAD if each in train.column_names)
     more = next(
-        (each for each in ("input", "context") if len(found) > 1 and each in train.column_names), None
+        (each for each in there if any(str(value or "").strip() for value in values(train, each))), None
     )
-    if more is not None and any(isinstance(text, str) and text.strip() for text in values(train, more)):
-        raise DataError(
-            f"the rows have '{more}' besides {' and '.join(found)}, which would not be read; put it into the "
-            f"prompt's column, or leave it out with data.prompt_column={found[0]} data.answer_column={found[-1]}"
-        )
+    if more is None:
+        return
+    put, named = (
+        f"put it into the column '{found[0]}'",
+        f"data.prompt_column={found[0]} data.answer_column={found[-1]}",
+    )
+    if found in USUAL_MESSAGES:
+        put, named = "put it into the chats as messages", f"data.messages_column={found[0]}"
+    raise DataError(
+        f"the rows have '{more}' besides {' and '.join(found)}, which would not be read; {put}, or leave it out "
+        f"with {named}"
+    )
 
 
 def _class_names_as_text(split: Dataset, column: str) -> Dataset:
@@ -345,9 +365,23 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     if columns.messages is None:
         return
     there = f"in column '{columns.messages}'"
+    feature = getattr(split.features[columns.messages], "feature", None)
+    if isinstance(feature, dict) and isinstance(feature.get("content"), Json):
+        # Json decodes a text such as "7" to a number.
+        found = next(
+            ((row, chat) for row, chat in enumerate(values(split, columns.messages)) if chat), (0, [])
+        )
+        kinds = "contents of several types"
+        yield (
+            found[0],
+            ColumnFault(f"has {found[1]!r:.80} {there}, which has {kinds}; write each of them as a text"),
+        )
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
-        if not all(map(_is_message, messages)):
+        if isinstance(chat, str):
+            kept = "a list of messages, which json lines and parquet keep, and csv does not"
+            yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
+        elif not all(map(_is_message, messages)):
             yield (
                 row,
                 f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",

@@ -55,7 +55,8 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
             its own prompt with the last answer. The message is a predicate, as in `BadRow`.
     """
     # Arrow gives every message all messages' fields, and templates treat a field without a value as present.
-    chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
+    # So do the arguments of a call of one tool have those of all others.
+    chat = without_nothing(chat)
     template = f"the chat template of {type(tokenizer).__name__}"
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
@@ -88,6 +89,13 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
             )
         changed += agreed < len(asked)
     return TokenRow(ids, [IGNORED, *labels[1:]], len(ids), _end(labels, tokenizer), changed)
+
+
+def without_nothing(found: Any) -> Any:
+    """Return a value of json without what has no value in its objects, at any depth."""
+    if isinstance(found, Mapping):
+        return {key: without_nothing(value) for key, value in found.items() if value is not None}
+    return [*map(without_nothing, found)] if isinstance(found, list) else found
 
 
 def _agreement(some: Sequence[int], others: Sequence[int]) -> int:

@@ -113,6 +113,10 @@ MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may imply whatever the number of rows; larger ids are taken for other numbers."""
 TRUTH = ["False", "True"]
 """Class names of a boolean column."""
+LEFT_OUT = "data.max_train_samples and data.validation_fraction may leave train no row of a label"
+"""What may be the matter with a label that no training row has."""
+SPELLINGS_OF_NONE = ("na", "n/a", "nan", "none", "null", r"\n")
+"""How programs write a missing value as text, in lower case."""
 KINDS = {int: "whole numbers", float: "fractional numbers", str: "texts"}
 """Kinds of labels, in words."""
 
@@ -141,6 +145,13 @@ class Task(Labels):
     """Column with the answer."""
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False)
     """Rows by split, without those left out."""
+
+    def __str__(self) -> str:
+        """Return the columns, and the classes."""
+        names = self.label_names or [str(number) for number in range(self.num_labels)]
+        classes = f"{self.num_labels} classes: {shortened([f'{name:.40}' for name in names])}"
+        found = "scores" if self.is_regression else classes
+        return f"{', '.join(self.text_columns)} -> {self.label_column}, {found}"
 
 
 def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
@@ -206,6 +217,15 @@ def tokenize(
     return map_rows(split, encode, workers)
 
 
+def report_lengths(train: Dataset, max_seq_length: int) -> None:
+    """Log how long tokenized training rows are, and how many have `max_seq_length` tokens: longer ones are cut."""
+    lengths = list(map(len, values(train, "input_ids")))
+    logger.info(
+        "rows: %.0f tokens on average; %.1f %% have data.max_seq_length=%d tokens, to which longer ones are cut",
+        *(sum(lengths) / len(lengths), 100 * lengths.count(max_seq_length) / len(lengths), max_seq_length),
+    )
+
+
 def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bool | None = None) -> Labels:
     """Read the labels of a task, and check every row of every split.
 
@@ -228,8 +248,8 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
     kind = kinds["train"]
     for name, other in kinds.items():
-        # If train has scores, whole numbers are scores too: a small split may contain no fraction.
-        if other is not kind and not (kind is float and other is int):
+        # Numbers go together: a small split of scores may contain no fraction, and class ids may be stored as such.
+        if (other is str) != (kind is str):
             raise DataError(
                 f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "
                 "expected the same kind in every split"
@@ -276,8 +296,15 @@ def _kind(rows: list[Any], split: str, column: str) -> type:
     for kind, members in ((int, (int, bool)), (float, (int, float)), (str, (str,))):
         if all(isinstance(value, members) for value in rows):
             return kind
+    first = type(rows[0]).__name__
+    other = next(((row, value) for row, value in enumerate(rows) if type(value) is not type(rows[0])), None)
+    if other is not None:
+        raise DataError(
+            f"column '{column}' of {split} holds the {first} {rows[0]!r:.80} in row 0, but the "
+            f"{type(other[1]).__name__} {other[1]!r:.80} in row {other[0]}; write all as texts, or all as numbers"
+        )
     raise DataError(
-        f"column '{column}' of {split} holds {type(rows[0]).__name__} values; expected class ids, texts or scores. "
+        f"column '{column}' of {split} holds {first} values; expected class ids, texts or scores. "
         "Name another column with data.label_column"
     )
 
@@ -329,7 +356,13 @@ def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
     known = sorted(set(labels["train"]))
     names = [label if isinstance(label, str) else str(int(label)) for label in known]
     ids = {label: number for number, label in enumerate(known)}
-    expected = f"expected one of {shortened(names)} (data.max_train_samples may cut labels off)"
+    if missing := [name for name in names if name.strip().casefold() in SPELLINGS_OF_NONE]:
+        logger.warning(
+            "%s: %s is a class; if it marks rows without a label, leave their cells empty, and set "
+            "data.skip_bad_rows=true",
+            *(column, shortened([repr(name) for name in missing])),
+        )
+    expected = f"expected one of {shortened(names)} ({LEFT_OUT})"
     _require_each(labels, column, ids.__contains__, f", which no training row has; {expected}")
     alike: dict[str, str] = {}
     for name in names:
@@ -372,7 +405,7 @@ def _read_ids(
         *(ids, column, range(num_labels).__contains__),
         f"; expected 0 to {num_labels - 1}, the labels of the {'column type' if names else 'training rows'} (-1 "
         "usually marks a row without its answer: leave such rows out; if it is a class, set "
-        "data.do_regression=false)",
+        f"data.do_regression=false; {LEFT_OUT})",
     )
     unseen = [str(number) for number in range(num_labels) if number not in found]
     if unseen and names is None:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain
@@ -21,7 +21,7 @@ from typing import Any
 import datasets.config
 import pandas
 import transformers
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
@@ -142,19 +142,19 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
         if name and header.count(name) > 1:
             raise DataError(f": the header has two columns {name!r}; give each a name of its own")
     count, quoted = 0, 0
+    long: dict[int, tuple[list[list[str]], list[int]]] = {}
     for number, lines, cells in rows:
         if len(cells) > len(header):
             raise DataError(
                 f", line {number}: has {len(cells)} cells where the header has {len(header)}; put a cell that "
                 f"contains {delimiter!r} in quotation marks, or set another delimiter with data.delimiter"
             )
-        if len(lines) > 1 and _are_rows(lines, delimiter, len(header)):
-            raise DataError(
-                f", line {number}: a quotation mark opens a cell that runs over {len(lines)} lines, but each "
-                f"looks like a row of its own; {MEND_QUOTES}"
-            )
+        if len(lines) > 1 and (split := _as_rows(lines, delimiter, len(header))):
+            long[number] = split, [place for place, cell in enumerate(cells) if len(cell.splitlines()) < 2]
         count += 1
         quoted += not has_quoting and any(map(_is_quoted, cells))
+    if long:
+        _refuse_swallowed_rows(path, delimiter, long)
     if quoted:
         logger.warning(
             "%s: %d rows have a cell in quotation marks, which are kept: a tsv has no quoting; for a file with "
@@ -186,13 +186,44 @@ def _strict_rows(path: str, delimiter: str, quoting: Any) -> Iterator[tuple[int,
             ) from error
 
 
-def _are_rows(lines: list[str], delimiter: str, cells: int) -> bool:
-    """Whether each line, split without regard to quotation marks, is a row. Paragraphs of a text are not.
+def _as_rows(lines: list[str], delimiter: str, cells: int) -> list[list[str]]:
+    """Split each line without regard to quotation marks; [] if one is no row, as in paragraphs of a text.
 
     They have any number of commas, with white space after them.
     """
     split = [line.rstrip("\r\n").split(delimiter) for line in lines]
-    return all(len(row) == cells and all(cell and not cell[0].isspace() for cell in row[1:]) for row in split)
+    are_rows = (
+        len(row) == cells and all(cell and not cell[0].isspace() for cell in row[1:]) for row in split
+    )
+    return split if cells > 1 and all(are_rows) else []
+
+
+def _refuse_swallowed_rows(
+    path: str, delimiter: str, long: Mapping[int, tuple[list[list[str]], list[int]]]
+) -> None:
+    """Refuse a row over several lines if each of these has, in a column beside the text, a value of other rows.
+
+    Args:
+        path: path of a csv file.
+        delimiter: its delimiter.
+        long: rows whose lines may be rows, by the number of the first line: the cells of each line, and the columns
+            whose cell has one line.
+    """
+    asked = {(at, row[at].strip('"')) for split, beside in long.values() for row in split for at in beside}
+    single = (
+        cells for _, lines, cells in _strict_rows(path, delimiter, csv.QUOTE_MINIMAL) if len(lines) == 1
+    )
+    known = {each for cells in single for each in enumerate(cells) if each in asked}
+    for number, (split, beside) in long.items():
+        if any(all((at, row[at].strip('"')) in known for row in split) for at in beside):
+            raise DataError(
+                f", line {number}: a quotation mark opens a cell that runs over {len(split)} lines, but each "
+                f"looks like a row of its own; {MEND_QUOTES}"
+            )
+    logger.warning(
+        "%s: %d texts run over several lines that each have as many cells as a row (line %d)",
+        *(path, len(long), min(long)),
+    )
 
 
 def _is_quoted(cell: str) -> bool:
@@ -212,8 +243,11 @@ def _refuse_other_delimiter(header: list[str], delimiter: str) -> None:
             )
 
 
-def _read_json(path: str) -> Dataset:
-    """Read json lines, a list of rows, or an object whose `data` holds the rows: flat ones, or SQuAD's articles."""
+def _read_json(path: str, features: Features | None = None) -> Dataset:
+    """Read json lines, a list of rows, or an object whose `data` holds the rows: flat ones, or SQuAD's articles.
+
+    Columns have the types of `features`; None: those that their values show.
+    """
     rows = None
     with open(path, encoding="utf-8-sig") as file:
         if re.match(r'\s*\{.*?"data"\s*:\s*\[', file.read(HEAD), re.DOTALL):
@@ -221,12 +255,18 @@ def _read_json(path: str) -> Dataset:
             with suppress(ValueError, KeyError):  # json lines with a column `data`, or a nested `data`
                 rows = json.load(file)["data"]
     if rows is None:
-        read = Dataset.from_json(glob.escape(path))
+        # One chunk: a later one would be cast to the types of the first, its texts written as json if they differ.
+        # Nor are rows with an id, a source and a model an agent's traces, which `datasets` would convert.
+        whole = max(1, os.path.getsize(path))
+        read = Dataset.from_json(
+            glob.escape(path), features=features, chunksize=whole, parse_agent_traces=False
+        )
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:
         read = Dataset.from_dict(
-            {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+            {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))},
+            features,
         )
     return Dataset.from_list(list(_questions(read))) if "paragraphs" in read.column_names else read
 

@@ -28,6 +28,7 @@ from swaft.training.config.schema import (
 )
 from swaft.training.data.texts import (
     BadRow,
+    ColumnFault,
     existing,
     good_rows,
     is_blank,
@@ -212,6 +213,12 @@ class PairColumns:
     rows: Mapping[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
     """Rows by split, without those left out."""
 
+    def __str__(self) -> str:
+        """Return the columns, or the languages."""
+        if self.source_lang is not None:
+            return f"{self.source_lang} -> {self.target_lang}"
+        return f"{self.source_column} -> {self.target_column}"
+
 
 def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairColumns:
     """Find the columns of a generation task, and check them in every row of every split.
@@ -228,6 +235,8 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
     columns = _find(splits["train"], data)
     names = (columns.source_column, columns.target_column)
     rows = good_rows(splits, names, partial(_faults, columns=columns), skip=data.skip_bad_rows)
+    if data.validation_fraction is not None and "validation" in rows:
+        _report_shared_sources(rows, columns)
     return replace(columns, rows=rows)
 
 
@@ -323,7 +332,13 @@ def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
         if languages:
             return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
         unusual = "no pair of columns has usual names for source and target; {}; set data.source_column and "
-        source, target = usual_columns(train, USUAL_COLUMNS, unusual + "data.target_column")
+        unusual += "data.target_column"
+        if TRANSLATION in train.column_names:
+            unusual += (
+                f" (column '{TRANSLATION}' is none of translations: expected a text for each language in an "
+            )
+            unusual += "object, which json lines and parquet keep, and csv does not)"
+        source, target = usual_columns(train, USUAL_COLUMNS, unusual)
         return PairColumns(source, target)
     if {source, target} <= set(languages):
         return PairColumns(TRANSLATION, TRANSLATION, source, target)
@@ -359,6 +374,14 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
         yield from text_faults(split, columns.source_column)
         yield from text_faults(split, columns.target_column)
     for row, texts in enumerate(values(split, columns.source_column) if columns.source_lang else ()):
+        if isinstance(texts, str):
+            yield (
+                row,
+                ColumnFault(
+                    f"has the text {texts!r:.80} as its translation; expected a text for each language"
+                ),
+            )
+            continue
         for language in (columns.source_lang, columns.target_lang):
             text = (texts or {}).get(language)
             if not isinstance(text, str) or is_blank(text):
@@ -368,6 +391,22 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
         listed = isinstance(texts, list) and texts
         if not listed or not all(isinstance(text, str) and text.strip() for text in texts):
             yield row, f"has {texts!r} in column '{REFERENCES}'; {expected}"
+
+
+def _report_shared_sources(rows: Mapping[str, Dataset], columns: PairColumns) -> None:
+    """Warn if validation rows that were drawn from train have sources that are also trained on."""
+
+    def sources(split: Dataset) -> Iterator[str]:
+        found = values(split, columns.source_column)
+        return (texts[columns.source_lang] for texts in found) if columns.source_lang else found
+
+    trained = set(map(hash, sources(rows["train"])))
+    if shared := sum(hash(source) in trained for source in sources(rows["validation"])):
+        logger.warning(
+            "%d of %d validation rows have a source that training rows have too, since data.validation_fraction "
+            "draws rows; to score unseen sources, set data.validation_file",
+            *(shared, len(rows["validation"])),
+        )
 
 
 def _cut(

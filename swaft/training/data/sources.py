@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder
+import pyarrow
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Json,
+    List,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 
 from swaft.errors import DataError
 from swaft.fraction import share_of
@@ -50,6 +60,12 @@ SCRIPT = (
     "--local-dir DIR, then data.dataset_name=DIR/CONFIGURATION"
 )
 """Advice without a network, and for a dataset that is a Python script, which datasets no longer runs."""
+FOLDERS = "data.dataset_name reads a folder of several files, and compressed ones"
+FORMATS = (
+    "expected files of one format, with names that start with their split (train-0.csv, validation.csv), or what "
+    "DatasetDict.save_to_disk writes"
+)
+"""Advice for a path that is no file, and for a folder that cannot be read."""
 
 
 def load_splits(data: RowsConfig) -> Splits:
@@ -176,13 +192,15 @@ def _load_task(task_name: str) -> Splits:
     )
 
 
-def _load_file(path: str, setting: str, delimiter: str | None = None) -> Dataset:
+def _load_file(path: str, setting: str, delimiter: str | None = None, **options: Any) -> Dataset:
     suffix = Path(path).suffix.lower()
     if suffix not in FILE_READERS:
-        raise DataError(f"{setting}: {path} ends in '{suffix}'; expected one of {', '.join(FILE_READERS)}")
+        expected = f"expected one of {', '.join(FILE_READERS)} ({FOLDERS})"
+        raise DataError(f"{setting}: {path} ends in '{suffix}'; {expected}")
     if not Path(path).is_file():
-        raise DataError(f"{setting}: there is no file {Path(path).absolute()}")
-    options = {"delimiter": DELIMITERS.get(delimiter, delimiter)} if delimiter and suffix in TABLES else {}
+        raise DataError(f"{setting}: there is no file {Path(path).absolute()} ({FOLDERS})")
+    if delimiter and suffix in TABLES:
+        options["delimiter"] = DELIMITERS.get(delimiter, delimiter)
     try:
         if suffix != ".parquet":
             require_utf8(path)
@@ -201,6 +219,9 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     except Exception as error:  # hub, network and cache each raise their own types
         which = f"{name} ({config_name})" if config_name else name
         reason = cause(error)
+        if name[:1] in (".", "/", "~") or Path(name).exists():
+            there = f"cannot be read: {reason}; {FORMATS}" if Path(name).is_dir() else "is no folder"
+            raise DataError(f"data.dataset_name: {which} {there}") from error
         mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
         raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
     if not isinstance(found, DatasetDict):
@@ -214,27 +235,68 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
 
 
 def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
-    """Read a dataset from the hub or a folder; csv and tsv files such that no row or text is lost."""
+    """Read a dataset from the hub or a folder; local tables and json files such that no row or text is lost."""
     saved = _saved_files(name)
     source: Any = ("arrow", None, None, saved) if saved else (name, config_name)  # path, name, folder, files
     builder: Any = load_dataset_builder(*source)
-    if builder.name != "csv":
-        if delimiter is not None:
-            raise DataError(f"data.delimiter: is about csv and tsv files, but {name} has none; remove it")
+    if builder.name != "csv" and delimiter is not None:
+        raise DataError(f"data.delimiter: is about csv and tsv files, but {name} has none; remove it")
+    if builder.name not in ("csv", "json"):
         return load_dataset(*source)
     files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
-    if all(Path(path).is_file() and Path(path).suffix.lower() in TABLES for path in chain(*files.values())):
-        tables = {
-            split: [_load_file(path, "data.dataset_name", delimiter) for path in paths]
-            for split, paths in files.items()
-        }
-        return DatasetDict({split: concatenate_datasets(each) for split, each in tables.items()})
+    if all(
+        Path(path).is_file() and Path(path).suffix.lower() in FILE_READERS for path in chain(*files.values())
+    ):
+        return DatasetDict({split: _load_shards(paths, delimiter) for split, paths in files.items()})
+    if builder.name == "json":
+        return load_dataset(*source)
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
     if builder.config.sep == "\t":
         options["quoting"] = csv.QUOTE_NONE
     if delimiter is not None:
         options["sep"] = DELIMITERS.get(delimiter, delimiter)
     return load_dataset(*source, **options)
+
+
+def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
+    """Read files one by one, and join their rows; whole numbers become fractional where another file has such."""
+    shards = [_load_file(path, "data.dataset_name", delimiter) for path in paths]
+    joint: dict[str, Any] = {}
+    for path, shard in zip(paths, shards, strict=True):
+        for column, feature in shard.features.items():
+            try:
+                joint[column] = _joint_type(joint.get(column, feature), feature)
+            except pyarrow.ArrowTypeError as error:
+                raise DataError(
+                    f"data.dataset_name: column '{column}' of {path} has another type than in the files before it "
+                    f"({error}); write it with one type, or join the files to one"
+                ) from error
+    wanted = [Features({name: joint[name] for name in shard.column_names}) for shard in shards]
+    return concatenate_datasets(list(map(_as_type, shards, paths, wanted)))
+
+
+def _as_type(shard: Dataset, path: str, features: Features) -> Dataset:
+    if shard.features == features:
+        return shard
+    if Path(path).suffix.lower() in TABLES or "Json(" not in repr(features):
+        return shard.cast(features)
+    # A cast would write what is Json already as a text inside of Json.
+    return _load_file(path, "data.dataset_name", features=features)
+
+
+def _joint_type(one: Any, other: Any) -> Any:
+    """Return the type that values of both types have: an object of any keys (Json) if one of the two is."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {
+            key: _joint_type(one.get(key, other.get(key)), other.get(key, one.get(key)))
+            for key in one | other
+        }
+    if isinstance(one, List) and isinstance(other, List):
+        return List(_joint_type(one.feature, other.feature))
+    if {type(one), type(other)} in ({Json, dict}, {Json, List}):
+        return Json()
+    schemas = [Features(each=each).arrow_schema.remove_metadata() for each in (one, other)]
+    return Features.from_arrow_schema(pyarrow.unify_schemas(schemas, promote_options="permissive"))["each"]
 
 
 def _saved_files(name: str) -> dict[str, list[str]]:

@@ -10,13 +10,14 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Json
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -41,6 +42,12 @@ SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
 
 BadRow = tuple[int, str]
 """Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
+TEXTS = ("string", "large_string", "string_view", "null")
+"""Types of columns that hold texts, or nothing."""
+
+
+class ColumnFault(str):
+    """What is wrong with a column in every row, so that leaving out rows does not help."""
 
 
 def values(split: Dataset, *columns: str) -> Iterator[Any]:
@@ -86,16 +93,36 @@ def usual_columns(split: Dataset, usual: Sequence[tuple[str, ...]], otherwise: s
 
 
 def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[BadRow]:
-    """Yield the rows with anything but text in a column, and (``blank``) those with only white space."""
+    """Yield the rows without a text in a column, and (``blank``) those with only white space.
+
+    A column that holds anything else has a `ColumnFault`.
+    """
+    feature = split.features[column]
+    if getattr(feature, "dtype", "") not in TEXTS:
+        there = ((row, each) for row, each in enumerate(values(split, column)) if each is not None)
+        # Json decodes a text such as "7" to a number, so its rows may all look like texts, or none.
+        for row, value in sorted(there, key=lambda each: isinstance(each[1], str))[:1]:
+            found = f"has {value!r:.80} in column '{column}'; expected text"
+            read = f"the file's reader took the column for {_taken_for(feature, value)}"
+            yield row, ColumnFault(f"{found}, but {read}")
     for row, value in enumerate(values(split, column)):
-        if not isinstance(value, str):
-            found = "nothing" if value is None else f"{value!r}"
-            read = (
-                "" if value is None else f" (the file's reader took the column for {type(value).__name__}s)"
-            )
-            yield row, f"has {found} in column '{column}'; expected text{read}"
+        if value is None:
+            yield row, f"has nothing in column '{column}'; expected text"
         elif blank and is_blank(value):
             yield row, f"has an empty text in column '{column}'; expected words"
+
+
+def _taken_for(feature: Any, value: Any) -> str:
+    """Say what a column is read as instead of texts, and how to write it such that it is read as texts."""
+    if isinstance(feature, Json):
+        return "values of several types; write each of them as a text"
+    if isinstance(value, Mapping | list):
+        mend = "texts, and one object per row: df.to_json(FILE, orient='records', lines=True)"
+    elif isinstance(value, date):
+        mend = "the texts as parquet, which tells them from dates"
+    else:
+        mend = "the texts as json lines, in quotation marks, or as parquet: a csv does not tell them from numbers"
+    return f"values of type {type(value).__name__}; write {mend}"
 
 
 def is_blank(text: str) -> bool:
@@ -119,7 +146,8 @@ def good_rows(
         skip: leave out bad rows (`data.skip_bad_rows`), and splits but train that have no good row; False: refuse.
 
     Raises:
-        DataError: a missing column; the first bad row, if none are left out; or no training row left.
+        DataError: a missing column, or one of a wrong type; the first bad row, if none are left out; or no
+            training row left.
     """
     for name, split in splits.items():
         for column in columns:
@@ -133,6 +161,8 @@ def good_rows(
     for name, split in splits.items():
         faults: dict[int, str] = {}
         for row, fault in find_faults(split):
+            if isinstance(fault, ColumnFault):
+                raise DataError(f"row {row} of {name} {fault}")
             if not skip:
                 raise DataError(
                     f"row {row} of {name} {fault}. Remove the row or fill it in, or leave such rows out with "

@@ -235,6 +235,7 @@ FACTS: dict[str, Callable[[Looked], Any]] = {
     "noise": _noise_facts,
     "ds": _deepspeed_facts,
     "data": lambda run: {name: len(split) for name, split in run.ready.rows.items()},
+    "columns": lambda run: str(run.ready.columns),
     "rows": lambda run: run.replaced or None,
     "notes": lambda run: run.notes or None,
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import nullcontext
 from itertools import groupby
@@ -258,6 +259,33 @@ def test_an_answer_may_be_a_call_of_a_tool_without_a_content():
         made([{"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": []}]}])
 
 
+def test_a_call_of_a_tool_is_learnt_without_the_arguments_of_other_tools():
+    calls = [{"name": "clock", "arguments": {"zone": "a"}}, {"name": "map", "arguments": {"at": [{"x": 1}]}}]
+    chats = [[CHAT[0], {"role": "assistant", "tool_calls": [{"function": call}]}] for call in calls]
+    reader, data = reader_of(*QWEN3), CausalDataConfig()
+    rows = Dataset.from_dict({"messages": chats})
+    assert rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"zone": "a", "at": None}
+    columns = find_columns({"train": rows}, data)
+    first, second = tokenized(rows, reader, columns, data)["input_ids"]
+    assert '"arguments": {"zone": "a"}}' in reader.decode(first)
+    assert '"arguments": {"at": [{"x": 1}]}}' in reader.decode(second)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_chats_with_contents_of_several_types_or_written_as_texts_are_refused(skip):
+    chats = [CHAT, [CHAT[0], {"role": "assistant", "content": 7}]]
+    mixed = Dataset.from_dict({"messages": chats}, on_mixed_types="use_json")
+    for rows, said in (
+        (mixed, "which has contents of several types; write each of them as a text"),
+        (
+            Dataset.from_dict({"messages": [json.dumps(CHAT)]}),
+            r"has the text '\[\{.*expected a list of messages",
+        ),
+    ):
+        with pytest.raises(DataError, match=f"row 0 of train .*{said}"):
+            find_columns({"train": rows}, CausalDataConfig(skip_bad_rows=skip))
+
+
 def test_answers_of_the_weight_0_are_given_and_not_learnt():
     chat = [("user", "a", None), ("assistant", "b", 0), ("user", "c", None), ("assistant", "d", 1)]
     messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in chat]
@@ -325,6 +353,16 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
             "have 'input' besides instruction and output",
         ),
         ([{"messages": CHAT, "tools": "[{}]"}], {}, "a column 'tools', which is not written into the chats"),
+        (
+            [{"messages": CHAT, "system": "a"}],
+            {},
+            "put it into the chats as messages, or .*messages_column=mess",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "history": [["c", "d"]]}],
+            {},
+            "'history' besides prompt and compl",
+        ),
         ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
         ([{"text": "a", "x": "b"}], {"answer_column": "z"}, "no column 'z'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "no message of the assistant"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from datetime import date
 from typing import Any
 
 import pytest
@@ -82,9 +83,34 @@ def test_row_without_text_is_named(value):
         describe_task({"train": split([0, 1], text=text)}, DataConfig())
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ([3, 4], "has 3 in column 'text'; expected text, .* type int; write the texts as json lines"),
+        ([date(2021, 3, 4)] * 2, "type date; write the texts as parquet"),
+        (
+            [{"0": "a" * 1000, "1": "b"}] * 2,
+            r".{,150}write texts, and one object per row: df\.to_json\(FILE, orient='records'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_column_of_another_type_is_refused_and_not_left_out_row_by_row(text, said, skip):
+    splits = {"train": split([0, 1]), "validation": split([0, 1], text=text)}
+    with pytest.raises(DataError, match="row 0 of validation .*" + said):
+        describe_task(splits, DataConfig(skip_bad_rows=skip))
+
+
+def test_texts_among_values_of_other_types_are_refused_since_json_decodes_them():
+    rows = Dataset.from_dict({"text": ['"a"', "b", 7], "label": [0, 1, 1]}, on_mixed_types="use_json")
+    with pytest.raises(DataError, match=r"row 2 of train has 7 in column 'text'.*values of several types"):
+        describe_task({"train": rows}, DataConfig(skip_bad_rows=True))
+
+
 def test_fractions_make_a_regression():
     task = describe([0.5, 4.0], [1.0, 2.0])
     assert (task.is_regression, task.num_labels, task.label_names) == (True, 1, None)
+    assert str(task) == "text -> label, scores"
 
 
 def test_whole_numbers_stored_as_fractions_may_be_either_so_they_are_asked_about():
@@ -109,13 +135,20 @@ def test_whole_numbers_in_a_small_split_of_a_regression_are_scores():
     assert describe([0.5, 4.0], [1, 2]).is_regression
 
 
+def test_whole_numbers_in_train_and_fractional_ones_elsewhere_are_what_is_asked_for():
+    assert describe([0, 1, 2], [0.5, 1.0], do_regression=True).is_regression
+    assert describe([0, 1, 2], [2.0, 1.0]).num_labels == 3
+    with pytest.raises(DataError, match=r"of validation holds fractional numbers.*data\.do_regression=true"):
+        describe([0, 1, 2], [0.5, 1.0])
+
+
 def test_texts_are_classes_in_sorted_order_of_the_training_rows():
     task = describe(["pos", "neg", "pos", "mid"], ["neg", "mid"])
     assert (task.label_names, task.num_labels, task.is_regression) == (["mid", "neg", "pos"], 3, False)
 
 
 def test_text_label_that_no_training_row_has_is_named():
-    with pytest.raises(DataError, match="row 1 of validation has label='new'"):
+    with pytest.raises(DataError, match=r"row 1 of validation has label='new'.*data\.validation_fraction"):
         describe(["pos", "neg"], ["neg", "new"])
 
 
@@ -184,7 +217,9 @@ def test_class_names_that_differ_between_splits_are_refused():
 
 @pytest.mark.parametrize(("value", "row"), [(-1, 2), (3, 2)])
 def test_label_out_of_range_names_split_row_and_value(value, row):
-    with pytest.raises(DataError, match=f"row {row} of validation has label={value}; expected 0 to 2"):
+    with pytest.raises(
+        DataError, match=rf"row {row} of validation has label={value}; expected 0 to 2.*data\.validation_fr"
+    ):
         describe([0, 1, 2], [0, 1, value])
 
 
@@ -211,6 +246,9 @@ def test_labels_of_different_kinds_are_refused():
         describe([0, 1], ["a", "b"])
     with pytest.raises(DataError, match="column 'label' of train holds list values"):
         describe([[0], [1]])
+    mixed = Dataset.from_dict({"text": ["a"] * 3, "label": [0, 1, "pos"]}, on_mixed_types="use_json")
+    with pytest.raises(DataError, match="the int 0 in row 0, but the str 'pos' in row 2; write all as texts"):
+        describe_task({"train": mixed}, DataConfig())
 
 
 def test_a_single_class_is_refused():
@@ -234,6 +272,13 @@ def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
 def test_truth_values_are_classes_of_that_name():
     assert describe([True, False]).label_names == ["False", "True"]
     assert describe([True, False], [True]).label_ids[True] == 1
+
+
+@pytest.mark.parametrize("name", ["NA", "n/a", "NaN", "None", "null", "\\N"])
+def test_a_class_spelled_as_a_missing_value_is_said(name, caplog):
+    task = describe(["pos", "neg", name])
+    assert str(task) == f"text -> label, 3 classes: {', '.join(sorted(['pos', 'neg', name]))}"
+    assert f"label: {name!r} is a class; if it marks rows without a label, leave" in caplog.text
 
 
 def test_one_class_in_two_unicode_forms_is_said(caplog):

@@ -84,6 +84,34 @@ def test_texts_of_several_paragraphs_with_commas_are_read(read):
     assert [row["text"] for row in read("a.csv", table(",", quoted))] == texts
 
 
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("text", ("one line\nand another",)),
+        ("text,label", ("I paid 1,000 dollars.\nNever again", "0")),
+        ("text,label", ("great phone,bad battery\nwould not buy", "0")),
+        ("label,text", ("0", "line one\nline 1,000 two")),
+    ],
+)
+def test_a_text_whose_lines_have_as_many_commas_as_a_row_is_read(read, header, row):
+    quoted = ",".join(f'"{cell}"' if "\n" in cell else cell for cell in row)
+    names = header.split(",")
+    others = [",".join("0" if name == "label" else word for name in names) for word in ("a", "b")]
+    rows = read("a.csv", "\n".join([header, quoted, *others]) + "\n")
+    assert rows[0] == {
+        name: int(cell) if name == "label" else cell for name, cell in zip(names, row, strict=True)
+    }
+    assert len(rows) == 3
+
+
+def test_swallowed_rows_are_found_by_one_column_whose_values_repeat(read):
+    lines = [
+        f"{i},{'on' if i != 3 else chr(34)}e {i},{'x' if i != 5 else 'x' + chr(34)},{i % 2}" for i in range(9)
+    ]
+    with pytest.raises(DataError, match="line 5: a quotation mark opens a cell that runs over 3 lines"):
+        read("a.csv", "\n".join(["id,text,pair,label", *lines]) + "\n")
+
+
 def test_a_line_of_tabs_alone_is_a_row_without_a_text(read):
     rows = read("a.tsv", "text\tlabel\na\t0\n\t\nb\t1\n\n")
     assert [row["text"] for row in rows] == ["a", None, "b"]
@@ -197,6 +225,19 @@ def test_a_column_has_one_type_however_many_rows_there_are(read):
     assert [row["text"] for row in read("rows.csv", table(",", texts))] == texts
     scores = read("scores.csv", "text,label\n" + "a,1\n" * 10_000 + "a,0.5\n")
     assert [row["label"] for row in scores[-2:]] == [1.0, 0.5]
+
+
+def test_a_text_of_a_json_file_of_several_chunks_is_as_written_whatever_stands_beside_it(read):
+    written = [{"text": "x" * 1_000, "label": "pos"}] * 11_000 + [{"text": "x", "label": 3}]
+    labels = {
+        row["label"] for row in read("a.jsonl", "".join(map(json.dumps, written)).replace("}{", "}\n{"))
+    }
+    assert labels == {"pos", 3}
+
+
+def test_chats_with_an_id_a_source_and_a_model_are_no_traces_of_an_agent(read):
+    chat = {"id": "1", "source": "s", "model": "m", "system_prompt": "p", "messages": [{"role": "user"}]}
+    assert read("a.jsonl", json.dumps(chat)) == [chat]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])

@@ -8,12 +8,14 @@ import logging
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from swaft.errors import DataError
 from swaft.training.data import sources
+from swaft.training.data.chats import without_nothing
 from swaft.training.data.classification import DataConfig
 from swaft.training.data.sources import data_folder, load_splits
 
@@ -160,6 +162,28 @@ def test_unknown_task_names_the_nearest(tasks):
         load_splits(DataConfig(task_name="banking7"))
 
 
+@pytest.mark.parametrize("name", ["./no/such", "~/no/such", "/no/such"])
+def test_a_folder_that_does_not_exist_is_not_asked_of_the_hub(name):
+    with pytest.raises(DataError, match=r"data\.dataset_name: .*no/such is no folder$"):
+        load_splits(DataConfig(dataset_name=name))
+
+
+def test_a_folder_that_cannot_be_read_says_what_was_expected(tmp_path):
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed/train.csv")
+    write(tmp_path / "mixed/validation.jsonl")
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    for name in ("mixed", "saved"):
+        with pytest.raises(DataError, match=rf"{name} cannot be read: .*; expected files of one format"):
+            load_splits(DataConfig(dataset_name=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["train-*.csv", "train.csv.gz", ""])
+def test_several_files_or_a_compressed_one_are_read_by_another_setting(tmp_path, name):
+    with pytest.raises(DataError, match=r"data\.train_file: .*\(data\.dataset_name reads a folder"):
+        load_splits(DataConfig(train_file=str(tmp_path / name)))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("rows.txt", r"data\.train_file: .*'\.txt'.*\.parquet"), ("absent.csv", "there is no file")],
@@ -300,6 +324,39 @@ def test_a_folder_of_tables_is_read_as_its_files_are_one_by_one(tmp_path):
     (tmp_path / "train" / "1.tsv").write_text("text;label\nNA;1\n")
     with pytest.raises(DataError, match=r"data\.dataset_name: .*1\.tsv: .* set data\.delimiter=';'"):
         load_splits(DataConfig(dataset_name=str(tmp_path)))
+
+
+def test_a_folder_of_json_files_is_read_file_by_file_and_a_column_has_one_type(tmp_path):
+    write(tmp_path / "train-0.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": None}])
+    write(tmp_path / "train-1.jsonl", [{"text": "c", "label": 0.5, "more": "x"}])
+    splits = load_splits(DataConfig(dataset_name=str(tmp_path)))
+    assert splits["train"]["label"][:] == [0.0, None, 0.5]
+    assert splits["train"]["more"][:] == [None, None, "x"]
+    write(tmp_path / "train-1.jsonl", [{"text": "c", "label": "pos"}, {"text": "d", "label": 3}])
+    with pytest.raises(DataError, match=r"column 'label' of .*train-1\.jsonl has another type .*int64"):
+        load_splits(DataConfig(dataset_name=str(tmp_path)))
+
+
+def test_chats_of_several_files_may_have_other_keys_and_calls_in_each(tmp_path):
+    def chat(**more: Any) -> dict:
+        return {"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": "b", **more}]}
+
+    def call(**arguments: Any) -> dict:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        return {"messages": [{"role": "assistant", "tool_calls": calls}]}
+
+    files = [[chat()], [chat(name="c"), chat(weight=0)], [call(x=1)], [call(x=1), call(y="7")]]
+    for order in (files, files[::-1]):
+        for number, rows in enumerate(order):
+            write(tmp_path / f"train-{number}.jsonl", rows)
+        read = load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["messages"][:]
+        assert [without_nothing(chat) for chat in read] == [row["messages"] for rows in order for row in rows]
+
+
+def test_whole_and_fractional_scores_of_two_tables_are_joined(tmp_path):
+    (tmp_path / "train-0.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "train-1.csv").write_text("text,label\nc,0.5\n")
+    assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,7 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import normalizers
 
 from swaft.errors import DataError
-from swaft.training.data.classification import DataConfig, describe_task, tokenize
+from swaft.training.data.classification import DataConfig, describe_task, report_lengths, tokenize
 from swaft.training.data.texts import Collator, refuse_rows_without_tokens
 
 pytestmark = pytest.mark.unit
@@ -39,6 +41,14 @@ def test_pair_is_one_input_and_a_score_stays_a_fraction():
 
 def test_longer_text_of_a_pair_is_cut():
     assert tokenized(PAIRS, 6)["input_ids"][:] == [[2, 4, 5, 3, 7, 3], [2, 6, 3, 8, 8, 3]]
+
+
+def test_how_many_training_rows_may_be_cut_is_told(caplog):
+    with caplog.at_level(logging.INFO, logger="swaft"):
+        report_lengths(tokenized(PAIRS, 8), 8)
+    assert (
+        "rows: 7 tokens on average; 50.0 % have data.max_seq_length=8 tokens, to which longer" in caplog.text
+    )
 
 
 def test_selected_rows_are_numbered_from_zero():
