@@ -33,6 +33,8 @@ MEND_QUOTES = (
     "double the quotation marks inside a text and put the text in quotation marks, or save the file as tsv "
     "(which has no quoting), jsonl or parquet"
 )
+LARGEST_PIECE = 2**28
+"""Bytes of the largest json file that is read in one piece, which takes six times as much memory."""
 HEAD = 4096
 """Characters of a json file that show whether its rows are inside an object: `{"version": ..., "data": [...]}`."""
 
@@ -255,12 +257,11 @@ def _read_json(path: str, features: Features | None = None) -> Dataset:
             with suppress(ValueError, KeyError):  # json lines with a column `data`, or a nested `data`
                 rows = json.load(file)["data"]
     if rows is None:
-        # One chunk: a later one would be cast to the types of the first, its texts written as json if they differ.
-        # Nor are rows with an id, a source and a model an agent's traces, which `datasets` would convert.
-        whole = max(1, os.path.getsize(path))
-        read = Dataset.from_json(
-            glob.escape(path), features=features, chunksize=whole, parse_agent_traces=False
-        )
+        # A later chunk would be cast to the types of the first, its texts written as json if they differ: so there
+        # is one chunk, or an error. Rows with an id, a source and a model would be converted from an agent's traces.
+        size = os.path.getsize(path)
+        pieces = {"on_mixed_types": None} if size > LARGEST_PIECE else {"chunksize": max(1, size)}
+        read = Dataset.from_json(glob.escape(path), features=features, parse_agent_traces=False, **pieces)
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:

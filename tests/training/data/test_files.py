@@ -227,12 +227,14 @@ def test_a_column_has_one_type_however_many_rows_there_are(read):
     assert [row["label"] for row in scores[-2:]] == [1.0, 0.5]
 
 
-def test_a_text_of_a_json_file_of_several_chunks_is_as_written_whatever_stands_beside_it(read):
+def test_a_text_of_a_json_file_of_several_chunks_is_as_written_whatever_stands_beside_it(read, monkeypatch):
     written = [{"text": "x" * 1_000, "label": "pos"}] * 11_000 + [{"text": "x", "label": 3}]
-    labels = {
-        row["label"] for row in read("a.jsonl", "".join(map(json.dumps, written)).replace("}{", "}\n{"))
-    }
-    assert labels == {"pos", 3}
+    lines = [json.dumps(row) for row in written]
+    assert {row["label"] for row in read("a.jsonl", "\n".join(lines))} == {"pos", 3}
+    monkeypatch.setattr("swaft.training.data.files.LARGEST_PIECE", 0)  # as if too large for one piece
+    assert read("a.jsonl", "\n".join(lines[:-1])) == written[:-1]
+    with pytest.raises(DataError, match=r"Column\(/label\) changed from string to number"):
+        read("b.jsonl", "\n".join(lines))
 
 
 def test_chats_with_an_id_a_source_and_a_model_are_no_traces_of_an_agent(read):
