@@ -258,10 +258,11 @@ def _read_json(path: str, features: Features | None = None) -> Dataset:
                 rows = json.load(file)["data"]
     if rows is None:
         # A later chunk would be cast to the types of the first, its texts written as json if they differ: so there
-        # is one chunk, or an error. Rows with an id, a source and a model would be converted from an agent's traces.
+        # is one chunk, or an error. Rows with an id, a source and a model would be taken for an agent's traces.
         size = os.path.getsize(path)
-        pieces = {"on_mixed_types": None} if size > LARGEST_PIECE else {"chunksize": max(1, size)}
-        read = Dataset.from_json(glob.escape(path), features=features, parse_agent_traces=False, **pieces)
+        options: dict[str, Any] = {"features": features, "parse_agent_traces": False}
+        options |= {"on_mixed_types": None} if size > LARGEST_PIECE else {"chunksize": max(1, size)}
+        read = Dataset.from_json(glob.escape(path), **options)
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:
