@@ -54,9 +54,9 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
         DataError: the template refuses the chat, leaves out calls of tools that are an answer, or does not continue
             its own prompt with the last answer. The message is a predicate, as in `BadRow`.
     """
-    # Arrow gives every message all messages' fields, and templates treat a field without a value as present.
-    # So do the arguments of a call of one tool have those of all others.
-    chat = without_nothing(chat)
+    # Arrow gives every message the fields of all messages, and every tool call the arguments of all calls. Templates
+    # treat a null as present.
+    chat = without_nulls(chat)
     template = f"the chat template of {type(tokenizer).__name__}"
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
@@ -91,11 +91,11 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
     return TokenRow(ids, [IGNORED, *labels[1:]], len(ids), _end(labels, tokenizer), changed)
 
 
-def without_nothing(found: Any) -> Any:
-    """Return a value of json without what has no value in its objects, at any depth."""
+def without_nulls(found: Any) -> Any:
+    """Return a JSON value without the nulls in its objects, at any depth."""
     if isinstance(found, Mapping):
-        return {key: without_nothing(value) for key, value in found.items() if value is not None}
-    return [*map(without_nothing, found)] if isinstance(found, list) else found
+        return {key: without_nulls(value) for key, value in found.items() if value is not None}
+    return [*map(without_nulls, found)] if isinstance(found, list) else found
 
 
 def _agreement(some: Sequence[int], others: Sequence[int]) -> int:

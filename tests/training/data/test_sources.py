@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from swaft.errors import DataError
 from swaft.training.data import sources
-from swaft.training.data.chats import without_nothing
+from swaft.training.data.chats import without_nulls
 from swaft.training.data.classification import DataConfig
 from swaft.training.data.sources import data_folder, load_splits
 
@@ -350,7 +350,7 @@ def test_chats_of_several_files_may_have_other_keys_and_calls_in_each(tmp_path):
         for number, rows in enumerate(order):
             write(tmp_path / f"train-{number}.jsonl", rows)
         read = load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["messages"][:]
-        assert [without_nothing(chat) for chat in read] == [row["messages"] for rows in order for row in rows]
+        assert [without_nulls(chat) for chat in read] == [row["messages"] for rows in order for row in rows]
 
 
 def test_whole_and_fractional_scores_of_two_tables_are_joined(tmp_path):
