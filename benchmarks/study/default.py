@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Collection, Iterator, Sequence
 
 from benchmarks.study.arms import BASELINES, Kept, cost_of
-from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, MAIN
+from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, GENERAL, MAIN
 from benchmarks.study.statistics import Comparison, can_be_below
 from benchmarks.study.trainings import TRAININGS
 
@@ -16,11 +16,11 @@ KINDS = {1: "averaging", 2: "objective"}
 PLAIN = {"decayed": "decayed2x", "constant": "constant2x"}
 """By schedule, the training with the plain loss that costs as much as one with a two-pass objective."""
 ALL = CHOOSING + CONFIRMING
-ON = {"": CHOOSING, " on the confirming tasks": CONFIRMING, " on all eight tasks": ALL}
+ON = {"": CHOOSING, " on the confirming tasks": CONFIRMING, " on all eight tasks": ALL} | {
+    f" on {task}": (task,) for task in GENERAL
+}
 """The tasks a quote is about, by the words that follow the arm."""
-QUOTE = re.compile(
-    r"`([\w.-]+:[\w.+-]+)`( on the confirming tasks| on all eight tasks)?: [^`]*? points of score"
-)
+QUOTE = re.compile(rf"`([\w.-]+:[\w.+-]+)`({'|'.join(ON)}): [^`]*? points of score")
 """An arm with its differences, as other pages quote them."""
 
 
@@ -194,7 +194,7 @@ def quote(text: str, kept: Kept) -> str:
 
 
 def differences(kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection[int] | None = None) -> str:
-    """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks.
+    """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks; of one, over seeds.
 
     Args:
         kept: the rows.
@@ -208,9 +208,9 @@ def differences(kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection
     parts = []
     for outcome, unit in (("loss", "% of test loss"), ("score", "points of score")):
         comparison = kept.from_baseline("main", arm, outcome, tasks=tasks, seeds=seeds)
-        if comparison is None or comparison.overall is None:
+        found = comparison and (comparison.overall if len(tasks) > 1 else comparison.by_task[tasks[0]])
+        if found is None:
             raise ValueError(f"{arm} is measured on too few of {', '.join(tasks)} to be quoted")
-        found = comparison.overall
         parts.append(f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] {unit}")
     return ", ".join(parts)
 
