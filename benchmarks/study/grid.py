@@ -126,7 +126,7 @@ PHASES = (
     Phase(MAIN, "main", GENERAL, SEEDS[:5]),
     Phase(MAIN, "small", CHOOSING + CONFIRMING, SEEDS),
     Phase(REST, "main", CHOOSING, SEEDS[:5]),
-    Phase(REST, "main", CONFIRMING, SEEDS[:5]),
+    Phase([name for name in REST if not TRAININGS[name].teachers], "main", CONFIRMING, SEEDS[:5]),
     Phase(COLLAPSED, "main", ("sst2",), SEEDS[:5], "probe"),
     Phase(COLLAPSED, "main", ("sst2",), DECIDING_SEEDS, "cycle"),
     Phase(AVERAGING, "main", CHOOSING, DECIDING_SEEDS, "flatness"),

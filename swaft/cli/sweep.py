@@ -12,7 +12,9 @@ report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which ones
   --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations; a
-                          value with commas in quotes: --set 'model.lora_target_modules="query,value",all-linear'
+                          value with commas in quotes: --set 'model.lora_target_modules="query,value",all-linear'.
+                          Settings that only some values use (noise.weight beside noise.kind=none,rdrop) go into a
+                          --config file: the other values drop them
   --slurm FILE            run nothing: write an array job of the runs that have not finished. Submit it from the
                           folder that holds launch/, with resources as for launch/slurm/train.sbatch. The line then
                           has to start with --config_file FILE. Once all have finished, it prints the table
@@ -154,7 +156,10 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
     choices = dict[str, list[str]]()
     for each in sets:
         name, _, text = each.partition("=")
-        [values] = csv.reader([text]) if text else [[""]]
+        try:
+            [values] = csv.reader([text]) if text else [[""]]
+        except csv.Error as error:
+            raise ConfigError(f"--set {each} cannot be split at its commas: {error}") from error
         if "." not in name or not all(values) or name in (OUTPUT, SEED):
             raise ConfigError(
                 f"--set {each} names no setting with values; expected averaging.rule=ema,none, say"

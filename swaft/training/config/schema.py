@@ -63,7 +63,8 @@ class Section:
             if value != default and chosen not in (users := self.users_of(name, value)):
                 reason = f"is {written(value)}, which {self.choice}={chosen} does not use"
                 use = f"({', '.join(users)} {'do' if len(users) > 1 else 'does'})"
-                yield name, f"{reason} {use}; remove it, or set {section}.{name}={written(default)}"
+                other = "choose one of these" if len(users) > 1 else f"set {self.choice}={users[0]}"
+                yield name, f"{reason} {use}; {other}, or remove it: {section}.{name}={written(default)}"
 
     @classmethod
     def users_of(cls, name: str, value: Any) -> list[str]:

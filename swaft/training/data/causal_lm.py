@@ -367,15 +367,11 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     there = f"in column '{columns.messages}'"
     feature = getattr(split.features[columns.messages], "feature", None)
     if isinstance(feature, dict) and isinstance(feature.get("content"), Json):
-        # Json decodes a text such as "7" to a number.
-        found = next(
-            ((row, chat) for row, chat in enumerate(values(split, columns.messages)) if chat), (0, [])
-        )
-        kinds = "contents of several types"
-        yield (
-            found[0],
-            ColumnFault(f"has {found[1]!r:.80} {there}, which has {kinds}; write each of them as a text"),
-        )
+        # Json decodes a text such as "7" to a number, so rows that look right may not be.
+        chats = list(enumerate(values(split, columns.messages)))
+        row, chat = next((each for each in chats if not all(map(_is_message, each[1] or ()))), chats[0])
+        kinds = "contents of several types, which change how texts are read; write each of them as a text"
+        yield row, ColumnFault(f"has {chat!r:.200} {there}, which has {kinds}")
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
         if isinstance(chat, str):

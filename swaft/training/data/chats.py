@@ -54,8 +54,8 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
         DataError: the template refuses the chat, leaves out calls of tools that are an answer, or does not continue
             its own prompt with the last answer. The message is a predicate, as in `BadRow`.
     """
-    # Arrow gives every message the fields of all messages, and every tool call the arguments of all calls. Templates
-    # treat a null as present.
+    # Arrow gives every message the fields of all messages, and every tool call the arguments of all calls.
+    # Templates treat a null as present.
     chat = without_nulls(chat)
     template = f"the chat template of {type(tokenizer).__name__}"
 

@@ -22,6 +22,7 @@ import datasets.config
 import pandas
 import transformers
 from datasets import Dataset, Features
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
@@ -223,8 +224,9 @@ def _refuse_swallowed_rows(
                 f"looks like a row of its own; {MEND_QUOTES}"
             )
     logger.warning(
-        "%s: %d texts run over several lines that each have as many cells as a row (line %d)",
-        *(path, len(long), min(long)),
+        "%s: %d texts run over several lines that each have as many cells as a row (the first in line %d); if "
+        "these are rows, %s",
+        *(path, len(long), min(long), MEND_QUOTES),
     )
 
 
@@ -262,7 +264,15 @@ def _read_json(path: str, features: Features | None = None) -> Dataset:
         size = os.path.getsize(path)
         options: dict[str, Any] = {"features": features, "parse_agent_traces": False}
         options |= {"on_mixed_types": None} if size > LARGEST_PIECE else {"chunksize": max(1, size)}
-        read = Dataset.from_json(glob.escape(path), **options)
+        try:
+            read = Dataset.from_json(glob.escape(path), **options)
+        except DatasetGenerationError as error:
+            if size <= LARGEST_PIECE:
+                raise
+            raise DataError(
+                f" is larger than {LARGEST_PIECE >> 20} MB, so all its rows need the columns and types of the "
+                f"first ones ({cause(error)}); write parquet, or several files in a folder (data.dataset_name)"
+            ) from error
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")
     else:

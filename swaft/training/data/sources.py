@@ -7,7 +7,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from datasets import (
     Features,
     Json,
     List,
+    Value,
     concatenate_datasets,
     load_dataset,
     load_dataset_builder,
@@ -259,14 +260,22 @@ def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> 
 
 
 def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
-    """Read files one by one, and join their rows; whole numbers become fractional where another file has such."""
+    """Read files one by one, and join their rows.
+
+    Whole numbers become fractional where another file has such. A column of json files that holds values of several
+    types is Json.
+    """
+    paths = [path for path in paths if Path(path).stat().st_size] or paths  # writers leave empty files
     shards = [_load_file(path, "data.dataset_name", delimiter) for path in paths]
     joint: dict[str, Any] = {}
     for path, shard in zip(paths, shards, strict=True):
-        for column, feature in shard.features.items():
+        for column, feature in _types(shard):
             try:
                 joint[column] = _joint_type(joint.get(column, feature), feature)
             except pyarrow.ArrowTypeError as error:
+                if not _is_table(path):
+                    joint[column] = Json()
+                    continue
                 raise DataError(
                     f"data.dataset_name: column '{column}' of {path} has another type than in the files before it "
                     f"({error}); write it with one type, or join the files to one"
@@ -275,10 +284,21 @@ def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
     return concatenate_datasets(list(map(_as_type, shards, paths, wanted)))
 
 
+def _types(shard: Dataset) -> Iterator[tuple[str, Any]]:
+    """Yield columns with their types; a column of a table without any value has none of its own."""
+    for column, feature in shard.features.items():
+        is_empty = shard.data.column(column).null_count == len(shard)
+        yield column, Value("null") if is_empty else feature
+
+
+def _is_table(path: str) -> bool:
+    return Path(path).suffix.lower() in TABLES
+
+
 def _as_type(shard: Dataset, path: str, features: Features) -> Dataset:
     if shard.features == features:
         return shard
-    if Path(path).suffix.lower() in TABLES or "Json(" not in repr(features):
+    if _is_table(path) or "Json(" not in repr(features):
         return shard.cast(features)
     # A cast would write what is Json already as a text inside of Json.
     return _load_file(path, "data.dataset_name", features=features)
@@ -293,7 +313,7 @@ def _joint_type(one: Any, other: Any) -> Any:
         }
     if isinstance(one, List) and isinstance(other, List):
         return List(_joint_type(one.feature, other.feature))
-    if {type(one), type(other)} in ({Json, dict}, {Json, List}):
+    if Json in (type(one), type(other)):
         return Json()
     schemas = [Features(each=each).arrow_schema.remove_metadata() for each in (one, other)]
     return Features.from_arrow_schema(pyarrow.unify_schemas(schemas, promote_options="permissive"))["each"]

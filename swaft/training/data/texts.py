@@ -118,6 +118,8 @@ def _taken_for(feature: Any, value: Any) -> str:
         return "values of several types; write each of them as a text"
     if isinstance(value, Mapping | list):
         mend = "texts, and one object per row: df.to_json(FILE, orient='records', lines=True)"
+    elif isinstance(value, bytes):
+        mend = "them decoded, as texts"
     elif isinstance(value, date):
         mend = "the texts as parquet, which tells them from dates"
     else:

@@ -84,8 +84,8 @@ def test_a_value_that_is_filled_in_later_is_dropped_only_if_no_value_would_be_us
 def test_one_layer_that_sets_a_choice_and_what_it_does_not_use_is_refused(first):
     [problem] = read("--config", first, "averaging.rule=swa", "averaging.decay=0.9").problems
     assert problem == (
-        "averaging.decay: is 0.9, which averaging.rule=swa does not use (ema does); remove it, or set "
-        "averaging.decay=null"
+        "averaging.decay: is 0.9, which averaging.rule=swa does not use (ema does); set averaging.rule=ema, or "
+        "remove it: averaging.decay=null"
     )
     [problem] = read("noise.kind=rdrop", "noise.preset=relative").problems
     assert problem.startswith("noise.preset: is relative, which noise.kind=rdrop does not use (r3f, r4f do)")

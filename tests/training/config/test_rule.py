@@ -53,8 +53,8 @@ def test_an_option_of_another_rule_is_an_error():
     with pytest.raises(ConfigError) as caught:
         build_rule(AveragingConfig(rule="swa", decay=0.9, last=3))
     assert caught.value.problems == [
-        f"averaging.{name}: is {value}, which averaging.rule=swa does not use ({user} does); remove it, or set "
-        f"averaging.{name}=null"
+        f"averaging.{name}: is {value}, which averaging.rule=swa does not use ({user} does); set averaging.rule="
+        f"{user}, or remove it: averaging.{name}=null"
         for name, value, user in (("decay", 0.9, "ema"), ("last", 3, "lawa"))
     ]
     with pytest.raises(ConfigError, match=r"averaging\.blocks: is 8, which averaging\.rule=none"):

@@ -233,7 +233,8 @@ def test_a_text_of_a_json_file_of_several_chunks_is_as_written_whatever_stands_b
     assert {row["label"] for row in read("a.jsonl", "\n".join(lines))} == {"pos", 3}
     monkeypatch.setattr("swaft.training.data.files.LARGEST_PIECE", 0)  # as if too large for one piece
     assert read("a.jsonl", "\n".join(lines[:-1])) == written[:-1]
-    with pytest.raises(DataError, match=r"Column\(/label\) changed from string to number"):
+    said = r"is larger than 0 MB, .* \(.*Column\(/label\) changed from string to number.*data\.dataset_name"
+    with pytest.raises(DataError, match=said):
         read("b.jsonl", "\n".join(lines))
 
 

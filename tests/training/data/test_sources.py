@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from swaft.errors import DataError
 from swaft.training.data import sources
 from swaft.training.data.chats import without_nulls
-from swaft.training.data.classification import DataConfig
+from swaft.training.data.classification import DataConfig, describe_task
 from swaft.training.data.sources import data_folder, load_splits
 
 pytestmark = pytest.mark.unit
@@ -326,15 +326,19 @@ def test_a_folder_of_tables_is_read_as_its_files_are_one_by_one(tmp_path):
         load_splits(DataConfig(dataset_name=str(tmp_path)))
 
 
-def test_a_folder_of_json_files_is_read_file_by_file_and_a_column_has_one_type(tmp_path):
+def test_a_folder_of_json_files_is_read_file_by_file_and_labels_of_several_types_are_refused(tmp_path):
     write(tmp_path / "train-0.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": None}])
     write(tmp_path / "train-1.jsonl", [{"text": "c", "label": 0.5, "more": "x"}])
     splits = load_splits(DataConfig(dataset_name=str(tmp_path)))
     assert splits["train"]["label"][:] == [0.0, None, 0.5]
     assert splits["train"]["more"][:] == [None, None, "x"]
-    write(tmp_path / "train-1.jsonl", [{"text": "c", "label": "pos"}, {"text": "d", "label": 3}])
-    with pytest.raises(DataError, match=r"column 'label' of .*train-1\.jsonl has another type .*int64"):
-        load_splits(DataConfig(dataset_name=str(tmp_path)))
+    write(tmp_path / "train-0.jsonl", [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}])
+    write(tmp_path / "train-1.jsonl", [{"text": "c", "label": 3}, {"text": "d", "label": "neg"}])
+    (tmp_path / "train-2.jsonl").touch()  # as writers of several processes leave them
+    splits = load_splits(DataConfig(dataset_name=str(tmp_path)))
+    assert splits["train"]["label"][:] == ["pos", "neg", 3, "neg"]
+    with pytest.raises(DataError, match=r"holds the str 'pos' in row 0, but the int 3 in row 2"):
+        describe_task(splits, DataConfig())
 
 
 def test_chats_of_several_files_may_have_other_keys_and_calls_in_each(tmp_path):
@@ -357,6 +361,11 @@ def test_whole_and_fractional_scores_of_two_tables_are_joined(tmp_path):
     (tmp_path / "train-0.csv").write_text("text,label\na,0\nb,1\n")
     (tmp_path / "train-1.csv").write_text("text,label\nc,0.5\n")
     assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5]
+    (tmp_path / "train-2.csv").write_text("text,label\nd,\n")
+    assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5, None]
+    (tmp_path / "train-3.csv").write_text("text,label\ne,pos\n")
+    with pytest.raises(DataError, match=r"column 'label' of .*train-3\.csv has another type"):
+        load_splits(DataConfig(dataset_name=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
