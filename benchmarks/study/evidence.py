@@ -35,6 +35,7 @@ from benchmarks.study.tables import (
     rates_tried,
     summary,
     table,
+    told,
     told_overall,
 )
 from benchmarks.study.tasks import MAX_LENGTH, TASKS, TEST_ROWS, VALIDATION_ROWS
@@ -150,11 +151,14 @@ def _titled(title: str, about: str, parts: Sequence[str]) -> str:
 
 def _answer(kept: Kept, drawn: Sequence[str]) -> str:
     lines = ["## The answer so far", *choose_default(kept)]
-    small = kept.from_baseline("small", f"constant:{RECOMMENDED}", "loss", tasks=ALL)
-    if small is not None:
-        each = ", ".join(f"{found.mean:+.2f} ({task})" for task, found in small.by_task.items())
-        rows = REGIMES["small"].rows
-        lines.append(f"**With {rows} training rows,** `constant:{RECOMMENDED}`: {each} % of test loss.")
+    for regime, tasks, where in (
+        ("main", GENERAL, "In text generation and question answering"),
+        ("small", ALL, f"With {REGIMES['small'].rows} training rows"),
+    ):
+        found = kept.from_baseline(regime, f"constant:{RECOMMENDED}", "loss", tasks=tasks)
+        if found is not None:
+            each = ", ".join(f"{task} {told(interval)}" for task, interval in found.by_task.items())
+            lines.append(f"**{where},** `constant:{RECOMMENDED}` changes the test loss by (in %): {each}.")
     shown = summary(kept, HEADLINES, GROUPS)
     if not shown:
         return "\n\n".join([*lines, "No arm has been measured on three seeds of every choosing task yet."])
@@ -170,8 +174,8 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
 
 def _objectives(kept: Kept) -> str:
     shown = by_task_and_mean(kept, OBJECTIVES, BASELINES[2], CHOOSING)
-    told = "Task by task, against a run twice as long, which costs the same (three seeds):"
-    return f"## Objectives\n\n{told}\n\n{shown}" if shown else ""
+    text = "Task by task, against a run twice as long, which costs the same (three seeds):"
+    return f"## Objectives\n\n{text}\n\n{shown}" if shown else ""
 
 
 def _over_tasks(
@@ -200,11 +204,11 @@ def _every_arm(kept: Kept) -> str:
                 f"### {settings.rows:,} training rows",
                 *shown,
             ]
-    told = (
+    text = (
         "Temperature scaling, with one temperature fitted on the validation rows, removes differences in loss that "
         f"are due to confidence alone. Task by task: [tables]({DETAILS})."
     )
-    return "\n\n".join([parts[0], told, *parts[1:]]) if len(parts) > 1 else ""
+    return "\n\n".join([parts[0], text, *parts[1:]]) if len(parts) > 1 else ""
 
 
 def _rounding(kept: Kept) -> str:
@@ -297,11 +301,11 @@ def _false_alarms(kept: Kept) -> str:
             shares[outcome] = found
     if not shares:
         return ""
-    told = ", ".join(f"{100 * share:.0f} % for the {outcome}" for outcome, share in shares.items())
+    text = ", ".join(f"{100 * share:.0f} % for the {outcome}" for outcome, share in shares.items())
     return (
         "## The baseline against itself\n\nThe seeds of the decayed baseline are split at random into two halves, "
         "which are compared as arms are. The share of splits in which the interval over tasks excludes 0 is "
-        f"{told}; it should be at most 5 %. These comparisons have half as many pairs as the tables above."
+        f"{text}; it should be at most 5 %. These comparisons have half as many pairs as the tables above."
     )
 
 
@@ -348,8 +352,8 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     made = {parse_cell(row["cell"]) for row in rows if "failed" not in row and row["split"] == "test"}
     done = {(cell.regime, cell.training, cell.task, cell.seed) for cell in made}
     untouched = [
-        f"* {told}"
-        for split, told in beyond.SPLITS.items()
+        f"* {text}"
+        for split, text in beyond.SPLITS.items()
         if not any(row["split"] == split and "failed" not in row for row in rows)
     ]
     lines = [
