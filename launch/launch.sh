@@ -42,7 +42,7 @@ if ((${#hosts[@]} == 1)); then rank=0; fi
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "how many GPUs has a machine? give --gpus-per-node (on CPUs: ranks on a machine)"
 if ((${#hosts[@]} * gpus > 1)) && grep -Eqi "^distributed_type: *['\"]?NO['\"]? *(#.*)?\$" "$launch_file"; then
     fail "${#hosts[@]} hosts x $gpus GPUs, but $launch_file has distributed_type NO, which trains on one; expected" \
-        "another file of launch/accelerate/ (ddp.yaml, say), or --gpus-per-node 1"
+        "another file in launch/accelerate/ (ddp.yaml, say), or --gpus-per-node 1"
 fi
 [[ -n $dry_run || ($rank =~ ^[0-9]+$ && $rank -lt ${#hosts[@]}) ]] ||
     fail "which of ${hosts[*]} is this? give --rank, from 0 to $((${#hosts[@]} - 1))"

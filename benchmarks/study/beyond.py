@@ -25,8 +25,8 @@ SPLITS = {
 }
 """Measurements of the harness, and what the page lists as missing without them."""
 PAIRED = (
-    "Its first line has the baseline's means over tasks and seeds, the others the paired differences from it, with "
-    "95 % intervals."
+    "The first line of the table has the baseline's means over tasks and seeds, the others the paired differences "
+    "from it, with 95 % intervals."
 )
 
 Values = Mapping[tuple[str, int], float]
@@ -84,9 +84,10 @@ def flatness(rows: Sequence[Row]) -> str:
     } | {name: lambda row, name=name: row[name.replace(" ", "_")] for name in ("top eigenvalue", "trace")}
     parts = [
         "## Flatness",
-        "Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, its size a share of the "
+        "Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, given as a share of the "
         "tensor's root mean square; curvature of the training loss (the eigenvalue after "
-        f"{ITERATIONS} power iterations, so rather too small; the trace from {PROBES} random vectors). {PAIRED}",
+        f"{ITERATIONS} power iterations, an underestimate if anything; the trace from {PROBES} random vectors). "
+        f"{PAIRED}",
         _table("arm", points, BASELINES[1], columns),
     ]
     lines = {arm.partition(":")[0]: of for arm, of in found.items() if arm not in points}

@@ -25,7 +25,7 @@ PROBED = ("trec", "cr", "subj", "mpqa", "mrpc")
 """Tasks probed in the first experiment, after training on another. Probes of cola learn nothing, not even on the
 pretrained encoder."""
 PRETRAINED = "pretrained"
-"""Stands for a readout: the encoder before training, measured with the baseline."""
+"""Takes the place of a readout: the encoder before training, measured with the baseline."""
 CHAIN = ("trec", "mrpc", "subj")
 """Tasks that follow the first one in a chain; one cycle."""
 CYCLES = 3

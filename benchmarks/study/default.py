@@ -168,12 +168,12 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
             told += f" Not measured on all of them, because no result on the rest could change that: {names}."
         return told
     told = (
-        f"**Recommended {kind}: `{arm}`** against `{base}`. Chosen by seeds {DECIDING_SEEDS[0]} to "
+        f"**Recommended {kind}: `{arm}`** against `{base}`. Chosen on seeds {DECIDING_SEEDS[0]} to "
         f"{DECIDING_SEEDS[-1]} of the choosing tasks: {differences(kept, arm, CHOOSING, seeds=DECIDING_SEEDS)}."
     )
     if (fair := cross_validated(kept, units)) is not None:
         told += (
-            " The choice flatters what is chosen: an arm chosen by the same rule on three of the tasks changes the "
+            " The choice flatters the chosen arm: one chosen by the same rule on three of the tasks changes the "
             f"loss of the fourth by {fair:+.2f} %, on average."
         )
     told += f" With all seeds, on the choosing tasks: {differences(kept, arm, CHOOSING)}"
@@ -194,7 +194,7 @@ def quote(text: str, kept: Kept) -> str:
 
 
 def differences(kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection[int] | None = None) -> str:
-    """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks; of one, over seeds.
+    """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks (for one, over seeds).
 
     Args:
         kept: the rows.

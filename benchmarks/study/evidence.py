@@ -119,7 +119,7 @@ def page(rows: Sequence[Row], drawn: Sequence[str]) -> str:
         beyond.flatness(rows),
         _titled(
             "## Learning rates",
-            f"Chosen on the validation rows; edge: the grid ends there. All that were tried: [tables]({DETAILS}).",
+            f"Chosen on the validation rows; edge: the grid ends there. All rates tried: [tables]({DETAILS}).",
             rates(rows),
         ),
         _method(kept),
@@ -212,7 +212,7 @@ def _every_arm(kept: Kept) -> str:
 
 
 def _rounding(kept: Kept) -> str:
-    """What rounding the weights costs, and whether averages suffer less from it; on the pairs that have both."""
+    """What rounding the weights costs, and whether averages suffer less from it; on pairs measured both ways."""
     *mild, worst = ROUNDINGS
     both = replace(
         kept,
@@ -244,12 +244,12 @@ def _rounding(kept: Kept) -> str:
         lines.append(
             line([f"`{arm}`", f"{own[worst]:+.2f}", told_overall(rounded), told_overall(whole), pairs])
         )
-    most = ", to ".join(
-        f"{name} by at most {max(abs(own[name]) for own in costs.values()):.2f} %" for name in mild
+    most = " and ".join(
+        f"{max(abs(own[name]) for own in costs.values()):.2f} % (rounded to {name})" for name in mild
     )
     return (
-        f"## After rounding the weights\n\nRounding to {most}, in the mean over tasks of any arm. Rounding to "
-        f"{worst}:\n\n" + "\n".join(lines)
+        f"## After rounding the weights\n\nIn the mean over tasks, the loss of any arm changes by at most "
+        f"{most}. Rounded to {worst}:\n\n" + "\n".join(lines)
     )
 
 
@@ -325,25 +325,25 @@ def _method(kept: Kept) -> str:
         "their order, the head and the dropout masks, the same for every arm.",
         f"Rows: at most {TEST_ROWS} test rows per task. {VALIDATION_ROWS} validation rows choose learning rates "
         f"and the readout `chosen`, and are never reported. Texts are truncated at {MAX_LENGTH} tokens. "
-        f"Questions whose answer lies beyond {answers.MAX_LENGTH} tokens are left out, of the test rows too.",
+        f"Questions whose answer lies beyond {answers.MAX_LENGTH} tokens are left out, also from the test rows.",
         f"{', '.join(GENERAL)}: extractive question answering and text generation, used neither to choose nor to "
         "confirm. The generation tasks train on 4 times as many rows, with a new T5 of 3 encoder and 3 decoder "
         "layers (`-new`), or with the pretrained encoder and a new decoder of 3 layers (`-encoder`).",
-        "Learning rates are chosen for each training and task, with one seed, from a grid with steps of 2: of "
-        "decayed trainings by the loss of `last`, of constant ones by that of `swa-0.5`. Where the chosen rate "
+        "Learning rates are chosen for each training and task, with one seed, from a grid with steps of 2: for "
+        "decayed trainings by the loss of `last`, for constant ones by that of `swa-0.5`. Where the chosen rate "
         "is the grid's first or last, a better one may lie beyond it.",
         f"Defaults are chosen on the test rows of {', '.join(CHOOSING)}, and confirmed on {', '.join(CONFIRMING)}. "
-        "The rules were written down before any row of the confirming tasks was made, and amended since: "
+        "The rules were written down before any row of the confirming tasks was made, and have been amended since: "
         "[grid.py](../benchmarks/study/grid.py). Every row gives the command that reproduces it.",
-        "Intervals are 95 %: from the lower to the upper end of a bootstrap interval, which resamples seeds "
-        "and, over tasks, the tasks too, and of Student's t, which allows for how few seeds or tasks there "
-        "are. All seeds of a task share its test rows; intervals leave out that others might have been drawn. "
+        "Intervals are 95 %. Each spans two: a bootstrap interval, which resamples seeds and, over tasks, the "
+        "tasks too, and Student's t interval, which allows for how few seeds or tasks there are. All seeds of a "
+        "task share its test rows, and intervals do not allow for the choice of these rows. "
         "Bold type is not corrected for the number of arms. Losses are compared by their ratio, so their means "
         "are geometric.",
         "p-values are from two-sided sign tests over tasks, adjusted for the number of arms in the table (Holm); "
         "four tasks alone cannot give less than 0.125.",
-        "SMART and distillation cost three or four units, but are compared with two. The teachers of distillation "
-        "are as large as the student, and trained on the same rows.",
+        "SMART and distillation cost three or four units, but are compared with a run of two. The teachers "
+        "of distillation are as large as the student, and trained on the same rows.",
     ]
     return "\n".join(["## How it was measured\n", *(f"* {part}" for part in parts)])
 

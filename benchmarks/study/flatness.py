@@ -65,9 +65,9 @@ def curvature(model: nn.Module, rows: Rows, *, seed: int) -> dict[str, float]:
     """Top eigenvalue and trace of the Hessian of the mean loss on some rows, without dropout.
 
     Args:
-        model: with the weights to be judged.
+        model: with the weights to measure.
         rows: rows of the loss.
-        seed: of the directions, so that the spread over seeds contains the error of the estimates.
+        seed: of the random directions, so that the spread over seeds includes the error of the estimates.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,7 +86,7 @@ def curvature(model: nn.Module, rows: Rows, *, seed: int) -> dict[str, float]:
 
 
 def top_eigenvalue(product: Callable[[Vector], Vector], direction: Vector) -> float:
-    """The eigenvalue of largest magnitude, by power iteration from a direction; rather too small than too large."""
+    """The eigenvalue of largest magnitude, by power iteration from a direction; an underestimate, if anything."""
     value = 0.0
     for _ in range(ITERATIONS):
         length = _norm(direction)

@@ -85,8 +85,8 @@ COLLAPSED = (
     "r4f-relative-1.0-decayed",
 )
 SAME_RATE = ("probe", "cycle")
-"""Splits in which every training has the baseline's rate: how far a training changes the encoder depends on the
-rate above all."""
+"""Splits in which every training uses the baseline's rate, because how far a training changes the encoder depends
+mostly on the rate."""
 RIVALS = ("smart-decayed", "freelb-decayed", "distilled-longer", "distilled-ensemble")
 REST = tuple(name for name in TRAININGS if name not in MAIN)
 
@@ -196,7 +196,7 @@ def at_chosen_rates(some: Sequence[Row], rows: Iterable[Row]) -> list[Row]:
 
 
 def tuned(training: str, split: str) -> str:
-    """The training whose rate a training has in a split."""
+    """The training whose learning rate a training uses in a split."""
     return BASELINES[1].partition(":")[0] if split in SAME_RATE else training
 
 

@@ -138,9 +138,8 @@ def new_model(seed: int, device: torch.device, *, pretrained: bool) -> nn.Module
     )
 
     special = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD, "bos_token_id": PAD}
-    if (
-        pretrained
-    ):  # EncoderDecoderModel masks padding in its decoder when it trains, but not when it generates
+    if pretrained:
+        # EncoderDecoderModel masks padding in its decoder when it trains, but not when it generates.
         special["decoder_start_token_id"] = END
     else:
         torch.manual_seed(seed)

@@ -81,6 +81,6 @@ TEACHER_RATES = {
     "decayed": {"sst2": 1e-4, "trec": 4e-4, "cr": 5e-5, "banking77": 4e-4},
     "decayed2x": {"sst2": 2.5e-5, "trec": 1e-4, "cr": 2.5e-5, "banking77": 4e-4},
 }
-"""Those that the tuning chose, by teacher and task; repeated here, so that a cell's name says all about it."""
+"""The rates that tuning chose, by teacher and task; copied here, so that a cell's name still says all about it."""
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
 """The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""

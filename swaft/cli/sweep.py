@@ -11,10 +11,11 @@ SIGTERM, at which it writes a checkpoint). At the end there is a table, and a pa
 report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which ones
-  --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations; a
-                          value with commas in quotes: --set 'model.lora_target_modules="query,value",all-linear'.
-                          Settings that only some values use (noise.weight beside noise.kind=none,rdrop) go into a
-                          --config file: the other values drop them
+  --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations. A
+                          value with commas needs quotes:
+                          --set 'model.lora_target_modules="query,value",all-linear'.
+                          Settings that only some values use (noise.weight with noise.kind=none,rdrop) go into a
+                          --config file; the other values drop them
   --slurm FILE            run nothing: write an array job of the runs that have not finished. Submit it from the
                           folder that holds launch/, with resources as for launch/slurm/train.sbatch. The line then
                           has to start with --config_file FILE. Once all have finished, it prints the table
@@ -144,7 +145,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
         sets: ``name=value,value`` each.
 
     Raises:
-        ConfigError: there is no folder, or a seed, or a set without values.
+        ConfigError: the line has no folder, or has a seed; or a set has no values, or is given twice.
     """
     own, rest = _taken_out(line, OUTPUT, SEED)
     if not own.get(OUTPUT):
@@ -177,7 +178,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
 
 
 def _taken_out(line: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
-    """Return the values of these settings, in all forms that recipes read (`load_config`), and the rest."""
+    """Return the values of these settings, in any form that recipes accept (`load_config`), and the rest."""
     found, rest, words = dict[str, str](), list[str](), list(line)
     while words:
         word = words.pop(0)

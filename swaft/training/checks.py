@@ -83,7 +83,7 @@ class Prepared(Parts):
     rows: Mapping[str, Any]
     """Rows by split, `train` among them."""
     columns: Any
-    """Which columns are read; `str` says it in words."""
+    """The columns that are read; `str` gives them in words."""
     metric: Any
     """What scores predictions; None: there is only the loss."""
     model_config: Any

@@ -148,7 +148,7 @@ class PowerEMA:
     """Optimizer steps between two members."""
     snapshots: Count = 16
     """Copies of each tracked average along the run, evenly spaced, at 4 bytes per element each. Averages of other
-    widths are put together from them (`swaft.Readout`); a tracked one needs none."""
+    widths are put together from them (`swaft.Readout`); a tracked width needs none."""
 
     def plan(self, total_steps: int) -> PowerEMAPlan:
         """The events of a run, see `Rule.plan`."""

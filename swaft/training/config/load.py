@@ -84,7 +84,8 @@ def build_rule(averaging: AveragingConfig) -> Rule | None:
     if averaging.start is not None:
         options["start"] = averaging.start
     if averaging.sigma_rel is not None:
-        # Tracked, so exact at every evaluation; with another one, from which other widths can be put together.
+        # This width is tracked, so it is exact at every evaluation. Other widths are put together from it and a
+        # second one.
         others = [each for each in PowerEMA().sigma_rel if each != averaging.sigma_rel]
         options["sigma_rel"] = (averaging.sigma_rel, others[-1])
     return None if kind is None else kind(every=averaging.every, **options)
@@ -332,7 +333,7 @@ def _merge(
 
     A layer that sets a source of rows (a task, a dataset, a training file) replaces the whole source of the
     layers before it, so that one config's validation file is never combined with another's training file. One that
-    makes the choice of a section (``noise.kind``) replaces the earlier settings that the choice does not use.
+    makes the choice of a section (``noise.kind``) removes the earlier settings that this choice does not use.
 
     Returns:
         Full name to value, full name to origin, and a sentence about each source or choice that replaced something.
@@ -358,19 +359,19 @@ def _merge(
 def _replacing(
     layer: Mapping[str, Any], values: Mapping[str, Any], config_class: type
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield what in a layer replaces settings of the layers before it, with these values, and which settings."""
+    """Yield each source or choice in a layer, in words, and which earlier settings (``values``) it replaces."""
     if named := [f"{name}={layer[name]}" for name in ROW_SOURCES if layer.get(name) is not None]:
         yield " and ".join(named), ROW_SETTINGS
     known = settings(config_class)
     for choice, kind in _choices(config_class).items():
         try:
             chosen = written(coerce(layer[choice], known[choice]))
-        except (KeyError, ValueError):  # the layer makes no choice, or none that is known yet
+        except (KeyError, ValueError):  # no choice in this layer, or one invalid or still to be filled in
             continue
         unused = list[str]()
         for name in kind.users:
             value = values.get(full := f"{choice.partition('.')[0]}.{name}")
-            # A value that is still to be filled in may be any.
+            # A value that is still to be filled in may turn out to be any.
             users = kind.users[name] if "${" in str(value) else kind.users_of(name, value)
             unused += [full] if chosen not in users else []
         yield f"{choice}={chosen}", unused

@@ -47,7 +47,7 @@ class Section:
     choice: ClassVar[str] = ""
     """Full name of the setting that decides which of the others are used (`averaging.rule`); empty: all are."""
     users: ClassVar[Users] = {}
-    """Which values of that setting use another one, by the name of the other; one that is not listed always is."""
+    """Which values of `choice` use another setting, by its name. A setting that is not listed is always used."""
 
     def __post_init__(self) -> None:
         for name in self.paths:
@@ -94,7 +94,7 @@ class AdapterConfig(Section):
     peft chooses for the architecture, mostly the attention's queries and values."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield adapter options that are set although no adapters are trained, and names that are empty."""
+        """Yield adapter options that are set although no adapters are trained, and empty module names."""
         yield from super().conflicts()
         names = self.lora_target_modules
         if names is not None and not all(split_names(names)):
@@ -304,7 +304,7 @@ class AveragingConfig(Section):
     """Optimizer steps between averaged weights. 1, because averaging does not slow down the step; bema was
     published with 400, lawa with checkpoints far apart."""
     sigma_rel: Annotated[float, Range(above=0, below=SIGMA_REL_LIMIT)] | None = None
-    """Width of the average's profile, its standard deviation as a share of the run; a wide one remembers earlier
+    """Width of the average's profile, its standard deviation as a share of the run; a wider one remembers earlier
     weights. (power_ema only; null: 0.05)"""
     precision: Precision = "compensated"
     """Precision of running means. compensated: 6 bytes per element, exact to the last digits of fp32 in runs of
@@ -315,7 +315,7 @@ class AveragingConfig(Section):
     """Threads that do the averaging alongside training; null: half of this rank's cores, at most 8."""
     blend: Blend = 1.0
     """How far the averaged weights go from the last weights towards the average, from -1 to 2: 1 is the average, 0
-    the last weights. Not for windows, which are chosen by the score of their mean; `search_blend` follows it."""
+    the last weights. Not for windows, which are chosen by the score of their mean; use `search_blend` there."""
     search_blend: bool = False
     """Choose the blend after training from 0, 0.3, 0.6, 1 and 1.5, with one evaluation on validation rows each."""
 

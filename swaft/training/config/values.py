@@ -21,8 +21,8 @@ from swaft.options import Option, docs_of, options_of, suggestion
 SectionT = TypeVar("SectionT", bound=type)
 
 Users = Mapping[str, Mapping[str, Collection[str]]]
-"""Which values of a section's choice use its other settings: by setting and value, the texts that may be set; none
-listed: any value (R-Drop has presets of its own)."""
+"""Which values of a section's choice use its other settings. Maps a setting and a value of the choice to the texts
+that the setting may then have (R-Drop has presets of its own); if none are listed, to any value."""
 
 NULL_TEXTS = ("null", "None")
 DELIMITERS = {"tab": "\t", "\\t": "\t"}
@@ -125,8 +125,8 @@ def borrows(
     """Return a decorator that gives a section, not yet a dataclass, the options of the classes it describes.
 
     They are null by default, which leaves the choice to the class. Options that the section declares itself are
-    not added, and neither are types that no setting can have (a sequence, say). ``users`` of the section gets the
-    classes that have each option, with the texts that each takes.
+    not added, and neither are types that no setting can have (a sequence, say). The section's ``users`` records
+    which classes have each option, with the texts that each accepts.
 
     Args:
         kinds: the classes, by their name in the section.

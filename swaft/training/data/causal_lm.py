@@ -324,7 +324,7 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
 
 
 UNREAD = ("input", "context", "system", "system_prompt", "history")
-"""Columns with a part of the prompt, which would not be read."""
+"""Columns with another part of the prompt, which would not be read."""
 
 
 def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
@@ -344,7 +344,7 @@ def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
     if found in USUAL_MESSAGES:
         put, named = "put it into the chats as messages", f"data.messages_column={found[0]}"
     raise DataError(
-        f"the rows have '{more}' besides {' and '.join(found)}, which would not be read; {put}, or leave it out "
+        f"the rows have '{more}' besides {' and '.join(found)}, and it would not be read; {put}, or leave it out "
         f"with {named}"
     )
 
@@ -370,12 +370,12 @@ def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
         # Json decodes a text such as "7" to a number, so rows that look right may not be.
         chats = list(enumerate(values(split, columns.messages)))
         row, chat = next((each for each in chats if not all(map(_is_message, each[1] or ()))), chats[0])
-        kinds = "contents of several types, which change how texts are read; write each of them as a text"
+        kinds = "contents of several types, so a text like '7' is read as a number; write each as text"
         yield row, ColumnFault(f"has {chat!r:.200} {there}, which has {kinds}")
     for row, chat in enumerate(values(split, columns.messages)):
         messages = chat if isinstance(chat, list) else []
         if isinstance(chat, str):
-            kept = "a list of messages, which json lines and parquet keep, and csv does not"
+            kept = "a list of messages (json lines and parquet keep lists, csv does not)"
             yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
         elif not all(map(_is_message, messages)):
             yield (

@@ -55,7 +55,7 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
             its own prompt with the last answer. The message is a predicate, as in `BadRow`.
     """
     # Arrow gives every message the fields of all messages, and every tool call the arguments of all calls.
-    # Templates treat a null as present.
+    # Templates treat a null as a value.
     chat = without_nulls(chat)
     template = f"the chat template of {type(tokenizer).__name__}"
 

@@ -113,8 +113,8 @@ MOST_UNNAMED_CLASSES = 1000
 """Classes that unnamed ids may imply whatever the number of rows; larger ids are taken for other numbers."""
 TRUTH = ["False", "True"]
 """Class names of a boolean column."""
-LEFT_OUT = "data.max_train_samples and data.validation_fraction may leave train no row of a label"
-"""What may be the matter with a label that no training row has."""
+LEFT_OUT = "data.max_train_samples and data.validation_fraction may leave no training row with a label"
+"""Why a label may have no training row."""
 SPELLINGS_OF_NONE = ("na", "n/a", "nan", "none", "null", r"\n")
 """How programs write a missing value as text, in lower case."""
 KINDS = {int: "whole numbers", float: "fractional numbers", str: "texts"}
@@ -218,10 +218,10 @@ def tokenize(
 
 
 def report_lengths(train: Dataset, max_seq_length: int) -> None:
-    """Log how long tokenized training rows are, and how many have `max_seq_length` tokens: longer ones are cut."""
+    """Log how long tokenized training rows are, and how many have `max_seq_length` tokens (longer ones are cut)."""
     lengths = list(map(len, values(train, "input_ids")))
     logger.info(
-        "rows: %.0f tokens on average; %.1f %% have data.max_seq_length=%d tokens, to which longer ones are cut",
+        "rows: %.0f tokens on average; %.1f %% have data.max_seq_length=%d tokens (longer ones are cut)",
         *(sum(lengths) / len(lengths), 100 * lengths.count(max_seq_length) / len(lengths), max_seq_length),
     )
 
@@ -248,7 +248,7 @@ def read_labels(splits: Mapping[str, Dataset], column: str, *, do_regression: bo
     kinds = {name: _kind(rows, name, column) for name, rows in labels.items()}
     kind = kinds["train"]
     for name, other in kinds.items():
-        # Numbers go together: a small split of scores may contain no fraction, and class ids may be stored as such.
+        # Numbers may mix: a small split of scores may have no fractions, and class ids may be stored as fractions.
         if (other is str) != (kind is str):
             raise DataError(
                 f"column '{column}' holds {KINDS[kind]} in train but {KINDS[other]} in {name}; "

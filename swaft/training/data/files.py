@@ -35,7 +35,7 @@ MEND_QUOTES = (
     "(which has no quoting), jsonl or parquet"
 )
 LARGEST_PIECE = 2**28
-"""Bytes of the largest json file that is read in one piece, which takes six times as much memory."""
+"""Bytes of the largest json file that is read in one piece, which takes six times its size in memory."""
 HEAD = 4096
 """Characters of a json file that show whether its rows are inside an object: `{"version": ..., "data": [...]}`."""
 
@@ -190,9 +190,9 @@ def _strict_rows(path: str, delimiter: str, quoting: Any) -> Iterator[tuple[int,
 
 
 def _as_rows(lines: list[str], delimiter: str, cells: int) -> list[list[str]]:
-    """Split each line without regard to quotation marks; [] if one is no row, as in paragraphs of a text.
+    """Split each line, ignoring quotation marks; [] if one is not a row, as in the paragraphs of a text.
 
-    They have any number of commas, with white space after them.
+    Those have any number of commas, followed by white space.
     """
     split = [line.rstrip("\r\n").split(delimiter) for line in lines]
     are_rows = (
@@ -204,13 +204,13 @@ def _as_rows(lines: list[str], delimiter: str, cells: int) -> list[list[str]]:
 def _refuse_swallowed_rows(
     path: str, delimiter: str, long: Mapping[int, tuple[list[list[str]], list[int]]]
 ) -> None:
-    """Refuse a row over several lines if each of these has, in a column beside the text, a value of other rows.
+    """Refuse a row over several lines if each line has, in a column other than the text's, a value of other rows.
 
     Args:
         path: path of a csv file.
         delimiter: its delimiter.
-        long: rows whose lines may be rows, by the number of the first line: the cells of each line, and the columns
-            whose cell has one line.
+        long: rows whose lines may each be a row, by the number of the first line: the cells of each line, and the
+            columns whose cell is on one line.
     """
     asked = {(at, row[at].strip('"')) for split, beside in long.values() for row in split for at in beside}
     single = (
@@ -224,8 +224,8 @@ def _refuse_swallowed_rows(
                 f"looks like a row of its own; {MEND_QUOTES}"
             )
     logger.warning(
-        "%s: %d texts run over several lines that each have as many cells as a row (the first in line %d); if "
-        "these are rows, %s",
+        "%s: %d texts run over several lines, each with as many cells as a row (the first begins in line %d); if "
+        "these lines are rows, %s",
         *(path, len(long), min(long), MEND_QUOTES),
     )
 
@@ -250,7 +250,7 @@ def _refuse_other_delimiter(header: list[str], delimiter: str) -> None:
 def _read_json(path: str, features: Features | None = None) -> Dataset:
     """Read json lines, a list of rows, or an object whose `data` holds the rows: flat ones, or SQuAD's articles.
 
-    Columns have the types of `features`; None: those that their values show.
+    Columns have the types of `features`; None: they are inferred from the values.
     """
     rows = None
     with open(path, encoding="utf-8-sig") as file:
@@ -259,8 +259,8 @@ def _read_json(path: str, features: Features | None = None) -> Dataset:
             with suppress(ValueError, KeyError):  # json lines with a column `data`, or a nested `data`
                 rows = json.load(file)["data"]
     if rows is None:
-        # A later chunk would be cast to the types of the first, its texts written as json if they differ: so there
-        # is one chunk, or an error. Rows with an id, a source and a model would be taken for an agent's traces.
+        # A later chunk would be cast to the types of the first, with its texts written as json if they differ. So
+        # there is one chunk, or an error. Rows with an id, a source and a model would be read as an agent's traces.
         size = os.path.getsize(path)
         options: dict[str, Any] = {"features": features, "parse_agent_traces": False}
         options |= {"on_mixed_types": None} if size > LARGEST_PIECE else {"chunksize": max(1, size)}
@@ -271,7 +271,7 @@ def _read_json(path: str, features: Features | None = None) -> Dataset:
                 raise
             raise DataError(
                 f" is larger than {LARGEST_PIECE >> 20} MB, so all its rows need the columns and types of the "
-                f"first ones ({cause(error)}); write parquet, or several files in a folder (data.dataset_name)"
+                f"first rows ({cause(error)}); write parquet, or several files in a folder (data.dataset_name)"
             ) from error
     elif not all(isinstance(row, dict) for row in rows):
         raise DataError(": its data are not objects; expected one object per row, keyed by column name")

@@ -335,9 +335,9 @@ def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
         unusual += "data.target_column"
         if TRANSLATION in train.column_names:
             unusual += (
-                f" (column '{TRANSLATION}' is none of translations: expected a text for each language in an "
+                f" (column '{TRANSLATION}' holds no translations: expected an object with a text for each "
             )
-            unusual += "object, which json lines and parquet keep, and csv does not)"
+            unusual += "language; json lines and parquet keep objects, csv does not)"
         source, target = usual_columns(train, USUAL_COLUMNS, unusual)
         return PairColumns(source, target)
     if {source, target} <= set(languages):
@@ -394,7 +394,7 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
 
 
 def _report_shared_sources(rows: Mapping[str, Dataset], columns: PairColumns) -> None:
-    """Warn if validation rows that were drawn from train have sources that are also trained on."""
+    """Warn if validation rows that were drawn from train share their source with training rows."""
 
     def sources(split: Dataset) -> Iterator[str]:
         found = values(split, columns.source_column)
@@ -403,8 +403,8 @@ def _report_shared_sources(rows: Mapping[str, Dataset], columns: PairColumns) ->
     trained = set(map(hash, sources(rows["train"])))
     if shared := sum(hash(source) in trained for source in sources(rows["validation"])):
         logger.warning(
-            "%d of %d validation rows have a source that training rows have too, since data.validation_fraction "
-            "draws rows; to score unseen sources, set data.validation_file",
+            "%d of %d validation rows share their source with training rows, because data.validation_fraction "
+            "draws rows, not sources; to score unseen sources, set data.validation_file",
             *(shared, len(rows["validation"])),
         )
 

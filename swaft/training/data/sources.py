@@ -61,12 +61,12 @@ SCRIPT = (
     "--local-dir DIR, then data.dataset_name=DIR/CONFIGURATION"
 )
 """Advice without a network, and for a dataset that is a Python script, which datasets no longer runs."""
-FOLDERS = "data.dataset_name reads a folder of several files, and compressed ones"
+FOLDERS = "data.dataset_name reads folders of files, and compressed files"
 FORMATS = (
     "expected files of one format, with names that start with their split (train-0.csv, validation.csv), or what "
     "DatasetDict.save_to_disk writes"
 )
-"""Advice for a path that is no file, and for a folder that cannot be read."""
+"""Advice for a path that is not a file, and for a folder that cannot be read."""
 
 
 def load_splits(data: RowsConfig) -> Splits:
@@ -221,7 +221,7 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
         which = f"{name} ({config_name})" if config_name else name
         reason = cause(error)
         if name[:1] in (".", "/", "~") or Path(name).exists():
-            there = f"cannot be read: {reason}; {FORMATS}" if Path(name).is_dir() else "is no folder"
+            there = f"cannot be read: {reason}; {FORMATS}" if Path(name).is_dir() else "is not a folder"
             raise DataError(f"data.dataset_name: {which} {there}") from error
         mend = SCRIPT if "scripts are no longer" in reason else OFFLINE
         raise DataError(f"{which} cannot be loaded from the hub: {reason}; {mend}") from error
@@ -236,7 +236,7 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
 
 
 def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> Any:
-    """Read a dataset from the hub or a folder; local tables and json files such that no row or text is lost."""
+    """Read a dataset from the hub or a folder; no row or text of local tables and json files is lost."""
     saved = _saved_files(name)
     source: Any = ("arrow", None, None, saved) if saved else (name, config_name)  # path, name, folder, files
     builder: Any = load_dataset_builder(*source)
@@ -262,8 +262,8 @@ def _load_dataset(name: str, config_name: str | None, delimiter: str | None) -> 
 def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
     """Read files one by one, and join their rows.
 
-    Whole numbers become fractional where another file has such. A column of json files that holds values of several
-    types is Json.
+    Whole numbers become fractions if another file has fractions in their column. A column of json files with values
+    of several types becomes Json.
     """
     paths = [path for path in paths if Path(path).stat().st_size] or paths  # writers leave empty files
     shards = [_load_file(path, "data.dataset_name", delimiter) for path in paths]
@@ -277,15 +277,15 @@ def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
                     joint[column] = Json()
                     continue
                 raise DataError(
-                    f"data.dataset_name: column '{column}' of {path} has another type than in the files before it "
-                    f"({error}); write it with one type, or join the files to one"
+                    f"data.dataset_name: column '{column}' of {path} has a different type in the files before it "
+                    f"({error}); write it with one type, or join the files into one"
                 ) from error
     wanted = [Features({name: joint[name] for name in shard.column_names}) for shard in shards]
     return concatenate_datasets(list(map(_as_type, shards, paths, wanted)))
 
 
 def _types(shard: Dataset) -> Iterator[tuple[str, Any]]:
-    """Yield columns with their types; a column of a table without any value has none of its own."""
+    """Yield columns with their types; a column without any value has none of its own."""
     for column, feature in shard.features.items():
         is_empty = shard.data.column(column).null_count == len(shard)
         yield column, Value("null") if is_empty else feature
@@ -300,12 +300,12 @@ def _as_type(shard: Dataset, path: str, features: Features) -> Dataset:
         return shard
     if _is_table(path) or "Json(" not in repr(features):
         return shard.cast(features)
-    # A cast would write what is Json already as a text inside of Json.
+    # A cast would turn values that are already Json into texts inside Json.
     return _load_file(path, "data.dataset_name", features=features)
 
 
 def _joint_type(one: Any, other: Any) -> Any:
-    """Return the type that values of both types have: an object of any keys (Json) if one of the two is."""
+    """Return the type that fits values of both types: Json (an object with any keys) if one of the two is."""
     if isinstance(one, dict) and isinstance(other, dict):
         return {
             key: _joint_type(one.get(key, other.get(key)), other.get(key, one.get(key)))

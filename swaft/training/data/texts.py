@@ -47,7 +47,7 @@ TEXTS = ("string", "large_string", "string_view", "null")
 
 
 class ColumnFault(str):
-    """What is wrong with a column in every row, so that leaving out rows does not help."""
+    """What is wrong with a whole column, so that leaving out rows does not help."""
 
 
 def values(split: Dataset, *columns: str) -> Iterator[Any]:
@@ -95,7 +95,7 @@ def usual_columns(split: Dataset, usual: Sequence[tuple[str, ...]], otherwise: s
 def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[BadRow]:
     """Yield the rows without a text in a column, and (``blank``) those with only white space.
 
-    A column that holds anything else has a `ColumnFault`.
+    A column that holds anything else yields a `ColumnFault`.
     """
     feature = split.features[column]
     if getattr(feature, "dtype", "") not in TEXTS:
@@ -103,7 +103,7 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
         # Json decodes a text such as "7" to a number, so its rows may all look like texts, or none.
         for row, value in sorted(there, key=lambda each: isinstance(each[1], str))[:1]:
             found = f"has {value!r:.80} in column '{column}'; expected text"
-            read = f"the file's reader took the column for {_taken_for(feature, value)}"
+            read = f"the column was read as {_taken_for(feature, value)}"
             yield row, ColumnFault(f"{found}, but {read}")
     for row, value in enumerate(values(split, column)):
         if value is None:
@@ -113,17 +113,17 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
 
 
 def _taken_for(feature: Any, value: Any) -> str:
-    """Say what a column is read as instead of texts, and how to write it such that it is read as texts."""
+    """Say what a column was read as instead of text, and how to write it so that it is read as text."""
     if isinstance(feature, Json):
-        return "values of several types; write each of them as a text"
+        return "values of several types; write each as text"
     if isinstance(value, Mapping | list):
         mend = "texts, and one object per row: df.to_json(FILE, orient='records', lines=True)"
     elif isinstance(value, bytes):
-        mend = "them decoded, as texts"
+        mend = "them as decoded text"
     elif isinstance(value, date):
-        mend = "the texts as parquet, which tells them from dates"
+        mend = "the texts as parquet, which distinguishes them from dates"
     else:
-        mend = "the texts as json lines, in quotation marks, or as parquet: a csv does not tell them from numbers"
+        mend = "the texts as json lines, in quotation marks, or as parquet: csv cannot tell them from numbers"
     return f"values of type {type(value).__name__}; write {mend}"
 
 
@@ -148,7 +148,7 @@ def good_rows(
         skip: leave out bad rows (`data.skip_bad_rows`), and splits but train that have no good row; False: refuse.
 
     Raises:
-        DataError: a missing column, or one of a wrong type; the first bad row, if none are left out; or no
+        DataError: a missing column, or one of the wrong type; the first bad row, if none are left out; or no
             training row left.
     """
     for name, split in splits.items():

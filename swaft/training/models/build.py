@@ -26,7 +26,7 @@ _KINDS: dict[str, type] = {"none": TaskLoss, "rdrop": RDrop, "r3f": R3F, "r4f": 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, without decay on biases and normalisation weights.
 
-    Those are the parameters with fewer than two dimensions, and as in transformers those with "bias" in their name
+    Those are the parameters with fewer than two dimensions and, as in transformers, those with "bias" in their name
     (T5's ``relative_attention_bias`` is a matrix).
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -121,7 +121,7 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
 def longest_text(model_config: Any, tokenizer: Any) -> int:
     """Return how many tokens an encoder can read: the tokenizer's limit, and at most the model's positions.
 
-    The limit is that of the models the tokenizer was made for; one with relative positions (T5) has none.
+    The tokenizer's limit is that of the models it was made for. A model with relative positions (T5) has no limit.
     """
     most = longest_input(model_config, tokenizer)
     return most if most == UNLIMITED else min(tokenizer.model_max_length, most)
@@ -208,7 +208,7 @@ def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
     Non-reentrant: the reentrant form fails when a step runs the model twice, as the noise objectives do.
 
     Raises:
-        ConfigError: transformers cannot do that with this model (ALBERT, MPNet, XLNet, ...).
+        ConfigError: transformers does not support that for this model (ALBERT, MPNet, XLNet, ...).
     """
     if gradient_checkpointing:
         try:

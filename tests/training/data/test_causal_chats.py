@@ -229,9 +229,7 @@ def test_a_call_of_a_tool_is_learnt_without_the_arguments_of_other_tools():
 def test_chats_with_contents_of_several_types_or_written_as_texts_are_refused(skip):
     chats = [CHAT, [CHAT[0], {"role": "assistant", "content": 7}]]
     mixed = Dataset.from_dict({"messages": chats}, on_mixed_types="use_json")
-    kinds = (
-        "which has contents of several types, which change how texts are read; write each of them as a text"
-    )
+    kinds = "which has contents of several types, so a text like '7' is read as a number; write each as text"
     written = Dataset.from_dict({"messages": [json.dumps(CHAT)]})
     for rows, said in (
         (mixed, f"row 1 of train has .*'content': 7.*{kinds}"),

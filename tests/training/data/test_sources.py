@@ -164,7 +164,7 @@ def test_unknown_task_names_the_nearest(tasks):
 
 @pytest.mark.parametrize("name", ["./no/such", "~/no/such", "/no/such"])
 def test_a_folder_that_does_not_exist_is_not_asked_of_the_hub(name):
-    with pytest.raises(DataError, match=r"data\.dataset_name: .*no/such is no folder$"):
+    with pytest.raises(DataError, match=r"data\.dataset_name: .*no/such is not a folder$"):
         load_splits(DataConfig(dataset_name=name))
 
 
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_read_says_what_was_expected(tmp_path):
 
 @pytest.mark.parametrize("name", ["train-*.csv", "train.csv.gz", ""])
 def test_several_files_or_a_compressed_one_are_read_by_another_setting(tmp_path, name):
-    with pytest.raises(DataError, match=r"data\.train_file: .*\(data\.dataset_name reads a folder"):
+    with pytest.raises(DataError, match=r"data\.train_file: .*\(data\.dataset_name reads folders"):
         load_splits(DataConfig(train_file=str(tmp_path / name)))
 
 
@@ -364,7 +364,7 @@ def test_whole_and_fractional_scores_of_two_tables_are_joined(tmp_path):
     (tmp_path / "train-2.csv").write_text("text,label\nd,\n")
     assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5, None]
     (tmp_path / "train-3.csv").write_text("text,label\ne,pos\n")
-    with pytest.raises(DataError, match=r"column 'label' of .*train-3\.csv has another type"):
+    with pytest.raises(DataError, match=r"column 'label' of .*train-3\.csv has a different type in"):
         load_splits(DataConfig(dataset_name=str(tmp_path)))
 
 

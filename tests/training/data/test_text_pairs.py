@@ -96,7 +96,9 @@ def test_rows_outside_train_that_share_a_source_become_one_with_all_references(c
 
 def test_translations_written_as_texts_are_said_to_be_texts():
     texts = rows(translation=['{"en": "Go.", "fr": "Va !"}'])
-    with pytest.raises(DataError, match="'translation' is none of translations: expected a text for each"):
+    with pytest.raises(
+        DataError, match="'translation' holds no translations: expected an object with a text"
+    ):
         find(texts, source_lang="en", target_lang="fr")
     with pytest.raises(DataError, match=r"row 0 of validation has the text .* expected a text for each lang"):
         find(TRANSLATIONS, texts, source_lang="en", target_lang="fr", skip_bad_rows=True)
@@ -104,12 +106,12 @@ def test_translations_written_as_texts_are_said_to_be_texts():
 
 def test_validation_rows_drawn_from_train_that_share_its_sources_are_counted(caplog):
     find(E2E, E2E.select([1, 2]))
-    assert "a source that training rows have too" not in caplog.text
+    assert "share their source with training rows" not in caplog.text
     find(E2E.select([0, 2]), E2E.select([1, 3]), validation_fraction=0.5)
-    assert "1 of 2 validation rows have a source that training rows have too" in caplog.text
+    assert "1 of 2 validation rows share their source with training rows" in caplog.text
     languages = {"source_lang": "en", "target_lang": "fr", "validation_fraction": 0.5}
     find(TRANSLATIONS.select([0]), TRANSLATIONS.select([1]), **languages)
-    assert "1 of 1 validation rows have a source that training rows have too" in caplog.text
+    assert "1 of 1 validation rows share their source with training rows" in caplog.text
 
 
 def test_training_rows_stay_single():

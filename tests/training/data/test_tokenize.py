@@ -47,7 +47,8 @@ def test_how_many_training_rows_may_be_cut_is_told(caplog):
     with caplog.at_level(logging.INFO, logger="swaft"):
         report_lengths(tokenized(PAIRS, 8), 8)
     assert (
-        "rows: 7 tokens on average; 50.0 % have data.max_seq_length=8 tokens, to which longer" in caplog.text
+        "rows: 7 tokens on average; 50.0 % have data.max_seq_length=8 tokens (longer ones are cut)"
+        in caplog.text
     )
 
 
