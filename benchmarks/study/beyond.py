@@ -143,7 +143,8 @@ def _table(
     for arm in arms:
         if arm != base:
             differences = [_difference(_values(arms[arm], columns[name]), theirs[name]) for name in columns]
-            told_all.append(line([f"`{arm}`", *differences]))
+            if any(differences):
+                told_all.append(line([f"`{arm}`", *differences]))
     return "\n".join(told_all)
 
 
