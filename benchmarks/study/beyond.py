@@ -82,9 +82,10 @@ def flatness(rows: Sequence[Row]) -> str:
         f"noise {radius:g}": lambda row, i=i: 100 * (row["test_nll"][i + 1] - row["test_nll"][0])
         for i, radius in enumerate(radii)
     } | {name: lambda row, name=name: row[name.replace(" ", "_")] for name in ("top eigenvalue", "trace")}
+    tasks = sorted({row["task"] for of in points.values() for row in of}, key=list(TASKS).index)
     parts = [
         "## Flatness",
-        "Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, given as a share of the "
+        f"On {', '.join(tasks)}. Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, given as a share of the "
         "tensor's root mean square; curvature of the training loss (the eigenvalue after "
         f"{ITERATIONS} power iterations, an underestimate if anything; the trace from {PROBES} random vectors). "
         f"{PAIRED}",
