@@ -85,7 +85,8 @@ def flatness(rows: Sequence[Row]) -> str:
     tasks = sorted({row["task"] for of in points.values() for row in of}, key=list(TASKS).index)
     parts = [
         "## Flatness",
-        f"On {', '.join(tasks)}. Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, given as a share of the "
+        f"On {', '.join(tasks)}. Increase in test loss (0.01 nats) under Gaussian noise on every weight tensor, "
+        "given as a share of the "
         "tensor's root mean square; curvature of the training loss (the eigenvalue after "
         f"{ITERATIONS} power iterations, an underestimate if anything; the trace from {PROBES} random vectors). "
         f"{PAIRED}",
