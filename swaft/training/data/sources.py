@@ -7,7 +7,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from datasets import (
     Features,
     Json,
     List,
-    Value,
     concatenate_datasets,
     load_dataset,
     load_dataset_builder,
@@ -267,9 +266,12 @@ def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
     """
     paths = [path for path in paths if Path(path).stat().st_size] or paths  # writers leave empty files
     shards = [_load_file(path, "data.dataset_name", delimiter) for path in paths]
-    joint: dict[str, Any] = {}
+    joint, empty = dict[str, Any](), dict[str, Any]()
     for path, shard in zip(paths, shards, strict=True):
-        for column, feature in _types(shard):
+        for column, feature in shard.features.items():
+            if shard.data.column(column).null_count == len(shard):
+                empty.setdefault(column, feature)  # the type of a column without values says nothing
+                continue
             try:
                 joint[column] = _joint_type(joint.get(column, feature), feature)
             except pyarrow.ArrowTypeError as error:
@@ -280,15 +282,9 @@ def _load_shards(paths: list[str], delimiter: str | None) -> Dataset:
                     f"data.dataset_name: column '{column}' of {path} has a different type in the files before it "
                     f"({error}); write it with one type, or join the files into one"
                 ) from error
-    wanted = [Features({name: joint[name] for name in shard.column_names}) for shard in shards]
+    types = empty | joint
+    wanted = [Features({name: types[name] for name in shard.column_names}) for shard in shards]
     return concatenate_datasets(list(map(_as_type, shards, paths, wanted)))
-
-
-def _types(shard: Dataset) -> Iterator[tuple[str, Any]]:
-    """Yield columns with their types; a column without any value has none of its own."""
-    for column, feature in shard.features.items():
-        is_empty = shard.data.column(column).null_count == len(shard)
-        yield column, Value("null") if is_empty else feature
 
 
 def _is_table(path: str) -> bool:

@@ -363,6 +363,9 @@ def test_whole_and_fractional_scores_of_two_tables_are_joined(tmp_path):
     assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5]
     (tmp_path / "train-2.csv").write_text("text,label\nd,\n")
     assert load_splits(DataConfig(dataset_name=str(tmp_path)))["train"]["label"][:] == [0.0, 1.0, 0.5, None]
+    (tmp_path / "validation-0.csv").write_text("text,label\nd,\n")
+    (tmp_path / "validation-1.csv").write_text("text,label\ne,\n")
+    assert load_splits(DataConfig(dataset_name=str(tmp_path)))["validation"]["label"][:] == [None, None]
     (tmp_path / "train-3.csv").write_text("text,label\ne,pos\n")
     with pytest.raises(DataError, match=r"column 'label' of .*train-3\.csv has a different type in"):
         load_splits(DataConfig(dataset_name=str(tmp_path)))
