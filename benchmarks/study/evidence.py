@@ -54,12 +54,12 @@ QUOTING = (ROOT / "README.md", ROOT / "docs" / "methods.md")
 """Handwritten pages that quote arms in the form of `quote`."""
 GROUPS = {"all eight": ALL, "choosing": CHOOSING, "confirming": CONFIRMING}
 TOGETHER = {
-    "choosing and confirming": ALL,
-    "choosing": CHOOSING,
-    "confirming": CONFIRMING,
-    "question answering and generation": GENERAL,
+    "choosing and confirming": (ALL, (CHOOSING, CONFIRMING)),
+    "choosing": (CHOOSING, ()),
+    "confirming": (CONFIRMING, ()),
+    "question answering and generation": (GENERAL, ()),
 }
-"""Tasks over which means are taken, by what they are for."""
+"""Tasks over which means are taken, by what they are for, and groups that an arm needs some tasks of each of."""
 DETAILS = "evidence/tables.md"
 """The second page: task by task."""
 
@@ -178,32 +178,18 @@ def _objectives(kept: Kept) -> str:
     return f"## Objectives\n\n{text}\n\n{shown}" if shown else ""
 
 
-def _over_tasks(
-    kept: Kept, regime: str, arms: Sequence[str], *, level: int, p_values: bool = False
-) -> list[str]:
-    """A table with its title for each group of tasks that has pairs."""
-    parts = []
-    for purpose, tasks in TOGETHER.items():
-        of_both = [arm for arm in arms if tasks != ALL or _on_both(kept, regime, arm)]
-        shown = table(kept, regime, of_both, tasks=tasks, p_values=p_values)
-        if shown:
-            parts += [f"{'#' * level} {purpose.capitalize()} tasks: {', '.join(tasks)}", shown]
-    return parts
-
-
-def _on_both(kept: Kept, regime: str, arm: str) -> bool:
-    return all(kept.from_baseline(regime, arm, "loss", tasks=group) for group in (CHOOSING, CONFIRMING))
-
-
 def _every_arm(kept: Kept) -> str:
     parts = ["## Every arm"]
     for regime, settings in REGIMES.items():
-        shown = _over_tasks(kept, regime, kept.arms(regime), level=4, p_values=True)
+        tables = {
+            f"#### {purpose.capitalize()} tasks: {', '.join(tasks)}": table(
+                kept, regime, tasks, within=within
+            )
+            for purpose, (tasks, within) in TOGETHER.items()
+        }
+        shown = [part for title, found in tables.items() if found for part in (title, found)]
         if shown:
-            parts += [
-                f"### {settings.rows:,} training rows",
-                *shown,
-            ]
+            parts += [f"### {settings.rows:,} training rows", *shown]
     text = (
         "Temperature scaling, with one temperature fitted on the validation rows, removes differences in loss that "
         f"are due to confidence alone. Task by task: [tables]({DETAILS})."

@@ -15,27 +15,32 @@ from benchmarks.study.trainings import TRAININGS
 
 
 def table(
-    kept: Kept, regime: str, arms: Sequence[str], *, tasks: Collection[str], p_values: bool = False
+    kept: Kept, regime: str, tasks: Collection[str], *, within: Sequence[Collection[str]] = ()
 ) -> str | None:
-    """Arms against their baselines over some tasks, one row per arm; None if there is nothing to show."""
+    """Arms against their baselines over some tasks, one row per arm; None if there is nothing to show.
+
+    Args:
+        kept: the rows.
+        regime: of the arms.
+        tasks: those to compare on.
+        within: groups of them; only arms that are measured on some tasks of each are shown.
+    """
     found = []
-    for arm in arms:
+    for arm in kept.arms(regime):
         comparisons = {outcome: kept.from_baseline(regime, arm, outcome, tasks=tasks) for outcome in OUTCOMES}
-        if comparisons["loss"]:
+        loss = comparisons["loss"]
+        if loss and all(loss.by_task.keys() & set(group) for group in within):
             found.append((arm, BASELINES[cost_of(arm)], comparisons))
     if not found:
         return None
-    head = ["arm", "against", *OUTCOMES.values(), "tasks, pairs"]
+    counts = ["tasks, pairs", "tasks with lower : higher loss", "p, Holm"]
+    head = ["arm", "against", *OUTCOMES.values(), *counts]
     adjusted = holm([comparisons["loss"].p_value for _, _, comparisons in found])
-    if p_values:
-        head += ["tasks with lower : higher loss", "p, Holm"]
     lines = [line(head), line(["---"] * len(head))]
     for (arm, base, comparisons), p_value in zip(found, adjusted, strict=True):
         loss = comparisons["loss"]
         cells = [f"`{arm}`", f"`{base}`", *(told_overall(comparisons[outcome]) for outcome in OUTCOMES)]
-        cells.append(f"{len(loss.by_task)}, {loss.count}")
-        if p_values:
-            cells += [f"{loss.lower} : {loss.higher}", f"{p_value:.2g}"]
+        cells += [f"{len(loss.by_task)}, {loss.count}", f"{loss.lower} : {loss.higher}", f"{p_value:.2g}"]
         lines.append(line(cells))
     return "\n".join(lines)
 
@@ -66,7 +71,7 @@ def by_task_and_mean(kept: Kept, arms: Sequence[str], base: str, tasks: Sequence
     lines = [line([f"test loss against `{base}`, %", *tasks, "mean"]), line(["---"] * (2 + len(tasks)))]
     for arm in arms:
         found = kept.comparison("main", arm, base, "loss", tasks=tasks)
-        if found and arm != base:
+        if found:
             means = [f"{found.by_task[task].mean:+.2f}" if task in found.by_task else "" for task in tasks]
             lines.append(line([f"`{arm}`", *means, told(found.overall) if found.overall else ""]))
     return "\n".join(lines) if len(lines) > 2 else None
