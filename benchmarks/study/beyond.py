@@ -16,7 +16,7 @@ from benchmarks.study.statistics import compare
 from benchmarks.study.store import Row
 from benchmarks.study.tables import line, told
 from benchmarks.study.tasks import TASKS
-from benchmarks.study.trainings import BASELINES, TRAININGS
+from benchmarks.study.trainings import BASELINE, BASELINES, TRAININGS
 
 SPLITS = {
     "probe": "representational collapse: linear probes on other tasks after training on sst2",
@@ -43,7 +43,7 @@ def collapse(rows: Sequence[Row]) -> str:
             task: lambda row, task=task: _score(row) if row["probe"] == task else None for task in tasks
         }
         parts += [
-            _titled("on other tasks", f"`{PRETRAINED}` is the encoder before training."),
+            f"{_titled('on other tasks')} `{PRETRAINED}` is the encoder before training.",
             _table("arm, trained on sst2", probed, BASELINES[1], columns),
         ]
     chained = _grouped(rows, "cycle", lambda row: row["training"])
@@ -66,8 +66,7 @@ def collapse(rows: Sequence[Row]) -> str:
                 )
                 for stage, probed in stages
             }
-            base = BASELINES[1].partition(":")[0]
-            parts += [_titled(place), _table("training", chained, base, columns)]
+            parts += [_titled(place), _table("training", chained, BASELINE, columns)]
     return "\n\n".join(["## Representational collapse", *parts]) if parts else ""
 
 
@@ -123,11 +122,9 @@ def _probed(row: Row) -> str:
     return PRETRAINED if readout == PRETRAINED else f"{row['training']}:{readout}"
 
 
-def _titled(place: str, more: str = "") -> str:
+def _titled(place: str) -> str:
     rate = "All arms train at the baseline's rate, though two passes or twice the steps cost twice as much."
-    return " ".join(
-        [f"Score of a linear probe {place}, in points. {rate} {PAIRED}", *([more] if more else [])]
-    )
+    return f"Score of a linear probe {place}, in points. {rate} {PAIRED}"
 
 
 def _table(

@@ -19,7 +19,7 @@ from benchmarks.study.readouts import RECOMMENDED
 from benchmarks.study.rows import Rows
 from benchmarks.study.store import Row
 from benchmarks.study.tasks import TASKS, Splits, Task, load
-from benchmarks.study.trainings import BASELINES, Training
+from benchmarks.study.trainings import BASELINE, Training
 
 PROBED = ("trec", "cr", "subj", "mpqa", "mrpc")
 """Tasks probed in the first experiment, after training on another. Probes of cola learn nothing, not even on the
@@ -47,7 +47,7 @@ def probe_others(
         for other in PROBED:
             found[f"{name}:{other}"] = {"probe": other, "outcomes": probe(model, other, seed=0)}
 
-    if training.name == BASELINES[1].partition(":")[0]:
+    if training.name == BASELINE:
         probe_all(PRETRAINED, encoder.pretrained(splits.num_labels, trained.seed, device()))
     for readout in recommended_readouts(training):
         with in_place(model, trained.averager, readout):

@@ -46,7 +46,7 @@ from functools import cache
 from benchmarks.study.cell import Cell
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.store import Row, finished
-from benchmarks.study.trainings import BASELINES, TRAININGS
+from benchmarks.study.trainings import BASELINE, BASELINES, TRAININGS
 
 DIVERGED = "are not finite"
 """In the error of a training that averages weights, once they are not finite."""
@@ -197,7 +197,7 @@ def at_chosen_rates(some: Sequence[Row], rows: Iterable[Row]) -> list[Row]:
 
 def tuned(training: str, split: str) -> str:
     """The training whose learning rate a training uses in a split."""
-    return BASELINES[1].partition(":")[0] if split in SAME_RATE else training
+    return BASELINE if split in SAME_RATE else training
 
 
 def cells_of(phase: Phase, rows: Sequence[Row]) -> Iterator[Cell]:

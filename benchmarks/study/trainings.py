@@ -82,5 +82,7 @@ TEACHER_RATES = {
     "decayed2x": {"sst2": 2.5e-5, "trec": 1e-4, "cr": 2.5e-5, "banking77": 4e-4},
 }
 """The rates that tuning chose, by teacher and task; copied here, so that a cell's name still says all about it."""
+BASELINE = "decayed"
+"""The training that all others are compared with, or with a run of it twice as long."""
 BASELINES = {1: "decayed:last", **dict.fromkeys((2, 3, 4), "decayed2x:last")}
 """The baseline for an arm, by its units: the one of equal cost, or the most expensive there is."""

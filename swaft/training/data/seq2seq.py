@@ -334,10 +334,10 @@ def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
         unusual = "no pair of columns has usual names for source and target; {}; set data.source_column and "
         unusual += "data.target_column"
         if TRANSLATION in train.column_names:
-            unusual += (
-                f" (column '{TRANSLATION}' holds no translations: expected an object with a text for each "
+            objects = (
+                "an object with a text for each language; json lines and parquet keep objects, csv does not"
             )
-            unusual += "language; json lines and parquet keep objects, csv does not)"
+            unusual += f" (column '{TRANSLATION}' holds no translations: expected {objects})"
         source, target = usual_columns(train, USUAL_COLUMNS, unusual)
         return PairColumns(source, target)
     if {source, target} <= set(languages):
