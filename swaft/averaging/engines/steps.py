@@ -102,9 +102,9 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
             "the steps of the whole run, those before this process included, or first_step=0 if a new run begins "
             "here, or if `load_state` resumes one that has passed its end"
         )
-    if not engine.ranks.is_main:
+    if first_step is not None or not engine.ranks.is_main:
         return step
-    guessed = first_step is None and not counted  # the state may be left over from an earlier run
+    guessed = not counted  # the state may be left over from an earlier run
     if step:
         level = logging.WARNING if guessed else logging.INFO
         logger.log(level, "averaging begins at optimizer step %d of %d, as %s", step, total_steps, source)
