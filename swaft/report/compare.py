@@ -54,17 +54,21 @@ def arms_of(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
 def compare(arms: Mapping[str, Sequence[RunLog]], split: str, score: str) -> list[Difference]:
     """Return the paired differences of a score: averaged minus last in every arm, and every arm minus the first.
 
-    Arms are paired by seed, using the weights that their runs recommend: the averaged weights, if there are any.
+    Arms are paired by seed, using the averaged weights of an arm that has some, else the last.
     """
     found = []
     for arm, runs in arms.items():
         pairs = [(_score(run, split, "averaged", score), _score(run, split, "last", score)) for run in runs]
         found.append(difference(f"averaged − last ({arm})", pairs))
     first, *others = arms
-    before = {_seed(run): _kept(run, split, score) for run in arms[first]}
+    kinds = {
+        arm: "last" if all(_score(run, split, "averaged", score) is None for run in runs) else "averaged"
+        for arm, runs in arms.items()
+    }
+    before = {_seed(run): _score(run, split, kinds[first], score) for run in arms[first]}
     for arm in others:
-        pairs = [(_kept(run, split, score), before.get(_seed(run))) for run in arms[arm]]
-        found.append(difference(f"{arm} − {first}", pairs))
+        pairs = [(_score(run, split, kinds[arm], score), before.get(_seed(run))) for run in arms[arm]]
+        found.append(difference(f"{arm}, {kinds[arm]} − {first}, {kinds[first]}", pairs))
     return [each for each in found if each.values]
 
 
@@ -82,11 +86,6 @@ def difference(what: str, pairs: Sequence[tuple[float | None, float | None]]) ->
 
 def _score(run: RunLog, split: str, weights: str, score: str) -> float | None:
     return run.final.get(split, {}).get(weights, {}).get(score)
-
-
-def _kept(run: RunLog, split: str, score: str) -> float | None:
-    averaged = _score(run, split, "averaged", score)
-    return _score(run, split, "last", score) if averaged is None else averaged
 
 
 def _seed(run: RunLog) -> Any:

@@ -118,7 +118,7 @@ def test_seeds_are_compared_as_pairs_and_arms_by_the_setting_that_sets_them_apar
         file = folder / "config.yaml"
         file.write_text(file.read_text().replace("0.0001", "0.001"))
     page = render([*runs, *map(read_run, other)])
-    assert "train.learning_rate=0.001 − train.learning_rate=0.0001" in page
+    assert "train.learning_rate=0.001, averaged − train.learning_rate=0.0001, averaged" in page
     assert "<td>4</td><td>+0.03</td><td>+0.03 to +0.03</td>" in page
 
 
@@ -136,7 +136,13 @@ def test_an_arm_without_averages_is_compared_by_its_last_weights():
         return RunLog(path=Path(arm), final=final, settings={"train.seed": (1, ""), "arm": (arm, "")})
 
     found = compare({"a": [run("a", last=2.0)], "b": [run("b", last=3.0, averaged=1.0)]}, "test", "loss")
-    assert {each.what: each.mean for each in found} == {"averaged − last (b)": -2.0, "b − a": -1.0}
+    assert {each.what: each.mean for each in found} == {"averaged − last (b)": -2.0, "b, averaged − a, last": -1.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_long_label_leaves_its_figure_room():
+    long = difference("data.train_file=rows.csv, " * 20, [(1.0, 2.0)])
+    assert "…" in figures.differences("test: loss", [long])
 
 
 def test_a_long_curve_keeps_its_extremes_as_a_band_around_means_and_its_order():
@@ -154,9 +160,11 @@ def test_a_long_curve_keeps_its_extremes_as_a_band_around_means_and_its_order():
 def test_a_run_that_was_killed_is_read_and_says_so(tmp_path):
     folder = recipe_run(tmp_path / "run")
     (folder / "summary.json").unlink()
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:12]  # one evaluation
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"kind": "train", "st')
     page = render([read_run(folder)])
+    assert Page(page).tags.count("svg") == 6 + 2
+    assert "<h2>Run</h2>" not in page
     assert "The run has not ended" in page
     assert "The last line of metrics.jsonl is cut off" in page
 
