@@ -20,6 +20,8 @@ from swaft.report.runs import Curve
 POINTS = 300
 """Maximum points of a curve; a longer curve is drawn as the mean of each stretch, with a band from minimum to
 maximum."""
+WIDEST = 76
+"""Characters of a label inside a figure: more would leave its axes no room. The table beside it has the whole."""
 INK = "#010203"
 """Stands for the page's text colour until the figure is in the page."""
 STYLES = {"last": ("#2383c9", "-", "o"), "averaged": ("#d9660c", "--", "s"), "": ("#2383c9", "-", "")}
@@ -153,7 +155,8 @@ def differences(title: str, found: Sequence[Difference]) -> str:
             axes.plot(each.mean, place, "|", color=INK, markersize=16)
             axes.plot(each.values, [place] * len(each.values), "o", color=STYLES["last"][0], markersize=5)
             where = axes.get_yaxis_transform()  # the text starts at the left end of the axes
-            axes.text(0.01, place + 0.25, each.what, transform=where, fontsize=8)
+            label = each.what if len(each.what) <= WIDEST else f"{each.what[: WIDEST - 1]}…"
+            axes.text(0.01, place + 0.25, label, transform=where, fontsize=8)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks([])
         axes.set_ylim(-0.5, len(found) - 0.4)

@@ -106,13 +106,14 @@ def _training(run: RunLog) -> str:
 
 
 def _evaluations(run: RunLog) -> str:
+    fewest = 2 if run.final else 1  # a single evaluation at the end is in the table of scores
     drawn = [
         figures.curves(f"{split}: {score}", kinds)
         for split, scores in run.evaluations.items()
         for score, kinds in scores.items()
-        if max(map(len, kinds.values()), default=0) > 1
+        if max(map(len, kinds.values()), default=0) >= fewest
     ]
-    return _figures("Last against averaged, at every evaluation", drawn)
+    return _figures("Scores at every evaluation", drawn)
 
 
 def _surface(run: RunLog) -> str:
@@ -152,7 +153,8 @@ def _samples(run: RunLog) -> str:
 
 
 def _facts(run: RunLog) -> str:
-    return _section("Run", _table(("", ""), [(name, _text(value)) for name, value in run.facts.items()]))
+    cells = [(name, _text(value)) for name, value in run.facts.items()]
+    return _section("Run", _table(("", ""), cells)) if cells else ""
 
 
 def _settings(run: RunLog) -> str:
