@@ -208,6 +208,7 @@ class WeightAverager:
         blend: float | None = None,
         dtype: str | torch.dtype = torch.float32,
         max_shard_size: str | int = export.SHARD_SIZE,
+        note: str = "",
     ) -> None:
         """Write an average as a Hugging Face folder (collective; rank 0 writes).
 
@@ -218,6 +219,7 @@ class WeightAverager:
             blend: as for :meth:`swapped_in`.
             dtype: of the floating-point tensors, as for `swaft.averaging.save_pretrained`.
             max_shard_size: maximum size of one file, such as ``"5GB"``.
+            note: for the model card, added to what it says these weights are.
 
         Raises:
             AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
@@ -226,7 +228,7 @@ class WeightAverager:
         chosen = self.chosen(readout, blend)
         shard = self.shard_together(chosen)
         plan, count = self.plan(chosen.rule), self.count(chosen.rule)
-        means = f"the average of a training run's weights by `{plan.rule!r}` (steps taken in: {count:,})"
+        means = f"weights of a training run, averaged by `{plan.rule!r}`: {plan.in_words(count, chosen)}"
         export.save_pretrained(
             self.engine,
             path,
@@ -234,7 +236,7 @@ class WeightAverager:
             statistics=self._statistics.of(*self._average(chosen)),
             dtype=dtype,
             max_shard_size=max_shard_size,
-            description=means + (f" with {chosen.choices}" if chosen.choices else ""),
+            description=(means if chosen.blend else "the last weights of a training run") + note,
         )
 
     def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -305,13 +307,13 @@ class WeightAverager:
         return self._plans[self._named(name)]
 
     def count(self, name: str | None = None) -> int:
-        """Members in the average of a rule so far, including those still being processed."""
+        """Members that a rule has taken in so far, including those still being processed."""
         return self._counts[self._named(name)]
 
     @property
     def num_averaged(self) -> int:
-        """`count` of the first rule."""
-        return self.count()
+        """Members in the average of the first rule: its `count`, less those that the rule has dropped (LAWA)."""
+        return len(self._average(self.chosen(None))[1]) if self.count() else 0
 
     @property
     def waits(self) -> Waits:
@@ -409,10 +411,9 @@ class WeightAverager:
             raise AveragingError(f"no rule is called {name!r}; expected one of {', '.join(self._plans)}")
         return name
 
-    def _average(self, chosen: Readout) -> tuple[Readout, int]:
-        """The readout in canonical form, and how many members are in it."""
-        average, members = self.plan(chosen.rule).resolved(self.count(chosen.rule), chosen)
-        return average, len(members)
+    def _average(self, chosen: Readout) -> tuple[Readout, range]:
+        """The readout in canonical form, and the members in it."""
+        return self.plan(chosen.rule).resolved(self.count(chosen.rule), chosen)
 
     def _ready(self, chosen: Readout) -> Lanes:
         """The lanes of a rule, once every member is in them."""

@@ -182,7 +182,7 @@ class Statistics:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._kept: dict[Readout, tuple[int, dict[str, Tensor]]] = {}
+        self._kept: dict[Readout, tuple[range, dict[str, Tensor]]] = {}
         layers = running_statistics(engine.module)
         if layers:
             self._warn(
@@ -193,11 +193,11 @@ class Statistics:
         self._known = tuple(f"{name}." if name else name for name in layers)
         self._sums = self._sum()
 
-    def keep(self, average: Readout, members: int, buffers: dict[str, Tensor]) -> None:
-        """Use these buffers with an average, as given by `Plan.resolved`, while it has this many members."""
+    def keep(self, average: Readout, members: range, buffers: dict[str, Tensor]) -> None:
+        """Use these buffers with an average, as given by `Plan.resolved`, while it has these members."""
         self._kept[average] = (members, buffers)
 
-    def of(self, average: Readout, members: int) -> dict[str, Tensor]:
+    def of(self, average: Readout, members: range) -> dict[str, Tensor]:
         """The buffers that go with an average; {} if the model's own must serve, which is logged."""
         now = self._sum() if self._sums else {}
         changed = [name for name, value in now.items() if self._sums.get(name, value) != value]
@@ -212,9 +212,8 @@ class Statistics:
         others = [each for each in self._kept if each.rule == average.rule and each != average]
         if had != members:
             self._warn(
-                "the running statistics are those of an average of %d members, which now has %d, so the last ones "
+                "this average has taken in members since its running statistics were computed, so the last ones "
                 "are taken; call averager.update_bn(loader) again",
-                *(had, members),
             )
             return {}
         if others and average not in self._kept and average.blend != 0:

@@ -153,7 +153,7 @@ def open_average(path: Path, manifest: Manifest, *, rule: str | None) -> SavedWe
         specs={name: Spec(torch.float32, tuple(shape)) for name, shape in state.parameters.items()},
         read=read,
         close=files.close,
-        label=f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights",
+        label=f"{path}: {chosen.name}, {chosen.rule}, {chosen.count} weights taken in",
         aliases=state.aliases,
     )
 

@@ -72,8 +72,19 @@ def test_at_0_and_1_every_bit_is_that_of_the_last_weights_and_of_the_average(tmp
     averager.save_pretrained(tmp_path / "average")
     averager.save_pretrained(tmp_path / "blend 1", blend=1.0)
     for one, other in (("last", "blend 0"), ("average", "blend 1")):
-        one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in (one, other))
-        assert one == other
+        files = ((tmp_path / name / "model.safetensors").read_bytes() for name in (one, other))
+        assert len({*files}) == 1
+        cards = ((tmp_path / name / "README.md").read_text() for name in (one, other))
+        assert len({card.split("holds ")[1] for card in cards}) == 1
+
+
+def test_the_card_of_an_average_says_in_words_what_it_holds(plain, tmp_path):
+    _, averager = plain
+    averager.save_pretrained(tmp_path / "out", blend=0.5, note=" (for a test)")
+    assert (
+        "holds weights of a training run, averaged by `SWA(start=1, every=1, include_start=True)`: the 6 weights "
+        "from step 1 to 6, 0.5 of the way from the last ones (for a test), in float32, written by swaft."
+    ) in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("blend", [-1.01, 2.5, math.nan, math.inf, True, "0.3"])
@@ -123,6 +134,7 @@ def test_a_scope_that_the_model_has_no_parts_for_is_refused(plain):
 def test_the_exact_mean_of_lora_updates_blends_exactly_with_the_last_update(blend):
     model = adapted()
     averager, recorded = train(model, rule=LAWA(last=3))
+    assert (averager.num_averaged, averager.count()) == (3, 7)
     last, *members = (updates(model, weights) for weights in (recorded[-1], *recorded[-3:]))
     expected = {
         name: (1 - blend) * last[name] + blend * sum(each[name] for each in members) / 3 for name in last

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from numbers import Integral
 from typing import Annotated, Any, Literal, Protocol
 
@@ -72,23 +72,14 @@ class Readout:
         if faults := value_faults("blend", self.blend, Blend) + value_faults("scope", self.scope, Scope):
             raise AveragingError("; ".join(faults))
 
-    @property
-    def choices(self) -> dict[str, Any]:
-        """The choices that differ from their defaults, except the rule, by name."""
-        return {
-            each.name: value
-            for each in fields(self)[1:]
-            if (value := getattr(self, each.name)) != each.default
-        }
-
     def refuse_all_but(self, *offered: str) -> None:
         """Refuse a choice that a rule does not offer.
 
         Raises:
             AveragingError: names the choice and what the rule offers.
         """
-        for name in self.choices.keys() & {"start", "end", "sigma_rel"}:
-            if name not in offered:
+        for name in ("start", "end", "sigma_rel"):
+            if getattr(self, name) is not None and name not in offered:
                 known = " or ".join(offered) or "no choice"
                 raise AveragingError(
                     f"this rule's average cannot be chosen by {name!r}; it offers {known} "
@@ -131,7 +122,7 @@ class Plan(ABC):
 
     @property
     def num_members(self) -> int:
-        """Members in the average at the end of the run."""
+        """Members of the whole run."""
         return self.members_until(self.total_steps)
 
     @property
@@ -159,6 +150,26 @@ class Plan(ABC):
             AveragingError: as for :meth:`readout`.
         """
         return chosen, range(num_members)
+
+    def in_words(self, num_members: int, chosen: Readout) -> str:
+        """What a choice reads out after ``num_members`` members: ``the 9 weights from step 0 to 8``, say.
+
+        Raises:
+            AveragingError: as for :meth:`readout`.
+        """
+        if chosen.blend == 0:
+            return "the last weights"
+        chosen, members = self.resolved(num_members, chosen)
+        first, last = self.step_of(members[0]), self.step_of(members[-1])
+        several = f"the {len(members):,} weights from step {first:,} to {last:,}"
+        words = [several if len(members) > 1 else f"the weights of step {last:,}"]
+        if chosen.sigma_rel is not None:
+            words.append(f"with sigma_rel={chosen.sigma_rel:g}")
+        if chosen.blend != 1:
+            words.append(f"{chosen.blend:g} of the way from the last ones")
+        if chosen.scope != "all":
+            words.append(f"with the last weights in the {chosen.scope.removeprefix('no_')}")
+        return ", ".join(words)
 
     def finished(self, n: int) -> tuple[int, ...]:
         """Lanes that member ``n`` changed and no later member will change: they may move to disk."""
@@ -189,6 +200,8 @@ class SettledPlan(Plan):
     """The average after a given number of members: lane to coefficient."""
     fixed_length: bool = False
     """Whether the plan works for `num_members` members and no more."""
+    last: int | None = None
+    """How many of the latest members are in the average; None: all."""
 
     @property
     def lanes(self) -> tuple[bool, ...]:
@@ -205,6 +218,10 @@ class SettledPlan(Plan):
         """See :class:`Plan`."""
         chosen.refuse_all_but()
         return self.average(num_members)
+
+    def resolved(self, num_members: int, chosen: Readout) -> tuple[Readout, range]:
+        """See :class:`Plan`."""
+        return chosen, range(num_members)[-(self.last or num_members) :]
 
 
 def one_mean(weight: Callable[[int], float]) -> Callable[[int], tuple[Update, ...]]:

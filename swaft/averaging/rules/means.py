@@ -194,6 +194,7 @@ class LAWA:
             kinds=(False,) * self.last,
             moves=lambda n: (Update(n % self.last, 1.0),),
             average=average,
+            last=self.last,
         )
         if plan.num_members < self.last:
             raise ConfigError(

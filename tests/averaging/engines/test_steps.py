@@ -270,7 +270,7 @@ def test_the_step_may_be_said_and_then_counts_on_across_a_loaded_state(caplog):
     model, optimizer = standing_at(12)
     with caplog.at_level("INFO", logger="swaft"):
         swaft.WeightAverager(model, optimizer, rule=swaft.SWA(), total_steps=8, first_step=3)
-    assert "averaging begins" not in caplog.text  # whoever says the step knows it, and may load older averages
+    assert "averaging begins" not in caplog.text  # whoever says the step may load averages that began before
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=8, first_step=0)
     optimizer.step()
     averager.step()

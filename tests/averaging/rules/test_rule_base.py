@@ -151,3 +151,17 @@ def test_numpy_numbers_are_taken_for_what_they_are():
 def test_a_start_or_interval_that_does_not_fit_the_run_is_named(rule, options, named):
     with pytest.raises(ConfigError, match=rf"{named}(=| is )"):
         replace(rule, **options).plan(10)
+
+
+def test_what_is_read_out_is_said_in_words():
+    def words(rule, **chosen) -> str:
+        return rule.plan(8).in_words(9, Readout(**chosen))
+
+    assert words(SWA(start=0)) == "the 9 weights from step 0 to 8"
+    assert words(LAWA(last=2)) == "the 2 weights from step 7 to 8"
+    assert words(Windows(blocks=9), start=8) == "the weights of step 8"
+    assert words(PowerEMA(), sigma_rel=0.1) == "the 9 weights from step 0 to 8, with sigma_rel=0.1"
+    assert words(SWA(start=0), blend=0) == "the last weights"
+    assert words(SWA(start=0), blend=0.3, scope="no_head") == (
+        "the 9 weights from step 0 to 8, 0.3 of the way from the last ones, with the last weights in the head"
+    )

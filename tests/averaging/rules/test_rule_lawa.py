@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lane_interpreter import averages, lanes_along, random_members
 
-from swaft.averaging.rules import LAWA
+from swaft.averaging.rules import LAWA, Readout
 from swaft.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,9 @@ def test_lawa_is_the_mean_of_the_last_members_all_along(last, every):
     plan = LAWA(last=last, start=3, every=every).plan(40)
     members = random_members(plan)
     for count, average in enumerate(averages(plan, members), start=1):
-        np.testing.assert_allclose(average, members[max(0, count - last) : count].mean(axis=0), rtol=1e-12)
+        _, held = plan.resolved(count, Readout())
+        assert held == range(max(0, count - last), count)
+        np.testing.assert_allclose(average, members[list(held)].mean(axis=0), rtol=1e-12)
 
 
 def test_the_lanes_of_lawa_are_members_bit_for_bit():
