@@ -43,6 +43,8 @@ def test_the_best_checkpoint_is_chosen_by_the_averaged_score_and_its_average_is_
         assert run.evaluate()["eval_loss"] == pytest.approx(scores[best])
     mean, written = averaged(run), exported(run)
     assert all(torch.equal(mean[name], written[name]) for name in mean)
+    card = (tmp_path / "final-averaged" / "README.md").read_text()
+    assert f"from step 6 to {best} (as of checkpoint-{best}, the best checkpoint)" in card
 
 
 def test_early_stopping_goes_by_the_averaged_score_wherever_it_stands_in_the_list(

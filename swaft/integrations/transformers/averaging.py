@@ -155,23 +155,24 @@ class WeightAveragingCallback(TrainerCallback):
         averager = self._attached
         with averager.engine.ranks.together():  # a full disk on one machine, say
             averager.wait()
+        note = ""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._follow_best(Path(state.best_model_checkpoint))
+            note = self._follow_best(Path(state.best_model_checkpoint))
         if not averager.num_averaged:
             logger.warning(
                 "nothing was averaged: training ended at step %d, before the rule's first member",
                 state.global_step,
             )
             return
-        averager.save_pretrained(self._export)
+        averager.save_pretrained(self._export, note=note)
         # As the Trainer's own checkpoints find it.
         tokenizer = self._trainer.processing_class or getattr(self._trainer.data_collator, "tokenizer", None)
         with averager.engine.ranks.together(f"the tokenizer could not be written to {self._export}"):
             if tokenizer is not None and averager.engine.ranks.rank == 0:
                 tokenizer.save_pretrained(self._export)
 
-    def _follow_best(self, checkpoint: Path) -> None:
-        """Load the averages of the best checkpoint, if averaging had begun by then."""
+    def _follow_best(self, checkpoint: Path) -> str:
+        """Load the averages of the best checkpoint, if averaging had begun by then; return a note for the card."""
         averages = _require_state(checkpoint)
         # Not by the Trainer's steps: it counts those that a loss scaler skips, and its best may have no checkpoint.
         held = AverageState.from_json(read_manifest(averages, kind=KIND).content, where=averages)
@@ -180,14 +181,15 @@ class WeightAveragingCallback(TrainerCallback):
                 "%s, the best checkpoint, was written before averaging began: %s holds the average of the whole "
                 "run", checkpoint, self._export,
             )  # fmt: skip
-        else:
-            self._attached.load_state(averages)
-            if self._attached.num_averaged == 1:
-                logger.warning(
-                    "averaging began at %s, the best checkpoint: %s holds its weights, of a single step",
-                    *(checkpoint, self._export),
-                )
-            logger.info("%s holds the average of %s, the best checkpoint", self._export, checkpoint)
+            return f" (of the whole run; {checkpoint.name}, the best, was written before averaging began)"
+        self._attached.load_state(averages)
+        if self._attached.num_averaged == 1:
+            logger.warning(
+                "averaging began at %s, the best checkpoint: %s holds its weights, of a single step",
+                *(checkpoint, self._export),
+            )
+        logger.info("%s holds the average of %s, the best checkpoint", self._export, checkpoint)
+        return f" (as of {checkpoint.name}, the best checkpoint)"
 
     def averager_of(self, trainer: Trainer) -> WeightAverager | None:
         """Return the averager of a Trainer's run; None if it has not trained, or another Trainer has since."""
