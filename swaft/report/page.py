@@ -18,7 +18,7 @@ TRAINING = {
     "noise_to_signal": "Noise to signal",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
-    "drift": "Distance of the average from the weights",
+    "drift": "Drift: distance of the average from the last weights (L2)",
 }
 """Numbers of the training log that get a figure, in this order."""
 LOGARITHMIC = ("divergence", "grad_norm", "drift")

@@ -57,7 +57,7 @@ def test_every_combination_runs_with_every_seed_and_is_compared_at_the_end(tmp_p
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "averaging.rule=swa, averaged: 0.765 ± 0.00707 (2 seeds)" in printed
-    assert "averaging.rule=swa − averaging.rule=none: +0.05" in printed
+    assert "averaging.rule=swa, averaged − averaging.rule=none, last: +0.05" in printed
     assert (tmp_path / "report.html").is_file()
 
 

@@ -136,7 +136,10 @@ def test_an_arm_without_averages_is_compared_by_its_last_weights():
         return RunLog(path=Path(arm), final=final, settings={"train.seed": (1, ""), "arm": (arm, "")})
 
     found = compare({"a": [run("a", last=2.0)], "b": [run("b", last=3.0, averaged=1.0)]}, "test", "loss")
-    assert {each.what: each.mean for each in found} == {"averaged − last (b)": -2.0, "b, averaged − a, last": -1.0}
+    assert {each.what: each.mean for each in found} == {
+        "averaged − last (b)": -2.0,
+        "b, averaged − a, last": -1.0,
+    }
 
 
 @pytest.mark.filterwarnings("error")
