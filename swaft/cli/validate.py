@@ -46,6 +46,8 @@ def table(found: Preflight) -> str:
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield part and text of every fact."""
+    from swaft.training.models.build import noise_in_words  # here, so that --help does not wait for it
+
     if launch := facts.get("launch"):
         machines, ranks, precision = launch["machines"], launch["ranks"], launch["mixed_precision"]
         where = f"{machines} machines x {ranks // machines} = " if machines > 1 else ""
@@ -67,7 +69,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if averaging := facts.get("averaging"):
         yield "averaging", _averaging(averaging)
     if noise := facts.get("noise"):
-        yield "noise", _noise(noise)
+        yield "noise", noise_in_words(noise)
     deepspeed = facts.get("ds", [])
     width = max((len(row["key"]) for row in deepspeed), default=0)
     yield from (("ds", f"{row['key']:<{width}}  {row['value']!s:<8}  ({row['source']})") for row in deepspeed)
@@ -84,15 +86,6 @@ def _averaging(facts: dict[str, Any]) -> str:
     steps = f"steps {facts['first_step']:,} to {facts['last_step']:,}, every {facts['every']:,}"
     memory = f"{facts['host_bytes_a_rank'] / 2**20:,.1f} MiB of host memory per rank"
     return f"{facts['rule']}, {steps} -> {facts['members']:,} weights; {memory}"
-
-
-def _noise(facts: dict[str, Any]) -> str:
-    if facts["kind"] == "none":
-        return "none"
-    size = f"{facts['sigma']:g}" + (" of the embeddings' RMS" if facts["relative"] else "")
-    drawn = f"{facts['noise']} {size} on the embeddings" if facts["sigma"] else "two dropout masks"
-    forwards = "2 forwards" if facts["passes"] == "two" else "1 forward of twice the rows"
-    return f"{facts['kind']}, {drawn}, weight {facts['weight']:g} -> {forwards} per micro-batch"
 
 
 def _count(number: int, noun: str) -> str:

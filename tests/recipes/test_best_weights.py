@@ -40,7 +40,8 @@ def test_the_kept_folder_scores_what_the_summary_says_of_it(run, inputs, kind):
         "step": first_best, "weights": kind, "metric": "accuracy", "score": max(scores.values())
     }  # fmt: skip
     assert accuracy_of(output / "best", inputs / "validation.csv") == pytest.approx(summary["best"]["score"])
-    assert f"best weights saved in {output / 'best'}" in said
+    found = f"{kind}, step {first_best}, validation accuracy {max(scores.values()):.4f}"
+    assert f"best weights ({found}) saved in {output / 'best'}" in said
     assert "stopped_early_at" not in summary
 
 
@@ -57,8 +58,14 @@ def test_a_run_that_no_longer_gets_better_ends_early_with_everything_saved(run, 
     # Evaluations count from step 15 on, when there is an average; the score of step 5 is never beaten.
     assert summary["stopped_early_at"] == summary["steps"] == summary["applied_steps"] == 20
     assert "stopped early, after step 20 of 108" in said
-    assert summary["num_averaged"] == 9
+    assert summary["num_averaged"] == (4 if rule == "lawa" else 9)
     assert summary["best"]["step"] == 5
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [record["step"] for record in records if record["kind"] == "validation/last"]
+    assert evaluated == ([5, 10, 15, 20, 20] if rule == "windows" else [5, 10, 15, 20])
+    assert "Objective = TaskLoss" in said
+    if rule == "lawa":
+        assert "Averaging = LAWA(last=4, start=12, every=1): the 4 weights from step 105 to 108" in said
     assert not (output / "best").exists()  # nobody asked for it
     for weights, folder in (("last", "final"), ("averaged", "final-averaged")):
         for split in ("validation", "test"):

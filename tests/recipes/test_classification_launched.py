@@ -66,6 +66,9 @@ def test_one_process_trains_evaluates_and_saves_both_weights(inputs, tmp_path):
     assert all(record["divergence"] > 0 for record in records(output, "train"))
 
     assert "Total optimization steps = 54" in finished.out
+    assert (
+        "Objective = r3f, uniform 1e-05 on the embeddings, weight 1 -> 2 forwards per micro" in finished.out
+    )
     assert "step 54/54 | loss " in finished.out
     assert "%|" not in finished.out + finished.err  # no progress bar where there is no terminal
     config = load_config(ClassificationConfig, ["--config", str(output / "config.yaml")])
@@ -87,7 +90,9 @@ def test_the_window_and_the_blend_are_chosen_after_training_by_the_validation_sc
     assert len(tried) >= 5
     assert {window["start"] for window in tried} == {0, 11, 22, 33, 44}
     assert {window["blend"] for window in tried} == {0.0, 0.3, 0.6, 1.0, 1.5}
-    assert f"best of {len(tried)} windows and blends on validation data" in finished.err + finished.out
+    assert "choosing the window and the blend of the average by accuracy on validation data" in finished.out
+    if summary["window"]["blend"]:
+        assert f"best of {len(tried)} windows and blends on validation data (accuracy " in finished.out
     best = max(window["score"] for window in tried)
     assert summary["scores"]["validation"]["averaged"]["accuracy"] == best
     assert summary["window"]["members"] == summary["window"]["end"] - summary["window"]["start"] + 1

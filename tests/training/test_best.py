@@ -77,6 +77,9 @@ def test_the_last_weights_are_kept_when_they_are_better_and_only_then(tmp_path):
     assert vars(run.best.found) == {"step": 5, "weights": "last", "metric": "accuracy", "score": 0.8}
     assert {entry.name for entry in tmp_path.iterdir()} == {"best"}
     assert (tmp_path / "best" / "tokenizer.json").exists()
+    assert (
+        "holds the last weights of a training run (the best so far: step 5, validation accuracy 0.8000)"
+    ) in (tmp_path / "best" / "README.md").read_text()
 
 
 def test_the_averaged_weights_are_kept_once_there_is_an_average(tmp_path):
@@ -87,6 +90,10 @@ def test_the_averaged_weights_are_kept_once_there_is_an_average(tmp_path):
     run.after_a_step(0.9, 0.6)
     assert run.kept == 2.5  # of steps 2 and 3
     assert run.best.found.weights == "averaged"
+    assert (
+        "averaged by `SWA(start=2, every=1, include_start=True)`: the 2 weights from step 2 to 3 (the best so far: "
+        "step 3, validation accuracy 0.6000)"
+    ) in (tmp_path / "best" / "README.md").read_text()
 
 
 def test_of_either_the_better_is_kept_and_the_averaged_where_they_are_equal(tmp_path):

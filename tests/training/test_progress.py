@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from swaft.averaging import Readout, ReadoutSearch, Tried
+from swaft.averaging.rules import Windows
 from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.data.classification import ClassificationConfig
+from swaft.training.evaluation.best import Target
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
 from swaft.training.run.step import Position
@@ -71,6 +74,10 @@ def log(make_accelerator, tmp_path):
         config=SimpleNamespace(train=TrainConfig(output_dir="-"), averaging=AveragingConfig(rule="swa")),
         total_steps=3,
         position=Position(),
+        target=Target(score="f1", chosen="f1"),
+        averager=SimpleNamespace(
+            applied_steps=8, count=lambda: 9, plan=lambda: Windows(blocks=3, start=0).plan(8)
+        ),
     )
     return ProgressLog(run)
 
@@ -91,6 +98,27 @@ def test_every_record_goes_to_the_screen_and_to_metrics_jsonl(log, tmp_path, cap
     ]
     assert records[0]["loss"] == 0.412
     assert "changed" not in records[0]
+
+
+@pytest.mark.parametrize(
+    ("choices", "readout", "message"),
+    [
+        (["window"], Readout(start=3), "the 6 weights from step 3 to 8, best of 2 windows"),
+        (["window"], Readout(start=8), "no window scored better than the last weights; final-averaged holds those"),
+        (["blend"], Readout(blend=0.3), "the 9 weights from step 0 to 8, 0.3 of the way from the last ones, best"),
+        (["window", "blend"], Readout(blend=0), "no window or blend scored better than the last weights; final"),
+    ],
+)  # fmt: skip
+def test_what_was_chosen_after_training_is_said_with_its_score(log, caplog, choices, readout, message):
+    logging.getLogger("swaft").propagate = True
+    found = Tried(readout, start=readout.start or 0, end=8, members=9, score=69.8551)
+    with caplog.at_level("INFO", logger="swaft"):
+        log.searching(choices, evaluations=5)
+        log.window(ReadoutSearch(found, (found, found)), choices)
+        log.close()
+    assert f"choosing the {' and the '.join(choices)} of the average by f1 on validation data" in caplog.text
+    assert f"averaged: {message}" in caplog.text
+    assert "(f1 69.8551)" in caplog.text
 
 
 def test_no_bar_is_drawn_where_there_is_no_terminal(log, capsys):
@@ -119,5 +147,5 @@ def test_trackers_get_flat_settings_and_the_folders_name(monkeypatch, make_accel
 
 def test_a_line_says_how_long_training_will_take_yet():
     timed = RECORD | {"seconds": 100.0}
-    assert training_line(500, 2000, timed).endswith(" | 0:05:00 left")
+    assert training_line(500, 2000, timed).endswith(" | 0:05:00 of training left")
     assert "left" not in training_line(2000, 2000, timed)

@@ -351,7 +351,7 @@ class EvalConfig(Section):
     """Optimizer steps between evaluations; null: evaluate once, at the end."""
     keep_best: Literal["none", "last", "averaged", "either"] = "none"
     """Which weights to keep in `best/` whenever they reach the best score on validation rows: the last, the
-    averaged, or either (the averaged if they tie); none: no such folder."""
+    averaged, or either (the averaged if they tie); none: no such folder. They are not scored on test rows."""
     metric_for_best_model: str | None = None
     """Score that decides between weights, for `keep_best`, early stopping and the windows of averaging; lower is
     better for loss, perplexity and mse. null: the main score of `metric`; the loss if there is none."""

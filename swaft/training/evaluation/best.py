@@ -54,6 +54,10 @@ class Best:
     score: float
     """Their score on validation rows."""
 
+    def __str__(self) -> str:
+        """Write it as `step 20, validation accuracy 0.9100`."""
+        return f"step {self.step:,}, validation {self.metric} {self.score:.4f}"
+
 
 def watches_weights(evaluation: EvalConfig) -> bool:
     """Whether a run's weights are judged while it trains, to keep the best or to stop early."""
@@ -162,7 +166,7 @@ class BestWeights:
             if gain > 0:
                 self.found = Best(step=step, weights=kind, metric=self._target.chosen, score=seen[kind])
                 if self._keeps:
-                    self._write(kind, readout)
+                    self._write(self.found, readout)
         waits_for_average = self._averager is not None and "averaged" not in scores
         self._in_vain = 0 if waits_for_average or gain > self._threshold else self._in_vain + 1
         return self._patience is not None and self._in_vain >= self._patience
@@ -222,14 +226,14 @@ class BestWeights:
             return math.inf
         return score - self.found.score if self._target.better is max else self.found.score - score
 
-    def _write(self, kind: str, readout: Readout | None) -> None:
-        ranks = self._engine.ranks
+    def _write(self, found: Best, readout: Readout | None) -> None:
+        ranks, note = self._engine.ranks, f" (the best so far: {found})"
         new = self._emptied()
-        if kind == "averaged":
+        if found.weights == "averaged":
             assert self._averager is not None
-            self._averager.save_pretrained(new, readout)
+            self._averager.save_pretrained(new, readout, note=note)
         else:
-            save_pretrained(self._engine, new)
+            save_pretrained(self._engine, new, description=f"the last weights of a training run{note}")
         with ranks.together(f"{self._folder} could not be written", patiently=True):
             if ranks.is_main:
                 self._tokenizer.save_pretrained(new)

@@ -8,8 +8,9 @@ bookkeeping. The shapes, and the rate of zero in the first warmup step, are the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,6 +68,29 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the elements of the whole model."""
     sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
+
+
+def noise_facts(noise: NoiseConfig, objective: Any, model: nn.Module) -> dict[str, Any]:
+    """Return kind, weight and `NoiseSettings` of a prepared objective as plain values.
+
+    Args:
+        noise: section ``noise``.
+        objective: what `build_objective` made of it.
+        model: whose task decides what a preset stands for.
+    """
+    if noise.kind == "none":
+        return {"kind": "none"}
+    return {"kind": noise.kind, "weight": noise.weight} | asdict(objective.settings_for(model))
+
+
+def noise_in_words(facts: Mapping[str, Any]) -> str:
+    """Return what `noise_facts` found as one line."""
+    if facts["kind"] == "none":
+        return "none"
+    size = f"{facts['sigma']:g}" + (" of the embeddings' RMS" if facts["relative"] else "")
+    drawn = f"{facts['noise']} {size} on the embeddings" if facts["sigma"] else "two dropout masks"
+    forwards = "2 forwards" if facts["passes"] == "two" else "1 forward of twice the rows"
+    return f"{facts['kind']}, {drawn}, weight {facts['weight']:g} -> {forwards} per micro-batch"
 
 
 def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0.0) -> R3F | RDrop | TaskLoss:

@@ -8,7 +8,6 @@ compiler for an optimizer on the host) is checked here.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from swaft.averaging.host.machine import lane_bytes
+from swaft.averaging.rules import Readout
 from swaft.errors import ConfigError
 from swaft.training.checks import (
     Parts,
@@ -34,7 +34,7 @@ from swaft.training.config.values import settings
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
-from swaft.training.models.build import ParameterCount, count_parameters
+from swaft.training.models.build import ParameterCount, count_parameters, noise_facts
 from swaft.training.models.pretrained import with_checkpointing
 from swaft.training.planning.step import OnPaper, planned_model
 
@@ -201,24 +201,17 @@ def _averaging_facts(run: Looked) -> dict[str, Any]:
     averaging, plan = run.config.averaging, run.start.plan
     if plan is None:
         return {"rule": "none"}
+    _, members = plan.resolved(plan.num_members, Readout())
     owned, spilled = -(-run.size.trainable // run.launch.world_size), averaging.spill_dir is not None
     compensated = averaging.precision == "compensated"
     return {
         "rule": averaging.rule,
-        "first_step": plan.first_step,
-        "last_step": plan.step_of(plan.num_members - 1),
+        "first_step": plan.step_of(members[0]),
+        "last_step": plan.step_of(members[-1]),
         "every": plan.every,
-        "members": plan.num_members,
+        "members": len(members),
         "host_bytes_a_rank": lane_bytes(plan, owned, compensated=compensated, spilled=spilled),
     }
-
-
-def _noise_facts(run: Looked) -> dict[str, Any]:
-    noise = run.config.noise
-    if noise.kind == "none":
-        return {"kind": "none"}
-    chosen = run.ready.objective.settings_for(run.model)
-    return {"kind": noise.kind, "weight": noise.weight} | dataclasses.asdict(chosen)
 
 
 def _deepspeed_facts(run: Looked) -> list[dict[str, Any]] | None:
@@ -232,7 +225,7 @@ FACTS: dict[str, Callable[[Looked], Any]] = {
     "model": lambda run: {"parameters": run.size.total, "trained": run.size.trainable},
     "steps": _step_facts,
     "averaging": _averaging_facts,
-    "noise": _noise_facts,
+    "noise": lambda run: noise_facts(run.config.noise, run.ready.objective, run.model),
     "ds": _deepspeed_facts,
     "data": lambda run: {name: len(split) for name, split in run.ready.rows.items()},
     "columns": lambda run: str(run.ready.columns),

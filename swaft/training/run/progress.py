@@ -20,6 +20,7 @@ from swaft.averaging import ReadoutSearch
 from swaft.training.config import RecipeConfig, flatten
 from swaft.training.evaluation.evaluate import Evaluation, Scores
 from swaft.training.launch.accelerator import engine_name
+from swaft.training.models.build import noise_facts, noise_in_words
 
 if TYPE_CHECKING:
     from swaft.training.run.run import Run
@@ -112,23 +113,38 @@ class ProgressLog:
         done, total = self._run.position.step, self._run.total_steps
         logger.info("stopped early, after step %d of %d: the validation score is not improving", done, total)
 
-    def window(self, found: ReadoutSearch) -> None:
-        """Log which weights were averaged, if that was chosen after training."""
-        best = found.best
-        blended = len({each.readout.blend for each in found.tried}) > 1
+    def searching(self, choices: Sequence[str], *, evaluations: int) -> None:
+        """Log that a window or a blend (the choices) is chosen now, with this many evaluations at most."""
         logger.info(
-            "averaged: the %d weights from step %d to %d%s, best of %d %s on validation data (%.4f)",
-            *(best.members, best.start, best.end),
-            f", {best.readout.blend:g} of the way from the last ones" if blended else "",
-            *(len(found.tried), "windows and blends" if blended else "windows", best.score),
+            "choosing the %s of the average by %s on validation data, with at most %d evaluations",
+            *(" and the ".join(choices), self._run.target.chosen, evaluations),
+        )
+
+    def window(self, found: ReadoutSearch, choices: Sequence[str]) -> None:
+        """Log which weights were averaged, if that was chosen after training."""
+        averager, best = self._run.averager, found.best
+        assert averager is not None
+        score = f"{self._run.target.chosen} {best.score:.4f}"
+        if best.readout.blend == 0 or best.start == averager.applied_steps:
+            logger.info(
+                "averaged: no %s scored better than the last weights; %s holds those (%s)",
+                *(" or ".join(choices), self._run.folder.final_averaged.name, score),
+            )
+            return
+        logger.info(
+            "averaged: %s, best of %d %s on validation data (%s)",
+            averager.plan().in_words(averager.count(), best.readout),
+            *(len(found.tried), " and ".join(f"{each}s" for each in choices), score),
         )
 
     def end(
         self, saved: Mapping[str, Path], scores: Mapping[str, Mapping[str, Scores]], *, seconds: float
     ) -> None:
         """Log where the weights are, by kind, and print the closing table if anything was scored."""
+        best = self._run.best and self._run.best.found
         for kind, folder in saved.items():
-            logger.info("%s weights saved in %s", kind, folder)
+            which = f" ({best.weights}, {best})" if best and kind == "best" else ""
+            logger.info("%s weights%s saved in %s", kind, which, folder)
         for line in aligned(scores_table(scores, seconds=seconds)) if scores else ():
             logger.info(line)
 
@@ -186,8 +202,8 @@ def training_line(
     if record.get("num_averaged") is not None:
         parts.append(f"{averaging} {int(record['num_averaged'] or 0) or 'off'}")
     if step < total_steps and (seconds := record.get("seconds")):
-        left = round(seconds / step * (total_steps - step))  # training only; evaluations come on top
-        parts += [f"{timedelta(seconds=left)} left"] if left else []
+        left = round(seconds / step * (total_steps - step))
+        parts += [f"{timedelta(seconds=left)} of training left"] if left else []
     return " | ".join(parts)
 
 
@@ -233,11 +249,14 @@ def run_facts(run: Run, *, task: str, schedule: Callable[[int], float]) -> dict[
         "Engine": engine_name(accelerator),
         "Ranks": f"{accelerator.num_processes} on {accelerator.device.type}",
         "Precision": precision,
+        "Objective": getattr(run.objective, "__name__", type(run.objective).__name__),
         "Averaging": "none",
     }
+    if hasattr(run.objective, "settings_for"):  # a copied recipe may have an objective of its own
+        facts["Objective"] = noise_in_words(noise_facts(run.config.noise, run.objective, run.model))
     if averager is not None:
         plan = averager.plan()
-        facts["Averaging"] = f"{plan.num_members:,} weights from step {plan.first_step:,} on"
+        facts["Averaging"] = f"{plan.rule!r}: {plan.in_words(plan.num_members, run.readout)}"
         facts["Averaging takes"] = "; ".join(str(averager.forecast()).splitlines())
     return facts
 

@@ -6,7 +6,6 @@ counts, the log, evaluation and checkpoints when they are due, signals, and the 
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -52,8 +51,6 @@ from swaft.training.run.record import (
 from swaft.training.run.state import RunState, allow_unused_weights, settle_buckets, zero_stage
 from swaft.training.run.step import Collate, Meter, Position, Step, loader_of, step_batches, training_loader
 
-logger = logging.getLogger(__name__)
-
 Evaluations = dict[str, Evaluation]
 """Evaluations by kind of weights, ``last`` and ``averaged``."""
 BLENDS = (0.0, 0.3, 0.6, 1.5)
@@ -89,6 +86,8 @@ class Run:
     """The prepared model."""
     optimizer: Any
     """The prepared optimizer."""
+    objective: Any
+    """Loss of a micro-batch; known once `prepare` has been called, as are the two above."""
     total_steps: int
     """Optimizer steps of the run; known once `prepare` has returned."""
     engine: Engine
@@ -107,6 +106,7 @@ class Run:
         self.position = Position()
         self.readout = Readout(blend=config.averaging.blend)
         self._interruption, self._open = Interruption(), ExitStack()
+        self._at_stop = dict[str, Evaluations]()  # the evaluation that stopped the run early
 
     def __enter__(self) -> Run:
         return self
@@ -148,7 +148,7 @@ class Run:
             ConfigError, StateError: the checkpoint is from another run or engine.
         """
         self._open.enter_context(self._interruption)
-        self._objective = objective
+        self.objective = objective
         train, accelerator, world_size = self.config.train, self.accelerator, self.accelerator.num_processes
         self.num_parameters, self.num_rows = count_parameters(model), len(rows)
         architecture, frozen = fingerprint_architecture(model), fingerprint_frozen(model)
@@ -304,15 +304,12 @@ class Run:
             None if there is nothing to choose: a rule other than ``windows`` and no blend to search, or no
             validation rows.
         """
-        averager, target = self.averager, self.target
-        blends = BLENDS if self.config.averaging.search_blend else ()
-        if averager is None or not self._validates:
+        averager, target, choices = self.averager, self.target, self._choices
+        if averager is None or not self._validates or not choices:
             return None
-        if not blends and not isinstance(averager.plan(), WindowsPlan):
-            return None
-        logger.info(
-            "choosing among windows and blends of averaged weights on validation data, with one evaluation for each"
-        )
+        plan, blends = averager.plan(), BLENDS if "blend" in choices else ()
+        windows = 2 * len(plan.boundaries(averager.count())) - 1 if isinstance(plan, WindowsPlan) else 1
+        self._log.searching(choices, evaluations=windows + len(blends))
         with self.meter.paused():
             return search_windows(
                 averager,
@@ -341,20 +338,22 @@ class Run:
                 says that the run has ended.
         """
         folder, step, seconds, ranks = self.folder, self.position.step, self.meter.seconds, self.engine.ranks
-        if isinstance(self._objective, Resumable):  # a copied recipe may have an objective of its own
-            self._objective.finish()
+        if isinstance(self.objective, Resumable):  # a copied recipe may have an objective of its own
+            self.objective.finish()
         if self.position.stopped:
             self._log.stopped_early()
         if window:
-            self._log.window(window)
+            self._log.window(window, self._choices)
             self.readout = window.best.readout
         saved = self._save_weights()  # before the evaluation, which may need more memory than training did
-        found = {split: evaluate(split, self.readout) for split in splits}
+        known = {} if window else self._at_stop
+        found = {split: known.get(split) or evaluate(split, self.readout) for split in splits}
         found |= mean_evaluations(found, means or {})
         scores = {split: _scores(kinds) for split, kinds in found.items()}
         for split, kinds in scores.items():
-            self._log_scores(split, kinds)
-        if self.best is not None:
+            if split not in known:
+                self._log_scores(split, kinds)
+        if self.best is not None and not known:
             self.best.observe(step, scores["validation"], self.readout)
         write_outputs(found)
         ranks.raise_together(folder.failure)
@@ -367,6 +366,13 @@ class Run:
         self._log.close()
 
     @property
+    def _choices(self) -> list[str]:
+        """What is chosen after training: ``window``, ``blend``, both or nothing."""
+        searches = self.config.averaging.search_blend
+        windows = self.averager is not None and isinstance(self.averager.plan(), WindowsPlan)
+        return ["window"] * windows + ["blend"] * searches
+
+    @property
     def _is_over(self) -> bool:
         return self.position.stopped or self.position.step == self.total_steps
 
@@ -374,10 +380,13 @@ class Run:
         if self.position.evaluated:
             return
         with self.meter.paused():
-            scores = _scores(evaluate("validation", self.readout))
+            found = evaluate("validation", self.readout)
+            scores = _scores(found)
             self._log_scores("validation", scores)
             if self.best is not None:
                 self.position.stopped = self.best.observe(self.position.step, scores, self.readout)
+            if self.position.stopped:
+                self._at_stop = {"validation": found}
         self.position.evaluated = True
 
     def _log_scores(self, split: str, scores: Mapping[str, Scores]) -> None:
