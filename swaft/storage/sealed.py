@@ -134,9 +134,7 @@ def read_manifest(folder: str | PathLike[str], *, kind: str | None) -> Manifest:
     return _read(Path(folder), kind=kind)[0]
 
 
-def verify(
-    folder: str | PathLike[str], manifest: Manifest, *, names: Collection[str] | None = None
-) -> None:
+def verify(folder: str | PathLike[str], manifest: Manifest, *, names: Collection[str] | None = None) -> None:
     """Check every byte of a folder's files against its manifest.
 
     Args:
