@@ -146,6 +146,11 @@ def test_a_search_before_the_first_member_is_refused():
         search_windows(averager, score_of(averager, {}))
 
 
+def test_an_evaluation_that_returns_no_number_is_refused_with_what_was_meant():
+    with pytest.raises(AveragingError, match=r"returned dict, expected one number"):
+        search_windows(Averager(), lambda: {"accuracy": 1.0})
+
+
 def test_better_is_max_or_min():
     with pytest.raises(AveragingError, match="max or min"):
         search_windows(Averager(), lambda: 0.0, better=sum)
