@@ -48,6 +48,27 @@ def training(rule, *, steps: int = 8, during=None, **options):
     return model, optimizer, averager, recorded
 
 
+def averaged(model, *, steps: int = 5, rule=None, lr: float = 0.05):
+    """The averager of a model after some steps of AdamW on random rows."""
+    optimizer, averager = attached(model, rule=rule, total_steps=steps, build=torch.optim.AdamW, lr=lr)
+    for _ in range(steps):
+        take_step(model, optimizer)
+        averager.step()
+    return averager
+
+
+def moved(model, rule=None, *, steps: int = 2):
+    """The averager of a model after some steps along random gradients."""
+    torch.manual_seed(0)
+    optimizer, averager = attached(model, rule=rule, lr=0.3)
+    for _ in range(steps):
+        for parameter in averager.engine.trainable.values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        averager.step()
+    return averager
+
+
 def flat(model) -> torch.Tensor:
     """A copy of a model's weights, end to end."""
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
