@@ -69,11 +69,8 @@ def swapped_in(
     engine.swap.let_readers_finish()
     engine.release_gathered()
     buffers = changing_buffers(engine.module)
-    if engine.masters_are_working():
-        engine.swap.stash = engine.read(engine.masters())
-    elif (
-        engine.misplaced() is not None
-    ):  # a wrapper that has not stepped yet: the weights are not a cast of the masters
+    # The weights of a wrapper that has not stepped yet may be no cast of its masters.
+    if engine.masters_are_working() or engine.misplaced() is not None:
         engine.swap.stash = engine.read(engine.working())
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     engine.swap.active = True
