@@ -16,7 +16,7 @@ from swaft.training.data.causal_lm import CausalConfig
 from swaft.training.data.classification import ClassificationConfig
 from swaft.training.data.question_answering import QuestionAnsweringConfig
 from swaft.training.data.seq2seq import Seq2SeqConfig
-from swaft.training.launch.deepspeed_config import RecipeValues, fill_auto
+from swaft.training.launch.deepspeed_config import fill_auto, recipe_values
 from swaft.training.models.build import build_objective
 
 pytestmark = pytest.mark.unit
@@ -110,8 +110,8 @@ def test_shipped_deepspeed_file_is_filled_and_deepspeed_takes_it(path, precision
     train = TrainConfig(
         output_dir="-", per_device_train_batch_size=8, gradient_accumulation_steps=4, max_grad_norm=0.5
     )
-    recipe = RecipeValues(train=train, precision=precision, world_size=1, hidden_size=64)
-    filled = fill_auto(json.loads(path.read_text()), recipe, source=path.name)
+    wanted = recipe_values(train, precision=precision, world_size=1, hidden_size=64)
+    filled = fill_auto(json.loads(path.read_text()), wanted, source=path.name)
     assert filled.problems == []
     taken = runtime.DeepSpeedConfig(filled.config)
     assert (taken.train_batch_size, taken.train_micro_batch_size_per_gpu) == (32, 8)
