@@ -282,26 +282,35 @@ def _read_layers(argv: Sequence[str], problems: list[str]) -> list[tuple[str, di
     """Return the origin and settings (full name to value, not yet checked) of each file and the command line."""
     layers = []
     overrides = dict[str, Any]()
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not equals and not word.startswith("--"):
-            advice = "write section.name=value, or --config FILE for each file"
-            problems.append(f"'{word}': not understood; {advice}")
-            continue
-        if not equals and (not words or words[0].startswith("--")):
+    for words, name, value in split_words(argv):
+        if value is None and words[0].startswith("--"):
             problems.append(f"--{name}: has no value; write --{name} VALUE")
-            continue
-        value = value if equals else words.pop(0)
-        if name != "config":
+        elif value is None:
+            advice = "write section.name=value, or --config FILE for each file"
+            problems.append(f"'{name}': not understood; {advice}")
+        elif name != "config":
             overrides[name] = value
-            continue
-        try:
-            layers.append((value, dict(_read_file(value))))
-        except ValueError as error:
-            problems.append(f"--config {value}: {error}")
+        else:
+            try:
+                layers.append((value, dict(_read_file(value))))
+            except ValueError as error:
+                problems.append(f"--config {value}: {error}")
     return [*layers, ("command line", overrides)]
+
+
+def split_words(line: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
+    """Yield the words of a line one by one, or two that give a setting; the setting's name; and its value, if any.
+
+    The forms are `a.b=c`, `--a.b=c` and `--a.b c`.
+    """
+    words = list(line)
+    while words:
+        given = [words.pop(0)]
+        name, equals, text = given[0].removeprefix("--").partition("=")
+        if not equals and given[0].startswith("--") and words and not words[0].startswith("--"):
+            text = words.pop(0)
+            given.append(text)
+        yield given, name, text if equals or given[1:] else None
 
 
 def _read_file(path: str) -> Iterator[tuple[str, Any]]:
