@@ -147,7 +147,7 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
     Raises:
         ConfigError: the line has no folder, or has a seed; or a set has no values, or is given twice.
     """
-    from swaft.training.config.load import split_words  # here, so that --help does not wait for it
+    from swaft.training.config.values import split_words  # here, so that --help does not wait for it
 
     own, rest = dict[str, str](), list[str]()
     for words, name, value in split_words(line):

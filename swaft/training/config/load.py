@@ -33,6 +33,7 @@ from swaft.training.config.values import (
     sections,
     settings,
     settings_of,
+    split_words,
     type_name,
     written,
 )
@@ -296,21 +297,6 @@ def _read_layers(argv: Sequence[str], problems: list[str]) -> list[tuple[str, di
             except ValueError as error:
                 problems.append(f"--config {value}: {error}")
     return [*layers, ("command line", overrides)]
-
-
-def split_words(line: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
-    """Yield the words of a line one by one, or two that give a setting; the setting's name; and its value, if any.
-
-    The forms are `a.b=c`, `--a.b=c` and `--a.b c`.
-    """
-    words = list(line)
-    while words:
-        given = [words.pop(0)]
-        name, equals, text = given[0].removeprefix("--").partition("=")
-        if not equals and given[0].startswith("--") and words and not words[0].startswith("--"):
-            text = words.pop(0)
-            given.append(text)
-        yield given, name, text if equals or given[1:] else None
 
 
 def _read_file(path: str) -> Iterator[tuple[str, Any]]:

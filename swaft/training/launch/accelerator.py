@@ -38,6 +38,7 @@ from swaft.training.launch.deepspeed_config import (
     launcher_config,
     launcher_problems,
     recipe_values,
+    uses_deepspeed,
 )
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.deepspeed_rules import deepspeed_problems
@@ -190,11 +191,6 @@ def resolve_deepspeed(
         raise ConfigError(problems)
     notes = [(name, "ignored", "DeepSpeed has no setting of that name") for name in ignored]
     return replace(filled, rows=[*filled.rows, *notes])
-
-
-def uses_deepspeed(environ: Mapping[str, str]) -> bool:
-    """Whether the launcher asked for DeepSpeed."""
-    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:

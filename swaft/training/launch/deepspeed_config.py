@@ -108,6 +108,11 @@ class FilledConfig:
     """Contradictions between the file and the recipe, each a complete message."""
 
 
+def uses_deepspeed(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """Return the DeepSpeed configuration that ``accelerate launch`` announced, and a name for it.
 
