@@ -31,6 +31,7 @@ from swaft.training.data.texts import IGNORED
 from swaft.training.evaluation.evaluate import (
     ROW_ID,
     Evaluation,
+    evaluating,
     measured_once,
     require_finite,
     summed_losses,
@@ -388,9 +389,7 @@ def write_answers(
     groups = [list(group) for _, group in groupby(order, room.__getitem__)]
     batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
     texts = dict[int, str]()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for numbers in batches:
             ids = [torch.tensor(prompts[number]) for number in numbers]
             batch = {  # padded on the left: the answer follows its prompt
@@ -402,12 +401,9 @@ def write_answers(
             length = batch["input_ids"].shape[1]
             settings = {"pad_token_id": padding, "max_new_tokens": room[numbers[0]]}
             write = batch_generator(model, accelerator, settings)
-            with torch.no_grad():
-                tokens = write({name: each.to(accelerator.device) for name, each in batch.items()})
+            tokens = write({name: each.to(accelerator.device) for name, each in batch.items()})
             answers = tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
             texts |= zip(numbers, answers, strict=True)
-    finally:
-        model.train(was_training)
     return Evaluation(scores={}, outputs=[texts[number].strip() for number in range(len(prompts))])
 
 
