@@ -186,13 +186,6 @@ def test_the_second_metric_scores_the_questions_of_the_first(make_accelerator):
     assert second.scores["exact"] == second.scores["HasAns_exact"] == first.scores["exact_match"]
 
 
-def test_the_mode_is_left_as_found(make_accelerator):
-    model = Reader()
-    for training in (True, False):
-        evaluate(make_accelerator(), model.train(training), 4)
-        assert model.training is training
-
-
 def test_scores_that_are_no_numbers_are_an_error(make_accelerator):
     model = Reader()
     model.scores.weight.data[WORDS.index("e")] = math.nan
