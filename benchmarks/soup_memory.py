@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks import command
+from benchmarks.measuring import memory_of
 from swaft.storage import Spec, write_tensors
 
 COUNTS = (2, 20)
@@ -100,10 +102,11 @@ def average(folder: Path, count: int) -> dict[str, float]:
     )
     assert process.stdout is not None
     lines = [process.stdout.readline()]
-    before = peak = anonymous(process.pid)
+    before = peak = memory_of("RssAnon", process.pid)
     begun = time.perf_counter()
     while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
+        with suppress(KeyError):  # it has ended just now
+            peak = max(peak, memory_of("RssAnon", process.pid))
         time.sleep(0.005)
     seconds = time.perf_counter() - begun
     lines += process.stdout.readlines()
@@ -116,15 +119,6 @@ def average(folder: Path, count: int) -> dict[str, float]:
         "anonymous bytes before": before,
         "seconds": round(seconds, 1),
     }
-
-
-def anonymous(process: int) -> int:
-    """Anonymous memory of a process in bytes; 0 once it has ended."""
-    try:
-        with open(f"/proc/{process}/status") as status:
-            return next((1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:")), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
