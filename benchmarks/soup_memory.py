@@ -33,33 +33,31 @@ PIECE = 1 << 22
 PROGRAM = "import sys; from swaft.cli.average import run; print('begun', flush=True); run(sys.argv[1:])"
 
 
-class SoupMemory:
-    """Peak memory and time, for few checkpoints and for many."""
+def measure(*, quick: bool, device: str) -> dict[str, object]:
+    """Bytes and seconds by number of checkpoints."""
+    shapes = model(vocabulary=1000, width=64, layers=2) if quick else model(524_288, 1024, 37)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "weights", shapes)
+        found = {str(count): average(Path(folder), count) for count in COUNTS}
+    return {
+        "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+        "largest tensor bytes": max(4 * torch.Size(shape).numel() for shape in shapes.values()),
+        "bar for peak anonymous bytes": BAR,
+        "by checkpoints": found,
+    }
 
-    def measure(self, *, quick: bool, device: str) -> dict[str, object]:
-        """Bytes and seconds by number of checkpoints."""
-        shapes = model(vocabulary=1000, width=64, layers=2) if quick else model(524_288, 1024, 37)
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / "weights", shapes)
-            found = {str(count): average(Path(folder), count) for count in COUNTS}
-        return {
-            "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
-            "largest tensor bytes": max(4 * torch.Size(shape).numel() for shape in shapes.values()),
-            "bar for peak anonymous bytes": BAR,
-            "by checkpoints": found,
-        }
 
-    def rows(self, result: dict) -> list[Sequence[object]]:
-        """One line per number of checkpoints."""
-        return [
-            (
-                f"{count} checkpoints of {result['parameters']:,} parameters",
-                f"anonymous {figures['peak anonymous bytes'] / 2**20:,.0f} MiB at most",
-                f"{figures['anonymous bytes before'] / 2**20:,.0f} MiB before",
-                f"{figures['seconds']:.0f} s",
-            )
-            for count, figures in result["by checkpoints"].items()
-        ]
+def rows(result: dict) -> list[Sequence[object]]:
+    """One line per number of checkpoints."""
+    return [
+        (
+            f"{count} checkpoints of {result['parameters']:,} parameters",
+            f"anonymous {figures['peak anonymous bytes'] / 2**20:,.0f} MiB at most",
+            f"{figures['anonymous bytes before'] / 2**20:,.0f} MiB before",
+            f"{figures['seconds']:.0f} s",
+        )
+        for count, figures in result["by checkpoints"].items()
+    ]
 
 
 def model(vocabulary: int, width: int, layers: int) -> dict[str, list[int]]:
@@ -123,13 +121,7 @@ def average(folder: Path, count: int) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, print the table."""
-    command.run(
-        "soup",
-        {"memory": SoupMemory()},
-        arguments,
-        about=(__doc__ or "").partition("\n")[0],
-        widths=(44, 30),
-    )
+    command.run("soup", {"memory": sys.modules[__name__]}, arguments, about=__doc__)
 
 
 if __name__ == "__main__":
