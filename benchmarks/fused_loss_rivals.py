@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,14 +128,15 @@ def forward_backward(loss_of: Loss, operands: Operands) -> Step:
     return Step(loss.detach(), torch.autograd.grad(loss, operands.leaves, allow_unused=True))
 
 
-def swaft_loss(operands: Operands) -> Tensor:
-    """The fused loss of swaft, all rows."""
+def swaft_loss(operands: Operands, **options: Any) -> Tensor:
+    """The fused loss of swaft, all rows, with options of `linear_cross_entropy_symmetric_kl`."""
     return linear_cross_entropy_symmetric_kl(
         operands.hidden,
         operands.noised_hidden,
         operands.weight,
         operands.labels,
         hidden_difference=operands.difference,
+        **options,
     ).loss
 
 
