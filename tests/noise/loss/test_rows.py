@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_oracle import closed_form, cross_entropy, naive, relative_error
+from loss_oracle import cross_entropy, naive, relative_error
 
+from benchmarks.fused_loss_oracle import closed_form
 from swaft.noise.loss import rows as row_module
 from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, rows, task_rows
