@@ -1,4 +1,4 @@
-"""Random Hugging Face models of a few thousand weights, and batches for them."""
+"""Random Hugging Face models of a few thousand weights, batches for them, and one step on them."""
 
 from __future__ import annotations
 
@@ -52,24 +52,20 @@ from transformers import (
 VOCABULARY = 60
 
 
-def bert(*, dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> BertForSequenceClassification:
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(_encoder_config(BertConfig, dropout, num_labels)).train()
+def bert(kind: type = BertForSequenceClassification, **options: Any) -> Any:
+    return _encoder_kind(BertConfig, kind, **options)
 
 
-def roberta(*, dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> RobertaForSequenceClassification:
-    torch.manual_seed(seed)
-    return RobertaForSequenceClassification(_encoder_config(RobertaConfig, dropout, num_labels)).train()
+def roberta(kind: type = RobertaForSequenceClassification, **options: Any) -> Any:
+    return _encoder_kind(RobertaConfig, kind, **options)
 
 
-def masked_bert(*, dropout: float = 0.1, seed: int = 0) -> BertForMaskedLM:
-    torch.manual_seed(seed)
-    return BertForMaskedLM(_encoder_config(BertConfig, dropout, num_labels=1)).train()
+def masked_bert(**options: Any) -> BertForMaskedLM:
+    return bert(BertForMaskedLM, num_labels=1, **options)
 
 
-def masked_roberta(*, dropout: float = 0.1, seed: int = 0) -> RobertaForMaskedLM:
-    torch.manual_seed(seed)
-    return RobertaForMaskedLM(_encoder_config(RobertaConfig, dropout, num_labels=1)).train()
+def masked_roberta(**options: Any) -> RobertaForMaskedLM:
+    return roberta(RobertaForMaskedLM, num_labels=1, **options)
 
 
 def bart(
@@ -240,6 +236,19 @@ def causal_batch(*, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels}
 
 
+def run(objective: Any, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Any, dict]:
+    """One call and its gradients, from a known random state."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    out = objective(model, batch)
+    out.loss.backward()
+    return out, gradients_of(model)
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
 def _t5_kind(config: type, kind: type, dropout: float, seed: int, **options: Any) -> Any:
     torch.manual_seed(seed)
     return kind(
@@ -304,15 +313,20 @@ def _biased(model: Any) -> Any:
     return model
 
 
-def _encoder_config(kind: type, dropout: float, num_labels: int):
+def _encoder_kind(
+    config: type, kind: type, *, dropout: float = 0.1, num_labels: int = 3, seed: int = 0
+) -> Any:
+    torch.manual_seed(seed)
     return kind(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        num_labels=num_labels,
-    )
+        config(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=num_labels,
+        )
+    ).train()
