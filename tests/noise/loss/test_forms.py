@@ -48,7 +48,7 @@ options_of_head = st.fixed_dictionaries(
     both=options_of_both,
     of_head=options_of_head,
     counted=st.sampled_from([SOME, NONE, ALL]),
-    noise=st.sampled_from([0.0, 0.1, 3.0]),
+    noise=st.sampled_from([0.0, 1e-4, 0.1, 3.0]),
     bias=st.sampled_from([None, torch.linspace(-1, 1, CLASSES, dtype=torch.float64), ABSENT]),
 )
 @settings(max_examples=150, deadline=None)
