@@ -312,7 +312,7 @@ def test_a_copy_of_the_head_that_an_adapter_trains_is_the_one_used():
 
 def test_a_bias_of_the_head_itself_is_trained():
     def build():
-        model = t5(tied=False)
+        model = tiny.untied_t5()
         bias = torch.nn.Parameter(torch.linspace(-1, 1, VOCABULARY))
         model.lm_head.register_parameter("bias", bias)
         return model
