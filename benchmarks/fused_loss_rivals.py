@@ -90,9 +90,7 @@ Loss = Callable[[Operands], Tensor]
 Arm = Callable[[], Step]
 
 
-def make_operands(
-    shape: Shape, *, dtype: torch.dtype, device: str, noise: float = 1e-2, seed: int = 0
-) -> Operands:
+def make_operands(shape: Shape, *, dtype: torch.dtype, device: str, noise: float = 1e-2) -> Operands:
     """Random operands, the same at every call.
 
     Args:
@@ -100,9 +98,8 @@ def make_operands(
         dtype: of hidden, noised_hidden and weight.
         device: where to put them.
         noise: standard deviation of the noise on hidden, whose own is 1.
-        seed: of the generator.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device, generator=generator)

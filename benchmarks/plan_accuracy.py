@@ -92,13 +92,13 @@ def measure_line(line: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     return {name: max(rank[name] for rank in ranks) for name in names}
 
 
-def plan_of(line: Sequence[str], model: Model, *, on_cpu: bool = True) -> RunPlan:
+def plan_of(line: Sequence[str], model: Model) -> RunPlan:
     """Plan what the worker does under a launch line."""
     train = model.train()
     launch = read_launch([*line, str(ROOT / WORKER)])
     settings = resolve_engine(train, launch.environ, hidden_size=hidden_size(model.configuration()))
     return plan_run(
-        PlannedEngine(launch, settings, on_cpu=on_cpu),
+        PlannedEngine(launch, settings, on_cpu=True),
         SimpleNamespace(train=train, averaging=AveragingConfig()),
         PlannedModel(model.build, model.batch),
         build_objective(NoiseConfig(), seed=0),
@@ -124,9 +124,10 @@ def largest_error(cases: dict[str, dict[str, dict]]) -> float:
     return max(abs(case["error"]) for each in cases.values() for case in each.values())
 
 
-def predict_again(path: Path = command.RESULTS / "plan_accuracy.json") -> None:
-    """Put the current predictions next to the peaks in a results file, say so in it, and print the table."""
+def predict_again() -> None:
+    """Put the current predictions next to the peaks in the results file, say so in it, and print the table."""
     use_environment()
+    path = command.RESULTS / "plan_accuracy.json"
     results = json.loads(path.read_text())
     found = results["accuracy"]
     for engine, each in found["cases"].items():

@@ -50,8 +50,8 @@ def two_passes(model, batch, *, noise, detach_embedding: bool = False, shared: b
     return clean, noised
 
 
-def paper_noise(sigma: float, *, noise: str = "uniform", step: int = 0):
-    return lambda clean: add_noise(clean, noise=noise, sigma=sigma, seed=0, rank=0, step=step)
+def paper_noise(sigma: float, *, noise: str = "uniform"):
+    return lambda clean: add_noise(clean, noise=noise, sigma=sigma, seed=0, rank=0, step=0)
 
 
 def norm_wise(computed, exact) -> float:

@@ -51,11 +51,10 @@ def head(
     width: int = 32,
     classes: int = 601,
     dtype: torch.dtype = torch.float32,
-    seed: int = 0,
     labels: str = "peaked",
 ) -> Head:
     """A head whose logits spread by 2.5 and whose differences of logits spread by ``noise``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight = (torch.randn(classes, width, generator=generator, dtype=wide) / width**0.5).to(dtype)
     target = torch.randint(0, classes, (rows,), generator=generator)
