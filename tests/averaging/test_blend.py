@@ -67,8 +67,8 @@ def test_the_card_of_an_average_says_in_words_what_it_holds(plain, tmp_path):
     _, averager = plain
     averager.save_pretrained(tmp_path / "out", blend=0.5, note=" (for a test)")
     assert (
-        "holds weights of a training run, averaged by `SWA(start=1, every=1, include_start=True)`: the 6 weights "
-        "from step 1 to 6, 0.5 of the way from the last ones (for a test), in float32, written by swaft."
+        "holds weights of a training run, averaged by `SWA(start=0, every=1, include_start=True)`: the 3 weights "
+        "from step 0 to 2, 0.5 of the way from the last ones (for a test), in float32, written by swaft."
     ) in (tmp_path / "out" / "README.md").read_text()
 
 
