@@ -77,6 +77,7 @@ def test_the_last_weights_are_kept_when_they_are_better_and_only_then(tmp_path):
     assert vars(run.best.found) == {"step": 5, "weights": "last", "metric": "accuracy", "score": 0.8}
     assert {entry.name for entry in tmp_path.iterdir()} == {"best"}
     assert (tmp_path / "best" / "tokenizer.json").exists()
+    assert "\n# best\n" in (tmp_path / "best" / "README.md").read_text()  # not the folder it was written in
 
 
 def test_the_averaged_weights_are_kept_once_there_is_an_average(tmp_path):
