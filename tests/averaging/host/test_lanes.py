@@ -27,6 +27,7 @@ NUMEL = 3000
 
 def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, compensated: bool = True):
     engine = SimpleNamespace(
+        module=torch.nn.Module(),
         spans=merge([Fragment("a", 0, numel, 0, 0)]),
         numel=numel,
         ranks=Ranks(),
