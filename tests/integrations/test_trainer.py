@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import DataCollatorWithPadding, Trainer
 from trl import DPOConfig, DPOTrainer
 
 import swaft
+from swaft.averaging import host
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError, UnsupportedEngineError
 from swaft.integrations.transformers import (
     NoiseCallback,
@@ -110,6 +112,21 @@ def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp
     second.model = second.model_wrapped = first.model
     second.train()
     assert torch.equal(averaging.averager.shard(), mean)
+
+
+def test_training_again_does_not_hold_the_averages_of_before_beside_the_new_ones(
+    tmp_path, averaging, monkeypatch
+):
+    run = trainer(tmp_path, averaging, max_steps=2, eval_strategy="no", save_strategy="no")
+    run.train()
+    shutil.rmtree(tmp_path / "final-averaged")
+    [lane] = averaging.averager._averages.lanes["average"].held().values()
+    before = weakref.ref(lane)
+    del lane
+    held = []
+    monkeypatch.setattr(host, "require_host_memory", lambda *_: held.append(before()))
+    run.train()
+    assert held == [None]
 
 
 def test_a_model_whose_training_failed_is_trained_by_another_trainer(tmp_path, averaging):

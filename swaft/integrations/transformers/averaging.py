@@ -109,6 +109,7 @@ class WeightAveragingCallback(TrainerCallback):
             )
         if self.averager is not None:
             self.averager.close()
+            self.averager = None  # its memory is for the next one
         self.averager = WeightAverager(
             self._trainer.model_wrapped,
             self._trainer.optimizer,
