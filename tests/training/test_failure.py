@@ -39,6 +39,11 @@ def test_an_error_of_an_objective_is_reported_with_the_section_of_its_settings(c
     assert capsys.readouterr().err == "error: section noise: Set fused=False.\n"
 
 
+def test_a_run_that_was_asked_to_end_says_with_which_setting_it_resumes(capsys):
+    assert run_and_report(failing(failure.Interrupted())) == failure.EXIT_CODE
+    assert "when it is started again with train.resume_from_checkpoint=auto" in capsys.readouterr().err
+
+
 def test_where_an_error_was_found_is_said_too(capsys):
     error = TrainingError("bad")
     error.add_note("found on rank 1 of 2")

@@ -164,7 +164,7 @@ def run_and_report(run: Callable[[], None]) -> int:
         if _is_first():
             sys.stderr.write(
                 "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and resumes from there "
-                "when it is started again\n"
+                "when it is started again with train.resume_from_checkpoint=auto (the default)\n"
             )
         return EXIT_CODE
     except KeyboardInterrupt:
