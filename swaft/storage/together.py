@@ -59,7 +59,8 @@ def write_together(
                 shutil.rmtree(folder, ignore_errors=True)  # left from an interrupted write
             if not is_free(folder):
                 raise StateError(
-                    f"{folder} holds files already; expected a new folder: name another path, or pass overwrite=True"
+                    f"{folder} holds files already; expected a new folder: name another path, or pass "
+                    "overwrite=True"
                 )
             with explained(folder, "made"):
                 folder.mkdir(parents=True, exist_ok=True)
