@@ -77,7 +77,6 @@ OF_A_LAUNCH = {
     "config/load.py: load_config": "raises what both have read",
     "launch/accelerator.py: refuse_fp16_on_cpu": "the launch may be meant for another machine",
     "run/folder.py: _claim": "another run may have come in between",
-    "run/folder.py: _require_shared": "another machine may not see it",
     "run/folder.py: _locked": "another run may be at work there",
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",

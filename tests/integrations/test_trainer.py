@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 import swaft
 from swaft.averaging import host
+from swaft.distributed import Ranks
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError, UnsupportedEngineError
 from swaft.integrations.transformers import (
     NoiseCallback,
@@ -183,6 +184,16 @@ def test_an_optimizer_that_averages_by_itself_is_refused(tmp_path, averaging):
     )
     with pytest.raises(ConfigError, match="Free averages by itself"):
         run.train()
+
+
+def test_checkpoints_in_a_folder_that_other_machines_do_not_see_are_refused(tmp_path, averaging, monkeypatch):
+    monkeypatch.setattr("swaft.storage.together.SHARED_PATIENCE_S", -1.0)
+    monkeypatch.setattr(Ranks, "is_main", False)  # that is on another machine
+    with pytest.raises(ConfigError, match=r"output_dir: .* is not the folder the main process writes to"):
+        trainer(tmp_path, averaging).train()
+    monkeypatch.undo()
+    trainer(tmp_path, averaging, max_steps=2, eval_strategy="no").train()
+    assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
 def test_an_export_that_is_there_already_is_not_overwritten(tmp_path, averaging):
