@@ -351,7 +351,7 @@ def check_tracker(start: Start) -> None:
 
 def check_folder(start: Start) -> None:
     """Refuse a folder that holds anything other than this run."""
-    folder, resume = start.train.output_dir, start.train.resume_from_checkpoint
+    folder, resume = Path(start.train.output_dir), start.train.resume_from_checkpoint
     refuse_used(folder, resume=resume, config_yaml=to_yaml(start.config))
 
 

@@ -11,7 +11,7 @@ import pytest
 from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.data.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder
-from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
+from swaft.training.run.progress import ProgressLog, closing_table, start_trackers, training_line
 from swaft.training.run.step import Position
 
 pytestmark = pytest.mark.unit
@@ -55,7 +55,7 @@ def test_the_table_sets_last_against_averaged():
     scores = {
         "validation": {"last": {"accuracy": 0.5, "loss": 1.25}, "averaged": {"accuracy": 0.75, "loss": 1.0}}
     }
-    assert aligned(scores_table(scores, seconds=12.34)) == [
+    assert closing_table(scores, seconds=12.34) == [
         "split       weights   accuracy  loss    train seconds",
         "validation  last      0.5000    1.2500  12.3",
         "validation  averaged  0.7500    1.0000  12.3",

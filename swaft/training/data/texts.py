@@ -171,18 +171,18 @@ def good_rows(
                     "data.skip_bad_rows=true"
                 )
             faults.setdefault(row, fault)
-        if faults:
-            first = min(faults)
-            if len(faults) == len(split) and name == "train":
-                raise DataError(f"no row of train is left: all are bad (row {first} {faults[first]})")
-            left_out = shortened([str(number) for number in sorted(faults)])
-            logger.info(
-                "%d of %d rows of %s are left out: %s (row %d %s)",
-                *(len(faults), len(split), name, left_out, first, faults[first]),
-            )
         if not faults:
             kept[name] = split
-        elif len(faults) < len(split):
+            continue
+        first = min(faults)
+        if len(faults) == len(split) and name == "train":
+            raise DataError(f"no row of train is left: all are bad (row {first} {faults[first]})")
+        left_out = shortened([str(number) for number in sorted(faults)])
+        logger.info(
+            "%d of %d rows of %s are left out: %s (row %d %s)",
+            *(len(faults), len(split), name, left_out, first, faults[first]),
+        )
+        if len(faults) < len(split):
             kept[name] = split.select([row for row in range(len(split)) if row not in faults])
     return kept
 
