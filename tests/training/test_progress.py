@@ -37,7 +37,7 @@ def test_the_line_shows_loss_parts_norm_rate_speed_and_members():
 
 
 def test_the_line_leaves_out_what_was_not_measured():
-    plain = RECORD | {"divergence": 0.0, "grad_norm": None, "num_averaged": 0, "tokens_per_second": 700.4}
+    plain = RECORD | {"divergence": None, "grad_norm": None, "num_averaged": 0, "tokens_per_second": 700.4}
     assert (
         training_line(1, 9, plain, averaging="ema")
         == "step 1/9 | loss 0.412 | lr 8.7e-06 | 700 tok/s | ema off"
@@ -49,6 +49,9 @@ def test_the_line_leaves_out_what_was_not_measured():
 def test_the_line_shows_how_much_noise_arrived():
     noised = RECORD | {"noise_to_signal": 2.8e-4, "changed": 0.993}
     assert "nsr 0.00028 changed 99%" in training_line(1, 9, noised)
+    lost = RECORD | {"divergence": 0.0, "noise_to_signal": 0.0, "changed": 0.0}
+    assert "noise 0)" in training_line(1, 9, lost)
+    assert "nsr 0 changed 0%" in training_line(1, 9, lost)
 
 
 def test_the_table_sets_last_against_averaged():

@@ -172,7 +172,7 @@ def training_line(
         averaging: name of the averaging rule.
     """
     loss = f"loss {record['loss']:.4g}"
-    if record.get("divergence"):
+    if record.get("divergence") is not None:
         loss += f" (task {record['task_loss']:.4g}, noise {record['divergence']:.4g})"
     parts = [f"step {step}/{total_steps}", loss]
     if record.get("grad_norm") is not None:
@@ -180,7 +180,7 @@ def training_line(
     speed = record["tokens_per_second"] or 0.0
     shown = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
     parts += [f"lr {record['learning_rate']:.2g}", f"{shown} tok/s"]
-    if record.get("noise_to_signal"):
+    if record.get("noise_to_signal") is not None:
         parts.append(f"nsr {record['noise_to_signal']:.2g} changed {record['changed']:.0%}")
     parts += [f"{name} {record[name]:.4g}" for name in record if name not in ON_THE_LINE]
     if record.get("num_averaged") is not None:
