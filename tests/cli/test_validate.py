@@ -264,7 +264,7 @@ def test_how_rows_and_classes_are_taken_is_told(validate, tmp_path):
         "data       train 30 rows, validation 10 rows; text -> label, 6 classes: 1, 2, 3, 4, 5, 6" in printed
     )
     assert "notes      validation rows: 10 of 41, taken from train at random" in printed
-    assert "notes      1 of 31 rows of train are left out: 30 (row 30 has nothing in column 'text'" in printed
+    assert "notes      1 of 31 rows of train are left out: 31 (row 31 has nothing in column 'text'" in printed
     assert "notes      label: whole numbers without 0 are names of 6 classes: 1, 2, 3, 4, 5, 6" in printed
 
 

@@ -135,9 +135,9 @@ def test_a_label_of_validation_that_training_never_saw_is_named(refuse, tmp_path
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"text": ["a", "b"], "label": [0.0, float("nan")]}, "row 1 of test has no label (nan)"),
-        ({"text": ["a", None], "label": [0, 1]}, "row 1 of test has nothing in column 'text'"),
-        ({"text": [3, 4], "label": [0, 1]}, "row 0 of test has 3 in column 'text'; expected text"),
+        ({"text": ["a", "b"], "label": [0.0, float("nan")]}, "row 2 of test has no label (nan)"),
+        ({"text": ["a", None], "label": [0, 1]}, "row 2 of test has nothing in column 'text'"),
+        ({"text": [3, 4], "label": [0, 1]}, "row 1 of test has 3 in column 'text'; expected text"),
         ({"label": [0, 1]}, "the test split has no column 'text', but train has"),
         ({"text": ["a"], "label": [[1]]}, "column 'label' of test holds list values"),
     ],

@@ -79,13 +79,13 @@ def changed(path: Path, **changes) -> tuple[str, str]:
     ("changes", "said"),
     [
         ({"id": "q9-0"}, "are in several rows of test ('q9-0', ...)"),
-        ({"question": " "}, "row 1 of test has an empty text in column 'question'"),
-        ({"context": ""}, "row 1 of test has an empty text in column 'context'"),
-        ({"context": None}, "row 1 of test has nothing in column 'context'"),
+        ({"question": " "}, "row 2 of test has an empty text in column 'question'"),
+        ({"context": ""}, "row 2 of test has an empty text in column 'context'"),
+        ({"context": None}, "row 2 of test has nothing in column 'context'"),
         ({"answers": {"text": ["red"], "answer_start": []}}, "lists of the same length"),
         (
             {"answers": {"text": ["red"], "answer_start": [900]}},
-            "1 of 3 answers of test do not stand in their context where answer_start says (row 1, ...)",
+            "1 of 3 answers of test do not stand in their context where answer_start says (row 2, ...)",
         ),
     ],
     ids=["repeated id", "blank question", "blank context", "no context", "half an answer", "misplaced"],

@@ -114,17 +114,17 @@ def save_parquet(path: Path, **columns: list) -> str:
     [
         (
             {"source": ["a cat", "  "], "target": ["chat", "chien"]},
-            "row 1 of test has an empty text in column 'source'",
+            "row 2 of test has an empty text in column 'source'",
         ),
         (
             {"source": ["a cat", "a dog"], "target": ["chat", None]},
-            "row 1 of test has nothing in column 'target'",
+            "row 2 of test has nothing in column 'target'",
         ),
-        ({"source": ["a cat"], "target": [7]}, "row 0 of test has 7 in column 'target'; expected text"),
+        ({"source": ["a cat"], "target": [7]}, "row 1 of test has 7 in column 'target'; expected text"),
         ({"source": ["a cat"]}, "the test split has no column 'target', but train has"),
         (
             {"source": ["a cat", "a dog"], "target": ["chat", "chien"], "references": [["chat"], []]},
-            "row 1 of test has [] in column 'references'",
+            "row 2 of test has [] in column 'references'",
         ),
     ],
     ids=["blank source", "no target", "number", "no column", "no reference"],
@@ -144,7 +144,7 @@ def test_a_translation_without_the_target_language_is_named(refuse, tmp_path):
     assert "data.target_lang is de; the languages are en, fr; name one of them" in said
     test = save_parquet(tmp_path / "test.parquet", translation=[{"en": "a cat", "fr": None}])
     said = refuse(f"data.train_file={train}", f"data.test_file={test}", languages[0], "data.target_lang=fr")
-    assert "row 0 of test has None as its text in 'fr'" in said
+    assert "row 1 of test has None as its text in 'fr'" in said
 
 
 @pytest.mark.parametrize(
