@@ -11,7 +11,14 @@ import pytest
 from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.data.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder
-from swaft.training.run.progress import ProgressLog, aligned, scores_table, start_trackers, training_line
+from swaft.training.run.progress import (
+    ProgressLog,
+    aligned,
+    scores_table,
+    setup_logging,
+    start_trackers,
+    training_line,
+)
 from swaft.training.run.step import Position
 
 pytestmark = pytest.mark.unit
@@ -94,6 +101,21 @@ def test_every_record_goes_to_the_screen_and_to_metrics_jsonl(log, tmp_path, cap
     ]
     assert records[0]["loss"] == 0.412
     assert "changed" not in records[0]
+
+
+@pytest.mark.parametrize(("rank", "levels"), [("0", "as before"), ("1", {logging.ERROR})])
+def test_other_libraries_warn_on_the_first_rank_only(rank, levels, monkeypatch):
+    loggers = [logging.getLogger(name) for name in ("swaft", "datasets", "transformers")]
+    before = [(each, each.level, each.handlers, each.propagate) for each in loggers]
+    monkeypatch.setenv("RANK", rank)
+    try:
+        setup_logging()
+        found = {each.level for each in loggers[1:]}
+    finally:
+        for each, level, handlers, propagate in before:
+            each.setLevel(level)
+            each.handlers, each.propagate = handlers, propagate
+    assert found == ({level for _, level, *_ in before[1:]} if levels == "as before" else levels)
 
 
 def test_no_bar_is_drawn_where_there_is_no_terminal(log, capsys):

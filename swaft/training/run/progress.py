@@ -52,16 +52,26 @@ class BarSafeHandler(logging.Handler):
 def setup_logging() -> None:
     """Send swaft's lines to standard output: all from the main process, only errors from the others.
 
-    Progress bars of other libraries stay on a terminal; in a log file they are only noise.
+    Other libraries' errors also come from every process, and their warnings from the main one. Their progress bars
+    stay on a terminal; in a log file they are only noise.
     """
+    is_main = os.environ.get("RANK", "0") == "0"
     handler = BarSafeHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     if not (sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"):
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
+    if not is_main:
+        datasets.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
     root = logging.getLogger("swaft")
     root.handlers, root.propagate = [handler], False
-    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    root.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def disable_progress_bars() -> None:
+    """Turn off the progress bars of other libraries."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 class ProgressLog:
