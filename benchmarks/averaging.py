@@ -35,7 +35,7 @@ SECTIONS: dict[str, command.Section] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, print the table."""
-    command.run("averaging", SECTIONS, arguments, about=(__doc__ or "").partition("\n")[0], widths=(62, 34))
+    command.run("averaging", SECTIONS, arguments, about=__doc__)
 
 
 if __name__ == "__main__":

@@ -142,9 +142,7 @@ def _configuration(
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(
-        2
-    ):  # the optimizer's state and the allocator's blocks are there before anything is measured
+    for _ in range(2):  # makes the optimizer's state and the allocator's blocks
         step()
     rule = SwitchedSWA()
     before = _allocated()
@@ -290,4 +288,4 @@ def _peak(training: Training, *, averaged: bool) -> int:
 
 
 if __name__ == "__main__":
-    command.run("averaging", {"event": sys.modules[__name__]}, None, about=__doc__ or "", widths=(62, 34))
+    command.run("averaging", {"event": sys.modules[__name__]}, None, about=__doc__)

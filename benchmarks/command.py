@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +35,6 @@ def run(
     arguments: Sequence[str] | None,
     *,
     about: str,
-    widths: tuple[int, int],
     head: Mapping[str, object] | None = None,
 ) -> None:
     """Measure what the command line asks for, write the JSON, print the table.
@@ -44,11 +43,10 @@ def run(
         name: of the results file, ``results/<name>.json`` or ``results/<name>_<GPU>.json``.
         sections: the parts, in order.
         arguments: the command line, None for the process's own.
-        about: the first line of ``--help``.
-        widths: of the first column of the table and of the others.
+        about: its first line is that of ``--help``.
         head: what the file says besides machine and versions.
     """
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing"
     )
@@ -70,12 +68,15 @@ def run(
         seconds = time.perf_counter() - begun
         results[part] = {"seconds to measure": round(seconds, 1), **found}
         print(f"\n{part} ({seconds:.0f} s)")
-        for first, *rest in (
-            [("skipped", found["skipped"])] if "skipped" in found else sections[part].rows(found)
-        ):
-            print(f"  {first:<{widths[0]}}", *(f"{column!s:<{widths[1]}}" for column in rest))
+        print_table([("skipped", found["skipped"])] if "skipped" in found else sections[part].rows(found))
         if path is not None:  # part by part: if a later one fails, nothing is lost
             path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def print_table(lines: Iterable[Sequence[object]]) -> None:
+    """Print lines of a table, whose first column is the widest."""
+    for first, *rest in lines:
+        print(f"  {first:<76}", *(f"{column!s:<34}" for column in rest))
 
 
 def _merged_into(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:

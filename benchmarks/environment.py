@@ -8,21 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-import swaft
+from swaft.environment import package_versions
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "numba",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "safetensors",
-    "triton",
-)
-"""Packages whose versions a figure depends on."""
+KERNELS = ("numba", "triton", "liger-kernel")
+"""What figures depend on besides `swaft.environment.PACKAGES`."""
 
 
 def version_of(package: str) -> str | None:
@@ -33,11 +22,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the installed ones, swaft's own first."""
-    return {"swaft": swaft.__version__} | {name: found for name in PACKAGES if (found := version_of(name))}
-
-
 def environment() -> dict[str, object]:
     """Processor, cores, GPU with its memory and capability (or None), and package versions."""
     return {
@@ -45,7 +29,7 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "gpu": _card() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": package_versions(),
+        "versions": package_versions() | {name: found for name in KERNELS if (found := version_of(name))},
     }
 
 

@@ -23,7 +23,6 @@ from benchmarks import (
     fused_loss_speed,
     fused_loss_training_step,
 )
-from benchmarks.environment import version_of
 
 SECTIONS: dict[str, command.Section] = {
     "speed": fused_loss_speed,
@@ -32,20 +31,11 @@ SECTIONS: dict[str, command.Section] = {
     "chunks": fused_loss_chunks,
     "training_step": fused_loss_training_step,
 }
-RIVALS = ("liger-kernel", "triton")
-"""Packages whose versions matter here besides those of every figure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, print the table."""
-    head = {"rivals": rival_versions(), "arms": fused_loss_rivals.ABOUT}
-    about = (__doc__ or "").partition("\n")[0]
-    command.run("fused_loss", SECTIONS, arguments, about=about, widths=(76, 30), head=head)
-
-
-def rival_versions() -> dict[str, str | None]:
-    """Versions of the packages compared with; None: not installed."""
-    return {name: version_of(name) for name in RIVALS}
+    command.run("fused_loss", SECTIONS, arguments, about=__doc__, head={"arms": fused_loss_rivals.ABOUT})
 
 
 if __name__ == "__main__":

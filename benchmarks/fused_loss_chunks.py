@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from benchmarks.fused_loss_clock import finish, interleaved, release, short
-from benchmarks.fused_loss_rivals import Operands, Shape, Step, forward_backward, make_operands
+from benchmarks.fused_loss_rivals import Shape, Step, forward_backward, make_operands, swaft_loss
 from benchmarks.fused_loss_speed import dtype_of
 from benchmarks.measuring import significant, spread
-from swaft.functional import linear_cross_entropy_symmetric_kl
 
 MIB = 1 << 20
 CPU = (Shape(512, 512, 32128), tuple(size * MIB for size in (8, 16, 32, 64, 128, 256)))
@@ -24,7 +24,10 @@ def measure(*, quick: bool, device: str) -> dict[str, object]:
     shape, budgets = QUICK if quick else GPU if device == "cuda" else CPU
     operands = make_operands(shape, dtype=dtype_of(device), device=device)
     named = {DEFAULT: None, **{str(budget): budget for budget in budgets}}
-    calls = {name: lambda budget=budget: _step(operands, budget) for name, budget in named.items()}
+    calls = {
+        name: lambda budget=budget: forward_backward(partial(swaft_loss, chunk_bytes=budget), operands)
+        for name, budget in named.items()
+    }
     largest = calls[str(budgets[-1])]()
     timings = interleaved(
         calls,
@@ -69,22 +72,6 @@ def rows(result: dict) -> list[Sequence[object]]:
             )
         )
     return lines
-
-
-def _step(operands: Operands, chunk_bytes: int | None) -> Step:
-    return forward_backward(
-        lambda o: (
-            linear_cross_entropy_symmetric_kl(
-                o.hidden,
-                o.noised_hidden,
-                o.weight,
-                o.labels,
-                hidden_difference=o.difference,
-                chunk_bytes=chunk_bytes,
-            ).loss
-        ),
-        operands,
-    )
 
 
 def _distance(step: Step, other: Step) -> dict[str, float]:

@@ -21,9 +21,9 @@ from benchmarks.fused_loss_rivals import (
     forward_backward,
     make_operands,
     plain_divergence,
+    swaft_loss,
 )
 from benchmarks.measuring import significant
-from swaft.functional import linear_cross_entropy_symmetric_kl
 
 NOISES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SHAPE = Shape(128, 256, 8192)
@@ -87,16 +87,9 @@ def _swaft(form: str) -> Callable[[Operands], Tensor]:
     """The divergence over all rows, none of which counts for the cross entropy."""
 
     def loss_of(operands: Operands) -> Tensor:
-        return linear_cross_entropy_symmetric_kl(
-            operands.hidden,
-            operands.noised_hidden,
-            operands.weight,
-            torch.full_like(operands.labels, IGNORED),
-            hidden_difference=operands.difference,
-            form=form,
-            ignore_index=IGNORED,
-            kl_mask=torch.ones_like(operands.labels, dtype=torch.bool),
-        ).loss
+        rows = torch.ones_like(operands.labels, dtype=torch.bool)
+        uncounted = replace(operands, labels=torch.full_like(operands.labels, IGNORED))
+        return swaft_loss(uncounted, form=form, ignore_index=IGNORED, kl_mask=rows)
 
     return loss_of
 

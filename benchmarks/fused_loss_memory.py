@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -30,8 +29,9 @@ from benchmarks.fused_loss_rivals import (
     make_operands,
 )
 from benchmarks.fused_loss_speed import dtype_of
+from benchmarks.measuring import CLEAR, forget_peak, memory_of
+from benchmarks.ranks import ROOT
 
-ROOT = Path(__file__).parents[1]
 CPU_SHAPE = Shape(1024, 512, 32128)
 GPU_SHAPES = (Shape(8192, 1024, 250112), Shape(8192, 4096, 128256))
 QUICK_SHAPE = Shape(512, 16, 8192)
@@ -39,9 +39,6 @@ OVER_INPUTS, OVER_BOTH = "bytes over inputs", "bytes over inputs and gradients"
 CPU_BAR = {"shape": CPU_SHAPE.name, "figure": f"{PLAIN} / {SWAFT}, {OVER_INPUTS}", "at least": 4.0}
 GPU_BAR = {"shape": GPU_SHAPES[0].name, "figure": f"{SWAFT}, {OVER_BOTH}", "at most": 3e9}
 TIMEOUT_S = 150.0
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-SET_PEAK_BACK = "5"
-"""What tells the kernel to reset the peak of resident memory to what is resident now."""
 LARGE_BLOCK = 1 << 20
 """Blocks from this size on are allocated from and returned to the kernel directly, so resident memory is in use."""
 
@@ -99,10 +96,10 @@ def main(argument: str) -> None:
         print(json.dumps({"skipped": call}))
         return
     call()
-    CLEAR.write_text(SET_PEAK_BACK)
-    before = _status("VmRSS")
+    forget_peak()
+    before = memory_of("VmRSS")
     gradients = _nbytes(call())
-    print(json.dumps(_figures(_status("VmHWM") - before, gradients)))
+    print(json.dumps(_figures(memory_of("VmHWM") - before, gradients)))
 
 
 def _in_process_of_its_own(name: str, shape: Shape) -> dict[str, object]:
@@ -147,8 +144,6 @@ def _one_on_gpu(name: str, shape: Shape) -> dict[str, object]:
         before = torch.cuda.memory_allocated()
         gradients = _nbytes(call())
         return _figures(torch.cuda.max_memory_allocated() - before, gradients)
-    except torch.OutOfMemoryError as error:
-        return {"skipped": short(error)}
     except Exception as error:
         if name not in FOREIGN:
             raise
@@ -165,12 +160,6 @@ def _figures(peak: int, gradients: int) -> dict[str, object]:
 
 def _nbytes(step: object) -> int:
     return sum(gradient.nbytes for gradient in step.gradients if gradient is not None)
-
-
-def _status(key: str) -> int:
-    """An entry of this process's status, in bytes."""
-    lines = STATUS.read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 if __name__ == "__main__":

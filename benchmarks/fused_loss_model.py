@@ -66,15 +66,15 @@ def chunk_rows(design: Design, vocabulary: int) -> tuple[int, int]:
     return few, max(few, int((BUDGET - few * products) // gradients) // few * few)
 
 
-def milliseconds(design: Design, width: int, vocabulary: int, rows: int = NUM_ROWS) -> dict[str, float]:
-    """Milliseconds of each part.
+def milliseconds(design: Design, width: int, vocabulary: int) -> dict[str, float]:
+    """Milliseconds of each part, for `NUM_ROWS` rows.
 
     Args:
         design: design of the loss.
         width: hidden size d.
         vocabulary: V.
-        rows: N.
     """
+    rows = NUM_ROWS
     few, many = (min(rows, each) for each in chunk_rows(design, vocabulary))
     flops = FLOPS if design.is_padded or vocabulary % 8 == 0 else UNALIGNED * FLOPS
     weight = vocabulary * width
@@ -103,10 +103,10 @@ def milliseconds(design: Design, width: int, vocabulary: int, rows: int = NUM_RO
     }
 
 
-def share_of_the_floor(design: Design, width: int, vocabulary: int, rows: int = NUM_ROWS) -> float:
+def share_of_the_floor(design: Design, width: int, vocabulary: int) -> float:
     """The time of the six products alone, divided by that of the loss."""
-    floor = 1e3 * 12 * rows * width * vocabulary / FLOPS
-    return floor / sum(milliseconds(design, width, vocabulary, rows).values())
+    floor = 1e3 * 12 * NUM_ROWS * width * vocabulary / FLOPS
+    return floor / sum(milliseconds(design, width, vocabulary).values())
 
 
 def main() -> None:

@@ -1,15 +1,14 @@
-"""The symmetric KL of a linear head in float64, value and gradients, a few rows at a time.
+"""The symmetric KL of a linear head in float64, value and gradients, a few rows at a time; no code of the library.
 
 With z = h W^T and d = (h - h') W^T = z - z', p = softmax(z), q = softmax(z - d), all in float64:
 
-    delta = d - Delta,  Delta = log S - log S' = c - log1p(E_p[expm1(-(d - c))]),  c = d at the most probable class
-    P = p - q = -p expm1(-delta),  K = E_p[delta],  K' = -E_q[delta]
-    J = sum P delta
-    g  = dJ/dz  = p (delta - K) + P,    g' = dJ/dz' = -(q (delta + K') + P),    g + g' = delta P - K p - K' q
+    delta = log p - log q = x + log1p(E_p[expm1(-x)]),  x = d - E_p[d]
+    P = p - q = -p expm1(-delta),  J = sum P delta,  K = E_p[delta]
+    g  = dJ/dz  = p (delta - K) + P,    g' = dJ/dz' = -(q (delta + J - K) + P),    g + g' = P (delta - K) - J q
     dh = g W,   dh' = g' W,   dW = g^T h + g'^T h' = (g + g')^T h - g'^T (h - h')
 
-d comes from a separate product and dW from the split sum, so small differences lose few digits: against
-80-digit arithmetic everything is correct to 1e-10 or better for noise from 1e-6 to 5.
+d comes from a separate product and dW from the split sum, so small differences lose few digits. Tests hold
+`closed_form` to arithmetic in 60 digits.
 """
 
 from __future__ import annotations
@@ -21,6 +20,19 @@ from torch import Tensor
 
 BLOCK = 1 << 22
 """Most logits held at a time."""
+
+
+class OfRows(NamedTuple):
+    """Symmetric KL of each row, and its gradients, float64."""
+
+    value: Tensor
+    """J (R,)."""
+    clean: Tensor
+    """g (R, V)."""
+    noised: Tensor
+    """g' (R, V)."""
+    total: Tensor
+    """g + g' (R, V)."""
 
 
 class Divergence(NamedTuple):
@@ -55,23 +67,26 @@ def symmetric_kl(hidden: Tensor, difference: Tensor, weight: Tensor) -> Divergen
     for first in range(0, count, rows):
         block = slice(first, first + rows)
         h, dh = hidden[block], difference[block]
-        value, g, g_noised, both = _rows(h @ weight.T, dh @ weight.T)
-        found.value.add_(value.sum() / count)
-        found.hidden[block] = g @ weight / count
-        found.noised_hidden[block] = g_noised @ weight / count
-        found.weight.add_((both.T @ h - g_noised.T @ dh) / count)
+        rows_of = closed_form(h @ weight.T, dh @ weight.T)
+        found.value.add_(rows_of.value.sum() / count)
+        found.hidden[block] = rows_of.clean @ weight / count
+        found.noised_hidden[block] = rows_of.noised @ weight / count
+        found.weight.add_((rows_of.total.T @ h - rows_of.noised.T @ dh) / count)
     return found
 
 
-def _rows(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """J (R,), g, g' and g + g' (R, V)."""
-    p = torch.softmax(z, -1)
-    x = d - d.gather(-1, p.argmax(-1, keepdim=True))
+def closed_form(z: Tensor, difference: Tensor) -> OfRows:
+    """J and its gradients of rows of logits z (R, V) and z' = z - difference, both float64."""
+    assert z.dtype == difference.dtype == torch.float64
+    p = z.softmax(-1)
+    x = difference - (p * difference).sum(-1, keepdim=True)
     delta = x + torch.log1p((p * torch.expm1(-x)).sum(-1, keepdim=True))
-    p_minus_q = -p * torch.expm1(-delta)
+    p_minus_q = torch.where(delta > -1, -p * torch.expm1(-delta), p - (z - difference).softmax(-1))
     q = p - p_minus_q
+    value = (p_minus_q * delta).sum(-1, keepdim=True)
     k = (p * delta).sum(-1, keepdim=True)
-    k_noised = -(q * delta).sum(-1, keepdim=True)
-    g = p * (delta - k) + p_minus_q
-    g_noised = -(q * (delta + k_noised) + p_minus_q)
-    return (p_minus_q * delta).sum(-1), g, g_noised, delta * p_minus_q - k * p - k_noised * q
+    clean = p * (delta - k) + p_minus_q
+    noised = -(q * (delta + value - k) + p_minus_q)
+    total = p_minus_q * (delta - k) - value * q
+    total = torch.where((delta.abs() > 1).any(-1, keepdim=True), clean + noised, total)
+    return OfRows(value.squeeze(-1), clean, noised, total)

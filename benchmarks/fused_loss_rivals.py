@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +90,7 @@ Loss = Callable[[Operands], Tensor]
 Arm = Callable[[], Step]
 
 
-def make_operands(
-    shape: Shape, *, dtype: torch.dtype, device: str, noise: float = 1e-2, seed: int = 0
-) -> Operands:
+def make_operands(shape: Shape, *, dtype: torch.dtype, device: str, noise: float = 1e-2) -> Operands:
     """Random operands, the same at every call.
 
     Args:
@@ -100,9 +98,8 @@ def make_operands(
         dtype: of hidden, noised_hidden and weight.
         device: where to put them.
         noise: standard deviation of the noise on hidden, whose own is 1.
-        seed: of the generator.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device, generator=generator)
@@ -128,14 +125,15 @@ def forward_backward(loss_of: Loss, operands: Operands) -> Step:
     return Step(loss.detach(), torch.autograd.grad(loss, operands.leaves, allow_unused=True))
 
 
-def swaft_loss(operands: Operands) -> Tensor:
-    """The fused loss of swaft, all rows."""
+def swaft_loss(operands: Operands, **options: Any) -> Tensor:
+    """The fused loss of swaft, all rows, with options of `linear_cross_entropy_symmetric_kl`."""
     return linear_cross_entropy_symmetric_kl(
         operands.hidden,
         operands.noised_hidden,
         operands.weight,
         operands.labels,
         hidden_difference=operands.difference,
+        **options,
     ).loss
 
 

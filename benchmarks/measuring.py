@@ -1,9 +1,28 @@
-"""How figures are summarised, the same in every benchmark."""
+"""How memory is read and figures are summarised, the same in every benchmark."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+
+CLEAR = Path("/proc/self/clear_refs")
+"""What sets the peak of this process's resident memory back to what is resident now."""
+
+
+def memory_of(entry: str, process: int | str = "self") -> int:
+    """An entry of a process's status in bytes, such as VmRSS (resident now) or VmHWM (its peak).
+
+    Raises:
+        KeyError: it has no such entry; once it has ended, none of memory.
+    """
+    entries = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return 1024 * int(entries[entry].split()[0])
+
+
+def forget_peak() -> None:
+    """Let VmHWM count from here."""
+    CLEAR.write_text("5")
 
 
 def spread(values: Sequence[float]) -> dict[str, object]:

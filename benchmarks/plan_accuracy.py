@@ -44,33 +44,31 @@ ALLOCATOR = {
 TIMEOUT_S = 1800
 
 
-class Accuracy:
-    """Predicted against measured, for every model under every engine."""
+def measure(*, quick: bool, device: str) -> dict[str, object]:
+    """Bytes of both, and the error of the prediction as a share of the measurement."""
+    models = {"tiny": WARM_UP} if quick else MODELS
+    lines = {"one process": LINES["one process"]} if quick else LINES
+    cases = {}
+    for engine, line in lines.items():
+        measured = measure_line(line, list(models))
+        cases[engine] = {
+            name: compared(plan_of(line, model), measured[name]) for name, model in models.items()
+        }
+    return {"largest error": largest_error(cases), "cases": cases}
 
-    def measure(self, *, quick: bool, device: str) -> dict[str, object]:
-        """Bytes of both, and the error of the prediction as a share of the measurement."""
-        models = {"tiny": WARM_UP} if quick else MODELS
-        lines = {"one process": LINES["one process"]} if quick else LINES
-        cases = {}
-        for engine, line in lines.items():
-            measured = measure_line(line, list(models))
-            cases[engine] = {
-                name: compared(plan_of(line, model), measured[name]) for name, model in models.items()
-            }
-        return {"largest error": largest_error(cases), "cases": cases}
 
-    def rows(self, result: dict) -> list[Sequence[object]]:
-        """One line per model and engine."""
-        return [
-            (
-                f"{engine}, {name}",
-                f"predicted {case['predicted bytes'] / 1e6:,.0f} MB",
-                f"measured {case['measured bytes'] / 1e6:,.0f} MB",
-                f"error {case['error']:+.1%}",
-            )
-            for engine, each in result["cases"].items()
-            for name, case in each.items()
-        ]
+def rows(result: dict) -> list[Sequence[object]]:
+    """One line per model and engine."""
+    return [
+        (
+            f"{engine}, {name}",
+            f"predicted {case['predicted bytes'] / 1e6:,.0f} MB",
+            f"measured {case['measured bytes'] / 1e6:,.0f} MB",
+            f"error {case['error']:+.1%}",
+        )
+        for engine, each in result["cases"].items()
+        for name, case in each.items()
+    ]
 
 
 def measure_line(line: Sequence[str], names: Sequence[str]) -> dict[str, int]:
@@ -94,13 +92,13 @@ def measure_line(line: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     return {name: max(rank[name] for rank in ranks) for name in names}
 
 
-def plan_of(line: Sequence[str], model: Model, *, on_cpu: bool = True) -> RunPlan:
+def plan_of(line: Sequence[str], model: Model) -> RunPlan:
     """Plan what the worker does under a launch line."""
     train = model.train()
     launch = read_launch([*line, str(ROOT / WORKER)])
     settings = resolve_engine(train, launch.environ, hidden_size=hidden_size(model.configuration()))
     return plan_run(
-        PlannedEngine(launch, settings, on_cpu=on_cpu),
+        PlannedEngine(launch, settings, on_cpu=True),
         SimpleNamespace(train=train, averaging=AveragingConfig()),
         PlannedModel(model.build, model.batch),
         build_objective(NoiseConfig(), seed=0),
@@ -126,9 +124,10 @@ def largest_error(cases: dict[str, dict[str, dict]]) -> float:
     return max(abs(case["error"]) for each in cases.values() for case in each.values())
 
 
-def predict_again(path: Path = command.RESULTS / "plan_accuracy.json") -> None:
-    """Put the current predictions next to the peaks in a results file, say so in it, and print the table."""
+def predict_again() -> None:
+    """Put the current predictions next to the peaks in the results file, say so in it, and print the table."""
     use_environment()
+    path = command.RESULTS / "plan_accuracy.json"
     results = json.loads(path.read_text())
     found = results["accuracy"]
     for engine, each in found["cases"].items():
@@ -139,21 +138,14 @@ def predict_again(path: Path = command.RESULTS / "plan_accuracy.json") -> None:
         "made after the peaks were measured, with --predict; the environment is the peaks'"
     )
     path.write_text(json.dumps(results, indent=1) + "\n")
-    for case, *figures in Accuracy().rows(found):
-        print(f"  {case:<40}", *(f"{figure!s:<22}" for figure in figures))
+    command.print_table(rows(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, print the table."""
     if "--predict" in (sys.argv[1:] if arguments is None else arguments):
         return predict_again()
-    command.run(
-        "plan_accuracy",
-        {"accuracy": Accuracy()},
-        arguments,
-        about=(__doc__ or "").partition("\n")[0],
-        widths=(40, 22),
-    )
+    command.run("plan_accuracy", {"accuracy": sys.modules[__name__]}, arguments, about=__doc__)
 
 
 if __name__ == "__main__":

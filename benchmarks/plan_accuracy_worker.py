@@ -9,7 +9,6 @@ import ctypes
 import gc
 import json
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 import swaft
+from benchmarks.measuring import forget_peak, memory_of
 from benchmarks.plan_accuracy_cases import MODELS, WARM_UP, Model
 from swaft.training.config import NoiseConfig, TrackConfig
 from swaft.training.launch.accelerator import build_accelerator, resolve_engine, whole_model_loading
@@ -41,10 +41,10 @@ def main() -> None:
     found = {}
     for name in names:
         settle()
-        before = kibibytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = memory_of("VmRSS")
+        forget_peak()
         train_steps(MODELS.get(name, WARM_UP))
-        found[name] = (kibibytes("VmHWM") - before) * 1024
+        found[name] = memory_of("VmHWM") - before
     (folder / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
 
@@ -84,13 +84,6 @@ def settle() -> None:
     """Release what the previous model left."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def kibibytes(name: str) -> int:
-    """An entry of this process's status."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"this kernel does not tell {name}"
-    return int(found[1])
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks import command
+from benchmarks.measuring import memory_of
 from swaft.storage import Spec, write_tensors
 
 COUNTS = (2, 20)
@@ -31,33 +33,31 @@ PIECE = 1 << 22
 PROGRAM = "import sys; from swaft.cli.average import run; print('begun', flush=True); run(sys.argv[1:])"
 
 
-class SoupMemory:
-    """Peak memory and time, for few checkpoints and for many."""
+def measure(*, quick: bool, device: str) -> dict[str, object]:
+    """Bytes and seconds by number of checkpoints."""
+    shapes = model(vocabulary=1000, width=64, layers=2) if quick else model(524_288, 1024, 37)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "weights", shapes)
+        found = {str(count): average(Path(folder), count) for count in COUNTS}
+    return {
+        "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+        "largest tensor bytes": max(4 * torch.Size(shape).numel() for shape in shapes.values()),
+        "bar for peak anonymous bytes": BAR,
+        "by checkpoints": found,
+    }
 
-    def measure(self, *, quick: bool, device: str) -> dict[str, object]:
-        """Bytes and seconds by number of checkpoints."""
-        shapes = model(vocabulary=1000, width=64, layers=2) if quick else model(524_288, 1024, 37)
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / "weights", shapes)
-            found = {str(count): average(Path(folder), count) for count in COUNTS}
-        return {
-            "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
-            "largest tensor bytes": max(4 * torch.Size(shape).numel() for shape in shapes.values()),
-            "bar for peak anonymous bytes": BAR,
-            "by checkpoints": found,
-        }
 
-    def rows(self, result: dict) -> list[Sequence[object]]:
-        """One line per number of checkpoints."""
-        return [
-            (
-                f"{count} checkpoints of {result['parameters']:,} parameters",
-                f"anonymous {figures['peak anonymous bytes'] / 2**20:,.0f} MiB at most",
-                f"{figures['anonymous bytes before'] / 2**20:,.0f} MiB before",
-                f"{figures['seconds']:.0f} s",
-            )
-            for count, figures in result["by checkpoints"].items()
-        ]
+def rows(result: dict) -> list[Sequence[object]]:
+    """One line per number of checkpoints."""
+    return [
+        (
+            f"{count} checkpoints of {result['parameters']:,} parameters",
+            f"anonymous {figures['peak anonymous bytes'] / 2**20:,.0f} MiB at most",
+            f"{figures['anonymous bytes before'] / 2**20:,.0f} MiB before",
+            f"{figures['seconds']:.0f} s",
+        )
+        for count, figures in result["by checkpoints"].items()
+    ]
 
 
 def model(vocabulary: int, width: int, layers: int) -> dict[str, list[int]]:
@@ -100,10 +100,11 @@ def average(folder: Path, count: int) -> dict[str, float]:
     )
     assert process.stdout is not None
     lines = [process.stdout.readline()]
-    before = peak = anonymous(process.pid)
+    before = peak = memory_of("RssAnon", process.pid)
     begun = time.perf_counter()
     while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
+        with suppress(KeyError):  # it has ended just now
+            peak = max(peak, memory_of("RssAnon", process.pid))
         time.sleep(0.005)
     seconds = time.perf_counter() - begun
     lines += process.stdout.readlines()
@@ -118,24 +119,9 @@ def average(folder: Path, count: int) -> dict[str, float]:
     }
 
 
-def anonymous(process: int) -> int:
-    """Anonymous memory of a process in bytes; 0 once it has ended."""
-    try:
-        with open(f"/proc/{process}/status") as status:
-            return next((1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:")), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, print the table."""
-    command.run(
-        "soup",
-        {"memory": SoupMemory()},
-        arguments,
-        about=(__doc__ or "").partition("\n")[0],
-        widths=(44, 30),
-    )
+    command.run("soup", {"memory": sys.modules[__name__]}, arguments, about=__doc__)
 
 
 if __name__ == "__main__":

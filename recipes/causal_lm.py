@@ -17,7 +17,6 @@ from datasets import Dataset
 
 import swaft
 from swaft.averaging.rules import Readout
-from swaft.errors import ConfigError
 from swaft.training.checks import Prepared, Problems, start_of
 from swaft.training.config import build_rule
 from swaft.training.data.causal_lm import (
@@ -71,8 +70,6 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     """Find and check everything that needs no device and no other rank; problems are collected."""
     ready = PreparedTexts()
     with problems:  # a problem ends its block, and later blocks that need something from it are skipped
-        require_steps(config)
-    with problems:
         ready.columns = find_columns(load_splits(config.data), config.data)
         ready.rows = ready.columns.rows
     with problems:
@@ -108,14 +105,6 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     with problems:
         ready.target = choose_target(config.eval, TOKEN_SCORES, ready.rows, config.averaging)
     return ready
-
-
-def require_steps(config: CausalConfig) -> None:
-    """Refuse to pack without a number of steps: the number of rows is known only after packing."""
-    if config.data.packing and config.train.max_steps < 1:
-        raise ConfigError(
-            "data.packing: how many rows are left is known once they are packed; set train.max_steps"
-        )
 
 
 def texts_of(columns: CausalColumns) -> Iterator[str]:

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ import torch
 import swaft
 from benchmarks.deadline import within
 from benchmarks.environment import environment
-from swaft.functional import linear_cross_entropy_symmetric_kl
+from benchmarks.fused_loss_clock import finish
+from benchmarks.fused_loss_rivals import Shape, forward_backward, make_operands, six_gemms, swaft_loss
+from benchmarks.fused_loss_speed import dtype_of
 
 SHAPES = (
     (8192, 4096, 128256),
@@ -93,39 +96,15 @@ def taken_for_granted() -> dict[str, object]:
 
 def loss_by_kernel(shape: tuple[int, int, int], device: str) -> dict[str, object]:
     """Milliseconds of forward and backward of the loss, of its six products alone, and by kind of kernel."""
-    rows, width, vocabulary = shape
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    hidden = torch.randn(rows, width, device=device)
-    difference = torch.randn_like(hidden) * 1e-2
-    weight = (
-        torch.randn(vocabulary, width, device=device, dtype=dtype) * (2.5 / width**0.5)
-    ).requires_grad_()
-    clean, noised = (each.to(dtype).requires_grad_() for each in (hidden, hidden - difference))
-    labels = torch.randint(0, vocabulary, (rows,), device=device)
-
-    def step() -> None:
-        loss = linear_cross_entropy_symmetric_kl(
-            clean, noised, weight, labels, hidden_difference=difference
-        ).loss
-        torch.autograd.grad(loss, (clean, noised, weight))
-
-    logits = torch.empty(rows, vocabulary, device=device, dtype=dtype)
-    x, w = clean.detach(), weight.detach()
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
-
-    def products() -> None:
-        for _ in range(2):
-            torch.mm(x, w.T, out=logits)
-            torch.mm(logits, w, out=dx)
-            torch.mm(logits.T, x, out=dw)
-
-    floor = milliseconds(products)
+    operands = make_operands(Shape(*shape), dtype=dtype_of(device), device=device)
+    step = partial(forward_backward, swaft_loss, operands)
+    floor = milliseconds(six_gemms(operands))
     total = milliseconds(step)
     found: dict[str, object] = {"ms": total, "six products ms": floor, "share of the floor": floor / total}
     if device == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             step()
-            torch.cuda.synchronize()
+            finish()
         spent: dict[str, float] = {"products": 0.0, "rows kernel": 0.0, "other": 0.0}
         for event in profiler.key_averages():
             kind = "products" if any(part in event.key.lower() for part in GEMM) else "other"
@@ -146,8 +125,7 @@ def averaging_event(numel: int, device: str) -> dict[str, object]:
         model.weight.grad = model.weight.detach().clone()
         optimizer.step()
         model.weight.grad = None
-        if device == "cuda":
-            torch.cuda.synchronize()
+        finish()
         begun = time.perf_counter()
         averager.step()
         blocked.append(time.perf_counter() - begun)
@@ -170,12 +148,10 @@ def milliseconds(call: Callable[[], object], rounds: int = 5) -> float:
         call()
     times = []
     for _ in range(rounds):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish()
         begun = time.perf_counter()
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish()
         times.append(1e3 * (time.perf_counter() - begun))
     return statistics.median(times)
 

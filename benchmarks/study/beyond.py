@@ -14,7 +14,7 @@ from benchmarks.study.grid import at_chosen_rates
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.statistics import compare
 from benchmarks.study.store import Row
-from benchmarks.study.tables import line, told
+from benchmarks.study.tables import markdown, told
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trainings import BASELINE, BASELINES, TRAININGS
 
@@ -101,20 +101,20 @@ def flatness(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _along(lines: Mapping[str, Sequence[Row]]) -> str:
+def _along(trainings: Mapping[str, Sequence[Row]]) -> str:
     """Training and test loss along the line, by training."""
-    places = next(iter(lines.values()))[0]["places"]
+    places = next(iter(trainings.values()))[0]["places"]
     away = [i for i, place in enumerate(places) if place]
-    told_all = [line(["loss", *(f"{places[i]:g}" for i in away)]), line(["---"] * (1 + len(away)))]
-    for training, of in lines.items():
+    lines = []
+    for training, of in trainings.items():
         for side, rows in enumerate(("training", "test")):
             losses = [
                 _values(of, lambda row, i=i, side=side: 100 * row["train_and_test_nll"][i][side])
                 for i in range(len(places))
             ]
             differences = [_difference(losses[i], losses[places.index(0)]) for i in away]
-            told_all.append(line([f"`{training}`, {rows} rows", *differences]))
-    return "\n".join(told_all)
+            lines.append([f"`{training}`, {rows} rows", *differences])
+    return markdown(["loss", *(f"{places[i]:g}" for i in away)], lines)
 
 
 def _probed(row: Row) -> str:
@@ -134,17 +134,17 @@ def _table(
     columns: Mapping[str, Callable[[Row], float | None]],
 ) -> str:
     """One line per arm and one column per number: the baseline's means, then paired differences from it."""
-    told_all = [line([title, *columns]), line(["---"] * (1 + len(columns)))]
+    lines = []
     theirs = {name: _values(arms.get(base, ()), value) for name, value in columns.items()}
     if base in arms:
         means = [f"{statistics.mean(found.values()):.2f}" if found else "" for found in theirs.values()]
-        told_all.append(line([f"`{base}`", *means]))
+        lines.append([f"`{base}`", *means])
     for arm in arms:
         if arm != base:
             differences = [_difference(_values(arms[arm], columns[name]), theirs[name]) for name in columns]
             if any(differences):
-                told_all.append(line([f"`{arm}`", *differences]))
-    return "\n".join(told_all)
+                lines.append([f"`{arm}`", *differences])
+    return markdown([title, *columns], lines)
 
 
 def _values(rows: Sequence[Row], value: Callable[[Row], float | None]) -> Values:

@@ -9,10 +9,10 @@ import shlex
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import forget_peak, memory_of
 from benchmarks.study import collapse, flatness
 from benchmarks.study.fitting import REGIMES, device, fit, teach
 from benchmarks.study.numerics import PRECISION, fingerprint, machine
@@ -164,15 +164,13 @@ def _forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()
 
 
 def _peak() -> int:
     """Peak bytes since the cell started: on the GPU, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-    except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError, KeyError):
+        return memory_of("VmHWM")
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -45,7 +45,7 @@ def probe_others(
 
     def probe_all(name: str, model: nn.Module) -> None:
         for other in PROBED:
-            found[f"{name}:{other}"] = {"probe": other, "outcomes": probe(model, other, seed=0)}
+            found[f"{name}:{other}"] = {"probe": other, "outcomes": probe(model, other)}
 
     if training.name == BASELINE:
         probe_all(PRETRAINED, encoder.pretrained(splits.num_labels, trained.seed, device()))
@@ -72,29 +72,28 @@ def cycle(first: str, training: Training, *, regime: Regime, rate: float, seed: 
         model = encoder.pretrained(splits.num_labels, own, device())
         if carried is not None:
             model.base_model.load_state_dict(carried, strict=False)
-        found[f"{stage:02}:next"] = {"probe": task, "stage": stage, "outcomes": probe(model, task, seed=0)}
+        found[f"{stage:02}:next"] = {"probe": task, "stage": stage, "outcomes": probe(model, task)}
         trained = fit(model, splits, training, regime=budget, rate=rate, seed=seed, averaged=(RECOMMENDED,))
         with in_place(model, trained.averager, recommended_readouts(training)[-1]):
             carried = {name: weight.detach().clone() for name, weight in model.base_model.named_parameters()}
             found[f"{stage:02}:first"] = {
                 "probe": first,
                 "stage": stage,
-                "outcomes": probe(model, first, seed=0),
+                "outcomes": probe(model, first),
             }
         if trained.averager is not None:
             trained.averager.close()
     return found
 
 
-def probe(model: nn.Module, task: str, *, seed: int) -> dict[str, float]:
-    """Test outcomes of a linear probe on an encoder's features.
+def probe(model: nn.Module, task: str) -> dict[str, float]:
+    """Test outcomes of a linear probe on an encoder's features, trained on the same ``PROBE_ROWS`` rows every time.
 
     Args:
         model: with the weights to be judged; its head is not used.
         task: the task to probe.
-        seed: of the ``PROBE_ROWS`` rows the probe is trained on.
     """
-    splits = load(task, rows=PROBE_ROWS, seed=seed)
+    splits = load(task, rows=PROBE_ROWS, seed=0)
     train, validation, test = (
         features(model, part) for part in (splits.train, splits.validation, splits.test)
     )

@@ -30,7 +30,7 @@ from benchmarks.study.tables import (
     absolute,
     by_task,
     by_task_and_mean,
-    line,
+    markdown,
     rates,
     rates_tried,
     summary,
@@ -210,32 +210,20 @@ def _rounding(kept: Kept) -> str:
     }
     if not costs:
         return ""
-    lines = [
-        line(
-            [
-                "arm",
-                "increase in loss, %",
-                "difference from the baseline, %",
-                "before rounding, %",
-                "pairs",
-            ]
-        ),
-        line(["---"] * 5),
-    ]
+    head = ["arm", "increase in loss, %", "difference from the baseline, %", "before rounding, %", "pairs"]
+    lines = []
     for arm, own in costs.items():
         rounded, whole = (
             both.from_baseline("main", arm, "loss", rounding=name, tasks=ALL) for name in (worst, None)
         )
         pairs = str(rounded.count) if rounded else ""
-        lines.append(
-            line([f"`{arm}`", f"{own[worst]:+.2f}", told_overall(rounded), told_overall(whole), pairs])
-        )
+        lines.append([f"`{arm}`", f"{own[worst]:+.2f}", told_overall(rounded), told_overall(whole), pairs])
     most = " and ".join(
         f"{max(abs(own[name]) for own in costs.values()):.2f} % (rounded to {name})" for name in mild
     )
     return (
         f"## After rounding the weights\n\nIn the mean over tasks, the loss of any arm changes by at most "
-        f"{most}. Rounded to {worst}:\n\n" + "\n".join(lines)
+        f"{most}. Rounded to {worst}:\n\n{markdown(head, lines)}"
     )
 
 
@@ -245,10 +233,7 @@ def _cost_of_rounding(kept: Kept, arm: str, rounding: str) -> float:
 
 
 def _cost(kept: Kept) -> str:
-    lines = [
-        line(["training", "units", "CPU-seconds, as a multiple of `decayed`", "peak memory, GB"]),
-        line(["---"] * 4),
-    ]
+    lines = []
     measured: dict[str, dict[tuple, tuple[float, float]]] = {}
     for row in kept.rows + kept.bases:
         if row["regime"] == "main":
@@ -264,14 +249,15 @@ def _cost(kept: Kept) -> str:
             ratio = statistics.median(cells[key][0] / measured["decayed"][key][0] for key in shared)
             peaks = [cells[key][1] for key in shared if not math.isnan(cells[key][1])]
             peak = f"{statistics.median(peaks):.1f}" if peaks else "not measured"
-            lines.append(line([f"`{training}`", str(TRAININGS[training].units), f"{ratio:.2f}", peak]))
-    if len(lines) == 2:
+            lines.append([f"`{training}`", str(TRAININGS[training].units), f"{ratio:.2f}", peak])
+    if not lines:
         return ""
+    head = ["training", "units", "CPU-seconds, as a multiple of `decayed`", "peak memory, GB"]
     return (
         "## Cost\n\nOne unit is a forward and a backward pass over every training row, for the baseline's number "
         "of epochs. CPU-seconds are for training with all the averages that the readouts need, and memory is that "
         "of the process with all of them while it trains and scores; a run that keeps one average takes a fraction "
-        "of both.\n\n" + "\n".join(lines)
+        f"of both.\n\n{markdown(head, lines)}"
     )
 
 
@@ -342,15 +328,14 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
         for split, text in beyond.SPLITS.items()
         if not any(row["split"] == split and "failed" not in row for row in rows)
     ]
-    lines = [
+    parts = [
         "## What was not tested\n",
         "* any model but all-MiniLM-L6-v2",
         *(["* any machine with a GPU"] if not any(row["machine"].get("card") for row in rows) else []),
         *untouched,
         "\nCells of the grid, done of planned:\n",
-        line(["training", *(f"{settings.rows:,} rows" for settings in REGIMES.values())]),
-        line(["---"] * (1 + len(REGIMES))),
     ]
+    lines = []
     for training in TRAININGS:
         cells = []
         for regime in REGIMES:
@@ -362,11 +347,12 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
                 for seed in phase.seeds
             }
             cells.append(f"{len(wanted & done)} of {len(wanted)}" if wanted else "not planned")
-        lines.append(line([f"`{training}`", *cells]))
+        lines.append([f"`{training}`", *cells])
+    head = ["training", *(f"{settings.rows:,} rows" for settings in REGIMES.values())]
     notes = [f"* failed: `{row['cell']}`: {row['failed']}" for row in rows if "failed" in row]
     if kept.others:
         arms = sorted({f"{row['training']} ({row['fingerprint']})" for row in kept.others})
         notes.append(
             f"* left out, from a second machine, at another rate, or other arithmetic: {', '.join(arms)}"
         )
-    return "\n".join([*lines, "", *notes]).rstrip()
+    return "\n".join([*parts, markdown(head, lines), "", *notes]).rstrip()

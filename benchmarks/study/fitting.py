@@ -13,7 +13,8 @@ from benchmarks.study import model as encoder
 from benchmarks.study.numerics import PRECISION
 from benchmarks.study.readouts import rules_for
 from benchmarks.study.rivals import TEACHER
-from benchmarks.study.tasks import Splits, epoch_batches
+from benchmarks.study.rows import epoch_batches
+from benchmarks.study.tasks import Splits
 from benchmarks.study.trainings import TEACHER_RATES, TRAININGS, Training
 
 

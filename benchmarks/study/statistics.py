@@ -14,6 +14,7 @@ Pairs = Mapping[str, np.ndarray]
 FEWEST_TASKS = 4
 """For a mean over tasks with an interval; with fewer, the interval says next to nothing."""
 RESAMPLES = 4000
+SPLITS = 100
 LEVEL = 0.95
 
 
@@ -125,13 +126,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
+def false_alarms(values: Pairs) -> float | None:
     """How often an arm differs from itself: the share of random splits of its seeds into two halves in which the
     interval over tasks excludes 0. It should be at most 5 %.
 
     Args:
         values: of one arm, by task, one per seed.
-        splits: number of random splits.
 
     Returns:
         The share; None for fewer than two tasks with four seeds.
@@ -140,14 +140,14 @@ def false_alarms(values: Pairs, *, splits: int = 100) -> float | None:
     if len(usable) < 2:
         return None
     generator, alarms = _generator(), 0
-    for _ in range(splits):
+    for _ in range(SPLITS):
         pairs = {}
         for task in usable:
             order = generator.permutation(values[task])
             half = len(order) // 2
             pairs[task] = order[:half] - order[half : 2 * half]
         alarms += over_tasks(pairs).clear
-    return alarms / splits
+    return alarms / SPLITS
 
 
 def _interval(values: np.ndarray, drawn: np.ndarray, count: int) -> Interval:

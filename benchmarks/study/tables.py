@@ -14,10 +14,8 @@ from benchmarks.study.tasks import TASKS
 from benchmarks.study.trainings import TRAININGS
 
 
-def table(
-    kept: Kept, regime: str, tasks: Collection[str], *, within: Sequence[Collection[str]] = ()
-) -> str | None:
-    """Arms against their baselines over some tasks, one row per arm; None if there is nothing to show.
+def table(kept: Kept, regime: str, tasks: Collection[str], *, within: Sequence[Collection[str]] = ()) -> str:
+    """Arms against their baselines over some tasks, one row per arm; empty if there is nothing to show.
 
     Args:
         kept: the rows.
@@ -31,27 +29,25 @@ def table(
         loss = comparisons["loss"]
         if loss and all(loss.by_task.keys() & set(group) for group in within):
             found.append((arm, BASELINES[cost_of(arm)], comparisons))
-    if not found:
-        return None
     counts = ["tasks, pairs", "tasks with lower : higher loss", "p, Holm"]
     head = ["arm", "against", *OUTCOMES.values(), *counts]
     adjusted = holm([comparisons["loss"].p_value for _, _, comparisons in found])
-    lines = [line(head), line(["---"] * len(head))]
+    lines = []
     for (arm, base, comparisons), p_value in zip(found, adjusted, strict=True):
         loss = comparisons["loss"]
         cells = [f"`{arm}`", f"`{base}`", *(told_overall(comparisons[outcome]) for outcome in OUTCOMES)]
         cells += [f"{len(loss.by_task)}, {loss.count}", f"{loss.lower} : {loss.higher}", f"{p_value:.2g}"]
-        lines.append(line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def summary(kept: Kept, arms: Sequence[str], groups: Mapping[str, Collection[str]]) -> str | None:
-    """Loss and score of arms against their baselines, over groups of tasks; None if there is nothing to show.
+def summary(kept: Kept, arms: Sequence[str], groups: Mapping[str, Collection[str]]) -> str:
+    """Loss and score of arms against their baselines, over groups of tasks; empty if there is nothing to show.
 
     An arm has a mean over a group if it is measured on all of its tasks.
     """
     head = [f"{OUTCOMES[outcome]}: {group}" for outcome in ("loss", "score") for group in groups]
-    lines = [line(["arm", "against", *head, "pairs"]), line(["---"] * (3 + len(head)))]
+    lines = []
     for arm in arms:
         found = {
             (outcome, group): kept.from_baseline("main", arm, outcome, tasks=tasks)
@@ -62,49 +58,48 @@ def summary(kept: Kept, arms: Sequence[str], groups: Mapping[str, Collection[str
         if whole:
             cells = [told_overall(whole.get(at)) for at in found]
             count = max(each.count for each in whole.values())
-            lines.append(line([f"`{arm}`", f"`{BASELINES[cost_of(arm)]}`", *cells, str(count)]))
-    return "\n".join(lines) if len(lines) > 2 else None
+            lines.append([f"`{arm}`", f"`{BASELINES[cost_of(arm)]}`", *cells, str(count)])
+    return markdown(["arm", "against", *head, "pairs"], lines)
 
 
-def by_task_and_mean(kept: Kept, arms: Sequence[str], base: str, tasks: Sequence[str]) -> str | None:
-    """Test loss of arms against one baseline, task by task and over all; None if there is nothing to show."""
-    lines = [line([f"test loss against `{base}`, %", *tasks, "mean"]), line(["---"] * (2 + len(tasks)))]
+def by_task_and_mean(kept: Kept, arms: Sequence[str], base: str, tasks: Sequence[str]) -> str:
+    """Test loss of arms against one baseline, task by task and over all; empty if there is nothing to show."""
+    lines = []
     for arm in arms:
         found = kept.comparison("main", arm, base, "loss", tasks=tasks)
         if found:
             means = [f"{found.by_task[task].mean:+.2f}" if task in found.by_task else "" for task in tasks]
-            lines.append(line([f"`{arm}`", *means, told(found.overall) if found.overall else ""]))
-    return "\n".join(lines) if len(lines) > 2 else None
+            lines.append([f"`{arm}`", *means, told(found.overall) if found.overall else ""])
+    return markdown([f"test loss against `{base}`, %", *tasks, "mean"], lines)
 
 
 def absolute(kept: Kept, regime: str) -> list[str]:
     """Task by task: test loss (nats) and score (points), mean and standard deviation over seeds."""
     tasks, parts = _tasks(kept, regime), []
     for outcome, title, digits in (("nll", "test loss, nats", 4), ("score", "score, points", 2)):
-        lines = [line([title, *tasks]), line(["---"] * (len(tasks) + 1))]
+        lines = []
         for arm in kept.arms(regime):
             values = kept.values(regime, arm, outcome)
             cells = [
                 _spread([value for (t, _), value in values.items() if t == task], digits) for task in tasks
             ]
-            lines.append(line([f"`{arm}`", *cells]))
-        parts.append("\n".join(lines))
-    return parts if tasks else []
+            lines.append([f"`{arm}`", *cells])
+        parts.append(markdown([title, *tasks], lines))
+    return [part for part in parts if part]
 
 
 def by_task(kept: Kept, regime: str) -> list[str]:
     """Task by task: differences in test loss and in the score."""
     tasks, parts = _tasks(kept, regime), []
     for outcome in ("loss", "score"):
-        lines = [line([f"{OUTCOMES[outcome]}", *tasks]), line(["---"] * (len(tasks) + 1))]
+        lines = []
         for arm in kept.arms(regime):
             comparison = kept.from_baseline(regime, arm, outcome)
             if comparison:
                 intervals = [comparison.by_task.get(task) for task in tasks]
-                lines.append(line([f"`{arm}`", *(told(found) if found else "" for found in intervals)]))
-        if len(lines) > 2:
-            parts.append("\n".join(lines))
-    return parts
+                lines.append([f"`{arm}`", *(told(found) if found else "" for found in intervals)])
+        parts.append(markdown([OUTCOMES[outcome], *tasks], lines))
+    return [part for part in parts if part]
 
 
 def rates(rows: Sequence[Row]) -> list[str]:
@@ -114,13 +109,13 @@ def rates(rows: Sequence[Row]) -> list[str]:
         chosen = {
             training: [chosen_rate(training, regime, task, rows) for task in TASKS] for training in TRAININGS
         }
-        lines = [line(["training", *TASKS]), line(["---"] * (len(TASKS) + 1))]
-        for training, of in chosen.items():
-            if any(of):
-                cells = [f"{rate:g}{_edge(rate)}" if rate else "" for rate in of]
-                lines.append(line([f"`{training}`", *cells]))
-        if len(lines) > 2:
-            parts += [f"{REGIMES[regime].rows:,} training rows:", "\n".join(lines)]
+        lines = [
+            [f"`{training}`", *(f"{rate:g}{_edge(rate)}" if rate else "" for rate in of)]
+            for training, of in chosen.items()
+            if any(of)
+        ]
+        if lines:
+            parts += [f"{REGIMES[regime].rows:,} training rows:", markdown(["training", *TASKS], lines)]
     return parts
 
 
@@ -129,7 +124,7 @@ def rates_tried(rows: Sequence[Row]) -> list[str]:
     parts = []
     for regime in REGIMES:
         for task in TASKS:
-            lines = [line(["training", *(f"{rate:g}" for rate in RATES)]), line(["---"] * (len(RATES) + 1))]
+            lines = []
             for training in TRAININGS:
                 losses = tried(training, regime, task, rows)
                 chosen = chosen_rate(training, regime, task, rows)
@@ -137,9 +132,10 @@ def rates_tried(rows: Sequence[Row]) -> list[str]:
                 if chosen is not None:
                     told[chosen] = f"**{told[chosen]}**{_edge(chosen)}"
                 if told:
-                    lines.append(line([f"`{training}`", *(told.get(rate, "") for rate in RATES)]))
-            if len(lines) > 2:
-                parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", "\n".join(lines)]
+                    lines.append([f"`{training}`", *(told.get(rate, "") for rate in RATES)])
+            if lines:
+                head = ["training", *(f"{rate:g}" for rate in RATES)]
+                parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", markdown(head, lines)]
     return parts
 
 
@@ -176,6 +172,7 @@ def told(found: Interval) -> str:
     return f"**{text}**" if found.clear else text
 
 
-def line(cells: Sequence[str]) -> str:
-    """One row of a table."""
-    return f"| {' | '.join(cells)} |"
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells below its head; empty without lines."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) if lines else ""

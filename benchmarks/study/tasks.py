@@ -17,9 +17,7 @@ from benchmarks.study import answers, texts
 from benchmarks.study import model as encoder
 from benchmarks.study.outcomes import Prediction, outcomes
 from benchmarks.study.pack import model_folder, packed, read_packed, read_vocabulary
-from benchmarks.study.rows import Rows, epoch_batches, evaluation_batches
-
-__all__ = ["Rows", "epoch_batches", "evaluation_batches"]
+from benchmarks.study.rows import Rows
 
 MAX_LENGTH = 64
 """Tokens after which a text to be classified, or a pair, is truncated."""

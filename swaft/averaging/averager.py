@@ -9,7 +9,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakMethod, finalize
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,8 @@ class WeightAverager:
         )
         self._statistics = Statistics(self.engine)
         # Everything that writes to the masters waits until the current member has been read.
-        release = self._averages.pipeline.release_masters
-        self.engine.before_steps(release)
-        self.engine.swap.readers.append(WeakMethod(release))
+        self.engine.before_steps(self._averages.pipeline.release_masters)
+        self.engine.swap.readers.add(self._averages.pipeline)
         self.close = finalize(self, self._averages.close)
         self._counts = dict.fromkeys(self._plans, 0)
         self._since = self.applied_steps

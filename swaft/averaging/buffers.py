@@ -236,7 +236,7 @@ class Statistics:
             for name, buffer in changing_buffers(self._engine.module).items()
             if buffer.is_floating_point()
             and "parametrizations." not in name
-            and not name.startswith(self._known or ("\0",))
+            and not name.startswith(self._known)
         }
 
 

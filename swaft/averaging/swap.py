@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from swaft.errors import AveragingError, LayoutError
 
 if TYPE_CHECKING:
     from swaft.averaging.engines import Engine
+    from swaft.averaging.host.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +69,8 @@ def swapped_in(
     engine.swap.let_readers_finish()
     engine.release_gathered()
     buffers = changing_buffers(engine.module)
-    if engine.masters_are_working():
-        engine.swap.stash = engine.read(engine.masters())
-    elif (
-        engine.misplaced() is not None
-    ):  # a wrapper that has not stepped yet: the weights are not a cast of the masters
+    # The weights of a wrapper that has not stepped yet may be no cast of its masters.
+    if engine.masters_are_working() or engine.misplaced() is not None:
         engine.swap.stash = engine.read(engine.working())
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     engine.swap.active = True
@@ -158,17 +156,15 @@ class Swap:
     """The owned live elements while active, if the engine keeps no other copy of them."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
     """Copies of the live values of buffers while active, by clean name."""
-    readers: list[WeakMethod[Callable[[], None]]] = field(default_factory=list)
-    """Called before weights are written; each returns once it has read the live ones."""
+    readers: WeakSet[Pipeline] = field(default_factory=WeakSet)
+    """What may still read the live weights; waited for before they are written."""
     _guards: ExitStack = field(default_factory=ExitStack)
     _lifted: bool = False
 
     def let_readers_finish(self) -> None:
         """Block until nothing reads the live weights any more."""
-        self.readers = [reader for reader in self.readers if reader() is not None]
         for reader in self.readers:
-            if (finish := reader()) is not None:
-                finish()
+            reader.release_masters()
 
     def guard(self, module: nn.Module, outer: nn.Module, calls: Iterable[str]) -> None:
         """Refuse, until :meth:`end`, any call that hands out the weights as the live ones, or replaces them.

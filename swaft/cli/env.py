@@ -8,26 +8,23 @@ The versions are also in env.json of every run folder, with device, ranks and en
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from swaft.errors import ConfigError
+from swaft.cli import CommandParser
 
 
 def run(words: Sequence[str]) -> int:
-    """Print the environment and return the exit code.
-
-    Raises:
-        ConfigError: for anything but ``--json``.
-    """
-    unknown = [word for word in words if word != "--json"]
-    if unknown:
-        raise ConfigError(f"swaft env: '{unknown[0]}' is not understood; expected --json or nothing")
+    """Print the environment and return the exit code."""
+    parser = CommandParser("env")
+    parser.add_argument("--json", action="store_true")
+    as_json = parser.parse_args(list(words)).json
 
     from swaft.environment import software  # here, so that --help does not wait for it
 
     facts = software() | machine()
-    if "--json" in words:
+    if as_json:
         print(json.dumps(facts, indent=2))
         return 0
     for name, value in facts.items():
@@ -41,8 +38,6 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from swaft.averaging.host.machine import allowed_cores
-
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total
-    return {"cpus": len(allowed_cores()), "memory_bytes": memory, "gpus": gpus}
+    return {"cpus": len(os.sched_getaffinity(0)), "memory_bytes": memory, "gpus": gpus}

@@ -65,7 +65,7 @@ def as_dict(found: RunPlan) -> dict[str, Any]:
     return asdict(found) | totals
 
 
-def table(found: RunPlan, device: int | None = None, host: int | None = None) -> str:
+def table(found: RunPlan, device: int | None, host: int | None) -> str:
     """Return the plan as lines, each starting with its part of the run, compared with the memory there is."""
     return "\n".join(f"{part:<10} {line}" for part, line in _rows(found, device, host))
 

@@ -147,7 +147,14 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
     Raises:
         ConfigError: the line has no folder, or has a seed; or a set has no values, or is given twice.
     """
-    own, rest = _taken_out(line, OUTPUT, SEED)
+    from swaft.training.config.values import split_words  # here, so that --help does not wait for it
+
+    own, rest = dict[str, str](), list[str]()
+    for words, name, value in split_words(line):
+        if name in (OUTPUT, SEED) and value is not None:
+            own[name] = value
+        else:
+            rest += words
     if not own.get(OUTPUT):
         raise ConfigError(f"no folder for the runs; add {OUTPUT}=runs/sweep, say, to the line")
     if SEED in own:
@@ -175,20 +182,6 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
             folder = base / ",".join(chosen) / f"seed-{seed}"
             runs.append(SweepRun(folder, [*rest, *chosen, f"{SEED}={seed}", f"{OUTPUT}={folder}"]))
     return base, runs
-
-
-def _taken_out(line: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
-    """Return the values of these settings, in any form that recipes accept (`load_config`), and the rest."""
-    found, rest, words = dict[str, str](), list[str](), list(line)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name in names and (equals or word.startswith("--")):
-            found[name] = value if equals else "".join(words[:1])
-            words = words if equals else words[1:]
-        else:
-            rest.append(word)
-    return found, rest
 
 
 def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swaft.errors import NoiseError
 from swaft.noise.checks import unwrap
 from swaft.noise.generator import add_noise
+from swaft.noise.loss.options import wide_dtype
 from swaft.noise.presets import NoiseSettings
 
 _FP32_BODIES = frozenset({"t5", "mt5", "umt5", "longt5"})
@@ -37,10 +38,6 @@ class EmbeddingSite:
     """Factor that the embedding itself applies to its rows (mBART, M2M100, Gemma 3: the square root of d); other
     models that scale do so after the embedding (Pegasus, Marian)."""
 
-    def dtype_for(self, output: torch.dtype) -> torch.dtype:
-        """The widest dtype that may be passed on if the embedding returns ``output``."""
-        return _widened(output) if self.takes_fp32 else output
-
 
 @dataclass
 class Embedded:
@@ -64,7 +61,7 @@ class Embedded:
 
     def changed(self, real: Tensor | None = None) -> Tensor:
         """The share of the same tokens' entries that the noise changed: 0-dim, fp32, on its device."""
-        rows, wide = _real_rows(self.clean, real), _widened(self.clean.dtype)
+        rows, wide = _real_rows(self.clean, real), wide_dtype(self.clean)
         changed = self.handed_on.to(wide) != self.clean.to(wide)
         if rows is None:
             return changed.mean(dtype=torch.float32)
@@ -182,7 +179,7 @@ def embedding_hook(
         if record.calls and site.padding_id is not None and args and not (args[0] != site.padding_id).any():
             return output.to(record.handed_on.dtype)
         clean, own = output.chunk(2) if half else (None, output)
-        dtype = site.dtype_for(output.dtype)
+        dtype = wide_dtype(output) if site.takes_fp32 else output.dtype
         source = own.detach() if detach else own
         handed_on = (source if disturb is None else disturb(source)).to(dtype)
         record.calls += 1
@@ -211,7 +208,7 @@ def embedding_hook(
 
 def noise_to_signal(clean: Tensor, noised: Tensor) -> Tensor:
     """||noised - clean|| / ||clean||, a 0-dim fp32 tensor; 0 if nothing differs."""
-    wide = clean.to(_widened(clean.dtype))
+    wide = clean.to(wide_dtype(clean))
     difference = torch.linalg.vector_norm(noised.to(wide.dtype) - wide)
     return (difference / torch.linalg.vector_norm(wide).clamp(min=torch.finfo(wide.dtype).tiny)).float()
 
@@ -224,7 +221,7 @@ def root_mean_square(embedded: Tensor, real: Tensor | None = None) -> Tensor:
         real: which tokens to take (B, T), bool; all if None or of another shape (if the encoder has padded its
             input).
     """
-    squares, rows = embedded.to(_widened(embedded.dtype)).square(), _real_rows(embedded, real)
+    squares, rows = embedded.to(wide_dtype(embedded)).square(), _real_rows(embedded, real)
     if rows is None:
         return squares.mean().sqrt()
     taken = rows.sum().clamp(min=1) * squares.shape[-1]
@@ -234,7 +231,3 @@ def root_mean_square(embedded: Tensor, real: Tensor | None = None) -> Tensor:
 def _real_rows(embedded: Tensor, real: Tensor | None) -> Tensor | None:
     """Which tokens of (B, T, d) to take, (B, T, 1), bool; None for all, see `root_mean_square`."""
     return None if real is None or real.shape != embedded.shape[:-1] else real.unsqueeze(-1)
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from swaft.noise.loss.linear import has_triton
+from swaft.noise.loss.options import wide_dtype
 
 Noise = Literal["uniform", "normal"]
 
@@ -93,29 +94,22 @@ class _AddNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
         ctx.dtype = embedding.dtype
-        dtype = torch.promote_types(embedding.dtype, torch.float32)
-        out = torch.empty(embedding.shape, dtype=dtype, device=embedding.device)
-        return _write(out, embedding.contiguous(), noise, sigma, stream)
+        embedding = embedding.contiguous()
+        out = torch.empty(embedding.shape, dtype=wide_dtype(embedding), device=embedding.device)
+        if not isinstance(sigma, Tensor):
+            sigma = torch.full((), sigma, dtype=torch.float32, device=out.device)
+        sigma = sigma.float()
+        if out.is_cuda and has_triton():
+            from swaft.noise.philox_triton import noise_into
+
+            noise_into(out, embedding, noise=noise, sigma=sigma, stream=stream)
+            return out
+        drawn = standard_noise(out.numel(), noise=noise, stream=stream, device=out.device).view(out.shape)
+        return torch.add(embedding, drawn.mul_(sigma), out=out)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad_outputs[0].to(ctx.dtype), None, None, None
-
-
-@torch.no_grad()
-def _write(out: Tensor, embedding: Tensor, noise: Noise, sigma: float | Tensor, stream: int) -> Tensor:
-    """Fill ``out`` with embedding + noise."""
-    if not isinstance(sigma, Tensor):
-        sigma = torch.full((), sigma, dtype=torch.float32, device=out.device)
-    sigma = sigma.float()
-    if out.is_cuda and has_triton():
-        from swaft.noise.philox_triton import noise_into
-
-        noise_into(out, embedding, noise=noise, sigma=sigma, stream=stream)
-        return out
-    drawn = standard_noise(out.numel(), noise=noise, stream=stream, device=out.device).view(out.shape)
-    drawn.mul_(sigma)
-    return torch.add(embedding, drawn, out=out)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

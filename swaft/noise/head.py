@@ -21,6 +21,7 @@ from torch.nn.parallel.distributed import _DDPSink
 
 from swaft.errors import NoiseError
 from swaft.noise.checks import is_compiled, layers, unwrap
+from swaft.noise.loss.options import wide_dtype
 
 _SLOW_TWIN = "Set fused=False, which computes the loss from the logits of both passes."
 
@@ -44,7 +45,7 @@ class LanguageModelHead:
 
     def transform(self, output: Tensor) -> Tensor:
         """Apply what the model does to the layer's output, in at least fp32."""
-        logits = self.logit_scale * output.to(torch.promote_types(output.dtype, torch.float32))
+        logits = self.logit_scale * output.to(wide_dtype(output))
         if self.logits_bias is not None:
             logits = logits + self.logits_bias
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

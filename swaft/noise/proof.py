@@ -45,6 +45,7 @@ from swaft.noise.inputs import (
     task_logits,
     without_cache,
 )
+from swaft.noise.loss.options import wide_dtype
 from swaft.noise.passes import random_state_kept
 from swaft.noise.presets import NoiseSettings
 
@@ -177,7 +178,7 @@ def _clean_pass(
     dtypes = {parameter.dtype for parameter in model.parameters()} | {each.dtype for each in outputs}
     rounds = any(dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point)
     tolerance = _TOLERANCE_16_BIT if rounds else _TOLERANCE
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide_dtype(logits))
     expected = mean_cross_entropy(logits, inputs)
     loss_gap = (part(output, "loss") - expected).abs() / (1 + expected.abs())
     logits_gap = torch.zeros_like(loss_gap)

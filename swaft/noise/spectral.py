@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from swaft.errors import ConfigError
 from swaft.noise.checks import predicts_tokens, unwrap
 from swaft.noise.generator import stream_seed
+from swaft.noise.loss.options import wide_dtype
 
 Layers = Literal["all", "last"]
 
@@ -54,7 +55,7 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor, times: int) -> None:
-        wide = _widened(weight)
+        wide = weight.to(wide_dtype(weight))
         for _ in range(times):
             self._u.copy_(F.normalize(torch.mv(wide, self._v.to(wide.dtype)), dim=0))
             self._v.copy_(F.normalize(torch.mv(wide.mT, self._u.to(wide.dtype)), dim=0))
@@ -62,13 +63,9 @@ class SpectralNorm(nn.Module):
 
 def normalised_weight(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """W / (u^T W v), computed in at least fp32 and returned in the weight's dtype."""
-    wide = _widened(weight)
+    wide = weight.to(wide_dtype(weight))
     sigma = torch.vdot(u.to(wide.dtype), torch.mv(wide, v.to(wide.dtype)))
     return (wide / sigma).to(weight.dtype)
-
-
-def _widened(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def normalise_head(model: nn.Module, *, layers: Layers = "all", seed: int = 0) -> list[str]:

@@ -75,22 +75,11 @@ def _run(run: RunLog) -> str:
 
 
 def _scores(run: RunLog) -> str:
-    rows = [
-        (split, name, kinds["last"].get(name), kinds.get("averaged", {}).get(name))
-        for split, kinds in run.final.items()
-        if "last" in kinds
-        for name in kinds["last"]
-    ]
-    cells = [
-        (
-            split,
-            f"{name} *" if name == run.metric else name,
-            _number(last),
-            _number(averaged),
-            _gain(last, averaged),
-        )
-        for split, name, last, averaged in rows
-    ]
+    cells = []
+    for split, kinds in run.final.items():
+        for name, last in kinds.get("last", {}).items():
+            averaged, mark = kinds.get("averaged", {}).get(name), " *" if name == run.metric else ""
+            cells.append((split, name + mark, _number(last), _number(averaged), _gain(last, averaged)))
     head = ("split", "score", "last", "averaged", "difference")
     note = '<p class="note">* the score that counts</p>' if run.metric else ""
     return _section("Scores", _table(head, cells) + note) if cells else ""
@@ -235,8 +224,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _gain(last: float | None, averaged: float | None) -> str:
-    return "" if last is None or averaged is None else f"{averaged - last:+.4g}"
+def _gain(last: float, averaged: float | None) -> str:
+    return "" if averaged is None else f"{averaged - last:+.4g}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

@@ -51,6 +51,13 @@ from swaft.training.models.pretrained import load_model_config, load_tokenizer, 
 from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.step import Collate, loader_of
 
+REASONS = {
+    "final": "it has not ended, or is not a recipe's. In a Trainer's script, call "
+    "swaft.integrations.transformers.write_surface(trainer) after training",
+    "final-averaged": "it averaged nothing (averaging.rule=none), or has not ended",
+}
+"""The folders of both weights in a run, and why one may be missing."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -82,7 +89,10 @@ def write_surface(run: Path, *, rows: int) -> None:
         ConfigError: the folder has no averaged weights, lacks files, or has settings of another version.
         DataError: the rows cannot be found. Paths in config.yaml are relative to the current folder, as in the run.
     """
-    folders = [_require_folder(run, name) for name in ("final", "final-averaged")]
+    for name, reason in REASONS.items():
+        if not (run / name).is_dir():
+            raise ConfigError(f"{run} has no {name}/, which --surface needs: {reason}")
+    folders = [run / name for name in REASONS]
     config = _settings_of(run, rows)
     tokenizer = load_tokenizer(_whole(config.model, folders[0]))
     read_as_text(tokenizer, config.data.split_special_tokens)
@@ -97,18 +107,6 @@ def write_surface(run: Path, *, rows: int) -> None:
     )
     found = loss_surface(last, averaged, lambda: scoring.evaluate(last, loader, accelerator).scores["loss"])
     write_losses(run, found, rows=scoring.num_rows)
-
-
-def _require_folder(run: Path, name: str) -> Path:
-    if not (run / name).is_dir():
-        reasons = {"final-averaged": "it averaged nothing (averaging.rule=none), or has not ended"}
-        reason = reasons.get(
-            name,
-            "it has not ended, or is not a recipe's. In a Trainer's script, call "
-            "swaft.integrations.transformers.write_surface(trainer) after training",
-        )
-        raise ConfigError(f"{run} has no {name}/, which --surface needs: {reason}")
-    return run / name
 
 
 def _settings_of(run: Path, rows: int) -> Any:

@@ -61,11 +61,11 @@ def open_checkpoint(
         return open_average(path, manifest, rule=rule)
     is_run = manifest is not None and manifest.kind == RUN
     for engine in (path / ENGINE, path) if is_run else (path,):
-        is_zero = find_tag(engine) is not None
-        if not is_zero and (engine == path or not (engine / METADATA).exists()):
+        tag = find_tag(engine)
+        if tag is None and (engine == path or not (engine / METADATA).exists()):
             continue
         # Checked before all of it is read for verification.
-        what = "a DeepSpeed checkpoint" if is_zero else "a distributed checkpoint of torch"
+        what = "a DeepSpeed checkpoint" if tag else "a distributed checkpoint of torch"
         if copied:
             what += (
                 ", whose safetensors are only a 16-bit copy of the fp32 weights in DeepSpeed's files (to average "
@@ -74,7 +74,7 @@ def open_checkpoint(
         _require_options(engine, what, trust_pickle, has_base)
         if manifest is not None and engine != path:
             _verify_engine(path, manifest)
-        return open_zero(engine) if is_zero else open_torch_engine(engine)
+        return open_zero(engine, tag) if tag else open_torch_engine(engine)
     if (path / METADATA).exists():
         raise StateError(
             f"{path} is a distributed checkpoint of torch without the manifest of a swaft run; expected one that "

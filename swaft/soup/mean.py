@@ -82,19 +82,15 @@ class Mean:
         Raises:
             StateError: a member is not finite, the dtype cannot hold the mean, or integers differ.
         """
-        spec, members = self._specs[name], self.members_of(name)
+        spec, members = self._specs[name], self._members
+        if self._base is not None and name not in members[0][1].specs:
+            members = [(1.0, self._base)]
         for start in range(0, spec.numel, SLICE):
             span = (start, min(start + SLICE, spec.numel))
             if spec.dtype in AVERAGED:
                 yield self.round(name, self._mean(name, members, span))
             else:
                 yield _equal(name, members, span)
-
-    def members_of(self, name: str) -> Sequence[Weighted]:
-        """The checkpoints that hold a tensor, with their weights."""
-        if name in self._members[0][1].specs or self._base is None:
-            return self._members
-        return [(1.0, self._base)]
 
     def round(self, name: str, exact: Tensor) -> Tensor:
         """Values of a tensor, (n,) in float64, as they will be written; recorded in :attr:`rounding`."""

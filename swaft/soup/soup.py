@@ -145,7 +145,12 @@ def average(
     )
     with opened as found, new_folder(output) as folder:
         mean, notes = found.mean, found.notes + copy_files(found.files, folder)
-        records = _write(mean, folder, found.stem, found.shards, found.dtype)
+        if isinstance(mean, AdapterMean):
+            write_json(folder / ADAPTER_CONFIG, mean.config)
+        else:
+            set_config_dtype(folder, found.dtype)
+        records = write_weights(folder, found.stem, found.shards, mean.slices)
+        check_weights(folder, found.shards, records)
         soup = Soup(
             output=output,
             sha256=fingerprint(records),
@@ -325,7 +330,10 @@ def _opened(
             has_base = base is not None or (bool(members) and members[0].files is not None)
             found = open_checkpoint(path, trust_pickle=trust_pickle, rule=rule, has_base=has_base)
             members.append(stack.enter_context(found))
-        _refuse_unused(rule, paths)
+        if rule is not None and not any(map(is_average, paths)):
+            raise ConfigError(
+                f"rule is {rule!r}, and no checkpoint is a saved state of averages; leave it out"
+            )
         if base is None and is_copy_of_masters(paths[0]):
             # Masters have the names of training, and the copy next to them has those of the folder.
             base = paths[0]
@@ -356,24 +364,6 @@ def _opened(
             shards=plan_shards(mean.specs, math.inf if is_adapter else max_shard_bytes),
             notes=notes,
         )
-
-
-def _write(
-    mean: Mean, folder: Path, stem: str, shards: list[Shard], dtype: torch.dtype
-) -> dict[str, FileRecord]:
-    """Write the weights, with their dtype or rank in the configuration, and read the weights back from the disk."""
-    if isinstance(mean, AdapterMean):
-        write_json(folder / ADAPTER_CONFIG, mean.config)
-    else:
-        set_config_dtype(folder, dtype)
-    records = write_weights(folder, stem, shards, mean.slices)
-    check_weights(folder, shards, records)
-    return records
-
-
-def _refuse_unused(rule: str | None, paths: Sequence[Path]) -> None:
-    if rule is not None and not any(map(is_average, paths)):
-        raise ConfigError(f"rule is {rule!r}, and no checkpoint is a saved state of averages; leave it out")
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:

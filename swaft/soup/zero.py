@@ -25,17 +25,16 @@ from swaft.storage.files import read_whole
 OPTIMIZER_FILES = "*_optim_states.pt"
 
 
-def open_zero(path: Path) -> SavedWeights:
-    """Open a folder that `save_checkpoint` wrote, or one tag of it. This unpickles its files.
+def open_zero(path: Path, tag: Path) -> SavedWeights:
+    """Open a folder that `save_checkpoint` wrote. This unpickles its files.
+
+    Args:
+        path: the folder.
+        tag: the folder of DeepSpeed's files in it, by :func:`find_tag`.
 
     Raises:
         StateError: its files are not the complete files of all ranks of ZeRO stage 1, 2 or 3.
     """
-    tag = find_tag(path)
-    if tag is None:
-        raise StateError(
-            f"{path} holds no {OPTIMIZER_FILES}, and no file 'latest' that names a folder that does"
-        )
     try:
         from deepspeed.utils import zero_to_fp32
     except ImportError as error:

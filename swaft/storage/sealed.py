@@ -64,8 +64,6 @@ class Manifest:
     """Any content of the writer, as JSON."""
     sealed: Mapping[str, str] = field(default_factory=dict)
     """Relative path of a sealed folder inside this one to the hash of its manifest."""
-    version: int = VERSION
-    """Of the format."""
 
 
 def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
@@ -84,7 +82,7 @@ def seal(folder: str | PathLike[str], manifest: Manifest) -> str:
     require_folder(folder)
     if is_complete(folder):
         raise StateError(f"{folder} is complete already; nothing was changed there. Name another folder")
-    content = {"format": FORMAT, **asdict(manifest)}
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     content = {name: content[name] for name in FIELDS}
     raw = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     if len(raw) > MANIFEST_LIMIT:  # nothing would read it
@@ -136,12 +134,7 @@ def read_manifest(folder: str | PathLike[str], *, kind: str | None) -> Manifest:
     return _read(Path(folder), kind=kind)[0]
 
 
-def verify(
-    folder: str | PathLike[str],
-    manifest: Manifest,
-    *,
-    names: Collection[str] | None = None,
-) -> None:
+def verify(folder: str | PathLike[str], manifest: Manifest, *, names: Collection[str] | None = None) -> None:
     """Check every byte of a folder's files against its manifest.
 
     Args:
@@ -163,8 +156,7 @@ def verify(
                     f"{expected.bytes:,} of {expected.sha256} (the tree digest of swaft.storage.hashing)"
                 )
         elif name in manifest.sealed:
-            inner = _read_sealed(folder, name, manifest.sealed[name])
-            verify(folder / name, inner)
+            verify(folder / name, _read_sealed(folder, name, manifest.sealed[name]))
         else:
             raise StateError(f"{folder / MANIFEST} lists no {name!r}")
 
@@ -273,4 +265,4 @@ def _parse(raw: bytes, path: Path, *, kind: str | None) -> Manifest:
         if name in content["files"]:
             raise StateError(f"{path}: {shown(name)} is among both files and sealed folders")
     files = {name: FileRecord(**record) for name, record in content["files"].items()}
-    return Manifest(found, files, content["content"], content["sealed"], version)
+    return Manifest(found, files, content["content"], content["sealed"])

@@ -129,8 +129,7 @@ def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest, s
 
 def _refuse_foreign(folder: Path, known: re.Pattern[str]) -> None:
     """Refuse to replace a folder that holds anything else."""
-    facts = status(folder)
-    if facts is None:
+    if status(folder) is None:
         return
     with explained(folder, "looked into"):
         others = sorted(entry for entry in os.listdir(folder) if not known.fullmatch(entry))

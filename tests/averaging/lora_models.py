@@ -8,10 +8,10 @@ import json
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from small_runs import attached
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-import swaft
 from swaft.averaging.rules import LAWA
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -69,8 +69,7 @@ def train(model, *, rule=None, steps=6, moving=lambda name: True):
     """Random steps; returns the averager and the parameters after every step, the first before them all."""
     torch.manual_seed(2)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trainable.values(), lr=0.3)
-    averager = swaft.WeightAverager(model, optimizer, rule=rule or LAWA(last=4), total_steps=steps)
+    optimizer, averager = attached(model, rule=rule or LAWA(last=4), total_steps=steps, lr=0.3)
     recorded = [{name: p.detach().clone() for name, p in trainable.items()}]
     for _ in range(steps):
         for name, parameter in trainable.items():

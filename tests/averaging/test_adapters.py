@@ -16,12 +16,12 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
+from small_runs import moved
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import swaft
 from swaft.averaging import lora, save_pretrained
 from swaft.averaging.rules import LAWA
-from swaft.errors import AveragingError
 
 pytestmark = pytest.mark.unit
 
@@ -56,19 +56,11 @@ VARIANTS = LOW_RANK | {
 }
 
 
-def trained(variant, rule, *, steps=3):
+def trained(variant, rule):
     make, config = VARIANTS[variant]
     torch.manual_seed(1)
     model = get_peft_model(make(), config)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(weights, lr=0.3)
-    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=4)
-    for _ in range(steps):
-        for parameter in weights:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-        averager.step()
-    return model, averager
+    return model, moved(model, rule, steps=3)
 
 
 def loaded(variant, folder):
@@ -120,14 +112,7 @@ def opened_as_its_card_says(folder, monkeypatch, before=""):
 
 def saved_three_ways(model, folder):
     """Folders of the last weights, the mean of the factors, and the mean of the updates."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(weights, lr=0.3)
-    averager = swaft.WeightAverager(model, optimizer, rule=LAWA(last=2), total_steps=2)
-    for _ in range(2):
-        for parameter in weights:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-        averager.step()
+    averager = moved(model, LAWA(last=2))
     last, factors, updates = (folder / name for name in ("last", "factors", "updates"))
     save_pretrained(averager.engine, last)
     averager.save_pretrained(factors)
@@ -164,18 +149,3 @@ def test_an_adapter_of_a_writer_keeps_how_the_model_generates(tmp_path, monkeypa
         opened.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=1)
         used = opened.get_base_model().generation_config
         assert (used.eos_token_id, used.forced_bos_token_id) == ([0, 7], 5)
-
-
-@pytest.mark.parametrize(
-    ("variant", "said"),
-    [
-        ("dora", "is of the variant DoraLinearVariant"),
-        ("ia3", "is peft's peft.tuners.ia3"),
-        ("prompt tuning", "no LoRA factor is trained"),
-        ("prefix tuning", "no LoRA factor is trained"),
-    ],
-)
-def test_a_mean_of_updates_that_is_not_exact_is_refused_by_name(variant, said):
-    _, averager = trained(variant, LAWA(last=2))
-    with pytest.raises(AveragingError, match=said):
-        lora.product_mean(averager)

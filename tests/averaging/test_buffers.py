@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import pytest
+import small_runs
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -20,17 +22,8 @@ from swaft.noise.spectral import SpectralNorm
 pytestmark = pytest.mark.unit
 
 
-def averaged(model, *, steps: int = 40, rule=None, width: int = 6):
-    """An averager of a model that has moved far from where it began."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    rule = rule or swaft.SWA(start=0)
-    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=steps)
-    for _ in range(steps):
-        model(torch.randn(8, width)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        averager.step()
-    return averager
+averaged = partial(small_runs.averaged, steps=40, lr=0.1)
+"""An averager of a model that has moved far from where it began."""
 
 
 def norm_of_r4f(linear):
@@ -184,12 +177,7 @@ def test_statistics_belong_to_one_average_with_its_members_and_are_not_used_for_
 def test_statistics_belong_to_an_average_however_it_is_asked_for_and_to_no_blend_of_it(caplog):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.Windows(blocks=4), total_steps=15)
-    for _ in range(15):
-        model(torch.randn(8, 3)).square().sum().backward()
-        optimizer.step()
-        averager.step()
+    averager = averaged(model, steps=15, rule=swaft.Windows(blocks=4))
     live, rows = model[1].running_mean.clone(), [(torch.randn(8, 3),) for _ in range(3)]
     averager.update_bn(rows, swaft.Readout(start=8))
     caplog.clear()

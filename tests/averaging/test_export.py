@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_models import bert
 from peft import LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from small_runs import moved
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,7 +24,6 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
-import swaft
 from swaft.averaging import attach_engine, export, save_pretrained
 from swaft.averaging.lora import scatter_trained
 from swaft.averaging.shards import Scratch, gather_trained
@@ -174,12 +174,7 @@ def test_a_write_that_fails_leaves_no_folder_and_says_why(tmp_path, monkeypatch)
 
 def test_the_average_and_the_last_weights_are_both_to_be_had(tmp_path):
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=2)
-    for _ in range(2):
-        model(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-        averager.step()
+    averager = moved(model)
     averager.save_pretrained(tmp_path / "averaged")
     save_pretrained(averager.engine, tmp_path / "last")
     averaged, last = (load_file(tmp_path / name / "model.safetensors") for name in ("averaged", "last"))
@@ -278,14 +273,6 @@ def test_what_is_not_read_back_as_it_was_written_gets_no_name(tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-def bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
-    )
-    return BertForSequenceClassification(config)
-
-
 def llama():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -307,17 +294,6 @@ def randomised(model):
         if parameter.requires_grad:
             nn.init.normal_(parameter)
     return model
-
-
-def averaged(model):
-    """An averager of two members of the model."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=1)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    averager.step()
-    return averager
 
 
 def same(model, other):
@@ -343,7 +319,7 @@ def same(model, other):
 )
 def test_a_peft_model_leaves_an_adapter_that_peft_loads_bit_for_bit(base, options, tmp_path):
     model = randomised(get_peft_model(base(), LoraConfig(r=2, **options)))
-    averager = averaged(model)
+    averager = moved(model)
     averager.save_pretrained(tmp_path / "out")
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
@@ -370,7 +346,7 @@ def test_of_a_frozen_base_nothing_is_gathered_that_is_not_saved(tmp_path, monkey
 def test_every_adapter_is_saved_a_frozen_one_as_it_is(tmp_path):
     model = get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"]))
     model.add_adapter("second", LoraConfig(r=3, target_modules=["value"], init_lora_weights=False))
-    averager = averaged(randomised(model))
+    averager = moved(randomised(model))
     averager.save_pretrained(tmp_path / "out")
     again = PeftModel.from_pretrained(bert(), tmp_path / "out" / "second", adapter_name="second")
     again.load_adapter(str(tmp_path / "out"), adapter_name="default")
@@ -382,7 +358,7 @@ def test_a_parametrized_head_is_saved_with_an_adapter_as_the_plain_weight_it_eva
     base = bert()
     base.classifier = spectral_norm(base.classifier)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
-    averager = averaged(randomised(model))
+    averager = moved(randomised(model))
     averager.save_pretrained(tmp_path / "out")
     again = PeftModel.from_pretrained(bert(), tmp_path / "out").eval()
     ids = torch.arange(10).view(2, 5)
@@ -394,7 +370,7 @@ def test_an_adapter_of_wrapped_parts_loads_into_a_model_without_wrappers(tmp_pat
     model = randomised(get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"])))
     layers = model.base_model.model.bert.encoder.layer
     layers[0] = checkpoint_wrapper(layers[0])
-    averager = averaged(model)
+    averager = moved(model)
     averager.save_pretrained(tmp_path / "out")
     again = PeftModel.from_pretrained(bert(), tmp_path / "out")
     with averager.swapped_in():
@@ -406,7 +382,7 @@ def test_an_adapter_of_wrapped_parts_loads_into_a_model_without_wrappers(tmp_pat
 
 def test_an_adapter_of_a_16_bit_base_is_saved_and_loaded_in_fp32(tmp_path):
     model = randomised(get_peft_model(bert().bfloat16(), LoraConfig(r=2, target_modules=["query"])))
-    averager = averaged(model)
+    averager = moved(model)
     averager.save_pretrained(tmp_path / "out")
     again = PeftModel.from_pretrained(bert().bfloat16(), tmp_path / "out")
     with averager.swapped_in():
@@ -416,7 +392,7 @@ def test_an_adapter_of_a_16_bit_base_is_saved_and_loaded_in_fp32(tmp_path):
 def test_a_model_with_an_adapter_of_transformers_own_leaves_one_too(tmp_path):
     model = bert()
     model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
-    averager = averaged(randomised(model))
+    averager = moved(randomised(model))
     averager.save_pretrained(tmp_path / "out")
     again = bert()
     again.load_adapter(str(tmp_path / "out"))
@@ -426,7 +402,7 @@ def test_a_model_with_an_adapter_of_transformers_own_leaves_one_too(tmp_path):
 
 def test_weights_that_peft_takes_from_the_live_model_are_refused(tmp_path):
     config = MultitaskPromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, num_tasks=2)
-    averager = averaged(get_peft_model(bert(), config))
+    averager = moved(get_peft_model(bert(), config))
     with pytest.raises(AveragingError, match=r"prefix_task_cols.*MultitaskPrompt.*from the live model"):
         averager.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -434,7 +410,7 @@ def test_weights_that_peft_takes_from_the_live_model_are_refused(tmp_path):
 
 def test_the_adapters_configuration_is_one_for_use_not_for_training(tmp_path):
     model = randomised(get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"])))
-    averaged(model).save_pretrained(tmp_path / "out")
+    moved(model).save_pretrained(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (written["r"], written["inference_mode"], written["peft_type"]) == (2, True, "LORA")
     assert model.peft_config["default"].inference_mode is False

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import averaged
 from torch import nn
 
 import swaft
@@ -33,14 +34,7 @@ JUNK: list[Any] = [
 
 def start():
     torch.manual_seed(0)
-    model = nn.Linear(3, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=RULES, total_steps=6)
-    for _ in range(3):
-        model(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
-        averager.step()
-    return averager
+    return averaged(nn.Linear(3, 4), steps=3, rule=RULES)
 
 
 @pytest.fixture(scope="module")

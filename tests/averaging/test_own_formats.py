@@ -7,18 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_models import bert
 from safetensors.torch import load_file
+from small_runs import averaged
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
-import swaft
 from swaft.averaging import attach_engine, save_pretrained
 
 pytestmark = pytest.mark.unit
-
-CONFIG = BertConfig(
-    vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-)
 
 
 class PassesOn(BertForSequenceClassification):
@@ -36,7 +33,7 @@ class TakesAFolder(BertForSequenceClassification):
 
 @pytest.mark.parametrize("kind", [PassesOn, TakesAFolder])
 def test_a_model_that_overrides_transformers_saving_is_written_as_one_of_transformers(kind, tmp_path):
-    model = kind(CONFIG)
+    model = kind(bert().config)
     engine = attach_engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
     shard = torch.randn(engine.numel)
     save_pretrained(engine, tmp_path / "out", shard=shard)
@@ -54,11 +51,7 @@ class OwnFormat(nn.Linear):
 
 def test_a_format_of_its_own_is_warned_about_with_what_writes_it(tmp_path, caplog):
     model = OwnFormat(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=2)
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    averager.step()
+    averager = averaged(model)
     averager.save_pretrained(tmp_path / "out")
     assert "save_pretrained of OwnFormat takes no state_dict" in caplog.text
     assert "call copy.deepcopy(model).save_pretrained(path), and for an average do that inside" in caplog.text

@@ -84,15 +84,6 @@ def test_an_average_that_was_saved_goes_on_as_one_that_was_not(tmp_path, at, pre
         assert all(torch.equal(a, b) for a, b in zip(vectors, found[name], strict=True)), name
 
 
-def test_before_it_is_loaded_it_is_another(tmp_path):
-    weights = half_way(tmp_path / "state", 6)
-    model, _, averager = start()
-    model.load_state_dict(weights)
-    assert averager.count("swa") == 0
-    averager.load_state(tmp_path / "state")
-    assert averager.count("swa") == 4
-
-
 def test_finished_blocks_go_to_disk_again(tmp_path, mapped_files):
     weights = half_way(tmp_path / "state", 8, spill_dir=tmp_path / "spill")
     model, _, averager = start(spill_dir=tmp_path / "other")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import attached, take_step
 
-from swaft.averaging import WeightAverager
 from swaft.averaging.rules import SWA, Readout, Windows
 from swaft.averaging.search import search_windows
 from swaft.errors import AveragingError
@@ -146,6 +146,11 @@ def test_a_search_before_the_first_member_is_refused():
         search_windows(averager, score_of(averager, {}))
 
 
+def test_an_evaluation_that_returns_no_number_is_refused_with_what_was_meant():
+    with pytest.raises(AveragingError, match=r"returned dict, expected one number"):
+        search_windows(Averager(), lambda: {"accuracy": 1.0})
+
+
 def test_better_is_max_or_min():
     with pytest.raises(AveragingError, match="max or min"):
         search_windows(Averager(), lambda: 0.0, better=sum)
@@ -154,12 +159,9 @@ def test_better_is_max_or_min():
 def test_blends_and_scopes_are_chosen_after_the_window_one_by_one():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = WeightAverager(model, optimizer, rule=Windows(blocks=2), total_steps=3)
+    optimizer, averager = attached(model, rule=Windows(blocks=2), total_steps=3)
     for _ in range(3):
-        (model(torch.randint(4, (8,))) - 1.0).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(model, optimizer, torch.randint(4, (8,)))
         averager.step()
     wanted = Readout(start=2, end=3, blend=0.5, scope="no_embeddings")
     with averager.swapped_in(wanted):
@@ -199,13 +201,10 @@ def test_a_blend_or_scope_that_does_not_exist_is_refused_before_anything_is_eval
 def test_with_a_real_averager_the_best_window_has_the_mean_that_was_scored():
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = WeightAverager(model, optimizer, rule=Windows(blocks=4), total_steps=15)
+    optimizer, averager = attached(model, rule=Windows(blocks=4), total_steps=15)
     seen = [model.weight.detach().clone()]
     for _ in range(15):
-        optimizer.zero_grad()
-        (model(torch.randn(8, 2)) - 1.0).square().mean().backward()
-        optimizer.step()
+        take_step(model, optimizer)
         averager.step()
         seen.append(model.weight.detach().clone())
     live, wanted = seen[-1], torch.stack(seen[4:12]).double().mean(0)

@@ -11,6 +11,7 @@ import weakref
 import psutil
 import pytest
 import torch
+from small_runs import attached, flat, take_step, training
 from torch import nn
 
 import swaft
@@ -19,30 +20,6 @@ from swaft.averaging.averager import _require_same
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
-
-
-def flat(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-
-
-def training(rule, *, steps: int = 8, **options):
-    """A trained model, its averager and the weights after every step."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=steps, **options)
-    recorded = [flat(model)]
-    for _ in range(steps):
-        one_step(model, optimizer)
-        averager.step()
-        recorded.append(flat(model))
-    return model, optimizer, averager, recorded
-
-
-def one_step(model, optimizer) -> None:
-    model(torch.randn(4, 5)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def test_every_rule_has_its_own_average_and_the_first_is_the_default():
@@ -116,13 +93,9 @@ def test_a_second_averagers_swap_waits_until_the_first_has_read_the_weights():
     torch.manual_seed(0)
     model = nn.Linear(64, 64)
     start = flat(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    one, two = (
-        swaft.WeightAverager(model, optimizer, rule=rule, total_steps=9)
-        for rule in (swaft.SWA(0), swaft.EMA(0.5))
-    )
-    model(torch.randn(4, 64)).square().mean().backward()
-    optimizer.step()
+    optimizer, one = attached(model)
+    two = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(0.5), total_steps=9)
+    take_step(model, optimizer)
     waits = one.waits.count  # a step may have waited for the first member, on a busy machine
     held = threading.Event()
     one._averages.pipeline._sum = lambda values: held.wait(10) and values
@@ -138,11 +111,9 @@ def test_a_second_averagers_swap_waits_until_the_first_has_read_the_weights():
 
 def test_a_checkpoint_loaded_into_the_model_waits_until_the_weights_are_read():
     model = nn.Linear(64, 64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    optimizer, averager = attached(model)
     first = flat(model)
-    model(torch.randn(4, 64)).square().mean().backward()
-    optimizer.step()
+    take_step(model, optimizer)
     second = flat(model)
     held = threading.Event()
     averager._averages.pipeline._sum = lambda values: held.wait(10) and values
@@ -159,16 +130,6 @@ def test_a_step_count_that_goes_back_is_an_error():
         averager.step()
 
 
-def test_an_averager_attached_after_its_first_member_says_so():
-    torch.manual_seed(0)
-    model = nn.Linear(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=9, first_step=5)
-    one_step(model, optimizer)
-    with pytest.raises(AveragingError, match="attached after that step"):
-        averager.step()
-
-
 def test_an_averager_that_nobody_needs_ends_its_threads_and_takes_its_hooks_along():
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -182,19 +143,18 @@ def test_an_averager_that_nobody_needs_ends_its_threads_and_takes_its_hooks_alon
         assert gone() is None
     assert threading.active_count() <= before + 1
     assert len(optimizer._optimizer_step_pre_hooks) <= 4
-    one_step(model, optimizer)
+    take_step(model, optimizer)
 
 
 def test_what_is_wrong_with_a_member_is_raised_by_the_step_after_it():
     model = nn.Linear(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
+    optimizer, averager = attached(model)
     start = averager.shard().clone()
-    one_step(model, optimizer)
+    take_step(model, optimizer)
     with torch.no_grad():
         model.weight[0, 0] = torch.nan
     averager.step()
-    one_step(model, optimizer)
+    take_step(model, optimizer)
     with pytest.raises(AveragingError, match="after step 1 are not finite"):
         averager.step()
     with pytest.raises(AveragingError, match="after step 2 are not finite"):
@@ -206,11 +166,10 @@ def test_what_is_wrong_with_a_member_is_raised_by_the_step_after_it():
 def test_training_goes_on_after_a_refused_member_for_whoever_catches_the_error():
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=1), total_steps=9)
+    optimizer, averager = attached(model, rule=swaft.SWA(start=1))
     members = []
     for step in range(5):
-        one_step(model, optimizer)
+        take_step(model, optimizer)
         sound = flat(model)
         if step == 0:
             with torch.no_grad():
@@ -233,7 +192,7 @@ def test_one_step_more_than_was_planned_is_told_at_once_and_loses_nothing():
     rules = {"windows": swaft.Windows(blocks=2), "swa": swaft.SWA(start=0)}
     model, optimizer, averager, _ = training(rules, steps=8)
     before = averager.shard().clone()
-    one_step(model, optimizer)
+    take_step(model, optimizer)
     with pytest.raises(AveragingError, match="total_steps"):
         averager.step()
     assert torch.equal(averager.shard(), before)
@@ -244,7 +203,7 @@ def test_a_step_reported_inside_a_swap_is_refused():
     """Its weights would be the average."""
     model, optimizer, averager, _ = training(swaft.SWA(start=0))
     other = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(), total_steps=8)
-    one_step(model, optimizer)
+    take_step(model, optimizer)
     with (
         averager.swapped_in(),
         pytest.raises(AveragingError, match="called while averaged weights are swapped in"),
@@ -254,17 +213,13 @@ def test_a_step_reported_inside_a_swap_is_refused():
 
 def test_a_replaced_parameter_is_refused_by_name():
     model, _, averager, _ = training(swaft.SWA(start=0))
-    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
-    with pytest.raises(AveragingError, match=r"'2\.weight' is another parameter"), averager.swapped_in():
+    model[3].weight = nn.Parameter(model[3].weight.detach().clone())
+    with pytest.raises(AveragingError, match=r"'3\.weight' is another parameter"), averager.swapped_in():
         pass
 
 
-def test_a_model_with_an_averager_can_be_pickled_and_copied():
+def test_a_model_with_an_averager_can_be_pickled():
     model, _, averager, _ = training(swaft.SWA(start=0))
-    with averager.swapped_in():
-        best = copy.deepcopy(model)
-        averaged = flat(model)
-    assert torch.equal(torch.cat([value.flatten() for value in best.state_dict().values()]), averaged)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(flat(again), flat(model))
     gone = weakref.ref(averager)
@@ -274,19 +229,19 @@ def test_a_model_with_an_averager_can_be_pickled_and_copied():
 
 
 def test_torchs_defaults_for_new_tensors_do_not_reach_the_averages(monkeypatch):
-    expected = training(swaft.SWA(start=2))[2].shard()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    batches = [torch.randn(4, 5) for _ in range(8)]
+    model, batches = nn.Linear(5, 3), list(torch.randn(8, 4, 5))
+    again = copy.deepcopy(model)
+    optimizer, averager = attached(model)
+    for batch in batches:
+        take_step(model, optimizer, batch)
+        averager.step()
+    expected = averager.shard()
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
-        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=2), total_steps=8)
+        optimizer, averager = attached(again)
         for batch in batches:
-            model(batch).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(again, optimizer, batch)
             averager.step()
         averager.forecast()
         with averager.swapped_in():
@@ -331,9 +286,3 @@ def test_a_rule_given_by_its_name_is_refused_with_what_was_meant():
         training("swa")
     with pytest.raises(ConfigError, match=r"EMA'> is not a rule, expected swaft\.SWA"):
         training(swaft.EMA)
-
-
-def test_an_evaluation_that_returns_no_number_is_refused_with_what_was_meant():
-    _, _, averager, _ = training(swaft.Windows(blocks=2, start=0))
-    with pytest.raises(AveragingError, match=r"returned dict, expected one number"):
-        swaft.search_windows(averager, lambda: {"accuracy": 1.0})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from small_runs import attached, averaged, take_step
 from torch import nn
 
 import swaft
@@ -18,18 +19,6 @@ from swaft.averaging import save_pretrained
 from swaft.errors import AveragingError, LayoutError
 
 pytestmark = pytest.mark.unit
-
-
-def averaged(model, *, steps: int = 5):
-    """An averager of a model after a few steps."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=steps)
-    for _ in range(steps):
-        model(torch.randn(8, 6)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        averager.step()
-    return averager
 
 
 def nested():
@@ -108,12 +97,10 @@ def test_weights_written_past_every_call_are_an_error_at_the_end_with_the_live_o
 def test_an_embedding_that_rescales_its_rows_in_every_forward_is_no_change():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Linear(4, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=3)
+    optimizer, averager = attached(model, lr=0.3)
     for _ in range(3):
         averager.wait()  # a forward writes to the weights
-        model(torch.arange(9)).square().mean().backward()
-        optimizer.step()
+        take_step(model, optimizer, torch.arange(9))
         averager.step()
     averager.wait()
     live = values(model)

@@ -198,7 +198,7 @@ def test_a_card_too_small_for_a_section_skips_it_and_the_others_run(tmp_path, ca
         "small": SimpleNamespace(measure=lambda **_: {"ms": 1.0}, rows=lambda found: [("ms", found["ms"])]),
     }
     words = ["--quick", "--out", str(tmp_path / "found.json")]
-    command.run("x", sections, words, about="", widths=(10, 10))
+    command.run("x", sections, words, about="")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["large"]["skipped"] == SMALL_CARD["skipped"]
     assert found["small"]["ms"] == 1.0

@@ -51,6 +51,9 @@ def test_a_command_that_there_is_not_is_an_error_of_the_same_form(capsys):
     assert "swaft has no command 'validat'. Did you mean 'validate'?" in problem
     assert main(["validat"]) == 2
     assert problem in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "validate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["export", "--help"], ["env", "--json"], ["env", "--yaml"]])

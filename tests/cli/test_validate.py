@@ -193,7 +193,7 @@ deepspeed_config:
 """
     )
     problems = "\n".join(told("classification", options=("--config_file", str(path))))
-    assert "zero_stage = 2" in problems
+    assert "zero_stage = 2, but ds_configs/zero3.json says zero_optimization.stage = 3" in problems
     assert "offload_param_device = cpu" in problems
     assert "gradient_accumulation_steps = 7" in problems
 
@@ -233,14 +233,6 @@ def test_a_recipe_that_is_not_python_is_a_problem_with_its_line(command, capsys,
     said = capsys.readouterr()
     assert f"{script}: line 3 is not Python: '(' was never closed; fix that line" in said.out + said.err
     assert "is not written as" not in said.out
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_launch_that_compiles_is_refused(told, tmp_path, recipe):
-    path = tmp_path / "launch.yaml"
-    path.write_text("distributed_type: 'NO'\nnum_processes: 1\ndynamo_config: {dynamo_backend: INDUCTOR}\n")
-    [problem] = told(recipe, options=("--config_file", str(path)))
-    assert problem.startswith("the launcher asks for dynamo_backend INDUCTOR, and the recipes do not compile")
 
 
 def test_a_model_folder_without_weights_is_refused_and_a_new_model_needs_none(told, configs, tmp_path):
@@ -317,14 +309,6 @@ def test_a_lock_is_told_where_deepspeed_would_wait_for_it(told, monkeypatch, tmp
     assert [str(lock) in problem for problem in told("classification", launch=launch)] == [True] * waits
 
 
-def test_a_command_that_there_is_not_is_named(capsys):
-    assert main(["valdate"]) == 2
-    assert "Did you mean 'validate'?" in capsys.readouterr().err
-    assert main([]) == 2
-    assert main(["--help"]) == 0
-    assert "validate" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("command", ["validate", "env"])
 def test_a_command_says_how_it_is_used(command, capsys):
     assert main([command, "--help"]) == 0
@@ -339,7 +323,7 @@ def test_env_tells_versions_and_machine(capsys):
     assert main(["env"]) == 0
     assert f"torch {torch.__version__}" in capsys.readouterr().out
     assert main(["env", "--jsn"]) == 1
-    assert "'--jsn' is not understood" in capsys.readouterr().err
+    assert "swaft env: unrecognized arguments: --jsn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["validate", "--help"], ["env", "--help"]])

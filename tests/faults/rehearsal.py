@@ -21,7 +21,7 @@ from disk_calls import READING, WRITING, watch
 from swaft.errors import StateAccessError, StateError
 from swaft.storage import is_complete
 from swaft.storage.together import open_together
-from swaft.training.run.checkpoints import KIND, checkpoint_path, choose_checkpoint, find_checkpoints
+from swaft.training.run.checkpoints import KIND, choose_checkpoint, find_checkpoints
 from swaft.training.run.state import RunState
 
 REFUSALS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -84,7 +84,7 @@ class Rehearsal:
 
     def __init__(self, state: RunState, save: Callable[[], None], names: Collection[str]):
         self._ranks, self._save, self._folder = state.run.engine.ranks, save, state.run.folder.path
-        self._new = checkpoint_path(self._folder, state.run.position.step)
+        self._new = self._folder / f"checkpoint-{state.run.position.step}"
         self._old = find_checkpoints(self._folder)
         self._kept = self._folder.parent / "kept"
         self._disk = FailingDisk(self._folder, names)

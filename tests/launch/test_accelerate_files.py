@@ -87,6 +87,7 @@ def test_a_zero_file_announces_its_stage_and_the_recipe_runs_it(name, launched):
     filled = resolve_deepspeed(train, environ | {"WORLD_SIZE": "2"}, precision=precision, hidden_size=32)
     assert filled is not None
     assert filled.config["zero_optimization"]["stage"] == int(name[4])
+    assert "auto" not in str(filled.config)
     assert environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
 
 

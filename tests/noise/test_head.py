@@ -6,7 +6,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
-from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, generation_batch, t5
+from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, generation_batch, run, t5
 from transformers import AutoModelForSeq2SeqLM
 
 from swaft.errors import NoiseError
@@ -56,15 +56,6 @@ OBJECTIVES = {
 
 
 BATCHES = {bert: classification_batch, tiny.gpt2: causal_batch, tiny.llama: causal_batch}
-
-
-def run(objective, model, batch, *, seed: int = 7):
-    """One call and its gradients, from a known random state."""
-    model.zero_grad()
-    torch.manual_seed(seed)
-    out = objective(model, batch)
-    out.loss.backward()
-    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same_step(found, expected, *, tolerance: float = 1e-5) -> None:
@@ -321,7 +312,7 @@ def test_a_copy_of_the_head_that_an_adapter_trains_is_the_one_used():
 
 def test_a_bias_of_the_head_itself_is_trained():
     def build():
-        model = t5(tied=False)
+        model = tiny.untied_t5()
         bias = torch.nn.Parameter(torch.linspace(-1, 1, VOCABULARY))
         model.lm_head.register_parameter("bias", bias)
         return model

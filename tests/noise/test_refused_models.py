@@ -197,7 +197,7 @@ def test_an_adapted_head_is_refused_before_training_and_trains_from_logits():
 
 
 def test_a_quantised_head_is_refused():
-    model = t5(tied=False)
+    model = tiny.untied_t5()
     model.lm_head = torch.ao.nn.quantized.dynamic.Linear(16, VOCABULARY)
     with pytest.raises(NoiseError, match=r"do not quantise it"):
         R3F(sigma=0.1).prepare_model(model)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from tiny_models import generation_batch, t5
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from swaft.errors import ConfigError, NoiseError
@@ -12,32 +12,13 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def model() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=11,
-            d_model=8,
-            d_kv=4,
-            d_ff=8,
-            num_layers=1,
-            num_heads=2,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
-    )
+def model():
+    return t5(dropout=0.0)
 
 
 @pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(2, 11, (3, 5), generator=generator)
-    labels[1, 3:] = -100
-    return {
-        "input_ids": torch.randint(2, 11, (3, 4), generator=generator),
-        "attention_mask": torch.ones(3, 4, dtype=torch.int64),
-        "labels": labels,
-    }
+def batch():
+    return generation_batch()
 
 
 def test_smoothing_is_over_the_whole_vocabulary_and_the_counted_tokens(model, batch):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models as tiny
 import torch
+from tiny_models import VOCABULARY, gradients_of, run
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import (
-    BartConfig,
     BartForQuestionAnswering,
-    BertConfig,
     BertForQuestionAnswering,
     DistilBertConfig,
     DistilBertForQuestionAnswering,
-    RobertaConfig,
     RobertaForQuestionAnswering,
 )
 
@@ -24,22 +23,15 @@ from swaft.noise.spectral import normalised_layers
 
 pytestmark = pytest.mark.unit
 
-VOCABULARY, LENGTH = 60, 8
-
-
-def encoder(config, kind, **options):
-    torch.manual_seed(0)
-    body = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return kind(config(vocab_size=VOCABULARY, max_position_embeddings=32, **body, **options)).train()
+LENGTH = 8
 
 
 def bert(dropout: float = 0.1, kind: type = BertForQuestionAnswering):
-    rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
-    return encoder(BertConfig, kind, **rates)
+    return tiny.bert(kind, dropout=dropout, num_labels=2)
 
 
 def roberta():
-    return encoder(RobertaConfig, RobertaForQuestionAnswering)
+    return tiny.roberta(RobertaForQuestionAnswering, num_labels=2)
 
 
 def distilbert():
@@ -49,12 +41,7 @@ def distilbert():
 
 
 def bart():
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
-    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
-    widths = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32)
-    config = BartConfig(vocab_size=VOCABULARY, num_labels=2, **sizes, **heads, **widths)
-    return BartForQuestionAnswering(config).train()
+    return tiny.bart(BartForQuestionAnswering)
 
 
 MODELS = [bert, roberta, distilbert, bart]
@@ -75,19 +62,6 @@ def batch(*, starts=(3, 1, 0), ends=(4, 1, 0)) -> dict[str, torch.Tensor]:
 
 def inputs_of(rows):
     return {name: value for name, value in rows.items() if "positions" not in name}
-
-
-def run(objective, model, rows):
-    """One call and its gradients, from a known random state."""
-    model.zero_grad()
-    torch.manual_seed(7)
-    out = objective(model, rows)
-    out.loss.backward()
-    return out, gradients_of(model)
-
-
-def gradients_of(model):
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
 def divergences(first, second):

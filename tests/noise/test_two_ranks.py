@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import bert, causal_batch, classification_batch, generation_batch, gpt2, roberta, t5
+from tiny_models import (
+    bert,
+    causal_batch,
+    classification_batch,
+    generation_batch,
+    gpt2,
+    gradients_of,
+    roberta,
+    t5,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from swaft.noise import R3F, R4F
@@ -29,10 +38,6 @@ LOOKING_FOR_UNUSED = {"fused, unused", "r3f"}
 """Cases under find_unused_parameters=True."""
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def batches_of(rank: int, batch) -> list[dict[str, torch.Tensor]]:
     return [batch(seed=seed) for seed in (rank, rank + 2)]
 
@@ -48,12 +53,11 @@ def worker(rank: int, port: int, folder: str) -> None:
         unused = name in LOOKING_FOR_UNUSED
         model = DistributedDataParallel(build(dropout=0.0), find_unused_parameters=unused)
         objective = build_objective()
-        for index, inputs in enumerate(
-            batches_of(rank, batch)
-        ):  # the ranks talk at the second micro-step only
+        for index, inputs in enumerate(batches_of(rank, batch)):
+            # The ranks talk at the second micro-step only.
             with model.no_sync() if index == 0 else nullcontext():
                 objective(model, inputs).loss.backward()
-        found[name] = gradients(model.module)
+        found[name] = gradients_of(model.module)
 
     model = roberta(dropout=0.0)
     objective = R4F(sigma=0.1)
@@ -93,7 +97,7 @@ def test_two_ranks_and_two_micro_steps_give_the_mean_of_their_gradients(ranks, n
         model, objective = build(dropout=0.0), build_objective()
         for inputs in batches_of(rank, batch):
             objective(model, inputs).loss.backward()
-        for key, gradient in gradients(model).items():
+        for key, gradient in gradients_of(model).items():
             expected[key] = expected.get(key, 0) + gradient / 2
     for found in ranks:
         assert found[name].keys() == expected.keys()

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import bart, bert, causal_batch, classification_batch, generation_batch, gpt2, t5
+from tiny_models import (
+    bart,
+    bert,
+    causal_batch,
+    classification_batch,
+    generation_batch,
+    gpt2,
+    gradients_of,
+    t5,
+)
 from transformers import Trainer, TrainingArguments
 
 from swaft.integrations.transformers import NoiseCallback
@@ -41,17 +50,13 @@ def split(batch, sizes):
     return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
-def gradients(model):
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-
 def test_micro_batches_weighed_by_their_rows_are_one_batch():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, batch = bart(dropout=0.0), generation_batch()
     objective = R3F(preset="relative", sigma=0.5, seed=1)
     objective._draw = lambda embedding, **_: 1.5 * embedding  # the same for a row wherever it lies
     objective(model, batch).loss.backward()
-    expected = gradients(model)
+    expected = gradients_of(model)
     model.zero_grad()
 
     micro_batches = split(batch, [1, 2])
@@ -60,7 +65,7 @@ def test_micro_batches_weighed_by_their_rows_are_one_batch():
     for micro_batch in micro_batches:
         out = objective(model, micro_batch)
         accelerator.backward(out.loss * (out.num_items * means / total))
-    torch.testing.assert_close(gradients(model), expected)
+    torch.testing.assert_close(gradients_of(model), expected)
 
 
 @pytest.mark.parametrize(("build", "batch"), [(bart, generation_batch), *(case[:2] for case in CASES[::2])])

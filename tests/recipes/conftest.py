@@ -165,8 +165,8 @@ def fresh_accelerate(monkeypatch) -> None:
 def refusal(tmp_path, capsys) -> Callable[..., str]:
     """Call a recipe with overrides, see it fail in words, and return the words."""
 
-    def call(recipe: ModuleType, inputs: Path, *overrides: str, output: Path | None = None) -> str:
-        output = output or tmp_path / "run"
+    def call(recipe: ModuleType, inputs: Path, *overrides: str) -> str:
+        output = tmp_path / "run"
         arguments = ["--config", str(inputs / "run.yaml"), f"train.output_dir={output}", *overrides]
         code = recipe.main(arguments)
         said = capsys.readouterr()

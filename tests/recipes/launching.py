@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
@@ -56,6 +60,34 @@ def launch(config_file: str, recipe: str, *arguments: str, timeout_s: float = TI
         out, err = process.communicate()
         raise AssertionError(f"no end after {timeout_s:.0f} s\n{out}\n{err}") from None
     return Finished(process.returncode, out, err)
+
+
+def launch_several(
+    config_file: str, runs: list[Any], folder: Path, *, timeout_s: float = TIMEOUT_S
+) -> Finished:
+    """Launch `several_runs.py` with these runs to a good end; their list is kept in the folder."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    script = str(Path(__file__).with_name("several_runs.py"))
+    finished = launch(config_file, script, str(folder / "runs.json"), timeout_s=timeout_s)
+    assert finished.code == 0, finished.err[-4000:]
+    return finished
+
+
+def launch_alike(config_files: Sequence[str], recipe: str, config: Path, folder: Path) -> dict[str, Path]:
+    """The same run by each launch file, with as many rows in a step on one rank as on two; returns its folders."""
+    outputs = {file: folder / file for file in config_files}
+    for file, output in outputs.items():
+        batch = 16 if file == "single.yaml" else 8
+        finished = launch(
+            file,
+            f"recipes/{recipe}.py",
+            *("--config", str(config)),
+            f"train.output_dir={output}",
+            f"train.per_device_train_batch_size={batch}",
+        )
+        assert finished.code == 0, finished.err
+        assert re.search(r"step (\d+)/\1 \| loss ", finished.out)
+    return outputs
 
 
 def load_recipe(name: str) -> ModuleType:

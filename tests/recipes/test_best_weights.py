@@ -77,32 +77,3 @@ def test_the_loss_may_decide(run):
     final = min(scores["loss"] for scores in summary["scores"]["validation"].values())
     assert summary["best"]["metric"] == "loss"
     assert summary["best"]["score"] <= final
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["eval.metric_for_best_model=rouge1", "eval.keep_best=last"],
-            "no score 'rouge1' to choose weights by; expected one of accuracy, loss",
-        ),
-        (
-            ["eval.keep_best=last", "data.train_file={inputs}/train.csv"],
-            "eval.keep_best: weights are scored on",
-        ),
-        (["eval.keep_best=last", "eval.eval_steps=null"], "eval.keep_best: needs evaluations while training"),
-        (
-            ["eval.keep_best=averaged", "averaging.rule=none"],
-            "eval.keep_best: averaged needs averaged weights",
-        ),
-    ],
-)
-def test_what_cannot_be_kept_is_refused_before_training(
-    classification, inputs, tmp_path, capsys, overrides, expected
-):
-    overrides = [each.format(inputs=inputs) for each in overrides]
-    config = ["--config", str(inputs / "run.yaml"), f"train.output_dir={tmp_path / 'run'}"]
-    assert classification.main([*config, *overrides]) == 1
-    said = capsys.readouterr()
-    assert expected in said.err
-    assert "step 1/" not in said.out

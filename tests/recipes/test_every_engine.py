@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch_several
 from pairwise import Row, pairwise
 from safetensors.torch import load_file
 from tiny_texts import NEW_MODEL, save_encoder_decoder
@@ -91,11 +91,7 @@ def test_recipes_train_average_evaluate_and_save_whatever_is_switched_on(every, 
         inputs = request.getfixturevalue(RECIPES[row["recipe"]])
         words = arguments(row, inputs, pretrained, tmp_path / str(number))
         runs.append((row["recipe"], row["precision"], words))
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    script = Path(__file__).with_name("several_runs.py")
-    limit_s = 60 + 60 * len(runs)
-    finished = launch(LAUNCHERS[engine], str(script), str(tmp_path / "runs.json"), timeout_s=limit_s)
-    assert finished.code == 0, finished.err
+    launch_several(LAUNCHERS[engine], runs, tmp_path, timeout_s=60 + 60 * len(runs))
     for number, row in enumerate(rows):
         require_whole_run(tmp_path / str(number), row)
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
-from launching import launch
+from launching import launch, launch_several
 
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
@@ -131,10 +131,7 @@ def start(names: list[str], inputs: Path, folder: Path) -> None:
         environ = read_launch(words(name)).environ
         made = {key: value for key, value in environ.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
         runs.append(("classification", made, settings(inputs, folder / name)))
-    (folder / "runs.json").write_text(json.dumps(runs))
-    script = str(HERE / "several_runs.py")
-    finished = launch("ddp_cpu.yaml", script, str(folder / "runs.json"), timeout_s=120 + 30 * len(names))
-    assert finished.code == 0, finished.err[-4000:]
+    finished = launch_several("ddp_cpu.yaml", runs, folder, timeout_s=120 + 30 * len(names))
     for name in names:
         assert (folder / name / "final-averaged" / "model.safetensors").exists()
         engine = json.loads((folder / name / "env.json").read_text())["engine"]

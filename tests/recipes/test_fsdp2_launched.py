@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch_several
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.recipe, pytest.mark.slow]
@@ -30,10 +30,7 @@ def runs(inputs, text_inputs, tmp_path_factory) -> dict[str, Path]:
             )
             for recipe, where in zip(RECIPES, (inputs, text_inputs), strict=True)
         ]
-        (folder / "runs.json").write_text(json.dumps(todo))
-        script = str(Path(__file__).with_name("several_runs.py"))
-        finished = launch(f"{engine}_cpu.yaml", script, str(folder / "runs.json"))
-        assert finished.code == 0, finished.err
+        finished = launch_several(f"{engine}_cpu.yaml", todo, folder)
         assert f"Engine = {engine.upper()}" in finished.out
     return folders
 

@@ -106,23 +106,3 @@ def test_a_writer_learns_by_adapters_and_its_folder_writes_what_the_run_reported
             ids = model.generate(**inputs, num_beams=2, max_new_tokens=12)
         texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         assert [row[weights] for row in rows] == texts
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["model.use_peft=true", "model.lora_target_modules=q_proj"],
-            "model.lora_target_modules: q_proj fits no layer",
-        ),
-        (["model.lora_r=8"], "model.lora_r: is 8, which model.use_peft=false does not use"),
-        (["model.use_peft=true", "model.lora_target_modules=query,,value"], "holds an empty name"),
-    ],
-)
-def test_what_lora_cannot_do_is_refused(classification, inputs, tmp_path, capsys, overrides, expected):
-    config = ["--config", str(inputs / "run.yaml"), f"train.output_dir={tmp_path / 'run'}"]
-    assert classification.main([*config, *overrides]) == 1
-    said = capsys.readouterr()
-    assert expected in said.err
-    assert "step 1/" not in said.out

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, launch_alike
 from safetensors.torch import load_file
 from tiny_questions import make_questions, save_questions
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
@@ -17,7 +17,6 @@ from swaft.training.evaluation.answering import score_squad, score_squad_v2
 
 pytestmark = pytest.mark.recipe
 
-RECIPE = "recipes/question_answering.py"
 LAUNCHERS = ("single.yaml", "zero3_cpu.yaml")
 QUESTIONS = {"validation": make_questions(23, seed=2), "test": make_questions(11, seed=3)}
 FOLDERS = {"last": "final", "averaged": "final-averaged"}
@@ -26,21 +25,8 @@ FOLDERS = {"last": "final", "averaged": "final-averaged"}
 @pytest.fixture(scope="module")
 def runs(question_inputs, tmp_path_factory) -> dict[str, Path]:
     """The same run in one process and under ZeRO-3."""
-    outputs = {}
-    for launcher in LAUNCHERS:
-        outputs[launcher] = tmp_path_factory.mktemp("runs") / "run"
-        batch = 16 if launcher == "single.yaml" else 8  # so that both take the same rows in a step
-        finished = launch(
-            launcher,
-            RECIPE,
-            "--config",
-            str(question_inputs / "run.yaml"),
-            f"train.output_dir={outputs[launcher]}",
-            f"train.per_device_train_batch_size={batch}",
-        )
-        assert finished.code == 0, finished.err
-        assert "step 60/60 | loss " in finished.out
-    return outputs
+    config = question_inputs / "run.yaml"
+    return launch_alike(LAUNCHERS, "question_answering", config, tmp_path_factory.mktemp("runs"))
 
 
 def read_json(path: Path) -> Any:
@@ -148,7 +134,7 @@ def test_questions_without_an_answer_are_told_apart_over_two_processes(question_
     validation = save_questions(tmp_path / "validation.jsonl", 19, seed=5, unanswerable=0.4)
     finished = launch(
         "ddp_cpu.yaml",
-        RECIPE,
+        "recipes/question_answering.py",
         "--config",
         str(question_inputs / "run.yaml"),
         f"data.train_file={train}",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch_alike
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -15,7 +15,6 @@ from swaft.training.data.seq2seq import Seq2SeqConfig
 
 pytestmark = pytest.mark.recipe
 
-RECIPE = "recipes/seq2seq.py"
 LAUNCHERS = ("single.yaml", "ddp_cpu.yaml", "zero3_cpu.yaml")
 ROWS = {"validation": 23, "test": 11}
 
@@ -23,21 +22,7 @@ ROWS = {"validation": 23, "test": 11}
 @pytest.fixture(scope="module")
 def runs(text_inputs, tmp_path_factory) -> dict[str, Path]:
     """The same run in one process, under DDP and under ZeRO-3."""
-    outputs = {}
-    for launcher in LAUNCHERS:
-        outputs[launcher] = tmp_path_factory.mktemp("runs") / "run"
-        batch = 16 if launcher == "single.yaml" else 8  # so that all take the same rows in a step
-        finished = launch(
-            launcher,
-            RECIPE,
-            "--config",
-            str(text_inputs / "run.yaml"),
-            f"train.output_dir={outputs[launcher]}",
-            f"train.per_device_train_batch_size={batch}",
-        )
-        assert finished.code == 0, finished.err
-        assert "step 50/50 | loss " in finished.out
-    return outputs
+    return launch_alike(LAUNCHERS, "seq2seq", text_inputs / "run.yaml", tmp_path_factory.mktemp("runs"))
 
 
 def summary_of(output: Path) -> dict[str, Any]:

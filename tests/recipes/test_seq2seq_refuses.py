@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from tiny_inputs import save_model
-from tiny_texts import language_tokenizer, save_encoder_decoder, save_pairs
+from tiny_texts import language_tokenizer, save_encoder_decoder
 from transformers import MarianConfig
 
 from swaft.training.checks import Problems
@@ -30,24 +30,15 @@ def pretrained(folder: str | Path) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("data.source_column=source",), "data.target_column: is not set"),
         (("data.source_column=source", "data.target_column=traget"), "Did you mean 'target'?"),
         (("data.source_lang=en", "data.target_lang=fr"), "data.source_lang"),
-        (("eval.metric=accuracy",), "accuracy does not fit a generation task"),
         (("eval.metric=squad",), "squad does not fit a generation task"),
-        (("data.source_lang=en",), "data.target_lang: is not set"),
-        (("data.max_target_length=0",), "data.max_target_length: is 0"),
         (("eval.metric=chfr",), "Did you mean 'chrf'?"),
-        (("eval.predict_with_generate=false",), "eval.num_beams: 2 is about generated texts"),
-        (("train.label_smoothing_factor=1.0",), "train.label_smoothing_factor"),
         (("model.config=null",), "no model named"),
         (("model.model_name_or_path=t5-small",), "keep one"),
         (("model.config={d_model: 8}",), "has no model_type"),
         (("model.config={model_type: t6}",), "there is no model_type 't6'"),
-        (("model.config={model_type: t5, num_layer: 1}",), "Did you mean 'num_layers'?"),
         (("model.config={model_type: bert}",), "bert is not an encoder-decoder"),
-        (("model.config={model_type: bart, max_position_embeddings: 16}",), "reads at most 16 tokens"),
-        (("noise.sigma=0.1", "noise.kind=none"), "noise.sigma: is 0.1, which noise.kind=none does not use"),
         (("train.label_smoothing=0.1",), "Did you mean 'train.label_smoothing_factor'?"),
     ],
 )
@@ -97,54 +88,9 @@ def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):
     assert "Did you mean 'num_layers'?" in said
 
 
-def test_an_empty_reference_is_named_by_its_row(refuse, tmp_path):
-    bad = save_pairs(tmp_path / "bad.csv", 8, seed=1, target=lambda text: " " if "noir" in text else text)
-    train = save_pairs(tmp_path / "train.csv", 8, seed=2)
-    said = refuse(f"data.train_file={train}", f"data.validation_file={bad}")
-    assert "of validation has an empty text in column 'target'" in said
-
-
-def save_parquet(path: Path, **columns: list) -> str:
-    Dataset.from_dict(columns).to_parquet(str(path))
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        (
-            {"source": ["a cat", "  "], "target": ["chat", "chien"]},
-            "row 2 of test has an empty text in column 'source'",
-        ),
-        (
-            {"source": ["a cat", "a dog"], "target": ["chat", None]},
-            "row 2 of test has nothing in column 'target'",
-        ),
-        ({"source": ["a cat"], "target": [7]}, "row 1 of test has 7 in column 'target'; expected text"),
-        ({"source": ["a cat"]}, "the test split has no column 'target', but train has"),
-        (
-            {"source": ["a cat", "a dog"], "target": ["chat", "chien"], "references": [["chat"], []]},
-            "row 2 of test has [] in column 'references'",
-        ),
-    ],
-    ids=["blank source", "no target", "number", "no column", "no reference"],
-)
-def test_rows_that_cannot_be_used_are_named(refuse, tmp_path, columns, said):
-    train, test = (
-        save_pairs(tmp_path / "train.csv", 8, seed=2),
-        save_parquet(tmp_path / "test.parquet", **columns),
-    )
-    assert said in refuse(f"data.train_file={train}", f"data.test_file={test}")
-
-
-def test_a_translation_without_the_target_language_is_named(refuse, tmp_path):
-    train = save_parquet(tmp_path / "train.parquet", translation=[{"en": "a cat", "fr": "chat"}] * 4)
-    languages = ("data.source_lang=en", "data.target_lang=de")
-    said = refuse(f"data.train_file={train}", *languages)
-    assert "data.target_lang is de; the languages are en, fr; name one of them" in said
-    test = save_parquet(tmp_path / "test.parquet", translation=[{"en": "a cat", "fr": None}])
-    said = refuse(f"data.train_file={train}", f"data.test_file={test}", languages[0], "data.target_lang=fr")
-    assert "row 1 of test has None as its text in 'fr'" in said
+def test_rows_that_cannot_be_used_are_named(refuse, tmp_path):
+    Dataset.from_dict({"source": ["a cat", "a dog"], "target": ["chat", None]}).to_csv(tmp_path / "test.csv")
+    assert "row 2 of test has nothing in column 'target'" in refuse(f"data.test_file={tmp_path / 'test.csv'}")
 
 
 @pytest.mark.parametrize(
@@ -175,16 +121,6 @@ def test_a_tokenizer_that_needs_a_package_names_it(refuse, tmp_path):
     assert "cannot be loaded: MarianTokenizer requires the SentencePiece library" in said
 
 
-def test_a_deepspeed_file_for_another_stage_names_both(refuse, tmp_path, monkeypatch):
-    file = tmp_path / "mine.json"
-    file.write_text('{"zero_optimization": {"stage": 2}}')
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    said = refuse()
-    assert f"configuration says zero_stage = 3, but {file} says zero_optimization.stage = 2" in said
-
-
 def test_a_decoder_that_does_not_know_where_to_start_is_refused(refuse, tmp_path):
     folder = save_encoder_decoder(tmp_path / "model", decoder_start_token_id=None)
     assert "the model has no decoder_start_token_id" in refuse(*pretrained(folder))
@@ -193,12 +129,6 @@ def test_a_decoder_that_does_not_know_where_to_start_is_refused(refuse, tmp_path
 def test_an_encoder_is_refused(refuse, tmp_path):
     folder = save_model(tmp_path / "bert")
     assert "model.model_name_or_path: bert is not an encoder-decoder" in refuse(*pretrained(folder))
-
-
-def test_a_model_that_is_not_there_is_named(refuse):
-    assert "model.model_name_or_path: /nowhere/at/all cannot be loaded" in refuse(
-        *pretrained("/nowhere/at/all")
-    )
 
 
 def test_a_pretrained_encoder_decoder_is_fine_tuned_with_its_own_tokenizer(

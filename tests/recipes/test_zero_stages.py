@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from launching import launch
+from launching import launch_several
 
 pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
@@ -33,10 +32,7 @@ def losses(text_inputs, tmp_path_factory) -> dict[tuple[str, str], list[float]]:
             )
             for precision in ("no", "bf16")
         ]
-        (folder / "runs.json").write_text(json.dumps(todo))
-        script = str(Path(__file__).with_name("several_runs.py"))
-        finished = launch(f"{engine}_cpu.yaml", script, str(folder / "runs.json"))
-        assert finished.code == 0, finished.err
+        launch_several(f"{engine}_cpu.yaml", todo, folder)
         for precision in ("no", "bf16"):
             lines = map(json.loads, (folder / precision / "metrics.jsonl").read_text().splitlines())
             found[engine, precision] = [line["loss"] for line in lines if line["kind"] == "train"]

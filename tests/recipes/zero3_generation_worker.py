@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from swaft.training.config import TrackConfig, TrainConfig
-from swaft.training.evaluation.generation import batch_generator
+from swaft.training.evaluation.generation import generate_tokens
 from swaft.training.launch.accelerator import build_accelerator, resolve_engine, whole_model_loading
 from swaft.training.launch.failure import leave, run_and_report
 
@@ -49,7 +49,7 @@ def main(folder: str) -> None:
             # One rank is done long before the other, and has to go on for its sake.
             settings = {"num_beams": beams, "max_new_tokens": 4 + 8 * accelerator.process_index}
             with torch.no_grad():
-                found = batch_generator(cut, accelerator, settings)(batch)
+                found = generate_tokens(cut, batch, accelerator, settings)
                 expected = whole.generate(**batch, do_sample=False, **settings)
             expected = expected[
                 :, -found.shape[1] :

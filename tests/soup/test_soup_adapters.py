@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from soup_folders import bert, folder_of, random_tensors
+from safetensors.torch import save_file
+from soup_folders import bert, folder_of, loaded, random_tensors, same_bits
 from torch import nn
 
 from swaft.errors import ConfigError, StateError
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.unit
 TARGETS = ["query", "dense", "word_embeddings"]
 
 
-def adapter(path, seed, base, **options):
-    """Save an adapter of the base model with random factors."""
+def adapter(path, seed, **options):
+    """Save an adapter of `bert(0)` with random factors."""
     settings = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
-    model = get_peft_model(base(), LoraConfig(**(settings | options)))
+    model = get_peft_model(bert(0), LoraConfig(**(settings | options)))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
@@ -30,13 +30,9 @@ def adapter(path, seed, base, **options):
     return path
 
 
-def the_base():
-    return bert(0)
-
-
 def updates(path):
     """Dense updates by peft's own account, in float64, and what else is trained."""
-    model = PeftModel.from_pretrained(the_base(), path).double()
+    model = PeftModel.from_pretrained(bert(0), path).double()
     found = {
         name: module.get_delta_weight("default")
         for name, module in model.named_modules()
@@ -57,7 +53,7 @@ def mean_of(paths, weights):
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
 def test_at_full_rank_the_mean_of_the_updates_is_exact(tmp_path, options):
-    paths = [adapter(tmp_path / str(seed), seed, the_base, **options) for seed in range(3)]
+    paths = [adapter(tmp_path / str(seed), seed, **options) for seed in range(3)]
     soup = average(paths, tmp_path / "out", weights=[1, 2, 3], lora_rank=6)
     expected = mean_of(paths, [1, 2, 3])
     assert len(expected) > 4
@@ -66,7 +62,7 @@ def test_at_full_rank_the_mean_of_the_updates_is_exact(tmp_path, options):
 
 
 def test_at_their_own_rank_the_new_factors_are_the_best_and_the_loss_is_told(tmp_path):
-    paths = [adapter(tmp_path / str(seed), seed, the_base) for seed in range(3)]
+    paths = [adapter(tmp_path / str(seed), seed) for seed in range(3)]
     soup = average(paths, tmp_path / "out")
     expected, found = mean_of(paths, [1, 1, 1]), updates(tmp_path / "out")
     lost = whole = 0.0
@@ -83,30 +79,26 @@ def test_at_their_own_rank_the_new_factors_are_the_best_and_the_loss_is_told(tmp
 
 
 def test_one_factor_that_is_the_same_in_all_stays_and_the_mean_is_exact(tmp_path):
-    paths = [adapter(tmp_path / str(seed), seed, the_base) for seed in range(3)]
-    first = load_file(paths[0] / "adapter_model.safetensors")
+    paths = [adapter(tmp_path / str(seed), seed) for seed in range(3)]
+    first = loaded(paths[0])
     for path in paths[1:]:
-        own = load_file(path / "adapter_model.safetensors")
-        save_file(
-            {n: first[n] if "_A" in n else t for n, t in own.items()}, path / "adapter_model.safetensors"
-        )
+        factors = {n: first[n] if "_A" in n else t for n, t in loaded(path).items()}
+        save_file(factors, path / "adapter_model.safetensors")
     soup = average(paths, tmp_path / "out")
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    found = loaded(tmp_path / "out")
     assert all(torch.equal(found[name], first[name]) for name in first if "_A" in name)
     assert soup.truncation == 0.0
     assert distance(updates(tmp_path / "out"), mean_of(paths, [1, 1, 1])) < 1e-6
 
 
 def test_one_adapter_averages_to_itself(tmp_path):
-    path = adapter(tmp_path / "a", 0, the_base)
+    path = adapter(tmp_path / "a", 0)
     average([path], tmp_path / "out")
-    found, own = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "out", path))
-    assert found.keys() == own.keys()
-    assert all(torch.equal(found[name], own[name]) for name in own)
+    assert same_bits(loaded(tmp_path / "out"), loaded(path))
 
 
 def test_an_adapter_is_one_file_that_peft_opens_whatever_its_size(tmp_path):
-    paths = [adapter(tmp_path / str(seed), seed, the_base) for seed in range(2)]
+    paths = [adapter(tmp_path / str(seed), seed) for seed in range(2)]
     average(paths, tmp_path / "whole", lora_rank=4)
     average(paths, tmp_path / "out", lora_rank=4, max_shard_bytes=100)
     assert [path.name for path in (tmp_path / "out").glob("*safetensors*")] == ["adapter_model.safetensors"]
@@ -124,7 +116,7 @@ DIFFERENT = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_adapters_configured_differently_are_refused(tmp_path, name):
     options, message = DIFFERENT[name]
-    paths = [adapter(tmp_path / "a", 0, the_base), adapter(tmp_path / "b", 1, the_base, **options)]
+    paths = [adapter(tmp_path / "a", 0), adapter(tmp_path / "b", 1, **options)]
     with pytest.raises(StateError, match=message):
         average(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -149,8 +141,8 @@ BASES = {
 def test_adapters_of_different_base_models_are_refused(tmp_path, name):
     settings, message = BASES[name]
     paths = [
-        configured(adapter(tmp_path / "a", 0, the_base), base_model_name_or_path="some/model", revision=None),
-        configured(adapter(tmp_path / "b", 1, the_base), **settings),
+        configured(adapter(tmp_path / "a", 0), base_model_name_or_path="some/model", revision=None),
+        configured(adapter(tmp_path / "b", 1), **settings),
     ]
     with pytest.raises(
         StateError, match=f"b is an adapter of another base model .*{message}.*make it equal in"
@@ -161,7 +153,7 @@ def test_adapters_of_different_base_models_are_refused(tmp_path, name):
 
 
 def test_settings_of_training_that_differ_between_adapters_are_noted(tmp_path):
-    paths = [adapter(tmp_path / "a", 0, the_base), adapter(tmp_path / "b", 1, the_base, lora_dropout=0.25)]
+    paths = [adapter(tmp_path / "a", 0), adapter(tmp_path / "b", 1, lora_dropout=0.25)]
     soup = average(paths, tmp_path / "out")
     assert soup.notes == [
         f"adapter_config.json of {paths[1]} differs from the first: lora_dropout is 0.25, there 0.0"
@@ -169,7 +161,7 @@ def test_settings_of_training_that_differ_between_adapters_are_noted(tmp_path):
 
 
 def test_options_that_are_off_and_that_an_older_peft_left_out_are_no_difference(tmp_path):
-    paths = [adapter(tmp_path / str(i), i, the_base) for i in range(2)]
+    paths = [adapter(tmp_path / str(i), i) for i in range(2)]
     file = paths[1] / "adapter_config.json"
     older = {k: v for k, v in json.loads(file.read_text()).items() if k not in OFF_IN_ADAPTERS}
     file.write_text(json.dumps(older))
@@ -177,32 +169,27 @@ def test_options_that_are_off_and_that_an_older_peft_left_out_are_no_difference(
 
 
 def test_blocks_of_lora_are_refused(tmp_path):
-    paths = [adapter(tmp_path / str(i), i, the_base) for i in range(2)]
+    paths = [adapter(tmp_path / str(i), i) for i in range(2)]
     for path in paths:
-        config = json.loads((path / "adapter_config.json").read_text()) | {"use_bdlora": {"nblocks": 2}}
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        configured(path, use_bdlora={"nblocks": 2})
     with pytest.raises(StateError, match="use_bdlora is set, so its updates are not plain B A"):
         average(paths, tmp_path / "out")
 
 
 def test_another_variant_than_plain_lora_is_refused(tmp_path):
-    paths = [
-        adapter(tmp_path / str(i), i, the_base, use_dora=True, target_modules=["query"]) for i in range(2)
-    ]
+    paths = [adapter(tmp_path / str(i), i, use_dora=True, target_modules=["query"]) for i in range(2)]
     with pytest.raises(StateError, match="use_dora is set, so its updates are not plain B A"):
         average(paths, tmp_path / "out")
     for path in paths:
-        config = json.loads((path / "adapter_config.json").read_text()) | {"use_dora": False}
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        configured(path, use_dora=False)
     with pytest.raises(StateError, match="lora_magnitude_vector' is of a variant of LoRA"):
         average(paths, tmp_path / "out")
 
 
 def test_another_method_than_lora_is_refused(tmp_path):
-    paths = [adapter(tmp_path / str(i), i, the_base) for i in range(2)]
+    paths = [adapter(tmp_path / str(i), i) for i in range(2)]
     for path in paths:
-        config = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        configured(path, peft_type="IA3")
     with pytest.raises(StateError, match="peft_type is 'IA3'; expected LORA"):
         average(paths, tmp_path / "out")
     with pytest.raises(StateError, match="peft_type is 'IA3'; expected LORA"):
@@ -210,14 +197,14 @@ def test_another_method_than_lora_is_refused(tmp_path):
 
 
 def test_a_rank_is_refused_where_layers_have_ranks_of_their_own(tmp_path):
-    paths = [adapter(tmp_path / str(i), i, the_base, rank_pattern={"query": 3}) for i in range(2)]
+    paths = [adapter(tmp_path / str(i), i, rank_pattern={"query": 3}) for i in range(2)]
     with pytest.raises(StateError, match="--lora-rank: these adapters have ranks or alphas of their own"):
         average(paths, tmp_path / "out", lora_rank=4)
     average(paths, tmp_path / "out")
 
 
 def test_an_adapter_and_a_model_have_no_average(tmp_path):
-    path, other = adapter(tmp_path / "a", 0, the_base), folder_of(tmp_path / "b", random_tensors(0))
+    path, other = adapter(tmp_path / "a", 0), folder_of(tmp_path / "b", random_tensors(0))
     with pytest.raises(StateError, match=r"a is an adapter and .*b a whole model"):
         average([other, path], tmp_path / "out")
     with pytest.raises(ConfigError, match=r"lora_rank is set, and .*b is no LoRA adapter"):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from soup_folders import CONFIG, bert, folder_of, folders, golden, loaded, random_tensors, same_bits
 from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
@@ -104,7 +104,7 @@ def test_shards_are_as_full_as_they_may_be_and_listed(tmp_path):
     soup = average(folders(tmp_path, 2), tmp_path / "out", max_shard_bytes=700)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
-        assert name in loaded_file(tmp_path / "out" / file)
+        assert name in load_file(tmp_path / "out" / file)
     assert set(index["weight_map"].values()) == set(soup.files)
     assert sorted(soup.files)[0] == f"model-00001-of-{len(soup.files):05d}.safetensors"
     expected = golden([random_tensors(0), random_tensors(1)])
@@ -113,12 +113,6 @@ def test_shards_are_as_full_as_they_may_be_and_listed(tmp_path):
     for shard in plan_shards(specs, 700):
         size = sum(spec.numel * spec.dtype.itemsize for spec in shard.values())
         assert size <= 700 or len(shard) == 1
-
-
-def loaded_file(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_other_files_are_copied_and_the_type_is_set(tmp_path):

@@ -26,23 +26,28 @@ from swaft.storage import files
 pytestmark = pytest.mark.unit
 
 
-def trained(seed, rule):
+def averaged(model, seed=0, rule=None):
+    """The averager of a model that is trained for four random steps."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    averager = swaft.WeightAverager(model, optimizer, rule=rule or swaft.SWA(start=0), total_steps=4)
     torch.manual_seed(seed)
-    model = torch.nn.Linear(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=rule, total_steps=4)
     for _ in range(4):
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         averager.step()
     return averager
 
 
+def trained(seed=0, rule=None):
+    return averaged(torch.nn.Linear(5, 3), seed, rule)
+
+
 def test_saved_averages_are_averaged_and_the_rest_comes_from_the_base(tmp_path):
     paths, exported = [], []
     for seed in range(2):
-        averager = trained(seed, swaft.SWA(start=0))
+        averager = trained(seed)
         averager.save_state(tmp_path / f"state{seed}")
         averager.save_pretrained(tmp_path / f"model{seed}")
         paths.append(tmp_path / f"state{seed}")
@@ -68,7 +73,7 @@ def test_saved_averages_are_averaged_and_the_rest_comes_from_the_base(tmp_path):
     ids=lambda rule: type(rule).__name__,
 )
 def test_an_average_of_several_vectors_is_what_the_run_exports(tmp_path, rule):
-    averager = trained(0, rule)
+    averager = trained(rule=rule)
     averager.save_state(tmp_path / "state")
     averager.save_pretrained(tmp_path / "model")
     found = open_checkpoint(tmp_path / "state")
@@ -88,7 +93,7 @@ def test_a_state_without_members_is_refused(tmp_path):
 
 def test_one_of_several_averages_is_chosen_by_name(tmp_path):
     rules = {"a": swaft.SWA(start=0), "b": swaft.EMA(decay=0.5)}
-    averager = trained(0, rules)
+    averager = trained(rule=rules)
     averager.save_state(tmp_path / "state")
     with pytest.raises(StateError, match="holds the averages a, b; choose one with --rule"):
         open_checkpoint(tmp_path / "state")
@@ -98,7 +103,7 @@ def test_one_of_several_averages_is_chosen_by_name(tmp_path):
 
 
 def test_a_damaged_state_is_refused(tmp_path):
-    trained(0, swaft.SWA(start=0)).save_state(tmp_path / "state")
+    trained().save_state(tmp_path / "state")
     (file,) = (tmp_path / "state").glob("*.safetensors")
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
@@ -111,20 +116,6 @@ def trained_bert(prepare, seed=0):
     """A small classifier, made ready by `prepare` and trained for four random steps."""
     torch.manual_seed(0)
     return averaged(prepare(bert(0)), seed)
-
-
-def averaged(model, seed=0):
-    """The averager of a model that is trained for four random steps."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
-    torch.manual_seed(seed)
-    for _ in range(4):
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-        averager.step()
-    return averager
 
 
 def with_adapter(model):
@@ -260,7 +251,7 @@ def test_a_model_that_transformers_stores_under_other_names_is_refused_with_a_wa
 def test_an_export_touches_no_folder_beside_its_own(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").write_bytes(b"x")
-    trained(0, swaft.SWA(start=0)).save_pretrained(tmp_path / "model")
+    trained().save_pretrained(tmp_path / "model")
     assert (tmp_path / name / "precious").read_bytes() == b"x"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "model"])
 
@@ -269,7 +260,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    averager = trained(0, swaft.SWA(start=0))
+    averager = trained()
     monkeypatch.setattr(files, "sync_tree", full)
     with pytest.raises(AveragingError, match=r"model could not be written: .*No space left"):
         averager.save_pretrained(tmp_path / "model")

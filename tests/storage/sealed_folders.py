@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
+from unittest import mock
 
 import torch
 
@@ -37,6 +41,34 @@ def remark(folder: Path, raw: bytes) -> None:
     """Give a folder another manifest and the mark that fits it, as somebody who means harm would."""
     (folder / "manifest.json").write_bytes(raw)
     (folder / "COMPLETE").write_text(hashlib.sha256(raw).hexdigest() + "\n")
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+FAULTS = {"crash": Crash(), "no space": OSError(28, "No space left on device")}
+
+
+@contextmanager
+def failing(fault: BaseException, survived: int, *names: str) -> Iterator[None]:
+    """Inside, functions of these names raise a fault once so many of their calls have been survived."""
+    left = survived
+
+    def counted(function):
+        def call(*arguments, **keywords):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise fault
+            return function(*arguments, **keywords)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch(name, counted(resolve_name(name))))
+        yield
 
 
 def edit_manifest(folder: Path, **fields) -> None:

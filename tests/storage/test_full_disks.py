@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
-from sealed_folders import make_folder
+from sealed_folders import FAULTS, Crash, failing, make_folder
 from small_disks import file_system, mount
 
 from swaft.errors import StateError
@@ -86,35 +85,16 @@ def test_a_size_limit_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-class Crash(BaseException):
-    """The process ends here."""
-
-
-@pytest.mark.parametrize("fault", [Crash, OSError(28, "No space left on device")], ids=["crash", "no space"])
-def test_whatever_call_fails_a_folder_is_complete_or_has_no_mark(tmp_path, monkeypatch, fault):
-    calls = ("write", "fsync", "replace", "rename", "open")
-    real = {name: getattr(os, name) for name in calls}
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_whatever_call_fails_a_folder_is_complete_or_has_no_mark(tmp_path, fault):
+    calls = ("os.write", "os.fsync", "os.replace", "os.rename", "os.open")
     for survived in range(200):
-        left = survived
-
-        def counted(name):
-            def call(*arguments, **keywords):
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    raise fault
-                return real[name](*arguments, **keywords)
-
-            return call
-
-        for name in calls:
-            monkeypatch.setattr(os, name, counted(name))
         try:
-            make_folder(tmp_path / "x")
+            with failing(fault, survived, *calls):
+                make_folder(tmp_path / "x")
             failed = False
         except (Crash, StateError):
             failed = True
-        monkeypatch.undo()
         if is_complete(tmp_path / "x"):
             verify(tmp_path / "x", read_manifest(tmp_path / "x", kind="test"))
         shutil.rmtree(tmp_path / "x")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 
 import pytest
 import torch
+from sealed_folders import FAULTS, Crash, failing
 
 from swaft.distributed import Ranks
 from swaft.errors import StateError
@@ -18,10 +18,6 @@ from swaft.storage.together import write_together
 pytestmark = pytest.mark.unit
 
 FILES = re.compile(r"(w\.safetensors|manifest\.json|COMPLETE)(\.tmp)?")
-
-
-class Crash(BaseException):
-    """The process ends here."""
 
 
 @pytest.fixture(params=["exchanged", "renamed twice"])
@@ -56,36 +52,21 @@ def value_in(folder) -> float:
     return manifest.content["value"]
 
 
-@pytest.mark.parametrize("fault", [Crash, OSError(28, "No space left on device")], ids=["crash", "no space"])
-def test_whatever_call_fails_the_old_folder_or_the_new_one_is_there_whole(tmp_path, ways, monkeypatch, fault):
-    calls = ("write", "fsync", "replace", "rename", "open", "unlink", "rmdir", "mkdir")
-    real = {name: getattr(os, name) for name in calls}
-    real_exchange, folder, seen = files._exchange, tmp_path / "state", set()
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_whatever_call_fails_the_old_folder_or_the_new_one_is_there_whole(tmp_path, ways, fault):
+    names = ("write", "fsync", "replace", "rename", "open", "unlink", "rmdir", "mkdir")
+    calls = (*(f"os.{name}" for name in names), "swaft.storage.files._exchange")
+    folder, seen = tmp_path / "state", set()
     for survived in range(300):
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
         write(folder, 1.0)
-        left = survived
-
-        def counted(call):
-            def counting(*arguments, **keywords):
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    raise fault
-                return call(*arguments, **keywords)
-
-            return counting
-
-        with monkeypatch.context() as patched:
-            for name in calls:
-                patched.setattr(os, name, counted(real[name]))
-            patched.setattr(files, "_exchange", counted(real_exchange))
-            try:
+        try:
+            with failing(fault, survived, *calls):
                 write(folder, 2.0)
-                failed = False
-            except (Crash, StateError):
-                failed = True
+            failed = False
+        except (Crash, StateError):
+            failed = True
         found = value_in(folder)
         seen.add(found)
         assert failed or found == 2.0

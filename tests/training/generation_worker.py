@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import T5Config, T5ForConditionalGeneration
 
-from swaft.training.evaluation.generation import batch_generator
+from swaft.training.evaluation.generation import generate_tokens
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from harness import worker_main
@@ -60,8 +60,8 @@ def fsdp2_case():
             # One rank is done long before the other, and has to go on for its sake.
             settings = {"max_new_tokens": 3 + 5 * dist.get_rank(), "num_beams": beams}
             with torch.no_grad():
-                expected = batch_generator(whole, as_prepared_by(DistributedType.MULTI_GPU), settings)(batch)
-                found = batch_generator(cut, as_prepared_by(DistributedType.FSDP), settings)(batch)
+                expected = generate_tokens(whole, batch, as_prepared_by(DistributedType.MULTI_GPU), settings)
+                found = generate_tokens(cut, batch, as_prepared_by(DistributedType.FSDP), settings)
             assert torch.equal(found, expected)
 
         yield f"{beams} beams: the same tokens", check

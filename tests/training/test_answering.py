@@ -72,7 +72,15 @@ def make_questions(answers=ANSWERS) -> Dataset:
 
 
 def evaluate(
-    accelerator, model, batch_size, *, answers=ANSWERS, padding_side="right", inputs=None, **settings
+    accelerator,
+    model,
+    batch_size,
+    *,
+    answers=ANSWERS,
+    padding_side="right",
+    inputs=None,
+    metric="auto",
+    **settings,
 ) -> Evaluation:
     questions, tokenizer = make_questions(answers), make_tokenizer(padding_side)
     tokenizer.model_input_names = inputs or tokenizer.model_input_names
@@ -91,7 +99,7 @@ def evaluate(
         accelerator,
         questions=questions,
         windows=windows,
-        metric=get_question_metric(has_unanswerable=has_unanswerable),
+        metric=get_question_metric(metric, has_unanswerable=has_unanswerable),
         search=AnswerSearch(
             has_unanswerable=has_unanswerable,
             padding_side=tokenizer.padding_side,  # type: ignore[arg-type]
@@ -168,29 +176,10 @@ def test_none_is_an_answer_where_its_score_exceeds_the_threshold(make_accelerato
 
 
 def test_the_second_metric_scores_the_questions_of_the_first(make_accelerator):
-    accelerator, tokenizer, model = make_accelerator(), make_tokenizer("right"), Reader()
-    first = evaluate(accelerator, model, 4)
-    questions = make_questions()
-    windows = tokenize_questions(questions, tokenizer, Data(max_seq_length=10, doc_stride=2), training=False)
-    loader = DataLoader(windows, batch_size=4, collate_fn=Collator(tokenizer))  # type: ignore[arg-type]
-    second = evaluate_answers(
-        model,
-        accelerator.prepare_data_loader(loader),
-        accelerator,
-        questions=questions,
-        windows=windows,
-        metric=get_question_metric("squad_v2"),
-        search=AnswerSearch(has_unanswerable=False),
-    )
+    accelerator, model = make_accelerator(), Reader()
+    first, second = (evaluate(accelerator, model, 4, metric=name) for name in ("squad", "squad_v2"))
     assert second.outputs == first.outputs
     assert second.scores["exact"] == second.scores["HasAns_exact"] == first.scores["exact_match"]
-
-
-def test_the_mode_is_left_as_found(make_accelerator):
-    model = Reader()
-    for training in (True, False):
-        evaluate(make_accelerator(), model.train(training), 4)
-        assert model.training is training
 
 
 def test_scores_that_are_no_numbers_are_an_error(make_accelerator):

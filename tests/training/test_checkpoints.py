@@ -13,7 +13,6 @@ from swaft.errors import ConfigError, StateAccessError, StateError
 from swaft.storage import hash_file, is_complete, write_durably
 from swaft.training.run.checkpoints import (
     checkpoint_on_paper,
-    checkpoint_path,
     choose_checkpoint,
     delete_old,
     find_checkpoints,
@@ -169,7 +168,7 @@ def test_what_is_no_checkpoint_is_named(ranks, tmp_path, named):
 
 def test_the_old_ones_go_and_what_is_left_of_unfinished_ones_goes_before_its_space_is_needed(ranks, tmp_path):
     save(ranks, tmp_path, 5, 10)
-    checkpoint_path(tmp_path, 12).mkdir()
+    (tmp_path / "checkpoint-12").mkdir()
 
     def write(path: Path):
         assert find_checkpoints(tmp_path, complete=False) == [path]

@@ -10,11 +10,11 @@ import pytest
 from swaft.errors import ConfigError
 from swaft.training.config import TrainConfig
 from swaft.training.launch.deepspeed_config import (
-    RecipeValues,
     declared_precision,
     fill_auto,
     launcher_config,
     launcher_problems,
+    recipe_values,
 )
 
 pytestmark = pytest.mark.unit
@@ -31,7 +31,6 @@ TRAIN = TrainConfig(
     adam_epsilon=1e-6,
     warmup_steps=0,
 )
-RECIPE = RecipeValues(train=TRAIN, precision="bf16", world_size=2, hidden_size=64)
 
 TRAINER_STYLE = {
     "bf16": {"enabled": "auto"},
@@ -54,8 +53,9 @@ TRAINER_STYLE = {
 }
 
 
-def filled(config, recipe=RECIPE):
-    return fill_auto(config, recipe, source="zero3.json")
+def filled(config, train=TRAIN, hidden_size=64):
+    wanted = recipe_values(train, precision="bf16", world_size=2, hidden_size=hidden_size)
+    return fill_auto(config, wanted, source="zero3.json")
 
 
 def test_every_auto_of_a_trainer_style_file_is_filled_from_the_recipe():
@@ -103,7 +103,7 @@ def test_missing_accumulation_takes_the_recipes_and_says_so():
 
 
 def test_clipping_that_is_off_in_the_recipe_is_off_and_not_1():
-    result = filled(TRAINER_STYLE, replace(RECIPE, train=replace(TRAIN, max_grad_norm=0.0)))
+    result = filled(TRAINER_STYLE, replace(TRAIN, max_grad_norm=0.0))
     assert result.config["gradient_clipping"] == 0.0
 
 
@@ -191,7 +191,7 @@ def test_a_scheduler_block_that_agrees_is_set_aside_with_one_line(kind, params):
     scheduler = {"type": kind, "params": params}
     result = filled(
         {"zero_optimization": {"stage": 2}, "scheduler": scheduler},
-        replace(RECIPE, train=replace(TRAIN, warmup_steps=100)),
+        replace(TRAIN, warmup_steps=100),
     )
     assert result.problems == []
     assert "scheduler" not in result.config
@@ -269,7 +269,7 @@ def test_a_name_without_stage3_before_it_is_filled_like_the_one_with_it():
 
 
 def test_without_a_hidden_size_the_bucket_sizes_stay_for_accelerate():
-    result = filled(TRAINER_STYLE, replace(RECIPE, hidden_size=None))
+    result = filled(TRAINER_STYLE, hidden_size=None)
     assert result.problems == []
     assert result.config["zero_optimization"]["reduce_bucket_size"] == "auto"
 

@@ -13,8 +13,7 @@ from swaft.training.data.classification import ClassificationConfig
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import (
     ProgressLog,
-    aligned,
-    scores_table,
+    closing_table,
     setup_logging,
     start_trackers,
     training_line,
@@ -65,7 +64,7 @@ def test_the_table_sets_last_against_averaged():
     scores = {
         "validation": {"last": {"accuracy": 0.5, "loss": 1.25}, "averaged": {"accuracy": 0.75, "loss": 1.0}}
     }
-    assert aligned(scores_table(scores, seconds=12.34)) == [
+    assert closing_table(scores, seconds=12.34) == [
         "split       weights   accuracy  loss    train seconds",
         "validation  last      0.5000    1.2500  12.3",
         "validation  averaged  0.7500    1.0000  12.3",

@@ -223,8 +223,14 @@ class Engine(ABC):
         if any(map(TRAINS, self._frozen)):
             self.check_trainable()
         if not self._proved and step > self._first_step:
-            replaced = self._changed_before_step and not is_first
-            self.ranks.raise_together(_replaced_before_step() if replaced else None)
+            with self.ranks.together():
+                if self._changed_before_step and not is_first:
+                    raise AveragingError(
+                        "the weights were replaced (load_state_dict, say) after the averager was attached and "
+                        "before the first step, so the first member of the average is not what was trained; load "
+                        "weights before the averager is attached, or load the averages that belong to them "
+                        "(averager.load_state)"
+                    )
             self.prove_layout()
             self._proved = True
 
@@ -350,14 +356,6 @@ class Engine(ABC):
         if self._attached_with is not None:  # the first step since the weights are watched
             self._changed_before_step = self._attached_with[1] != self.sum_of_working()
             self._attached_with = None
-
-
-def _replaced_before_step() -> AveragingError:
-    return AveragingError(
-        "the weights were replaced (load_state_dict, say) after the averager was attached and before the first "
-        "step, so the first member of the average is not what was trained; load weights before the averager is "
-        "attached, or load the averages that belong to them (averager.load_state)"
-    )
 
 
 def _wait_for_device() -> None:

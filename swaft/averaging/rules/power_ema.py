@@ -58,12 +58,16 @@ class PowerEMAPlan(Plan):
         # 1 - (n / (n + 1)) ** (gamma + 1), without losing digits where the power is close to 1.
         log_share = math.log1p(-1.0 / (n + 1)) if n else -math.inf
         moves = [Update(i, -math.expm1((gamma + 1.0) * log_share)) for i, gamma in enumerate(self.gammas)]
-        copies = [Update(lane, 1.0, source=i) for i, lane in enumerate(self._snapshot_after(n))]
+        copies = [Update(lane, 1.0, source=i) for i, lane in enumerate(self.finished(n))]
         return (*moves, *copies)
 
     def finished(self, n: int) -> tuple[int, ...]:
         """The snapshots that member ``n`` made."""
-        return self._snapshot_after(n)
+        if n + 1 not in self.snapshot_counts:
+            return ()
+        tracked = len(self.sigma_rel)
+        first = tracked * (1 + self.snapshot_counts.index(n + 1))
+        return tuple(range(first, first + tracked))
 
     def readout(self, num_members: int, chosen: Readout = DEFAULT) -> dict[int, float]:
         """The average whose profile has the relative width ``sigma_rel``; without it, the first tracked one.
@@ -101,13 +105,6 @@ class PowerEMAPlan(Plan):
 
     def _sigma(self, chosen: Readout) -> float:
         return self.sigma_rel[0] if chosen.sigma_rel is None else chosen.sigma_rel
-
-    def _snapshot_after(self, n: int) -> tuple[int, ...]:
-        if n + 1 not in self.snapshot_counts:
-            return ()
-        tracked = len(self.sigma_rel)
-        first = tracked * (1 + self.snapshot_counts.index(n + 1))
-        return tuple(range(first, first + tracked))
 
     def _fit(self, num_members: int, sigma_rel: float) -> tuple[dict[int, float], float]:
         if sigma_rel in self.sigma_rel:

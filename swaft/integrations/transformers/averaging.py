@@ -22,7 +22,6 @@ from swaft.averaging.rules import RECOMMENDED, Rule
 from swaft.averaging.state import KIND, AverageState
 from swaft.errors import AveragingError, ConfigError, StateError
 from swaft.integrations.transformers.calling import (
-    callbacks_of,
     calling_trainer,
     checkpoint_of,
     require_told_of_checkpoints,
@@ -131,7 +130,7 @@ class WeightAveragingCallback(TrainerCallback):
         if not getattr(self._trainer.evaluate, SCORES_BOTH, False):
             self._trainer.evaluate = _evaluating_both(self._trainer)
         # Callbacks that read scores (early stopping) must come after this one, which adds the averaged scores.
-        callbacks = callbacks_of(self._trainer)
+        callbacks = self._trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -39,14 +39,9 @@ def require_told_of_checkpoints(args: Any) -> None:
         )
 
 
-def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return the callbacks of a Trainer, in the order in which they are called; the list may be modified."""
-    return trainer.callback_handler.callbacks
-
-
 def those_of_kind(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
     """Return a Trainer's callbacks of one kind, in order."""
-    return [each for each in callbacks_of(trainer) if isinstance(each, kind)]
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, kind)]
 
 
 def checkpoint_of(args: Any, state: Any) -> Path:

@@ -14,7 +14,6 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from swaft.errors import NoiseError, StateError
 from swaft.integrations.transformers.calling import (
-    callbacks_of,
     calling_trainer,
     checkpoint_of,
     require_told_of_checkpoints,
@@ -102,7 +101,7 @@ class NoiseCallback(TrainerCallback):
         def noisy(
             model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            if not model.training or self not in callbacks_of(self._trainer):
+            if not model.training or self not in self._trainer.callback_handler.callbacks:
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
             measured = {name: value.float() for name, value in out.logged.items() if name in LOGGED}

@@ -41,26 +41,7 @@ def symmetric_kl(logits: Tensor, noised_logits: Tensor, *, detach: Detach = "non
     LossOptions(detach=detach)  # raises if it is unknown
     check_logits(logits, noised_logits)
     dtype = wide_dtype(logits, noised_logits)
-    logits, noised_logits = logits.to(dtype), noised_logits.to(dtype)
-    difference = logits.detach() - noised_logits.detach()
-    return symmetric_kl_of_difference(logits, noised_logits, difference, detach=detach)
-
-
-def symmetric_kl_of_difference(
-    logits: Tensor, noised_logits: Tensor, difference: Tensor, *, detach: Detach = "none"
-) -> Tensor:
-    """Symmetric KL of rows whose difference is known more accurately than by subtracting them.
-
-    Args:
-        logits: clean logits (..., V), fp32 or float64.
-        noised_logits: noised logits, same shape and dtype.
-        difference: logits - noised_logits, same shape and dtype; the gradient goes to the two logits.
-        detach: as in :func:`symmetric_kl`.
-
-    Returns:
-        J (...), in the dtype of the logits.
-    """
-    return _SymmetricKL.apply(logits, noised_logits, difference, detach)[0]  # type: ignore[no-any-return]
+    return _SymmetricKL.apply(logits.to(dtype), noised_logits.to(dtype), detach)[0]  # type: ignore[no-any-return]
 
 
 class _SymmetricKL(torch.autograd.Function):
@@ -71,10 +52,8 @@ class _SymmetricKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, noised_logits: Tensor, difference: Tensor, detach: Detach
-    ) -> tuple[Tensor, ...]:
-        rows = _row_statistics(logits, noised_logits, difference)
+    def forward(ctx: Any, logits: Tensor, noised_logits: Tensor, detach: Detach) -> tuple[Tensor, ...]:
+        rows = _row_statistics(logits, noised_logits)
         divergence = (rows.p_minus_q * rows.log_ratio).sum(-1)
         if not any(ctx.needs_input_grad):
             return (divergence,)
@@ -85,7 +64,7 @@ class _SymmetricKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         upstream = grad_outputs[0].unsqueeze(-1)
-        return *(_Once.apply(upstream, gradient) for gradient in ctx.saved_tensors), None, None
+        return *(_Once.apply(upstream, gradient) for gradient in ctx.saved_tensors), None
 
 
 class _Once(torch.autograd.Function):
@@ -113,14 +92,14 @@ class _Rows(NamedTuple):
     log_ratio: Tensor
 
 
-def _row_statistics(z: Tensor, noised_z: Tensor, difference: Tensor) -> _Rows:
+def _row_statistics(z: Tensor, noised_z: Tensor) -> _Rows:
     """p, q, P = p - q and delta = log p - log q, none of them by a cancelling subtraction.
 
     With c = d at the most probable class and x = d - c:  delta = x - Delta,  Delta = -log1p(E_p[expm1(-x)])
     while that mean is small; rows further apart use Delta - c = log S - log S' with c = max z - max z'.
     """
     absent = (z == -torch.inf) & (noised_z == -torch.inf)
-    difference = difference.masked_fill(absent, 0.0)
+    difference = (z - noised_z).masked_fill(absent, 0.0)
     p, log_p = _softmax(z)
     q, log_q = _softmax(noised_z)
 

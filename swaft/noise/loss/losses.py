@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaft.noise.loss.divergence import symmetric_kl_of_difference
+from swaft.noise.loss.divergence import symmetric_kl
 from swaft.noise.loss.linear import LinearInputs
 from swaft.noise.loss.operator import fused_linear_loss
 from swaft.noise.loss.options import (
@@ -104,7 +104,7 @@ def cross_entropy_symmetric_kl(
     z, noised_z = (
         _rows(tensor).to(dtype).masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (logits, noised_logits)
     )
-    rows = reference_rows(z, noised_z, (z - noised_z).detach(), weights.labels, options)
+    rows = _logit_rows(z, noised_z, weights.labels, options)
     task_loss, divergence = weights.reduce(
         torch.where(counts_for_task, rows.task, 0.0),
         torch.where(weights.divergence != 0, rows.divergence, 0.0),
@@ -224,8 +224,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
-class LogitRows(NamedTuple):
-    """What each row contributes, (...), differentiable."""
+class _LogitRows(NamedTuple):
+    """What each row contributes, (N,), differentiable."""
 
     task: Tensor
     """CE + k L^2, averaged over both passes if requested."""
@@ -237,18 +237,8 @@ class LogitRows(NamedTuple):
     """L of the clean pass."""
 
 
-def reference_rows(
-    logits: Tensor, noised_logits: Tensor, difference: Tensor, labels: Tensor, options: LossOptions
-) -> LogitRows:
-    """Cross entropy and divergence of every row of logits.
-
-    Args:
-        logits: z (..., V), fp32 or float64.
-        noised_logits: z', same shape and dtype.
-        difference: z - z', as accurately as it is known; no gradient goes through it.
-        labels: y (...), int64, each a valid index.
-        options: of the loss; scale, soft-cap and form are ignored here.
-    """
+def _logit_rows(logits: Tensor, noised_logits: Tensor, labels: Tensor, options: LossOptions) -> _LogitRows:
+    """Cross entropy and divergence of rows of logits (N, V), fp32 or float64; each label (N,) a valid index."""
     log_normalizer, cross_entropy = _cross_entropy(logits, labels, options.label_smoothing)
     task = cross_entropy + options.z_loss * log_normalizer.square()
     if options.ce_on_noised:
@@ -257,8 +247,8 @@ def reference_rows(
         )
         cross_entropy = (cross_entropy + noised_cross_entropy) / 2
         task = (task + noised_cross_entropy + options.z_loss * noised_normalizer.square()) / 2
-    divergence = symmetric_kl_of_difference(logits, noised_logits, difference, detach=options.detach)
-    return LogitRows(task, cross_entropy, divergence, log_normalizer)
+    divergence = symmetric_kl(logits, noised_logits, detach=options.detach)
+    return _LogitRows(task, cross_entropy, divergence, log_normalizer)
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

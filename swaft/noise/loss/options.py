@@ -184,7 +184,7 @@ def check_direction(hidden: Tensor, noised_hidden: Tensor, hidden_difference: Te
     Raises:
         ConfigError: on a CPU, unless compiled.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = wide_dtype(hidden)
     found = (hidden.detach().to(dtype) - noised_hidden.detach().to(dtype)).flatten()
     given = hidden_difference.detach().to(dtype).flatten()
     lengths = torch.linalg.vector_norm(found) * torch.linalg.vector_norm(given)

@@ -33,6 +33,7 @@ from swaft.training.config.values import (
     sections,
     settings,
     settings_of,
+    split_words,
     type_name,
     written,
 )
@@ -282,25 +283,19 @@ def _read_layers(argv: Sequence[str], problems: list[str]) -> list[tuple[str, di
     """Return the origin and settings (full name to value, not yet checked) of each file and the command line."""
     layers = []
     overrides = dict[str, Any]()
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not equals and not word.startswith("--"):
-            advice = "write section.name=value, or --config FILE for each file"
-            problems.append(f"'{word}': not understood; {advice}")
-            continue
-        if not equals and (not words or words[0].startswith("--")):
+    for words, name, value in split_words(argv):
+        if value is None and words[0].startswith("--"):
             problems.append(f"--{name}: has no value; write --{name} VALUE")
-            continue
-        value = value if equals else words.pop(0)
-        if name != "config":
+        elif value is None:
+            advice = "write section.name=value, or --config FILE for each file"
+            problems.append(f"'{name}': not understood; {advice}")
+        elif name != "config":
             overrides[name] = value
-            continue
-        try:
-            layers.append((value, dict(_read_file(value))))
-        except ValueError as error:
-            problems.append(f"--config {value}: {error}")
+        else:
+            try:
+                layers.append((value, dict(_read_file(value))))
+            except ValueError as error:
+                problems.append(f"--config {value}: {error}")
     return [*layers, ("command line", overrides)]
 
 

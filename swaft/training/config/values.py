@@ -109,6 +109,21 @@ def coerce(value: Any, option: Option) -> Any:
     return value
 
 
+def split_words(line: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
+    """Yield the words of a line one by one, or two that give a setting; the setting's name; and its value, if any.
+
+    The forms are `a.b=c`, `--a.b=c` and `--a.b c`.
+    """
+    words = list(line)
+    while words:
+        given = [words.pop(0)]
+        name, equals, text = given[0].removeprefix("--").partition("=")
+        if not equals and given[0].startswith("--") and words and not words[0].startswith("--"):
+            text = words.pop(0)
+            given.append(text)
+        yield given, name, text if equals or given[1:] else None
+
+
 def split_names(text: str) -> list[str]:
     """Split the text of a setting that holds several names: `de, fr` into `de` and `fr`."""
     return [name.strip() for name in text.split(",")]

@@ -101,6 +101,12 @@ class CausalConfig(RecipeConfig):
     train: Seq2SeqTrainConfig
     eval: CausalEvalConfig = field(default_factory=CausalEvalConfig)
 
+    def conflicts(self) -> Iterator[Fault]:
+        """Yield also packing without a number of steps: how many rows are left is known only after packing."""
+        yield from super().conflicts()
+        if self.data.packing and self.train.max_steps < 1:
+            yield "data.packing", "how many rows are left is known once they are packed; set train.max_steps"
+
 
 USUAL_COLUMNS = (
     ("prompt", "completion"),

@@ -87,10 +87,9 @@ def require_utf8(path: str) -> None:
                 ) from error
 
 
-def _read_table(path: str, *, delimiter: str, has_quoting: bool) -> Dataset:
+def _read_table(path: str, *, delimiter: str, quoting: int) -> Dataset:
     """Read a csv or tsv file; what pandas makes of it stays in the cache of `datasets`, not in memory."""
-    quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
-    expected = _count_rows(path, delimiter, has_quoting=has_quoting)
+    expected = _count_rows(path, delimiter, quoting)
     if not expected:
         raise DataError(" has no rows")
     found = os.stat(path)
@@ -131,14 +130,14 @@ def _cells(path: str, delimiter: str, quoting: int, expected: int) -> Dataset:
     return Dataset.from_pandas(cells, preserve_index=False)
 
 
-def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
+def _count_rows(path: str, delimiter: str, quoting: int) -> int:
     """Return how many rows a table has, read strictly.
 
     Raises:
         DataError: unbalanced quotation marks, or ones that swallow rows; a row with more cells than the header; a
             header that another delimiter would split.
     """
-    rows = _strict_rows(path, delimiter, csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE)
+    rows = _strict_rows(path, delimiter, quoting)
     _, _, header = next(rows, (0, [], ["", ""]))
     _refuse_other_delimiter(header, delimiter)
     for name in header:
@@ -155,7 +154,7 @@ def _count_rows(path: str, delimiter: str, *, has_quoting: bool) -> int:
         if len(lines) > 1 and (split := _as_rows(lines, delimiter, len(header))):
             long[number] = split, [place for place, cell in enumerate(cells) if len(cell.splitlines()) < 2]
         count += 1
-        quoted += not has_quoting and any(map(_is_quoted, cells))
+        quoted += quoting == csv.QUOTE_NONE and any(map(_is_quoted, cells))
     if long:
         _refuse_swallowed_rows(path, delimiter, long)
     if quoted:
@@ -309,8 +308,8 @@ def _questions(articles: Dataset) -> Iterator[dict[str, Any]]:
 
 TABLES = {
     # GLUE's files and similar ones have no quoting: a quotation mark is part of its text.
-    ".tsv": partial(_read_table, delimiter="\t", has_quoting=False),
-    ".csv": partial(_read_table, delimiter=",", has_quoting=True),
+    ".tsv": partial(_read_table, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".csv": partial(_read_table, delimiter=",", quoting=csv.QUOTE_MINIMAL),
 }
 # These readers use no network; `load_dataset` reports every call to the hub, even for local files.
 FILE_READERS: dict[str, Callable[..., Dataset]] = {

@@ -176,18 +176,18 @@ def good_rows(
                     "leave such rows out with data.skip_bad_rows=true"
                 )
             faults.setdefault(row, fault)
-        if faults:
-            first = min(faults)
-            found = f"row {number_of(first)} {faults[first]}"
-            if len(faults) == len(split) and name == "train":
-                raise DataError(f"no row of train is left: all are bad ({found})")
-            left_out = shortened([str(number_of(row)) for row in sorted(faults)])
-            logger.info(
-                "%d of %d rows of %s are left out: %s (%s)", len(faults), len(split), name, left_out, found
-            )
         if not faults:
             kept[name] = split
-        elif len(faults) < len(split):
+            continue
+        first = min(faults)
+        found = f"row {number_of(first)} {faults[first]}"
+        if len(faults) == len(split) and name == "train":
+            raise DataError(f"no row of train is left: all are bad ({found})")
+        left_out = shortened([str(number_of(row)) for row in sorted(faults)])
+        logger.info(
+            "%d of %d rows of %s are left out: %s (%s)", len(faults), len(split), name, left_out, found
+        )
+        if len(faults) < len(split):
             kept[name] = split.select([row for row in range(len(split)) if row not in faults])
     return kept
 

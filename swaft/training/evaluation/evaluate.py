@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +122,18 @@ def summed_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(each).sum(dim=1, dtype=torch.float64)
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context without gradients in which a model is in eval mode; its training mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def measured_once(
     model: nn.Module,
     loader: DataLoader[Any],
@@ -149,15 +161,11 @@ def measured_once(
     Raises:
         TrainingError: rows are missing; on every rank.
     """
-    was_training = model.training
-    model.eval()
     batches = []
-    try:
+    with evaluating(model):
         for batch in loader:
             measured = accelerator.gather((batch[ROW_ID], *measure(batch)))
             batches.append([part.cpu() for part in measured])
-    finally:
-        model.train(was_training)
     return each_row_once(*map(torch.cat, zip(*batches, strict=True)), num_rows=num_rows)
 
 

@@ -31,6 +31,7 @@ from swaft.training.data.texts import IGNORED
 from swaft.training.evaluation.evaluate import (
     ROW_ID,
     Evaluation,
+    evaluating,
     measured_once,
     require_finite,
     summed_losses,
@@ -327,17 +328,16 @@ def evaluate_texts(
         TrainingError: rows are missing, or the loss is not finite; on every rank.
     """
     padding = tokenizer.pad_token_id
-    # Generated texts are padded with the token used as padding below, whatever the model's padding token is.
-    write = batch_generator(model, accelerator, {"pad_token_id": padding, **generation}) if metric else None
 
     def measure(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         labels = batch["labels"]
         logits = model(**without_row_id(batch)).logits
         sums, counts = summed_losses(logits, labels), (labels != IGNORED).sum(dim=1)
         del logits  # as wide as the vocabulary; generation needs the memory
-        if write is None:
+        if metric is None:
             return sums, counts, counts
-        tokens = write(batch)
+        # Generated texts are padded with the token used as padding below, whatever the model's padding token is.
+        tokens = generate_tokens(model, batch, accelerator, {"pad_token_id": padding, **generation})
         room = generation["max_new_tokens"] - tokens.shape[1]
         return sums, counts, nn.functional.pad(tokens, (0, room), value=padding)
 
@@ -388,9 +388,7 @@ def write_answers(
     groups = [list(group) for _, group in groupby(order, room.__getitem__)]
     batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
     texts = dict[int, str]()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for numbers in batches:
             ids = [torch.tensor(prompts[number]) for number in numbers]
             batch = {  # padded on the left: the answer follows its prompt
@@ -400,14 +398,11 @@ def write_answers(
                 ),
             }
             length = batch["input_ids"].shape[1]
+            batch = {name: each.to(accelerator.device) for name, each in batch.items()}
             settings = {"pad_token_id": padding, "max_new_tokens": room[numbers[0]]}
-            write = batch_generator(model, accelerator, settings)
-            with torch.no_grad():
-                tokens = write({name: each.to(accelerator.device) for name, each in batch.items()})
+            tokens = generate_tokens(model, batch, accelerator, settings)
             answers = tokenizer.batch_decode(tokens[:, length - 1 :], skip_special_tokens=True)
             texts |= zip(numbers, answers, strict=True)
-    finally:
-        model.train(was_training)
     return Evaluation(scores={}, outputs=[texts[number].strip() for number in range(len(prompts))])
 
 
@@ -417,10 +412,10 @@ def generation_arguments(evaluation: Seq2SeqEvalConfig, data: Seq2SeqDataConfig)
     return arguments if evaluation.num_beams is None else arguments | {"num_beams": evaluation.num_beams}
 
 
-def batch_generator(
-    model: nn.Module, accelerator: Accelerator, generation: Mapping[str, Any]
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Return a function that generates for a batch: token ids, one row per text, padded (each call is collective).
+def generate_tokens(
+    model: nn.Module, batch: Mapping[str, Tensor], accelerator: Accelerator, generation: Mapping[str, Any]
+) -> Tensor:
+    """Return what a model generates for a batch: token ids, one row per text, padded (collective).
 
     The decoder's start token is dropped: it is not part of the text, and a tokenizer may take it for a
     word. ``generation`` are arguments of the model's ``generate``; the model has to be in eval mode.
@@ -429,13 +424,9 @@ def batch_generator(
     # FSDP2 gathers a model's own weights only for its forward; generate calls the encoder directly.
     if accelerator.distributed_type == DistributedType.FSDP and "generate" not in vars(network):
         register_fsdp_forward_method(network, "generate")
-
-    def write(batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", ROW_ID)}
-        with accelerator.autocast():
-            # Under ZeRO-3 and FSDP2, transformers lets ranks that finish early continue with dummy passes, because
-            # the other ranks need their shards.
-            generated = network.generate(**inputs, do_sample=False, use_cache=True, **generation)
-        return generated[:, 1:]
-
-    return write
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", ROW_ID)}
+    with accelerator.autocast():
+        # Under ZeRO-3 and FSDP2, transformers lets ranks that finish early continue with dummy passes, because
+        # the other ranks need their shards.
+        generated = network.generate(**inputs, do_sample=False, use_cache=True, **generation)
+    return generated[:, 1:]

@@ -33,11 +33,12 @@ from swaft.errors import ConfigError, TrainingError
 from swaft.training.config import RecipeConfig, TrainConfig
 from swaft.training.launch.deepspeed_config import (
     FilledConfig,
-    RecipeValues,
     declared_precision,
     fill_auto,
     launcher_config,
     launcher_problems,
+    recipe_values,
+    uses_deepspeed,
 )
 from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.deepspeed_rules import deepspeed_problems
@@ -180,13 +181,9 @@ def resolve_deepspeed(
             "set use_cpu: false in the accelerate configuration (without a GPU the CPU is used anyway)"
         )
     config, source = launcher_config(environ)
-    recipe = RecipeValues(
-        train=train,
-        precision=precision,
-        world_size=int(environ.get("WORLD_SIZE", "1")),
-        hidden_size=hidden_size,
-    )
-    filled = fill_auto(config, recipe, source=source)
+    world_size = int(environ.get("WORLD_SIZE", "1"))
+    wanted = recipe_values(train, precision=precision, world_size=world_size, hidden_size=hidden_size)
+    filled = fill_auto(config, wanted, source=source)
     refused, ignored = deepspeed_problems(filled.config, source=source)
     dropped = launcher_problems(environ, train, filled.config["zero_optimization"])
     problems = [*filled.problems, *dropped, *refused]
@@ -194,11 +191,6 @@ def resolve_deepspeed(
         raise ConfigError(problems)
     notes = [(name, "ignored", "DeepSpeed has no setting of that name") for name in ignored]
     return replace(filled, rows=[*filled.rows, *notes])
-
-
-def uses_deepspeed(environ: Mapping[str, str]) -> bool:
-    """Whether the launcher asked for DeepSpeed."""
-    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def check_engine(accelerator: Accelerator, environ: Mapping[str, str]) -> None:

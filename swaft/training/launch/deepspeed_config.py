@@ -46,60 +46,54 @@ Wanted = Mapping[str, tuple[Any, str]]
 """By key in the file: the recipe's value, and the setting it comes from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecipeValues:
-    """The recipe's values that a DeepSpeed file may ask for."""
+def recipe_values(
+    train: TrainConfig, *, precision: str, world_size: int, hidden_size: int | None = None
+) -> dict[str, Wanted]:
+    """Return the recipe's values to fill in or compare, by section of a file.
 
-    train: TrainConfig
-    """Section ``train``."""
-    precision: str
-    """``no``, ``bf16`` or ``fp16``, resolved."""
-    world_size: int
-    """Ranks that train together."""
-    hidden_size: int | None = None
-    """Width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate."""
+    At the top: every key that exists once a file is filled. Then AdamW's options, and what the recipe's
+    schedule has in common with DeepSpeed's warmup. In ``zero_optimization`` a number is the user's choice.
 
-    @property
-    def wanted(self) -> dict[str, Wanted]:
-        """The values to fill in or compare, by section of a file.
-
-        At the top: every key that exists once a file is filled. Then AdamW's options, and what the recipe's
-        schedule has in common with DeepSpeed's warmup. In ``zero_optimization`` a number is the user's choice.
-        """
-        train, rows, width = self.train, self.train.per_device_train_batch_size, self.hidden_size
-        accumulation, own = train.gradient_accumulation_steps, "the recipe's AdamW"
-        top = {
-            "train_micro_batch_size_per_gpu": (rows, "train.per_device_train_batch_size"),
-            "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps"),
-            "train_batch_size": (rows * accumulation * self.world_size, "batch x accumulation x ranks"),
-            "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
-            "bf16.enabled": (self.precision == "bf16", "mixed precision"),
-            "fp16.enabled": (self.precision == "fp16", "mixed precision"),
-        }
-        optimizer = {
-            "lr": (train.learning_rate, "train.learning_rate"),
-            "weight_decay": (train.weight_decay, "train.weight_decay"),
-            "betas": ([train.adam_beta1, train.adam_beta2], "train.adam_beta1 and train.adam_beta2"),
-            "eps": (train.adam_epsilon, "train.adam_epsilon"),
-            **{"adam_w_mode": (True, own), "bias_correction": (True, own), "amsgrad": (False, own)},
-        }
-        scheduler = {
-            "warmup_min_lr": (0, "the start of the warmup"),
-            "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
-            "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
-            "warmup_type": ("linear", "the kind of warmup"),
-            "total_num_steps": (train.max_steps, "train.max_steps"),
-        }
-        gather = "stage3_gather_16bit_weights_on_model_save"
-        zero = {gather: (False, "swaft exports without gathering the model")}
-        if width is not None:
-            zero |= {key: (size(width), "the model's hidden size") for key, size in SIZES.items()}
-        return {
-            "": top,
-            "optimizer.params.": optimizer,
-            "scheduler.params.": scheduler,
-            "zero_optimization.": zero,
-        }
+    Args:
+        train: section ``train``.
+        precision: ``no``, ``bf16`` or ``fp16``, resolved.
+        world_size: ranks that train together.
+        hidden_size: width of the model, for the bucket sizes of ZeRO; None leaves those keys to accelerate.
+    """
+    rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    own = "the recipe's AdamW"
+    top = {
+        "train_micro_batch_size_per_gpu": (rows, "train.per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "train.gradient_accumulation_steps"),
+        "train_batch_size": (rows * accumulation * world_size, "batch x accumulation x ranks"),
+        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+        "bf16.enabled": (precision == "bf16", "mixed precision"),
+        "fp16.enabled": (precision == "fp16", "mixed precision"),
+    }
+    optimizer = {
+        "lr": (train.learning_rate, "train.learning_rate"),
+        "weight_decay": (train.weight_decay, "train.weight_decay"),
+        "betas": ([train.adam_beta1, train.adam_beta2], "train.adam_beta1 and train.adam_beta2"),
+        "eps": (train.adam_epsilon, "train.adam_epsilon"),
+        **{"adam_w_mode": (True, own), "bias_correction": (True, own), "amsgrad": (False, own)},
+    }
+    scheduler = {
+        "warmup_min_lr": (0, "the start of the warmup"),
+        "warmup_max_lr": (train.learning_rate, "train.learning_rate"),
+        "warmup_num_steps": (train.warmup_steps, "train.warmup_steps"),
+        "warmup_type": ("linear", "the kind of warmup"),
+        "total_num_steps": (train.max_steps, "train.max_steps"),
+    }
+    gather = "stage3_gather_16bit_weights_on_model_save"
+    zero = {gather: (False, "swaft exports without gathering the model")}
+    if hidden_size is not None:
+        zero |= {key: (size(hidden_size), "the model's hidden size") for key, size in SIZES.items()}
+    return {
+        "": top,
+        "optimizer.params.": optimizer,
+        "scheduler.params.": scheduler,
+        "zero_optimization.": zero,
+    }
 
 
 @dataclass(frozen=True)
@@ -112,6 +106,11 @@ class FilledConfig:
     """Key, value and source of every value that was filled in."""
     problems: list[str] = field(default_factory=list)
     """Contradictions between the file and the recipe, each a complete message."""
+
+
+def uses_deepspeed(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
@@ -187,19 +186,19 @@ def declared_precision(config: Mapping[str, Any]) -> str | None:
     return on[0] if on else None
 
 
-def fill_auto(config: Mapping[str, Any], recipe: RecipeValues, *, source: str) -> FilledConfig:
+def fill_auto(config: Mapping[str, Any], wanted: Mapping[str, Wanted], *, source: str) -> FilledConfig:
     """Fill every ``"auto"`` and collect every contradiction.
 
     Args:
         config: the DeepSpeed configuration as its author wrote it; not modified.
-        recipe: the values to fill in and to compare with.
+        wanted: the values to fill in and to compare with, from `recipe_values`.
         source: name of ``config`` in messages.
 
     Returns:
         The filled configuration, the table of what was filled, and the problems (empty if it can be used).
     """
     filled, rows, problems = copy.deepcopy(dict(config)), list[tuple[str, Any, str]](), list[str]()
-    zero, wanted = filled["zero_optimization"], recipe.wanted
+    zero = filled["zero_optimization"]
 
     def settle(prefix: str, *, fills: Sequence[str] = (AUTO,), compares: bool = True) -> None:
         """Write the recipe's values where the file has one of `fills`; report other values that differ."""

@@ -18,7 +18,8 @@ import yaml
 from swaft.errors import ConfigError
 from swaft.options import suggestion
 from swaft.training.config.values import not_allowed
-from swaft.training.launch.deepspeed_config import STAGES, launcher_config
+from swaft.training.launch.deepspeed_config import STAGES, launcher_config, uses_deepspeed
+from swaft.training.launch.fsdp2 import uses_fsdp
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
 """Allowed values of ``distributed_type`` in a launch file."""
@@ -63,16 +64,19 @@ def read_launch(words: Sequence[str]) -> Launch:
     launcher, environ = _start(args)
     asked, machines = int(args.num_processes), int(args.num_machines or 1)
     world_size = 1 if launcher == "simple" else asked // machines * machines
-    stage, problems = _deepspeed_stage(environ)
-    problems = [*_script_problems(args), *_start_problems(args, launcher, world_size), *problems]
+    problems = [*_script_problems(args), *_start_problems(args, launcher, world_size)]
+    stage = None
+    engine = "DDP" if world_size > 1 else "one process"
+    if uses_fsdp(environ):
+        engine = f"FSDP{environ['FSDP_VERSION']}"
+    if uses_deepspeed(environ):
+        try:
+            stage = launcher_config(environ)[0]["zero_optimization"].get("stage", 0)
+            engine = f"DeepSpeed ZeRO-{stage}"
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
-    if stage is not None:
-        engine = f"DeepSpeed ZeRO-{stage}"
-    elif environ.get("ACCELERATE_USE_FSDP") == "true":
-        engine = f"FSDP{environ['FSDP_VERSION']}"
-    else:
-        engine = "DDP" if world_size > 1 else "one process"
     return Launch(
         engine=engine,
         stage=stage,
@@ -266,14 +270,3 @@ def _start_problems(args: Namespace, launcher: str, world_size: int) -> Iterator
             "machines over ssh and needs deepspeed_hostfile; set it to standard, as "
             "launch/accelerate/zero3_multinode.yaml does"
         )
-
-
-def _deepspeed_stage(environ: Mapping[str, str]) -> tuple[int | None, list[str]]:
-    """Return the stage that DeepSpeed runs at, None without DeepSpeed, and what is wrong with it."""
-    if environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return None, []
-    try:
-        config, _source = launcher_config(environ)
-    except ConfigError as error:
-        return None, error.problems
-    return config["zero_optimization"].get("stage", 0), []

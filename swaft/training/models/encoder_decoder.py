@@ -71,7 +71,7 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
     end = tokenizer.eos_token_id
     if end is None and labels[-1] in tokenizer.all_special_ids:
         end = labels[-1]  # BERT's separator, with which a decoder made from a BERT learns to end
-    _generate_with(generation, pad=tokenizer.pad_token_id, bos=tokenizer.bos_token_id, eos=end)
+    _generate_with(generation, tokenizer, end)
     if generation.forced_eos_token_id is not None:
         generation.forced_eos_token_id = end
     code = language_codes(tokenizer)[tokenizer.tgt_lang] if knows_languages(tokenizer) else None
@@ -89,7 +89,8 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
         generation.forced_bos_token_id = None
 
 
-def _generate_with(generation: Any, **tokens: int | None) -> None:
+def _generate_with(generation: Any, tokenizer: Any, end: int | None) -> None:
+    tokens = {"pad": tokenizer.pad_token_id, "bos": tokenizer.bos_token_id, "eos": end}
     for kind, found in tokens.items():
         if found is not None:
             name = f"{kind}_token_id"
@@ -385,9 +386,8 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Col
         loaded.config.use_cache = False
         if _can_be_measured(loaded):
             require_order(loaded, config.model.setting, packs=config.data.packing)
-        pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
         generation = loaded.generation_config
-        _generate_with(generation, pad=pad, bos=bos, eos=eos)
+        _generate_with(generation, tokenizer, tokenizer.eos_token_id)
         known = generation.eos_token_id
         known = known if isinstance(known, list) else [] if known is None else [known]
         if more := sorted({*ends} - {*known}):  # Qwen's base models end texts, and its template answers

@@ -38,11 +38,6 @@ class RunCheckpoint(NamedTuple):
     """Its contents, and what the run wrote about itself; the same on every rank."""
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return the path of a run folder's checkpoint for a step."""
-    return folder / f"checkpoint-{step}"
-
-
 def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint | None:
     """Return the checkpoint to resume from, with every byte checked; None: start from scratch (collective).
 
@@ -136,7 +131,7 @@ def save_checkpoint(
     Raises:
         StateError: a rank could not write; on every rank, with earlier checkpoints unchanged.
     """
-    path, there = checkpoint_path(folder, step), False
+    path, there = folder / f"checkpoint-{step}", False
     with ranks.together():
         if ranks.is_main and not (there := is_complete(path)):
             for left in find_checkpoints(folder, complete=False):  # by a killed run; its space may be needed

@@ -186,7 +186,7 @@ def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
     }
 
 
-def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> None:
+def refuse_used(path: Path, *, resume: str, config_yaml: str) -> None:
     """Refuse a folder that cannot be this run's; nothing is created.
 
     Args:
@@ -197,7 +197,6 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
     Raises:
         ConfigError: it holds something else, or is not a folder.
     """
-    path = Path(path)
     if not path.exists():
         return
     try:
@@ -223,7 +222,7 @@ def refuse_used(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
     raise ConfigError(problem)
 
 
-def resume_from(path: str | os.PathLike[str], *, resume: str, config_yaml: str) -> str:
+def resume_from(path: Path, *, resume: str, config_yaml: str) -> str:
     """Return what a run resumes from: ``resume``, or ``auto`` if that was only where this run started.
 
     Args:
@@ -231,7 +230,6 @@ def resume_from(path: str | os.PathLike[str], *, resume: str, config_yaml: str) 
         resume: ``train.resume_from_checkpoint``.
         config_yaml: this run's configuration.
     """
-    path = Path(path)
     starts = resume not in ("auto", "none") and Path(resume).absolute().parent != path.absolute()
     return "auto" if starts and _is_same_run(path, config_yaml) and find_checkpoints(path) else resume
 

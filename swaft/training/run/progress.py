@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -139,7 +139,7 @@ class ProgressLog:
         """Log where the weights are, by kind, and print the closing table if anything was scored."""
         for kind, folder in saved.items():
             logger.info("%s weights saved in %s", kind, folder)
-        for line in aligned(scores_table(scores, seconds=seconds)) if scores else ():
+        for line in closing_table(scores, seconds=seconds) if scores else ():
             logger.info(line)
 
     def close(self) -> None:
@@ -201,23 +201,17 @@ def training_line(
     return " | ".join(parts)
 
 
-def scores_table(scores: Mapping[str, Mapping[str, Scores]], *, seconds: float) -> list[list[str]]:
-    """Return the closing table: one row per split and kind of weights, one column per score."""
+def closing_table(scores: Mapping[str, Mapping[str, Scores]], *, seconds: float) -> list[str]:
+    """Return the lines of the closing table: a row per split and kind of weights, a column per score."""
     names = list(
         dict.fromkeys(name for kinds in scores.values() for values in kinds.values() for name in values)
     )
-    head = ["split", "weights", *names, "train seconds"]
-    rows = [
-        [split, kind, *(f"{values[name]:.4f}" if name in values else "-" for name in names), f"{seconds:.1f}"]
-        for split, kinds in scores.items()
-        for kind, values in kinds.items()
-    ]
-    return [head, *rows]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows as lines with columns of equal width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows = [["split", "weights", *names, "train seconds"]]
+    for split, kinds in scores.items():
+        for kind, values in kinds.items():
+            cells = [f"{values[name]:.4f}" if name in values else "-" for name in names]
+            rows.append([split, kind, *cells, f"{seconds:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +91,11 @@ def length_grouped(lengths: Sequence[int], *, batch_size: int, seed: int) -> Pas
         batch_size: rows of a micro-batch over all devices.
         seed: seed of the orders.
     """
-    each = list(lengths)
-    draw = partial(get_length_grouped_indices, each, batch_size)
-    return PassSampler(lambda generator: draw(generator=generator), len(each), seed=seed)
+    return PassSampler(
+        lambda generator: get_length_grouped_indices(lengths, batch_size, generator=generator),
+        len(lengths),
+        seed=seed,
+    )
 
 
 Collate = Callable[[list[Any]], dict[str, Any]]

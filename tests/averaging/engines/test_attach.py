@@ -106,7 +106,8 @@ def test_what_is_no_torch_optimizer_is_refused():
 def test_weights_that_are_no_fp32_masters_are_refused_with_the_reason(dtype, reason):
     model = two_layers().to(dtype)
     with pytest.raises(
-        UnsupportedEngineError, match=rf"'0\.weight' is trained in {dtype}.*{reason}.*in fp32"
+        UnsupportedEngineError,
+        match=rf"'0\.weight' is trained in {dtype}.*{reason}.*in fp32.*mixed_precision",
     ):
         attach_engine(model, sgd(model))
 

@@ -6,10 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
+from small_runs import attached
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import swaft
 from swaft.averaging import Engine
 from swaft.averaging.layout import Fragment
 from swaft.errors import AveragingError, LayoutError
@@ -76,11 +76,10 @@ def test_weights_are_cast_and_summed_in_pieces():
     assert engine.misplaced() is None
 
 
-def averaged(**options):
+def averaged():
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    averager = swaft.WeightAverager(model, optimizer, total_steps=9, rule=swaft.SWA(start=0), **options)
+    optimizer, averager = attached(model)
     model(torch.ones(2, 8)).square().mean().backward()
     return model, optimizer, averager
 

@@ -133,14 +133,6 @@ def test_a_step_that_ends_in_an_error_is_not_counted_and_hides_no_other_optimize
         torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-def test_an_optimizer_rebuilt_after_attaching_is_refused():
-    model, optimizer = trained_by()
-    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=9)
-    with pytest.raises(AveragingError, match="another SGD"):
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-    assert averager.num_averaged == 1
-
-
 def test_training_begins_again_with_a_new_optimizer_and_averager_while_the_old_one_is_still_held():
     """As when a cell of a notebook is run again: a traceback or an accelerator holds the first averager."""
     model, held = trained_by()[0], []
@@ -262,7 +254,7 @@ def test_a_start_that_has_passed_is_an_error_and_no_other_window():
     model, optimizer = standing_at(12)
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0.5), total_steps=16)
     optimizer.step()
-    with pytest.raises(AveragingError, match="the weights after step 8 were to be the first member"):
+    with pytest.raises(AveragingError, match=r"step 8 were to be the first member.*attached after that step"):
         averager.step()
 
 

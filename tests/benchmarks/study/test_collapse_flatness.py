@@ -16,7 +16,7 @@ from benchmarks.study import collapse, flatness
 from benchmarks.study.cell import parse_cell, run_cell
 from benchmarks.study.reading import recommended_readouts
 from benchmarks.study.readouts import rules_for
-from benchmarks.study.tasks import Rows
+from benchmarks.study.rows import Rows
 from benchmarks.study.trainings import TRAININGS
 from swaft.averaging.rules import RECOMMENDED
 

@@ -16,7 +16,7 @@ from benchmarks.study.loop import rate_at
 from benchmarks.study.model import GROUP, changed, to_int4, to_int8
 from benchmarks.study.numerics import fingerprint, kind_of
 from benchmarks.study.outcomes import BINS, calibration_error, outcomes, temperature
-from benchmarks.study.tasks import Rows, epoch_batches, evaluation_batches
+from benchmarks.study.rows import Rows, epoch_batches, evaluation_batches
 from benchmarks.study.trainings import TRAININGS
 
 pytestmark = pytest.mark.unit

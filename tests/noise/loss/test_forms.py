@@ -8,14 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_oracle import head, relative_error
+from loss_oracle import head, leaves, relative_error
 
 from swaft.functional import cross_entropy_symmetric_kl, linear_cross_entropy_symmetric_kl
 
 pytestmark = pytest.mark.unit
 
 ROWS, WIDTH, CLASSES = 6, 3, 11
-SOME, NONE, ALL = (torch.tensor(rows, dtype=torch.bool) for rows in ([1, 0, 1, 1, 0, 1], [0] * 6, [1] * 6))
+SHAPE = (2, 3)
+SOME, NONE, ALL = (
+    torch.tensor(rows, dtype=torch.bool).reshape(SHAPE) for rows in ([1, 0, 1, 1, 0, 1], [0] * 6, [1] * 6)
+)
 ABSENT = torch.zeros(CLASSES, dtype=torch.float64).index_fill(0, torch.tensor([0, 7]), -torch.inf)
 
 options_of_both = st.fixed_dictionaries(
@@ -23,7 +26,7 @@ options_of_both = st.fixed_dictionaries(
         "divergence_weight": st.sampled_from([0, 0.7, 1e-42]),
         "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
         "z_loss": st.sampled_from([0.0, 0.01]),
-        "token_weight": st.sampled_from([None, torch.arange(6.0), torch.zeros(6)]),
+        "token_weight": st.sampled_from([None, torch.arange(6.0).reshape(SHAPE), torch.zeros(SHAPE)]),
         "kl_mask": st.sampled_from([None, SOME, NONE, ALL]),
         "kl_normalizer": st.sampled_from([None, 0, 2.5, torch.tensor(3), 1e-20]),
         "reduction": st.sampled_from(["mean", "sum"]),
@@ -45,17 +48,17 @@ options_of_head = st.fixed_dictionaries(
     both=options_of_both,
     of_head=options_of_head,
     counted=st.sampled_from([SOME, NONE, ALL]),
-    noise=st.sampled_from([0.0, 0.1, 3.0]),
+    noise=st.sampled_from([0.0, 1e-4, 0.1, 3.0]),
     bias=st.sampled_from([None, torch.linspace(-1, 1, CLASSES, dtype=torch.float64), ABSENT]),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_loss_of_a_head_is_that_of_its_logits(both, of_head, counted, noise, bias):
     inputs = head(noise=noise, rows=ROWS, width=WIDTH, classes=CLASSES, dtype=torch.float64)
-    labels = torch.where(counted, torch.tensor([1, 2, 3, 10, 9, 8]), -100)
+    labels = torch.where(counted, torch.tensor([[1, 2, 3], [10, 9, 8]]), -100)
     if bias is ABSENT:
         both = both | {"label_smoothing": 0.0}  # its target has every class
         of_head = of_head | {"softcap": None}  # which would make it -3
-    states = [tensor.detach().clone().requires_grad_() for tensor in inputs[:3]]
+    states = leaves(*(states.reshape(*SHAPE, WIDTH) for states in inputs[:2]), inputs.weight)
     logits = []
     for hidden in states[:2]:
         raw = of_head["logit_scale"] * hidden @ states[2].mT + (0 if bias is None else bias)
@@ -65,7 +68,7 @@ def test_the_loss_of_a_head_is_that_of_its_logits(both, of_head, counted, noise,
     computed = linear_cross_entropy_symmetric_kl(*states, labels, bias, **both, **of_head)
 
     for ours, theirs in zip(computed, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)  # shapes as well
     gradients = (
         torch.autograd.grad(result.loss, states, materialize_grads=True, allow_unused=True)
         for result in (computed, expected)

@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 from loss_oracle import cross_entropy, relative_error
 
-from swaft.errors import ConfigError
 from swaft.functional import cross_entropy_symmetric_kl, symmetric_kl
 
 pytestmark = pytest.mark.unit
 
 
-def inputs(*, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
     noised_logits = logits + 0.3 * torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 7, (2, 5), generator=generator)
@@ -79,11 +78,6 @@ def test_loss_passes_gradcheck_in_float64():
         lambda z, noised_z: cross_entropy_symmetric_kl(z, noised_z, labels, label_smoothing=0.1).loss,
         (logits, noised_logits),
     )
-
-
-def test_unknown_reduction_is_refused():
-    with pytest.raises(ConfigError, match="expected one of mean, sum"):
-        cross_entropy_symmetric_kl(*inputs(), reduction="none")  # type: ignore[arg-type]
 
 
 def test_rows_add_up_to_the_terms():
@@ -160,9 +154,3 @@ def test_one_class_costs_nothing():
     (gradient,) = torch.autograd.grad(result.loss, z)
     assert result.loss == 0
     assert not gradient.any()
-
-
-def test_logits_that_do_not_fit_are_refused():
-    logits, noised_logits, labels = inputs()
-    with pytest.raises(ConfigError, match=r"noised_logits \(2, 5, 6\).*do not fit"):
-        cross_entropy_symmetric_kl(logits, noised_logits[..., :6], labels)

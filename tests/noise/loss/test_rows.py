@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_oracle import closed_form, cross_entropy, naive, relative_error
+from float64_rows import expected
+from loss_oracle import cross_entropy, naive, relative_error
 
+from benchmarks.fused_loss_oracle import closed_form
 from swaft.noise.loss import rows as row_module
 from swaft.noise.loss.options import LossOptions
 from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, rows, task_rows
@@ -230,9 +232,25 @@ def test_gradients_written_over_the_logits_are_those_written_beside_them():
 @pytest.mark.parametrize("spread", [1e-7, 1e-3, 1.0])
 def test_softcapped_differences_keep_their_digits(spread):
     z, noise, labels = logits(100, spread)
-    single, gradients = run(z, noise, labels, softcap=6.0, logit_scale=0.7)
-    double, exact = run(z.double(), noise.double(), labels, softcap=6.0, logit_scale=0.7)
-    assert max(errors(single, gradients, (double.divergence, *exact))) < 5e-6
+    options = LossOptions(softcap=6.0, logit_scale=0.7)
+    exact = expected(RowInputs(z, noise, labels, None, NONE_COUNT, ALL_COUNT), options)
+    found = run(z, noise, labels, softcap=6.0, logit_scale=0.7)
+    assert max(errors(*found, (exact.statistics["divergence"], *exact.gradients.values()))) < 5e-6
+
+
+@pytest.mark.parametrize("ce_on_noised", [False, True])
+@pytest.mark.parametrize("detach", ["none", "clean", "noised", "target"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("spread", [1e-7, 1e-4, 0.5, 5.0])
+def test_every_option_together_is_what_autograd_makes_of_the_formulas(spread, softcap, detach, ce_on_noised):
+    z, noise, labels = logits(31, spread, dtype=torch.float64)
+    bias = torch.linspace(-1, 1, 31, dtype=torch.float64)
+    options = LossOptions(0.1, 1e-2, detach, ce_on_noised, logit_scale=0.5, softcap=softcap)
+    exact = expected(RowInputs(z, noise, labels, bias, ALL_COUNT, ALL_COUNT), options)
+    statistics, gradients = run(z, noise, labels, ce=ALL_COUNT, bias=bias, **vars(options))
+    assert (
+        max(errors(statistics, gradients, (exact.statistics["divergence"], *exact.gradients.values()))) < 1e-8
+    )
 
 
 @pytest.mark.parametrize("detach", ["none", "clean", "noised", "target"])

@@ -208,8 +208,3 @@ def test_slow_tokenizer_is_refused():
 
     with pytest.raises(DataError, match=r"Slow does not say which characters.*fast tokenizer"):
         require_offsets(Slow())  # type: ignore[arg-type]
-
-
-def test_tokenizer_without_padding_token_is_refused():
-    with pytest.raises(DataError, match="no padding token"):
-        Collator(tiny_tokenizer(pad_token=None))

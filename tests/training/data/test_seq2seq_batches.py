@@ -12,7 +12,6 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from swaft.errors import DataError
 from swaft.training.data.seq2seq import Seq2SeqDataConfig, report_lengths, tokenize_pairs
 from swaft.training.data.texts import Collator
 
@@ -110,8 +109,3 @@ def test_sources_are_padded_on_the_side_of_the_tokenizer():
     batch = Collator(tiny_tokenizer(padding_side="left"))([rows[0], rows[1]])
     assert batch["input_ids"].tolist() == [[2, 4, 5, 6, 3], [0, 0, 2, 7, 3]]
     assert batch["labels"][0].tolist() == [2, 5, 3, -100, -100, -100]
-
-
-def test_tokenizer_without_padding_token_is_refused():
-    with pytest.raises(DataError, match="no padding token"):
-        Collator(tiny_tokenizer(pad_token=None))
