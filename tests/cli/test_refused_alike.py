@@ -323,6 +323,7 @@ def test_what_needs_a_whole_model_is_refused_alike_where_zero3_loads_it_in_parts
 
 
 def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
+    saved(tmp_path / "checkpoint-1")  # of another run, which does not matter where nothing can resume
     (tmp_path / "summary.json").touch()
     words = line("classification", f"train.output_dir={tmp_path}")
     [problem] = check_run(words).problems
