@@ -335,7 +335,7 @@ class WeightAverager:
 
     def shard(self, readout: str | Readout | None = None) -> Tensor:
         """This rank's elements of an average: (engine.numel,), fp32, host. Do not modify it; it is valid until the
-        next :meth:`step`.
+        next :meth:`step`, and only in this process: a forked one may find zeros in it.
 
         Raises:
             AveragingError: nothing is averaged yet, or the rule does not offer this choice.

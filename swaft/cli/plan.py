@@ -39,8 +39,11 @@ def run(words: Sequence[str]) -> int:
     """Plan the run that these words would launch, print the plan, and return the exit code."""
     options, line = _parser().parse_known_args(list(words))
 
-    from swaft.training.planning.plan import plan_recipe  # here, so that --help does not wait for it
+    # here, so that --help does not wait for them
+    from swaft.training.planning.plan import plan_recipe
+    from swaft.training.run.progress import disable_progress_bars
 
+    disable_progress_bars()
     device, host = (
         None if gib is None else int(gib * GIB) for gib in (options.device_memory, options.host_memory)
     )

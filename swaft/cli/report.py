@@ -54,7 +54,9 @@ def run(words: Sequence[str]) -> int:
     runs = [read_run(folder) for folder in folders]
     if options.surface:
         from swaft.report.surface import write_surface
+        from swaft.training.run.progress import disable_progress_bars
 
+        disable_progress_bars()
         for folder in folders:
             write_surface(folder, rows=options.rows or SURFACE_ROWS)
         runs = [read_run(folder) for folder in folders]

@@ -100,6 +100,8 @@ def run(words: Sequence[str]) -> int:
     out = sys.stderr if options.json else sys.stdout  # for the output of the runs
     failed = []
     for number, each in enumerate(waiting, start=1):
+        if each.has_ended:  # meanwhile, in another sweep of this folder
+            continue
         print(f"[{number} of {len(waiting)}] {each.folder}", file=out, flush=True)
         try:
             if launch(each.words, out):

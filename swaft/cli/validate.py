@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 def run(words: Sequence[str]) -> int:
     """Check the run that these words would launch, print what was found, and return the exit code."""
-    import datasets  # here, so that --help does not wait for it
-
+    # here, so that --help does not wait for them
     from swaft.training.planning.preflight import check_run
+    from swaft.training.run.progress import disable_progress_bars
 
     as_json = "--json" in words
-    datasets.disable_progress_bars()  # rows are read fast, and the output should be just the table
+    disable_progress_bars()  # rows are read fast, and the output should be just the table
     found = check_run([word for word in words if word != "--json"])
     print(json.dumps(asdict(found), indent=2, default=str) if as_json else table(found))
     return 1 if found.problems else 0

@@ -48,6 +48,9 @@ from swaft.noise.proof import FirstBatches, prove
 from swaft.noise.spectral import Layers, normalise_head, normalised_layers
 from swaft.options import NotNegative, ShareBelowOne, require
 
+ONE_PASS, TWO_PASSES, WITH_NOISE = ("loss",), ("task_loss", "divergence"), ("noise_to_signal", "changed")
+"""What each kind of step adds to a log."""
+
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
@@ -70,12 +73,14 @@ class ObjectiveOutput:
     logits: Tensor | None
     """Logits of the clean pass, detached; (B, 2, L) for first and last tokens; None if none were computed, and from
     `TaskLoss` for a model that predicts tokens."""
+    measured: tuple[str, ...] = ONE_PASS + TWO_PASSES + WITH_NOISE
+    """Names of the numbers that this step measured. Others say nothing new: with one pass the task loss is the loss
+    and the divergence 0, and without noise ``noise_to_signal`` and ``changed`` are 0."""
 
     @property
     def logged(self) -> dict[str, Tensor]:
-        """The numbers that belong in a log, by name."""
-        names = ("loss", "task_loss", "divergence", "noise_to_signal", "changed")
-        return {name: getattr(self, name).detach() for name in names}
+        """The numbers that belong in a log, by name: those that were measured."""
+        return {name: getattr(self, name).detach() for name in self.measured}
 
 
 class Resumable:
@@ -147,6 +152,7 @@ class TaskLoss(Resumable):
             num_items=num_items,
             # Those of a text fill gigabytes, which would stay with the output until after the next forward pass.
             logits=None if logits is None or predicts_tokens(model) else logits.detach(),
+            measured=ONE_PASS,
         )
 
     def _own(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -268,6 +274,7 @@ class TwoPasses(Resumable):
             changed=embedded.changed(noise.real) if embedded else nothing,
             num_items=count_items(inputs.targets),
             logits=logits,
+            measured=ONE_PASS + TWO_PASSES + (WITH_NOISE if embedded else ()),
         )
         if model.training and torch.is_grad_enabled():
             self.step += 1

@@ -146,7 +146,8 @@ def is_free(path: Path) -> bool:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, with the same name but inside a hidden folder next to the path. When the block ends,
-    it is synced to disk and moved into place; an exception deletes it.
+    it is synced to disk and moved into place; an exception deletes it. Its tensors can be read by whoever can read
+    its other files.
 
     Raises:
         StateError: the name is taken at the end, or the folder could not be created or renamed.
@@ -157,6 +158,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         with explained(unfinished, "made"):
             unfinished.mkdir()
         yield unfinished
+        with suppress(OSError):  # some file systems have no modes
+            readable = unfinished.stat().st_mode & 0o666
+            for tensors in unfinished.rglob(
+                "*.safetensors"
+            ):  # safetensors itself lets only their owner read them
+                tensors.chmod(readable)
         sync_tree(unfinished)
         if not is_free(path):
             raise StateError(f"{path} is there already; nothing was changed in it")

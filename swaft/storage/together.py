@@ -6,19 +6,43 @@ import hashlib
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from swaft.distributed import Ranks
-from swaft.errors import StateError, SwaftError
+from swaft.errors import ConfigError, StateError, SwaftError
 from swaft.storage.files import FileRecord, beside, explained, is_free, replace_folder, status
 from swaft.storage.sealed import COMPLETE, MANIFEST, Manifest, read_manifest, seal, verify
 from swaft.storage.strict_json import shown
 
 Write = Callable[[Path], Mapping[str, FileRecord]]
 """Writes this rank's files into a folder, synced to disk, and returns their records by relative path."""
+SHARED_PATIENCE_S = 60.0
+"""Seconds to wait for a new file to appear on other machines: NFS remembers for that long that it was missing."""
+
+
+def require_shared(mark: Path, setting: str) -> None:
+    """Refuse a folder that other machines do not see; to be called on every rank, after the main one made a file.
+
+    Args:
+        mark: the file, in the folder.
+        setting: what names the folder.
+
+    Raises:
+        ConfigError: the file does not appear here.
+    """
+    deadline = time.monotonic() + SHARED_PATIENCE_S
+    while not mark.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{setting}: {mark.parent} on {socket.gethostname()} is not the folder the main process writes to; "
+                "name one on a file system that all machines share"
+            )
+        time.sleep(1.0)
 
 
 def write_together(
@@ -58,7 +82,10 @@ def write_together(
                 _refuse_foreign(final, overwrites)
                 shutil.rmtree(folder, ignore_errors=True)  # left from an interrupted write
             if not is_free(folder):
-                raise StateError(f"{folder} holds files already; expected a new folder: name another path")
+                raise StateError(
+                    f"{folder} holds files already; expected a new folder: name another path, or pass "
+                    "overwrite=True"
+                )
             with explained(folder, "made"):
                 folder.mkdir(parents=True, exist_ok=True)
     try:

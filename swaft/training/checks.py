@@ -110,11 +110,14 @@ class Problems:
             ready.task = describe_task(ready.rows, config.data)   # left out where there are no rows
         problems.refuse()
 
-    An error from `swaft.errors` ends its block and is put on the list; a missing part ends the block silently.
+    An error from `swaft.errors` ends its block and is put on the list; a missing part ends the block silently, and
+    its name is kept.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self.missing: list[str] = []
+        """Names of the parts whose absence ended a block, each once."""
 
     def __enter__(self) -> None:
         """Start a block."""
@@ -125,6 +128,8 @@ class Problems:
         """End the block, and put its problem on the list if it has one."""
         if isinstance(error, SwaftError):
             self.add(error.problems if isinstance(error, ConfigError) else [message_of(error)])
+        elif isinstance(error, MissingPart) and str(error) not in self.missing:
+            self.missing.append(str(error))
         return isinstance(error, SwaftError | MissingPart)
 
     def add(self, problems: Iterable[str]) -> None:
@@ -202,6 +207,8 @@ class Start(Parts):
     """``no``, ``bf16`` or ``fp16``."""
     engine: EngineSettings
     """Engine settings that accelerate is started with."""
+    folder: Path
+    """The run folder, which may be this run's."""
     total_steps: int
     """Optimizer steps of the run, counted from its rows."""
     schedule: Schedule
@@ -349,16 +356,16 @@ def check_tracker(start: Start) -> None:
         )
 
 
-def check_folder(start: Start) -> None:
-    """Refuse a folder that holds anything other than this run."""
+def check_folder(start: Start) -> Path:
+    """Return the run folder; refuse one that holds anything other than this run."""
     folder, resume = Path(start.train.output_dir), start.train.resume_from_checkpoint
     refuse_used(folder, resume=resume, config_yaml=to_yaml(start.config))
+    return folder
 
 
 def check_checkpoint(start: Start) -> None:
     """Refuse a checkpoint that this run cannot resume from, judged by its manifest and the settings."""
-    train, deepspeed, rule = start.train, start.engine.deepspeed, start.ready.rule
-    folder = Path(train.output_dir)
+    train, folder, deepspeed, rule = start.train, start.folder, start.engine.deepspeed, start.ready.rule
     resume = resume_from(folder, resume=train.resume_from_checkpoint, config_yaml=to_yaml(start.config))
     found = checkpoint_on_paper(resume, folder)
     if found is None:
@@ -403,7 +410,7 @@ def _unless_longer(start: Start, check: Callable[[], Any]) -> Any:
         return check()
     except ConfigError as error:
         if start.may_be_longer:
-            raise MissingPart(str(error)) from error
+            raise MissingPart("total_steps") from error
         raise
 
 

@@ -36,6 +36,17 @@ def engine_of(model):
     return attach_engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_whoever_may_read_other_new_files_may_read_the_weights(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        save_pretrained(engine_of(nn.Linear(3, 2)), tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(["model.safetensors", "README.md"], 0o666 & ~mask)
+
+
 @pytest.mark.parametrize("parametrize", [spectral_norm, weight_norm])
 def test_a_parametrized_weight_is_written_as_what_evaluation_uses(parametrize, tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), parametrize(nn.Linear(3, 2))).train()

@@ -60,7 +60,10 @@ def test_a_loop_of_ones_own_goes_on_to_the_bit(tmp_path):
     ended.average()
     ended.train(0, ENDED)
     ended.accelerator.save_state(str(tmp_path / "step-3" / "engine"))
-    ended.averager.save_state(tmp_path / "step-3" / "average")
+    average = tmp_path / "step-3" / "average"
+    average.mkdir()
+    (average / "rank-00000.safetensors").write_bytes(b"half")  # by a loop that was killed here before
+    ended.averager.save_state(average, overwrite=True)
 
     found = Loop(tmp_path / "model")
     found.accelerator.load_state(str(tmp_path / "step-3" / "engine"))

@@ -77,7 +77,6 @@ OF_A_LAUNCH = {
     "config/load.py: load_config": "raises what both have read",
     "launch/accelerator.py: refuse_fp16_on_cpu": "the launch may be meant for another machine",
     "run/folder.py: _claim": "another run may have come in between",
-    "run/folder.py: _require_shared": "another machine may not see it",
     "run/folder.py: _locked": "another run may be at work there",
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
@@ -324,6 +323,7 @@ def test_what_needs_a_whole_model_is_refused_alike_where_zero3_loads_it_in_parts
 
 
 def test_a_folder_that_holds_a_run_is_refused_alike(line, launched, tmp_path):
+    saved(tmp_path / "checkpoint-1")  # of another run, which does not matter where nothing can resume
     (tmp_path / "summary.json").touch()
     words = line("classification", f"train.output_dir={tmp_path}")
     [problem] = check_run(words).problems

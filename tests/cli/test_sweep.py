@@ -92,6 +92,20 @@ def test_a_run_that_has_ended_is_left_alone(tmp_path, launched):
     assert [line[1] for line in launched] == ["train.seed=1", "train.seed=2"]
 
 
+def test_a_run_that_another_sweep_ends_meanwhile_is_left_alone(tmp_path, launched, monkeypatch):
+    words = ["recipe.py", f"train.output_dir={tmp_path}", "--seeds"]
+    launch, others = sweep.launch, iter([lambda: sweep.run([*words, "2,1"])])
+
+    def launch_beside(line: list[str], out: object) -> int:
+        code = launch(line, out)
+        next(others, lambda: 0)()  # it has begun with the run that is this one's second
+        return code
+
+    monkeypatch.setattr(sweep, "launch", launch_beside)
+    assert sweep.run([*words, "1,2"]) == 0
+    assert [line[1] for line in launched] == ["train.seed=1", "train.seed=2"]
+
+
 def test_a_folder_whose_run_ended_with_another_line_is_refused(tmp_path, launched):
     words = ["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "1"]
     sweep.run([*words, "train.learning_rate=1e-4"])

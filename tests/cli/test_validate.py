@@ -256,8 +256,27 @@ def test_how_rows_and_classes_are_taken_is_told(validate, tmp_path):
         "data       train 30 rows, validation 10 rows; text -> label, 6 classes: 1, 2, 3, 4, 5, 6" in printed
     )
     assert "notes      validation rows: 10 of 41, taken from train at random" in printed
-    assert "notes      1 of 31 rows of train are left out: 30 (row 30 has nothing in column 'text'" in printed
+    assert "notes      1 of 31 rows of train are left out: 31 (row 31 has nothing in column 'text'" in printed
     assert "notes      label: whole numbers without 0 are names of 6 classes: 1, 2, 3, 4, 5, 6" in printed
+
+
+def test_what_a_problem_keeps_from_being_checked_is_told(validate, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na film,1\n,0\n")
+    wrong = (
+        "averaging.start=5000",
+        "eval.metric_for_best_model=f2",
+        "eval.keep_best=last",
+        "eval.eval_steps=2",
+    )
+    files = (f"data.train_file={rows}", f"data.validation_file={rows}")
+    code, printed = validate("classification", *files, *wrong)
+    assert code == 1
+    [problem] = [line for line in printed.splitlines() if line.startswith("problem")]
+    assert "row 2 of train has nothing in column 'text'" in problem
+    [unchecked] = [line for line in printed.splitlines() if line.startswith("unchecked")]
+    assert {"metric", "total_steps"} <= {*unchecked.replace(":", ",").split(", ")}
+    assert unchecked.endswith(": not known before the problems are solved")
 
 
 def test_columns_are_not_told_beside_one_that_is_missing(validate):

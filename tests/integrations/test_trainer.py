@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import DataCollatorWithPadding, Trainer
 from trl import DPOConfig, DPOTrainer
 
 import swaft
+from swaft.averaging import host
+from swaft.distributed import Ranks
 from swaft.errors import AveragingError, ConfigError, NoiseError, StateError, UnsupportedEngineError
 from swaft.integrations.transformers import (
     NoiseCallback,
@@ -112,6 +115,21 @@ def test_a_model_is_trained_further_by_another_trainer_and_the_average_stays(tmp
     assert torch.equal(averaging.averager.shard(), mean)
 
 
+def test_training_again_does_not_hold_the_averages_of_before_beside_the_new_ones(
+    tmp_path, averaging, monkeypatch
+):
+    run = trainer(tmp_path, averaging, max_steps=2, eval_strategy="no", save_strategy="no")
+    run.train()
+    shutil.rmtree(tmp_path / "final-averaged")
+    [lane] = averaging.averager._averages.lanes["average"].held().values()
+    before = weakref.ref(lane)
+    del lane
+    held = []
+    monkeypatch.setattr(host, "require_host_memory", lambda *_: held.append(before()))
+    run.train()
+    assert held == [None]
+
+
 def test_a_model_whose_training_failed_is_trained_by_another_trainer(tmp_path, averaging):
     def fail(*_):
         if first.state.global_step == 1:
@@ -166,6 +184,16 @@ def test_an_optimizer_that_averages_by_itself_is_refused(tmp_path, averaging):
     )
     with pytest.raises(ConfigError, match="Free averages by itself"):
         run.train()
+
+
+def test_checkpoints_in_a_folder_that_other_machines_do_not_see_are_refused(tmp_path, averaging, monkeypatch):
+    monkeypatch.setattr("swaft.storage.together.SHARED_PATIENCE_S", -1.0)
+    monkeypatch.setattr(Ranks, "is_main", False)  # that is on another machine
+    with pytest.raises(ConfigError, match=r"output_dir: .* is not the folder the main process writes to"):
+        trainer(tmp_path, averaging).train()
+    monkeypatch.undo()
+    trainer(tmp_path, averaging, max_steps=2, eval_strategy="no").train()
+    assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
 def test_an_export_that_is_there_already_is_not_overwritten(tmp_path, averaging):

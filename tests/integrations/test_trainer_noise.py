@@ -34,6 +34,17 @@ def test_the_log_says_what_the_noise_does(tmp_path):
     assert first["noise_to_signal"] > 0.1
 
 
+def test_the_log_has_only_what_the_objective_measures(tmp_path):
+    added = {swaft.TaskLoss(): set(), swaft.RDrop(): {"task_loss", "divergence"}}
+    for objective, names in added.items():
+        run = trainer(
+            tmp_path / type(objective).__name__, NoiseCallback(objective), max_steps=2, eval_strategy="no"
+        )
+        run.train()
+        losses = [line for line in run.state.log_history if "loss" in line]
+        assert {"task_loss", "divergence", "noise_to_signal"} & losses[0].keys() == names
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -343,6 +343,19 @@ def test_plain_fine_tuning_has_the_same_shape_and_no_divergence():
     assert out.divergence == out.noise_to_signal == out.changed == 0
 
 
+def test_a_log_gets_only_what_an_objective_measures():
+    passes, noise = {"loss", "task_loss", "divergence"}, {"noise_to_signal", "changed"}
+    measured = {
+        TaskLoss(): {"loss"},
+        TaskLoss(label_smoothing=0.1): {"loss"},
+        RDrop(): passes,
+        R3F(masks="independent", sigma=0.0): passes,
+        R3F(): passes | noise,
+    }
+    for objective, names in measured.items():
+        assert objective(bert(), classification_batch()).logged.keys() == names
+
+
 def test_plain_fine_tuning_keeps_the_loss_of_regression():
     model, batch = bert(num_labels=1, dropout=0.0), classification_batch()
     batch["labels"] = torch.rand(4)

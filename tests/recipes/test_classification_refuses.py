@@ -101,7 +101,7 @@ def test_a_head_for_other_classes_is_refused_by_the_run_as_by_validate(refuse, t
 
 def test_rows_that_cannot_be_used_are_named(refuse, tmp_path):
     Dataset.from_dict({"text": ["a", None], "label": [0, 1]}).to_parquet(str(tmp_path / "test.parquet"))
-    assert "row 1 of test has nothing in column 'text'" in refuse(
+    assert "row 2 of test has nothing in column 'text'" in refuse(
         f"data.test_file={tmp_path / 'test.parquet'}"
     )
 

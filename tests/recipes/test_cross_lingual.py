@@ -84,4 +84,4 @@ def test_a_label_that_only_another_language_has_is_named(classification, inputs,
         ]
     )
     assert code == 1
-    assert "row 0 of test_xx has label=2; expected 0 to 1" in capsys.readouterr().err
+    assert "row 1 of test_xx has label=2; expected 0 to 1" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_a_score_that_there_is_not_is_named_before_the_model_is_loaded(refuse):
 
 def test_rows_that_cannot_be_used_are_named(refuse, tmp_path):
     Dataset.from_dict({"source": ["a cat", "a dog"], "target": ["chat", None]}).to_csv(tmp_path / "test.csv")
-    assert "row 1 of test has nothing in column 'target'" in refuse(f"data.test_file={tmp_path / 'test.csv'}")
+    assert "row 2 of test has nothing in column 'target'" in refuse(f"data.test_file={tmp_path / 'test.csv'}")
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,12 @@ def test_the_last_weights_are_kept_when_they_are_better_and_only_then(tmp_path):
     assert vars(run.best.found) == {"step": 5, "weights": "last", "metric": "accuracy", "score": 0.8}
     assert {entry.name for entry in tmp_path.iterdir()} == {"best"}
     assert (tmp_path / "best" / "tokenizer.json").exists()
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "\n# best\n" in card  # not the folder it was written in
     assert (
         "holds the last weights of a training run (the best so far: step 5, validation accuracy 0.8000)"
-    ) in (tmp_path / "best" / "README.md").read_text()
+        in card
+    )
 
 
 def test_the_averaged_weights_are_kept_once_there_is_an_average(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from swaft.training.launch.failure import run_and_report
 pytestmark = pytest.mark.unit
 
 
-def failing(error: Exception):
+def failing(error: BaseException):
     def run() -> None:
         raise error
 
@@ -39,6 +40,11 @@ def test_an_error_of_an_objective_is_reported_with_the_section_of_its_settings(c
     assert capsys.readouterr().err == "error: section noise: Set fused=False.\n"
 
 
+def test_a_run_that_was_asked_to_end_says_with_which_setting_it_resumes(capsys):
+    assert run_and_report(failing(failure.Interrupted())) == failure.EXIT_CODE
+    assert "when it is started again with train.resume_from_checkpoint=auto" in capsys.readouterr().err
+
+
 def test_where_an_error_was_found_is_said_too(capsys):
     error = TrainingError("bad")
     error.add_note("found on rank 1 of 2")
@@ -57,7 +63,12 @@ def test_another_rank_speaks_only_after_the_launcher_had_time_to_end_it(monkeypa
 
 @pytest.mark.parametrize(
     ("ranks", "code", "said"),
-    [("2", 0, "told\nlast\n"), ("2", 1, "told\n"), ("1", 0, "told\nlast\ntorn down\n")],
+    [
+        ("2", 0, "told\nlast\n"),
+        ("2", 130, "told\nlast\n"),
+        ("2", 1, "told\n"),
+        ("1", 0, "told\nlast\ntorn down\n"),
+    ],
 )
 def test_one_rank_of_several_ends_without_pythons_tear_down(ranks, code, said):
     script = (
@@ -72,6 +83,26 @@ def test_one_rank_of_several_ends_without_pythons_tear_down(ranks, code, said):
     )
     assert ended.returncode == code, ended.stderr
     assert ended.stdout == said
+
+
+@pytest.fixture
+def sigterm_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm_as_before")
+def test_ctrl_c_is_one_line_of_the_first_rank_without_traceback(monkeypatch, capsys):
+    error = KeyboardInterrupt()
+    assert run_and_report(failing(error)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    error.add_note("it resumes")
+    run_and_report(failing(error))
+    assert capsys.readouterr().err == "interrupted; it resumes\n"
+    monkeypatch.setenv("RANK", "1")
+    run_and_report(failing(error))
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_that_is_not_swafts_keeps_its_traceback():

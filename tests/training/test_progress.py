@@ -14,7 +14,13 @@ from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, Tra
 from swaft.training.data.classification import ClassificationConfig
 from swaft.training.evaluation.best import Target
 from swaft.training.run.folder import RunFolder
-from swaft.training.run.progress import ProgressLog, closing_table, start_trackers, training_line
+from swaft.training.run.progress import (
+    ProgressLog,
+    closing_table,
+    setup_logging,
+    start_trackers,
+    training_line,
+)
 from swaft.training.run.step import Position
 
 pytestmark = pytest.mark.unit
@@ -40,7 +46,7 @@ def test_the_line_shows_loss_parts_norm_rate_speed_and_members():
 
 
 def test_the_line_leaves_out_what_was_not_measured():
-    plain = RECORD | {"divergence": 0.0, "grad_norm": None, "num_averaged": 0, "tokens_per_second": 700.4}
+    plain = RECORD | {"divergence": None, "grad_norm": None, "num_averaged": 0, "tokens_per_second": 700.4}
     assert (
         training_line(1, 9, plain, averaging="ema")
         == "step 1/9 | loss 0.412 | lr 8.7e-06 | 700 tok/s | ema off"
@@ -52,6 +58,9 @@ def test_the_line_leaves_out_what_was_not_measured():
 def test_the_line_shows_how_much_noise_arrived():
     noised = RECORD | {"noise_to_signal": 2.8e-4, "changed": 0.993}
     assert "nsr 0.00028 changed 99%" in training_line(1, 9, noised)
+    lost = RECORD | {"divergence": 0.0, "noise_to_signal": 0.0, "changed": 0.0}
+    assert "noise 0)" in training_line(1, 9, lost)
+    assert "nsr 0 changed 0%" in training_line(1, 9, lost)
 
 
 def test_the_table_sets_last_against_averaged():
@@ -119,6 +128,21 @@ def test_what_was_chosen_after_training_is_said_with_its_score(log, caplog, choi
     assert f"choosing the {' and the '.join(choices)} of the average by f1 on validation data" in caplog.text
     assert f"averaged: {message}" in caplog.text
     assert "(f1 69.8551)" in caplog.text
+
+
+@pytest.mark.parametrize(("rank", "levels"), [("0", "as before"), ("1", {logging.ERROR})])
+def test_other_libraries_warn_on_the_first_rank_only(rank, levels, monkeypatch):
+    loggers = [logging.getLogger(name) for name in ("swaft", "datasets", "transformers")]
+    before = [(each, each.level, each.handlers, each.propagate) for each in loggers]
+    monkeypatch.setenv("RANK", rank)
+    try:
+        setup_logging()
+        found = {each.level for each in loggers[1:]}
+    finally:
+        for each, level, handlers, propagate in before:
+            each.setLevel(level)
+            each.handlers, each.propagate = handlers, propagate
+    assert found == ({level for _, level, *_ in before[1:]} if levels == "as before" else levels)
 
 
 def test_no_bar_is_drawn_where_there_is_no_terminal(log, capsys):

@@ -190,6 +190,27 @@ def test_each_step_uses_the_rate_of_the_schedule_once(run):
     assert [record["learning_rate"] for record in done.records] == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_ctrl_c_tells_of_the_newest_checkpoint_if_there_is_one_to_resume_from(run):
+    class Interrupted(TaskLoss):
+        def __call__(self, model, batch):
+            self.step += 1
+            if self.step == 3:
+                raise KeyboardInterrupt
+            return super().__call__(model, batch)
+
+    told = {}
+    for settings in (
+        {"save_steps": 2},
+        {"save_steps": 100},
+        {"save_steps": 2, "resume_from_checkpoint": "none"},
+    ):
+        with pytest.raises(KeyboardInterrupt) as raised:
+            run(make_classifier(), make_rows(10), objective=Interrupted(), max_steps=4, **settings)
+        told[tuple(settings.values())] = getattr(raised.value, "__notes__", [])
+    resumes = "started again, the run resumes from its newest checkpoint"
+    assert told == {(2,): [resumes], (100,): [], (2, "none"): []}
+
+
 def test_max_steps_ends_the_run_inside_an_epoch(run):
     done = run(make_classifier(), make_rows(10), max_steps=3)
     assert done.position.step == len(done.records) == 3

@@ -198,7 +198,7 @@ def test_where_only_writable_files_or_none_can_be_locked_the_folder_is_locked_or
 
 
 def test_a_folder_that_other_machines_do_not_see_is_refused(make_accelerator, tmp_path, monkeypatch):
-    monkeypatch.setattr("swaft.training.run.folder.SHARED_PATIENCE_S", 0.0)
+    monkeypatch.setattr("swaft.storage.together.SHARED_PATIENCE_S", 0.0)
     monkeypatch.setattr("swaft.training.run.folder.time.sleep", lambda seconds: None)
     monkeypatch.setattr("swaft.training.run.folder._claim", lambda path, **_: None)  # on another machine
     with pytest.raises(ConfigError, match="name one on a file system that all machines share"):

@@ -23,6 +23,7 @@ from swaft.averaging.host.pipeline import ChangeCheck, Pipeline
 from swaft.averaging.host.source import HostSource, Source, StagedSource, ring_bytes, shares, table
 from swaft.averaging.layout import Span
 from swaft.averaging.rules import Plan
+from swaft.averaging.swap import rescales
 
 STAGING_BYTES = 1 << 29
 """Maximum pinned memory per rank: 512 MiB."""
@@ -92,6 +93,7 @@ class HostAverages:
     ):
         ranks, device, numel = engine.ranks, engine.device, engine.numel
         self._engine, self.compensated = engine, compensated
+        self._forwards_write = rescales(engine.module)
         self.host_bytes = sum(
             lane_bytes(plan, numel, compensated=compensated, spilled=spill_dir is not None)
             for plan in plans.values()
@@ -116,8 +118,13 @@ class HostAverages:
         )
 
     def submit(self, masters: list[Tensor], *, step: int, rules: tuple[str, ...]) -> None:
-        """Add the masters to the averages of some rules, in the background; see `Pipeline.submit`."""
+        """Add the masters to the averages of some rules, in the background; see `Pipeline.submit`.
+
+        If forwards write to the weights, it waits until the masters may be written to.
+        """
         self.pipeline.submit(self._source(masters), masters, step=step, rules=rules)
+        if self._forwards_write:
+            self.pipeline.release_masters()
 
     def forecast(self) -> Forecast:
         """What the run's averages cost on this rank."""

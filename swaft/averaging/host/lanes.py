@@ -5,7 +5,11 @@ Knows neither engines nor rules: it gets the numbers of a `Plan` and the address
 
 from __future__ import annotations
 
+import mmap
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +26,8 @@ from swaft.storage.files import write_all
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Runs of one member: byte address, first element in the shard, number of elements; int64 each."""
+WIPE_ON_FORK = 18
+"""Advice of Linux's madvise: a forked process finds zeros in this memory, and shares none of its pages."""
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Lanes:
         self.plan = plan
         self.count = 0
         self._torn: str | None = None
+        self._process = os.getpid()
         self._numel = numel
         self._workers = workers
         self._compensated = compensated
@@ -89,9 +96,9 @@ class Lanes:
         """The average as (coefficient, lane) pairs; lanes on disk are mapped, not read.
 
         Raises:
-            AveragingError: an update was interrupted.
+            AveragingError: an update was interrupted, or this process is a fork of the one that averages.
         """
-        self._refuse_torn()
+        self._require_whole()
         coefficients = self.plan.readout(self.count, chosen)
         return [(coefficient, self._lanes[i]) for i, coefficient in sorted(coefficients.items())]
 
@@ -100,7 +107,7 @@ class Lanes:
         readout = self.readout(chosen)
         if len(readout) == 1 and readout[0][0] == 1.0:
             return readout[0][1].mean
-        result = _vector(self._numel)
+        result = torch.from_numpy(np.empty(self._numel, np.float32))
         block = 1 << 20  # bounds the float64 scratch
         parts = [(first, min(first + block, self._numel)) for first in range(0, self._numel, block)]
         self._workers.run(lambda first, last: _combine(readout, result[first:last], first, last), parts)
@@ -112,15 +119,15 @@ class Lanes:
         Raises:
             AveragingError: as for :meth:`readout`.
         """
-        self._refuse_torn()
+        self._require_whole()
         return dict(sorted(self._lanes.items()))
 
     def empty_lane(self, index: int) -> Lane:
         """Allocate an unfilled lane."""
         compensation = None
         if self.plan.lanes[index] and self._compensated:
-            compensation = torch.from_numpy(np.empty(self._numel, np.uint16)).view(torch.bfloat16)
-        return Lane(_vector(self._numel), compensation)
+            compensation = torch.from_numpy(_unshared(self._numel, np.uint16)).view(torch.bfloat16)
+        return Lane(torch.from_numpy(_unshared(self._numel, np.float32)), compensation)
 
     def restore(self, count: int, lanes: Iterable[tuple[int, Lane]]) -> None:
         """Resume from ``count`` members with these lanes, read one at a time, replacing all existing lanes."""
@@ -134,7 +141,12 @@ class Lanes:
                 self._put_away(index)
         self._torn = None
 
-    def _refuse_torn(self) -> None:
+    def _require_whole(self) -> None:
+        if os.getpid() != self._process:
+            raise AveragingError(
+                f"the averages are in the memory of process {self._process}, of which this one is a fork without "
+                "them; read them there"
+            )
         if self._torn:
             raise AveragingError(
                 f"{self._torn} (see the error before this one), so it is neither the old average nor the new one"
@@ -156,9 +168,20 @@ def _combine(readout: list[tuple[float, Lane]], result: Tensor, first: int, last
     result.numpy()[:] = total  # numpy rounds to nearest even, once
 
 
-def _vector(numel: int) -> Tensor:
-    # numpy asks for huge pages and torch does not; the loops run through gigabytes.
-    return torch.from_numpy(np.empty(numel, np.float32))
+def _unshared(numel: int, dtype: type[np.generic]) -> np.ndarray:
+    """Allocate an unfilled vector, of which forked processes have no copy.
+
+    Otherwise the workers of a data loader would keep its pages as they were, and the next update would take as much
+    memory again.
+    """
+    if sys.platform != "linux":
+        return np.empty(numel, dtype)
+    num_bytes = numel * np.dtype(dtype).itemsize
+    room = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (mmap.MADV_HUGEPAGE, WIPE_ON_FORK):  # huge pages: the loops run through gigabytes
+        with suppress(OSError):  # a kernel without it
+            room.madvise(advice)
+    return np.frombuffer(room, dtype, numel)
 
 
 def bits(tensor: Tensor | None) -> np.ndarray:

@@ -81,7 +81,10 @@ class HostSource:
         self._released()
 
     def close(self) -> None:
-        """Drop references to the masters' storage, so it can be freed; this source holds only addresses."""
+        """Drop references to the masters' storage, of which this source holds only addresses, and to the pipeline:
+        in a cycle, closed averages would stay in memory until the next garbage collection.
+        """
+        vars(self).pop("_released", None)
 
 
 class StagedSource:
@@ -178,7 +181,8 @@ class StagedSource:
                     self._released()
 
     def close(self) -> None:
-        """Drop references to the masters' storage if it is lent; otherwise the next member reuses the views."""
+        """As for `HostSource`; unless the masters' storage is lent, the next member reuses the views of it."""
+        vars(self).pop("_released", None)
         self._verdict = None
         if self._lent:
             self._masters, self._views = None, []

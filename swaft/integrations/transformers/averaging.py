@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import random
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.trainer_utils import has_length
 from swaft.averaging import WeightAverager
 from swaft.averaging.rules import RECOMMENDED, Rule
 from swaft.averaging.state import KIND, AverageState
+from swaft.distributed import shared_ranks
 from swaft.errors import AveragingError, ConfigError, StateError
 from swaft.integrations.transformers.calling import (
     calling_trainer,
@@ -29,6 +31,7 @@ from swaft.integrations.transformers.calling import (
 )
 from swaft.storage import is_complete, read_manifest
 from swaft.storage.sealed import step_of
+from swaft.storage.together import require_shared
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,8 @@ class WeightAveragingCallback(TrainerCallback):
     Raises:
         ConfigError: when training begins: the Trainer has this callback twice, the export folder exists, the best
             model is chosen by the averaged score before anything is averaged, averages would be missing from
-            checkpoints (of the best model, or with ``enable_jit_checkpoint``), or the optimizer itself averages
-            (schedule-free).
+            checkpoints (of the best model, or with ``enable_jit_checkpoint``), not all machines see the folder of
+            the checkpoints, or the optimizer itself averages (schedule-free).
         StateError: when training resumes: the checkpoint has no averages (the message names the latest one that
             has), or those of other rules.
     """
@@ -106,8 +109,11 @@ class WeightAveragingCallback(TrainerCallback):
                 f"{self._export} exists, and the averaged model of this run would be written there; move it away, "
                 "or set another output_dir"
             )
+        if args.save_strategy != "no" and not args.save_only_model:
+            _require_shared_output(Path(args.output_dir))
         if self.averager is not None:
             self.averager.close()
+            self.averager = None  # its memory is for the next one
         self.averager = WeightAverager(
             self._trainer.model_wrapped,
             self._trainer.optimizer,
@@ -283,6 +289,26 @@ def _evaluating_both(trainer: Trainer) -> Callable[..., dict[str, float]]:
 
     vars(both)[SCORES_BOTH] = True
     return both
+
+
+def _require_shared_output(folder: Path) -> None:
+    """Refuse checkpoints in a folder that other machines do not see: each rank writes into them (collective).
+
+    Raises:
+        ConfigError: names the machine; on every rank.
+    """
+    ranks = shared_ranks()
+    mark = folder / ranks.gather(f".{secrets.token_hex(8)}")[0]
+    with ranks.together(f"output_dir: {folder} could not be written"):
+        if ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    try:
+        with ranks.together():
+            require_shared(mark, "output_dir")
+    finally:
+        if ranks.is_main:
+            mark.unlink(missing_ok=True)
 
 
 def _require_average_when_chosen_by(args: Any, state: Any, averager: WeightAverager, loader: Any) -> None:

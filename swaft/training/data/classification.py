@@ -24,6 +24,7 @@ from swaft.training.data.texts import (
     good_rows,
     map_rows,
     named_columns,
+    number_of,
     shortened,
     text_faults,
     usual_columns,
@@ -300,8 +301,9 @@ def _kind(rows: list[Any], split: str, column: str) -> type:
     other = next(((row, value) for row, value in enumerate(rows) if type(value) is not type(rows[0])), None)
     if other is not None:
         raise DataError(
-            f"column '{column}' of {split} holds the {first} {rows[0]!r:.80} in row 0, but the "
-            f"{type(other[1]).__name__} {other[1]!r:.80} in row {other[0]}; write all as texts, or all as numbers"
+            f"column '{column}' of {split} holds the {first} {rows[0]!r:.80} in row 1, but the "
+            f"{type(other[1]).__name__} {other[1]!r:.80} in row {number_of(other[0])}; write all as texts, "
+            "or all as numbers"
         )
     raise DataError(
         f"column '{column}' of {split} holds {first} values; expected class ids, texts or scores. "
@@ -349,7 +351,7 @@ def _require_each(
     for split, rows in labels.items():
         for row, value in enumerate(rows):
             if not is_allowed(value):
-                raise DataError(f"row {row} of {split} has {column}={value!r}{fault}")
+                raise DataError(f"row {number_of(row)} of {split} has {column}={value!r}{fault}")
 
 
 def _read_names(labels: Mapping[str, list[Any]], column: str) -> Labels:
@@ -396,10 +398,11 @@ def _read_ids(
     ids = {name: [int(number) for number in rows] for name, rows in labels.items()}
     num_labels = len(names) if names is not None else max(ids["train"]) + 1
     if names is None and num_labels > max(MOST_UNNAMED_CLASSES, len(ids["train"])):
+        row = number_of(ids["train"].index(num_labels - 1))
         raise DataError(
-            f"row {ids['train'].index(num_labels - 1)} of train has {column}={num_labels - 1}, which would make "
-            f"{num_labels} classes from {len(ids['train'])} rows; expected class ids counted from 0. Name another "
-            "column with data.label_column"
+            f"row {row} of train has {column}={num_labels - 1}, which would make {num_labels} classes from "
+            f"{len(ids['train'])} rows; expected class ids counted from 0. Name another column with "
+            "data.label_column"
         )
     _require_each(
         *(ids, column, range(num_labels).__contains__),

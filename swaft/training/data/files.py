@@ -284,7 +284,7 @@ def _read_json(path: str, features: Features | None = None) -> Dataset:
 
 def _questions(articles: Dataset) -> Iterator[dict[str, Any]]:
     """Yield the questions of SQuAD's official files, 1.1 and 2.0, in the hub's form: one per row."""
-    for number, article in enumerate(articles.to_list()):
+    for number, article in enumerate(articles.to_list(), start=1):
         try:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:

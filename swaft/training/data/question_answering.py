@@ -26,6 +26,7 @@ from swaft.training.data.texts import (
     encode,
     good_rows,
     map_rows,
+    number_of,
     text_faults,
     values,
     without_letters,
@@ -335,13 +336,13 @@ def _judge_places(split: Dataset, name: str) -> None:
     if len(odd) > MOST_MISPLACED * total:
         raise DataError(
             f"{len(odd)} of {total} answers of {name} do not stand in their context where answer_start says "
-            f"(row {odd[0]}, ...); expected at most {MOST_MISPLACED:.0%}. Count answer_start in "
+            f"(row {number_of(odd[0])}, ...); expected at most {MOST_MISPLACED:.0%}. Count answer_start in "
             "characters from 0"
         )
     if odd:
         logger.warning(
             "%d of %d answers of %s do not stand where answer_start says (row %d, ...)",
-            *(len(odd), total, name, odd[0]),
+            *(len(odd), total, name, number_of(odd[0])),
         )
 
 

@@ -41,13 +41,18 @@ SHAPELESS = ("Zs", "Zl", "Zp", "Cc", "Cf")
 """Unicode categories of spaces and breaks, and of control and format characters."""
 
 BadRow = tuple[int, str]
-"""Number of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
+"""Index of a row that cannot be used, and what is wrong with it: "has nothing in column 'text'; expected text"."""
 TEXTS = ("string", "large_string", "string_view", "null")
 """Types of columns that hold texts, or nothing."""
 
 
 class ColumnFault(str):
     """What is wrong with a whole column, so that leaving out rows does not help."""
+
+
+def number_of(row: int) -> int:
+    """Return a row's number in messages: from 1, as people and files count."""
+    return row + 1
 
 
 def values(split: Dataset, *columns: str) -> Iterator[Any]:
@@ -164,23 +169,23 @@ def good_rows(
         faults: dict[int, str] = {}
         for row, fault in find_faults(split):
             if isinstance(fault, ColumnFault):
-                raise DataError(f"row {row} of {name} {fault}")
+                raise DataError(f"row {number_of(row)} of {name} {fault}")
             if not skip:
                 raise DataError(
-                    f"row {row} of {name} {fault}. Remove the row or fill it in, or leave such rows out with "
-                    "data.skip_bad_rows=true"
+                    f"row {number_of(row)} of {name} {fault}. Remove the row (they count from 1) or fill it in, or "
+                    "leave such rows out with data.skip_bad_rows=true"
                 )
             faults.setdefault(row, fault)
         if not faults:
             kept[name] = split
             continue
         first = min(faults)
+        found = f"row {number_of(first)} {faults[first]}"
         if len(faults) == len(split) and name == "train":
-            raise DataError(f"no row of train is left: all are bad (row {first} {faults[first]})")
-        left_out = shortened([str(number) for number in sorted(faults)])
+            raise DataError(f"no row of train is left: all are bad ({found})")
+        left_out = shortened([str(number_of(row)) for row in sorted(faults)])
         logger.info(
-            "%d of %d rows of %s are left out: %s (row %d %s)",
-            *(len(faults), len(split), name, left_out, first, faults[first]),
+            "%d of %d rows of %s are left out: %s (%s)", len(faults), len(split), name, left_out, found
         )
         if len(faults) < len(split):
             kept[name] = split.select([row for row in range(len(split)) if row not in faults])
@@ -370,8 +375,8 @@ def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[
             if all(map(is_doubtful, texts)) and not tokenizer(*texts)["input_ids"]:
                 found = "an empty text" if all(map(is_blank, texts)) else f"the text {texts[0]!r}"
                 raise DataError(
-                    f"row {row} of {name} has {found}, which {type(tokenizer).__name__} turns into no token. "
-                    "Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
+                    f"row {number_of(row)} of {name} has {found}, which {type(tokenizer).__name__} turns into no "
+                    "token. Remove the row or fill it in, or leave such rows out with data.skip_bad_rows=true"
                 )
 
 
@@ -390,7 +395,7 @@ def report_special_tokens(
     other = str(not tokenizer.split_special_tokens).lower()
     for name, split in splits.items():
         found = [
-            (row, match.group(), texts)
+            (number_of(row), match.group(), texts)
             for row, texts in enumerate(zip(*(values(split, column) for column in columns), strict=True))
             if (match := next(filter(None, map(spelled.search, texts)), None))
         ]

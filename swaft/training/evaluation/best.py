@@ -241,11 +241,12 @@ class BestWeights:
 
     def _emptied(self) -> Path:
         """Return the folder for new best weights, emptied of what an interrupted run left there."""
-        new = beside(self._folder, "new")
+        place = beside(self._folder, "new")
         if self._engine.ranks.is_main:
-            shutil.rmtree(new, ignore_errors=True)
-        return new
+            shutil.rmtree(place, ignore_errors=True)
+        return place / self._folder.name  # the model card names the folder it is written into
 
     def _put_in_place(self, new: Path) -> None:
         sync_tree(new)
         replace_folder(new, self._folder)
+        new.parent.rmdir()

@@ -47,6 +47,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 EXIT_CODE = 75
 """EX_TEMPFAIL: the run has not finished; started again, it resumes."""
+CTRL_C = 128 + signal.SIGINT
+"""What a shell reports for a program that Ctrl-C has ended."""
 
 
 class Interrupted(Exception):
@@ -155,7 +157,7 @@ def run_and_report(run: Callable[[], None]) -> int:
         run: the recipe. Any other exception passes through with its traceback.
 
     Returns:
-        0, 1 after an error, or `EXIT_CODE` if the run was asked to end and can resume.
+        0, 1 after an error, `EXIT_CODE` if the run was asked to end and can resume, or `CTRL_C`.
     """
     end_with_launcher()
     try:
@@ -164,19 +166,21 @@ def run_and_report(run: Callable[[], None]) -> int:
         if _is_first():
             sys.stderr.write(
                 "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and resumes from there "
-                "when it is started again\n"
+                "when it is started again with train.resume_from_checkpoint=auto (the default)\n"
             )
         return EXIT_CODE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         # The launcher may end before this process has cleaned up; ignore its SIGTERM, so that it can finish.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
+        _trace(error)
+        if _is_first():
+            sys.stderr.write("; ".join(["interrupted", *getattr(error, "__notes__", ())]) + "\n")
+        return CTRL_C
     except (SwaftError, RuntimeError) as error:
         lost = lost_ranks(error)
         if lost is None and not isinstance(error, SwaftError):
             raise
-        if os.environ.get("SWAFT_TRACEBACK") == "1":
-            traceback.print_exception(error)
+        _trace(error)
         notes = () if lost else getattr(error, "__notes__", ())
         message = (lost or message_of(error)) + "".join(f"\n  ({note})" for note in notes)
         if _is_first():
@@ -204,7 +208,7 @@ def leave(code: int) -> NoReturn:
     a tensor during interpreter shutdown. Functions registered with `atexit` are called, unless the run has failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if code in (0, EXIT_CODE):
+        if code in (0, EXIT_CODE, CTRL_C):
             atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -231,6 +235,11 @@ def lost_ranks(error: BaseException | None) -> str | None:
                 )
         error = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
     return None
+
+
+def _trace(error: BaseException) -> None:
+    if os.environ.get("SWAFT_TRACEBACK") == "1":
+        traceback.print_exception(error)
 
 
 def _is_first() -> bool:

@@ -102,11 +102,16 @@ def check_run(words: Sequence[str]) -> Preflight:
             else:
                 unasked = ""
                 _check_recipe(recipe, run, problems)
+    unchecked = [f"settings, data and model: {unasked}"] if unasked else []
+    if problems.found and problems.missing:
+        unchecked.append(
+            f"what needs {', '.join(problems.missing)}: not known before the problems are solved"
+        )
     for part, find in FACTS.items():
         with problems:
             facts[part] = find(run)
     known = {name: value for name, value in facts.items() if value is not None}
-    return Preflight(known, [f"settings, data and model: {unasked}"] if unasked else [], problems.found)
+    return Preflight(known, unchecked, problems.found)
 
 
 def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:

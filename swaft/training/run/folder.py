@@ -11,7 +11,6 @@ import logging
 import os
 import shlex
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +25,7 @@ from swaft.environment import software
 from swaft.errors import ConfigError, StateError
 from swaft.storage import write_durably
 from swaft.storage.files import TEMPORARY
+from swaft.storage.together import require_shared
 from swaft.training.launch.failure import launch_command
 from swaft.training.run.checkpoints import RunCheckpoint, choose_checkpoint, find_checkpoints
 
@@ -37,8 +37,6 @@ OF_A_RUN = {"config.yaml", METRICS, "summary.json"}
 LOCK = ".lock"
 LOCK_PATIENCE_S = 10.0
 """Seconds to wait for processes of a killed run, such as data loader workers, to end."""
-SHARED_PATIENCE_S = 60.0
-"""Seconds to wait for a new file to appear on other machines: NFS remembers for that long that it was missing."""
 
 
 class RunFolder:
@@ -94,7 +92,7 @@ class RunFolder:
                 folder._lock = _claim(path, resume=resume, config_yaml=config_yaml)
         wanted = resume
         with ranks.together():
-            _require_shared(path)
+            require_shared(path / LOCK, "train.output_dir")
             if folder.is_main:
                 wanted = resume_from(path, resume=resume, config_yaml=config_yaml)
         wanted = ranks.gather(wanted)[0]
@@ -239,18 +237,6 @@ def _is_same_run(path: Path, config_yaml: str) -> bool:
     with suppress(OSError):
         return (path / "config.yaml").read_text(encoding="utf-8") == config_yaml
     return False
-
-
-def _require_shared(path: Path) -> None:
-    """Refuse a folder that other machines do not see; to be called on every rank, after the main one's lock."""
-    deadline = time.monotonic() + SHARED_PATIENCE_S
-    while not (path / LOCK).exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"train.output_dir: {path} on {socket.gethostname()} is not the folder the main process writes to; "
-                "name one on a file system that all machines share"
-            )
-        time.sleep(1.0)
 
 
 def _claim(path: Path, *, resume: str, config_yaml: str) -> IO[bytes] | None:

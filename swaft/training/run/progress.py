@@ -53,16 +53,26 @@ class BarSafeHandler(logging.Handler):
 def setup_logging() -> None:
     """Send swaft's lines to standard output: all from the main process, only errors from the others.
 
-    Progress bars of other libraries stay on a terminal; in a log file they are only noise.
+    Other libraries' errors also come from every process, and their warnings from the main one. Their progress bars
+    stay on a terminal; in a log file they are only noise.
     """
+    is_main = os.environ.get("RANK", "0") == "0"
     handler = BarSafeHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     if not (sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"):
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
+    if not is_main:
+        datasets.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
     root = logging.getLogger("swaft")
     root.handlers, root.propagate = [handler], False
-    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    root.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def disable_progress_bars() -> None:
+    """Turn off the progress bars of other libraries."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 class ProgressLog:
@@ -188,7 +198,7 @@ def training_line(
         averaging: name of the averaging rule.
     """
     loss = f"loss {record['loss']:.4g}"
-    if record.get("divergence"):
+    if record.get("divergence") is not None:
         loss += f" (task {record['task_loss']:.4g}, noise {record['divergence']:.4g})"
     parts = [f"step {step}/{total_steps}", loss]
     if record.get("grad_norm") is not None:
@@ -196,7 +206,7 @@ def training_line(
     speed = record["tokens_per_second"] or 0.0
     shown = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
     parts += [f"lr {record['learning_rate']:.2g}", f"{shown} tok/s"]
-    if record.get("noise_to_signal"):
+    if record.get("noise_to_signal") is not None:
         parts.append(f"nsr {record['noise_to_signal']:.2g} changed {record['changed']:.0%}")
     parts += [f"{name} {record[name]:.4g}" for name in record if name not in ON_THE_LINE]
     if record.get("num_averaged") is not None:

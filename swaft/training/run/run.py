@@ -38,7 +38,7 @@ from swaft.training.launch.accelerator import whole_model_loading
 from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
 from swaft.training.launch.fsdp2 import prepare
 from swaft.training.models.build import count_epoch_steps, count_optimizer_steps, count_parameters
-from swaft.training.run.checkpoints import AVERAGE
+from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
 from swaft.training.run.record import (
@@ -112,12 +112,15 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Save if the run was asked to end; restore the previous signal handlers."""
+        """Save if the run was asked to end, or note that Ctrl-C left a checkpoint; restore the signal handlers."""
         with self._open:
             if isinstance(error, Interrupted):
                 self._state.save()
                 if self.averager is not None:
                     self.averager.close()  # deletes what it has put on the node's disk
+            resumes = self.config.train.resume_from_checkpoint == "auto"
+            if isinstance(error, KeyboardInterrupt) and resumes and find_checkpoints(self.folder.path):
+                error.add_note("started again, the run resumes from its newest checkpoint")
 
     def loading(self) -> AbstractContextManager[None]:
         """Context in which a pretrained model is loaded whole, whatever the engine."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ NUMEL = 3000
 
 def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, compensated: bool = True):
     engine = SimpleNamespace(
+        module=torch.nn.Module(),
         spans=merge([Fragment("a", 0, numel, 0, 0)]),
         numel=numel,
         ranks=Ranks(),
@@ -176,3 +179,21 @@ def test_nothing_is_allocated_once_the_lanes_are_there():
         averages.submit([taken[step % 2]], step=step, rules=("ema",))
     averages.pipeline.finish()
     assert process.memory_info().rss - before < 2 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps memory out of forked processes")
+def test_a_forked_process_holds_no_pages_of_the_averages_and_cannot_read_them():
+    averages = averages_of({"ema": EMA(decay=0.5).plan(9)})
+    take(averages, members(2))
+    lanes = averages.lanes["ema"]
+    [lane] = lanes.held().values()
+    assert lane.mean.numpy().all()
+    child = os.fork()
+    if child == 0:
+        held = lane.mean.numpy().any() or lane.compensation.view(torch.uint8).numpy().any()
+        try:
+            lanes.shard()
+        except AveragingError as error:
+            os._exit(7 if "this one is a fork" in str(error) and not held else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -167,7 +167,7 @@ def test_chats_that_cannot_be_used_are_left_out_if_bad_rows_are(caplog):
         splits = {"train": Dataset.from_list(chats), "test": Dataset.from_list([*chats[:1], *chats[2:3]])}
         settings = {"max_length": 60, "messages_column": "messages"}
         columns = find_columns(splits, CausalDataConfig(**settings))
-        with pytest.raises(DataError, match=r"row 0 of train has .*data\.skip_bad_rows=true"):
+        with pytest.raises(DataError, match=r"row 1 of train has .*data\.skip_bad_rows=true"):
             tokenize_rows(columns.rows, reader, columns, CausalDataConfig(**settings))
         data = CausalDataConfig(**settings, skip_bad_rows=True)
         with (
@@ -177,7 +177,7 @@ def test_chats_that_cannot_be_used_are_left_out_if_bad_rows_are(caplog):
             found = tokenize_rows(columns.rows, reader, columns, data)
             assert list(found) == ["train"]
             assert found["train"]["idx"][:] == list(range(left))
-            assert "2 of 4 rows of train are left out: 0, 2 (row 0 has a chat that" in caplog.text
+            assert "2 of 4 rows of train are left out: 1, 3 (row 1 has a chat that" in caplog.text
             assert max(map(len, found["train"]["input_ids"])) <= 60
     with pytest.raises(DataError, match=r"asks for it with '<think>\\n', and then writes 'b"):
         tokenize_rows(columns.rows, reader_of(*R1), columns, CausalDataConfig(max_length=400))
@@ -206,7 +206,7 @@ def test_an_answer_may_be_a_call_of_a_tool_without_a_content():
         "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content | trim + '<|im_end|>' }}{% endfor %}"
     )
     with pytest.raises(
-        DataError, match=r"row 0 of train has a tool call that the chat template of .* does not write"
+        DataError, match=r"row 1 of train has a tool call that the chat template of .* does not write"
     ):
         tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
     with pytest.raises(DataError, match=r"expected messages with a role and a content \(or tool_calls\)"):
@@ -232,8 +232,8 @@ def test_chats_with_contents_of_several_types_or_written_as_texts_are_refused(sk
     kinds = "which has contents of several types, so a text like '7' is read as a number; write each as text"
     written = Dataset.from_dict({"messages": [json.dumps(CHAT)]})
     for rows, said in (
-        (mixed, f"row 1 of train has .*'content': 7.*{kinds}"),
-        (written, r"row 0 of train has the text '\[\{.*expected a list of messages"),
+        (mixed, f"row 2 of train has .*'content': 7.*{kinds}"),
+        (written, r"row 1 of train has the text '\[\{.*expected a list of messages"),
     ):
         with pytest.raises(DataError, match=said):
             find_columns({"train": rows}, CausalDataConfig(skip_bad_rows=skip))
@@ -261,14 +261,14 @@ def test_a_chat_that_the_template_refuses_is_shown():
     reader = tokenizer()
     reader.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
-        DataError, match=r"row 0 of train has a chat that .* refuses \(roles must alternate\): \["
+        DataError, match=r"row 1 of train has a chat that .* refuses \(roles must alternate\): \["
     ):
         tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
 
 
 def test_a_chat_without_room_for_an_answer_is_refused():
     chat = [{"role": "user", "content": "a b c d e f"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(DataError, match=r"row 0 of train has no token to learn within data\.max_length=4"):
+    with pytest.raises(DataError, match=r"row 1 of train has no token to learn within data\.max_length=4"):
         made([{"messages": chat}], max_length=4)
 
 
@@ -278,7 +278,7 @@ def test_a_template_that_rewrites_what_went_before_is_refused():
     reader.chat_template = "{{ messages | length }} " + TEMPLATE
     reader.add_tokens(["1", "2"])
     reason = "cannot be told .* asks for it with '1 <user> a <bot>', and then writes '2"
-    with pytest.raises(DataError, match=f"row 0 of train has an answer that {reason}"):
+    with pytest.raises(DataError, match=f"row 1 of train has an answer that {reason}"):
         tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
     reader.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):

@@ -57,7 +57,7 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["c", "d"])})
     split = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
     settings = {"prompt_column": "text", "answer_column": "label"}
-    with pytest.raises(DataError, match="row 1 of train has nothing in column 'label'"):
+    with pytest.raises(DataError, match="row 2 of train has nothing in column 'label'"):
         find_columns({"train": split}, CausalDataConfig(**settings))
     kept = find_columns({"train": split}, CausalDataConfig(**settings, skip_bad_rows=True)).rows["train"]
     assert kept["label"][:] == ["d"]
@@ -83,7 +83,7 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
             {},
             "'history' besides prompt and compl",
         ),
-        ([{"prompt": "a", "completion": " "}], {}, "row 0 of train has an empty text"),
+        ([{"prompt": "a", "completion": " "}], {}, "row 1 of train has an empty text"),
         ([{"text": "a", "x": "b"}], {"answer_column": "z"}, "no column 'z'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "no message of the assistant"),
         (

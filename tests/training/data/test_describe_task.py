@@ -78,7 +78,7 @@ def test_split_without_the_column_is_named():
 def test_row_without_text_is_named(value):
     text = ["a", value] if value is None else [value, value]
     with pytest.raises(
-        DataError, match=rf"row {1 if value is None else 0} of train .* 'text'; expected text"
+        DataError, match=rf"row {2 if value is None else 1} of train .* 'text'; expected text"
     ):
         describe_task({"train": split([0, 1], text=text)}, DataConfig())
 
@@ -97,13 +97,13 @@ def test_row_without_text_is_named(value):
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_column_of_another_type_is_refused_and_not_left_out_row_by_row(text, said, skip):
     splits = {"train": split([0, 1]), "validation": split([0, 1], text=text)}
-    with pytest.raises(DataError, match="row 0 of validation .*" + said):
+    with pytest.raises(DataError, match="row 1 of validation .*" + said):
         describe_task(splits, DataConfig(skip_bad_rows=skip))
 
 
 def test_texts_among_values_of_other_types_are_refused_since_json_decodes_them():
     rows = Dataset.from_dict({"text": ['"a"', "b", 7], "label": [0, 1, 1]}, on_mixed_types="use_json")
-    with pytest.raises(DataError, match=r"row 2 of train has 7 in column 'text'.*values of several types"):
+    with pytest.raises(DataError, match=r"row 3 of train has 7 in column 'text'.*values of several types"):
         describe_task({"train": rows}, DataConfig(skip_bad_rows=True))
 
 
@@ -127,7 +127,7 @@ def test_fractions_are_no_class_ids_whatever_is_asked():
 
 
 def test_a_number_that_is_no_class_id_is_refused_before_it_takes_the_memory():
-    with pytest.raises(DataError, match=r"row 1 of train has label=1000000000000.*data\.label_column"):
+    with pytest.raises(DataError, match=r"row 2 of train has label=1000000000000.*data\.label_column"):
         describe([0, 10**12])
 
 
@@ -148,7 +148,7 @@ def test_texts_are_classes_in_sorted_order_of_the_training_rows():
 
 
 def test_text_label_that_no_training_row_has_is_named():
-    with pytest.raises(DataError, match=r"row 1 of validation has label='new'.*data\.validation_fraction"):
+    with pytest.raises(DataError, match=r"row 2 of validation has label='new'.*data\.validation_fraction"):
         describe(["pos", "neg"], ["neg", "new"])
 
 
@@ -176,7 +176,7 @@ def test_whole_numbers_without_0_are_as_many_classes_as_there_are_numbers(labels
     assert (
         f"label: whole numbers without 0 are names of {len(names)} classes: {', '.join(names)}" in caplog.text
     )
-    with pytest.raises(DataError, match="row 0 of validation has label=9, which no training row has"):
+    with pytest.raises(DataError, match="row 1 of validation has label=9, which no training row has"):
         describe(labels, [9])
 
 
@@ -187,15 +187,15 @@ def test_bad_rows_are_left_out_when_asked_and_said(caplog):
     )
     test = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=named)
     splits = {"train": train, "validation": train, "test": test}
-    with pytest.raises(DataError, match=r"row 1 of train has nothing .*data\.skip_bad_rows=true"):
+    with pytest.raises(DataError, match=r"row 2 of train has nothing .*data\.skip_bad_rows=true"):
         describe_task(splits, DataConfig())
     with caplog.at_level(logging.INFO, logger="swaft"):
         task = describe_task(splits, DataConfig(skip_bad_rows=True))
     left = {name: rows["text"][:] for name, rows in task.rows.items()}
     assert left == {"train": ["a", "e"], "validation": ["a", "e"]}
-    assert "3 of 5 rows of train are left out: 1, 2, 3 (row 1 has nothing in column 'text'" in caplog.text
-    assert "2 of 2 rows of test are left out: 0, 1 (row 0 has label=-1, which marks a row" in caplog.text
-    with pytest.raises(DataError, match=r"no row of train is left: all are bad \(row 0 has nothing"):
+    assert "3 of 5 rows of train are left out: 2, 3, 4 (row 2 has nothing in column 'text'" in caplog.text
+    assert "2 of 2 rows of test are left out: 1, 2 (row 1 has label=-1, which marks a row" in caplog.text
+    with pytest.raises(DataError, match=r"no row of train is left: all are bad \(row 1 has nothing"):
         describe_task({"train": split([0, 1], text=[None, None])}, DataConfig(skip_bad_rows=True))
 
 
@@ -215,7 +215,7 @@ def test_class_names_that_differ_between_splits_are_refused():
         describe_task({"train": named(["x", "y"]), "validation": named(["y", "x"])}, DataConfig())
 
 
-@pytest.mark.parametrize(("value", "row"), [(-1, 2), (3, 2)])
+@pytest.mark.parametrize(("value", "row"), [(-1, 3), (3, 3)])
 def test_label_out_of_range_names_split_row_and_value(value, row):
     with pytest.raises(
         DataError, match=rf"row {row} of validation has label={value}; expected 0 to 2.*data\.validation_fr"
@@ -224,7 +224,7 @@ def test_label_out_of_range_names_split_row_and_value(value, row):
 
 
 def test_negative_training_label_is_refused():
-    with pytest.raises(DataError, match=r"row 1 of train has label=-1.*data\.do_regression=false"):
+    with pytest.raises(DataError, match=r"row 2 of train has label=-1.*data\.do_regression=false"):
         describe([0, -1, 1])
 
 
@@ -237,7 +237,7 @@ def test_negative_class_ids_are_names_where_the_settings_say_that_numbers_are_cl
 
 @pytest.mark.parametrize("labels", [[0.5, math.nan], [1, None], ["a", None]])
 def test_missing_label_is_refused(labels):
-    with pytest.raises(DataError, match="row 1 of train has no label"):
+    with pytest.raises(DataError, match="row 2 of train has no label"):
         describe(labels)
 
 
@@ -247,7 +247,7 @@ def test_labels_of_different_kinds_are_refused():
     with pytest.raises(DataError, match="column 'label' of train holds list values"):
         describe([[0], [1]])
     mixed = Dataset.from_dict({"text": ["a"] * 3, "label": [0, 1, "pos"]}, on_mixed_types="use_json")
-    with pytest.raises(DataError, match="the int 0 in row 0, but the str 'pos' in row 2; write all as texts"):
+    with pytest.raises(DataError, match="the int 0 in row 1, but the str 'pos' in row 3; write all as texts"):
         describe_task({"train": mixed}, DataConfig())
 
 
@@ -265,7 +265,7 @@ def test_scores_written_as_texts_are_asked_about_and_taken_when_said():
     task = describe(["1.5", "2"], do_regression=True)
     assert (task.is_regression, task.num_labels) == (True, 1)
     for text in ("1,5", "nan", "good"):
-        with pytest.raises(DataError, match=f"row 1 of train has label='{text}', which is not a score"):
+        with pytest.raises(DataError, match=f"row 2 of train has label='{text}', which is not a score"):
             describe(["1.5", text], do_regression=True)
 
 

@@ -198,7 +198,7 @@ def test_the_official_files_of_squad_are_read_as_the_hub_has_them(read):
         both | {"id": "2", "question": "r?", "answers": {"text": [], "answer_start": []}},
     ]
     with pytest.raises(
-        DataError, match=r"article 0 of its data is not as in SQuAD's files \(KeyError: 'question'\)"
+        DataError, match=r"article 1 of its data is not as in SQuAD's files \(KeyError: 'question'\)"
     ):
         read("a.json", squad({"id": "1", "answers": []}))
 

@@ -41,23 +41,23 @@ def test_misplaced_answers_are_counted_and_refused_beyond_a_share(caplog, monkey
     with caplog.at_level(logging.WARNING, logger="swaft"):
         monkeypatch.setattr(question_answering, "MOST_MISPLACED", 0.5)
         check(row(), odd)
-    assert "2 of 4 answers of train do not stand where answer_start says (row 1, ...)" in caplog.text
+    assert "2 of 4 answers of train do not stand where answer_start says (row 2, ...)" in caplog.text
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"2 of 4 answers of train .*\(row 1, \.\.\.\); expected at most 1%"):
+    with pytest.raises(DataError, match=r"2 of 4 answers of train .*\(row 2, \.\.\.\); expected at most 1%"):
         check(row(), odd)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"question": " "}, "row 1 of train has an empty text in column 'question'"),
-        ({"context": "\n"}, "row 1 of train has an empty text in column 'context'"),
-        ({"context": None}, "row 1 of train has nothing in column 'context'; expected text.*fill it in"),
+        ({"question": " "}, "row 2 of train has an empty text in column 'question'"),
+        ({"context": "\n"}, "row 2 of train has an empty text in column 'context'"),
+        ({"context": None}, "row 2 of train has nothing in column 'context'; expected text.*fill it in"),
         ({"id": "q1"}, "1 values of column 'id' are in several rows of train"),
-        ({"answers": None}, "row 1 of train has None in column 'answers'; expected {'text'"),
+        ({"answers": None}, "row 2 of train has None in column 'answers'; expected {'text'"),
         ({"answers": {"text": ["a"], "answer_start": []}}, "lists of the same length"),
-        ({"answers": {"text": [" "], "answer_start": [1]}}, "row 1 of train has the answer ' ' at 1"),
-        ({"answers": {"text": ["a"], "answer_start": [None]}}, "row 1 of train has the answer 'a' at None"),
+        ({"answers": {"text": [" "], "answer_start": [1]}}, "row 2 of train has the answer ' ' at 1"),
+        ({"answers": {"text": ["a"], "answer_start": [None]}}, "row 2 of train has the answer 'a' at None"),
     ],
 )
 def test_row_that_cannot_be_used_is_named(changes, said):

@@ -337,7 +337,7 @@ def test_a_folder_of_json_files_is_read_file_by_file_and_labels_of_several_types
     (tmp_path / "train-2.jsonl").touch()  # as writers of several processes leave them
     splits = load_splits(DataConfig(dataset_name=str(tmp_path)))
     assert splits["train"]["label"][:] == ["pos", "neg", 3, "neg"]
-    with pytest.raises(DataError, match=r"holds the str 'pos' in row 0, but the int 3 in row 2"):
+    with pytest.raises(DataError, match=r"holds the str 'pos' in row 1, but the int 3 in row 3"):
         describe_task(splits, DataConfig())
 
 

@@ -66,7 +66,7 @@ def test_missing_columns_are_named_with_those_there_are():
     ],
 )
 def test_text_that_is_none_is_named(text, said):
-    with pytest.raises(DataError, match=f"row 1 of validation {said}"):
+    with pytest.raises(DataError, match=f"row 2 of validation {said}"):
         find(rows(text=["a"], summary=["b"]), rows(text=["a", "b"], summary=["b", text]))
 
 
@@ -100,7 +100,7 @@ def test_translations_written_as_texts_are_said_to_be_texts():
         DataError, match="'translation' holds no translations: expected an object with a text"
     ):
         find(texts, source_lang="en", target_lang="fr")
-    with pytest.raises(DataError, match=r"row 0 of validation has the text .* expected a text for each lang"):
+    with pytest.raises(DataError, match=r"row 1 of validation has the text .* expected a text for each lang"):
         find(TRANSLATIONS, texts, source_lang="en", target_lang="fr", skip_bad_rows=True)
 
 
@@ -132,7 +132,7 @@ def test_list_of_references_is_taken_as_it_is():
 @pytest.mark.parametrize("references", [[], ["one", ""], None])
 def test_list_without_a_usable_reference_is_named(references):
     split = rows(document=["a", "b"], summary=["one", "two"], references=[["one"], references])
-    with pytest.raises(DataError, match=r"row 1 of train has .* in column 'references'"):
+    with pytest.raises(DataError, match=r"row 2 of train has .* in column 'references'"):
         find(split)
 
 
@@ -183,7 +183,7 @@ def test_languages_beside_columns_are_left_to_the_tokenizer():
 
 def test_translation_without_a_text_is_named():
     split = rows(translation=[{"en": "Go.", "fr": "Va !"}, {"en": "Go.", "fr": None}])
-    with pytest.raises(DataError, match="row 1 of train has None as its text in 'fr'"):
+    with pytest.raises(DataError, match="row 2 of train has None as its text in 'fr'"):
         find(split, source_lang="en", target_lang="fr")
 
 

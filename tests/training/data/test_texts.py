@@ -169,6 +169,6 @@ def test_rows_that_spell_special_tokens_are_counted_and_the_setting_is_named(spl
     rows = Dataset.from_dict({"one": ["a", "b", "[MASK]"], "two": ["b", "a [SEP]", "a"]})
     with caplog.at_level(logging.WARNING):
         report_special_tokens({"train": rows, "test": rows.select([0])}, ["one", "two"], tokenizer)
-    expected = f"2 rows of train spell special tokens (row 1: [SEP]), which {said}"
+    expected = f"2 rows of train spell special tokens (row 2: [SEP]), which {said}"
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [expected]
     assert f"data.split_special_tokens={str(not split).lower()}" in caplog.text

@@ -85,9 +85,9 @@ def test_an_empty_text_is_refused_where_the_tokenizer_makes_no_token_of_it():
     refuse_rows_without_tokens(task.rows, task.text_columns, tiny_tokenizer())
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = None
-    with pytest.raises(DataError, match=r"row 1 of train has an empty text.*data\.skip_bad_rows=true"):
+    with pytest.raises(DataError, match=r"row 2 of train has an empty text.*data\.skip_bad_rows=true"):
         refuse_rows_without_tokens(task.rows, task.text_columns, bare)
     bare.backend_tokenizer.normalizer = normalizers.Replace("é", "")  # one that knows no such letter
     strange = Dataset.from_dict({"one": ["a", "é", "é"], "two": ["é", "a", "éé"]})
-    with pytest.raises(DataError, match=r"row 2 of test has the text 'é', which .* turns into no token"):
+    with pytest.raises(DataError, match=r"row 3 of test has the text 'é', which .* turns into no token"):
         refuse_rows_without_tokens({"test": strange}, ("one", "two"), bare)
