@@ -344,7 +344,7 @@ class WeightAverager:
         return blended(self.engine, self._ready(chosen).shard(chosen), chosen)
 
     def lane_shards(self, readout: str | Readout | None = None) -> list[tuple[float, Tensor]]:
-        """The terms an average is the sum of: (coefficient, this rank's elements) pairs, shaped as in `shard`.
+        """The terms an average is the sum of: (coefficient, this rank's elements) pairs, as in `shard`.
 
         For rules that keep whole members (LAWA), the tensors are those members. In a blend, the last term is the
         live weights. A scope is refused.

@@ -8,7 +8,6 @@ The versions are also in env.json of every run folder, with device, ranks and en
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +37,8 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
+    from swaft.averaging.host.machine import allowed_cores
+
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total
-    return {"cpus": len(os.sched_getaffinity(0)), "memory_bytes": memory, "gpus": gpus}
+    return {"cpus": len(allowed_cores()), "memory_bytes": memory, "gpus": gpus}

@@ -105,10 +105,12 @@ def run(words: Sequence[str]) -> int:
         print(f"[{number} of {len(waiting)}] {each.folder}", file=out, flush=True)
         try:
             if launch(each.words, out):
-                failed.append(str(each.folder))
+                failed.append(each)
         except KeyboardInterrupt:
             print("interrupted; the same line continues", file=sys.stderr)
             return 128 + signal.SIGINT
+    # Another sweep of this folder may have been in a run that failed here, and have finished it meanwhile.
+    failed = [str(each.folder) for each in failed if not each.has_ended]
     ended = [each.folder for each in runs if each.has_ended]
     compared = compare_runs(base, ended) if ended else ["no run has ended"]
     if options.json:

@@ -215,8 +215,9 @@ def replace_folder(new: Path, path: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names atomically; returns False if the system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 @contextmanager

@@ -110,14 +110,13 @@ class Problems:
             ready.task = describe_task(ready.rows, config.data)   # left out where there are no rows
         problems.refuse()
 
-    An error from `swaft.errors` ends its block and is put on the list; a missing part ends the block silently, and
-    its name is kept.
+    An error from `swaft.errors` ends its block and is put on the list; a missing part ends the block silently.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        self.missing: list[str] = []
-        """Names of the parts whose absence ended a block, each once."""
+        self.skipped = False
+        """Whether a missing part has ended a block."""
 
     def __enter__(self) -> None:
         """Start a block."""
@@ -128,8 +127,7 @@ class Problems:
         """End the block, and put its problem on the list if it has one."""
         if isinstance(error, SwaftError):
             self.add(error.problems if isinstance(error, ConfigError) else [message_of(error)])
-        elif isinstance(error, MissingPart) and str(error) not in self.missing:
-            self.missing.append(str(error))
+        self.skipped |= isinstance(error, MissingPart)
         return isinstance(error, SwaftError | MissingPart)
 
     def add(self, problems: Iterable[str]) -> None:

@@ -106,6 +106,19 @@ def test_a_run_that_another_sweep_ends_meanwhile_is_left_alone(tmp_path, launche
     assert [line[1] for line in launched] == ["train.seed=1", "train.seed=2"]
 
 
+def test_a_run_refused_because_another_sweep_was_in_it_counts_once_that_one_has_ended(
+    tmp_path, launched, monkeypatch
+):
+    launch = sweep.launch
+
+    def launch_refused(line: list[str], out: object) -> int:
+        return launch(line, out) or 1  # the other sweep's run ends well, and this one's attempt is refused
+
+    monkeypatch.setattr(sweep, "launch", launch_refused)
+    assert sweep.run(["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "1,2"]) == 0
+    assert len(launched) == 2
+
+
 def test_a_folder_whose_run_ended_with_another_line_is_refused(tmp_path, launched):
     words = ["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "1"]
     sweep.run([*words, "train.learning_rate=1e-4"])

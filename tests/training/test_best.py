@@ -80,7 +80,7 @@ def test_the_last_weights_are_kept_when_they_are_better_and_only_then(tmp_path):
     card = (tmp_path / "best" / "README.md").read_text()
     assert "\n# best\n" in card  # not the folder it was written in
     assert (
-        "holds the last weights of a training run (the best so far: step 5, validation accuracy 0.8000)"
+        "holds weights of a training run, not averaged (the best so far: step 5, validation accuracy 0.8000)"
         in card
     )
 

@@ -71,12 +71,12 @@ class Workers:
 def default_threads() -> int:
     """Half of this rank's share of the cores the process may run on, between 1 and `MAX_THREADS`."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // ranks_here // 2))
+    return max(1, min(MAX_THREADS, len(allowed_cores()) // ranks_here // 2))
 
 
 def cores_near(device: torch.device | None) -> set[int]:
     """The cores this process may use that share a NUMA node with a device; all of them if that is unknown."""
-    allowed = os.sched_getaffinity(0)
+    allowed = allowed_cores()
     if device is None or device.type != "cuda":
         return allowed
     found = torch.cuda.get_device_properties(device)
@@ -96,9 +96,14 @@ def parse_cores(text: str) -> set[int]:
     return cores
 
 
+def allowed_cores() -> set[int]:
+    """The cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def _stay_on(cores: set[int]) -> None:
-    # For the calling thread. If this is forbidden, threads run wherever the system puts them.
-    with contextlib.suppress(OSError):
+    # For the calling thread. If this is forbidden, or not Linux, threads run wherever the system puts them.
+    with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(0, cores)
 
 

@@ -233,7 +233,7 @@ class BestWeights:
             assert self._averager is not None
             self._averager.save_pretrained(new, readout, note=note)
         else:
-            save_pretrained(self._engine, new, description=f"the last weights of a training run{note}")
+            save_pretrained(self._engine, new, description=f"weights of a training run, not averaged{note}")
         with ranks.together(f"{self._folder} could not be written", patiently=True):
             if ranks.is_main:
                 self._tokenizer.save_pretrained(new)

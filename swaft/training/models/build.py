@@ -18,6 +18,7 @@ from torch import nn
 from swaft.errors import ConfigError
 from swaft.fraction import share_of
 from swaft.noise import R3F, R4F, RDrop, TaskLoss
+from swaft.noise.objectives import TwoPasses
 from swaft.training.config import NoiseConfig, TrainConfig
 from swaft.training.config.values import chosen_options, settings_of
 
@@ -70,17 +71,17 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
-def noise_facts(noise: NoiseConfig, objective: Any, model: nn.Module) -> dict[str, Any]:
-    """Return kind, weight and `NoiseSettings` of a prepared objective as plain values.
+def noise_facts(objective: Any, model: nn.Module) -> dict[str, Any]:
+    """Return kind, weight and `NoiseSettings` of an objective as plain values; kind ``none`` if it has one pass.
 
     Args:
-        noise: section ``noise``.
-        objective: what `build_objective` made of it.
+        objective: what `build_objective` made, or a recipe's own.
         model: whose task decides what a preset stands for.
     """
-    if noise.kind == "none":
+    if not isinstance(objective, TwoPasses):
         return {"kind": "none"}
-    return {"kind": noise.kind, "weight": noise.weight} | asdict(objective.settings_for(model))
+    kind = type(objective).__name__.lower()
+    return {"kind": kind, "weight": objective.weight} | asdict(objective.settings_for(model))
 
 
 def noise_in_words(facts: Mapping[str, Any]) -> str:

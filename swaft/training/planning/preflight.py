@@ -103,10 +103,8 @@ def check_run(words: Sequence[str]) -> Preflight:
                 unasked = ""
                 _check_recipe(recipe, run, problems)
     unchecked = [f"settings, data and model: {unasked}"] if unasked else []
-    if problems.found and problems.missing:
-        unchecked.append(
-            f"what needs {', '.join(problems.missing)}: not known before the problems are solved"
-        )
+    if problems.found and problems.skipped:
+        unchecked.append("whatever depends on the problems; validate again once they are solved")
     for part, find in FACTS.items():
         with problems:
             facts[part] = find(run)
@@ -230,7 +228,7 @@ FACTS: dict[str, Callable[[Looked], Any]] = {
     "model": lambda run: {"parameters": run.size.total, "trained": run.size.trainable},
     "steps": _step_facts,
     "averaging": _averaging_facts,
-    "noise": lambda run: noise_facts(run.config.noise, run.ready.objective, run.model),
+    "noise": lambda run: noise_facts(run.ready.objective, run.model),
     "ds": _deepspeed_facts,
     "data": lambda run: {name: len(split) for name, split in run.ready.rows.items()},
     "columns": lambda run: str(run.ready.columns),

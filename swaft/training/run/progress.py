@@ -253,11 +253,11 @@ def run_facts(run: Run, *, task: str, schedule: Callable[[int], float]) -> dict[
         "Engine": engine_name(accelerator),
         "Ranks": f"{accelerator.num_processes} on {accelerator.device.type}",
         "Precision": precision,
-        "Objective": getattr(run.objective, "__name__", type(run.objective).__name__),
+        "Objective": noise_in_words(noise_facts(run.objective, run.model)),
         "Averaging": "none",
     }
-    if hasattr(run.objective, "settings_for"):  # a copied recipe may have an objective of its own
-        facts["Objective"] = noise_in_words(noise_facts(run.config.noise, run.objective, run.model))
+    if facts["Objective"] == "none":  # one pass: the task loss, or a copied recipe's own
+        facts["Objective"] = getattr(run.objective, "__name__", type(run.objective).__name__)
     if averager is not None:
         plan = averager.plan()
         facts["Averaging"] = f"{plan.rule!r}: {plan.in_words(plan.num_members, run.readout)}"

@@ -118,7 +118,7 @@ class Run:
                 self._state.save()
                 if self.averager is not None:
                     self.averager.close()  # deletes what it has put on the node's disk
-            resumes = self.config.train.resume_from_checkpoint == "auto"
+            resumes = self.config.train.resume_from_checkpoint != "none"
             if isinstance(error, KeyboardInterrupt) and resumes and find_checkpoints(self.folder.path):
                 error.add_note("started again, the run resumes from its newest checkpoint")
 
