@@ -207,7 +207,7 @@ def test_ctrl_c_tells_of_the_newest_checkpoint_if_there_is_one_to_resume_from(ru
         with pytest.raises(KeyboardInterrupt) as raised:
             run(make_classifier(), make_rows(10), objective=Interrupted(), max_steps=4, **settings)
         told[tuple(settings.values())] = getattr(raised.value, "__notes__", [])
-    resumes = "started again, the run resumes from its newest checkpoint"
+    resumes = "when started again, the run resumes from its newest checkpoint"
     assert told == {(2,): [resumes], (100,): [], (2, "none"): []}
 
 

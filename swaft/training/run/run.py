@@ -120,7 +120,7 @@ class Run:
                     self.averager.close()  # deletes what it has put on the node's disk
             resumes = self.config.train.resume_from_checkpoint != "none"
             if isinstance(error, KeyboardInterrupt) and resumes and find_checkpoints(self.folder.path):
-                error.add_note("started again, the run resumes from its newest checkpoint")
+                error.add_note("when started again, the run resumes from its newest checkpoint")
 
     def loading(self) -> AbstractContextManager[None]:
         """Context in which a pretrained model is loaded whole, whatever the engine."""
