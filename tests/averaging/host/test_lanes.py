@@ -194,6 +194,6 @@ def test_a_forked_process_holds_no_pages_of_the_averages_and_cannot_read_them():
         try:
             lanes.shard()
         except AveragingError as error:
-            os._exit(7 if "this one is a fork" in str(error) and not held else 1)
+            os._exit(7 if "this process is a fork" in str(error) and not held else 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
