@@ -144,8 +144,8 @@ class Lanes:
     def _require_whole(self) -> None:
         if os.getpid() != self._process:
             raise AveragingError(
-                f"the averages are in the memory of process {self._process}; this process is a fork of it, which has "
-                "no copy of them. Read them there"
+                f"the averages are in the memory of process {self._process}; this process is a fork, which has no "
+                "copy of them. Read them in the first one"
             )
         if self._torn:
             raise AveragingError(
