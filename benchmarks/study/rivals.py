@@ -1,8 +1,7 @@
 """Small reference forms of the methods that noise stability is compared with: SMART, FreeLB, distillation.
 
 Objectives like those of swaft: called with model and batch, they return loss, divergence and noise_to_signal.
-Noise is sized as in R3F's preset ``relative``, as a share of the root mean square of the token embeddings: here the
-length of a token's noise over the root mean square length of a token.
+Noise is added to the token embeddings, and has the size that the authors' code gives it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 TEACHER = "teacher_logits"
 """Batch key under which :class:`Distillation` finds the teacher's logits, (B, C)."""
+TINY = 1e-30
+"""Divisor in place of 0: a token without a gradient gets no noise."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,26 @@ class Rival:
 class Smart(Rival):
     """The smoothness term of SMART (Jiang et al. 2020, eqs. 1-2), one ascent step; without its proximal term.
 
-    loss = L(x) + weight * max over noise of KL(p‖q) + KL(q‖p). The maximum is approximated by one step as long as
-    the radius, along the gradient at random noise of a hundredth of the radius. Three forward passes and, with the
-    ascent, about three backward passes.
+    loss = L(x) + weight * max over noise of KL(p‖q) + KL(q‖p). The maximum is approximated by one step along the
+    gradient at small random noise. Three forward passes and, with the ascent, about three backward passes.
 
     Args:
         weight: weight of the term.
-        radius: length of the noise, as a share.
+        sigma: standard deviation of the random noise.
+        step: largest entry of each token's noise after the step.
     """
 
-    def __init__(self, weight: float = 1.0, radius: float = 0.3) -> None:
-        self.weight, self.radius = weight, radius
+    def __init__(self, weight: float = 1.0, sigma: float = 1e-5, step: float = 1e-3) -> None:
+        self.weight, self.sigma, self.step = weight, sigma, step
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Output:
         """Run the passes, and combine them."""
         clean = model(**batch)
         embedded = embed(model, batch)
-        length = _length(embedded, self.radius)
-        noise = (_towards(torch.randn_like(embedded), length / 100)).requires_grad_()
+        noise = (self.sigma * torch.randn_like(embedded)).requires_grad_()
         found = symmetric_kl(clean.logits.detach(), noised_logits(model, batch, embedded.detach() + noise))
         (gradient,) = torch.autograd.grad(found, noise)
-        worst = _towards(gradient, length)
+        worst = self.step * gradient / gradient.abs().amax(-1, keepdim=True).clamp(min=TINY)
         divergence = symmetric_kl(clean.logits, noised_logits(model, batch, embedded + worst))
         share = worst.norm() / embedded.detach().norm()
         return Output(clean.loss + self.weight * divergence, divergence.detach(), share)
@@ -66,34 +66,36 @@ class Smart(Rival):
 class FreeLB(Rival):
     """FreeLB (Zhu et al. 2020, algorithm 1): the mean loss and gradient along an ascent of the noise.
 
-    The noise starts inside the ball. Between passes it takes a normalised gradient step as long as the radius, and
-    is projected back into the ball. All passes but the last run their backward pass here.
+    Between passes, which share their dropout masks (section 3.3), the noise takes a normalised gradient step and is
+    projected back into the ball. All passes but the last run their backward pass here. Sizes are those of the
+    authors' script for SST-2; each is an L2 norm over the tokens of a text.
 
     Args:
-        steps: passes of the ascent.
-        radius: radius of the ball, as a share.
+        passes: forward and backward passes.
+        start: the noise starts uniform in ±start / sqrt(number of entries).
+        step: length of a gradient step.
+        radius: radius of the ball.
     """
 
-    def __init__(self, steps: int = 2, radius: float = 0.3) -> None:
-        self.steps, self.radius = steps, radius
+    def __init__(self, passes: int = 2, start: float = 0.5, step: float = 0.1, radius: float = 0.4) -> None:
+        self.passes, self.start, self.step, self.radius = passes, start, step, radius
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Output:
         """Run the passes; the returned loss is the last one's share, for the caller's backward pass."""
-        labels, noise, total = batch["labels"], None, 0.0
-        for step in range(self.steps):
-            embedded = embed(model, batch)
-            length = _length(embedded, self.radius)
-            if noise is None:
-                noise = _towards(torch.randn_like(embedded), length * torch.rand_like(embedded[..., :1]))
+        embedded, real = embed(model, batch).detach(), batch["attention_mask"].unsqueeze(-1)
+        sizes = embedded.shape[-1] * real.sum((1, 2), keepdim=True)
+        noise = real * torch.empty_like(embedded).uniform_(-1, 1) * self.start / sizes.sqrt()
+        for _ in range(self.passes - 1):
             noise = noise.detach().requires_grad_()
-            loss = F.cross_entropy(noised_logits(model, batch, embedded + noise).float(), labels) / self.steps
-            total = total + loss.detach()
-            if step + 1 < self.steps:
-                loss.backward()
-                noise = noise.detach() + _towards(noise.grad, length)
-                noise = _towards(noise, torch.minimum(noise.norm(dim=-1, keepdim=True), length))
-        share = noise.detach().norm() / embedded.detach().norm()
-        return Output(loss, total * 0, share)
+            with torch.random.fork_rng():
+                self._loss(model, batch, embed(model, batch) + noise).backward()
+            noise = noise.detach() + self.step * noise.grad / _norm(noise.grad).clamp(min=TINY)
+            noise = noise * (self.radius / _norm(noise).clamp(min=TINY)).clamp(max=1)
+        loss = self._loss(model, batch, embed(model, batch) + noise)
+        return Output(loss, loss.detach() * 0, noise.norm() / embedded.norm())
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor], noised: Tensor) -> Tensor:
+        return F.cross_entropy(noised_logits(model, batch, noised).float(), batch["labels"]) / self.passes
 
 
 class Distillation(Rival):
@@ -134,10 +136,6 @@ def noised_logits(model: nn.Module, batch: dict[str, Tensor], embedded: Tensor) 
     return model(inputs_embeds=embedded, **arguments).logits
 
 
-def _length(embedded: Tensor, radius: float) -> Tensor:
-    return radius * embedded.detach().square().sum(-1).mean().sqrt()
-
-
-def _towards(direction: Tensor, length: Tensor) -> Tensor:
-    """Each token's vector scaled to a given length; 0 stays 0."""
-    return direction * (length / direction.norm(dim=-1, keepdim=True).clamp(min=1e-30))
+def _norm(noise: Tensor) -> Tensor:
+    """L2 norm over the tokens of each text, (B, 1, 1)."""
+    return noise.flatten(1).norm(dim=-1)[:, None, None]

@@ -32,43 +32,59 @@ def batch():
     }
 
 
-def test_smart_finds_noise_that_hurts_more_than_random_noise_of_its_size(model, batch):
-    found = rivals.Smart(weight=2.0, radius=0.5)(model, batch)
-    clean = model(**batch)
-    torch.testing.assert_close(found.loss, clean.loss + 2.0 * found.divergence)
-    embedded = rivals.embed(model, batch)
-    length = 0.5 * embedded.square().sum(-1).mean().sqrt()
-    at_random = []
-    for _ in range(20):
-        noise = F.normalize(torch.randn_like(embedded), dim=-1) * length
-        noised = rivals.noised_logits(model, batch, embedded + noise)
-        at_random.append(rivals.symmetric_kl(clean.logits, noised).item())
-    assert float(found.divergence) > max(at_random)
-    assert float(found.noise_to_signal) == pytest.approx(0.5, rel=1e-3)
-
-
-def test_freelb_leaves_the_mean_gradient_of_its_passes_and_stays_in_the_ball(model, batch, monkeypatch):
-    losses, noises = [], []
-    plain = rivals.noised_logits
+def recorded_noises(monkeypatch):
+    """The noise of every noised pass, filled as they run."""
+    noises, plain = [], rivals.noised_logits
 
     def recorded(network, given, embedded):
         noises.append((embedded - rivals.embed(network, given)).detach())
         return plain(network, given, embedded)
 
     monkeypatch.setattr(rivals, "noised_logits", recorded)
-    rivals.FreeLB(steps=3, radius=0.5)(model, batch).loss.backward()
+    return noises
+
+
+def test_smart_finds_noise_that_hurts_more_than_random_noise_of_its_size(model, batch, monkeypatch):
+    noises = recorded_noises(monkeypatch)
+    found = rivals.Smart(weight=2.0, sigma=1e-3, step=1e-2)(model, batch)
+    clean = model(**batch)
+    torch.testing.assert_close(found.loss, clean.loss + 2.0 * found.divergence)
+    worst, embedded = noises[-1], rivals.embed(model, batch)
+    torch.testing.assert_close(worst.abs().amax(-1), torch.full((4, 6), 1e-2), rtol=1e-3, atol=0.0)
+    at_random = []
+    for _ in range(20):
+        noise = F.normalize(torch.randn_like(embedded), dim=-1) * worst.norm(dim=-1, keepdim=True)
+        noised = rivals.noised_logits(model, batch, embedded + noise)
+        at_random.append(rivals.symmetric_kl(clean.logits, noised).item())
+    assert float(found.divergence) > max(at_random)
+
+
+def test_freelb_leaves_the_mean_gradient_of_its_passes_and_stays_in_the_ball(model, batch, monkeypatch):
+    losses, noises = [], recorded_noises(monkeypatch)
+    batch["attention_mask"][0, 4:] = 0
+    rivals.FreeLB(passes=3, start=0.05, step=0.1, radius=0.12)(model, batch).loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    embedded = rivals.embed(model, batch).detach()
-    length = 0.5 * embedded.square().sum(-1).mean().sqrt()
-    assert max(float(noise.norm(dim=-1).max()) for noise in noises) <= float(length) * 1.0001
+    sizes = torch.stack([noise.flatten(1).norm(dim=-1) for noise in noises])
+    assert sizes[0].max() < 0.05 < sizes[1].min()
+    torch.testing.assert_close(sizes[2], torch.full((4,), 0.12), rtol=1e-3, atol=0.0)
+    assert all(noise[0, 4:].abs().max() < 1e-6 for noise in noises)  # none on padding
     model.zero_grad()
-    for noise in noises:
-        logits = plain(model, batch, rivals.embed(model, batch) + noise)
+    for noise in noises[:3]:
+        logits = rivals.noised_logits(model, batch, rivals.embed(model, batch) + noise)
         losses.append(F.cross_entropy(logits, batch["labels"]).item())
         (F.cross_entropy(logits, batch["labels"]) / 3).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
-    assert losses[0] < losses[1] < losses[2] + 1e-3  # it ascends
+    assert losses[0] < losses[1] < losses[2]  # it ascends
+
+
+def test_the_passes_of_freelb_share_their_dropout_masks(model, batch):
+    model.config.hidden_dropout_prob = 0.5
+    dropping = BertForSequenceClassification(model.config).train()
+    seen = []
+    dropping.bert.embeddings.dropout.register_forward_hook(lambda _, given, output: seen.append(output == 0))
+    rivals.FreeLB(passes=2)(dropping, batch)
+    assert 0.4 < seen[0].float().mean() < 0.6 and torch.equal(*seen)
 
 
 def test_distillation_is_cross_entropy_and_the_softened_divergence_from_the_teacher(model, batch):
