@@ -315,8 +315,8 @@ def _method(kept: Kept) -> str:
         "p-values are from two-sided sign tests over tasks, adjusted for the number of arms in the table (Holm); "
         "four tasks alone cannot give less than 0.125.",
         "SMART and distillation cost three or four units, but are compared with a run of two. The teachers "
-        "of distillation are as large as the student, and trained on the same rows. SMART and FreeLB have the noise "
-        "sizes of their authors' code (FreeLB's for SST-2); they were not tuned here.",
+        "of distillation are as large as the student, and trained on the same rows. SMART and FreeLB have the "
+        "noise sizes of their authors' code (FreeLB's for SST-2); they were not tuned here.",
     ]
     return "\n".join(["## How it was measured\n", *(f"* {part}" for part in parts)])
 

@@ -84,7 +84,8 @@ def test_the_passes_of_freelb_share_their_dropout_masks(model, batch):
     seen = []
     dropping.bert.embeddings.dropout.register_forward_hook(lambda _, given, output: seen.append(output == 0))
     rivals.FreeLB(passes=2)(dropping, batch)
-    assert 0.4 < seen[0].float().mean() < 0.6 and torch.equal(*seen)
+    assert 0.4 < seen[0].float().mean() < 0.6
+    assert torch.equal(*seen)
 
 
 def test_distillation_is_cross_entropy_and_the_softened_divergence_from_the_teacher(model, batch):
