@@ -17,7 +17,7 @@ PLAIN = {"decayed": "decayed2x", "constant": "constant2x"}
 """By schedule, the training with the plain loss that costs as much as one with a two-pass objective."""
 ALL = CHOOSING + CONFIRMING
 ON = {"": CHOOSING, " on the confirming tasks": CONFIRMING, " on all eight tasks": ALL} | {
-    f" on {task}": (task,) for task in GENERAL
+    f" on {task}": (task,) for task in (*ALL, *GENERAL)
 }
 """The tasks a quote is about, by the words that follow the arm."""
 QUOTE = re.compile(rf"`([\w.-]+:[\w.+-]+)`({'|'.join(ON)}): [^`]*? points of score")
