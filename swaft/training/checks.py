@@ -115,8 +115,8 @@ class Problems:
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        self.skipped = False
-        """Whether a missing part has ended a block."""
+        self.skipped: list[str] = []
+        """The missing parts that have ended a block."""
 
     def __enter__(self) -> None:
         """Start a block."""
@@ -127,7 +127,8 @@ class Problems:
         """End the block, and put its problem on the list if it has one."""
         if isinstance(error, SwaftError):
             self.add(error.problems if isinstance(error, ConfigError) else [message_of(error)])
-        self.skipped |= isinstance(error, MissingPart)
+        if isinstance(error, MissingPart) and str(error) not in self.skipped:
+            self.skipped.append(str(error))
         return isinstance(error, SwaftError | MissingPart)
 
     def add(self, problems: Iterable[str]) -> None:

@@ -278,6 +278,33 @@ def test_what_a_problem_keeps_from_being_checked_is_told(validate, tmp_path):
     assert unchecked.endswith("whatever depends on the problems; validate again once they are solved")
 
 
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_a_part_that_prepare_does_not_set_is_named(command, configs, capsys, tmp_path):
+    recipe = (
+        Path("recipes/classification.py")
+        .read_text()
+        .replace("return ready\n", "del ready.model_config\n    return ready\n", 1)
+    )
+    (script := tmp_path / "mine.py").write_text(recipe)
+    words = [
+        command,
+        "--config_file",
+        str(FILES["zero3"]),
+        str(script),
+        "--config",
+        str(configs["classification"]),
+    ]
+    code, printed = main(words), capsys.readouterr()
+    if command == "plan":
+        assert (
+            code,
+            f"{script}: a plan needs model_config, which its prepare does not set" in printed.err,
+        ) == (1, True)
+    else:
+        assert (code, "problem    none" in printed.out) == (0, True)
+        assert "unchecked  whatever needs what only the run itself knows: model_config" in printed.out
+
+
 def test_columns_are_not_told_beside_one_that_is_missing(validate):
     code, printed = validate("classification", "data.label_column=lable")
     assert code == 1

@@ -132,13 +132,18 @@ def plan_recipe(
     ready = recipe.prepare(config, problems)
     start = check_start(config, ready, launch.environ, problems)
     averages = getattr(ready, "rule", None) is not None
-    if averages and not hasattr(start, "total_steps"):
+    knows_length = hasattr(start, "total_steps") and not start.may_be_longer
+    if averages and not (knows_length or hasattr(start, "plan")):
         problems.add(
             ["the length of the run depends on the training rows; set train.max_steps to plan without them"]
         )
     needed = [(ready, "model_config"), (ready, "objective"), (ready, "rule"), (start, "engine")]
-    if not all(hasattr(*each) for each in needed) or (averages and not hasattr(start, "plan")):
-        raise ConfigError(problems.found)
+    missing = [name for whole, name in needed if not hasattr(whole, name)]
+    if missing or (averages and not hasattr(start, "plan")):
+        unset = (
+            f"{script.path}: a plan needs {', '.join(missing)}, which its prepare does not set; set it there"
+        )
+        raise ConfigError(problems.found or unset)
     engine = PlannedEngine(launch, start.engine, on_cpu=on_cpu)
     model, rule_plan = planned_model(config, ready.model_config), start.plan if averages else None
     found = plan_run(engine, config, model, ready.objective, rule_plan, step_seconds=step_seconds)

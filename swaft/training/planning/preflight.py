@@ -103,8 +103,10 @@ def check_run(words: Sequence[str]) -> Preflight:
                 unasked = ""
                 _check_recipe(recipe, run, problems)
     unchecked = [f"settings, data and model: {unasked}"] if unasked else []
-    if problems.found and problems.skipped:
-        unchecked.append("whatever depends on the problems; validate again once they are solved")
+    if problems.skipped:
+        unknown = f"whatever needs what only the run itself knows: {', '.join(problems.skipped)}"
+        solvable = "whatever depends on the problems; validate again once they are solved"
+        unchecked.append(solvable if problems.found else unknown)
     for part, find in FACTS.items():
         with problems:
             facts[part] = find(run)
