@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ from swaft.training.models.checks import (
 )
 from swaft.training.models.encoder_decoder import check_new_model, require_generation_start
 from swaft.training.models.pretrained import FORMS, UNLIMITED, longest_input, longest_text
+from swaft.training.planning.step import planned_model
 
 pytestmark = pytest.mark.unit
 
@@ -234,6 +236,15 @@ def test_a_type_without_a_form_for_the_task_is_refused_unless_it_brings_its_own(
         require_form(PRETRAINED, config, task)
     config.auto_map = {FORMS[task].auto.__name__: "modeling.Model"}
     require_form(PRETRAINED, config, task)
+
+
+def test_a_task_that_the_recipes_do_not_know_is_refused_with_those_they_do():
+    listed = r"'token classification' is not one of sequence classification, question answering, .*modelling"
+    with pytest.raises(ConfigError, match=listed):
+        require_form(PRETRAINED, BertConfig(), "token classification")
+    config: Any = SimpleNamespace(model=PRETRAINED, task="token classification")
+    with pytest.raises(ConfigError, match=listed):
+        planned_model(config, BertConfig())
 
 
 def test_of_a_model_that_reads_images_the_text_model_is_asked_for():

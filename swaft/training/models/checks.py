@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from swaft.errors import ConfigError
 from swaft.training.checks import Prepared, Problems
 from swaft.training.config import AnyModelConfig, RecipeConfig
-from swaft.training.models.pretrained import FORMS, half, model_path
+from swaft.training.models.pretrained import form_of, half, model_path
 from swaft.training.models.special_tokens import follow_tokenizer
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -93,12 +93,12 @@ def require_text(model: AnyModelConfig, model_config: Any) -> None:
 
 
 def require_form(model: AnyModelConfig, model_config: Any, task: str) -> None:
-    """Refuse a type of model that has no form for a task in `FORMS`, neither in transformers nor in its own code.
+    """Refuse a type of model that has no form for a task, neither in transformers nor in its own code.
 
     Raises:
-        ConfigError: names the type and the task.
+        ConfigError: names the type and the task; or the tasks there are, if this is none of them.
     """
-    auto, has_head = FORMS[task].auto, FORMS[task].has_head
+    auto, _, has_head = form_of(task)
     brings_its_own = auto.__name__ in (getattr(model_config, "auto_map", None) or {})
     if type(model_config) not in auto._model_mapping and not brings_its_own:
         part: Any = getattr(model_config, "text_config", None)

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
-from swaft.training.config.values import split_names
+from swaft.training.config.values import not_allowed, split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 
 
@@ -50,6 +50,17 @@ UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
 """Types that count positions from the padding id, and compute as many positions as needed."""
+
+
+def form_of(task: str) -> Form:
+    """Return the form of a task.
+
+    Raises:
+        ConfigError: the task is not a key of `FORMS`, which it lists.
+    """
+    if task not in FORMS:
+        raise ConfigError(f"Config.task: {not_allowed(task, [*FORMS])}")
+    return FORMS[task]
 
 
 def model_path(model: AnyModelConfig) -> str:
@@ -171,7 +182,7 @@ def load_form(config: RecipeConfig, model_config: Any, **settings: Any) -> Any:
     Torch is seeded here because under ZeRO-3 nothing makes the ranks' weights equal afterwards.
     """
     torch.manual_seed(config.train.seed)
-    model, form = config.model, FORMS[config.task]
+    model, form = config.model, form_of(config.task)
     with naming_settings(model):
         if model.described is not None:
             loaded = form.auto.from_config(model_config, dtype=torch.float32)
@@ -236,14 +247,14 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(f"model.use_peft: needs peft: pip install 'swaft[peft]' ({error})") from error
-    names = settings.lora_target_modules
+    names, form = settings.lora_target_modules, form_of(task)
     wanted = LoraConfig(
-        task_type=FORMS[task].peft,
+        task_type=form.peft,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=names if names in (None, "all-linear") else split_names(names),
-        modules_to_save=(new_heads(model) if FORMS[task].has_head else None) or None,
+        modules_to_save=(new_heads(model) if form.has_head else None) or None,
     )
     try:
         with warnings.catch_warnings():

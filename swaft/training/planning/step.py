@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from swaft.errors import ConfigError, NoiseError
 from swaft.training.config import TrainConfig
 from swaft.training.launch.failure import message_of
-from swaft.training.models.pretrained import FORMS, naming_settings, with_adapters, with_checkpointing
+from swaft.training.models.pretrained import form_of, naming_settings, with_adapters, with_checkpointing
 from swaft.training.planning.memory import PlannedEngine, Weight
 
 LENGTHS = {
@@ -50,8 +50,12 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
     Args:
         config: a recipe's configuration.
         model_config: the model's transformers configuration.
+
+    Raises:
+        ConfigError: the recipe's task is not one of `swaft.training.models.pretrained.FORMS`.
     """
     model, task = config.model, config.task
+    form = form_of(task)
     if model.described is not None:  # the special tokens and largest vocabulary that its tokenizer will have
         fitted = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
         fitted["vocab_size"] = model.most_tokens
@@ -63,7 +67,7 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
 
     def build() -> Any:
         with naming_settings(model):
-            made = FORMS[task].auto.from_config(
+            made = form.auto.from_config(
                 model_config, dtype=torch.float32, trust_remote_code=model.trust_remote_code
             )
         # Tensors without data cannot be moved, so adapters stay where they are made.
