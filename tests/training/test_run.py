@@ -38,6 +38,7 @@ from swaft.training.data.classification import (
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.models.build import build_schedule, set_learning_rate
+from swaft.training.run import state as run_state
 from swaft.training.run.run import Run
 from swaft.training.run.step import shuffled
 
@@ -157,6 +158,15 @@ def test_a_run_folder_with_an_older_config_resumes_to_the_bit_also_with_an_optim
     assert (folder / "config.yaml").read_text() == own
     for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_an_objective_that_computes_no_loss_keeps_no_run_from_resuming(make_accelerator, monkeypatch, caplog):
+    monkeypatch.setattr(run_state, "DistributedDataParallel", nn.Module)
+    model, batch = make_classifier(), default_collate(make_rows(2))
+    del batch["labels"], batch["idx"]
+    run_state.settle_buckets(make_accelerator(), model, TaskLoss(), batch)
+    assert "the first step after resuming may differ in its last bits" in caplog.text
+    assert "has no loss" in caplog.text
 
 
 def test_a_checkpoint_with_averages_sums_the_weights_once(run, tmp_path, monkeypatch):

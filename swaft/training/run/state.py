@@ -144,6 +144,9 @@ def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, b
     of a resumed process would differ in the last bits from the run it continues. The gradients are dropped;
     whatever else the pass changes (generators, buffers, the objective's count) has to be restored afterwards.
 
+    The loop of a copied recipe may compute its loss itself. If the objective cannot compute one, the run resumes
+    without this pass, with a warning.
+
     Args:
         accelerator: the one that prepared the model.
         model: the prepared model; anything but DDP is left alone.
@@ -152,7 +155,20 @@ def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, b
     """
     if isinstance(model, DistributedDataParallel):
         model.train()
-        accelerator.backward(objective(model, send_to_device(batch, accelerator.device)).loss)
+        loss, error = None, None
+        try:
+            loss = objective(model, send_to_device(batch, accelerator.device)).loss
+        except Exception as found:  # whatever an objective of one's own raises
+            error = f"{type(found).__name__}: {found}"
+        errors = [each for each in shared_ranks().gather(error) if each is not None]
+        if errors:
+            logger.warning(
+                "the objective given to run.prepare cannot compute a loss (%s), so the first step after resuming "
+                "may differ in its last bits; give a callable that returns the loss of your loop as .loss",
+                errors[0],
+            )
+            return
+        accelerator.backward(loss)
         model.zero_grad()
 
 
