@@ -125,7 +125,12 @@ class Option:
 def options_of(section: type) -> dict[str, Option]:
     """The options of a dataclass, by name."""
     hints = get_type_hints(section, include_extras=True)
-    return {each.name: Option.of(hints[each.name], each.default) for each in fields(section) if each.init}
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(section)
+        if each.init
+    }
+    return {name: Option.of(hints[name], default) for name, default in defaults.items()}
 
 
 def check(options: Any) -> list[tuple[str, str]]:

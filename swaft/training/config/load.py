@@ -274,7 +274,9 @@ def help_text(config_class: type) -> str:
         docs, indent = docs_of(kind), " " * 6
         for name, option in options_of(kind).items():
             default = "required" if option.required else f"default {written(option.default)}"
-            body = textwrap.fill(docs[name], HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+            body = textwrap.fill(
+                docs.get(name, ""), HELP_WIDTH, initial_indent=indent, subsequent_indent=indent
+            )
             blocks.append(f"  {section}.{name}  <{type_name(option)}>  [{default}]\n{body}\n")
     return "".join(blocks)
 
