@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swaft.errors import TrainingError
 from swaft.training.run.step import Meter, count_tokens
 
 pytestmark = pytest.mark.unit
@@ -57,6 +58,26 @@ def test_a_resumed_recipe_that_logs_something_else_begins_its_sums_anew(make_acc
     meter.sums += 100.0
     add(meter, 3.0, rows=2)
     assert (meter.read()["loss"], meter.names) == (3.0, ("loss", "f1"))
+
+
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [
+        ({"loss": 1.0}, "loss"),
+        ({"loss": 1.0, "f1": 1.0, "recall": 1.0}, "loss, f1, recall"),
+        ({"loss": torch.ones(2), "f1": 1.0}, r"loss of shape \(2,\), f1"),
+        ({}, "nothing"),
+    ],
+)
+def test_values_that_are_not_numbers_under_the_first_names_are_refused(make_accelerator, values, given):
+    meter, one = Meter(make_accelerator()), torch.tensor(1)
+    add(meter, 1.0, rows=1)
+    meter.add({"f1": 1.5, "loss": 3.0}, count=one, tokens=one)  # in any order
+    with pytest.raises(TrainingError, match=f"given {given}; expected one number each for loss, f1:"):
+        meter.add(values, count=one, tokens=one)
+    assert meter.read()["loss"] == 2.0
+    with pytest.raises(TrainingError, match="given f1; expected one number each for f1, loss:"):
+        Meter(make_accelerator()).add({"f1": 1.0}, count=one, tokens=one)
 
 
 def test_training_rows_of_like_length_come_together_in_every_recipe(make_accelerator):

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from swaft.distributed import shared_ranks
 from swaft.errors import TrainingError
 from swaft.noise.inputs import IGNORE_INDEX
 from swaft.noise.passes import SentCount
@@ -297,7 +298,8 @@ class Step:
     def log(self, **values: Any) -> None:
         """Record numbers of this micro-batch, 0-dim; their means over rows are logged when a log line is due.
 
-        Names have to be the same at every micro-batch and on every rank, and include ``loss``.
+        Names have to be the same at every micro-batch and on every rank, and include ``loss``. Else the loop over
+        `micro_batches` raises a `TrainingError`.
         """
         self._logged |= values
 
@@ -362,14 +364,16 @@ class Meter:
             values: means over its rows by name, 0-dim tensors or plain numbers.
             count: number of its rows, 0-dim; if it is 0, no token counts either.
             tokens: number of its tokens, 0-dim.
+
+        Raises:
+            TrainingError: the values are not numbers under the same names as before, ``loss`` among them.
         """
-        if tuple(values) != self.names:  # the first micro-batch, or a resumed recipe that logs something else
-            self._begin(values)
+        self._require_alike(values)
         double: Any = {"dtype": torch.float64, "device": self.sums.device}
         means = [
             (each.detach().to(**double) if isinstance(each, Tensor) else torch.full((), each, **double))
             * count
-            for each in values.values()
+            for each in (values[name] for name in self.names)
         ]
         self.sums += torch.stack([*means, count.double(), (tokens * (count > 0)).double()])
 
@@ -406,6 +410,7 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the time from :meth:`state_dict`, with sums at zero."""
         self._begin(state["names"])
+        self._has_names = False  # a resumed recipe may log something else
         self._started = time.monotonic() - state["seconds"]
         self.logged_at_s: float = state["logged_at_s"]
         """Seconds since training began at the last line of the log."""
@@ -418,6 +423,24 @@ class Meter:
             yield
         finally:
             self._started += time.monotonic() - began
+
+    def _require_alike(self, values: Mapping[str, Tensor | float]) -> None:
+        """Refuse values that cannot be added to the sums (collective at the first micro-batch of the process)."""
+        found = [{name: tuple(getattr(value, "shape", ())) for name, value in values.items()}]
+        if not self._has_names:
+            found, self._has_names = shared_ranks().gather(found[0]), True
+            if found[0].keys() != {*self.names}:
+                self._begin(found[0])
+        expected = dict.fromkeys(self.names, ()) | {"loss": ()}
+        for logged in found:
+            if logged != expected:
+                given = ", ".join(
+                    f"{name} of shape {shape}" if shape else name for name, shape in logged.items()
+                )
+                raise TrainingError(
+                    f"step.log was given {given or 'nothing'}; expected one number each for {', '.join(expected)}: "
+                    "the names of the first micro-batch, at every micro-batch and on every rank, loss among them"
+                )
 
     def _begin(self, names: Sequence[str] | Mapping[str, Any]) -> None:
         self.names = tuple(names)
