@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 import swaft
 from swaft.averaging import state
-from swaft.errors import TrainingError
+from swaft.errors import ConfigError, TrainingError
 from swaft.noise import TaskLoss
 from swaft.noise.passes import SentCount
 from swaft.training.config import (
@@ -58,7 +58,18 @@ class Tokenizer:
 def run(make_accelerator, tmp_path):
     """Train a model on rows; returns the records of the log, where the run stands, and the averager."""
 
-    def train(model, rows, *, objective=None, rule=None, evaluate: Any = None, evaluation=None, **changes):
+    def train(
+        model,
+        rows,
+        *,
+        objective=None,
+        rule=None,
+        evaluate: Any = None,
+        evaluation=None,
+        outside=None,
+        parts=None,
+        **changes,
+    ):
         new: dict[str, Any] = {"output_dir": str(tmp_path / str(len(list(tmp_path.iterdir()))))}
         small: dict[str, Any] = {"logging_steps": 1, "learning_rate": 0.1, "per_device_train_batch_size": 2}
         settings = TrainConfig(**(new | small | changes))
@@ -76,7 +87,9 @@ def run(make_accelerator, tmp_path):
         with Run(config, accelerator) as run:
             model, optimizer, loader = run.prepare(
                 model,
-                lambda model: torch.optim.SGD(model.parameters(), lr=settings.learning_rate),
+                lambda model: torch.optim.SGD(
+                    [*model.parameters(), *(outside or nn.Identity()).parameters()], lr=settings.learning_rate
+                ),
                 Dataset.from_list(rows).with_format("torch"),
                 default_collate,
                 objective=objective,
@@ -85,7 +98,7 @@ def run(make_accelerator, tmp_path):
             schedule = build_schedule(settings, total_steps=run.total_steps, averaging=rule is not None)
             ready: Any = SimpleNamespace(description="-", target=Target(score="accuracy", chosen="accuracy"))
             splits = {"validation"} if evaluate else ()
-            run.begin(ready, Tokenizer(), splits, schedule=schedule, averager=averager)
+            run.begin(ready, Tokenizer(), splits, schedule=schedule, averager=averager, **(parts or {}))
             for step in run.steps(loader, evaluate):
                 set_learning_rate(optimizer, schedule(run.applied_steps))
                 for batch, share in step.micro_batches():
@@ -167,6 +180,22 @@ def test_an_objective_that_computes_no_loss_keeps_no_run_from_resuming(make_acce
     run_state.settle_buckets(make_accelerator(), model, TaskLoss(), batch)
     assert "the first step after resuming may differ in its last bits" in caplog.text
     assert "has no loss" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("outside", "parts", "message"),
+    [
+        (nn.Linear(2, 2), {}, r"has 2 parameters that are not the model's, expected none"),
+        (
+            nn.Identity(),
+            {"head": nn.Linear(2, 2)},
+            r"the state of 'head' cannot be saved: .* Expected plain JSON",
+        ),
+    ],
+)
+def test_what_no_checkpoint_could_hold_is_refused_before_training(run, outside, parts, message):
+    with pytest.raises(ConfigError, match=message):
+        run(make_classifier(), make_rows(4), outside=outside, parts=parts)
 
 
 def test_a_checkpoint_with_averages_sums_the_weights_once(run, tmp_path, monkeypatch):

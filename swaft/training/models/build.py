@@ -71,6 +71,21 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
+def require_own_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer with parameters outside of the model, such as a loss's, which no checkpoint would hold.
+
+    Raises:
+        ConfigError: with their number.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    others = [each for group in optimizer.param_groups for each in group["params"] if id(each) not in own]
+    if others:
+        raise ConfigError(
+            f"the optimizer has {len(others)} parameters that are not the model's, expected none: a run's "
+            "checkpoints hold only the model's. Make them part of the model (a loss with weights: one of its modules)"
+        )
+
+
 def noise_facts(objective: Any, model: nn.Module) -> dict[str, Any]:
     """Return kind, weight and `NoiseSettings` of an objective as plain values; kind ``none`` if it has one pass.
 

@@ -37,7 +37,12 @@ from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluati
 from swaft.training.launch.accelerator import whole_model_loading
 from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
 from swaft.training.launch.fsdp2 import prepare
-from swaft.training.models.build import count_epoch_steps, count_optimizer_steps, count_parameters
+from swaft.training.models.build import (
+    count_epoch_steps,
+    count_optimizer_steps,
+    count_parameters,
+    require_own_parameters,
+)
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
@@ -148,7 +153,8 @@ class Run:
             Model, optimizer and loader, as returned by ``accelerator.prepare``.
 
         Raises:
-            ConfigError, StateError: the checkpoint is from another run or engine.
+            ConfigError, StateError: the checkpoint is from another run or engine, or the optimizer has parameters
+                that are not the model's.
         """
         self._open.enter_context(self._interruption)
         self.objective = objective
@@ -158,7 +164,13 @@ class Run:
         # From here on the weights may be sharded.
         allow_unused_weights(accelerator, model)
         loader = training_loader(rows, collate, train, world_size=world_size, device=accelerator.device)
-        self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
+
+        def build(model: nn.Module) -> torch.optim.Optimizer:
+            built = optimizer(model)
+            require_own_parameters(built, model)
+            return built
+
+        self.model, self.optimizer, loader = prepare(accelerator, model, build, loader)
         self.total_steps = count_optimizer_steps(train, len(loader))
         self.steps_per_epoch = count_epoch_steps(train, len(loader))
         setup = Setup(
@@ -201,7 +213,8 @@ class Run:
                 be passed too.
 
         Raises:
-            ConfigError, StateError: the checkpoint does not fit this run; on every rank.
+            ConfigError, StateError: the checkpoint does not fit this run, or a part's state is not plain values; on
+                every rank.
         """
         config, folder, accelerator = self.config, self.folder, self.accelerator
         self.averager, self.target, self._tokenizer = averager, ready.target, tokenizer

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from swaft.averaging.state import same_weights, weights_now
 from swaft.distributed import shared_ranks
 from swaft.environment import package_versions
-from swaft.errors import StateError
+from swaft.errors import ConfigError, StateError
 from swaft.storage import FileRecord, Spec, TensorFile, hash_file, sync_file, sync_folder, write_tensors
 from swaft.training.config import flatten
 from swaft.training.run.checkpoints import AVERAGE, TAG, RunCheckpoint, delete_old, save_checkpoint
@@ -280,12 +280,13 @@ class RunState:
             parts: other objects with state, by name, as for `Run.begin`; those without state are ignored.
 
         Raises:
-            ConfigError, StateError: the checkpoint does not fit this run; on every rank.
+            ConfigError, StateError: the checkpoint does not fit this run, or a part's state is not plain values.
         """
         run, engine = self.run, self.run.engine
         self.in_files = {name: part for name, part in parts.items() if hasattr(part, "save_state")}
         others = {name: part for name, part in parts.items() if name not in self.in_files}
         self._plain = {name: part for name, part in others.items() if hasattr(part, "state_dict")}
+        _require_plain(self._plain)
         self._plain |= {"position": run.position, "meter": run.meter}
         if self._resumed is None:
             return
@@ -422,6 +423,18 @@ def restore_random(tensors: Mapping[str, Tensor], text: Mapping[str, str], devic
     torch.set_rng_state(tensors["random.torch"])
     if RANDOM_OF_DEVICE in tensors and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(tensors[RANDOM_OF_DEVICE], device)
+
+
+def _require_plain(parts: Mapping[str, Any]) -> None:
+    """Refuse, before training, a part whose `state_dict` no checkpoint could hold."""
+    for name, part in parts.items():
+        try:
+            json.dumps(part.state_dict())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"run.begin: the state of '{name}' cannot be saved: {error}. Expected plain JSON values from its "
+                "state_dict, or files from save_state and load_state"
+            ) from error
 
 
 def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
