@@ -82,7 +82,7 @@ def require_own_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -
     if others:
         raise ConfigError(
             f"the optimizer has {len(others)} parameters that are not the model's, expected none: a run's "
-            "checkpoints hold only the model's. Make them part of the model (a loss with weights: one of its modules)"
+            "checkpoints hold only the model's. Make them part of the model (a loss: one of its modules)"
         )
 
 
