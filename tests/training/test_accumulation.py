@@ -11,7 +11,7 @@ from harness import faults, start_ranks
 from torch.utils.data import DataLoader
 from uneven_texts import MODELS, OBJECTIVES, distance, loader_of, reference_file, sgd, train_prepared
 
-from swaft.training.run.step import count_rows, loss_factors, step_batches
+from swaft.training.run.step import count_rows, count_tokens, loss_factors, step_batches
 
 CASES = [(kind, objective) for kind in MODELS for objective in OBJECTIVES]
 
@@ -93,6 +93,23 @@ def test_every_row_counts_once_an_epoch_and_every_rank_has_as_many_micro_batches
 
 
 @pytest.mark.unit
+def test_of_a_batch_only_what_has_its_rows_is_cut():
+    def collate(rows):
+        numbers = torch.tensor([row["number"] for row in rows])
+        kept = {"scale": torch.tensor(0.5), "weights": torch.ones(3), "options": {"a": 1}}
+        return {"pixels": numbers[:, None], "names": [str(row["number"]) for row in rows], **kept}
+
+    loader = DataLoader([{"number": row} for row in range(7)], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
+    (_, _, [batch]), (_, _, [last]) = islice(step_batches(loader, 1), 2)
+    assert (batch.inputs["names"], batch.count) == (["2", "3"], 2)
+    assert (last.inputs["names"], last.count) == (["6"], 1)
+    assert (len(last.inputs["pixels"]), last.inputs["options"]) == (1, {"a": 1})
+    assert (last.inputs["scale"], len(last.inputs["weights"])) == (0.5, 3)
+    assert count_tokens(last.inputs, writes=False) == 1
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("batch", "count"),
     [
@@ -100,6 +117,7 @@ def test_every_row_counts_once_an_epoch_and_every_rank_has_as_many_micro_batches
         ({"input_ids": torch.ones(3, 5), "labels": torch.tensor([[4, -100], [5, 6], [-100, -100]])}, 3),
         ({"input_ids": torch.ones(2, 5), "labels": torch.tensor([-100.0, 0.5])}, 2),  # a score like any other
         ({"input_ids": torch.ones(4, 5), "start_positions": torch.zeros(4)}, 4),
+        ({"names": ["a", "b"], "scale": torch.tensor(0.5), "pixels": torch.ones(2, 5)}, 2),
     ],
 )
 def test_what_counts_are_labels_that_are_not_masked_scores_and_examples_with_positions(batch, count):

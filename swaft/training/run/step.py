@@ -183,14 +183,20 @@ def _own_part(batch: Mapping[str, Any], loader: DataLoader[Any], number: int) ->
     Ranks take a prepared loader's batches in turn, and accelerate fills up the last ones with the first rows, after
     the rank's own. Nothing is repeated if the ranks do not share the loader.
     """
-    own, shared = None, getattr(loader, "batch_sampler", None)
-    if isinstance(shared, BatchSamplerShard) and shared.batch_size is not None:
-        first = (number * shared.num_processes + shared.process_index) * shared.batch_size
-        own = min(max(len(loader.dataset) - first, 0), shared.batch_size)  # type: ignore[arg-type]
+    shared = getattr(loader, "batch_sampler", None)
+    if not isinstance(shared, BatchSamplerShard) or (size := shared.batch_size) is None:
+        return MicroBatch(dict(batch), count_rows(batch))
+    first = (number * shared.num_processes + shared.process_index) * size
+    own = min(max(len(loader.dataset) - first, 0), size)  # type: ignore[arg-type]
     if own == 0:
         return MicroBatch(dict(batch), torch.zeros_like(count_rows(batch)))
-    inputs = {name: value[:own] for name, value in batch.items()}
+    inputs = {name: value[:own] if _length(value) == size else value for name, value in batch.items()}
     return MicroBatch(inputs, count_rows(inputs))
+
+
+def _length(value: Any) -> int | None:
+    """Return how many rows a value of a batch has, None if it is neither a list nor a tensor of rows."""
+    return len(value) if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim) else None
 
 
 def count_rows(batch: Mapping[str, Any]) -> Tensor:
@@ -198,14 +204,13 @@ def count_rows(batch: Mapping[str, Any]) -> Tensor:
 
     Args:
         batch: ``labels`` (B,) or (B, T): class ids, of which IGNORE_INDEX does not count, or scores (floating
-            point), which all count. Without labels (answers to questions) every example counts.
+            point), which all count. Without labels (answers to questions) every row of the first tensor counts.
     """
     labels = batch.get("labels")
     if labels is None:
-        first = next(iter(batch.values()))
-        return torch.full(
-            (), len(first), device=first.device
-        )  # filled on the device; a copy would make the host wait
+        first = next(value for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        # Filled on the device: a copy would make the host wait.
+        return torch.full((), len(first), device=first.device)
     if labels.is_floating_point():
         return torch.full((), labels.numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
@@ -214,9 +219,10 @@ def count_rows(batch: Mapping[str, Any]) -> Tensor:
 def count_tokens(batch: Mapping[str, Any], *, writes: bool) -> Tensor:
     """Return how many tokens of a batch are not padding, 0-dim: the inputs, and with ``writes`` the labels.
 
-    Packed rows have no mask, so the little padding after them counts.
+    Packed rows have no mask, so the little padding after them counts. Without token ids, rows are counted.
     """
-    read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).count_nonzero()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]) if "input_ids" in batch else None)
+    read = count_rows(batch) if mask is None else mask.count_nonzero()
     return read + (batch["labels"] != IGNORE_INDEX).sum() if writes else read
 
 
@@ -298,8 +304,7 @@ class Step:
     def log(self, **values: Any) -> None:
         """Record numbers of this micro-batch, 0-dim; their means over rows are logged when a log line is due.
 
-        Names have to be the same at every micro-batch and on every rank, and include ``loss``. Else the loop over
-        `micro_batches` raises a `TrainingError`.
+        Names must be the same at every micro-batch and rank, with ``loss``; else a `TrainingError` follows.
         """
         self._logged |= values
 
@@ -432,15 +437,11 @@ class Meter:
             if found[0].keys() != {*self.names}:
                 self._begin(found[0])
         expected = dict.fromkeys(self.names, ()) | {"loss": ()}
-        for logged in found:
-            if logged != expected:
-                given = ", ".join(
-                    f"{name} of shape {shape}" if shape else name for name, shape in logged.items()
-                )
-                raise TrainingError(
-                    f"step.log was given {given or 'nothing'}; expected one number each for {', '.join(expected)}: "
-                    "the names of the first micro-batch, at every micro-batch and on every rank, loss among them"
-                )
+        if wrong := [each for each in found if each != expected]:
+            raise TrainingError(
+                f"step.log was given values of the shapes {wrong[0]}; expected {expected}, the names of the first "
+                "micro-batch and loss, with one number each, at every micro-batch and on every rank"
+            )
 
     def _begin(self, names: Sequence[str] | Mapping[str, Any]) -> None:
         self.names = tuple(names)
