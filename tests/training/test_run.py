@@ -37,7 +37,7 @@ from swaft.training.data.classification import (
 )
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.models.build import build_schedule, set_learning_rate
+from swaft.training.models.build import build_schedule
 from swaft.training.run.run import Run
 from swaft.training.run.step import shuffled
 
@@ -57,7 +57,17 @@ class Tokenizer:
 def run(make_accelerator, tmp_path):
     """Train a model on rows; returns the records of the log, where the run stands, and the averager."""
 
-    def train(model, rows, *, objective=None, rule=None, evaluate: Any = None, evaluation=None, **changes):
+    def train(
+        model,
+        rows,
+        *,
+        objective=None,
+        rule=None,
+        evaluate: Any = None,
+        evaluation=None,
+        groups=None,
+        **changes,
+    ):
         new: dict[str, Any] = {"output_dir": str(tmp_path / str(len(list(tmp_path.iterdir()))))}
         small: dict[str, Any] = {"logging_steps": 1, "learning_rate": 0.1, "per_device_train_batch_size": 2}
         settings = TrainConfig(**(new | small | changes))
@@ -75,7 +85,9 @@ def run(make_accelerator, tmp_path):
         with Run(config, accelerator) as run:
             model, optimizer, loader = run.prepare(
                 model,
-                lambda model: torch.optim.SGD(model.parameters(), lr=settings.learning_rate),
+                lambda model: torch.optim.SGD(
+                    groups(model) if groups else model.parameters(), lr=settings.learning_rate
+                ),
                 Dataset.from_list(rows).with_format("torch"),
                 default_collate,
                 objective=objective,
@@ -86,7 +98,7 @@ def run(make_accelerator, tmp_path):
             splits = {"validation"} if evaluate else ()
             run.begin(ready, Tokenizer(), splits, schedule=schedule, averager=averager)
             for step in run.steps(loader, evaluate):
-                set_learning_rate(optimizer, schedule(run.applied_steps))
+                run.set_learning_rate(schedule(run.applied_steps))
                 for batch, share in step.micro_batches():
                     out = objective(model, batch)
                     step.log(loss=out.loss)
@@ -188,6 +200,19 @@ def test_each_step_uses_the_rate_of_the_schedule_once(run):
         learning_rate=1.0,
     )
     assert [record["learning_rate"] for record in done.records] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_groups_with_different_rates_keep_their_ratio_to_the_setting_also_after_resuming(run, tmp_path):
+    def groups(model):
+        return [{"params": model.head.parameters(), "lr": 0.4}, {"params": model.embedding.parameters()}]
+
+    unbroken, resumed, rows = make_classifier(), make_classifier(), make_rows(8)
+    folder = str(tmp_path / "run")
+    for model in (unbroken, resumed):  # the second one resumes where half of the steps are done
+        done = run(model, rows, groups=groups, output_dir=folder, max_steps=4, warmup_steps=2, save_steps=2)
+        assert [record["learning_rate"] for record in done.records] == pytest.approx([0.0, 0.2, 0.4, 0.2])
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
 
 
 def test_ctrl_c_tells_of_the_newest_checkpoint_if_there_is_one_to_resume_from(run):

@@ -182,10 +182,16 @@ def warmup_length(warmup_steps: int | float, total_steps: int) -> int:
     return math.ceil(share_of(total_steps, warmup_steps)) if warmup_steps < 1 else int(warmup_steps)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Write ``rate`` into every parameter group; works through accelerate's and DeepSpeed's wrappers."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def rate_factors(optimizer: torch.optim.Optimizer, peak: float) -> list[float]:
+    """Return what multiplies the schedule's rate in each parameter group, before the schedule is first written.
+
+    It is the group's own rate divided by the schedule's ``peak``, or 1 for every group if all have the same rate.
+    Works through accelerate's and DeepSpeed's wrappers.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if all(rate == rates[0] for rate in rates):
+        return [1.0] * len(rates)
+    return [rate / peak for rate in rates]
 
 
 def count_micro_batches(*, num_rows: int, batch_size: int, world_size: int) -> int:

@@ -37,7 +37,12 @@ from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluati
 from swaft.training.launch.accelerator import whole_model_loading
 from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
 from swaft.training.launch.fsdp2 import prepare
-from swaft.training.models.build import count_epoch_steps, count_optimizer_steps, count_parameters
+from swaft.training.models.build import (
+    count_epoch_steps,
+    count_optimizer_steps,
+    count_parameters,
+    rate_factors,
+)
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
@@ -139,7 +144,8 @@ class Run:
 
         Args:
             model: on the host, the same on every rank.
-            optimizer: makes the optimizer once the model's weights are where they will be trained.
+            optimizer: makes the optimizer from the model (under FSDP2, once its weights are sharded). Parameter
+                groups with different rates keep their ratios to ``train.learning_rate``.
             rows: training rows.
             collate: makes a batch from rows.
             objective: loss of a micro-batch.
@@ -159,6 +165,7 @@ class Run:
         allow_unused_weights(accelerator, model)
         loader = training_loader(rows, collate, train, world_size=world_size, device=accelerator.device)
         self.model, self.optimizer, loader = prepare(accelerator, model, optimizer, loader)
+        self._rate_factors = rate_factors(self.optimizer, train.learning_rate)
         self.total_steps = count_optimizer_steps(train, len(loader))
         self.steps_per_epoch = count_epoch_steps(train, len(loader))
         setup = Setup(
@@ -240,6 +247,11 @@ class Run:
     def applied_steps(self) -> int:
         """Optimizer steps that changed the weights; steps skipped for overflow do not count."""
         return self.engine.applied_steps()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the next step; groups made with different rates keep their ratios to the setting."""
+        for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
+            group["lr"] = rate * factor
 
     def evaluation_loaders(self, splits: Mapping[str, Dataset], collate: Collate) -> dict[str, Any]:
         """Return loaders over every row of each split except ``train``.
