@@ -119,8 +119,8 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        scores = ready.metric.names if ready.metric else ()
-        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging)
+        scores, lower = (ready.metric.names, ready.metric.lower_is_better) if ready.metric else ((), ())
+        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
     return ready
 
 
