@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 import swaft
 from swaft.averaging import state
-from swaft.errors import TrainingError
+from swaft.errors import ConfigError, TrainingError
 from swaft.noise import TaskLoss
 from swaft.noise.passes import SentCount
 from swaft.training.config import (
@@ -66,6 +66,7 @@ def run(make_accelerator, tmp_path):
         evaluate: Any = None,
         evaluation=None,
         groups=None,
+        called=None,
         **changes,
     ):
         new: dict[str, Any] = {"output_dir": str(tmp_path / str(len(list(tmp_path.iterdir()))))}
@@ -100,7 +101,7 @@ def run(make_accelerator, tmp_path):
             for step in run.steps(loader, evaluate):
                 run.set_learning_rate(schedule(run.applied_steps))
                 for batch, share in step.micro_batches():
-                    out = objective(model, batch)
+                    out = (called or objective)(model, batch)
                     step.log(loss=out.loss)
                     step.backward(out.loss * share)
                 step.clip_gradients()
@@ -213,6 +214,18 @@ def test_groups_with_different_rates_keep_their_ratio_to_the_setting_also_after_
         assert [record["learning_rate"] for record in done.records] == pytest.approx([0.0, 0.2, 0.4, 0.2])
     for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_a_noise_objective_that_the_loop_does_not_call_is_refused_after_the_first_step(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"noise\.kind is rdrop, but the first step .* noise\.kind=none"):
+        run(
+            make_classifier(),
+            make_rows(8),
+            objective=swaft.RDrop(),
+            called=TaskLoss(),
+            output_dir=str(tmp_path / "run"),
+        )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_ctrl_c_tells_of_the_newest_checkpoint_if_there_is_one_to_resume_from(run):

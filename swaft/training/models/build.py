@@ -113,6 +113,19 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         return kind(label_smoothing=label_smoothing, **options)
 
 
+def require_called(objective: Any) -> None:
+    """Refuse a noise objective that the steps so far have not called: a recipe of one's own computes another loss.
+
+    Raises:
+        ConfigError: on every rank, since all run the same loop.
+    """
+    if isinstance(objective, TwoPasses) and objective.step == 0:
+        raise ConfigError(
+            f"noise.kind is {type(objective).__name__.lower()}, but the first step did not call its objective, so "
+            "the run would train without it; set noise.kind=none, or take the loss from objective(model, batch)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Learning rate of every optimizer step of a run.

@@ -42,6 +42,7 @@ from swaft.training.models.build import (
     count_optimizer_steps,
     count_parameters,
     rate_factors,
+    require_called,
 )
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
 from swaft.training.run.folder import RunFolder
@@ -279,6 +280,7 @@ class Run:
 
         Raises:
             Interrupted: the run was asked to end; on every rank, between two steps.
+            ConfigError: the first step has not called the noise objective that `prepare` was given.
         """
         train, position = self.config.train, self.position
         self.model.train()
@@ -290,6 +292,7 @@ class Run:
             epoch, batches_read, micro_batches = next(batches)
             step = Step(self, position.step + 1, micro_batches)
             yield step
+            require_called(self.objective)
             self._log.advance()
             position.step, position.epoch, position.batches = step.number, epoch, batches_read
             last = step.number == self.total_steps
