@@ -10,11 +10,12 @@ from typing import Any
 import swaft
 from swaft import averaging, errors, functional, noise, soup
 from swaft.averaging import lora
+from swaft.averaging.rules import RULES
 from swaft.integrations import accelerate, transformers
 
 SECTIONS = {
     "Averaging": (averaging, ("WeightAverager", "Readout", "search_windows", "ReadoutSearch", "Tried")),
-    "Rules": (swaft, ("SWA", "EMA", "LAWA", "Merge", "BEMA", "PowerEMA", "Windows")),
+    "Rules": (swaft, [kind.__name__ for kind in RULES.values()]),
     "Noise objectives": (noise, ("TaskLoss", "R3F", "R4F", "RDrop", "ObjectiveOutput")),
     "Losses as functions": (functional, functional.__all__),
     "Trainer": (

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lane_interpreter import steps_of
 
+import swaft
 from swaft.averaging.rules import (
     BEMA,
     EMA,
@@ -96,8 +97,8 @@ def test_the_repr_of_a_rule_is_all_of_it(rule):
     assert eval(repr(rule), {type(rule).__name__: type(rule)}) == rule
 
 
-def test_every_rule_has_a_name_for_configurations():
-    assert set(RULES.values()) == {SWA, EMA, LAWA, Merge, BEMA, PowerEMA, Windows}
+def test_every_rule_of_configurations_is_exported():
+    assert set(RULES.values()) <= {getattr(swaft, name) for name in swaft.__all__}
 
 
 def test_a_float_start_is_a_fraction_rounded_down_and_an_int_is_a_step():
