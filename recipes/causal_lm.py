@@ -38,7 +38,7 @@ from swaft.training.evaluation.evaluate import TOKEN_SCORES, Evaluation, evaluat
 from swaft.training.evaluation.generation import write_answers
 from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
-from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model, require_embedded
 from swaft.training.models.encoder_decoder import (
     check_new_model,
@@ -192,7 +192,7 @@ def train(config: CausalConfig) -> None:
 
         # Training.
         for step in run.steps(loader, score_both):
-            set_learning_rate(optimizer, schedule(run.applied_steps))
+            run.set_learning_rate(schedule(run.applied_steps))
             for batch, share in step.micro_batches():
                 out = objective(model, batch)
                 step.log(**out.logged)

@@ -35,7 +35,7 @@ from swaft.training.evaluation.evaluate import Evaluation, evaluate_classes
 from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.metrics import Metric, get_metric, renumbered
-from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
 from swaft.training.models.classes import FittedHead, describe_labels, fit_head, require_end_token
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head, longest_text
@@ -99,7 +99,8 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, ready.metric.names, ready.rows, config.averaging)
+        scores, lower = ready.metric.names, ready.metric.lower_is_better
+        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
     with problems:
         if ready.head.order is not None:  # class ids in the kept head's order
             ready.metric = renumbered(ready.metric, ready.head.order)
@@ -171,7 +172,7 @@ def train(config: ClassificationConfig) -> None:
 
         # Training.
         for step in run.steps(loader, score_both):
-            set_learning_rate(optimizer, schedule(run.applied_steps))
+            run.set_learning_rate(schedule(run.applied_steps))
             for batch, share in step.micro_batches():
                 out = objective(model, batch)
                 step.log(**out.logged)

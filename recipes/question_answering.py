@@ -39,7 +39,7 @@ from swaft.training.evaluation.best import choose_target
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
-from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model, require_decoder_start, require_token_types
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head, longest_text
 from swaft.training.models.special_tokens import one_length, whole_windows
@@ -100,7 +100,8 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, ready.metric.names, ready.rows, config.averaging)
+        scores, lower = ready.metric.names, ready.metric.lower_is_better
+        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
         refuse_score_of_no_question(config.eval, ready.rows)
     return ready
 
@@ -169,7 +170,7 @@ def train(config: QuestionAnsweringConfig) -> None:
 
         # Training.
         for step in run.steps(loader, score_both):
-            set_learning_rate(optimizer, schedule(run.applied_steps))
+            run.set_learning_rate(schedule(run.applied_steps))
             for batch, share in step.micro_batches():
                 out = objective(model, batch)
                 step.log(**out.logged)

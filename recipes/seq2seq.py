@@ -41,7 +41,7 @@ from swaft.training.evaluation.generation import evaluate_texts, generation_argu
 from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.metrics import Metric
-from swaft.training.models.build import build_objective, build_optimizer, build_schedule, set_learning_rate
+from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model
 from swaft.training.models.encoder_decoder import (
     check_new_model,
@@ -119,8 +119,8 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        scores = ready.metric.names if ready.metric else ()
-        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging)
+        scores, lower = (ready.metric.names, ready.metric.lower_is_better) if ready.metric else ((), ())
+        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
     return ready
 
 
@@ -202,7 +202,7 @@ def train(config: Seq2SeqConfig) -> None:
 
         # Training.
         for step in run.steps(loader, score_both):
-            set_learning_rate(optimizer, schedule(run.applied_steps))
+            run.set_learning_rate(schedule(run.applied_steps))
             for batch, share in step.micro_batches():
                 out = objective(model, batch)
                 step.log(**out.logged)

@@ -140,9 +140,20 @@ def _of(config: Any, model: AnyModelConfig) -> Any:
 
 
 def _load(scoring: Scoring, model: AnyModelConfig, folder: Path) -> nn.Module:
-    """Return the model in a folder; an adapter merged into its base, as the averaged one may have another rank."""
+    """Return the model in a folder; an adapter merged into its base, as the averaged one may have another rank.
+
+    Raises:
+        ConfigError: a copied recipe has trained a model of another class, whose head would be replaced.
+    """
     loaded = scoring.load(_source(model, folder))
     if not _is_adapter(folder):
+        saved, kind = loaded.config.architectures or [], type(loaded).__name__
+        if kind not in saved:
+            raise ConfigError(
+                f"{folder} has a {' or '.join(saved) or 'model of no named class'}, but --surface scores a {kind}, "
+                "as swaft's own recipe trains it; compute the surface of a recipe of your own in its script, with "
+                "loss_surface and write_losses of swaft.report.landscape"
+            )
         return loaded
     from peft import PeftModel
 

@@ -54,6 +54,8 @@ class Metric:
     """Whether it measures scores rather than classes, texts or answers."""
     modules: tuple[str, ...] = ()
     """Modules that it imports when it is computed."""
+    lower_is_better: tuple[str, ...] = ()
+    """Those of its numbers for which lower is better; for the others higher is."""
 
     def require_modules(self) -> Metric:
         """Return the metric itself, if everything it imports is installed.
@@ -226,6 +228,6 @@ METRICS = {
         Metric("accuracy_f1", ("accuracy", "f1"), _accuracy_f1, modules=SKLEARN),
         Metric("matthews_correlation", ("matthews_correlation",), _matthews_correlation, modules=SKLEARN),
         Metric("pearson_spearman", ("pearson", "spearman"), _pearson_spearman, True, SCIPY),
-        Metric("mse", ("mse",), _mse, is_regression=True),
+        Metric("mse", ("mse",), _mse, is_regression=True, lower_is_better=("mse",)),
     )
 }

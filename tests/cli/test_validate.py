@@ -96,6 +96,15 @@ def test_adapters_are_told_apart_from_what_they_are_put_on(validate, recipe):
     assert " of them trained" in printed
 
 
+def test_the_rule_that_a_copied_recipe_takes_instead_of_the_settings_is_named(configs, tmp_path, capsys):
+    recipe, mine = Path("recipes/classification.py").read_text(), tmp_path / "mine.py"
+    assert recipe.count("build_rule(config.averaging)") == 1
+    mine.write_text(recipe.replace("build_rule(config.averaging)", "swaft.EMA()"))
+    words = ["--config_file", str(FILES["ddp"]), str(mine), "--config", str(configs["classification"])]
+    assert main(["validate", *words, "train.max_steps=40", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["averaging"]["rule"] == "ema"
+
+
 def test_json_holds_the_same(validate):
     code, printed = validate("seq2seq", "--json", "train.max_steps=40", launch="ddp")
     found = json.loads(printed)

@@ -126,6 +126,13 @@ def without(name: str):
     return lambda run: shutil.rmtree(run / name)
 
 
+def of_another_class(run: Path) -> None:
+    path = run / "final" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"architectures": ["BertForTokenClassification"]})
+    )
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -139,8 +146,12 @@ def without(name: str):
         ),
         (lambda run: (run / "config.yaml").write_text("train: {"), "config.yaml is not YAML"),
         (lambda run: (run / "final" / "model.safetensors").unlink(), "final cannot be loaded"),
+        (of_another_class, "has a BertForTokenClassification, but --surface scores a BertForSequenceClass"),
     ],
-    ids=["nothing averaged", "not ended", "no settings", "older version", "broken settings", "no weights"],
+    ids=[
+        *("nothing averaged", "not ended", "no settings", "older version", "broken settings", "no weights"),
+        "another class",
+    ],
 )
 def test_a_run_without_what_a_surface_needs_is_refused_and_left_alone(
     damage, message, inputs, tmp_path, capsys

@@ -46,7 +46,7 @@ class Run:
         nn.init.zeros_(self.model.weight)
         self.best = BestWeights(
             EvalConfig(eval_steps=1, **settings),
-            target=Target(score=metric, chosen=metric),
+            target=Target(score=metric, chosen=metric, better=min if metric == "loss" else max),
             folder=folder,
             tokenizer=self.tokenizer,
             engine=self.averager.engine,
@@ -320,4 +320,21 @@ def test_a_blend_or_a_window_is_chosen_on_validation_rows(searched, expected):
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_every_metric_knows_the_names_of_its_scores(metric):
-    assert choose_target(EvalConfig(), metric.names, []).better is (min if metric.name == "mse" else max)
+    chosen = choose_target(EvalConfig(), metric.names, [], lower_is_better=metric.lower_is_better)
+    assert chosen.better is (min if metric.name == "mse" else max)
+
+
+def test_a_metric_of_a_recipe_of_ones_own_says_which_of_its_scores_are_better_when_lower():
+    errors = metrics.Metric(
+        "errors", ("mae", "r2"), lambda predictions, references: {}, lower_is_better=("mae",)
+    )
+    better = {
+        name: choose_target(
+            EvalConfig(metric_for_best_model=name),
+            errors.names,
+            ["train"],
+            lower_is_better=errors.lower_is_better,
+        ).better
+        for name in (*errors.names, "loss")
+    }
+    assert better == {"mae": min, "r2": max, "loss": min}

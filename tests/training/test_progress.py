@@ -98,6 +98,7 @@ def test_every_record_goes_to_the_screen_and_to_metrics_jsonl(log, tmp_path, cap
         log.evaluation(2, "validation", {"last": {"accuracy": 0.5}, "averaged": {"accuracy": 0.75}})
         log.close()
     assert "step 2/3 | loss 0.412" in caplog.text
+    assert "| windows 12" in caplog.text  # the averager's rule, whatever the settings say
     assert "validation, averaged weights | accuracy 0.7500" in caplog.text
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["step"]) for r in records] == [

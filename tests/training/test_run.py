@@ -37,7 +37,7 @@ from swaft.training.data.classification import (
 )
 from swaft.training.evaluation.best import Target
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.models.build import build_schedule, set_learning_rate
+from swaft.training.models.build import build_schedule
 from swaft.training.run import state as run_state
 from swaft.training.run.run import Run
 from swaft.training.run.step import shuffled
@@ -66,7 +66,8 @@ def run(make_accelerator, tmp_path):
         rule=None,
         evaluate: Any = None,
         evaluation=None,
-        outside=None,
+        groups=None,
+        called=None,
         parts=None,
         **changes,
     ):
@@ -88,7 +89,7 @@ def run(make_accelerator, tmp_path):
             model, optimizer, loader = run.prepare(
                 model,
                 lambda model: torch.optim.SGD(
-                    [*model.parameters(), *(outside or nn.Identity()).parameters()], lr=settings.learning_rate
+                    groups(model) if groups else model.parameters(), lr=settings.learning_rate
                 ),
                 Dataset.from_list(rows).with_format("torch"),
                 default_collate,
@@ -100,9 +101,9 @@ def run(make_accelerator, tmp_path):
             splits = {"validation"} if evaluate else ()
             run.begin(ready, Tokenizer(), splits, schedule=schedule, averager=averager, **(parts or {}))
             for step in run.steps(loader, evaluate):
-                set_learning_rate(optimizer, schedule(run.applied_steps))
+                run.set_learning_rate(schedule(run.applied_steps))
                 for batch, share in step.micro_batches():
-                    out = objective(model, batch)
+                    out = (called or objective)(model, batch)
                     step.log(loss=out.loss)
                     step.backward(out.loss * share)
                 step.clip_gradients()
@@ -183,7 +184,7 @@ def test_an_objective_that_computes_no_loss_keeps_no_run_from_resuming(make_acce
 
 
 @pytest.mark.parametrize(
-    ("outside", "parts", "message"),
+    ("others", "parts", "message"),
     [
         (nn.Linear(2, 2), {}, r"has 2 parameters that are not the model's, expected none"),
         (
@@ -193,9 +194,12 @@ def test_an_objective_that_computes_no_loss_keeps_no_run_from_resuming(make_acce
         ),
     ],
 )
-def test_what_no_checkpoint_could_hold_is_refused_before_training(run, outside, parts, message):
+def test_what_no_checkpoint_could_hold_is_refused_before_training(run, others, parts, message):
+    def groups(model):
+        return [*model.parameters(), *others.parameters()]
+
     with pytest.raises(ConfigError, match=message):
-        run(make_classifier(), make_rows(4), outside=outside, parts=parts)
+        run(make_classifier(), make_rows(4), groups=groups, parts=parts)
 
 
 def test_a_checkpoint_with_averages_sums_the_weights_once(run, tmp_path, monkeypatch):
@@ -227,6 +231,31 @@ def test_each_step_uses_the_rate_of_the_schedule_once(run):
         learning_rate=1.0,
     )
     assert [record["learning_rate"] for record in done.records] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_groups_with_different_rates_keep_their_ratio_to_the_setting_also_after_resuming(run, tmp_path):
+    def groups(model):
+        return [{"params": model.head.parameters(), "lr": 0.4}, {"params": model.embedding.parameters()}]
+
+    unbroken, resumed, rows = make_classifier(), make_classifier(), make_rows(8)
+    folder = str(tmp_path / "run")
+    for model in (unbroken, resumed):  # the second one resumes where half of the steps are done
+        done = run(model, rows, groups=groups, output_dir=folder, max_steps=4, warmup_steps=2, save_steps=2)
+        assert [record["learning_rate"] for record in done.records] == pytest.approx([0.0, 0.2, 0.4, 0.2])
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_a_noise_objective_that_the_loop_does_not_call_is_refused_after_the_first_step(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"noise\.kind is rdrop, but the first step .* noise\.kind=none"):
+        run(
+            make_classifier(),
+            make_rows(8),
+            objective=swaft.RDrop(),
+            called=TaskLoss(),
+            output_dir=str(tmp_path / "run"),
+        )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_ctrl_c_tells_of_the_newest_checkpoint_if_there_is_one_to_resume_from(run):

@@ -9,7 +9,7 @@ from swaft.training.config import TrainConfig
 from swaft.training.models.build import (
     build_schedule,
     count_optimizer_steps,
-    set_learning_rate,
+    rate_factors,
     warmup_length,
 )
 
@@ -66,11 +66,16 @@ def test_a_share_of_the_run_is_rounded_up_to_whole_warmup_steps():
     assert warmup_length(0.07, 100) == 7  # 0.07 * 100 is 7.000000000000001 in floats
 
 
-def test_the_rate_reaches_every_parameter_group():
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=1.0)
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+@pytest.mark.parametrize(
+    ("rates", "factors"),
+    [([1e-3, 1e-3], [1.0, 1.0]), ([2e-5, 2e-3], [1.0, 100.0]), ([None, None], [1.0, 1.0])],
+)
+def test_only_groups_with_different_rates_have_their_own_share_of_the_schedule(rates, factors):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in rates]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters])
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    assert rate_factors(optimizer, 2e-5) == pytest.approx(factors)
 
 
 @pytest.mark.parametrize(

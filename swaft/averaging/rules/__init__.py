@@ -20,6 +20,13 @@ RULES = {
 RECOMMENDED = EMA()
 """The rule that docs/evidence.md recommends, for a run with a constant learning rate."""
 
+
+def rule_name(plan: Plan) -> str:
+    """The name in configurations of the rule that a plan was made from; of another rule, the name of its class."""
+    kind = type(plan if plan.rule is None else plan.rule)
+    return next((name for name, known in RULES.items() if known is kind), kind.__name__)
+
+
 __all__ = [
     "BEMA",
     "EMA",
@@ -34,4 +41,5 @@ __all__ = [
     "Rule",
     "Windows",
     "WindowsPlan",
+    "rule_name",
 ]

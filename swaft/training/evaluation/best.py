@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 """File with the best score so far, next to the best weights in a checkpoint."""
-LOWER_IS_BETTER = ("loss", "perplexity", "mse")
-"""The scores for which lower is better; for all others higher is."""
+LOWER_IS_BETTER = ("loss", "perplexity")
+"""Scores of any run for which lower is better; a metric says which of its own are (`Metric.lower_is_better`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,8 @@ class Target:
     """Name of the main score, as given in the summary."""
     chosen: str
     """Name of the score that decides between weights."""
-
-    @property
-    def better(self) -> Callable[..., Any]:
-        """The built-in ``min`` or ``max``."""
-        return min if self.chosen in LOWER_IS_BETTER else max
+    better: Callable[..., Any] = max
+    """The built-in ``min`` or ``max``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +66,8 @@ def choose_target(
     names: Sequence[str],
     splits: Collection[str],
     averaging: AveragingConfig | None = None,
+    *,
+    lower_is_better: Collection[str] = (),
 ) -> Target:
     """Return what decides between weights: the score that the settings name, else the main one.
 
@@ -77,6 +76,7 @@ def choose_target(
         names: scores that every evaluation reports, the main one first; there is always the loss as well.
         splits: names of the splits.
         averaging: section ``averaging``.
+        lower_is_better: of these scores, those for which lower is better, besides loss and perplexity.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.
@@ -104,7 +104,8 @@ def choose_target(
     ]
     if problems:
         raise ConfigError(problems)
-    return Target(score=known[0], chosen=chosen)
+    is_lower_better = chosen in (*LOWER_IS_BETTER, *lower_is_better)
+    return Target(score=known[0], chosen=chosen, better=min if is_lower_better else max)
 
 
 class BestWeights:

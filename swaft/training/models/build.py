@@ -128,6 +128,19 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
         return kind(label_smoothing=label_smoothing, **options)
 
 
+def require_called(objective: Any) -> None:
+    """Refuse a noise objective that the steps so far have not called: a recipe of one's own computes another loss.
+
+    Raises:
+        ConfigError: on every rank, since all run the same loop.
+    """
+    if isinstance(objective, TwoPasses) and objective.step == 0:
+        raise ConfigError(
+            f"noise.kind is {type(objective).__name__.lower()}, but the first step did not call its objective, so "
+            "the run would train without it; set noise.kind=none, or take the loss from objective(model, batch)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Learning rate of every optimizer step of a run.
@@ -197,10 +210,16 @@ def warmup_length(warmup_steps: int | float, total_steps: int) -> int:
     return math.ceil(share_of(total_steps, warmup_steps)) if warmup_steps < 1 else int(warmup_steps)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Write ``rate`` into every parameter group; works through accelerate's and DeepSpeed's wrappers."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def rate_factors(optimizer: torch.optim.Optimizer, peak: float) -> list[float]:
+    """Return what multiplies the schedule's rate in each parameter group, before the schedule is first written.
+
+    It is the group's own rate divided by the schedule's ``peak``, or 1 for every group if all have the same rate.
+    Works through accelerate's and DeepSpeed's wrappers.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if all(rate == rates[0] for rate in rates):
+        return [1.0] * len(rates)
+    return [rate / peak for rate in rates]
 
 
 def count_micro_batches(*, num_rows: int, batch_size: int, world_size: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from swaft.averaging.host.machine import lane_bytes
-from swaft.averaging.rules import Readout
+from swaft.averaging.rules import Readout, rule_name
 from swaft.errors import ConfigError
 from swaft.training.checks import (
     Parts,
@@ -210,7 +210,7 @@ def _averaging_facts(run: Looked) -> dict[str, Any]:
     owned, spilled = -(-run.size.trainable // run.launch.world_size), averaging.spill_dir is not None
     compensated = averaging.precision == "compensated"
     return {
-        "rule": averaging.rule,
+        "rule": rule_name(plan),
         "first_step": plan.step_of(members[0]),
         "last_step": plan.step_of(members[-1]),
         "every": plan.every,

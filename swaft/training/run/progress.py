@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from swaft.averaging import ReadoutSearch
+from swaft.averaging.rules import rule_name
 from swaft.training.config import RecipeConfig, flatten
 from swaft.training.evaluation.evaluate import Evaluation, Scores
 from swaft.training.launch.accelerator import engine_name
@@ -107,7 +108,8 @@ class ProgressLog:
     def training(self, step: int, record: Mapping[str, float | None]) -> None:
         """Log one training record: a line on the screen, a line in metrics.jsonl, and the trackers."""
         run = self._run
-        logger.info(training_line(step, run.total_steps, record, averaging=run.config.averaging.rule))
+        rule = "none" if run.averager is None else rule_name(run.averager.plan())
+        logger.info(training_line(step, run.total_steps, record, averaging=rule))
         known = {name: value for name, value in record.items() if value is not None}
         self._record("train", step, known)
 

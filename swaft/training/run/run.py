@@ -41,6 +41,8 @@ from swaft.training.models.build import (
     count_epoch_steps,
     count_optimizer_steps,
     count_parameters,
+    rate_factors,
+    require_called,
     require_own_parameters,
 )
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
@@ -144,7 +146,8 @@ class Run:
 
         Args:
             model: on the host, the same on every rank.
-            optimizer: makes the optimizer once the model's weights are where they will be trained.
+            optimizer: makes the optimizer from the model (under FSDP2, once its weights are sharded). Parameter
+                groups with different rates keep their ratios to ``train.learning_rate``.
             rows: training rows.
             collate: makes a batch from rows.
             objective: loss of a micro-batch.
@@ -171,6 +174,7 @@ class Run:
             return built
 
         self.model, self.optimizer, loader = prepare(accelerator, model, build, loader)
+        self._rate_factors = rate_factors(self.optimizer, train.learning_rate)
         self.total_steps = count_optimizer_steps(train, len(loader))
         self.steps_per_epoch = count_epoch_steps(train, len(loader))
         setup = Setup(
@@ -254,6 +258,11 @@ class Run:
         """Optimizer steps that changed the weights; steps skipped for overflow do not count."""
         return self.engine.applied_steps()
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the next step; groups made with different rates keep their ratios to the setting."""
+        for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
+            group["lr"] = rate * factor
+
     def evaluation_loaders(self, splits: Mapping[str, Dataset], collate: Collate) -> dict[str, Any]:
         """Return loaders over every row of each split except ``train``.
 
@@ -280,6 +289,7 @@ class Run:
 
         Raises:
             Interrupted: the run was asked to end; on every rank, between two steps.
+            ConfigError: the first step has not called the noise objective that `prepare` was given.
         """
         train, position = self.config.train, self.position
         self.model.train()
@@ -291,6 +301,7 @@ class Run:
             epoch, batches_read, micro_batches = next(batches)
             step = Step(self, position.step + 1, micro_batches)
             yield step
+            require_called(self.objective)
             self._log.advance()
             position.step, position.epoch, position.batches = step.number, epoch, batches_read
             last = step.number == self.total_steps

@@ -23,6 +23,7 @@ from swaft.averaging.rules import (
     Readout,
     Windows,
     WindowsPlan,
+    rule_name,
 )
 from swaft.averaging.rules.base import resolve_start
 from swaft.averaging.rules.power_ema import PowerEMAPlan
@@ -166,3 +167,16 @@ def test_what_is_read_out_is_said_in_words():
     assert words(SWA(start=0), blend=0.3, scope="no_head") == (
         "the 9 weights from step 0 to 8, 0.3 of the way from the last ones, with the last weights in the head"
     )
+
+
+class Own(SWA):
+    """A rule that swaft does not know."""
+
+
+@pytest.mark.parametrize(("rule", "name"), [(PowerEMA(), "power_ema"), (Own(), "Own")])
+def test_a_rule_is_named_as_in_configurations_and_another_by_its_class(rule, name):
+    assert rule_name(rule.plan(1000)) == name
+
+
+def test_a_plan_that_names_no_rule_goes_by_its_own_class():
+    assert rule_name(replace(SWA().plan(1000), rule=None)) == type(SWA().plan(1000)).__name__
