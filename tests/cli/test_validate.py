@@ -311,7 +311,7 @@ def test_a_part_that_prepare_does_not_set_is_named(command, configs, capsys, tmp
         ) == (1, True)
     else:
         assert (code, "problem    none" in printed.out) == (0, True)
-        assert "unchecked  whatever needs parts that the recipe's prepare does not set: model_config" in printed.out
+        assert "unchecked  whatever needs what the recipe's prepare does not set: model_config" in printed.out
 
 
 def test_columns_are_not_told_beside_one_that_is_missing(validate):

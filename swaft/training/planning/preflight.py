@@ -104,7 +104,7 @@ def check_run(words: Sequence[str]) -> Preflight:
                 _check_recipe(recipe, run, problems)
     unchecked = [f"settings, data and model: {unasked}"] if unasked else []
     if problems.skipped:
-        unknown = f"whatever needs parts that the recipe's prepare does not set: {', '.join(problems.skipped)}"
+        unknown = f"whatever needs what the recipe's prepare does not set: {', '.join(problems.skipped)}"
         solvable = "whatever depends on the problems; validate again once they are solved"
         unchecked.append(solvable if problems.found else unknown)
     for part, find in FACTS.items():
