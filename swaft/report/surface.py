@@ -151,8 +151,8 @@ def _load(scoring: Scoring, model: AnyModelConfig, folder: Path) -> nn.Module:
         if kind not in saved:
             raise ConfigError(
                 f"{folder} has a {' or '.join(saved) or 'model of no named class'}, but --surface scores a {kind}, "
-                "as swaft's own recipe trains it; compute the surface of a recipe of your own in its script, with "
-                "loss_surface and write_losses of swaft.report.landscape"
+                "as swaft's own recipe trains it; write the surface of your own recipe in its script, with "
+                "loss_surface and write_losses (swaft/report/landscape.py)"
             )
         return loaded
     from peft import PeftModel
