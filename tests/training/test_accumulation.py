@@ -93,6 +93,22 @@ def test_every_row_counts_once_an_epoch_and_every_rank_has_as_many_micro_batches
 
 
 @pytest.mark.unit
+def test_a_pass_that_is_taken_up_in_its_middle_has_the_rest_of_its_rows_once():
+    seen = []
+    for rank in range(2):
+        loader = prepare_data_loader(
+            DataLoader([{"labels": torch.tensor(row)} for row in range(11)], batch_size=2),  # type: ignore[arg-type]
+            num_processes=2,
+            process_index=rank,
+            put_on_device=False,
+        )
+        _, read, step = next(step_batches(loader, 9, skip=1))
+        assert (read, len(step)) == (3, 2)
+        seen += [row for batch in step if batch.count for row in batch.inputs["labels"].tolist()]
+    assert sorted(seen) == list(range(4, 11))
+
+
+@pytest.mark.unit
 def test_of_a_batch_only_what_has_its_rows_is_cut():
     def collate(rows):
         numbers = torch.tensor([row["number"] for row in rows])
@@ -134,3 +150,11 @@ def test_equal_counts_leave_the_loss_as_it_is_bit_for_bit(counts):
     )
     factors = loss_factors([torch.tensor(count) for count in counts], accelerator)  # type: ignore[arg-type]
     assert torch.equal(factors, torch.ones(len(counts)))
+
+
+@pytest.mark.unit
+def test_a_step_in_which_no_row_counts_has_factors_of_zero():
+    accelerator = SimpleNamespace(
+        num_processes=2, gradient_accumulation_steps=2, reduce=lambda number, reduction: 2 * number
+    )
+    assert loss_factors([torch.tensor(0)] * 2, accelerator).tolist() == [0, 0]  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def test_tokens_a_second_are_over_the_time_since_the_last_line_also_in_a_resumed
     meter = Meter(make_accelerator())
     meter.load_state_dict({"names": ["loss", "f1"], "seconds": 500.0, "logged_at_s": 400.0})
     add(meter, 1.0, rows=20, tokens=2000)
+    add(meter, 1.0, rows=0, tokens=9000)  # repeated rows
     record = meter.read()
     assert record["tokens_per_second"] == pytest.approx(2000 / 100, rel=0.05)
     assert record["seconds"] == pytest.approx(500, rel=0.01)
@@ -52,6 +54,17 @@ def test_a_micro_batch_without_a_row_that_counts_has_no_part_in_the_means(make_a
     add(meter, 1.0, rows=4)
     add(meter, 9.0, rows=0)
     assert meter.read()["loss"] == 1.0
+    add(meter, 0.0, rows=0)  # a step in which nothing counts
+    assert meter.read()["loss"] == 0.0
+
+
+def test_a_pause_is_no_time_of_training(make_accelerator, monkeypatch):
+    clock = iter([1000.0, 1010.0, 1070.0, 1075.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    meter = Meter(make_accelerator())
+    with meter.paused():
+        pass
+    assert meter.seconds == 15
 
 
 def test_a_resumed_recipe_that_logs_something_else_begins_its_sums_anew(make_accelerator):
@@ -91,19 +104,23 @@ def test_training_rows_of_like_length_come_together_in_every_recipe(make_acceler
     lengths = [1 + 37 * row % 61 for row in range(240)]
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths], "idx": range(240)})
 
-    def spread(group_by_length: bool) -> float:
+    def loader_of(group_by_length: bool, size: int = 4, ranks: int = 1):
         settings = TrainConfig(
-            output_dir="unused", per_device_train_batch_size=4, group_by_length=group_by_length
+            output_dir="unused", per_device_train_batch_size=size, group_by_length=group_by_length
         )
-        loader = training_loader(
+        return training_loader(
             rows,
             lambda batch: [len(row["input_ids"]) for row in batch],
             settings,
-            world_size=1,
+            world_size=ranks,
             device=torch.device("cpu"),
         )
-        batches = list(loader)
+
+    def spread(group_by_length: bool) -> float:
+        batches = list(loader_of(group_by_length))
         assert sorted(length for batch in batches for length in batch) == sorted(lengths)
         return sum(max(batch) - min(batch) for batch in batches) / len(batches)
 
     assert spread(True) < 5 < 30 < spread(False)
+    # What several ranks read at a time is what one reads that takes as many rows.
+    assert [*loader_of(True, size=4, ranks=2).sampler] == [*loader_of(True, size=8).sampler]

@@ -397,13 +397,13 @@ class Meter:
         return SentCount(found > 0)
 
     def read(self) -> dict[str, float | None]:
-        """Return means over the rows of all ranks since the last call, and tokens per second (collective)."""
+        """Return means over all ranks' rows since the last call (0 of none), and tokens per second (collective)."""
         total: Any = self._accelerator.reduce(self.sums, reduction="sum")
         *sums, count, tokens = total.tolist()
         since, self.logged_at_s = self.logged_at_s, self.seconds
         self._begin(self.names)
         return {
-            **{name: value / count for name, value in zip(self.names, sums, strict=True)},
+            **{name: value / max(count, 1.0) for name, value in zip(self.names, sums, strict=True)},
             "tokens_per_second": tokens / (self.logged_at_s - since),
             "seconds": self.logged_at_s,
         }
