@@ -79,7 +79,7 @@ def search_windows(
             the model does not support a blend or scope, or no score is a number.
     """
     plan, count = averager.plan(name), averager.count(name)
-    if not isinstance(plan, WindowsPlan) and (windows or not (blends or scopes)):
+    if not isinstance(plan, WindowsPlan) and not (blends or scopes):
         raise AveragingError(
             f"windows were searched in {name or 'an average'}, whose rule keeps none; expected the rule `Windows`, "
             "or blends or scopes to try"

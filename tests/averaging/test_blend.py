@@ -9,15 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_models import adapted, bert, logits, relative, train, updates
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_runs import flat, moved
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import swaft
 from swaft import Readout
 from swaft.averaging import lora, save_pretrained
 from swaft.averaging.rules import LAWA
+from swaft.averaging.shards import outside
 from swaft.errors import AveragingError
 
 pytestmark = pytest.mark.unit
@@ -44,6 +47,8 @@ def test_a_blend_is_the_float64_one_to_the_rounding_of_its_terms(plain, blend):
 def test_at_0_and_1_every_bit_is_that_of_the_last_weights_and_of_the_average(tmp_path):
     model = nn.Sequential(spectral_norm(nn.Linear(5, 7)), nn.BatchNorm1d(7))
     averager = moved(model)
+    averager.wait()
+    nn.init.constant_(model[1].bias, -0.0)  # has a sign to keep
     rows = torch.randn(4, 5)
     model.eval()
     last = model(rows)
@@ -52,6 +57,8 @@ def test_at_0_and_1_every_bit_is_that_of_the_last_weights_and_of_the_average(tmp
     for blend, expected in ((0, last), (1, average)):
         with averager.swapped_in(blend=blend):
             assert torch.equal(model(rows), expected)
+    shards = averager.shard(Readout(blend=0)), averager.engine.live_shard()
+    assert torch.equal(*(shard.view(torch.int32) for shard in shards))
     save_pretrained(averager.engine, tmp_path / "last")
     averager.save_pretrained(tmp_path / "blend 0", blend=0.0)
     averager.save_pretrained(tmp_path / "average")
@@ -95,6 +102,7 @@ def test_what_a_scope_leaves_out_stays_as_it_was_last(scope, stays, blend, tmp_p
     model = bert()
     averager = moved(model)
     last = {name: p.detach().clone() for name, p in model.named_parameters()}
+    average = averager.shard().clone()
     with averager.swapped_in(Readout(blend=blend)):
         everywhere = {name: p.detach().clone() for name, p in model.named_parameters()}
     averager.save_pretrained(tmp_path / "out", Readout(blend=blend, scope=scope))
@@ -102,6 +110,7 @@ def test_what_a_scope_leaves_out_stays_as_it_was_last(scope, stays, blend, tmp_p
     assert sum(map(stays, last)) > 1
     for name, tensor in last.items():
         assert torch.equal(saved[name], tensor if stays(name) else everywhere[name]), name
+    assert torch.equal(averager.shard(), average)
 
 
 def test_a_scope_that_the_model_has_no_parts_for_is_refused(plain):
@@ -113,6 +122,23 @@ def test_a_scope_that_the_model_has_no_parts_for_is_refused(plain):
     ):
         with pytest.raises(AveragingError, match=message):
             averager.shard(Readout(scope=scope))
+
+
+def test_a_scope_that_leaves_out_all_that_is_trained_is_refused():
+    model = bert()
+    model.bert.requires_grad_(False)
+    with pytest.raises(AveragingError, match="would leave 2 of the 2 trained parameters"):
+        moved(model).shard(Readout(scope="no_head"))
+
+
+def test_the_head_of_a_model_with_adapters_is_that_of_the_model_inside():
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    adapters = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    averager = moved(get_peft_model(LlamaForCausalLM(config), adapters))
+    (head,) = outside(averager.engine, "no_head")
+    assert "lm_head" in head
 
 
 @pytest.mark.parametrize("blend", [-0.5, 0.3, 1.5])

@@ -27,7 +27,8 @@ def wholes(numels):
 @given(numels=numels, world_size=st.integers(1, 9))
 def test_slices_of_replicated_weights_cover_every_element_once(numels, world_size):
     by_rank = [slice_of(wholes(numels), r, world_size) for r in range(world_size)]
-    check_coverage(by_rank, {f"p{i}": numel for i, numel in enumerate(numels)})
+    check_coverage(by_rank[::-1], {f"p{i}": numel for i, numel in enumerate(numels)})
+    assert all(f.offset == f.start for fragments in by_rank for f in fragments), "where it lies in its buffer"
     shares = [sum(f.numel for f in fragments) for fragments in by_rank]
     assert max(shares) - min(shares) <= 1
 
@@ -56,6 +57,11 @@ def test_merging_and_cutting_keep_every_element_in_order(numels, max_numel, padd
     assert [c[0].shard_offset for c in chunks] == list(range(0, sum(numels), max_numel))
 
 
+def test_neighbours_are_those_of_one_buffer():
+    spans = merge([Fragment("a", 0, 3, 0, 0), Fragment("b", 0, 2, 1, 3)])
+    assert [(span.buffer, span.offset, span.numel) for span in spans] == [(0, 0, 3), (1, 3, 2)]
+
+
 def test_a_position_in_the_shard_is_named_by_parameter_and_element():
     fragments = [Fragment("a", 3, 5, 0, 0), Fragment("b", 0, 4, 0, 2)]
     assert [each.range for each in section(fragments, 1, 2)] == [("a", 4, 5)]
@@ -71,6 +77,7 @@ def test_a_position_in_the_shard_is_named_by_parameter_and_element():
         ([[Fragment("a", 0, 6, 0, 0)], [Fragment("a", 0, 6, 0, 0)]], "twice"),
         ([[Fragment("a", 0, 3, 0, 0)], []], "3 of the 6 elements"),
         ([[], []], "0 of the 6 elements"),
+        ([[Fragment("a", 0, 7, 0, 0)]], "7 of the 6 elements"),
         ([[Fragment("a", 0, 6, 0, 0), Fragment("b", 0, 1, 0, 0)], []], "not trainable"),
     ],
 )

@@ -84,6 +84,8 @@ def test_of_equal_scores_the_longer_window_wins_and_then_the_later():
     assert span(search_windows(averager, score_of(averager, {})).best) == (0, 15, 16)
     windows = [(8, 11), (0, 3), (12, 15), (4, 7)]
     assert span(search_windows(averager, score_of(averager, {}), windows=windows).best) == (12, 15, 4)
+    windows = [(12, 15), (0, 7)]
+    assert span(search_windows(averager, score_of(averager, {}), windows=windows).best) == (0, 7, 8)
 
 
 @pytest.mark.parametrize("better", [max, min])

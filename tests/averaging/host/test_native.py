@@ -30,8 +30,11 @@ def some_weights(generator: torch.Generator, numel: int) -> torch.Tensor:
     return torch.where(torch.rand(numel, generator=generator) < 0.1, 0.0, values)
 
 
+shares = st.just(1.0) | st.floats(1e-7, 0.999)
+
+
 @settings(deadline=None, max_examples=40)
-@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31), w=st.floats(1e-7, 0.999))
+@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31), w=shares)
 def test_the_compiled_update_has_the_bits_of_the_reference(numel, seed, w):
     generator = torch.Generator().manual_seed(seed)
     m, x = some_weights(generator, numel), some_weights(generator, numel)
@@ -44,7 +47,7 @@ def test_the_compiled_update_has_the_bits_of_the_reference(numel, seed, w):
 
 
 @settings(deadline=None, max_examples=20)
-@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31), w=st.floats(1e-7, 0.999))
+@given(numel=st.integers(1, 70), seed=st.integers(0, 2**31), w=shares)
 def test_the_compiled_plain_update_has_the_bits_of_the_reference(numel, seed, w):
     generator = torch.Generator().manual_seed(seed)
     m, x = some_weights(generator, numel), some_weights(generator, numel)
@@ -84,6 +87,19 @@ def test_a_weight_that_only_rounds_to_one_is_no_copy():
     expected = torch.tensor([1.0]), torch.tensor([0.0]).bfloat16()
     arithmetic.update_(*expected, torch.from_numpy(x), 1 - 1e-12)
     assert m.tolist() == expected[0].tolist() != x.tolist()
+    assert c.tolist() == bits(expected[1]).tolist()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_kept_of_a_rounding_is_itself_rounded_away_from_zero_at_a_tie(sign):
+    halfway = (1 + 2.0**-8) / 2
+    # Next to each other, so the mean stays where it is and all of the step is kept beside it.
+    x, m, c = np.float32([sign * (2**24 + 2)]), np.float32([sign * 2**24]), np.uint16([0])
+    expected = torch.from_numpy(m.copy()), torch.tensor([0.0]).bfloat16()
+    arithmetic.update_(*expected, torch.from_numpy(x), halfway / 2)
+    native.update(*table((x, 0)), m, c, halfway / 2)
+    assert expected[0].tolist() == m.tolist() == [sign * 2**24]
+    assert expected[1].tolist() == [sign * (1 + 2.0**-7) / 2]
     assert c.tolist() == bits(expected[1]).tolist()
 
 

@@ -155,6 +155,11 @@ def test_a_start_or_interval_that_does_not_fit_the_run_is_named(rule, options, n
         replace(rule, **options).plan(10)
 
 
+def test_a_run_that_ends_before_the_first_member_averages_no_weights():
+    with pytest.raises(ConfigError, match="at step 50 of 10, so 0 weights would be averaged"):
+        SWA(start=50).plan(10)
+
+
 def test_what_is_read_out_is_said_in_words():
     def words(rule, **chosen) -> str:
         return rule.plan(8).in_words(9, Readout(**chosen))

@@ -85,6 +85,7 @@ def test_neither_decay_nor_half_life_means_a_tenth_of_the_run_and_says_so():
         (EMA(half_life=50.0), "half_life"),
         (EMA(half_life=True), "half_life"),
         (EMA(half_life=0.00001, every=4), "half_life"),
+        (EMA(half_life=10**17), "half_life"),
         (EMA(warmup="slow"), "warmup"),
     ],
 )
