@@ -424,7 +424,7 @@ def _counted_rows(inputs: LinearInputs, num_counted: int | None) -> tuple[Tensor
     if num_counted is not None:
         factor = torch.where(counted.sum() <= num_counted, factor, torch.nan)
     if counted.device.type == "cpu":
-        index = counted.nonzero().squeeze(-1)[:num_counted]
+        index = counted.nonzero().squeeze(-1)
         return (None if index.numel() == counted.numel() else index), factor
     return counted_first(counted, num_counted), factor
 

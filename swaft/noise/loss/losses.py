@@ -105,10 +105,7 @@ def cross_entropy_symmetric_kl(
         _rows(tensor).to(dtype).masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (logits, noised_logits)
     )
     rows = _logit_rows(z, noised_z, weights.labels, options)
-    task_loss, divergence = weights.reduce(
-        torch.where(counts_for_task, rows.task, 0.0),
-        torch.where(weights.divergence != 0, rows.divergence, 0.0),
-    )
+    task_loss, divergence = weights.reduce(torch.where(counts_for_task, rows.task, 0.0), rows.divergence)
 
     def of_rows(values: Tensor, counting: Tensor) -> Tensor:
         return torch.where(counting, values.detach(), 0.0).reshape(labels.shape)

@@ -39,12 +39,11 @@ class RowWeights(NamedTuple):
         Returns:
             ce (N,), kl (N,) and factor (0-dim).
         """
-        task_counts = self.task_normalizer != 0
-        common = torch.where(task_counts, self.task_normalizer, self.divergence_normalizer)
+        common = torch.where(self.task_normalizer != 0, self.task_normalizer, self.divergence_normalizer)
         kl = self.divergence * (divergence_weight * common * _inverse(self.divergence_normalizer))
         # A row of the divergence stays counted, and so has statistics, even if its weight becomes 0.
         kl = torch.where((self.divergence != 0) & (kl == 0), torch.finfo(kl.dtype).tiny, kl)
-        return self.cross_entropy * task_counts, kl, _inverse(common)
+        return self.cross_entropy, kl, _inverse(common)
 
     def reduce(self, task_rows: Tensor, divergence_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Task loss and divergence, 0-dim, from those of all rows (N,); 0 if nothing counts."""
@@ -79,7 +78,7 @@ def row_weights(labels: Tensor, options: LossOptions, *, num_classes: int, dtype
         given = torch.where(counted | of_divergence, options.token_weight.detach().flatten().to(dtype), 0.0)
         weight = _not_negative("token_weight", given)
     cross_entropy = torch.where(counted, torch.where(in_range, weight, torch.nan), 0.0)
-    divergence = cross_entropy if kl_mask is None else torch.where(of_divergence, weight, 0.0)
+    divergence = torch.where(of_divergence, weight, 0.0)
     one = torch.ones((), dtype=dtype, device=labels.device)
     if kl_normalizer is not None:
         if isinstance(kl_normalizer, Tensor):

@@ -115,6 +115,12 @@ def test_classes_absent_from_both_rows_count_as_weight_zero(spread):
     assert not any(gradient[:, 20:].any() for gradient in padded[1:])
 
 
+def test_a_class_absent_from_one_row_alone_is_infinitely_far_away():
+    logits, noised_logits = pair(5, 0.1, rows=2)
+    logits[0, 2] = noised_logits[1, 3] = -torch.inf
+    assert symmetric_kl(logits, noised_logits).tolist() == [torch.inf, torch.inf]
+
+
 @pytest.mark.parametrize("spread", [1e-3, 0.3, 4.0])
 def test_gradients_pass_gradcheck_in_float64(spread):
     logits, noised_logits = (tensor.double().requires_grad_() for tensor in pair(6, spread, rows=3))

@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 from loss_oracle import cross_entropy, relative_error
 
-from swaft.functional import cross_entropy_symmetric_kl, symmetric_kl
+from swaft.functional import (
+    cross_entropy_symmetric_kl,
+    linear_cross_entropy_symmetric_kl,
+    symmetric_kl,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -33,6 +37,20 @@ def test_loss_is_cross_entropy_plus_weighted_divergence_over_counted_rows():
         result.divergence, symmetric_kl(logits[counted], noised_logits[counted]).mean()
     )
     torch.testing.assert_close(result.loss, result.task_loss + 0.7 * result.divergence)
+
+
+def test_logits_and_hidden_states_without_leading_dimensions_are_one_row():
+    logits, noised_logits, labels = inputs()
+    hidden, noised_hidden = logits[1, 0, :3], noised_logits[1, 0, :3]
+    for loss, operands in (
+        (cross_entropy_symmetric_kl, (logits[1, 0], noised_logits[1, 0])),
+        (linear_cross_entropy_symmetric_kl, (hidden, noised_hidden, logits[0, :, :3])),
+    ):
+        rows = (each.unsqueeze(0) for each in operands[:2])
+        expected = loss(*rows, *operands[2:], labels[1, :1] % 5)
+        result = loss(*operands, labels[1, 0] % 5)
+        assert result.row_divergence.shape == ()
+        assert torch.equal(result.loss, expected.loss)
 
 
 def test_sum_reduction_is_the_mean_times_the_counted_rows():

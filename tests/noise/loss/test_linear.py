@@ -126,7 +126,7 @@ def test_the_size_of_a_chunk_does_not_matter(detach, form):
     assert worst(*gradients) < 1e-6
 
 
-@pytest.mark.parametrize("num_counted", [None, 17, 20, 1000])
+@pytest.mark.parametrize("num_counted", [None, 16, 20, 1000])
 def test_rows_that_count_for_nothing_may_hold_anything(num_counted):
     inputs = head(noise=1e-3, classes=33)
     counted = torch.arange(24) % 3 != 1

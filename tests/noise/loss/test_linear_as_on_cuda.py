@@ -133,6 +133,22 @@ def test_fp16_as_cuda_multiplies_it_is_right_at_every_noise(monkeypatch, noise):
         assert relative_error(computed, scale * gradient) < 5e-3
 
 
+def test_fp16_keeps_differences_that_are_small_beside_one_that_no_class_reads(monkeypatch):
+    as_on_cuda(monkeypatch, torch.float16, product_rows=100)
+    inputs = head(noise=0.01, dtype=torch.float16)
+    inputs.weight[:, 0] = 0
+    inputs.hidden_difference[:, 0] = 1000.0
+    loss, _ = fp16_divergence(inputs)
+    assert relative_error(loss, head_divergence(inputs).value) < 5e-5
+
+
+def test_fp16_takes_differences_below_the_least_unit_for_none(monkeypatch):
+    as_on_cuda(monkeypatch, torch.float16, product_rows=100)
+    inputs = head(noise=0.0, dtype=torch.float16)
+    loss, states = fp16_divergence(inputs._replace(hidden_difference=torch.full((24, 32), 1e-44)))
+    assert not any(tensor.any() for tensor in (loss, *torch.autograd.grad(loss, states)))
+
+
 def test_a_row_that_is_no_number_spoils_no_other_in_fp16(monkeypatch):
     as_on_cuda(monkeypatch, torch.float16, product_rows=16)
     inputs = head(noise=0.1, dtype=torch.float16)

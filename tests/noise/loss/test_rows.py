@@ -113,6 +113,7 @@ def test_divergence_is_never_negative_and_gradients_of_a_row_sum_to_zero(spread,
     assert (statistics.divergence >= 0).all()
     for gradient in gradients[:2]:
         assert (gradient.double().sum(-1).abs() < bar * gradient.double().abs().sum(-1)).all()
+    assert (run(z, torch.full_like(z, spread), labels)[0].divergence >= 0).all()  # nothing but rounding
 
 
 @pytest.mark.parametrize("classes", [1, 2, 17])
@@ -167,7 +168,8 @@ def test_entries_absent_from_both_rows_count_nothing():
 def test_rows_that_count_for_nothing_are_zero_whatever_is_in_them(spread, softcap):
     z, noise, labels = logits(50, spread)
     counted = torch.arange(ROWS) % 3 > 0
-    z[~counted], noise[~counted], labels[~counted] = torch.nan, torch.inf, -100
+    z[~counted], noise[~counted] = torch.nan, torch.inf
+    labels[~counted] = torch.tensor([-100, -1, 50, 10**6])
     weight = counted.float()
     statistics, gradients = run(z, noise, labels, ce=weight, kl=weight, softcap=softcap)
     for tensor in (*statistics, *gradients):
@@ -215,6 +217,20 @@ def test_detach_holds_constant_what_it_names(detach, spread):
     _, gradients = run(z, noise, labels, ce=ALL_COUNT, detach=detach)
     for ours, exact in zip(gradients, (clean, noised, clean + noised), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-7, atol=1e-11)
+
+
+@pytest.mark.parametrize("detach", ["none", "noised"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_rows_that_fill_several_blocks_are_those_of_one(monkeypatch, softcap, detach):
+    z, noise, labels = logits(60, 1.0)
+    noise[::2] *= 1e-3
+    weights = {"ce": torch.arange(ROWS) % 3, "kl": torch.arange(ROWS) % 4}
+    options = {**weights, "bias": torch.linspace(-1, 1, 60), "softcap": softcap, "detach": detach}
+    whole = run(z, noise, labels, **options)
+    monkeypatch.setattr(row_module, "_CPU_BLOCK_ELEMENTS", 5 * 60)  # blocks of 5, 5 and 2 rows
+    for in_blocks, in_one in zip(run(z, noise, labels, **options), whole, strict=True):
+        for ours, theirs in zip(in_blocks, in_one, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_written_over_the_logits_are_those_written_beside_them():

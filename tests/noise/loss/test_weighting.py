@@ -30,9 +30,21 @@ def test_token_weights_enter_both_sums_and_both_means():
     assert weights.task_normalizer == weights.divergence_normalizer == 3.5
 
 
-def test_reduction_sum_divides_by_nothing():
+def test_token_weights_of_rows_of_the_divergence_alone_count_too():
+    token_weight = torch.tensor([[0.5, 2.0, 7.0], [1.0, 4.0, torch.nan]])
+    weights = weigh(
+        token_weight=token_weight, kl_mask=torch.tensor([[False, True, True], [True, True, False]])
+    )
+    assert weights.cross_entropy.tolist() == [0.5, 2, 0, 1, 0, 0]
+    assert weights.divergence.tolist() == [0, 2, 7, 1, 4, 0]
+    assert (weights.task_normalizer, weights.divergence_normalizer) == (3.5, 14)
+
+
+def test_reduction_sum_divides_by_nothing_but_the_divergence_by_a_number_that_is_given():
     weights = weigh(reduction="sum")
     assert weights.task_normalizer == weights.divergence_normalizer == 1
+    weights = weigh(reduction="sum", kl_normalizer=5)
+    assert (weights.task_normalizer, weights.divergence_normalizer) == (1, 5)
 
 
 def test_fairseq_sums_over_padding_and_divides_by_sentences():
