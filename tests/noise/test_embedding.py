@@ -25,13 +25,18 @@ from torch import nn
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F
-from swaft.noise.embedding import embedding_hook, find_site
+from swaft.noise.embedding import Embedded, embedding_hook, find_site
 
 pytestmark = pytest.mark.unit
 
 
 def constant(size: float):
     return lambda clean: clean.float() + size
+
+
+def flipped(clean):
+    """What no normalisation behind the embedding undoes, as it does with a constant."""
+    return -clean.float()
 
 
 @pytest.fixture
@@ -147,6 +152,16 @@ def test_realised_noise_is_what_was_handed_on_not_what_was_drawn():
     assert float(realised.noise_to_signal()) == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_realised_noise_is_that_of_real_tokens_relative_to_the_clean_ones():
+    clean = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[9.0, 9.0], [9.0, 9.0]]])
+    record = Embedded(1, clean, clean + torch.tensor([[[0.0, 12.0], [0.0, 0.0]], [[5.0, 5.0], [5.0, 5.0]]]))
+    real = torch.tensor([[True, True], [False, False]])
+    assert float(record.noise_to_signal(real)) == pytest.approx(12 / 5)
+    assert float(record.changed(real)) == 1 / 4
+    nothing = torch.zeros_like(real)
+    assert record.noise_to_signal(nothing) == record.changed(nothing) == 0
+
+
 @pytest.mark.parametrize("build", [t5, bart])
 def test_an_embedding_that_the_decoder_shares_is_noised_in_the_encoder_only(build, caught):
     model, batch = build(dropout=0.0), generation_batch()
@@ -223,11 +238,13 @@ def test_the_factor_of_a_scaled_embedding_is_found_inside_an_adapter(build, adap
 def test_the_second_half_of_a_doubled_batch_is_noised_and_recorded():
     model, batch = bert(dropout=0.0), classification_batch()
     twice = {name: torch.cat([value, value]) for name, value in batch.items()}
-    with embedding_hook(find_site(model), constant(0.5), half=True) as record:
+    with embedding_hook(find_site(model), flipped, half=True) as record:
         both = model(**twice).logits
-    with embedding_hook(find_site(model), constant(0.5)) as alone:
+    with embedding_hook(find_site(model), flipped) as alone:
         noised = model(**batch).logits
-    torch.testing.assert_close(both, torch.cat([model(**batch).logits, noised]))
+    clean = model(**batch).logits
+    assert (noised - clean).abs().max() > 0.01
+    torch.testing.assert_close(both, torch.cat([clean, noised]))
     assert torch.equal(record.handed_on, alone.handed_on)
     assert torch.equal(record.clean, alone.clean)
 

@@ -10,6 +10,7 @@ from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, ge
 from transformers import AutoModelForSeq2SeqLM
 
 from swaft.errors import NoiseError
+from swaft.functional import linear_cross_entropy_symmetric_kl
 from swaft.noise import R3F, RDrop
 from swaft.noise.head import find_head
 
@@ -85,6 +86,24 @@ def test_every_kind_of_objective_is_the_same_fused_and_from_logits(build, batch,
     fused, slow = (run(OBJECTIVES[objective](fused=fused), build(), batch()) for fused in (True, False))
     assert_same_step(fused, slow)
     assert float(fused[0].divergence) > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "form"),
+    [(R3F(sigma=0.1), "difference"), (R3F(sigma=0.1, masks="independent"), "direct"), (RDrop(), "direct")],
+)
+def test_only_passes_with_the_same_masks_are_near_enough_to_multiply_their_difference(
+    objective, form, monkeypatch
+):
+    taken = []
+
+    def noting(*operands, **options):
+        taken.append(options["form"])
+        return linear_cross_entropy_symmetric_kl(*operands, **options)
+
+    monkeypatch.setattr("swaft.noise.passes.linear_cross_entropy_symmetric_kl", noting)
+    objective(tiny.gpt2(), causal_batch())
+    assert {*taken} == {form}
 
 
 @pytest.mark.parametrize(

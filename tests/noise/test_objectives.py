@@ -24,7 +24,7 @@ from transformers import BertForMultipleChoice
 
 from swaft.errors import NoiseError, StateError
 from swaft.functional import cross_entropy_symmetric_kl
-from swaft.noise import R3F, RDrop, TaskLoss, symmetric_kl
+from swaft.noise import R3F, RDrop, TaskLoss, objectives, symmetric_kl
 from swaft.noise.embedding import embedding_hook, find_site
 from swaft.noise.generator import add_noise
 
@@ -272,7 +272,7 @@ def test_a_relative_sigma_leaves_out_the_padding_of_choices():
     assert found[0] == found[1] > 0
 
 
-def test_noise_is_set_by_seed_and_step_and_comes_back_when_a_run_resumes():
+def test_noise_is_set_by_seed_rank_and_step_and_comes_back_when_a_run_resumes(monkeypatch):
     batch = classification_batch()
 
     def divergences(objective, steps):
@@ -285,6 +285,8 @@ def test_noise_is_set_by_seed_and_step_and_comes_back_when_a_run_resumes():
     assert len(set(run_of_four)) == 4
     assert divergences(resumed, 2) == run_of_four[2:]
     assert divergences(R3F(sigma=0.1, seed=4), 1) != run_of_four[:1]
+    monkeypatch.setattr(objectives, "current_rank", lambda: 1)
+    assert divergences(R3F(sigma=0.1, seed=3), 1) != run_of_four[:1]
 
 
 def test_accelerate_carries_an_objectives_step_through_a_checkpoint(tmp_path):
@@ -320,6 +322,9 @@ def test_evaluation_works_and_does_not_move_the_noise_of_training():
     assert not out.loss.requires_grad
     assert not model.training
     model.train()
+    with torch.no_grad():
+        objective(model, batch)
+    assert objective.step == 0
     objective(model, batch)
     assert objective.step == 1
 

@@ -98,3 +98,4 @@ def test_the_ends_of_the_uniform_numbers_give_finite_normal_ones():
     across, up = box_muller(pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
     assert bool(torch.isfinite(across).all())
     assert bool(torch.isfinite(up).all())
+    assert torch.hypot(across, up).max() < 5.7  # sqrt(-2 log 1e-7)

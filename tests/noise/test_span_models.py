@@ -132,7 +132,7 @@ def test_one_doubled_pass_gives_the_loss_of_two():
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("starts", [(3, LENGTH, 0), (3, 1, 0), (LENGTH, LENGTH, 0)])
+@pytest.mark.parametrize("starts", [(3, LENGTH, 0), (3, 1, 0), (LENGTH, LENGTH, 0), (3, -1, 0)])
 def test_positions_past_the_text_do_not_count_as_in_the_models_own_loss(starts):
     rows = batch(starts=starts, ends=(4, LENGTH + 2, 0))
     out, gradients = run(R3F(weight=0.0, sigma=0.1), bert(), rows)
@@ -148,6 +148,12 @@ def test_a_batch_in_which_only_last_tokens_count_has_their_mean():
     expected = cross_entropy(model(**inputs_of(batch())).end_logits, batch()["end_positions"])
     torch.testing.assert_close(out.task_loss, expected.detach())
     assert 0 < out.divergence < torch.inf
+
+
+def test_a_smoothed_batch_in_which_no_position_counts_has_loss_zero_and_no_gradient():
+    out, gradients = run(TaskLoss(0.1), bert(), batch(starts=(LENGTH,) * 3, ends=(LENGTH,) * 3))
+    assert out.loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
 
 
 def test_r4f_normalises_the_layer_that_points():
