@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from plain_runs import BIAS, MATRIX, phase_of, phases, plain_run, zero
 
-from swaft.training.planning.memory import fsdp2, replicated, zero3, zero12
+from swaft.training.launch.accelerator import EngineSettings
+from swaft.training.planning.memory import PlannedEngine, fsdp2, replicated, zero3, zero12
 from swaft.training.planning.step import Weight
+
+pytestmark = pytest.mark.unit
 
 BACKWARD, STEP = "forward and backward", "optimizer step"
 HALF = (replace(MATRIX, itemsize=2), replace(BIAS, itemsize=2))
@@ -80,10 +85,18 @@ def test_zero_1_keeps_all_gradients_until_backward_has_ended():
     assert rows["reduce bucket"] == 440  # as much of it as is ever written to
 
 
+def test_zero_1_that_sums_as_backward_goes_has_a_second_bucket_and_no_gradients_that_wait():
+    rows = phase_of(zero12(plain_run(world_size=2), zero(stage=1, overlap_comm=True)), BACKWARD)
+    assert rows["reduce bucket"] == 2 * 440
+    assert "gradients" not in rows
+
+
 def test_gradients_of_micro_batches_before_lie_beside_those_of_the_last():
     run = plain_run(world_size=2, accumulates=True)
     assert phase_of(zero12(run, zero(stage=2)), BACKWARD)["gradients of the partition"] == 800
     assert phase_of(zero12(run, zero(stage=2)), STEP)["gradients of the partition"] == 400
+    begins = phase_of(zero12(run, zero(stage=1)), BACKWARD, peak=5000)
+    assert begins["gradients of the partition"] == 400  # the last are not summed yet
 
 
 def test_stage_0_sums_a_flat_copy_of_the_gradients():
@@ -95,6 +108,9 @@ def test_stage_0_sums_a_flat_copy_of_the_gradients():
     )
     alone = phase_of(replicated(plain_run(*HALF), deepspeed=True), BACKWARD)
     assert "flat copy for the sum" not in alone
+    large = plain_run(Weight(numel=10**9, itemsize=2), world_size=2)
+    rows = phase_of(replicated(large, deepspeed=True), BACKWARD)
+    assert rows["flat copy for the sum"] == 2 * 5 * 10**8  # half of them at a time
 
 
 def test_offloading_the_optimizer_moves_it_to_the_host():
@@ -105,6 +121,24 @@ def test_offloading_the_optimizer_moves_it_to_the_host():
     assert backward.host["fp32 masters"] == 4 * memory[1]
     assert backward.host["AdamW's moments"] == 8 * memory[1]
     assert backward.device["offload buffer"] == backward.host["its copy on the host"] == 2 * 100
+    assert backward.host["fp32 gradients"] == 4 * memory[1]
+    assert backward.host["staging of the weights"] == 2 * memory[1]
+
+
+@pytest.mark.parametrize("parts", [("optimizer",), ("optimizer", "param")])
+def test_zero_3_moves_to_the_host_what_it_is_told_to(parts):
+    settings = {f"offload_{part}": {"device": "cpu"} for part in parts}
+    memory = zero3(plain_run(*HALF, world_size=2, on_cpu=False), zero(stage=3, **settings))
+    [backward] = phases(memory).values()
+    state = {
+        "fp32 masters": 4 * 55,
+        "AdamW's moments": 8 * 55,
+        "gradient slices": 2 * 55,
+        "fp32 gradients": 4 * 55,
+    }
+    weights = {"slices of the weights": 2 * 55}
+    assert backward.host == (state | weights if "param" in parts else state)
+    assert ("slices of the weights" in backward.device) == ("param" not in parts)
 
 
 def test_zero_3_has_masters_beside_its_slices_in_fp32_too():
@@ -174,6 +208,21 @@ def test_fsdp2_frees_a_block_before_its_gradients_are_summed():
     assert rows["gathered weights"] == 0
     assert rows["gradient on its way"] == 8000
     assert rows["gradients"] == 4 * (500 + 50)
+    frozen = plain_run(replace(embedding, trained=False), layer, world_size=2, on_cpu=False, blocks=[1, 2])
+    assert phase_of(fsdp2(frozen, reshards=True), BACKWARD)["gradient on its way"] == 8 * 100
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_run_begins_with_the_whole_model_in_fp32_and_has_all_of_it_on_the_host_if_it_computes_there(on_cpu):
+    launch: Any = SimpleNamespace(stage=None, world_size=2)
+    engine = PlannedEngine(
+        launch, EngineSettings(precision="bf16", deepspeed=None, fsdp2=None), on_cpu=on_cpu
+    )
+    (start, *steps), _ = engine.memory((MATRIX, BIAS), 1000, accumulates=False)
+    assert (start.device, start.host) == ({}, {"model as loaded, fp32": 440})
+    for phase in steps:
+        assert (phase.device if on_cpu else phase.host) == {}
+        assert (phase.host if on_cpu else phase.device)["AdamW's moments"] == 880
 
 
 def test_adam_takes_two_of_the_largest_on_a_cpu_and_one_of_all_on_a_device():

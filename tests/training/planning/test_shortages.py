@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from swaft.averaging.rules import PowerEMA
 from swaft.training.config import AveragingConfig, TrainConfig
+from swaft.training.planning import plan
 from swaft.training.planning.memory import Phase
 from swaft.training.planning.plan import RunPlan, find_shortages
 
@@ -41,6 +43,33 @@ def told(
     config = SimpleNamespace(train=TrainConfig(output_dir="-", **train), averaging=AveragingConfig())
     [sentence] = find_shortages(found, engine, config, **there)
     return sentence
+
+
+def test_a_machine_holds_what_its_own_ranks_take_at_their_fullest():
+    phases = [Phase("start", {}, {"b": 5}), Phase("step", {"a": 7, "c": 1}, {"b": 3})]
+    found = RunPlan(
+        engine="-", precision="bf16", world_size=8, machines=2, on_cpu=False, parameters=1, trainable=1,
+        phases=phases, averaging=None,
+    )  # fmt: skip
+    assert (found.device_bytes, found.host_bytes, found.machine_bytes) == (8, 5, 4 * 5)
+    engine, config = SimpleNamespace(launch=None), SimpleNamespace(train=None)
+    assert find_shortages(found, engine, config, device_bytes=8, host_bytes=20) == []  # it fits to the byte
+
+
+@pytest.mark.parametrize(("offloaded", "copied"), [(False, 4000), (True, 0)])
+def test_averaging_takes_its_time_of_that_between_two_members_and_copies_what_is_not_on_the_host(
+    offloaded, copied, monkeypatch
+):
+    monkeypatch.setattr(plan, "seconds_an_element", lambda workers, elements: 1e-3)
+    engine: Any = SimpleNamespace(on_cpu=False, offloads=lambda part: offloaded)
+    config = SimpleNamespace(averaging=AveragingConfig())
+    # Each member moves two means: 2000 ms of work every 4 steps.
+    rule = PowerEMA(sigma_rel=(0.1, 0.2), every=4).plan(100)
+    taken = [plan._plan_averaging(rule, config, 1000, engine, seconds) for seconds in (None, 0.4, 0.8)]
+    assert [each.event_seconds for each in taken] == [2.0, 2.0, 2.0]
+    assert [each.share_of_step for each in taken] == [None, pytest.approx(1.25), pytest.approx(0.625)]
+    assert [each.waits for each in taken] == [None, True, False]
+    assert {(each.copied_bytes, each.pinned_bytes > 0) for each in taken} == {(copied, not offloaded)}
 
 
 def test_activations_are_made_smaller_where_they_are_in_the_way():

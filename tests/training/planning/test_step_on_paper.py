@@ -15,6 +15,8 @@ from swaft.training.config import TrainConfig
 from swaft.training.models.pretrained import with_checkpointing
 from swaft.training.planning.step import LiveBytes, _without_dropout, trace_step, trace_training_step
 
+pytestmark = pytest.mark.unit
+
 BERT = {
     "model_type": "bert", "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 32,
