@@ -31,8 +31,8 @@ from swaft.training.run.folder import RunFolder
 pytestmark = pytest.mark.unit
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
-TEXTS = {"q1": "a b c d e f g h a b c", "q2": "d e", "q3": "f a g b h", "q4": "c"}
-ANSWERS = {"q1": ["g h"], "q2": ["e"], "q3": ["g"], "q4": ["c"]}
+TEXTS = {"q1": "a b c d e f g h a b c", "q2": "d e", "q3": "f a g b h", "q4": "c", "q5": "e b"}
+ANSWERS = {"q1": ["g h"], "q2": ["e"], "q3": ["g"], "q4": ["c"], "q5": ["b"]}
 
 
 class Reader(nn.Module):
@@ -200,8 +200,8 @@ def test_a_threshold_for_none_is_refused_where_every_question_has_an_answer():
 
 
 def test_predictions_are_files_for_the_official_scripts(tmp_path):
-    kinds = {kind: Evaluation(scores={}, outputs=[kind, "", "é", "x"]) for kind in ("last", "averaged")}
+    kinds = {kind: Evaluation(scores={}, outputs=[kind, "", "é", "x", "y"]) for kind in ("last", "averaged")}
     write_predictions(RunFolder(tmp_path, is_main=True), {"test": kinds}, {"test": make_questions()})
     for name, kind in (("predictions-test.json", "last"), ("predictions-test-averaged.json", "averaged")):
         found = json.loads((tmp_path / name).read_text())
-        assert found == {"q1": kind, "q2": "", "q3": "é", "q4": "x"}
+        assert found == {"q1": kind, "q2": "", "q3": "é", "q4": "x", "q5": "y"}

@@ -204,6 +204,16 @@ def test_the_best_of_a_checkpoint_comes_back_whatever_came_after_it(tmp_path):
     }
 
 
+def test_evaluations_in_vain_before_a_checkpoint_count_after_it(tmp_path):
+    settings = {"averaged": False, "early_stopping_patience": 2}
+    run = Run(tmp_path / "best", **settings)
+    assert not any(run.after_a_step(score) for score in (0.5, 0.4))
+    run.best.save_state(tmp_path / "checkpoint-2" / "best")
+    again = Run(tmp_path / "best", **settings)
+    again.best.load_state(tmp_path / "checkpoint-2" / "best")
+    assert again.after_a_step(0.4)
+
+
 def test_where_a_checkpoint_has_no_best_what_came_after_it_goes(tmp_path):
     run = Run(tmp_path / "best", keep_best="averaged")
     run.after_a_step(0.5)

@@ -6,7 +6,13 @@ import torch
 from tiny_training import make_classifier, make_loader, make_rows
 
 from swaft.errors import TrainingError
-from swaft.training.evaluation.evaluate import each_row_once, evaluate_classes, without_row_id
+from swaft.training.evaluation.evaluate import (
+    Evaluation,
+    each_row_once,
+    evaluate_classes,
+    mean_evaluations,
+    without_row_id,
+)
 from swaft.training.metrics import Metric
 
 pytestmark = pytest.mark.unit
@@ -77,6 +83,22 @@ def test_a_missing_row_is_an_error(ids):
     tensor = torch.tensor(ids)
     with pytest.raises(TrainingError, match="of 3"):
         each_row_once(tensor, tensor[:, None].float(), tensor, num_rows=3)
+
+
+def test_the_mean_of_splits_is_that_of_each_score_for_each_kind_of_weights():
+    found = {
+        split: {kind: Evaluation(scores={"accuracy": a, "loss": 1 - a}) for kind, a in kinds.items()}
+        for split, kinds in {
+            "en": {"last": 0.5, "averaged": 0.75},
+            "de": {"last": 0.25, "averaged": 1.0},
+            "fr": {"last": 0.0, "averaged": 0.0},
+        }.items()
+    }
+    means = mean_evaluations(found, {"both": ["en", "de"]})
+    assert {kind: each.scores for kind, each in means["both"].items()} == {
+        "last": {"accuracy": 0.375, "loss": 0.625},
+        "averaged": {"accuracy": 0.875, "loss": 0.125},
+    }
 
 
 def test_row_numbers_do_not_reach_the_model():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -125,7 +126,7 @@ def test_packed_rows_have_the_loss_they_have_alone():
 
 def test_the_evaluation_is_a_mean_over_tokens():
     rows = made([{"text": "a b c"}, {"text": "d e"}])
-    torch.manual_seed(0)
+    torch.manual_seed(7)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(WORDS),
@@ -137,14 +138,22 @@ def test_the_evaluation_is_a_mean_over_tokens():
     ).eval()
     collate = CausalCollator(tokenizer())
     alone = SimpleNamespace(gather=lambda parts: parts, pad_across_processes=lambda part, **_: part)
-    sums = []
+    sums, right = [], []
     for row in rows:
         batch = collate([row])
         batch.pop("idx")
-        sums.append(float(model(**batch).loss) * (len(row["labels"]) - 1))
+        output = model(**batch)
+        sums.append(float(output.loss) * (len(row["labels"]) - 1))
+        right += (output.logits[0, :-1].argmax(-1) == batch["labels"][0, 1:]).tolist()
     model.loss_function = lambda **_: pytest.fail("the model computes a loss of its own, which nobody reads")
     found = evaluate_answers_given(model, [collate([*rows])], alone, num_rows=2)
     assert found.scores["loss"] == pytest.approx(sum(sums) / 5, rel=1e-6)
+    assert found.scores["perplexity"] == pytest.approx(math.exp(sum(sums) / 5), rel=1e-5)
+    assert right == [False, False, True, False, False]
+    assert found.scores["token_accuracy"] == pytest.approx(1 / 5)
+    model.lm_head.weight.data *= 1e6
+    lost = evaluate_answers_given(model, [collate([*rows])], alone, num_rows=2)
+    assert lost.scores["loss"] > 710 > math.log(lost.scores["perplexity"])  # e^710 is past the largest float
 
 
 def test_the_last_answer_of_a_row_is_asked_for():

@@ -143,6 +143,17 @@ def test_best_threshold_by_hand():
     assert (scores["best_f1"], scores["best_f1_thresh"]) == (75, -3.0)
 
 
+def test_of_equally_good_thresholds_the_lowest_is_told():
+    assert score_squad_v2(ANSWERS, QUESTIONS[:2], ODDS)["best_exact_thresh"] == -3.0  # at 0.5 h2 is wrong too
+
+
+def test_missing_answers_score_nothing_at_the_best_threshold_either():
+    answers = {name: answer for name, answer in ANSWERS.items() if name != "n2"}
+    # Silence: n1 right. Up to -3: h1 too. Nothing was said of n2.
+    assert score_squad_v2(answers, QUESTIONS, ODDS)["best_exact"] == 100 * 2 / 4
+    assert score_squad_v2({}, QUESTIONS, {})["best_exact"] == 0
+
+
 def test_silence_may_be_best_and_its_threshold_brings_it_about():
     questions, answers, odds = [("n1", []), ("h1", ["x"])], {"n1": "a", "h1": "b"}, {"n1": -2.0, "h1": -1.0}
     scores = score_squad_v2(answers, questions, odds)
