@@ -82,16 +82,30 @@ def test_over_tasks_an_interval_is_as_wide_as_tasks_differ_however_many_seeds():
     assert found.low < -2 < 2 < found.high
 
 
+def test_over_tasks_that_agree_an_interval_is_as_wide_as_the_mean_of_their_seeds_varies():
+    seeds = np.linspace(-1, 1, 9)
+    found = statistics.over_tasks(dict.fromkeys("abcdefgh", seeds))
+    assert (found.mean, found.count) == (0, 72)
+    assert (-found.low, found.high) == pytest.approx([1.96 * seeds.std() / 72**0.5] * 2, rel=0.07)
+
+
+def test_no_difference_at_all_is_not_clear():
+    assert not statistics.over_seeds(np.zeros(5)).clear
+
+
 def test_signs_are_counted_by_task_and_a_mean_over_tasks_needs_four():
     pairs = {task: np.array([-1.0, -2.0, 0.5]) for task in "abc"}
     found = statistics.compare(pairs)
     assert (found.lower, found.higher, found.p_value, found.count) == (3, 0, 0.25, 9)
     assert found.overall is None
-    assert statistics.compare(pairs | {"d": np.zeros(3)}).overall is not None
+    tied = statistics.compare(pairs | {"d": np.zeros(3)})
+    assert (tied.lower, tied.higher, tied.p_value) == (3, 0, 0.25)
+    assert tied.overall is not None
 
 
 def test_holm_multiplies_by_how_many_are_left_and_never_goes_down():
     assert statistics.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert statistics.holm([0.9, 0.6]) == [1.0, 1.0]
 
 
 def test_a_baseline_rarely_differs_from_itself_and_its_seeds_are_not_paired_with_themselves():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +12,16 @@ import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 
-from benchmarks.study import grid
+from benchmarks.study import grid, reading
 from benchmarks.study.cell import Cell, parse_cell
 from benchmarks.study.loop import rate_at
 from benchmarks.study.model import GROUP, changed, to_int4, to_int8
 from benchmarks.study.numerics import fingerprint, kind_of
-from benchmarks.study.outcomes import BINS, calibration_error, outcomes, temperature
+from benchmarks.study.outcomes import BINS, Prediction, calibration_error, outcomes, temperature
+from benchmarks.study.readouts import rules_for
 from benchmarks.study.rows import Rows, epoch_batches, evaluation_batches
 from benchmarks.study.trainings import TRAININGS
+from swaft.averaging.rules import EMA, SWA
 
 pytestmark = pytest.mark.unit
 
@@ -40,6 +44,64 @@ def test_outcomes_are_those_of_scikit_learn_and_of_the_definition():
         if inside.any():
             expected += float(inside.double().mean() * (hits[inside].mean() - top[inside].mean()).abs())
     assert calibration_error(top, hits) == pytest.approx(expected)
+    assert calibration_error(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.0])) == 0.25
+
+
+def test_outcomes_of_one_class_and_of_rounded_logits():
+    logits = (
+        torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([9.0, 0.0])
+    ).bfloat16()
+    labels = torch.zeros(50, dtype=torch.long)
+    found = outcomes(logits, labels, "mcc") | outcomes(logits, labels, "f1")
+    assert (found["mcc"], found["f1"], found["accuracy"]) == (0, 0, 1)
+    assert found["nll"] == pytest.approx(float(-logits.double().log_softmax(-1)[:, 0].mean()))
+
+
+def test_averages_are_what_their_names_say():
+    rules = {
+        name: rule
+        for schedule in ("decayed", "constant")
+        for name, rule in rules_for(TRAININGS[schedule], 1000).items()
+    }
+    for name, rule in rules.items():
+        kind, _, number = name.partition("-")
+        if kind == "tail":
+            assert rule == SWA(start=1 - float(number), every=1)
+        elif kind == "swa":
+            assert rule == SWA(start=float(number), every=12)
+        elif kind == "ema" and number:
+            assert rule == EMA(half_life=float(number), every=12)
+        else:
+            assert (name, rule.every) in {("lawa", 50), ("power-ema", 12), ("bema", 12), ("merge", 12)}
+
+
+def test_a_readout_is_scaled_and_chosen_by_the_validation_rows(monkeypatch):
+    generator, model = torch.Generator().manual_seed(0), nn.Linear(1, 1)
+    logits = 2 * torch.randn(2000, 3, generator=generator)
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    read = []  # which weights the model has
+
+    @contextmanager
+    def in_place(_model, _averager, readout):
+        read.append(readout.name)
+        yield
+
+    def predict(_task, _model, rows):
+        scale = {"validation": 3.0, "test": 2.0}[rows]
+        if read[-1] == "tail-0.2":  # better on validation rows, and worse on test rows
+            scale = {"validation": 1.5, "test": 9.0}[rows]
+        return Prediction(scale * logits, labels, dict)
+
+    monkeypatch.setattr(reading, "in_place", in_place)
+    monkeypatch.setattr(reading, "predict", predict)
+    trained = SimpleNamespace(averager=None)
+    splits = SimpleNamespace(validation="validation", test="test")
+    found = reading.score_test(model, trained, TRAININGS["decayed"], splits, SimpleNamespace(generates=False))
+    assert found["last"]["temperature"] == pytest.approx(3, rel=0.1)
+    scaled = outcomes(logits * 2 / found["last"]["temperature"], labels, "accuracy")
+    assert found["last"]["outcomes"]["nll_scaled"] == scaled["nll"]
+    assert found["chosen"]["chosen"] == "tail-0.2"
+    assert found["chosen"]["outcomes"] == found["tail-0.2"]["outcomes"]
 
 
 def test_the_temperature_undoes_what_logits_were_multiplied_by():
