@@ -6,33 +6,32 @@ The settings specific to models that continue a text come first.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset, Json, Value
+from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
-from swaft.training.data.chats import TokenRow, chat_tokens, is_learnt
+from swaft.training.data.chats import TokenRow, chat_faults, chat_tokens
+from swaft.training.data.files import map_rows
 from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
 from swaft.training.data.texts import (
     IGNORED,
     BadRow,
     Collator,
-    ColumnFault,
     encode,
     good_rows,
-    map_rows,
     padded,
     read_as_text,
     refuse_split_settings,
     require_column,
+    spelled_tokens,
     text_faults,
     usual_columns,
     values,
@@ -368,28 +367,8 @@ def _class_names_as_text(split: Dataset, column: str) -> Dataset:
 def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     for column in filter(None, (columns.prompt, columns.answer)):
         yield from text_faults(split, column)
-    if columns.messages is None:
-        return
-    there = f"in column '{columns.messages}'"
-    feature = getattr(split.features[columns.messages], "feature", None)
-    if isinstance(feature, dict) and isinstance(feature.get("content"), Json):
-        # Json decodes a text such as "7" to a number, so rows that look right may not be.
-        chats = list(enumerate(values(split, columns.messages)))
-        row, chat = next((each for each in chats if not all(map(_is_message, each[1] or ()))), chats[0])
-        kinds = "contents of several types, so a text like '7' is read as a number; write each as text"
-        yield row, ColumnFault(f"has {chat!r:.200} {there}, which has {kinds}")
-    for row, chat in enumerate(values(split, columns.messages)):
-        messages = chat if isinstance(chat, list) else []
-        if isinstance(chat, str):
-            kept = "a list of messages (json lines and parquet keep lists, csv does not)"
-            yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
-        elif not all(map(_is_message, messages)):
-            yield (
-                row,
-                f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",
-            )
-        elif not any(map(is_learnt, messages[1:])):
-            yield row, f"has no message of the assistant after another {there}; expected one to learn"
+    if columns.messages is not None:
+        yield from chat_faults(split, columns.messages)
 
 
 def _untrainable(split: Dataset) -> Iterator[BadRow]:
@@ -403,20 +382,13 @@ def _renumbered(rows: Dataset, before: int) -> Dataset:
     return rows.remove_columns("idx").add_column("idx", [*range(len(rows))])
 
 
-def _is_message(found: Any) -> bool:
-    if not isinstance(found, Mapping) or "role" not in found:
-        return False
-    content = found.get("content")
-    return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
-
-
 def _tokens(
     rows: Mapping[str, list[Any]], tokenizer: Any, columns: CausalColumns, data: CausalDataConfig
 ) -> Iterator[TokenRow]:
     """Yield the token ids of each row."""
     if columns.messages is not None:
         # Telling them apart takes a hundred times as long, so it is done only if a message spells one.
-        special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
+        special = spelled_tokens(tokenizer)
         for chat in rows[columns.messages]:
             spelt = data.split_special_tokens and special.search(str(chat)) is not None
             try:

@@ -1,16 +1,17 @@
-"""Chats as token ids: what a chat template writes for the assistant's answers is learnt, the rest is given."""
+"""Chats, checked and as token ids: what a template writes for the assistant's answers is learnt, the rest given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from operator import eq
 from typing import Any, NamedTuple
 
+from datasets import Dataset, Json
 from jinja2 import TemplateError
 
 from swaft.errors import DataError
-from swaft.training.data.texts import IGNORED
+from swaft.training.data.texts import IGNORED, BadRow, ColumnFault, special_tokens, values
 
 SILENT = {"role": "assistant", "content": ""}
 """An answer that only calls tools, without its calls."""
@@ -36,6 +37,40 @@ class TokenRow(NamedTuple):
 def is_learnt(message: Mapping[str, Any]) -> bool:
     """Whether a message is an answer to learn: OpenAI's chats give one that is only context the weight 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def chat_faults(split: Dataset, column: str) -> Iterator[BadRow]:
+    """Yield the rows whose chat is none, or has no answer to learn.
+
+    A column of texts, or of contents that are not all texts, yields a `ColumnFault`.
+    """
+    there = f"in column '{column}'"
+    feature = getattr(split.features[column], "feature", None)
+    if isinstance(feature, dict) and isinstance(feature.get("content"), Json):
+        # Json decodes a text such as "7" to a number, so rows that look right may not be.
+        chats = list(enumerate(values(split, column)))
+        row, chat = next((each for each in chats if not all(map(_is_message, each[1] or ()))), chats[0])
+        kinds = "contents of several types, so a text like '7' is read as a number; write each as text"
+        yield row, ColumnFault(f"has {chat!r:.200} {there}, which has {kinds}")
+    for row, chat in enumerate(values(split, column)):
+        messages = chat if isinstance(chat, list) else []
+        if isinstance(chat, str):
+            kept = "a list of messages (json lines and parquet keep lists, csv does not)"
+            yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
+        elif not all(map(_is_message, messages)):
+            yield (
+                row,
+                f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",
+            )
+        elif not any(map(is_learnt, messages[1:])):
+            yield row, f"has no message of the assistant after another {there}; expected one to learn"
+
+
+def _is_message(found: Any) -> bool:
+    if not isinstance(found, Mapping) or "role" not in found:
+        return False
+    content = found.get("content")
+    return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
 
 
 def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: bool) -> TokenRow:
@@ -105,9 +140,7 @@ def _agreement(some: Sequence[int], others: Sequence[int]) -> int:
 
 def _end(labels: Sequence[int], tokenizer: Any) -> int:
     """Return the special token at the end of the labels, where only white space may follow it, or `IGNORED`."""
-    # Llama's <|eot_id|> is special as an added token only.
-    added = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
-    special = {*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    special = {*special_tokens(tokenizer).values()} - {tokenizer.unk_token_id}
     for token in reversed(labels):
         if token in special or token == IGNORED:
             return token

@@ -31,6 +31,17 @@ PHI3 = ("phi3", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 R1 = ("deepseek_r1_distill", "<|end|>")
 
 
+def test_a_token_of_the_template_that_is_special_as_an_added_token_only_is_text_in_a_message():
+    reader = reader_of(*PHI3)
+    assert "<|user|>" not in reader.all_special_tokens
+    chat = [{"role": "user", "content": "the <|user|> cat"}, CHAT[1]]
+    columns = CausalColumns(answer=None, messages="messages")
+    for plain, turns in ((True, 1), (False, 2)):
+        data = CausalDataConfig(split_special_tokens=plain)
+        [row] = tokenized(Dataset.from_list([{"messages": chat}]), reader, columns, data)
+        assert row["input_ids"].count(reader.convert_tokens_to_ids("<|user|>")) == turns
+
+
 def test_of_a_chat_every_answer_of_the_assistant_is_learnt():
     chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e")]
     row = made([{"messages": [{"role": role, "content": text} for role, text in chat]}])[0]
