@@ -402,8 +402,9 @@ def _tokens(
     given = encode(tokenizer, texts)["input_ids"]
     learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
+    _, ends = _added_to_texts(tokenizer)
     for before, answer in zip(given, learnt, strict=True):
-        before = before[:-1] if before and before[-1] == end else before  # some end every text
+        before = before[:-1] if ends else before
         after = [*answer] if end is None else [*answer, end]
         length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
@@ -412,3 +413,13 @@ def _tokens(
         ids = [*before, *after]
         labels = [IGNORED] * len(before) + after
         yield TokenRow(ids, [IGNORED, *labels[1:]], length)
+
+
+def _added_to_texts(tokenizer: Any) -> tuple[int, bool]:
+    """Return how many tokens the tokenizer puts before a text, and whether it puts the end token after it.
+
+    OPT's first token is its end token, so a row that has only this token does not show which it is.
+    """
+    whole, bare = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (True, False))
+    start = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
+    return start, whole[start + len(bare) :][-1:] == [tokenizer.eos_token_id]

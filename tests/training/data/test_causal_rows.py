@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from tiny_causal import CHAT, WORDS, ids, made, tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_causal import CHAT, WORDS, ids, made, tokenized, tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
 from swaft.training.data.causal_lm import (
@@ -23,6 +24,27 @@ from swaft.training.evaluation.generation import write_answers
 pytestmark = pytest.mark.unit
 
 
+def starting(added: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that adds special tokens to texts: `<bos> $A`."""
+    made = tokenizer()
+    made.add_special_tokens({"bos_token": "<bos>"})
+    names = [name for name in added.split() if name != "$A"]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=added, special_tokens=[(name, made.convert_tokens_to_ids(name)) for name in names]
+    )
+    return made
+
+
+def rows_of(reader: PreTrainedTokenizerFast, *rows: dict, **settings: object) -> Dataset:
+    data = CausalDataConfig(**settings)
+    columns = find_columns({"train": Dataset.from_list([*rows])}, data)
+    return tokenized(columns.rows["train"], reader, columns, data)
+
+
+def words(ids: list[int]) -> str:
+    return " ".join([*WORDS, "<bos>"][each] for each in ids)
+
+
 def test_the_answer_and_its_end_are_learnt_and_the_prompt_is_not():
     row = made([{"prompt": "a b", "completion": "c"}], prompt_suffix=" d")[0]
     assert row["input_ids"] == ids("a b d c </s>")
@@ -37,6 +59,22 @@ def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_the_answer():
     row = made([{"prompt": "a b c d e f", "completion": "a b"}], max_length=5)[0]
     assert row["input_ids"] == ids("d e f a b")
     assert row["labels"][-2:] == ids("a b")
+
+
+@pytest.mark.parametrize(
+    ("added", "given", "text"),
+    [
+        ("</s> $A", "</s> a", "</s> b c </s>"),  # as OPT: its start is its end
+        ("$A </s>", "a", "b c </s>"),
+        ("<bos> $A </s>", "<bos> a", "<bos> b c </s>"),
+    ],
+)
+def test_texts_and_prompts_have_the_start_that_the_tokenizer_gives_them(added, given, text):
+    reader = starting(added)
+    assert words(rows_of(reader, {"prompt": "a", "completion": "b"})[0]["input_ids"]) == f"{given} b </s>"
+    [row] = rows_of(reader, {"text": "b c"})
+    assert words(row["input_ids"]) == text
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
 
 
 def test_classes_are_written_by_their_names():
