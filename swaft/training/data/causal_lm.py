@@ -58,7 +58,8 @@ class CausalDataConfig(RowsConfig):
     """Text put between every prompt and its answer: a line break, say."""
     max_length: Annotated[int, Range(low=2)] = 512
     """Longest row in tokens, prompt and answer together. An answer is cut to the room its prompt leaves, but to no
-    less than half of the row; a longer prompt loses its beginning. Chats are cut at the end."""
+    less than half of the row; a longer prompt loses its beginning, but not the special tokens in front of it. Chats
+    are cut at the end."""
     packing: bool = False
     """Pack several rows into one of `max_length` tokens, each with its own positions and unable to attend to the
     others. Off; turning it on saves the padding of short rows."""
@@ -402,14 +403,15 @@ def _tokens(
     given = encode(tokenizer, texts)["input_ids"]
     learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
-    _, ends = _added_to_texts(tokenizer)
+    start, ends = _added_to_texts(tokenizer)
     for before, answer in zip(given, learnt, strict=True):
         before = before[:-1] if ends else before
         after = [*answer] if end is None else [*answer, end]
         length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]
-        before = before[max(0, len(before) + len(after) - data.max_length) :]
+        more = max(0, len(before) + len(after) - data.max_length)
+        before = before[:start] + before[start + more :]
         ids = [*before, *after]
         labels = [IGNORED] * len(before) + after
         yield TokenRow(ids, [IGNORED, *labels[1:]], length)

@@ -77,6 +77,19 @@ def test_texts_and_prompts_have_the_start_that_the_tokenizer_gives_them(added, g
     assert row["labels"] == [-100, *row["input_ids"][1:]]
 
 
+def test_a_long_prompt_keeps_the_special_tokens_in_front_of_it():
+    long = {"prompt": "a b c d e f", "completion": "a b"}
+    for added in ("<bos> $A", "<bos> $A </s>"):
+        [row] = rows_of(starting(added), long, max_length=5)
+        assert words(row["input_ids"]) == "<bos> e f a b"
+        assert row["labels"] == [-100, -100, -100, *row["input_ids"][3:]]
+    [row] = rows_of(starting("<bos> <user> $A"), long, max_length=7)
+    assert words(row["input_ids"]) == "<bos> <user> e f a b </s>"
+    reader = starting("<bos> $A")
+    [asked] = asked_rows(rows_of(reader, long, max_length=5), 1, reader)["input_ids"]
+    assert words(asked) == "<bos> e f"
+
+
 def test_classes_are_written_by_their_names():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["c", "d"])})
     split = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
