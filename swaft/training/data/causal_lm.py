@@ -193,9 +193,10 @@ def tokenize_rows(
     """Turn rows into token ids, unpadded.
 
     A prompt gets the special tokens with which the tokenizer starts a text, an answer gets none; the end-of-text
-    token follows it and is learnt. The first token of a row is never learnt: nothing comes before it. In a chat,
-    the assistant's messages are learnt, except one that opens the chat, which answers nothing, those with weight 0,
-    and what the template formats differently in later turns (see `chat_tokens`).
+    token follows it and is learnt. Neither is repeated where a text spells it as a special token. The first token
+    of a row is never learnt: nothing comes before it. In a chat, the assistant's messages are learnt, except one
+    that opens the chat, which answers nothing, those with weight 0, and what the template formats differently in
+    later turns (see `chat_tokens`).
 
     Args:
         splits: rows that `find_columns` checked, by split.
@@ -407,6 +408,10 @@ def _tokens(
     for before, answer in zip(given, learnt, strict=True):
         before = before[:-1] if ends else before
         after = [*answer] if end is None else [*answer, end]
+        if not tokenizer.split_special_tokens:  # a text may spell them itself
+            spelt = [*before, *answer][start : 2 * start] == before[:start]
+            before = before[start:] if spelt else before
+            after = after[:-1] if answer[-1:] == [end] else after
         length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]

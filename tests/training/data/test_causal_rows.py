@@ -90,6 +90,21 @@ def test_a_long_prompt_keeps_the_special_tokens_in_front_of_it():
     assert words(asked) == "<bos> e f"
 
 
+@pytest.mark.parametrize("added", ["<bos> $A", "<bos> $A </s>"])
+def test_the_start_and_the_end_that_a_text_spells_are_not_repeated(added):
+    for row, expected in (
+        ({"text": "<bos> a b </s>"}, "<bos> a b </s>"),
+        ({"text": "a </s> b"}, "<bos> a </s> b </s>"),
+        ({"text": "a <bos>"}, "<bos> a <bos> </s>"),
+        ({"prompt": "<bos> a", "completion": "b </s>"}, "<bos> a b </s>"),
+        ({"prompt": "a </s>", "completion": "b"}, "<bos> a </s> b </s>"),
+    ):
+        [made] = rows_of(starting(added), row, split_special_tokens=False)
+        assert words(made["input_ids"]) == expected
+        assert made["labels"][0] == -100
+        assert made["labels"][-1] == WORDS.index("</s>")
+
+
 def test_classes_are_written_by_their_names():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["c", "d"])})
     split = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
