@@ -249,8 +249,8 @@ def tokenize_rows(
         made = {name: map_rows(split, row_tokens, workers) for name, split in splits.items()}
     finally:
         tokenizer.chat_control_tokens = control
-    if tokenizer.chat_template is not None:
-        read_as_text(tokenizer, False)  # the saved tokenizer keeps this setting
+    # The saved tokenizer keeps this setting, and prompts are written with special tokens, by templates or by hand.
+    read_as_text(tokenizer, False)
     kept = good_rows(made, (), _untrainable, skip=skip)
     return {name: _renumbered(rows.remove_columns("fault"), len(made[name])) for name, rows in kept.items()}
 

@@ -7,7 +7,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny_causal import CHAT, WORDS, ids, made, tokenized, tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
 from swaft.training.data.causal_lm import (
@@ -18,6 +18,7 @@ from swaft.training.data.causal_lm import (
     find_columns,
 )
 from swaft.training.data.packing import pack
+from swaft.training.data.texts import read_as_text
 from swaft.training.evaluation.evaluate import evaluate_answers_given
 from swaft.training.evaluation.generation import write_answers
 
@@ -103,6 +104,18 @@ def test_the_start_and_the_end_that_a_text_spells_are_not_repeated(added):
         assert words(made["input_ids"]) == expected
         assert made["labels"][0] == -100
         assert made["labels"][-1] == WORDS.index("</s>")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_saved_tokenizer_of_a_decoder_reads_special_tokens_also_without_a_chat_template(split, tmp_path):
+    reader = tokenizer()
+    reader.chat_template = None
+    read_as_text(reader, split)  # as recipes do at their start
+    rows_of(reader, {"text": "a b"}, split_special_tokens=split)
+    reader.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert not saved.split_special_tokens
+    assert saved("a </s>")["input_ids"] == ids("a </s>")
 
 
 def test_classes_are_written_by_their_names():
