@@ -18,7 +18,7 @@ from torch import Tensor
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
-from swaft.training.data.chats import TokenRow, chat_faults, chat_tokens
+from swaft.training.data.chats import TEMPLATE_ARGUMENTS, TokenRow, chat_faults, chat_tokens
 from swaft.training.data.files import map_rows
 from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
 from swaft.training.data.texts import (
@@ -391,10 +391,11 @@ def _tokens(
     if columns.messages is not None:
         # Telling them apart takes a hundred times as long, so it is done only if a message spells one.
         special = spelled_tokens(tokenizer)
-        for chat in rows[columns.messages]:
-            spelt = data.split_special_tokens and special.search(str(chat)) is not None
+        chats = rows[columns.messages]
+        for chat, arguments in zip(chats, rows.get(TEMPLATE_ARGUMENTS, [None] * len(chats)), strict=True):
+            spelt = data.split_special_tokens and special.search(str((chat, arguments))) is not None
             try:
-                yield chat_tokens(chat, tokenizer, plain=spelt)
+                yield chat_tokens(chat, tokenizer, arguments or {}, plain=spelt)
             except DataError as error:  # a column of Arrow cannot begin with a thousand empty lists
                 yield TokenRow([0], [IGNORED], 1, fault=str(error))
         return

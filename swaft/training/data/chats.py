@@ -15,6 +15,8 @@ from swaft.training.data.texts import IGNORED, BadRow, ColumnFault, special_toke
 
 SILENT = {"role": "assistant", "content": ""}
 """An answer that only calls tools, without its calls."""
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+"""Column with arguments of the chat template for a row, as TRL names it: `{"enable_thinking": false}`."""
 
 
 class TokenRow(NamedTuple):
@@ -40,7 +42,7 @@ def is_learnt(message: Mapping[str, Any]) -> bool:
 
 
 def chat_faults(split: Dataset, column: str) -> Iterator[BadRow]:
-    """Yield the rows whose chat is none, or has no answer to learn.
+    """Yield the rows whose chat is none, or has no answer to learn, or whose template's arguments are none.
 
     A column of texts, or of contents that are not all texts, yields a `ColumnFault`.
     """
@@ -64,6 +66,11 @@ def chat_faults(split: Dataset, column: str) -> Iterator[BadRow]:
             )
         elif not any(map(is_learnt, messages[1:])):
             yield row, f"has no message of the assistant after another {there}; expected one to learn"
+    if TEMPLATE_ARGUMENTS in split.column_names:
+        for row, found in enumerate(values(split, TEMPLATE_ARGUMENTS)):
+            if not isinstance(found, Mapping | None):
+                expected = "expected an object with arguments of the chat template"
+                yield row, f"has {found!r:.80} in column '{TEMPLATE_ARGUMENTS}'; {expected}"
 
 
 def _is_message(found: Any) -> bool:
@@ -73,7 +80,9 @@ def _is_message(found: Any) -> bool:
     return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
 
 
-def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: bool) -> TokenRow:
+def chat_tokens(
+    chat: Sequence[Mapping[str, Any]], tokenizer: Any, arguments: Mapping[str, Any], *, plain: bool
+) -> TokenRow:
     """Turn a chat into token ids, up to its last answer.
 
     Many templates format the last answer differently from earlier ones: they drop the thoughts of earlier ones, or
@@ -83,7 +92,8 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
     Args:
         chat: messages with a role, and an answer to learn after the first.
         tokenizer: the model's, with a chat template.
-        plain: whether a special token spelled in a message is text; those of the template never are.
+        arguments: of the chat template, for this row.
+        plain: whether a special token spelled in a message or an argument is text; those of the template never are.
 
     Raises:
         DataError: the template refuses the chat, leaves out calls of tools that are an answer, or does not continue
@@ -91,13 +101,13 @@ def chat_tokens(chat: Sequence[Mapping[str, Any]], tokenizer: Any, *, plain: boo
     """
     # Arrow gives every message the fields of all messages, and every tool call the arguments of all calls.
     # Templates treat a null as a value.
-    chat = without_nulls(chat)
+    chat, arguments = without_nulls(chat), without_nulls(arguments)
     template = f"the chat template of {type(tokenizer).__name__}"
 
     def ids_of(messages: Sequence[Mapping[str, Any]], *, prompts: bool = False) -> list[int]:
         options = {"add_generation_prompt": prompts, "sanitize_control_tokens": plain, "return_dict": False}
         try:
-            return list(tokenizer.apply_chat_template(messages, **options))
+            return list(tokenizer.apply_chat_template(messages, **{**arguments, **options}))
         except (TemplateError, TypeError, ValueError) as error:
             # The last two come from the template's own code, or from keeping special tokens apart.
             raise DataError(f"has a chat that {template} refuses ({error}): {chat!r:.200}") from error
